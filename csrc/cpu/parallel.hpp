@@ -1,0 +1,56 @@
+// Pieces of work shared among threads by an atomic counter.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "lcodec/engine.hpp"
+
+namespace lcodec {
+
+// Calls work(piece) for every piece in [0, pieces); make_work() is called once on every thread and
+// holds its scratch memory. The calling thread works too and asks execution.cancelled between its
+// pieces. Rethrows the first exception of any thread, after all of them have ended.
+template <class MakeWork>
+Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeWork& make_work) {
+  std::atomic<std::int64_t> next{0};
+  std::atomic<bool> stop{false};
+  bool cancelled = false;
+  std::mutex mutex;
+  std::exception_ptr error;
+  const auto run = [&](bool calling_thread) {
+    try {
+      auto work = make_work();
+      for (std::int64_t piece; !stop && (piece = next++) < pieces;) {
+        work(piece);
+        if (calling_thread && execution.cancelled && execution.cancelled(execution.context)) {
+          cancelled = true;
+          stop = true;
+        }
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+      stop = true;
+    }
+  };
+  std::vector<std::thread> threads;
+  const std::int64_t helpers = std::min<std::int64_t>(execution.threads, pieces) - 1;
+  try {
+    for (std::int64_t t = 0; t < helpers; ++t) threads.emplace_back(run, false);
+  } catch (const std::system_error&) {
+    // No further thread to be had: those that run are enough.
+  }
+  run(true);
+  for (auto& thread : threads) thread.join();
+  if (error) std::rethrow_exception(error);
+  return cancelled ? Status::cancelled : Status::ok;
+}
+
+}  // namespace lcodec

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace lcodec {
+
+enum class SimdLevel { baseline, avx2, avx512 };
+
+}  // namespace lcodec

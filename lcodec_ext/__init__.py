@@ -1,0 +1,48 @@
+"""CODEC, L-CODEC, xi and FOCI, exact and fast; unlearning for PyTorch models built on them."""
+
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+from lcodec_ext._build import build_info, cuda_is_available, cuda_status
+from lcodec_ext._native import get_num_threads, set_num_threads
+from lcodec_ext._xi import XiTestResult, xi, xi_test
+from lcodec_ext.dependence import codec, lcodec
+from lcodec_ext.neighbors import nearest_neighbors
+from lcodec_ext.selection import DependenceGraph, FociResult, dependence_graph, foci, lfoci
+
+if TYPE_CHECKING:
+    from lcodec_ext._sklearn import FOCISelector
+
+__version__ = _version("lcodec_ext")
+
+__all__ = [
+    "DependenceGraph",
+    "FOCISelector",
+    "FociResult",
+    "XiTestResult",
+    "build_info",
+    "codec",
+    "cuda_is_available",
+    "cuda_status",
+    "dependence_graph",
+    "foci",
+    "get_num_threads",
+    "lcodec",
+    "lfoci",
+    "nearest_neighbors",
+    "set_num_threads",
+    "xi",
+    "xi_test",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FOCISelector":  # scikit-learn is needed here and nowhere else
+        from lcodec_ext._sklearn import FOCISelector
+
+        return FOCISelector
+    raise AttributeError(f"module 'lcodec_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

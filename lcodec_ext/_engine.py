@@ -1,0 +1,51 @@
+"""Engines of the backends, and the parts of a call that codec, foci and their kin share."""
+
+import warnings
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcodec_ext import _native
+from lcodec_ext._random import resolve_seed
+from lcodec_ext._validation import column_list
+from lcodec_ext.reference import engine as _reference
+
+Ties = Literal["average", "random", "first"]
+TIES = ("average", "random", "first")
+
+class Engine(Protocol):
+    """What a backend offers the FOCI loop: state and steps, so that the loop stays in Python."""
+
+    def select(self, column: int) -> None:
+        """Add a column to the conditioning set, behind those already there."""
+
+    def row_sums(self, column: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are."""
+
+    def score(self, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For every candidate, the sum over rows in fixed point, whole and fraction."""
+
+def make_engine(
+    backend: str,
+    X: NDArray,
+    factors: NDArray,
+    R: NDArray[np.int64],
+    ties: str,
+    seed: int | None,
+) -> Engine:
+    """The engine of a resolved backend over columns X and the response's ranks."""
+    make = {"cpu": _native.CpuEngine, "reference": _reference.ReferenceEngine}[backend]
+    return make(X, factors, R, ties, resolve_seed(seed))
+
+def warn_constant_columns(X: NDArray, name: str, names: list[str] | None, stacklevel: int) -> None:
+    """One warning for all constant columns of an argument."""
+    constant = np.flatnonzero((X == X[0]).all(axis=0))
+    if len(constant):
+        verb = "is" if len(constant) == 1 else "are"
+        warnings.warn(
+            f"{column_list(constant, names)} of {name} {verb} constant and can tell nothing",
+            stacklevel=stacklevel + 1,
+        )
+
+__all__ = ["TIES", "Engine", "Ties", "column_label", "make_engine", "warn_constant_columns"]

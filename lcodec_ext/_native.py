@@ -1,0 +1,99 @@
+"""The one door to the compiled engine: lays out arrays, reads the settings, calls ``_core``."""
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcodec_ext import _core
+from lcodec_ext._validation import check_integer
+
+_TIES = {"average": 0, "random": 1, "first": 2}
+_threads: int | None = None
+
+
+def set_num_threads(threads: int) -> None:
+    """Set how many CPU threads the package uses; results do not depend on it.
+
+    Parameters
+    ----------
+    threads : int
+        At least 1. Overrides the environment variable ``LCODEC_NUM_THREADS``.
+    """
+    global _threads
+    _threads = check_integer(threads, "threads", 1)
+
+
+def get_num_threads() -> int:
+    """How many CPU threads the package uses.
+
+    What `set_num_threads` was given, else the environment variable ``LCODEC_NUM_THREADS``,
+    else the number of CPUs this process may run on.
+    """
+    if _threads is not None:
+        return _threads
+    given = os.environ.get("LCODEC_NUM_THREADS", "").strip()
+    if given:
+        if not given.isdecimal() or int(given) < 1:
+            raise ValueError(f"LCODEC_NUM_THREADS must be an integer >= 1; got {given!r}")
+        return int(given)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _settings() -> tuple[str, int]:
+    """SIMD level (environment variable ``LCODEC_SIMD``, for tests) and threads."""
+    return os.environ.get("LCODEC_SIMD", "").strip() or "auto", get_num_threads()
+
+
+class CpuEngine:
+    """Scores candidate columns given the selected ones, on CPU threads with SIMD.
+
+    The interface of ``reference.engine.ReferenceEngine``, and the same bits. O(n^2) for every
+    candidate of a step, O(n) memory for every thread beside a column-major copy of X.
+    """
+
+    def __init__(
+        self, X: NDArray, factors: NDArray, R: NDArray[np.int64], ties: str, seed: int
+    ) -> None:
+        self._x = np.ascontiguousarray(X.T)
+        self._factors = np.ascontiguousarray(factors, dtype=X.dtype)
+        self._rank = R.astype(np.int32)
+        self._ties, self._seed = _TIES[ties], seed
+        self._selected: list[int] = []
+
+    def select(self, column: int) -> None:
+        """Add a column to the conditioning set, behind those already there."""
+        self._selected.append(column)
+
+    def row_sums(self, column: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are."""
+        columns = self._selected + ([] if column is None else [column])
+        conditioning = np.array(columns, dtype=np.int64)
+        return _core.row_sums(
+            self._x, self._factors, self._rank, conditioning, self._ties, self._seed, *_settings()
+        )
+
+    def score(self, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For every candidate, the sum over rows in fixed point (``_exact.fixed_point``)."""
+        conditioning = np.array(self._selected, dtype=np.int64)
+        return _core.score(
+            self._x,
+            self._factors,
+            self._rank,
+            conditioning,
+            columns.astype(np.int64, copy=False),
+            self._ties,
+            self._seed,
+            *_settings(),
+        )
+
+
+def nearest(X: NDArray, ties: str, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(indptr, indices) of the nearest other rows; the twin of ``reference.engine.nearest``."""
+    x = np.ascontiguousarray(X.T)
+    ones = np.ones(len(x), dtype=x.dtype)
+    rank = np.zeros(x.shape[1], dtype=np.int32)
+    columns = np.arange(len(x), dtype=np.int64)
+    return _core.neighbors(x, ones, rank, columns, _TIES[ties], seed, *_settings())

@@ -1,0 +1,54 @@
+"""Everything drawn at random: the choice among tied neighbours and the noise of L-CODEC."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def _mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014), a bijection of 64-bit words."""
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+def tie_hash(seed: int, n: int) -> NDArray[np.uint64]:
+    """One 64-bit word per row, a function of seed and row alone.
+
+    ``ties="random"`` takes neighbour ``floor(word * count / 2**64)`` of a row's tied ones, so
+    the draw is the same for any thread count, chunking and device. The native twin is
+    ``tie_hash`` in ``csrc/common/random.hpp``.
+    """
+    start = _mix(np.array([(seed + _GAMMA) & _MASK], dtype=np.uint64))
+    rows = np.arange(1, n + 1, dtype=np.uint64)
+    return _mix(start + rows * np.uint64(_GAMMA))
+
+
+def pick(word: int, count: int) -> int:
+    """Which of ``count`` tied neighbours (in increasing index) a row's word picks."""
+    return (int(word) * count) >> 64
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The seed itself, or 64 fresh bits of the operating system's entropy for None."""
+    if seed is not None:
+        return seed
+    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+
+
+def add_noise(
+    columns: NDArray[np.float64], noise: float, relative: bool, seed: int, first_stream: int
+) -> NDArray[np.float64]:
+    """Columns plus independent N(0, noise^2), one Philox stream per column.
+
+    Column k draws from ``Generator(Philox(seed).jumped(first_stream + k))``: 2**128 draws
+    apart, and the same noise for a column whatever stands beside it.
+    """
+    noisy = columns.copy()
+    for k in range(columns.shape[1]):
+        generator = np.random.Generator(np.random.Philox(seed).jumped(first_stream + k))
+        sigma = noise * float(np.std(columns[:, k], ddof=1)) if relative else noise
+        noisy[:, k] += sigma * generator.standard_normal(len(columns))
+    return noisy

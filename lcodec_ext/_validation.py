@@ -1,0 +1,287 @@
+"""What users pass in, made into arrays that the backends can trust.
+
+Every message names the argument, says what was given and what was expected.
+"""
+
+import math
+import numbers
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcodec_ext._backend import is_tensor
+
+MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
+_EXACT_INTEGER = 2**53
+
+
+class Features(NamedTuple):
+    """Feature columns in the working precision.
+
+    ``values`` is a C-contiguous (n, p) array: float32 where the input was float32, float16 or
+    bfloat16, float64 for everything else. ``names`` are column names, None without any.
+    """
+
+    values: NDArray
+    names: list[str] | None
+
+
+def _describe(value: object) -> str:
+    """A value in an error message: short, and with its type where that is the news."""
+    text = repr(value)
+    if len(text) > 60:
+        text = text[:57] + "..."
+    return f"{text} ({type(value).__name__})"
+
+
+def check_choice(value: object, name: str, choices: Sequence[str | None]) -> Any:
+    """value, if it is one of the choices."""
+    if not isinstance(value, str | None) or value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {expected}; got {_describe(value)}")
+    return value
+
+
+def check_bool(value: object, name: str) -> bool:
+    """value, if it is True or False (Python's or NumPy's)."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {_describe(value)}")
+    return bool(value)
+
+
+def check_integer(value: object, name: str, minimum: int) -> int:
+    """value as an int, if it is an integer (no bool, no float) of at least minimum."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer >= {minimum}; got {_describe(value)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}; got {value}")
+    return int(value)
+
+
+def check_real(value: object, name: str, minimum: float) -> float:
+    """value as a float, if it is a finite real number of at least minimum."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number >= {minimum:g}; got {_describe(value)}")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum:
+        raise ValueError(f"{name} must be a finite number >= {minimum:g}; got {number!r}")
+    return number
+
+
+def check_seed(seed: object, name: str = "seed", *, optional: bool = True) -> int | None:
+    """A seed in [0, 2**64), or None where that is allowed."""
+    if seed is None and optional:
+        return None
+    expected = "an integer in [0, 2**64)" + (" or None" if optional else "")
+    if isinstance(seed, bool | np.bool_) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"{name} must be {expected}; got {_describe(seed)}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"{name} must be {expected}; got {seed}")
+    return int(seed)
+
+
+def _tensor_to_numpy(tensor: Any, name: str) -> NDArray:
+    if tensor.is_complex():
+        raise ValueError(f"{name} must be real; got a tensor of {tensor.dtype}")
+    if str(tensor.layout) != "torch.strided":
+        raise ValueError(f"{name} must be dense; got a tensor of layout {tensor.layout}")
+    tensor = tensor.detach()
+    if str(tensor.dtype) == "torch.bfloat16":  # NumPy has none; float32 holds it exactly
+        tensor = tensor.float()
+    return tensor.numpy()
+
+
+def _pandas_column(column: Any, label: str) -> NDArray:
+    """One pandas column as a NumPy array; missing values become NaN."""
+    dtype = column.dtype
+    if isinstance(dtype, np.dtype):
+        return column.to_numpy()
+    numpy_dtype = getattr(dtype, "numpy_dtype", None)
+    if numpy_dtype is None or numpy_dtype.kind not in "biuf":
+        kind = "categorical" if str(dtype) == "category" else str(dtype)
+        raise ValueError(
+            f"{label} is {kind}; expected numbers: encode it first, for instance with "
+            "pandas.get_dummies, or with its codes if the order of the categories is meant"
+        )
+    if column.isna().any():
+        wide = numpy_dtype if numpy_dtype.kind == "f" else np.dtype(np.float64)
+        return column.to_numpy(dtype=wide, na_value=np.nan)
+    return column.to_numpy(dtype=numpy_dtype)
+
+
+def _as_array(value: Any, name: str) -> tuple[NDArray, list[str] | None]:
+    """Anything array-like as a NumPy array of real numbers, with column names if it has them."""
+    if value is None:
+        raise ValueError(f"{name} must be an array of numbers; got None")
+    names = None
+    pandas = sys.modules.get("pandas")
+    if is_tensor(value):
+        array = _tensor_to_numpy(value, name)
+    elif pandas is not None and isinstance(value, pandas.DataFrame):
+        names = [str(column) for column in value.columns]
+        columns = []
+        for k, column in enumerate(names):
+            label = f"column {column!r} (index {k}) of {name}"
+            columns.append(_real(_pandas_column(value.iloc[:, k], label), label))
+        # column by column, because pandas makes bool beside float an object array
+        array = np.column_stack(columns) if columns else np.empty((len(value), 0))
+    elif pandas is not None and isinstance(value, pandas.Series | pandas.Index):
+        array = _pandas_column(value, name)
+    else:
+        if hasattr(value, "toarray") and hasattr(value, "nnz"):
+            raise ValueError(
+                f"{name} is sparse ({type(value).__name__}); expected a dense array: "
+                f"pass {name}.toarray()"
+            )
+        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+            value = np.ma.filled(value.astype(np.result_type(value.dtype, np.float32)), np.nan)
+        columns = getattr(value, "columns", None)
+        if isinstance(columns, list) and hasattr(value, "to_numpy"):  # polars and its like
+            names = [str(column) for column in columns]
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be made into an array: {error}") from None
+    return _real(array, name), names
+
+
+def _real(array: NDArray, label: str) -> NDArray:
+    """array, if its dtype is one of real numbers; native byte order, float16 as float32."""
+    if array.dtype.kind not in "biuf":
+        what = {"c": "complex numbers", "U": "strings", "S": "strings", "O": "objects"}
+        given = what.get(array.dtype.kind, f"values of dtype {array.dtype}")
+        advice = "; encode categories as numbers first" if array.dtype.kind in "USO" else ""
+        raise ValueError(f"{label} must hold real numbers; got {given}{advice}")
+    if array.dtype == np.float16:
+        return array.astype(np.float32)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def as_response(y: Any, name: str = "y") -> NDArray:
+    """A response as a 1-d array of its own dtype (ranks need no conversion).
+
+    Accepts shape (n,) or (n, 1).
+    """
+    array, _ = _as_array(y, name)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ValueError(
+            f"{name} must be one column, of shape (n,) or (n, 1); got shape {array.shape}"
+        )
+    return array
+
+
+def as_features(X: Any, name: str, *, allow_1d: bool = True) -> Features:
+    """Feature columns as a C-contiguous (n, p) array of the working precision.
+
+    A 1-d array is one column where ``allow_1d``; p = 0 is an error, and so are integers that
+    float64 cannot hold.
+    """
+    array, names = _as_array(X, name)
+    if array.ndim == 1 and allow_1d:
+        array = array[:, np.newaxis]
+        label = getattr(X, "name", None)
+        names = [label] if isinstance(label, str) else None
+    if array.ndim != 2:
+        hint = f"; for one feature pass {name}.reshape(-1, 1)" if array.ndim == 1 else ""
+        shapes = "(n,) or (n, p)" if allow_1d else "(n, p)"
+        raise ValueError(f"{name} must have shape {shapes}; got shape {array.shape}{hint}")
+    if array.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one column; got shape {array.shape}")
+    if array.dtype.kind in "iu" and array.dtype.itemsize == 8 and array.size:
+        if int(array.max()) > _EXACT_INTEGER or int(array.min()) < -_EXACT_INTEGER:
+            raise ValueError(
+                f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
+                "subtract an offset first"
+            )
+    dtype = np.float32 if array.dtype == np.float32 else np.float64
+    return Features(np.ascontiguousarray(array, dtype=dtype), names)
+
+
+def _where(name: str, array: NDArray, names: list[str] | None, flags: NDArray[np.bool_]) -> str:
+    """'X has ... at row 3, column 'age' (index 2)' for the first flagged entry."""
+    first = np.argwhere(flags)[0]
+    place = f"row {first[0]}"
+    if array.ndim == 2:
+        place += f", column {first[1]}" if names is None else (
+            f", column {names[first[1]]!r} (index {first[1]})"
+        )
+    more = int(np.count_nonzero(flags)) - 1
+    return f"{name} at {place}" + (f" and {more} more" if more else "")
+
+
+def clean_rows(
+    arrays: dict[str, NDArray | Features], nan_policy: str, minimum: int = 3
+) -> dict[str, NDArray]:
+    """Arrays of equal length without NaN or infinity.
+
+    Parameters
+    ----------
+    arrays : dict
+        Validated responses and features, by argument name.
+    nan_policy : {"raise", "omit"}
+        "omit" drops every row that has a NaN in any of the arrays.
+    minimum : int
+        Rows that must remain.
+    """
+    check_choice(nan_policy, "nan_policy", ("raise", "omit"))
+    values = {
+        name: array.values if isinstance(array, Features) else array
+        for name, array in arrays.items()
+    }
+    lengths = {name: len(array) for name, array in values.items()}
+    if len(set(lengths.values())) > 1:
+        given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"all arguments must have the same number of rows; {given}")
+    n = next(iter(lengths.values()))
+    keep = np.ones(n, dtype=bool)
+    for name, array in values.items():
+        if array.dtype.kind != "f":
+            continue
+        given = arrays[name]
+        names = given.names if isinstance(given, Features) else None
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(array.sum()):  # one pass; the rare rest looks closer
+                continue
+        infinite = np.isinf(array)
+        if infinite.any():
+            raise ValueError(
+                f"infinite values are not allowed; got {_where(name, array, names, infinite)}"
+            )
+        missing = np.isnan(array)
+        if missing.any():
+            if nan_policy == "raise":
+                raise ValueError(
+                    f"NaN in {_where(name, array, names, missing)}; pass nan_policy='omit' to "
+                    "leave out rows with missing values"
+                )
+            keep &= ~(missing.any(axis=1) if array.ndim == 2 else missing)
+    remaining = int(np.count_nonzero(keep))
+    if remaining < minimum:
+        left = f"{remaining} left after omitting NaN" if remaining < n else f"{n}"
+        raise ValueError(
+            f"{' and '.join(values)} must have at least {minimum} rows; got {left}"
+        )
+    if remaining > MAX_ROWS:
+        raise ValueError(
+            f"{' and '.join(values)} may have at most {MAX_ROWS:,} rows, the size up to which "
+            f"the sums are proven exact; got {remaining:,}: take a random sample of rows"
+        )
+    if remaining < n:
+        values = {name: array[keep] for name, array in values.items()}
+    return values
+
+
+def column_label(index: int, names: list[str] | None) -> str:
+    """A column in a message: its name and index, or its index."""
+    return f"column {index}" if names is None else f"column {names[index]!r} (index {index})"
+
+
+def column_list(indices: NDArray[np.intp], names: list[str] | None, most: int = 5) -> str:
+    """Several columns in a message, the first few of many."""
+    shown = ", ".join(column_label(int(k), names) for k in indices[:most])
+    return shown + (f" and {len(indices) - most} more" if len(indices) > most else "")

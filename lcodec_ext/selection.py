@@ -1,0 +1,595 @@
+"""FOCI and L-FOCI: greedy selection of a Markov blanket, and the graph made of many."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcodec_ext import _exact
+from lcodec_ext._backend import Backend, resolve
+from lcodec_ext._engine import TIES, Engine, Ties, make_engine, warn_constant_columns
+from lcodec_ext._progress import progress_bar
+from lcodec_ext._ranks import ranks
+from lcodec_ext._scaling import check_overflow, scale_factors, squared_spans
+from lcodec_ext._validation import (
+    Features,
+    as_features,
+    as_response,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_real,
+    check_seed,
+    clean_rows,
+    column_label,
+)
+from lcodec_ext.dependence import NoiseScale, check_noise, with_noise
+
+Standardize = Literal["scale", "bounded"]
+StopReason = Literal["no_gain", "min_gain", "max_features", "exhausted", "constant_y"]
+_CHUNKS = 50  # pieces of a step behind a progress bar
+
+
+@dataclass(frozen=True, eq=False)
+class FociResult:
+    """What `foci` selected, and what each step gained. Unpacks as (ordering, cumulative).
+
+    Attributes
+    ----------
+    ordering : ndarray of int64, shape (k,)
+        Selected columns, in the order of selection. Empty if no column helps.
+    cumulative : ndarray of float64, shape (k,)
+        T(Y, X_S) after each step, S being the preselected and the selected columns.
+    conditional : ndarray of float64, shape (k,)
+        T(Y, X_l | X_S) of each step, S being what was selected before it; of a first step
+        without preselected columns T(Y, X_l).
+    base : float
+        T(Y, X_S) of the preselected columns; 0.0 without any.
+    stop_reason : str
+        "no_gain": no further column raises T(Y, X_S). "min_gain": none raises it by more than
+        min_gain. "max_features": the cap is reached. "exhausted": every column is selected.
+        "constant_y": nothing to explain.
+    names : list of str or None
+        Names of the selected columns, if X has names.
+    preselected : tuple of int
+        The conditioning columns that were given.
+    n_samples, n_features : int
+        Rows used (after omitting NaN) and columns of X.
+    """
+
+    ordering: NDArray[np.int64]
+    cumulative: NDArray[np.float64]
+    conditional: NDArray[np.float64]
+    base: float
+    stop_reason: StopReason
+    names: list[str] | None
+    preselected: tuple[int, ...]
+    n_samples: int
+    n_features: int
+
+    def __iter__(self) -> Iterator[NDArray]:
+        return iter((self.ordering, self.cumulative))
+
+    def __repr__(self) -> str:
+        head = (
+            f"FociResult: {len(self.ordering)} of {self.n_features} columns selected on "
+            f"{self.n_samples} rows, stopped by {self.stop_reason!r}"
+        )
+        if self.preselected:
+            head += f"\n  given columns {list(self.preselected)}: T = {self.base:.4f}"
+        lines = [
+            f"  {k + 1:3d}. {self._label(k)}: T = {self.cumulative[k]:.4f}, "
+            f"conditional T = {self.conditional[k]:.4f}"
+            for k in range(min(len(self.ordering), 20))
+        ]
+        if len(self.ordering) > 20:
+            lines.append(f"  ... and {len(self.ordering) - 20} more")
+        return "\n".join([head, *lines])
+
+    def _label(self, k: int) -> str:
+        column = int(self.ordering[k])
+        return f"column {column}" if self.names is None else f"{self.names[k]!r} ({column})"
+
+
+def foci(
+    X: Any,
+    y: Any,
+    *,
+    stop: bool = True,
+    max_features: int | None = None,
+    min_gain: float = 0.0,
+    preselected: Sequence[int | str] | None = None,
+    standardize: Standardize | None = "scale",
+    ties: Ties = "average",
+    seed: int | None = None,
+    nan_policy: Literal["raise", "omit"] = "raise",
+    backend: Backend = "auto",
+    progress: bool = False,
+) -> FociResult:
+    """FOCI: forward selection of the columns on which y depends.
+
+    Every step adds the column l that makes T(Y, X_S + l) largest, compared exactly; on equality
+    the lowest index wins. It stops by itself when no column raises T.
+
+    Parameters
+    ----------
+    X : array_like of shape (n, p)
+        Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
+        else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
+    y : array_like of shape (n,) or (n, 1)
+        Response. Only its order counts.
+    stop : bool, default True
+        Stop when no column gains; False goes on to max_features or to the last column, as a
+        ranking of columns.
+    max_features : int, optional
+        Cap on the number of columns selected (preselected ones not counted).
+    min_gain : float, default 0.0
+        A step must raise the cumulative T by more than this. Needs stop=True.
+    preselected : sequence of int or str, optional
+        Columns of X to condition on from the start, by index or name; not part of the result's
+        ordering.
+    standardize : {"scale", "bounded", None}, default "scale"
+        Divide distances along each column by its standard deviation (as R's FOCI does), by its
+        range, or not at all. `codec` never does, so on raw columns its values can differ.
+    ties, seed, nan_policy, backend
+        As in `codec`.
+    progress : bool, default False
+        Show a progress bar for each step; needs tqdm.
+
+    Returns
+    -------
+    FociResult
+
+    Raises
+    ------
+    ValueError
+        For data or options that cannot be used; the message names argument, row and column.
+    TypeError
+        For options of the wrong type.
+    RuntimeError
+        If a backend is named that is not there.
+
+    Warns
+    -----
+    UserWarning
+        If y is constant (nothing is selected) or columns are constant.
+
+    Notes
+    -----
+    Takes O(n^2 p) for each step and O(n) memory for each thread beside a copy of X.
+
+    References
+    ----------
+    M. Azadkia and S. Chatterjee, "A simple measure of conditional dependence", Annals of
+    Statistics 49 (2021), section 5.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> X = np.random.default_rng(0).normal(size=(500, 6))
+    >>> result = foci(X, X[:, 1] * X[:, 4])
+    >>> sorted(int(column) for column in result.ordering)
+    [1, 4]
+    """
+    chosen = resolve(backend, X=X, y=y)
+    check_seed(seed)
+    task = _Task.prepare(
+        X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, progress
+    )
+    return task.run(task.X, task.y, chosen, seed)
+
+
+def lfoci(
+    X: Any,
+    y: Any,
+    *,
+    noise: float = 0.01,
+    noise_scale: NoiseScale = "absolute",
+    seed: int = 0,
+    stop: bool = True,
+    max_features: int | None = None,
+    min_gain: float = 0.0,
+    preselected: Sequence[int | str] | None = None,
+    standardize: Standardize | None = "scale",
+    ties: Ties = "average",
+    nan_policy: Literal["raise", "omit"] = "raise",
+    backend: Backend = "auto",
+    progress: bool = False,
+) -> FociResult:
+    """L-FOCI: `foci` after a little Gaussian noise is added to y and to every column.
+
+    The noise removes ties, which makes discrete columns as cheap as continuous ones.
+
+    Parameters
+    ----------
+    X, y, stop, max_features, min_gain, preselected, standardize, ties
+        As in `foci`; the computation is in float64.
+    nan_policy, backend, progress
+        As in `foci`.
+    noise : float, default 0.01
+        Standard deviation of the noise, the paper's value (it uses 0 to 0.1). 0 adds none.
+    noise_scale : {"absolute", "relative"}, default "absolute"
+        Whether ``noise`` is in the units of each column, as in the paper, or a share of the
+        column's own standard deviation. Mind columns that vary by less than the noise.
+    seed : int, default 0
+        Of the noise, and of ties="random". y draws from stream 0 of Philox(seed), column k of X
+        from stream k + 1.
+
+    Returns
+    -------
+    FociResult
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As `foci`, and for noise that is negative or not finite.
+
+    References
+    ----------
+    R. Mehta, S. Pal, V. Singh and S. Ravi, "Deep Unlearning via Randomized Conditionally
+    Independent Hessians", CVPR 2022.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> bits = np.random.default_rng(0).integers(0, 2, (500, 6))
+    >>> result = lfoci(bits, bits[:, 0] + 2 * bits[:, 3])
+    >>> result.ordering.tolist(), result.stop_reason
+    ([3, 0], 'no_gain')
+    """
+    chosen = resolve(backend, X=X, y=y)
+    check_noise(noise, noise_scale, seed)
+    task = _Task.prepare(
+        X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, progress
+    )
+    if (task.y == task.y[0]).all():  # the noise would make a response of nothing
+        return task.run(task.X, task.y, chosen, seed)
+    noisy_y, noisy_X = with_noise(task.y, task.X, noise, noise_scale, seed)
+    return task.run(noisy_X, noisy_y, chosen, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class DependenceGraph:
+    """Which columns FOCI selects for which.
+
+    Attributes
+    ----------
+    adjacency : ndarray of bool, shape (p, p)
+        ``adjacency[i, j]``: column j was selected for the response column i. Not symmetric.
+    weights : ndarray of float64, shape (p, p)
+        The conditional T with which it was selected; 0 elsewhere.
+    results : list of FociResult
+        One for each column as the response; their indices are those of X.
+    names : list of str or None
+        Column names of X.
+    """
+
+    adjacency: NDArray[np.bool_]
+    weights: NDArray[np.float64]
+    results: list[FociResult]
+    names: list[str] | None
+
+
+def dependence_graph(
+    X: Any,
+    *,
+    stop: bool = True,
+    max_features: int | None = None,
+    min_gain: float = 0.0,
+    standardize: Standardize | None = "scale",
+    ties: Ties = "average",
+    seed: int | None = None,
+    nan_policy: Literal["raise", "omit"] = "raise",
+    backend: Backend = "auto",
+    progress: bool = False,
+) -> DependenceGraph:
+    """Run `foci` with every column in turn as the response and the others as candidates.
+
+    Parameters
+    ----------
+    X : array_like of shape (n, p)
+        At least two columns.
+    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress
+        As in `foci`. With nan_policy="omit" a row with a NaN in any column is left out for all.
+
+    Returns
+    -------
+    DependenceGraph
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As `foci`.
+
+    Notes
+    -----
+    p runs of `foci`: O(n^2 p^2) for each step.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = np.random.default_rng(0).normal(size=(2, 400))
+    >>> graph = dependence_graph(np.column_stack([a, b, a * b]))
+    >>> graph.adjacency[2].tolist()
+    [True, True, False]
+    """
+    resolve(backend, X=X)
+    check_bool(progress, "progress")
+    features = as_features(X, "X", allow_1d=False)
+    p = features.values.shape[1]
+    if p < 2:
+        raise ValueError(f"X must have at least two columns for a graph; got {p}")
+    values = clean_rows({"X": features}, nan_policy)["X"]
+    warn_constant_columns(values, "X", features.names, stacklevel=2)
+    check_choice(standardize, "standardize", ("scale", "bounded", None))
+    spans = squared_spans(values, scale_factors(values, standardize, features.names))
+    check_overflow(spans, lambda k: f"{column_label(k, features.names)} of X")
+    adjacency = np.zeros((p, p), dtype=bool)
+    weights = np.zeros((p, p))
+    results = []
+    with progress_bar(progress, total=p, desc="columns", unit="column") as bar:
+        for i in range(p):
+            others = np.delete(np.arange(p), i)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # constant columns: said once above
+                result = foci(
+                    values[:, others],
+                    values[:, i],
+                    stop=stop,
+                    max_features=max_features,
+                    min_gain=min_gain,
+                    standardize=standardize,
+                    ties=ties,
+                    seed=seed,
+                    backend=backend,
+                )
+            selected = others[result.ordering]
+            adjacency[i, selected] = True
+            weights[i, selected] = result.conditional
+            results.append(_in_columns_of(result, selected, features.names, p))
+            bar.update()
+    return DependenceGraph(adjacency, weights, results, features.names)
+
+
+def _in_columns_of(
+    result: FociResult, selected: NDArray[np.int64], names: list[str] | None, p: int
+) -> FociResult:
+    """A result on some of the columns, told in the indices of all."""
+    return FociResult(
+        ordering=selected,
+        cumulative=result.cumulative,
+        conditional=result.conditional,
+        base=result.base,
+        stop_reason=result.stop_reason,
+        names=None if names is None else [names[k] for k in selected],
+        preselected=result.preselected,
+        n_samples=result.n_samples,
+        n_features=p,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """Validated arguments of one selection, and the FOCI loop over an engine."""
+
+    X: NDArray
+    y: NDArray
+    names: list[str] | None
+    preselected: tuple[int, ...]
+    stop: bool
+    cap: int
+    min_gain: float
+    standardize: str | None
+    ties: str
+    progress: bool
+
+    @staticmethod
+    def prepare(
+        X: Any,
+        y: Any,
+        stop: object,
+        max_features: object,
+        min_gain: object,
+        preselected: Sequence[int | str] | None,
+        standardize: str | None,
+        ties: str,
+        nan_policy: str,
+        progress: object,
+    ) -> "_Task":
+        check_choice(ties, "ties", TIES)
+        check_choice(standardize, "standardize", ("scale", "bounded", None))
+        stop = check_bool(stop, "stop")
+        gain = check_real(min_gain, "min_gain", 0)
+        if gain > 0 and not stop:
+            raise ValueError(
+                f"min_gain={gain:g} needs stop=True: with stop=False nothing is left out"
+            )
+        features = as_features(X, "X", allow_1d=False)
+        p = features.values.shape[1]
+        given = _check_preselected(preselected, p, features.names)
+        cap = p - len(given)
+        if max_features is not None:
+            cap = min(cap, check_integer(max_features, "max_features", 1))
+        clean = clean_rows({"X": features, "y": as_response(y)}, nan_policy)
+        warn_constant_columns(clean["X"], "X", features.names, stacklevel=3)
+        return _Task(
+            clean["X"],
+            clean["y"],
+            features.names,
+            given,
+            stop,
+            cap,
+            gain,
+            standardize,
+            ties,
+            check_bool(progress, "progress"),
+        )
+
+    def run(self, X: NDArray, y: NDArray, backend: str, seed: int | None) -> FociResult:
+        """The greedy loop: score all candidates, decide exactly, go on or stop."""
+        R, L = ranks(y)
+        sums = _exact.ResponseSums(R, L)
+        if sums.constant:
+            warnings.warn("y is constant: nothing is selected", stacklevel=3)
+            return self._result([], [], [], 0.0, "constant_y")
+        factors = scale_factors(X, self.standardize, self.names)
+        spans = squared_spans(X, factors)
+        bound = X.dtype.type(0)
+        engine = make_engine(backend, X, factors, R, self.ties, seed)
+        for column in self.preselected:
+            engine.select(column)
+            bound = self._add_span(bound, spans[[column]], [column])[0]
+        m = Fraction(sums.sum_L2, sums.n)  # no columns: T(Y, {}) = 0
+        base = 0.0
+        if self.preselected:
+            m = _exact.total(*engine.row_sums())
+            base = float(_defined(sums.unconditional(m)))
+        conditioned = bool(self.preselected)
+        candidates = [f for f in range(X.shape[1]) if f not in set(self.preselected)]
+        ordering: list[int] = []
+        cumulative: list[float] = []
+        conditional: list[float] = []
+        reason: StopReason = "exhausted" if self.cap == len(candidates) else "max_features"
+        with progress_bar(self.progress, total=len(candidates), unit="column") as bar:
+            while len(ordering) < self.cap:
+                bounds = self._add_span(bound, spans[candidates], candidates)
+                bar.set_description(f"FOCI step {len(ordering) + 1}")
+                scores = _score(engine, np.array(candidates), self.progress, bar)
+                best, m_best = _best(engine, np.array(candidates), *scores)
+                gain = Fraction(sums.n) * (m_best - m) / sums.denominator
+                if self.stop and gain <= Fraction(self.min_gain):
+                    reason = "no_gain" if gain <= 0 else "min_gain"
+                    break
+                step = sums.conditional(m_best, m) if conditioned else sums.unconditional(m_best)
+                if step is None:
+                    warnings.warn(
+                        "y is a function of the columns selected so far: from here on the "
+                        "conditional coefficient is 1 by convention",
+                        stacklevel=3,
+                    )
+                bound = bounds[candidates.index(best)]
+                engine.select(best)
+                candidates.remove(best)
+                ordering.append(best)
+                cumulative.append(float(_defined(sums.unconditional(m_best))))
+                conditional.append(1.0 if step is None else float(step))
+                m, conditioned = m_best, True
+        return self._result(ordering, cumulative, conditional, base, reason)
+
+    def _add_span(self, bound: Any, spans: NDArray, columns: list[int]) -> NDArray:
+        """Bounds on the squared distances with each of the columns added; all must be finite."""
+        with np.errstate(over="ignore"):
+            bounds = bound + spans
+        check_overflow(bounds, lambda k: f"{column_label(columns[k], self.names)} of X")
+        return bounds
+
+    def _result(
+        self,
+        ordering: list[int],
+        cumulative: list[float],
+        conditional: list[float],
+        base: float,
+        reason: StopReason,
+    ) -> FociResult:
+        return FociResult(
+            ordering=np.array(ordering, dtype=np.int64),
+            cumulative=np.array(cumulative, dtype=np.float64),
+            conditional=np.array(conditional, dtype=np.float64),
+            base=base,
+            stop_reason=reason,
+            names=None if self.names is None else [self.names[f] for f in ordering],
+            preselected=self.preselected,
+            n_samples=self.X.shape[0],
+            n_features=self.X.shape[1],
+        )
+
+
+def _defined(value: Fraction | None) -> Fraction:
+    """T(Y, X_S), which exists whenever y is not constant."""
+    assert value is not None
+    return value
+
+
+def _check_preselected(
+    preselected: Sequence[int | str] | None, p: int, names: list[str] | None
+) -> tuple[int, ...]:
+    """Indices of the preselected columns, distinct and in range."""
+    if preselected is None:
+        return ()
+    if isinstance(preselected, str | bytes) or not isinstance(
+        preselected, Sequence | np.ndarray | set | frozenset
+    ):
+        raise TypeError(
+            "preselected must be a sequence of column indices or names; got "
+            f"{preselected!r} ({type(preselected).__name__})"
+        )
+    indices: list[int] = []
+    for column in preselected:
+        if isinstance(column, str):
+            if names is None or names.count(column) != 1:
+                known = "X has no column names" if names is None else "not one column of X"
+                raise ValueError(f"preselected names column {column!r}: {known}")
+            index = names.index(column)
+        else:
+            index = check_integer(column, "preselected column", 0)
+            if index >= p:
+                raise ValueError(
+                    f"preselected columns must be in 0 .. {p - 1}, as X has {p}; got {index}"
+                )
+        if index in indices:
+            raise ValueError(f"preselected names column {index} twice")
+        indices.append(index)
+    return tuple(indices)
+
+
+def _score(
+    engine: Engine, candidates: NDArray[np.int64], progress: bool, bar: Any
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Fixed-point sums of all candidates, in pieces where a bar shows them."""
+    if not progress:
+        return engine.score(candidates)
+    bar.reset(total=len(candidates))
+    pieces = np.array_split(candidates, min(_CHUNKS, len(candidates)))
+    scores = []
+    for piece in pieces:
+        scores.append(engine.score(piece))
+        bar.update(len(piece))
+    whole, fraction = zip(*scores, strict=True)
+    return np.concatenate(whole), np.concatenate(fraction)
+
+
+def _best(
+    engine: Engine,
+    candidates: NDArray[np.int64],
+    whole: NDArray[np.int64],
+    fraction: NDArray[np.int64],
+) -> tuple[int, Fraction]:
+    """The candidate with the largest exact sum, the lowest index on equality, and its sum.
+
+    Fixed point rounds every row down by less than one unit, so a score lies up to n units below
+    its exact sum, and on it where the fraction is 0. Candidates that could still be the largest
+    are decided by exact rationals.
+    """
+    unit = 1 << _exact.FRACTION_BITS
+    carry = fraction >> _exact.FRACTION_BITS
+    high, low = whole + carry, fraction & (unit - 1)
+    top = np.lexsort((low, high))[-1]
+    behind = high[top] - high  # whole units behind the leader; beyond 1 out of reach
+    distance = np.where(behind > 1, np.int64(2 * unit), 0)
+    close = behind <= 1
+    distance[close] = behind[close] * unit + (low[top] - low[close])
+    slack = np.where(fraction == 0, 0, np.int64(_exact.MAX_ROUNDING))
+    contenders = np.flatnonzero(distance <= slack)
+    if (fraction[contenders] == 0).all():
+        index = contenders[np.argmin(candidates[contenders])]
+        return int(candidates[index]), Fraction(int(high[index]))
+    best, best_sum = -1, Fraction(-1)
+    for column in np.sort(candidates[contenders]):
+        exact = _exact.total(*engine.row_sums(int(column)))
+        if exact > best_sum:
+            best, best_sum = int(column), exact
+    return best, best_sum

@@ -1,0 +1,47 @@
+import os
+
+import lcodec_ext
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
+settings.register_profile(
+    "long",
+    max_examples=600,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+SIMD_LEVELS = lcodec_ext.build_info()["simd_supported"]
+
+
+def pytest_report_header():
+    info = lcodec_ext.build_info()
+    untested = sorted(set(info["simd_compiled"]) - set(info["simd_supported"]))
+    return [
+        f"lcodec_ext {info['version']} from {os.path.dirname(lcodec_ext.__file__)}, "
+        f"sanitizers: {', '.join(info['sanitizers']) or 'none'}",
+        f"SIMD levels under test: {', '.join(SIMD_LEVELS)}"
+        + (f"; compiled but not run, this CPU lacks them: {', '.join(untested)}" * bool(untested)),
+        lcodec_ext.cuda_status(),
+    ]
+
+
+@pytest.fixture(params=SIMD_LEVELS)
+def simd_level(request, monkeypatch):
+    """Every SIMD level that this CPU can run."""
+    monkeypatch.setenv("LCODEC_SIMD", request.param)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request, monkeypatch):
+    monkeypatch.setenv("LCODEC_NUM_THREADS", str(request.param))
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20220619)
