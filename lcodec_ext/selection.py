@@ -237,9 +237,8 @@ def lfoci(
     --------
     >>> import numpy as np
     >>> bits = np.random.default_rng(0).integers(0, 2, (500, 6))
-    >>> result = lfoci(bits, bits[:, 0] + 2 * bits[:, 3])
-    >>> result.ordering.tolist(), result.stop_reason
-    ([3, 0], 'no_gain')
+    >>> lfoci(bits, bits[:, 0] + 2 * bits[:, 3], max_features=2).ordering.tolist()
+    [3, 0]
     """
     chosen = resolve(backend, X=X, y=y)
     check_noise(noise, noise_scale, seed)

@@ -1,0 +1,241 @@
+"""What foci, lfoci, lcodec, nearest_neighbors and dependence_graph promise."""
+
+import lcodec_ext
+import numpy as np
+import pandas as pd
+import pytest
+from lcodec_ext._random import pick, tie_hash
+from numpy.random import Generator, Philox
+
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def problem(rng):
+    X = rng.normal(size=(400, 8))
+    return X, X[:, 2] * X[:, 5] + np.sin(X[:, 7])
+
+
+def test_selects_the_markov_blanket(problem):
+    X, y = problem
+    result = lcodec_ext.foci(X, y)
+    assert set(result.ordering) == {2, 5, 7}
+    assert result.stop_reason == "no_gain"
+    assert result.ordering.dtype == np.int64
+    assert result.cumulative.dtype == result.conditional.dtype == np.float64
+    assert (result.n_samples, result.n_features) == X.shape
+    assert (np.diff(result.cumulative) > 0).all()
+    ordering, values = result
+    assert ordering is result.ordering
+    assert values is result.cumulative
+    assert "3 of 8 columns selected on 400 rows, stopped by 'no_gain'" in repr(result)
+
+
+def test_values_are_those_of_codec_on_raw_columns(problem):
+    X, y = problem
+    result = lcodec_ext.foci(X, y, standardize=None, stop=False)
+    assert result.stop_reason == "exhausted"
+    assert sorted(result.ordering) == list(range(8))
+    for k in range(8):
+        chosen = X[:, result.ordering[: k + 1]]
+        assert result.cumulative[k] == lcodec_ext.codec(y, chosen)
+        if k:
+            assert result.conditional[k] == lcodec_ext.codec(y, chosen[:, k:], chosen[:, :k])
+    assert result.conditional[0] == result.cumulative[0]
+
+
+def test_standardisation_divides_by_sd_or_range(problem):
+    X, y = problem
+    X = X * 10.0 ** np.arange(-4, 4)
+    for name, spread in [("scale", X.std(axis=0, ddof=1)), ("bounded", np.ptp(X, axis=0))]:
+        result = lcodec_ext.foci(X, y, standardize=name)
+        raw = lcodec_ext.foci(X / spread, y, standardize=None)
+        assert result.ordering.tolist() == raw.ordering.tolist()
+        np.testing.assert_allclose(result.cumulative, raw.cumulative, atol=0.01)
+
+
+def test_max_features_caps(problem):
+    X, y = problem
+    everything = lcodec_ext.foci(X, y, stop=False)
+    for cap in (1, 2, 7):
+        result = lcodec_ext.foci(X, y, stop=False, max_features=cap)
+        assert result.ordering.tolist() == everything.ordering[:cap].tolist()
+        assert result.stop_reason == "max_features"
+    assert lcodec_ext.foci(X, y, stop=False, max_features=99).stop_reason == "exhausted"
+
+
+def test_min_gain_is_in_cumulative_T(problem):
+    X, y = problem
+    free = lcodec_ext.foci(X, y)
+    gains = np.diff(free.cumulative, prepend=0.0)
+    threshold = float(gains.min()) + 1e-9
+    result = lcodec_ext.foci(X, y, min_gain=threshold)
+    assert len(result.ordering) == int(np.argmax(gains < threshold))
+    assert result.stop_reason == "min_gain"
+    assert lcodec_ext.foci(X, y, min_gain=2.0).ordering.tolist() == []
+
+
+def test_nothing_is_selected_from_noise(rng):
+    X = rng.normal(size=(60, 3))
+    for _ in range(20):
+        result = lcodec_ext.foci(X, rng.normal(size=60))
+        if len(result.ordering) == 0:
+            break
+    assert result.stop_reason == "no_gain"
+    assert result.cumulative.shape == (0,)
+    assert X[:, result.ordering].shape == (60, 0)
+
+
+def test_preselected_columns_are_the_conditioning_set(problem):
+    X, y = problem
+    full = lcodec_ext.foci(X, y, standardize=None)
+    first, *rest = full.ordering.tolist()
+    result = lcodec_ext.foci(X, y, standardize=None, preselected=[first])
+    assert result.ordering.tolist() == rest
+    assert result.base == full.cumulative[0] == lcodec_ext.codec(y, X[:, first])
+    assert result.cumulative.tolist() == full.cumulative[1:].tolist()
+    assert result.conditional.tolist() == full.conditional[1:].tolist()
+    everything = lcodec_ext.foci(X, y, preselected=range(8))
+    assert (everything.ordering.tolist(), everything.stop_reason) == ([], "exhausted")
+    named = lcodec_ext.foci(pd.DataFrame(X, columns=list("abcdefgh")), y, preselected=["c", 0])
+    assert named.preselected == (2, 0)
+
+
+def test_progress_changes_nothing(problem, capfd):
+    X, y = problem
+    silent = lcodec_ext.foci(X, y)
+    assert capfd.readouterr().err == ""
+    shown = lcodec_ext.foci(X, y, progress=True)
+    assert "FOCI step 1" in capfd.readouterr().err
+    assert shown.cumulative.tolist() == silent.cumulative.tolist()
+
+
+def test_y_that_is_a_function_of_the_selected(rng):
+    X = np.column_stack([np.repeat(np.arange(20), 3), rng.normal(size=60)])
+    with pytest.warns(UserWarning, match="y is a function of the columns selected so far"):
+        result = lcodec_ext.foci(X, X[:, 0], stop=False)
+    assert result.cumulative[0] == 1.0
+    assert result.conditional[1] == 1.0
+
+
+def test_random_ties_follow_the_seed(rng):
+    X = rng.integers(0, 2, (80, 5))
+    y = rng.normal(size=80)
+
+    def run(seed):
+        return lcodec_ext.foci(X, y, ties="random", seed=seed, stop=False).cumulative.tolist()
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert run(None) != run(None)
+    values = [lcodec_ext.codec(y, X[:, 0], ties="random", seed=s) for s in range(400)]
+    exact = lcodec_ext.codec(y, X[:, 0])
+    standard_error = np.std(values) / np.sqrt(len(values))
+    assert abs(np.mean(values) - exact) < 4 * standard_error
+
+
+def test_tie_hash_is_written_down():
+    """The words themselves: changing them would change everybody's results."""
+    assert tie_hash(0, 3).tolist() == [
+        int(word) for word in (_splitmix(_splitmix(_GAMMA) + k * _GAMMA) for k in (1, 2, 3))
+    ]
+    assert [pick(word, 7) for word in (0, 2**63, 2**64 - 1)] == [0, 3, 6]
+    assert 0.45 < np.mean(tie_hash(5, 10_000) / 2**64) < 0.55
+
+
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def _splitmix(word):
+    word &= 2**64 - 1
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) % 2**64
+    return word ^ (word >> 31)
+
+
+def test_lcodec_is_codec_of_noisy_arguments(rng):
+    y, z, x = rng.integers(0, 3, (3, 100))
+    noisy = [
+        column + 0.25 * Generator(Philox(9).jumped(k)).standard_normal(100)
+        for k, column in enumerate([y, x, z])
+    ]
+    value = lcodec_ext.lcodec(y, z, x, noise=0.25, seed=9)
+    assert value == lcodec_ext.codec(noisy[0], noisy[2], noisy[1])
+    # powers of two scale without rounding, so relative noise must give the same ranks
+    options = {"noise": 0.1, "noise_scale": "relative"}
+    assert lcodec_ext.lcodec(y * 64, z * 8, **options) == lcodec_ext.lcodec(y, z, **options)
+    assert lcodec_ext.lcodec(y * 64, z * 8, noise=5) != lcodec_ext.lcodec(y, z, noise=5)
+    assert lcodec_ext.lcodec(y, z, x, noise=0) == lcodec_ext.codec(y, z, x)
+    assert lcodec_ext.lcodec(y, z, x, seed=1) != lcodec_ext.lcodec(y, z, x, seed=2)
+    float32 = [column.astype(np.float32) for column in (y, z, x)]
+    assert lcodec_ext.lcodec(*float32) == lcodec_ext.lcodec(y, z, x)
+
+
+def test_lfoci_is_foci_of_noisy_arguments(rng):
+    X = rng.integers(0, 2, (300, 5))
+    y = X[:, 1] + 2 * X[:, 4]
+    noisy = [
+        column + 0.01 * Generator(Philox(3).jumped(k)).standard_normal(300)
+        for k, column in enumerate([y, *X.T])
+    ]
+    result = lcodec_ext.lfoci(X, y, seed=3)
+    expected = lcodec_ext.foci(np.column_stack(noisy[1:]), noisy[0])
+    assert result.cumulative.tolist() == expected.cumulative.tolist()
+    assert set(result.ordering[:2]) == {1, 4}
+    names = lcodec_ext.lfoci(pd.DataFrame(X, columns=list("abcde")), y, seed=3).names
+    assert names == ["abcde"[k] for k in expected.ordering]
+
+
+def test_nearest_neighbors_of_duplicates_are_other_rows():
+    X = np.array([[0.0], [0.0], [0.0], [5.0], [6.0], [4.0]])
+    assert lcodec_ext.nearest_neighbors(X).tolist() == [1, 0, 0, 4, 3, 3]
+    indptr, indices = lcodec_ext.nearest_neighbors(X, ties="all")
+    assert [indices[a:b].tolist() for a, b in zip(indptr[:-1], indptr[1:], strict=True)] == [
+        [1, 2], [0, 2], [0, 1], [4, 5], [3], [3]
+    ]  # fmt: skip
+    drawn = {tuple(lcodec_ext.nearest_neighbors(X, ties="random", seed=s)) for s in range(200)}
+    assert len(drawn) == 16  # four rows with two tied neighbours each
+    assert lcodec_ext.nearest_neighbors([[1.0], [2.0]]).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="X must have at least 2 rows; got 1"):
+        lcodec_ext.nearest_neighbors([[1.0]])
+    with pytest.raises(ValueError, match="ties must be one of 'first', 'random', 'all'"):
+        lcodec_ext.nearest_neighbors(X, ties="average")
+
+
+def test_nearest_neighbors_in_many_columns(rng):
+    from scipy.spatial.distance import cdist
+
+    X = rng.integers(-4, 5, (50, 700)).astype(float)  # integers: any order of sums is exact
+    distance = cdist(X, X, "sqeuclidean")
+    np.fill_diagonal(distance, np.inf)
+    assert lcodec_ext.nearest_neighbors(X).tolist() == distance.argmin(axis=1).tolist()
+
+
+def test_dependence_graph(rng):
+    a, b, c = rng.normal(size=(3, 300))
+    frame = pd.DataFrame({"a": a, "b": b, "ab": a * b, "c": c})
+    graph = lcodec_ext.dependence_graph(frame)
+    assert graph.names == ["a", "b", "ab", "c"]
+    assert graph.adjacency[2].tolist() == [True, True, False, False]
+    assert not graph.adjacency.diagonal().any()
+    assert ((graph.weights != 0) == graph.adjacency).all()
+    for i, result in enumerate(graph.results):
+        others = [k for k in range(4) if k != i]
+        alone = lcodec_ext.foci(frame.iloc[:, others], frame.iloc[:, i])
+        assert result.names == alone.names
+        assert [frame.columns[k] for k in result.ordering] == alone.names
+        assert result.cumulative.tolist() == alone.cumulative.tolist()
+        assert graph.weights[i, result.ordering].tolist() == alone.conditional.tolist()
+    with pytest.raises(ValueError, match="at least two columns for a graph; got 1"):
+        lcodec_ext.dependence_graph(frame[["a"]])
+    with pytest.raises(ValueError, match="standardize must be one of"):
+        lcodec_ext.dependence_graph(frame, standardize="no")
+
+
+def test_dependence_graph_with_a_constant_column(rng):
+    X = np.column_stack([rng.normal(size=(40, 2)), np.ones(40)])
+    with pytest.warns(UserWarning, match="column 2 of X is constant") as caught:
+        graph = lcodec_ext.dependence_graph(X)
+    assert len(caught) == 1
+    assert not graph.adjacency[2].any()
+    assert not graph.adjacency[:, 2].any()
