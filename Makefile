@@ -1,0 +1,132 @@
+# Everything a person or CI runs. `make` lists the targets.
+#
+# The package is installed, not linked, into .venv, and the tests import what was installed. Each
+# build has its own folder under build/, so that one does not undo another.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for pytest in `make test`, for example ARGS="-k foci -x".
+ARGS ?=
+# `make test` compiles CUDA kernels for one architecture, to save time: this machine's GPU, or
+# Hopper where there is none. `make check` compiles for all.
+CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),native,90-real)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# The build tools are in .venv, in their pinned versions, so that rebuilding is incremental;
+# `make check-wheel` builds in isolation, as a user's pip does.
+BUILD := --no-build-isolation -C cmake.define.LCODEC_WERROR=ON
+# Folders too: their time stamps tell of files that were added or removed.
+SOURCES := $(shell find csrc lcodec_ext -name __pycache__ -prune -o -print) \
+    CMakeLists.txt pyproject.toml README.md LICENSE
+
+define CHECK_PYTHON
+import os, sys, sysconfig
+name = os.path.basename(sys.executable) + " " + sys.version.split()[0]
+if sys.version_info < (3, 11):
+    sys.exit("lcodec_ext needs Python 3.11 or newer; this is " + name
+             + ". Name another one: make PYTHON=python3.12 ...")
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit(name + " cannot make virtual environments. On Debian or Ubuntu: "
+             "apt install python3-venv python3-dev")
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    sys.exit(name + " has no C headers. On Debian or Ubuntu: apt install python3-dev")
+endef
+export CHECK_PYTHON
+
+.PHONY: help demo test check lint bench clean
+.PHONY: check-wheel check-objects check-sanitize check-long
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.installed ## Delete samples from a trained network and show what happened
+	$(BIN)/python examples/digits_deletion.py
+
+test: $(VENV)/.installed ## Build for this machine and run the tests
+	HYPOTHESIS_PROFILE=short $(BIN)/pytest $(ARGS)
+
+check: lint check-wheel check-objects check-sanitize check-long ## All that CI checks beyond `make test`
+
+lint: $(VENV)/.installed ## Formatting, style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
+	    | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed ## Time the package beside other implementations
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean: ## Remove what was built; .venv and its downloads stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# --------------------------------------------------------------------------------------------
+# The parts of `make check`
+
+# A wheel as a release has it: from the sdist, in an isolated environment, for all architectures.
+# It is then used where nothing but NumPy is installed.
+check-wheel: $(VENV)/.installed ## Part of check: sdist, wheel for all GPUs, import with NumPy alone
+	rm -rf build/wheel
+	mkdir -p build/wheel
+	$(BIN)/pyproject-build --no-isolation --sdist --outdir build/wheel .
+	$(PIP) wheel -v --no-deps --build-constraint constraints.txt --wheel-dir build/wheel \
+	    -C cmake.define.LCODEC_WERROR=ON -C cmake.define.CMAKE_CUDA_FLAGS=-Xptxas=-v \
+	    build/wheel/lcodec_ext-*.tar.gz >build/wheel/log.txt 2>&1 \
+	    || { cat build/wheel/log.txt; exit 1; }
+	grep -oE 'lcodec_ext: CUDA .*|(Compiling entry|ptxas info +: Used|[0-9]+ bytes stack).*' \
+	    build/wheel/log.txt | c++filt
+	$(BIN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install -q -c constraints.txt build/wheel/lcodec_ext-*.whl
+	build/wheel/venv/bin/python -P tests/core_only.py
+
+# The linker keeps one copy of a function that several objects define. Were it one compiled for
+# AVX-512, the module would crash on every other CPU.
+check-objects: $(VENV)/.installed ## Part of check: no shared function is compiled for one SIMD level
+	@objects=$$(find build/dev -path '*lcodec_score_*' -name '*.o'); \
+	test -n "$$objects"; \
+	for object in $$objects; do \
+	    nm -C --defined-only "$$object" | awk '$$2 ~ /^[WVu]$$/' | { ! grep .; } \
+	        || { echo "$$object defines these for others to share"; exit 1; }; \
+	done; \
+	echo "SIMD objects share no function: $$(echo "$$objects" | wc -l) checked"
+
+# This one is also the build without CUDA. The runtimes are preloaded because Python itself is not
+# built with them: ASan must come first, and needs the C++ library's exceptions at its start.
+check-sanitize: $(VENV)/.installed ## Part of check: native tests on an ASan + UBSan build without CUDA
+	rm -rf build/sanitize/site
+	$(PIP) install --no-deps $(BUILD) -C build-dir=build/sanitize/cmake -C cmake.build-type=Debug \
+	    -C cmake.define.LCODEC_SANITIZE=address,undefined -C cmake.define.LCODEC_CUDA=OFF \
+	    --target build/sanitize/site .
+	runtime() { ldd build/sanitize/site/lcodec_ext/_core*.so | awk -v name="$$1" '$$1 ~ name { print $$3 }'; }; \
+	export LD_PRELOAD="$$(runtime asan) $$(runtime libstdc)" ASAN_OPTIONS=detect_leaks=0 \
+	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$PWD/build/sanitize/site"; \
+	$(BIN)/python -P -c 'import lcodec_ext as m; assert m.build_info()["sanitizers"], m.__file__'; \
+	HYPOTHESIS_PROFILE=short $(BIN)/pytest -m native $$(grep -rl --include='*.py' mark.native tests)
+
+check-long: $(VENV)/.installed ## Part of check: all tests with the long Hypothesis profile
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(ARGS)
+
+# --------------------------------------------------------------------------------------------
+# The virtual environment, in two stamps: tools, and the package with all it needs
+
+$(VENV)/.tools: constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) not found; name a Python: make PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || { "$(PYTHON)" -c "$$CHECK_PYTHON" && "$(PYTHON)" -m venv $(VENV); }
+	$(PIP) install -q -c constraints.txt pip
+	$(PIP) install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	$(PIP) install -c constraints.txt $(BUILD) -C build-dir=build/dev \
+	    -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) '.[dev]'
+	touch $@

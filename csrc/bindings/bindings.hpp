@@ -1,0 +1,11 @@
+// The compiled module, lcodec_ext._core, one register_* function per topic.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace lcodec::bindings {
+
+void register_build_info(pybind11::module_& m);  // build_info.cpp
+void register_dependence(pybind11::module_& m);  // dependence.cpp
+
+}  // namespace lcodec::bindings

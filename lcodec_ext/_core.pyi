@@ -1,0 +1,53 @@
+"""Types of the compiled module (csrc/bindings)."""
+
+from typing import TypedDict, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+class _BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    build_type: str
+    flags: str
+    sanitize: str
+    simd_compiled: list[str]
+    simd_supported: list[str]
+    hardware_threads: int
+    cuda_version: str
+    cuda_architectures: str
+
+def build_info() -> _BuildInfo: ...
+def cuda_probe() -> tuple[bool, str]: ...
+
+_F = TypeVar("_F", np.float32, np.float64)
+_I64 = NDArray[np.int64]
+
+class _Engine:
+    def select(self, column: int) -> None: ...
+    def score(self, candidates: _I64, level: str, threads: int) -> tuple[_I64, _I64]: ...
+    def row_sums(self, candidate: int, level: str, threads: int) -> tuple[_I64, _I64]: ...
+
+class EngineFloat(_Engine):
+    def __init__(
+        self,
+        x: NDArray[np.float32],
+        factor: NDArray[np.float32],
+        rank: NDArray[np.int32],
+        ties: int,
+        seed: int,
+    ) -> None: ...
+
+class EngineDouble(_Engine):
+    def __init__(
+        self,
+        x: NDArray[np.float64],
+        factor: NDArray[np.float64],
+        rank: NDArray[np.int32],
+        ties: int,
+        seed: int,
+    ) -> None: ...
+
+def neighbors(
+    x: NDArray[_F], factor: NDArray[_F], ties: int, seed: int, level: str, threads: int
+) -> tuple[_I64, _I64]: ...
