@@ -1,0 +1,197 @@
+"""Drop-in for the ``codec`` package of the repository vsingh-group/LCODEC-deep-unlearning.
+
+Names, argument orders, return types and the rules of selection are that package's; the values
+are those of :mod:`lcodec_ext`, which differ where its arithmetic was at fault. The differences
+are tabulated in ``docs/compat.md``. ``n_jobs`` is accepted and has no effect: the number of
+threads is set by the environment variable ``LCODEC_NUM_THREADS``.
+
+Everywhere, X and Z are array_like or tensors of shape (n, q) (Z and the conditioning X also
+(n,)), Y of shape (n,) or (n, 1), 3 <= n <= 10^6. Rows that tie as nearest neighbours are
+averaged over. Bad input raises ValueError, as in the functions of :mod:`lcodec_ext`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import lcodec_ext
+from lcodec_ext._validation import as_features
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "OneNN_Scikit",
+    "OneNN_Torch",
+    "chattCorr",
+    "cheap_foci",
+    "cheap_torch_foci",
+    "codec2",
+    "codec3",
+    "createFOCIGraph",
+    "foci",
+    "torch_codec2",
+    "torch_codec3",
+    "torch_foci",
+]
+
+
+def _like(value: Any, given: Any) -> "torch.Tensor":
+    """Tensor of value on the device of what the user gave."""
+    import torch
+
+    return torch.as_tensor(value, device=given.device if torch.is_tensor(given) else None)
+
+
+def _scalars(values: list[float], given: Any) -> list["torch.Tensor"]:
+    """0-d float64 tensors: float32 would lose what the exact sums kept."""
+    return list(_like(np.array(values, dtype=np.float64), given))
+
+
+def codec2(Z: Any, Y: Any, n_jobs: Any = None) -> float:
+    """T(Y, Z), the dependence of Y on Z: ``lcodec_ext.codec(Y, Z)``.
+
+    1.0 with a warning where it is undefined (Y constant).
+    """
+    return lcodec_ext.codec(Y, Z)
+
+
+def codec3(Z: Any, Y: Any, X: Any, n_jobs: Any = None) -> float:
+    """T(Y, Z | X), the dependence of Y on Z given X: ``lcodec_ext.codec(Y, Z, X)``.
+
+    1.0 with a warning where it is undefined (Y a function of X in the sample).
+    """
+    return lcodec_ext.codec(Y, Z, X)
+
+
+def torch_codec2(Z: Any, Y: Any) -> "torch.Tensor":
+    """:func:`codec2` as a 0-d float64 tensor on the device of Z, without a gradient."""
+    return _scalars([codec2(Z, Y)], Z)[0]
+
+
+def torch_codec3(Z: Any, Y: Any, X: Any) -> "torch.Tensor":
+    """:func:`codec3` as a 0-d float64 tensor on the device of Z, without a gradient."""
+    return _scalars([codec3(Z, Y, X)], Z)[0]
+
+
+def _print_step(step: int, ordering: list[int], values: list[float]) -> None:
+    print(f"step {step + 1}: column {ordering[step]}, T = {values[step]:.6g}", flush=True)
+
+
+def foci(
+    X: Any, Y: Any, earlyStop: bool = True, verbose: bool = False, n_jobs: Any = None
+) -> tuple[list[int], list[float]]:
+    """Order the columns of X by what they add to the dependence of Y, on raw columns.
+
+    The best single column comes first and is kept even if its T is negative; then columns are
+    added while the best conditional T is positive.
+
+    Parameters
+    ----------
+    X : array_like of shape (n, p)
+    Y : array_like of shape (n,) or (n, 1)
+    earlyStop : bool
+        If False, all p columns are ordered.
+    verbose : bool
+        Print a line for each column taken.
+    n_jobs : object
+        Ignored.
+
+    Returns
+    -------
+    ordering : list of int
+        Column indices in the order of selection.
+    codecVals : list of float
+        T(Y, Z) of the first, T(Y, Z | those before) of every later one. Both lists are empty,
+        with a warning, for a constant Y.
+
+    Notes
+    -----
+    ``lcodec_ext.foci`` with ``standardize=None``, the first column apart; its complexity.
+    """
+    ordering, values = cheap_foci(X, Y)
+    if verbose and ordering:
+        _print_step(0, ordering, values)
+    if ordering:
+        rest = lcodec_ext.foci(X, Y, stop=bool(earlyStop), preselected=ordering, standardize=None)
+        ordering += rest.ordering.tolist()
+        values += rest.conditional.tolist()
+    if verbose:
+        for step in range(1, len(ordering)):
+            _print_step(step, ordering, values)
+    return ordering, values
+
+
+def cheap_foci(X: Any, Y: Any, n_jobs: Any = None) -> tuple[list[int], list[float]]:
+    """Find the column that Y depends on most; it and its T(Y, Z) as lists of length 1.
+
+    Both lists are empty, with a warning, for a constant Y.
+    """
+    result = lcodec_ext.foci(X, Y, stop=False, max_features=1, standardize=None)
+    return result.ordering.tolist(), result.cumulative.tolist()
+
+
+def torch_foci(
+    X: Any, Y: Any, earlyStop: bool = True, verbose: bool = False
+) -> tuple[list[int], list["torch.Tensor"]]:
+    """:func:`foci` with its values as 0-d float64 tensors on the device of X."""
+    ordering, values = foci(X, Y, earlyStop, verbose)
+    return ordering, _scalars(values, X)
+
+
+def cheap_torch_foci(X: Any, Y: Any, n_jobs: Any = None) -> tuple[list[int], list["torch.Tensor"]]:
+    """:func:`cheap_foci` with its value as a 0-d float64 tensor on the device of X."""
+    ordering, values = cheap_foci(X, Y)
+    return ordering, _scalars(values, X)
+
+
+def createFOCIGraph(X: Any) -> NDArray[np.float64]:
+    """Which columns make up the Markov blanket of each column, by FOCI.
+
+    Parameters
+    ----------
+    X : array_like of shape (n, p)
+
+    Returns
+    -------
+    graph : ndarray of float64, shape (p, p)
+        Ones on the diagonal; in row i the value of :func:`foci` for each column selected for
+        column i, where it is positive, and 0 elsewhere. Not symmetric.
+    """
+    columns = as_features(X, "X", allow_1d=False).values
+    p = columns.shape[1]
+    graph = np.eye(p)
+    for i in range(p) if p > 1 else ():
+        others = np.delete(np.arange(p), i)
+        ordering, values = foci(columns[:, others], columns[:, i])
+        graph[i, others[ordering]] = np.maximum(values, 0.0)
+    return graph
+
+
+def chattCorr(Z: Any, Y: Any) -> float:
+    """Chatterjee's coefficient of Y on the single column Z: ``lcodec_ext.xi(Z, Y)``."""
+    return lcodec_ext.xi(Z, Y)
+
+
+def OneNN_Scikit(X: Any, p: int = 2) -> NDArray[np.int64]:
+    """Index of the nearest other row, the lowest of those that tie.
+
+    Parameters
+    ----------
+    X : array_like of shape (n, q)
+    p : int
+        Order of the norm; only 2, the Euclidean, is there.
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+    """
+    if p != 2:
+        raise ValueError(f"p must be 2, the Euclidean norm that CODEC is defined with; got {p!r}")
+    return lcodec_ext.nearest_neighbors(X, ties="first")
+
+
+def OneNN_Torch(X: Any, p: int = 2) -> "torch.Tensor":
+    """:func:`OneNN_Scikit` as an int64 tensor on the device of X."""
+    return _like(OneNN_Scikit(X, p), X)

@@ -1,0 +1,185 @@
+"""FOCISelector as scikit-learn and pandas users meet it."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import lcodec_ext
+from lcodec_ext import foci
+
+pytest.importorskip("sklearn")
+pd = pytest.importorskip("pandas")
+
+from sklearn.base import clone  # noqa: E402
+from sklearn.exceptions import NotFittedError  # noqa: E402
+from sklearn.linear_model import LinearRegression  # noqa: E402
+from sklearn.model_selection import GridSearchCV  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
+
+from lcodec_ext import FOCISelector  # noqa: E402
+
+NAMES = ["age", "sex", "bmi", "bp", "s1", "s2"]
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 6))
+    return X, X[:, 4] * X[:, 1] + X[:, 4]
+
+
+# scikit-learn's tables are small and may have constant columns, which is said in warnings
+@pytest.mark.filterwarnings(
+    "ignore:.*constant and can tell nothing",
+    "ignore:y is a function of the columns",
+    "ignore:No features were selected",
+)
+@parametrize_with_checks(
+    [
+        FOCISelector(),
+        FOCISelector(max_features=2, stop=False, standardize=None, ties="random", random_state=0),
+    ]
+)
+def test_scikit_learn_conventions(estimator, check):
+    check(estimator)
+
+
+def test_selects_what_foci_selects(data):
+    X, y = data
+    selector = FOCISelector().fit(X, y)
+    expected = foci(X, y)
+    assert selector.ordering_.tolist() == expected.ordering.tolist() == [4, 1]
+    assert selector.cumulative_.tolist() == expected.cumulative.tolist()
+    assert selector.conditional_.tolist() == expected.conditional.tolist()
+    assert selector.support_.tolist() == [False, True, False, False, True, False]
+    # columns come out in the order of the input; ordering_ has the order of selection
+    assert selector.get_support(indices=True).tolist() == [1, 4]
+    assert np.array_equal(selector.transform(X), X[:, [1, 4]])
+    assert np.array_equal(selector.inverse_transform(X[:, [1, 4]])[:, [1, 4]], X[:, [1, 4]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_features": 3, "stop": False},
+        {"min_gain": 0.2},
+        {"standardize": None},
+        {"standardize": "bounded", "ties": "first"},
+        {"backend": "reference"},
+    ],
+)
+def test_options_are_those_of_foci(data, options):
+    X, y = data
+    X = np.round(X * [1, 2, 3, 4, 5, 60])
+    selector = FOCISelector(**options).fit(X, y)
+    expected = foci(X, y, **options)
+    assert selector.ordering_.tolist() == expected.ordering.tolist()
+    assert selector.cumulative_.tolist() == expected.cumulative.tolist()
+
+
+def test_float32_is_computed_in_float32(data):
+    X, y = data
+    X = (X * 1e-3 + 1).astype(np.float32)
+    selector = FOCISelector(standardize=None, stop=False).fit(X, y)
+    expected = foci(X, y, standardize=None, stop=False)
+    assert selector.cumulative_.tolist() == expected.cumulative.tolist()
+    assert selector.transform(X).dtype == np.float32
+
+
+def test_names_in_and_out(data):
+    X, y = data
+    table = pd.DataFrame(X, columns=NAMES)
+    selector = FOCISelector().set_output(transform="pandas").fit(table, pd.Series(y))
+    assert selector.feature_names_in_.tolist() == NAMES
+    assert selector.get_feature_names_out().tolist() == ["sex", "s1"]
+    selected = selector.transform(table)
+    assert isinstance(selected, pd.DataFrame)
+    pd.testing.assert_frame_equal(selected, table[["sex", "s1"]])
+    with pytest.raises(ValueError, match="feature names should match"):
+        selector.transform(table[NAMES[::-1]])
+    mixed = table.assign(sex=table["sex"] > 0, age=range(200))
+    assert FOCISelector().fit(mixed, y).n_features_in_ == 6
+
+
+def test_pipeline_grid_search_clone_and_pickle(data):
+    X, y = data
+    pipeline = make_pipeline(FOCISelector(stop=False), LinearRegression())
+    search = GridSearchCV(pipeline, {"fociselector__max_features": [1, 2, 6]}, cv=3).fit(X, y)
+    selector = search.best_estimator_[0]
+    assert len(selector.ordering_) == search.best_params_["fociselector__max_features"]
+    again = pickle.loads(pickle.dumps(selector))
+    assert np.array_equal(again.transform(X), selector.transform(X))
+    copy = clone(selector)
+    assert copy.get_params() == selector.get_params()
+    with pytest.raises(NotFittedError):
+        copy.get_support()
+
+
+def test_nothing_to_select():
+    rng = np.random.default_rng(1)
+    X, y = rng.random((60, 1)), rng.random(60)
+    selector = FOCISelector().fit(X, y)
+    assert selector.ordering_.shape == selector.cumulative_.shape == (0,)
+    assert not selector.support_.any()
+    with pytest.warns(UserWarning, match="No features were selected"):
+        assert selector.transform(X).shape == (60, 0)
+    with pytest.warns(UserWarning, match="y is constant"):
+        FOCISelector().fit(X, np.ones(60))
+
+
+def test_constant_column(data):
+    X, y = data
+    X[:, 2] = 7
+    with pytest.warns(UserWarning, match="constant"):
+        selector = FOCISelector().fit(X, y)
+    assert selector.ordering_.tolist() == [4, 1]
+
+
+def test_random_state():
+    rng = np.random.default_rng(8)
+    X, y = rng.integers(0, 3, (100, 4)), rng.integers(0, 3, 100)
+
+    def fit(random_state):
+        options = {"stop": False, "ties": "random", "random_state": random_state}
+        return FOCISelector(**options).fit(X, y).cumulative_.tolist()
+
+    assert fit(1) == fit(1) != fit(2)
+    assert fit(np.random.RandomState(1)) == fit(1)
+    assert fit(None) != fit(None)
+
+
+def test_bad_input(data):
+    X, y = data
+    with pytest.raises(ValueError, match="NaN"):
+        FOCISelector().fit(np.where(X > 2, np.nan, X), y)
+    with pytest.raises(ValueError, match="requires y"):
+        FOCISelector().fit(X, None)
+    with pytest.raises(ValueError, match="minimum of 3"):
+        FOCISelector().fit(X[:2], y[:2])
+    with pytest.raises(ValueError, match="standardize must be one of"):
+        FOCISelector(standardize="minmax").fit(X, y)
+    with pytest.raises(ValueError, match="max_features"):
+        FOCISelector(max_features=0).fit(X, y)
+
+
+def test_scikit_learn_is_loaded_on_demand():
+    code = (
+        "import sys, lcodec_ext; assert 'sklearn' not in sys.modules; "
+        "lcodec_ext.FOCISelector; assert 'sklearn' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    assert "FOCISelector" in dir(lcodec_ext)
+
+
+def test_without_scikit_learn_the_error_says_what_to_install():
+    code = (
+        "import sys; sys.modules['sklearn'] = None; import lcodec_ext\n"
+        "try: lcodec_ext.FOCISelector\n"
+        "except ImportError as error: assert 'lcodec-ext[sklearn]' in str(error)\n"
+        "else: raise SystemExit(1)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
