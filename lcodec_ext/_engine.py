@@ -1,6 +1,7 @@
 """Engines of the backends, and the parts of a call that codec, foci and their kin share."""
 
 import warnings
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -14,17 +15,19 @@ from lcodec_ext.reference import engine as _reference
 Ties = Literal["average", "random", "first"]
 TIES = ("average", "random", "first")
 
+
 class Engine(Protocol):
     """What a backend offers the FOCI loop: state and steps, so that the loop stays in Python."""
 
     def select(self, column: int) -> None:
         """Add a column to the conditioning set, behind those already there."""
 
-    def row_sums(self, column: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def row_sums(self, column: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are."""
 
     def score(self, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For every candidate, the sum over rows in fixed point, whole and fraction."""
+
 
 def make_engine(
     backend: str,
@@ -35,8 +38,11 @@ def make_engine(
     seed: int | None,
 ) -> Engine:
     """The engine of a resolved backend over columns X and the response's ranks."""
-    make = {"cpu": _native.CpuEngine, "reference": _reference.ReferenceEngine}[backend]
+    make: Callable[..., Engine] = (
+        _reference.ReferenceEngine if backend == "reference" else _native.CpuEngine
+    )
     return make(X, factors, R, ties, resolve_seed(seed))
+
 
 def warn_constant_columns(X: NDArray, name: str, names: list[str] | None, stacklevel: int) -> None:
     """One warning for all constant columns of an argument."""
@@ -47,5 +53,3 @@ def warn_constant_columns(X: NDArray, name: str, names: list[str] | None, stackl
             f"{column_list(constant, names)} of {name} {verb} constant and can tell nothing",
             stacklevel=stacklevel + 1,
         )
-
-__all__ = ["TIES", "Engine", "Ties", "column_label", "make_engine", "warn_constant_columns"]

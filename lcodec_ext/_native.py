@@ -50,50 +50,36 @@ def _settings() -> tuple[str, int]:
 class CpuEngine:
     """Scores candidate columns given the selected ones, on CPU threads with SIMD.
 
-    The interface of ``reference.engine.ReferenceEngine``, and the same bits. O(n^2) for every
-    candidate of a step, O(n) memory for every thread beside a column-major copy of X.
+    The interface of ``reference.engine.ReferenceEngine``, and the same bits. Costs are in
+    ``csrc/include/lcodec/engine.hpp``.
     """
 
     def __init__(
         self, X: NDArray, factors: NDArray, R: NDArray[np.int64], ties: str, seed: int
     ) -> None:
-        self._x = np.ascontiguousarray(X.T)
-        self._factors = np.ascontiguousarray(factors, dtype=X.dtype)
-        self._rank = R.astype(np.int32)
-        self._ties, self._seed = _TIES[ties], seed
-        self._selected: list[int] = []
+        make = _core.EngineFloat if X.dtype == np.float32 else _core.EngineDouble
+        self._engine = make(
+            np.ascontiguousarray(X.T),
+            np.ascontiguousarray(factors, dtype=X.dtype),
+            R.astype(np.int32),
+            _TIES[ties],
+            seed,
+        )
 
     def select(self, column: int) -> None:
         """Add a column to the conditioning set, behind those already there."""
-        self._selected.append(column)
+        self._engine.select(column)
 
-    def row_sums(self, column: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def row_sums(self, column: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are."""
-        columns = self._selected + ([] if column is None else [column])
-        conditioning = np.array(columns, dtype=np.int64)
-        return _core.row_sums(
-            self._x, self._factors, self._rank, conditioning, self._ties, self._seed, *_settings()
-        )
+        return self._engine.row_sums(column, *_settings())
 
     def score(self, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For every candidate, the sum over rows in fixed point (``_exact.fixed_point``)."""
-        conditioning = np.array(self._selected, dtype=np.int64)
-        return _core.score(
-            self._x,
-            self._factors,
-            self._rank,
-            conditioning,
-            columns.astype(np.int64, copy=False),
-            self._ties,
-            self._seed,
-            *_settings(),
-        )
+        return self._engine.score(columns.astype(np.int64, copy=False), *_settings())
 
 
 def nearest(X: NDArray, ties: str, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(indptr, indices) of the nearest other rows; the twin of ``reference.engine.nearest``."""
     x = np.ascontiguousarray(X.T)
-    ones = np.ones(len(x), dtype=x.dtype)
-    rank = np.zeros(x.shape[1], dtype=np.int32)
-    columns = np.arange(len(x), dtype=np.int64)
-    return _core.neighbors(x, ones, rank, columns, _TIES[ties], seed, *_settings())
+    return _core.neighbors(x, np.ones(len(x), dtype=x.dtype), _TIES[ties], seed, *_settings())

@@ -78,9 +78,10 @@ def check_seed(seed: object, name: str = "seed", *, optional: bool = True) -> in
     expected = "an integer in [0, 2**64)" + (" or None" if optional else "")
     if isinstance(seed, bool | np.bool_) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"{name} must be {expected}; got {_describe(seed)}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"{name} must be {expected}; got {seed}")
-    return int(seed)
+    number = int(seed)
+    if not 0 <= number < 2**64:
+        raise ValueError(f"{name} must be {expected}; got {number}")
+    return number
 
 
 def _tensor_to_numpy(tensor: Any, name: str) -> NDArray:
@@ -138,9 +139,9 @@ def _as_array(value: Any, name: str) -> tuple[NDArray, list[str] | None]:
             )
         if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
             value = np.ma.filled(value.astype(np.result_type(value.dtype, np.float32)), np.nan)
-        columns = getattr(value, "columns", None)
-        if isinstance(columns, list) and hasattr(value, "to_numpy"):  # polars and its like
-            names = [str(column) for column in columns]
+        labels = getattr(value, "columns", None)
+        if isinstance(labels, list) and hasattr(value, "to_numpy"):  # polars and its like
+            names = [str(label) for label in labels]
         try:
             array = np.asarray(value)
         except ValueError as error:
@@ -192,12 +193,12 @@ def as_features(X: Any, name: str, *, allow_1d: bool = True) -> Features:
         raise ValueError(f"{name} must have shape {shapes}; got shape {array.shape}{hint}")
     if array.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column; got shape {array.shape}")
-    if array.dtype.kind in "iu" and array.dtype.itemsize == 8 and array.size:
-        if int(array.max()) > _EXACT_INTEGER or int(array.min()) < -_EXACT_INTEGER:
-            raise ValueError(
-                f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
-                "subtract an offset first"
-            )
+    wide = array.dtype.kind in "iu" and array.dtype.itemsize == 8 and array.size > 0
+    if wide and max(int(array.max()), -int(array.min())) > _EXACT_INTEGER:
+        raise ValueError(
+            f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
+            "subtract an offset first"
+        )
     dtype = np.float32 if array.dtype == np.float32 else np.float64
     return Features(np.ascontiguousarray(array, dtype=dtype), names)
 
@@ -207,8 +208,10 @@ def _where(name: str, array: NDArray, names: list[str] | None, flags: NDArray[np
     first = np.argwhere(flags)[0]
     place = f"row {first[0]}"
     if array.ndim == 2:
-        place += f", column {first[1]}" if names is None else (
-            f", column {names[first[1]]!r} (index {first[1]})"
+        place += (
+            f", column {first[1]}"
+            if names is None
+            else (f", column {names[first[1]]!r} (index {first[1]})")
         )
     more = int(np.count_nonzero(flags)) - 1
     return f"{name} at {place}" + (f" and {more} more" if more else "")
@@ -242,8 +245,8 @@ def clean_rows(
     for name, array in values.items():
         if array.dtype.kind != "f":
             continue
-        given = arrays[name]
-        names = given.names if isinstance(given, Features) else None
+        source = arrays[name]
+        names = source.names if isinstance(source, Features) else None
         with np.errstate(over="ignore", invalid="ignore"):
             if np.isfinite(array.sum()):  # one pass; the rare rest looks closer
                 continue
@@ -263,9 +266,7 @@ def clean_rows(
     remaining = int(np.count_nonzero(keep))
     if remaining < minimum:
         left = f"{remaining} left after omitting NaN" if remaining < n else f"{n}"
-        raise ValueError(
-            f"{' and '.join(values)} must have at least {minimum} rows; got {left}"
-        )
+        raise ValueError(f"{' and '.join(values)} must have at least {minimum} rows; got {left}")
     if remaining > MAX_ROWS:
         raise ValueError(
             f"{' and '.join(values)} may have at most {MAX_ROWS:,} rows, the size up to which "

@@ -170,9 +170,7 @@ def lcodec(
     response, given, added = _prepare(y, z, x, ties, seed, nan_policy)
     if noise > 0 and (response == response[0]).all():
         warnings.warn("y is constant: the value measures the added noise alone", stacklevel=2)
-    response, columns = with_noise(
-        response, np.hstack([given, added]), noise, noise_scale, seed
-    )
+    response, columns = with_noise(response, np.hstack([given, added]), noise, noise_scale, seed)
     r = given.shape[1]
     return _coefficient(response, columns[:, r:], columns[:, :r], ties, seed, chosen)
 
@@ -228,12 +226,14 @@ def _coefficient(
     R, L = ranks(y)
     sums = _exact.ResponseSums(R, L)
     engine = make_engine(backend, W, factors, R, ties, seed)
-    m_x = Fraction(0)
+    m_x = m_w = Fraction(0)
     for column in range(W.shape[1]):
-        engine.select(column)
         if column == r - 1:
-            m_x = _exact.total(*engine.row_sums())
-    m_w = _exact.total(*engine.row_sums())
+            m_x = _exact.total(*engine.row_sums(column))
+        if column == W.shape[1] - 1:
+            m_w = _exact.total(*engine.row_sums(column))
+        else:
+            engine.select(column)
     value = sums.conditional(m_w, m_x) if r else sums.unconditional(m_w)
     if value is None:
         reason = "a function of x on this sample" if r and not sums.constant else "constant"

@@ -16,7 +16,6 @@ from lcodec_ext._progress import progress_bar
 from lcodec_ext._ranks import ranks
 from lcodec_ext._scaling import check_overflow, scale_factors, squared_spans
 from lcodec_ext._validation import (
-    Features,
     as_features,
     as_response,
     check_bool,
@@ -439,14 +438,14 @@ class _Task:
         spans = squared_spans(X, factors)
         bound = X.dtype.type(0)
         engine = make_engine(backend, X, factors, R, self.ties, seed)
-        for column in self.preselected:
-            engine.select(column)
-            bound = self._add_span(bound, spans[[column]], [column])[0]
         m = Fraction(sums.sum_L2, sums.n)  # no columns: T(Y, {}) = 0
         base = 0.0
-        if self.preselected:
-            m = _exact.total(*engine.row_sums())
-            base = float(_defined(sums.unconditional(m)))
+        for column in self.preselected:
+            bound = self._add_span(bound, spans[[column]], [column])[0]
+            if column == self.preselected[-1]:
+                m = _exact.total(*engine.row_sums(column))
+                base = float(_defined(sums.unconditional(m)))
+            engine.select(column)
         conditioned = bool(self.preselected)
         candidates = [f for f in range(X.shape[1]) if f not in set(self.preselected)]
         ordering: list[int] = []
@@ -466,8 +465,8 @@ class _Task:
                 step = sums.conditional(m_best, m) if conditioned else sums.unconditional(m_best)
                 if step is None:
                     warnings.warn(
-                        "y is a function of the columns selected so far: from here on the "
-                        "conditional coefficient is 1 by convention",
+                        "y is a function of the columns selected so far: the conditional "
+                        "coefficient of this step is 1 by convention",
                         stacklevel=3,
                     )
                 bound = bounds[candidates.index(best)]

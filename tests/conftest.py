@@ -1,9 +1,10 @@
 import os
 
-import lcodec_ext
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+import lcodec_ext
 
 settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile(

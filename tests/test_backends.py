@@ -5,11 +5,12 @@ from itertools import pairwise
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
-import lcodec_ext
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
+
+import lcodec_ext
+import oracle
 from lcodec_ext import _exact, _native
 from lcodec_ext._ranks import ranks
 from lcodec_ext.reference.engine import ReferenceEngine
@@ -120,7 +121,9 @@ def test_neighbors_equal_reference(table, ties, seed):
 
 
 @given(
-    X=hnp.arrays(np.int64, st.tuples(st.integers(3, 9), st.integers(1, 4)), elements=st.integers(0, 3)),
+    X=hnp.arrays(
+        np.int64, st.tuples(st.integers(3, 9), st.integers(1, 4)), elements=st.integers(0, 3)
+    ),
     data=st.data(),
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -175,7 +178,9 @@ def test_big_ties_do_not_overflow(rng):
     """One group of all rows: rank sums far beyond 32 bits."""
     n = 70_000
     R = np.arange(1, n + 1)
-    engine = _native.CpuEngine(np.zeros((n, 1), np.float32), np.ones(1, np.float32), R, "average", 0)
+    engine = _native.CpuEngine(
+        np.zeros((n, 1), np.float32), np.ones(1, np.float32), R, "average", 0
+    )
     # sum_j min(i, j) over j != i, for ranks 1..n
     sums = R * (R - 1) // 2 + R * (n - R)
     whole, fraction = engine.score(np.array([0]))

@@ -1,11 +1,14 @@
 """What foci, lfoci, lcodec, nearest_neighbors and dependence_graph promise."""
 
-import lcodec_ext
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
-from lcodec_ext._random import pick, tie_hash
 from numpy.random import Generator, Philox
+
+import lcodec_ext
+from lcodec_ext._random import pick, tie_hash
 
 pytestmark = pytest.mark.native
 
@@ -190,7 +193,7 @@ def test_nearest_neighbors_of_duplicates_are_other_rows():
     X = np.array([[0.0], [0.0], [0.0], [5.0], [6.0], [4.0]])
     assert lcodec_ext.nearest_neighbors(X).tolist() == [1, 0, 0, 4, 3, 3]
     indptr, indices = lcodec_ext.nearest_neighbors(X, ties="all")
-    assert [indices[a:b].tolist() for a, b in zip(indptr[:-1], indptr[1:], strict=True)] == [
+    assert [indices[a:b].tolist() for a, b in pairwise(indptr)] == [
         [1, 2], [0, 2], [0, 1], [4, 5], [3], [3]
     ]  # fmt: skip
     drawn = {tuple(lcodec_ext.nearest_neighbors(X, ties="random", seed=s)) for s in range(200)}

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <stdexcept>
+#include <utility>
 
 #include "bindings/bindings.hpp"
 #include "lcodec/dispatch.hpp"
@@ -52,77 +53,99 @@ void run(const std::string& level, int threads, const Call& call) {
   if (status == Status::cancelled) throw py::error_already_set();
 }
 
-// A view of validated arrays: x [p][n], factor [p], rank [n], columns [k].
+// A view of x [p][n] and factor [p].
 template <class T>
-Problem<T> problem(const Array<T>& x, const Array<T>& factor, const Array<std::int32_t>& rank,
-                   const Array<std::int64_t>& columns, int ties, std::uint64_t seed) {
-  expect(x.ndim() == 2 && factor.ndim() == 1 && rank.ndim() == 1 && columns.ndim() == 1,
-         "wrong number of dimensions");
-  expect(x.shape(1) >= 2 && factor.shape(0) == x.shape(0) && rank.shape(0) == x.shape(1),
-         "shapes do not fit");
-  expect(0 <= ties && ties <= 2, "unknown tie rule");
-  for (py::ssize_t a = 0; a < columns.shape(0); ++a)
-    expect(0 <= columns.at(a) && columns.at(a) < x.shape(0), "column out of range");
-  return {x.shape(1),    x.shape(0),     x.data(),          factor.data(),
-          rank.data(),   columns.data(), columns.shape(0),  static_cast<Ties>(ties),
-          seed};
+Columns<T> columns(const Array<T>& x, const Array<T>& factor) {
+  expect(x.ndim() == 2 && factor.ndim() == 1, "wrong number of dimensions");
+  expect(x.shape(0) >= 1 && x.shape(1) >= 2 && factor.shape(0) == x.shape(0), "shapes do not fit");
+  return {x.shape(1), x.shape(0), x.data(), factor.data()};
 }
 
+Ties tie_rule(int ties) {
+  expect(0 <= ties && ties <= 2, "unknown tie rule");
+  return static_cast<Ties>(ties);
+}
+
+// The engine and the arrays it points into. n, p >= 1 and the ranks are checked by the caller.
 template <class T>
-void bind(py::module_& m) {
-  m.def(
-      "score",
-      [](const Array<T>& x, const Array<T>& factor, const Array<std::int32_t>& rank,
-         const Array<std::int64_t>& columns, const Array<std::int64_t>& candidates, int ties,
-         std::uint64_t seed, const std::string& level, int threads) {
-        const Problem<T> view = problem(x, factor, rank, columns, ties, seed);
-        expect(candidates.ndim() == 1, "wrong number of dimensions");
-        for (py::ssize_t a = 0; a < candidates.shape(0); ++a)
-          expect(0 <= candidates.at(a) && candidates.at(a) < view.p, "candidate out of range");
-        Array<std::int64_t> whole(candidates.shape(0));
-        Array<std::int64_t> fraction(candidates.shape(0));
-        const std::int64_t* candidate = candidates.data();
-        const std::int64_t count = candidates.shape(0);
-        std::int64_t* whole_out = whole.mutable_data();
-        std::int64_t* fraction_out = fraction.mutable_data();
-        run(level, threads, [&](const Execution& execution) {
-          return score(view, candidate, count, whole_out, fraction_out, execution);
-        });
-        return py::make_tuple(whole, fraction);
-      },
-      py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
-      py::arg("columns").noconvert(), py::arg("candidates").noconvert(), py::arg("ties"),
-      py::arg("seed"), py::arg("level"), py::arg("threads"));
-  m.def(
-      "row_sums",
-      [](const Array<T>& x, const Array<T>& factor, const Array<std::int32_t>& rank,
-         const Array<std::int64_t>& columns, int ties, std::uint64_t seed, const std::string& level,
-         int threads) {
-        const Problem<T> view = problem(x, factor, rank, columns, ties, seed);
-        Array<std::int64_t> sum(view.n);
-        Array<std::int64_t> count(view.n);
-        std::int64_t* sum_out = sum.mutable_data();
-        std::int64_t* count_out = count.mutable_data();
-        run(level, threads, [&](const Execution& execution) {
-          return row_sums(view, sum_out, count_out, execution);
-        });
-        return py::make_tuple(sum, count);
-      },
-      py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
-      py::arg("columns").noconvert(), py::arg("ties"), py::arg("seed"), py::arg("level"),
-      py::arg("threads"));
+class BoundEngine {
+ public:
+  BoundEngine(Array<T> x, Array<T> factor, const Array<std::int32_t>& rank, int ties,
+              std::uint64_t seed)
+      : x_(std::move(x)),
+        factor_(std::move(factor)),
+        engine_(columns(x_, factor_), checked(rank, x_), tie_rule(ties), seed) {}
+
+  void select(std::int64_t column) {
+    expect_column(column);
+    engine_.select(column);
+  }
+
+  py::tuple score(const Array<std::int64_t>& candidates, const std::string& level, int threads) {
+    expect(candidates.ndim() == 1, "wrong number of dimensions");
+    for (py::ssize_t a = 0; a < candidates.shape(0); ++a) expect_column(candidates.at(a));
+    const std::int64_t m = candidates.shape(0);
+    Array<std::int64_t> whole(m);
+    Array<std::int64_t> fraction(m);
+    const std::int64_t* candidate = candidates.data();
+    std::int64_t* whole_out = whole.mutable_data();
+    std::int64_t* fraction_out = fraction.mutable_data();
+    run(level, threads, [&](const Execution& execution) {
+      return engine_.score(candidate, m, whole_out, fraction_out, execution);
+    });
+    return py::make_tuple(whole, fraction);
+  }
+
+  py::tuple row_sums(std::int64_t candidate, const std::string& level, int threads) {
+    expect_column(candidate);
+    Array<std::int64_t> sum(x_.shape(1));
+    Array<std::int64_t> count(x_.shape(1));
+    std::int64_t* sum_out = sum.mutable_data();
+    std::int64_t* count_out = count.mutable_data();
+    run(level, threads, [&](const Execution& execution) {
+      return engine_.row_sums(candidate, sum_out, count_out, execution);
+    });
+    return py::make_tuple(sum, count);
+  }
+
+ private:
+  void expect_column(std::int64_t column) const {
+    expect(0 <= column && column < x_.shape(0), "column out of range");
+  }
+  static const std::int32_t* checked(const Array<std::int32_t>& rank, const Array<T>& x) {
+    expect(rank.ndim() == 1 && rank.shape(0) == x.shape(1), "shapes do not fit");
+    return rank.data();
+  }
+
+  Array<T> x_;
+  Array<T> factor_;
+  Engine<T> engine_;
+};
+
+template <class T>
+void bind(py::module_& m, const char* engine_name) {
+  using Bound = BoundEngine<T>;
+  py::class_<Bound>(m, engine_name)
+      .def(py::init<Array<T>, Array<T>, const Array<std::int32_t>&, int, std::uint64_t>(),
+           py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
+           py::arg("ties"), py::arg("seed"))
+      .def("select", &Bound::select, py::arg("column"))
+      .def("score", &Bound::score, py::arg("candidates").noconvert(), py::arg("level"),
+           py::arg("threads"))
+      .def("row_sums", &Bound::row_sums, py::arg("candidate"), py::arg("level"),
+           py::arg("threads"));
   m.def(
       "neighbors",
-      [](const Array<T>& x, const Array<T>& factor, const Array<std::int32_t>& rank,
-         const Array<std::int64_t>& columns, int ties, std::uint64_t seed, const std::string& level,
-         int threads) {
-        const Problem<T> view = problem(x, factor, rank, columns, ties, seed);
+      [](const Array<T>& x, const Array<T>& factor, int ties, std::uint64_t seed,
+         const std::string& level, int threads) {
+        const Columns<T> view = columns(x, factor);
+        const Ties rule = tie_rule(ties);
         Array<std::int64_t> offset(view.n + 1);
         std::int64_t* starts = offset.mutable_data();
         starts[0] = 0;
-        if (view.ties == Ties::average) {
+        if (rule == Ties::average) {
           run(level, threads, [&](const Execution& execution) {
-            return neighbors(view, nullptr, starts + 1, nullptr, execution);
+            return neighbors(view, rule, seed, nullptr, starts + 1, nullptr, execution);
           });
         } else {
           std::fill_n(starts + 1, view.n, 1);
@@ -131,20 +154,19 @@ void bind(py::module_& m) {
         Array<std::int64_t> indices(starts[view.n]);
         std::int64_t* indices_out = indices.mutable_data();
         run(level, threads, [&](const Execution& execution) {
-          return neighbors(view, starts, nullptr, indices_out, execution);
+          return neighbors(view, rule, seed, starts, nullptr, indices_out, execution);
         });
         return py::make_tuple(offset, indices);
       },
-      py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
-      py::arg("columns").noconvert(), py::arg("ties"), py::arg("seed"), py::arg("level"),
-      py::arg("threads"));
+      py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("ties"), py::arg("seed"),
+      py::arg("level"), py::arg("threads"));
 }
 
 }  // namespace
 
 void register_dependence(py::module_& m) {
-  bind<float>(m);
-  bind<double>(m);
+  bind<float>(m, "EngineFloat");
+  bind<double>(m, "EngineDouble");
 }
 
 }  // namespace lcodec::bindings

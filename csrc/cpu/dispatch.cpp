@@ -2,7 +2,7 @@
 
 #include <stdexcept>
 
-#include "score_kernel.hpp"
+#include "kernels.hpp"
 
 namespace lcodec {
 namespace {

@@ -1,15 +1,40 @@
 #include "lcodec/engine.hpp"
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "common/fixed_point.hpp"
 #include "common/random.hpp"
+#include "lists.hpp"
 #include "parallel.hpp"
-#include "score_kernel.hpp"
+#include "sorted_groups.hpp"
 
 namespace lcodec {
 namespace {
+
+using Index = std::int32_t;
+
+// Groups of at least this many identical rows may be scored by sorting.
+constexpr std::int64_t kBigGroup = 64;
+// Sorting costs about as much for each row as scanning this many neighbours.
+constexpr std::int64_t kSortCost = 128;
+// Rows beside each other in the tree whose lists are made together.
+constexpr std::int64_t kListBlock = 32;
+// Neighbours listed at a time, over all rows.
+constexpr std::int64_t kListEntries = std::int64_t{1} << 20;
+// Neighbours in more columns than this are found by comparing all rows: boxes prune little there.
+constexpr std::int64_t kTreeColumns = 12;
+// Packed candidates in memory at a time.
+constexpr std::int64_t kPackedBytes = std::int64_t{1} << 28;
+
+std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
+
+std::int64_t pieces_of(std::int64_t total, std::int64_t size) { return (total + size - 1) / size; }
 
 template <class T>
 Kernels<T> pick_kernels(SimdLevel level);
@@ -22,180 +47,447 @@ Kernels<double> pick_kernels(SimdLevel level) {
   return kernels_for(level).f64;
 }
 
-// Squared distances of row i to all rows in the conditioning set, columns added in order.
+// Rows with equal values in all columns so far have equal group numbers.
 template <class T>
-void distances(const Problem<T>& problem, const Kernels<T>& kernels, std::int64_t i, T* out) {
-  std::fill_n(out, problem.n, T{0});
-  for (std::int64_t a = 0; a < problem.k; ++a) {
-    const std::int64_t f = problem.column[a];
-    kernels.accumulate(problem.x + f * problem.n, problem.n, i, problem.factor[f], out);
+struct Groups {
+  std::vector<Index> of_row;
+  Index count = 1;
+
+  explicit Groups(std::int64_t n) : of_row(at(n), 0) {}
+
+  // Splits groups by a further column. O(n).
+  void refine(const std::vector<T>& column) {
+    std::vector<SortWord<T>> words(column.size());
+    std::vector<SortWord<T>> spare;
+    for (std::size_t row = 0; row < column.size(); ++row)
+      words[row] = {sort_key(column[row]), static_cast<Index>(row)};
+    radix_sort<T>(words, spare);
+    std::vector<Index> start(at(count) + 1, 0);
+    for (const Index group : of_row) ++start[at(group) + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    for (const auto& word : words) spare[at(start[at(of_row[at(word.row)])]++)] = word;
+    std::vector<Index> finer(of_row.size());
+    Index number = -1;
+    for (std::size_t t = 0; t < spare.size(); ++t) {
+      const bool same = t > 0 && spare[t].key == spare[t - 1].key &&
+                        of_row[at(spare[t].row)] == of_row[at(spare[t - 1].row)];
+      number += !same;
+      finer[at(spare[t].row)] = number;
+    }
+    of_row = std::move(finer);
+    count = number + 1;
   }
-}
+};
 
-// Rows of one piece of work: small enough that every thread gets several pieces and that a
-// cancelled call ends soon (2^28 steps are well under a second).
-std::int64_t rows_per_piece(std::int64_t n, std::int64_t groups, std::int64_t steps_per_row,
-                            int threads) {
-  std::int64_t rows = n;
-  while (rows > 16 && (groups * (n / rows) < 8 * threads || rows * steps_per_row > (1 << 28)))
-    rows = (rows + 1) / 2;
-  return rows;
-}
-
-std::int64_t pieces_of(std::int64_t total, std::int64_t size) { return (total + size - 1) / size; }
-
-// Neighbours of row i used under the tie rule, in increasing order: visit(j) for each of them.
-template <class T, class Visit>
-void visit_neighbors(const Problem<T>& problem, const Kernels<T>& kernels, std::int64_t i,
-                     const T* distance, const Visit& visit) {
-  const T nearest = kernels.minimum(distance, problem.n, i);
-  std::int64_t skip = 0;
-  if (problem.ties == Ties::random) {
-    std::int64_t tied = 0;
-    for (std::int64_t j = 0; j < problem.n; ++j) tied += j != i && distance[j] == nearest;
-    skip = pick(tie_hash(problem.seed, i), tied);
+// What is known of a candidate's total, and what is asked of a row.
+struct Totals {
+  std::vector<std::int64_t> whole, fraction;
+  explicit Totals(std::size_t m) : whole(m, 0), fraction(m, 0) {}
+  void add(std::size_t candidate, std::int64_t sum, std::int64_t count) {
+    const FixedPoint mean = fixed_point(sum, count);
+    whole[candidate] += mean.whole;
+    fraction[candidate] += mean.fraction;
   }
-  for (std::int64_t j = 0; j < problem.n; ++j) {
-    if (j == i || distance[j] != nearest || skip-- > 0) continue;
-    visit(j);
-    if (problem.ties != Ties::average) return;
-  }
-}
-
-// Calls row(i, distances of row i) for every row, in parallel.
-template <class T, class Row>
-Status for_each_row(const Problem<T>& problem, const Execution& execution, const Row& row) {
-  const Kernels<T> kernels = pick_kernels<T>(execution.level);
-  const std::int64_t rows =
-      rows_per_piece(problem.n, 1, problem.n * (problem.k + 2), execution.threads);
-  return parallel_for(pieces_of(problem.n, rows), execution, [&] {
-    return [&, distance = std::vector<T>(static_cast<std::size_t>(problem.n))](
-               std::int64_t piece) mutable {
-      const std::int64_t end = std::min(problem.n, (piece + 1) * rows);
-      for (std::int64_t i = piece * rows; i < end; ++i) {
-        distances(problem, kernels, i, distance.data());
-        row(i, kernels, distance.data());
-      }
-    };
-  });
-}
-
-// Candidates packed side by side: tile[j][l] = x of row j in the l-th of them.
-template <class T>
-void pack(const Problem<T>& problem, const std::int64_t* candidate, std::int64_t used, int lanes,
-          T* tile, T* factor) {
-  std::fill_n(tile, problem.n * lanes, T{0});
-  std::fill_n(factor, lanes, T{0});
-  for (std::int64_t l = 0; l < used; ++l) {
-    const T* column = problem.x + candidate[l] * problem.n;
-    for (std::int64_t j = 0; j < problem.n; ++j) tile[j * lanes + l] = column[j];
-    factor[l] = problem.factor[candidate[l]];
-  }
-}
+};
 
 }  // namespace
 
 template <class T>
-Status score(const Problem<T>& problem, const std::int64_t* candidate, std::int64_t m,
-             std::int64_t* whole, std::int64_t* fraction, const Execution& execution) {
-  const Kernels<T> kernels = pick_kernels<T>(execution.level);
-  const std::int64_t n = problem.n;
-  const int lanes = kernels.lanes;
-  // Tiles that share a row's distances, as many as stay in the second-level cache.
-  const std::int64_t tile_bytes = n * lanes * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t tiles = std::clamp<std::int64_t>((1 << 19) / tile_bytes, 1, 8);
-  const std::int64_t group = tiles * lanes;
-  const std::int64_t groups = pieces_of(m, group);
-  const std::int64_t rows = rows_per_piece(n, groups, n * group, execution.threads);
-  const std::int64_t row_pieces = pieces_of(n, rows);
-  std::fill_n(whole, m, 0);
-  std::fill_n(fraction, m, 0);
-  std::mutex mutex;
+struct Engine<T>::State {
+  Columns<T> columns;
+  Ties ties;
+  std::uint64_t seed;
+  // Rows are numbered anew: by rank where ties are averaged (rank sums of a run come from prefix
+  // sums then), as they were where a tied row is picked by its number.
+  std::vector<Index> order;              // [n] given row of a row
+  std::vector<std::int32_t> rank;        // [n]
+  std::vector<std::vector<T>> selected;  // values of the conditioning columns
+  std::vector<T> selected_factor;
+  Groups<T> groups;
+  Spatial<T> space;
+  bool space_ready = false;
+  bool sorting = false;         // big groups are scored by sorting
+  std::vector<Index> source;    // [n] given row of a position
+  std::unique_ptr<T[]> packed;  // [tile][n][lanes] candidates
+  std::size_t packed_size = 0;
 
-  struct Scratch {
-    std::vector<T> distance, tile, factor;
-    std::vector<std::int64_t> sum, count, whole, fraction;
-  };
-  return parallel_for(groups * row_pieces, execution, [&] {
-    const auto size = [](std::int64_t k) { return static_cast<std::size_t>(k); };
-    Scratch scratch{std::vector<T>(size(n)),
-                    std::vector<T>(size(n * group)),
-                    std::vector<T>(size(group)),
-                    std::vector<std::int64_t>(size(lanes)),
-                    std::vector<std::int64_t>(size(lanes)),
-                    std::vector<std::int64_t>(size(group)),
-                    std::vector<std::int64_t>(size(group))};
-    return [&, s = std::move(scratch)](std::int64_t piece) mutable {
-      const std::int64_t first = piece / row_pieces * group;
-      const std::int64_t used = std::min(group, m - first);
-      const std::int64_t used_tiles = pieces_of(used, lanes);
-      for (std::int64_t t = 0; t < used_tiles; ++t)
-        pack(problem, candidate + first + t * lanes, std::min<std::int64_t>(lanes, used - t * lanes),
-             lanes, s.tile.data() + t * n * lanes, s.factor.data() + t * lanes);
-      std::fill(s.whole.begin(), s.whole.end(), 0);
-      std::fill(s.fraction.begin(), s.fraction.end(), 0);
-      const std::int64_t begin = piece % row_pieces * rows;
-      const std::int64_t end = std::min(n, begin + rows);
-      for (std::int64_t i = begin; i < end; ++i) {
-        distances(problem, kernels, i, s.distance.data());
-        for (std::int64_t t = 0; t < used_tiles; ++t) {
-          kernels.scan({n, i, s.distance.data(), s.tile.data() + t * n * lanes,
-                        s.factor.data() + t * lanes, problem.rank, problem.ties,
-                        tie_hash(problem.seed, i), s.sum.data(), s.count.data()});
-          for (int l = 0; l < lanes; ++l) {
-            const auto lane = static_cast<std::size_t>(l);
-            const auto slot = static_cast<std::size_t>(t * lanes + l);
-            const FixedPoint mean = fixed_point(s.sum[lane], s.count[lane]);
-            s.whole[slot] += mean.whole;
-            s.fraction[slot] += mean.fraction;
+  State(const Columns<T>& c, const std::int32_t* given_rank, Ties t, std::uint64_t s)
+      : columns(c), ties(t), seed(s), order(at(c.n)), rank(at(c.n)), groups(c.n) {
+    std::iota(order.begin(), order.end(), 0);
+    if (ties == Ties::average)
+      std::stable_sort(order.begin(), order.end(),
+                       [&](Index a, Index b) { return given_rank[a] < given_rank[b]; });
+    for (std::size_t row = 0; row < order.size(); ++row) rank[row] = given_rank[order[row]];
+  }
+
+  T value(std::int64_t column, std::int64_t row) const {
+    return columns.x[column * columns.n + order[at(row)]];
+  }
+
+  bool by_sorting(Index point) const {
+    return sorting && (selected.empty() || space.end(point) - space.begin(point) >= kBigGroup);
+  }
+
+  void prepare() {
+    if (space_ready) return;
+    std::vector<const T*> values;
+    for (const auto& column : selected) values.push_back(column.data());
+    space.build(values, selected_factor, groups.of_row, groups.count);
+    std::int64_t scanned = 0;
+    for (Index point = 0; point < space.size(); ++point) {
+      const std::int64_t size = space.end(point) - space.begin(point);
+      if (size >= kBigGroup) scanned += size * size;
+    }
+    sorting = selected.empty() || scanned > kSortCost * columns.n;
+    source.resize(at(columns.n));
+    for (std::int64_t position = 0; position < columns.n; ++position)
+      source[at(position)] = order[at(space.row(position))];
+    space_ready = true;
+  }
+
+  // Rows of big groups: report(candidate number, row, sum, count) or plain(candidate number, sum).
+  template <class Plain, class Row>
+  Status sort_rows(const std::int64_t* candidate, std::int64_t m, bool each_row,
+                   const Execution& execution, const Plain& plain, const Row& report) {
+    const Kernels<T> kernels = pick_kernels<T>(execution.level);
+    std::vector<std::pair<Index, T>> big;  // point, squared distance to the nearest other one
+    for (Index point = 0; point < space.size(); ++point)
+      if (by_sorting(point)) big.emplace_back(point, space.nearest(kernels, point));
+    return parallel_for(m, execution, [&] {
+      return [&, groups_of = SortedGroups<T>(kernels, space, rank.data(), ties, seed)](
+                 std::int64_t c) mutable {
+        const std::int64_t column = candidate[c];
+        groups_of.sort(
+            columns.n, [&](std::int64_t row) { return value(column, row); },
+            columns.factor[column]);
+        for (const auto& [point, gap] : big) {
+          const auto row = [&](Index r, std::int64_t sum, std::int64_t count) {
+            report(c, r, sum, count);
+          };
+          if (each_row) {
+            groups_of.rows(point, gap, row);
+          } else {
+            groups_of.score(point, gap, [&](std::int64_t sum) { plain(c, sum); }, row);
           }
         }
+      };
+    });
+  }
+
+  // The other rows: a block of rows against all candidates at a time. Each thread calls
+  // make_report() for its report(candidate number, row, sum, count).
+  template <class MakeReport>
+  Status scan_rows(const std::int64_t* candidate, std::int64_t m, const Execution& execution,
+                   const MakeReport& make_report) {
+    const Kernels<T> kernels = pick_kernels<T>(execution.level);
+    const std::int64_t n = columns.n;
+    const std::int64_t lanes = kernels.lanes;
+    const std::int64_t tiles = pieces_of(m, lanes);
+    if (packed_size < at(tiles * n * lanes)) {  // kept: a fresh one costs a page fault for 4 KiB
+      packed_size = at(tiles * n * lanes);
+      packed = std::make_unique_for_overwrite<T[]>(packed_size);
+    }
+    std::vector<T> factor(at(tiles * lanes), T{0});
+    Status status = parallel_for(tiles, execution, [&] {
+      return [&](std::int64_t tile) {
+        T* out = packed.get() + tile * n * lanes;
+        if (m - tile * lanes < lanes) std::fill_n(out, n * lanes, T{0});
+        for (std::int64_t l = 0; l < std::min(lanes, m - tile * lanes); ++l) {
+          const std::int64_t column = candidate[tile * lanes + l];
+          factor[at(tile * lanes + l)] = columns.factor[column];
+          const T* x = columns.x + column * n;
+          for (std::int64_t position = 0; position < n; ++position)
+            out[position * lanes + l] = x[source[at(position)]];
+        }
+      };
+    });
+    if (status != Status::ok) return status;
+    std::vector<std::int32_t> ranks(at(n));
+    for (std::int64_t position = 0; position < n; ++position)
+      ranks[at(position)] = rank[at(space.row(position))];
+    const double share = 1.0 / static_cast<double>(selected.size() + 1);
+    const auto wanted = 16 + static_cast<std::int64_t>(4 * std::pow(static_cast<double>(n), share));
+    const auto scanned = [&](std::int64_t i) { return !by_sorting(space.point_of(space.row(i))); };
+    // Rows whose lists are held at a time: a tile in the cache serves all of them.
+    const std::int64_t held =
+        std::clamp<std::int64_t>(kListEntries / wanted / kListBlock * kListBlock, kListBlock,
+                                 pieces_of(n, kListBlock) * kListBlock);
+    std::vector<RowList<T>> lists(at(held));
+    for (std::int64_t first = 0; first < n; first += held) {
+      const std::int64_t rows = std::min(held, n - first);
+      status = parallel_for(pieces_of(rows, kListBlock), execution, [&] {
+        return [&, maker = ListMaker<T>(kernels, space, ranks.data())](std::int64_t piece) mutable {
+          const std::int64_t begin = first + piece * kListBlock;
+          maker.build(lists.data() + (begin - first), begin,
+                      std::min(first + rows, begin + kListBlock), wanted, scanned);
+        };
+      });
+      if (status != Status::ok) return status;
+      // Longer lists, where one turns out too short: published once, used by all threads.
+      std::vector<std::atomic<const RowList<T>*>> current(at(rows));
+      for (std::int64_t i = 0; i < rows; ++i) current[at(i)] = &lists[at(i)];
+      std::vector<std::unique_ptr<RowList<T>>> longer;
+      std::mutex mutex;
+      const std::int64_t parts = std::clamp<std::int64_t>(pieces_of(8 * execution.threads, tiles),
+                                                          1, pieces_of(rows, kListBlock));
+      const std::int64_t part = pieces_of(rows, parts);
+      status = parallel_for(tiles * parts, execution, [&] {
+        struct Scratch {
+          std::vector<T> best;
+          std::vector<std::int64_t> sum, count;
+        };
+        Scratch scratch{std::vector<T>(at(lanes)), std::vector<std::int64_t>(at(lanes)),
+                        std::vector<std::int64_t>(at(lanes))};
+        return [&, s = std::move(scratch), report = make_report(),
+                maker = ListMaker<T>(kernels, space, ranks.data())](std::int64_t piece) mutable {
+          const std::int64_t tile = piece / parts;
+          const std::int64_t begin = piece % parts * part;
+          const std::int64_t used = std::min(lanes, m - tile * lanes);
+          const T* values = packed.get() + tile * n * lanes;
+          const T* factors = factor.data() + tile * lanes;
+          for (std::int64_t r = begin; r < std::min(rows, begin + part); ++r) {
+            const std::int64_t i = first + r;
+            if (!scanned(i)) continue;
+            const RowList<T>* list = current[at(r)].load(std::memory_order_acquire);
+            ScanResult result;
+            for (;;) {
+              result = kernels.scan({list->view(), values, values + i * lanes, factors,
+                                     s.best.data(), s.sum.data(), s.count.data()});
+              if (result.complete) break;
+              auto more = std::make_unique<RowList<T>>();
+              maker.extend(*more, *list, i);
+              list = more.get();
+              const std::lock_guard<std::mutex> lock(mutex);
+              current[at(r)].store(list, std::memory_order_release);
+              longer.push_back(std::move(more));
+            }
+            if (!result.unique && ties != Ties::average)
+              for (std::int64_t l = 0; l < used; ++l)
+                take_one(list->view(), values, factors, i, lanes, l, ranks, s.best[at(l)],
+                         s.sum[at(l)], s.count[at(l)]);
+            report(tile * lanes, used, space.row(i), s.sum.data(), s.count.data(), result.unique);
+          }
+        };
+      });
+      if (status != Status::ok) return status;
+    }
+    return Status::ok;
+  }
+
+  // Of one lane's tied neighbours, the one that the tie rule takes.
+  void take_one(const NeighborList<T>& list, const T* tile, const T* factor, std::int64_t i,
+                std::int64_t lanes, std::int64_t l, const std::vector<std::int32_t>& ranks, T best,
+                std::int64_t& sum, std::int64_t& count) const {
+    if (count == 1) return;
+    const Index own = space.row(i);
+    std::vector<Index> tied;
+    for (std::int64_t c = 0; c < list.chunks && list.bound[c] <= best; ++c)
+      for (std::int64_t a = c * kChunk; a < (c + 1) * kChunk; ++a) {
+        const std::int64_t j = list.index[a];
+        const T scaled = (tile[i * lanes + l] - tile[j * lanes + l]) * factor[l];
+        if (list.distance[a] + scaled * scaled == best) tied.push_back(space.row(j));
       }
-      const std::lock_guard<std::mutex> lock(mutex);  // integers: the order does not matter
-      for (std::int64_t l = 0; l < used; ++l) {
-        whole[first + l] += s.whole[static_cast<std::size_t>(l)];
-        fraction[first + l] += s.fraction[static_cast<std::size_t>(l)];
+    const std::int64_t k = ties == Ties::first ? 0 : pick(tie_hash(seed, own), count);
+    std::nth_element(tied.begin(), tied.begin() + k, tied.end());
+    sum = std::min(rank[at(tied[at(k)])], ranks[at(i)]);
+    count = 1;
+  }
+};
+
+template <class T>
+Engine<T>::Engine(const Columns<T>& columns, const std::int32_t* rank, Ties ties,
+                  std::uint64_t seed)
+    : state_(std::make_unique<State>(columns, rank, ties, seed)) {}
+
+template <class T>
+Engine<T>::~Engine() = default;
+
+template <class T>
+void Engine<T>::select(std::int64_t column) {
+  State& s = *state_;
+  std::vector<T> values(at(s.columns.n));
+  for (std::int64_t row = 0; row < s.columns.n; ++row) values[at(row)] = s.value(column, row);
+  s.groups.refine(values);
+  s.selected.push_back(std::move(values));
+  s.selected_factor.push_back(s.columns.factor[column]);
+  s.space_ready = false;
+}
+
+template <class T>
+Status Engine<T>::score(const std::int64_t* candidate, std::int64_t m, std::int64_t* whole,
+                        std::int64_t* fraction, const Execution& execution) {
+  State& s = *state_;
+  s.prepare();
+  std::fill_n(whole, m, 0);
+  std::fill_n(fraction, m, 0);
+  if (s.sorting) {  // a candidate is the work of one thread
+    const auto plain = [&](std::int64_t c, std::int64_t sum) { whole[c] += sum; };
+    const auto row = [&](std::int64_t c, Index, std::int64_t sum, std::int64_t count) {
+      const FixedPoint mean = fixed_point(sum, count);
+      whole[c] += mean.whole;
+      fraction[c] += mean.fraction;
+    };
+    if (s.sort_rows(candidate, m, false, execution, plain, row) != Status::ok)
+      return Status::cancelled;
+    if (s.selected.empty()) return Status::ok;
+  }
+  const std::int64_t column_bytes = s.columns.n * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t batch = std::max<std::int64_t>(64, kPackedBytes / column_bytes / 64 * 64);
+  std::mutex mutex;
+  for (std::int64_t first = 0; first < m; first += batch) {
+    const std::int64_t size = std::min(batch, m - first);
+    struct Report {  // adds up on its thread, and to the result when the thread ends
+      Totals totals;
+      std::int64_t* whole;
+      std::int64_t* fraction;
+      std::mutex* mutex;
+      Report(std::int64_t size, std::int64_t* w, std::int64_t* f, std::mutex* lock)
+          : totals(at(size)), whole(w), fraction(f), mutex(lock) {}
+      Report(Report&& other) noexcept
+          : totals(std::move(other.totals)),
+            whole(other.whole),
+            fraction(other.fraction),
+            mutex(std::exchange(other.mutex, nullptr)) {}
+      ~Report() {
+        if (!mutex) return;
+        const std::lock_guard<std::mutex> lock(*mutex);
+        for (std::size_t c = 0; c < totals.whole.size(); ++c) {
+          whole[c] += totals.whole[c];
+          fraction[c] += totals.fraction[c];
+        }
+      }
+      void operator()(std::int64_t c, std::int64_t used, Index, const std::int64_t* sum,
+                      const std::int64_t* count, bool unique) {
+        if (unique) {
+          for (std::int64_t l = 0; l < used; ++l) totals.whole[at(c + l)] += sum[l];
+        } else {
+          for (std::int64_t l = 0; l < used; ++l) totals.add(at(c + l), sum[l], count[l]);
+        }
+      }
+    };
+    const auto make_report = [&] { return Report(size, whole + first, fraction + first, &mutex); };
+    if (s.scan_rows(candidate + first, size, execution, make_report) != Status::ok)
+      return Status::cancelled;
+  }
+  return Status::ok;
+}
+
+template <class T>
+Status Engine<T>::row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
+                           const Execution& execution) {
+  State& s = *state_;
+  s.prepare();
+  const auto row = [&](std::int64_t, Index r, std::int64_t row_sum, std::int64_t row_count) {
+    sum[s.order[at(r)]] = row_sum;
+    count[s.order[at(r)]] = row_count;
+  };
+  if (s.sorting) {
+    const auto none = [](std::int64_t, std::int64_t) {};
+    if (s.sort_rows(&candidate, 1, true, execution, none, row) != Status::ok)
+      return Status::cancelled;
+    if (s.selected.empty()) return Status::ok;
+  }
+  return s.scan_rows(&candidate, 1, execution, [&] {
+    return [&](std::int64_t c, std::int64_t, Index r, const std::int64_t* sums,
+               const std::int64_t* counts, bool) { row(c, r, sums[0], counts[0]); };
+  });
+}
+
+template <class T>
+Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
+                 const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,
+                 const Execution& execution) {
+  const Kernels<T> kernels = pick_kernels<T>(execution.level);
+  const std::int64_t n = columns.n;
+  // Of `tied` neighbours the one to take, or -1 for all of them.
+  const auto taken = [&](std::int64_t i, std::int64_t tied) -> std::int64_t {
+    if (ties == Ties::average) return -1;
+    return ties == Ties::first ? 0 : pick(tie_hash(seed, i), tied);
+  };
+  if (columns.p <= kTreeColumns) {
+    Groups<T> groups(n);
+    std::vector<const T*> values;
+    for (std::int64_t f = 0; f < columns.p; ++f) {
+      const T* x = columns.x + f * n;
+      groups.refine(std::vector<T>(x, x + n));
+      values.push_back(x);
+    }
+    Spatial<T> space;
+    space.build(values, std::vector<T>(columns.factor, columns.factor + columns.p), groups.of_row,
+                groups.count);
+    constexpr std::int64_t rows = 256;
+    return parallel_for(pieces_of(n, rows), execution, [&] {
+      return [&, tied = std::vector<Range>(),
+              listed = std::vector<Index>()](std::int64_t piece) mutable {
+        for (std::int64_t a = piece * rows; a < std::min(n, (piece + 1) * rows); ++a) {
+          const Index own = space.row(a);
+          const Index self = space.point_of(own);
+          const bool twins = space.end(self) - space.begin(self) > 1;
+          T best = twins ? T{0} : std::numeric_limits<T>::infinity();
+          tied.clear();
+          if (twins) tied.push_back({space.begin(self), space.end(self)});
+          space.within(
+              kernels, self, [&] { return best; },
+              [&](Index point, T distance) {
+                if (distance < best) {
+                  best = distance;
+                  tied.clear();
+                }
+                tied.push_back({space.begin(point), space.end(point)});
+              });
+          std::int64_t size = -std::int64_t{twins};
+          for (const Range& range : tied) size += range.end - range.begin;
+          const std::int64_t k = taken(own, size);
+          if (!indices) {
+            count[own] = k < 0 ? size : 1;
+          } else if (k >= 0) {
+            indices[offset[own]] = kth_row(tied, space.rows(), k, own);
+          } else {
+            listed.clear();
+            for (const Range& range : tied)
+              for (std::int64_t t = range.begin; t < range.end; ++t)
+                if (space.row(t) != own) listed.push_back(space.row(t));
+            std::sort(listed.begin(), listed.end());
+            std::copy(listed.begin(), listed.end(), indices + offset[own]);
+          }
+        }
+      };
+    });
+  }
+  return parallel_for(pieces_of(n, kRows), execution, [&] {
+    return [&, distance = std::vector<T>(at(kRows * n))](std::int64_t piece) mutable {
+      std::int64_t rows[kRows];
+      for (int r = 0; r < kRows; ++r) rows[r] = std::min(piece * kRows + r, n - 1);
+      std::fill(distance.begin(), distance.end(), T{0});
+      for (std::int64_t f = 0; f < columns.p; ++f)
+        kernels.accumulate(columns.x + f * n, n, rows, columns.factor[f], distance.data());
+      for (int r = 0; r < kRows && piece * kRows + r < n; ++r) {
+        const std::int64_t i = rows[r];
+        const T* d = distance.data() + r * n;
+        const T nearest = kernels.minimum(d, n, i);
+        std::int64_t tied = 0;
+        for (std::int64_t j = 0; j < n; ++j) tied += j != i && d[j] == nearest;
+        const std::int64_t k = taken(i, tied);
+        if (!indices) {
+          count[i] = k < 0 ? tied : 1;
+          continue;
+        }
+        std::int64_t* out = indices + offset[i];
+        std::int64_t seen = 0;
+        for (std::int64_t j = 0; j < n; ++j) {
+          if (j == i || d[j] != nearest) continue;
+          if (k < 0 || seen == k) *out++ = j;
+          ++seen;
+        }
       }
     };
   });
 }
 
-template <class T>
-Status row_sums(const Problem<T>& problem, std::int64_t* sum, std::int64_t* count,
-                const Execution& execution) {
-  const auto row = [&](std::int64_t i, const Kernels<T>& kernels, const T* distance) {
-    std::int64_t total = 0;
-    std::int64_t used = 0;
-    visit_neighbors(problem, kernels, i, distance, [&](std::int64_t j) {
-      total += std::min(problem.rank[i], problem.rank[j]);
-      ++used;
-    });
-    sum[i] = total;
-    count[i] = used;
-  };
-  return for_each_row(problem, execution, row);
-}
-
-template <class T>
-Status neighbors(const Problem<T>& problem, const std::int64_t* offset, std::int64_t* count,
-                 std::int64_t* indices, const Execution& execution) {
-  const auto row = [&](std::int64_t i, const Kernels<T>& kernels, const T* distance) {
-    std::int64_t used = 0;
-    visit_neighbors(problem, kernels, i, distance, [&](std::int64_t j) {
-      if (indices) indices[offset[i] + used] = j;
-      ++used;
-    });
-    if (!indices) count[i] = used;
-  };
-  return for_each_row(problem, execution, row);
-}
-
-#define LCODEC_INSTANTIATE(T)                                                                     \
-  template Status score<T>(const Problem<T>&, const std::int64_t*, std::int64_t, std::int64_t*,   \
-                           std::int64_t*, const Execution&);                                      \
-  template Status row_sums<T>(const Problem<T>&, std::int64_t*, std::int64_t*, const Execution&); \
-  template Status neighbors<T>(const Problem<T>&, const std::int64_t*, std::int64_t*,             \
-                               std::int64_t*, const Execution&);
+#define LCODEC_INSTANTIATE(T)                                                               \
+  template class Engine<T>;                                                                 \
+  template Status neighbors<T>(const Columns<T>&, Ties, std::uint64_t, const std::int64_t*, \
+                               std::int64_t*, std::int64_t*, const Execution&);
 LCODEC_INSTANTIATE(float)
 LCODEC_INSTANTIATE(double)
 

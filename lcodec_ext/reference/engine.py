@@ -58,12 +58,12 @@ class ReferenceEngine:
         """Add a column to the conditioning set, behind those already there."""
         self._selected.append(column)
 
-    def row_sums(self, column: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def row_sums(self, column: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are.
 
-        Neighbours in the selected columns, and ``column`` behind them if one is given.
+        Neighbours in the selected columns and ``column`` behind them.
         """
-        columns = self._selected + ([] if column is None else [column])
+        columns = [*self._selected, column]
         n = len(self._X)
         sums = np.empty(n, dtype=np.int64)
         counts = np.empty(n, dtype=np.int64)
@@ -74,9 +74,7 @@ class ReferenceEngine:
             counts[i] = len(used)
         return sums, counts
 
-    def score(
-        self, columns: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def score(self, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For every candidate, the sum over rows in fixed point (``_exact.fixed_point``)."""
         scores = [_exact.fixed_point(*self.row_sums(int(column))) for column in columns]
         whole, fraction = np.array(scores, dtype=np.int64).reshape(-1, 2).T

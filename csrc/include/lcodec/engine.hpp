@@ -1,31 +1,17 @@
 // The CPU engine of the dependence coefficients: entry points and views. No Python, no torch.
 //
-// All functions run on the calling thread and `threads - 1` further ones, return the same bits for
-// every thread count and SIMD level, and keep nothing of what the caller passes. Scratch memory is
-// O(n) for each thread (score: one group of packed tiles); std::bad_alloc is passed on.
+// Calls run on the calling thread and `threads - 1` further ones and return the same bits for every
+// thread count and SIMD level. std::bad_alloc is passed on.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "lcodec/simd_level.hpp"
 
 namespace lcodec {
 
 enum class Ties : std::int32_t { average = 0, random = 1, first = 2 };
-
-// Feature columns and ranks. T is float or double.
-template <class T>
-struct Problem {
-  std::int64_t n;              // rows
-  std::int64_t p;              // columns
-  const T* x;                  // [p][n]: column f starts at x + f * n
-  const T* factor;             // [p] scaling factor of every column
-  const std::int32_t* rank;    // [n] max ranks of the response
-  const std::int64_t* column;  // [k] the conditioning set, in the order of summation
-  std::int64_t k;
-  Ties ties;
-  std::uint64_t seed;  // of Ties::random
-};
 
 // How to run, and how to be stopped.
 struct Execution {
@@ -36,25 +22,59 @@ struct Execution {
   void* context;
 };
 
-// Returned by every entry point.
+// Returned by every call that can take long.
 enum class Status { ok, cancelled };
 
-// For each of m candidate columns: sum over rows of S_i / c_i in fixed point, where c_i counts the
-// neighbours used (nearest in the conditioning set and the candidate, added last) and S_i sums
-// min(rank_i, rank_j) over them. whole[m], fraction[m] are overwritten. O(n^2 (k + m)).
+// Feature columns. T is float or double.
 template <class T>
-Status score(const Problem<T>& problem, const std::int64_t* candidate, std::int64_t m,
-             std::int64_t* whole, std::int64_t* fraction, const Execution& execution);
+struct Columns {
+  std::int64_t n;   // rows
+  std::int64_t p;   // columns
+  const T* x;       // [p][n]: column f starts at x + f * n
+  const T* factor;  // [p] scaling factor of every column
+};
 
-// S_i and c_i of every row for neighbours in the conditioning set alone (k >= 1). O(n^2 k).
+// Scores candidate columns given a conditioning set that grows step by step.
+//
+// For row i let the c_i neighbours used be the rows j != i at the smallest distance in the
+// conditioning set and a candidate (added last), all of them or the one that the tie rule takes,
+// and S_i the sum over them of min(rank_i, rank_j).
 template <class T>
-Status row_sums(const Problem<T>& problem, std::int64_t* sum, std::int64_t* count,
-                const Execution& execution);
+class Engine {
+ public:
+  // Keeps pointers: the arrays must outlive the engine. rank[n]: max ranks of the response.
+  Engine(const Columns<T>& columns, const std::int32_t* rank, Ties ties, std::uint64_t seed);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
 
-// Neighbours used by every row in the conditioning set. With indices == nullptr only count[n] is
-// written; otherwise row i's neighbours go to indices + offset[i], in increasing order. O(n^2 k).
+  // Adds a column to the conditioning set, behind those already there. O(n).
+  void select(std::int64_t column);
+
+  // For each of m candidates the sum over rows of S_i / c_i in fixed point; whole[m] and
+  // fraction[m] are overwritten.
+  //
+  // With k columns selected a row is compared with its neighbours in these, nearest first, until
+  // none can be nearest with the candidate: about n^(1/(k+1)) of them on continuous data. Rows
+  // that share their values in the conditioning set with many others are instead sorted by the
+  // candidate, O(log n) each. Memory: a packed copy of the candidates and O(n) for each thread.
+  Status score(const std::int64_t* candidate, std::int64_t m, std::int64_t* whole,
+               std::int64_t* fraction, const Execution& execution);
+
+  // S_i and c_i of every row for one candidate.
+  Status row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
+                  const Execution& execution);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Neighbours used by every row in all p columns. With indices == nullptr only count[n] is written;
+// otherwise row i's neighbours go to indices + offset[i], in increasing order. O(n^2 p).
 template <class T>
-Status neighbors(const Problem<T>& problem, const std::int64_t* offset, std::int64_t* count,
-                 std::int64_t* indices, const Execution& execution);
+Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
+                 const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,
+                 const Execution& execution);
 
 }  // namespace lcodec

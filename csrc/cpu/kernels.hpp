@@ -1,0 +1,88 @@
+// The inner loops; kernels.cpp is compiled once for every SIMD level.
+#pragma once
+
+#include <cstdint>
+
+#include "lcodec/simd_level.hpp"
+
+namespace lcodec {
+
+constexpr int kChunk = 8;  // neighbours between two looks at the stopping bound
+
+// A row's neighbours in the conditioning set, nearest first in chunks of kChunk: every entry of a
+// chunk is at least as far as bound[chunk], and bounds do not fall. The last chunk is filled up
+// with NaN distances, which no comparison takes.
+template <class T>
+struct NeighborList {
+  std::int64_t chunks;
+  const std::int32_t* index;  // [chunks * kChunk] row positions
+  const std::int32_t* rank;   // [chunks * kChunk] min(own rank, that row's rank)
+  const T* distance;          // [chunks * kChunk]
+  const T* bound;             // [chunks]
+  T reach;                    // rows that are not listed are at least this far
+};
+
+// One row against its list, for the candidates of a tile side by side:
+//   best_l = min_j v_j,  v_j = distance_j + ((own_l - tile[j][l]) * factor_l)^2
+//   count_l = #{j : v_j = best_l},  sum_l = sum over those j of the list's rank
+template <class T>
+struct ScanArgs {
+  NeighborList<T> list;
+  const T* tile;        // [n][lanes]
+  const T* own;         // [lanes] the row's own values
+  const T* factor;      // [lanes]
+  T* best;              // [lanes] out
+  std::int64_t* sum;    // [lanes] out
+  std::int64_t* count;  // [lanes] out
+};
+
+struct ScanResult {
+  bool complete;  // no unlisted row can be nearest or tied, for any lane
+  bool unique;    // every count is 1
+};
+
+// Rows of one group sorted by value, nearest neighbour beside each other. Adds up min(rank_t,
+// rank of its neighbour) where that neighbour is plainly the only nearest one and within limit;
+// flags the other rows, which need a closer look, the first two and the last two among them.
+template <class T>
+struct AdjacentArgs {
+  std::int64_t size;
+  const T* value;            // [size] ascending
+  const std::int32_t* rank;  // [size]
+  T factor;
+  T limit;             // distances of this size or more need a closer look
+  std::uint8_t* flag;  // [size] out
+};
+
+template <class T>
+struct Kernels {
+  int lanes;  // candidates in a tile
+  ScanResult (*scan)(const ScanArgs<T>&);
+  std::int64_t (*adjacent)(const AdjacentArgs<T>&);
+  // out[a] = sum over d of ((query[d] - point[d][a]) * factor[d])^2, in the order of d, for size
+  // points; point[d] starts at points + d * stride.
+  void (*distances)(const T* points, std::int64_t stride, std::int64_t size, std::int64_t dims,
+                    const T* query, const T* factor, T* out);
+  // Indices a of the distances up to radius, in order; returns how many. [size] out, all scratch.
+  std::int64_t (*within)(const T* distance, std::int64_t size, T radius, std::int32_t* out);
+  // distance[r][j] += ((x[first + r] - x[j]) * factor)^2 for kRows rows r and all j
+  void (*accumulate)(const T* x, std::int64_t n, const std::int64_t* rows, T factor, T* distance);
+  // min over j != i of distance[j]
+  T (*minimum)(const T* distance, std::int64_t n, std::int64_t i);
+};
+
+constexpr int kRows = 4;  // rows that `accumulate` takes at once
+
+struct LevelKernels {
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+LevelKernels baseline_kernels();
+LevelKernels avx2_kernels();
+LevelKernels avx512_kernels();
+
+// What dispatch.cpp picks for a level.
+LevelKernels kernels_for(SimdLevel level);
+
+}  // namespace lcodec

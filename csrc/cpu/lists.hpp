@@ -1,0 +1,232 @@
+// The neighbours of rows in the conditioning set, nearest first, as far as a scan is likely to go.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "radix_sort.hpp"
+#include "spatial.hpp"
+
+namespace lcodec {
+
+// Points and their squared distances from one row.
+template <class T>
+struct Near {
+  std::vector<std::int32_t> point;
+  std::vector<T> distance;
+  void clear() {
+    point.clear();
+    distance.clear();
+  }
+};
+
+// The list of one row. It is bucketed by distance, not sorted: a scan needs only a lower bound of
+// what is still to come.
+template <class T>
+class RowList {
+ public:
+  using Index = std::int32_t;
+
+  NeighborList<T> view() const {
+    return {static_cast<std::int64_t>(bound_.size()),
+            index_.data(),
+            rank_.data(),
+            distance_.data(),
+            bound_.data(),
+            reach_};
+  }
+  std::int64_t size() const { return static_cast<std::int64_t>(rows_); }
+  T radius() const { return radius_; }
+
+  // Lists at least `wanted` rows, or all, searching the tree. `radius` is a first guess.
+  void search(const Kernels<T>& kernels, const Spatial<T>& space, const std::int32_t* ranks,
+              std::int64_t position, std::int64_t wanted, T radius, Near<T>& near) {
+    const Index self = space.point_of(space.row(position));
+    if (!(radius > 0)) radius = kAll;
+    for (int attempt = 0;; ++attempt) {
+      near.clear();
+      std::int64_t size = space.end(self) - space.begin(self) - 1;
+      space.within(
+          kernels, self, [&] { return radius; },
+          [&](Index point, T distance) {
+            near.point.push_back(point);
+            near.distance.push_back(distance);
+            size += space.end(point) - space.begin(point);
+          });
+      if (size >= wanted || radius == kAll) break;
+      const double times = 1.5 * static_cast<double>(wanted) / static_cast<double>(size + 1);
+      radius = attempt < 6 ? radius * std::max(space.grow(times), T{2}) : kAll;
+    }
+    fill(space, ranks, position, near, radius, kEverything);
+  }
+
+  // Lists the rows of `near`, which are all within `radius` but the row itself; those beyond the
+  // `most` nearest ones may be left out.
+  void fill(const Spatial<T>& space, const std::int32_t* ranks, std::int64_t position,
+            const Near<T>& near, T radius, std::int64_t most) {
+    const Index self = space.point_of(space.row(position));
+    T farthest = 0;
+    for (const T distance : near.distance) farthest = std::max(farthest, distance);
+    // Buckets are spaced evenly in the logarithm of the distance, kPerOctave of them to a factor
+    // of two: the high bits of the number itself, which rise with it.
+    const std::int64_t base = high_bits(farthest) - static_cast<std::int64_t>(kBuckets - 1);
+    const auto bucket = [&](T distance) {
+      return static_cast<std::size_t>(std::max<std::int64_t>(high_bits(distance) - base, 0));
+    };
+    std::array<std::uint32_t, kBuckets + 1> count{};
+    count[1] += static_cast<std::uint32_t>(space.end(self) - space.begin(self) - 1);
+    for (std::size_t a = 0; a < near.point.size(); ++a)
+      count[bucket(near.distance[a]) + 1] += rows_of(space, near.point[a]);
+    std::size_t used = kBuckets;  // buckets that are kept
+    for (std::size_t b = 1; b <= kBuckets; ++b) {
+      count[b] += count[b - 1];
+      if (used == kBuckets && static_cast<std::int64_t>(count[b]) >= most) used = b;
+    }
+    rows_ = count[used];
+    radius_ = radius;
+    reach_ = radius == kAll ? kAll : std::nextafter(radius, kAll);
+    const std::size_t chunks = (rows_ + kChunk - 1) / kChunk;
+    index_.resize(chunks * kChunk);
+    rank_.resize(chunks * kChunk);
+    distance_.resize(chunks * kChunk);
+    bound_.resize(chunks);
+    const std::int32_t own = ranks[position];
+    const auto put = [&](std::size_t place, Index row, T distance) {
+      index_[place] = row;
+      rank_[place] = std::min(own, ranks[row]);
+      distance_[place] = distance;
+    };
+    for (Index j = space.begin(self); j < space.end(self); ++j)
+      if (j != position) put(count[0]++, j, T{0});
+    for (std::size_t a = 0; a < near.point.size(); ++a) {
+      const T distance = near.distance[a];
+      const std::size_t b = bucket(distance);
+      if (b >= used) {
+        reach_ = std::min(reach_, distance);
+        continue;
+      }
+      const Index point = near.point[a];
+      for (Index j = space.begin(point); j < space.end(point); ++j) put(count[b]++, j, distance);
+    }
+    for (std::size_t a = rows_; a < index_.size(); ++a)
+      put(a, 0, std::numeric_limits<T>::quiet_NaN());
+    T least = reach_;
+    for (std::size_t c = chunks; c-- > 0;) {
+      for (std::size_t a = c * kChunk; a < std::min((c + 1) * kChunk, rows_); ++a)
+        least = std::min(least, distance_[a]);
+      bound_[c] = least;
+    }
+  }
+
+  static constexpr T kAll = std::numeric_limits<T>::infinity();
+  static constexpr std::int64_t kEverything = std::numeric_limits<std::int64_t>::max();
+
+ private:
+  static constexpr std::size_t kBuckets = 128;
+  static constexpr int kPerOctave = 4;  // bits: 16 buckets
+
+  // Sign, exponent and the leading bits of the mantissa of a number >= 0: monotone in it.
+  static std::int64_t high_bits(T distance) {
+    constexpr int mantissa = std::numeric_limits<T>::digits - 1;
+    const auto bits = std::bit_cast<typename SortWord<T>::Key>(distance);
+    return static_cast<std::int64_t>(bits >> (mantissa - kPerOctave));
+  }
+  static std::uint32_t rows_of(const Spatial<T>& space, Index point) {
+    return static_cast<std::uint32_t>(space.end(point) - space.begin(point));
+  }
+
+  std::size_t rows_ = 0;
+  T radius_{0};
+  T reach_{0};
+  std::vector<Index> index_;
+  std::vector<std::int32_t> rank_;
+  std::vector<T> distance_, bound_;
+};
+
+// Makes the lists of rows that stand beside each other in the tree: leaves near any of them are
+// found once, and their points compared with every row. One on every thread.
+template <class T>
+class ListMaker {
+ public:
+  using Index = std::int32_t;
+
+  // ranks[position]
+  ListMaker(const Kernels<T>& kernels, const Spatial<T>& space, const std::int32_t* ranks)
+      : kernels_(kernels), space_(space), ranks_(ranks) {}
+
+  // Lists at least `wanted` rows, or all, for the rows at positions [begin, end) that `listed`
+  // accepts; lists[0] is that of position `begin`.
+  template <class Listed>
+  void build(RowList<T>* lists, std::int64_t begin, std::int64_t end, std::int64_t wanted,
+             const Listed& listed) {
+    const Index first = space_.point_of(space_.row(begin));
+    const Index last = space_.point_of(space_.row(end - 1)) + 1;
+    if (!(radius_ > 0)) radius_ = space_.guess_radius(kernels_, first, wanted);
+    const auto dims = static_cast<std::size_t>(space_.dims());
+    const auto g = static_cast<std::size_t>(space_.size());
+    point_.clear();
+    space_.near_block(first, last, radius_, [&](Index a, Index b) {
+      for (Index point = a; point < b; ++point) point_.push_back(point);
+    });
+    const std::size_t size = point_.size();
+    coordinate_.resize(dims * size);
+    for (std::size_t d = 0; d < dims; ++d)
+      for (std::size_t a = 0; a < size; ++a)
+        coordinate_[d * size + a] = space_.points()[d * g + static_cast<std::size_t>(point_[a])];
+    distance_.resize(size);
+    inside_.resize(size);
+    std::int64_t found = 0;
+    std::int64_t rows = 0;
+    for (std::int64_t i = begin; i < end; ++i) {
+      if (!listed(i)) continue;
+      const Index self = space_.point_of(space_.row(i));
+      const auto count = static_cast<std::int64_t>(size);
+      kernels_.distances(coordinate_.data(), count, count, space_.dims(), space_.query(self),
+                         space_.factors(), distance_.data());
+      const std::int64_t inside = kernels_.within(distance_.data(), count, radius_, inside_.data());
+      near_.clear();
+      std::int64_t near_rows = space_.end(self) - space_.begin(self) - 1;
+      for (std::int64_t a = 0; a < inside; ++a) {
+        const auto c = static_cast<std::size_t>(inside_[static_cast<std::size_t>(a)]);
+        if (point_[c] == self) continue;
+        near_.point.push_back(point_[c]);
+        near_.distance.push_back(distance_[c]);
+        near_rows += space_.end(point_[c]) - space_.begin(point_[c]);
+      }
+      found += near_rows;
+      ++rows;
+      if (near_rows >= wanted) {
+        lists[i - begin].fill(space_, ranks_, i, near_, radius_, 2 * wanted);
+      } else {  // in a thinner place than its neighbours
+        lists[i - begin].search(kernels_, space_, ranks_, i, wanted, 2 * radius_, near_);
+      }
+    }
+    if (rows == 0) return;
+    // The next rows lie close by: aim at half as many again as wanted.
+    const double times = 1.5 * static_cast<double>(wanted * rows) / static_cast<double>(found + 1);
+    radius_ = radius_ * space_.grow(std::clamp(times, 0.125, 8.0));
+    if (!(radius_ < RowList<T>::kAll)) radius_ = 0;
+  }
+
+  // A longer list of one row.
+  void extend(RowList<T>& longer, const RowList<T>& list, std::int64_t position) {
+    longer.search(kernels_, space_, ranks_, position, 4 * list.size() + 64,
+                  list.radius() * space_.grow(4), near_);
+  }
+
+ private:
+  const Kernels<T>& kernels_;
+  const Spatial<T>& space_;
+  const std::int32_t* ranks_;
+  T radius_{0};  // 0: not known
+  std::vector<Index> point_, inside_;
+  std::vector<T> coordinate_, distance_;
+  Near<T> near_;
+};
+
+}  // namespace lcodec

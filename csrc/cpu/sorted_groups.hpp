@@ -1,0 +1,219 @@
+// Scoring by sorting: for rows that share their values in the conditioning set with many others.
+//
+// Inside such a group a candidate's nearest neighbours stand beside each other in sorted order, and
+// the rank sum of a run of equal values comes from prefix sums. Rows of other groups matter only
+// where their group lies no farther than the best inside; they are found by the tree and by
+// bisection. O(n) for a candidate beside the sort, and O(log n) for each row in doubt.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "common/random.hpp"
+#include "radix_sort.hpp"
+#include "spatial.hpp"
+
+namespace lcodec {
+
+// Places [begin, end) of an array of rows, in which they are in increasing order.
+struct Range {
+  std::int64_t begin, end;
+};
+
+// The k-th row of all ranges, in increasing order and without `own`: bisection over row numbers.
+inline std::int32_t kth_row(const std::vector<Range>& ranges, const std::int32_t* rows,
+                            std::int64_t k, std::int32_t own) {
+  std::int32_t low = std::numeric_limits<std::int32_t>::max();
+  std::int32_t high = 0;
+  for (const Range& range : ranges) {
+    low = std::min(low, rows[range.begin]);
+    high = std::max(high, rows[range.end - 1]);
+  }
+  while (low < high) {
+    const std::int32_t middle = low + (high - low) / 2;
+    std::int64_t below = 0;
+    for (const Range& range : ranges) {
+      const std::int32_t* first = rows + range.begin;
+      const std::int32_t* bound = std::upper_bound(first, rows + range.end, middle);
+      below += bound - first;
+      if (own <= middle && std::binary_search(first, bound, own)) --below;
+    }
+    if (below > k) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+template <class T>
+class SortedGroups {
+ public:
+  using Index = std::int32_t;
+
+  SortedGroups(const Kernels<T>& kernels, const Spatial<T>& space, const std::int32_t* rank,
+               Ties ties, std::uint64_t seed)
+      : kernels_(kernels), space_(space), rank_(rank), ties_(ties), seed_(seed) {}
+
+  // Sorts all rows by (point, value of the candidate, row). value(row) gives the candidate's.
+  template <class Value>
+  void sort(std::int64_t n, const Value& value, T factor) {
+    factor_ = factor;
+    words_.resize(at(n));
+    for (std::int64_t row = 0; row < n; ++row)
+      words_[at(row)] = {sort_key(value(row)), static_cast<Index>(row)};
+    radix_sort<T>(words_, spare_);
+    row_.resize(at(n));
+    value_.resize(at(n));
+    sorted_rank_.resize(at(n));
+    flag_.resize(at(n));
+    cursor_.assign(space_.offsets().begin(), space_.offsets().end() - 1);
+    const bool one = space_.size() == 1;
+    Index next = 0;
+    for (const auto& word : words_) {
+      const std::size_t t = at(one ? next++ : cursor_[at(space_.point_of(word.row))]++);
+      row_[t] = word.row;
+      value_[t] = value(word.row);
+      sorted_rank_[t] = rank_[word.row];
+    }
+    runs_ready_ = false;
+  }
+
+  // Adds up the rows of a group. plain(sum) takes the rank sums of rows with one neighbour each,
+  // row(row, sum, count) every other row. `gap`: squared distance to the nearest other group.
+  template <class Plain, class Row>
+  void score(Index point, T gap, const Plain& plain, const Row& row) {
+    const std::int64_t begin = space_.begin(point);
+    const std::int64_t size = space_.end(point) - begin;
+    plain(kernels_.adjacent({size, value_.data() + begin, sorted_rank_.data() + begin, factor_, gap,
+                             flag_.data() + begin}));
+    for (std::int64_t t = begin; t < begin + size; ++t)
+      if (flag_[at(t)]) closer(point, t, gap, row);
+  }
+
+  // The same with every row reported by row().
+  template <class Row>
+  void rows(Index point, T gap, const Row& row) {
+    for (std::int64_t t = space_.begin(point); t < space_.end(point); ++t)
+      closer(point, t, gap, row);
+  }
+
+ private:
+  template <class I>
+  static std::size_t at(I index) {
+    return static_cast<std::size_t>(index);
+  }
+
+  // Runs of equal value inside a point, and prefix sums of ranks: needed for rows in doubt only.
+  void make_runs() {
+    const std::size_t n = row_.size();
+    run_begin_.resize(n);
+    run_end_.resize(n);
+    prefix_.resize(n + 1);
+    prefix_[0] = 0;
+    for (std::size_t t = 0; t < n; ++t) prefix_[t + 1] = prefix_[t] + sorted_rank_[t];
+    for (Index point = 0; point < space_.size(); ++point) {
+      std::int64_t begin = space_.begin(point);
+      for (std::int64_t t = begin; t < space_.end(point); ++t) {
+        if (value_[at(t)] != value_[at(begin)]) begin = t;
+        run_begin_[at(t)] = static_cast<Index>(begin);
+      }
+      std::int64_t end = space_.end(point);
+      for (std::int64_t t = end - 1; t >= space_.begin(point); --t) {
+        if (value_[at(t)] != value_[at(end - 1)]) end = t + 1;
+        run_end_[at(t)] = static_cast<Index>(end);
+      }
+    }
+    runs_ready_ = true;
+  }
+
+  T distance(T base, T x, std::int64_t t) const {
+    const T scaled = (x - value_[at(t)]) * factor_;
+    return base + scaled * scaled;
+  }
+
+  // Runs to the left (below `from`) or right (from `from` on) that are as near as the best so far.
+  void extend(T base, T x, std::int64_t begin, std::int64_t end, std::int64_t from, bool left) {
+    for (std::int64_t t = left ? from - 1 : from; t >= begin && t < end;
+         t = left ? run_begin_[at(t)] - 1 : run_end_[at(t)]) {
+      const T v = distance(base, x, t);
+      if (v > best_) return;
+      if (v < best_) {
+        best_ = v;
+        tied_.clear();
+      }
+      tied_.push_back({run_begin_[at(t)], run_end_[at(t)]});
+    }
+  }
+
+  template <class Row>
+  void closer(Index point, std::int64_t t, T gap, const Row& report) {
+    if (!runs_ready_) make_runs();
+    const T x = value_[at(t)];
+    best_ = std::numeric_limits<T>::infinity();
+    tied_.clear();
+    if (run_end_[at(t)] - run_begin_[at(t)] > 1) {
+      best_ = distance(T{0}, x, t);
+      tied_.push_back({run_begin_[at(t)], run_end_[at(t)]});
+    }
+    extend(T{0}, x, space_.begin(point), space_.end(point), run_begin_[at(t)], true);
+    extend(T{0}, x, space_.begin(point), space_.end(point), run_end_[at(t)], false);
+    if (gap <= best_)
+      space_.within(
+          kernels_, point, [&] { return best_; },
+          [&](Index other, T base) {
+            const auto* values = value_.data();
+            const std::int64_t begin = space_.begin(other);
+            const std::int64_t end = space_.end(other);
+            const std::int64_t from = std::lower_bound(values + begin, values + end, x) - values;
+            extend(base, x, begin, end, from, true);
+            extend(base, x, begin, end, from, false);
+          });
+    std::int64_t count = 0;
+    for (const Range& range : tied_) count += range.end - range.begin;
+    const bool self = run_end_[at(t)] - run_begin_[at(t)] > 1 && holds(t);
+    count -= self;
+    const Index own = row_[at(t)];
+    if (ties_ != Ties::average) {
+      const std::int64_t k = ties_ == Ties::first ? 0 : pick(tie_hash(seed_, own), count);
+      const std::int32_t chosen = rank_[kth_row(tied_, row_.data(), k, own)];
+      report(own, std::min(rank_[own], chosen), std::int64_t{1});
+      return;
+    }
+    std::int64_t sum = 0;
+    for (const Range& range : tied_) {  // ranks ascend inside a run
+      const auto* ranks = sorted_rank_.data();
+      const auto* middle = std::lower_bound(ranks + range.begin, ranks + range.end, rank_[own]);
+      const std::int64_t above = ranks + range.end - middle;
+      sum += prefix_[at(middle - ranks)] - prefix_[at(range.begin)] + above * rank_[own];
+    }
+    if (self) sum -= rank_[own];
+    report(own, sum, count);
+  }
+
+  bool holds(std::int64_t t) const {
+    for (const Range& range : tied_)
+      if (range.begin <= t && t < range.end) return true;
+    return false;
+  }
+
+  const Kernels<T>& kernels_;
+  const Spatial<T>& space_;
+  const std::int32_t* rank_;
+  Ties ties_;
+  std::uint64_t seed_;
+  T factor_{0};
+  std::vector<SortWord<T>> words_, spare_;
+  std::vector<Index> row_, sorted_rank_, run_begin_, run_end_, cursor_;
+  std::vector<T> value_;
+  std::vector<std::int64_t> prefix_;
+  std::vector<std::uint8_t> flag_;
+  bool runs_ready_ = false;
+  T best_{0};
+  std::vector<Range> tied_;
+};
+
+}  // namespace lcodec

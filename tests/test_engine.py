@@ -1,0 +1,141 @@
+"""The CPU engine's own machinery - tree, lists, sorted groups - against the reference, with ==.
+
+Hypothesis tables are small; here are the shapes at which trees have many leaves, lists run out and
+groups are sorted.
+"""
+
+import numpy as np
+import pytest
+
+import lcodec_ext
+from lcodec_ext import _native
+from lcodec_ext._ranks import ranks
+from lcodec_ext._scaling import scale_factors
+from lcodec_ext.reference.engine import ReferenceEngine
+
+pytestmark = pytest.mark.native
+
+RNG = np.random.default_rng(7)
+
+
+def continuous(n):
+    return RNG.normal(size=(n, 6))
+
+
+def grid(n):
+    """Integers: every distance tied, small groups of equal rows."""
+    return RNG.integers(0, 12, (n, 6)).astype(float)
+
+
+def binary(n):
+    """Few large groups."""
+    return RNG.integers(0, 2, (n, 6)).astype(float)
+
+
+def mixed(n):
+    """Binary beside continuous columns."""
+    return np.hstack([RNG.integers(0, 2, (n, 3)), RNG.normal(size=(n, 3))])
+
+
+def zero_inflated(n):
+    """One large group among single rows."""
+    return np.where(RNG.random((n, 6)) < 0.7, 0.0, RNG.normal(size=(n, 6)))
+
+
+def heavy_tails(n):
+    """Outliers far from everything: lists run out."""
+    return RNG.standard_cauchy((n, 6)) ** 3
+
+
+def two_clusters(n):
+    return RNG.normal(size=(n, 6)) * 1e-3 + 1e3 * RNG.integers(0, 2, n)[:, None]
+
+
+def offset(n):
+    return RNG.normal(size=(n, 6)) + 1e7
+
+
+def all_equal(n):
+    return np.full((n, 6), 2.5)
+
+
+def duplicates(n):
+    """Every row some ten times."""
+    return RNG.normal(size=(n // 10 + 1, 6))[RNG.integers(0, n // 10 + 1, n)]
+
+
+def denormals(n):
+    """Differences whose squares vanish: distinct rows at distance 0."""
+    X = RNG.integers(0, 9, (n, 6)).astype(float)
+    X[:, :3] *= 1e-30
+    X[:, 3:] *= 1e-200
+    return X
+
+
+def lattice_with_noise(n):
+    """Groups that are large, and near each other beside the candidates' spread."""
+    X = RNG.normal(size=(n, 6)) * 50
+    X[:, :2] = RNG.integers(0, 3, (n, 2)) * 1e-3
+    return X
+
+
+SHAPES = [
+    continuous, grid, binary, mixed, zero_inflated, heavy_tails, two_clusters, offset, all_equal,
+    duplicates, denormals, lattice_with_noise,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ties", ["average", "random", "first"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # 1e-200 is 0 in float32
+def test_engine_equals_reference(shape, dtype, ties):
+    for n, selections in [(257, [0, 3, 1, 4]), (700, [0, 4])]:
+        X = shape(n).astype(dtype)
+        R, _ = ranks(RNG.integers(0, n, n))
+        factors = np.array([1.0, 0.3, 2.0, 1.0, 1.7, 0.0], dtype=dtype)
+        cpu = _native.CpuEngine(X, factors, R, ties, 11)
+        reference = ReferenceEngine(X, factors, R, ties, 11)
+        candidates = np.array([1, 2, 5]) if n > 300 else np.arange(6)
+        for column in [*selections, None]:
+            for got, expected in zip(
+                cpu.score(candidates), reference.score(candidates), strict=True
+            ):
+                np.testing.assert_array_equal(got, expected)
+            for got, expected in zip(cpu.row_sums(2), reference.row_sums(2), strict=True):
+                np.testing.assert_array_equal(got, expected)
+            if column is not None:
+                cpu.select(column)
+                reference.select(column)
+
+
+@pytest.mark.parametrize("ties", ["first", "random", "all"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("d", [1, 3, 6, 18])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_neighbors_equal_reference(shape, ties, d):
+    X = np.hstack([shape(300)] * 3)[:, :d].astype(np.float32)
+    got, expected = (
+        lcodec_ext.nearest_neighbors(X, ties=ties, seed=3, backend=backend)
+        for backend in ("cpu", "reference")
+    )
+    if ties == "all":
+        np.testing.assert_array_equal(got[0], expected[0])
+        got, expected = got[1], expected[1]
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+def test_candidates_do_not_influence_each_other(shape):
+    """A candidate's score is the same alone, beside others, and in any place of a tile."""
+    X = np.hstack([shape(150) for _ in range(8)])
+    R, _ = ranks(RNG.normal(size=150))
+    engine = _native.CpuEngine(X, scale_factors(X[:, :], None), R, "average", 0)
+    for column in (None, 4, 20):
+        if column is not None:
+            engine.select(column)
+        together = np.column_stack(engine.score(np.arange(48)))
+        alone = [np.concatenate(engine.score(np.array([c]))) for c in (0, 17, 47)]
+        np.testing.assert_array_equal(together[[0, 17, 47]], alone)
+        shuffled = RNG.permutation(48)
+        np.testing.assert_array_equal(np.column_stack(engine.score(shuffled)), together[shuffled])
