@@ -8,8 +8,9 @@ import pkgutil
 import re
 from pathlib import Path
 
-import lcodec_ext
 import pytest
+
+import lcodec_ext
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)

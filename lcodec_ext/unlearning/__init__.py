@@ -1,0 +1,26 @@
+"""Delete training samples from a trained PyTorch model by a Newton step on selected units.
+
+`unlearn` perturbs the samples to delete, records the activation of every unit, selects the units
+on which the loss depends (`lcodec_ext.lfoci`), and steps their parameters towards the weights
+that training without the samples would have given.
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:  # the core package does without it
+    raise ImportError(
+        "lcodec_ext.unlearning needs PyTorch: pip install 'lcodec_ext[torch]'"
+    ) from error
+
+from lcodec_ext.unlearning.curvature import MAX_PARAMETERS, IndefiniteCurvatureError
+from lcodec_ext.unlearning.units import UnitSelection
+from lcodec_ext.unlearning.update import BeforeAfter, UnlearnResult, unlearn
+
+__all__ = [
+    "MAX_PARAMETERS",
+    "BeforeAfter",
+    "IndefiniteCurvatureError",
+    "UnitSelection",
+    "UnlearnResult",
+    "unlearn",
+]

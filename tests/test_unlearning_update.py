@@ -1,0 +1,750 @@
+"""The whole deletion: against exact steps and retraining; what it must leave alone or refuse."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_breast_cancer, load_digits
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+
+from lcodec_ext.unlearning import (
+    BeforeAfter,
+    IndefiniteCurvatureError,
+    UnitSelection,
+    unlearn,
+    update,
+)
+
+DOUBLE = torch.float64
+
+
+def mlp(seed=0, dtype=DOUBLE, dropout=0.0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)
+    ).to(dtype)
+
+
+def samples(n, m=9, dtype=DOUBLE, shape=(4,)):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, *shape, dtype=dtype, generator=generator)
+    y = torch.arange(n) % 3
+    return (x[:m], y[:m]), (x[m:], y[m:])
+
+
+FORGET, RETAIN = samples(80)
+QUICK = {"n_perturbations": 200, "noise_std": 0.5, "weight_decay": 0.01, "damping": 0.05}
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_same_state(model, expected):
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+# ---------------------------------------------------------------------------------------------
+# Convex models: the exact step, and retraining
+
+LAMBDA = 0.01
+
+
+class Softmax:
+    """L2-regularised softmax regression by dense formulas; parameters (classes, features + 1)."""
+
+    def __init__(self, x, y, n_classes):
+        self.a = np.hstack([x, np.ones((len(x), 1))])
+        self.onehot = np.eye(n_classes)[y]
+
+    def probabilities(self, w):
+        z = self.a @ w.T
+        e = np.exp(z - z.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    def objective(self, w):
+        likelihood = np.log((self.probabilities(w) * self.onehot).sum(1))
+        return -likelihood.mean() + LAMBDA / 2 * (w**2).sum()
+
+    def gradient_sum(self, w):
+        return (self.probabilities(w) - self.onehot).T @ self.a
+
+    def hessian(self, w):
+        p = self.probabilities(w)
+        c, d = w.shape
+        blocks = np.empty((c, d, c, d))
+        for i in range(c):
+            for j in range(c):
+                weight = p[:, i] * ((i == j) - p[:, j])
+                blocks[i, :, j] = self.a.T @ (weight[:, None] * self.a) / len(self.a)
+        return blocks.reshape(c * d, c * d) + LAMBDA * np.eye(c * d)
+
+    def fit(self, w):
+        """Newton's method to rounding."""
+        for _ in range(40):
+            gradient = self.gradient_sum(w) / len(self.a) + LAMBDA * w
+            if np.linalg.norm(gradient) < 1e-13:
+                return w
+            step = np.linalg.solve(self.hessian(w), gradient.ravel()).reshape(w.shape)
+            length = 1.0
+            while self.objective(w - length * step) > self.objective(w) + 1e-13:
+                length /= 2
+            w = w - length * step
+        raise AssertionError("Newton's method did not converge")
+
+
+class Regression:
+    def __init__(self, load, n):
+        x, y = load(return_X_y=True)
+        rows = np.random.default_rng(0).permutation(len(y))[:n]
+        x, self.y = x[rows], y[rows]
+        self.x = x / 16 if load is load_digits else (x - x.mean(0)) / x.std(0)
+        self.n_classes = int(self.y.max()) + 1
+        start = np.zeros((self.n_classes, self.x.shape[1] + 1))
+        self.trained = Softmax(self.x, self.y, self.n_classes).fit(start)
+
+    def split(self, m):
+        x, y = torch.from_numpy(self.x), torch.from_numpy(self.y)
+        return (x[:m], y[:m]), (x[m:], y[m:])
+
+    def exact_step(self, m):
+        removed = Softmax(self.x[:m], self.y[:m], self.n_classes)
+        retained = Softmax(self.x[m:], self.y[m:], self.n_classes)
+        w = self.trained
+        gradient = (removed.gradient_sum(w) + m * LAMBDA * w) / len(retained.a)
+        step = np.linalg.solve(retained.hessian(w), gradient.ravel())
+        return w + step.reshape(w.shape), retained.fit(w)
+
+    def unlearn(self, m, **options):
+        model = nn.Linear(self.x.shape[1], self.n_classes).double()
+        with torch.no_grad():
+            model.weight.copy_(torch.from_numpy(self.trained[:, :-1]))
+            model.bias.copy_(torch.from_numpy(self.trained[:, -1]))
+        result = unlearn(model, *self.split(m), F.cross_entropy, selection="all", **options)
+        new = result.model
+        return result, torch.cat([new.weight, new.bias[:, None]], 1).detach().numpy()
+
+
+@pytest.fixture(scope="module")
+def regressions():
+    return {
+        "digits": Regression(load_digits, 1500),
+        "breast cancer": Regression(load_breast_cancer, 455),
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "m", "share"),
+    [
+        ("digits", 1, 0.002),
+        ("digits", 20, 0.004),
+        ("digits", 150, 0.02),
+        ("breast cancer", 1, 0.004),
+        ("breast cancer", 20, 0.05),
+        ("breast cancer", 150, 0.2),
+    ],
+)
+def test_convex_removal_is_the_exact_step_and_near_retraining(regressions, data, m, share):
+    regression = regressions[data]
+    exact, retrained = regression.exact_step(m)
+    result, weights = regression.unlearn(m, curvature="hessian", weight_decay=LAMBDA, damping=0.0)
+    step = np.linalg.norm(exact - regression.trained)
+    assert np.linalg.norm(weights - exact) < 1e-10 * step
+    assert result.step_norm == pytest.approx(step, rel=1e-10)
+    assert result.training_gradient_norm < 1e-12
+
+    no_op = np.linalg.norm(regression.trained - retrained)
+    distance = np.linalg.norm(weights - retrained)
+    assert distance < share * no_op
+    # The same matrix, but the removed samples' share of the regulariser left out of the gradient.
+    _, careless = regression.unlearn(m, curvature="hessian", weight_decay=0.0, damping=LAMBDA)
+    assert np.linalg.norm(careless - retrained) > distance + 0.1 * no_op
+
+
+def test_convex_gauss_newton_is_newton(regressions):
+    options = {"weight_decay": LAMBDA, "damping": 0.0}
+    _, exact = regressions["digits"].unlearn(20, curvature="hessian", **options)
+    _, gauss_newton = regressions["digits"].unlearn(20, curvature="gauss_newton", **options)
+    step = np.linalg.norm(exact - regressions["digits"].trained)
+    assert np.linalg.norm(exact - gauss_newton) < 1e-10 * step
+
+
+def test_convex_removal_reaches_a_stationary_point(regressions):
+    regression = regressions["breast cancer"]
+    result, _ = regression.unlearn(1, curvature="hessian", weight_decay=LAMBDA, damping=0.0)
+    assert result.gradient_norm.after < 0.01 * result.gradient_norm.before
+    assert result.gradient_norm == result.gradient_norm_selected  # all units, all parameters
+
+
+# ---------------------------------------------------------------------------------------------
+# What the step is, on any model
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+def test_step_formula_on_selected_rows(curvature):
+    """Rows 1, 4 of the first layer and 2 of the last, by autograd on explicit tensors."""
+    model = mlp()
+    chosen = UnitSelection({"0": [1, 4], "5": [2]})
+    result = unlearn(
+        model,
+        FORGET,
+        RETAIN,
+        F.cross_entropy,
+        selection=chosen,
+        curvature=curvature,
+        weight_decay=0.3,
+        damping=0.7,
+    )
+    rows = ((0, [1, 4]), (5, [2]))
+    theta = torch.cat(
+        [t[index].flatten() for k, index in rows for t in (model[k].weight, model[k].bias)]
+    ).detach()
+
+    def outputs(vector, x):
+        pieces = iter(vector.split([8, 2, 5, 1]))
+        for k, layer in enumerate(model):
+            if k in dict(rows):
+                index = torch.tensor(dict(rows)[k])
+                weight = layer.weight.index_put((index,), next(pieces).view(len(index), -1))
+                x = F.linear(x, weight, layer.bias.index_put((index,), next(pieces)))
+            else:
+                x = layer(x)
+        return x
+
+    def loss(vector, data):
+        return F.cross_entropy(outputs(vector, data[0]), data[1])
+
+    if curvature == "hessian":
+        matrix = torch.autograd.functional.hessian(lambda v: loss(v, RETAIN), theta)
+    else:
+        jacobian = torch.autograd.functional.jacobian(lambda v: outputs(v, RETAIN[0]), theta)
+        p = outputs(theta, RETAIN[0]).softmax(1).detach()
+        middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        matrix = torch.einsum("icd,ick,ike->de", jacobian, middle, jacobian) / len(RETAIN[0])
+    gradient = torch.autograd.functional.jacobian(lambda v: loss(v, FORGET), theta)
+    step = torch.linalg.solve(
+        matrix + torch.eye(len(theta)), (gradient + 0.3 * theta) * len(FORGET[0]) / len(RETAIN[0])
+    )
+
+    got = torch.cat(
+        [
+            (new[index] - old[index]).flatten()
+            for k, index in rows
+            for new, old in zip(result.model[k].parameters(), model[k].parameters(), strict=True)
+        ]
+    )
+    torch.testing.assert_close(got.detach(), step, rtol=1e-9, atol=1e-13)
+    assert result.n_parameters == len(theta) == chosen.n_parameters(model)
+    assert result.step_norm == pytest.approx(step.norm().item(), rel=1e-10)
+    eigenvalues = torch.linalg.eigvalsh(matrix + torch.eye(len(theta)))
+    assert result.smallest_eigenvalue == pytest.approx(eigenvalues[0].item())
+    assert result.largest_eigenvalue == pytest.approx(eigenvalues[-1].item())
+    # Nothing else has changed.
+    changed = torch.zeros_like(vector(model), dtype=torch.bool)
+    changed |= vector(result.model) != vector(model)
+    assert changed.sum() == len(theta)
+
+
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_report(batch_size):
+    model = mlp()
+    result = unlearn(
+        model, FORGET, RETAIN, F.cross_entropy, selection="all", batch_size=batch_size, **QUICK
+    )
+
+    def norm(m, data):
+        objective = F.cross_entropy(m(data[0]), data[1])
+        objective = objective + 0.01 / 2 * sum((p * p).sum() for p in m.parameters())
+        gradient = torch.autograd.grad(objective, list(m.parameters()))
+        return torch.cat([g.flatten() for g in gradient]).norm().item()
+
+    after = result.model
+    everything = (torch.cat([FORGET[0], RETAIN[0]]), torch.cat([FORGET[1], RETAIN[1]]))
+    assert result.gradient_norm == pytest.approx((norm(model, RETAIN), norm(after, RETAIN)))
+    assert result.training_gradient_norm == pytest.approx(norm(model, everything))
+    for data, losses in ((FORGET, result.loss_forget), (RETAIN, result.loss_retain)):
+        expected = [F.cross_entropy(m(data[0]), data[1]).item() for m in (model, after)]
+        assert losses == pytest.approx(expected)
+    assert isinstance(result.loss_forget, BeforeAfter)
+    assert (result.n_forget, result.n_retain) == (9, 71)
+    assert (result.n_units, len(result.selection)) == (14, 14)
+    assert result.n_parameters == result.n_trainable == len(vector(model))
+    assert result.solve_residual < 1e-12
+    assert result.foci is None
+    assert set(result.seconds) == {"gradients", "curvature", "solve", "evaluation", "total"}
+    text = repr(result)
+    for part in ("9 of 80 samples", "14 of 14, all (0: 6, 3: 5, 5: 3)", "gauss_newton"):
+        assert part in text
+
+
+def test_selection_by_lfoci():
+    model = mlp()
+    result = unlearn(model, FORGET, RETAIN, F.cross_entropy, seed=3, **QUICK)
+    assert result.selection_method == "lfoci"
+    assert 0 < len(result.selection) < 14
+    named = {name.split()[0] for name in result.foci.names}
+    units = result.selection.units
+    assert named == {f"{layer}[{unit}]" for layer in units for unit in units[layer]}
+    assert {"perturbation", "selection"} <= set(result.seconds)
+    capped = unlearn(model, FORGET, RETAIN, F.cross_entropy, seed=3, max_units=1, **QUICK)
+    assert len(capped.selection) == 1
+    given = unlearn(model, FORGET, RETAIN, F.cross_entropy, selection=result.selection, **QUICK)
+    assert torch.equal(vector(given.model), vector(result.model))
+
+
+@pytest.mark.parametrize("selection", ["lfoci", "random"])
+def test_the_same_seed_gives_the_same_bits(selection):
+    options = {"selection": selection, "n_units": 4 if selection == "random" else None}
+    first, again, other = (
+        unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, seed=seed, **options, **QUICK)
+        for seed in (1, 1, 2)
+    )
+    assert first.selection == again.selection
+    assert torch.equal(vector(first.model), vector(again.model))
+    assert first.selection != other.selection
+
+
+def test_random_units():
+    result = unlearn(
+        mlp(), FORGET, RETAIN, F.cross_entropy, selection="random", n_units=14, **QUICK
+    )
+    assert result.selection == UnitSelection({"0": range(6), "3": range(5), "5": range(3)})
+    drawn = {
+        str(
+            unlearn(
+                mlp(), FORGET, RETAIN, F.cross_entropy, selection="random", n_units=3, seed=seed
+            ).selection
+        )
+        for seed in range(5)
+    }
+    assert len(drawn) > 2
+
+
+def test_default_damping_follows_the_weight_decay():
+    for weight_decay, damping in ((0.0, 1e-4), (0.02, 0.02)):
+        result = unlearn(
+            mlp(), FORGET, RETAIN, F.cross_entropy, selection="all", weight_decay=weight_decay
+        )
+        assert result.damping == damping
+        assert result.smallest_eigenvalue == pytest.approx(weight_decay + damping, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# What must not be touched
+
+
+def batch_norm_model():
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    model(torch.randn(8, 2, 6, 6))
+    return model
+
+
+def snapshot(model):
+    return (
+        [
+            (name, module.training, dict(module._forward_hooks))
+            for name, module in model.named_modules()
+        ],
+        [(p.requires_grad, p.grad) for p in model.parameters()],
+    )
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_given_model(inplace, fails, monkeypatch):
+    """Untouched without inplace and on errors; flags, hooks and statistics always."""
+    model = batch_norm_model()
+    model[1].eval()
+    model[1].bias.requires_grad_(False)
+    model[5].weight.grad = torch.ones(3, 64)
+    before, flags = state(model), snapshot(model)
+    forget, retain = samples(60, dtype=torch.float32, shape=(2, 6, 6))
+    if fails:
+        monkeypatch.setattr(update, "solve", lambda *_, **__: 1 / 0)
+    try:
+        result = unlearn(model, forget, retain, F.cross_entropy, inplace=inplace, **QUICK)
+    except ZeroDivisionError:
+        assert fails
+        assert_same_state(model, before)
+    else:
+        assert not fails
+        assert (result.model is model) == inplace
+        changed = {k for k, v in result.model.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed
+        assert changed <= {"0.weight", "0.bias", "5.weight", "5.bias"}
+        if not inplace:
+            assert_same_state(model, before)
+            assert snapshot(result.model)[0] == flags[0]
+        assert [p.dtype for p in result.model.parameters()] == [torch.float32] * 6
+    assert snapshot(model) == flags
+
+
+def test_inplace_gives_the_same_weights():
+    model = mlp()
+    apart = unlearn(model, FORGET, RETAIN, F.cross_entropy, **QUICK)
+    unlearn(model, FORGET, RETAIN, F.cross_entropy, inplace=True, **QUICK)
+    assert torch.equal(vector(model), vector(apart.model))
+
+
+def test_dropout_and_batch_norm_are_off():
+    models = [mlp(dropout=dropout).train(mode) for dropout, mode in ((0.9, True), (0.0, False))]
+    first, second = (unlearn(m, FORGET, RETAIN, F.cross_entropy, **QUICK) for m in models)
+    assert torch.equal(vector(first.model), vector(second.model))
+
+
+def test_global_state_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        unlearn(mlp(seed=5), FORGET, RETAIN, F.cross_entropy, **QUICK)
+        assert not torch.is_grad_enabled()
+    torch.manual_seed(5)
+    unlearn(nn.Linear(4, 3), *samples(30, dtype=torch.float32), F.cross_entropy, selection="all")
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.backends.mha.get_fastpath_enabled() == fastpath
+
+
+# ---------------------------------------------------------------------------------------------
+# Models and data of many kinds
+
+
+class Attention(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.block = nn.TransformerEncoderLayer(4, 2, 5, batch_first=batch_first)
+        self.head = nn.Linear(4, 3)
+        self.time = int(batch_first)
+
+    def forward(self, x):
+        x = self.embed(x if self.time else x.transpose(0, 1))
+        return self.head(self.block(x).mean(self.time))
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention(batch_first, curvature):
+    torch.manual_seed(0)
+    result = unlearn(
+        Attention(batch_first).double(),
+        *samples(40, shape=(5, 3)),
+        F.cross_entropy,
+        selection="lfoci",
+        curvature=curvature,
+        n_perturbations=100,
+        noise_std=0.5,
+        damping=5.0,
+    )
+    # The fused attention reads the weights of this one and never calls it.
+    assert list(result.layers_without_units) == ["block.self_attn.out_proj"]
+    assert result.n_units == 4 + 5 + 4 + 3
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(4, 4)
+        self.body = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_layers_that_are_never_called():
+    result = unlearn(Unused().double(), FORGET, RETAIN, F.cross_entropy, selection="all", **QUICK)
+    assert result.layers_without_units == {"spare": "the forward pass does not call it"}
+    assert result.selection == UnitSelection({"body": range(3)})
+    with pytest.raises(ValueError, match="names layer 'spare'"):
+        unlearn(
+            Unused().double(),
+            FORGET,
+            RETAIN,
+            F.cross_entropy,
+            selection=UnitSelection({"spare": [0]}),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_of_models(dtype):
+    model = mlp(dtype=dtype)
+    exact = unlearn(
+        copy.deepcopy(model).double(), FORGET, RETAIN, F.cross_entropy, selection="all", **QUICK
+    )
+    forget, retain = ((x.to(dtype), y) for x, y in (FORGET, RETAIN))
+    result = unlearn(model, forget, retain, F.cross_entropy, selection="all", **QUICK)
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        vector(result.model).double(), vector(exact.model), rtol=20 * rounding, atol=20 * rounding
+    )
+
+
+def test_weights_that_overflow_are_not_written():
+    model = nn.Linear(1, 2, bias=False).half()
+    with torch.no_grad():
+        model.weight.fill_(60_000)
+    forget = (torch.ones(1, 1).half(), torch.ones(1, 2).half())
+    retain = (torch.zeros(1, 1).half(), torch.ones(1, 2).half())
+    with pytest.raises(ValueError, match="overflow the dtype"):
+        unlearn(model, forget, retain, nn.MSELoss(), selection="all", damping=0.5, inplace=True)
+    assert (model.weight == 60_000).all()
+
+
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(zip(*self.data, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda data: TensorDataset(*data),
+        lambda data: Subset(TensorDataset(*data), range(len(data[0]))),
+        Stream,
+        lambda data: DataLoader(TensorDataset(*data), batch_size=4),
+        list,
+    ],
+)
+def test_ways_to_give_samples(wrap):
+    expected = unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, **QUICK)
+    result = unlearn(mlp(), wrap(FORGET), wrap(RETAIN), F.cross_entropy, **QUICK)
+    assert torch.equal(vector(result.model), vector(expected.model))
+
+
+def test_inputs_that_require_grad():
+    forget = (FORGET[0].clone().requires_grad_(), FORGET[1])
+    expected = unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, **QUICK)
+    result = unlearn(mlp(), forget, RETAIN, F.cross_entropy, **QUICK)
+    assert torch.equal(vector(result.model), vector(expected.model))
+    assert forget[0].grad is None
+
+
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), F.mse_loss, nn.HuberLoss()])
+def test_regression(loss_fn):
+    model = mlp(dtype=torch.float32)
+    targets = torch.randn(80, 3, generator=torch.manual_seed(0))
+    x = torch.cat([FORGET[0], RETAIN[0]]).float()
+    result = unlearn(model, (x[:9], targets[:9]), (x[9:], targets[9:]), loss_fn, **QUICK)
+    assert result.step_norm > 0
+
+
+def test_loss_module_with_tensors():
+    """They are float32, as the model is; the computation is not."""
+    targets = torch.eye(3)[torch.arange(80) % 3]
+    x = torch.cat([FORGET[0], RETAIN[0]]).float()
+    loss_fn = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]))
+    result = unlearn(
+        mlp(dtype=torch.float32), (x[:9], targets[:9]), (x[9:], targets[9:]), loss_fn, **QUICK
+    )
+    assert result.step_norm > 0
+    assert loss_fn.pos_weight.dtype == torch.float32
+
+
+def test_token_ids_without_noise():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)).double()
+    ids = torch.randint(0, 7, (60, 3))
+    y = torch.arange(60) % 3
+    data = (ids[:5], y[:5]), (ids[5:], y[5:])
+    result = unlearn(model, *data, F.cross_entropy, selection="all")
+    assert result.n_units == 3
+    with pytest.raises(ValueError, match=r"integers.*cannot be perturbed.*selection='all'"):
+        unlearn(model, *data, F.cross_entropy)
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals
+
+
+def test_indefinite_hessian_is_refused():
+    model = mlp()
+    options = {"selection": "all", "curvature": "hessian", "weight_decay": 1e-3}
+    with pytest.raises(IndefiniteCurvatureError, match="curvature='gauss_newton'") as caught:
+        unlearn(model, FORGET, RETAIN, F.cross_entropy, damping=0.0, inplace=True, **options)
+    assert torch.equal(vector(model), vector(mlp()))
+    advised = float(str(caught.value).rsplit("damping above ", 1)[1])
+    result = unlearn(model, FORGET, RETAIN, F.cross_entropy, damping=advised * 1.01, **options)
+    assert 0 < result.smallest_eigenvalue < 0.2 * advised
+
+
+def test_too_many_parameters(monkeypatch):
+    monkeypatch.setattr(update, "MAX_PARAMETERS", 82)
+    with pytest.raises(ValueError, match=r"14 selected units own 83 parameters.*82.*max_units"):
+        unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, selection="all")
+
+
+def refuse(error, match, **arguments):
+    defaults = {"forget": FORGET, "retain": RETAIN, "loss_fn": F.cross_entropy}
+    model = arguments.pop("model", None) or mlp()
+    with pytest.raises(error, match=match):
+        unlearn(model, **defaults | arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"selection": "foci"}, ValueError, "selection must be 'lfoci'"),
+        ({"selection": {"0": [1]}}, ValueError, "UnitSelection; got"),
+        ({"selection": None}, ValueError, "selection must be"),
+        ({"curvature": "fisher"}, ValueError, "curvature must be one of"),
+        ({"damping": -1.0}, ValueError, "damping must be a finite number >= 0"),
+        ({"damping": float("nan")}, ValueError, "damping must be"),
+        ({"damping": "1"}, TypeError, "damping must be"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be"),
+        ({"n_perturbations": 2}, ValueError, "n_perturbations must be an integer >= 3"),
+        ({"n_perturbations": 10.0}, TypeError, "n_perturbations must be"),
+        ({"noise_std": -0.1}, ValueError, "noise_std must be"),
+        ({"noise_std": 0.0}, ValueError, "is noise_std too small"),
+        ({"noise_std": float("inf")}, ValueError, "noise_std must be"),
+        ({"batch_size": 0}, ValueError, "batch_size must be"),
+        ({"seed": True}, TypeError, "seed must be"),
+        ({"seed": 1.0}, TypeError, "seed must be"),
+        ({"seed": None}, TypeError, "seed must be"),
+        ({"seed": -1}, ValueError, "seed must be"),
+        ({"inplace": 1}, TypeError, "inplace must be"),
+        ({"progress": "yes"}, TypeError, "progress must be"),
+        ({"max_units": 0}, ValueError, "max_units must be"),
+        (
+            {"max_units": 2, "selection": "all"},
+            ValueError,
+            "max_units belongs to selection='lfoci'",
+        ),
+        ({"n_units": 2}, ValueError, "n_units belongs to selection='random'"),
+        ({"selection": "random"}, ValueError, "needs n_units"),
+        ({"selection": "random", "n_units": 15}, ValueError, "n_units is 15; the model has 14"),
+        ({"selection": UnitSelection({"9": [0]})}, ValueError, "names layer '9'"),
+        ({"selection": UnitSelection({"0": [6]})}, ValueError, "names unit 6 of layer '0'"),
+    ],
+)
+def test_bad_options(options, error, match):
+    refuse(error, match, **options)
+
+
+X, Y = FORGET
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+@pytest.mark.parametrize(
+    ("data", "error", "match"),
+    [
+        (None, TypeError, "{} must be a pair"),
+        (X, TypeError, "{} must be a pair"),
+        ((X,), TypeError, "pairs .inputs, targets. of tensors; got .Tensor."),
+        ((X.numpy(), Y.numpy()), TypeError, "got .ndarray, ndarray."),
+        ((X[:0], Y[:0]), ValueError, "{} is empty"),
+        ((X, Y[:-1]), ValueError, "{} has 9 inputs and 8 targets"),
+        ((X[0, 0], Y), ValueError, "the inputs of {} must have samples"),
+        ((X * float("nan"), Y), ValueError, "the inputs of {} hold NaN"),
+        ((X + 0j, Y), TypeError, "the inputs of {} must be real"),
+        ((X.to("meta"), Y), ValueError, "the inputs of {} are on meta and the model is on cpu"),
+        ((X[:, :3], Y), ValueError, "inputs of forget and retain must be alike"),
+        ((X, Y.double()), ValueError, "targets of forget and retain must be alike"),
+        (TensorDataset(X), TypeError, "Dataset of pairs"),
+        (TensorDataset(X[:0], Y[:0]), ValueError, "{} is empty"),
+        (DataLoader(TensorDataset(X, Y), shuffle=True), ValueError, "without shuffle"),
+        (DataLoader(TensorDataset(X, Y), batch_size=4, drop_last=True), ValueError, "drop_last"),
+    ],
+)
+def test_bad_samples(data, error, match, name):
+    refuse(error, match.format(name), **{name: data})
+
+
+class Wrapped(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.body = mlp()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.body(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "match"),
+    [
+        (lambda: F.relu, TypeError, "model must be a torch.nn.Module"),
+        (nn.Identity, ValueError, "no trainable parameter"),
+        (lambda: mlp().requires_grad_(False), ValueError, "no trainable parameter"),
+        (lambda: nn.LazyLinear(3), ValueError, "not initialised"),
+        (lambda: nn.LayerNorm(4).double(), ValueError, "no Linear or convolution layer"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3).double()),
+            ValueError,
+            "no Linear or convolution layer .*computed from other parameters",
+        ),
+        (lambda: Wrapped(lambda z: (z, z)), ValueError, "must return one tensor"),
+        (lambda: Wrapped(lambda z: z.mean()), ValueError, "must return one tensor"),
+        (lambda: Wrapped(lambda z: z.T), ValueError, "must return one tensor"),
+        (lambda: Wrapped(lambda z: z / 0), ValueError, "outputs of the model hold NaN"),
+        (lambda: Wrapped(lambda z: z - z.mean(0)), ValueError, "changes with the other samples"),
+        (lambda: Wrapped(lambda z: F.dropout(z)), ValueError, "or at random"),
+        (lambda: Wrapped(lambda z: z.detach()), ValueError, "does not depend on the parameters"),
+    ],
+)
+def test_bad_models(model, error, match):
+    refuse(error, match, model=model(), selection="all")
+
+
+def test_parameters_that_are_not_finite():
+    model = mlp()
+    with torch.no_grad():
+        model[3].bias[2] = float("inf")
+    refuse(ValueError, "parameter '3.bias' of the model holds NaN or infinity", model=model)
+
+
+def test_tied_parameters():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    refuse(ValueError, "tied parameters: 0.weight is 2.weight", model=model)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "match"),
+    [
+        ("cross_entropy", TypeError, "loss_fn must be callable"),
+        (nn.CrossEntropyLoss(reduction="sum"), ValueError, "plain mean"),
+        (nn.CrossEntropyLoss(reduction="none"), ValueError, "scalar tensor"),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 9.0])), ValueError, "plain mean"),
+        (nn.CrossEntropyLoss(ignore_index=1), ValueError, "NaN or infinite|plain mean"),
+        (lambda z, t: 0.5, ValueError, "scalar tensor"),
+        (lambda z, t: z.mean() / 0, ValueError, "loss is NaN or infinite"),
+        (lambda z, t: torch.sin(z).mean(), ValueError, "convex in the outputs"),
+    ],
+)
+def test_bad_losses(loss_fn, error, match):
+    refuse(error, match, loss_fn=loss_fn, selection="all")
+
+
+def test_progress_is_shown_on_request(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tqdm without IPython widgets
+        unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, progress=True, **QUICK)
+    shown = capsys.readouterr().err
+    assert "perturbations" in shown
+    assert "gauss_newton" in shown
+    unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, **QUICK)
+    assert capsys.readouterr() == ("", "")
