@@ -1,0 +1,470 @@
+"""The registry of benchmark cases: data, what is run on them, and how answers are compared.
+
+A case runs this package and its peers on one size (a point) or on several (a sweep). Before
+anything is timed, the package must give the bits of its own reference on the case's `tiny` data;
+then the answers of all that was timed are compared, each with what the package says.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import peers
+from numpy.typing import NDArray
+from peers import Selection
+
+import lcodec_ext
+
+SEED = 20220619
+Data = dict[str, Any]
+Size = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Something else that does the task.
+
+    Parameters
+    ----------
+    run : callable(data, threads)
+        Returns the answer. It is left out where it raises ImportError.
+    answers : {"asserted", "compared", "other"}
+        Whether its answer must agree with the package's; or may differ, and whether it does is
+        recorded; or is that of another task.
+    part : int, optional
+        It is timed on the first `part` columns of X, and its time multiplied by p / part, in its
+        favour for a time that grows at least linearly in p.
+    fits : callable(size), optional
+        Whether it takes part at a size; everywhere by default.
+    """
+
+    name: str
+    run: Callable[[Data, int], Any]
+    answers: Literal["asserted", "compared", "other"] = "compared"
+    part: int | None = None
+    fits: Callable[[Size], bool] = lambda size: True
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A bound on a peer's time over the package's, or on one of the case's metrics."""
+
+    quantity: str
+    at_least: float = -float("inf")
+    at_most: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark.
+
+    Parameters
+    ----------
+    title : str
+        What is done, for tables; formatted with the size.
+    make : callable(rng, **size)
+        Returns the data, the same for the same size.
+    ours : callable(data, backend)
+        Runs this package and returns its answer.
+    compare : callable(ours, theirs, data)
+        Returns whether a peer's answer agrees ("agrees") and how far it is off.
+    full, quick : tuple of sizes
+        The points, and small ones that take a second together.
+    tiny : size
+        Small enough for the package's pure Python reference.
+    sweep : str, optional
+        The size that varies from point to point.
+    metrics : callable(size, seconds), optional
+        More to be recorded than the median time, as numbers by name.
+    """
+
+    name: str
+    title: str
+    make: Callable[..., Data]
+    ours: Callable[[Data, str], Any]
+    compare: Callable[[Any, Any, Data], dict[str, Any]]
+    full: tuple[Size, ...]
+    quick: tuple[Size, ...]
+    tiny: Size
+    peers: tuple[Peer, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    sweep: str | None = None
+    metrics: Callable[[Size, float], dict[str, float]] | None = None
+
+    def data(self, size: Size) -> Data:
+        return self.make(np.random.default_rng(SEED), **size)
+
+    def verify(self) -> None:
+        """Raise AssertionError unless the package equals its reference on the tiny data."""
+        data = self.data(self.tiny)
+        got, expected = self.ours(data, "cpu"), self.ours(data, "reference")
+        assert np.array_equal(_flat(got), _flat(expected)), f"{self.name}: {got} != {expected}"
+
+
+def _flat(answer: Any) -> NDArray:
+    return np.hstack(answer) if isinstance(answer, tuple) else np.atleast_1d(answer)
+
+
+def first_columns(data: Data, count: int) -> Data:
+    return data | {"X": np.ascontiguousarray(data["X"][:, :count])}
+
+
+# --------------------------------------------------------------------------------------------
+# Data. The columns that matter come early, so that a peer timed on a part selects the same.
+
+
+def _response(columns: list[NDArray]) -> NDArray:
+    """A sum that FOCI takes apart in this order."""
+    return sum(w * c.astype(np.float64) for w, c in zip((2, 1.4, 1, 0.7), columns, strict=True))
+
+
+def continuous(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
+    X = rng.standard_normal((n, p), dtype=np.float32)
+    return {"X": X, "y": _response([X[:, c] for c in (7, 2, 9, 4)]), "steps": steps}
+
+
+def continuous_given(rng: np.random.Generator, n: int, p: int, k: int) -> Data:
+    """One step, with the first k of the columns that matter selected before."""
+    return continuous(rng, n, p, steps=1) | {"given": (7, 2, 9)[:k]}
+
+
+def binary(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
+    """Attributes that are there or not, each with its own frequency, and a binary response."""
+    frequency = rng.uniform(0.1, 0.9, p)
+    frequency[[7, 2, 9, 4]] = 0.5
+    X = (rng.random((n, p)) < frequency).astype(np.float64)
+    latent = _response([X[:, c] for c in (7, 2, 9, 4)]) + 0.5 * rng.standard_normal(n)
+    return {"X": X, "y": (latent > 2.5).astype(np.float64), "steps": steps}
+
+
+def mixed(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
+    """Half of the columns of X binary, half continuous; "continuous" has none binary."""
+    whole = rng.standard_normal((n, p), dtype=np.float32)
+    X = whole.copy()
+    X[:, ::2] = X[:, ::2] > 0
+    y = _response([2 * X[:, 2], X[:, 7], 2 * X[:, 4], X[:, 9]])
+    y_whole = _response([whole[:, c] for c in (2, 7, 4, 9)])
+    return {"X": X, "y": y, "steps": steps, "continuous": {"X": whole, "y": y_whole}}
+
+
+def cloud(rng: np.random.Generator, n: int, d: int, offset: float = 0.0) -> Data:
+    return {"X": rng.standard_normal((n, d), dtype=np.float32) + np.float32(offset)}
+
+
+def triple(rng: np.random.Generator, n: int) -> Data:
+    """y depends on z only together with the two columns of x."""
+    x, z = rng.random((n, 2), dtype=np.float32), rng.random((n, 1), dtype=np.float32)
+    return {"x": x, "z": z, "y": (x.sum(axis=1) + z[:, 0]).astype(np.float64) % 1}
+
+
+def pair(rng: np.random.Generator, n: int) -> Data:
+    x = rng.standard_normal(n)
+    return {"x": x, "y": x**2 + rng.standard_normal(n)}
+
+
+# --------------------------------------------------------------------------------------------
+# This package
+
+
+def foci(data: Data, backend: str, standardize: Literal["scale"] | None = "scale") -> Selection:
+    result = lcodec_ext.foci(
+        data["X"],
+        data["y"],
+        stop=False,
+        max_features=data["steps"],
+        preselected=data.get("given"),
+        standardize=standardize,
+        backend=backend,
+    )
+    return Selection(tuple(result.ordering.tolist()), tuple(result.cumulative.tolist()))
+
+
+def codec(data: Data, backend: str) -> float:
+    return lcodec_ext.codec(data["y"], data["z"], data["x"], backend=backend)
+
+
+def neighbors(data: Data, backend: str) -> NDArray:
+    return lcodec_ext.nearest_neighbors(data["X"], backend=backend)
+
+
+def xi(data: Data, backend: str) -> float:
+    return lcodec_ext.xi(data["x"], data["y"], backend=backend)
+
+
+# --------------------------------------------------------------------------------------------
+# Peers
+
+
+def by_kdtree(scale: bool = True, averaged: bool = False, **options: Any) -> Peer:
+    def run(data: Data, threads: int) -> Selection:
+        given = data.get("given", ())
+        return peers.kdtree_foci(
+            data["X"], data["y"], data["steps"], threads, averaged, scale, given
+        )
+
+    ties = "averaged" if averaged else "drawn"
+    answers: Any = "asserted" if averaged else "compared"
+    return Peer(f"k-d tree per candidate, ties {ties}", run, answers, **options)
+
+
+def by_published(**options: Any) -> Peer:
+    def run(data: Data, threads: int) -> Selection:
+        return peers.published_foci(data["X"], data["y"], data["steps"], threads)
+
+    return Peer("published algorithm", run, **options)
+
+
+def by_pyfoci(scale: bool = True, **options: Any) -> Peer:
+    def run(data: Data, threads: int) -> Selection:
+        return peers.pyfoci(data["X"], data["y"], data["steps"], threads, scale)
+
+    return Peer("pyFOCI", run, **options)
+
+
+def _on_triple(function: Callable[..., float]) -> Callable[[Data, int], float]:
+    return lambda data, threads: function(data["y"], data["z"], data["x"], threads)
+
+
+def _on_rows(function: Callable[..., NDArray]) -> Callable[[Data, int], NDArray]:
+    return lambda data, threads: function(data["X"], threads)
+
+
+# --------------------------------------------------------------------------------------------
+# Comparing answers
+
+
+# Each returns "agrees", "off_by" and, for tables, "answer".
+
+
+def same_selection(ours: Selection, theirs: Selection, data: Data) -> dict[str, Any]:
+    """The same columns in the same order; "off_by" is the largest difference in T."""
+    off = float(np.abs(np.subtract(ours.cumulative, theirs.cumulative)).max())
+    agrees = ours.ordering == theirs.ordering
+    return {"agrees": agrees, "off_by": off, "answer": "same" if agrees else "other columns"}
+
+
+def same_value(ours: float, theirs: float, data: Data, within: float = 1e-12) -> dict[str, Any]:
+    off = abs(ours - theirs)
+    return {
+        "agrees": off <= within,
+        "off_by": off,
+        "answer": "same" if off <= within else f"off by {off:.1g}",
+    }
+
+
+def same_neighbors(ours: NDArray, theirs: NDArray, data: Data) -> dict[str, Any]:
+    """Neighbours equally far away, up to the rounding of X's own precision, and never the row.
+
+    "off_by" is the share of rows with a neighbour that is farther away than ours.
+    """
+    X = data["X"].astype(np.float64)
+    near, far = (np.square(X - X[index]).sum(axis=1) for index in (ours, theirs))
+    rounding = (X.shape[1] + 2) * float(np.finfo(data["X"].dtype).eps)
+    wrong = (far > near * (1 + rounding)) | (theirs == np.arange(len(X)))
+    agrees = not (wrong | (far < near * (1 - rounding))).any()
+    share = float(wrong.mean())
+    return {
+        "agrees": agrees,
+        "off_by": share,
+        "answer": "same" if agrees else f"{share:.1%} of rows wrong",
+    }
+
+
+def peak_memory(name: str, size: Size, seconds: float) -> dict[str, float]:
+    """Largest resident memory of a fresh process that makes the data and runs the case once."""
+    code = (
+        "import cases\n"
+        f"case = cases.CASES[{name!r}]\n"
+        f"case.ours(case.data({size!r}), 'auto')\n"
+        "status = open('/proc/self/status').read().split()\n"
+        "print(status[status.index('VmHWM:') + 1])\n"  # unlike getrusage, not the parent's peak
+    )
+    command = [sys.executable, "-c", code]
+    folder = Path(__file__).resolve().parent
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return {"peak_memory_gb": round(int(done.stdout) * 1024 / 1e9, 3)}
+
+
+# --------------------------------------------------------------------------------------------
+# The cases
+
+raw_foci = partial(foci, standardize=None)  # the published algorithm knows no standardisation
+SMALL_TABLE = {"n": 60, "p": 12, "steps": 2}
+
+_ALL = (
+    Case(
+        name="foci_wide",
+        title="FOCI, {steps} steps, n = {n:,}, p = {p:,}",
+        make=continuous,
+        ours=raw_foci,
+        compare=same_selection,
+        full=({"n": 1000, "p": 10_000, "steps": 4},),
+        quick=({"n": 200, "p": 100, "steps": 4},),
+        tiny=SMALL_TABLE,
+        peers=(
+            by_published(part=200),
+            by_kdtree(scale=False, part=200),
+            by_pyfoci(scale=False, part=200),
+        ),
+        claims=(Claim("published algorithm", at_least=250),),
+    ),
+    Case(
+        name="foci_square",
+        title="FOCI, {steps} steps, n = {n:,}, p = {p:,}",
+        make=continuous,
+        ours=foci,
+        compare=same_selection,
+        full=({"n": 5000, "p": 1000, "steps": 4},),
+        quick=({"n": 500, "p": 110, "steps": 4},),
+        tiny=SMALL_TABLE,
+        peers=(by_kdtree(part=100),),
+        claims=(Claim("k-d tree per candidate, ties drawn", at_least=60),),
+    ),
+    Case(
+        name="foci_binary",
+        title="FOCI, {steps} steps, n = {n:,}, p = {p} binary columns",
+        make=binary,
+        ours=foci,
+        compare=same_selection,
+        full=({"n": 20_000, "p": 39, "steps": 4},),
+        quick=({"n": 1000, "p": 39, "steps": 4},),
+        tiny={"n": 80, "p": 12, "steps": 2},
+        peers=(by_kdtree(averaged=True), by_kdtree(part=10)),
+        claims=(
+            Claim("k-d tree per candidate, ties averaged", at_least=10),
+            Claim("k-d tree per candidate, ties drawn", at_least=10),
+        ),
+    ),
+    Case(
+        name="foci_mixed",
+        title="FOCI, {steps} steps, n = {n:,}, p = {p}, every other column binary",
+        make=mixed,
+        ours=foci,
+        compare=same_selection,
+        full=({"n": 20_000, "p": 40, "steps": 4},),
+        quick=({"n": 1000, "p": 40, "steps": 4},),
+        tiny=SMALL_TABLE,
+        peers=(
+            Peer(
+                "lcodec_ext, all columns continuous",
+                lambda data, threads: foci(data | data["continuous"], "auto"),
+                "other",
+            ),
+            by_kdtree(averaged=True),
+        ),
+        claims=(Claim("lcodec_ext, all columns continuous", at_least=0.5),),
+    ),
+    Case(
+        name="foci_long",
+        title="FOCI, {steps} steps, n = {n:,}, p = {p}",
+        make=continuous,
+        ours=foci,
+        compare=same_selection,
+        full=({"n": 200_000, "p": 100, "steps": 2},),
+        quick=({"n": 3000, "p": 12, "steps": 2},),
+        tiny=SMALL_TABLE,
+        peers=(by_kdtree(part=10),),
+        claims=(Claim("peak_memory_gb", at_most=4),),
+        metrics=partial(peak_memory, "foci_long"),
+    ),
+    Case(
+        name="codec",
+        title="T(Y, Z | X), n = {n:,}, three columns",
+        make=triple,
+        ours=codec,
+        compare=partial(same_value, within=1e-4),  # float32 distances; drawn ties
+        full=({"n": 10_000}, {"n": 100_000}),
+        quick=({"n": 1000}, {"n": 4000}),
+        tiny={"n": 100},
+        peers=(
+            Peer(
+                "published algorithm",
+                _on_triple(peers.published_codec),
+                fits=lambda size: size["n"] <= 20_000,  # n x n distances
+            ),
+            Peer("k-d tree", _on_triple(peers.kdtree_codec)),
+        ),
+    ),
+    Case(
+        name="neighbors",
+        title="nearest neighbours, n = {n:,}, d = {d:,}, mean {offset:g}",
+        make=cloud,
+        ours=neighbors,
+        compare=same_neighbors,
+        full=(
+            {"n": 20_000, "d": 4, "offset": 0.0},
+            {"n": 2000, "d": 1000, "offset": 0.0},
+            {"n": 2000, "d": 1000, "offset": 100.0},
+        ),
+        quick=(
+            {"n": 1000, "d": 4, "offset": 0.0},
+            {"n": 200, "d": 1000, "offset": 0.0},
+            {"n": 200, "d": 1000, "offset": 100.0},
+        ),
+        tiny={"n": 80, "d": 5, "offset": 10.0},
+        peers=(
+            Peer("scipy cKDTree", _on_rows(peers.scipy_neighbors), "asserted"),
+            Peer("scikit-learn", _on_rows(peers.sklearn_neighbors)),
+            Peer("faiss IndexFlatL2", _on_rows(peers.faiss_neighbors)),
+            Peer("published algorithm", _on_rows(peers.published_neighbors)),
+        ),
+    ),
+    Case(
+        name="xi",
+        title="xi, n = {n:,}",
+        make=pair,
+        ours=xi,
+        compare=same_value,
+        full=({"n": 1_000_000},),
+        quick=({"n": 20_000},),
+        tiny={"n": 100},
+        peers=(
+            Peer(
+                "scipy chatterjeexi",
+                lambda data, threads: peers.scipy_xi(data["x"], data["y"], threads),
+                "asserted",
+            ),
+        ),
+    ),
+    Case(
+        name="cost_columns",
+        title="FOCI, {steps} steps, n = {n:,}",
+        make=continuous,
+        ours=raw_foci,
+        compare=same_selection,
+        full=tuple(
+            {"n": 1000, "p": p, "steps": 3} for p in (100, 200, 500, 1000, 2000, 5000, 10_000)
+        ),
+        quick=tuple({"n": 200, "p": p, "steps": 3} for p in (25, 50, 100)),
+        tiny=SMALL_TABLE,
+        peers=(
+            by_published(fits=lambda size: size["p"] <= 500),
+            by_kdtree(scale=False, fits=lambda size: size["p"] <= 500),
+        ),
+        sweep="p",
+    ),
+    *(
+        Case(
+            name=f"cost_rows_{k}",
+            title=f"FOCI, one step with {k} selected before, p = {{p}}",
+            make=continuous_given,
+            ours=raw_foci,
+            compare=same_selection,
+            full=tuple(
+                {"n": n, "p": 50, "k": k} for n in (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+            ),
+            quick=tuple({"n": n, "p": 12, "k": k} for n in (200, 500, 1000)),
+            tiny={"n": 60, "p": 12, "k": k},
+            peers=(by_kdtree(scale=False, fits=lambda size: size["n"] <= 20_000),),
+            sweep="n",
+        )
+        for k in (1, 2, 3)
+    ),
+)
+
+CASES = {case.name: case for case in _ALL}

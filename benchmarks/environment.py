@@ -1,0 +1,96 @@
+"""The machine, the software, and threads that leave one another alone.
+
+Nothing but the standard library is imported here: `limit_threads` must come before NumPy, torch
+and the others, which read these variables when they are loaded.
+"""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "faiss-cpu", "pyFOCI")
+
+
+def limit_threads(threads: int) -> None:
+    """Give everything the same number of threads, and send idle ones to sleep.
+
+    OpenMP and OpenBLAS threads spin for a while after their work is done. What is timed next
+    would have to share the cores with them.
+    """
+    count = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LCODEC_NUM_THREADS")
+    os.environ.update(dict.fromkeys(count, str(threads)))
+    os.environ.update(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0", OPENBLAS_THREAD_TIMEOUT="4")
+
+
+def cores() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict:
+    """What is needed to tell one machine from another, and nothing that names this one."""
+    import lcodec_ext
+
+    simd = os.environ.get("LCODEC_SIMD") or lcodec_ext.build_info()["simd_supported"][-1]
+    return {
+        "cpu": _line("/proc/cpuinfo", "model name") or platform.processor(),
+        "cpu_family_model_stepping": "/".join(
+            _line("/proc/cpuinfo", key) for key in ("cpu family", "model", "stepping")
+        ),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "os": f"{platform.system()} {platform.machine()}",
+        "simd": simd,
+    }
+
+
+def versions() -> dict:
+    """Versions of Python, of the package with its compiler, and of whatever runs beside it."""
+    import lcodec_ext
+
+    build = lcodec_ext.build_info()
+    found = {"python": platform.python_version(), "lcodec_ext": build["version"]}
+    found |= {"compiler": build["compiler"], "build_type": build["build_type"]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> dict:
+    """Commit of the working tree, and whether anything but recorded results differs from it."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        dirty = bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": head, "dirty": dirty}
+
+
+def load() -> float:
+    """Processes that ran or waited to run in the last minute; near 0 before a fair recording."""
+    return round(os.getloadavg()[0], 2)
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def _line(path: str, key: str) -> str:
+    """The value of the first "key : value" line of a file; empty where there is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return ""
+    values = [line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key]
+    return values[0] if values else ""

@@ -1,0 +1,309 @@
+"""Other ways to the same answers, to be timed beside this package.
+
+`published_*` is the algorithm of the paper's code: float32 distance matrices, `argmin`, and for
+T(Y, Z | X) both neighbour searches anew for every candidate. `kdtree_*` is the algorithm of R's
+FOCI: a k-d tree for every candidate. Both are written afresh. Libraries are imported where they
+are used, so that a missing one costs only the comparison with it.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Selection(NamedTuple):
+    """Selected columns, in order, and the cumulative T after each."""
+
+    ordering: tuple[int, ...]
+    cumulative: tuple[float, ...]
+
+
+# --------------------------------------------------------------------------------------------
+# The published algorithm. Its data have no ties.
+
+
+def _published_nearest(X: "torch.Tensor", exact: bool) -> "torch.Tensor":
+    """Nearest other row. By default (not `exact`) distances come from a matrix product."""
+    import torch
+
+    mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist_if_necessary"
+    distance = torch.cdist(X, X, compute_mode=mode)
+    distance.fill_diagonal_(torch.inf)
+    return distance.argmin(dim=1)
+
+
+def _published_ranks(y: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    ranks = torch.empty(len(y), dtype=torch.int64)
+    ranks[torch.argsort(y)] = torch.arange(1, len(y) + 1)
+    return ranks
+
+
+def _published_codec2(z: "torch.Tensor", y: "torch.Tensor", exact: bool) -> float:
+    import torch
+
+    n = len(y)
+    near = _published_nearest(z, exact)
+    R = _published_ranks(y)
+    L = n + 1 - R
+    above = (n * torch.minimum(R, R[near]) - L**2).sum()
+    return float(above / torch.dot(L, n - L))
+
+
+def _published_codec3(
+    z: "torch.Tensor", y: "torch.Tensor", x: "torch.Tensor", exact: bool
+) -> float:
+    import torch
+
+    near_x = _published_nearest(x, exact)
+    near_w = _published_nearest(torch.hstack([x, z]), exact)
+    R = _published_ranks(y)
+    m_x, m_w = torch.minimum(R, R[near_x]), torch.minimum(R, R[near_w])
+    return float((m_w - m_x).sum() / (R - m_x).sum())
+
+
+def published_foci(
+    X: NDArray, y: NDArray, steps: int, threads: int, exact: bool = False
+) -> Selection:
+    import torch
+
+    torch.set_num_threads(threads)
+    columns, response = torch.from_numpy(X).float(), torch.from_numpy(y).float()
+    ordering: list[int] = []
+    cumulative: list[float] = []
+    for _ in range(steps):
+        left = [c for c in range(X.shape[1]) if c not in ordering]
+        given = columns[:, ordering]
+        gains = [
+            _published_codec3(columns[:, c : c + 1], response, given, exact)
+            if ordering
+            else _published_codec2(columns[:, c : c + 1], response, exact)
+            for c in left
+        ]
+        best = int(np.argmax(gains))
+        ordering.append(left[best])
+        before = cumulative[-1] if cumulative else 0.0
+        cumulative.append(before + gains[best] * (1 - before))  # without ties
+    return Selection(tuple(ordering), tuple(cumulative))
+
+
+def published_codec(y: NDArray, z: NDArray, x: NDArray, threads: int) -> float:
+    import torch
+
+    torch.set_num_threads(threads)
+    tensors = [torch.from_numpy(a).float() for a in (z, y, x)]
+    return _published_codec3(*tensors, exact=False)
+
+
+def published_neighbors(X: NDArray, threads: int) -> NDArray:
+    import torch
+
+    torch.set_num_threads(threads)
+    return _published_nearest(torch.from_numpy(X).float(), exact=False).numpy()
+
+
+# --------------------------------------------------------------------------------------------
+# A k-d tree for every candidate
+
+
+def _ranks(y: NDArray) -> tuple[NDArray, NDArray]:
+    """R_i, the number of y_j <= y_i, and L_i, the number of y_j >= y_i."""
+    ordered = np.sort(y)
+    return np.searchsorted(ordered, y, "right"), len(y) - np.searchsorted(ordered, y, "left")
+
+
+def _tree_query(X: NDArray, workers: int = 1) -> tuple[NDArray, NDArray]:
+    """Distances and indices of three rows nearest to each: a third one shows a tie."""
+    from scipy.spatial import cKDTree
+
+    return cKDTree(X).query(X, k=3, workers=workers)
+
+
+def minima_drawn(X: NDArray, R: NDArray, seed: Sequence[int], workers: int = 1) -> NDArray:
+    """min(R_i, R_j) for one nearest neighbour j of each row, ties drawn at random, as in R.
+
+    A row with duplicates takes one of them; a row whose first two neighbours are equally far
+    looks through all rows.
+    """
+    rng = np.random.default_rng(seed)
+    distance, index = _tree_query(X, workers)
+    near = index[:, 1].copy()
+    repeated = np.flatnonzero(distance[:, 1] == 0)
+    if len(repeated):
+        _, group, size = np.unique(
+            index[repeated, 0], return_inverse=True, return_counts=True
+        )  # identical rows find the same row first
+        rows = repeated[np.argsort(group, kind="stable")]
+        first = np.repeat(np.cumsum(size) - size, size)
+        place = np.arange(len(rows)) - first
+        drawn = rng.integers(np.repeat(size, size) - 1)
+        near[rows] = rows[first + drawn + (drawn >= place)]
+    for i in np.flatnonzero((distance[:, 1] > 0) & (distance[:, 1] == distance[:, 2])):
+        far = np.square(X - X[i]).sum(axis=1)
+        far[i] = np.inf
+        near[i] = rng.choice(np.flatnonzero(far == far.min()))
+    return np.minimum(R, R[near])
+
+
+def minima_averaged(X: NDArray, group: NDArray, R: NDArray) -> NDArray:
+    """Mean of min(R_i, R_j) over all nearest neighbours j of each row.
+
+    `group` numbers the distinct rows of X. Duplicates are nearest to one another, and their mean
+    follows from sorted ranks; only rows without duplicates ask a tree, of the distinct rows.
+    """
+    order = np.lexsort((R, group))
+    sizes = np.bincount(group)
+    starts = np.cumsum(sizes) - sizes
+    ranks = R[order].astype(float)
+    sums = np.concatenate([[0.0], np.cumsum(ranks)])
+    first = starts[group[order]]
+    size = sizes[group[order]]
+    place = np.arange(len(R))
+    total = sums[place] - sums[first] + (first + size - 1 - place) * ranks
+    minima = np.empty(len(R))
+    minima[order] = total / np.maximum(size - 1, 1)
+    if (sizes == 1).any():
+        _minima_of_single_rows(minima, X, R, order, starts, sizes)
+    return minima
+
+
+def _minima_of_single_rows(
+    minima: NDArray, X: NDArray, R: NDArray, order: NDArray, starts: NDArray, sizes: NDArray
+) -> None:
+    """The part of `minima_averaged` for rows without duplicates, written to `minima`.
+
+    Rows start[g] .. start[g] + size[g] of `order` are distinct row g.
+    """
+    from scipy.spatial import cKDTree
+
+    distinct = X[order[starts]]
+    single = np.flatnonzero(sizes == 1)
+    row = order[starts[single]]
+    k = min(3, len(distinct))
+    distance, index = cKDTree(distinct).query(distinct[single], k=k)
+    near = index[:, 1]
+    minima[row] = np.minimum(R[row], R[order[starts[near]]])  # the nearest is one row, mostly
+    tied = distance[:, 2] <= distance[:, 1] * (1 + 1e-12) if k == 3 else np.zeros(len(row), bool)
+    for s in np.flatnonzero(tied | (sizes[near] > 1)):
+        groups = near[s : s + 1]
+        if tied[s]:
+            far = np.square(distinct - distinct[single[s]]).sum(axis=1)
+            far[single[s]] = np.inf
+            groups = np.flatnonzero(far <= far.min() * (1 + 1e-12))
+        rows = np.concatenate([order[starts[g] : starts[g] + sizes[g]] for g in groups])
+        minima[row[s]] = np.minimum(R[row[s]], R[rows]).mean()
+
+
+def kdtree_foci(
+    X: NDArray,
+    y: NDArray,
+    steps: int,
+    threads: int,
+    averaged: bool = False,
+    scale: bool = True,
+    given: Sequence[int] = (),
+) -> Selection:
+    """R's FOCI, one thread for each of `threads` candidates; `scale` as R does by default.
+
+    Ties are drawn at random as R does, or `averaged` exactly, in a way that suits discrete data.
+    """
+    columns = X.astype(np.float64)
+    if scale:
+        columns = (columns - columns.mean(axis=0)) / columns.std(axis=0, ddof=1)
+    n, p = columns.shape
+    R, L = _ranks(y)
+    selected = list(given)
+    groups = np.zeros(n, dtype=np.int64)  # rows alike in the selected columns
+    codes = [np.unique(columns[:, c], return_inverse=True)[1] for c in range(p)] if averaged else []
+
+    def joined(c: int) -> NDArray:
+        return np.unique(groups * n + codes[c], return_inverse=True)[1]
+
+    def score(c: int) -> float:
+        subset = columns[:, [*selected, c]]
+        if averaged:
+            return float(minima_averaged(subset, joined(c), R).sum())
+        return float(minima_drawn(subset, R, (len(selected), c)).sum())
+
+    if averaged:
+        for c in given:
+            groups = joined(c)
+    cumulative: list[float] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(steps):
+            left = [c for c in range(p) if c not in selected]
+            sums = list(pool.map(score, left))
+            best = int(np.argmax(sums))
+            if averaged:
+                groups = joined(left[best])
+            selected.append(left[best])
+            above = n * sums[best] - float((L**2).sum())
+            cumulative.append(above / float((L * (n - L)).sum()))
+    return Selection(tuple(selected[len(given) :]), tuple(cumulative))
+
+
+def kdtree_codec(y: NDArray, z: NDArray, x: NDArray, threads: int) -> float:
+    R, _ = _ranks(y)
+    m_x = minima_drawn(x.astype(np.float64), R, (0,), threads)
+    m_w = minima_drawn(np.hstack([x, z]).astype(np.float64), R, (1,), threads)
+    return float((m_w - m_x).sum() / (R - m_x).sum())
+
+
+# --------------------------------------------------------------------------------------------
+# Libraries
+
+
+def pyfoci(X: NDArray, y: NDArray, steps: int, threads: int, scale: bool = True) -> Selection:
+    """pyFOCI's R-like method; worker processes score the candidates."""
+    from pyFOCI import FOCISelector
+
+    selector = FOCISelector(
+        max_features=steps,
+        min_delta=None,
+        standardize="normalize" if scale else None,
+        random_state=0,
+        n_jobs=threads,
+    ).fit(X, y)
+    return Selection(tuple(selector.selected_indices_.tolist()), tuple(selector.score_path_))
+
+
+def scipy_xi(x: NDArray, y: NDArray, threads: int) -> float:
+    from scipy.stats import chatterjeexi
+
+    return float(chatterjeexi(x, y, y_continuous=True).statistic)
+
+
+def _second_unless_self(index: NDArray) -> NDArray:
+    """Of two neighbours for each row, the one that is not the row itself."""
+    return np.where(index[:, 0] == np.arange(len(index)), index[:, 1], index[:, 0])
+
+
+def scipy_neighbors(X: NDArray, threads: int) -> NDArray:
+    from scipy.spatial import cKDTree
+
+    return _second_unless_self(cKDTree(X).query(X, k=2, workers=threads)[1])
+
+
+def sklearn_neighbors(X: NDArray, threads: int) -> NDArray:
+    """A tree up to 15 columns; beyond, distances from a float64 matrix product."""
+    from sklearn.neighbors import NearestNeighbors
+
+    search = NearestNeighbors(n_neighbors=1, n_jobs=threads).fit(X)
+    return search.kneighbors(return_distance=False)[:, 0]
+
+
+def faiss_neighbors(X: NDArray, threads: int) -> NDArray:
+    """The flat index: all distances; with many columns from a float32 matrix product."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatL2(X.shape[1])
+    index.add(np.ascontiguousarray(X, dtype=np.float32))
+    return _second_unless_self(index.search(np.ascontiguousarray(X, dtype=np.float32), 2)[1])

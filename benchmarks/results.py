@@ -1,0 +1,33 @@
+"""The form of a result file. Nothing but the standard library is needed to read one.
+
+schema, created, commit, dirty
+machine, versions, settings, load_before
+cases: by name
+    sweep: the size that varies from point to point, or null
+    points: a list
+        title, size
+        results: by implementation, this package first
+            samples: seconds of each run
+            seconds: their median, times `factor` if there is one
+            ratio: seconds over this package's seconds
+            factor, measured_columns: if only some columns were measured
+            answers: "asserted", "compared" or "other"
+            agrees, off_by, answer: how the answer compares with this package's
+        left_out: reasons by implementation
+        metrics: further numbers by name
+        claims: quantity, at_least or at_most, value, met
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+OURS = "lcodec_ext"
+
+
+def load(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text())
+    if result.get("schema") != SCHEMA:
+        raise SystemExit(f"{path} has schema {result.get('schema')}, not {SCHEMA}")
+    return result

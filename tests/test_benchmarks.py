@@ -1,0 +1,333 @@
+"""The benchmarks run, their peers are right, and what is recorded is what is shown."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lcodec_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cases  # noqa: E402
+import compare  # noqa: E402
+import peers  # noqa: E402
+import plots  # noqa: E402
+import results  # noqa: E402
+import run  # noqa: E402
+import table  # noqa: E402
+from cases import CASES  # noqa: E402
+
+RECORDED = ROOT / "benchmarks/results/cpu.json"
+OPTIONS = argparse.Namespace(quick=True, threads=2, repeats=1, budget=20)
+
+
+def points(result, name):
+    return result["cases"][name]["points"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A result file of two quick cases, made as a user makes it."""
+    path = tmp_path_factory.mktemp("result") / "new" / "result.json"
+    command = [sys.executable, ROOT / "benchmarks/run.py", "--quick", "--threads", "1"]
+    command += ["--cases", "codec,xi", "--repeats", "2", "--output", path]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+# Peers
+
+
+def table_of(kind, rng, n=70):
+    X = rng.normal(size=(n, 6))
+    if kind != "continuous":
+        X[:, ::2] = np.floor(2 * X[:, ::2])
+    if kind == "discrete":
+        X[:, 1::2] = X[:, 1::2] > 0
+    y = X[:, 0] + np.round(X[:, 3]) + (rng.random(n) if kind == "continuous" else 0)
+    return X, y
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("kind", ["continuous", "mixed", "discrete"])
+def test_kdtree_with_averaged_ties_is_exact(kind, scale, rng):
+    X, y = table_of(kind, rng)
+    standardize = "scale" if scale else None
+    expected = lcodec_ext.foci(X, y, stop=False, max_features=4, standardize=standardize)
+    got = peers.kdtree_foci(X, y, 4, threads=2, averaged=True, scale=scale)
+    assert list(got.ordering) == expected.ordering.tolist()
+    np.testing.assert_allclose(got.cumulative, expected.cumulative, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_kdtree_continues_from_given_columns(averaged, rng):
+    X, y = table_of("continuous", rng)
+    expected = lcodec_ext.foci(X, y, stop=False, max_features=2, preselected=[4, 1])
+    got = peers.kdtree_foci(X, y, 2, threads=1, averaged=averaged, given=(4, 1))
+    assert list(got.ordering) == expected.ordering.tolist()
+    np.testing.assert_allclose(got.cumulative, expected.cumulative, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "mixed", "discrete"])
+def test_drawn_ties_are_among_the_nearest(kind, rng):
+    X, y = table_of(kind, rng)
+    X = np.round(X[:, :2], 1)
+    R = np.argsort(np.argsort(y)) + 1
+    indptr, indices = lcodec_ext.nearest_neighbors(X, ties="all")
+    drawn = [peers.minima_drawn(X, R, (seed,)) for seed in range(20)]
+    for i in range(len(X)):
+        allowed = np.minimum(R[i], R[indices[indptr[i] : indptr[i + 1]]])
+        assert {minima[i] for minima in drawn} <= set(allowed)
+    if kind == "discrete":
+        assert len({tuple(minima) for minima in drawn}) == len(drawn)
+
+
+def test_the_published_algorithm_is_right_where_its_distances_are(rng):
+    X, y = table_of("continuous", rng)
+    X = X.astype(np.float32)
+    expected = lcodec_ext.foci(X, y, stop=False, max_features=4, standardize=None)
+    got = peers.published_foci(X, y, 4, threads=2, exact=True)
+    assert list(got.ordering) == expected.ordering.tolist()
+    np.testing.assert_allclose(got.cumulative, expected.cumulative, atol=1e-6)
+
+
+def test_pyfoci_is_called_rightly(rng):
+    pytest.importorskip("pyFOCI", minversion="0.10")
+    X, y = table_of("continuous", rng)
+    expected = lcodec_ext.foci(X, y, stop=False, max_features=3)
+    got = peers.pyfoci(X, y, 3, threads=1)
+    assert list(got.ordering) == expected.ordering.tolist()
+    np.testing.assert_allclose(got.cumulative, expected.cumulative, atol=1e-12)
+
+
+# Comparing answers
+
+
+def test_wrong_neighbours_are_told():
+    data = {"X": np.array([[0.0], [1.0], [3.0], [4.5]])}
+    right = np.array([1, 0, 3, 2])
+    assert cases.same_neighbors(right, right, data)["agrees"]
+    for wrong in ([2, 0, 3, 2], [1, 1, 3, 2]):  # farther away; the row itself
+        verdict = cases.same_neighbors(right, np.array(wrong), data)
+        assert (verdict["agrees"], verdict["off_by"]) == (False, 0.25)
+    ours_is_wrong = cases.same_neighbors(np.array([2, 0, 3, 2]), right, data)
+    assert (ours_is_wrong["agrees"], ours_is_wrong["off_by"]) == (False, 0)
+
+
+def test_other_selections_and_values_are_told():
+    a, b = peers.Selection((1, 2), (0.5, 0.75)), peers.Selection((2, 1), (0.5, 0.5))
+    assert cases.same_selection(a, a, {}) == {"agrees": True, "off_by": 0, "answer": "same"}
+    assert cases.same_selection(a, b, {})["off_by"] == 0.25
+    assert not cases.same_selection(a, b, {})["agrees"]
+    assert cases.same_value(0.5, 0.25, {})["answer"] == "off by 0.2"
+
+
+# Cases and runner
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_runs(name):
+    case = dataclasses.replace(CASES[name], quick=(CASES[name].tiny,))
+    (point,) = run.run_case(case, OPTIONS)["points"]
+    assert point["results"].keys() | point["left_out"].keys() == {
+        results.OURS,
+        *(peer.name for peer in case.peers),
+    }
+    assert run.disagreements({"cases": {name: {"points": [point]}}}) == []
+    for claim in case.claims:
+        assert run.judge(claim, point)["met"] is not None
+    json.dumps(point, allow_nan=False)
+
+
+def test_a_part_is_scaled(rng):
+    peer = cases.by_kdtree(scale=False, part=10)
+    case = dataclasses.replace(CASES["cost_columns"], peers=(peer,))
+    point = run.run_point(case, case.tiny, OPTIONS)
+    entry = point["results"][peer.name]
+    assert (entry["measured_columns"], entry["factor"]) == (10, 1.2)
+    assert entry["seconds"] == entry["samples"][0] * 1.2
+    assert entry["ratio"] == entry["seconds"] / point["results"][results.OURS]["seconds"]
+
+
+def test_a_case_that_differs_from_the_reference_is_refused():
+    case = dataclasses.replace(CASES["xi"], ours=lambda data, backend: float(backend == "cpu"))
+    with pytest.raises(AssertionError, match="xi"):
+        run.run_case(case, OPTIONS)
+
+
+def test_a_peer_that_must_agree_and_does_not_is_named():
+    peer = cases.Peer("liar", lambda data, threads: 2.0, "asserted")
+    case = dataclasses.replace(CASES["xi"], peers=(peer,))
+    point = run.run_point(case, case.tiny, OPTIONS)
+    (line,) = run.disagreements({"cases": {"xi": {"points": [point]}}})
+    assert "liar" in line
+
+
+def test_a_missing_library_is_left_out():
+    def absent(data, threads):
+        import there_is_no_such_library  # noqa: F401
+
+    case = dataclasses.replace(CASES["xi"], peers=(cases.Peer("absent", absent),))
+    point = run.run_point(case, case.tiny, OPTIONS)
+    assert point["left_out"] == {"absent": "no usable there_is_no_such_library"}
+    claim = cases.Claim("absent", at_least=1)
+    assert run.judge(claim, point)["met"] is None
+
+
+def test_turns_keep_to_the_budget():
+    order = []
+    runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    samples = run.take_turns(runs, repeats=3, budget=10)
+    assert order == ["a", "b"] * 3
+    assert [len(s) for s in samples.values()] == [3, 3]
+    assert [len(s) for s in run.take_turns(runs, repeats=3, budget=1e-12).values()] == [1, 1]
+
+
+def test_a_result_says_where_it_comes_from(recorded):
+    result = results.load(recorded)
+    assert result["settings"] == {
+        "quick": True, "threads": 1, "repeats": 2, "budget_seconds": 20
+    }  # fmt: skip
+    assert list(result["cases"]) == ["codec", "xi"]
+    assert len(points(result, "codec")[0]["results"][results.OURS]["samples"]) == 2
+    assert result["machine"]["simd"] in lcodec_ext.build_info()["simd_compiled"]
+    assert result["versions"]["numpy"] == np.__version__
+    assert str(ROOT) not in recorded.read_text()
+
+
+# Comparing files
+
+
+def altered(path, tmp_path, change):
+    result = json.loads(path.read_text())
+    change(result)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(result))
+    return other
+
+
+def slower(name, factor):
+    def change(result):
+        points(result, "xi")[0]["results"][name]["seconds"] *= factor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "status"),
+    [
+        (results.OURS, 1.0, 0),
+        (results.OURS, 1.5, 1),
+        (results.OURS, 0.5, 0),
+        ("scipy chatterjeexi", 3.0, 0),
+    ],
+)
+def test_compare_flags_what_became_slower(recorded, tmp_path, capsys, name, factor, status):
+    other = altered(recorded, tmp_path, slower(name, factor))
+    assert compare.main([str(recorded), str(other)]) == status
+    out = capsys.readouterr().out
+    assert out.count("REGRESSION") == status
+    assert f"{factor:6.2f}" in out
+    assert compare.main([str(recorded), str(other), "--threshold", "2"]) == 0
+
+
+def test_compare_refuses_other_machines_unless_told(recorded, tmp_path, capsys):
+    other = altered(recorded, tmp_path, lambda result: result["machine"].update(cpu="abacus"))
+    assert compare.main([str(recorded), str(other)]) == 2
+    assert "abacus" in capsys.readouterr().err
+    assert compare.main([str(recorded), str(other), "--across-machines"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: result["settings"].update(threads=64),
+        lambda result: result["settings"].update(quick=False),
+        lambda result: result["cases"].clear(),
+    ],
+)
+def test_compare_refuses_what_does_not_compare(recorded, tmp_path, change):
+    other = altered(recorded, tmp_path, change)
+    assert compare.main([str(recorded), str(other), "--across-machines"]) == 2
+
+
+def test_another_schema_is_refused(recorded, tmp_path):
+    other = altered(recorded, tmp_path, lambda result: result.update(schema=0))
+    with pytest.raises(SystemExit, match="schema 0"):
+        results.load(other)
+
+
+# Table and figure
+
+
+def test_the_table_is_put_between_the_comments(recorded, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    for _ in range(2):
+        table.main([str(recorded), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- benchmarks:begin -->\n| task |")
+    assert text.endswith("<!-- benchmarks:end -->\nafter\n")
+    assert "old" not in text
+    assert text.count("| task |") == 1
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {7}
+    with pytest.raises(ValueError, match="must have the lines"):
+        table.replaced("no comments", "")
+
+
+def test_numbers_in_the_table():
+    assert [table.duration(s) for s in (93.2, 1.26, 0.0123, 2e-6)] == [
+        "93 s", "1.3 s", "12 ms", "2.0 µs"
+    ]  # fmt: skip
+    assert [table.multiple(r) for r in (0.456, 3.14, 412.3)] == ["0.46x", "3.1x", "412x"]
+
+
+def test_exponents_are_fitted_to_large_sizes():
+    sizes = np.array([1e2, 1e3, 1e4, 1e5, 1e6])
+    assert plots.exponent(sizes, 1e-9 * sizes**1.5) == pytest.approx(1.5)
+    assert plots.exponent(sizes, np.maximum(1e-9 * sizes**1.25, 1e-5)) == pytest.approx(1.25)
+    assert plots.exponent(sizes[:2], sizes[:2] ** 2) == pytest.approx(2)
+
+
+def test_the_figure_is_drawn(tmp_path):
+    def sweep(name, values, power):
+        case = CASES[name]
+        taken = [
+            {
+                "title": "task",
+                "size": case.full[0] | {case.sweep: value},
+                "results": {results.OURS: {"seconds": 1e-6 * value**power}},
+            }
+            for value in values
+        ]
+        return {"sweep": case.sweep, "points": taken}
+
+    swept = {f"cost_rows_{k}": sweep(f"cost_rows_{k}", (10, 100, 1000), 1.5) for k in (1, 2, 3)}
+    swept["cost_columns"] = sweep("cost_columns", (10, 100, 1000), 1)
+    plots.draw({"cases": swept}, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+# What is recorded in the repository
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="no recorded result yet")
+class TestRecorded:
+    def test_it_is_a_full_run_of_a_clean_commit(self):
+        result = results.load(RECORDED)
+        assert result["cases"].keys() <= CASES.keys()
+        assert not result["settings"]["quick"]
+        assert result["dirty"] is False
+        assert run.disagreements(result) == []
+
+    def test_the_readme_shows_it(self):
+        text = (ROOT / "README.md").read_text()
+        assert text == table.replaced(text, table.table(results.load(RECORDED)))
