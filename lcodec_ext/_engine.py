@@ -1,7 +1,6 @@
 """Engines of the backends, and the parts of a call that codec, foci and their kin share."""
 
 import warnings
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -9,8 +8,10 @@ from numpy.typing import NDArray
 
 from lcodec_ext import _native
 from lcodec_ext._random import resolve_seed
+from lcodec_ext._scaling import Columns
 from lcodec_ext._validation import column_list
 from lcodec_ext.reference import engine as _reference
+from lcodec_ext.reference.columns import ReferenceColumns
 
 Ties = Literal["average", "random", "first"]
 TIES = ("average", "random", "first")
@@ -29,24 +30,36 @@ class Engine(Protocol):
         """For every candidate, the sum over rows in fixed point, whole and fraction."""
 
 
+def lay_out(backend: str, X: NDArray) -> Columns:
+    """The columns of a clean (n, p) table as a resolved backend wants them."""
+    return ReferenceColumns(X) if backend == "reference" else _native.CpuColumns(X)
+
+
 def make_engine(
-    backend: str,
-    X: NDArray,
-    factors: NDArray,
-    R: NDArray[np.int64],
-    ties: str,
-    seed: int | None,
+    columns: Columns, factors: NDArray, R: NDArray[np.int64], ties: str, seed: int | None
 ) -> Engine:
-    """The engine of a resolved backend over columns X and the response's ranks."""
-    make: Callable[..., Engine] = (
-        _reference.ReferenceEngine if backend == "reference" else _native.CpuEngine
-    )
-    return make(X, factors, R, ties, resolve_seed(seed))
+    """The engine of the columns' backend, with the response's ranks."""
+    if isinstance(columns, ReferenceColumns):
+        return _reference.ReferenceEngine(columns, factors, R, ties, resolve_seed(seed))
+    assert isinstance(columns, _native.CpuColumns)
+    return _native.CpuEngine(columns, factors, R, ties, resolve_seed(seed))
+
+
+def nearest(
+    columns: Columns, ties: str, seed: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(indptr, indices) of the nearest other rows by the columns' backend."""
+    if isinstance(columns, ReferenceColumns):
+        return _reference.nearest(columns, ties, resolve_seed(seed))
+    assert isinstance(columns, _native.CpuColumns)
+    return _native.nearest(columns, ties, resolve_seed(seed))
 
 
 def warn_constant_columns(X: NDArray, name: str, names: list[str] | None, stacklevel: int) -> None:
     """One warning for all constant columns of an argument."""
-    constant = np.flatnonzero((X == X[0]).all(axis=0))
+    # three rows rule out most columns
+    suspects = np.flatnonzero((X[0] == X[-1]) & (X[0] == X[len(X) // 2]))
+    constant = suspects[(X[:, suspects] == X[0, suspects]).all(axis=0)]
     if len(constant):
         verb = "is" if len(constant) == 1 else "are"
         warnings.warn(

@@ -47,6 +47,17 @@ def _settings() -> tuple[str, int]:
     return os.environ.get("LCODEC_SIMD", "").strip() or "auto", get_num_threads()
 
 
+class CpuColumns:
+    """A table laid out by column, with each column's range; twin of ``ReferenceColumns``."""
+
+    def __init__(self, X: NDArray) -> None:
+        self.values, self.low, self.high = _core.lay_out(X, *_settings())
+
+    def standard_deviations(self) -> NDArray[np.float64]:
+        """Standard deviations (n - 1) in double, added in the written order."""
+        return _core.standard_deviations(self.values, *_settings())
+
+
 class CpuEngine:
     """Scores candidate columns given the selected ones, on CPU threads with SIMD.
 
@@ -55,16 +66,10 @@ class CpuEngine:
     """
 
     def __init__(
-        self, X: NDArray, factors: NDArray, R: NDArray[np.int64], ties: str, seed: int
+        self, columns: CpuColumns, factors: NDArray, R: NDArray[np.int64], ties: str, seed: int
     ) -> None:
-        make = _core.EngineFloat if X.dtype == np.float32 else _core.EngineDouble
-        self._engine = make(
-            np.ascontiguousarray(X.T),
-            np.ascontiguousarray(factors, dtype=X.dtype),
-            R.astype(np.int32),
-            _TIES[ties],
-            seed,
-        )
+        make = _core.EngineFloat if columns.values.dtype == np.float32 else _core.EngineDouble
+        self._engine = make(columns.values, factors, R.astype(np.int32), _TIES[ties], seed)
 
     def select(self, column: int) -> None:
         """Add a column to the conditioning set, behind those already there."""
@@ -79,7 +84,9 @@ class CpuEngine:
         return self._engine.score(columns.astype(np.int64, copy=False), *_settings())
 
 
-def nearest(X: NDArray, ties: str, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def nearest(
+    columns: CpuColumns, ties: str, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(indptr, indices) of the nearest other rows; the twin of ``reference.engine.nearest``."""
-    x = np.ascontiguousarray(X.T)
+    x = columns.values
     return _core.neighbors(x, np.ones(len(x), dtype=x.dtype), _TIES[ties], seed, *_settings())

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lcodec_ext import _exact
 from lcodec_ext._backend import Backend, resolve
-from lcodec_ext._engine import TIES, Ties, make_engine, warn_constant_columns
+from lcodec_ext._engine import TIES, Ties, lay_out, make_engine, warn_constant_columns
 from lcodec_ext._random import add_noise
 from lcodec_ext._ranks import ranks
 from lcodec_ext._scaling import check_overflow, squared_spans
@@ -218,14 +218,15 @@ def _coefficient(
 ) -> float:
     """T(Y, Z | X) of clean arrays; x may have no columns."""
     W = np.ascontiguousarray(np.hstack([x, z]))  # conditioning columns first: the order of sums
+    columns = lay_out(backend, W)
     factors = np.ones(W.shape[1], dtype=W.dtype)
     r = x.shape[1]
     with np.errstate(over="ignore"):
-        bounds = np.add.accumulate(squared_spans(W, factors))
+        bounds = np.add.accumulate(squared_spans(columns, factors))
     check_overflow(bounds, lambda k: f"column {k} of x" if k < r else f"column {k - r} of z")
     R, L = ranks(y)
     sums = _exact.ResponseSums(R, L)
-    engine = make_engine(backend, W, factors, R, ties, seed)
+    engine = make_engine(columns, factors, R, ties, seed)
     m_x = m_w = Fraction(0)
     for column in range(W.shape[1]):
         if column == r - 1:

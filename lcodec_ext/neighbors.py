@@ -5,12 +5,10 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext import _native
 from lcodec_ext._backend import Backend, resolve
-from lcodec_ext._random import resolve_seed
+from lcodec_ext._engine import lay_out, nearest
 from lcodec_ext._scaling import check_overflow, squared_spans
 from lcodec_ext._validation import as_features, check_choice, check_seed, clean_rows, column_label
-from lcodec_ext.reference import engine as _reference
 
 
 @overload
@@ -77,9 +75,9 @@ def nearest_neighbors(
     check_seed(seed)
     features = as_features(X, "X")
     values = clean_rows({"X": features}, "raise", minimum=2)["X"]
+    columns = lay_out(chosen, values)
     with np.errstate(over="ignore"):
-        bounds = np.add.accumulate(squared_spans(values, np.ones_like(values[0])))
+        bounds = np.add.accumulate(squared_spans(columns, np.ones_like(values[0])))
     check_overflow(bounds, lambda k: f"{column_label(k, features.names)} of X")
-    find = _native.nearest if chosen == "cpu" else _reference.nearest
-    indptr, indices = find(values, "average" if ties == "all" else ties, resolve_seed(seed))
+    indptr, indices = nearest(columns, "average" if ties == "all" else ties, seed)
     return (indptr, indices) if ties == "all" else indices

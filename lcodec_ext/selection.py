@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lcodec_ext import _exact
 from lcodec_ext._backend import Backend, resolve
-from lcodec_ext._engine import TIES, Engine, Ties, make_engine, warn_constant_columns
+from lcodec_ext._engine import TIES, Engine, Ties, lay_out, make_engine, warn_constant_columns
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._ranks import ranks
 from lcodec_ext._scaling import check_overflow, scale_factors, squared_spans
@@ -315,7 +315,7 @@ def dependence_graph(
     >>> graph.adjacency[2].tolist()
     [True, True, False]
     """
-    resolve(backend, X=X)
+    chosen = resolve(backend, X=X)
     check_bool(progress, "progress")
     features = as_features(X, "X", allow_1d=False)
     p = features.values.shape[1]
@@ -324,7 +324,8 @@ def dependence_graph(
     values = clean_rows({"X": features}, nan_policy)["X"]
     warn_constant_columns(values, "X", features.names, stacklevel=2)
     check_choice(standardize, "standardize", ("scale", "bounded", None))
-    spans = squared_spans(values, scale_factors(values, standardize, features.names))
+    columns = lay_out(chosen, values)
+    spans = squared_spans(columns, scale_factors(columns, standardize, features.names))
     check_overflow(spans, lambda k: f"{column_label(k, features.names)} of X")
     adjacency = np.zeros((p, p), dtype=bool)
     weights = np.zeros((p, p))
@@ -434,10 +435,11 @@ class _Task:
         if sums.constant:
             warnings.warn("y is constant: nothing is selected", stacklevel=3)
             return self._result([], [], [], 0.0, "constant_y")
-        factors = scale_factors(X, self.standardize, self.names)
-        spans = squared_spans(X, factors)
+        columns = lay_out(backend, X)
+        factors = scale_factors(columns, self.standardize, self.names)
+        spans = squared_spans(columns, factors)
         bound = X.dtype.type(0)
-        engine = make_engine(backend, X, factors, R, self.ties, seed)
+        engine = make_engine(columns, factors, R, self.ties, seed)
         m = Fraction(sums.sum_L2, sums.n)  # no columns: T(Y, {}) = 0
         base = 0.0
         for column in self.preselected:

@@ -13,6 +13,7 @@ import lcodec_ext
 import oracle
 from lcodec_ext import _exact, _native
 from lcodec_ext._ranks import ranks
+from lcodec_ext.reference.columns import ReferenceColumns
 from lcodec_ext.reference.engine import ReferenceEngine
 
 pytestmark = pytest.mark.native
@@ -57,7 +58,10 @@ def test_engine_equals_reference(table, ties, seed, data):
     p = X.shape[1]
     R, _ = ranks(y)
     factors = data.draw(hnp.arrays(X.dtype, p, elements=st.sampled_from([1.0, 0.0, 0.3, 7.0])))
-    engines = [make(X, factors, R, ties, seed) for make in (_native.CpuEngine, ReferenceEngine)]
+    engines = [
+        _native.CpuEngine(_native.CpuColumns(X), factors, R, ties, seed),
+        ReferenceEngine(ReferenceColumns(X), factors, R, ties, seed),
+    ]
     chosen = data.draw(st.lists(st.integers(0, p - 1), max_size=3, unique=True))
     everything = np.arange(p)
     for column in [*chosen, None]:
@@ -109,6 +113,27 @@ def test_codec_equals_reference(table, ties, seed):
         assert values[0] == values[1]
 
 
+@given(table=tables())
+def test_columns_equal_reference(table):
+    X, _ = table
+    cpu, reference = _native.CpuColumns(X), ReferenceColumns(X)
+    np.testing.assert_array_equal(cpu.values, X.T)
+    np.testing.assert_array_equal(cpu.low, reference.low)
+    np.testing.assert_array_equal(cpu.high, reference.high)
+    np.testing.assert_array_equal(cpu.standard_deviations(), reference.standard_deviations())
+
+
+@pytest.mark.parametrize("n", [63, 64, 65, 127, 129, 1000])
+def test_columns_of_many_rows_equal_reference(n, rng, simd_level):
+    X = rng.normal(size=(n, 70)) * 10.0 ** rng.integers(-20, 20, 70)
+    for table in (X, X.astype(np.float32)):
+        cpu, reference = _native.CpuColumns(table), ReferenceColumns(table)
+        np.testing.assert_array_equal(cpu.values, table.T)
+        np.testing.assert_array_equal(cpu.low, reference.low)
+        np.testing.assert_array_equal(cpu.high, reference.high)
+        np.testing.assert_array_equal(cpu.standard_deviations(), reference.standard_deviations())
+
+
 @given(table=tables(), ties=st.sampled_from(["first", "random", "all"]), seed=st.integers(0, 99))
 def test_neighbors_equal_reference(table, ties, seed):
     X, _ = table
@@ -155,13 +180,13 @@ def test_settings_do_not_change_bits(n, ties, dtype, monkeypatch, rng):
     X = np.hstack([rng.integers(0, 3, (n, p)), rng.normal(size=(n, p)) + 1e7]).astype(dtype)
     R, _ = ranks(rng.integers(0, n, n))
     factors = np.ones(2 * p, dtype=dtype)
-    engine = _native.CpuEngine(X, factors, R, ties, 5)
+    engine = _native.CpuEngine(_native.CpuColumns(X), factors, R, ties, 5)
     outcomes = []
     for level in lcodec_ext.build_info()["simd_supported"]:
         for threads in (1, 2, 3):
             monkeypatch.setenv("LCODEC_SIMD", level)
             monkeypatch.setenv("LCODEC_NUM_THREADS", str(threads))
-            fresh = _native.CpuEngine(X, factors, R, ties, 5)
+            fresh = _native.CpuEngine(_native.CpuColumns(X), factors, R, ties, 5)
             first = fresh.score(np.arange(2 * p))
             fresh.select(0)
             second = fresh.score(np.arange(1, 2 * p))
@@ -179,7 +204,7 @@ def test_big_ties_do_not_overflow(rng):
     n = 70_000
     R = np.arange(1, n + 1)
     engine = _native.CpuEngine(
-        np.zeros((n, 1), np.float32), np.ones(1, np.float32), R, "average", 0
+        _native.CpuColumns(np.zeros((n, 1), np.float32)), np.ones(1, np.float32), R, "average", 0
     )
     # sum_j min(i, j) over j != i, for ranks 1..n
     sums = R * (R - 1) // 2 + R * (n - R)

@@ -10,7 +10,7 @@ import pytest
 import lcodec_ext
 from lcodec_ext import _native
 from lcodec_ext._ranks import ranks
-from lcodec_ext._scaling import scale_factors
+from lcodec_ext.reference.columns import ReferenceColumns
 from lcodec_ext.reference.engine import ReferenceEngine
 
 pytestmark = pytest.mark.native
@@ -94,8 +94,8 @@ def test_engine_equals_reference(shape, dtype, ties):
         X = shape(n).astype(dtype)
         R, _ = ranks(RNG.integers(0, n, n))
         factors = np.array([1.0, 0.3, 2.0, 1.0, 1.7, 0.0], dtype=dtype)
-        cpu = _native.CpuEngine(X, factors, R, ties, 11)
-        reference = ReferenceEngine(X, factors, R, ties, 11)
+        cpu = _native.CpuEngine(_native.CpuColumns(X), factors, R, ties, 11)
+        reference = ReferenceEngine(ReferenceColumns(X), factors, R, ties, 11)
         candidates = np.array([1, 2, 5]) if n > 300 else np.arange(6)
         for column in [*selections, None]:
             for got, expected in zip(
@@ -130,7 +130,7 @@ def test_candidates_do_not_influence_each_other(shape):
     """A candidate's score is the same alone, beside others, and in any place of a tile."""
     X = np.hstack([shape(150) for _ in range(8)])
     R, _ = ranks(RNG.normal(size=150))
-    engine = _native.CpuEngine(X, scale_factors(X[:, :], None), R, "average", 0)
+    engine = _native.CpuEngine(_native.CpuColumns(X), np.ones(48), R, "average", 0)
     for column in (None, 4, 20):
         if column is not None:
             engine.select(column)

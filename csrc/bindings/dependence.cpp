@@ -135,6 +135,36 @@ void bind(py::module_& m, const char* engine_name) {
       .def("row_sums", &Bound::row_sums, py::arg("candidate"), py::arg("level"),
            py::arg("threads"));
   m.def(
+      "lay_out",
+      [](const Array<T>& x, const std::string& level, int threads) {
+        expect(x.ndim() == 2 && x.shape(0) >= 1 && x.shape(1) >= 1, "shapes do not fit");
+        const std::int64_t n = x.shape(0);
+        const std::int64_t p = x.shape(1);
+        Array<T> columns({p, n});
+        Array<T> low(p);
+        Array<T> high(p);
+        T* columns_out = columns.mutable_data();
+        T* low_out = low.mutable_data();
+        T* high_out = high.mutable_data();
+        run(level, threads, [&](const Execution& execution) {
+          return lay_out(x.data(), n, p, columns_out, low_out, high_out, execution);
+        });
+        return py::make_tuple(columns, low, high);
+      },
+      py::arg("x").noconvert(), py::arg("level"), py::arg("threads"));
+  m.def(
+      "standard_deviations",
+      [](const Array<T>& x, const std::string& level, int threads) {
+        expect(x.ndim() == 2 && x.shape(1) >= 2, "shapes do not fit");
+        Array<double> deviation(x.shape(0));
+        double* out = deviation.mutable_data();
+        run(level, threads, [&](const Execution& execution) {
+          return standard_deviations(x.data(), x.shape(1), x.shape(0), out, execution);
+        });
+        return deviation;
+      },
+      py::arg("columns").noconvert(), py::arg("level"), py::arg("threads"));
+  m.def(
       "neighbors",
       [](const Array<T>& x, const Array<T>& factor, int ties, std::uint64_t seed,
          const std::string& level, int threads) {

@@ -1,7 +1,8 @@
 #include "lcodec/engine.hpp"
 
 #include <algorithm>
-#include <atomic>
+#include <array>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -23,10 +24,11 @@ using Index = std::int32_t;
 constexpr std::int64_t kBigGroup = 64;
 // Sorting costs about as much for each row as scanning this many neighbours.
 constexpr std::int64_t kSortCost = 128;
+constexpr double kGenerous = 6;
 // Rows beside each other in the tree whose lists are made together.
 constexpr std::int64_t kListBlock = 32;
-// Neighbours listed at a time, over all rows.
-constexpr std::int64_t kListEntries = std::int64_t{1} << 20;
+// Neighbours listed at a time on a thread: 12 or 16 bytes each, for the second-level cache.
+constexpr std::int64_t kListEntries = std::int64_t{1} << 16;
 // Neighbours in more columns than this are found by comparing all rows: boxes prune little there.
 constexpr std::int64_t kTreeColumns = 12;
 // Packed candidates in memory at a time.
@@ -191,87 +193,76 @@ struct Engine<T>::State {
     Status status = parallel_for(tiles, execution, [&] {
       return [&](std::int64_t tile) {
         T* out = packed.get() + tile * n * lanes;
-        if (m - tile * lanes < lanes) std::fill_n(out, n * lanes, T{0});
+        std::vector<const T*> x(at(lanes), columns.x + candidate[tile * lanes] * n);
         for (std::int64_t l = 0; l < std::min(lanes, m - tile * lanes); ++l) {
           const std::int64_t column = candidate[tile * lanes + l];
           factor[at(tile * lanes + l)] = columns.factor[column];
-          const T* x = columns.x + column * n;
-          for (std::int64_t position = 0; position < n; ++position)
-            out[position * lanes + l] = x[source[at(position)]];
+          x[at(l)] = columns.x + column * n;
         }
+        for (std::int64_t position = 0; position < n; ++position)
+          for (std::int64_t l = 0; l < lanes; ++l)
+            *out++ = x[at(l)][source[at(position)]];
       };
     });
     if (status != Status::ok) return status;
     std::vector<std::int32_t> ranks(at(n));
     for (std::int64_t position = 0; position < n; ++position)
       ranks[at(position)] = rank[at(space.row(position))];
-    const double share = 1.0 / static_cast<double>(selected.size() + 1);
-    const auto wanted = 16 + static_cast<std::int64_t>(4 * std::pow(static_cast<double>(n), share));
+    // Measured: a scan takes about 2 n^(1/2) neighbours in one column and 3 n^(1/(k+1)) in k, some
+    // scans far more; where lists are short a generous one is cheaper than a second search.
+    const auto k = static_cast<double>(selected.size());
+    const auto wanted =
+        16 + static_cast<std::int64_t>((k > 1 ? kGenerous : 3.0) * std::pow(static_cast<double>(n), 1 / (k + 1)));
     const auto scanned = [&](std::int64_t i) { return !by_sorting(space.point_of(space.row(i))); };
-    // Rows whose lists are held at a time: a tile in the cache serves all of them.
-    const std::int64_t held =
-        std::clamp<std::int64_t>(kListEntries / wanted / kListBlock * kListBlock, kListBlock,
-                                 pieces_of(n, kListBlock) * kListBlock);
-    std::vector<RowList<T>> lists(at(held));
-    for (std::int64_t first = 0; first < n; first += held) {
-      const std::int64_t rows = std::min(held, n - first);
-      status = parallel_for(pieces_of(rows, kListBlock), execution, [&] {
-        return [&, maker = ListMaker<T>(kernels, space, ranks.data())](std::int64_t piece) mutable {
-          const std::int64_t begin = first + piece * kListBlock;
-          maker.build(lists.data() + (begin - first), begin,
-                      std::min(first + rows, begin + kListBlock), wanted, scanned);
-        };
-      });
-      if (status != Status::ok) return status;
-      // Longer lists, where one turns out too short: published once, used by all threads.
-      std::vector<std::atomic<const RowList<T>*>> current(at(rows));
-      for (std::int64_t i = 0; i < rows; ++i) current[at(i)] = &lists[at(i)];
-      std::vector<std::unique_ptr<RowList<T>>> longer;
-      std::mutex mutex;
-      const std::int64_t parts = std::clamp<std::int64_t>(pieces_of(8 * execution.threads, tiles),
-                                                          1, pieces_of(rows, kListBlock));
-      const std::int64_t part = pieces_of(rows, parts);
-      status = parallel_for(tiles * parts, execution, [&] {
-        struct Scratch {
-          std::vector<T> best;
-          std::vector<std::int64_t> sum, count;
-        };
-        Scratch scratch{std::vector<T>(at(lanes)), std::vector<std::int64_t>(at(lanes)),
-                        std::vector<std::int64_t>(at(lanes))};
-        return [&, s = std::move(scratch), report = make_report(),
-                maker = ListMaker<T>(kernels, space, ranks.data())](std::int64_t piece) mutable {
-          const std::int64_t tile = piece / parts;
-          const std::int64_t begin = piece % parts * part;
+    // A block's lists stay in the cache for all tiles, and so do the rows of a tile that they name.
+    const std::int64_t block =
+        std::clamp(kListEntries / wanted, kListBlock, std::max(kListBlock, n / (2 * execution.threads)));
+    return parallel_for(pieces_of(n, block), execution, [&] {
+      struct Scratch {
+        std::vector<RowList<T>> lists;
+        std::vector<T> best;
+        std::vector<std::int64_t> sum, count;
+        std::int64_t rows = 0, tied = 0;  // scans so far, and those that met ties
+      };
+      Scratch scratch{std::vector<RowList<T>>(at(block)), std::vector<T>(at(lanes)),
+                      std::vector<std::int64_t>(at(lanes)), std::vector<std::int64_t>(at(lanes))};
+      return [&, s = std::move(scratch), report = make_report(),
+              maker = ListMaker<T>(kernels, space, ranks.data())](std::int64_t piece) mutable {
+        const std::int64_t begin = piece * block;
+        const std::int64_t end = std::min(n, begin + block);
+        for (std::int64_t i = begin; i < end; i += kListBlock)
+          maker.build(s.lists.data() + (i - begin), i, std::min(end, i + kListBlock), wanted,
+                      scanned);
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
           const std::int64_t used = std::min(lanes, m - tile * lanes);
           const T* values = packed.get() + tile * n * lanes;
           const T* factors = factor.data() + tile * lanes;
-          for (std::int64_t r = begin; r < std::min(rows, begin + part); ++r) {
-            const std::int64_t i = first + r;
+          for (std::int64_t i = begin; i < end; ++i) {
             if (!scanned(i)) continue;
-            const RowList<T>* list = current[at(r)].load(std::memory_order_acquire);
-            ScanResult result;
-            for (;;) {
-              result = kernels.scan({list->view(), values, values + i * lanes, factors,
-                                     s.best.data(), s.sum.data(), s.count.data()});
-              if (result.complete) break;
-              auto more = std::make_unique<RowList<T>>();
-              maker.extend(*more, *list, i);
-              list = more.get();
-              const std::lock_guard<std::mutex> lock(mutex);
-              current[at(r)].store(list, std::memory_order_release);
-              longer.push_back(std::move(more));
-            }
-            if (!result.unique && ties != Ties::average)
+            RowList<T>& list = s.lists[at(i - begin)];
+            const auto scan = [&](auto* kernel) {
+              for (;;) {
+                const ScanResult result = kernel({list.view(), values, values + i * lanes, factors,
+                                                  s.best.data(), s.sum.data(), s.count.data()});
+                if (result.complete) return result.unique;
+                maker.extend(list, i);
+              }
+            };
+            // Scans that only notice ties are faster by a third; where these are common, they are
+            // counted at once.
+            bool unique = s.tied * 8 <= s.rows && scan(kernels.scan);
+            if (!unique) unique = scan(kernels.scan_ties);
+            ++s.rows;
+            s.tied += !unique;
+            if (!unique && ties != Ties::average)
               for (std::int64_t l = 0; l < used; ++l)
-                take_one(list->view(), values, factors, i, lanes, l, ranks, s.best[at(l)],
+                take_one(list.view(), values, factors, i, lanes, l, ranks, s.best[at(l)],
                          s.sum[at(l)], s.count[at(l)]);
-            report(tile * lanes, used, space.row(i), s.sum.data(), s.count.data(), result.unique);
+            report(tile * lanes, used, space.row(i), s.sum.data(), s.count.data(), unique);
           }
-        };
-      });
-      if (status != Status::ok) return status;
-    }
-    return Status::ok;
+        }
+      };
+    });
   }
 
   // Of one lane's tied neighbours, the one that the tie rule takes.
@@ -389,7 +380,9 @@ Status Engine<T>::row_sums(std::int64_t candidate, std::int64_t* sum, std::int64
   }
   return s.scan_rows(&candidate, 1, execution, [&] {
     return [&](std::int64_t c, std::int64_t, Index r, const std::int64_t* sums,
-               const std::int64_t* counts, bool) { row(c, r, sums[0], counts[0]); };
+               const std::int64_t* counts, bool unique) {
+      row(c, r, sums[0], unique ? 1 : counts[0]);
+    };
   });
 }
 
@@ -484,8 +477,52 @@ Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
   });
 }
 
+template <class T>
+Status lay_out(const T* x, std::int64_t n, std::int64_t p, T* columns, T* low, T* high,
+               const Execution& execution) {
+  const Kernels<T> kernels = pick_kernels<T>(execution.level);
+  constexpr std::int64_t wide = 64;  // columns in a piece: whole cache lines of every row
+  constexpr std::int64_t tall = 64;  // rows of a block that fits the first-level cache
+  return parallel_for(pieces_of(p, wide), execution, [&] {
+    return [&](std::int64_t piece) {
+      const std::int64_t first = piece * wide;
+      const std::int64_t last = std::min(p, first + wide);
+      for (std::int64_t top = 0; top < n; top += tall)
+        for (std::int64_t f = first; f < last; ++f)
+          for (std::int64_t i = top; i < std::min(n, top + tall); ++i)
+            columns[f * n + i] = x[i * p + f];
+      for (std::int64_t f = first; f < last; ++f)
+        kernels.range(columns + f * n, n, low + f, high + f);
+    };
+  });
+}
+
+template <class T>
+Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, double* deviation,
+                           const Execution& execution) {
+  const Kernels<T> kernels = pick_kernels<T>(execution.level);
+  const auto sum = [&](const T* x, const double* center) {
+    std::array<double, kSumLanes> lane{};
+    kernels.lane_sums(x, n, center, lane.data());
+    for (std::size_t width = kSumLanes / 2; width > 0; width /= 2)
+      for (std::size_t l = 0; l < width; ++l) lane[l] += lane[l + width];
+    return lane[0];
+  };
+  return parallel_for(p, execution, [&] {
+    return [&](std::int64_t f) {
+      const T* x = columns + f * n;
+      const double mean = sum(x, nullptr) / static_cast<double>(n);
+      deviation[f] = std::sqrt(sum(x, &mean) / static_cast<double>(n - 1));
+    };
+  });
+}
+
 #define LCODEC_INSTANTIATE(T)                                                               \
-  template class Engine<T>;                                                                 \
+  template class Engine<T>;                                                                \
+  template Status lay_out<T>(const T*, std::int64_t, std::int64_t, T*, T*, T*,             \
+                             const Execution&);                                            \
+  template Status standard_deviations<T>(const T*, std::int64_t, std::int64_t, double*,    \
+                                         const Execution&);                                                                \
   template Status neighbors<T>(const Columns<T>&, Ties, std::uint64_t, const std::int64_t*, \
                                std::int64_t*, std::int64_t*, const Execution&);
 LCODEC_INSTANTIATE(float)

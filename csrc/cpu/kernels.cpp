@@ -68,7 +68,7 @@ inline bool any(const Int& mask) {
   return all != 0;
 }
 
-template <class T>
+template <class T, bool kCount>
 ScanResult scan(const ScanArgs<T>& a) {
   using Value = typename Simd<T>::Value;
   using Int = typename Simd<T>::Int;
@@ -81,6 +81,7 @@ ScanResult scan(const ScanArgs<T>& a) {
   }
   bool stopped = false;
   bool unique = true;
+  [[maybe_unused]] Int tied{};
   for (std::int64_t begin = 0; begin < a.list.chunks && !stopped; begin += kSegment) {
     const std::int64_t end = begin + kSegment < a.list.chunks ? begin + kSegment : a.list.chunks;
     Value start[kVectors];
@@ -108,16 +109,34 @@ ScanResult scan(const ScanArgs<T>& a) {
           const Value scaled = (x[q] - load<Value>(row + q * kWidth<T>)) * factor[q];
           const Value v = distance[u] + scaled * scaled;
           const Int less = v < best[q];
-          const Int kept = v <= best[q];
+          if constexpr (kCount) {
+            const Int kept = v <= best[q];
+            count[q] = (count[q] & ~less) - kept;
+            sum[q] = (sum[q] & ~less) + (rank & kept);
+          } else {
+            tied |= v == best[q];  // also where a nearer one follows: rare, and counted then
+            sum[q] = less ? rank + Int{} : sum[q];
+          }
           best[q] = less ? v : best[q];
-          count[q] = (count[q] & ~less) - kept;
-          sum[q] = (sum[q] & ~less) + (rank & kept);
         }
       }
     }
-    Lane counts[kLanes<T>], sums[kLanes<T>];
-    __builtin_memcpy(counts, count, sizeof count);
+    Lane sums[kLanes<T>];
     __builtin_memcpy(sums, sum, sizeof sum);
+    if constexpr (!kCount) {
+      if (begin == 0) {
+        for (int l = 0; l < kLanes<T>; ++l) a.sum[l] = sums[l];
+      } else {
+        T now[kLanes<T>], before[kLanes<T>];
+        __builtin_memcpy(now, best, sizeof best);
+        __builtin_memcpy(before, start, sizeof start);
+        for (int l = 0; l < kLanes<T>; ++l)
+          if (now[l] < before[l]) a.sum[l] = sums[l];
+      }
+      continue;
+    }
+    Lane counts[kLanes<T>];
+    __builtin_memcpy(counts, count, sizeof count);
     if (begin == 0) {
       Int several = count[0] != 1;
       for (int q = 1; q < kVectors; ++q) several |= count[q] != 1;
@@ -138,6 +157,7 @@ ScanResult scan(const ScanArgs<T>& a) {
       a.count[l] = (lower ? 0 : a.count[l]) + counts[l];
     }
   }
+  if constexpr (!kCount) unique = !any(tied);
   Int open = best[0] >= a.list.reach;
   for (int q = 1; q < kVectors; ++q) open |= best[q] >= a.list.reach;
   __builtin_memcpy(a.best, best, sizeof best);
@@ -146,30 +166,40 @@ ScanResult scan(const ScanArgs<T>& a) {
 
 template <class T>
 std::int64_t adjacent(const AdjacentArgs<T>& a) {
-  const std::int64_t edge = a.size < 4 ? a.size : 2;
-  for (std::int64_t t = 0; t < edge; ++t) {
-    a.flag[t] = 1;
-    a.flag[a.size - 1 - t] = 1;
-  }
+  using Value = typename Simd<T>::Value;
+  using Int = typename Simd<T>::Int;
+  using Lane = typename Simd<T>::Lane;
+  typedef std::int32_t Rank __attribute__((vector_size(kWidth<T> * sizeof(std::int32_t))));
+  typedef std::uint8_t Flag __attribute__((vector_size(kWidth<T>)));
+  const auto rank = [&](std::int64_t t) { return __builtin_convertvector(load<Rank>(a.rank + t), Int); };
+  Int lane;
+  for (int l = 0; l < kWidth<T>; ++l) lane[l] = l;
   std::int64_t total = 0;
-  for (std::int64_t t = 2; t < a.size - 2; ++t) {
-    const T x = a.value[t];
-    const T near_left = (x - a.value[t - 1]) * a.factor;
-    const T near_right = (a.value[t + 1] - x) * a.factor;
-    const T far_left = (x - a.value[t - 2]) * a.factor;
-    const T far_right = (a.value[t + 2] - x) * a.factor;
-    const T left = near_left * near_left;
-    const T right = near_right * near_right;
-    const bool take_left = left < right;
-    const T best = take_left ? left : right;
-    const T second_left = far_left * far_left;
-    const T second_right = far_right * far_right;
-    const bool tied =
-        (left == right) | (second_left <= best) | (second_right <= best) | !(best < a.limit);
-    const std::int32_t neighbor = take_left ? a.rank[t - 1] : a.rank[t + 1];
-    const std::int32_t m = neighbor < a.rank[t] ? neighbor : a.rank[t];
-    a.flag[t] = tied;
-    total += tied ? 0 : m;
+  constexpr std::int64_t kSteps = 1024;  // additions to a 32-bit lane: 1024 * 10^6 < 2^31
+  for (std::int64_t block = a.begin; block < a.end; block += kSteps * kWidth<T>) {
+    const std::int64_t end = a.end - block < kSteps * kWidth<T> ? a.end : block + kSteps * kWidth<T>;
+    Int sum{};
+    for (std::int64_t t = block; t < end; t += kWidth<T>) {
+      const Value x = load<Value>(a.value + t);
+      const Value near_left = (x - load<Value>(a.value + t - 1)) * a.factor;
+      const Value near_right = (load<Value>(a.value + t + 1) - x) * a.factor;
+      const Value far_left = (x - load<Value>(a.value + t - 2)) * a.factor;
+      const Value far_right = (load<Value>(a.value + t + 2) - x) * a.factor;
+      const Value left = near_left * near_left;
+      const Value right = near_right * near_right;
+      const Int take_left = left < right;
+      const Value best = take_left ? left : right;
+      // ~(>) rather than <=: infinities at the ends of the column make NaN with factor 0
+      const Int tied = (left == right) | ~(far_left * far_left > best) |
+                       ~(far_right * far_right > best) | ~(best < a.limit) |
+                       ~(lane < static_cast<Lane>(end - t));
+      const Int own = rank(t);
+      const Int other = take_left ? rank(t - 1) : rank(t + 1);
+      sum += (other < own ? other : own) & ~tied;
+      const Flag flag = __builtin_convertvector(tied & 1, Flag);
+      __builtin_memcpy(a.flag + t, &flag, sizeof flag);
+    }
+    for (int l = 0; l < kWidth<T>; ++l) total += sum[l];
   }
   return total;
 }
@@ -233,8 +263,49 @@ T minimum(const T* distance, std::int64_t n, std::int64_t i) {
 }
 
 template <class T>
+void range(const T* x, std::int64_t n, T* low, T* high) {
+  using Value = typename Simd<T>::Value;
+  Value lows = x[0] - Value{};
+  Value highs = lows;
+  std::int64_t j = 0;
+  for (; j + kWidth<T> <= n; j += kWidth<T>) {
+    const Value v = load<Value>(x + j);
+    lows = v < lows ? v : lows;
+    highs = v > highs ? v : highs;
+  }
+  T least = x[0];
+  T most = x[0];
+  for (int l = 0; l < kWidth<T>; ++l) {
+    least = lows[l] < least ? lows[l] : least;
+    most = highs[l] > most ? highs[l] : most;
+  }
+  for (; j < n; ++j) {
+    least = x[j] < least ? x[j] : least;
+    most = x[j] > most ? x[j] : most;
+  }
+  *low = least;
+  *high = most;
+}
+
+template <class T>
+void lane_sums(const T* x, std::int64_t n, const double* center, double* lane) {
+  for (std::int64_t start = 0; start < n; start += kSumLanes) {
+    const std::int64_t size = n - start < kSumLanes ? n - start : kSumLanes;
+    if (center) {
+      for (std::int64_t l = 0; l < size; ++l) {
+        const double deviation = static_cast<double>(x[start + l]) - *center;
+        lane[l] = lane[l] + deviation * deviation;
+      }
+    } else {
+      for (std::int64_t l = 0; l < size; ++l)
+        lane[l] = lane[l] + static_cast<double>(x[start + l]);
+    }
+  }
+}
+
+template <class T>
 constexpr Kernels<T> kernels() {
-  return {kLanes<T>, scan<T>, adjacent<T>, distances<T>, within<T>, accumulate<T>, minimum<T>};
+  return {kLanes<T>, scan<T, false>, scan<T, true>, adjacent<T>, distances<T>, within<T>, accumulate<T>, range<T>, lane_sums<T>, minimum<T>};
 }
 
 }  // namespace

@@ -38,26 +38,30 @@ struct ScanArgs {
 
 struct ScanResult {
   bool complete;  // no unlisted row can be nearest or tied, for any lane
-  bool unique;    // every count is 1
+  bool unique;    // every count is 1; scan() writes no counts, and no sums of use where it is not
 };
 
-// Rows of one group sorted by value, nearest neighbour beside each other. Adds up min(rank_t,
-// rank of its neighbour) where that neighbour is plainly the only nearest one and within limit;
-// flags the other rows, which need a closer look, the first two and the last two among them.
+// Rows of one group sorted by value, nearest neighbours beside each other: adds up
+// min(rank_t, rank of the neighbour) for those t in [begin, end) that plainly have one nearest
+// neighbour within limit, and flags the others, which need a closer look. Reads value and rank from
+// begin - 2 to end + 1 and up to a vector beyond, and writes flags up to a vector beyond end.
 template <class T>
 struct AdjacentArgs {
-  std::int64_t size;
-  const T* value;            // [size] ascending
-  const std::int32_t* rank;  // [size]
+  std::int64_t begin, end;
+  const T* value;            // ascending
+  const std::int32_t* rank;
   T factor;
-  T limit;             // distances of this size or more need a closer look
-  std::uint8_t* flag;  // [size] out
+  T limit;  // a nearest neighbour at this distance or more needs a closer look
+  std::uint8_t* flag;
 };
+
+constexpr int kBeyond = 32;  // elements that `adjacent` may touch past the end
 
 template <class T>
 struct Kernels {
   int lanes;  // candidates in a tile
-  ScanResult (*scan)(const ScanArgs<T>&);
+  ScanResult (*scan)(const ScanArgs<T>&);       // notices ties
+  ScanResult (*scan_ties)(const ScanArgs<T>&);  // counts them
   std::int64_t (*adjacent)(const AdjacentArgs<T>&);
   // out[a] = sum over d of ((query[d] - point[d][a]) * factor[d])^2, in the order of d, for size
   // points; point[d] starts at points + d * stride.
@@ -67,10 +71,15 @@ struct Kernels {
   std::int64_t (*within)(const T* distance, std::int64_t size, T radius, std::int32_t* out);
   // distance[r][j] += ((x[first + r] - x[j]) * factor)^2 for kRows rows r and all j
   void (*accumulate)(const T* x, std::int64_t n, const std::int64_t* rows, T factor, T* distance);
+  // Smallest and largest of n values.
+  void (*range)(const T* x, std::int64_t n, T* low, T* high);
+  // lane[l] += sum over rows l, l + kSumLanes, ... in this order of x, or of (x - *center)^2.
+  void (*lane_sums)(const T* x, std::int64_t n, const double* center, double* lane);
   // min over j != i of distance[j]
   T (*minimum)(const T* distance, std::int64_t n, std::int64_t i);
 };
 
+constexpr int kSumLanes = 64;
 constexpr int kRows = 4;  // rows that `accumulate` takes at once
 
 struct LevelKernels {

@@ -19,6 +19,7 @@ template <class T>
 struct Near {
   std::vector<std::int32_t> point;
   std::vector<T> distance;
+  std::vector<std::uint8_t> bucket;  // scratch
   void clear() {
     point.clear();
     distance.clear();
@@ -68,20 +69,42 @@ class RowList {
   // Lists the rows of `near`, which are all within `radius` but the row itself; those beyond the
   // `most` nearest ones may be left out.
   void fill(const Spatial<T>& space, const std::int32_t* ranks, std::int64_t position,
-            const Near<T>& near, T radius, std::int64_t most) {
-    const Index self = space.point_of(space.row(position));
-    T farthest = 0;
-    for (const T distance : near.distance) farthest = std::max(farthest, distance);
-    // Buckets are spaced evenly in the logarithm of the distance, kPerOctave of them to a factor
+            Near<T>& near, T radius, std::int64_t most) {
+    if (space.single()) {
+      fill_rows<true>(space, ranks, position, near, radius, most);
+    } else {
+      fill_rows<false>(space, ranks, position, near, radius, most);
+    }
+  }
+
+  static constexpr T kAll = std::numeric_limits<T>::infinity();
+  static constexpr std::int64_t kEverything = std::numeric_limits<std::int64_t>::max();
+
+ private:
+  // kSingle: every point is one row.
+  template <bool kSingle>
+  void fill_rows(const Spatial<T>& space, const std::int32_t* ranks, std::int64_t position,
+                 Near<T>& near, T radius, std::int64_t most) {
+    const std::size_t points = near.point.size();
+    const Index* point = near.point.data();
+    const T* far = near.distance.data();
+    T farthest = radius;
+    if (radius == kAll) {
+      farthest = 0;
+      for (std::size_t a = 0; a < points; ++a) farthest = std::max(farthest, far[a]);
+    }
+    // Buckets are spaced evenly in the logarithm of the distance, 2^kPerOctave of them to a factor
     // of two: the high bits of the number itself, which rise with it.
     const std::int64_t base = high_bits(farthest) - static_cast<std::int64_t>(kBuckets - 1);
-    const auto bucket = [&](T distance) {
-      return static_cast<std::size_t>(std::max<std::int64_t>(high_bits(distance) - base, 0));
-    };
+    const Index self = space.point_of(space.row(position));
+    near.bucket.resize(points);
     std::array<std::uint32_t, kBuckets + 1> count{};
-    count[1] += static_cast<std::uint32_t>(space.end(self) - space.begin(self) - 1);
-    for (std::size_t a = 0; a < near.point.size(); ++a)
-      count[bucket(near.distance[a]) + 1] += rows_of(space, near.point[a]);
+    if constexpr (!kSingle) count[1] += space.rows_of(self) - 1;
+    for (std::size_t a = 0; a < points; ++a) {
+      const auto b = static_cast<std::size_t>(std::max<std::int64_t>(high_bits(far[a]) - base, 0));
+      near.bucket[a] = static_cast<std::uint8_t>(b);
+      count[b + 1] += kSingle ? 1 : space.rows_of(point[a]);
+    }
     std::size_t used = kBuckets;  // buckets that are kept
     for (std::size_t b = 1; b <= kBuckets; ++b) {
       count[b] += count[b - 1];
@@ -101,32 +124,30 @@ class RowList {
       rank_[place] = std::min(own, ranks[row]);
       distance_[place] = distance;
     };
-    for (Index j = space.begin(self); j < space.end(self); ++j)
-      if (j != position) put(count[0]++, j, T{0});
-    for (std::size_t a = 0; a < near.point.size(); ++a) {
-      const T distance = near.distance[a];
-      const std::size_t b = bucket(distance);
+    if constexpr (!kSingle)
+      for (Index j = space.begin(self); j < space.end(self); ++j)
+        if (j != position) put(count[0]++, j, T{0});
+    for (std::size_t a = 0; a < points; ++a) {
+      const std::size_t b = near.bucket[a];
       if (b >= used) {
-        reach_ = std::min(reach_, distance);
-        continue;
+        reach_ = std::min(reach_, far[a]);
+      } else if constexpr (kSingle) {
+        put(count[b]++, point[a], far[a]);
+      } else {
+        for (Index j = space.begin(point[a]); j < space.end(point[a]); ++j)
+          put(count[b]++, j, far[a]);
       }
-      const Index point = near.point[a];
-      for (Index j = space.begin(point); j < space.end(point); ++j) put(count[b]++, j, distance);
     }
     for (std::size_t a = rows_; a < index_.size(); ++a)
       put(a, 0, std::numeric_limits<T>::quiet_NaN());
     T least = reach_;
     for (std::size_t c = chunks; c-- > 0;) {
-      for (std::size_t a = c * kChunk; a < std::min((c + 1) * kChunk, rows_); ++a)
-        least = std::min(least, distance_[a]);
+      const T* chunk = distance_.data() + c * kChunk;
+      for (int u = 0; u < kChunk; ++u) least = chunk[u] < least ? chunk[u] : least;  // not NaN
       bound_[c] = least;
     }
   }
 
-  static constexpr T kAll = std::numeric_limits<T>::infinity();
-  static constexpr std::int64_t kEverything = std::numeric_limits<std::int64_t>::max();
-
- private:
   static constexpr std::size_t kBuckets = 128;
   static constexpr int kPerOctave = 4;  // bits: 16 buckets
 
@@ -135,9 +156,6 @@ class RowList {
     constexpr int mantissa = std::numeric_limits<T>::digits - 1;
     const auto bits = std::bit_cast<typename SortWord<T>::Key>(distance);
     return static_cast<std::int64_t>(bits >> (mantissa - kPerOctave));
-  }
-  static std::uint32_t rows_of(const Spatial<T>& space, Index point) {
-    return static_cast<std::uint32_t>(space.end(point) - space.begin(point));
   }
 
   std::size_t rows_ = 0;
@@ -189,19 +207,26 @@ class ListMaker {
       kernels_.distances(coordinate_.data(), count, count, space_.dims(), space_.query(self),
                          space_.factors(), distance_.data());
       const std::int64_t inside = kernels_.within(distance_.data(), count, radius_, inside_.data());
-      near_.clear();
-      std::int64_t near_rows = space_.end(self) - space_.begin(self) - 1;
-      for (std::int64_t a = 0; a < inside; ++a) {
-        const auto c = static_cast<std::size_t>(inside_[static_cast<std::size_t>(a)]);
-        if (point_[c] == self) continue;
-        near_.point.push_back(point_[c]);
-        near_.distance.push_back(distance_[c]);
-        near_rows += space_.end(point_[c]) - space_.begin(point_[c]);
+      near_.point.resize(static_cast<std::size_t>(inside));
+      near_.distance.resize(static_cast<std::size_t>(inside));
+      std::size_t others = 0;
+      for (std::size_t a = 0; a < static_cast<std::size_t>(inside); ++a) {
+        const auto c = static_cast<std::size_t>(inside_[a]);
+        near_.point[others] = point_[c];
+        near_.distance[others] = distance_[c];
+        others += point_[c] != self;
+      }
+      near_.point.resize(others);
+      near_.distance.resize(others);
+      auto near_rows = static_cast<std::int64_t>(others);
+      if (!space_.single()) {
+        near_rows = space_.rows_of(self) - 1;
+        for (const Index point : near_.point) near_rows += space_.rows_of(point);
       }
       found += near_rows;
       ++rows;
-      if (near_rows >= wanted) {
-        lists[i - begin].fill(space_, ranks_, i, near_, radius_, 2 * wanted);
+      if (2 * near_rows >= wanted) {  // the rest, should a scan want it, can be added
+        lists[i - begin].fill(space_, ranks_, i, near_, radius_, wanted + wanted / 4);
       } else {  // in a thinner place than its neighbours
         lists[i - begin].search(kernels_, space_, ranks_, i, wanted, 2 * radius_, near_);
       }
@@ -213,10 +238,10 @@ class ListMaker {
     if (!(radius_ < RowList<T>::kAll)) radius_ = 0;
   }
 
-  // A longer list of one row.
-  void extend(RowList<T>& longer, const RowList<T>& list, std::int64_t position) {
-    longer.search(kernels_, space_, ranks_, position, 4 * list.size() + 64,
-                  list.radius() * space_.grow(4), near_);
+  // Makes the list of one row longer.
+  void extend(RowList<T>& list, std::int64_t position) {
+    list.search(kernels_, space_, ranks_, position, 4 * list.size() + 64,
+                list.radius() * space_.grow(4), near_);
   }
 
  private:

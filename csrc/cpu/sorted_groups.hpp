@@ -67,17 +67,24 @@ class SortedGroups {
       words_[at(row)] = {sort_key(value(row)), static_cast<Index>(row)};
     radix_sort<T>(words_, spare_);
     row_.resize(at(n));
-    value_.resize(at(n));
-    sorted_rank_.resize(at(n));
-    flag_.resize(at(n));
+    value_store_.resize(at(n) + kBefore + kBeyond);
+    rank_store_.resize(at(n) + kBefore + kBeyond);
+    flag_.resize(at(n) + kBeyond);
+    // no neighbours at the ends of the column
+    T* value_of = value_store_.data() + kBefore;
+    std::int32_t* rank_of = rank_store_.data() + kBefore;
+    std::fill(value_store_.begin(), value_store_.begin() + kBefore,
+              -std::numeric_limits<T>::infinity());
+    std::fill(value_store_.end() - kBeyond, value_store_.end(),
+              std::numeric_limits<T>::infinity());
     cursor_.assign(space_.offsets().begin(), space_.offsets().end() - 1);
     const bool one = space_.size() == 1;
     Index next = 0;
     for (const auto& word : words_) {
       const std::size_t t = at(one ? next++ : cursor_[at(space_.point_of(word.row))]++);
       row_[t] = word.row;
-      value_[t] = value(word.row);
-      sorted_rank_[t] = rank_[word.row];
+      value_of[t] = value(word.row);
+      rank_of[t] = rank_[word.row];
     }
     runs_ready_ = false;
   }
@@ -88,8 +95,12 @@ class SortedGroups {
   void score(Index point, T gap, const Plain& plain, const Row& row) {
     const std::int64_t begin = space_.begin(point);
     const std::int64_t size = space_.end(point) - begin;
-    plain(kernels_.adjacent({size, value_.data() + begin, sorted_rank_.data() + begin, factor_, gap,
-                             flag_.data() + begin}));
+    // The first and the last two rows of a group have another group's beside them.
+    const std::int64_t edge = space_.size() == 1 ? 0 : std::min<std::int64_t>(2, size);
+    if (size > 2 * edge)
+      plain(kernels_.adjacent(
+          {begin + edge, begin + size - edge, value(), rank(), factor_, gap, flag_.data()}));
+    for (std::int64_t t = 0; t < edge; ++t) flag_[at(begin + t)] = flag_[at(begin + size - 1 - t)] = 1;
     for (std::int64_t t = begin; t < begin + size; ++t)
       if (flag_[at(t)]) closer(point, t, gap, row);
   }
@@ -102,6 +113,10 @@ class SortedGroups {
   }
 
  private:
+  static constexpr std::size_t kBefore = 2;
+  const T* value() const { return value_store_.data() + kBefore; }
+  const std::int32_t* rank() const { return rank_store_.data() + kBefore; }
+
   template <class I>
   static std::size_t at(I index) {
     return static_cast<std::size_t>(index);
@@ -114,16 +129,16 @@ class SortedGroups {
     run_end_.resize(n);
     prefix_.resize(n + 1);
     prefix_[0] = 0;
-    for (std::size_t t = 0; t < n; ++t) prefix_[t + 1] = prefix_[t] + sorted_rank_[t];
+    for (std::size_t t = 0; t < n; ++t) prefix_[t + 1] = prefix_[t] + rank()[t];
     for (Index point = 0; point < space_.size(); ++point) {
       std::int64_t begin = space_.begin(point);
       for (std::int64_t t = begin; t < space_.end(point); ++t) {
-        if (value_[at(t)] != value_[at(begin)]) begin = t;
+        if (value()[t] != value()[begin]) begin = t;
         run_begin_[at(t)] = static_cast<Index>(begin);
       }
       std::int64_t end = space_.end(point);
       for (std::int64_t t = end - 1; t >= space_.begin(point); --t) {
-        if (value_[at(t)] != value_[at(end - 1)]) end = t + 1;
+        if (value()[t] != value()[end - 1]) end = t + 1;
         run_end_[at(t)] = static_cast<Index>(end);
       }
     }
@@ -131,7 +146,7 @@ class SortedGroups {
   }
 
   T distance(T base, T x, std::int64_t t) const {
-    const T scaled = (x - value_[at(t)]) * factor_;
+    const T scaled = (x - value()[t]) * factor_;
     return base + scaled * scaled;
   }
 
@@ -152,7 +167,7 @@ class SortedGroups {
   template <class Row>
   void closer(Index point, std::int64_t t, T gap, const Row& report) {
     if (!runs_ready_) make_runs();
-    const T x = value_[at(t)];
+    const T x = value()[t];
     best_ = std::numeric_limits<T>::infinity();
     tied_.clear();
     if (run_end_[at(t)] - run_begin_[at(t)] > 1) {
@@ -165,7 +180,7 @@ class SortedGroups {
       space_.within(
           kernels_, point, [&] { return best_; },
           [&](Index other, T base) {
-            const auto* values = value_.data();
+            const T* values = value();
             const std::int64_t begin = space_.begin(other);
             const std::int64_t end = space_.end(other);
             const std::int64_t from = std::lower_bound(values + begin, values + end, x) - values;
@@ -185,8 +200,12 @@ class SortedGroups {
     }
     std::int64_t sum = 0;
     for (const Range& range : tied_) {  // ranks ascend inside a run
-      const auto* ranks = sorted_rank_.data();
-      const auto* middle = std::lower_bound(ranks + range.begin, ranks + range.end, rank_[own]);
+      if (range.begin <= t && t < range.end) {
+        sum += prefix_[at(t)] - prefix_[at(range.begin)] + (range.end - t) * rank_[own];
+        continue;
+      }
+      const std::int32_t* ranks = rank();
+      const std::int32_t* middle = std::lower_bound(ranks + range.begin, ranks + range.end, rank_[own]);
       const std::int64_t above = ranks + range.end - middle;
       sum += prefix_[at(middle - ranks)] - prefix_[at(range.begin)] + above * rank_[own];
     }
@@ -207,8 +226,9 @@ class SortedGroups {
   std::uint64_t seed_;
   T factor_{0};
   std::vector<SortWord<T>> words_, spare_;
-  std::vector<Index> row_, sorted_rank_, run_begin_, run_end_, cursor_;
-  std::vector<T> value_;
+  std::vector<Index> row_, run_begin_, run_end_, cursor_;
+  std::vector<T> value_store_;            // kBefore, [n] in sorted order, kBeyond
+  std::vector<std::int32_t> rank_store_;  // the same
   std::vector<std::int64_t> prefix_;
   std::vector<std::uint8_t> flag_;
   bool runs_ready_ = false;

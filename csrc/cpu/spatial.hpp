@@ -64,6 +64,10 @@ class Spatial {
   Index size() const { return static_cast<Index>(offset_.size()) - 1; }
   Index begin(Index point) const { return offset_[at(point)]; }
   Index end(Index point) const { return offset_[at(point) + 1]; }
+  std::uint32_t rows_of(Index point) const {
+    return static_cast<std::uint32_t>(end(point) - begin(point));
+  }
+  bool single() const { return offset_.size() == row_.size() + 1; }  // no two rows in one point
   Index row(std::int64_t position) const { return row_[at(position)]; }
   const Index* rows() const { return row_.data(); }
   Index point_of(Index row) const { return point_[at(row)]; }

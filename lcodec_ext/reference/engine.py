@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from lcodec_ext import _exact
 from lcodec_ext._random import pick, tie_hash
+from lcodec_ext.reference.columns import ReferenceColumns
 
 
 def tied_neighbors(X: NDArray, factors: NDArray, columns: list[int], i: int) -> NDArray[np.int64]:
@@ -37,9 +38,9 @@ class ReferenceEngine:
 
     Parameters
     ----------
-    X : ndarray of shape (n, p), float32 or float64
+    columns : ReferenceColumns
     factors : ndarray of shape (p,)
-        Scaling factor of every column, in the dtype of X.
+        Scaling factor of every column, in the dtype of the columns.
     R : ndarray of int64, shape (n,)
         Max ranks of the response.
     ties : {"average", "random", "first"}
@@ -48,10 +49,15 @@ class ReferenceEngine:
     """
 
     def __init__(
-        self, X: NDArray, factors: NDArray, R: NDArray[np.int64], ties: str, seed: int
+        self,
+        columns: ReferenceColumns,
+        factors: NDArray,
+        R: NDArray[np.int64],
+        ties: str,
+        seed: int,
     ) -> None:
-        self._X, self._factors, self._R, self._ties = X, factors, R, ties
-        self._words = tie_hash(seed, len(X))
+        self._X, self._factors, self._R, self._ties = columns.values, factors, R, ties
+        self._words = tie_hash(seed, len(R))
         self._selected: list[int] = []
 
     def select(self, column: int) -> None:
@@ -81,8 +87,11 @@ class ReferenceEngine:
         return whole, fraction
 
 
-def nearest(X: NDArray, ties: str, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def nearest(
+    table: ReferenceColumns, ties: str, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(indptr, indices) of the neighbours used; the twin of ``_native.nearest``."""
+    X = table.values
     ones = np.ones(X.shape[1], dtype=X.dtype)
     words = tie_hash(seed, len(X))
     columns = list(range(X.shape[1]))

@@ -34,6 +34,19 @@ struct Columns {
   const T* factor;  // [p] scaling factor of every column
 };
 
+// Lays out a table for the engine: x [n][p] by row to columns [p][n], with each column's range.
+template <class T>
+Status lay_out(const T* x, std::int64_t n, std::int64_t p, T* columns, T* low, T* high,
+               const Execution& execution);
+
+// Standard deviations (n - 1) of columns [p][n], in double. Sums are added in one written order:
+// lane l of 64 takes rows l, l + 64, ..., then lanes 32..63 are added to 0..31, 16..31 to 0..15,
+// and so on; the deviations from the mean in a second pass. Reference twin:
+// lcodec_ext/reference/columns.py.
+template <class T>
+Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, double* deviation,
+                           const Execution& execution);
+
 // Scores candidate columns given a conditioning set that grows step by step.
 //
 // For row i let the c_i neighbours used be the rows j != i at the smallest distance in the
