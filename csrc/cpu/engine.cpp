@@ -24,7 +24,6 @@ using Index = std::int32_t;
 constexpr std::int64_t kBigGroup = 64;
 // Sorting costs about as much for each row as scanning this many neighbours.
 constexpr std::int64_t kSortCost = 128;
-constexpr double kGenerous = 6;
 // Rows beside each other in the tree whose lists are made together.
 constexpr std::int64_t kListBlock = 32;
 // Neighbours listed at a time on a thread: 12 or 16 bytes each, for the second-level cache.
@@ -147,10 +146,11 @@ struct Engine<T>::State {
     space_ready = true;
   }
 
-  // Rows of big groups: report(candidate number, row, sum, count) or plain(candidate number, sum).
-  template <class Plain, class Row>
+  // Rows of big groups: report(candidate number, row, sum, count), or many of them at once to
+  // add(candidate number, total).
+  template <class Add, class Row>
   Status sort_rows(const std::int64_t* candidate, std::int64_t m, bool each_row,
-                   const Execution& execution, const Plain& plain, const Row& report) {
+                   const Execution& execution, const Add& add, const Row& report) {
     const Kernels<T> kernels = pick_kernels<T>(execution.level);
     std::vector<std::pair<Index, T>> big;  // point, squared distance to the nearest other one
     for (Index point = 0; point < space.size(); ++point)
@@ -169,7 +169,7 @@ struct Engine<T>::State {
           if (each_row) {
             groups_of.rows(point, gap, row);
           } else {
-            groups_of.score(point, gap, [&](std::int64_t sum) { plain(c, sum); }, row);
+            groups_of.score(point, gap, [&](const FixedPoint& total) { add(c, total); }, row);
           }
         }
       };
@@ -208,11 +208,11 @@ struct Engine<T>::State {
     std::vector<std::int32_t> ranks(at(n));
     for (std::int64_t position = 0; position < n; ++position)
       ranks[at(position)] = rank[at(space.row(position))];
-    // Measured: a scan takes about 2 n^(1/2) neighbours in one column and 3 n^(1/(k+1)) in k, some
-    // scans far more; where lists are short a generous one is cheaper than a second search.
+    // A scan takes about 2 n^(1/2) neighbours in one column and 3 n^(1/(k+1)) in k; where lists are
+    // short, a generous one is cheaper than a second search. Only where to start: threads learn.
     const auto k = static_cast<double>(selected.size());
     const auto wanted =
-        16 + static_cast<std::int64_t>((k > 1 ? kGenerous : 3.0) * std::pow(static_cast<double>(n), 1 / (k + 1)));
+        16 + static_cast<std::int64_t>((k > 1 ? 6 : 4) * std::pow(static_cast<double>(n), 1 / (k + 1)));
     const auto scanned = [&](std::int64_t i) { return !by_sorting(space.point_of(space.row(i))); };
     // A block's lists stay in the cache for all tiles, and so do the rows of a tile that they name.
     const std::int64_t block =
@@ -222,17 +222,20 @@ struct Engine<T>::State {
         std::vector<RowList<T>> lists;
         std::vector<T> best;
         std::vector<std::int64_t> sum, count;
+        std::int64_t wanted;              // neighbours in a list
         std::int64_t rows = 0, tied = 0;  // scans so far, and those that met ties
       };
       Scratch scratch{std::vector<RowList<T>>(at(block)), std::vector<T>(at(lanes)),
-                      std::vector<std::int64_t>(at(lanes)), std::vector<std::int64_t>(at(lanes))};
+                      std::vector<std::int64_t>(at(lanes)), std::vector<std::int64_t>(at(lanes)),
+                      wanted};
       return [&, s = std::move(scratch), report = make_report(),
               maker = ListMaker<T>(kernels, space, ranks.data())](std::int64_t piece) mutable {
         const std::int64_t begin = piece * block;
         const std::int64_t end = std::min(n, begin + block);
         for (std::int64_t i = begin; i < end; i += kListBlock)
-          maker.build(s.lists.data() + (i - begin), i, std::min(end, i + kListBlock), wanted,
+          maker.build(s.lists.data() + (i - begin), i, std::min(end, i + kListBlock), s.wanted,
                       scanned);
+        std::int64_t extended = 0;
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
           const std::int64_t used = std::min(lanes, m - tile * lanes);
           const T* values = packed.get() + tile * n * lanes;
@@ -246,6 +249,7 @@ struct Engine<T>::State {
                                                   s.best.data(), s.sum.data(), s.count.data()});
                 if (result.complete) return result.unique;
                 maker.extend(list, i);
+                ++extended;
               }
             };
             // Scans that only notice ties are faster by a third; where these are common, they are
@@ -260,6 +264,11 @@ struct Engine<T>::State {
                          s.sum[at(l)], s.count[at(l)]);
             report(tile * lanes, used, space.row(i), s.sum.data(), s.count.data(), unique);
           }
+        }
+        if (32 * extended > end - begin) {
+          s.wanted += s.wanted / 2;
+        } else if (256 * extended < end - begin) {
+          s.wanted = std::max<std::int64_t>(16, s.wanted - s.wanted / 8);
         }
       };
     });
@@ -312,13 +321,14 @@ Status Engine<T>::score(const std::int64_t* candidate, std::int64_t m, std::int6
   std::fill_n(whole, m, 0);
   std::fill_n(fraction, m, 0);
   if (s.sorting) {  // a candidate is the work of one thread
-    const auto plain = [&](std::int64_t c, std::int64_t sum) { whole[c] += sum; };
-    const auto row = [&](std::int64_t c, Index, std::int64_t sum, std::int64_t count) {
-      const FixedPoint mean = fixed_point(sum, count);
-      whole[c] += mean.whole;
-      fraction[c] += mean.fraction;
+    const auto add = [&](std::int64_t c, const FixedPoint& total) {
+      whole[c] += total.whole;
+      fraction[c] += total.fraction;
     };
-    if (s.sort_rows(candidate, m, false, execution, plain, row) != Status::ok)
+    const auto row = [&](std::int64_t c, Index, std::int64_t sum, std::int64_t count) {
+      add(c, fixed_point(sum, count));
+    };
+    if (s.sort_rows(candidate, m, false, execution, add, row) != Status::ok)
       return Status::cancelled;
     if (s.selected.empty()) return Status::ok;
   }
@@ -373,7 +383,7 @@ Status Engine<T>::row_sums(std::int64_t candidate, std::int64_t* sum, std::int64
     count[s.order[at(r)]] = row_count;
   };
   if (s.sorting) {
-    const auto none = [](std::int64_t, std::int64_t) {};
+    const auto none = [](std::int64_t, const FixedPoint&) {};
     if (s.sort_rows(&candidate, 1, true, execution, none, row) != Status::ok)
       return Status::cancelled;
     if (s.selected.empty()) return Status::ok;

@@ -66,6 +66,45 @@ class RowList {
     fill(space, ranks, position, near, radius, kEverything);
   }
 
+  // The same in one column, where rows stand in its order: value[position]. A chunk takes as many
+  // rows from the left as from the right.
+  void along(const T* value, std::int64_t n, T factor, const std::int32_t* ranks,
+             std::int64_t position, std::int64_t wanted) {
+    constexpr std::int64_t half = kChunk / 2;
+    const std::int64_t farther = std::max(position, n - 1 - position);
+    const std::int64_t chunks = std::min((wanted + kChunk - 1) / kChunk, (farther + half - 1) / half);
+    rows_ = static_cast<std::size_t>(chunks * kChunk);
+    index_.resize(rows_);
+    rank_.resize(rows_);
+    distance_.resize(rows_);
+    bound_.resize(static_cast<std::size_t>(chunks));
+    const std::int32_t own = ranks[position];
+    const auto distance = [&](std::int64_t j) {
+      const T scaled = (value[position] - value[j]) * factor;
+      return scaled * scaled;
+    };
+    // nearest row not listed when `taken` are on either side
+    const auto next = [&](std::int64_t taken) {
+      const T left = position > taken ? distance(position - taken - 1) : kAll;
+      return position + taken + 1 < n ? std::min(left, distance(position + taken + 1)) : left;
+    };
+    std::size_t place = 0;
+    const auto put = [&](std::int64_t j) {
+      const bool there = 0 <= j && j < n;
+      const std::int64_t row = there ? j : 0;
+      index_[place] = static_cast<Index>(row);
+      rank_[place] = std::min(own, ranks[row]);
+      distance_[place++] = there ? distance(row) : std::numeric_limits<T>::quiet_NaN();
+    };
+    for (std::int64_t c = 0; c < chunks; ++c) {
+      bound_[static_cast<std::size_t>(c)] = next(c * half);
+      for (std::int64_t u = 1; u <= half; ++u) put(position - c * half - u);
+      for (std::int64_t u = 1; u <= half; ++u) put(position + c * half + u);
+    }
+    reach_ = next(chunks * half);
+    radius_ = reach_;
+  }
+
   // Lists the rows of `near`, which are all within `radius` but the row itself; those beyond the
   // `most` nearest ones may be left out.
   void fill(const Spatial<T>& space, const std::int32_t* ranks, std::int64_t position,
@@ -182,6 +221,14 @@ class ListMaker {
   template <class Listed>
   void build(RowList<T>* lists, std::int64_t begin, std::int64_t end, std::int64_t wanted,
              const Listed& listed) {
+    if (space_.dims() == 1) {
+      if (value_.empty())
+        for (std::int64_t i = 0; i < space_.rows_in_all(); ++i)
+          value_.push_back(space_.points()[space_.point_of(space_.row(i))]);
+      for (std::int64_t i = begin; i < end; ++i)
+        if (listed(i)) along(lists[i - begin], i, wanted);
+      return;
+    }
     const Index first = space_.point_of(space_.row(begin));
     const Index last = space_.point_of(space_.row(end - 1)) + 1;
     if (!(radius_ > 0)) radius_ = space_.guess_radius(kernels_, first, wanted);
@@ -240,14 +287,20 @@ class ListMaker {
 
   // Makes the list of one row longer.
   void extend(RowList<T>& list, std::int64_t position) {
+    if (space_.dims() == 1) return along(list, position, 4 * list.size());
     list.search(kernels_, space_, ranks_, position, 4 * list.size() + 64,
                 list.radius() * space_.grow(4), near_);
   }
 
  private:
+  void along(RowList<T>& list, std::int64_t position, std::int64_t wanted) {
+    list.along(value_.data(), space_.rows_in_all(), space_.factors()[0], ranks_, position, wanted);
+  }
+
   const Kernels<T>& kernels_;
   const Spatial<T>& space_;
   const std::int32_t* ranks_;
+  std::vector<T> value_;  // by position, in one column
   T radius_{0};  // 0: not known
   std::vector<Index> point_, inside_;
   std::vector<T> coordinate_, distance_;

@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "common/fixed_point.hpp"
 #include "common/random.hpp"
 #include "radix_sort.hpp"
 #include "spatial.hpp"
@@ -89,20 +90,33 @@ class SortedGroups {
     runs_ready_ = false;
   }
 
-  // Adds up the rows of a group. plain(sum) takes the rank sums of rows with one neighbour each,
-  // row(row, sum, count) every other row. `gap`: squared distance to the nearest other group.
-  template <class Plain, class Row>
-  void score(Index point, T gap, const Plain& plain, const Row& row) {
+  // Adds up the rows of a group: most of them many at once, add(total), the others by row(row, sum,
+  // count). `gap`: squared distance to the nearest other group.
+  template <class Add, class Row>
+  void score(Index point, T gap, const Add& add, const Row& row) {
     const std::int64_t begin = space_.begin(point);
-    const std::int64_t size = space_.end(point) - begin;
+    const std::int64_t end = space_.end(point);
     // The first and the last two rows of a group have another group's beside them.
-    const std::int64_t edge = space_.size() == 1 ? 0 : std::min<std::int64_t>(2, size);
-    if (size > 2 * edge)
-      plain(kernels_.adjacent(
-          {begin + edge, begin + size - edge, value(), rank(), factor_, gap, flag_.data()}));
-    for (std::int64_t t = 0; t < edge; ++t) flag_[at(begin + t)] = flag_[at(begin + size - 1 - t)] = 1;
-    for (std::int64_t t = begin; t < begin + size; ++t)
-      if (flag_[at(t)]) closer(point, t, gap, row);
+    const std::int64_t edge = space_.size() == 1 ? 0 : std::min<std::int64_t>(2, end - begin);
+    if (end - begin > 2 * edge)
+      add(FixedPoint{kernels_.adjacent({begin + edge, end - edge, value(), rank(), factor_, gap,
+                                        flag_.data()}),
+                     0});
+    for (std::int64_t t = 0; t < edge; ++t) flag_[at(begin + t)] = flag_[at(end - 1 - t)] = 1;
+    for (std::int64_t t = begin; t < end;) {
+      if (!flag_[at(t)]) {
+        ++t;
+      } else if (!runs_ready_ && ties_ == Ties::average && t + 2 < end &&
+                 value()[t] == value()[t + 2]) {
+        make_runs();
+      } else if (runs_ready_ && ties_ == Ties::average && t == run_begin_[at(t)] &&
+                 run_end_[at(t)] - t > 2 && alone(point, t, gap)) {
+        add(run_total(t, run_end_[at(t)]));
+        t = run_end_[at(t)];
+      } else {
+        closer(point, t++, gap, row);
+      }
+    }
   }
 
   // The same with every row reported by row().
@@ -143,6 +157,29 @@ class SortedGroups {
       }
     }
     runs_ready_ = true;
+  }
+
+  // Whether the rows of the run that begins at t are nearest to each other and to no other row.
+  bool alone(Index point, std::int64_t t, T gap) const {
+    const T x = value()[t];
+    const std::int64_t end = run_end_[at(t)];
+    return gap > 0 && (t == space_.begin(point) || distance(T{0}, x, t - 1) > 0) &&
+           (end == space_.end(point) || distance(T{0}, x, end) > 0);
+  }
+
+  // Sum over the rows of a run of the mean of min(R_i, R_j) over the others; ranks ascend.
+  FixedPoint run_total(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t others = end - begin - 1;
+    FixedPoint total{0, 0};
+    std::int64_t below = 0;
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t own = rank()[t];
+      const FixedPoint mean = fixed_point(below + (end - 1 - t) * own, others);
+      total.whole += mean.whole;
+      total.fraction += mean.fraction;
+      below += own;
+    }
+    return total;
   }
 
   T distance(T base, T x, std::int64_t t) const {

@@ -37,6 +37,9 @@ class Spatial {
     std::vector<T> raw(at(dims_) * g);
     for (std::size_t d = 0; d < columns.size(); ++d)
       for (std::size_t a = 0; a < g; ++a) raw[d * g + a] = columns[d][example[a]];
+    if (dims_ == 1)  // rows at neighbouring positions are neighbours then
+      std::sort(by_tree.begin(), by_tree.end(),
+                [&](Index a, Index b) { return raw[at(a)] < raw[at(b)]; });
     nodes_.clear();
     boxes_.clear();
     split(raw, by_tree, 0, groups);
@@ -70,6 +73,7 @@ class Spatial {
   bool single() const { return offset_.size() == row_.size() + 1; }  // no two rows in one point
   Index row(std::int64_t position) const { return row_[at(position)]; }
   const Index* rows() const { return row_.data(); }
+  std::int64_t rows_in_all() const { return static_cast<std::int64_t>(row_.size()); }
   Index point_of(Index row) const { return point_[at(row)]; }
   const std::vector<Index>& offsets() const { return offset_; }
 
@@ -212,7 +216,8 @@ class Spatial {
     if (end - begin <= kLeaf) return id;
     const Index middle = begin + (end - begin) / 2;
     const T* column = raw.data() + at(dim) * g;
-    std::nth_element(order.begin() + begin, order.begin() + middle, order.begin() + end,
+    if (dims_ > 1)
+      std::nth_element(order.begin() + begin, order.begin() + middle, order.begin() + end,
                      [&](Index a, Index b) { return column[a] < column[b]; });
     nodes_[at(id)].dim = dim;
     nodes_[at(id)].middle = column[order[at(middle)]];
