@@ -19,7 +19,13 @@ def ranks(y: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         rank; an ordinal rank from ``argsort`` would jitter them (0.626 for 0.960 on three
         classes). O(n log n).
     """
-    order = np.sort(y)
-    below = np.searchsorted(order, y, side="right").astype(np.int64)
-    above = len(y) - np.searchsorted(order, y, side="left").astype(np.int64)
+    n = len(y)
+    order = np.argsort(y, kind="stable")
+    ascending = y[order]
+    first = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
+    end = np.append(first[1:], n)
+    below = np.empty(n, dtype=np.int64)
+    above = np.empty(n, dtype=np.int64)
+    below[order] = np.repeat(end, end - first)
+    above[order] = np.repeat(n - first, end - first)
     return below, above

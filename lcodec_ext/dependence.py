@@ -87,7 +87,8 @@ def codec(
         T(Y, Z)     = (n sum m_i - sum L_i^2) / sum L_i (n - L_i)
         T(Y, Z | X) = sum (m_i^XZ - m_i^X) / sum (R_i - m_i^X)
 
-    O(n^2 (q + r)) time, O(n) memory beside the data.
+    With d columns in all about O(n^(1 + 1/d)) time on continuous data and O(n log n) where many
+    rows share their values; O(d n^2) at worst, and in many columns. O(d n) memory.
 
     References
     ----------

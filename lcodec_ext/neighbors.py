@@ -63,7 +63,8 @@ def nearest_neighbors(
 
     Notes
     -----
-    O(n^2 d) time, O(n) memory beside the data and the result.
+    A k-d tree up to 12 columns, about O(n log n) in few of them; O(n^2 d) time beyond. O(n d)
+    memory beside the result.
 
     Examples
     --------

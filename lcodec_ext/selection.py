@@ -159,7 +159,11 @@ def foci(
 
     Notes
     -----
-    Takes O(n^2 p) for each step and O(n) memory for each thread beside a copy of X.
+    A step with k columns selected compares a row with its nearest rows in these until none can be
+    nearest with a candidate: about n^(1/(k+1)) rows on continuous data, so O(p n^(1 + 1/(k+1)))
+    for the step. Rows that share their selected values with many others, and all rows in the
+    first step, are sorted instead: O(p n log n). O(p n^2) at worst, for rows that are outliers in
+    every respect. Memory: X three times over, and O(n) for each thread.
 
     References
     ----------
@@ -305,7 +309,7 @@ def dependence_graph(
 
     Notes
     -----
-    p runs of `foci`: O(n^2 p^2) for each step.
+    p runs of `foci`.
 
     Examples
     --------

@@ -24,6 +24,8 @@ using Index = std::int32_t;
 constexpr std::int64_t kBigGroup = 64;
 // Sorting costs about as much for each row as scanning this many neighbours.
 constexpr std::int64_t kSortCost = 128;
+// Rows looked at along a candidate's order before a longer list is tried instead.
+constexpr std::int64_t kAlong = 256;
 // Rows beside each other in the tree whose lists are made together.
 constexpr std::int64_t kListBlock = 32;
 // Neighbours listed at a time on a thread: 12 or 16 bytes each, for the second-level cache.
@@ -95,6 +97,12 @@ struct Totals {
 
 template <class T>
 struct Engine<T>::State {
+  // A column in increasing order of (value, row).
+  struct Sorted {
+    std::unique_ptr<Index[]> rows;
+    std::unique_ptr<T[]> values;
+  };
+
   Columns<T> columns;
   Ties ties;
   std::uint64_t seed;
@@ -109,6 +117,7 @@ struct Engine<T>::State {
   bool space_ready = false;
   bool sorting = false;         // big groups are scored by sorting
   std::vector<Index> source;    // [n] given row of a position
+  std::vector<Sorted> sorted;   // [p] made by sort_columns
   std::unique_ptr<T[]> packed;  // [tile][n][lanes] candidates
   std::size_t packed_size = 0;
 
@@ -146,6 +155,30 @@ struct Engine<T>::State {
     space_ready = true;
   }
 
+  // Sorts those of the candidates that have not been sorted yet.
+  Status sort_columns(const std::int64_t* candidate, std::int64_t m, const Execution& execution) {
+    sorted.resize(at(columns.p));
+    std::vector<std::int64_t> missing;
+    for (std::int64_t c = 0; c < m; ++c)
+      if (!sorted[at(candidate[c])].rows) missing.push_back(candidate[c]);
+    return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
+      return [&, words = std::vector<SortWord<T>>(at(columns.n)),
+              spare = std::vector<SortWord<T>>()](std::int64_t piece) mutable {
+        const std::int64_t column = missing[at(piece)];
+        for (std::int64_t row = 0; row < columns.n; ++row)
+          words[at(row)] = {sort_key(value(column, row)), static_cast<Index>(row)};
+        radix_sort<T>(words, spare);
+        auto rows = std::make_unique_for_overwrite<Index[]>(words.size());
+        auto values = std::make_unique_for_overwrite<T[]>(words.size());
+        for (std::size_t a = 0; a < words.size(); ++a) {
+          rows[a] = words[a].row;
+          values[a] = value(column, words[a].row);
+        }
+        sorted[at(column)] = {std::move(rows), std::move(values)};
+      };
+    });
+  }
+
   // Rows of big groups: report(candidate number, row, sum, count), or many of them at once to
   // add(candidate number, total).
   template <class Add, class Row>
@@ -159,9 +192,9 @@ struct Engine<T>::State {
       return [&, groups_of = SortedGroups<T>(kernels, space, rank.data(), ties, seed)](
                  std::int64_t c) mutable {
         const std::int64_t column = candidate[c];
-        groups_of.sort(
-            columns.n, [&](std::int64_t row) { return value(column, row); },
-            columns.factor[column]);
+        const Sorted& by_value = sorted[at(column)];
+        groups_of.sort(by_value.rows.get(), by_value.values.get(), columns.n,
+                       columns.factor[column]);
         for (const auto& [point, gap] : big) {
           const auto row = [&](Index r, std::int64_t sum, std::int64_t count) {
             report(c, r, sum, count);
@@ -174,6 +207,77 @@ struct Engine<T>::State {
         }
       };
     });
+  }
+
+  // What a thread needs to scan rows.
+  struct Scratch {
+    std::vector<RowList<T>> lists;
+    std::vector<T> best;
+    std::vector<std::int64_t> sum, count;
+    std::int64_t wanted;              // neighbours in a list
+    std::int64_t rows = 0, tied = 0;  // scans so far, and those that met ties
+    std::vector<Index> nearest;       // of one row and candidate
+  };
+
+  // Lanes that the end of the list left open: a row that lies far out in the candidate has its
+  // neighbours along the candidate's own order. Says no where that would be long.
+  bool finish(const std::int64_t* candidate, std::int64_t used, std::int64_t position, T reach,
+              Scratch& s, ScanResult& result) const {
+    const Index own = space.row(position);
+    if (result.unique) std::fill(s.count.begin(), s.count.end(), 1);
+    for (std::int64_t l = 0; l < used; ++l) {
+      if (s.best[at(l)] < reach) continue;
+      if (!nearest_along(candidate[l], own, s.best[at(l)], s.nearest)) return false;
+      std::int64_t sum = 0;
+      for (const Index row : s.nearest) sum += std::min(rank[at(row)], rank[at(own)]);
+      s.sum[at(l)] = sum;
+      s.count[at(l)] = static_cast<std::int64_t>(s.nearest.size());
+      if (s.nearest.size() > 1 && ties != Ties::average) s.sum[at(l)] = take(s.nearest, own);
+      if (ties != Ties::average) s.count[at(l)] = 1;
+      result.unique &= s.count[at(l)] == 1;
+    }
+    return true;
+  }
+
+  // Of tied rows, the rank sum of the one that the tie rule takes.
+  std::int64_t take(std::vector<Index>& tied, Index own) const {
+    const auto count = static_cast<std::int64_t>(tied.size());
+    const std::int64_t k = ties == Ties::first ? 0 : pick(tie_hash(seed, own), count);
+    std::nth_element(tied.begin(), tied.begin() + k, tied.end());
+    return std::min(rank[at(tied[at(k)])], rank[at(own)]);
+  }
+
+  // All rows nearest to one in the conditioning set and a column, one of which is within `best`:
+  // along the column's order, until the column alone is farther. False beyond kAlong rows.
+  bool nearest_along(std::int64_t column, Index own, T best, std::vector<Index>& nearest) const {
+    const Index* rows = sorted[at(column)].rows.get();
+    const T* values = sorted[at(column)].values.get();
+    const T x = value(column, own);
+    const T c = columns.factor[column];
+    const std::int64_t here = std::lower_bound(values, values + columns.n, x) - values;
+    nearest.clear();
+    std::int64_t left = kAlong;
+    for (const std::int64_t step : {-1, 1}) {
+      for (std::int64_t t = step < 0 ? here - 1 : here; 0 <= t && t < columns.n; t += step) {
+        const T scaled = (x - values[t]) * c;
+        if (scaled * scaled > best) break;
+        if (--left < 0) return false;
+        const Index row = rows[t];
+        T distance = 0;
+        for (std::size_t d = 0; d < selected.size(); ++d) {
+          const T part = (selected[d][at(own)] - selected[d][at(row)]) * selected_factor[d];
+          distance = distance + part * part;
+        }
+        distance = distance + scaled * scaled;
+        if (row == own || distance > best) continue;
+        if (distance < best) {
+          best = distance;
+          nearest.clear();
+        }
+        nearest.push_back(row);
+      }
+    }
+    return true;
   }
 
   // The other rows: a block of rows against all candidates at a time. Each thread calls
@@ -200,8 +304,7 @@ struct Engine<T>::State {
           x[at(l)] = columns.x + column * n;
         }
         for (std::int64_t position = 0; position < n; ++position)
-          for (std::int64_t l = 0; l < lanes; ++l)
-            *out++ = x[at(l)][source[at(position)]];
+          for (std::int64_t l = 0; l < lanes; ++l) *out++ = x[at(l)][source[at(position)]];
       };
     });
     if (status != Status::ok) return status;
@@ -211,23 +314,21 @@ struct Engine<T>::State {
     // A scan takes about 2 n^(1/2) neighbours in one column and 3 n^(1/(k+1)) in k; where lists are
     // short, a generous one is cheaper than a second search. Only where to start: threads learn.
     const auto k = static_cast<double>(selected.size());
-    const auto wanted =
-        16 + static_cast<std::int64_t>((k > 1 ? 6 : 4) * std::pow(static_cast<double>(n), 1 / (k + 1)));
+    const auto wanted = 16 + static_cast<std::int64_t>(
+                                 (k > 1 ? 5 : 3) * std::pow(static_cast<double>(n), 1 / (k + 1)));
     const auto scanned = [&](std::int64_t i) { return !by_sorting(space.point_of(space.row(i))); };
     // A block's lists stay in the cache for all tiles, and so do the rows of a tile that they name.
-    const std::int64_t block =
-        std::clamp(kListEntries / wanted, kListBlock, std::max(kListBlock, n / (2 * execution.threads)));
+    const std::int64_t block = std::clamp(kListEntries / wanted, kListBlock,
+                                          std::max(kListBlock, n / (2 * execution.threads)));
     return parallel_for(pieces_of(n, block), execution, [&] {
-      struct Scratch {
-        std::vector<RowList<T>> lists;
-        std::vector<T> best;
-        std::vector<std::int64_t> sum, count;
-        std::int64_t wanted;              // neighbours in a list
-        std::int64_t rows = 0, tied = 0;  // scans so far, and those that met ties
-      };
-      Scratch scratch{std::vector<RowList<T>>(at(block)), std::vector<T>(at(lanes)),
-                      std::vector<std::int64_t>(at(lanes)), std::vector<std::int64_t>(at(lanes)),
-                      wanted};
+      Scratch scratch{std::vector<RowList<T>>(at(block)),
+                      std::vector<T>(at(lanes)),
+                      std::vector<std::int64_t>(at(lanes)),
+                      std::vector<std::int64_t>(at(lanes)),
+                      wanted,
+                      0,
+                      0,
+                      {}};
       return [&, s = std::move(scratch), report = make_report(),
               maker = ListMaker<T>(kernels, space, ranks.data())](std::int64_t piece) mutable {
         const std::int64_t begin = piece * block;
@@ -245,9 +346,13 @@ struct Engine<T>::State {
             RowList<T>& list = s.lists[at(i - begin)];
             const auto scan = [&](auto* kernel) {
               for (;;) {
-                const ScanResult result = kernel({list.view(), values, values + i * lanes, factors,
-                                                  s.best.data(), s.sum.data(), s.count.data()});
-                if (result.complete) return result.unique;
+                ScanResult result = kernel({list.view(), values, values + i * lanes, factors,
+                                            s.best.data(), s.sum.data(), s.count.data()});
+                if (result.complete ||
+                    (result.unique || kernel == kernels.scan_ties
+                         ? finish(candidate + tile * lanes, used, i, list.view().reach, s, result)
+                         : true))
+                  return result.unique;
                 maker.extend(list, i);
                 ++extended;
               }
@@ -260,8 +365,8 @@ struct Engine<T>::State {
             s.tied += !unique;
             if (!unique && ties != Ties::average)
               for (std::int64_t l = 0; l < used; ++l)
-                take_one(list.view(), values, factors, i, lanes, l, ranks, s.best[at(l)],
-                         s.sum[at(l)], s.count[at(l)]);
+                take_one(list.view(), values, factors, i, lanes, l, s.best[at(l)], s.sum[at(l)],
+                         s.count[at(l)]);
             report(tile * lanes, used, space.row(i), s.sum.data(), s.count.data(), unique);
           }
         }
@@ -276,10 +381,9 @@ struct Engine<T>::State {
 
   // Of one lane's tied neighbours, the one that the tie rule takes.
   void take_one(const NeighborList<T>& list, const T* tile, const T* factor, std::int64_t i,
-                std::int64_t lanes, std::int64_t l, const std::vector<std::int32_t>& ranks, T best,
-                std::int64_t& sum, std::int64_t& count) const {
+                std::int64_t lanes, std::int64_t l, T best, std::int64_t& sum,
+                std::int64_t& count) const {
     if (count == 1) return;
-    const Index own = space.row(i);
     std::vector<Index> tied;
     for (std::int64_t c = 0; c < list.chunks && list.bound[c] <= best; ++c)
       for (std::int64_t a = c * kChunk; a < (c + 1) * kChunk; ++a) {
@@ -287,9 +391,7 @@ struct Engine<T>::State {
         const T scaled = (tile[i * lanes + l] - tile[j * lanes + l]) * factor[l];
         if (list.distance[a] + scaled * scaled == best) tied.push_back(space.row(j));
       }
-    const std::int64_t k = ties == Ties::first ? 0 : pick(tie_hash(seed, own), count);
-    std::nth_element(tied.begin(), tied.begin() + k, tied.end());
-    sum = std::min(rank[at(tied[at(k)])], ranks[at(i)]);
+    sum = take(tied, space.row(i));
     count = 1;
   }
 };
@@ -318,6 +420,7 @@ Status Engine<T>::score(const std::int64_t* candidate, std::int64_t m, std::int6
                         std::int64_t* fraction, const Execution& execution) {
   State& s = *state_;
   s.prepare();
+  if (s.sort_columns(candidate, m, execution) != Status::ok) return Status::cancelled;
   std::fill_n(whole, m, 0);
   std::fill_n(fraction, m, 0);
   if (s.sorting) {  // a candidate is the work of one thread
@@ -378,6 +481,7 @@ Status Engine<T>::row_sums(std::int64_t candidate, std::int64_t* sum, std::int64
                            const Execution& execution) {
   State& s = *state_;
   s.prepare();
+  if (s.sort_columns(&candidate, 1, execution) != Status::ok) return Status::cancelled;
   const auto row = [&](std::int64_t, Index r, std::int64_t row_sum, std::int64_t row_count) {
     sum[s.order[at(r)]] = row_sum;
     count[s.order[at(r)]] = row_count;
@@ -390,9 +494,8 @@ Status Engine<T>::row_sums(std::int64_t candidate, std::int64_t* sum, std::int64
   }
   return s.scan_rows(&candidate, 1, execution, [&] {
     return [&](std::int64_t c, std::int64_t, Index r, const std::int64_t* sums,
-               const std::int64_t* counts, bool unique) {
-      row(c, r, sums[0], unique ? 1 : counts[0]);
-    };
+               const std::int64_t* counts,
+               bool unique) { row(c, r, sums[0], unique ? 1 : counts[0]); };
   });
 }
 
@@ -527,13 +630,12 @@ Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, dou
   });
 }
 
-#define LCODEC_INSTANTIATE(T)                                                               \
-  template class Engine<T>;                                                                \
-  template Status lay_out<T>(const T*, std::int64_t, std::int64_t, T*, T*, T*,             \
-                             const Execution&);                                            \
-  template Status standard_deviations<T>(const T*, std::int64_t, std::int64_t, double*,    \
-                                         const Execution&);                                                                \
-  template Status neighbors<T>(const Columns<T>&, Ties, std::uint64_t, const std::int64_t*, \
+#define LCODEC_INSTANTIATE(T)                                                                     \
+  template class Engine<T>;                                                                       \
+  template Status lay_out<T>(const T*, std::int64_t, std::int64_t, T*, T*, T*, const Execution&); \
+  template Status standard_deviations<T>(const T*, std::int64_t, std::int64_t, double*,           \
+                                         const Execution&);                                       \
+  template Status neighbors<T>(const Columns<T>&, Ties, std::uint64_t, const std::int64_t*,       \
                                std::int64_t*, std::int64_t*, const Execution&);
 LCODEC_INSTANTIATE(float)
 LCODEC_INSTANTIATE(double)

@@ -171,13 +171,16 @@ std::int64_t adjacent(const AdjacentArgs<T>& a) {
   using Lane = typename Simd<T>::Lane;
   typedef std::int32_t Rank __attribute__((vector_size(kWidth<T> * sizeof(std::int32_t))));
   typedef std::uint8_t Flag __attribute__((vector_size(kWidth<T>)));
-  const auto rank = [&](std::int64_t t) { return __builtin_convertvector(load<Rank>(a.rank + t), Int); };
+  const auto rank = [&](std::int64_t t) {
+    return __builtin_convertvector(load<Rank>(a.rank + t), Int);
+  };
   Int lane;
   for (int l = 0; l < kWidth<T>; ++l) lane[l] = l;
   std::int64_t total = 0;
   constexpr std::int64_t kSteps = 1024;  // additions to a 32-bit lane: 1024 * 10^6 < 2^31
   for (std::int64_t block = a.begin; block < a.end; block += kSteps * kWidth<T>) {
-    const std::int64_t end = a.end - block < kSteps * kWidth<T> ? a.end : block + kSteps * kWidth<T>;
+    const std::int64_t end =
+        a.end - block < kSteps * kWidth<T> ? a.end : block + kSteps * kWidth<T>;
     Int sum{};
     for (std::int64_t t = block; t < end; t += kWidth<T>) {
       const Value x = load<Value>(a.value + t);
@@ -297,15 +300,15 @@ void lane_sums(const T* x, std::int64_t n, const double* center, double* lane) {
         lane[l] = lane[l] + deviation * deviation;
       }
     } else {
-      for (std::int64_t l = 0; l < size; ++l)
-        lane[l] = lane[l] + static_cast<double>(x[start + l]);
+      for (std::int64_t l = 0; l < size; ++l) lane[l] = lane[l] + static_cast<double>(x[start + l]);
     }
   }
 }
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {kLanes<T>, scan<T, false>, scan<T, true>, adjacent<T>, distances<T>, within<T>, accumulate<T>, range<T>, lane_sums<T>, minimum<T>};
+  return {kLanes<T>, scan<T, false>, scan<T, true>, adjacent<T>,  distances<T>,
+          within<T>, accumulate<T>,  range<T>,      lane_sums<T>, minimum<T>};
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ struct ScanResult {
 template <class T>
 struct AdjacentArgs {
   std::int64_t begin, end;
-  const T* value;            // ascending
+  const T* value;  // ascending
   const std::int32_t* rank;
   T factor;
   T limit;  // a nearest neighbour at this distance or more needs a closer look
@@ -59,7 +59,7 @@ constexpr int kBeyond = 32;  // elements that `adjacent` may touch past the end
 
 template <class T>
 struct Kernels {
-  int lanes;  // candidates in a tile
+  int lanes;                                    // candidates in a tile
   ScanResult (*scan)(const ScanArgs<T>&);       // notices ties
   ScanResult (*scan_ties)(const ScanArgs<T>&);  // counts them
   std::int64_t (*adjacent)(const AdjacentArgs<T>&);

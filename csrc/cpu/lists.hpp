@@ -72,7 +72,8 @@ class RowList {
              std::int64_t position, std::int64_t wanted) {
     constexpr std::int64_t half = kChunk / 2;
     const std::int64_t farther = std::max(position, n - 1 - position);
-    const std::int64_t chunks = std::min((wanted + kChunk - 1) / kChunk, (farther + half - 1) / half);
+    const std::int64_t chunks =
+        std::min((wanted + kChunk - 1) / kChunk, (farther + half - 1) / half);
     rows_ = static_cast<std::size_t>(chunks * kChunk);
     index_.resize(rows_);
     rank_.resize(rows_);
@@ -301,7 +302,7 @@ class ListMaker {
   const Spatial<T>& space_;
   const std::int32_t* ranks_;
   std::vector<T> value_;  // by position, in one column
-  T radius_{0};  // 0: not known
+  T radius_{0};           // 0: not known
   std::vector<Index> point_, inside_;
   std::vector<T> coordinate_, distance_;
   Near<T> near_;

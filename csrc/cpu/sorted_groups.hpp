@@ -13,7 +13,6 @@
 
 #include "common/fixed_point.hpp"
 #include "common/random.hpp"
-#include "radix_sort.hpp"
 #include "spatial.hpp"
 
 namespace lcodec {
@@ -59,14 +58,9 @@ class SortedGroups {
                Ties ties, std::uint64_t seed)
       : kernels_(kernels), space_(space), rank_(rank), ties_(ties), seed_(seed) {}
 
-  // Sorts all rows by (point, value of the candidate, row). value(row) gives the candidate's.
-  template <class Value>
-  void sort(std::int64_t n, const Value& value, T factor) {
+  // Sorts all rows by (point, value of the candidate, row), given them by (value, row).
+  void sort(const Index* rows, const T* values, std::int64_t n, T factor) {
     factor_ = factor;
-    words_.resize(at(n));
-    for (std::int64_t row = 0; row < n; ++row)
-      words_[at(row)] = {sort_key(value(row)), static_cast<Index>(row)};
-    radix_sort<T>(words_, spare_);
     row_.resize(at(n));
     value_store_.resize(at(n) + kBefore + kBeyond);
     rank_store_.resize(at(n) + kBefore + kBeyond);
@@ -76,16 +70,15 @@ class SortedGroups {
     std::int32_t* rank_of = rank_store_.data() + kBefore;
     std::fill(value_store_.begin(), value_store_.begin() + kBefore,
               -std::numeric_limits<T>::infinity());
-    std::fill(value_store_.end() - kBeyond, value_store_.end(),
-              std::numeric_limits<T>::infinity());
+    std::fill(value_store_.end() - kBeyond, value_store_.end(), std::numeric_limits<T>::infinity());
     cursor_.assign(space_.offsets().begin(), space_.offsets().end() - 1);
     const bool one = space_.size() == 1;
-    Index next = 0;
-    for (const auto& word : words_) {
-      const std::size_t t = at(one ? next++ : cursor_[at(space_.point_of(word.row))]++);
-      row_[t] = word.row;
-      value_of[t] = value(word.row);
-      rank_of[t] = rank_[word.row];
+    for (std::int64_t a = 0; a < n; ++a) {
+      const Index row = rows[a];
+      const std::size_t t = at(one ? static_cast<Index>(a) : cursor_[at(space_.point_of(row))]++);
+      row_[t] = row;
+      value_of[t] = values[a];
+      rank_of[t] = rank_[row];
     }
     runs_ready_ = false;
   }
@@ -99,8 +92,8 @@ class SortedGroups {
     // The first and the last two rows of a group have another group's beside them.
     const std::int64_t edge = space_.size() == 1 ? 0 : std::min<std::int64_t>(2, end - begin);
     if (end - begin > 2 * edge)
-      add(FixedPoint{kernels_.adjacent({begin + edge, end - edge, value(), rank(), factor_, gap,
-                                        flag_.data()}),
+      add(FixedPoint{kernels_.adjacent(
+                         {begin + edge, end - edge, value(), rank(), factor_, gap, flag_.data()}),
                      0});
     for (std::int64_t t = 0; t < edge; ++t) flag_[at(begin + t)] = flag_[at(end - 1 - t)] = 1;
     for (std::int64_t t = begin; t < end;) {
@@ -242,7 +235,8 @@ class SortedGroups {
         continue;
       }
       const std::int32_t* ranks = rank();
-      const std::int32_t* middle = std::lower_bound(ranks + range.begin, ranks + range.end, rank_[own]);
+      const std::int32_t* middle =
+          std::lower_bound(ranks + range.begin, ranks + range.end, rank_[own]);
       const std::int64_t above = ranks + range.end - middle;
       sum += prefix_[at(middle - ranks)] - prefix_[at(range.begin)] + above * rank_[own];
     }
@@ -262,7 +256,6 @@ class SortedGroups {
   Ties ties_;
   std::uint64_t seed_;
   T factor_{0};
-  std::vector<SortWord<T>> words_, spare_;
   std::vector<Index> row_, run_begin_, run_end_, cursor_;
   std::vector<T> value_store_;            // kBefore, [n] in sorted order, kBeyond
   std::vector<std::int32_t> rank_store_;  // the same

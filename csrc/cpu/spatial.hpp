@@ -218,7 +218,7 @@ class Spatial {
     const T* column = raw.data() + at(dim) * g;
     if (dims_ > 1)
       std::nth_element(order.begin() + begin, order.begin() + middle, order.begin() + end,
-                     [&](Index a, Index b) { return column[a] < column[b]; });
+                       [&](Index a, Index b) { return column[a] < column[b]; });
     nodes_[at(id)].dim = dim;
     nodes_[at(id)].middle = column[order[at(middle)]];
     split(raw, order, begin, middle);

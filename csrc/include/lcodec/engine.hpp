@@ -70,7 +70,8 @@ class Engine {
   // With k columns selected a row is compared with its neighbours in these, nearest first, until
   // none can be nearest with the candidate: about n^(1/(k+1)) of them on continuous data. Rows
   // that share their values in the conditioning set with many others are instead sorted by the
-  // candidate, O(log n) each. Memory: a packed copy of the candidates and O(n) for each thread.
+  // candidate, O(log n) each. Memory: a packed copy of the candidates, each
+  // column sorted, and O(n) for each thread.
   Status score(const std::int64_t* candidate, std::int64_t m, std::int64_t* whole,
                std::int64_t* fraction, const Execution& execution);
 
@@ -84,7 +85,8 @@ class Engine {
 };
 
 // Neighbours used by every row in all p columns. With indices == nullptr only count[n] is written;
-// otherwise row i's neighbours go to indices + offset[i], in increasing order. O(n^2 p).
+// otherwise row i's neighbours go to indices + offset[i], in increasing order. A k-d tree in few
+// columns, O(n^2 p) in many.
 template <class T>
 Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
                  const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,
