@@ -2,7 +2,14 @@
 
 from typing import TypedDict
 
-from lcodec_ext import _core
+try:
+    from lcodec_ext import _core
+except ImportError as error:
+    raise ImportError(
+        "lcodec_ext._core, the compiled module, is not beside lcodec_ext/__init__.py. In the root "
+        "of the repository Python finds the sources before the installed package: start it in "
+        "another folder, or with python -P. If the package is not installed: pip install ."
+    ) from error
 
 __all__ = ["BuildInfo", "build_info", "cuda_is_available", "cuda_status"]
 

@@ -9,6 +9,7 @@ from lcodec_ext import _core
 from lcodec_ext._validation import check_integer
 
 _TIES = {"average": 0, "random": 1, "first": 2}
+_MAX_THREADS = 1024
 _threads: int | None = None
 
 
@@ -18,10 +19,15 @@ def set_num_threads(threads: int) -> None:
     Parameters
     ----------
     threads : int
-        At least 1. Overrides the environment variable ``LCODEC_NUM_THREADS``.
+        From 1 to 1024. Overrides the environment variable ``LCODEC_NUM_THREADS``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything else.
     """
     global _threads
-    _threads = check_integer(threads, "threads", 1)
+    _threads = check_integer(threads, "threads", 1, _MAX_THREADS)
 
 
 def get_num_threads() -> int:
@@ -29,13 +35,24 @@ def get_num_threads() -> int:
 
     What `set_num_threads` was given, else the environment variable ``LCODEC_NUM_THREADS``,
     else the number of CPUs this process may run on.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If the environment variable is no number of threads.
     """
     if _threads is not None:
         return _threads
     given = os.environ.get("LCODEC_NUM_THREADS", "").strip()
     if given:
-        if not given.isdecimal() or int(given) < 1:
-            raise ValueError(f"LCODEC_NUM_THREADS must be an integer >= 1; got {given!r}")
+        if not given.isdecimal() or not 1 <= int(given) <= _MAX_THREADS:
+            raise ValueError(
+                f"LCODEC_NUM_THREADS must be an integer from 1 to {_MAX_THREADS}; got {given!r}"
+            )
         return int(given)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -39,9 +39,9 @@ def resolve_seed(seed: int | None) -> int:
 
 
 def add_noise(
-    columns: NDArray[np.float64], noise: float, relative: bool, seed: int, first_stream: int
+    columns: NDArray[np.float64], sigmas: NDArray[np.float64], seed: int, first_stream: int
 ) -> NDArray[np.float64]:
-    """Columns plus independent N(0, noise^2), one Philox stream per column.
+    """Columns plus independent N(0, sigma^2), one Philox stream per column.
 
     Column k draws from ``Generator(Philox(seed).jumped(first_stream + k))``: 2**128 draws
     apart, and the same noise for a column whatever stands beside it.
@@ -49,6 +49,5 @@ def add_noise(
     noisy = columns.copy()
     for k in range(columns.shape[1]):
         generator = np.random.Generator(np.random.Philox(seed).jumped(first_stream + k))
-        sigma = noise * float(np.std(columns[:, k], ddof=1)) if relative else noise
-        noisy[:, k] += sigma * generator.standard_normal(len(columns))
+        noisy[:, k] += sigmas[k] * generator.standard_normal(len(columns))
     return noisy

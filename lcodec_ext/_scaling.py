@@ -1,5 +1,6 @@
 """Column scaling factors, and the guard against distances that overflow."""
 
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -73,6 +74,26 @@ def squared_spans(columns: Columns, factors: NDArray) -> NDArray:
     with np.errstate(over="ignore"):
         scaled = (columns.high - columns.low) * factors
         return scaled * scaled
+
+
+def warn_underflow(
+    columns: Columns, factors: NDArray, labels: Callable[[int], str], stacklevel: int
+) -> None:
+    """Warn of columns whose neighbours' squared differences are too small to tell apart.
+
+    n rows lie about span / n apart; squares below the smallest normal number lose digits.
+    """
+    tiny = np.finfo(factors.dtype).tiny
+    n = max(columns.values.shape)
+    with np.errstate(under="ignore"):
+        small = squared_spans(columns, factors).astype(np.float64) < float(tiny) * float(n) ** 2
+    affected = np.flatnonzero(small & (columns.low != columns.high) & (factors > 0))
+    if len(affected):
+        warnings.warn(
+            f"squared differences along {labels(int(affected[0]))} underflow {factors.dtype}, so "
+            "that near rows look equal; rescale it",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def check_overflow(bounds: NDArray, labels: Callable[[int], str]) -> None:

@@ -52,13 +52,19 @@ def check_bool(value: object, name: str) -> bool:
     return bool(value)
 
 
-def check_integer(value: object, name: str, minimum: int) -> int:
-    """value as an int, if it is an integer (no bool, no float) of at least minimum."""
+def check_integer(value: object, name: str, minimum: int, maximum: int | None = None) -> int:
+    """value as an int, if it is an integer (no bool, no float) in the range."""
+    expected = (
+        f"an integer >= {minimum}"
+        if maximum is None
+        else (f"an integer from {minimum} to {maximum}")
+    )
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer >= {minimum}; got {_describe(value)}")
-    if value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}; got {value}")
-    return int(value)
+        raise TypeError(f"{name} must be {expected}; got {_describe(value)}")
+    number = int(value)
+    if number < minimum or (maximum is not None and number > maximum):
+        raise ValueError(f"{name} must be {expected}; got {number}")
+    return number
 
 
 def check_real(value: object, name: str, minimum: float) -> float:
@@ -89,10 +95,20 @@ def _tensor_to_numpy(tensor: Any, name: str) -> NDArray:
         raise ValueError(f"{name} must be real; got a tensor of {tensor.dtype}")
     if str(tensor.layout) != "torch.strided":
         raise ValueError(f"{name} must be dense; got a tensor of layout {tensor.layout}")
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_neg()
     if str(tensor.dtype) == "torch.bfloat16":  # NumPy has none; float32 holds it exactly
         tensor = tensor.float()
-    return tensor.numpy()
+    try:
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} cannot be made into an array from a tensor of {tensor.dtype}: {error}"
+        ) from None
+
+
+def _beyond_exact(integers: NDArray) -> bool:
+    """Whether float64 would merge some of the integers."""
+    return max(int(integers.max()), -int(integers.min())) > _EXACT_INTEGER
 
 
 def _pandas_column(column: Any, label: str) -> NDArray:
@@ -108,6 +124,12 @@ def _pandas_column(column: Any, label: str) -> NDArray:
             "pandas.get_dummies, or with its codes if the order of the categories is meant"
         )
     if column.isna().any():
+        known = column.dropna()
+        if numpy_dtype.kind in "iu" and len(known) and _beyond_exact(known.to_numpy(numpy_dtype)):
+            raise ValueError(
+                f"{label} holds integers beyond 2**53 beside missing values; no float64 can tell "
+                "them apart: leave out the missing rows, or subtract an offset"
+            )
         wide = numpy_dtype if numpy_dtype.kind == "f" else np.dtype(np.float64)
         return column.to_numpy(dtype=wide, na_value=np.nan)
     return column.to_numpy(dtype=numpy_dtype)
@@ -193,8 +215,7 @@ def as_features(X: Any, name: str, *, allow_1d: bool = True) -> Features:
         raise ValueError(f"{name} must have shape {shapes}; got shape {array.shape}{hint}")
     if array.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column; got shape {array.shape}")
-    wide = array.dtype.kind in "iu" and array.dtype.itemsize == 8 and array.size > 0
-    if wide and max(int(array.max()), -int(array.min())) > _EXACT_INTEGER:
+    if array.dtype.kind in "iu" and array.size and _beyond_exact(array):
         raise ValueError(
             f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
             "subtract an offset first"

@@ -12,7 +12,7 @@ from lcodec_ext._backend import Backend, resolve
 from lcodec_ext._engine import TIES, Ties, lay_out, make_engine, warn_constant_columns
 from lcodec_ext._random import add_noise
 from lcodec_ext._ranks import ranks
-from lcodec_ext._scaling import check_overflow, squared_spans
+from lcodec_ext._scaling import check_overflow, squared_spans, warn_underflow
 from lcodec_ext._validation import (
     Features,
     as_features,
@@ -39,12 +39,14 @@ def codec(
     """Conditional dependence coefficient T(Y, Z) or T(Y, Z | X).
 
     In the limit of many rows 0 if and only if Y is independent of Z (given X), and 1 if and
-    only if Y is a function of Z (given X). On a finite sample it can be negative.
+    only if Y is a function of Z (given X). On a finite sample it can be negative, far below -1
+    where X alone nearly determines Y.
 
     Parameters
     ----------
     y : array_like of shape (n,) or (n, 1)
-        Response. Only its order counts; n is at least 3 and at most 10^6.
+        Response. Only its order counts; n is at least 3 and at most 10^6. Rows of all arguments
+        belong together by position; the index of a pandas object is not looked at.
     z : array_like of shape (n,) or (n, q)
         Columns whose information about y is measured. float32, float16 and bfloat16 are
         computed in float32, everything else in float64. Columns are not standardised: distances
@@ -189,9 +191,12 @@ def with_noise(
     """Response and columns with L-CODEC's noise: y from stream 0, columns from 1 on."""
     if noise == 0:
         return y, columns.astype(np.float64)
-    relative = noise_scale == "relative"
-    noisy_y = add_noise(y.astype(np.float64)[:, np.newaxis], noise, relative, seed, 0)
-    return noisy_y[:, 0], add_noise(columns.astype(np.float64), noise, relative, seed, 1)
+    table = np.column_stack([y.astype(np.float64), columns.astype(np.float64)])
+    sigmas = np.full(table.shape[1], float(noise))
+    if noise_scale == "relative":  # in the written order of additions, for the same bits anywhere
+        sigmas *= lay_out("cpu", table).standard_deviations()
+    noisy = add_noise(table, sigmas, seed, 0)
+    return noisy[:, 0], np.ascontiguousarray(noisy[:, 1:])
 
 
 def _prepare(
@@ -224,7 +229,10 @@ def _coefficient(
     r = x.shape[1]
     with np.errstate(over="ignore"):
         bounds = np.add.accumulate(squared_spans(columns, factors))
-    check_overflow(bounds, lambda k: f"column {k} of x" if k < r else f"column {k - r} of z")
+    labels = [f"column {k} of x" for k in range(r)]
+    labels += [f"column {k} of z" for k in range(z.shape[1])]
+    check_overflow(bounds, labels.__getitem__)
+    warn_underflow(columns, factors, labels.__getitem__, stacklevel=3)
     R, L = ranks(y)
     sums = _exact.ResponseSums(R, L)
     engine = make_engine(columns, factors, R, ties, seed)

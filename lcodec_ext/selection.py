@@ -14,7 +14,7 @@ from lcodec_ext._backend import Backend, resolve
 from lcodec_ext._engine import TIES, Engine, Ties, lay_out, make_engine, warn_constant_columns
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._ranks import ranks
-from lcodec_ext._scaling import check_overflow, scale_factors, squared_spans
+from lcodec_ext._scaling import check_overflow, scale_factors, squared_spans, warn_underflow
 from lcodec_ext._validation import (
     as_features,
     as_response,
@@ -30,7 +30,9 @@ from lcodec_ext.dependence import NoiseScale, check_noise, with_noise
 
 Standardize = Literal["scale", "bounded"]
 StopReason = Literal["no_gain", "min_gain", "max_features", "exhausted", "constant_y"]
-_CHUNKS = 50  # pieces of a step behind a progress bar
+# Candidates of a step between two updates of a progress bar: every piece looks for the rows'
+# neighbours anew, which must stay small beside the scoring.
+_PIECE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +131,8 @@ def foci(
     min_gain : float, default 0.0
         A step must raise the cumulative T by more than this. Needs stop=True.
     preselected : sequence of int or str, optional
-        Columns of X to condition on from the start, by index or name; not part of the result's
-        ordering.
+        Columns of X to condition on from the start, by position or by name (a str); not part of
+        the result's ordering. Distances add them up in the order given.
     standardize : {"scale", "bounded", None}, default "scale"
         Divide distances along each column by its standard deviation (as R's FOCI does), by its
         range, or not at all. `codec` never does, so on raw columns its values can differ.
@@ -338,7 +340,7 @@ def dependence_graph(
         for i in range(p):
             others = np.delete(np.arange(p), i)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # constant columns: said once above
+                warnings.filterwarnings("ignore", ".* constant")  # said once above
                 result = foci(
                     values[:, others],
                     values[:, i],
@@ -442,6 +444,9 @@ class _Task:
         columns = lay_out(backend, X)
         factors = scale_factors(columns, self.standardize, self.names)
         spans = squared_spans(columns, factors)
+        warn_underflow(
+            columns, factors, lambda k: f"{column_label(k, self.names)} of X", stacklevel=3
+        )
         bound = X.dtype.type(0)
         engine = make_engine(columns, factors, R, self.ties, seed)
         m = Fraction(sums.sum_L2, sums.n)  # no columns: T(Y, {}) = 0
@@ -524,9 +529,7 @@ def _check_preselected(
     """Indices of the preselected columns, distinct and in range."""
     if preselected is None:
         return ()
-    if isinstance(preselected, str | bytes) or not isinstance(
-        preselected, Sequence | np.ndarray | set | frozenset
-    ):
+    if isinstance(preselected, str | bytes) or not isinstance(preselected, Sequence | np.ndarray):
         raise TypeError(
             "preselected must be a sequence of column indices or names; got "
             f"{preselected!r} ({type(preselected).__name__})"
@@ -557,9 +560,9 @@ def _score(
     if not progress:
         return engine.score(candidates)
     bar.reset(total=len(candidates))
-    pieces = np.array_split(candidates, min(_CHUNKS, len(candidates)))
     scores = []
-    for piece in pieces:
+    for start in range(0, len(candidates), _PIECE):
+        piece = candidates[start : start + _PIECE]
         scores.append(engine.score(piece))
         bar.update(len(piece))
     whole, fraction = zip(*scores, strict=True)

@@ -2,6 +2,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 import lcodec_ext
@@ -14,6 +15,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+torch.set_num_threads(1)  # small matrices; a second thread would spin beside other work
 
 SIMD_LEVELS = lcodec_ext.build_info()["simd_supported"]
 

@@ -261,18 +261,39 @@ def test_near_ties_are_decided_by_rationals(monkeypatch, rng):
 
 def test_threads_and_simd_settings(monkeypatch):
     monkeypatch.setenv("LCODEC_NUM_THREADS", "none")
-    with pytest.raises(ValueError, match="LCODEC_NUM_THREADS must be an integer >= 1; got 'none'"):
+    with pytest.raises(ValueError, match="LCODEC_NUM_THREADS must be an integer from 1 to 1024"):
         lcodec_ext.get_num_threads()
     monkeypatch.setenv("LCODEC_NUM_THREADS", "5")
     assert lcodec_ext.get_num_threads() == 5
     monkeypatch.setattr(_native, "_threads", None)
     lcodec_ext.set_num_threads(2)
     assert lcodec_ext.get_num_threads() == 2
-    with pytest.raises(ValueError, match="threads must be an integer >= 1; got 0"):
+    with pytest.raises(ValueError, match="threads must be an integer from 1 to 1024; got 0"):
         lcodec_ext.set_num_threads(0)
     monkeypatch.setenv("LCODEC_SIMD", "sse9")
     with pytest.raises(ValueError, match="unknown SIMD level 'sse9'; expected auto, baseline"):
         lcodec_ext.codec([1, 2, 3], [1, 2, 3])
+
+
+def test_the_callers_floating_point_mode_does_not_matter(rng):
+    """A thread that flushes denormals (as torch can ask for) gets the same values."""
+    import torch
+
+    X = (rng.normal(size=(400, 3)) * 1e-20).astype(np.float32)
+    y = X[:, 0]
+
+    def values():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # squares this small are warned about
+            return lcodec_ext.codec(y, X[:, :2]), lcodec_ext.codec(y, X[:, 2], X[:, 1])
+
+    expected = values()
+    if not torch.set_flush_denormal(True):
+        pytest.fail("this CPU cannot flush denormals")
+    try:
+        assert values() == expected
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @pytest.mark.filterwarnings("error")

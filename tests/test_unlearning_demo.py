@@ -18,6 +18,7 @@ def demo():
     return module
 
 
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # hardly trained
 def test_small_run(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # those of other tests
     folder = tmp_path / "new" / "folder"

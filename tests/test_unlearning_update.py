@@ -329,6 +329,7 @@ def test_random_units():
     assert len(drawn) > 2
 
 
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # untrained models
 def test_default_damping_follows_the_weight_decay():
     for weight_decay, damping in ((0.0, 1e-4), (0.02, 0.02)):
         result = unlearn(
@@ -409,6 +410,7 @@ def test_dropout_and_batch_norm_are_off():
     assert torch.equal(vector(first.model), vector(second.model))
 
 
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # untrained models
 def test_global_state_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -748,3 +750,35 @@ def test_progress_is_shown_on_request(capsys):
     assert "gauss_newton" in shown
     unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, **QUICK)
     assert capsys.readouterr() == ("", "")
+
+
+def test_warns_of_a_step_that_goes_too_far_and_of_overlapping_sets():
+    from lcodec_ext.unlearning import unlearn
+
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 5), torch.randint(0, 3, (60,))
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    options = {"loss_fn": torch.nn.functional.cross_entropy, "selection": "all"}
+    with pytest.warns(UserWarning, match="raised the mean loss of the retained") as caught:
+        unlearn(model, (x[:40], y[:40]), (x[40:], y[40:]), damping=1e-9, **options)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="every sample of forget is among those") as caught:
+        unlearn(model, (x[:5], y[:5]), (x, y), damping=100.0, **options)
+    assert caught[0].filename == __file__
+
+
+def test_ignored_targets_are_refused_wherever_they_stand():
+    from lcodec_ext.unlearning import unlearn
+
+    torch.manual_seed(0)
+    x, y = torch.randn(500, 5), torch.randint(0, 3, (500,))
+    y[251] = -100
+    model = torch.nn.Linear(5, 3)
+    with pytest.raises(ValueError, match=r"NaN|no ignored targets"):
+        unlearn(
+            model,
+            (x[:5], y[:5]),
+            (x[5:], y[5:]),
+            torch.nn.functional.cross_entropy,
+            selection="all",
+        )

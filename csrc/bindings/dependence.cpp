@@ -129,7 +129,7 @@ void bind(py::module_& m, const char* engine_name) {
       .def(py::init<Array<T>, Array<T>, const Array<std::int32_t>&, int, std::uint64_t>(),
            py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
            py::arg("ties"), py::arg("seed"))
-      .def("select", &Bound::select, py::arg("column"))
+      .def("select", &Bound::select, py::arg("column"), py::call_guard<py::gil_scoped_release>())
       .def("score", &Bound::score, py::arg("candidates").noconvert(), py::arg("level"),
            py::arg("threads"))
       .def("row_sums", &Bound::row_sums, py::arg("candidate"), py::arg("level"),

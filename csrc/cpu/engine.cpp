@@ -82,7 +82,7 @@ struct Groups {
   }
 };
 
-// What is known of a candidate's total, and what is asked of a row.
+// Totals of candidates in fixed point.
 struct Totals {
   std::vector<std::int64_t> whole, fraction;
   explicit Totals(std::size_t m) : whole(m, 0), fraction(m, 0) {}
@@ -140,6 +140,7 @@ struct Engine<T>::State {
 
   void prepare() {
     if (space_ready) return;
+    const DefaultFloats floats;
     std::vector<const T*> values;
     for (const auto& column : selected) values.push_back(column.data());
     space.build(values, selected_factor, groups.of_row, groups.count);
@@ -161,6 +162,8 @@ struct Engine<T>::State {
     std::vector<std::int64_t> missing;
     for (std::int64_t c = 0; c < m; ++c)
       if (!sorted[at(candidate[c])].rows) missing.push_back(candidate[c]);
+    std::sort(missing.begin(), missing.end());
+    missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
     return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
       return [&, words = std::vector<SortWord<T>>(at(columns.n)),
               spare = std::vector<SortWord<T>>()](std::int64_t piece) mutable {
@@ -318,8 +321,9 @@ struct Engine<T>::State {
                                  (k > 1 ? 5 : 3) * std::pow(static_cast<double>(n), 1 / (k + 1)));
     const auto scanned = [&](std::int64_t i) { return !by_sorting(space.point_of(space.row(i))); };
     // A block's lists stay in the cache for all tiles, and so do the rows of a tile that they name.
-    const std::int64_t block = std::clamp(kListEntries / wanted, kListBlock,
-                                          std::max(kListBlock, n / (2 * execution.threads)));
+    const std::int64_t block =
+        std::clamp(kListEntries / wanted, kListBlock,
+                   std::max(kListBlock, n / (2 * static_cast<std::int64_t>(execution.threads))));
     return parallel_for(pieces_of(n, block), execution, [&] {
       Scratch scratch{std::vector<RowList<T>>(at(block)),
                       std::vector<T>(at(lanes)),
@@ -348,7 +352,8 @@ struct Engine<T>::State {
               for (;;) {
                 ScanResult result = kernel({list.view(), values, values + i * lanes, factors,
                                             s.best.data(), s.sum.data(), s.count.data()});
-                if (result.complete ||
+                const bool everything = list.view().reach == std::numeric_limits<T>::infinity();
+                if (result.complete || everything ||
                     (result.unique || kernel == kernels.scan_ties
                          ? finish(candidate + tile * lanes, used, i, list.view().reach, s, result)
                          : true))
@@ -406,6 +411,7 @@ Engine<T>::~Engine() = default;
 
 template <class T>
 void Engine<T>::select(std::int64_t column) {
+  const DefaultFloats floats;
   State& s = *state_;
   std::vector<T> values(at(s.columns.n));
   for (std::int64_t row = 0; row < s.columns.n; ++row) values[at(row)] = s.value(column, row);
@@ -503,6 +509,7 @@ template <class T>
 Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
                  const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,
                  const Execution& execution) {
+  const DefaultFloats floats;
   const Kernels<T> kernels = pick_kernels<T>(execution.level);
   const std::int64_t n = columns.n;
   // Of `tied` neighbours the one to take, or -1 for all of them.

@@ -3,16 +3,32 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "lcodec/engine.hpp"
 
 namespace lcodec {
+
+// The default floating-point environment while it lives: denormals honoured, round to nearest,
+// whatever the caller has set for its thread (torch.set_flush_denormal, say).
+class DefaultFloats {
+ public:
+  DefaultFloats() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloats() { std::fesetenv(&saved_); }
+  DefaultFloats(const DefaultFloats&) = delete;
+  DefaultFloats& operator=(const DefaultFloats&) = delete;
+
+ private:
+  std::fenv_t saved_;
+};
 
 // Calls work(piece) for every piece in [0, pieces); make_work() is called once on every thread and
 // holds its scratch memory. The calling thread works too and asks execution.cancelled between its
@@ -25,6 +41,7 @@ Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeW
   std::mutex mutex;
   std::exception_ptr error;
   const auto run = [&](bool calling_thread) {
+    const DefaultFloats floats;
     try {
       auto work = make_work();
       for (std::int64_t piece; !stop && (piece = next++) < pieces;) {
@@ -43,9 +60,10 @@ Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeW
   std::vector<std::thread> threads;
   const std::int64_t helpers = std::min<std::int64_t>(execution.threads, pieces) - 1;
   try {
+    threads.reserve(static_cast<std::size_t>(std::max<std::int64_t>(helpers, 0)));
     for (std::int64_t t = 0; t < helpers; ++t) threads.emplace_back(run, false);
-  } catch (const std::system_error&) {
-    // No further thread to be had: those that run are enough.
+  } catch (const std::exception&) {
+    // No further thread to be had, or no memory for one: those that run are enough.
   }
   run(true);
   for (auto& thread : threads) thread.join();

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, jacrev, vmap
 
 from lcodec_ext._progress import progress_bar
 from lcodec_ext.unlearning.perturbation import LossFunction
@@ -19,7 +19,6 @@ Curvature = Literal["gauss_newton", "hessian"]
 MAX_PARAMETERS = 8192
 
 _JACOBIAN_BYTES = 2**28
-_ROWS_PER_PASS = 16  # rows of the Hessian formed side by side: memory is that many backward passes
 
 
 class IndefiniteCurvatureError(ValueError):
@@ -152,12 +151,17 @@ def _hessian(
     samples: Samples,
     loss_fn: LossFunction,
 ) -> Tensor:
-    def loss(vector: Tensor) -> Tensor:
-        outputs = _call(model, parameters.substituted(vector), samples.inputs)
-        return loss_fn(outputs, samples.targets)
-
-    matrix: Tensor = jacrev(grad(loss), chunk_size=_ROWS_PER_PASS)(theta)
-    return matrix
+    # Row by row: vectorised over rows, the double backward of a convolution takes gigabytes.
+    vector = theta.detach().requires_grad_()
+    outputs = _call(model, parameters.substituted(vector), samples.inputs)
+    (gradient,) = torch.autograd.grad(loss_fn(outputs, samples.targets), vector, create_graph=True)
+    if not gradient.requires_grad:  # a loss that is linear in these parameters
+        return torch.zeros(len(vector), len(vector), dtype=vector.dtype, device=vector.device)
+    rows = [
+        torch.autograd.grad(g, vector, retain_graph=True, materialize_grads=True)[0]
+        for g in gradient
+    ]
+    return torch.stack(rows)
 
 
 def solve(

@@ -144,8 +144,8 @@ def select_units(
     """Find the units, as (layer, unit), on which the loss depends, by L-FOCI.
 
     A unit is selected if any of its calls is. The noise of L-FOCI is relative to each column: means
-    over a request vary by far less than the paper's absolute 0.01. Units that never change (dead
-    ReLUs) are left out beforehand.
+    over a request vary by far less than the paper's absolute 0.01. Units whose
+    output never changes are left out beforehand.
     """
     if not np.isfinite(losses).all():
         raise ValueError("the loss of the perturbed request is NaN or infinite")

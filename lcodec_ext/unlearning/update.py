@@ -2,6 +2,7 @@
 
 import copy
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,8 +192,8 @@ def unlearn(
         output feature or channel. Other parameters (norms, embeddings) are never changed. It maps
         one tensor to one tensor, samples along the first axis of both.
     forget, retain : tuple of two tensors, torch Dataset or torch DataLoader
-        Removed and retained training samples, as (inputs, targets). A DataLoader must not shuffle
-        or drop. All on the model's device.
+        Removed and retained training samples, disjoint, as (inputs, targets). A DataLoader must
+        not shuffle or drop. All on the model's device.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the mean loss of a batch: ``F.cross_entropy``,
         ``nn.MSELoss()``. Class weights and ignored targets are no means over samples, and
@@ -282,6 +283,7 @@ def unlearn(
     device = _check_model(model)
     forget = as_samples(forget, "forget", device)
     retain = as_samples(retain, "retain", device)
+    _warn_of_overlap(forget, retain)
     if method == "lfoci" and not forget.inputs.is_floating_point():
         raise ValueError(
             f"the inputs of forget are integers ({forget.inputs.dtype}) and cannot be perturbed by "
@@ -385,6 +387,14 @@ def unlearn(
     if inplace:
         parameters.write(rounded, model)
         changed = model
+    if retained_after.loss > 1.5 * retained.loss + 0.05:
+        warnings.warn(
+            f"the step raised the mean loss of the retained samples from {retained.loss:.3g} to "
+            f"{retained_after.loss:.3g}: it went too far, as it does where the model was not "
+            f"trained to a stationary point. Take a larger damping (it was {damping:.3g}); 10 to "
+            "1000 times as much is not unusual for networks",
+            stacklevel=4,  # behind the two decorators
+        )
     seconds["total"] = time.perf_counter() - begin
     return UnlearnResult(
         model=changed,
@@ -502,17 +512,38 @@ def _probe(
     if not isinstance(loss, Tensor) or loss.ndim > 0:
         given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
         raise ValueError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
-    pairs = zip(torch.split(outputs, 1), torch.split(targets, 1), strict=True)
-    mean = torch.stack([loss_fn(output, target) for output, target in pairs]).mean()
-    if not torch.isfinite(loss) or not torch.isfinite(mean):
+    if not torch.isfinite(loss):
         raise ValueError("the loss is NaN or infinite")
+    _check_mean(loss_fn, outputs, targets, loss)
+    return calls
+
+
+def _warn_of_overlap(forget: Samples, retain: Samples) -> None:
+    """Warn if every sample to delete is also among those to retain."""
+
+    def keys(samples: Samples) -> set[bytes]:
+        inputs, targets = (t.detach().cpu().contiguous().numpy() for t in samples)
+        return {x.tobytes() + y.tobytes() for x, y in zip(inputs, targets, strict=True)}
+
+    if keys(forget) <= keys(retain):
+        warnings.warn(
+            "every sample of forget is among those of retain: pass as retain the training samples "
+            "that stay, without the deleted ones",
+            stacklevel=5,  # behind unlearn and its two decorators
+        )
+
+
+def _check_mean(loss_fn: LossFunction, outputs: Tensor, targets: Tensor, loss: Tensor) -> None:
+    """Refuse a loss of a batch that is not the mean of its samples' losses."""
+    pairs = zip(torch.split(outputs, 1), torch.split(targets, 1), strict=True)
+    with torch.no_grad():
+        mean = torch.stack([loss_fn(output, target) for output, target in pairs]).mean()
     if not torch.isclose(loss, mean, rtol=1e-6, atol=1e-12):
         raise ValueError(
             "loss_fn must be the plain mean over the samples of a batch (reduction='mean', no "
-            f"class weights); on {len(inputs)} samples it is {loss.item():.6g} and the mean of "
-            f"their single losses {mean.item():.6g}"
+            f"class weights, no ignored targets); on {len(outputs)} samples it is "
+            f"{loss.item():.6g} and the mean of their single losses {mean.item():.6g}"
         )
-    return calls
 
 
 def _select(units: list[tuple[str, int]]) -> UnitSelection:
@@ -549,11 +580,14 @@ def _objective(
     gradient = {k: weight_decay * p.detach() for k, p in weights.items()}
     total = 0.0
     for inputs, targets in samples.chunks(batch_size):
-        loss = loss_fn(model(inputs), targets) * (len(inputs) / len(samples))
+        outputs = model(inputs)
+        mean = loss_fn(outputs, targets)
+        loss = mean * (len(inputs) / len(samples))
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of the {name} samples is NaN or infinite")
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the parameters of the model")
+        _check_mean(loss_fn, outputs.detach(), targets, mean.detach())
         total += loss.item()
         parts = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for k, part in zip(weights, parts, strict=True):

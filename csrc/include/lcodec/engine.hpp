@@ -55,7 +55,8 @@ Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, dou
 template <class T>
 class Engine {
  public:
-  // Keeps pointers: the arrays must outlive the engine. rank[n]: max ranks of the response.
+  // Keeps the pointers of `columns`: those arrays must outlive the engine. rank[n], the max ranks
+  // of the response, is copied.
   Engine(const Columns<T>& columns, const std::int32_t* rank, Ties ties, std::uint64_t seed);
   ~Engine();
   Engine(const Engine&) = delete;
