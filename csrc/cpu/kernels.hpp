@@ -69,7 +69,7 @@ struct Kernels {
                     const T* query, const T* factor, T* out);
   // Indices a of the distances up to radius, in order; returns how many. [size] out, all scratch.
   std::int64_t (*within)(const T* distance, std::int64_t size, T radius, std::int32_t* out);
-  // distance[r][j] += ((x[first + r] - x[j]) * factor)^2 for kRows rows r and all j
+  // distance[r][j] += ((x[rows[r]] - x[j]) * factor)^2 for kRows rows and all j
   void (*accumulate)(const T* x, std::int64_t n, const std::int64_t* rows, T factor, T* distance);
   // Smallest and largest of n values.
   void (*range)(const T* x, std::int64_t n, T* low, T* high);
