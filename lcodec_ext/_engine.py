@@ -26,8 +26,14 @@ class Engine(Protocol):
     def row_sums(self, column: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are."""
 
-    def score(self, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For every candidate, the sum over rows in fixed point, whole and fraction."""
+    def score(
+        self, columns: NDArray[np.int64], floor: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For every candidate, the sum over rows in fixed point, whole and fraction.
+
+        With a floor only the largest sum and those above the floor are asked for: an engine may
+        give -1 as the whole of any other.
+        """
 
 
 def lay_out(backend: str, X: NDArray) -> Columns:

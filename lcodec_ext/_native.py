@@ -96,9 +96,21 @@ class CpuEngine:
         """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are."""
         return self._engine.row_sums(column, *_settings())
 
-    def score(self, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For every candidate, the sum over rows in fixed point (``_exact.fixed_point``)."""
-        return self._engine.score(columns.astype(np.int64, copy=False), *_settings())
+    def score(
+        self, columns: NDArray[np.int64], floor: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For every candidate, the sum over rows in fixed point (``_exact.fixed_point``).
+
+        With a floor, candidates that cannot exceed it or are below another one are skipped as
+        soon as that is certain; whole is -1 there.
+        """
+        wanted = -1 if floor is None else floor
+        return self._engine.score(columns.astype(np.int64, copy=False), wanted, *_settings())
+
+    @property
+    def comparisons(self) -> int:
+        """Distances with a candidate that scans have computed so far."""
+        return self._engine.comparisons
 
 
 def nearest(

@@ -467,8 +467,11 @@ class _Task:
             while len(ordering) < self.cap:
                 bounds = self._add_span(bound, spans[candidates], candidates)
                 bar.set_description(f"FOCI step {len(ordering) + 1}")
-                scores = _score(engine, np.array(candidates), self.progress, bar)
-                best, m_best = _best(engine, np.array(candidates), *scores)
+                # columns that bring no gain are told from one another only if one must be taken
+                floor = int(m) if self.stop else 0
+                scores = _score(engine, np.array(candidates), floor, self.progress, bar)
+                leader = _best(engine, np.array(candidates), *scores)
+                best, m_best = leader if leader else (-1, m)
                 gain = Fraction(sums.n) * (m_best - m) / sums.denominator
                 if self.stop and gain <= Fraction(self.min_gain):
                     reason = "no_gain" if gain <= 0 else "min_gain"
@@ -554,16 +557,20 @@ def _check_preselected(
 
 
 def _score(
-    engine: Engine, candidates: NDArray[np.int64], progress: bool, bar: Any
+    engine: Engine, candidates: NDArray[np.int64], floor: int, progress: bool, bar: Any
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Fixed-point sums of all candidates, in pieces where a bar shows them."""
+    """Fixed-point sums of the candidates, in pieces where a bar shows them.
+
+    -1 for those that are not above the floor, or below another one.
+    """
     if not progress:
-        return engine.score(candidates)
+        return engine.score(candidates, floor)
     bar.reset(total=len(candidates))
     scores = []
     for start in range(0, len(candidates), _PIECE):
         piece = candidates[start : start + _PIECE]
-        scores.append(engine.score(piece))
+        scores.append(engine.score(piece, floor))
+        floor = max(floor, int(scores[-1][0].max()) - 1)  # one that is equal is still wanted
         bar.update(len(piece))
     whole, fraction = zip(*scores, strict=True)
     return np.concatenate(whole), np.concatenate(fraction)
@@ -574,13 +581,17 @@ def _best(
     candidates: NDArray[np.int64],
     whole: NDArray[np.int64],
     fraction: NDArray[np.int64],
-) -> tuple[int, Fraction]:
+) -> tuple[int, Fraction] | None:
     """The candidate with the largest exact sum, the lowest index on equality, and its sum.
 
     Fixed point rounds every row down by less than one unit, so a score lies up to n units below
     its exact sum, and on it where the fraction is 0. Candidates that could still be the largest
-    are decided by exact rationals.
+    are decided by exact rationals. None if every candidate was skipped (-1).
     """
+    running = whole >= 0
+    candidates, whole, fraction = candidates[running], whole[running], fraction[running]
+    if len(candidates) == 0:
+        return None
     unit = 1 << _exact.FRACTION_BITS
     carry = fraction >> _exact.FRACTION_BITS
     high, low = whole + carry, fraction & (unit - 1)

@@ -139,3 +139,64 @@ def test_candidates_do_not_influence_each_other(shape):
         np.testing.assert_array_equal(together[[0, 17, 47]], alone)
         shuffled = RNG.permutation(48)
         np.testing.assert_array_equal(np.column_stack(engine.score(shuffled)), together[shuffled])
+
+
+def depends_on(X, column):
+    """Ranks of a response that a column nearly determines."""
+    return ranks(X[:, column] + 0.3 * X[:, column + 1] + 1e-3 * RNG.normal(size=len(X)))[0]
+
+
+@pytest.mark.parametrize("ties", ["average", "random", "first"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+def test_only_candidates_that_cannot_win_are_skipped(shape, ties):
+    X = np.hstack([shape(300) for _ in range(8)])
+    engine = _native.CpuEngine(_native.CpuColumns(X), np.ones(48), depends_on(X, 20), ties, 5)
+    for selected in (None, 3, 20):
+        if selected is not None:
+            engine.select(selected)
+        whole, fraction = engine.score(np.arange(48))
+        exact = whole + fraction * 2.0**-43
+        for floor in (0, int(np.median(whole)), int(whole.max()), int(whole.max()) + 2):
+            some = engine.score(np.arange(48), floor)
+            kept = some[0] >= 0
+            np.testing.assert_array_equal(some[0][kept], whole[kept])
+            np.testing.assert_array_equal(some[1][kept], fraction[kept])
+            assert (exact[~kept] < max(exact.max(), floor)).all()
+            assert kept.any() or floor > exact.max()
+
+
+@pytest.mark.parametrize("k", [1, 3, 13])
+def test_most_candidates_are_skipped(k):
+    """Where one column is best by far, and where none is above the floor."""
+    X = RNG.normal(size=(600, 200))
+    engine = _native.CpuEngine(_native.CpuColumns(X), np.ones(200), depends_on(X, 150), "first", 0)
+    for column in range(k):
+        engine.select(column)
+    everything = np.arange(k, 200)
+    whole, _ = engine.score(everything)
+    at_first = engine.comparisons
+    some, _ = engine.score(everything, int(np.sort(whole)[-2]))
+    of_some = engine.comparisons - at_first
+    assert some[150 - k] == whole[150 - k] == whole.max()
+    assert np.count_nonzero(some < 0) > 150
+    assert of_some < 0.9 * at_first
+    none, _ = engine.score(everything, int(whole.max()) + 1)
+    assert (none[np.arange(k, 200) != 150] == -1).all()
+
+
+def test_rows_of_many_columns_are_compared_with_all():
+    """Beyond the columns of a tree, and just below."""
+    X = np.hstack([grid(90) for _ in range(3)])
+    R, _ = ranks(RNG.integers(0, 9, 90))
+    for ties in ("average", "random"):
+        cpu = _native.CpuEngine(_native.CpuColumns(X), np.ones(18), R, ties, 3)
+        reference = ReferenceEngine(ReferenceColumns(X), np.ones(18), R, ties, 3)
+        for column in range(14):
+            cpu.select(column)
+            reference.select(column)
+            if column >= 9:
+                for got, expected in zip(cpu.row_sums(17), reference.row_sums(17), strict=True):
+                    np.testing.assert_array_equal(got, expected)
+                np.testing.assert_array_equal(
+                    cpu.score(np.arange(14, 18)), reference.score(np.arange(14, 18))
+                )

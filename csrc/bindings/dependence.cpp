@@ -81,8 +81,10 @@ class BoundEngine {
     engine_.select(column);
   }
 
-  py::tuple score(const Array<std::int64_t>& candidates, const std::string& level, int threads) {
+  py::tuple score(const Array<std::int64_t>& candidates, std::int64_t floor,
+                  const std::string& level, int threads) {
     expect(candidates.ndim() == 1, "wrong number of dimensions");
+    expect(floor >= Engine<T>::kNoFloor, "floor is negative");
     for (py::ssize_t a = 0; a < candidates.shape(0); ++a) expect_column(candidates.at(a));
     const std::int64_t m = candidates.shape(0);
     Array<std::int64_t> whole(m);
@@ -91,10 +93,12 @@ class BoundEngine {
     std::int64_t* whole_out = whole.mutable_data();
     std::int64_t* fraction_out = fraction.mutable_data();
     run(level, threads, [&](const Execution& execution) {
-      return engine_.score(candidate, m, whole_out, fraction_out, execution);
+      return engine_.score(candidate, m, floor, whole_out, fraction_out, execution);
     });
     return py::make_tuple(whole, fraction);
   }
+
+  std::int64_t comparisons() const { return engine_.comparisons(); }
 
   py::tuple row_sums(std::int64_t candidate, const std::string& level, int threads) {
     expect_column(candidate);
@@ -130,10 +134,10 @@ void bind(py::module_& m, const char* engine_name) {
            py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
            py::arg("ties"), py::arg("seed"))
       .def("select", &Bound::select, py::arg("column"), py::call_guard<py::gil_scoped_release>())
-      .def("score", &Bound::score, py::arg("candidates").noconvert(), py::arg("level"),
-           py::arg("threads"))
-      .def("row_sums", &Bound::row_sums, py::arg("candidate"), py::arg("level"),
-           py::arg("threads"));
+      .def("score", &Bound::score, py::arg("candidates").noconvert(), py::arg("floor"),
+           py::arg("level"), py::arg("threads"))
+      .def("row_sums", &Bound::row_sums, py::arg("candidate"), py::arg("level"), py::arg("threads"))
+      .def_property_readonly("comparisons", &Bound::comparisons);
   m.def(
       "lay_out",
       [](const Array<T>& x, const std::string& level, int threads) {

@@ -81,6 +81,7 @@ ScanResult scan(const ScanArgs<T>& a) {
   }
   bool stopped = false;
   bool unique = true;
+  std::int64_t compared = 0;
   [[maybe_unused]] Int tied{};
   for (std::int64_t begin = 0; begin < a.list.chunks && !stopped; begin += kSegment) {
     const std::int64_t end = begin + kSegment < a.list.chunks ? begin + kSegment : a.list.chunks;
@@ -91,7 +92,8 @@ ScanResult scan(const ScanArgs<T>& a) {
       count[q] = Int{};
       sum[q] = Int{};
     }
-    for (std::int64_t c = begin; c < end; ++c) {
+    std::int64_t c = begin;
+    for (; c < end; ++c) {
       Int reach = best[0] >= a.list.bound[c];
       for (int q = 1; q < kVectors; ++q) reach |= best[q] >= a.list.bound[c];
       if (!any(reach)) {
@@ -121,6 +123,7 @@ ScanResult scan(const ScanArgs<T>& a) {
         }
       }
     }
+    compared += c - begin;
     Lane sums[kLanes<T>];
     __builtin_memcpy(sums, sum, sizeof sum);
     if constexpr (!kCount) {
@@ -161,7 +164,7 @@ ScanResult scan(const ScanArgs<T>& a) {
   Int open = best[0] >= a.list.reach;
   for (int q = 1; q < kVectors; ++q) open |= best[q] >= a.list.reach;
   __builtin_memcpy(a.best, best, sizeof best);
-  return {stopped || !any(open), unique};
+  return {stopped || !any(open), unique, compared};
 }
 
 template <class T>

@@ -39,6 +39,7 @@ struct ScanArgs {
 struct ScanResult {
   bool complete;  // no unlisted row can be nearest or tied, for any lane
   bool unique;    // every count is 1; scan() writes no counts, and no sums of use where it is not
+  std::int64_t chunks;  // compared
 };
 
 // Rows of one group sorted by value, nearest neighbours beside each other: adds up
@@ -93,5 +94,14 @@ LevelKernels avx512_kernels();
 
 // What dispatch.cpp picks for a level.
 LevelKernels kernels_for(SimdLevel level);
+
+template <class T>
+Kernels<T> pick_kernels(SimdLevel level) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return kernels_for(level).f32;
+  } else {
+    return kernels_for(level).f64;
+  }
+}
 
 }  // namespace lcodec

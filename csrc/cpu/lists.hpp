@@ -217,21 +217,17 @@ class ListMaker {
   ListMaker(const Kernels<T>& kernels, const Spatial<T>& space, const std::int32_t* ranks)
       : kernels_(kernels), space_(space), ranks_(ranks) {}
 
-  // Lists at least `wanted` rows, or all, for the rows at positions [begin, end) that `listed`
-  // accepts; lists[0] is that of position `begin`.
-  template <class Listed>
-  void build(RowList<T>* lists, std::int64_t begin, std::int64_t end, std::int64_t wanted,
-             const Listed& listed) {
+  // Lists at least `wanted` rows, or all, for the rows at `count` ascending positions.
+  void build(RowList<T>* lists, const Index* position, std::int64_t count, std::int64_t wanted) {
     if (space_.dims() == 1) {
       if (value_.empty())
         for (std::int64_t i = 0; i < space_.rows_in_all(); ++i)
           value_.push_back(space_.points()[space_.point_of(space_.row(i))]);
-      for (std::int64_t i = begin; i < end; ++i)
-        if (listed(i)) along(lists[i - begin], i, wanted);
+      for (std::int64_t a = 0; a < count; ++a) along(lists[a], position[a], wanted);
       return;
     }
-    const Index first = space_.point_of(space_.row(begin));
-    const Index last = space_.point_of(space_.row(end - 1)) + 1;
+    const Index first = space_.point_of(space_.row(position[0]));
+    const Index last = space_.point_of(space_.row(position[count - 1])) + 1;
     if (!(radius_ > 0)) radius_ = space_.guess_radius(kernels_, first, wanted);
     const auto dims = static_cast<std::size_t>(space_.dims());
     const auto g = static_cast<std::size_t>(space_.size());
@@ -247,19 +243,18 @@ class ListMaker {
     distance_.resize(size);
     inside_.resize(size);
     std::int64_t found = 0;
-    std::int64_t rows = 0;
-    for (std::int64_t i = begin; i < end; ++i) {
-      if (!listed(i)) continue;
-      const Index self = space_.point_of(space_.row(i));
-      const auto count = static_cast<std::int64_t>(size);
-      kernels_.distances(coordinate_.data(), count, count, space_.dims(), space_.query(self),
+    for (std::int64_t a = 0; a < count; ++a) {
+      const Index self = space_.point_of(space_.row(position[a]));
+      const auto points = static_cast<std::int64_t>(size);
+      kernels_.distances(coordinate_.data(), points, points, space_.dims(), space_.query(self),
                          space_.factors(), distance_.data());
-      const std::int64_t inside = kernels_.within(distance_.data(), count, radius_, inside_.data());
+      const std::int64_t inside =
+          kernels_.within(distance_.data(), points, radius_, inside_.data());
       near_.point.resize(static_cast<std::size_t>(inside));
       near_.distance.resize(static_cast<std::size_t>(inside));
       std::size_t others = 0;
-      for (std::size_t a = 0; a < static_cast<std::size_t>(inside); ++a) {
-        const auto c = static_cast<std::size_t>(inside_[a]);
+      for (std::size_t b = 0; b < static_cast<std::size_t>(inside); ++b) {
+        const auto c = static_cast<std::size_t>(inside_[b]);
         near_.point[others] = point_[c];
         near_.distance[others] = distance_[c];
         others += point_[c] != self;
@@ -272,16 +267,14 @@ class ListMaker {
         for (const Index point : near_.point) near_rows += space_.rows_of(point);
       }
       found += near_rows;
-      ++rows;
       if (2 * near_rows >= wanted) {  // the rest, should a scan want it, can be added
-        lists[i - begin].fill(space_, ranks_, i, near_, radius_, wanted + wanted / 4);
+        lists[a].fill(space_, ranks_, position[a], near_, radius_, wanted + wanted / 4);
       } else {  // in a thinner place than its neighbours
-        lists[i - begin].search(kernels_, space_, ranks_, i, wanted, 2 * radius_, near_);
+        lists[a].search(kernels_, space_, ranks_, position[a], wanted, 2 * radius_, near_);
       }
     }
-    if (rows == 0) return;
     // The next rows lie close by: aim at half as many again as wanted.
-    const double times = 1.5 * static_cast<double>(wanted * rows) / static_cast<double>(found + 1);
+    const double times = 1.5 * static_cast<double>(wanted * count) / static_cast<double>(found + 1);
     radius_ = radius_ * space_.grow(std::clamp(times, 0.125, 8.0));
     if (!(radius_ < RowList<T>::kAll)) radius_ = 0;
   }

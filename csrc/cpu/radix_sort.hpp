@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace lcodec {
@@ -33,31 +34,26 @@ typename SortWord<T>::Key sort_key(T value) {
   return (bits & sign) ? ~bits : bits | sign;
 }
 
-// Least-significant-digit radix sort of words by key; stable. The result is left in `words`.
+// Least-significant-digit radix sort of words by key; stable. The result is left in `words`. Digits
+// in which all keys agree cost nothing: discrete columns have few others.
 template <class T>
 void radix_sort(std::vector<SortWord<T>>& words, std::vector<SortWord<T>>& spare) {
   using Key = typename SortWord<T>::Key;
   constexpr int kBits = 8;
-  constexpr std::size_t kPasses = sizeof(Key) * 8 / kBits;
   constexpr std::size_t kBuckets = std::size_t{1} << kBits;
-  std::array<std::array<std::uint32_t, kBuckets>, kPasses> counts{};
-  for (const auto& word : words)
-    for (std::size_t pass = 0; pass < kPasses; ++pass)
-      ++counts[pass][(word.key >> (pass * kBits)) & (kBuckets - 1)];
+  Key differing = 0;
+  for (const auto& word : words) differing |= word.key ^ words.front().key;
   spare.resize(words.size());
-  for (std::size_t pass = 0; pass < kPasses; ++pass) {
-    auto& count = counts[pass];
+  for (int shift = 0; shift < static_cast<int>(sizeof(Key)) * 8; shift += kBits) {
+    if (((differing >> shift) & (kBuckets - 1)) == 0) continue;
     const auto digit = [&](const SortWord<T>& word) {
-      return (word.key >> (pass * kBits)) & (kBuckets - 1);
+      return static_cast<std::size_t>((word.key >> shift) & (kBuckets - 1));
     };
-    if (count[digit(words.front())] == words.size()) continue;  // one digit for all
+    std::array<std::uint32_t, kBuckets> place{};
+    for (const auto& word : words) ++place[digit(word)];
     std::uint32_t start = 0;
-    for (auto& c : count) {
-      const std::uint32_t size = c;
-      c = start;
-      start += size;
-    }
-    for (const auto& word : words) spare[count[digit(word)]++] = word;
+    for (auto& p : place) start += std::exchange(p, start);
+    for (const auto& word : words) spare[place[digit(word)]++] = word;
     words.swap(spare);
   }
 }

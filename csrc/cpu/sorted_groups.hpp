@@ -12,42 +12,10 @@
 #include <vector>
 
 #include "common/fixed_point.hpp"
-#include "common/random.hpp"
+#include "nearest.hpp"
 #include "spatial.hpp"
 
 namespace lcodec {
-
-// Places [begin, end) of an array of rows, in which they are in increasing order.
-struct Range {
-  std::int64_t begin, end;
-};
-
-// The k-th row of all ranges, in increasing order and without `own`: bisection over row numbers.
-inline std::int32_t kth_row(const std::vector<Range>& ranges, const std::int32_t* rows,
-                            std::int64_t k, std::int32_t own) {
-  std::int32_t low = std::numeric_limits<std::int32_t>::max();
-  std::int32_t high = 0;
-  for (const Range& range : ranges) {
-    low = std::min(low, rows[range.begin]);
-    high = std::max(high, rows[range.end - 1]);
-  }
-  while (low < high) {
-    const std::int32_t middle = low + (high - low) / 2;
-    std::int64_t below = 0;
-    for (const Range& range : ranges) {
-      const std::int32_t* first = rows + range.begin;
-      const std::int32_t* bound = std::upper_bound(first, rows + range.end, middle);
-      below += bound - first;
-      if (own <= middle && std::binary_search(first, bound, own)) --below;
-    }
-    if (below > k) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
 
 template <class T>
 class SortedGroups {
@@ -55,8 +23,8 @@ class SortedGroups {
   using Index = std::int32_t;
 
   SortedGroups(const Kernels<T>& kernels, const Spatial<T>& space, const std::int32_t* rank,
-               Ties ties, std::uint64_t seed)
-      : kernels_(kernels), space_(space), rank_(rank), ties_(ties), seed_(seed) {}
+               TieRule rule)
+      : kernels_(kernels), space_(space), rank_(rank), rule_(rule) {}
 
   // Sorts all rows by (point, value of the candidate, row), given them by (value, row).
   void sort(const Index* rows, const T* values, std::int64_t n, T factor) {
@@ -83,10 +51,10 @@ class SortedGroups {
     runs_ready_ = false;
   }
 
-  // Adds up the rows of a group: most of them many at once, add(total), the others by row(row, sum,
-  // count). `gap`: squared distance to the nearest other group.
-  template <class Add, class Row>
-  void score(Index point, T gap, const Add& add, const Row& row) {
+  // Adds up the rows of a group: add(total), most of them many at once. `gap`: squared distance to
+  // the nearest other group.
+  template <class Add>
+  void score(Index point, T gap, const Add& add) {
     const std::int64_t begin = space_.begin(point);
     const std::int64_t end = space_.end(point);
     // The first and the last two rows of a group have another group's beside them.
@@ -99,24 +67,16 @@ class SortedGroups {
     for (std::int64_t t = begin; t < end;) {
       if (!flag_[at(t)]) {
         ++t;
-      } else if (!runs_ready_ && ties_ == Ties::average && t + 2 < end &&
-                 value()[t] == value()[t + 2]) {
+      } else if (!runs_ready_ && rule_.averages() && t + 2 < end && value()[t] == value()[t + 2]) {
         make_runs();
-      } else if (runs_ready_ && ties_ == Ties::average && t == run_begin_[at(t)] &&
+      } else if (runs_ready_ && rule_.averages() && t == run_begin_[at(t)] &&
                  run_end_[at(t)] - t > 2 && alone(point, t, gap)) {
         add(run_total(t, run_end_[at(t)]));
         t = run_end_[at(t)];
       } else {
-        closer(point, t++, gap, row);
+        add(closer(point, t++, gap));
       }
     }
-  }
-
-  // The same with every row reported by row().
-  template <class Row>
-  void rows(Index point, T gap, const Row& row) {
-    for (std::int64_t t = space_.begin(point); t < space_.end(point); ++t)
-      closer(point, t, gap, row);
   }
 
  private:
@@ -162,12 +122,12 @@ class SortedGroups {
 
   // Sum over the rows of a run of the mean of min(R_i, R_j) over the others; ranks ascend.
   FixedPoint run_total(std::int64_t begin, std::int64_t end) const {
-    const std::int64_t others = end - begin - 1;
+    const FixedPointQuotient mean_of(end - begin - 1);
     FixedPoint total{0, 0};
     std::int64_t below = 0;
     for (std::int64_t t = begin; t < end; ++t) {
       const std::int64_t own = rank()[t];
-      const FixedPoint mean = fixed_point(below + (end - 1 - t) * own, others);
+      const FixedPoint mean = mean_of(below + (end - 1 - t) * own);
       total.whole += mean.whole;
       total.fraction += mean.fraction;
       below += own;
@@ -194,8 +154,8 @@ class SortedGroups {
     }
   }
 
-  template <class Row>
-  void closer(Index point, std::int64_t t, T gap, const Row& report) {
+  // One row, looked at closely.
+  FixedPoint closer(Index point, std::int64_t t, T gap) {
     if (!runs_ready_) make_runs();
     const T x = value()[t];
     best_ = std::numeric_limits<T>::infinity();
@@ -222,12 +182,8 @@ class SortedGroups {
     const bool self = run_end_[at(t)] - run_begin_[at(t)] > 1 && holds(t);
     count -= self;
     const Index own = row_[at(t)];
-    if (ties_ != Ties::average) {
-      const std::int64_t k = ties_ == Ties::first ? 0 : pick(tie_hash(seed_, own), count);
-      const std::int32_t chosen = rank_[kth_row(tied_, row_.data(), k, own)];
-      report(own, std::min(rank_[own], chosen), std::int64_t{1});
-      return;
-    }
+    if (const std::int64_t k = rule_.taken(own, count); k != TieRule::kAll)
+      return {std::min(rank_[own], rank_[kth_row(tied_, row_.data(), k, own)]), 0};
     std::int64_t sum = 0;
     for (const Range& range : tied_) {  // ranks ascend inside a run
       if (range.begin <= t && t < range.end) {
@@ -241,7 +197,7 @@ class SortedGroups {
       sum += prefix_[at(middle - ranks)] - prefix_[at(range.begin)] + above * rank_[own];
     }
     if (self) sum -= rank_[own];
-    report(own, sum, count);
+    return fixed_point(sum, count);
   }
 
   bool holds(std::int64_t t) const {
@@ -253,8 +209,7 @@ class SortedGroups {
   const Kernels<T>& kernels_;
   const Spatial<T>& space_;
   const std::int32_t* rank_;
-  Ties ties_;
-  std::uint64_t seed_;
+  TieRule rule_;
   T factor_{0};
   std::vector<Index> row_, run_begin_, run_end_, cursor_;
   std::vector<T> value_store_;            // kBefore, [n] in sorted order, kBeyond

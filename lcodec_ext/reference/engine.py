@@ -80,8 +80,13 @@ class ReferenceEngine:
             counts[i] = len(used)
         return sums, counts
 
-    def score(self, columns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For every candidate, the sum over rows in fixed point (``_exact.fixed_point``)."""
+    def score(
+        self, columns: NDArray[np.int64], floor: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For every candidate, the sum over rows in fixed point (``_exact.fixed_point``).
+
+        All of them are computed whatever the floor.
+        """
         scores = [_exact.fixed_point(*self.row_sums(int(column))) for column in columns]
         whole, fraction = np.array(scores, dtype=np.int64).reshape(-1, 2).T
         return whole, fraction

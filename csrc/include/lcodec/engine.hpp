@@ -68,17 +68,25 @@ class Engine {
   // For each of m candidates the sum over rows of S_i / c_i in fixed point; whole[m] and
   // fraction[m] are overwritten.
   //
+  // With floor >= 0 only the largest sum and those above floor are asked for: whole is -1 for a
+  // candidate whose sum is known to be at most floor, or less than another's.
+  //
   // With k columns selected a row is compared with its neighbours in these, nearest first, until
   // none can be nearest with the candidate: about n^(1/(k+1)) of them on continuous data. Rows
   // that share their values in the conditioning set with many others are instead sorted by the
   // candidate, O(log n) each. Memory: a packed copy of the candidates, each
   // column sorted, and O(n) for each thread.
-  Status score(const std::int64_t* candidate, std::int64_t m, std::int64_t* whole,
-               std::int64_t* fraction, const Execution& execution);
+  Status score(const std::int64_t* candidate, std::int64_t m, std::int64_t floor,
+               std::int64_t* whole, std::int64_t* fraction, const Execution& execution);
+  static constexpr std::int64_t kNoFloor = -1;
 
-  // S_i and c_i of every row for one candidate.
+  // S_i and c_i of every row for one candidate: a k-d tree, about O(log n) a row, up to 12 columns
+  // in all; O(n) a row and column beyond.
   Status row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
                   const Execution& execution);
+
+  // Distances with a candidate that scans have computed so far; for benchmarks.
+  std::int64_t comparisons() const;
 
  private:
   struct State;

@@ -1,0 +1,59 @@
+// Laying out a table by column, and what is known of a column.
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "kernels.hpp"
+#include "lcodec/engine.hpp"
+#include "parallel.hpp"
+
+namespace lcodec {
+
+template <class T>
+Status lay_out(const T* x, std::int64_t n, std::int64_t p, T* columns, T* low, T* high,
+               const Execution& execution) {
+  const Kernels<T> kernels = pick_kernels<T>(execution.level);
+  constexpr std::int64_t wide = 64;  // columns in a piece: whole cache lines of every row
+  constexpr std::int64_t tall = 64;  // rows of a block that fits the first-level cache
+  return parallel_for((p + wide - 1) / wide, execution, [&] {
+    return [&](std::int64_t piece) {
+      const std::int64_t first = piece * wide;
+      const std::int64_t last = std::min(p, first + wide);
+      for (std::int64_t top = 0; top < n; top += tall)
+        for (std::int64_t f = first; f < last; ++f)
+          for (std::int64_t i = top; i < std::min(n, top + tall); ++i)
+            columns[f * n + i] = x[i * p + f];
+      for (std::int64_t f = first; f < last; ++f)
+        kernels.range(columns + f * n, n, low + f, high + f);
+    };
+  });
+}
+
+template <class T>
+Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, double* deviation,
+                           const Execution& execution) {
+  const Kernels<T> kernels = pick_kernels<T>(execution.level);
+  const auto sum = [&](const T* x, const double* center) {
+    std::array<double, kSumLanes> lane{};
+    kernels.lane_sums(x, n, center, lane.data());
+    for (std::size_t width = kSumLanes / 2; width > 0; width /= 2)
+      for (std::size_t l = 0; l < width; ++l) lane[l] += lane[l + width];
+    return lane[0];
+  };
+  return parallel_for(p, execution, [&] {
+    return [&](std::int64_t f) {
+      const T* x = columns + f * n;
+      const double mean = sum(x, nullptr) / static_cast<double>(n);
+      deviation[f] = std::sqrt(sum(x, &mean) / static_cast<double>(n - 1));
+    };
+  });
+}
+
+#define LCODEC_INSTANTIATE(T)                                                                     \
+  template Status lay_out<T>(const T*, std::int64_t, std::int64_t, T*, T*, T*, const Execution&); \
+  template Status standard_deviations<T>(const T*, std::int64_t, std::int64_t, double*,           \
+                                         const Execution&);
+LCODEC_INSTANTIATE(float)
+LCODEC_INSTANTIATE(double)
+
+}  // namespace lcodec

@@ -1,0 +1,173 @@
+// The rows of a table given a conditioning set, as scoring sees them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "lcodec/engine.hpp"
+#include "nearest.hpp"
+#include "parallel.hpp"
+#include "radix_sort.hpp"
+#include "spatial.hpp"
+
+namespace lcodec {
+
+// Rows grouped by their values in some columns, and the tree over the groups.
+template <class T>
+struct Subspace {
+  Groups<T> groups;
+  Spatial<T> space;
+
+  // All rows in one group.
+  explicit Subspace(std::int64_t n) : groups(n) { space.build({}, {}, groups.of_row, 1); }
+
+  // That of one column more: `columns` [k + 1] are all of them, the new one last.
+  Subspace refined(const std::vector<const T*>& columns, const std::vector<T>& factors) const {
+    Subspace finer(groups);
+    finer.groups.refine(columns.back());
+    finer.space.build(columns, factors, finer.groups.of_row, finer.groups.count);
+    return finer;
+  }
+
+ private:
+  explicit Subspace(const Groups<T>& g) : groups(g) {}
+};
+
+template <class T>
+struct Conditioned {
+  using Index = std::int32_t;
+
+  // A column in increasing order of (value, row).
+  struct Sorted {
+    std::unique_ptr<Index[]> rows;
+    std::unique_ptr<T[]> values;
+  };
+
+  Columns<T> columns;
+  TieRule rule;
+  // Rows are numbered anew: by rank where ties are averaged (rank sums of a run come from prefix
+  // sums then), as they were where a tied row is picked by its number.
+  std::vector<Index> order;              // [n] given row of a row
+  std::vector<std::int32_t> rank;        // [n]
+  std::vector<std::vector<T>> selected;  // values of the conditioning columns
+  std::vector<T> selected_factor;
+  Subspace<T> subspace;
+  std::vector<Sorted> sorted;  // [p] made by sort_columns
+
+  Conditioned(const Columns<T>& c, const std::int32_t* given_rank, TieRule tie_rule)
+      : columns(c), rule(tie_rule), order(at(c.n)), rank(at(c.n)), subspace(c.n), sorted(at(c.p)) {
+    std::iota(order.begin(), order.end(), 0);
+    if (rule.averages())
+      std::stable_sort(order.begin(), order.end(),
+                       [&](Index a, Index b) { return given_rank[a] < given_rank[b]; });
+    for (std::size_t row = 0; row < order.size(); ++row) rank[row] = given_rank[order[row]];
+  }
+
+  template <class I>
+  static std::size_t at(I index) {
+    return static_cast<std::size_t>(index);
+  }
+  const Spatial<T>& space() const { return subspace.space; }
+  std::size_t k() const { return selected.size(); }
+
+  T value(std::int64_t column, std::int64_t row) const {
+    return columns.x[column * columns.n + order[at(row)]];
+  }
+  std::vector<T> values(std::int64_t column) const {
+    std::vector<T> x(at(columns.n));
+    for (std::int64_t row = 0; row < columns.n; ++row) x[at(row)] = value(column, row);
+    return x;
+  }
+
+  // The subspace with one column more, its values by row in x.
+  Subspace<T> with(std::int64_t column, const std::vector<T>& x) const {
+    std::vector<const T*> all;
+    for (const auto& values_of : selected) all.push_back(values_of.data());
+    all.push_back(x.data());
+    std::vector<T> factors = selected_factor;
+    factors.push_back(columns.factor[column]);
+    return subspace.refined(all, factors);
+  }
+
+  void select(std::int64_t column, std::vector<T> x, Subspace<T> refined) {
+    subspace = std::move(refined);
+    selected.push_back(std::move(x));
+    selected_factor.push_back(columns.factor[column]);
+  }
+
+  // Sorts those of the candidates that have not been sorted yet.
+  Status sort_columns(const std::int64_t* candidate, std::int64_t m, const Execution& execution) {
+    std::vector<std::int64_t> missing;
+    for (std::int64_t c = 0; c < m; ++c)
+      if (!sorted[at(candidate[c])].rows) missing.push_back(candidate[c]);
+    std::sort(missing.begin(), missing.end());
+    missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
+    return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
+      return [&, words = std::vector<SortWord<T>>(at(columns.n)),
+              spare = std::vector<SortWord<T>>()](std::int64_t piece) mutable {
+        const std::int64_t column = missing[at(piece)];
+        for (std::int64_t row = 0; row < columns.n; ++row)
+          words[at(row)] = {sort_key(value(column, row)), static_cast<Index>(row)};
+        radix_sort<T>(words, spare);
+        auto rows = std::make_unique_for_overwrite<Index[]>(words.size());
+        auto in_order = std::make_unique_for_overwrite<T[]>(words.size());
+        for (std::size_t a = 0; a < words.size(); ++a) {
+          rows[a] = words[a].row;
+          in_order[a] = value(column, words[a].row);
+        }
+        sorted[at(column)] = {std::move(rows), std::move(in_order)};
+      };
+    });
+  }
+
+  // All rows nearest to one in the conditioning set and a sorted column, one of which is within
+  // `best`: along the column's order, until the column alone is farther. False beyond kAlong rows.
+  bool nearest_along(std::int64_t column, Index own, T best, std::vector<Index>& nearest) const {
+    const Index* rows = sorted[at(column)].rows.get();
+    const T* values = sorted[at(column)].values.get();
+    const T x = value(column, own);
+    const T c = columns.factor[column];
+    const std::int64_t here = std::lower_bound(values, values + columns.n, x) - values;
+    nearest.clear();
+    std::int64_t left = kAlong;
+    for (const std::int64_t step : {-1, 1}) {
+      for (std::int64_t t = step < 0 ? here - 1 : here; 0 <= t && t < columns.n; t += step) {
+        const T scaled = (x - values[t]) * c;
+        if (scaled * scaled > best) break;
+        if (--left < 0) return false;
+        const Index row = rows[t];
+        T distance = 0;
+        for (std::size_t d = 0; d < selected.size(); ++d) {
+          const T part = (selected[d][at(own)] - selected[d][at(row)]) * selected_factor[d];
+          distance = distance + part * part;
+        }
+        distance = distance + scaled * scaled;
+        if (row == own || distance > best) continue;
+        if (distance < best) {
+          best = distance;
+          nearest.clear();
+        }
+        nearest.push_back(row);
+      }
+    }
+    return true;
+  }
+
+  // Of tied rows, the rank sum of the one that the tie rule takes.
+  std::int64_t take(std::vector<Index>& tied, Index own) const {
+    const auto k =
+        static_cast<std::ptrdiff_t>(rule.taken(own, static_cast<std::int64_t>(tied.size())));
+    std::nth_element(tied.begin(), tied.begin() + k, tied.end());
+    return std::min(rank[at(tied[at(k)])], rank[at(own)]);
+  }
+
+ private:
+  // Rows looked at along a candidate's order before a longer list is tried instead.
+  static constexpr std::int64_t kAlong = 256;
+};
+
+}  // namespace lcodec

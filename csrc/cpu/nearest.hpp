@@ -1,0 +1,174 @@
+// The rows nearest to every row, with all ties: the k-d tree in few columns, all rows in many.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "common/random.hpp"
+#include "parallel.hpp"
+#include "radix_sort.hpp"
+#include "spatial.hpp"
+
+namespace lcodec {
+
+// More columns than this are searched by comparing all rows: boxes prune little there.
+constexpr std::int64_t kTreeColumns = 12;
+
+// Rows with equal values in all columns so far have equal group numbers.
+template <class T>
+struct Groups {
+  std::vector<std::int32_t> of_row;
+  std::int32_t count = 1;
+
+  explicit Groups(std::int64_t n) : of_row(static_cast<std::size_t>(n), 0) {}
+
+  // Splits groups by a further column [n]. O(n).
+  void refine(const T* column) {
+    const std::size_t n = of_row.size();
+    std::vector<SortWord<T>> words(n);
+    std::vector<SortWord<T>> spare;
+    for (std::size_t row = 0; row < n; ++row)
+      words[row] = {sort_key(column[row]), static_cast<std::int32_t>(row)};
+    radix_sort<T>(words, spare);
+    const auto group = [&](const SortWord<T>& word) {
+      return of_row[static_cast<std::size_t>(word.row)];
+    };
+    std::vector<std::size_t> start(static_cast<std::size_t>(count) + 1, 0);
+    for (const std::int32_t g : of_row) ++start[static_cast<std::size_t>(g) + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    spare.resize(n);
+    for (const auto& word : words) spare[start[static_cast<std::size_t>(group(word))]++] = word;
+    std::vector<std::int32_t> finer(n);
+    std::int32_t number = -1;
+    for (std::size_t t = 0; t < n; ++t) {
+      number +=
+          t == 0 || spare[t].key != spare[t - 1].key || group(spare[t]) != group(spare[t - 1]);
+      finer[static_cast<std::size_t>(spare[t].row)] = number;
+    }
+    of_row = std::move(finer);
+    count = number + 1;
+  }
+};
+
+// Places [begin, end) of an array of rows, in which they are in increasing order.
+struct Range {
+  std::int64_t begin, end;
+};
+
+// The k-th row of all ranges, in increasing order and without `own`: bisection over row numbers.
+inline std::int32_t kth_row(const std::vector<Range>& ranges, const std::int32_t* rows,
+                            std::int64_t k, std::int32_t own) {
+  std::int32_t low = std::numeric_limits<std::int32_t>::max();
+  std::int32_t high = 0;
+  for (const Range& range : ranges) {
+    low = std::min(low, rows[range.begin]);
+    high = std::max(high, rows[range.end - 1]);
+  }
+  while (low < high) {
+    const std::int32_t middle = low + (high - low) / 2;
+    std::int64_t below = 0;
+    for (const Range& range : ranges) {
+      const std::int32_t* first = rows + range.begin;
+      const std::int32_t* bound = std::upper_bound(first, rows + range.end, middle);
+      below += bound - first;
+      if (own <= middle && std::binary_search(first, bound, own)) --below;
+    }
+    if (below > k) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// Which of a row's tied neighbours are used.
+struct TieRule {
+  static constexpr std::int64_t kAll = -1;
+
+  Ties ties;
+  std::uint64_t seed;
+
+  bool averages() const { return ties == Ties::average; }
+  // The one to take of `count`, in increasing order, or kAll.
+  std::int64_t taken(std::int64_t row, std::int64_t count) const {
+    if (averages()) return kAll;
+    return ties == Ties::first ? 0 : pick(tie_hash(seed, row), count);
+  }
+};
+
+// The rows nearest to one: those in `ranges` of `rows`, but the row itself, which may be in them.
+struct Nearest {
+  const std::int32_t* rows;
+  const std::vector<Range>& ranges;
+  std::int64_t count;  // without the row itself
+};
+
+// Calls report(row, nearest) for every row, with a report = make_report() of each thread.
+// O(log n) a row or somewhat more, with outliers, too; O(n) at worst.
+template <class T, class MakeReport>
+Status nearest_by_tree(const Spatial<T>& space, const Kernels<T>& kernels,
+                       const Execution& execution, const MakeReport& make_report) {
+  constexpr std::int64_t block = 256;
+  const std::int64_t n = space.rows_in_all();
+  return parallel_for((n + block - 1) / block, execution, [&] {
+    return [&, report = make_report(), tied = std::vector<Range>()](std::int64_t piece) mutable {
+      for (std::int64_t a = piece * block; a < std::min(n, (piece + 1) * block); ++a) {
+        const std::int32_t own = space.row(a);
+        const std::int32_t self = space.point_of(own);
+        const std::int64_t twins = space.end(self) - space.begin(self) - 1;
+        T best = twins > 0 ? T{0} : std::numeric_limits<T>::infinity();
+        std::int64_t count = twins;
+        tied.clear();
+        if (twins > 0) tied.push_back({space.begin(self), space.end(self)});
+        space.within(
+            kernels, self, [&] { return best; },
+            [&](std::int32_t point, T distance) {
+              if (distance < best) {
+                best = distance;
+                tied.clear();
+                count = 0;
+              }
+              tied.push_back({space.begin(point), space.end(point)});
+              count += space.end(point) - space.begin(point);
+            });
+        report(own, Nearest{space.rows(), tied, count});
+      }
+    };
+  });
+}
+
+// The same in any number of columns: x[f] [n], by all n^2 distances. O(n^2) a column.
+template <class T, class MakeReport>
+Status nearest_of_all(const std::vector<const T*>& x, const std::vector<T>& factor, std::int64_t n,
+                      const Kernels<T>& kernels, const Execution& execution,
+                      const MakeReport& make_report) {
+  return parallel_for((n + kRows - 1) / kRows, execution, [&] {
+    return
+        [&, report = make_report(), distance = std::vector<T>(static_cast<std::size_t>(kRows * n)),
+         tied = std::vector<std::int32_t>(),
+         ranges = std::vector<Range>(1)](std::int64_t piece) mutable {
+          std::int64_t rows[kRows];
+          for (int r = 0; r < kRows; ++r) rows[r] = std::min(piece * kRows + r, n - 1);
+          std::fill(distance.begin(), distance.end(), T{0});
+          for (std::size_t f = 0; f < x.size(); ++f)
+            kernels.accumulate(x[f], n, rows, factor[f], distance.data());
+          for (int r = 0; r < kRows && piece * kRows + r < n; ++r) {
+            const std::int64_t i = rows[r];
+            const T* d = distance.data() + r * n;
+            const T nearest = kernels.minimum(d, n, i);
+            tied.clear();
+            for (std::int64_t j = 0; j < n; ++j)
+              if (d[j] == nearest && j != i) tied.push_back(static_cast<std::int32_t>(j));
+            ranges[0] = {0, static_cast<std::int64_t>(tied.size())};
+            report(static_cast<std::int32_t>(i), Nearest{tied.data(), ranges, ranges[0].end});
+          }
+        };
+  });
+}
+
+}  // namespace lcodec
