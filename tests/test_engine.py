@@ -64,6 +64,22 @@ def duplicates(n):
     return RNG.normal(size=(n // 10 + 1, 6))[RNG.integers(0, n // 10 + 1, n)]
 
 
+def rare_levels(n):
+    """Few values, some of them of one row alone or two; 0 with both signs."""
+    X = RNG.integers(0, 3, (n, 6)) * RNG.choice([-1.0, 1.0], (n, 6))
+    for column in range(6):
+        X[RNG.integers(0, n, 4), column] = [7.0, 8.0, 8.0, 12.5]
+    return X
+
+
+def many_levels(n):
+    """Some 200 values beside columns of two."""
+    X = RNG.integers(0, 200, (n, 6)).astype(float) ** 2
+    X[:, :2] = RNG.integers(0, 2, (n, 2))
+    X[:16, 2:] = 4.0  # looks discrete from its first rows
+    return X
+
+
 def denormals(n):
     """Differences whose squares vanish: distinct rows at distance 0."""
     X = RNG.integers(0, 9, (n, 6)).astype(float)
@@ -81,7 +97,7 @@ def lattice_with_noise(n):
 
 SHAPES = [
     continuous, grid, binary, mixed, zero_inflated, heavy_tails, two_clusters, offset, all_equal,
-    duplicates, denormals, lattice_with_noise,
+    duplicates, denormals, lattice_with_noise, rare_levels, many_levels,
 ]  # fmt: skip
 
 

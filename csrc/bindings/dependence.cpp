@@ -5,9 +5,11 @@
 
 #include <chrono>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "bindings/bindings.hpp"
+#include "cpu/kernels.hpp"
 #include "lcodec/dispatch.hpp"
 #include "lcodec/engine.hpp"
 
@@ -199,6 +201,14 @@ void bind(py::module_& m, const char* engine_name) {
 }  // namespace
 
 void register_dependence(py::module_& m) {
+  m.def(
+      "saturate",
+      [](const std::string& level, std::int64_t rounds) {
+        const Kernels<float> kernels = kernels_for(resolve_simd_level(level)).f32;
+        const py::gil_scoped_release release;
+        return std::make_tuple(kernels.saturate(rounds), kernels.width, kernels.scan_instructions);
+      },
+      py::arg("level"), py::arg("rounds"));
   bind<float>(m, "EngineFloat");
   bind<double>(m, "EngineDouble");
 }

@@ -13,7 +13,8 @@ template <class T>
 Status lay_out(const T* x, std::int64_t n, std::int64_t p, T* columns, T* low, T* high,
                const Execution& execution) {
   const Kernels<T> kernels = pick_kernels<T>(execution.level);
-  constexpr std::int64_t wide = 64;  // columns in a piece: whole cache lines of every row
+  // Columns in a piece: whole cache lines of every row, and something to do for every thread.
+  const std::int64_t wide = std::clamp<std::int64_t>(p / execution.threads + 1, 16, 64);
   constexpr std::int64_t tall = 64;  // rows of a block that fits the first-level cache
   return parallel_for((p + wide - 1) / wide, execution, [&] {
     return [&](std::int64_t piece) {

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "coded_groups.hpp"
 #include "lcodec/engine.hpp"
 #include "nearest.hpp"
 #include "parallel.hpp"
@@ -45,6 +46,7 @@ struct Conditioned {
   struct Sorted {
     std::unique_ptr<Index[]> rows;
     std::unique_ptr<T[]> values;
+    Coded<T> coded;
   };
 
   Columns<T> columns;
@@ -56,10 +58,17 @@ struct Conditioned {
   std::vector<std::vector<T>> selected;  // values of the conditioning columns
   std::vector<T> selected_factor;
   Subspace<T> subspace;
-  std::vector<Sorted> sorted;  // [p] made by sort_columns
+  std::vector<Sorted> sorted;           // [p] made by code_columns and sort_columns
+  std::vector<std::uint8_t> looked_at;  // [p] by code_columns
 
   Conditioned(const Columns<T>& c, const std::int32_t* given_rank, TieRule tie_rule)
-      : columns(c), rule(tie_rule), order(at(c.n)), rank(at(c.n)), subspace(c.n), sorted(at(c.p)) {
+      : columns(c),
+        rule(tie_rule),
+        order(at(c.n)),
+        rank(at(c.n)),
+        subspace(c.n),
+        sorted(at(c.p)),
+        looked_at(at(c.p), 0) {
     std::iota(order.begin(), order.end(), 0);
     if (rule.averages())
       std::stable_sort(order.begin(), order.end(),
@@ -99,27 +108,54 @@ struct Conditioned {
     selected_factor.push_back(columns.factor[column]);
   }
 
+  // Those of some columns that are wanted, each once.
+  template <class Wanted>
+  static std::vector<std::int64_t> distinct(std::vector<std::int64_t> some, const Wanted& wanted) {
+    std::erase_if(some, [&](std::int64_t column) { return !wanted(column); });
+    std::sort(some.begin(), some.end());
+    some.erase(std::unique(some.begin(), some.end()), some.end());
+    return some;
+  }
+
+  // Finds the columns of few distinct values among the candidates, where ranks are averaged.
+  Status code_columns(const std::int64_t* candidate, std::int64_t m, const Execution& execution) {
+    if (!rule.averages()) return Status::ok;
+    const auto missing = distinct({candidate, candidate + m},
+                                  [&](std::int64_t column) { return looked_at[at(column)] == 0; });
+    return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
+      return [&](std::int64_t piece) {
+        const std::int64_t column = missing[at(piece)];
+        looked_at[at(column)] = 1;
+        sorted[at(column)].coded = Coded<T>::of(at(columns.n), [&](std::size_t row) {
+          return value(column, static_cast<std::int64_t>(row));
+        });
+      };
+    });
+  }
+
   // Sorts those of the candidates that have not been sorted yet.
-  Status sort_columns(const std::int64_t* candidate, std::int64_t m, const Execution& execution) {
-    std::vector<std::int64_t> missing;
-    for (std::int64_t c = 0; c < m; ++c)
-      if (!sorted[at(candidate[c])].rows) missing.push_back(candidate[c]);
-    std::sort(missing.begin(), missing.end());
-    missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
+  Status sort_columns(const std::vector<std::int64_t>& candidates, const Execution& execution) {
+    const auto missing =
+        distinct(candidates, [&](std::int64_t column) { return !sorted[at(column)].rows; });
     return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
       return [&, words = std::vector<SortWord<T>>(at(columns.n)),
               spare = std::vector<SortWord<T>>()](std::int64_t piece) mutable {
         const std::int64_t column = missing[at(piece)];
-        for (std::int64_t row = 0; row < columns.n; ++row)
-          words[at(row)] = {sort_key(value(column, row)), static_cast<Index>(row)};
-        radix_sort<T>(words, spare);
+        Sorted& result = sorted[at(column)];
         auto rows = std::make_unique_for_overwrite<Index[]>(words.size());
-        auto in_order = std::make_unique_for_overwrite<T[]>(words.size());
-        for (std::size_t a = 0; a < words.size(); ++a) {
-          rows[a] = words[a].row;
-          in_order[a] = value(column, words[a].row);
+        result.values = std::make_unique_for_overwrite<T[]>(words.size());
+        if (result.coded.code.empty()) {
+          for (std::int64_t row = 0; row < columns.n; ++row)
+            words[at(row)] = {sort_key(value(column, row)), static_cast<Index>(row)};
+          radix_sort<T>(words, spare);
+          for (std::size_t a = 0; a < words.size(); ++a) {
+            rows[a] = words[a].row;
+            result.values[a] = sort_value<T>(words[a].key);
+          }
+        } else {
+          result.coded.sort(rows.get(), result.values.get());
         }
-        sorted[at(column)] = {std::move(rows), std::move(in_order)};
+        result.rows = std::move(rows);
       };
     });
   }

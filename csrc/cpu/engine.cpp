@@ -54,6 +54,7 @@ struct Engine<T>::State {
   Scanner<T> scanner;
   bool prepared = false;
   bool sorting = false;          // big groups are scored by sorting
+  int apart = -1;                // whether no two groups are at distance 0; -1: not known
   std::vector<Index> positions;  // of the other rows, by place in the tree
   // The subspace with the column that was looked at last: when that is selected, it is there.
   std::int64_t ahead_column = -1;
@@ -97,19 +98,78 @@ struct Engine<T>::State {
     for (Index position = 0; position < given.columns.n; ++position)
       if (!by_sorting(space().point_of(space().row(position)))) positions.push_back(position);
     scanner.reset();
+    apart = -1;
     prepared = true;
   }
 
-  // Rows of big groups, added to totals [m].
-  Status sort_rows(const std::int64_t* candidate, std::int64_t m, Total* totals,
-                   const Execution& execution) {
+  // Scores the columns of few distinct values that suit it; the numbers of the others are left.
+  Status score_coded(const std::int64_t* candidate, std::vector<std::int64_t>& numbers,
+                     Total* totals, const Execution& execution) {
+    const Kernels<T> kernels = pick_kernels<T>(execution.level);
+    std::vector<std::int64_t> suited;
+    for (const std::int64_t c : numbers) {
+      const Coded<T>& coded = given.sorted[at(candidate[c])].coded;
+      if (!coded.code.empty() && CodedGroups<T>::suits(space(), coded.level.size()))
+        suited.push_back(c);
+    }
+    if (suited.empty()) return Status::ok;
+    if (apart < 0) {
+      const DefaultFloats floats;
+      apart = 1;
+      for (Index point = 0; point < space().size() && apart; ++point)
+        apart = space().nearest(kernels, point) > 0;
+    }
+    if (!apart) return Status::ok;
+    std::vector<std::uint8_t> done(at(static_cast<std::int64_t>(numbers.back() + 1)), 0);
+    const Status status = parallel_for(static_cast<std::int64_t>(suited.size()), execution, [&] {
+      return
+          [&, groups = CodedGroups<T>(kernels, space(), given.rank)](std::int64_t piece) mutable {
+            const std::int64_t c = suited[at(piece)];
+            FixedPoint total{0, 0};
+            if (!groups.score(given.sorted[at(candidate[c])].coded,
+                              given.columns.factor[candidate[c]], total))
+              return;
+            totals[c].add(total);
+            done[at(c)] = 1;
+          };
+    });
+    std::erase_if(numbers, [&](std::int64_t c) { return done[at(c)] != 0; });
+    return status;
+  }
+
+  // Scores the candidates of these numbers by sorting and scanning.
+  Status score_others(const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
+                      std::int64_t floor, Total* totals, const Execution& execution) {
+    std::vector<std::int64_t> columns;
+    for (const std::int64_t c : numbers) columns.push_back(candidate[c]);
+    if (given.sort_columns(columns, execution) != Status::ok) return Status::cancelled;
+    if (sorting && sort_rows(candidate, numbers, totals, execution) != Status::ok)
+      return Status::cancelled;
+    if (positions.empty()) return Status::ok;
+    const std::int64_t column_bytes = given.columns.n * static_cast<std::int64_t>(sizeof(T));
+    const auto batch = at(std::max<std::int64_t>(64, kPackedBytes / column_bytes / 64 * 64));
+    for (std::size_t first = 0; first < numbers.size(); first += batch) {
+      const std::size_t last = std::min(numbers.size(), first + batch);
+      const std::vector<std::int64_t> some(numbers.begin() + static_cast<std::ptrdiff_t>(first),
+                                           numbers.begin() + static_cast<std::ptrdiff_t>(last));
+      const Status status = floor == kNoFloor ? scan_all(candidate, some, totals, execution)
+                                              : race(candidate, some, floor, totals, execution);
+      if (status != Status::ok) return status;
+    }
+    return Status::ok;
+  }
+
+  // Rows of big groups, added to totals.
+  Status sort_rows(const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
+                   Total* totals, const Execution& execution) {
     const Kernels<T> kernels = pick_kernels<T>(execution.level);
     std::vector<std::pair<Index, T>> big;  // point, squared distance to the nearest other one
     for (Index point = 0; point < space().size(); ++point)
       if (by_sorting(point)) big.emplace_back(point, space().nearest(kernels, point));
-    return parallel_for(m, execution, [&] {
+    return parallel_for(static_cast<std::int64_t>(numbers.size()), execution, [&] {
       return [&, groups = SortedGroups<T>(kernels, space(), given.rank.data(), given.rule)](
-                 std::int64_t c) mutable {
+                 std::int64_t piece) mutable {
+        const std::int64_t c = numbers[at(piece)];
         const std::int64_t column = candidate[c];
         const auto& by_value = given.sorted[at(column)];
         groups.sort(by_value.rows.get(), by_value.values.get(), given.columns.n,
@@ -203,12 +263,20 @@ struct Engine<T>::State {
     }
   };
 
-  // The rows at `some` positions, added to totals [m] of the packed candidates.
-  Status scan(const std::vector<Index>& some, const std::vector<std::uint8_t>& alive, Total* totals,
+  Status pack(const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
               const Execution& execution) {
+    std::vector<std::int64_t> packed;
+    for (const std::int64_t c : numbers) packed.push_back(candidate[c]);
+    return scanner.pack(packed.data(), static_cast<std::int64_t>(packed.size()), execution);
+  }
+
+  // The rows at `some` positions, added to totals of the packed candidates of these numbers.
+  Status scan(const std::vector<Index>& some, const std::vector<std::int64_t>& numbers,
+              const std::vector<std::uint8_t>& alive, Total* totals, const Execution& execution) {
     std::mutex mutex;
-    return scanner.scan(some, alive, execution, [&] {
-      return [sums = Shared(totals, alive.size(), mutex)](
+    std::vector<Total> sums_of(numbers.size());
+    const Status status = scanner.scan(some, alive, execution, [&] {
+      return [sums = Shared(sums_of.data(), sums_of.size(), mutex)](
                  std::int64_t c, std::int64_t used, Index, const std::int64_t* sum,
                  const std::int64_t* count, bool unique) mutable {
         Total* own = sums.own.data() + c;
@@ -219,6 +287,16 @@ struct Engine<T>::State {
         }
       };
     });
+    for (std::size_t a = 0; a < numbers.size(); ++a)
+      if (alive[a]) totals[numbers[a]].add({sums_of[a].whole, sums_of[a].fraction});
+    return status;
+  }
+
+  Status scan_all(const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
+                  Total* totals, const Execution& execution) {
+    if (pack(candidate, numbers, execution) != Status::ok) return Status::cancelled;
+    const std::vector<std::uint8_t> alive(numbers.size(), 1);
+    return scan(positions, numbers, alive, totals, execution);
   }
 
   // The scanned positions in bands of falling rank, each in ascending order.
@@ -244,15 +322,13 @@ struct Engine<T>::State {
 
   // Completes the totals of candidates, or leaves out (-1) those whose sum cannot exceed `bar`,
   // which rises to the largest complete one.
-  Status race(const std::int64_t* candidate, std::int64_t m, std::int64_t& bar, Total* totals,
-              const Execution& execution) {
+  Status race(const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
+              std::int64_t& bar, Total* totals, const Execution& execution) {
     std::int64_t left = 0;  // ranks of the rows to come
     for (const Index position : positions) left += given.rank[at(space().row(position))];
-    std::vector<std::int64_t> running(at(m));  // numbers of candidates that may still win
-    std::iota(running.begin(), running.end(), 0);
+    std::vector<std::int64_t> running = numbers;  // those that may still win
     std::vector<std::int64_t> packed;
     std::vector<std::uint8_t> alive;
-    std::vector<Total> sums;
     const bool searchable = static_cast<std::int64_t>(given.k()) < kTreeColumns;
     // More than the exact sum can be: a fixed-point sum is less than one below it.
     const auto most = [&](std::int64_t c) { return totals[c].floor() + 2 + left; };
@@ -274,18 +350,11 @@ struct Engine<T>::State {
       }
       if (2 * running.size() <= packed.size() || packed.empty()) {
         packed = running;
-        std::vector<std::int64_t> columns;
-        for (const std::int64_t c : packed) columns.push_back(candidate[c]);
-        if (scanner.pack(columns.data(), static_cast<std::int64_t>(columns.size()), execution) !=
-            Status::ok)
-          return Status::cancelled;
         alive.assign(packed.size(), 1);
+        if (pack(candidate, packed, execution) != Status::ok) return Status::cancelled;
       }
-      sums.assign(packed.size(), Total{});
-      if (scan(band, alive, sums.data(), execution) != Status::ok) return Status::cancelled;
+      if (scan(band, packed, alive, totals, execution) != Status::ok) return Status::cancelled;
       for (const Index position : band) left -= given.rank[at(space().row(position))];
-      for (std::size_t a = 0; a < packed.size(); ++a)
-        if (alive[a]) totals[packed[a]].add({sums[a].whole, sums[a].fraction});
       if (left == 0) {
         for (const std::int64_t c : running) bar = std::max(bar, totals[c].floor());
         return Status::ok;
@@ -330,26 +399,16 @@ Status Engine<T>::score(const std::int64_t* candidate, std::int64_t m, std::int6
                         std::int64_t* whole, std::int64_t* fraction, const Execution& execution) {
   State& s = *state_;
   s.prepare();
+  if (s.given.code_columns(candidate, m, execution) != Status::ok) return Status::cancelled;
   std::vector<Total> totals(at(m));
-  if (s.given.sort_columns(candidate, m, execution) != Status::ok) return Status::cancelled;
-  if (s.sorting && s.sort_rows(candidate, m, totals.data(), execution) != Status::ok)
+  std::vector<std::int64_t> numbers(at(m));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  if (s.score_coded(candidate, numbers, totals.data(), execution) != Status::ok)
     return Status::cancelled;
-  if (!s.positions.empty()) {
-    const std::int64_t column_bytes = s.given.columns.n * static_cast<std::int64_t>(sizeof(T));
-    const std::int64_t batch = std::max<std::int64_t>(64, kPackedBytes / column_bytes / 64 * 64);
-    for (std::int64_t first = 0; first < m; first += batch) {
-      const std::int64_t size = std::min(batch, m - first);
-      if (floor != kNoFloor) {
-        if (s.race(candidate + first, size, floor, totals.data() + first, execution) != Status::ok)
-          return Status::cancelled;
-        continue;
-      }
-      const std::vector<std::uint8_t> alive(at(size), 1);
-      if (s.scanner.pack(candidate + first, size, execution) != Status::ok ||
-          s.scan(s.positions, alive, totals.data() + first, execution) != Status::ok)
-        return Status::cancelled;
-    }
-  }
+  if (floor != kNoFloor)
+    for (const Total& total : totals) floor = std::max(floor, total.floor());
+  if (s.score_others(candidate, numbers, floor, totals.data(), execution) != Status::ok)
+    return Status::cancelled;
   for (std::int64_t c = 0; c < m; ++c) {
     whole[c] = totals[at(c)].whole;
     fraction[c] = totals[at(c)].fraction;

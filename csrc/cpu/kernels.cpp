@@ -45,6 +45,17 @@ constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kLanes = kVectors * kWidth<T>;
 
+// Instructions of a scan for a neighbour and a vector of candidates: subtract, multiply twice, add,
+// compare for less and for equal, and two blends. AVX-512 gathers ties in mask registers; others
+// need an `or`, and before SSE4.1 a blend is three.
+#if defined(__AVX512F__)
+constexpr int kScanInstructions = 8;
+#elif defined(__AVX__)
+constexpr int kScanInstructions = 9;
+#else
+constexpr int kScanInstructions = 13;
+#endif
+
 // Rank sums of this many neighbours fit a 32-bit lane: 255 * 8 * 10^6 < 2^31.
 constexpr std::int64_t kSegment = 255;  // chunks
 
@@ -58,14 +69,27 @@ inline V load(const T* p) {
   return v;
 }
 
-// Whether any lane of a comparison's result is set.
+// Whether any lane of a comparison's result is set. Compilers take generic code for this apart into
+// a move for each word, which costs a scan a quarter of its time.
 template <class Int>
 inline bool any(const Int& mask) {
+#if defined(__AVX512DQ__)
+  typedef int Words __attribute__((vector_size(64)));
+  return __builtin_ia32_cvtd2mask512(reinterpret_cast<const Words&>(mask)) != 0;
+#elif defined(__AVX__)
+  typedef long long Words __attribute__((vector_size(32)));
+  const auto words = reinterpret_cast<const Words&>(mask);
+  return __builtin_ia32_ptestz256(words, words) == 0;
+#elif defined(__SSE2__)
+  typedef char Bytes __attribute__((vector_size(16)));
+  return __builtin_ia32_pmovmskb128(reinterpret_cast<const Bytes&>(mask)) != 0;
+#else
   long long words[sizeof(Int) / sizeof(long long)];
   __builtin_memcpy(words, &mask, sizeof mask);
   long long all = 0;
   for (const long long word : words) all |= word;
   return all != 0;
+#endif
 }
 
 template <class T, bool kCount>
@@ -309,9 +333,27 @@ void lane_sums(const T* x, std::int64_t n, const double* center, double* lane) {
 }
 
 template <class T>
+std::int64_t saturate(std::int64_t rounds) {
+  using Value = typename Simd<T>::Value;
+  constexpr int chains = 8;
+  Value chain[chains];
+  for (int c = 0; c < chains; ++c) chain[c] = static_cast<T>(c) - Value{};
+  const Value factor = T{1} - Value{};
+  for (std::int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 8
+    for (int c = 0; c < chains; ++c) {
+      chain[c] = chain[c] * factor + factor;
+      __asm__ volatile("" : "+x"(chain[c]));
+    }
+  }
+  return rounds * chains * 2;
+}
+
+template <class T>
 constexpr Kernels<T> kernels() {
-  return {kLanes<T>, scan<T, false>, scan<T, true>, adjacent<T>,  distances<T>,
-          within<T>, accumulate<T>,  range<T>,      lane_sums<T>, minimum<T>};
+  return {kWidth<T>,    kLanes<T>,    kScanInstructions, scan<T, false>, scan<T, true>,
+          adjacent<T>,  distances<T>, within<T>,         accumulate<T>,  range<T>,
+          lane_sums<T>, minimum<T>,   saturate<T>};
 }
 
 }  // namespace

@@ -60,7 +60,9 @@ constexpr int kBeyond = 32;  // elements that `adjacent` may touch past the end
 
 template <class T>
 struct Kernels {
+  int width;                                    // lanes of a vector
   int lanes;                                    // candidates in a tile
+  int scan_instructions;                        // of `scan` for a neighbour and a vector
   ScanResult (*scan)(const ScanArgs<T>&);       // notices ties
   ScanResult (*scan_ties)(const ScanArgs<T>&);  // counts them
   std::int64_t (*adjacent)(const AdjacentArgs<T>&);
@@ -78,6 +80,9 @@ struct Kernels {
   void (*lane_sums)(const T* x, std::int64_t n, const double* center, double* lane);
   // min over j != i of distance[j]
   T (*minimum)(const T* distance, std::int64_t n, std::int64_t i);
+  // Issues `rounds` times 16 vector instructions that do not wait for each other, and returns how
+  // many: the rate that `scan` is measured against.
+  std::int64_t (*saturate)(std::int64_t rounds);
 };
 
 constexpr int kSumLanes = 64;

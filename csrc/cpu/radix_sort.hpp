@@ -34,6 +34,14 @@ typename SortWord<T>::Key sort_key(T value) {
   return (bits & sign) ? ~bits : bits | sign;
 }
 
+// The value of a key, 0 for -0.
+template <class T>
+T sort_value(typename SortWord<T>::Key key) {
+  using Key = typename SortWord<T>::Key;
+  constexpr Key sign = Key{1} << (sizeof(Key) * 8 - 1);
+  return std::bit_cast<T>((key & sign) ? key & ~sign : ~key);
+}
+
 // Least-significant-digit radix sort of words by key; stable. The result is left in `words`. Digits
 // in which all keys agree cost nothing: discrete columns have few others.
 template <class T>
