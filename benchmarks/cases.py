@@ -5,11 +5,14 @@ anything is timed, the package must give the bits of its own reference on the ca
 then the answers of all that was timed are compared, each with what the package says.
 """
 
+import os
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +22,8 @@ from numpy.typing import NDArray
 from peers import Selection
 
 import lcodec_ext
+from lcodec_ext import _core, _engine, _native
+from lcodec_ext._ranks import ranks
 
 SEED = 20220619
 Data = dict[str, Any]
@@ -133,6 +138,48 @@ def continuous_given(rng: np.random.Generator, n: int, p: int, k: int) -> Data:
     return continuous(rng, n, p, steps=1) | {"given": (7, 2, 9)[:k]}
 
 
+def prepared(rng: np.random.Generator, n: int, p: int, k: int) -> Data:
+    """One step as the engine sees it: k columns selected, the others candidates.
+
+    data["engine"](backend) gives the engine, made once, and the candidates.
+    """
+    X, y = (continuous(rng, n, p)[key] for key in ("X", "y"))
+    given = (7, 2, 9)[:k]
+    candidates = np.setdiff1d(np.arange(p), given)
+
+    @cache
+    def engine(backend: str) -> tuple[Any, NDArray]:
+        columns = _engine.lay_out("reference" if backend == "reference" else "cpu", X)
+        made = _engine.make_engine(columns, np.ones(p, np.float32), ranks(y)[0], "average", 0)
+        for column in given:
+            made.select(column)
+        return made, candidates
+
+    return {"X": X, "engine": engine}
+
+
+def independent(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
+    """y has nothing to do with X: no candidate is far behind another."""
+    return continuous(rng, n, p, steps) | {"y": rng.standard_normal(n)}
+
+
+def heavy_tailed(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
+    """Cauchy columns: outliers in every one."""
+    X = rng.standard_cauchy((n, p)).astype(np.float32)
+    y = _response([np.arctan(X[:, c]) for c in (7, 2, 9, 4)])
+    return {"X": X, "y": y, "steps": steps}
+
+
+def heavy_triple(rng: np.random.Generator, n: int) -> Data:
+    X = rng.standard_cauchy((n, 3)).astype(np.float32)
+    return {"x": X[:, :2], "z": X[:, 2:], "y": np.arctan(X).sum(axis=1, dtype=np.float64) % 1}
+
+
+def few(rng: np.random.Generator, n: int, p: int, steps: int = 2) -> Data:
+    X = rng.standard_normal((n, p), dtype=np.float32)
+    return {"X": X, "y": _response([X[:, c] for c in (3, 2, 1, 0)]), "steps": steps}
+
+
 def binary(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
     """Attributes that are there or not, each with its own frequency, and a binary response."""
     frequency = rng.uniform(0.1, 0.9, p)
@@ -182,6 +229,11 @@ def foci(data: Data, backend: str, standardize: Literal["scale"] | None = "scale
         backend=backend,
     )
     return Selection(tuple(result.ordering.tolist()), tuple(result.cumulative.tolist()))
+
+
+def score(data: Data, backend: str) -> tuple[NDArray, NDArray]:
+    engine, candidates = data["engine"](backend)
+    return engine.score(candidates)
 
 
 def codec(data: Data, backend: str) -> float:
@@ -273,6 +325,55 @@ def same_neighbors(ours: NDArray, theirs: NDArray, data: Data) -> dict[str, Any]
         "off_by": share,
         "answer": "same" if agrees else f"{share:.1%} of rows wrong",
     }
+
+
+def bound_of(comparisons: int) -> float:
+    """Thread-seconds that the counted instructions of so many distances take at the least.
+
+    Counted are the vector instructions of a scan for each distance with a candidate (kernels.cpp
+    says which); the rate is that at which this machine issues independent multiplications and
+    additions, measured here. What starting and ending a scan and waiting for memory cost is on top.
+    """
+    level = os.environ.get("LCODEC_SIMD") or "auto"
+    _core.saturate(level, 10**6)
+    start = time.perf_counter()
+    issued, width, instructions = _core.saturate(level, 10**7)
+    return comparisons / width * instructions * (time.perf_counter() - start) / issued
+
+
+def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
+    """How the scans of one step compare with their counted bound."""
+    engine, candidates = CASES[name].data(size)["engine"]("cpu")
+    spent = []
+    for _ in range(5):
+        comparisons, before = engine.scanned
+        engine.score(candidates)
+        spent.append(engine.scanned[1] - before)
+        comparisons = engine.scanned[0] - comparisons
+    bound = bound_of(comparisons)
+    return {
+        "neighbours_a_scan": round(comparisons / size["n"] / len(candidates), 1),
+        "bound_thread_seconds": float(f"{bound:.4g}"),
+        "scan_thread_seconds": float(f"{statistics.median(spent):.4g}"),
+        "scan_over_bound": round(statistics.median(spent) / bound, 3),
+    }
+
+
+def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:
+    """The counted bound of all scans of a FOCI run on raw columns, shared by all threads."""
+    data = CASES[name].data(size)
+    X, left = data["X"], list(range(data["X"].shape[1]))
+    ones = np.ones(len(left), X.dtype)
+    engine = _engine.make_engine(_engine.lay_out("cpu", X), ones, ranks(data["y"])[0], "average", 0)
+    for column in data.get("given", ()):
+        engine.select(column)
+        left.remove(column)
+    for _ in range(data["steps"]):
+        whole, _fraction = engine.score(np.array(left), 0)
+        engine.select(left.pop(int(whole.argmax())))
+    assert isinstance(engine, _native.CpuEngine)
+    bound = bound_of(engine.scanned[0]) / lcodec_ext.get_num_threads()
+    return {"scan_bound_seconds": float(f"{bound:.4g}")}
 
 
 def peak_memory(name: str, size: Size, seconds: float) -> dict[str, float]:
@@ -373,6 +474,62 @@ _ALL = (
         metrics=partial(peak_memory, "foci_long"),
     ),
     Case(
+        name="foci_independent",
+        title="FOCI, {steps} steps, n = {n:,}, p = {p:,}, y independent of X",
+        make=independent,
+        ours=foci,
+        compare=same_selection,
+        full=({"n": 5000, "p": 1000, "steps": 4},),
+        quick=({"n": 500, "p": 110, "steps": 4},),
+        tiny=SMALL_TABLE,
+        peers=(by_kdtree(part=100),),
+    ),
+    Case(
+        name="foci_heavy_tailed",
+        title="FOCI, {steps} steps, n = {n:,}, p = {p}, Cauchy columns",
+        make=heavy_tailed,
+        ours=foci,
+        compare=same_selection,
+        full=({"n": 5000, "p": 200, "steps": 4},),
+        quick=({"n": 500, "p": 40, "steps": 4},),
+        tiny=SMALL_TABLE,
+        peers=(by_kdtree(part=50),),
+    ),
+    Case(
+        name="foci_few",
+        title="FOCI, {steps} steps, n = {n:,}, p = {p}",
+        make=few,
+        ours=foci,
+        compare=same_selection,
+        full=({"n": 50_000, "p": 4, "steps": 4},),
+        quick=({"n": 2000, "p": 4, "steps": 4},),
+        tiny={"n": 60, "p": 4, "steps": 2},
+        peers=(by_kdtree(),),
+    ),
+    Case(
+        name="codec_heavy_tailed",
+        title="T(Y, Z | X), n = {n:,}, three Cauchy columns",
+        make=heavy_triple,
+        ours=codec,
+        compare=partial(same_value, within=1e-4),  # float32 distances
+        full=({"n": 60_000},),
+        quick=({"n": 2000},),
+        tiny={"n": 100},
+        peers=(Peer("k-d tree", _on_triple(peers.kdtree_codec)),),
+    ),
+    Case(
+        name="scoring_kernel",
+        title="scoring one step, {k} selected, n = {n:,}, p = {p:,}",
+        make=prepared,
+        ours=score,
+        compare=same_value,
+        full=tuple({"n": 1000, "p": 10_000, "k": k} for k in (1, 2, 3)),
+        quick=({"n": 200, "p": 200, "k": 1},),
+        tiny={"n": 60, "p": 40, "k": 2},
+        claims=(Claim("scan_over_bound", at_most=2),),
+        metrics=partial(scan_metrics, "scoring_kernel"),
+    ),
+    Case(
         name="codec",
         title="T(Y, Z | X), n = {n:,}, three columns",
         make=triple,
@@ -447,6 +604,7 @@ _ALL = (
             by_kdtree(scale=False, fits=lambda size: size["p"] <= 500),
         ),
         sweep="p",
+        metrics=partial(foci_bound, "cost_columns"),
     ),
     *(
         Case(
@@ -462,6 +620,7 @@ _ALL = (
             tiny={"n": 60, "p": 12, "k": k},
             peers=(by_kdtree(scale=False, fits=lambda size: size["n"] <= 20_000),),
             sweep="n",
+            metrics=partial(foci_bound, f"cost_rows_{k}"),
         )
         for k in (1, 2, 3)
     ),

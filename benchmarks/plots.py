@@ -38,20 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(result: dict[str, Any], output: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6), layout="constrained")
     columns = result["cases"]["cost_columns"]
     for index, name in enumerate(STYLE):
         add_line(left, columns, name, "", f"C{index}")
+    add_bound(left, columns, "", "C0")
     left.set(xlabel="columns p", title=columns["points"][0]["title"])
     for name in STYLE:
         for k in (1, 2, 3):
             add_line(right, result["cases"][f"cost_rows_{k}"], name, f"k = {k}, ", f"C{k - 1}")
+    for k in (1, 2, 3):
+        add_bound(right, result["cases"][f"cost_rows_{k}"], f"k = {k}, ", f"C{k - 1}")
     p = result["cases"]["cost_rows_1"]["points"][0]["size"]["p"]
     right.set(xlabel="rows n", title=f"FOCI, the step after k selected columns, p = {p}")
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", ylabel="seconds")
         axes.grid(which="major", alpha=0.3)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.11)}
         axes.legend(fontsize=9, ncols=2 if axes is right else 1, frameon=False, **below)
     figure.savefig(output, dpi=130)
     plt.close(figure)
@@ -71,6 +74,14 @@ def add_line(axes: Axes, case: dict[str, Any], name: str, prefix: str, color: st
     label = f"{prefix}{short}: ${case['sweep']}^{{{exponent(sizes, seconds):.2f}}}$"
     alpha = 1.0 if name == OURS else 0.45
     axes.plot(sizes, seconds, style, color=color, label=label, alpha=alpha, markersize=4)
+
+
+def add_bound(axes: Axes, case: dict[str, Any], prefix: str, color: str) -> None:
+    """The counted instructions of the scans, at the rate that the machine issued them."""
+    sizes = [point["size"][case["sweep"]] for point in case["points"]]
+    seconds = [point["metrics"]["scan_bound_seconds"] for point in case["points"]]
+    label = f"{prefix}counted bound of the scans"
+    axes.plot(sizes, seconds, ":", color=color, label=label, linewidth=1)
 
 
 def exponent(sizes: np.ndarray, seconds: np.ndarray) -> float:

@@ -108,9 +108,9 @@ class CpuEngine:
         return self._engine.score(columns.astype(np.int64, copy=False), wanted, *_settings())
 
     @property
-    def comparisons(self) -> int:
-        """Distances with a candidate that scans have computed so far."""
-        return self._engine.comparisons
+    def scanned(self) -> tuple[int, float]:
+        """Distances with a candidate that scans computed so far, and thread-seconds spent on it."""
+        return self._engine.scanned
 
 
 def nearest(

@@ -305,6 +305,7 @@ def test_the_figure_is_drawn(tmp_path):
                 "title": "task",
                 "size": case.full[0] | {case.sweep: value},
                 "results": {results.OURS: {"seconds": 1e-6 * value**power}},
+                "metrics": {"scan_bound_seconds": 1e-7 * value**power},
             }
             for value in values
         ]

@@ -100,7 +100,10 @@ class BoundEngine {
     return py::make_tuple(whole, fraction);
   }
 
-  std::int64_t comparisons() const { return engine_.comparisons(); }
+  std::pair<std::int64_t, double> scanned() const {
+    const auto work = engine_.scanned();
+    return {work.comparisons, work.seconds};
+  }
 
   py::tuple row_sums(std::int64_t candidate, const std::string& level, int threads) {
     expect_column(candidate);
@@ -139,7 +142,7 @@ void bind(py::module_& m, const char* engine_name) {
       .def("score", &Bound::score, py::arg("candidates").noconvert(), py::arg("floor"),
            py::arg("level"), py::arg("threads"))
       .def("row_sums", &Bound::row_sums, py::arg("candidate"), py::arg("level"), py::arg("threads"))
-      .def_property_readonly("comparisons", &Bound::comparisons);
+      .def_property_readonly("scanned", &Bound::scanned);
   m.def(
       "lay_out",
       [](const Array<T>& x, const std::string& level, int threads) {

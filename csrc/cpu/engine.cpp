@@ -243,23 +243,29 @@ struct Engine<T>::State {
     result = Total{};
     std::mutex mutex;
     return search(column, execution, [&] {
-      return [sum = Shared(&result, 1, mutex)](Index, std::int64_t s, std::int64_t count) mutable {
-        sum.own[0].add(fixed_point(s, count));
-      };
+      return
+          [sums = Shared(&result, 1, mutex)](Index, std::int64_t sum, std::int64_t count) mutable {
+            sums.add(0, fixed_point(sum, count));
+          };
     });
   }
 
   // Totals that a thread adds up on its own, and to those of all when it ends.
   struct Shared {
-    std::vector<Total> own;
+    std::vector<std::int64_t> whole, fraction;
     Total* all;
     std::mutex* mutex;
-    Shared(Total* totals, std::size_t m, std::mutex& lock) : own(m), all(totals), mutex(&lock) {}
+    Shared(Total* totals, std::size_t m, std::mutex& lock)
+        : whole(m), fraction(m), all(totals), mutex(&lock) {}
     Shared(Shared&& other) = default;
     ~Shared() {
-      if (own.empty()) return;  // moved from
+      if (whole.empty()) return;  // moved from
       const std::lock_guard<std::mutex> lock(*mutex);
-      for (std::size_t c = 0; c < own.size(); ++c) all[c].add({own[c].whole, own[c].fraction});
+      for (std::size_t c = 0; c < whole.size(); ++c) all[c].add({whole[c], fraction[c]});
+    }
+    void add(std::size_t c, const FixedPoint& part) {
+      whole[c] += part.whole;
+      fraction[c] += part.fraction;
     }
   };
 
@@ -279,11 +285,12 @@ struct Engine<T>::State {
       return [sums = Shared(sums_of.data(), sums_of.size(), mutex)](
                  std::int64_t c, std::int64_t used, Index, const std::int64_t* sum,
                  const std::int64_t* count, bool unique) mutable {
-        Total* own = sums.own.data() + c;
         if (unique) {
-          for (std::int64_t l = 0; l < used; ++l) own[l].whole += sum[l];
+          std::int64_t* whole = sums.whole.data() + c;
+          for (std::int64_t l = 0; l < used; ++l) whole[l] += sum[l];
         } else {
-          for (std::int64_t l = 0; l < used; ++l) own[l].add(fixed_point(sum[l], count[l]));
+          for (std::int64_t l = 0; l < used; ++l)
+            sums.add(at(c + l), fixed_point(sum[l], count[l]));
         }
       };
     });
@@ -429,8 +436,8 @@ Status Engine<T>::row_sums(std::int64_t candidate, std::int64_t* sum, std::int64
 }
 
 template <class T>
-std::int64_t Engine<T>::comparisons() const {
-  return state_->scanner.comparisons();
+typename Engine<T>::Work Engine<T>::scanned() const {
+  return {state_->scanner.comparisons(), state_->scanner.seconds()};
 }
 
 template class Engine<float>;

@@ -23,7 +23,13 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kVectors = 2;  // side by side, to hide the latency of compare and blend
+// Side by side, to hide the latency of compare and blend, and to start fewer scans: as many as the
+// registers hold.
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 2;
+#endif
 
 template <class T>
 struct Simd;

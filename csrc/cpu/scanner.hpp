@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -96,6 +97,7 @@ class Scanner {
         for (std::int64_t a = 0; a < size; a += kListBlock)
           s.maker.build(s.lists.data() + a, position + a, std::min(size - a, kListBlock), s.wanted);
         s.unlisted = 0;
+        const auto start = std::chrono::steady_clock::now();
         for (const std::int64_t tile : tiles)
           for (std::int64_t a = 0; a < size; ++a) {
             const std::int64_t used = std::min(lanes_, m - tile * lanes_);
@@ -103,6 +105,8 @@ class Scanner {
             report(tile * lanes_, used, given_.space().row(position[a]), s.sum.data(),
                    s.count.data(), unique);
           }
+        s.seconds +=
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         // Longer lists cost more to make, shorter ones leave more to be found without them.
         const std::int64_t entries = size * s.wanted;
         if (4 * s.unlisted > entries) {
@@ -114,8 +118,9 @@ class Scanner {
     });
   }
 
-  // Distances computed so far, of any candidate.
+  // Distances with a candidate that were computed so far, and the time of all threads for it.
   std::int64_t comparisons() const { return comparisons_; }
+  double seconds() const { return seconds_; }
 
  private:
   // Rows beside each other in the tree whose lists are made together.
@@ -142,6 +147,7 @@ class Scanner {
     std::int64_t wanted;              // neighbours in a list
     std::int64_t rows = 0, tied = 0;  // scans so far, and those that met ties
     std::int64_t chunks = 0;          // compared
+    double seconds = 0;               // in scans
     std::int64_t unlisted = 0;        // cost of what the lists of a block did not answer
     std::vector<Index> nearest;       // of one row and candidate
 
@@ -159,6 +165,7 @@ class Scanner {
       if (lists.empty()) return;  // moved from
       const std::lock_guard<std::mutex> lock(*mutex);
       scanner->comparisons_ += chunks * kChunk * scanner->lanes_;
+      scanner->seconds_ += seconds;
       scanner->wanted_ = wanted;
     }
   };
@@ -244,6 +251,7 @@ class Scanner {
   std::unique_ptr<T[]> packed_;          // [tile][n][lanes]
   std::size_t packed_size_ = 0;
   std::int64_t comparisons_ = 0;
+  double seconds_ = 0;
 };
 
 }  // namespace lcodec

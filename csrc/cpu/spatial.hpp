@@ -78,29 +78,39 @@ class Spatial {
   const std::vector<Index>& offsets() const { return offset_; }
 
   // Visits every point but `self` whose squared distance from it is at most `limit()`, which may
-  // fall meanwhile: visit(point, distance).
+  // fall meanwhile: visit(point, distance). Begins with the own leaf and the boxes beside it, so
+  // that a falling limit does so early.
   template <class Limit, class Visit>
   void within(const Kernels<T>& kernels, Index self, const Limit& limit, const Visit& visit) const {
     const T* query = this->query(self);
     std::int32_t stack[64];
     int top = 0;
-    stack[top++] = 0;
     T near[kLeaf];
+    const auto look = [&](const Node& leaf) {
+      kernels.distances(points_.data() + leaf.begin, size(), leaf.end - leaf.begin, dims_, query,
+                        factor_.data(), near);
+      for (Index a = leaf.begin; a < leaf.end; ++a)
+        if (near[a - leaf.begin] <= limit() && a != self) visit(a, near[a - leaf.begin]);
+    };
+    std::int32_t own = 0;
+    while (nodes_[at(own)].right != 0) {
+      const std::int32_t right = nodes_[at(own)].right;
+      const bool to_right = self >= nodes_[at(right)].begin;
+      stack[top++] = to_right ? own + 1 : right;
+      own = to_right ? right : own + 1;
+    }
+    look(nodes_[at(own)]);
     while (top > 0) {
       const std::int32_t id = stack[--top];
       const Node& node = nodes_[at(id)];
       if (box_distance(id, query) > limit()) continue;
-      if (node.right != 0) {
-        // nearer child last, so that it is taken first and limit() falls early
-        const bool left_first = query[node.dim] <= node.middle;
-        stack[top++] = left_first ? node.right : id + 1;
-        stack[top++] = left_first ? id + 1 : node.right;
+      if (node.right == 0) {
+        look(node);
         continue;
       }
-      kernels.distances(points_.data() + node.begin, size(), node.end - node.begin, dims_, query,
-                        factor_.data(), near);
-      for (Index a = node.begin; a < node.end; ++a)
-        if (near[a - node.begin] <= limit() && a != self) visit(a, near[a - node.begin]);
+      const bool left_first = query[node.dim] <= node.middle;
+      stack[top++] = left_first ? node.right : id + 1;
+      stack[top++] = left_first ? id + 1 : node.right;
     }
   }
 

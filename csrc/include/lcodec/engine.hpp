@@ -85,8 +85,13 @@ class Engine {
   Status row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
                   const Execution& execution);
 
-  // Distances with a candidate that scans have computed so far; for benchmarks.
-  std::int64_t comparisons() const;
+  // Distances with a candidate that scans have computed so far, and the time that all threads spent
+  // on it, their neighbours once listed; for benchmarks.
+  struct Work {
+    std::int64_t comparisons;
+    double seconds;
+  };
+  Work scanned() const;
 
  private:
   struct State;
