@@ -1,5 +1,6 @@
 """Run by `make check` where NumPy is the only package beside lcodec_ext: the core needs no more."""
 
+import importlib.util
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ assert list(result.ordering)[:1] == [2], result
 assert 0 < lcodec_ext.codec(y, X[:, 2]) < 1
 for name in ("torch", "sklearn", "pandas", "matplotlib", "tqdm", "scipy"):
     assert name not in sys.modules, name
+assert importlib.util.find_spec("lcodec_ext._emulated") is None, "for tests only"
 
 print(lcodec_ext.build_info())
 print(lcodec_ext.cuda_status())
