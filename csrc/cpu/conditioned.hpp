@@ -11,6 +11,7 @@
 #include "coded_groups.hpp"
 #include "lcodec/engine.hpp"
 #include "nearest.hpp"
+#include "pages.hpp"
 #include "parallel.hpp"
 #include "radix_sort.hpp"
 #include "spatial.hpp"
@@ -42,10 +43,9 @@ template <class T>
 struct Conditioned {
   using Index = std::int32_t;
 
-  // A column in increasing order of (value, row).
+  // A column's rows in increasing order of (value, row).
   struct Sorted {
-    std::unique_ptr<Index[]> rows;
-    std::unique_ptr<T[]> values;
+    Index* rows = nullptr;
     Coded<T> coded;
   };
 
@@ -60,6 +60,7 @@ struct Conditioned {
   Subspace<T> subspace;
   std::vector<Sorted> sorted;           // [p] made by code_columns and sort_columns
   std::vector<std::uint8_t> looked_at;  // [p] by code_columns
+  std::vector<Pages<Index>> row_slabs;  // memory of `sorted`
 
   Conditioned(const Columns<T>& c, const std::int32_t* given_rank, TieRule tie_rule)
       : columns(c),
@@ -69,10 +70,15 @@ struct Conditioned {
         subspace(c.n),
         sorted(at(c.p)),
         looked_at(at(c.p), 0) {
-    std::iota(order.begin(), order.end(), 0);
-    if (rule.averages())
-      std::stable_sort(order.begin(), order.end(),
-                       [&](Index a, Index b) { return given_rank[a] < given_rank[b]; });
+    if (rule.averages()) {  // ranks are 1 .. n
+      std::vector<Index> start(at(c.n) + 2, 0);
+      for (std::int64_t row = 0; row < c.n; ++row) ++start[at(given_rank[row]) + 1];
+      std::partial_sum(start.begin(), start.end(), start.begin());
+      for (std::int64_t row = 0; row < c.n; ++row)
+        order[at(start[at(given_rank[row])]++)] = static_cast<Index>(row);
+    } else {
+      std::iota(order.begin(), order.end(), 0);
+    }
     for (std::size_t row = 0; row < order.size(); ++row) rank[row] = given_rank[order[row]];
   }
 
@@ -137,25 +143,26 @@ struct Conditioned {
   Status sort_columns(const std::vector<std::int64_t>& candidates, const Execution& execution) {
     const auto missing =
         distinct(candidates, [&](std::int64_t column) { return !sorted[at(column)].rows; });
+    if (missing.empty()) return Status::ok;
+    const std::size_t size = missing.size() * at(columns.n);
+    Index* slab_rows = row_slabs.emplace_back(size).data();
+
     return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
       return [&, words = std::vector<SortWord<T>>(at(columns.n)),
               spare = std::vector<SortWord<T>>()](std::int64_t piece) mutable {
         const std::int64_t column = missing[at(piece)];
         Sorted& result = sorted[at(column)];
-        auto rows = std::make_unique_for_overwrite<Index[]>(words.size());
-        result.values = std::make_unique_for_overwrite<T[]>(words.size());
+        Index* rows = slab_rows + piece * columns.n;
+
         if (result.coded.code.empty()) {
           for (std::int64_t row = 0; row < columns.n; ++row)
             words[at(row)] = {sort_key(value(column, row)), static_cast<Index>(row)};
           radix_sort<T>(words, spare);
-          for (std::size_t a = 0; a < words.size(); ++a) {
-            rows[a] = words[a].row;
-            result.values[a] = sort_value<T>(words[a].key);
-          }
+          for (std::size_t a = 0; a < words.size(); ++a) rows[a] = words[a].row;
         } else {
-          result.coded.sort(rows.get(), result.values.get());
+          result.coded.sort(rows);
         }
-        result.rows = std::move(rows);
+        result.rows = rows;
       };
     });
   }
@@ -163,19 +170,20 @@ struct Conditioned {
   // All rows nearest to one in the conditioning set and a sorted column, one of which is within
   // `best`: along the column's order, until the column alone is farther. False beyond kAlong rows.
   bool nearest_along(std::int64_t column, Index own, T best, std::vector<Index>& nearest) const {
-    const Index* rows = sorted[at(column)].rows.get();
-    const T* values = sorted[at(column)].values.get();
+    const Index* rows = sorted[at(column)].rows;
+
     const T x = value(column, own);
     const T c = columns.factor[column];
-    const std::int64_t here = std::lower_bound(values, values + columns.n, x) - values;
+    const Index* here = std::partition_point(rows, rows + columns.n,
+                                             [&](Index row) { return value(column, row) < x; });
     nearest.clear();
     std::int64_t left = kAlong;
     for (const std::int64_t step : {-1, 1}) {
-      for (std::int64_t t = step < 0 ? here - 1 : here; 0 <= t && t < columns.n; t += step) {
-        const T scaled = (x - values[t]) * c;
+      for (std::int64_t t = here - rows - (step < 0); 0 <= t && t < columns.n; t += step) {
+        const Index row = rows[t];
+        const T scaled = (x - value(column, row)) * c;
         if (scaled * scaled > best) break;
         if (--left < 0) return false;
-        const Index row = rows[t];
         T distance = 0;
         for (std::size_t d = 0; d < selected.size(); ++d) {
           const T part = (selected[d][at(own)] - selected[d][at(row)]) * selected_factor[d];

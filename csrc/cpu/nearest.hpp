@@ -115,6 +115,14 @@ Status nearest_by_tree(const Spatial<T>& space, const Kernels<T>& kernels,
                        const Execution& execution, const MakeReport& make_report) {
   constexpr std::int64_t block = 256;
   const std::int64_t n = space.rows_in_all();
+  // Rows with twins need no search where no other point can be at distance 0, which is worth
+  // knowing where points are few.
+  bool apart = space.size() <= n / 16;
+  if (apart) {
+    const DefaultFloats floats;
+    for (std::int32_t point = 0; point < space.size() && apart; ++point)
+      apart = space.nearest(kernels, point) > 0;
+  }
   return parallel_for((n + block - 1) / block, execution, [&] {
     return [&, report = make_report(), tied = std::vector<Range>()](std::int64_t piece) mutable {
       for (std::int64_t a = piece * block; a < std::min(n, (piece + 1) * block); ++a) {
@@ -125,17 +133,18 @@ Status nearest_by_tree(const Spatial<T>& space, const Kernels<T>& kernels,
         std::int64_t count = twins;
         tied.clear();
         if (twins > 0) tied.push_back({space.begin(self), space.end(self)});
-        space.within(
-            kernels, self, [&] { return best; },
-            [&](std::int32_t point, T distance) {
-              if (distance < best) {
-                best = distance;
-                tied.clear();
-                count = 0;
-              }
-              tied.push_back({space.begin(point), space.end(point)});
-              count += space.end(point) - space.begin(point);
-            });
+        if (!apart || twins == 0)
+          space.within(
+              kernels, self, [&] { return best; },
+              [&](std::int32_t point, T distance) {
+                if (distance < best) {
+                  best = distance;
+                  tied.clear();
+                  count = 0;
+                }
+                tied.push_back({space.begin(point), space.end(point)});
+                count += space.end(point) - space.begin(point);
+              });
         report(own, Nearest{space.rows(), tied, count});
       }
     };

@@ -7,12 +7,12 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <mutex>
 #include <vector>
 
 #include "conditioned.hpp"
 #include "lists.hpp"
+#include "pages.hpp"
 #include "parallel.hpp"
 
 namespace lcodec {
@@ -49,12 +49,13 @@ class Scanner {
     const std::int64_t tiles = (m + lanes_ - 1) / lanes_;
     if (packed_size_ < at(tiles * n * lanes_)) {  // kept: a fresh one costs a page fault for 4 KiB
       packed_size_ = at(tiles * n * lanes_);
-      packed_ = std::make_unique_for_overwrite<T[]>(packed_size_);
+      packed_ = Pages<T>();  // before the larger one
+      packed_ = Pages<T>(packed_size_);
     }
     factor_.assign(at(tiles * lanes_), T{0});
     return parallel_for(tiles, execution, [&] {
       return [&](std::int64_t tile) {
-        T* out = packed_.get() + tile * n * lanes_;
+        T* out = packed_.data() + tile * n * lanes_;
         std::vector<const T*> x(at(lanes_), columns.x + candidate[tile * lanes_] * n);
         for (std::int64_t l = 0; l < std::min(lanes_, m - tile * lanes_); ++l) {
           const std::int64_t column = candidate[tile * lanes_ + l];
@@ -86,7 +87,7 @@ class Scanner {
     const auto rows = static_cast<std::int64_t>(positions.size());
     const std::int64_t share = rows / (2 * static_cast<std::int64_t>(execution.threads));
     const std::int64_t block =
-        std::clamp(kListEntries / wanted_, kListBlock, std::max(kListBlock, share));
+        std::clamp(kListEntries / wanted_, kLeastBlock, std::max(kLeastBlock, share));
     std::mutex mutex;
     return parallel_for((rows + block - 1) / block, execution, [&] {
       return [&, s = Scratch(*this, block, kernels, mutex),
@@ -123,8 +124,9 @@ class Scanner {
   double seconds() const { return seconds_; }
 
  private:
-  // Rows beside each other in the tree whose lists are made together.
+  // Rows beside each other in the tree whose lists are made together, and of one thread at least.
   static constexpr std::int64_t kListBlock = 32;
+  static constexpr std::int64_t kLeastBlock = 8;
   // Neighbours listed at a time on a thread: 12 or 16 bytes each, for the second-level cache.
   static constexpr std::int64_t kListEntries = std::int64_t{1} << 16;
   // Costs in entries of a list: to finish one candidate, and to make a list longer.
@@ -173,7 +175,7 @@ class Scanner {
   // One row against one tile: sums and counts are left in the scratch. Whether all counts are 1.
   bool scan_row(const Kernels<T>& kernels, std::int64_t tile, std::int64_t used, Index position,
                 Scratch& s, RowList<T>& list) const {
-    const T* values = packed_.get() + tile * given_.columns.n * lanes_;
+    const T* values = packed_.data() + tile * given_.columns.n * lanes_;
     const T* factors = factor_.data() + tile * lanes_;
     const auto scan_with = [&](auto* kernel) {
       for (;;) {
@@ -248,7 +250,7 @@ class Scanner {
   std::int64_t lanes_ = 0;
   std::vector<std::int64_t> candidate_;  // packed
   std::vector<T> factor_;                // [tile][lanes]
-  std::unique_ptr<T[]> packed_;          // [tile][n][lanes]
+  Pages<T> packed_;                      // [tile][n][lanes]
   std::size_t packed_size_ = 0;
   std::int64_t comparisons_ = 0;
   double seconds_ = 0;
