@@ -43,9 +43,10 @@ template <class T>
 struct Conditioned {
   using Index = std::int32_t;
 
-  // A column's rows in increasing order of (value, row).
+  // A column in increasing order of (value, row).
   struct Sorted {
     Index* rows = nullptr;
+    T* values = nullptr;
     Coded<T> coded;
   };
 
@@ -61,6 +62,7 @@ struct Conditioned {
   std::vector<Sorted> sorted;           // [p] made by code_columns and sort_columns
   std::vector<std::uint8_t> looked_at;  // [p] by code_columns
   std::vector<Pages<Index>> row_slabs;  // memory of `sorted`
+  std::vector<Pages<T>> value_slabs;
 
   Conditioned(const Columns<T>& c, const std::int32_t* given_rank, TieRule tie_rule)
       : columns(c),
@@ -146,6 +148,7 @@ struct Conditioned {
     if (missing.empty()) return Status::ok;
     const std::size_t size = missing.size() * at(columns.n);
     Index* slab_rows = row_slabs.emplace_back(size).data();
+    T* slab_values = value_slabs.emplace_back(size).data();
 
     return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
       return [&, words = std::vector<SortWord<T>>(at(columns.n)),
@@ -153,14 +156,18 @@ struct Conditioned {
         const std::int64_t column = missing[at(piece)];
         Sorted& result = sorted[at(column)];
         Index* rows = slab_rows + piece * columns.n;
+        result.values = slab_values + piece * columns.n;
 
         if (result.coded.code.empty()) {
           for (std::int64_t row = 0; row < columns.n; ++row)
             words[at(row)] = {sort_key(value(column, row)), static_cast<Index>(row)};
           radix_sort<T>(words, spare);
-          for (std::size_t a = 0; a < words.size(); ++a) rows[a] = words[a].row;
+          for (std::size_t a = 0; a < words.size(); ++a) {
+            rows[a] = words[a].row;
+            result.values[a] = sort_value<T>(words[a].key);
+          }
         } else {
-          result.coded.sort(rows);
+          result.coded.sort(rows, result.values);
         }
         result.rows = rows;
       };
@@ -171,19 +178,19 @@ struct Conditioned {
   // `best`: along the column's order, until the column alone is farther. False beyond kAlong rows.
   bool nearest_along(std::int64_t column, Index own, T best, std::vector<Index>& nearest) const {
     const Index* rows = sorted[at(column)].rows;
+    const T* values = sorted[at(column)].values;
 
     const T x = value(column, own);
     const T c = columns.factor[column];
-    const Index* here = std::partition_point(rows, rows + columns.n,
-                                             [&](Index row) { return value(column, row) < x; });
+    const std::int64_t here = std::lower_bound(values, values + columns.n, x) - values;
     nearest.clear();
     std::int64_t left = kAlong;
     for (const std::int64_t step : {-1, 1}) {
-      for (std::int64_t t = here - rows - (step < 0); 0 <= t && t < columns.n; t += step) {
-        const Index row = rows[t];
-        const T scaled = (x - value(column, row)) * c;
+      for (std::int64_t t = here - (step < 0); 0 <= t && t < columns.n; t += step) {
+        const T scaled = (x - values[t]) * c;
         if (scaled * scaled > best) break;
         if (--left < 0) return false;
+        const Index row = rows[t];
         T distance = 0;
         for (std::size_t d = 0; d < selected.size(); ++d) {
           const T part = (selected[d][at(own)] - selected[d][at(row)]) * selected_factor[d];

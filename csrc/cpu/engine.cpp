@@ -171,9 +171,8 @@ struct Engine<T>::State {
                  std::int64_t piece) mutable {
         const std::int64_t c = numbers[at(piece)];
         const std::int64_t column = candidate[c];
-        const auto value = [&](Index row) { return given.value(column, row); };
-        groups.sort(given.sorted[at(column)].rows, value, given.columns.n,
-                    given.columns.factor[column]);
+        const auto& by_value = given.sorted[at(column)];
+        groups.sort(by_value.rows, by_value.values, given.columns.n, given.columns.factor[column]);
         for (const auto& [point, gap] : big)
           groups.score(point, gap, [&](const FixedPoint& part) { totals[c].add(part); });
       };

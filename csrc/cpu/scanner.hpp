@@ -62,8 +62,14 @@ class Scanner {
           factor_[at(tile * lanes_ + l)] = columns.factor[column];
           x[at(l)] = columns.x + column * n;
         }
-        for (std::int64_t position = 0; position < n; ++position)
-          for (std::int64_t l = 0; l < lanes_; ++l) *out++ = x[at(l)][source_[at(position)]];
+        // A cache line of lanes at a time: so many columns fit the second-level cache.
+        constexpr auto line = static_cast<std::int64_t>(64 / sizeof(T));
+        for (std::int64_t first = 0; first < lanes_; first += line) {
+          const std::int64_t last = std::min(lanes_, first + line);
+          for (std::int64_t position = 0; position < n; ++position)
+            for (std::int64_t l = first; l < last; ++l)
+              out[position * lanes_ + l] = x[at(l)][source_[at(position)]];
+        }
       };
     });
   }
