@@ -327,35 +327,42 @@ def same_neighbors(ours: NDArray, theirs: NDArray, data: Data) -> dict[str, Any]
     }
 
 
-def bound_of(comparisons: int) -> float:
-    """Thread-seconds that the counted instructions of so many distances take at the least.
+def bound_of(instructions: int) -> float:
+    """Thread-seconds that so many vector instructions of scans take at the least.
 
-    Counted are the vector instructions of a scan for each distance with a candidate (kernels.cpp
-    says which); the rate is that at which this machine issues independent multiplications and
-    additions, measured here. What starting and ending a scan and waiting for memory cost is on top.
+    Counted are those for each distance with a candidate (kernels.cpp says which); the rate is that
+    at which this machine issues independent multiplications and additions, measured here. What
+    starting and ending a scan and waiting for memory cost is on top.
     """
     level = os.environ.get("LCODEC_SIMD") or "auto"
     _core.saturate(level, 10**6)
     start = time.perf_counter()
-    issued, width, instructions = _core.saturate(level, 10**7)
-    return comparisons / width * instructions * (time.perf_counter() - start) / issued
+    issued = _core.saturate(level, 10**7)
+    return instructions * (time.perf_counter() - start) / issued
 
 
 def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
-    """How the scans of one step compare with their counted bound."""
+    """How the scans of one step compare with counted bounds.
+
+    The bound is that of a scan that compares all candidates of a tile until the last one stops;
+    its own bound, that of what the scan does instead: the last ones go on by themselves.
+    """
     engine, candidates = CASES[name].data(size)["engine"]("cpu")
     spent = []
     for _ in range(5):
-        comparisons, before = engine.scanned
+        before = engine.scanned
         engine.score(candidates)
-        spent.append(engine.scanned[1] - before)
-        comparisons = engine.scanned[0] - comparisons
-    bound = bound_of(comparisons)
+        comparisons, own, of_all, seconds = np.subtract(engine.scanned, before).tolist()
+        spent.append(seconds)
+    seconds = statistics.median(spent)
+    bound, own_bound = bound_of(of_all), bound_of(own)
     return {
-        "neighbours_a_scan": round(comparisons / size["n"] / len(candidates), 1),
+        "neighbours_a_candidate": round(comparisons / size["n"] / len(candidates), 1),
         "bound_thread_seconds": float(f"{bound:.4g}"),
-        "scan_thread_seconds": float(f"{statistics.median(spent):.4g}"),
-        "scan_over_bound": round(statistics.median(spent) / bound, 3),
+        "own_bound_thread_seconds": float(f"{own_bound:.4g}"),
+        "scan_thread_seconds": float(f"{seconds:.4g}"),
+        "scan_over_bound": round(seconds / bound, 3),
+        "scan_over_own_bound": round(seconds / own_bound, 3),
     }
 
 
@@ -372,7 +379,7 @@ def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:
         whole, _fraction = engine.score(np.array(left), 0)
         engine.select(left.pop(int(whole.argmax())))
     assert isinstance(engine, _native.CpuEngine)
-    bound = bound_of(engine.scanned[0]) / lcodec_ext.get_num_threads()
+    bound = bound_of(engine.scanned[1]) / lcodec_ext.get_num_threads()
     return {"scan_bound_seconds": float(f"{bound:.4g}")}
 
 

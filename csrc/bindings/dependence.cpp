@@ -100,9 +100,9 @@ class BoundEngine {
     return py::make_tuple(whole, fraction);
   }
 
-  std::pair<std::int64_t, double> scanned() const {
-    const auto work = engine_.scanned();
-    return {work.comparisons, work.seconds};
+  std::tuple<std::int64_t, std::int64_t, std::int64_t, double> scanned() const {
+    const ScanWork work = engine_.scanned();
+    return {work.comparisons, work.instructions, work.instructions_of_all, work.seconds};
   }
 
   py::tuple row_sums(std::int64_t candidate, const std::string& level, int threads) {
@@ -209,7 +209,7 @@ void register_dependence(py::module_& m) {
       [](const std::string& level, std::int64_t rounds) {
         const Kernels<float> kernels = kernels_for(resolve_simd_level(level)).f32;
         const py::gil_scoped_release release;
-        return std::make_tuple(kernels.saturate(rounds), kernels.width, kernels.scan_instructions);
+        return kernels.saturate(rounds);
       },
       py::arg("level"), py::arg("rounds"));
   bind<float>(m, "EngineFloat");

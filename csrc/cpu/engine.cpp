@@ -26,11 +26,12 @@ constexpr std::int64_t kSortCost = 128;
 constexpr std::int64_t kPackedBytes = std::int64_t{1} << 28;
 // So few candidates are searched in a tree of their own: a tile costs as much for one as for all.
 constexpr std::int64_t kFewCandidates = 4;
-// Shares of the rows, those of the highest ranks first, after which candidates that can no longer
-// win are left out. A row adds at most its rank, so that what a share u of the lowest ones may
-// still bring is small, about u^3 of what all can.
-constexpr std::array<double, 10> kBands = {0.25,   0.3125, 0.375, 0.4375, 0.5,
-                                           0.5625, 0.625,  0.75,  0.875,  1.0};
+// Shares of all doubt (State::bands) that is left when candidates that can no longer win are left
+// out.
+constexpr std::array<double, 12> kDoubtLeft = {0.7,  0.6, 0.5,  0.42, 0.35, 0.3,
+                                               0.25, 0.2, 0.15, 0.1,  0.05, 0.0};
+// Rows before and behind a row that tell what neighbours are like.
+constexpr std::int64_t kBeside = 8;
 
 std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
@@ -305,23 +306,43 @@ struct Engine<T>::State {
     return scan(positions, numbers, alive, totals, execution);
   }
 
-  // The scanned positions in bands of falling rank, each in ascending order.
+  // The scanned positions in bands of falling doubt, each in ascending order. A row adds at most
+  // its rank; it is expected to add what it would with the rows beside it in the tree, which are
+  // about as near as its neighbours will be. Their difference is the doubt, and where little of it
+  // is left, few candidates can still win.
   std::vector<std::vector<Index>> bands() const {
-    const auto rank_at = [&](Index position) { return given.rank[at(space().row(position))]; };
-    std::vector<std::size_t> start(at(given.columns.n) + 2, 0);  // counting sort, by falling rank
-    for (const Index position : positions) ++start[at(given.columns.n - rank_at(position)) + 1];
-    std::partial_sum(start.begin(), start.end(), start.begin());
-    std::vector<Index> by_rank(positions.size());
-    for (const Index position : positions)
-      by_rank[start[at(given.columns.n - rank_at(position))]++] = position;
+    const std::int64_t n = given.columns.n;
+    std::vector<std::int32_t> rank(at(n));  // by position
+    for (Index position = 0; position < n; ++position)
+      rank[at(position)] = given.rank[at(space().row(position))];
+    struct Doubt {
+      std::int64_t size;
+      Index position;
+    };
+    std::vector<Doubt> order;
+    double left = 0;
+    for (const Index position : positions) {
+      const std::int64_t begin = std::max<std::int64_t>(position - kBeside, 0);
+      const std::int64_t end = std::min(position + kBeside + 1, n);
+      std::int64_t doubt = 0;
+      for (std::int64_t other = begin; other < end; ++other)
+        doubt += std::max(rank[at(position)] - rank[at(other)], 0);
+      order.push_back({doubt, position});
+      left += static_cast<double>(doubt);
+    }
+    std::sort(order.begin(), order.end(), [](const Doubt& a, const Doubt& b) {
+      return a.size != b.size ? a.size > b.size : a.position < b.position;
+    });
     std::vector<std::vector<Index>> result;
-    std::size_t begin = 0;
-    for (const double share : kBands) {
-      const auto end = static_cast<std::size_t>(share * static_cast<double>(by_rank.size()));
-      result.emplace_back(by_rank.begin() + static_cast<std::ptrdiff_t>(begin),
-                          by_rank.begin() + static_cast<std::ptrdiff_t>(end));
-      std::sort(result.back().begin(), result.back().end());
-      begin = end;
+    const double all = left;
+    auto next = order.begin();
+    for (const double share : kDoubtLeft) {
+      auto& band = result.emplace_back();
+      for (; next != order.end() && (share == 0 || left > share * all); ++next) {
+        band.push_back(next->position);
+        left -= static_cast<double>(next->size);
+      }
+      std::sort(band.begin(), band.end());
     }
     return result;
   }
@@ -335,24 +356,31 @@ struct Engine<T>::State {
     std::vector<std::int64_t> running = numbers;  // those that may still win
     std::vector<std::int64_t> packed;
     std::vector<std::uint8_t> alive;
+    std::vector<std::pair<std::int64_t, Total>> complete;  // of running ones, their whole totals
     const bool searchable = static_cast<std::int64_t>(given.k()) < kTreeColumns;
-    // More than the exact sum can be: a fixed-point sum is less than one below it.
-    const auto most = [&](std::int64_t c) { return totals[c].floor() + 2 + left; };
-    const auto complete = [&](std::int64_t c) {
-      const Status status = total(candidate[c], totals[c], execution);
-      bar = std::max(bar, totals[c].floor());
+    const auto is_complete = [&](std::int64_t c) {
+      return std::any_of(complete.begin(), complete.end(),
+                         [&](const auto& done) { return done.first == c; });
+    };
+    const auto search_whole = [&](std::int64_t c) {
+      complete.emplace_back(c, Total{});
+      Total& whole = complete.back().second;
+      const Status status = total(candidate[c], whole, execution);
+      bar = std::max(bar, whole.floor());
       return status;
+    };
+    const auto drop = [&](std::int64_t c) {
+      // More than the exact sum can be: a fixed-point sum is less than one below it.
+      const bool hopeless = !is_complete(c) && totals[c].floor() + 2 + left <= bar;
+      if (hopeless) totals[c] = {-1, 0};
+      return hopeless;
     };
     for (const auto& band : bands()) {
       if (searchable && static_cast<std::int64_t>(running.size()) <= kFewCandidates) {
-        for (const std::int64_t c : running) {
-          if (most(c) <= bar) {
-            totals[c] = {-1, 0};
-          } else if (complete(c) != Status::ok) {
+        for (const std::int64_t c : running)
+          if (!is_complete(c) && !drop(c) && search_whole(c) != Status::ok)
             return Status::cancelled;
-          }
-        }
-        return Status::ok;
+        break;
       }
       if (2 * running.size() <= packed.size() || packed.empty()) {
         packed = running;
@@ -363,25 +391,21 @@ struct Engine<T>::State {
       for (const Index position : band) left -= given.rank[at(space().row(position))];
       if (left == 0) {
         for (const std::int64_t c : running) bar = std::max(bar, totals[c].floor());
-        return Status::ok;
+        break;
       }
       if (searchable) {  // the leader is likely to win: the others must beat its whole sum
         const std::int64_t leader = *std::max_element(
             running.begin(), running.end(),
             [&](std::int64_t a, std::int64_t b) { return totals[a].floor() < totals[b].floor(); });
-        if (most(leader) > bar) {
-          if (complete(leader) != Status::ok) return Status::cancelled;
-          std::erase(running, leader);
-          alive[at(std::find(packed.begin(), packed.end(), leader) - packed.begin())] = 0;
-        }
+        if (!is_complete(leader) && totals[leader].floor() + 2 + left > bar &&
+            search_whole(leader) != Status::ok)
+          return Status::cancelled;
       }
       for (std::size_t a = 0; a < packed.size(); ++a)
-        if (alive[a] && most(packed[a]) <= bar) {
-          totals[packed[a]] = {-1, 0};
-          alive[a] = 0;
-        }
+        if (alive[a] && drop(packed[a])) alive[a] = 0;
       std::erase_if(running, [&](std::int64_t c) { return totals[c].whole < 0; });
     }
+    for (const auto& [c, whole] : complete) totals[c] = whole;
     return Status::ok;
   }
 };
@@ -435,8 +459,8 @@ Status Engine<T>::row_sums(std::int64_t candidate, std::int64_t* sum, std::int64
 }
 
 template <class T>
-typename Engine<T>::Work Engine<T>::scanned() const {
-  return {state_->scanner.comparisons(), state_->scanner.seconds()};
+ScanWork Engine<T>::scanned() const {
+  return state_->scanner.work();
 }
 
 template class Engine<float>;

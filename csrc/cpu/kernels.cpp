@@ -4,11 +4,17 @@
 //
 // Why the scan is fast: candidates lie side by side in a packed tile, so that one neighbour j
 // serves a whole vector of them with contiguous loads; only minimum, count and rank sum are kept,
-// in registers; and it stops at the first chunk that lies farther than every lane's best.
+// in registers; and it stops at the first chunk that lies farther than every lane's best. Of 64
+// candidates the one that wants most takes twice the neighbours of the next and four times those of
+// the sixth: the last few go on by themselves, several neighbours side by side.
 // It must not use fma, reassociate, or include anything with inline functions of external linkage:
 // the linker would keep one copy of those, possibly of a level that the CPU does not have.
 
 #include "kernels.hpp"
+
+#include <type_traits>
+
+#include "common/fixed_point.hpp"
 
 #define LCODEC_CONCAT2(a, b) a##b
 #define LCODEC_CONCAT(a, b) LCODEC_CONCAT2(a, b)
@@ -61,6 +67,9 @@ constexpr int kScanInstructions = 9;
 #else
 constexpr int kScanInstructions = 13;
 #endif
+// And for a chunk of neighbours and one lane by itself: eight as above, and eleven to gather
+// values.
+constexpr int kLaneInstructions = 19;
 
 // Rank sums of this many neighbours fit a 32-bit lane: 255 * 8 * 10^6 < 2^31.
 constexpr std::int64_t kSegment = 255;  // chunks
@@ -75,27 +84,164 @@ inline V load(const T* p) {
   return v;
 }
 
-// Whether any lane of a comparison's result is set. Compilers take generic code for this apart into
-// a move for each word, which costs a scan a quarter of its time.
+// Lanes that go on by themselves: a chunk costs one about a twelfth of what it costs 64.
+template <class T>
+constexpr int kLastLanes = kLanes<T> / 12;
+
+template <class T>
+inline bool few(std::uint64_t lanes) {
+  if constexpr (kLastLanes<T> > 0) return __builtin_popcountll(lanes) <= kLastLanes<T>;
+  return lanes == 0;
+}
+
+// A bit for every lane of a comparison's result, whose type is an integer vector of 64 bytes at
+// most. Compilers take generic code for this apart into a move for each lane.
+template <class Int>
+inline std::uint64_t bits(const Int& mask) {
+  constexpr int kBytes = static_cast<int>(sizeof(Int));
+  constexpr bool kWide = sizeof(mask[0]) == 8;
+  if constexpr (kBytes > kVectorBytes) {
+    typedef std::remove_cvref_t<decltype(mask[0])> Half __attribute__((vector_size(kBytes / 2)));
+    Half half[2];
+    __builtin_memcpy(half, &mask, sizeof mask);
+    return bits(half[0]) | bits(half[1]) << (kBytes / 2 / static_cast<int>(sizeof(mask[0])));
+  }
+#if defined(__AVX512DQ__)
+  if constexpr (kBytes == 64) {
+    typedef int Ints __attribute__((vector_size(64)));
+    typedef long long Longs __attribute__((vector_size(64)));
+    if constexpr (kWide)
+      return __builtin_ia32_cvtq2mask512(reinterpret_cast<const Longs&>(mask));
+    else
+      return __builtin_ia32_cvtd2mask512(reinterpret_cast<const Ints&>(mask));
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (kBytes == 32) {
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef double Doubles __attribute__((vector_size(32)));
+    const int result = [&] {
+      if constexpr (kWide)
+        return __builtin_ia32_movmskpd256(reinterpret_cast<const Doubles&>(mask));
+      else
+        return __builtin_ia32_movmskps256(reinterpret_cast<const Floats&>(mask));
+    }();
+    return static_cast<unsigned>(result);
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (kBytes == 16) {
+    typedef float Floats __attribute__((vector_size(16)));
+    typedef double Doubles __attribute__((vector_size(16)));
+    const int result = [&] {
+      if constexpr (kWide)
+        return __builtin_ia32_movmskpd(reinterpret_cast<const Doubles&>(mask));
+      else
+        return __builtin_ia32_movmskps(reinterpret_cast<const Floats&>(mask));
+    }();
+    return static_cast<unsigned>(result);
+  }
+#endif
+  std::uint64_t result = 0;
+  for (int l = 0; l < kBytes / static_cast<int>(sizeof(mask[0])); ++l)
+    result |= static_cast<std::uint64_t>(mask[l] & 1) << l;
+  return result;
+}
+
+// Sets the lanes of `seen` that are set in a comparison's result. Compilers move a mask to a
+// general register and back for an `or`.
+template <class Int>
+inline void note(const Int& mask, Int& seen) {
+#if defined(__AVX512F__)
+  seen = mask ? ~Int{} : seen;
+#else
+  seen |= mask;
+#endif
+}
+
 template <class Int>
 inline bool any(const Int& mask) {
-#if defined(__AVX512DQ__)
-  typedef int Words __attribute__((vector_size(64)));
-  return __builtin_ia32_cvtd2mask512(reinterpret_cast<const Words&>(mask)) != 0;
-#elif defined(__AVX__)
-  typedef long long Words __attribute__((vector_size(32)));
-  const auto words = reinterpret_cast<const Words&>(mask);
-  return __builtin_ia32_ptestz256(words, words) == 0;
-#elif defined(__SSE2__)
-  typedef char Bytes __attribute__((vector_size(16)));
-  return __builtin_ia32_pmovmskb128(reinterpret_cast<const Bytes&>(mask)) != 0;
-#else
-  long long words[sizeof(Int) / sizeof(long long)];
-  __builtin_memcpy(words, &mask, sizeof mask);
-  long long all = 0;
-  for (const long long word : words) all |= word;
-  return all != 0;
-#endif
+  return bits(mask) != 0;
+}
+
+// One lane of a scan that goes on by itself.
+template <class T>
+struct LastLane {
+  T best;
+  std::int32_t count, sum;
+  bool tied;  // rows may be tied; where they are not counted
+};
+
+// Chunks [begin, end) of a list for one lane, until they lie farther than its best: neighbours of a
+// chunk side by side. Returns the chunk that it stopped at.
+template <class T, bool kCount>
+inline std::int64_t scan_lane(const ScanArgs<T>& a, int lane, std::int64_t begin, std::int64_t end,
+                              LastLane<T>& state) {
+  static_assert(kChunk == 8);
+  using Lane = typename Simd<T>::Lane;
+  typedef T Value __attribute__((vector_size(kChunk * sizeof(T))));
+  typedef Lane Int __attribute__((vector_size(kChunk * sizeof(T))));
+  typedef std::int32_t Rank __attribute__((vector_size(kChunk * sizeof(std::int32_t))));
+  const T* column = a.tile + lane;
+  const auto at = [&](std::int32_t row) {
+    return column[static_cast<std::int64_t>(row) * kLanes<T>];
+  };
+  const T x = a.own[lane];
+  const T factor = a.factor[lane];
+  Value best = state.best - Value{};
+  Int count{}, sum{}, tied{};
+  std::int64_t c = begin;
+  for (; c < end; ++c) {
+    // every element is at most what the lane had before, and its best the least of them
+    const Int closed = best < a.list.bound[c];
+    if (any(closed)) break;
+    const std::int32_t* j = a.list.index + c * kChunk;
+    const Value other = {at(j[0]), at(j[1]), at(j[2]), at(j[3]),
+                         at(j[4]), at(j[5]), at(j[6]), at(j[7])};
+    Rank ranks;
+    Value distance;
+    __builtin_memcpy(&ranks, a.list.rank + c * kChunk, sizeof ranks);
+    __builtin_memcpy(&distance, a.list.distance + c * kChunk, sizeof distance);
+    const Int rank = __builtin_convertvector(ranks, Int);
+    const Value scaled = (x - other) * factor;
+    const Value v = distance + scaled * scaled;
+    const Int less = v < best;
+    if constexpr (kCount) {
+      const Int kept = v <= best;
+      count = (count & ~less) - kept;
+      sum = (sum & ~less) + (rank & kept);
+    } else {
+      note(v == best, tied);
+      sum = less ? rank : sum;
+    }
+    best = less ? v : best;
+  }
+  Value low = best;
+  const auto fold = [&](const Int& order) {
+    const Value other = __builtin_shuffle(low, order);
+    low = other < low ? other : low;
+  };
+  fold(Int{4, 5, 6, 7, 0, 1, 2, 3});
+  fold(Int{2, 3, 0, 1, 6, 7, 4, 5});
+  fold(Int{1, 0, 3, 2, 5, 4, 7, 6});
+  const T least = low[0];
+  const bool lower = least < state.best;
+  if constexpr (kCount) {
+    if (lower) state.count = state.sum = 0;
+    for (int u = 0; u < kChunk; ++u)
+      if (best[u] == least) {
+        state.count += static_cast<std::int32_t>(count[u]);
+        state.sum += static_cast<std::int32_t>(sum[u]);
+      }
+  } else {
+    const auto where = bits<Int>(best == low);
+    Lane sums[kChunk];
+    __builtin_memcpy(sums, &sum, sizeof sum);
+    if (lower) state.sum = static_cast<std::int32_t>(sums[__builtin_ctzll(where)]);
+    state.tied = any(tied) || (lower && (where & (where - 1)) != 0);
+  }
+  state.best = least;
+  return c;
 }
 
 template <class T, bool kCount>
@@ -111,8 +257,11 @@ ScanResult scan(const ScanArgs<T>& a) {
   }
   bool stopped = false;
   bool unique = true;
-  std::int64_t compared = 0;
+  std::int64_t compared = 0;  // chunks
+  std::int64_t alone = 0;     // chunks compared with a lane by itself, of all lanes
+  std::int64_t last = 0;      // where the last lane stopped
   [[maybe_unused]] Int tied{};
+  [[maybe_unused]] bool tied_alone = false;
   for (std::int64_t begin = 0; begin < a.list.chunks && !stopped; begin += kSegment) {
     const std::int64_t end = begin + kSegment < a.list.chunks ? begin + kSegment : a.list.chunks;
     Value start[kVectors];
@@ -122,14 +271,13 @@ ScanResult scan(const ScanArgs<T>& a) {
       count[q] = Int{};
       sum[q] = Int{};
     }
+    std::uint64_t open = 0;
     std::int64_t c = begin;
     for (; c < end; ++c) {
-      Int reach = best[0] >= a.list.bound[c];
-      for (int q = 1; q < kVectors; ++q) reach |= best[q] >= a.list.bound[c];
-      if (!any(reach)) {
-        stopped = true;
-        break;
-      }
+      open = 0;
+      for (int q = 0; q < kVectors; ++q)
+        open |= bits<Int>(best[q] >= a.list.bound[c]) << (q * kWidth<T>);
+      if (few<T>(open)) break;
       const std::int32_t* index = a.list.index + c * kChunk;
       const std::int32_t* ranks = a.list.rank + c * kChunk;
       const T* distance = a.list.distance + c * kChunk;
@@ -146,7 +294,7 @@ ScanResult scan(const ScanArgs<T>& a) {
             count[q] = (count[q] & ~less) - kept;
             sum[q] = (sum[q] & ~less) + (rank & kept);
           } else {
-            tied |= v == best[q];  // also where a nearer one follows: rare, and counted then
+            note(v == best[q], tied);  // also where a nearer one follows: rare, and counted then
             sum[q] = less ? rank + Int{} : sum[q];
           }
           best[q] = less ? v : best[q];
@@ -154,8 +302,30 @@ ScanResult scan(const ScanArgs<T>& a) {
       }
     }
     compared += c - begin;
-    Lane sums[kLanes<T>];
+    last = c;
+    stopped = c < end && open == 0;
+    Lane sums[kLanes<T>], counts[kLanes<T>];
     __builtin_memcpy(sums, sum, sizeof sum);
+    if constexpr (kCount) __builtin_memcpy(counts, count, sizeof count);
+    if (c < end && open != 0) {
+      T bests[kLanes<T>];
+      __builtin_memcpy(bests, best, sizeof best);
+      for (; open != 0; open &= open - 1) {
+        const int l = __builtin_ctzll(open);
+        LastLane<T> lane{bests[l], 0, static_cast<std::int32_t>(sums[l]), false};
+        if constexpr (kCount) lane.count = static_cast<std::int32_t>(counts[l]);
+        const std::int64_t stop = scan_lane<T, kCount>(a, l, c, end, lane);
+        alone += stop - c;
+        last = stop > last ? stop : last;
+        bests[l] = lane.best;
+        sums[l] = lane.sum;
+        if constexpr (kCount)
+          counts[l] = lane.count;
+        else
+          tied_alone |= lane.tied;
+      }
+      __builtin_memcpy(best, bests, sizeof best);
+    }
     if constexpr (!kCount) {
       if (begin == 0) {
         for (int l = 0; l < kLanes<T>; ++l) a.sum[l] = sums[l];
@@ -168,12 +338,10 @@ ScanResult scan(const ScanArgs<T>& a) {
       }
       continue;
     }
-    Lane counts[kLanes<T>];
-    __builtin_memcpy(counts, count, sizeof count);
     if (begin == 0) {
-      Int several = count[0] != 1;
-      for (int q = 1; q < kVectors; ++q) several |= count[q] != 1;
-      unique = !any(several);
+      bool several = false;
+      for (int l = 0; l < kLanes<T>; ++l) several |= counts[l] != 1;
+      unique = !several;
       for (int l = 0; l < kLanes<T>; ++l) {
         a.sum[l] = sums[l];
         a.count[l] = counts[l];
@@ -190,11 +358,15 @@ ScanResult scan(const ScanArgs<T>& a) {
       a.count[l] = (lower ? 0 : a.count[l]) + counts[l];
     }
   }
-  if constexpr (!kCount) unique = !any(tied);
+  if constexpr (!kCount) unique = !any(tied) && !tied_alone;
   Int open = best[0] >= a.list.reach;
   for (int q = 1; q < kVectors; ++q) open |= best[q] >= a.list.reach;
   __builtin_memcpy(a.best, best, sizeof best);
-  return {stopped || !any(open), unique, compared};
+  constexpr std::int64_t kWhole = kChunk * kVectors * kScanInstructions;
+  return {stopped || !any(open),
+          unique,
+          {(compared * kLanes<T> + alone) * kChunk, compared * kWhole + alone * kLaneInstructions,
+           last * kWhole}};
 }
 
 template <class T>
@@ -338,6 +510,49 @@ void lane_sums(const T* x, std::int64_t n, const double* center, double* lane) {
   }
 }
 
+// Estimates in double, each corrected by its remainder. Compilers have instructions for these
+// conversions from AVX-512 on.
+void quotients(const std::int64_t* sum, std::int64_t size, std::int64_t count, std::int64_t* whole,
+               std::int64_t* fraction) {
+  using Value = typename Simd<double>::Value;
+  using Int = typename Simd<double>::Int;
+  const double inverse = 1 / static_cast<double>(count);
+  const auto by_count = [&](const Int& value, const Value& estimate, Int& quotient, Int& rest) {
+    quotient = __builtin_convertvector(estimate, Int);
+    rest = value - quotient * count;
+    const Int above = rest >= count;  // -1 where true
+    const Int below = rest < 0;
+    quotient += below - above;
+    rest += count & below;
+    rest -= count & above;
+  };
+  constexpr double scale = static_cast<double>(std::int64_t{1} << kFractionBits);
+  Int wholes{}, fractions{};
+  const auto add = [&](const Int& value) {
+    Int quotient, rest, part, rest_of_part;
+    by_count(value, __builtin_convertvector(value, Value) * inverse, quotient, rest);
+    by_count(rest << kFractionBits, __builtin_convertvector(rest, Value) * scale * inverse, part,
+             rest_of_part);
+    wholes += quotient;
+    fractions += part;
+  };
+  std::int64_t t = 0;
+  for (; t + kWidth<double> <= size; t += kWidth<double>) {
+    Int value;
+    __builtin_memcpy(&value, sum + t, sizeof value);
+    add(value);
+  }
+  if (t < size) {
+    Int value{};  // 0 adds nothing
+    __builtin_memcpy(&value, sum + t, static_cast<std::size_t>(size - t) * sizeof *sum);
+    add(value);
+  }
+  for (int l = 0; l < kWidth<double>; ++l) {
+    *whole += wholes[l];
+    *fraction += fractions[l];
+  }
+}
+
 template <class T>
 std::int64_t saturate(std::int64_t rounds) {
   using Value = typename Simd<T>::Value;
@@ -357,9 +572,8 @@ std::int64_t saturate(std::int64_t rounds) {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {kWidth<T>,    kLanes<T>,    kScanInstructions, scan<T, false>, scan<T, true>,
-          adjacent<T>,  distances<T>, within<T>,         accumulate<T>,  range<T>,
-          lane_sums<T>, minimum<T>,   saturate<T>};
+  return {kLanes<T>,     scan<T, false>, scan<T, true>, adjacent<T>, distances<T>, within<T>,
+          accumulate<T>, range<T>,       lane_sums<T>,  minimum<T>,  quotients,    saturate<T>};
 }
 
 }  // namespace

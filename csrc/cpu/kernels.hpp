@@ -36,10 +36,24 @@ struct ScanArgs {
   std::int64_t* count;  // [lanes] out
 };
 
+// What a scan does: distances with a candidate, the vector instructions that these take at the
+// least, and those of a scan that goes on with all lanes until the last one stops.
+struct ScanCount {
+  std::int64_t comparisons = 0;
+  std::int64_t instructions = 0;
+  std::int64_t instructions_of_all = 0;
+  ScanCount& operator+=(const ScanCount& more) {
+    comparisons += more.comparisons;
+    instructions += more.instructions;
+    instructions_of_all += more.instructions_of_all;
+    return *this;
+  }
+};
+
 struct ScanResult {
   bool complete;  // no unlisted row can be nearest or tied, for any lane
   bool unique;    // every count is 1; scan() writes no counts, and no sums of use where it is not
-  std::int64_t chunks;  // compared
+  ScanCount count;
 };
 
 // Rows of one group sorted by value, nearest neighbours beside each other: adds up
@@ -60,9 +74,7 @@ constexpr int kBeyond = 32;  // elements that `adjacent` may touch past the end
 
 template <class T>
 struct Kernels {
-  int width;                                    // lanes of a vector
   int lanes;                                    // candidates in a tile
-  int scan_instructions;                        // of `scan` for a neighbour and a vector
   ScanResult (*scan)(const ScanArgs<T>&);       // notices ties
   ScanResult (*scan_ties)(const ScanArgs<T>&);  // counts them
   std::int64_t (*adjacent)(const AdjacentArgs<T>&);
@@ -80,6 +92,9 @@ struct Kernels {
   void (*lane_sums)(const T* x, std::int64_t n, const double* center, double* lane);
   // min over j != i of distance[j]
   T (*minimum)(const T* distance, std::int64_t n, std::int64_t i);
+  // Adds fixed_point(sum[t], count) of `size` sums. Sums below 2^53, counts below 2^20.
+  void (*quotients)(const std::int64_t* sum, std::int64_t size, std::int64_t count,
+                    std::int64_t* whole, std::int64_t* fraction);
   // Issues `rounds` times 16 vector instructions that do not wait for each other, and returns how
   // many: the rate that `scan` is measured against.
   std::int64_t (*saturate)(std::int64_t rounds);

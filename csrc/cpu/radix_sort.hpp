@@ -42,12 +42,11 @@ T sort_value(typename SortWord<T>::Key key) {
   return std::bit_cast<T>((key & sign) ? key & ~sign : ~key);
 }
 
-// Least-significant-digit radix sort of words by key; stable. The result is left in `words`. Digits
-// in which all keys agree cost nothing: discrete columns have few others.
-template <class T>
-void radix_sort(std::vector<SortWord<T>>& words, std::vector<SortWord<T>>& spare) {
+// Least-significant-digit radix sort of words by key, in digits of `kBits`; stable. The result is
+// left in `words`. Digits in which all keys agree cost nothing: discrete columns have few others.
+template <class T, int kBits>
+void radix_sort_by_digits(std::vector<SortWord<T>>& words, std::vector<SortWord<T>>& spare) {
   using Key = typename SortWord<T>::Key;
-  constexpr int kBits = 8;
   constexpr std::size_t kBuckets = std::size_t{1} << kBits;
   Key differing = 0;
   for (const auto& word : words) differing |= word.key ^ words.front().key;
@@ -63,6 +62,15 @@ void radix_sort(std::vector<SortWord<T>>& words, std::vector<SortWord<T>>& spare
     for (auto& p : place) start += std::exchange(p, start);
     for (const auto& word : words) spare[place[digit(word)]++] = word;
     words.swap(spare);
+  }
+}
+
+template <class T>
+void radix_sort(std::vector<SortWord<T>>& words, std::vector<SortWord<T>>& spare) {
+  if (words.size() < 4096) {
+    radix_sort_by_digits<T, 8>(words, spare);
+  } else {
+    radix_sort_by_digits<T, 11>(words, spare);
   }
 }
 

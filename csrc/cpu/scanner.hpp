@@ -125,9 +125,10 @@ class Scanner {
     });
   }
 
-  // Distances with a candidate that were computed so far, and the time of all threads for it.
-  std::int64_t comparisons() const { return comparisons_; }
-  double seconds() const { return seconds_; }
+  // Of all scans so far.
+  ScanWork work() const {
+    return {count_.comparisons, count_.instructions, count_.instructions_of_all, seconds_};
+  }
 
  private:
   // Rows beside each other in the tree whose lists are made together, and of one thread at least.
@@ -154,10 +155,10 @@ class Scanner {
     ListMaker<T> maker;
     std::int64_t wanted;              // neighbours in a list
     std::int64_t rows = 0, tied = 0;  // scans so far, and those that met ties
-    std::int64_t chunks = 0;          // compared
-    double seconds = 0;               // in scans
-    std::int64_t unlisted = 0;        // cost of what the lists of a block did not answer
-    std::vector<Index> nearest;       // of one row and candidate
+    ScanCount count_so_far;
+    double seconds = 0;
+    std::int64_t unlisted = 0;   // cost of what the lists of a block did not answer
+    std::vector<Index> nearest;  // of one row and candidate
 
     Scratch(Scanner& s, std::int64_t block, const Kernels<T>& kernels, std::mutex& m)
         : scanner(&s),
@@ -172,7 +173,7 @@ class Scanner {
     ~Scratch() {
       if (lists.empty()) return;  // moved from
       const std::lock_guard<std::mutex> lock(*mutex);
-      scanner->comparisons_ += chunks * kChunk * scanner->lanes_;
+      scanner->count_ += count_so_far;
       scanner->seconds_ += seconds;
       scanner->wanted_ = wanted;
     }
@@ -187,7 +188,7 @@ class Scanner {
       for (;;) {
         ScanResult result = kernel({list.view(), values, values + position * lanes_, factors,
                                     s.best.data(), s.sum.data(), s.count.data()});
-        s.chunks += result.chunks;
+        s.count_so_far += result.count;
         const T reach = list.view().reach;
         if (result.complete || reach == std::numeric_limits<T>::infinity()) return result.unique;
         if (!result.unique && kernel != kernels.scan_ties) return false;  // counted next
@@ -258,7 +259,7 @@ class Scanner {
   std::vector<T> factor_;                // [tile][lanes]
   Pages<T> packed_;                      // [tile][n][lanes]
   std::size_t packed_size_ = 0;
-  std::int64_t comparisons_ = 0;
+  ScanCount count_;
   double seconds_ = 0;
 };
 

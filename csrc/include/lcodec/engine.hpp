@@ -47,6 +47,15 @@ template <class T>
 Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, double* deviation,
                            const Execution& execution);
 
+// What scans have done so far, neighbours once listed.
+struct ScanWork {
+  std::int64_t comparisons = 0;   // distances with a candidate computed
+  std::int64_t instructions = 0;  // vector instructions that these take at the least
+  // The same if all candidates of a tile were compared until the last one stops.
+  std::int64_t instructions_of_all = 0;
+  double seconds = 0;  // of all threads
+};
+
 // Scores candidate columns given a conditioning set that grows step by step.
 //
 // For row i let the c_i neighbours used be the rows j != i at the smallest distance in the
@@ -85,13 +94,8 @@ class Engine {
   Status row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
                   const Execution& execution);
 
-  // Distances with a candidate that scans have computed so far, and the time that all threads spent
-  // on it, their neighbours once listed; for benchmarks.
-  struct Work {
-    std::int64_t comparisons;
-    double seconds;
-  };
-  Work scanned() const;
+  // For benchmarks.
+  ScanWork scanned() const;
 
  private:
   struct State;
