@@ -1,7 +1,7 @@
 """Engines of the backends, and the parts of a call that codec, foci and their kin share."""
 
 import warnings
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,16 @@ TIES = ("average", "random", "first")
 class Engine(Protocol):
     """What a backend offers the FOCI loop: state and steps, so that the loop stays in Python."""
 
+    piece: int  # how many candidates are asked for at a time where a progress bar shows them
+
     def select(self, column: int) -> None:
         """Add a column to the conditioning set, behind those already there."""
 
-    def row_sums(self, column: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are."""
+    def row_sums(self, column: int) -> tuple[Any, Any]:
+        """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are.
+
+        Arrays, or tensors on the columns' device.
+        """
 
     def score(
         self, columns: NDArray[np.int64], floor: int | None = None
@@ -35,37 +40,59 @@ class Engine(Protocol):
         give -1 as the whole of any other.
         """
 
+    def leaders(
+        self, columns: NDArray[np.int64], floor: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The candidates that may have the largest exact sum, in any order, and their scores.
 
-def lay_out(backend: str, X: NDArray) -> Columns:
-    """The columns of a clean (n, p) table as a resolved backend wants them."""
+        At least those with the largest, unless it is not above the floor; seldom many more.
+        """
+
+
+def lay_out(backend: str, X: Any) -> Columns:
+    """The columns of a clean (n, p) table, array or tensor, as a resolved backend wants them."""
+    if backend == "cuda":
+        from lcodec_ext import _cuda
+
+        return _cuda.CudaColumns(X)
+    X = np.ascontiguousarray(X)
     return ReferenceColumns(X) if backend == "reference" else _native.CpuColumns(X)
 
 
-def make_engine(
-    columns: Columns, factors: NDArray, R: NDArray[np.int64], ties: str, seed: int | None
-) -> Engine:
+def make_engine(columns: Columns, factors: Any, R: Any, ties: str, seed: int | None) -> Engine:
     """The engine of the columns' backend, with the response's ranks."""
     if isinstance(columns, ReferenceColumns):
         return _reference.ReferenceEngine(columns, factors, R, ties, resolve_seed(seed))
-    assert isinstance(columns, _native.CpuColumns)
-    return _native.CpuEngine(columns, factors, R, ties, resolve_seed(seed))
+    if isinstance(columns, _native.CpuColumns):
+        return _native.CpuEngine(columns, factors, R, ties, resolve_seed(seed))
+    from lcodec_ext import _cuda
+
+    assert isinstance(columns, _cuda.CudaColumns)
+    return _cuda.CudaEngine(columns, factors, R, ties, resolve_seed(seed))
 
 
-def nearest(
-    columns: Columns, ties: str, seed: int | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def nearest(columns: Columns, ties: str, seed: int | None) -> tuple[Any, Any]:
     """(indptr, indices) of the nearest other rows by the columns' backend."""
     if isinstance(columns, ReferenceColumns):
         return _reference.nearest(columns, ties, resolve_seed(seed))
-    assert isinstance(columns, _native.CpuColumns)
-    return _native.nearest(columns, ties, resolve_seed(seed))
+    if isinstance(columns, _native.CpuColumns):
+        return _native.nearest(columns, ties, resolve_seed(seed))
+    from lcodec_ext import _cuda
+
+    assert isinstance(columns, _cuda.CudaColumns)
+    return _cuda.nearest(columns, ties, resolve_seed(seed))
 
 
-def warn_constant_columns(X: NDArray, name: str, names: list[str] | None, stacklevel: int) -> None:
-    """One warning for all constant columns of an argument."""
-    # three rows rule out most columns
-    suspects = np.flatnonzero((X[0] == X[-1]) & (X[0] == X[len(X) // 2]))
-    constant = suspects[(X[:, suspects] == X[0, suspects]).all(axis=0)]
+def constant_columns(columns: Columns) -> NDArray[np.bool_]:
+    """Which columns have one value only."""
+    return columns.low == columns.high
+
+
+def warn_constant_columns(
+    flags: NDArray[np.bool_], name: str, names: list[str] | None, stacklevel: int
+) -> None:
+    """One warning for all columns of an argument that are flagged as constant."""
+    constant = np.flatnonzero(flags)
     if len(constant):
         verb = "is" if len(constant) == 1 else "are"
         warnings.warn(

@@ -5,9 +5,12 @@ tied neighbours. What is compared or reported is the rational ``sum_i S_i / c_i`
 """
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lcodec_ext._backend import is_tensor
 
 FRACTION_BITS = 43  # n * 2**43 < 2**63 up to n = 2**20
 _HALF_BITS = 26
@@ -15,18 +18,35 @@ _HALF = (1 << _HALF_BITS) - 1
 MAX_ROUNDING = 1 << 20  # units of 2**-43 that a fixed-point sum can lie below its exact one
 
 
-def total(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> Fraction:
+def total(sums: Any, counts: Any) -> Fraction:
     """``sum_i sums[i] / counts[i]`` exactly: rows of equal count are added as integers.
+
+    Of arrays, or of tensors on a device, which are added there.
+    """
+    if is_tensor(sums):
+        from lcodec_ext import _cuda
+
+        used, of_used = _cuda.sums_by_count(sums, counts)
+    else:
+        used, of_used = _sums_by_count(sums, counts)
+    result = Fraction(0)
+    for count, of_count in zip(used.tolist(), of_used.tolist(), strict=True):
+        result += Fraction(of_count, count)
+    return result
+
+
+def _sums_by_count(
+    sums: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The counts that occur, and the total of the sums of each (at most 10**18).
 
     ``bincount`` adds doubles, exactly so here: the halves of a sum (below 2**40) are below 2**26,
     and 10**6 of them below 2**53.
     """
-    low = np.bincount(counts, weights=sums & _HALF)
-    high = np.bincount(counts, weights=sums >> _HALF_BITS)
-    result = Fraction(0)
-    for count in np.flatnonzero(low + high).tolist():
-        result += Fraction((int(high[count]) << _HALF_BITS) + int(low[count]), count)
-    return result
+    low = np.bincount(counts, weights=sums & _HALF).astype(np.int64)
+    high = np.bincount(counts, weights=sums >> _HALF_BITS).astype(np.int64)
+    used = np.flatnonzero(low + high)
+    return used, (high[used] << _HALF_BITS) + low[used]
 
 
 def fixed_point(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[int, int]:
@@ -40,10 +60,34 @@ def fixed_point(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[int
     return int(whole.sum()), int(fraction.sum())
 
 
-class ResponseSums:
-    """The sums over ranks that a coefficient needs beside its neighbours'."""
+def contenders(
+    columns: NDArray[np.int64], whole: NDArray[np.int64], fraction: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Those of some candidates that may have the largest exact sum; none if all were skipped (-1).
 
-    def __init__(self, R: NDArray[np.int64], L: NDArray[np.int64]) -> None:
+    Fixed point rounds every row down by less than one unit, so a score lies up to n units below
+    its exact sum, and on it where the fraction is 0.
+    """
+    running = whole >= 0
+    columns, whole, fraction = columns[running], whole[running], fraction[running]
+    if len(columns) == 0:
+        return columns, whole, fraction
+    unit = 1 << FRACTION_BITS
+    high, low = whole + (fraction >> FRACTION_BITS), fraction & (unit - 1)
+    top = np.lexsort((low, high))[-1]
+    behind = high[top] - high  # whole units behind the leader; beyond 1 out of reach
+    distance = np.where(behind > 1, np.int64(2 * unit), 0)
+    close = behind <= 1
+    distance[close] = behind[close] * unit + (low[top] - low[close])
+    slack = np.where(fraction == 0, 0, np.int64(MAX_ROUNDING))
+    near = distance <= slack
+    return columns[near], whole[near], fraction[near]
+
+
+class ResponseSums:
+    """The sums over ranks (arrays or tensors) that a coefficient needs beside its neighbours'."""
+
+    def __init__(self, R: Any, L: Any) -> None:
         n = len(R)
         self.n = n
         self.sum_R = int(R.sum())

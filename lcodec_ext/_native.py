@@ -5,10 +5,10 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext import _core
+from lcodec_ext import _core, _exact
 from lcodec_ext._validation import check_integer
 
-_TIES = {"average": 0, "random": 1, "first": 2}
+TIES_CODES = {"average": 0, "random": 1, "first": 2}
 _MAX_THREADS = 1024
 _threads: int | None = None
 
@@ -82,11 +82,13 @@ class CpuEngine:
     ``csrc/include/lcodec/engine.hpp``.
     """
 
+    piece = 1024  # each looks for the rows' neighbours anew, which must stay small beside scoring
+
     def __init__(
         self, columns: CpuColumns, factors: NDArray, R: NDArray[np.int64], ties: str, seed: int
     ) -> None:
         make = _core.EngineFloat if columns.values.dtype == np.float32 else _core.EngineDouble
-        self._engine = make(columns.values, factors, R.astype(np.int32), _TIES[ties], seed)
+        self._engine = make(columns.values, factors, R.astype(np.int32), TIES_CODES[ties], seed)
 
     def select(self, column: int) -> None:
         """Add a column to the conditioning set, behind those already there."""
@@ -107,6 +109,12 @@ class CpuEngine:
         wanted = -1 if floor is None else floor
         return self._engine.score(columns.astype(np.int64, copy=False), wanted, *_settings())
 
+    def leaders(
+        self, columns: NDArray[np.int64], floor: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The candidates that may have the largest exact sum, and their sums in fixed point."""
+        return _exact.contenders(columns, *self.score(columns, floor))
+
     @property
     def scanned(self) -> tuple[int, int, int, float]:
         """What scans did so far, for benchmarks.
@@ -123,4 +131,4 @@ def nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(indptr, indices) of the nearest other rows; the twin of ``reference.engine.nearest``."""
     x = columns.values
-    return _core.neighbors(x, np.ones(len(x), dtype=x.dtype), _TIES[ties], seed, *_settings())
+    return _core.neighbors(x, np.ones(len(x), dtype=x.dtype), TIES_CODES[ties], seed, *_settings())

@@ -38,16 +38,14 @@ def resolve_seed(seed: int | None) -> int:
     return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
 
 
-def add_noise(
-    columns: NDArray[np.float64], sigmas: NDArray[np.float64], seed: int, first_stream: int
-) -> NDArray[np.float64]:
-    """Columns plus independent N(0, sigma^2), one Philox stream per column.
+def gaussian_noise(n: int, sigmas: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """n rows of independent N(0, sigma^2), one Philox stream per column.
 
-    Column k draws from ``Generator(Philox(seed).jumped(first_stream + k))``: 2**128 draws
-    apart, and the same noise for a column whatever stands beside it.
+    Column k draws from ``Generator(Philox(seed).jumped(k))``: 2**128 draws apart, and the same
+    noise for a column whatever stands beside it.
     """
-    noisy = columns.copy()
-    for k in range(columns.shape[1]):
-        generator = np.random.Generator(np.random.Philox(seed).jumped(first_stream + k))
-        noisy[:, k] += sigmas[k] * generator.standard_normal(len(columns))
-    return noisy
+    noise = np.empty((n, len(sigmas)))
+    for k, sigma in enumerate(sigmas):
+        generator = np.random.Generator(np.random.Philox(seed).jumped(k))
+        noise[:, k] = sigma * generator.standard_normal(n)
+    return noise

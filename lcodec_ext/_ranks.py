@@ -1,24 +1,31 @@
 """Ranks of the response: the only thing the coefficients know of y."""
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+
+from lcodec_ext._backend import is_tensor
 
 
-def ranks(y: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def ranks(y: Any) -> tuple[Any, Any]:
     """Max ranks of a response, from below and from above.
 
     Parameters
     ----------
-    y : ndarray of shape (n,)
+    y : ndarray or CUDA tensor of shape (n,)
         Finite numbers of any real dtype; compared as they are, never converted.
 
     Returns
     -------
-    R, L : ndarray of int64, shape (n,)
+    R, L : ndarray or CUDA tensor of int64, shape (n,)
         ``R[i] = #{j : y[j] <= y[i]}`` and ``L[i] = #{j : y[j] >= y[i]}``. Tied values share a
         rank; an ordinal rank from ``argsort`` would jitter them (0.626 for 0.960 on three
         classes). O(n log n).
     """
+    if is_tensor(y):
+        from lcodec_ext import _cuda
+
+        return _cuda.ranks(y)
     n = len(y)
     order = np.argsort(y, kind="stable")
     ascending = y[order]

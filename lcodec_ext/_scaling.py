@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,17 @@ from lcodec_ext._validation import column_label
 class Columns(Protocol):
     """A table as a backend lays it out."""
 
-    values: NDArray
-    low: NDArray
-    high: NDArray
+    @property
+    def values(self) -> Any:
+        """The table: an array, or a tensor on a device."""
+
+    @property
+    def low(self) -> NDArray:
+        """Smallest value of every column."""
+
+    @property
+    def high(self) -> NDArray:
+        """Largest value of every column."""
 
     def standard_deviations(self) -> NDArray[np.float64]:
         """Standard deviations (n - 1) in double, the same bits on every backend."""

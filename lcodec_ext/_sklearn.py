@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lcodec_ext._backend import Backend
+from lcodec_ext._backend import Backend, resolve_on_cpu
 from lcodec_ext._engine import Ties
 from lcodec_ext.selection import Standardize, foci
 
@@ -44,8 +44,8 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         deterministic.
     random_state : int, RandomState instance or None
         For ``ties="random"``.
-    backend : {"auto", "cpu", "cuda", "reference"}
-        As in :func:`lcodec_ext.foci`; all select the same.
+    backend : {"auto", "cpu", "reference"}
+        As in :func:`lcodec_ext.foci`; all select the same. Data are on the CPU.
 
     Attributes
     ----------
@@ -115,6 +115,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         FOCISelector
             The fitted selector itself.
         """
+        backend = resolve_on_cpu("FOCISelector", self.backend, X=X, y=y)
         X, y = validate_data(
             self, X, y, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
         )
@@ -130,7 +131,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
             standardize=self.standardize,
             ties=self.ties,
             seed=seed,
-            backend=self.backend,
+            backend=backend,
         )
         self.ordering_ = result.ordering
         self.cumulative_ = result.cumulative

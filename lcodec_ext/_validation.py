@@ -1,5 +1,6 @@
 """What users pass in, made into arrays that the backends can trust.
 
+CUDA tensors are checked and converted where they lie; nothing but verdicts is read from them.
 Every message names the argument, says what was given and what was expected.
 """
 
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._backend import is_tensor
+from lcodec_ext._backend import array_module, is_tensor, on_device
 
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
 _EXACT_INTEGER = 2**53
@@ -21,11 +22,11 @@ _EXACT_INTEGER = 2**53
 class Features(NamedTuple):
     """Feature columns in the working precision.
 
-    ``values`` is a C-contiguous (n, p) array: float32 where the input was float32, float16 or
-    bfloat16, float64 for everything else. ``names`` are column names, None without any.
+    ``values`` is a C-contiguous (n, p) array, or CUDA tensor: float32 where the input was float32,
+    float16 or bfloat16, float64 for everything else. ``names`` are column names, None without any.
     """
 
-    values: NDArray
+    values: Any
     names: list[str] | None
 
 
@@ -90,14 +91,18 @@ def check_seed(seed: object, name: str = "seed", *, optional: bool = True) -> in
     return number
 
 
-def _tensor_to_numpy(tensor: Any, name: str) -> NDArray:
+def _dense_tensor(tensor: Any, name: str) -> Any:
+    """A tensor of real numbers without its gradient; bfloat16 as float32, which holds it."""
     if tensor.is_complex():
         raise ValueError(f"{name} must be real; got a tensor of {tensor.dtype}")
     if str(tensor.layout) != "torch.strided":
         raise ValueError(f"{name} must be dense; got a tensor of layout {tensor.layout}")
     tensor = tensor.detach().resolve_neg()
-    if str(tensor.dtype) == "torch.bfloat16":  # NumPy has none; float32 holds it exactly
-        tensor = tensor.float()
+    return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
+
+
+def _tensor_to_numpy(tensor: Any, name: str) -> NDArray:
+    tensor = _dense_tensor(tensor, name)
     try:
         return tensor.numpy()
     except (TypeError, RuntimeError) as error:
@@ -106,8 +111,40 @@ def _tensor_to_numpy(tensor: Any, name: str) -> NDArray:
         ) from None
 
 
-def _beyond_exact(integers: NDArray) -> bool:
+def _on_device(tensor: Any, name: str) -> Any:
+    """A CUDA tensor as one of a dtype that torch can sort and compare; and uint64."""
+    import torch
+
+    tensor = _dense_tensor(tensor, name)
+    wider = {
+        torch.bool: torch.uint8,
+        torch.float16: torch.float32,
+        torch.uint16: torch.int32,
+        torch.uint32: torch.int64,
+    }
+    dtype = wider.get(tensor.dtype, tensor.dtype)
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint64)
+    if dtype not in (torch.float32, torch.float64, *integers):
+        raise ValueError(f"{name} must hold real numbers; got a tensor of {tensor.dtype}")
+    return tensor.to(dtype)
+
+
+def _is_float(array: Any) -> bool:
+    return array.is_floating_point() if is_tensor(array) else array.dtype.kind == "f"
+
+
+def _is_integer(array: Any) -> bool:
+    if is_tensor(array):
+        return not array.is_floating_point()
+    return array.dtype.kind in "iu"
+
+
+def _beyond_exact(integers: Any) -> bool:
     """Whether float64 would merge some of the integers."""
+    if str(integers.dtype) == "torch.uint64":  # torch knows no maximum of it
+        integers = integers.view(array_module(integers).int64)
+        if integers.min() < 0:  # 2**63 and more
+            return True
     return max(int(integers.max()), -int(integers.min())) > _EXACT_INTEGER
 
 
@@ -135,10 +172,15 @@ def _pandas_column(column: Any, label: str) -> NDArray:
     return column.to_numpy(dtype=numpy_dtype)
 
 
-def _as_array(value: Any, name: str) -> tuple[NDArray, list[str] | None]:
-    """Anything array-like as a NumPy array of real numbers, with column names if it has them."""
+def _as_array(value: Any, name: str) -> tuple[Any, list[str] | None]:
+    """Anything array-like as a NumPy array of real numbers, with column names if it has them.
+
+    CUDA tensors stay CUDA tensors.
+    """
     if value is None:
         raise ValueError(f"{name} must be an array of numbers; got None")
+    if on_device(value):
+        return _on_device(value, name), None
     names = None
     pandas = sys.modules.get("pandas")
     if is_tensor(value):
@@ -183,8 +225,8 @@ def _real(array: NDArray, label: str) -> NDArray:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def as_response(y: Any, name: str = "y") -> NDArray:
-    """A response as a 1-d array of its own dtype (ranks need no conversion).
+def as_response(y: Any, name: str = "y") -> Any:
+    """A response as a 1-d array, or CUDA tensor, of its own dtype (ranks need no conversion).
 
     Accepts shape (n,) or (n, 1).
     """
@@ -193,40 +235,44 @@ def as_response(y: Any, name: str = "y") -> NDArray:
         array = array[:, 0]
     if array.ndim != 1:
         raise ValueError(
-            f"{name} must be one column, of shape (n,) or (n, 1); got shape {array.shape}"
+            f"{name} must be one column, of shape (n,) or (n, 1); got shape {tuple(array.shape)}"
         )
     return array
 
 
 def as_features(X: Any, name: str, *, allow_1d: bool = True) -> Features:
-    """Feature columns as a C-contiguous (n, p) array of the working precision.
+    """Feature columns as a C-contiguous (n, p) array, or CUDA tensor, of the working precision.
 
     A 1-d array is one column where ``allow_1d``; p = 0 is an error, and so are integers that
     float64 cannot hold.
     """
     array, names = _as_array(X, name)
     if array.ndim == 1 and allow_1d:
-        array = array[:, np.newaxis]
+        array = array[:, None]
         label = getattr(X, "name", None)
         names = [label] if isinstance(label, str) else None
     if array.ndim != 2:
         hint = f"; for one feature pass {name}.reshape(-1, 1)" if array.ndim == 1 else ""
         shapes = "(n,) or (n, p)" if allow_1d else "(n, p)"
-        raise ValueError(f"{name} must have shape {shapes}; got shape {array.shape}{hint}")
+        raise ValueError(f"{name} must have shape {shapes}; got shape {tuple(array.shape)}{hint}")
     if array.shape[1] == 0:
-        raise ValueError(f"{name} must have at least one column; got shape {array.shape}")
-    if array.dtype.kind in "iu" and array.size and _beyond_exact(array):
+        raise ValueError(f"{name} must have at least one column; got shape {tuple(array.shape)}")
+    if _is_integer(array) and len(array) and _beyond_exact(array):
         raise ValueError(
             f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
             "subtract an offset first"
         )
-    dtype = np.float32 if array.dtype == np.float32 else np.float64
+    xp = array_module(array)
+    dtype = xp.float32 if array.dtype == xp.float32 else xp.float64
+    if is_tensor(array):
+        return Features(array.to(dtype).contiguous(), names)
     return Features(np.ascontiguousarray(array, dtype=dtype), names)
 
 
-def _where(name: str, array: NDArray, names: list[str] | None, flags: NDArray[np.bool_]) -> str:
+def _where(name: str, array: Any, names: list[str] | None, flags: Any) -> str:
     """'X has ... at row 3, column 'age' (index 2)' for the first flagged entry."""
-    first = np.argwhere(flags)[0]
+    xp = array_module(array)
+    first = xp.argwhere(flags)[0].tolist()
     place = f"row {first[0]}"
     if array.ndim == 2:
         place += (
@@ -234,14 +280,12 @@ def _where(name: str, array: NDArray, names: list[str] | None, flags: NDArray[np
             if names is None
             else (f", column {names[first[1]]!r} (index {first[1]})")
         )
-    more = int(np.count_nonzero(flags)) - 1
+    more = int(xp.count_nonzero(flags)) - 1
     return f"{name} at {place}" + (f" and {more} more" if more else "")
 
 
-def clean_rows(
-    arrays: dict[str, NDArray | Features], nan_policy: str, minimum: int = 3
-) -> dict[str, NDArray]:
-    """Arrays of equal length without NaN or infinity.
+def clean_rows(arrays: dict[str, Any], nan_policy: str, minimum: int = 3) -> dict[str, Any]:
+    """Arrays of equal length without NaN or infinity; or CUDA tensors, on one device.
 
     Parameters
     ----------
@@ -262,29 +306,31 @@ def clean_rows(
         given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"all arguments must have the same number of rows; {given}")
     n = next(iter(lengths.values()))
-    keep = np.ones(n, dtype=bool)
+    xp = array_module(next(iter(values.values())))
+    drop: Any = None
     for name, array in values.items():
-        if array.dtype.kind != "f":
+        if not _is_float(array):
             continue
         source = arrays[name]
         names = source.names if isinstance(source, Features) else None
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(array.sum()):  # one pass; the rare rest looks closer
+            if xp.isfinite(array.sum()):  # one pass; the rare rest looks closer
                 continue
-        infinite = np.isinf(array)
+        infinite = xp.isinf(array)
         if infinite.any():
             raise ValueError(
                 f"infinite values are not allowed; got {_where(name, array, names, infinite)}"
             )
-        missing = np.isnan(array)
+        missing = xp.isnan(array)
         if missing.any():
             if nan_policy == "raise":
                 raise ValueError(
                     f"NaN in {_where(name, array, names, missing)}; pass nan_policy='omit' to "
                     "leave out rows with missing values"
                 )
-            keep &= ~(missing.any(axis=1) if array.ndim == 2 else missing)
-    remaining = int(np.count_nonzero(keep))
+            rows = missing.any(axis=1) if array.ndim == 2 else missing
+            drop = rows if drop is None else drop | rows
+    remaining = n if drop is None else n - int(xp.count_nonzero(drop))
     if remaining < minimum:
         left = f"{remaining} left after omitting NaN" if remaining < n else f"{n}"
         raise ValueError(f"{' and '.join(values)} must have at least {minimum} rows; got {left}")
@@ -294,7 +340,7 @@ def clean_rows(
             f"the sums are proven exact; got {remaining:,}: take a random sample of rows"
         )
     if remaining < n:
-        values = {name: array[keep] for name, array in values.items()}
+        values = {name: array[~drop] for name, array in values.items()}
     return values
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from numpy.typing import ArrayLike, NDArray
 
 from lcodec_ext import _xi_sums
-from lcodec_ext._backend import Backend, resolve
+from lcodec_ext._backend import Backend, resolve_on_cpu
 from lcodec_ext._random import resolve_seed
 from lcodec_ext._validation import as_response, check_bool, check_choice, check_seed, clean_rows
 
@@ -53,7 +53,7 @@ def _compute(
     check_choice(ties, "ties", ("average", "random", "first"))
     seed = check_seed(seed)
     sums: Any = _xi_sums
-    if resolve(backend, x=x, y=y) == "reference":
+    if resolve_on_cpu("xi", backend, x=x, y=y) == "reference":
         from lcodec_ext.reference import xi as sums
     columns = clean_rows({"x": as_response(x, "x"), "y": as_response(y, "y")}, nan_policy)
     R, L = sums.ranks(columns["y"])
@@ -102,9 +102,9 @@ def xi(
         For ``ties="random"``; None (default) draws a fresh one.
     nan_policy : {"raise", "omit"}
         "omit" leaves out rows with a NaN.
-    backend : {"auto", "cpu", "cuda", "reference"}
+    backend : {"auto", "cpu", "reference"}
         All give the same bits. "auto" and "cpu" run vectorised NumPy, which is all that one
-        sort asks for; "reference" is O(n^2).
+        sort asks for; "reference" is O(n^2). Data are on the CPU.
 
     Returns
     -------

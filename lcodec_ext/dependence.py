@@ -2,19 +2,24 @@
 
 import warnings
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lcodec_ext import _exact
-from lcodec_ext._backend import Backend, resolve
-from lcodec_ext._engine import TIES, Ties, lay_out, make_engine, warn_constant_columns
-from lcodec_ext._random import add_noise
+from lcodec_ext._backend import Backend, array_module, resolve
+from lcodec_ext._engine import (
+    TIES,
+    Ties,
+    constant_columns,
+    lay_out,
+    make_engine,
+    warn_constant_columns,
+)
+from lcodec_ext._random import gaussian_noise
 from lcodec_ext._ranks import ranks
-from lcodec_ext._scaling import check_overflow, squared_spans, warn_underflow
+from lcodec_ext._scaling import Columns, check_overflow, squared_spans, warn_underflow
 from lcodec_ext._validation import (
-    Features,
     as_features,
     as_response,
     check_choice,
@@ -63,7 +68,9 @@ def codec(
     nan_policy : {"raise", "omit"}, default "raise"
         "omit" leaves out rows that have a NaN anywhere.
     backend : {"auto", "cpu", "cuda", "reference"}, default "auto"
-        "auto" runs where the data lies. All backends return the same bits.
+        "auto" runs where the data lies: CUDA tensors on their device, everything else on the CPU.
+        "cuda" takes CUDA tensors only. All arguments must be on one device; nothing is copied to
+        another. All backends return the same bits.
 
     Returns
     -------
@@ -79,7 +86,9 @@ def codec(
     TypeError
         For a seed that is no integer.
     RuntimeError
-        If a backend is named that is not there.
+        If CUDA tensors are given and this build or machine has no CUDA backend.
+    torch.OutOfMemoryError
+        If their device has no room for the computation.
 
     Notes
     -----
@@ -107,8 +116,10 @@ def codec(
     True
     """
     chosen = resolve(backend, y=y, z=z, x=x)
-    response, given, added = _prepare(y, z, x, ties, seed, nan_policy)
-    return _coefficient(response, added, given, ties, seed, chosen)
+    given = _prepare(y, z, x, ties, seed, nan_policy)
+    columns = lay_out(chosen, given.table)
+    given.warn_constant_columns(columns)
+    return _coefficient(columns, given.r, given.y, ties, seed)
 
 
 def lcodec(
@@ -170,12 +181,12 @@ def lcodec(
     """
     chosen = resolve(backend, y=y, z=z, x=x)
     check_noise(noise, noise_scale, seed)
-    response, given, added = _prepare(y, z, x, ties, seed, nan_policy)
-    if noise > 0 and (response == response[0]).all():
+    given = _prepare(y, z, x, ties, seed, nan_policy)
+    given.warn_constant_columns(lay_out(chosen, given.table))
+    if noise > 0 and (given.y == given.y[0]).all():
         warnings.warn("y is constant: the value measures the added noise alone", stacklevel=2)
-    response, columns = with_noise(response, np.hstack([given, added]), noise, noise_scale, seed)
-    r = given.shape[1]
-    return _coefficient(response, columns[:, r:], columns[:, :r], ties, seed, chosen)
+    response, table = with_noise(given.y, given.table, noise, noise_scale, seed, chosen)
+    return _coefficient(lay_out(chosen, table), given.r, response, ties, seed)
 
 
 def check_noise(noise: object, noise_scale: object, seed: object) -> None:
@@ -186,61 +197,73 @@ def check_noise(noise: object, noise_scale: object, seed: object) -> None:
 
 
 def with_noise(
-    y: NDArray, columns: NDArray, noise: float, noise_scale: str, seed: int
-) -> tuple[NDArray, NDArray]:
-    """Response and columns with L-CODEC's noise: y from stream 0, columns from 1 on."""
+    y: Any, columns: Any, noise: float, noise_scale: str, seed: int, backend: str
+) -> tuple[Any, Any]:
+    """Response and columns with L-CODEC's noise: y from stream 0, columns from 1 on.
+
+    The noise is drawn on the host and added where the columns are.
+    """
+    xp = array_module(columns)
+    columns = xp.asarray(columns, dtype=xp.float64)
     if noise == 0:
-        return y, columns.astype(np.float64)
-    table = np.column_stack([y.astype(np.float64), columns.astype(np.float64)])
+        return y, columns
+    table = xp.concatenate([xp.asarray(y, dtype=xp.float64)[:, None], columns], axis=1)
     sigmas = np.full(table.shape[1], float(noise))
     if noise_scale == "relative":  # in the written order of additions, for the same bits anywhere
-        sigmas *= lay_out("cpu", table).standard_deviations()
-    noisy = add_noise(table, sigmas, seed, 0)
-    return noisy[:, 0], np.ascontiguousarray(noisy[:, 1:])
+        sigmas *= lay_out(backend, table).standard_deviations()
+    added = gaussian_noise(len(table), sigmas, seed)
+    table += added if xp is np else xp.from_numpy(added).to(table.device)
+    return table[:, 0], table[:, 1:]
 
 
-def _prepare(
-    y: Any, z: Any, x: Any, ties: str, seed: int | None, nan_policy: str
-) -> tuple[NDArray, NDArray, NDArray]:
-    """Validated response, conditioning columns (possibly none) and added columns."""
+class _Arguments(NamedTuple):
+    """Validated response, and the columns of x (r of them, or none) and of z side by side."""
+
+    y: Any
+    table: Any
+    r: int
+    x_names: list[str] | None
+    z_names: list[str] | None
+
+    def warn_constant_columns(self, columns: Columns) -> None:
+        """Warn of constant columns of z and of x, at the caller of codec or lcodec."""
+        constant = constant_columns(columns)
+        warn_constant_columns(constant[self.r :], "z", self.z_names, stacklevel=3)
+        warn_constant_columns(constant[: self.r], "x", self.x_names, stacklevel=3)
+
+
+def _prepare(y: Any, z: Any, x: Any, ties: str, seed: int | None, nan_policy: str) -> _Arguments:
     check_choice(ties, "ties", TIES)
     check_seed(seed)
-    arrays: dict[str, NDArray | Features] = {"y": as_response(y), "z": as_features(z, "z")}
+    arrays: dict[str, Any] = {"y": as_response(y), "z": as_features(z, "z")}
     if x is not None:
         arrays["x"] = as_features(x, "x")
     clean = clean_rows(arrays, nan_policy)
-    for name in ("z", "x"):
-        if name in clean:
-            features = arrays[name]
-            assert isinstance(features, Features)
-            warn_constant_columns(clean[name], name, features.names, stacklevel=3)
-    added = clean["z"]
-    given = clean.get("x", added[:, :0])
-    return clean["y"], given, added
+    names = {name: arrays[name].names for name in arrays if name != "y"}
+    if x is None:
+        return _Arguments(clean["y"], clean["z"], 0, None, names["z"])
+    # conditioning columns first: the order of sums
+    table = array_module(clean["z"]).concatenate([clean["x"], clean["z"]], axis=1)
+    return _Arguments(clean["y"], table, clean["x"].shape[1], names["x"], names["z"])
 
 
-def _coefficient(
-    y: NDArray, z: NDArray, x: NDArray, ties: str, seed: int | None, backend: str
-) -> float:
-    """T(Y, Z | X) of clean arrays; x may have no columns."""
-    W = np.ascontiguousarray(np.hstack([x, z]))  # conditioning columns first: the order of sums
-    columns = lay_out(backend, W)
-    factors = np.ones(W.shape[1], dtype=W.dtype)
-    r = x.shape[1]
+def _coefficient(columns: Columns, r: int, y: Any, ties: str, seed: int | None) -> float:
+    """T(Y, Z | X) of clean columns: r of x, possibly none, then those of z."""
+    p = len(columns.low)
+    factors = np.ones(p, dtype=columns.low.dtype)
     with np.errstate(over="ignore"):
         bounds = np.add.accumulate(squared_spans(columns, factors))
-    labels = [f"column {k} of x" for k in range(r)]
-    labels += [f"column {k} of z" for k in range(z.shape[1])]
+    labels = [f"column {k} of x" for k in range(r)] + [f"column {k} of z" for k in range(p - r)]
     check_overflow(bounds, labels.__getitem__)
     warn_underflow(columns, factors, labels.__getitem__, stacklevel=3)
     R, L = ranks(y)
     sums = _exact.ResponseSums(R, L)
     engine = make_engine(columns, factors, R, ties, seed)
     m_x = m_w = Fraction(0)
-    for column in range(W.shape[1]):
+    for column in range(p):
         if column == r - 1:
             m_x = _exact.total(*engine.row_sums(column))
-        if column == W.shape[1] - 1:
+        if column == p - 1:
             m_w = _exact.total(*engine.row_sums(column))
         else:
             engine.select(column)

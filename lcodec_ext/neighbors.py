@@ -3,7 +3,6 @@
 from typing import Any, Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lcodec_ext._backend import Backend, resolve
 from lcodec_ext._engine import lay_out, nearest
@@ -18,18 +17,18 @@ def nearest_neighbors(
     ties: Literal["first", "random"] = "first",
     seed: int | None = None,
     backend: Backend = "auto",
-) -> NDArray[np.int64]: ...
+) -> Any: ...
 @overload
 def nearest_neighbors(
     X: Any, *, ties: Literal["all"], seed: int | None = None, backend: Backend = "auto"
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+) -> tuple[Any, Any]: ...
 def nearest_neighbors(
     X: Any,
     *,
     ties: Literal["first", "random", "all"] = "first",
     seed: int | None = None,
     backend: Backend = "auto",
-) -> NDArray[np.int64] | tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> Any:
     """Nearest other row of every row, by computed squared Euclidean distance.
 
     A row is never its own neighbour, also not where it has duplicates. Distances are sums of
@@ -46,15 +45,15 @@ def nearest_neighbors(
     seed : int, optional
         In [0, 2^64), for ties="random". None draws a fresh one.
     backend : {"auto", "cpu", "cuda", "reference"}, default "auto"
-        "auto" runs where the data lies. All backends return the same indices.
+        As in `codec`. All backends return the same indices.
 
     Returns
     -------
     indices : ndarray of int64, shape (n,)
-        For "first" and "random".
+        For "first" and "random". A CUDA tensor for a CUDA tensor.
     (indptr, indices) : tuple of ndarray of int64
         For "all": the neighbours of row i are ``indices[indptr[i]:indptr[i + 1]]``, in
-        increasing order.
+        increasing order. CUDA tensors for a CUDA tensor.
 
     Raises
     ------
@@ -63,8 +62,8 @@ def nearest_neighbors(
 
     Notes
     -----
-    A k-d tree up to 12 columns, about O(n log n) in few of them; O(n^2 d) time beyond. O(n d)
-    memory beside the result.
+    On the CPU a k-d tree up to 12 columns, about O(n log n) in few of them; O(n^2 d) time beyond,
+    and on CUDA always. O(n d) memory beside the result.
 
     Examples
     --------
@@ -78,7 +77,7 @@ def nearest_neighbors(
     values = clean_rows({"X": features}, "raise", minimum=2)["X"]
     columns = lay_out(chosen, values)
     with np.errstate(over="ignore"):
-        bounds = np.add.accumulate(squared_spans(columns, np.ones_like(values[0])))
+        bounds = np.add.accumulate(squared_spans(columns, np.ones_like(columns.low)))
     check_overflow(bounds, lambda k: f"{column_label(k, features.names)} of X")
     indptr, indices = nearest(columns, "average" if ties == "all" else ties, seed)
     return (indptr, indices) if ties == "all" else indices

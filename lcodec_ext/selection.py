@@ -11,10 +11,24 @@ from numpy.typing import NDArray
 
 from lcodec_ext import _exact
 from lcodec_ext._backend import Backend, resolve
-from lcodec_ext._engine import TIES, Engine, Ties, lay_out, make_engine, warn_constant_columns
+from lcodec_ext._engine import (
+    TIES,
+    Engine,
+    Ties,
+    constant_columns,
+    lay_out,
+    make_engine,
+    warn_constant_columns,
+)
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._ranks import ranks
-from lcodec_ext._scaling import check_overflow, scale_factors, squared_spans, warn_underflow
+from lcodec_ext._scaling import (
+    Columns,
+    check_overflow,
+    scale_factors,
+    squared_spans,
+    warn_underflow,
+)
 from lcodec_ext._validation import (
     as_features,
     as_response,
@@ -30,9 +44,6 @@ from lcodec_ext.dependence import NoiseScale, check_noise, with_noise
 
 Standardize = Literal["scale", "bounded"]
 StopReason = Literal["no_gain", "min_gain", "max_features", "exhausted", "constant_y"]
-# Candidates of a step between two updates of a progress bar: every piece looks for the rows'
-# neighbours anew, which must stay small beside the scoring.
-_PIECE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +162,8 @@ def foci(
         For data or options that cannot be used; the message names argument, row and column.
     TypeError
         For options of the wrong type.
-    RuntimeError
-        If a backend is named that is not there.
+    RuntimeError, torch.OutOfMemoryError
+        As `codec`.
 
     Warns
     -----
@@ -165,7 +176,9 @@ def foci(
     nearest with a candidate: about n^(1/(k+1)) rows on continuous data, so O(p n^(1 + 1/(k+1)))
     for the step. Rows that share their selected values with many others, and all rows in the
     first step, are sorted instead: O(p n log n). O(p n^2) at worst, for rows that are outliers in
-    every respect. Memory: X three times over, and O(n) for each thread.
+    every respect. Memory: X three times over, and O(n) for each thread. On CUDA every column is
+    scored in every step, in a workspace that takes up to 256 MiB beside what X asks for, less where
+    the device is short of it.
 
     References
     ----------
@@ -185,7 +198,7 @@ def foci(
     task = _Task.prepare(
         X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, progress
     )
-    return task.run(task.X, task.y, chosen, seed)
+    return task.run(task.lay_out(chosen), task.y, seed)
 
 
 def lfoci(
@@ -250,10 +263,11 @@ def lfoci(
     task = _Task.prepare(
         X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, progress
     )
-    if (task.y == task.y[0]).all():  # the noise would make a response of nothing
-        return task.run(task.X, task.y, chosen, seed)
-    noisy_y, noisy_X = with_noise(task.y, task.X, noise, noise_scale, seed)
-    return task.run(noisy_X, noisy_y, chosen, seed)
+    columns, response = task.lay_out(chosen), task.y
+    if not (response == response[0]).all():  # the noise would make a response of nothing
+        response, noisy = with_noise(response, task.X, noise, noise_scale, seed, chosen)
+        columns = lay_out(chosen, noisy)
+    return task.run(columns, response, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,9 +342,9 @@ def dependence_graph(
     if p < 2:
         raise ValueError(f"X must have at least two columns for a graph; got {p}")
     values = clean_rows({"X": features}, nan_policy)["X"]
-    warn_constant_columns(values, "X", features.names, stacklevel=2)
-    check_choice(standardize, "standardize", ("scale", "bounded", None))
     columns = lay_out(chosen, values)
+    warn_constant_columns(constant_columns(columns), "X", features.names, stacklevel=2)
+    check_choice(standardize, "standardize", ("scale", "bounded", None))
     spans = squared_spans(columns, scale_factors(columns, standardize, features.names))
     check_overflow(spans, lambda k: f"{column_label(k, features.names)} of X")
     adjacency = np.zeros((p, p), dtype=bool)
@@ -381,8 +395,8 @@ def _in_columns_of(
 class _Task:
     """Validated arguments of one selection, and the FOCI loop over an engine."""
 
-    X: NDArray
-    y: NDArray
+    X: Any  # arrays, or tensors on one device
+    y: Any
     names: list[str] | None
     preselected: tuple[int, ...]
     stop: bool
@@ -420,7 +434,6 @@ class _Task:
         if max_features is not None:
             cap = min(cap, check_integer(max_features, "max_features", 1))
         clean = clean_rows({"X": features, "y": as_response(y)}, nan_policy)
-        warn_constant_columns(clean["X"], "X", features.names, stacklevel=3)
         return _Task(
             clean["X"],
             clean["y"],
@@ -434,20 +447,25 @@ class _Task:
             check_bool(progress, "progress"),
         )
 
-    def run(self, X: NDArray, y: NDArray, backend: str, seed: int | None) -> FociResult:
+    def lay_out(self, backend: str) -> Columns:
+        """The columns of X; a warning says which are constant."""
+        columns = lay_out(backend, self.X)
+        warn_constant_columns(constant_columns(columns), "X", self.names, stacklevel=3)
+        return columns
+
+    def run(self, columns: Columns, y: Any, seed: int | None) -> FociResult:
         """The greedy loop: score all candidates, decide exactly, go on or stop."""
         R, L = ranks(y)
         sums = _exact.ResponseSums(R, L)
         if sums.constant:
             warnings.warn("y is constant: nothing is selected", stacklevel=3)
             return self._result([], [], [], 0.0, "constant_y")
-        columns = lay_out(backend, X)
         factors = scale_factors(columns, self.standardize, self.names)
         spans = squared_spans(columns, factors)
         warn_underflow(
             columns, factors, lambda k: f"{column_label(k, self.names)} of X", stacklevel=3
         )
-        bound = X.dtype.type(0)
+        bound = factors.dtype.type(0)
         engine = make_engine(columns, factors, R, self.ties, seed)
         m = Fraction(sums.sum_L2, sums.n)  # no columns: T(Y, {}) = 0
         base = 0.0
@@ -458,7 +476,7 @@ class _Task:
                 base = float(_defined(sums.unconditional(m)))
             engine.select(column)
         conditioned = bool(self.preselected)
-        candidates = [f for f in range(X.shape[1]) if f not in set(self.preselected)]
+        candidates = sorted(set(range(len(factors))).difference(self.preselected))
         ordering: list[int] = []
         cumulative: list[float] = []
         conditional: list[float] = []
@@ -469,8 +487,8 @@ class _Task:
                 bar.set_description(f"FOCI step {len(ordering) + 1}")
                 # columns that bring no gain are told from one another only if one must be taken
                 floor = int(m) if self.stop else 0
-                scores = _score(engine, np.array(candidates), floor, self.progress, bar)
-                leader = _best(engine, np.array(candidates), *scores)
+                leaders = _leaders(engine, np.array(candidates), floor, self.progress, bar)
+                leader = _best(engine, *leaders)
                 best, m_best = leader if leader else (-1, m)
                 gain = Fraction(sums.n) * (m_best - m) / sums.denominator
                 if self.stop and gain <= Fraction(self.min_gain):
@@ -556,57 +574,40 @@ def _check_preselected(
     return tuple(indices)
 
 
-def _score(
+def _leaders(
     engine: Engine, candidates: NDArray[np.int64], floor: int, progress: bool, bar: Any
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Fixed-point sums of the candidates, in pieces where a bar shows them.
-
-    -1 for those that are not above the floor, or below another one.
-    """
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Those that may be the best and their scores, found in pieces where a bar shows them."""
     if not progress:
-        return engine.score(candidates, floor)
+        return engine.leaders(candidates, floor)
     bar.reset(total=len(candidates))
-    scores = []
-    for start in range(0, len(candidates), _PIECE):
-        piece = candidates[start : start + _PIECE]
-        scores.append(engine.score(piece, floor))
-        floor = max(floor, int(scores[-1][0].max()) - 1)  # one that is equal is still wanted
+    found = []
+    for start in range(0, len(candidates), engine.piece):
+        piece = candidates[start : start + engine.piece]
+        found.append(engine.leaders(piece, floor))
+        # one that is equal is still wanted
+        floor = max(floor, int(found[-1][1].max(initial=0)) - 1)
         bar.update(len(piece))
-    whole, fraction = zip(*scores, strict=True)
-    return np.concatenate(whole), np.concatenate(fraction)
+    columns, whole, fraction = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return _exact.contenders(columns, whole, fraction)
 
 
 def _best(
     engine: Engine,
-    candidates: NDArray[np.int64],
+    columns: NDArray[np.int64],
     whole: NDArray[np.int64],
     fraction: NDArray[np.int64],
 ) -> tuple[int, Fraction] | None:
     """The candidate with the largest exact sum, the lowest index on equality, and its sum.
 
-    Fixed point rounds every row down by less than one unit, so a score lies up to n units below
-    its exact sum, and on it where the fraction is 0. Candidates that could still be the largest
-    are decided by exact rationals. None if every candidate was skipped (-1).
+    Of those that an engine says may be it, by exact rationals; None if there are none.
     """
-    running = whole >= 0
-    candidates, whole, fraction = candidates[running], whole[running], fraction[running]
-    if len(candidates) == 0:
+    if len(columns) == 0:
         return None
-    unit = 1 << _exact.FRACTION_BITS
-    carry = fraction >> _exact.FRACTION_BITS
-    high, low = whole + carry, fraction & (unit - 1)
-    top = np.lexsort((low, high))[-1]
-    behind = high[top] - high  # whole units behind the leader; beyond 1 out of reach
-    distance = np.where(behind > 1, np.int64(2 * unit), 0)
-    close = behind <= 1
-    distance[close] = behind[close] * unit + (low[top] - low[close])
-    slack = np.where(fraction == 0, 0, np.int64(_exact.MAX_ROUNDING))
-    contenders = np.flatnonzero(distance <= slack)
-    if (fraction[contenders] == 0).all():
-        index = contenders[np.argmin(candidates[contenders])]
-        return int(candidates[index]), Fraction(int(high[index]))
+    if (fraction == 0).all():  # exact, and so equal
+        return int(columns.min()), Fraction(int(whole[0]))
     best, best_sum = -1, Fraction(-1)
-    for column in np.sort(candidates[contenders]):
+    for column in np.sort(columns):
         exact = _exact.total(*engine.row_sums(int(column)))
         if exact > best_sum:
             best, best_sum = int(column), exact

@@ -63,7 +63,16 @@ BAD_DATA = [
     ({"ties": None}, ValueError, "ties must be one of .*; got None"),
     ({"backend": "gpu"}, ValueError, "one of auto, cpu, cuda, reference; got 'gpu'"),
     ({"backend": 3}, ValueError, "backend must be one of .*; got 3"),
-    ({"backend": "cuda"}, RuntimeError, "backend='cuda' is not there"),
+    (
+        {"backend": "cuda"},
+        ValueError,
+        r"and [Xy] is not a tensor: pass torch.as_tensor\([Xy]\).cuda",
+    ),
+    (
+        {"backend": "cuda", "y": torch.tensor(Y), "X": torch.tensor(X)},
+        ValueError,
+        r"computes on CUDA tensors, and [Xy] is a tensor on device 'cpu': pass [Xy].cuda\(\)",
+    ),
     ({"seed": 1.5}, TypeError, r"seed must be an integer in \[0, 2\*\*64\) or None; got 1.5"),
     ({"seed": "7"}, TypeError, "seed must be an integer.*; got '7'"),
     ({"seed": True}, TypeError, "seed must be an integer.*; got True"),

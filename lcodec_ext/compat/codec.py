@@ -174,7 +174,7 @@ def chattCorr(Z: Any, Y: Any) -> float:
     return lcodec_ext.xi(Z, Y)
 
 
-def OneNN_Scikit(X: Any, p: int = 2) -> NDArray[np.int64]:
+def OneNN_Scikit(X: Any, p: int = 2) -> Any:
     """Index of the nearest other row, the lowest of those that tie.
 
     Parameters
@@ -186,6 +186,7 @@ def OneNN_Scikit(X: Any, p: int = 2) -> NDArray[np.int64]:
     Returns
     -------
     ndarray of int64, shape (n,)
+        A CUDA tensor for a CUDA tensor.
     """
     if p != 2:
         raise ValueError(f"p must be 2, the Euclidean norm that CODEC is defined with; got {p!r}")

@@ -48,6 +48,8 @@ class ReferenceEngine:
         Used by ties="random".
     """
 
+    piece = 1024
+
     def __init__(
         self,
         columns: ReferenceColumns,
@@ -90,6 +92,12 @@ class ReferenceEngine:
         scores = [_exact.fixed_point(*self.row_sums(int(column))) for column in columns]
         whole, fraction = np.array(scores, dtype=np.int64).reshape(-1, 2).T
         return whole, fraction
+
+    def leaders(
+        self, columns: NDArray[np.int64], floor: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The candidates that may have the largest exact sum, and their sums in fixed point."""
+        return _exact.contenders(columns, *self.score(columns, floor))
 
 
 def nearest(

@@ -1,0 +1,27 @@
+"""How tests run lcodec_ext._cuda without a GPU: CPU tensors are taken for CUDA tensors."""
+
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+from lcodec_ext import _backend, _cuda
+
+
+@contextmanager
+def cuda_on_cpu(module, stream=lambda: 0):
+    """Within it CPU tensors run on the CUDA backend, and module stands in for the kernels'."""
+
+    class Device:
+        def __init__(self, device):
+            self.module = module
+
+        def guard(self):
+            return nullcontext()
+
+        def stream(self):
+            return stream()
+
+    with (
+        mock.patch.object(_backend, "DEVICE_TYPE", "cpu"),
+        mock.patch.object(_cuda, "Device", Device),
+    ):
+        yield

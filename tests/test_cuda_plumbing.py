@@ -1,0 +1,595 @@
+"""What surrounds the CUDA kernels: memory, streams, read-backs, and checks of CUDA tensors.
+
+CPU tensors stand in for CUDA tensors, and the reference behind the kernels' interface for the
+kernels.
+"""
+
+import ctypes
+import itertools
+import math
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import lcodec_ext
+from cuda_on_cpu import cuda_on_cpu
+from lcodec_ext import _cuda, _exact, _native
+from lcodec_ext._engine import lay_out, make_engine
+from lcodec_ext._ranks import ranks
+from lcodec_ext.reference import engine as reference
+from lcodec_ext.reference.columns import ReferenceColumns
+
+TIES = ("average", "random", "first")
+
+
+def at(pointer, shape, dtype):
+    """The array at an address."""
+    memory = (ctypes.c_byte * (math.prod(shape) * np.dtype(dtype).itemsize)).from_address(pointer)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+class Kernels:
+    """The functions and classes of cuda_engine.hpp, as the reference computes them."""
+
+    def __init__(self):
+        self.calls = []  # (name, stream)
+        self.CudaEngineFloat = self._engine(np.float32)
+        self.CudaEngineDouble = self._engine(np.float64)
+
+    def cuda_column_statistics(self, dtype, x, n, p, low, high, deviation, stream):
+        self.calls.append(("cuda_column_statistics", stream))
+        columns = ReferenceColumns(at(x, (n, p), dtype))
+        at(low, (p,), dtype)[:] = columns.low
+        at(high, (p,), dtype)[:] = columns.high
+        with np.errstate(over="ignore", invalid="ignore"):
+            at(deviation, (p,), np.float64)[:] = columns.standard_deviations()
+
+    def cuda_neighbors(self, dtype, columns, n, p, ties, seed, offset, count, indices, stream):
+        self.calls.append(("cuda_neighbors", stream))
+        table = ReferenceColumns(at(columns, (p, n), dtype).T)
+        indptr, found = reference.nearest(table, TIES[ties], seed)
+        if indices:
+            np.testing.assert_array_equal(at(offset, (n + 1,), np.int64), indptr)
+            at(indices, (len(found),), np.int64)[:] = found
+        else:
+            at(count, (n,), np.int64)[:] = np.diff(indptr)
+
+    def _engine(kernels, dtype):
+        class Engine:
+            @staticmethod
+            def workspace_bytes(n, p, scratch):
+                return 8 * n * p + scratch
+
+            @staticmethod
+            def least_scratch(n):
+                return 48 * n
+
+            def __init__(self, x, n, p, factor, rank, ties, seed, workspace, scratch):
+                at(workspace, (Engine.workspace_bytes(n, p, scratch),), np.uint8)[:] = 0xA5
+                self._arguments = (
+                    ReferenceColumns(at(x, (n, p), dtype)),
+                    at(factor, (p,), dtype),
+                    at(rank, (n,), np.int32),
+                    TIES[ties],
+                    seed,
+                )
+                self._n, self._p, self._selected = n, p, []
+
+            def start(self, stream):
+                kernels.calls.append(("start", stream))
+                columns, factor, rank, *rest = self._arguments
+                self._twin = reference.ReferenceEngine(
+                    columns, factor, rank.astype(np.int64), *rest
+                )
+
+            def select(self, column, stream):
+                kernels.calls.append(("select", stream))
+                self._twin.select(column)
+                self._selected.append(column)
+
+            def score(self, whole, fraction, stream):
+                kernels.calls.append(("score", stream))
+                scores = self._twin.score(np.arange(self._p))
+                scores[0][self._selected] = -1
+                for pointer, values in zip((whole, fraction), scores, strict=True):
+                    at(pointer, (self._p,), np.int64)[:] = values
+
+            def leaders(self, whole, fraction, candidate, out, stream):
+                kernels.calls.append(("leaders", stream))
+                wanted = np.flatnonzero(at(candidate, (self._p,), np.uint8))
+                sums = (at(array, (self._p,), np.int64)[wanted] for array in (whole, fraction))
+                found = np.stack(_exact.contenders(wanted, *sums))[:, ::-1]
+                words = at(out, (193,), np.int64)
+                words[:] = -77
+                words[0] = found.shape[1]
+                kept = min(64, found.shape[1])
+                words[1:].reshape(3, 64)[:, :kept] = found[:, :kept]
+
+            def row_sums(self, candidate, sum, count, stream):
+                kernels.calls.append(("row_sums", stream))
+                for pointer, values in zip(
+                    (sum, count), self._twin.row_sums(candidate), strict=True
+                ):
+                    at(pointer, (self._n,), np.int64)[:] = values
+
+        return Engine
+
+
+@pytest.fixture
+def kernels():
+    module = Kernels()
+    with cuda_on_cpu(module):
+        yield module
+
+
+def table(name, n=40):
+    rng = np.random.default_rng(5)
+    X = rng.normal(size=(n, 6))
+    if name == "ties":
+        X = rng.integers(0, 3, (n, 6)).astype(float)
+    if name == "offset":
+        X += 1e7
+    return X, np.round(X[:, 1] * X[:, 4] + X[:, 2], 1)
+
+
+def same_result(got, expected):
+    for name in ("ordering", "cumulative", "conditional"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), strict=True)
+    for name in ("base", "stop_reason", "names", "preselected", "n_samples", "n_features"):
+        assert getattr(got, name) == getattr(expected, name)
+
+
+def tensors(*arrays):
+    return [torch.tensor(array) for array in arrays]
+
+
+# ------------------------------------------------------------------------------------------------
+# Results: the same bits as backend="reference"
+
+
+@pytest.mark.parametrize("name", ["continuous", "ties", "offset"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stop": False, "ties": "random", "seed": 2**64 - 1},
+        {"stop": False, "max_features": 3, "ties": "first", "standardize": None},
+        {"preselected": [3, 1], "standardize": "bounded"},
+        {"preselected": range(6)},
+        {"min_gain": 0.2},
+        {"progress": True},
+        {"backend": "cuda"},
+    ],
+)
+def test_foci(kernels, name, dtype, options):
+    X, y = table(name)
+    X = X.astype(dtype)
+    got = lcodec_ext.foci(*tensors(X, y), **options)
+    assert "start" in dict(kernels.calls)
+    same_result(got, lcodec_ext.foci(X, y, **{**options, "backend": "reference"}))
+
+
+@pytest.mark.parametrize("options", [{}, {"ties": "random", "seed": 3}, {"ties": "first"}])
+@pytest.mark.parametrize("name", ["continuous", "ties"])
+def test_codec(kernels, name, options):
+    X, y = table(name)
+    for z, x in ((X[:, 0], None), (X[:, :2], X[:, 4]), (X[:, :1], X[:, 3:])):
+        given = [None if array is None else torch.tensor(array) for array in (y, z, x)]
+        expected = lcodec_ext.codec(y, z, x, backend="reference", **options)
+        assert lcodec_ext.codec(*given, **options) == expected
+    assert "row_sums" in dict(kernels.calls)
+    mixed = lcodec_ext.codec(*tensors(y, X[:, 0].astype(np.float32), X[:, 1]))
+    assert mixed == lcodec_ext.codec(y, X[:, 0].astype(np.float32), X[:, 1])
+
+
+@pytest.mark.parametrize("noise", [0, 0.05])
+@pytest.mark.parametrize("noise_scale", ["absolute", "relative"])
+def test_noise_is_the_hosts(kernels, noise, noise_scale):
+    X, y = table("ties")
+    X = X.astype(np.float32)
+    options = {"noise": noise, "noise_scale": noise_scale, "seed": 7}
+    got = lcodec_ext.lfoci(*tensors(X, y), **options)
+    same_result(got, lcodec_ext.lfoci(X, y, backend="reference", **options))
+    got = lcodec_ext.lcodec(*tensors(y, X[:, 1:3], X[:, 4]), **options)
+    assert got == lcodec_ext.lcodec(y, X[:, 1:3], X[:, 4], backend="reference", **options)
+
+
+def test_dependence_graph(kernels):
+    X, _ = table("ties")
+    got = lcodec_ext.dependence_graph(torch.tensor(X))
+    expected = lcodec_ext.dependence_graph(X, backend="reference")
+    np.testing.assert_array_equal(got.weights, expected.weights)
+    for pair in zip(got.results, expected.results, strict=True):
+        same_result(*pair)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["continuous", "ties"])
+def test_nearest_neighbors(kernels, name, dtype):
+    X = table(name)[0][:, :2].astype(dtype)
+    for ties in ("first", "random", "all"):
+        kernels.calls.clear()
+        got = lcodec_ext.nearest_neighbors(torch.tensor(X), ties=ties, seed=9)
+        # where a row uses one neighbour, nobody need count them
+        assert [name for name, _ in kernels.calls].count("cuda_neighbors") == 1 + (ties == "all")
+        expected = lcodec_ext.nearest_neighbors(X, ties=ties, seed=9, backend="reference")
+        for a, b in zip(*((r if ties == "all" else [r]) for r in (got, expected)), strict=True):
+            assert isinstance(a, torch.Tensor)
+            np.testing.assert_array_equal(a.numpy(), b, strict=True)
+
+
+def test_the_paper_codes_names(kernels):
+    from lcodec_ext.compat import codec as compat
+
+    X, y = table("ties")
+    expected = compat.torch_foci(X, y)
+    assert compat.torch_foci(*tensors(X, y)) == expected
+    assert compat.codec3(*tensors(X[:, 0], y, X[:, 1])) == compat.codec3(X[:, 0], y, X[:, 1])
+    np.testing.assert_array_equal(compat.OneNN_Torch(torch.tensor(X)), compat.OneNN_Scikit(X))
+    np.testing.assert_array_equal(
+        compat.createFOCIGraph(torch.tensor(X)), compat.createFOCIGraph(X)
+    )
+
+
+def test_columns_and_engine_equal_their_twins(kernels):
+    X, y = table("ties")
+    R, _ = ranks(y)
+    columns = lay_out("cuda", torch.tensor(X))
+    cpu = lay_out("cpu", X)
+    np.testing.assert_array_equal(columns.low, cpu.low)
+    np.testing.assert_array_equal(columns.high, cpu.high)
+    np.testing.assert_array_equal(columns.standard_deviations(), cpu.standard_deviations())
+    assert kernels.calls == [("cuda_column_statistics", 0)]
+    engines = [
+        make_engine(columns, np.ones(6), torch.tensor(R), "average", 0),
+        make_engine(cpu, np.ones(6), R, "average", 0),
+    ]
+    for engine in engines:
+        engine.select(2)
+    candidates = np.array([5, 0, 3])
+    for got, expected in zip(*(engine.score(candidates) for engine in engines), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for some in (candidates, np.array([0]), np.arange(6)[[0, 1, 3, 4, 5]]):
+        got, expected = (np.stack(engine.leaders(some)) for engine in engines)
+        np.testing.assert_array_equal(
+            got[:, np.argsort(got[0])], expected[:, np.argsort(expected[0])]
+        )
+    for got, expected in zip(*(engine.row_sums(4) for engine in engines), strict=True):
+        np.testing.assert_array_equal(got.numpy(), expected)
+    assert len({_exact.total(*engine.row_sums(4)) for engine in engines}) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Steps
+
+
+@pytest.mark.parametrize("copies", [63, 64, 65, 200])
+def test_more_leaders_than_the_device_lists(kernels, copies):
+    X, y = table("ties", 20)
+    X = np.hstack([X[:, :1], np.repeat(X[:, 1:2], copies, axis=1), X[:, 4:5]])
+    options = {"stop": False, "max_features": 3, "standardize": None}
+    got = lcodec_ext.foci(*tensors(X, y), **options)
+    expected = lcodec_ext.foci(X, y, backend="reference", **options)
+    same_result(got, expected)
+    assert 1 in expected.ordering
+
+
+def test_progress_asks_for_all_candidates_at_once(kernels):
+    X, y = tensors(*table("continuous"))
+    steps = 3
+    lcodec_ext.foci(X, y, stop=False, max_features=steps, progress=True)
+    assert [name for name, _ in kernels.calls].count("score") == steps
+
+
+def test_progress_in_pieces_changes_nothing(monkeypatch):
+    """Also with an engine that skips all that its floor lets it skip."""
+
+    def leaders(engine, columns, floor=None):
+        scores = engine.score(columns)
+        for k, column in enumerate(columns):
+            if _exact.total(*engine.row_sums(column)) <= floor:
+                scores[0][k] = -1
+        return _exact.contenders(columns, *scores)
+
+    monkeypatch.setattr(reference.ReferenceEngine, "leaders", leaders)
+    rng = np.random.default_rng(2)
+    for n in [9] * 8 + [20]:  # few rows: sums that differ by less than 1
+        X, y = rng.integers(0, 4, (n, 12)), rng.integers(0, n, n)
+        options = {"stop": False, "max_features": 3, "progress": True}
+        for backend, engine in (
+            ("reference", reference.ReferenceEngine),
+            ("cpu", _native.CpuEngine),
+        ):
+            results = []
+            for piece in (1024, 1, 5):
+                monkeypatch.setattr(engine, "piece", piece)
+                results.append(lcodec_ext.foci(X, y, backend=backend, **options))
+            same_result(results[1], results[0])
+            same_result(results[2], results[0])
+
+
+def test_the_stream_is_read_at_each_call():
+    streams = itertools.count(100)
+    module = Kernels()
+    X, y = tensors(*table("ties"))
+    with cuda_on_cpu(module, stream=lambda: next(streams)):
+        lcodec_ext.foci(X, y, stop=False, max_features=2)
+        lcodec_ext.nearest_neighbors(X)
+        lcodec_ext.nearest_neighbors(X, ties="all")
+    assert {name for name, _ in module.calls} == {
+        "cuda_column_statistics", "start", "score", "leaders", "row_sums", "select",
+        "cuda_neighbors",
+    }  # fmt: skip
+    assert [stream for _, stream in module.calls] == list(range(100, 100 + len(module.calls)))
+
+
+def test_a_failed_kernel_is_named(kernels, monkeypatch):
+    def start(self, stream):
+        raise RuntimeError("CUDA kernel sort_columns failed: an illegal memory access")
+
+    monkeypatch.setattr(kernels.CudaEngineDouble, "start", start)
+    with pytest.raises(RuntimeError, match="CUDA kernel sort_columns failed: an illegal"):
+        lcodec_ext.foci(*tensors(*table("continuous")))
+
+
+class Memory:
+    """Stands in for Tensor.new_empty on a device that has so many bytes for one tensor."""
+
+    def __init__(self, monkeypatch, limit):
+        self.asked = []
+        new_empty = torch.Tensor.new_empty
+
+        def limited(tensor, size, dtype=None):
+            if dtype == torch.uint8:
+                self.asked.append(size)
+                if size > limit:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate.")
+            return new_empty(tensor, size, dtype=dtype)
+
+        monkeypatch.setattr(torch.Tensor, "new_empty", limited)
+
+
+def test_scratch_is_halved_until_it_fits(kernels, monkeypatch):
+    X, y = table("continuous")
+    fixed = kernels.CudaEngineDouble.workspace_bytes(40, 6, 0)
+    memory = Memory(monkeypatch, fixed + 5000)
+    got = lcodec_ext.foci(*tensors(X, y))
+    assert memory.asked[0] == fixed + _cuda.SCRATCH == fixed + 2**28
+    assert all(a - fixed == 2 * (b - fixed) for a, b in pairwise(memory.asked))
+    assert memory.asked[-1] == fixed + 4096
+    same_result(got, lcodec_ext.foci(X, y, backend="reference"))
+
+
+def test_the_least_scratch_is_tried_last(kernels, monkeypatch):
+    X, y = table("continuous")
+    fixed, least = 8 * 40 * 6, kernels.CudaEngineDouble.least_scratch(40)
+    memory = Memory(monkeypatch, fixed + least)
+    same_result(lcodec_ext.foci(*tensors(X, y)), lcodec_ext.foci(X, y, backend="reference"))
+    assert memory.asked[-1] == fixed + least
+    Memory(monkeypatch, fixed + least - 1)
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=r"^40 rows and 6 columns need a workspace of at least 3,840 bytes on device 'cpu'.*"
+        r"float32, or compute on the CPU with .cpu\(\) \(CUDA out of memory",
+    ):
+        lcodec_ext.foci(*tensors(X, y))
+
+
+# ------------------------------------------------------------------------------------------------
+# What users pass in: the same rules and messages as for arrays
+
+N = 30
+X0, Y0 = (array[:N] for array in table("continuous"))
+
+
+def changed(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return torch.tensor(array)
+
+
+ODD_TENSORS = [
+    ("requires grad", torch.tensor(X0, requires_grad=True)),
+    ("parameter", torch.nn.Parameter(torch.tensor(X0))),
+    ("transposed", torch.tensor(X0.T.copy()).T),
+    ("strided", torch.tensor(np.repeat(X0, 2, axis=1))[:, ::2]),
+    ("negative bit", torch._neg_view(torch.tensor(-X0))),
+    ("float16", torch.tensor(X0).half()),
+    ("bfloat16", torch.tensor(X0).bfloat16()),
+    *(
+        (str(dtype), (torch.tensor(X0) > 0.2).to(dtype))
+        for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    ),
+    *(
+        (str(dtype), torch.tensor(X0 > 0.2).to(dtype))
+        for dtype in (torch.uint16, torch.uint32, torch.uint64)
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "odd"), ODD_TENSORS, ids=[name for name, _ in ODD_TENSORS])
+def test_odd_tensors_just_work(name, odd):
+    y = torch.tensor(Y0)
+
+    def results():
+        return (
+            lcodec_ext.codec(y, odd),
+            lcodec_ext.codec(odd[:, :1], y),
+            lcodec_ext.codec(odd[:, 1], y, odd[:, 2]),
+            lcodec_ext.lcodec(odd[:, 1], y),
+            lcodec_ext.foci(odd, y, stop=False, max_features=2).cumulative.tolist(),
+            lcodec_ext.lfoci(odd, odd[:, 0], max_features=2).cumulative.tolist(),
+        )
+
+    expected = results()
+    with cuda_on_cpu(Kernels()):
+        assert results() == expected
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_the_response_is_compared_as_it_is(dtype):
+    """Integers beyond those of float64, and of int64."""
+    y = (np.rint(10 * Y0).astype(np.int64) + 2**62).astype(dtype)
+    if dtype == np.uint64:
+        y[y > 2**62] += np.uint64(2**63)
+    expected = lcodec_ext.codec(Y0, X0)
+    assert lcodec_ext.codec(y, X0) == expected
+    with cuda_on_cpu(Kernels()):
+        assert lcodec_ext.codec(torch.tensor(y), torch.tensor(X0)) == expected
+        same_result(lcodec_ext.foci(torch.tensor(X0), torch.tensor(y)), lcodec_ext.foci(X0, Y0))
+
+
+def test_zeros_of_both_signs_are_equal():
+    y = np.where(Y0 > 0, 0.0, -0.0)
+    y[:9] = np.arange(9)
+    expected = lcodec_ext.codec(y, X0)
+    with cuda_on_cpu(Kernels()):
+        assert lcodec_ext.codec(*tensors(y, X0)) == expected
+
+
+BAD_TENSORS = [
+    {"y": changed(Y0, 4, np.nan)},
+    {"X": changed(X0, (7, 1), np.nan)},
+    {"X": changed(X0, (7, slice(None)), np.nan)},
+    {"X": changed(X0, (2, 0), np.inf)},
+    {"y": changed(Y0, slice(9, 12), -np.inf)},
+    {"X": torch.tensor(X0[:2]), "y": torch.tensor(Y0[:2])},
+    {"X": torch.tensor(X0[:0]), "y": torch.tensor(Y0[:0])},
+    {"X": torch.zeros(0, 3, dtype=torch.int64), "y": torch.tensor(Y0[:0])},
+    {"X": torch.tensor(X0[:, :0])},
+    {"y": torch.tensor(Y0[:-1])},
+    {"y": torch.tensor(X0[:, :2])},
+    {"y": torch.tensor(Y0)[None]},
+    {"y": torch.tensor(Y0) + 0j},
+    {"X": torch.tensor(X0) + 0j},
+    {"X": torch.zeros(N, 2, 2)},
+    {"X": torch.tensor(3.0)},
+    {"X": None},
+    {"y": None},
+    {"X": torch.tensor(X0) * 1e200},
+    {"X": torch.full((N, 1), 2**60) + torch.arange(N)[:, None]},
+    {"X": -torch.full((N, 1), 2**60)},
+    {"X": torch.tensor(np.full((N, 2), 2**63, dtype=np.uint64))},
+    {"X": torch.tensor(np.full((N, 2), 2**54, dtype=np.uint64))},
+    {"X": torch.eye(N).to_sparse()},
+    {"X": torch.zeros(1_000_001, 1), "y": torch.zeros(1_000_001)},
+    {"nan_policy": "drop"},
+    {"ties": "mean"},
+    {"backend": "gpu"},
+    {"seed": 1.5},
+    {"y": changed(Y0, slice(2, None), np.nan), "nan_policy": "omit"},
+]
+
+
+@pytest.mark.parametrize("function", ["foci", "codec", "lfoci"])
+@pytest.mark.parametrize("bad", BAD_TENSORS)
+def test_bad_tensors(function, bad):
+    given = {"X": torch.tensor(X0), "y": torch.tensor(Y0), **bad}
+    X, y = given.pop("X"), given.pop("y")
+
+    def message():
+        arguments = (y, X) if function == "codec" else (X, y)
+        with pytest.raises((ValueError, TypeError)) as caught:
+            getattr(lcodec_ext, function)(*arguments, **given)
+        return type(caught.value), str(caught.value)
+
+    expected = message()
+    with cuda_on_cpu(Kernels()):
+        assert message() == expected
+
+
+def test_tensors_without_numbers():
+    float8 = torch.zeros(N, 2, dtype=torch.float8_e4m3fn)
+    with (
+        cuda_on_cpu(Kernels()),
+        pytest.raises(ValueError, match="X must hold real numbers; got a tensor of torch.float8"),
+    ):
+        lcodec_ext.foci(float8, torch.tensor(Y0))
+
+
+def test_missing_values_can_be_left_out():
+    holes, y = X0.copy(), Y0.copy()
+    holes[3, 1] = holes[8, 2] = y[5] = np.nan
+    for options in ({}, {"ties": "random", "seed": 3}):
+        options = {"nan_policy": "omit", "stop": False, **options}
+        expected = lcodec_ext.foci(holes, y, **options)
+        assert expected.n_samples == N - 3
+        with cuda_on_cpu(Kernels()):
+            same_result(lcodec_ext.foci(*tensors(holes, y), **options), expected)
+
+
+def test_large_float32_sums_are_no_infinities():
+    X = (X0 * 1e18).astype(np.float32)
+    X[:, 0] = 3e38
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = lcodec_ext.foci(X, Y0)
+        with cuda_on_cpu(Kernels()):
+            same_result(lcodec_ext.foci(*tensors(X, Y0)), expected)
+
+
+def test_data_are_not_copied_between_devices(kernels):
+    X, y = tensors(X0, Y0)
+    for backend in ("cpu", "reference"):
+        with pytest.raises(
+            ValueError,
+            match=f"X is a tensor on device 'cpu', and backend='{backend}' computes on the CPU; "
+            r"data are not copied between devices unasked: pass X.cpu\(\)",
+        ):
+            lcodec_ext.foci(X, y, backend=backend)
+    with pytest.raises(ValueError, match=r"X is on 'cpu', y is not a tensor: pass torch.as_tensor"):
+        lcodec_ext.foci(X, Y0)
+    with pytest.raises(
+        ValueError, match=r"y is on 'cpu', x is a tensor on device 'meta': pass x.t"
+    ):
+        lcodec_ext.codec(y, X, X.to("meta"))
+    with pytest.raises(ValueError, match=r"X is not a tensor: pass torch.as_tensor\(X\).cuda\(\)"):
+        lcodec_ext.foci(X0, y, backend="cuda")
+    for call in (lcodec_ext.xi, lcodec_ext.xi_test):
+        with pytest.raises(ValueError, match="x is a tensor on device 'cpu', and xi computes on"):
+            call(y, y)
+    with pytest.raises(ValueError, match="X is a tensor .*, and FOCISelector computes on the CPU"):
+        lcodec_ext.FOCISelector().fit(X, y)
+    with pytest.raises(ValueError, match="FOCISelector computes on the CPU only: backend='cuda'"):
+        lcodec_ext.FOCISelector(backend="cuda").fit(X0, Y0)
+    assert kernels.calls == []
+    assert lcodec_ext.foci(X0, Y0).n_samples == N  # arrays go on running on the CPU
+    assert kernels.calls == []
+
+
+def test_a_build_without_the_engine_says_so(monkeypatch):
+    monkeypatch.setattr(_cuda.Device, "module", object())
+    with pytest.raises(RuntimeError) as caught:
+        _cuda.Device(torch.device("cuda:0"))
+    assert "tensors on device 'cuda:0' need the CUDA backend" in str(caught.value)
+    assert lcodec_ext.cuda_status() in str(caught.value)
+
+
+def test_warnings_are_those_of_the_cpu():
+    constant = X0.copy()
+    constant[:, 1] = 2.5
+    x = np.repeat(np.arange(10), 3)
+    calls = [
+        lambda given: lcodec_ext.foci(given(constant), given(Y0)),
+        lambda given: lcodec_ext.foci(given(X0), given(np.ones(N))),
+        lambda given: lcodec_ext.lfoci(given(constant), given(np.ones(N))),
+        lambda given: lcodec_ext.codec(given(Y0), given(constant), given(np.ones(N))),
+        lambda given: lcodec_ext.codec(given(np.ones(N)), given(X0)),
+        lambda given: lcodec_ext.codec(given(x**2), given(X0), given(x)),
+        lambda given: lcodec_ext.lcodec(given(np.ones(N)), given(constant)),
+        lambda given: lcodec_ext.codec(given(Y0), given((X0 * 1e-25).astype(np.float32))),
+        lambda given: lcodec_ext.dependence_graph(given(constant)),
+    ]
+    for call in calls:
+        told = []
+        for given in (np.asarray, torch.tensor):
+            with warnings.catch_warnings(record=True) as caught, cuda_on_cpu(Kernels()):
+                warnings.simplefilter("always")
+                call(given)
+            assert {warning.filename for warning in caught} == {__file__}
+            told.append([str(warning.message) for warning in caught])
+        assert told[0] == told[1] != []
