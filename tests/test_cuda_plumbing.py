@@ -16,7 +16,7 @@ import torch
 
 import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
-from lcodec_ext import _cuda, _exact, _native
+from lcodec_ext import _cuda, _exact, _native, ops
 from lcodec_ext._engine import lay_out, make_engine
 from lcodec_ext._ranks import ranks
 from lcodec_ext.reference import engine as reference
@@ -593,3 +593,19 @@ def test_warnings_are_those_of_the_cpu():
             assert {warning.filename for warning in caught} == {__file__}
             told.append([str(warning.message) for warning in caught])
         assert told[0] == told[1] != []
+
+
+def test_the_single_step_op_on_a_device(kernels):
+    X, y = tensors(X0, Y0)
+    R, _ = ranks(y)
+    factors = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+    got = ops.score(X, R, [4, 1], factors, "random", 5)
+    assert [name for name, _ in kernels.calls] == ["start", "select", "select", "score"]
+    engine = reference.ReferenceEngine(
+        ReferenceColumns(X0), factors.numpy(), R.numpy(), "random", 5
+    )
+    for column in (4, 1):
+        engine.select(column)
+    expected = np.full((2, 6), -1)
+    expected[:, [0, 2, 3, 5]] = engine.score(np.array([0, 2, 3, 5]))
+    np.testing.assert_array_equal(torch.stack(got), expected)

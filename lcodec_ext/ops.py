@@ -1,0 +1,347 @@
+"""The dependence functions as PyTorch operators, for `torch.compile` and the like; needs PyTorch.
+
+Importing this module registers ``torch.ops.lcodec_ext.codec``, ``foci``, ``nearest_neighbors`` and
+``score``; the functions here call them. They take CPU and CUDA tensors, all on one device, and
+return new tensors there, of sizes that depend on shapes and options alone: `torch.compile` traces
+them without a break of the graph. Values, and errors for bad data, are those of the functions of
+the same names in `lcodec_ext`; so are the warnings, whose place is then in this module. There are
+no gradients: results never require one.
+
+``score`` waits for nothing on CUDA and can be captured in a CUDA graph; the others read from the
+device and cannot.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lcodec_ext
+from lcodec_ext._backend import on_device
+from lcodec_ext._engine import TIES, lay_out, make_engine
+from lcodec_ext._validation import MAX_ROWS, check_choice, check_integer, check_seed
+
+__all__ = ["codec", "foci", "nearest_neighbors", "score"]
+
+
+def codec(
+    y: Tensor, z: Tensor, x: Tensor | None = None, ties: str = "average", seed: int = 0
+) -> Tensor:
+    """T(Y, Z), or T(Y, Z | X): `lcodec_ext.codec` as an operator.
+
+    Parameters
+    ----------
+    y, z, x : Tensor
+        Of shapes (n,) or (n, 1), (n,) or (n, q), and (n,) or (n, r).
+    ties : {"average", "random", "first"}
+    seed : int
+        In [0, 2^63), for ties="random".
+
+    Returns
+    -------
+    Tensor of float64, shape ()
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As `lcodec_ext.codec`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lcodec_ext import ops
+    >>> x, z = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
+    >>> bool(ops.codec((x + z) % 1, z) < 0.1 < 0.6 < ops.codec((x + z) % 1, z, x))
+    True
+    """
+    return torch.ops.lcodec_ext.codec(y, z, x, ties, seed)
+
+
+def foci(
+    X: Tensor,
+    y: Tensor,
+    max_features: int,
+    stop: bool = True,
+    standardize: str | None = "scale",
+    ties: str = "average",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns on which y depends: `lcodec_ext.foci` as an operator.
+
+    Parameters
+    ----------
+    X, y : Tensor
+        Of shapes (n, p) and (n,) or (n, 1).
+    max_features : int
+        The most columns to select, and the size of the results; it may exceed p.
+    stop : bool
+        Stop when no column gains.
+    standardize : {"scale", "bounded", None}
+    ties : {"average", "random", "first"}
+    seed : int
+        In [0, 2^63), for ties="random".
+
+    Returns
+    -------
+    ordering : Tensor of int64, shape (max_features,)
+        Selected columns, in the order of selection, then -1.
+    cumulative : Tensor of float64, shape (max_features,)
+        T(Y, X_S) after each step, then nan.
+    count : Tensor of int64, shape ()
+        How many columns are selected.
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As `lcodec_ext.foci`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lcodec_ext import ops
+    >>> X = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    >>> ordering, _, count = ops.foci(X, X[:, 1] * X[:, 4], max_features=4)
+    >>> ordering[:count].sort().values, ordering[count:]
+    (tensor([1, 4]), tensor([-1, -1]))
+    """
+    return torch.ops.lcodec_ext.foci(X, y, max_features, stop, standardize, ties, seed)
+
+
+def nearest_neighbors(X: Tensor, ties: str = "first", seed: int = 0) -> Tensor:
+    """Nearest other row of every row: `lcodec_ext.nearest_neighbors` as an operator.
+
+    Parameters
+    ----------
+    X : Tensor of shape (n,) or (n, d)
+    ties : {"first", "random"}
+    seed : int
+        In [0, 2^63), for ties="random".
+
+    Returns
+    -------
+    Tensor of int64, shape (n,)
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As `lcodec_ext.nearest_neighbors`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lcodec_ext import ops
+    >>> ops.nearest_neighbors(torch.tensor([0.0, 1.0, 3.0, 3.0]))
+    tensor([1, 0, 3, 2])
+    """
+    return torch.ops.lcodec_ext.nearest_neighbors(X, ties, seed)
+
+
+def score(
+    X: Tensor,
+    R: Tensor,
+    selected: Sequence[int],
+    factors: Tensor,
+    ties: str = "average",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Score all columns in one step of FOCI, given those that are selected.
+
+    For every column the sum over rows of m_i, the mean of min(R_i, R_j) over the nearest
+    neighbours j of row i in the selected columns and this one; the column with the largest sum is
+    the step's. In fixed point: a row's whole part, and its remainder in units of 2^-43 rounded
+    down, are added up apart.
+
+    Parameters
+    ----------
+    X : Tensor of float32 or float64, shape (n, p)
+        Finite; 3 <= n <= 10^6. On CUDA the values of the arguments are taken on trust, so that
+        nothing waits for the device.
+    R : Tensor of int32 or int64, shape (n,)
+        Max ranks of the response, #{j : y_j <= y_i}.
+    selected : sequence of int
+        Different columns, in the order in which distances add them up.
+    factors : Tensor of shape (p,)
+        Of the dtype of X. Distances along a column are multiplied by its factor. Squared
+        distances must not overflow.
+    ties : {"average", "random", "first"}
+    seed : int
+        In [0, 2^63), for ties="random".
+
+    Returns
+    -------
+    whole, fraction : Tensor of int64, shape (p,)
+        -1 for selected columns.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments that are not as described.
+    RuntimeError
+        As `lcodec_ext.foci`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lcodec_ext import ops
+    >>> X = torch.tensor([[0.0, 1.0], [1.0, 0.0], [3.0, 3.0], [4.0, 2.0]])
+    >>> whole, fraction = ops.score(X, torch.tensor([1, 2, 3, 4]), [], torch.ones(2))
+    >>> whole + fraction / 2**43
+    tensor([8., 7.])
+    """
+    return torch.ops.lcodec_ext.score(X, R, selected, factors, ties, seed)
+
+
+def _codec(y: Tensor, z: Tensor, x: Tensor | None, ties: Any, seed: int) -> Tensor:
+    value = lcodec_ext.codec(y, z, x, ties=ties, seed=seed)
+    return y.new_tensor(value, dtype=torch.float64)
+
+
+def _fake_codec(y: Tensor, z: Tensor, x: Tensor | None, ties: str, seed: int) -> Tensor:
+    return y.new_empty((), dtype=torch.float64)
+
+
+def _foci(
+    X: Tensor, y: Tensor, max_features: int, stop: bool, standardize: Any, ties: Any, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    result = lcodec_ext.foci(
+        X,
+        y,
+        max_features=max_features,
+        stop=stop,
+        standardize=standardize,
+        ties=ties,
+        seed=seed,
+    )
+    count = len(result.ordering)
+    ordering = np.full(max_features, -1)
+    ordering[:count] = result.ordering
+    cumulative = np.full(max_features, np.nan)
+    cumulative[:count] = result.cumulative
+    return (
+        torch.from_numpy(ordering).to(X.device),
+        torch.from_numpy(cumulative).to(X.device),
+        torch.tensor(count, device=X.device),
+    )
+
+
+def _fake_foci(
+    X: Tensor, y: Tensor, max_features: int, stop: bool, standardize: Any, ties: Any, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_integer(max_features, "max_features", 1)
+    return (
+        X.new_empty(max_features, dtype=torch.int64),
+        X.new_empty(max_features, dtype=torch.float64),
+        X.new_empty((), dtype=torch.int64),
+    )
+
+
+def _nearest_neighbors(X: Tensor, ties: Any, seed: int) -> Tensor:
+    check_choice(ties, "ties", ("first", "random"))
+    return torch.as_tensor(lcodec_ext.nearest_neighbors(X, ties=ties, seed=seed))
+
+
+def _fake_nearest_neighbors(X: Tensor, ties: str, seed: int) -> Tensor:
+    return X.new_empty(X.shape[0], dtype=torch.int64)
+
+
+def _score(
+    X: Tensor, R: Tensor, selected: list[int], factors: Tensor, ties: Any, seed: int
+) -> tuple[Tensor, Tensor]:
+    _check_step(X, R, selected, factors, ties, seed)
+    X, R, factors = (tensor.detach().resolve_neg() for tensor in (X, R, factors))
+    n, p = X.shape
+    if on_device(X):
+        # the kernels must not be led out of bounds by ranks that are none
+        engine = make_engine(lay_out("cuda", X), factors, R.clamp(1, n), ties, seed)
+        for column in selected:
+            engine.select(column)
+        whole, fraction = engine.score_all()  # type: ignore[attr-defined]
+        return whole, torch.where(whole < 0, whole, fraction)
+    for tensor, name in ((X, "X"), (factors, "factors")):
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} must be finite")
+    if R.min() < 1 or R.max() > n:
+        raise ValueError(f"R must hold max ranks, from 1 to {n}")
+    columns = lay_out("cpu", X.numpy())
+    engine = make_engine(columns, factors.numpy(), R.long().numpy(), ties, seed)
+    for column in selected:
+        engine.select(column)
+    candidates = np.setdiff1d(np.arange(p), selected)
+    scores = np.full((2, p), -1)
+    scores[:, candidates] = engine.score(candidates)
+    return torch.tensor(scores[0]), torch.tensor(scores[1])
+
+
+def _fake_score(
+    X: Tensor, R: Tensor, selected: list[int], factors: Tensor, ties: Any, seed: int
+) -> tuple[Tensor, Tensor]:
+    _check_step(X, R, selected, factors, ties, seed)
+    p = X.shape[1]
+    return X.new_empty(p, dtype=torch.int64), X.new_empty(p, dtype=torch.int64)
+
+
+def _check_step(
+    X: Tensor, R: Tensor, selected: list[int], factors: Tensor, ties: object, seed: object
+) -> None:
+    """Refuse arguments of score whose shapes, dtypes, devices or options do not fit."""
+    check_choice(ties, "ties", TIES)
+    check_seed(seed, optional=False)
+    if X.dtype not in (torch.float32, torch.float64) or X.ndim != 2 or X.shape[1] == 0:
+        raise ValueError(
+            "X must be float32 or float64 of shape (n, p), p >= 1; got a tensor of "
+            f"{X.dtype}, shape {tuple(X.shape)}"
+        )
+    n, p = X.shape
+    if not 3 <= n <= MAX_ROWS:
+        raise ValueError(f"X must have from 3 to {MAX_ROWS:,} rows; got {n}")
+    if R.dtype not in (torch.int32, torch.int64) or R.shape != (n,):
+        raise ValueError(
+            f"R must be int32 or int64 of shape ({n},); got a tensor of {R.dtype}, "
+            f"shape {tuple(R.shape)}"
+        )
+    if factors.dtype != X.dtype or factors.shape != (p,):
+        raise ValueError(
+            f"factors must be {X.dtype} of shape ({p},); got a tensor of {factors.dtype}, "
+            f"shape {tuple(factors.shape)}"
+        )
+    for tensor, name in ((R, "R"), (factors, "factors")):
+        if tensor.device != X.device:
+            raise ValueError(
+                f"all arguments must be on one device; X is on '{X.device}', {name} is on "
+                f"'{tensor.device}'"
+            )
+    for column in selected:
+        check_integer(column, "selected column", 0, p - 1)
+    if len(set(selected)) < len(selected):
+        raise ValueError(f"selected columns must differ; got {list(selected)}")
+
+
+# Without a kernel of their own autograd would warn of a backward pass that does not exist.
+_library: Any = torch.library.Library("lcodec_ext", "DEF")  # type: ignore[no-untyped-call]
+for _schema, _kernel, _fake in (
+    ("codec(Tensor y, Tensor z, Tensor? x, str ties, int seed) -> Tensor", _codec, _fake_codec),
+    (
+        "foci(Tensor X, Tensor y, int max_features, bool stop, str? standardize, str ties,"
+        " int seed) -> (Tensor ordering, Tensor cumulative, Tensor count)",
+        _foci,
+        _fake_foci,
+    ),
+    (
+        "nearest_neighbors(Tensor X, str ties, int seed) -> Tensor",
+        _nearest_neighbors,
+        _fake_nearest_neighbors,
+    ),
+    (
+        "score(Tensor X, Tensor R, int[] selected, Tensor factors, str ties, int seed)"
+        " -> (Tensor whole, Tensor fraction)",
+        _score,
+        _fake_score,
+    ),
+):
+    _name = _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"lcodec_ext::{_name}", _fake, lib=_library)
