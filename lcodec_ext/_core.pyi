@@ -60,3 +60,20 @@ def neighbors(
     x: NDArray[_F], factor: NDArray[_F], ties: int, seed: int, level: str, threads: int
 ) -> tuple[_I64, _I64]: ...
 def saturate(level: str, rounds: int) -> int: ...
+
+# Where CUDA was built. Arrays and streams are addresses, 0 for none.
+def cuda_column_statistics(
+    dtype: str, x: int, n: int, p: int, low: int, high: int, deviation: int, stream: int
+) -> None: ...
+def cuda_neighbors(
+    dtype: str,
+    columns: int,
+    n: int,
+    p: int,
+    ties: int,
+    seed: int,
+    offset: int,
+    count: int,
+    indices: int,
+    stream: int,
+) -> None: ...

@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import lcodec_ext
+from devices import DEVICES
 
 settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile(
@@ -29,6 +30,7 @@ def pytest_report_header():
         f"sanitizers: {', '.join(info['sanitizers']) or 'none'}",
         f"SIMD levels under test: {', '.join(SIMD_LEVELS)}"
         + (f"; compiled but not run, this CPU lacks them: {', '.join(untested)}" * bool(untested)),
+        f"CUDA kernels under test: {', '.join(device.name for device in DEVICES)}",
         lcodec_ext.cuda_status(),
     ]
 
@@ -44,6 +46,14 @@ def simd_level(request, monkeypatch):
 def threads(request, monkeypatch):
     monkeypatch.setenv("LCODEC_NUM_THREADS", str(request.param))
     return request.param
+
+
+@pytest.fixture(params=DEVICES, ids=lambda device: device.name)
+def device(request):
+    """Every way to run CUDA kernels here; see devices.py."""
+    request.param.start()
+    yield request.param
+    request.param.finish()
 
 
 @pytest.fixture

@@ -7,5 +7,6 @@ namespace lcodec::bindings {
 
 void register_build_info(pybind11::module_& m);  // build_info.cpp
 void register_dependence(pybind11::module_& m);  // dependence.cpp
+void register_cuda(pybind11::module_& m);        // cuda.cpp
 
 }  // namespace lcodec::bindings

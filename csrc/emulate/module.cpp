@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/bindings.hpp"
 #include "cuda/device_sort.hpp"
 #include "emulate/selftest.hpp"
 
@@ -211,6 +212,8 @@ PYBIND11_MODULE(_emulated, m) {
   m.def("sort_pairs", &sort_pairs<std::uint64_t>);
   m.def("sums", &sums<std::int32_t>);
   m.def("sums", &sums<std::int64_t>);
+
+  lcodec::bindings::register_cuda(m);
 
   py::enum_<Bug>(m, "Bug")
       .value("none", Bug::none)

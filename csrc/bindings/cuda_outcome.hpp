@@ -1,0 +1,18 @@
+// Failed launches as Python exceptions.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "lcodec/cuda_engine.hpp"
+
+namespace lcodec::bindings {
+
+// Raises RuntimeError("CUDA kernel NAME failed: TEXT"). With or without the GIL.
+inline void raise_if_failed(const cuda::Outcome& outcome) {
+  if (outcome.ok()) return;
+  throw std::runtime_error(std::string("CUDA kernel ") + (outcome.kernel ? outcome.kernel : "?") +
+                           " failed: " + cuda::error_text(outcome.code));
+}
+
+}  // namespace lcodec::bindings

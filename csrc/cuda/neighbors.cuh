@@ -1,0 +1,323 @@
+// The rows nearest to every row, by all n^2 distances.
+//
+//   D(i, j) = sum over columns f, in order, of (x_if - x_jf)^2         every operation rounded
+//   row i's ties are all j != i with the smallest D(i, j); it uses all of them, one drawn by seed
+//   and row (common/random.hpp), or the first, in increasing order
+//
+// Mapping    a block of 2 x 4 warps takes 16 rows, each half of the warps 8 of them, and goes over
+//            tiles of candidates j, 16 bytes of a column for a lane: 4 (float) or 2 (double)
+//            candidates, 128 apart. A thread holds the distances of 8 rows x its candidates in
+//            registers; columns are the inner loop. A warp keeps one smallest distance for each
+//            row, the same in all lanes, and a lane how many of its candidates are there and the
+//            first. Rows that use several neighbours, or not the first, take a second sweep: warps
+//            vote on a tile, a word for 32 candidates, and a row's words are written in order by
+//            one warp. A block without such rows ends before it, others when all is found.
+// Arguments  columns [p][n], T float or double; offset, count [n] and indices of int64; all
+//            contiguous. 2 <= n < 2^31 - 512, p >= 1. indices == nullptr: count[i] = how many ties
+//            there are; otherwise row i's neighbours go to indices + offset[i], and count is unused
+// Fast       A column of 8 rows x 4 candidates (float) is 96 operations for 4 + 2 loads: words,
+//            and four words at a time from shared memory. Two columns take 216 instructions, 192 of
+//            them these (sm_90), with the loads of both on their way at a time. A block reads a
+//            column once for 16 rows, a quarter (float) or half (double) of a byte for a pair of
+//            rows. Beside that a pair takes 1.5 instructions (double: 2): comparisons with the
+//            smallest distance so far, a vote and a branch for 32 lanes, which leave out the rest
+//            but where the warp finds a nearer or equal row: about ln(n / 128) times a row without
+//            ties. Floor of a sweep: n^2 (3 p + 1.5) instructions; n = 20 000, p = 4: 5.4e9, 0.18
+//            ms at the 30e12/s of an H100; n = 2000, p = 1000: 1.2e10, 0.41 ms; double is half as
+//            fast. Continuous data take a sweep to count and one to write, ties == first only the
+//            latter, tied data a further one.
+// Must not   use fma, matrix products or centred values, which round otherwise; keep j == i by
+//            luck of its distance 0: it is left out by its index; let the order of warps decide
+//            anything: minima, integer sums and words in order do not depend on it
+// Twin       lcodec_ext/reference/engine.py nearest; on the CPU cpu/nearest.hpp nearest_of_all
+#pragma once
+
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "common/random.hpp"
+#include "cuda/platform.cuh"
+#include "lcodec/engine.hpp"  // Ties
+
+namespace lcodec::cuda {
+
+template <class T>
+struct NeighborTile {
+  static constexpr int held = 8;    // rows of a thread
+  static constexpr int groups = 2;  // of warps, with rows of their own
+  static constexpr int across = 4;  // warps of a group
+  static constexpr int rows = held * groups;
+  static constexpr int warps = across * groups;
+  static constexpr int threads = 32 * warps;
+  static constexpr int stride = 32 * across;  // between a thread's candidates
+  static constexpr int candidates = 16 / static_cast<int>(sizeof(T));  // of a thread
+  static constexpr int size = stride * candidates;                     // candidates of a block
+  static constexpr int words = size / 32;
+  static constexpr int chunk = 128;           // columns of the rows in shared memory
+  static constexpr int owned = rows / warps;  // rows that a warp writes neighbours of
+  static_assert(held * candidates <= 32 && rows % warps == 0);
+
+  static constexpr T far = std::numeric_limits<T>::infinity();
+  static constexpr T none = std::numeric_limits<T>::quiet_NaN();  // neither less nor equal
+
+  // A column of the block's rows.
+  struct alignas(16) Own {
+    T value[rows];
+  };
+  using Values = T[std::size_t{candidates}];  // of a thread's candidates
+  using Distances = Values[held];
+};
+
+// Values of the block's rows in `size` columns; rows behind the last one repeat it.
+template <class T>
+__device__ __forceinline__ void load_rows(const T* columns, int n, int first_row, int size,
+                                          typename NeighborTile<T>::Own* own) {
+  using Tile = NeighborTile<T>;
+  for (int t = static_cast<int>(threadIdx.x); t < size * Tile::rows; t += Tile::threads) {
+    const int f = t / Tile::rows;
+    const int r = t % Tile::rows;
+    own[f].value[r] = columns[static_cast<std::int64_t>(f) * n + min(first_row + r, n - 1)];
+  }
+}
+
+// Adds kColumns columns to a thread's distances, one after the other; x is its first candidate in
+// the first of them, of which `left` candidates are there. All loads come first.
+template <class T, bool kWhole, int kColumns>
+__device__ __forceinline__ void add_columns(const T* x, int n, int left,
+                                            const typename NeighborTile<T>::Own* own, int group,
+                                            typename NeighborTile<T>::Distances& distance) {
+  using Tile = NeighborTile<T>;
+  typename Tile::Values value[std::size_t{kColumns}];
+  for (int f = 0; f < kColumns; ++f) {
+    for (int k = 0; k < Tile::candidates; ++k) {
+      value[f][k] = kWhole || k * Tile::stride < left ? x[k * Tile::stride] : T{0};
+    }
+    x += n;
+  }
+  for (int f = 0; f < kColumns; ++f) {
+    for (int q = 0; q < Tile::held; ++q) {
+      const T mine = own[f].value[group * Tile::held + q];
+      for (int k = 0; k < Tile::candidates; ++k) {
+        const T difference = mine - value[f][k];
+        distance[q][k] = distance[q][k] + difference * difference;
+      }
+    }
+  }
+}
+
+template <class T, bool kWhole>
+__device__ __forceinline__ void add_chunk(const T* x, int n, int left, int size,
+                                          const typename NeighborTile<T>::Own* own, int group,
+                                          typename NeighborTile<T>::Distances& distance) {
+  int f = 0;
+  for (; f + 2 <= size; f += 2) {
+    add_columns<T, kWhole, 2>(x, n, left, own + f, group, distance);
+    x += 2 * static_cast<std::int64_t>(n);
+  }
+  if (f < size) add_columns<T, kWhole, 1>(x, n, left, own + f, group, distance);
+}
+
+// Distances between a thread's rows and its candidates of the tile that begins at `base`; NaN where
+// there is no candidate, or it is the row itself. `own` holds all columns if they fit.
+template <class T>
+__device__ __forceinline__ void tile_distances(const T* columns, int n, std::int64_t p,
+                                               int first_row, int base,
+                                               typename NeighborTile<T>::Own* own, int group,
+                                               typename NeighborTile<T>::Distances& distance) {
+  using Tile = NeighborTile<T>;
+  const int first = base + static_cast<int>(threadIdx.x) % Tile::stride;
+  const bool whole = base + Tile::size <= n;
+  for (int q = 0; q < Tile::held; ++q) {
+    for (int k = 0; k < Tile::candidates; ++k) distance[q][k] = 0;
+  }
+  for (std::int64_t f = 0; f < p; f += Tile::chunk) {
+    const int size = p - f < Tile::chunk ? static_cast<int>(p - f) : Tile::chunk;
+    const T* x = columns + f * n;
+    if (p > Tile::chunk) {
+      __syncthreads();
+      load_rows(x, n, first_row, size, own);
+      __syncthreads();
+    }
+    if (whole) {
+      add_chunk<T, true>(x + first, n, n - first, size, own, group, distance);
+    } else {
+      add_chunk<T, false>(x + first, n, n - first, size, own, group, distance);
+    }
+  }
+  if (whole && (base >= first_row + Tile::rows || base + Tile::size <= first_row)) return;
+  for (int q = 0; q < Tile::held; ++q) {
+    for (int k = 0; k < Tile::candidates; ++k) {
+      const int j = first + k * Tile::stride;
+      if (j >= n || j == first_row + group * Tile::held + q) distance[q][k] = Tile::none;
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
+    neighbors_kernel(const T* columns, int n, std::int64_t p, Ties ties, std::uint64_t seed,
+                     const std::int64_t* offset, std::int64_t* count, std::int64_t* indices) {
+  using Tile = NeighborTile<T>;
+  using Own = typename Tile::Own;
+  using Parts = T[Tile::across];
+  using Numbers = int[Tile::across];
+  using Words = unsigned[Tile::rows][Tile::words];
+  LCODEC_SHARED_ARRAY(Own, own, Tile::chunk);
+  LCODEC_SHARED_ARRAY(Parts, best_of, Tile::rows);  // of warps
+  LCODEC_SHARED_ARRAY(Numbers, count_of, Tile::rows);
+  LCODEC_SHARED_ARRAY(Numbers, first_of, Tile::rows);
+  LCODEC_SHARED_ARRAY(T, sought, Tile::rows);
+  LCODEC_SHARED_ARRAY(int, taken, Tile::rows);
+  LCODEC_SHARED_ARRAY(int, needed, Tile::rows);
+  LCODEC_SHARED_ARRAY(Words, votes, 2);
+  constexpr unsigned kFull = 0xffffffff;
+  constexpr int kAll = -1;
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int group = warp / Tile::across;
+  const int first_row = static_cast<int>(blockIdx.x) * Tile::rows;
+  if (p <= Tile::chunk) {
+    load_rows(columns, n, first_row, static_cast<int>(p), own);
+    __syncthreads();
+  }
+  typename Tile::Distances distance;
+
+  // The smallest distances, how many there are and the first.
+  T best[Tile::held];     // of the warp
+  int tied[Tile::held];   // of the lane, at the warp's best
+  int place[Tile::held];  // the first of these
+  for (int q = 0; q < Tile::held; ++q) {
+    best[q] = Tile::far;
+    tied[q] = 0;
+    place[q] = INT_MAX;
+  }
+  for (int base = 0; base < n; base += Tile::size) {
+    tile_distances(columns, n, p, first_row, base, own, group, distance);
+    const int first = base + thread % Tile::stride;
+    for (int q = 0; q < Tile::held; ++q) {
+      bool near = false;
+      for (int k = 0; k < Tile::candidates; ++k) near = near || distance[q][k] <= best[q];
+      if (!__any_sync(kFull, near)) continue;
+      T least = best[q];
+      for (int k = 0; k < Tile::candidates; ++k) {
+        least = distance[q][k] < least ? distance[q][k] : least;
+      }
+      if (__any_sync(kFull, least < best[q])) {
+        for (int step = 16; step > 0; step /= 2) {
+          const T other = __shfl_xor_sync(kFull, least, step);
+          least = other < least ? other : least;
+        }
+        best[q] = least;
+        tied[q] = 0;
+        place[q] = INT_MAX;
+      }
+      for (int k = 0; k < Tile::candidates; ++k) {
+        if (distance[q][k] == best[q]) {
+          ++tied[q];
+          place[q] = min(place[q], first + k * Tile::stride);
+        }
+      }
+    }
+  }
+  for (int q = 0; q < Tile::held; ++q) {
+    for (int step = 16; step > 0; step /= 2) {
+      tied[q] += __shfl_xor_sync(kFull, tied[q], step);
+      place[q] = min(place[q], __shfl_xor_sync(kFull, place[q], step));
+    }
+    if (lane == 0) {
+      best_of[group * Tile::held + q][warp % Tile::across] = best[q];
+      count_of[group * Tile::held + q][warp % Tile::across] = tied[q];
+      first_of[group * Tile::held + q][warp % Tile::across] = place[q];
+    }
+  }
+  __syncthreads();
+
+  // Of all warps. What is known now is written.
+  bool open = false;
+  if (thread < Tile::rows) {
+    T nearest = best_of[thread][0];
+    for (int w = 1; w < Tile::across; ++w) {
+      nearest = best_of[thread][w] < nearest ? best_of[thread][w] : nearest;
+    }
+    int all = 0;
+    int lowest = INT_MAX;
+    for (int w = 0; w < Tile::across; ++w) {
+      if (best_of[thread][w] == nearest) {
+        all += count_of[thread][w];
+        lowest = min(lowest, first_of[thread][w]);
+      }
+    }
+    const std::int64_t i = std::int64_t{first_row} + thread;
+    int take = kAll;
+    if (i < n && !indices) count[i] = all;
+    if (i < n && indices) {
+      if (ties != Ties::average) {
+        take = ties == Ties::first ? 0 : static_cast<int>(pick(tie_hash(seed, i), all));
+      }
+      open = all > 1 && take != 0;
+      if (all > 0 && !open) indices[offset[i]] = lowest;
+    }
+    sought[thread] = open ? nearest : Tile::none;
+    taken[thread] = take;
+    needed[thread] = !open ? 0 : take == kAll ? all : take + 1;
+  }
+  if (!__syncthreads_or(open)) return;
+
+  // All ties in order, for the rows that need them.
+  T goal[Tile::held];
+  for (int q = 0; q < Tile::held; ++q) goal[q] = sought[group * Tile::held + q];
+  int found[Tile::owned];
+  for (int r = 0; r < Tile::owned; ++r) found[r] = 0;
+  int side = 0;  // of votes: while one is read, the other one is written
+  for (int base = 0; base < n; base += Tile::size) {
+    tile_distances(columns, n, p, first_row, base, own, group, distance);
+    unsigned word = 0;  // lane q * candidates + k has the vote on candidates k for row q
+    for (int q = 0; q < Tile::held; ++q) {
+      for (int k = 0; k < Tile::candidates; ++k) {
+        const unsigned vote = __ballot_sync(kFull, distance[q][k] == goal[q]);
+        if (lane == q * Tile::candidates + k) word = vote;
+      }
+    }
+    if (lane < Tile::held * Tile::candidates) {
+      const int q = lane / Tile::candidates;
+      const int k = lane % Tile::candidates;
+      votes[side][group * Tile::held + q][k * Tile::across + warp % Tile::across] = word;
+    }
+    open = false;
+    for (int r = 0; r < Tile::owned; ++r) {
+      open = open || found[r] < needed[warp * Tile::owned + r];
+    }
+    if (!__syncthreads_or(open)) return;
+    for (int r = 0; r < Tile::owned; ++r) {
+      const int row = warp * Tile::owned + r;
+      if (found[r] >= needed[row]) continue;
+      std::int64_t* out = indices + offset[first_row + row];
+      const int take = taken[row];
+      for (int w = 0; w < Tile::words; ++w) {
+        const unsigned vote = votes[side][row][w];
+        if (vote == 0) continue;
+        const int rank = found[r] + __popc(vote & ((1u << lane) - 1));
+        if ((vote >> lane & 1u) != 0 && (take == kAll || take == rank)) {
+          out[take == kAll ? rank : 0] = base + 32 * w + lane;
+        }
+        found[r] += __popc(vote);
+      }
+    }
+    side = 1 - side;
+  }
+}
+
+// count[i] = 1: what a row uses that uses one neighbour. Written once, 8 n bytes.
+constexpr int kOneThreads = 256;
+
+__global__ void __launch_bounds__(kOneThreads)
+    count_one_kernel(std::int64_t n, std::int64_t* count) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kOneThreads + threadIdx.x;
+  if (i < n) count[i] = 1;
+}
+
+}  // namespace lcodec::cuda
