@@ -2,7 +2,8 @@
 
 A case runs this package and its peers on one size (a point) or on several (a sweep). Before
 anything is timed, the package must give the bits of its own reference on the case's `tiny` data;
-then the answers of all that was timed are compared, each with what the package says.
+then the answers of all that was timed are compared, each with what the package says. The cases
+here run on the CPU; those for a GPU are in gpu_cases.py.
 """
 
 import os
@@ -16,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerator
 import numpy as np
 import peers
 from numpy.typing import NDArray
@@ -38,21 +40,24 @@ class Peer:
     ----------
     run : callable(data, threads)
         Returns the answer. It is left out where it raises ImportError.
-    answers : {"asserted", "compared", "other"}
-        Whether its answer must agree with the package's; or may differ, and whether it does is
-        recorded; or is that of another task.
+    answers : {"identical", "asserted", "compared", "other"}
+        Whether its answer must be the package's, bit for bit; or agree with it; or may differ, and
+        whether it does is recorded; or is that of another task.
     part : int, optional
         It is timed on the first `part` columns of X, and its time multiplied by p / part, in its
         favour for a time that grows at least linearly in p.
     fits : callable(size), optional
         Whether it takes part at a size; everywhere by default.
+    on_device : bool, default False
+        In a run on a GPU, whether it is given tensors there, as the package is, or NumPy arrays.
     """
 
     name: str
     run: Callable[[Data, int], Any]
-    answers: Literal["asserted", "compared", "other"] = "compared"
+    answers: Literal["identical", "asserted", "compared", "other"] = "compared"
     part: int | None = None
     fits: Callable[[Size], bool] = lambda size: True
+    on_device: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,15 +109,20 @@ class Case:
     def data(self, size: Size) -> Data:
         return self.make(np.random.default_rng(SEED), **size)
 
-    def verify(self) -> None:
+    def verify(self, device: str = "cpu") -> None:
         """Raise AssertionError unless the package equals its reference on the tiny data."""
         data = self.data(self.tiny)
-        got, expected = self.ours(data, "cpu"), self.ours(data, "reference")
-        assert np.array_equal(_flat(got), _flat(expected)), f"{self.name}: {got} != {expected}"
+        placed = accelerator.place(data, device)
+        got, expected = self.ours(placed, device), self.ours(data, "reference")
+        assert same_bits(got, expected), f"{self.name}: {got} != {expected}"
 
 
 def _flat(answer: Any) -> NDArray:
     return np.hstack(answer) if isinstance(answer, tuple) else np.atleast_1d(answer)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return np.array_equal(_flat(a), _flat(b))
 
 
 def first_columns(data: Data, count: int) -> Data:
@@ -241,7 +251,7 @@ def codec(data: Data, backend: str) -> float:
 
 
 def neighbors(data: Data, backend: str) -> NDArray:
-    return lcodec_ext.nearest_neighbors(data["X"], backend=backend)
+    return accelerator.fetch(lcodec_ext.nearest_neighbors(data["X"], backend=backend))
 
 
 def xi(data: Data, backend: str) -> float:
@@ -366,9 +376,11 @@ def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
     }
 
 
-def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:
-    """The counted bound of all scans of a FOCI run on raw columns, shared by all threads."""
-    data = CASES[name].data(size)
+def scanned(data: Data, floor: int | None) -> tuple[int, int, int, float]:
+    """What the scans of a FOCI run on raw columns do (`CpuEngine.scanned`).
+
+    With a floor of 0 candidates are left once they can no longer win; with None all are scored.
+    """
     X, left = data["X"], list(range(data["X"].shape[1]))
     ones = np.ones(len(left), X.dtype)
     engine = _engine.make_engine(_engine.lay_out("cpu", X), ones, ranks(data["y"])[0], "average", 0)
@@ -376,10 +388,16 @@ def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:
         engine.select(column)
         left.remove(column)
     for _ in range(data["steps"]):
-        whole, _fraction = engine.score(np.array(left), 0)
+        whole, _fraction = engine.score(np.array(left), floor)
         engine.select(left.pop(int(whole.argmax())))
     assert isinstance(engine, _native.CpuEngine)
-    bound = bound_of(engine.scanned[1]) / lcodec_ext.get_num_threads()
+    return engine.scanned
+
+
+def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:
+    """The counted bound of all scans of a FOCI run on raw columns, shared by all threads."""
+    _comparisons, own, _of_all, _seconds = scanned(CASES[name].data(size), floor=0)
+    bound = bound_of(own) / lcodec_ext.get_num_threads()
     return {"scan_bound_seconds": float(f"{bound:.4g}")}
 
 

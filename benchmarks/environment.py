@@ -74,6 +74,18 @@ def commit() -> dict:
     return {"commit": head, "dirty": dirty}
 
 
+def nvidia(*fields: str, which: str | None = None) -> list[list[str]]:
+    """Fields that nvidia-smi knows, of every device or of one; nothing where it does not run."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    if which is not None:
+        command.append(f"--id={which}")
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+
+
 def load() -> float:
     """Processes that ran or waited to run in the last minute; near 0 before a fair recording."""
     return round(os.getloadavg()[0], 2)

@@ -1,14 +1,15 @@
 """Other ways to the same answers, to be timed beside this package.
 
 `published_*` is the algorithm of the paper's code: float32 distance matrices, `argmin`, and for
-T(Y, Z | X) both neighbour searches anew for every candidate. `kdtree_*` is the algorithm of R's
-FOCI: a k-d tree for every candidate. Both are written afresh. Libraries are imported where they
-are used, so that a missing one costs only the comparison with it.
+T(Y, Z | X) both neighbour searches anew for every candidate. It runs where its data lie: NumPy
+arrays on the CPU, tensors on their device. `kdtree_*` is the algorithm of R's FOCI: a k-d tree
+for every candidate. Both are written afresh. Libraries are imported where they are used, so that
+a missing one costs only the comparison with it.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,12 +42,12 @@ def _published_nearest(X: "torch.Tensor", exact: bool) -> "torch.Tensor":
 def _published_ranks(y: "torch.Tensor") -> "torch.Tensor":
     import torch
 
-    ranks = torch.empty(len(y), dtype=torch.int64)
-    ranks[torch.argsort(y)] = torch.arange(1, len(y) + 1)
+    ranks = torch.empty(len(y), dtype=torch.int64, device=y.device)
+    ranks[torch.argsort(y)] = torch.arange(1, len(y) + 1, device=y.device)
     return ranks
 
 
-def _published_codec2(z: "torch.Tensor", y: "torch.Tensor", exact: bool) -> float:
+def _published_codec2(z: "torch.Tensor", y: "torch.Tensor", exact: bool) -> "torch.Tensor":
     import torch
 
     n = len(y)
@@ -54,28 +55,26 @@ def _published_codec2(z: "torch.Tensor", y: "torch.Tensor", exact: bool) -> floa
     R = _published_ranks(y)
     L = n + 1 - R
     above = (n * torch.minimum(R, R[near]) - L**2).sum()
-    return float(above / torch.dot(L, n - L))
+    return above / (L * (n - L)).sum()
 
 
 def _published_codec3(
     z: "torch.Tensor", y: "torch.Tensor", x: "torch.Tensor", exact: bool
-) -> float:
+) -> "torch.Tensor":
     import torch
 
     near_x = _published_nearest(x, exact)
     near_w = _published_nearest(torch.hstack([x, z]), exact)
     R = _published_ranks(y)
     m_x, m_w = torch.minimum(R, R[near_x]), torch.minimum(R, R[near_w])
-    return float((m_w - m_x).sum() / (R - m_x).sum())
+    return (m_w - m_x).sum() / (R - m_x).sum()
 
 
-def published_foci(
-    X: NDArray, y: NDArray, steps: int, threads: int, exact: bool = False
-) -> Selection:
+def published_foci(X: Any, y: Any, steps: int, threads: int, exact: bool = False) -> Selection:
     import torch
 
     torch.set_num_threads(threads)
-    columns, response = torch.from_numpy(X).float(), torch.from_numpy(y).float()
+    columns, response = torch.as_tensor(X).float(), torch.as_tensor(y).float()
     ordering: list[int] = []
     cumulative: list[float] = []
     for _ in range(steps):
@@ -87,26 +86,27 @@ def published_foci(
             else _published_codec2(columns[:, c : c + 1], response, exact)
             for c in left
         ]
-        best = int(np.argmax(gains))
+        values = torch.stack(gains).tolist()  # the step's one wait for a device
+        best = int(np.argmax(values))
         ordering.append(left[best])
         before = cumulative[-1] if cumulative else 0.0
-        cumulative.append(before + gains[best] * (1 - before))  # without ties
+        cumulative.append(before + values[best] * (1 - before))  # without ties
     return Selection(tuple(ordering), tuple(cumulative))
 
 
-def published_codec(y: NDArray, z: NDArray, x: NDArray, threads: int) -> float:
+def published_codec(y: Any, z: Any, x: Any, threads: int) -> float:
     import torch
 
     torch.set_num_threads(threads)
-    tensors = [torch.from_numpy(a).float() for a in (z, y, x)]
-    return _published_codec3(*tensors, exact=False)
+    tensors = [torch.as_tensor(a).float() for a in (z, y, x)]
+    return float(_published_codec3(*tensors, exact=False))
 
 
-def published_neighbors(X: NDArray, threads: int) -> NDArray:
+def published_neighbors(X: Any, threads: int) -> NDArray:
     import torch
 
     torch.set_num_threads(threads)
-    return _published_nearest(torch.from_numpy(X).float(), exact=False).numpy()
+    return _published_nearest(torch.as_tensor(X).float(), exact=False).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------

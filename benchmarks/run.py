@@ -1,11 +1,12 @@
 """Time the package beside its peers, side by side in one process, and record it as JSON.
 
-    python benchmarks/run.py [--quick] [--cases foci_wide,xi] [--output FILE]
+    python benchmarks/run.py [--quick] [--cases foci_wide,xi] [--device cuda] [--output FILE]
 
 Every implementation runs once to warm up; these answers are compared. Then all take turns, one
 sample each, until `--repeats` rounds are done; one whose samples add up to `--budget` seconds
 sits out the rest. Medians are reported, all samples recorded. The exit status is 1 if an answer
-that had to agree did not.
+that had to agree did not, or a case could not be run. The file is written after every case, so
+that a run that is stopped leaves those that it finished.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=environment.cores(), help="for everything")
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the package's data lie; each has its own cases (default: cpu)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=environment.ROOT / "benchmarks/output/latest.json",
@@ -45,11 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (1 if options.quick else 7)
     environment.limit_threads(options.threads)
-    from cases import CASES  # with NumPy and all else, now that the threads are settled
+    # with NumPy and all else, now that the threads are settled
+    if options.device == "cuda":
+        from gpu_cases import CASES
+    else:
+        from cases import CASES
 
     if options.list:
         for case in CASES.values():
-            print(f"{case.name:14} {case.title}")
+            print(f"{case.name:18} {case.title}")
         return 0
     names = options.cases.split(",") if options.cases else list(CASES)
     if unknown := [name for name in names if name not in CASES]:
@@ -68,13 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "load_before": environment.load(),
         "cases": {},
+        "broken": {},
     }
+    if options.device == "cuda":
+        import accelerator
+
+        result["machine"]["device"] = accelerator.description()
+        result["versions"] |= accelerator.versions()
+        result["rates"] = accelerator.rates()._asdict()
     if result["load_before"] > 0.5:
         print(f"note: other work is running here (load {result['load_before']})")
     for name in names:
-        result["cases"][name] = run_case(CASES[name], options)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+        try:
+            result["cases"][name] = run_case(CASES[name], options)
+        except Exception as error:  # the other cases may be right
+            traceback.print_exc()
+            result["broken"][name] = f"{type(error).__name__}: {error}"[:400]
+        save(result, options.output)
     print(f"\nwrote {options.output}")
     wrong = disagreements(result)
     for line in wrong:
@@ -82,9 +104,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write a result file at once: who reads it, or stops this, finds a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(path)
+
+
 def run_case(case: "Case", options: argparse.Namespace) -> dict[str, Any]:
     """Verify a case, then measure all its points."""
-    case.verify()
+    case.verify(options.device)
     points = []
     for size in case.quick if options.quick else case.full:
         point = run_point(case, size, options)
@@ -97,8 +127,12 @@ def run_case(case: "Case", options: argparse.Namespace) -> dict[str, Any]:
 
 def run_point(case: "Case", size: "Size", options: argparse.Namespace) -> dict[str, Any]:
     """Warm up, compare answers, and time everything in turns."""
+    import accelerator
+    from cases import same_bits
+
     data = case.data(size)
-    runs: dict[str, Callable[[], Any]] = {OURS: lambda: case.ours(data, "auto")}
+    placed = accelerator.place(data, options.device)
+    runs: dict[str, Callable[[], Any]] = {OURS: lambda: case.ours(placed, "auto")}
     results: dict[str, dict[str, Any]] = {OURS: {}}
     left_out: dict[str, str] = {}
     answer = runs[OURS]()
@@ -106,7 +140,7 @@ def run_point(case: "Case", size: "Size", options: argparse.Namespace) -> dict[s
         if not peer.fits(size):
             left_out[peer.name] = "takes too long or too much memory at this size"
             continue
-        run, entry, expected = prepare(case, peer, data, options.threads, answer)
+        run, entry, expected = prepare(case, peer, data, placed, options, answer)
         try:
             theirs = run()
         except ImportError as error:
@@ -114,8 +148,10 @@ def run_point(case: "Case", size: "Size", options: argparse.Namespace) -> dict[s
             continue
         if peer.answers != "other":
             entry |= case.compare(expected, theirs, data)
+        if peer.answers == "identical" and not same_bits(expected, theirs):
+            entry |= {"agrees": False, "answer": "other bits"}
         runs[peer.name], results[peer.name] = run, entry
-    samples = take_turns(runs, options.repeats, options.budget)
+    samples = take_turns(runs, options.repeats, options.budget, options.device)
     for name, entry in results.items():
         entry["samples"] = samples[name]
         entry["seconds"] = statistics.median(samples[name]) * entry.get("factor", 1)
@@ -131,31 +167,43 @@ def run_point(case: "Case", size: "Size", options: argparse.Namespace) -> dict[s
 
 
 def prepare(
-    case: "Case", peer: "Peer", data: dict, threads: int, answer: Any
+    case: "Case",
+    peer: "Peer",
+    data: dict,
+    placed: dict,
+    options: argparse.Namespace,
+    answer: Any,
 ) -> tuple[Callable[[], Any], dict[str, Any], Any]:
     """A peer's call, what is to be recorded of it, and the package's answer to the same."""
+    import accelerator
     from cases import first_columns
 
     entry: dict[str, Any] = {"answers": peer.answers}
     if peer.part is not None and peer.part < (p := data["X"].shape[1]):
         data = first_columns(data, peer.part)
-        answer = case.ours(data, "auto")
+        placed = accelerator.place(data, options.device)
+        answer = case.ours(placed, "auto")
         entry |= {"measured_columns": peer.part, "factor": p / peer.part}
-    return lambda: peer.run(data, threads), entry, answer
+    given = placed if peer.on_device else data
+    return lambda: peer.run(given, options.threads), entry, answer
 
 
 def take_turns(
-    runs: dict[str, Callable[[], Any]], repeats: int, budget: float
+    runs: dict[str, Callable[[], Any]], repeats: int, budget: float, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each sample; at least one of each."""
+    """Seconds of each sample, until the device is done; at least one of each."""
+    import accelerator
+
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             if sum(samples[name]) >= budget:
                 continue
             gc.collect()
+            accelerator.wake(device)
             start = time.perf_counter()
             run()
+            accelerator.wait(device)
             samples[name].append(time.perf_counter() - start)
     return samples
 
@@ -171,13 +219,14 @@ def judge(claim: "Claim", point: dict[str, Any]) -> dict[str, Any]:
 
 
 def disagreements(result: dict[str, Any]) -> list[str]:
-    """Peers that had to agree and did not."""
-    return [
+    """Peers that had to agree and did not, and cases that could not be run."""
+    broken = [f"{name}: {error}" for name, error in result.get("broken", {}).items()]
+    return broken + [
         f"{point['title']}: {name}: {entry['answer']}"
         for case in result["cases"].values()
         for point in case["points"]
         for name, entry in point["results"].items()
-        if entry.get("answers") == "asserted" and not entry["agrees"]
+        if entry.get("answers") in ("identical", "asserted") and not entry["agrees"]
     ]
 
 

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import lcodec_ext
+from lcodec_ext import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import accelerator  # noqa: E402
 import cases  # noqa: E402
 import compare  # noqa: E402
+import gpu_cases  # noqa: E402
 import peers  # noqa: E402
 import plots  # noqa: E402
 import results  # noqa: E402
@@ -25,7 +29,7 @@ import table  # noqa: E402
 from cases import CASES  # noqa: E402
 
 RECORDED = ROOT / "benchmarks/results/cpu.json"
-OPTIONS = argparse.Namespace(quick=True, threads=2, repeats=1, budget=20)
+OPTIONS = argparse.Namespace(quick=True, threads=2, repeats=1, budget=20, device="cpu")
 
 
 def points(result, name):
@@ -98,6 +102,19 @@ def test_the_published_algorithm_is_right_where_its_distances_are(rng):
     np.testing.assert_allclose(got.cumulative, expected.cumulative, atol=1e-6)
 
 
+def test_the_published_algorithm_takes_tensors(rng):
+    X, y = table_of("continuous", rng)
+    X = X.astype(np.float32)
+    data = {"X": X, "y": y, "z": X[:, :1], "x": X[:, 1:3]}
+    tensors = {name: torch.from_numpy(array) for name, array in data.items()}
+    for call in (
+        lambda d: peers.published_foci(d["X"], d["y"], 3, threads=1),
+        lambda d: peers.published_codec(d["y"], d["z"], d["x"], threads=1),
+        lambda d: peers.published_neighbors(d["X"], threads=1),
+    ):
+        assert cases.same_bits(call(data), call(tensors))
+
+
 def test_pyfoci_is_called_rightly(rng):
     pytest.importorskip("pyFOCI", minversion="0.10")
     X, y = table_of("continuous", rng)
@@ -132,9 +149,20 @@ def test_other_selections_and_values_are_told():
 # Cases and runner
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_case_runs(name):
-    case = dataclasses.replace(CASES[name], quick=(CASES[name].tiny,))
+ALL_CASES = CASES | gpu_cases.CASES
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """What a GPU is asked for; the cases themselves run on the CPU, too."""
+    known = accelerator.Rates(copy_bytes_per_second=4e12, warp_instructions_per_second=1e12)
+    monkeypatch.setattr(accelerator, "rates", lambda: known)
+    return known
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_every_case_runs(name, rates):
+    case = dataclasses.replace(ALL_CASES[name], quick=(ALL_CASES[name].tiny,))
     (point,) = run.run_case(case, OPTIONS)["points"]
     assert point["results"].keys() | point["left_out"].keys() == {
         results.OURS,
@@ -162,6 +190,20 @@ def test_a_case_that_differs_from_the_reference_is_refused():
         run.run_case(case, OPTIONS)
 
 
+def test_a_case_that_cannot_be_run_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
+    def ours(data, backend):
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setitem(cases.CASES, "xi", dataclasses.replace(CASES["xi"], ours=ours))
+    monkeypatch.setattr(run.environment, "limit_threads", lambda threads: None)
+    path = tmp_path / "result.json"
+    assert run.main(["--quick", "--cases", "xi,codec", "--output", str(path)]) == 1
+    result = results.load(path)
+    assert list(result["cases"]) == ["codec"]
+    assert result["broken"] == {"xi": "RuntimeError: the device is on fire"}
+    assert "WRONG: xi: RuntimeError" in capsys.readouterr().err
+
+
 def test_a_peer_that_must_agree_and_does_not_is_named():
     peer = cases.Peer("liar", lambda data, threads: 2.0, "asserted")
     case = dataclasses.replace(CASES["xi"], peers=(peer,))
@@ -179,6 +221,77 @@ def test_a_missing_library_is_left_out():
     assert point["left_out"] == {"absent": "no usable there_is_no_such_library"}
     claim = cases.Claim("absent", at_least=1)
     assert run.judge(claim, point)["met"] is None
+
+
+def test_a_peer_that_must_give_the_same_bits_and_does_not_is_named():
+    def run_peer(data, threads):
+        return np.nextafter(cases.xi(data, "cpu"), 1)
+
+    for answers, count in (("asserted", 0), ("identical", 1)):
+        case = dataclasses.replace(CASES["xi"], peers=(cases.Peer("near", run_peer, answers),))
+        point = run.run_point(case, case.tiny, OPTIONS)
+        assert len(run.disagreements({"cases": {"xi": {"points": [point]}}})) == count
+
+
+def test_on_a_device_the_package_gets_tensors_and_a_peer_what_it_asks_for(monkeypatch):
+    """A device that is the CPU's memory, and tensors in it."""
+    monkeypatch.setattr(accelerator, "place", lambda data, device: {"on": device})
+    seen = []
+    peer_list = tuple(
+        cases.Peer(f"{k}", lambda data, threads: seen.append("on" in data) or 0.0, on_device=k)
+        for k in (True, False)
+    )
+    case = dataclasses.replace(
+        CASES["xi"], ours=lambda data, backend: float(data["on"] != "gpu"), peers=peer_list
+    )
+    options = argparse.Namespace(**vars(OPTIONS) | {"device": "gpu"})
+    monkeypatch.setattr(accelerator, "wake", lambda device: None)
+    monkeypatch.setattr(accelerator, "wait", lambda device: None)
+    point = run.run_point(case, case.tiny, options)
+    assert seen == [True, False] * 2  # the answer, then a sample
+    assert all(entry.get("agrees", True) for entry in point["results"].values())
+
+
+def test_a_floor_is_the_larger_of_bytes_and_instructions(rates, monkeypatch):
+    assert gpu_cases.floor_of(8e9, 1e9, 0.004) == {
+        "milliseconds": 4,
+        "floor_bytes": 8e9,
+        "floor_warp_instructions": 1e9,
+        "floor_milliseconds": 2,
+        "time_over_floor": 2,
+    }
+    assert gpu_cases.floor_of(4e9, 8e9, 0.016)["floor_milliseconds"] == 8
+    unknown = rates._replace(warp_instructions_per_second=None)
+    monkeypatch.setattr(accelerator, "rates", lambda: unknown)
+    assert gpu_cases.floor_of(4e9, 8e9, 0.016)["time_over_floor"] == 16
+
+
+def test_the_work_of_a_foci_run_is_counted(monkeypatch):
+    size = {"n": 200, "p": 96, "steps": 3}
+    data = gpu_cases.CASES["gpu_foci_wide"].data(size)
+    moved, instructions = gpu_cases.foci_work(data)
+    assert moved == 3 * 200 * 96 * 4
+    neighbours = instructions / gpu_cases.SCAN_INSTRUCTIONS * gpu_cases.WARP / 200 / (95 + 94)
+    assert 8 < neighbours < 100
+    monkeypatch.setattr(gpu_cases, "COUNTED_COLUMNS", 48)  # half of them stand for all
+    assert gpu_cases.foci_work(data)[1] == pytest.approx(instructions, rel=0.2)
+
+
+def test_the_work_of_a_search_is_counted():
+    # 64 rows: 64 pairs and 2 warps each, 3 * 5 + 2 instructions
+    assert gpu_cases.search_work(64, 5, 4) == (64 * 5 * 4, 64 * 2 * 17)
+
+
+def test_small_calls_are_compared(capsys):
+    assert gpu_cases.check_small_calls("cpu") == capsys.readouterr().out.count(": same\n") > 10
+
+
+def test_threads_of_a_peer_are_its_own(monkeypatch):
+    monkeypatch.setenv("LCODEC_NUM_THREADS", "3")
+    monkeypatch.setattr(_native, "_threads", None)
+    peer = gpu_cases.by_cpu(lambda data, backend: lcodec_ext.get_num_threads())
+    assert peer.run({}, 7) == 7
+    assert lcodec_ext.get_num_threads() == 3
 
 
 def test_turns_keep_to_the_budget():
