@@ -19,6 +19,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 torch.set_num_threads(1)  # small matrices; a second thread would spin beside other work
 
+CUDA = lcodec_ext.cuda_is_available() and torch.cuda.is_available()
 SIMD_LEVELS = lcodec_ext.build_info()["simd_supported"]
 
 
@@ -32,7 +33,25 @@ def pytest_report_header():
         + (f"; compiled but not run, this CPU lacks them: {', '.join(untested)}" * bool(untested)),
         f"CUDA kernels under test: {', '.join(device.name for device in DEVICES)}",
         lcodec_ext.cuda_status(),
+        f"tests marked cuda: {cuda_tests()}",
     ]
+
+
+def cuda_tests():
+    """What becomes of them on this machine."""
+    if CUDA:
+        return f"under test on {torch.cuda.get_device_name()}"
+    if lcodec_ext.cuda_is_available():
+        return f"deselected, this machine cannot run them: torch {torch.__version__} sees no GPU"
+    return "deselected, this machine cannot run them"
+
+
+def pytest_collection_modifyitems(config, items):
+    if CUDA:
+        return
+    deselected = [item for item in items if item.get_closest_marker("cuda")]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if not item.get_closest_marker("cuda")]
 
 
 @pytest.fixture(params=SIMD_LEVELS)
