@@ -2,6 +2,16 @@
 
 schema, created, commit, dirty
 machine, versions, settings, load_before
+    machine has a `device` where a GPU was used
+rates: of the GPU, from which floors are computed (accelerator.Rates)
+checks: by stage of gpu.py, if that made the file
+    status: "passed", "failed", "timed out", "not found" or "not run"
+    why: in words
+    seconds, limit
+    build: installed; kernels: name, architecture, registers, stack, spills and shared memory
+    tests: passed, failed, errors, skipped, not_passed: some names
+    each sanitizer: findings, calls that were made, places, trouble: its own
+broken: errors by case, where there were
 cases: by name
     sweep: the size that varies from point to point, or null
     points: a list
@@ -11,7 +21,7 @@ cases: by name
             seconds: their median, times `factor` if there is one
             ratio: seconds over this package's seconds
             factor, measured_columns: if only some columns were measured
-            answers: "asserted", "compared" or "other"
+            answers: "identical", "asserted", "compared" or "other"
             agrees, off_by, answer: how the answer compares with this package's
         left_out: reasons by implementation
         metrics: further numbers by name

@@ -1,0 +1,498 @@
+"""Build, test, check and time the package on a machine with an NVIDIA GPU, and record all as JSON.
+
+    python benchmarks/gpu.py [--budget 540] [--stages build,tests,...] [--output FILE] [--dry-run]
+
+What is needed: the CUDA toolkit, PyTorch, the tests' packages and the build tools in this
+Python's environment, and no network. The package goes to build/gpu/site; nothing is installed
+elsewhere. Every stage is a process of its own with a time limit, its output is in build/gpu, and
+the result file is written after each. The exit status is 1 if a stage that was asked for did not
+pass, for whatever reason: a checker that is not there has not passed.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import environment
+import results
+import run
+
+ROOT = environment.ROOT
+WORK = ROOT / "build/gpu"
+SITE = WORK / "site"
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+THREADS = 2  # of the CPU engine that stands beside
+TIMED = (
+    "machine",
+    "versions",
+    "settings",
+    "rates",
+    "cases",
+    "broken",
+)  # what run.py's file knows better
+GRACE = 5  # seconds from the request to stop to the end
+DONE = "small calls gave the CPU's bits"  # what --sanitize-case says last
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a process ended: its exit status, None if its time ran out; and what it printed."""
+
+    status: int | None
+    text: str
+
+
+@dataclass
+class Verdict:
+    """What a stage came to: passed, failed, timed out, not found or not run."""
+
+    status: str
+    why: str = ""
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A process to run.
+
+    Parameters
+    ----------
+    limit, least : float
+        Seconds it may take, and what is kept for it while the stages before it run.
+    judge : callable(finished)
+        Reads what it printed or wrote. The process failed or ran out of time if it did, whatever
+        else was found.
+    """
+
+    name: str
+    command: Sequence[str | Path]
+    limit: float
+    least: float
+    judge: Callable[[Finished], Verdict]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    missing: str = ""  # the program that is not there
+    echo: bool = False  # whether to print what it printed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--budget", type=float, default=540, help="seconds in all (default: 540)")
+    parser.add_argument("--stages", help="names, separated by commas; all by default")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
+    parser.add_argument("--commit", help="the commit, where the sources are a copy without git")
+    parser.add_argument("--quick", action="store_true", help="time small sizes: does it all run?")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
+    parser.add_argument("--sanitize-case", action="store_true", help="run what is to be checked")
+    options = parser.parse_args(arguments)
+    if options.sanitize_case:
+        return sanitize_case()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or children could inherit "ignore"
+    devices = environment.nvidia("name", "driver_version", "compute_cap")
+    stages = plan(devices, options.quick)
+    names = [stage.name for stage in stages]
+    chosen = options.stages.split(",") if options.stages else names
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(names)}")
+    stages = [stage for stage in stages if stage.name in chosen]
+    if options.dry_run:
+        show_plan(stages, devices, options)
+        return 0
+    if not devices:
+        print("nvidia-smi shows no GPU here; --dry-run prints what would be run", file=sys.stderr)
+        return 2
+    return run_all(stages, options)
+
+
+def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
+    """All stages, in order."""
+    python = [sys.executable]
+    module = [*python, "-P", "-m"]  # the package in this folder is not the one that is built
+    capabilities = sorted({device[2].replace(".", "") for device in devices})
+    architectures = ";".join(f"{c}-real" for c in capabilities) or "native"
+    build = [*module, "pip", "install", "-v", "--no-index", "--no-build-isolation"]
+    build += ["--no-deps", "--target", SITE, "-C", f"build-dir={WORK / 'cmake'}"]
+    defined = {
+        "CMAKE_CUDA_ARCHITECTURES": architectures,
+        "CMAKE_CUDA_FLAGS": "-Xptxas=-v",
+        "LCODEC_EMULATE": "ON",  # tests of kernels import the emulator beside the device
+    }
+    for name, value in defined.items():
+        build += ["-C", f"cmake.define.{name}={value}"]
+    tests = [*module, "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
+    tests += [f"--junitxml={WORK / 'tests.xml'}", *cuda_test_files()]
+    timings = [*python, ROOT / "benchmarks/run.py", "--device", "cuda"]
+    timings += ["--threads", str(THREADS)]
+    timings += ["--budget", "5", "--output", WORK / "timings.json", *["--quick"] * quick]
+    before = os.environ.get("PYTHONPATH")
+    installed = {"PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), before]))}
+    return [
+        Stage("build", [*build, "."], 200, 60, judge_build, {"LCODEC_CUDA": "ON"}),
+        Stage("tests", tests, 120, 20, judge_tests, installed | {"HYPOTHESIS_PROFILE": "short"}),
+        Stage("timings", timings, 150, 30, judge_timings, installed, echo=True),
+        *(sanitizer(tool, installed) for tool in SANITIZERS),
+    ]
+
+
+def cuda_test_files() -> list[Path]:
+    """Others are not collected: what they import may not be on this machine."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [
+        file.relative_to(ROOT)
+        for file in files
+        if file.name.startswith("test_cuda_") or re.search(r"\bmark\.cuda\b", file.read_text())
+    ]
+
+
+def sanitizer(tool: str, variables: Mapping[str, str]) -> Stage:
+    """A tool of compute-sanitizer over the small calls.
+
+    Without torch's cache every tensor is an allocation of its own, whose ends are watched. The
+    package's kernels alone are checked (kns: part of the name); of initcheck that cannot be asked,
+    which would take what other kernels have written for unwritten.
+    """
+    program = find_sanitizer()
+    command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    command += ["--target-processes", "application-only", "--report-api-errors", "no"]
+    if tool != "initcheck":
+        command += ["--kernel-regex", "kns=lcodec"]
+    command += [sys.executable, ROOT / "benchmarks/gpu.py", "--sanitize-case"]
+    return Stage(
+        tool,
+        command,
+        limit=45,
+        least=10,
+        judge=judge_sanitizer,
+        variables={**variables, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        missing="" if program else "compute-sanitizer",
+    )
+
+
+def find_sanitizer() -> str | None:
+    """On PATH, or beside nvcc."""
+    nvcc = shutil.which("nvcc")
+    beside = str(Path(nvcc).resolve().parent) if nvcc else None
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=beside)
+
+
+def show_plan(stages: list[Stage], devices: list[list[str]], options: argparse.Namespace) -> None:
+    shown = "; ".join(" ".join(device) for device in devices) or "none found"
+    print(f"device: {shown}")
+    print(f"result: {options.output}")
+    print(f"time: {options.budget:g} s in all")
+    for stage in stages:
+        print(f"\n{stage.name}: at most {stage.limit:g} s", end="")
+        print(f"; {stage.missing} was not found here" if stage.missing else "")
+        variables = [f"{key}={value}" for key, value in stage.variables.items()]
+        line = shlex.join(map(str, [*variables, *stage.command]))
+        print(" ", line.replace(f"{ROOT}/", ""))
+
+
+# --------------------------------------------------------------------------------------------
+# Running stages
+
+
+def run_all(stages: list[Stage], options: argparse.Namespace) -> int:
+    """Run all in order within the budget; the result file is written after each."""
+    started = time.monotonic()
+    if any(
+        stage.name == "build" for stage in stages
+    ):  # anew: the compiler reports what it compiles
+        shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "schema": results.SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment.commit(),
+        "machine": {},
+        "versions": {},
+        "settings": {"quick": options.quick, "threads": THREADS},
+        "load_before": environment.load(),
+        "checks": {},
+        "cases": {},
+    }
+    if options.commit:
+        result |= {"commit": options.commit, "dirty": None}
+    for k, stage in enumerate(stages):
+        left = options.budget - (time.monotonic() - started)
+        limit = limit_of(stage, stages[k + 1 :], left)
+        begun = time.monotonic()
+        verdict = run_stage(stage, limit, broken=broken(result["checks"]))
+        check = {"status": verdict.status, "seconds": round(time.monotonic() - begun, 1)}
+        check |= {"limit": round(limit, 1)} | ({"why": verdict.why} if verdict.why else {})
+        timed = verdict.found.pop("timed", {})
+        result["checks"][stage.name] = check | verdict.found
+        result |= {key: value for key, value in timed.items() if key in TIMED}
+        run.save(result, options.output)
+        print(f"{stage.name:10} {verdict.status:10} {check['seconds']:6.1f} s  {verdict.why}")
+        sys.stdout.flush()
+    print(f"\nwrote {options.output}")
+    return 0 if all(check["status"] == "passed" for check in result["checks"].values()) else 1
+
+
+def limit_of(stage: Stage, later: Sequence[Stage], left: float) -> float:
+    """Its own limit, or what the later stages do not need of the time that is left."""
+    return max(0.0, min(stage.limit, left - sum(other.least for other in later)))
+
+
+def broken(checks: dict[str, Any]) -> str:
+    """The earlier stage without which nothing runs, if it left no package."""
+    built = checks.get("build")
+    return "" if built is None or built.get("installed") else "there is no package: build failed"
+
+
+def run_stage(stage: Stage, limit: float, broken: str = "") -> Verdict:
+    if stage.missing:
+        return Verdict("not found", f"{stage.missing} is not on this machine")
+    if broken:
+        return Verdict("not run", broken)
+    if limit < stage.least:
+        return Verdict("not run", f"{limit:.0f} s were left, and it needs {stage.least:g} s")
+    variables = os.environ | stage.variables
+    finished = run_process(stage.command, WORK / f"{stage.name}.log", limit, variables)
+    verdict = stage.judge(finished)
+    if finished.status is None:
+        verdict.status = "timed out"
+        verdict.why = "; ".join(filter(None, [f"stopped after {limit:.0f} s", verdict.why]))
+    elif finished.status != 0 and verdict.status == "passed":
+        verdict.status, verdict.why = "failed", f"exit status {finished.status}"
+    if stage.echo:
+        print(finished.text)
+    elif verdict.status != "passed":
+        print("\n".join(finished.text.splitlines()[-30:]), file=sys.stderr)
+    return verdict
+
+
+def run_process(
+    command: Sequence[str | Path], log: Path, limit: float, variables: Mapping[str, str]
+) -> Finished:
+    """Run a process and all that it starts, for so many seconds at the most."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=dict(variables),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        status: int | None = None
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            if status is None:
+                with suppress(ProcessLookupError):  # whatever is left of its group
+                    os.killpg(process.pid, signal.SIGKILL)
+                with suppress(subprocess.TimeoutExpired):  # a driver can keep it
+                    process.wait(GRACE)
+    return Finished(status, log.read_text(errors="replace"))
+
+
+# --------------------------------------------------------------------------------------------
+# The build: registers and spills
+
+
+def judge_build(finished: Finished) -> Verdict:
+    """Whether it is installed, and its scoring kernels keep everything in registers."""
+    kernels = parse_ptxas(finished.text)
+    installed = finished.status == 0
+    found = {"installed": installed, "kernels": kernels}
+    scans = [kernel for kernel in kernels if is_scan(kernel["name"])]
+    spilling = [
+        f"{kernel['name']} spills {spilled} bytes"
+        for kernel in scans
+        if (spilled := kernel["spill_store_bytes"] + kernel["spill_load_bytes"])
+    ]
+    if not installed:
+        return Verdict("failed", "", found)
+    if not scans:
+        return Verdict("failed", "the compiler reported no kernel of this package's scans", found)
+    if spilling:
+        return Verdict("failed", "; ".join(spilling), found)
+    most = max(kernel["registers"] or 0 for kernel in scans)
+    return Verdict("passed", f"{len(kernels)} kernels; scans use up to {most} registers", found)
+
+
+def parse_ptxas(text: str) -> list[dict[str, Any]]:
+    """What `-Xptxas=-v` says of every kernel, once for each architecture."""
+    kernels: dict[tuple[str, str], dict[str, Any]] = {}
+    current: dict[str, Any] = {}
+    about = ""  # "Function properties for": a kernel's, or those of a function that it calls
+    for line in text.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)' for '(\w+)'", line):
+            about = found[1]
+            current = kernels[found[1], found[2]] = {
+                "name": found[1],
+                "architecture": found[2],
+                "registers": None,
+                "stack_bytes": 0,
+                "spill_store_bytes": 0,
+                "spill_load_bytes": 0,
+                "shared_bytes": 0,
+            }
+        elif found := re.search(r"Function properties for (\S+)", line):
+            about = found[1]
+        elif found := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            if current and about == current["name"]:
+                keys = ("stack_bytes", "spill_store_bytes", "spill_load_bytes")
+                current |= dict(zip(keys, map(int, found.groups()), strict=True))
+        elif current and (found := re.search(r"ptxas info\s*: Used (\d+) registers", line)):
+            current["registers"] = int(found[1])
+            if shared := re.search(r"(\d+) bytes smem", line):
+                current["shared_bytes"] = int(shared[1])
+    names = demangled([kernel["name"] for kernel in kernels.values()])
+    for kernel, name in zip(kernels.values(), names, strict=True):
+        kernel["name"] = short_name(name)
+    return sorted(kernels.values(), key=lambda kernel: (kernel["name"], kernel["architecture"]))
+
+
+def demangled(names: list[str]) -> list[str]:
+    """By c++filt or CUDA's own; as they are where there is neither."""
+    program = shutil.which("c++filt") or shutil.which("cu++filt")
+    if program is None or not names:
+        return names
+    done = subprocess.run(
+        [program], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def short_name(name: str) -> str:
+    """A demangled kernel without return type and arguments; other libraries' without <...> too."""
+    name = name.replace("(anonymous namespace)::", "")
+    depth, end = 0, len(name)
+    for k, letter in enumerate(name):
+        depth += (letter in "<(") - (letter in ">)")
+        if letter == "(" and depth == 1:
+            end = k
+            break
+    name = name[:end].removeprefix("void ")
+    return name if name.startswith("lcodec::") else name.partition("<")[0]
+
+
+def is_scan(name: str) -> bool:
+    """Whether it is one of this package's scans; CUB has kernels of that name, too."""
+    return name.startswith(("lcodec::", "_ZN6lcodec")) and "scan" in name.partition("<")[0]
+
+
+# --------------------------------------------------------------------------------------------
+# The tests
+
+
+def judge_tests(finished: Finished, report: Path = WORK / "tests.xml") -> Verdict:
+    try:
+        counts = parse_junit(report.read_text())
+    except (OSError, ET.ParseError):
+        return Verdict("failed", "pytest wrote no report")
+    finally:
+        report.unlink(missing_ok=True)  # or a later run might read it
+    if counts["failed"] or counts["errors"]:
+        return Verdict("failed", f"{counts['failed']} failed, {counts['errors']} errors", counts)
+    if not counts["passed"]:
+        return Verdict("failed", "no test ran", counts)
+    return Verdict("passed", f"{counts['passed']} tests", counts)
+
+
+def parse_junit(text: str) -> dict[str, Any]:
+    """Counts of pytest's report, and the first names of what did not pass."""
+    counts: dict[str, Any] = dict.fromkeys(("passed", "failed", "errors", "skipped"), 0)
+    names = []
+    for case in ET.fromstring(text).iter("testcase"):
+        tags = {child.tag for child in case}
+        kinds = (("failed", "failure"), ("errors", "error"), ("skipped", "skipped"))
+        kind = next((kind for kind, tag in kinds if tag in tags), "passed")
+        counts[kind] += 1
+        if kind != "passed":
+            names.append(f"{case.get('classname')}::{case.get('name')}: {kind}")
+    return counts | {"not_passed": names[:20]}
+
+
+# --------------------------------------------------------------------------------------------
+# The timings
+
+
+def judge_timings(finished: Finished, path: Path = WORK / "timings.json") -> Verdict:
+    """The cases that run.py finished; those that must agree and do not are in its exit status."""
+    try:
+        timed = results.load(path)
+    except OSError:
+        return Verdict("failed", "no case was finished")
+    finally:
+        path.unlink(missing_ok=True)
+    claims = [
+        f"{claim['quantity']} {claim['value']:g}: {'met' if claim['met'] else 'MISSED'}"
+        for case in timed["cases"].values()
+        for point in case["points"]
+        for claim in point.get("claims", ())
+        if claim["met"] is not None
+    ]
+    wrong = run.disagreements(timed)
+    why = "; ".join([*wrong, *claims])
+    return Verdict("failed" if wrong else "passed", why, {"timed": timed})
+
+
+# --------------------------------------------------------------------------------------------
+# compute-sanitizer
+
+
+def sanitize_case() -> int:
+    """What a sanitizer watches: few small calls, each compared with the CPU."""
+    import gpu_cases
+
+    print(f"{gpu_cases.check_small_calls('cuda')} {DONE}", flush=True)
+    return 0
+
+
+def judge_sanitizer(finished: Finished) -> Verdict:
+    """Findings, and whether the calls were all made: no finding in a call not made says nothing."""
+    found = parse_sanitizer(finished.text)
+    if found["findings"]:
+        return Verdict("failed", f"{found['findings']} findings", found)
+    if found["findings"] is None:
+        return Verdict("failed", found["trouble"] or "the tool wrote no summary", found)
+    if DONE not in finished.text:
+        return Verdict("failed", "the calls did not come to their end", found)
+    return Verdict("passed", "", found)
+
+
+def parse_sanitizer(text: str) -> dict[str, Any]:
+    """Counts of the tool's summary lines; `findings` is None where there is none.
+
+    "places" are the first kernels that reports name, "trouble" is what the tool says of itself.
+    """
+    lines = [line[9:].strip() for line in text.splitlines() if line.startswith("=========")]
+    summary = r"(?:ERROR SUMMARY: (?=\d+ error)|RACECHECK SUMMARY: (?=\d+ hazard))(\d+)"
+    counts = [int(match[1]) for line in lines if (match := re.match(summary, line))]
+    where = r"(?:^|access )at (?:0x[0-9a-f]+ in )?(.+?)(?:\+0x[0-9a-f]+.*)?$"
+    places = [short_name(match[1]) for line in lines if (match := re.search(where, line))]
+    own = r"Internal|Fatal|Error: (?!Race|Potential)|.*not supported"
+    trouble = [line for line in lines if re.match(own, line)]
+    return {
+        "findings": sum(counts) if counts else None,
+        "calls": len(re.findall(r"^.*: same$", text, re.MULTILINE)),
+        "places": list(dict.fromkeys(places))[:10],
+        "trouble": "; ".join(dict.fromkeys(trouble))[:400],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
