@@ -2,8 +2,9 @@
 // torch.
 //
 // The same results, bit for bit, as the CPU engine (lcodec/engine.hpp) and the reference.
-// Everything is queued on a stream; nothing waits for the device and nothing is allocated: pointers
-// are to memory of the device, which the caller owns and keeps until the stream is done with it.
+// Everything is queued on a stream, and nothing is allocated: pointers are to memory of the device,
+// which the caller owns and keeps until the stream is done with it. Only select waits for the
+// stream.
 #pragma once
 
 #include <cstddef>
@@ -43,7 +44,8 @@ template <class T>
 class Engine {
  public:
   // Bytes of device memory for a table, beside x, factor and rank. `scratch` is for what can be
-  // done piece by piece: neighbour lists, keys to be sorted, prefix sums; more is faster.
+  // done piece by piece: neighbour lists, keys to be sorted, prefix sums; more is faster, up to
+  // what the table can use, beyond which it is not counted.
   static std::size_t workspace_bytes(std::int64_t n, std::int64_t p, std::size_t scratch);
   static constexpr std::size_t kScratch = std::size_t{1} << 28;  // a good size
   static std::size_t least_scratch(std::int64_t n);              // what one row or column takes
@@ -57,7 +59,9 @@ class Engine {
 
   // Numbers rows by rank, sorts every column. To be called first. O(n p).
   Outcome start(Stream stream);
-  // Adds a column to the conditioning set, behind those already there. O(n).
+  // Adds a column to the conditioning set, behind those already there. O(n), and O(n k) for each
+  // group of many rows alike. Waits for the stream: what is to be done depends on whether the
+  // column has many equal values.
   Outcome select(std::int64_t column, Stream stream);
   // whole[p] and fraction[p] (device) of every column, -1 for selected ones.
   Outcome score(std::int64_t* whole, std::int64_t* fraction, Stream stream);

@@ -1,0 +1,184 @@
+// Rows against their neighbours in the selected columns, for 32 candidates side by side.
+//
+//   v(i, j) = D(i, j) + ((x_if - x_jf) c_f)^2, D from the lists; every operation rounded
+//   whole_f, fraction_f += S_i / c_i in fixed point, S_i and c_i as in walk.cuh
+//
+// Mapping    a block takes a tile of 32 candidates and every gridDim.y-th row in turn, a warp a
+// row,
+//            a lane a candidate. The tile lies in shared memory if it fits, 33 words to a row so
+//            that neither a row nor a column of it meets bank conflicts. The warp goes through the
+//            row's list; before every eight entries it votes which lanes may still gain.
+//            The last few lanes go on one by one, an entry to each lane of the warp: of 32
+//            candidates the one that needs most takes twice the neighbours of the next. Lanes that
+//            the end of a list leaves open go along the candidate's order.
+// Arguments  see engine.cu; whole and fraction are zero, or hold what other rows came to
+// Fast       an entry takes a load of 16 bytes that all lanes share, one of 4 bytes from shared
+//            memory, and 15 instructions: 2 for addresses, 4 of arithmetic, 2 comparisons, 7
+//            predicated. Floor: 15 instructions for 32 distances. n = 1000, k = 1: about 70 entries
+//            a row and tile and 4 lanes that go on alone, 2 chunks of 25 instructions each:
+//            1.3e3 instructions; p = 40 000: 1.6e9 in all, 1.8 ms at 9e11 a second (132
+//            multiprocessors, 4 a cycle, 1.7 GHz). Integer sums are kept in registers and added to
+//            memory once for a warp and tile.
+// Must not   use fma or reassociate; let the order of rows or warps decide anything: minima and
+//            integer sums do not depend on it
+// Twin       cpu/scanner.hpp
+#pragma once
+
+#include <cstdint>
+
+#include "common/fixed_point.hpp"
+#include "cuda/groups.cuh"
+#include "cuda/lists.cuh"
+#include "cuda/table.cuh"
+#include "cuda/walk.cuh"
+
+namespace lcodec::cuda {
+
+constexpr int kScanWarps = 16;
+constexpr int kScanThreads = 32 * kScanWarps;
+constexpr int kTileStride = 33;  // words of a tile's row in shared memory
+constexpr int kLastLanes = 4;    // go on one by one
+
+// Values of a candidate, by given row: those of 32 beside each other in shared memory, or the
+// table.
+template <class T, bool kShared>
+struct Candidate {
+  const T* x;
+  std::int64_t stride;
+
+  __device__ __forceinline__ T operator()(int row) const {
+    if constexpr (kShared) {
+      return x[row * kTileStride];
+    } else {
+      return __ldg(x + row * stride);
+    }
+  }
+};
+
+template <class T>
+using Found = Nearest<T, std::uint32_t>;
+
+// For a warp: goes on with one candidate from entry `at` of a list that ends at `last`. `found` is
+// what one lane has found so far, and in the others nothing as near as that.
+template <class T, class CandidateOf>
+__device__ __forceinline__ void finish_alone(const CandidateOf& candidate, const Entry<T>* at,
+                                             const Entry<T>* last, T x, T factor, Found<T>& found) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (; at < last && at->bound <= found.best; at += 32) {
+    if (at + lane < last) {
+      const Entry<T> entry = at[lane];
+      const T scaled = (x - candidate(entry.row)) * factor;
+      found.offer(entry.distance + scaled * scaled, entry.rank);
+    }
+    found.agree();
+  }
+}
+
+template <class T, bool kShared>
+__global__ void __launch_bounds__(kScanThreads, 1)
+    scan_kernel(Table<T> table, Groups<T> groups, Lists<T> lists, unsigned long long* whole,
+                unsigned long long* fraction) {
+  LCODEC_DYNAMIC_SHARED(T, shared);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * 32;
+  const std::int64_t column = first + lane;
+  const bool there = column < table.p;
+  if constexpr (kShared) {
+    for (int row = warp; row < table.n; row += kScanWarps) {
+      shared[row * kTileStride + lane] = there ? table.x[row * table.p + column] : T{0};
+    }
+    __syncthreads();
+  }
+  const auto candidate_of = [&](int other) {  // lanes behind the last column look at the first
+    if constexpr (kShared) {
+      return Candidate<T, true>{shared + other, 0};
+    } else {
+      return Candidate<T, false>{table.x + (first + other < table.p ? first + other : first),
+                                 table.p};
+    }
+  };
+  const auto candidate = candidate_of(lane);
+  const T factor = there ? table.factor[column] : T{0};
+  std::int64_t wholes = 0;
+  std::int64_t fractions = 0;
+
+  for (std::int64_t slot = static_cast<std::int64_t>(blockIdx.y) * kScanWarps + warp;
+       slot < lists.rows; slot += static_cast<std::int64_t>(gridDim.y) * kScanWarps) {
+    const int row = static_cast<int>(lists.first + slot);
+    if (groups.is_big(row)) continue;
+    const Entry<T>* const begin = lists.entries + slot * lists.stride;
+    const Entry<T>* const end = begin + lists.size[slot];
+    const T x = candidate(table.order[row]);
+    // -1: a lane without a candidate never gains
+    Found<T> found{there ? kFar<T> : T{-1}};
+    unsigned open = 0;
+    const Entry<T>* at = begin;
+    for (; at < end; at += kChunk) {
+      open = __ballot_sync(kFullWarp, found.best >= at->bound);
+      if (__popc(open) <= kLastLanes) break;
+      for (int u = 0; u < kChunk; ++u) {
+        const Entry<T> entry = at[u];
+        const T scaled = (x - candidate(entry.row)) * factor;
+        found.offer(entry.distance + scaled * scaled, entry.rank);
+      }
+    }
+    // go_on(lane, its best, x and factor) for some lanes, by the whole warp
+    const auto each = [&](unsigned lanes, const auto& go_on) {
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int other = __ffs(static_cast<int>(lanes)) - 1;
+        go_on(other, __shfl_sync(kFullWarp, found.best, other), __shfl_sync(kFullWarp, x, other),
+              __shfl_sync(kFullWarp, factor, other));
+      }
+    };
+    if (at < end) {
+      each(open, [&](int other, T best, T its_x, T its_factor) {
+        Found<T> its{best};
+        if (lane == other) its = found;
+        finish_alone(candidate_of(other), at, end, its_x, its_factor, its);
+        const Sums sums = its.total();
+        if (lane == other) found = {its.best, sums.count, static_cast<std::uint32_t>(sums.sum)};
+      });
+    }
+    std::int64_t sum = found.sum;  // along the order more may be added up
+    int count = found.count;
+    const T reach = lists.reach[slot];
+    each(__ballot_sync(kFullWarp, found.best >= reach), [&](int other, T best, T, T) {
+      const Sums sums = nearest_along(table, row, first + other, best);
+      if (lane == other) {
+        sum = sums.sum;
+        count = sums.count;
+      }
+    });
+    if (table.ties != Ties::average) {
+      // those along the order have one
+      each(__ballot_sync(kFullWarp, count > 1), [&](int other, T best, T its_x, T its_factor) {
+        const std::int64_t place = place_taken(table, row, __shfl_sync(kFullWarp, count, other));
+        const auto its = candidate_of(other);
+        const int taken = row_at(place, table.n, [&](int last) {
+          int up_to = 0;
+          for (const Entry<T>* e = begin + lane; e < end; e += 32) {
+            const T scaled = (its_x - its(e->row)) * its_factor;
+            up_to += e->row <= last && e->distance + scaled * scaled == best;
+          }
+          return sum_of_warp(up_to);
+        });
+        if (lane == other) {
+          sum = min(table.rank[row], table.rank[taken]);
+          count = 1;
+        }
+      });
+    }
+    if (there) {
+      const FixedPoint mean = fixed_point(sum, count);
+      wholes += mean.whole;
+      fractions += mean.fraction;
+    }
+  }
+  if (there) {
+    if (wholes != 0) atomicAdd(whole + column, static_cast<unsigned long long>(wholes));
+    if (fractions != 0) atomicAdd(fraction + column, static_cast<unsigned long long>(fractions));
+  }
+}
+
+}  // namespace lcodec::cuda
