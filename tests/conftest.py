@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import lcodec_ext
-from devices import DEVICES
+from devices import DEVICES, PARAMETERS
 
 settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile(
@@ -67,7 +67,7 @@ def threads(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=DEVICES, ids=lambda device: device.name)
+@pytest.fixture(params=PARAMETERS)
 def device(request):
     """Every way to run CUDA kernels here; see devices.py."""
     request.param.start()

@@ -1,6 +1,7 @@
 """Where CUDA kernels are tested: by the emulator in several orders, and on a GPU if any."""
 
 import numpy as np
+import pytest
 import torch
 
 import lcodec_ext
@@ -15,6 +16,7 @@ class Emulator:
 
     module = _emulated
     stream = 0
+    marks = ()
 
     def __init__(self, order, seed):
         self.name = f"{order}{seed}"
@@ -64,6 +66,7 @@ class Gpu(Emulator):
 
     module = _core
     name = "cuda"
+    marks = pytest.mark.cuda
 
     def __init__(self):
         pass
@@ -110,3 +113,4 @@ GPU = (
     else []
 )
 DEVICES = EMULATED + GPU
+PARAMETERS = [pytest.param(device, marks=device.marks, id=device.name) for device in DEVICES]

@@ -1,13 +1,17 @@
 """The CUDA engine against the reference, wherever kernels can run: == throughout."""
 
+import warnings
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices import DEVICES
-from lcodec_ext import _exact
-from lcodec_ext._native import TIES_CODES
+import lcodec_ext
+from cuda_on_cpu import cuda_on_cpu
+from devices import PARAMETERS
+from lcodec_ext import _emulated, _exact, _native
 from lcodec_ext._ranks import ranks
 from lcodec_ext.reference.columns import ReferenceColumns
 from lcodec_ext.reference.engine import ReferenceEngine
@@ -31,7 +35,15 @@ class DeviceEngine:
         self.held = [device.to_device(a) for a in (X, factors, R.astype(np.int32))]
         x, factor, rank = map(int, self.held)
         self.engine = make(
-            x, self.n, self.p, factor, rank, TIES_CODES[ties], seed, int(self.workspace), scratch
+            x,
+            self.n,
+            self.p,
+            factor,
+            rank,
+            _native.TIES_CODES[ties],
+            seed,
+            int(self.workspace),
+            scratch,
         )
         self.engine.start(device.stream)
 
@@ -59,7 +71,9 @@ class DeviceEngine:
         return count, found
 
 
-def assert_steps_equal(device, X, R, selected, ties="average", seed=0, factors=None, scratch=1 << 28):
+def assert_steps_equal(
+    device, X, R, selected, ties="average", seed=0, factors=None, scratch=1 << 28
+):
     """Scores and row sums of every step, and those before the first one."""
     X = np.ascontiguousarray(X)
     p = X.shape[1]
@@ -79,7 +93,9 @@ def assert_steps_equal(device, X, R, selected, ties="average", seed=0, factors=N
         np.testing.assert_array_equal(whole[left], want[0])
         np.testing.assert_array_equal(fraction[left], want[1])
         for candidate in left[:2]:
-            for got, sums in zip(engine.row_sums(candidate), expected.row_sums(candidate), strict=True):
+            for got, sums in zip(
+                engine.row_sums(candidate), expected.row_sums(candidate), strict=True
+            ):
                 np.testing.assert_array_equal(got, sums)
 
 
@@ -199,8 +215,6 @@ def test_more_rows_than_lists_hold(device, rng):
 
 def assert_scores_equal_cpu(device, X, R, selected, ties="average"):
     """Against the CPU engine, where the reference would take too long."""
-    from lcodec_ext import _native
-
     factors = np.ones(X.shape[1], X.dtype)
     engine = DeviceEngine(device, X, factors, R, ties)
     expected = _native.CpuEngine(_native.CpuColumns(X), factors, R, ties, 0)
@@ -224,7 +238,7 @@ def tables(draw):
     return X, ranks(rng.integers(0, draw(st.sampled_from([1, 2, n])), n))[0]
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("device", PARAMETERS)
 @given(table=tables(), ties=st.sampled_from(TIES), seed=st.integers(0, 2**64 - 1))
 def test_tables_of_few_values(device, table, ties, seed):
     X, R = table
@@ -259,6 +273,32 @@ def test_leaders(device, p, rng):
         assert count == want.shape[1]
         if count <= MOST_LEADERS:
             np.testing.assert_array_equal(found[:, np.argsort(found[0])], want)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+def test_functions_on_emulated_kernels(shape, ties, dtype, rng):
+    """Validation, memory and the loop of FOCI around the kernels."""
+    X = torch.from_numpy(shape(rng, 70, 6).astype(dtype))
+    y = X[:, 0] * X[:, 3] + torch.from_numpy(rng.integers(0, 3, 70))
+    calls = [
+        lambda: lcodec_ext.foci(X, y, ties=ties, seed=4, stop=False, max_features=4),
+        lambda: lcodec_ext.codec(y, X[:, :2], X[:, 2:4], ties=ties, seed=4),
+        lambda: lcodec_ext.lfoci(X, y, ties=ties, seed=4),
+    ]
+    if ties != "average":
+        calls.append(lambda: lcodec_ext.nearest_neighbors(X, ties=ties, seed=4).tolist())
+    for call in calls:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constant columns, underflow
+            expected = call()
+            with cuda_on_cpu(_emulated):
+                got = call()
+        assert str(got) == str(expected)
+        if hasattr(got, "ordering"):
+            np.testing.assert_array_equal(got.ordering, expected.ordering)
+            np.testing.assert_array_equal(got.cumulative, expected.cumulative)
 
 
 def test_the_workspace_is_no_larger_than_the_table_needs(device):

@@ -158,8 +158,7 @@ CudaProbe run() {
   if (!correct_float || !correct_double) {
     return unusable("the probe kernel computed a wrong result on " + name);
   }
-  return {true, "CUDA is usable: the probe kernel ran on " + name +
-                    "; the dependence functions run on the CPU in this version."};
+  return {true, "CUDA is usable: the probe kernel ran on " + name + "."};
 }
 
 }  // namespace
