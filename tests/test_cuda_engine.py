@@ -16,6 +16,8 @@ from lcodec_ext._ranks import ranks
 from lcodec_ext.reference.columns import ReferenceColumns
 from lcodec_ext.reference.engine import ReferenceEngine
 
+pytestmark = pytest.mark.native
+
 TIES = ("average", "random", "first")
 MOST_LEADERS = 64
 LEADER_WORDS = 1 + 3 * MOST_LEADERS
@@ -150,8 +152,15 @@ def copies(rng, n, p):
     return X[rng.permutation(n)]
 
 
+def levels(rng, n, p):
+    """Two groups as far from each other as values beside each other are."""
+    X = rng.integers(0, n // 2, size=(n, p)).astype(float)
+    X[:, 1] = rng.integers(0, 2, n)
+    return X
+
+
 SHAPES = [
-    continuous, offset, binary, mixed, equal, clusters, heavy_tailed, tiny, zeros, copies,
+    continuous, offset, binary, mixed, equal, clusters, heavy_tailed, tiny, zeros, copies, levels,
 ]  # fmt: skip
 
 
@@ -159,8 +168,8 @@ SHAPES = [
 @pytest.mark.parametrize("ties", TIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
 def test_every_shape(device, shape, ties, dtype, rng):
-    X = shape(rng, 100, 7).astype(dtype)
-    R, _ = ranks(rng.integers(0, 40, 100))
+    X = shape(rng, 150, 5).astype(dtype)
+    R, _ = ranks(rng.integers(0, 40, 150))
     assert_steps_equal(device, X, R, [1, 4, 0], ties, seed=2**64 - 3)
 
 
@@ -202,15 +211,15 @@ def test_one_row_or_column_at_a_time(device, shape, rng):
     assert_steps_equal(device, X, R, [3, 1], scratch=0)
 
 
-def test_more_rows_than_lists_hold(device, rng):
+@pytest.mark.parametrize("ties", TIES)
+def test_more_rows_than_lists_hold(device, ties, rng):
     """Lists end, and lanes go along their candidate's order; the tile is not in shared memory."""
     n = 2100
-    X = rng.normal(size=(n, 3)).astype(np.float32)
+    X = rng.normal(size=(n, 4)).astype(np.float32)
     X[:, 0] = rng.integers(0, 20, n)  # large groups, each at distance 0 from a row
-    X[:5, 1] = [50, -70, 90, 91, -400]  # outliers
+    X[:, 3] = rng.standard_cauchy(n).round(1)  # outliers, some of them tied
     R, _ = ranks(X[:, 1] + X[:, 2])
-    rows = rng.permutation(n)
-    assert_scores_equal_cpu(device, X[rows], R[rows], [1, 0])
+    assert_scores_equal_cpu(device, X, R, [1, 0], ties)
 
 
 def assert_scores_equal_cpu(device, X, R, selected, ties="average"):

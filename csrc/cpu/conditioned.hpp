@@ -133,10 +133,10 @@ struct Conditioned {
     return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
       return [&](std::int64_t piece) {
         const std::int64_t column = missing[at(piece)];
-        looked_at[at(column)] = 1;
         sorted[at(column)].coded = Coded<T>::of(at(columns.n), [&](std::size_t row) {
           return value(column, static_cast<std::int64_t>(row));
         });
+        looked_at[at(column)] = 1;
       };
     });
   }

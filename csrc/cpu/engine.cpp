@@ -306,11 +306,16 @@ struct Engine<T>::State {
     return scan(positions, numbers, alive, totals, execution);
   }
 
+  struct Band {
+    std::vector<Index> positions;
+    double doubt_left;  // behind it, in ranks
+  };
+
   // The scanned positions in bands of falling doubt, each in ascending order. A row adds at most
   // its rank; it is expected to add what it would with the rows beside it in the tree, which are
   // about as near as its neighbours will be. Their difference is the doubt, and where little of it
   // is left, few candidates can still win.
-  std::vector<std::vector<Index>> bands() const {
+  std::vector<Band> bands() const {
     const std::int64_t n = given.columns.n;
     std::vector<std::int32_t> rank(at(n));  // by position
     for (Index position = 0; position < n; ++position)
@@ -333,16 +338,17 @@ struct Engine<T>::State {
     std::sort(order.begin(), order.end(), [](const Doubt& a, const Doubt& b) {
       return a.size != b.size ? a.size > b.size : a.position < b.position;
     });
-    std::vector<std::vector<Index>> result;
+    std::vector<Band> result;
     const double all = left;
     auto next = order.begin();
     for (const double share : kDoubtLeft) {
-      auto& band = result.emplace_back();
+      auto& band = result.emplace_back().positions;
       for (; next != order.end() && (share == 0 || left > share * all); ++next) {
         band.push_back(next->position);
         left -= static_cast<double>(next->size);
       }
       std::sort(band.begin(), band.end());
+      result.back().doubt_left = left / (2 * kBeside);
     }
     return result;
   }
@@ -375,11 +381,26 @@ struct Engine<T>::State {
       if (hopeless) totals[c] = {-1, 0};
       return hopeless;
     };
-    for (const auto& band : bands()) {
-      if (searchable && static_cast<std::int64_t>(running.size()) <= kFewCandidates) {
-        for (const std::int64_t c : running)
-          if (!is_complete(c) && !drop(c) && search_whole(c) != Status::ok)
-            return Status::cancelled;
+    const auto few = [&] {
+      return searchable && static_cast<std::int64_t>(running.size()) <= kFewCandidates;
+    };
+    const auto search_few = [&] {
+      for (const std::int64_t c : running)
+        if (!is_complete(c) && !drop(c) && search_whole(c) != Status::ok) return Status::cancelled;
+      return Status::ok;
+    };
+    const auto partial = [&](std::int64_t a, std::int64_t b) {
+      return totals[a].floor() < totals[b].floor();
+    };
+    const auto finish_with = [&](Status status) {
+      for (const auto& [c, whole] : complete) totals[c] = whole;
+      return status;
+    };
+    if (few()) return finish_with(search_few());
+    for (const auto& [band, doubt_left] : bands()) {
+      if (running.empty()) break;
+      if (few()) {
+        if (search_few() != Status::ok) return Status::cancelled;
         break;
       }
       if (2 * running.size() <= packed.size() || packed.empty()) {
@@ -393,20 +414,18 @@ struct Engine<T>::State {
         for (const std::int64_t c : running) bar = std::max(bar, totals[c].floor());
         break;
       }
-      if (searchable) {  // the leader is likely to win: the others must beat its whole sum
-        const std::int64_t leader = *std::max_element(
-            running.begin(), running.end(),
-            [&](std::int64_t a, std::int64_t b) { return totals[a].floor() < totals[b].floor(); });
-        if (!is_complete(leader) && totals[leader].floor() + 2 + left > bar &&
-            search_whole(leader) != Status::ok)
-          return Status::cancelled;
-      }
+      // The leader is likely to win: the others must beat its whole sum. It is searched for where
+      // that is likely to leave out the last one.
+      const auto [last, leader] = std::minmax_element(running.begin(), running.end(), partial);
+      if (searchable && !is_complete(*leader) && totals[*leader].floor() + 2 + left > bar &&
+          static_cast<double>(totals[*leader].floor() - totals[*last].floor()) >= doubt_left &&
+          search_whole(*leader) != Status::ok)
+        return Status::cancelled;
       for (std::size_t a = 0; a < packed.size(); ++a)
         if (alive[a] && drop(packed[a])) alive[a] = 0;
       std::erase_if(running, [&](std::int64_t c) { return totals[c].whole < 0; });
     }
-    for (const auto& [c, whole] : complete) totals[c] = whole;
-    return Status::ok;
+    return finish_with(Status::ok);
   }
 };
 

@@ -6,7 +6,8 @@
 // serves a whole vector of them with contiguous loads; only minimum, count and rank sum are kept,
 // in registers; and it stops at the first chunk that lies farther than every lane's best. Of 64
 // candidates the one that wants most takes twice the neighbours of the next and four times those of
-// the sixth: the last few go on by themselves, several neighbours side by side.
+// the sixth: where vectors are wide, the last few go on by themselves, several neighbours side by
+// side.
 // It must not use fma, reassociate, or include anything with inline functions of external linkage:
 // the linker would keep one copy of those, possibly of a level that the CPU does not have.
 
@@ -15,6 +16,13 @@
 #include <type_traits>
 
 #include "common/fixed_point.hpp"
+
+// Elements of a vector in another order; GCC has Clang's builtin from version 12 on.
+#if __has_builtin(__builtin_shufflevector)
+#define LCODEC_SHUFFLE(Int, vector, ...) __builtin_shufflevector(vector, vector, __VA_ARGS__)
+#else
+#define LCODEC_SHUFFLE(Int, vector, ...) __builtin_shuffle(vector, Int{__VA_ARGS__})
+#endif
 
 #define LCODEC_CONCAT2(a, b) a##b
 #define LCODEC_CONCAT(a, b) LCODEC_CONCAT2(a, b)
@@ -84,7 +92,8 @@ inline V load(const T* p) {
   return v;
 }
 
-// Lanes that go on by themselves: a chunk costs one about a twelfth of what it costs 64.
+// Lanes that go on by themselves: with AVX-512 a chunk costs one about a twelfth of what it costs
+// 64 of float. None in narrow vectors.
 template <class T>
 constexpr int kLastLanes = kLanes<T> / 12;
 
@@ -99,7 +108,12 @@ inline bool few(std::uint64_t lanes) {
 template <class Int>
 inline std::uint64_t bits(const Int& mask) {
   constexpr int kBytes = static_cast<int>(sizeof(Int));
-  constexpr bool kWide = sizeof(mask[0]) == 8;
+  [[maybe_unused]] constexpr bool kWide = sizeof(mask[0]) == 8;
+  [[maybe_unused]] const auto as = [&](auto words) {
+    static_assert(sizeof words == sizeof mask);
+    __builtin_memcpy(&words, &mask, sizeof mask);
+    return words;
+  };
   if constexpr (kBytes > kVectorBytes) {
     typedef std::remove_cvref_t<decltype(mask[0])> Half __attribute__((vector_size(kBytes / 2)));
     Half half[2];
@@ -111,35 +125,29 @@ inline std::uint64_t bits(const Int& mask) {
     typedef int Ints __attribute__((vector_size(64)));
     typedef long long Longs __attribute__((vector_size(64)));
     if constexpr (kWide)
-      return __builtin_ia32_cvtq2mask512(reinterpret_cast<const Longs&>(mask));
+      return __builtin_ia32_cvtq2mask512(as(Longs{}));
     else
-      return __builtin_ia32_cvtd2mask512(reinterpret_cast<const Ints&>(mask));
+      return __builtin_ia32_cvtd2mask512(as(Ints{}));
   }
 #endif
 #if defined(__AVX__)
   if constexpr (kBytes == 32) {
     typedef float Floats __attribute__((vector_size(32)));
     typedef double Doubles __attribute__((vector_size(32)));
-    const int result = [&] {
-      if constexpr (kWide)
-        return __builtin_ia32_movmskpd256(reinterpret_cast<const Doubles&>(mask));
-      else
-        return __builtin_ia32_movmskps256(reinterpret_cast<const Floats&>(mask));
-    }();
-    return static_cast<unsigned>(result);
+    if constexpr (kWide)
+      return static_cast<unsigned>(__builtin_ia32_movmskpd256(as(Doubles{})));
+    else
+      return static_cast<unsigned>(__builtin_ia32_movmskps256(as(Floats{})));
   }
 #endif
 #if defined(__SSE2__)
   if constexpr (kBytes == 16) {
     typedef float Floats __attribute__((vector_size(16)));
     typedef double Doubles __attribute__((vector_size(16)));
-    const int result = [&] {
-      if constexpr (kWide)
-        return __builtin_ia32_movmskpd(reinterpret_cast<const Doubles&>(mask));
-      else
-        return __builtin_ia32_movmskps(reinterpret_cast<const Floats&>(mask));
-    }();
-    return static_cast<unsigned>(result);
+    if constexpr (kWide)
+      return static_cast<unsigned>(__builtin_ia32_movmskpd(as(Doubles{})));
+    else
+      return static_cast<unsigned>(__builtin_ia32_movmskps(as(Floats{})));
   }
 #endif
   std::uint64_t result = 0;
@@ -148,8 +156,6 @@ inline std::uint64_t bits(const Int& mask) {
   return result;
 }
 
-// Sets the lanes of `seen` that are set in a comparison's result. Compilers move a mask to a
-// general register and back for an `or`.
 template <class Int>
 inline void note(const Int& mask, Int& seen) {
 #if defined(__AVX512F__)
@@ -211,19 +217,16 @@ inline std::int64_t scan_lane(const ScanArgs<T>& a, int lane, std::int64_t begin
       count = (count & ~less) - kept;
       sum = (sum & ~less) + (rank & kept);
     } else {
-      note(v == best, tied);
+      note<Int>(v == best, tied);
       sum = less ? rank : sum;
     }
     best = less ? v : best;
   }
   Value low = best;
-  const auto fold = [&](const Int& order) {
-    const Value other = __builtin_shuffle(low, order);
-    low = other < low ? other : low;
-  };
-  fold(Int{4, 5, 6, 7, 0, 1, 2, 3});
-  fold(Int{2, 3, 0, 1, 6, 7, 4, 5});
-  fold(Int{1, 0, 3, 2, 5, 4, 7, 6});
+  const auto fold = [&](const Value& other) { low = other < low ? other : low; };
+  fold(LCODEC_SHUFFLE(Int, low, 4, 5, 6, 7, 0, 1, 2, 3));
+  fold(LCODEC_SHUFFLE(Int, low, 2, 3, 0, 1, 6, 7, 4, 5));
+  fold(LCODEC_SHUFFLE(Int, low, 1, 0, 3, 2, 5, 4, 7, 6));
   const T least = low[0];
   const bool lower = least < state.best;
   if constexpr (kCount) {
@@ -294,7 +297,8 @@ ScanResult scan(const ScanArgs<T>& a) {
             count[q] = (count[q] & ~less) - kept;
             sum[q] = (sum[q] & ~less) + (rank & kept);
           } else {
-            note(v == best[q], tied);  // also where a nearer one follows: rare, and counted then
+            note<Int>(v == best[q],
+                      tied);  // also where a nearer one follows: rare, and counted then
             sum[q] = less ? rank + Int{} : sum[q];
           }
           best[q] = less ? v : best[q];
@@ -302,29 +306,31 @@ ScanResult scan(const ScanArgs<T>& a) {
       }
     }
     compared += c - begin;
-    last = c;
+    if (c > begin) last = c;
     stopped = c < end && open == 0;
     Lane sums[kLanes<T>], counts[kLanes<T>];
     __builtin_memcpy(sums, sum, sizeof sum);
     if constexpr (kCount) __builtin_memcpy(counts, count, sizeof count);
-    if (c < end && open != 0) {
-      T bests[kLanes<T>];
-      __builtin_memcpy(bests, best, sizeof best);
-      for (; open != 0; open &= open - 1) {
-        const int l = __builtin_ctzll(open);
-        LastLane<T> lane{bests[l], 0, static_cast<std::int32_t>(sums[l]), false};
-        if constexpr (kCount) lane.count = static_cast<std::int32_t>(counts[l]);
-        const std::int64_t stop = scan_lane<T, kCount>(a, l, c, end, lane);
-        alone += stop - c;
-        last = stop > last ? stop : last;
-        bests[l] = lane.best;
-        sums[l] = lane.sum;
-        if constexpr (kCount)
-          counts[l] = lane.count;
-        else
-          tied_alone |= lane.tied;
+    if constexpr (kLastLanes<T> > 0) {
+      if (c < end && open != 0) {
+        T bests[kLanes<T>];
+        __builtin_memcpy(bests, best, sizeof best);
+        for (; open != 0; open &= open - 1) {
+          const int l = __builtin_ctzll(open);
+          LastLane<T> lane{bests[l], 0, static_cast<std::int32_t>(sums[l]), false};
+          if constexpr (kCount) lane.count = static_cast<std::int32_t>(counts[l]);
+          const std::int64_t stop = scan_lane<T, kCount>(a, l, c, end, lane);
+          alone += stop - c;
+          last = stop > last ? stop : last;
+          bests[l] = lane.best;
+          sums[l] = lane.sum;
+          if constexpr (kCount)
+            counts[l] = lane.count;
+          else
+            tied_alone |= lane.tied;
+        }
+        __builtin_memcpy(best, bests, sizeof best);
       }
-      __builtin_memcpy(best, bests, sizeof best);
     }
     if constexpr (!kCount) {
       if (begin == 0) {
@@ -553,6 +559,14 @@ void quotients(const std::int64_t* sum, std::int64_t size, std::int64_t count, s
   }
 }
 
+#if defined(__SSE2__)
+#define LCODEC_IN_REGISTER(vector) "+x"(vector)
+#elif defined(__aarch64__)
+#define LCODEC_IN_REGISTER(vector) "+w"(vector)
+#else
+#define LCODEC_IN_REGISTER(vector) "+m"(vector)
+#endif
+
 template <class T>
 std::int64_t saturate(std::int64_t rounds) {
   using Value = typename Simd<T>::Value;
@@ -564,7 +578,7 @@ std::int64_t saturate(std::int64_t rounds) {
 #pragma GCC unroll 8
     for (int c = 0; c < chains; ++c) {
       chain[c] = chain[c] * factor + factor;
-      __asm__ volatile("" : "+x"(chain[c]));
+      __asm__ volatile("" : LCODEC_IN_REGISTER(chain[c]));
     }
   }
   return rounds * chains * 2;

@@ -44,7 +44,8 @@ class RowList {
   std::int64_t size() const { return static_cast<std::int64_t>(rows_); }
   T radius() const { return radius_; }
 
-  // Lists at least `wanted` rows, or all, searching the tree. `radius` is a first guess.
+  // Lists at least `wanted` rows, or all, and few more, searching the tree. `radius` is a first
+  // guess.
   void search(const Kernels<T>& kernels, const Spatial<T>& space, const std::int32_t* ranks,
               std::int64_t position, std::int64_t wanted, T radius, Near<T>& near) {
     const Index self = space.point_of(space.row(position));
@@ -63,7 +64,7 @@ class RowList {
       const double times = 1.5 * static_cast<double>(wanted) / static_cast<double>(size + 1);
       radius = attempt < 6 ? radius * std::max(space.grow(times), T{2}) : kAll;
     }
-    fill(space, ranks, position, near, radius, kEverything);
+    fill(space, ranks, position, near, radius, wanted + wanted / 4);
   }
 
   // The same in one column, where rows stand in its order: value[position]. A chunk takes as many
@@ -118,7 +119,6 @@ class RowList {
   }
 
   static constexpr T kAll = std::numeric_limits<T>::infinity();
-  static constexpr std::int64_t kEverything = std::numeric_limits<std::int64_t>::max();
 
  private:
   // kSingle: every point is one row.

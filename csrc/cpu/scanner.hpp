@@ -94,9 +94,10 @@ class Scanner {
     const std::int64_t share = rows / (2 * static_cast<std::int64_t>(execution.threads));
     const std::int64_t block =
         std::clamp(kListEntries / wanted_, kLeastBlock, std::max(kLeastBlock, share));
+    const std::int64_t wanted = wanted_;  // threads that end early write it
     std::mutex mutex;
     return parallel_for((rows + block - 1) / block, execution, [&] {
-      return [&, s = Scratch(*this, block, kernels, mutex),
+      return [&, s = Scratch(*this, wanted, block, kernels, mutex),
               report = make_report()](std::int64_t piece) mutable {
         const std::int64_t begin = piece * block;
         const std::int64_t size = std::min(rows, begin + block) - begin;
@@ -160,7 +161,8 @@ class Scanner {
     std::int64_t unlisted = 0;   // cost of what the lists of a block did not answer
     std::vector<Index> nearest;  // of one row and candidate
 
-    Scratch(Scanner& s, std::int64_t block, const Kernels<T>& kernels, std::mutex& m)
+    Scratch(Scanner& s, std::int64_t first_wanted, std::int64_t block, const Kernels<T>& kernels,
+            std::mutex& m)
         : scanner(&s),
           mutex(&m),
           lists(at(block)),
@@ -168,7 +170,7 @@ class Scanner {
           sum(at(s.lanes_)),
           count(at(s.lanes_)),
           maker(kernels, s.given_.space(), s.ranks_.data()),
-          wanted(s.wanted_) {}
+          wanted(first_wanted) {}
     Scratch(Scratch&& other) = default;
     ~Scratch() {
       if (lists.empty()) return;  // moved from
