@@ -401,6 +401,13 @@ def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:
     return {"scan_bound_seconds": float(f"{bound:.4g}")}
 
 
+def share_compared(name: str, size: Size, seconds: float) -> dict[str, float]:
+    """Distances that a FOCI run on raw columns computes, of those without leaving out any."""
+    data = CASES[name].data(size)
+    share = scanned(data, floor=0)[0] / scanned(data, floor=None)[0]
+    return {"share_of_distances": round(share, 3)}
+
+
 def peak_memory(name: str, size: Size, seconds: float) -> dict[str, float]:
     """Largest resident memory of a fresh process that makes the data and runs the case once."""
     code = (
@@ -438,6 +445,7 @@ _ALL = (
             by_pyfoci(scale=False, part=200),
         ),
         claims=(Claim("published algorithm", at_least=250),),
+        metrics=partial(share_compared, "foci_wide"),
     ),
     Case(
         name="foci_square",
@@ -508,6 +516,7 @@ _ALL = (
         quick=({"n": 500, "p": 110, "steps": 4},),
         tiny=SMALL_TABLE,
         peers=(by_kdtree(part=100),),
+        metrics=partial(share_compared, "foci_independent"),
     ),
     Case(
         name="foci_heavy_tailed",

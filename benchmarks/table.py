@@ -37,7 +37,9 @@ def replaced(text: str, content: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A Markdown table of all cases but the sweeps, and a line that says where it was measured."""
+    """A Markdown table of all cases that have peers, but the sweeps, and what it means."""
+    if result["settings"]["quick"]:
+        raise ValueError("a quick run's times mean nothing; the table needs a full one")
     lines = [
         "| task | lcodec_ext | beside it | time | ratio | its answer |",
         "|---|--:|---|--:|--:|---|",
@@ -45,13 +47,16 @@ def table(result: dict[str, Any]) -> str:
     for case in result["cases"].values():
         if not case["sweep"]:
             for point in case["points"]:
-                lines += rows(point)
+                if len(point["results"]) > 1:
+                    lines += rows(point)
     machine, settings = result["machine"], result["settings"]
     lines += [
         "",
         f"Medians of runs side by side with {settings['threads']} threads each on "
         f"{machine['cores']} cores ({machine['cpu']}, {machine['simd']}). "
-        "Times with ~ are scaled linearly from fewer columns.",
+        "Times with ~ are scaled linearly from fewer columns. The ratio is to lcodec_ext's time. "
+        "An answer is the same if it has the same columns in the same order (of as many columns as "
+        "were timed), the same coefficient to four digits, or neighbours as near.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -68,7 +73,7 @@ def rows(point: dict[str, Any]) -> list[str]:
         ]
         for name, entry in point["results"].items()
         if name != OURS
-    ] or [["", "", "", ""]]
+    ]
     task = point["title"].replace("|", "\\|")
     heads = [[task, own]] + [["", ""]] * (len(cells) - 1)
     return [f"| {' | '.join(head + row)} |" for head, row in zip(heads, cells, strict=True)]

@@ -2,7 +2,8 @@
 
 Imported when a CUDA tensor is in play, and not before: it needs torch. The kernels' interface is
 ``csrc/include/lcodec/cuda_engine.hpp``. Everything runs on the current stream of the tensors'
-device, read at each call; a step of FOCI waits for the device once.
+device, read at each call. A step of FOCI reads back once, and more where tied rows leave fractions
+to be added up exactly, or many rows are alike.
 """
 
 from contextlib import AbstractContextManager

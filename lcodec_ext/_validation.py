@@ -284,19 +284,21 @@ def _where(name: str, array: Any, names: list[str] | None, flags: Any) -> str:
     return f"{name} at {place}" + (f" and {more} more" if more else "")
 
 
-def clean_rows(arrays: dict[str, Any], nan_policy: str, minimum: int = 3) -> dict[str, Any]:
+def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3) -> dict[str, Any]:
     """Arrays of equal length without NaN or infinity; or CUDA tensors, on one device.
 
     Parameters
     ----------
     arrays : dict
         Validated responses and features, by argument name.
-    nan_policy : {"raise", "omit"}
-        "omit" drops every row that has a NaN in any of the arrays.
+    nan_policy : {"raise", "omit", None}
+        "omit" drops every row that has a NaN in any of the arrays. None: NaN is an error, and the
+        caller has no such option.
     minimum : int
         Rows that must remain.
     """
-    check_choice(nan_policy, "nan_policy", ("raise", "omit"))
+    if nan_policy is not None:
+        check_choice(nan_policy, "nan_policy", ("raise", "omit"))
     values = {
         name: array.values if isinstance(array, Features) else array
         for name, array in arrays.items()
@@ -323,11 +325,11 @@ def clean_rows(arrays: dict[str, Any], nan_policy: str, minimum: int = 3) -> dic
             )
         missing = xp.isnan(array)
         if missing.any():
-            if nan_policy == "raise":
-                raise ValueError(
-                    f"NaN in {_where(name, array, names, missing)}; pass nan_policy='omit' to "
-                    "leave out rows with missing values"
-                )
+            if nan_policy != "omit":
+                advice = "leave out the rows with missing values first"
+                if nan_policy == "raise":
+                    advice = "pass nan_policy='omit' to leave out rows with missing values"
+                raise ValueError(f"NaN in {_where(name, array, names, missing)}; {advice}")
             rows = missing.any(axis=1) if array.ndim == 2 else missing
             drop = rows if drop is None else drop | rows
     remaining = n if drop is None else n - int(xp.count_nonzero(drop))

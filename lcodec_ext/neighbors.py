@@ -74,7 +74,7 @@ def nearest_neighbors(
     check_choice(ties, "ties", ("first", "random", "all"))
     check_seed(seed)
     features = as_features(X, "X")
-    values = clean_rows({"X": features}, "raise", minimum=2)["X"]
+    values = clean_rows({"X": features}, None, minimum=2)["X"]
     columns = lay_out(chosen, values)
     with np.errstate(over="ignore"):
         bounds = np.add.accumulate(squared_spans(columns, np.ones_like(columns.low)))

@@ -325,5 +325,8 @@ def test_arguments_that_engines_do_not_take(device, rng):
             engine.select(column)
         with pytest.raises(RuntimeError, match="CUDA kernel row_sums failed: invalid argument"):
             engine.row_sums(column)
+    little = device.module.CudaEngineFloat(0, 10, 3, 0, 0, 0, 0, int(engine.workspace), 100)
+    with pytest.raises(RuntimeError, match="CUDA kernel start failed: invalid argument"):
+        little.start(device.stream)
     with pytest.raises(ValueError, match="unknown tie rule"):
         device.module.CudaEngineFloat(0, 3, 1, 0, 0, 3, 0, 0, 0)

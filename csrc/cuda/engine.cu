@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "cuda/device_sort.hpp"
 #include "cuda/groups.cuh"
@@ -19,6 +21,9 @@
   if (const cudaError_t error_ = (__VA_ARGS__); error_ != cudaSuccess) return outcome(error_, name)
 #define LCODEC_TRY_RUN(...) \
   if (const Outcome outcome_ = run(__VA_ARGS__); !outcome_.ok()) return outcome_
+// What CUB asks for need not rise with the size: never write behind the workspace.
+#define LCODEC_TRY_FIT(bytes) \
+  if ((bytes) > scratch_bytes) return outcome(cudaErrorMemoryAllocation, "scratch")
 
 namespace lcodec::cuda {
 
@@ -51,7 +56,8 @@ using Key = typename Table<T>::Key;
 template <class T>
 struct Kept {
   std::int32_t *order, *rank, *sorted_rows, *run, *selected, *group_of, *group_begin;
-  T *sorted_values, *held, *gap, *limit;
+  T *sorted_values, *held, *held_factor, *gap, *limit;
+  std::int32_t* any_big;
 
   Kept(Layout& layout, std::int64_t n, std::int64_t p)
       : order(layout.take<std::int32_t>(n)),
@@ -63,8 +69,10 @@ struct Kept {
         group_begin(layout.take<std::int32_t>(n + 1)),
         sorted_values(layout.take<T>(n * p)),
         held(layout.take<T>(n * std::min<std::int64_t>(p, kHeld))),
+        held_factor(layout.take<T>(kHeld)),
         gap(layout.take<T>(n)),
-        limit(layout.take<T>(1)) {}
+        limit(layout.take<T>(1)),
+        any_big(layout.take<std::int32_t>(1)) {}
 };
 
 // Scratch for sorting columns by value.
@@ -148,6 +156,9 @@ static std::int64_t list_length(std::int64_t n, int k) {
   return std::min((std::min(n - 1, wanted) + kChunk - 1) / kChunk * kChunk, most);
 }
 
+// More elements than a grid's blocks have threads for are never needed at once.
+constexpr std::int64_t kMostElements = std::int64_t{INT32_MAX} * 128;
+
 // Scratch in which so many lists fit at a time, and so many columns.
 template <class T>
 std::size_t scratch_for(std::int64_t n, std::int64_t rows, std::int64_t columns) {
@@ -155,6 +166,12 @@ std::size_t scratch_for(std::int64_t n, std::int64_t rows, std::int64_t columns)
   static_cast<void>(lay_out_lists<T>(Layout(nullptr), rows, list_length(n, 1), lists));
   return std::max({SortScratch<T>(Layout(nullptr), n, columns).size,
                    GroupScratch<T>(Layout(nullptr), n, columns, true).size, lists});
+}
+
+// Of the scratch that is offered, what a table can use.
+template <class T>
+std::size_t usable_scratch(std::int64_t n, std::int64_t p, std::size_t scratch) {
+  return std::min(scratch, scratch_for<T>(n, n, std::min(p, kMostElements / n)));
 }
 
 // The most pieces, up to `most`, whose scratch fits; size_of(pieces) rises with them.
@@ -172,9 +189,6 @@ static dim3 blocks_for(std::int64_t elements) {
   return dim3(static_cast<unsigned>((elements + kThreads - 1) / kThreads));
 }
 
-// More elements than a grid's blocks have threads for are never needed at once.
-constexpr std::int64_t kMostElements = std::int64_t{INT32_MAX} * 128;
-
 template <class T>
 struct Engine<T>::State {
   Table<T> table;
@@ -182,7 +196,8 @@ struct Engine<T>::State {
   Kept<T> kept;
   void* scratch;
   std::size_t scratch_bytes;
-  bool any_big = true;  // groups may be big
+  bool any_big = true;             // groups may be big
+  std::vector<std::int32_t> runs;  // [p] longest run of every column, once read
   int processors = 1;
   std::size_t shared_bytes = 0;  // that a block can have
 
@@ -191,7 +206,7 @@ struct Engine<T>::State {
       : given_rank(rank),
         kept(layout, n, p),
         scratch(layout.take<unsigned char>(0)),
-        scratch_bytes(bytes) {
+        scratch_bytes(usable_scratch<T>(n, p, bytes)) {
     table = {n,
              p,
              x,
@@ -203,6 +218,7 @@ struct Engine<T>::State {
              0,
              kept.selected,
              kept.held,
+             kept.held_factor,
              ties,
              seed};
   }
@@ -218,6 +234,7 @@ struct Engine<T>::State {
                      nullptr, kept.order);
     } else {
       const GroupScratch<T> s(free(), n, 1, true);
+      LCODEC_TRY_FIT(s.size);
       LCODEC_TRY_RUN("rank_keys", rank_keys_kernel, blocks, dim3(kThreads), stream, given_rank, n,
                      s.keys, s.places);
       std::size_t bytes = s.sort_bytes;
@@ -239,6 +256,7 @@ struct Engine<T>::State {
     for (std::int64_t first = 0; first < p; first += batch) {
       const std::int64_t columns = std::min(batch, p - first);
       const SortScratch<T> s(free(), n, columns);
+      LCODEC_TRY_FIT(s.size);
       const std::int64_t tiles =
           (columns + kTransposed - 1) / kTransposed * ((n + kTransposed - 1) / kTransposed);
       LCODEC_TRY_RUN("column_keys", column_keys_kernel<T>, dim3(static_cast<unsigned>(tiles)),
@@ -262,6 +280,7 @@ struct Engine<T>::State {
     const dim3 blocks = blocks_for(n);
     const std::int32_t* rows = kept.sorted_rows + column * n;
     const GroupScratch<T> s(free(), n, 1, true);
+    LCODEC_TRY_FIT(s.size);
     LCODEC_TRY_RUN("group_keys", group_keys_kernel, blocks, dim3(kThreads), stream, rows,
                    kept.group_of, n, n, s.keys, s.places);
     std::size_t bytes = s.sort_bytes;
@@ -274,10 +293,16 @@ struct Engine<T>::State {
                inclusive_sum(s.temporary, bytes, s.ranks, s.prefix, n, on(stream)));
     LCODEC_TRY_RUN("group_numbers", group_numbers_kernel, blocks, dim3(kThreads), stream, rows,
                    s.sorted_places, s.ranks, s.prefix, n, kept.group_of, kept.group_begin);
+    LCODEC_TRY("select", cudaMemsetAsync(kept.any_big, 0, sizeof *kept.any_big, on(stream)));
     LCODEC_TRY_RUN("group_gaps", group_gaps_kernel<T>,
                    dim3(static_cast<unsigned>((n + kWalkWarps - 1) / kWalkWarps)),
                    dim3(32 * kWalkWarps), stream, table, kept.group_of, kept.group_begin, rows,
-                   s.sorted_places, kept.gap);
+                   s.sorted_places, kept.gap, kept.any_big);
+    std::int32_t found = 0;
+    LCODEC_TRY("select", cudaMemcpyAsync(&found, kept.any_big, sizeof found, cudaMemcpyDeviceToHost,
+                                         on(stream)));
+    LCODEC_TRY("select", cudaStreamSynchronize(on(stream)));
+    any_big = found != 0;
     return {};
   }
 
@@ -298,6 +323,7 @@ struct Engine<T>::State {
       const std::int32_t* rows = kept.sorted_rows + first * n;
       const T* values = kept.sorted_values + first * n;
       const GroupScratch<T> s(free(), n, columns, sorts);
+      LCODEC_TRY_FIT(s.size);
       if (sorts) {
         LCODEC_TRY_RUN("group_keys", group_keys_kernel, blocks, dim3(kThreads), stream, rows,
                        kept.group_of, n, size, s.keys, s.places);
@@ -361,7 +387,7 @@ template <class T>
 std::size_t Engine<T>::workspace_bytes(std::int64_t n, std::int64_t p, std::size_t scratch) {
   Layout layout(nullptr);
   static_cast<void>(Kept<T>(layout, n, p));
-  return layout.size() + std::min(scratch, scratch_for<T>(n, n, std::min(p, kMostElements / n)));
+  return layout.size() + usable_scratch<T>(n, p, scratch);
 }
 
 template <class T>
@@ -384,7 +410,7 @@ Outcome Engine<T>::start(Stream stream) {
   State& s = *state_;
   const std::int64_t n = s.table.n;
   const std::int64_t p = s.table.p;
-  if (n < 2 || n > kMostRows || p < 1 || p > INT32_MAX) {
+  if (n < 2 || n > kMostRows || p < 1 || p > INT32_MAX || s.scratch_bytes < least_scratch(n)) {
     return outcome(cudaErrorInvalidValue, "start");
   }
   int device = 0;
@@ -407,14 +433,18 @@ Outcome Engine<T>::select(std::int64_t column, Stream stream) {
   if (column < 0 || column >= s.table.p || s.table.k >= s.table.p) {
     return outcome(cudaErrorInvalidValue, "select");
   }
+  if (s.runs.empty()) {
+    std::vector<std::int32_t> runs(static_cast<std::size_t>(s.table.p));
+    LCODEC_TRY("select", cudaMemcpyAsync(runs.data(), s.kept.run, runs.size() * sizeof runs.front(),
+                                         cudaMemcpyDeviceToHost, s.on(stream)));
+    LCODEC_TRY("select", cudaStreamSynchronize(s.on(stream)));
+    s.runs = std::move(runs);
+  }
   // Rows that share all selected values share this column's.
-  std::int32_t run_length = 0;
-  LCODEC_TRY("select", cudaMemcpyAsync(&run_length, s.kept.run + column, sizeof run_length,
-                                       cudaMemcpyDeviceToHost, s.on(stream)));
-  LCODEC_TRY("select", cudaStreamSynchronize(s.on(stream)));
-  s.any_big = s.any_big && run_length >= kBigGroup;
+  s.any_big = s.any_big && s.runs[static_cast<std::size_t>(column)] >= kBigGroup;
   LCODEC_TRY_RUN("select", select_kernel<T>, blocks_for(s.table.n), dim3(kThreads), stream, s.table,
-                 static_cast<std::int32_t>(column), s.kept.selected, s.kept.held, s.kept.limit);
+                 static_cast<std::int32_t>(column), s.kept.selected, s.kept.held,
+                 s.kept.held_factor, s.kept.limit);
   ++s.table.k;
   return s.any_big ? s.refine_groups(column, stream) : Outcome{};
 }

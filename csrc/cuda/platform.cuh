@@ -29,7 +29,12 @@
   static_assert(alignof(T) <= 16, "dynamic shared memory is less aligned"); \
   T* const name = reinterpret_cast<T*>(lcodec_dynamic_shared)
 
+// Before a loop that is not to be unrolled: for the registers.
+#define LCODEC_NO_UNROLL _Pragma("unroll 1")
+
 #elif defined(LCODEC_EMULATE)
+
+#define LCODEC_NO_UNROLL
 
 #include "emulate/cuda.hpp"
 

@@ -12,13 +12,15 @@
 //            candidates the one that needs most takes twice the neighbours of the next. Lanes that
 //            the end of a list leaves open go along the candidate's order.
 // Arguments  see engine.cu; whole and fraction are zero, or hold what other rows came to
-// Fast       an entry takes a load of 16 bytes that all lanes share, one of 4 bytes from shared
-//            memory, and 15 instructions: 2 for addresses, 4 of arithmetic, 2 comparisons, 7
-//            predicated. Floor: 15 instructions for 32 distances. n = 1000, k = 1: about 70 entries
-//            a row and tile and 4 lanes that go on alone, 2 chunks of 25 instructions each:
-//            1.3e3 instructions; p = 40 000: 1.6e9 in all, 1.8 ms at 9e11 a second (132
-//            multiprocessors, 4 a cycle, 1.7 GHz). Integer sums are kept in registers and added to
-//            memory once for a warp and tile.
+// Fast       eight entries take 153 instructions (sm_90), nineteen each: a load of 16 bytes that
+// all
+//            lanes share and one of 4 bytes from shared memory, 2 for addresses, 4 of arithmetic, 2
+//            comparisons, 8 that select and add; the rest for bound and vote. Floor: 153 / 256
+//            instructions a distance. n = 1000, k = 1: about 70 entries a row and tile, and 4 lanes
+//            that go on alone for 2 rounds of some 30 instructions: 1.6e3 in all; p = 40 000: 2e9
+//            instructions of warps, 2.2 ms at 9e11 a second (132 multiprocessors, 4 a cycle, 1.7
+//            GHz), the longest step of all. Integer sums stay in registers and are added to memory
+//            once for a warp and tile.
 // Must not   use fma or reassociate; let the order of rows or warps decide anything: minima and
 //            integer sums do not depend on it
 // Twin       cpu/scanner.hpp
@@ -150,24 +152,36 @@ __global__ void __launch_bounds__(kScanThreads, 1)
         count = sums.count;
       }
     });
-    if (table.ties != Ties::average) {
-      // those along the order have one
-      each(__ballot_sync(kFullWarp, count > 1), [&](int other, T best, T its_x, T its_factor) {
-        const std::int64_t place = place_taken(table, row, __shfl_sync(kFullWarp, count, other));
-        const auto its = candidate_of(other);
-        const int taken = row_at(place, table.n, [&](int last) {
-          int up_to = 0;
-          for (const Entry<T>* e = begin + lane; e < end; e += 32) {
-            const T scaled = (its_x - its(e->row)) * its_factor;
-            up_to += e->row <= last && e->distance + scaled * scaled == best;
+    // A tie rule takes one of several: bisection by row, for all lanes side by side. Those that
+    // went along the order have one.
+    const bool several = table.ties != Ties::average && count > 1;
+    if (__any_sync(kFullWarp, several)) {
+      const std::int64_t place = several ? place_taken(table, row, count) : 0;
+      int low = 0;
+      int high = several ? static_cast<int>(table.n) - 1 : 0;
+      while (__any_sync(kFullWarp, low < high)) {
+        const int middle = low + (high - low) / 2;
+        int up_to = 0;
+        for (const Entry<T>* e = begin; e < end; e += kChunk) {
+          if (!__any_sync(kFullWarp, low < high && found.best >= e->bound)) break;
+          for (int u = 0; u < kChunk; ++u) {
+            const Entry<T> entry = e[u];
+            const T scaled = (x - candidate(entry.row)) * factor;
+            up_to += entry.row <= middle && entry.distance + scaled * scaled == found.best;
           }
-          return sum_of_warp(up_to);
-        });
-        if (lane == other) {
-          sum = min(table.rank[row], table.rank[taken]);
-          count = 1;
         }
-      });
+        if (low < high) {
+          if (up_to > place) {
+            high = middle;
+          } else {
+            low = middle + 1;
+          }
+        }
+      }
+      if (several) {
+        sum = min(table.rank[row], table.rank[low]);
+        count = 1;
+      }
     }
     if (there) {
       const FixedPoint mean = fixed_point(sum, count);

@@ -29,19 +29,26 @@ struct Table {
   int k;                            // selected columns
   const std::int32_t* selected;     // [k]
   const T* held;                    // [min(k, kHeld)][n] by row
+  const T* held_factor;             // [min(k, kHeld)]
   Ties ties;
   std::uint64_t seed;
 
   __device__ T value(std::int64_t column, int row) const { return x[order[row] * p + column]; }
 
   // Squared distance of two rows in the selected columns.
-  __device__ T distance(int i, int j) const {
+  __device__ __forceinline__ T distance(int i, int j) const {
     T result = 0;
-    for (int d = 0; d < k; ++d) {
-      const std::int64_t column = selected[d];
-      const T a = d < kHeld ? held[d * n + i] : value(column, i);
-      const T b = d < kHeld ? held[d * n + j] : value(column, j);
-      const T scaled = (a - b) * factor[column];
+    const T* column = held;
+    LCODEC_NO_UNROLL
+    for (int d = 0; d < k && d < kHeld; ++d) {
+      const T scaled = (column[i] - column[j]) * held_factor[d];
+      result = result + scaled * scaled;
+      column += n;
+    }
+    LCODEC_NO_UNROLL
+    for (int d = kHeld; d < k; ++d) {
+      const std::int64_t other = selected[d];
+      const T scaled = (value(other, i) - value(other, j)) * factor[other];
       result = result + scaled * scaled;
     }
     return result;
@@ -164,7 +171,8 @@ __global__ void __launch_bounds__(kThreads)
 // Adds column number k to the selected ones. limit: no squared distance in them is larger.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    select_kernel(Table<T> table, std::int32_t column, std::int32_t* selected, T* held, T* limit) {
+    select_kernel(Table<T> table, std::int32_t column, std::int32_t* selected, T* held,
+                  T* held_factor, T* limit) {
   const std::int64_t row = global_thread();
   if (row < table.n && table.k < kHeld) {
     held[table.k * table.n + row] = table.value(column, static_cast<int>(row));
@@ -174,6 +182,7 @@ __global__ void __launch_bounds__(kThreads)
     const T scaled = (values[table.n - 1] - values[0]) * table.factor[column];
     *limit = (table.k == 0 ? T{0} : *limit) + scaled * scaled;
     selected[table.k] = column;
+    if (table.k < kHeld) held_factor[table.k] = table.factor[column];
   }
 }
 

@@ -7,8 +7,8 @@
 //
 // Mapping    a warp takes one row and candidate, a lane one neighbour at a time, from both sides of
 //            the row outwards; a side ends where the candidate alone is farther than the best
-// Cost       with r the distance found, all rows within r in the candidate: 2 k + 6 loads and
-//            4 k + 20 instructions for 32 of them, and 30 for what the lanes have in common
+// Cost       with r the distance found, all rows within r in the candidate: 3 k + 4 loads and
+//            7 k + 20 instructions for 32 of them, and 30 for what the lanes have in common
 #pragma once
 
 #include <cstdint>
@@ -103,12 +103,10 @@ __device__ __forceinline__ void along(const Table<T>& table, int row, std::int64
   const T x = table.value(column, row);
   const T factor = table.factor[column];
   const std::int64_t here = first_place(0, table.n, [&](std::int64_t t) { return values[t] >= x; });
-  bool go_left = true;
-  bool go_right = true;
-  for (std::int64_t step = 0; go_left || go_right; step += 32) {
+  unsigned going = 3;  // a bit for each side
+  for (std::int64_t step = 0; going != 0; step += 32) {
     for (int side = 0; side < 2; ++side) {
-      bool& go = side == 0 ? go_left : go_right;
-      if (!go) continue;
+      if ((going >> side & 1u) == 0) continue;
       const std::int64_t t = side == 0 ? here - 1 - step - lane : here + step + lane;
       int other = -1;
       T part = 0;
@@ -117,8 +115,11 @@ __device__ __forceinline__ void along(const Table<T>& table, int row, std::int64
         part = scaled * scaled;
         if (part <= limit()) other = rows[t];
       }
-      go = __any_sync(kFullWarp, other >= 0) != 0;
-      if (go) look(other, part);
+      if (__any_sync(kFullWarp, other >= 0)) {
+        look(other, part);
+      } else {
+        going &= ~(1u << side);
+      }
     }
   }
 }
@@ -157,7 +158,7 @@ constexpr int kWalkWarps = 8;
 
 // S_i and c_i of every row, by given row. A warp takes a row.
 template <class T>
-__global__ void __launch_bounds__(32 * kWalkWarps)
+__global__ void __launch_bounds__(32 * kWalkWarps, 2)
     row_sums_kernel(Table<T> table, std::int64_t column, std::int64_t* sum, std::int64_t* count) {
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWalkWarps + threadIdx.x / 32;
   if (row >= table.n) return;

@@ -4,7 +4,7 @@
 // The same results, bit for bit, as the CPU engine (lcodec/engine.hpp) and the reference.
 // Everything is queued on a stream, and nothing is allocated: pointers are to memory of the device,
 // which the caller owns and keeps until the stream is done with it. Only select waits for the
-// stream.
+// stream: the first time, and while rows are alike in groups.
 #pragma once
 
 #include <cstddef>
@@ -60,8 +60,9 @@ class Engine {
   // Numbers rows by rank, sorts every column. To be called first. O(n p).
   Outcome start(Stream stream);
   // Adds a column to the conditioning set, behind those already there. O(n), and O(n k) for each
-  // group of many rows alike. Waits for the stream: what is to be done depends on whether the
-  // column has many equal values.
+  // group of 64 rows and more alike. What is to be done depends on how many rows are alike: the
+  // first call reads back the longest runs of equal values of all columns, and while groups may be
+  // large, every call whether any is.
   Outcome select(std::int64_t column, Stream stream);
   // whole[p] and fraction[p] (device) of every column, -1 for selected ones.
   Outcome score(std::int64_t* whole, std::int64_t* fraction, Stream stream);
