@@ -86,7 +86,7 @@ check-wheel: $(VENV)/.installed ## Part of check: sdist, wheel for all GPUs, imp
 	grep -oE 'lcodec_ext: CUDA .*|(Compiling entry|ptxas info +: Used|[0-9]+ bytes stack).*' \
 	    build/wheel/log.txt | c++filt
 	awk '/Compiling entry/ { kernel = $$0 } \
-	    / spill stores/ && kernel ~ /lcodec/ && !/ 0 bytes spill stores, 0 bytes spill loads/ \
+	    / spill stores/ && kernel ~ /_ZN6lcodec/ && !/ 0 bytes spill stores, 0 bytes spill loads/ \
 	        { print kernel, $$0; spills = 1 } END { exit spills }' build/wheel/log.txt
 	$(BIN)/python -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install -q -c constraints.txt build/wheel/lcodec_ext-*.whl
