@@ -103,8 +103,9 @@ check-objects: $(VENV)/.installed ## Part of check: no shared function is compil
 	done; \
 	echo "SIMD objects share no function: $$(echo "$$objects" | wc -l) checked"
 
-# This one is also the build without CUDA. Emulated kernels run in one order of threads, shuffled. The runtimes are preloaded because Python itself is not
-# built with them: ASan must come first, and needs the C++ library's exceptions at its start.
+# This one is also the build without CUDA. Emulated kernels run in one order of threads, shuffled. The
+# runtimes are preloaded because Python itself is not built with them: ASan must come first, and needs
+# the C++ library's exceptions at its start.
 check-sanitize: $(VENV)/.installed ## Part of check: native tests on an ASan + UBSan build without CUDA
 	rm -rf build/sanitize/site
 	$(PIP) install --no-deps $(BUILD) -C build-dir=build/sanitize/cmake -C cmake.build-type=Debug \
