@@ -7,10 +7,10 @@ from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call, jacrev
 
+from lcodec_ext.curvature.units import UnitLayout
 from lcodec_ext.unlearning import IndefiniteCurvatureError, UnitSelection
 from lcodec_ext.unlearning.curvature import curvature_matrix, output_hessians, solve
 from lcodec_ext.unlearning.samples import Samples
-from lcodec_ext.unlearning.units import UnitParameters, find_layers
 
 
 class Reused(nn.Module):
@@ -68,7 +68,7 @@ def setting(case, n=11):
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
     samples = Samples(torch.randn(n, *shape, dtype=torch.float64), torch.arange(n) % 3)
-    parameters = UnitParameters(UnitSelection(units), find_layers(model)[0])
+    parameters = UnitLayout(UnitSelection(units), model)
     return model, parameters, samples
 
 
@@ -171,7 +171,7 @@ def test_outputs_of_any_shape():
     torch.manual_seed(3)
     model = nn.Conv1d(2, 3, 2).double()
     samples = Samples(torch.randn(5, 2, 4, dtype=torch.float64), torch.randint(0, 3, (5, 3)))
-    parameters = UnitParameters(UnitSelection({"": [0, 1, 2]}), find_layers(model)[0])
+    parameters = UnitLayout(UnitSelection({"": [0, 1, 2]}), model)
     options = {"batch_size": 2, "progress": False}
     both = [
         curvature_matrix(kind, model, parameters, samples, F.cross_entropy, **options)

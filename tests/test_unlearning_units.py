@@ -1,6 +1,4 @@
-"""Units, selections of them, and what is recorded of them under perturbation."""
-
-import json
+"""The layers of an unlearning, and what is recorded of their units under perturbation."""
 
 import numpy as np
 import pytest
@@ -8,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lcodec_ext.curvature.units import UnitLayout
 from lcodec_ext.unlearning import UnitSelection, perturbation
 from lcodec_ext.unlearning.perturbation import (
     ActivationRecorder,
@@ -17,7 +16,7 @@ from lcodec_ext.unlearning.perturbation import (
     select_units,
 )
 from lcodec_ext.unlearning.samples import Samples
-from lcodec_ext.unlearning.units import UnitParameters, find_layers
+from lcodec_ext.unlearning.units import check_selection, find_layers
 
 
 def seeded(module_seed, *modules):
@@ -72,56 +71,24 @@ def request_of(m, *shape, classes=3):
 
 
 # ---------------------------------------------------------------------------------------------
-# Selections
-
-
-def test_selection_round_trips_through_json():
-    selection = UnitSelection({"b.1": [5, 2], "a": np.array([3])})
-    assert selection.units == {"b.1": (2, 5), "a": (3,)}
-    assert len(selection) == 3
-    stored = json.dumps(selection.to_dict())
-    assert UnitSelection.from_dict(json.loads(stored)) == selection
-    assert selection != UnitSelection({"b.1": [5], "a": [3]})
-
-
-@pytest.mark.parametrize(
-    ("units", "error", "message"),
-    [
-        ([("a", [1])], TypeError, "map layer names"),
-        ({}, ValueError, "at least one unit"),
-        ({"a": []}, ValueError, "no units are given for layer 'a'"),
-        ({"a": [1, 1]}, ValueError, "repeated"),
-        ({"a": [-1]}, ValueError, "layer 'a'"),
-        ({"a": [1.0]}, TypeError, "layer 'a'"),
-        ({"a": [True]}, TypeError, "layer 'a'"),
-        ({"a": "12"}, TypeError, "layer 'a'"),
-        ({"a": 1}, TypeError, "layer 'a'"),
-        ({1: [1]}, TypeError, "must be strings"),
-    ],
-)
-def test_bad_selections(units, error, message):
-    with pytest.raises(error, match=message):
-        UnitSelection(units)
-
-
-def test_number_of_parameters():
-    model = nn.Sequential(nn.Conv2d(2, 6, 3, groups=2), nn.Flatten(), nn.Linear(6, 4, bias=False))
-    selection = UnitSelection({"0": [0, 5], "2": [1, 2, 3]})
-    assert selection.n_parameters(model) == 2 * (1 * 9 + 1) + 3 * 6
+# Layers
 
 
 @pytest.mark.parametrize(
     ("units", "message"),
     [
-        ({"fc": [0]}, "names layer 'fc', which has no units .*'0', '2'"),
+        ({}, "at least one unit"),
+        ({"fc": [0]}, "names layer 'fc', which has no units .*'0', '3'"),
         ({"1": [0]}, "names layer '1'"),
-        ({"0": [1, 4]}, "names unit 4 of layer '0', which has units 0 to 3"),
+        ({"2": [0]}, "names layer '2'"),
     ],
 )
-def test_selection_of_another_model(units, message):
-    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
+def test_selections_of_other_layers(units, message):
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2))
+    layers, _ = find_layers(model)
     with pytest.raises(ValueError, match=message):
-        UnitSelection(units).n_parameters(model)
+        check_selection(UnitSelection(units), layers)
+    check_selection(UnitSelection({"3": [1]}), layers)
 
 
 def test_layers_of_equal_description_are_told_apart():
@@ -142,9 +109,9 @@ def test_layers_without_units_say_why():
         }
     )
     model["weight_only"].bias.requires_grad_(False)
+    model["frozen_norm"] = nn.LayerNorm(2).requires_grad_(False)
     layers, without = find_layers(model)
     assert list(layers) == ["weight_only"]
-    assert list(layers["weight_only"].parameters) == ["weight_only.weight"]
     assert {name: reason.split()[0] for name, reason in without.items()} == {
         "up": "transposed",
         "frozen": "its",
@@ -167,21 +134,19 @@ def test_a_module_under_two_names_is_one_layer():
     assert list(layers) == ["0"]
 
 
-def test_parameters_as_a_vector():
-    model = seeded(0, nn.Sequential(nn.Linear(3, 4), nn.Conv1d(2, 3, 2, bias=False)))
-    parameters = UnitParameters(UnitSelection({"1": [2], "0": [1, 3]}), find_layers(model)[0])
-    linear, conv = model
-    expected = torch.cat(
-        [conv.weight[2].flatten(), linear.weight[[1, 3]].flatten(), linear.bias[[1, 3]]]
+def test_substituted_parameters():
+    model = seeded(
+        0, nn.Sequential(nn.Linear(3, 4), nn.ConvTranspose1d(4, 6, 2, groups=2), nn.LayerNorm(4))
     )
-    assert torch.equal(parameters.values(), expected.detach())
-
-    vector = torch.arange(parameters.size, dtype=torch.float64)
-    replaced = parameters.substituted(vector)
-    assert torch.equal(parameters.gather(replaced), vector)
-    assert torch.equal(replaced["0.weight"][[0, 2]], linear.weight[[0, 2]])
-    parameters.write(vector, model)
-    assert torch.equal(parameters.values(), vector)
+    selection = UnitSelection({"1": [2, 4], "0": [1, 3], "2": [0]})
+    layout = UnitLayout(selection, model)
+    vector = torch.arange(layout.size, dtype=torch.float64).requires_grad_()
+    replaced = layout.substituted(vector)
+    assert set(replaced) == {name for name, _ in model.named_parameters()}
+    assert torch.equal(layout.gather(replaced), vector)
+    (gradient,) = torch.autograd.grad(sum(t.sum() for t in replaced.values()), vector)
+    assert torch.equal(gradient, torch.ones(layout.size, dtype=torch.float64))
+    selection.scatter_(model, vector)
     assert all(torch.equal(model.get_parameter(k), v) for k, v in replaced.items())
 
 

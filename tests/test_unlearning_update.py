@@ -243,7 +243,7 @@ def test_step_formula_on_selected_rows(curvature):
         ]
     )
     torch.testing.assert_close(got.detach(), step, rtol=1e-9, atol=1e-13)
-    assert result.n_parameters == len(theta) == chosen.n_parameters(model)
+    assert result.n_parameters == len(theta) == chosen.size(model)
     assert result.step_norm == pytest.approx(step.norm().item(), rel=1e-10)
     eigenvalues = torch.linalg.eigvalsh(matrix + torch.eye(len(theta)))
     assert result.smallest_eigenvalue == pytest.approx(eigenvalues[0].item())
@@ -638,6 +638,7 @@ def refuse(error, match, **arguments):
         ({"n_units": 2}, ValueError, "n_units belongs to selection='random'"),
         ({"selection": "random"}, ValueError, "needs n_units"),
         ({"selection": "random", "n_units": 15}, ValueError, "n_units is 15; the model has 14"),
+        ({"selection": UnitSelection({})}, ValueError, "at least one unit"),
         ({"selection": UnitSelection({"9": [0]})}, ValueError, "names layer '9'"),
         ({"selection": UnitSelection({"0": [6]})}, ValueError, "names unit 6 of layer '0'"),
     ],

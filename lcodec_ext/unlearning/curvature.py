@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from lcodec_ext._progress import progress_bar
+from lcodec_ext.curvature.units import UnitLayout
 from lcodec_ext.unlearning.perturbation import LossFunction
 from lcodec_ext.unlearning.samples import Samples
-from lcodec_ext.unlearning.units import UnitParameters
 
 Curvature = Literal["gauss_newton", "hessian"]
 
@@ -28,7 +28,7 @@ class IndefiniteCurvatureError(ValueError):
 def curvature_matrix(
     kind: Curvature,
     model: nn.Module,
-    parameters: UnitParameters,
+    layout: UnitLayout,
     samples: Samples,
     loss_fn: LossFunction,
     *,
@@ -47,8 +47,8 @@ def curvature_matrix(
     kind : {"gauss_newton", "hessian"}
     model : Module
         In evaluation mode.
-    parameters : UnitParameters
-        The d parameters to differentiate by.
+    layout : UnitLayout
+        Of the d parameters to differentiate by.
     samples : Samples
         N of them.
     loss_fn : callable
@@ -74,13 +74,15 @@ def curvature_matrix(
     "gauss_newton" takes N C d^2 multiplications for C outputs, "hessian" d backward passes over the
     samples. Both form gradients of whole weights on the way to those of the selected rows.
     """
-    d = parameters.size
+    d = layout.size
     n = len(samples)
-    theta = parameters.values()
+    theta = layout.gather(layout.parameters).detach()
     if kind == "gauss_newton":
         with torch.no_grad():
             n_outputs = model(samples.inputs[:1]).numel()
-        per_sample = 8 * n_outputs * max(d, parameters.touched)
+        # Differentiating by slices forms the gradients of whole tensors on the way.
+        touched = sum(parameter.numel() for parameter in layout.parameters.values())
+        per_sample = 8 * n_outputs * max(d, touched)
         batch_size = max(1, min(batch_size, _JACOBIAN_BYTES // per_sample))
         form = _gauss_newton
     else:
@@ -88,7 +90,7 @@ def curvature_matrix(
     matrix = theta.new_zeros(d, d)
     with progress_bar(progress, total=n, desc=kind, unit="sample") as bar:
         for chunk in samples.chunks(batch_size):
-            matrix += form(model, parameters, theta, chunk, loss_fn) * (len(chunk) / n)
+            matrix += form(model, layout, theta, chunk, loss_fn) * (len(chunk) / n)
             bar.update(len(chunk))
     if not torch.isfinite(matrix).all():
         raise ValueError(f"the {kind} matrix of the retained samples holds NaN or infinity")
@@ -103,13 +105,13 @@ def _call(model: nn.Module, parameters: dict[str, Tensor], inputs: Tensor) -> Te
 
 def _gauss_newton(
     model: nn.Module,
-    parameters: UnitParameters,
+    layout: UnitLayout,
     theta: Tensor,
     samples: Samples,
     loss_fn: LossFunction,
 ) -> Tensor:
     def single(vector: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        output = _call(model, parameters.substituted(vector), x[None])[0]
+        output = _call(model, layout.substituted(vector), x[None])[0]
         return output.flatten(), output
 
     jacobian, outputs = vmap(jacrev(single, has_aux=True), (None, 0))(theta, samples.inputs)
@@ -146,14 +148,14 @@ def output_hessians(loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> 
 
 def _hessian(
     model: nn.Module,
-    parameters: UnitParameters,
+    layout: UnitLayout,
     theta: Tensor,
     samples: Samples,
     loss_fn: LossFunction,
 ) -> Tensor:
     # Row by row: vectorised over rows, the double backward of a convolution takes gigabytes.
     vector = theta.detach().requires_grad_()
-    outputs = _call(model, parameters.substituted(vector), samples.inputs)
+    outputs = _call(model, layout.substituted(vector), samples.inputs)
     (gradient,) = torch.autograd.grad(loss_fn(outputs, samples.targets), vector, create_graph=True)
     if not gradient.requires_grad:  # a loss that is linear in these parameters
         return torch.zeros(len(vector), len(vector), dtype=vector.dtype, device=vector.device)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lcodec_ext import FociResult
 from lcodec_ext._validation import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext.curvature.units import UnitLayout, UnitSelection
 from lcodec_ext.unlearning.curvature import MAX_PARAMETERS, Curvature, curvature_matrix, solve
 from lcodec_ext.unlearning.perturbation import (
     ActivationRecorder,
@@ -24,7 +25,7 @@ from lcodec_ext.unlearning.perturbation import (
     select_units,
 )
 from lcodec_ext.unlearning.samples import Samples, as_samples
-from lcodec_ext.unlearning.units import Layer, UnitParameters, UnitSelection, find_layers
+from lcodec_ext.unlearning.units import Layer, check_selection, find_layers
 
 _PROBE = 32  # samples on which model and loss are checked, of either set
 
@@ -342,17 +343,18 @@ def unlearn(
                 progress=progress,
             )
             chosen = _select([unit for unit in all_units if unit in found])
-    parameters = UnitParameters(chosen, layers)
-    if parameters.size > MAX_PARAMETERS:
+    check_selection(chosen, layers)
+    layout = UnitLayout(chosen, work)
+    if layout.size > MAX_PARAMETERS:
         raise ValueError(
-            f"the {len(chosen)} selected units own {parameters.size:,} parameters, and their "
+            f"the {len(chosen)} selected units own {layout.size:,} parameters, and their "
             f"curvature matrix may have at most {MAX_PARAMETERS:,} rows; select fewer units, by "
             "max_units with selection='lfoci', by n_units with 'random', or by a UnitSelection"
         )
 
     m, n = len(forget), len(forget) + len(retain)
     weights = {k: p.detach() for k, p in work.named_parameters() if p.requires_grad}
-    theta = parameters.gather(weights)
+    theta = layout.gather(weights)
     with _timed(seconds, "gradients"):
         removed = _objective(work, forget, loss_fn, weight_decay, batch_size, "forget")
         retained = _objective(work, retain, loss_fn, weight_decay, batch_size, "retain")
@@ -361,13 +363,13 @@ def unlearn(
         }
     with _timed(seconds, "curvature"):
         matrix = curvature_matrix(
-            curvature, work, parameters, retain, loss_fn, batch_size=batch_size, progress=progress
+            curvature, work, layout, retain, loss_fn, batch_size=batch_size, progress=progress
         )
         matrix.diagonal().add_(weight_decay + damping)
     with _timed(seconds, "solve"):
         step, smallest, largest, residual = solve(
             matrix,
-            parameters.gather(removed.gradient) * (m / (n - m)),
+            layout.gather(removed.gradient) * (m / (n - m)),
             kind=curvature,
             weight_decay=weight_decay,
             damping=damping,
@@ -377,15 +379,15 @@ def unlearn(
         # Into a copy first, also in place: the given model changes only when all has gone well.
         # What is evaluated are the new weights as rounded to the model's dtype.
         changed = copy.deepcopy(model)
-        parameters.write(theta + step, changed)
-        rounded = parameters.gather(dict(changed.named_parameters())).detach()
+        chosen.scatter_(changed, theta + step)
+        rounded = chosen.gather(changed).detach()
         if not torch.isfinite(rounded).all():
             raise ValueError("the new weights overflow the dtype of the model")
-        parameters.write(rounded, work)
+        chosen.scatter_(work, rounded)
         removed_after = _objective(work, forget, loss_fn, weight_decay, batch_size, "forget")
         retained_after = _objective(work, retain, loss_fn, weight_decay, batch_size, "retain")
     if inplace:
-        parameters.write(rounded, model)
+        chosen.scatter_(model, rounded)
         changed = model
     if retained_after.loss > 1.5 * retained.loss + 0.05:
         warnings.warn(
@@ -406,7 +408,7 @@ def unlearn(
         weight_decay=float(weight_decay),
         n_forget=m,
         n_retain=n - m,
-        n_parameters=parameters.size,
+        n_parameters=layout.size,
         n_trainable=sum(w.numel() for w in weights.values()),
         n_units=len(all_units),
         layers_without_units=without,
@@ -417,8 +419,8 @@ def unlearn(
         training_gradient_norm=_norm(training),
         gradient_norm=BeforeAfter(_norm(retained.gradient), _norm(retained_after.gradient)),
         gradient_norm_selected=BeforeAfter(
-            parameters.gather(retained.gradient).norm().item(),
-            parameters.gather(retained_after.gradient).norm().item(),
+            layout.gather(retained.gradient).norm().item(),
+            layout.gather(retained_after.gradient).norm().item(),
         ),
         loss_forget=BeforeAfter(removed.loss, removed_after.loss),
         loss_retain=BeforeAfter(retained.loss, retained_after.loss),
