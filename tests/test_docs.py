@@ -12,8 +12,17 @@ import pytest
 
 import lcodec_ext
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = {  # and how many examples each has
+    "README.md": 3,
+    "docs/curvature.md": 1,
+}
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+EXAMPLES = [
+    (name, *example)
+    for name, text in TEXTS.items()
+    for example in re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+]
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(lcodec_ext.__path__, "lcodec_ext.")
@@ -21,24 +30,26 @@ MODULES = [
 ]
 
 
-def test_every_readme_example_shows_its_output():
-    assert len(EXAMPLES) == README.count("```python") == 3
+@pytest.mark.parametrize(("name", "n_examples"), DOCUMENTS.items())
+def test_every_example_shows_its_output(name, n_examples):
+    shown = [example for example in EXAMPLES if example[0] == name]
+    assert len(shown) == TEXTS[name].count("```python") == n_examples
 
 
-@pytest.mark.parametrize(("code", "expected"), EXAMPLES)
-def test_readme_example(code, expected):
+@pytest.mark.parametrize(("name", "code", "expected"), EXAMPLES)
+def test_example(name, code, expected):
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+        exec(compile(code, name, "exec"), {"__name__": "__main__"})
     assert output.getvalue() == expected
 
 
 def test_readme_links_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+    links = re.findall(r"\]\(([^)#]+)\)", TEXTS["README.md"])
     assert links
     for link in links:
         if "://" not in link:
-            assert (Path(__file__).parent.parent / link).exists(), link
+            assert (ROOT / link).exists(), link
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -600,12 +600,12 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
     layers: dict[str, UnitLayer] = {}
     without: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not _is_layer(module):
+        if not _is_layer(module) or name in without:
             continue
         if isinstance(module, nn.MultiheadAttention):
             name = _join(name, "in_proj")
             if "in_proj" in module._modules:
-                without[name] = "a module of the attention has the name of its input projections"
+                without[name] = "it names a module and the input projections of its attention"
                 continue
         try:
             pieces = _pieces(module)
