@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import subprocess
 import sys
 import types
 
@@ -636,6 +637,11 @@ REFUSALS = {
         "its parameters do not require gradients",
         True,
     ),
+    "frozen embedding": (
+        one_layer(lambda: nn.Embedding(3, 3, padding_idx=0).requires_grad_(False)),
+        "its parameters do not require gradients",
+        True,
+    ),
     "no affine parameters": (
         one_layer(lambda: nn.BatchNorm1d(3, affine=False)),
         "it has no parameters",
@@ -644,6 +650,17 @@ REFUSALS = {
     "max_norm": (
         one_layer(lambda: nn.Embedding(3, 3, max_norm=1.0)),
         "max_norm: its forward pass overwrites its weight",
+        True,
+    ),
+    "scale_grad_by_freq": (
+        one_layer(lambda: nn.EmbeddingBag(3, 3, scale_grad_by_freq=True)),
+        "scale_grad_by_freq: its gradients are no derivatives of the loss",
+        True,
+    ),
+    "padding only": (one_layer(lambda: nn.Embedding(1, 3, padding_idx=0)), "it is padding", True),
+    "no units": (
+        one_layer(lambda: nn.BatchNorm1d(0)),
+        "whose units cannot be selected: it has none",
         True,
     ),
     "attention with a child of that name": (
@@ -693,6 +710,7 @@ def test_refused_by_name(case):
         assert name not in every.units
         assert every.units["fine"] == (0, 1, 2)
         assert every.size(model) > 0
+        reason = reason.removeprefix("whose units cannot be selected: ")
         with pytest.raises(ValueError, match=f"pattern '{name}' matches no layer .*{reason}"):
             UnitSelection.from_globs(model, name)
 
@@ -1024,6 +1042,17 @@ def test_memory_formats_and_strides():
     assert torch.equal(tensors["a.weight"][1], torch.tensor([1.0, 3.0, 5.0]))
 
 
+def test_models_without_memory():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ConvTranspose1d(4, 2, 3))
+    selection = UnitSelection.all(model)
+    assert selection.size(model) == sum(p.numel() for p in model.parameters())
+    assert len(selection.segments(model)) == 2 * len(selection)
+    assert selection.gather(model).is_meta
+    zeros = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    assert torch.equal(selection.gather(zeros, model=model), torch.zeros(selection.size(model)))
+
+
 def test_gather_is_a_copy_and_differentiable():
     model = numbered(nn.Sequential(nn.Linear(3, 4)))
     selection = UnitSelection.all(model)
@@ -1061,6 +1090,34 @@ def test_writing_under_grad_mode_leaves_leaves():
         selection.add_(model, torch.ones(4, requires_grad=True))
         selection.scatter_(model, selection.gather(model))
     assert all(p.is_leaf and p.requires_grad and p.grad_fn is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("package", ["curvature", "unlearning"])
+def test_without_torch(package):
+    code = f"import sys; sys.modules['torch'] = None; import lcodec_ext.{package}"
+    command = [sys.executable, "-P", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"ImportError: lcodec_ext.{package} needs PyTorch: pip install" in run.stderr
+
+
+@pytest.mark.cuda
+def test_on_a_gpu():
+    """There and back; vectors come from any device."""
+    layers = [nn.Linear(3, 5), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.LayerNorm((2, 3))]
+    host = numbered(nn.Sequential(*layers))
+    model = copy.deepcopy(host).cuda()
+    selection = UnitSelection({"0": [4, 1], "1": [0, 3, 5], "2": [2, 4]})
+    values = selection.gather(model).detach()
+    assert values.is_cuda
+    assert torch.equal(values.cpu(), selection.gather(host).detach())
+    for vector in (-values, -values.cpu()):
+        selection.scatter_(model, values)
+        selection.add_(model, vector, alpha=0.5)
+        assert torch.equal(selection.gather(model), values / 2)
+        selection.scatter_(model, vector)
+        assert torch.equal(selection.gather(model), -values)
+    selection.scatter_(model, values)
+    assert all(torch.equal(p.cpu(), state(host)[name]) for name, p in model.named_parameters())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
@@ -112,10 +113,11 @@ class UnitSelection:
     - weights that are computed from others (parametrizations, weight norm, pruning);
     - lazy modules that have not run yet;
     - the row `padding_idx` of an embedding, whose gradient is always zero, and embeddings with
-      `max_norm`, whose forward pass overwrites their weight;
+      `max_norm`, whose forward pass overwrites their weight, or `scale_grad_by_freq`, whose
+      gradients are no derivatives;
     - two selected layers that cut one tied parameter into units in different ways, as a convolution
       and a transposed one;
-    - selected parameters that share memory with another parameter without being the same object,
+    - selected parameters whose memory overlaps that of another one without being the same object,
       and expanded ones: writing to one would change the other.
 
     Only the selected layers are looked at: another one never gets in the way.
@@ -178,7 +180,7 @@ class UnitSelection:
             if all(cuts.get(part.parameter, part.cut) == part.cut for part in parts):
                 cuts |= {part.parameter: part.cut for part in parts}
                 chosen[name] = layer.selectable()
-        return cls({name: units for name, units in chosen.items() if units})
+        return cls(chosen)
 
     @classmethod
     def from_globs(cls, model: nn.Module, *patterns: str) -> "UnitSelection":
@@ -214,8 +216,7 @@ class UnitSelection:
                 why = f"; {'; '.join(reasons[:_LISTED])}" if reasons else f"; {_known(layers)}"
                 raise ValueError(f"the pattern {pattern!r} matches no layer with units{why}")
             chosen |= dict.fromkeys(matched)
-        found = {name: layers[name].selectable() for name in layers if name in chosen}
-        selection = cls({name: units for name, units in found.items() if units})
+        selection = cls({name: layers[name].selectable() for name in layers if name in chosen})
         UnitLayout(selection, model)  # its refusals, while the patterns are at hand
         return selection
 
@@ -432,9 +433,8 @@ class _Cut:
             return self.groups, shape[1]
         return tuple(shape[: self.leading])
 
-    def index(self, entry: int, shape: Sequence[int]) -> tuple[int | slice, ...]:
-        """Where the parameter holds a unit's slice."""
-        position = tuple(int(i) for i in np.unravel_index(entry, self.counts(shape)))
+    def index(self, position: tuple[int, ...], shape: Sequence[int]) -> tuple[int | slice, ...]:
+        """Where the parameter has what `view` has at a position on the axes that count units."""
         if not self.groups:
             return position
         group, column = position
@@ -515,8 +515,11 @@ def _pieces(module: nn.Module) -> list[tuple[int, int, dict[str, tuple[_Cut, int
             weights = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
     else:
         weights, bias = ["weight"], "bias"
-    if isinstance(module, _EMBEDDINGS) and module.max_norm is not None:
-        raise _NoUnitsError("max_norm: its forward pass overwrites its weight")
+    if isinstance(module, _EMBEDDINGS):
+        if module.max_norm is not None:
+            raise _NoUnitsError("max_norm: its forward pass overwrites its weight")
+        if module.scale_grad_by_freq:
+            raise _NoUnitsError("scale_grad_by_freq: its gradients are no derivatives of the loss")
     pieces = []
     first = 0
     for key in weights:
@@ -592,7 +595,7 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, str]]:
     """Find the layers with units that can be selected, and for other layers the reason why not.
 
-    Both are in the order of `named_modules`. A `MultiheadAttention` stands as its input
+    Layers are in the order of `named_modules`. A `MultiheadAttention` stands as its input
     projections, under its name with ".in_proj".
     """
     _check_module(model)
@@ -627,12 +630,15 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
                 blocks.append(_Block(first, stop, tuple(parts)))
             else:  # one of an attention's projections, or all there is
                 refused |= dict.fromkeys(range(first, stop), _FROZEN)
-        if not blocks:
-            without[name] = _FROZEN
-            continue
         if isinstance(module, _EMBEDDINGS) and module.padding_idx is not None:
-            refused[module.padding_idx] = "it is padding_idx, whose gradient is always zero"
-        layers[name] = UnitLayer(name, module, pieces[-1][1], tuple(blocks), refused)
+            refused.setdefault(
+                module.padding_idx, "it is padding_idx, whose gradient is always zero"
+            )
+        n = pieces[-1][1]
+        if len(refused) < n:
+            layers[name] = UnitLayer(name, module, n, tuple(blocks), refused)
+        else:
+            without[name] = next(iter(refused.values()), "it has none")
     return layers, without
 
 
@@ -691,11 +697,10 @@ class _Run:
     def width(self) -> int:
         return sum(part.length for part in self.parts)
 
-    def indices(self, part: _Part, device: torch.device) -> tuple[Tensor, ...]:
-        """Where `_Cut.view` of the part's parameter has the units."""
+    def positions(self, part: _Part) -> tuple[NDArray[np.intp], ...]:
+        """Where `_Cut.view` of the part's parameter has the units, axis by axis."""
         entries = np.array(self.units) - part.first
-        position = np.unravel_index(entries, part.cut.counts(part.shape))
-        return tuple(torch.from_numpy(np.array(axis)).to(device) for axis in position)
+        return np.unravel_index(entries, part.cut.counts(part.shape))
 
 
 class UnitLayout:
@@ -742,6 +747,7 @@ class UnitLayout:
                 )
         self.size = 0
         self._runs: list[_Run] = []
+        self._on_device: dict[tuple[int, str, torch.device], tuple[Tensor, ...]] = {}
         taken: dict[str, _Taken] = {}
         for name in layers:
             for block in layers[name].blocks:
@@ -791,9 +797,13 @@ class UnitLayout:
         found = []
         for run in self._runs:
             start = run.start
-            for unit in run.units:
-                for part in run.parts:
-                    index = part.cut.index(unit - part.first, part.shape)
+            positions = [
+                zip(*(axis.tolist() for axis in run.positions(part)), strict=True)
+                for part in run.parts
+            ]
+            for unit, *each in zip(run.units, *positions, strict=True):
+                for part, position in zip(run.parts, each, strict=True):
+                    index = part.cut.index(position, part.shape)
                     found.append(
                         Segment(part.parameter, run.module, unit, start, part.length, index)
                     )
@@ -808,9 +818,10 @@ class UnitLayout:
             for_each_unit = []
             for part in run.parts:
                 tensor = tensors[part.parameter]
-                entries = part.cut.view(tensor)[run.indices(part, tensor.device)]
+                entries = part.cut.view(tensor)[self._indices(run, part, tensor.device)]
                 for_each_unit.append(entries.reshape(len(run.units), part.length))
-            pieces.append(torch.cat(for_each_unit, 1).flatten())
+            matrix = torch.cat(for_each_unit, 1) if len(for_each_unit) > 1 else for_each_unit[0]
+            pieces.append(matrix.flatten())
         return torch.cat(pieces) if pieces else self._empty.clone()
 
     def scatter_(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
@@ -855,8 +866,17 @@ class UnitLayout:
                 tensor = tensors[part.parameter]
                 rest = part.cut.view(tensor).shape[len(part.cut.counts(part.shape)) :]
                 entries = matrix[:, column : column + part.length].reshape(n, *rest)
-                yield part, run.indices(part, tensor.device), entries
+                yield part, self._indices(run, part, tensor.device), entries
                 column += part.length
+
+    def _indices(self, run: _Run, part: _Part, device: torch.device) -> tuple[Tensor, ...]:
+        """`_Run.positions` as tensors, kept: to a GPU they are copied once."""
+        key = run.start, part.parameter, device
+        if key not in self._on_device:
+            self._on_device[key] = tuple(
+                torch.tensor(axis, device=device) for axis in run.positions(part)
+            )
+        return self._on_device[key]
 
     def _check(self, tensors: Mapping[str, Tensor], argument: str) -> None:
         devices = set()
