@@ -61,6 +61,58 @@ def neighbors(
 ) -> tuple[_I64, _I64]: ...
 def saturate(level: str, rounds: int) -> int: ...
 
+# Matrices are addresses, 0 for none; NumPy has no bfloat16.
+def masked_gram_product(
+    dtype: str,
+    g: int,
+    n: int,
+    stride: int,
+    segments: int,
+    count: int,
+    size: int,
+    weight: int,
+    v: int,
+    m: int,
+    damping: float,
+    out: int,
+    level: str,
+    threads: int,
+) -> None: ...
+def softmax_rows_product(
+    dtype: str,
+    a: int,
+    n: int,
+    stride: int,
+    d: int,
+    p: int,
+    weight: int,
+    v: int,
+    m: int,
+    damping: float,
+    out: int,
+    level: str,
+    threads: int,
+) -> None: ...
+def factored_gram(
+    dtype: str,
+    delta: int,
+    delta_stride: int,
+    r: int,
+    a: int,
+    a_stride: int,
+    d: int,
+    n: int,
+    k: int,
+    level: str,
+    threads: int,
+) -> None: ...
+def segments_gather(
+    dtype: str, parameters: list[int], segments: int, count: int, out: int
+) -> None: ...
+def segments_add(
+    dtype: str, parameters: list[int], segments: int, count: int, alpha: float, x: int
+) -> None: ...
+
 # Where CUDA was built. Arrays and streams are addresses, 0 for none.
 def cuda_column_statistics(
     dtype: str, x: int, n: int, p: int, low: int, high: int, deviation: int, stream: int
@@ -75,6 +127,79 @@ def cuda_neighbors(
     offset: int,
     count: int,
     indices: int,
+    stream: int,
+) -> None: ...
+
+CUDA_CHUNK_BYTES: int
+
+def cuda_row_groups(n: int, size: int, itemsize: int, chunk_bytes: int) -> int: ...
+def cuda_rows_product_bytes(n: int, size: int, m: int, itemsize: int, chunk_bytes: int) -> int: ...
+def cuda_masked_gram_product(
+    dtype: str,
+    g: int,
+    n: int,
+    d: int,
+    stride: int,
+    segments: int,
+    count: int,
+    size: int,
+    weight: int,
+    v: int,
+    m: int,
+    damping: float,
+    out: int,
+    workspace: int,
+    chunk_bytes: int,
+    stream: int,
+) -> None: ...
+def cuda_softmax_rows_product(
+    dtype: str,
+    a: int,
+    n: int,
+    d: int,
+    stride: int,
+    segments: int,
+    p: int,
+    weight: int,
+    v: int,
+    m: int,
+    damping: float,
+    out: int,
+    workspace: int,
+    chunk_bytes: int,
+    stream: int,
+) -> None: ...
+def cuda_factored_gram(
+    dtype: str,
+    delta: int,
+    delta_stride: int,
+    r: int,
+    a: int,
+    a_stride: int,
+    d: int,
+    n: int,
+    k: int,
+    stream: int,
+) -> None: ...
+def cuda_segments_gather(
+    dtype: str,
+    parameters: list[int],
+    sizes: list[int],
+    segments: int,
+    count: int,
+    size: int,
+    out: int,
+    stream: int,
+) -> None: ...
+def cuda_segments_add(
+    dtype: str,
+    parameters: list[int],
+    sizes: list[int],
+    segments: int,
+    count: int,
+    size: int,
+    alpha: float,
+    x: int,
     stream: int,
 ) -> None: ...
 

@@ -3,12 +3,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
-#include <stdexcept>
 #include <tuple>
 #include <utility>
 
 #include "bindings/bindings.hpp"
+#include "bindings/execution.hpp"
 #include "cpu/kernels.hpp"
 #include "lcodec/dispatch.hpp"
 #include "lcodec/engine.hpp"
@@ -20,40 +19,6 @@ namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
-
-void expect(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
-}
-
-// Lets Python see a pending Ctrl-C about ten times a second while the GIL is released.
-class Signals {
- public:
-  static bool poll(void* self) { return static_cast<Signals*>(self)->pending(); }
-  bool pending() {
-    const auto now = std::chrono::steady_clock::now();
-    if (now < next_) return false;
-    next_ = now + std::chrono::milliseconds(100);
-    const py::gil_scoped_acquire gil;
-    return PyErr_CheckSignals() != 0;  // the Python error stays set for finish()
-  }
-
- private:
-  std::chrono::steady_clock::time_point next_ =
-      std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
-};
-
-template <class Call>
-void run(const std::string& level, int threads, const Call& call) {
-  Signals signals;
-  const Execution execution{resolve_simd_level(level), threads, Signals::poll, &signals};
-  expect(threads >= 1, "threads must be positive");
-  Status status;
-  {
-    const py::gil_scoped_release release;
-    status = call(execution);
-  }
-  if (status == Status::cancelled) throw py::error_already_set();
-}
 
 // A view of x [p][n] and factor [p].
 template <class T>

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "cpu/curvature_kernels.hpp"
 #include "kernels.hpp"
 
 namespace lcodec {
@@ -64,6 +65,14 @@ LevelKernels kernels_for([[maybe_unused]] SimdLevel level) {
   if (level == SimdLevel::avx2) return avx2_kernels();
 #endif
   return baseline_kernels();
+}
+
+LevelCurvatureKernels curvature_kernels_for([[maybe_unused]] SimdLevel level) {
+#ifdef LCODEC_HAVE_X86_SIMD
+  if (level == SimdLevel::avx512) return avx512_curvature_kernels();
+  if (level == SimdLevel::avx2) return avx2_curvature_kernels();
+#endif
+  return baseline_curvature_kernels();
 }
 
 }  // namespace lcodec

@@ -31,10 +31,13 @@
 
 // Before a loop that is not to be unrolled: for the registers.
 #define LCODEC_NO_UNROLL _Pragma("unroll 1")
+// Before a loop that must be: where arrays are to stay in registers.
+#define LCODEC_UNROLL _Pragma("unroll")
 
 #elif defined(LCODEC_EMULATE)
 
 #define LCODEC_NO_UNROLL
+#define LCODEC_UNROLL
 
 #include "emulate/cuda.hpp"
 

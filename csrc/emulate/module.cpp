@@ -214,6 +214,7 @@ PYBIND11_MODULE(_emulated, m) {
   m.def("sums", &sums<std::int64_t>);
 
   lcodec::bindings::register_cuda(m);
+  lcodec::bindings::register_cuda_curvature(m);
 
   py::enum_<Bug>(m, "Bug")
       .value("none", Bug::none)

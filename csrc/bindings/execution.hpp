@@ -1,0 +1,49 @@
+// How calls of the CPU's functions are run: SIMD level, threads, without the GIL, and Ctrl-C.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <chrono>
+#include <stdexcept>
+#include <string>
+
+#include "lcodec/dispatch.hpp"
+#include "lcodec/engine.hpp"
+
+namespace lcodec::bindings {
+
+inline void expect(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+// Lets Python see a pending Ctrl-C about ten times a second while the GIL is released.
+class Signals {
+ public:
+  static bool poll(void* self) { return static_cast<Signals*>(self)->pending(); }
+  bool pending() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now < next_) return false;
+    next_ = now + std::chrono::milliseconds(100);
+    const pybind11::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0;  // the Python error stays set for finish()
+  }
+
+ private:
+  std::chrono::steady_clock::time_point next_ =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
+};
+
+template <class Call>
+void run(const std::string& level, int threads, const Call& call) {
+  Signals signals;
+  const Execution execution{resolve_simd_level(level), threads, Signals::poll, &signals};
+  expect(threads >= 1, "threads must be positive");
+  Status status;
+  {
+    const pybind11::gil_scoped_release release;
+    status = call(execution);
+  }
+  if (status == Status::cancelled) throw pybind11::error_already_set();
+}
+
+}  // namespace lcodec::bindings
