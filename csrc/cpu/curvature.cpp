@@ -12,10 +12,11 @@
 namespace lcodec {
 namespace {
 
-constexpr std::int64_t kLeastRows = 32;             // of a chunk
-constexpr std::int64_t kMostChunks = 64;            // more would be much scratch
-constexpr std::int64_t kTileBytes = 512 * 1024;     // half of a common second-level cache
-constexpr std::int64_t kMostTileRows = kLeastRows;  // a chunk is a whole number of tiles, or one
+constexpr std::int64_t kLeastRows = 32;          // of a chunk
+constexpr std::int64_t kMostChunks = 64;         // more would be much scratch
+constexpr std::int64_t kTileBytes = 512 * 1024;  // half of a common second-level cache
+constexpr std::int64_t kLeastTileRows = 4;       // which share loads; 4 rows wider than that are
+constexpr std::int64_t kMostTileRows = 32;       // in the third-level cache
 constexpr std::int64_t kReducedAtOnce = std::int64_t{1} << 14;  // elements of a piece of work
 constexpr std::int64_t kGramRows = 4;  // whose dots with one row are taken at once
 
@@ -44,7 +45,7 @@ Status rows_product(const SelectedColumns<S>& x, const T* v, std::int64_t m, T d
   const std::int64_t chunk_rows = std::max(kLeastRows, quotient_up(n, kMostChunks));
   const std::int64_t chunks = quotient_up(n, chunk_rows);
   const std::int64_t row_bytes = x.size * static_cast<std::int64_t>(sizeof(S));
-  const std::int64_t tile_rows = std::clamp<std::int64_t>(kTileBytes / row_bytes, 1, kMostTileRows);
+  const std::int64_t tile_rows = std::clamp(kTileBytes / row_bytes, kLeastTileRows, kMostTileRows);
   const Pages<T> partial(static_cast<std::size_t>(chunks * size));
 
   const Status status = parallel_for(chunks, execution, [&] {
@@ -67,8 +68,11 @@ Status rows_product(const SelectedColumns<S>& x, const T* v, std::int64_t m, T d
           factors(i + r, row.data());
           for (std::int64_t j = 0; j < m; ++j) at(j, r) = row[static_cast<std::size_t>(j)];
         }
+        // The last vector's sums fetch the next tile, whose dots would have to wait for it.
+        const std::int64_t ahead = i + 2 * tile_rows <= end ? tile_rows * x.stride : 0;
         for (std::int64_t j = 0; j < m; ++j)
-          kernels.accumulate(tile, dot.data() + j * tile_rows, sum + j * x.size);
+          kernels.accumulate(tile, dot.data() + j * tile_rows, j == m - 1 ? ahead : 0,
+                             sum + j * x.size);
       }
     };
   });

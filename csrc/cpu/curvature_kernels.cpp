@@ -134,7 +134,9 @@ void dots(const SelectedColumns<S>& g, const T* v, T* dot) {
 }
 
 template <class S, class T, int kRows>
-void accumulate_of(const SelectedColumns<S>& g, const S* row, const T* factor, T* out) {
+void accumulate_of(const SelectedColumns<S>& g, const S* row, const T* factor, std::int64_t ahead,
+                   T* out) {
+  constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(S));
   using V = typename Vector<T>::Type;
   constexpr int W = kWidth<T>;
   V factors[std::size_t{kRows}];
@@ -144,6 +146,10 @@ void accumulate_of(const SelectedColumns<S>& g, const S* row, const T* factor, T
     const std::int64_t length = g.segments[s].length;
     std::int64_t j = 0;
     for (; j + W <= length; j += W) {
+      if (ahead != 0 && j % kLine == 0) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(base + r * g.stride + j + ahead, 0, 2);
+      }
       V sum;
       load(out + j, sum);
 #pragma GCC unroll 4
@@ -161,11 +167,11 @@ void accumulate_of(const SelectedColumns<S>& g, const S* row, const T* factor, T
 }
 
 template <class S, class T>
-void accumulate(const SelectedColumns<S>& g, const T* factor, T* out) {
+void accumulate(const SelectedColumns<S>& g, const T* factor, std::int64_t ahead, T* out) {
   std::int64_t r = 0;
   for (; r + kSumRows <= g.rows; r += kSumRows)
-    accumulate_of<S, T, kSumRows>(g, g.data + r * g.stride, factor + r, out);
-  for (; r < g.rows; ++r) accumulate_of<S, T, 1>(g, g.data + r * g.stride, factor + r, out);
+    accumulate_of<S, T, kSumRows>(g, g.data + r * g.stride, factor + r, ahead, out);
+  for (; r < g.rows; ++r) accumulate_of<S, T, 1>(g, g.data + r * g.stride, factor + r, ahead, out);
 }
 
 }  // namespace

@@ -13,8 +13,9 @@ template <class S, class T>
 struct CurvatureKernels {
   // dot[r] = (selected columns of row r) . v for `rows` rows, in the tree of lcodec/curvature.hpp.
   void (*dots)(const SelectedColumns<S>& rows, const T* v, T* dot);
-  // out_k += factor[r] * (row r)_k for the rows in order.
-  void (*accumulate)(const SelectedColumns<S>& rows, const T* factor, T* out);
+  // out_k += factor[r] * (row r)_k for the rows in order. The elements `ahead` behind those read
+  // are fetched into the cache meanwhile; 0 for none.
+  void (*accumulate)(const SelectedColumns<S>& rows, const T* factor, std::int64_t ahead, T* out);
 };
 
 struct LevelCurvatureKernels {

@@ -1,12 +1,12 @@
 """The fused kernels of masked curvature, as PyTorch operators on CPU and CUDA tensors.
 
 Importing this module registers ``torch.ops.lcodec_ext.masked_gram_product``,
-``softmax_rows_product``, ``factored_gram``, ``segments_gather`` and ``segments_add_``; the functions
-here call them. Sums are added in one written order (``csrc/include/lcodec/curvature.hpp`` and
-``cuda_curvature.hpp``): the bits of a result do not depend on the number of threads, the SIMD level
-or the order in which a GPU runs its blocks. Those of CPU and CUDA differ, within the error bounds
-stated there. Nothing waits for a CUDA device, so all of it can be captured in a CUDA graph. There
-are no gradients.
+``softmax_rows_product``, ``factored_gram``, ``segments_gather`` and ``segments_add_``; the
+functions here call them. Sums are added in one written order (``lcodec/curvature.hpp`` and
+``lcodec/cuda_curvature.hpp`` in ``csrc/include``): the bits of a result do not depend on the number
+of threads, the SIMD level or the order in which a GPU runs its blocks. Those of CPU and CUDA
+differ, within the error bounds stated there. Nothing waits for a CUDA device, and with segments
+that are tensors there, all of it can be captured in a CUDA graph. There are no gradients.
 
 Segments on the CPU are checked. On CUDA their values are taken on trust, so that nothing waits for
 the device: wrong ones give wrong results, and never reach memory outside of the arguments.
@@ -48,9 +48,9 @@ def masked_gram_product(
 ) -> Tensor:
     """Multiply by the weighted Gram matrix of selected columns, plus damping.
 
-    With g_i the selected columns of row i of G, ``out = (1/N) sum_i w_i g_i (g_i . v) + damping v``:
-    for per-sample gradients G, the empirical Fisher matrix restricted to these columns. G is read
-    once, in place.
+    ``out = (1/N) sum_i w_i g_i (g_i . v) + damping v``, with g_i the selected columns of row i of
+    G: for per-sample gradients G, the empirical Fisher matrix restricted to these columns. G is
+    read once, in place.
 
     Parameters
     ----------
@@ -289,7 +289,7 @@ def _check_matrix(name: str, matrix: Tensor, dtypes: Sequence[torch.dtype]) -> N
             f"{name} must be {', '.join(listed[:-1])} or {listed[-1]} and have two dimensions; got "
             f"{_shown(matrix)}"
         )
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+    if min(matrix.shape[0], matrix.shape[1] - 1) > 0 and matrix.stride(1) != 1:
         raise ValueError(
             f"{name} must have the elements of a row side by side; its strides are "
             f"{matrix.stride()}: pass {name}.contiguous()"

@@ -1,0 +1,661 @@
+"""The kernels of masked curvature: the bits of their written trees, and the bounds that follow."""
+
+import numpy as np
+import pytest
+import torch
+
+from cuda_on_cpu import cuda_on_cpu
+from lcodec_ext import _core, _emulated
+from lcodec_ext.curvature import kernels
+
+pytestmark = pytest.mark.native
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+CHUNK_BYTES = 1 << 12  # on emulated devices: several chunks of few rows
+
+# ------------------------------------------------------------------------------------------------
+# The trees, as the headers have them, in NumPy
+
+
+def halves(parts):
+    """The sum over axis 0, of a power of two."""
+    while len(parts) > 1:
+        parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
+    return parts[0]
+
+
+def in_order(parts):
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def pairwise(parts):
+    parts, step = list(parts), 1
+    while step < len(parts):
+        for c in range(0, len(parts) - step, 2 * step):
+            parts[c] = parts[c] + parts[c + step]
+        step *= 2
+    return parts[0]
+
+
+def lanes_of(products, lanes, start=None):
+    """Lane l of the columns l, l + lanes, ... added in order; one more row for each lane."""
+    total = np.zeros((lanes, len(products)), products.dtype) if start is None else start
+    for j in range(0, products.shape[1], lanes):
+        piece = products[:, j : j + lanes].T
+        total[: len(piece)] = total[: len(piece)] + piece
+    return total
+
+
+class CpuTree:
+    def __init__(self, itemsize):
+        self.lanes = 128 // itemsize
+
+    def dots(self, x, v, segments):
+        lanes, offset = None, 0
+        lanes = np.zeros((self.lanes, len(x)), v.dtype)
+        for start, length in segments:
+            products = x[:, start : start + length] * v[offset : offset + length]
+            lanes_of(products, self.lanes, lanes)
+            offset += length
+        return halves(lanes)
+
+    def rows(self, n):
+        return max(32, -(-n // 64))
+
+    def sum(self, x, factors):
+        rows = self.rows(len(x))
+        zero = np.zeros(x.shape[1], x.dtype)
+        return pairwise(
+            in_order([zero, *(factors[c : c + rows, None] * x[c : c + rows])])
+            for c in range(0, len(x), rows)
+        )
+
+    def roundings(self, n, segments, stored):
+        of_dot = 1 + sum(-(-k // self.lanes) for _, k in segments) + np.log2(self.lanes)
+        chunks = max(1, -(-n // self.rows(n)))
+        return of_dot, min(n, self.rows(n)) + np.ceil(np.log2(chunks)) + 5
+
+
+class CudaTree:
+    def __init__(self, chunk_bytes, itemsize):
+        self.chunk_bytes, self.itemsize = chunk_bytes, itemsize
+
+    def groups(self, n, size):
+        most = min(max(1, -(-n // 32)), 1024)
+        return min(max(self.chunk_bytes // (32 * max(size, 1) * self.itemsize), 1), most)
+
+    def dots(self, x, v, segments):
+        products = select(x, segments) * v
+        tiles = []
+        for start in range(0, max(products.shape[1], 1), 4096):
+            lanes = lanes_of(products[:, start : start + 4096], 256).reshape(8, 32, -1)
+            tiles.append(halves(halves(lanes.transpose(1, 0, 2))))
+        return in_order(tiles)
+
+    def sum(self, x, factors):
+        z = self.groups(*x.shape)
+        zero = np.zeros(x.shape[1], x.dtype)
+        partial = [None] * z
+        for k, start in enumerate(range(0, len(x), 32)):
+            rows = slice(start, start + 32)
+            total = in_order([zero, *(factors[rows, None] * x[rows])])
+            partial[k % z] = total if partial[k % z] is None else partial[k % z] + total
+        lanes = [in_order([zero, *partial[lane::8]]) for lane in range(8)]
+        return halves(np.stack(lanes))
+
+    def roundings(self, n, segments, stored):
+        size = sum(k for _, k in segments)
+        z = self.groups(n, size)
+        of_dot = 9 + min(16, -(-size // 256)) + max(1, -(-size // 4096))
+        return of_dot, 8 + min(32, n) + -(-n // (32 * z)) + -(-z // 8)
+
+
+def select(x, segments):
+    parts = [x[:, start : start + length] for start, length in segments]
+    return np.concatenate([x[:, :0], *parts], axis=1)
+
+
+def expected_product(tree, x, V, segments, damping, factors):
+    """out [m][size], where factors(dots [n][m]) are those of the rows."""
+    n, T = len(x), V.dtype.type
+    damped = T(damping) * V
+    if n == 0:
+        return damped
+    dots = np.stack([tree.dots(x, v, segments) for v in V], axis=1)
+    columns = select(x, segments)
+    sums = np.stack([tree.sum(columns, c) for c in factors(dots).T])
+    return sums / T(n) + damped
+
+
+def weighted(weights):
+    return lambda dots: dots if weights is None else weights[:, None] * dots
+
+
+def softmax_head(P, weights):
+    def factors(dots):
+        mean = np.zeros(len(P), P.dtype)
+        for j in range(P.shape[1]):
+            mean = mean + P[:, j] * dots[:, j]
+        q = P * (dots - mean[:, None])
+        return q if weights is None else weights[:, None] * q
+
+    return factors
+
+
+# ------------------------------------------------------------------------------------------------
+# Where kernels run
+
+
+class Cpu:
+    name = "cpu"
+
+    def tree(self, G):
+        return CpuTree(torch.finfo(kernels._COMPUTED[G.dtype]).bits // 8)
+
+    def run(self, function, *arguments, **options):
+        return function(*arguments, **options)
+
+
+class Emulated:
+    """The CUDA kernels on CPU tensors, in an order of threads and blocks."""
+
+    def __init__(self, order, seed):
+        self.order, self.name = (order, seed), f"{order}{seed}"
+
+    def tree(self, G):
+        return CudaTree(CHUNK_BYTES, G.element_size())
+
+    def run(self, function, *arguments, **options):
+        _emulated.configure(*self.order)
+        try:
+            with pytest.MonkeyPatch.context() as patch, cuda_on_cpu(_emulated):
+                patch.setattr(_emulated, "CUDA_CHUNK_BYTES", CHUNK_BYTES)
+                return function(*arguments, **options)
+        finally:
+            _emulated.configure("forward")
+
+
+CPU = Cpu()
+EMULATED = [Emulated("forward", 0), Emulated("reversed", 0), Emulated("shuffled", 1)]
+
+
+@pytest.fixture(params=[CPU, *EMULATED], ids=lambda device: device.name)
+def device(request):
+    return request.param
+
+
+def numpy(tensor):
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def same(got, expected):
+    np.testing.assert_array_equal(got.numpy(), expected, strict=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# masked_gram_product
+
+SHAPES = [
+    # rows, columns, segments
+    (0, 7, [(1, 3)]),
+    (1, 1, [(0, 1)]),
+    (5, 40, []),
+    (3, 9, [(2, 0), (3, 2), (5, 0)]),
+    (31, 70, [(0, 70)]),
+    (32, 90, [(1, 31), (33, 33), (70, 16)]),
+    (33, 140, [(3, 32), (40, 64), (139, 1)]),
+    (70, 60, [(k, 1) for k in range(1, 60, 3)]),
+    (129, 31, [(5, 17)]),
+]
+
+
+def gram_case(rng, shape, dtype, m=None, weighted=True):
+    """G with NaN beside the selected columns, and rows that lie apart; v; weights."""
+    n, d, segments = shape
+    computed = kernels._COMPUTED[dtype]
+    G = torch.full((n, d + 3), float("nan"), dtype=dtype)[:, :d]
+    for start, length in segments:
+        G[:, start : start + length] = torch.from_numpy(rng.normal(size=(n, length)))
+    size = sum(length for _, length in segments)
+    v = torch.from_numpy(rng.normal(size=(size, m or 1))).to(computed)
+    weights = torch.from_numpy(rng.uniform(0.5, 2, size=n)).to(computed) if weighted else None
+    return (
+        G,
+        v if m else v[:, 0].clone(),
+        torch.tensor(segments, dtype=torch.int64).reshape(-1, 2),
+        weights,
+    )
+
+
+def expected_gram(device, G, v, segments, weights, damping):
+    V = numpy(v if v.ndim == 2 else v[:, None]).T
+    w = None if weights is None else weights.numpy()
+    out = expected_product(device.tree(G), numpy(G), V, segments.tolist(), damping, weighted(w))
+    return np.ascontiguousarray(out.T).reshape(v.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gram_product_has_the_bits_of_its_tree(device, shape, dtype, rng):
+    for m, weights in ((None, True), (1, False), (3, True), (6, False)):
+        case = gram_case(rng, shape, dtype, m, weights)
+        got = device.run(kernels.masked_gram_product, *case, damping=0.3)
+        same(got, expected_gram(device, *case, 0.3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_product_of_several_tiles(device, dtype, rng):
+    case = gram_case(rng, (41, 5200, [(10, 4090), (4200, 5), (4300, 800)]), dtype, 2)
+    got = device.run(kernels.masked_gram_product, *case, damping=0.0)
+    same(got, expected_gram(device, *case, 0.0))
+
+
+def test_gram_product_of_many_rows(rng):
+    case = gram_case(rng, (2300, 20, [(1, 9), (12, 3)]), torch.float32)
+    same(kernels.masked_gram_product(*case, 2.0), expected_gram(CPU, *case, 2.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_thread_or_vector_width_changes_a_bit(simd_level, threads, dtype, rng):
+    wide = (150, 1400, [(0, 3), (7, 255), (270, 1024), (1399, 1)])
+    for shape in (*SHAPES, wide):
+        case = gram_case(rng, shape, dtype, 3)
+        same(kernels.masked_gram_product(*case, 0.3), expected_gram(CPU, *case, 0.3))
+
+
+def test_a_tile_is_a_tile_at_any_width(simd_level, rng):
+    """Rows so wide that only the least number of them is taken at once."""
+    case = gram_case(rng, (39, 40_000, [(3, 39_900)]), torch.float32)
+    same(kernels.masked_gram_product(*case, 0.0), expected_gram(CPU, *case, 0.0))
+
+
+def test_columns_do_not_depend_on_each_other(device, rng):
+    G, v, segments, weights = gram_case(rng, SHAPES[6], torch.float32, 5)
+    together = device.run(kernels.masked_gram_product, G, v, segments, weights, 0.1)
+    for j in range(5):
+        alone = device.run(kernels.masked_gram_product, G, v[:, j], segments, weights, 0.1)
+        same(alone, together[:, j].numpy())
+
+
+@pytest.mark.parametrize("stride", [0, 61, 200])
+def test_rows_may_lie_anyhow(device, stride, rng):
+    n, d, segments = 20, 60, torch.tensor([[4, 30], [40, 20]])
+    memory = torch.from_numpy(rng.normal(size=n * 200 + d))
+    G = memory.as_strided((n, d), (stride, 1))
+    case = (G, memory[:50].clone(), segments, None)
+    same(device.run(kernels.masked_gram_product, *case), expected_gram(device, *case, 0.0))
+
+
+# The bound
+
+
+def gamma(q, dtype):
+    u = torch.finfo(dtype).eps / 2
+    return q * u / (1 - q * u)
+
+
+def cancelling(rng, n, d):
+    """Rows whose dots with ones, and columns whose sums over rows, cancel almost wholly."""
+    half = rng.normal(size=(n, d // 2)) * 10.0 ** rng.integers(-3, 6, size=(n, d // 2))
+    x = np.concatenate([half, -half], axis=1)
+    x[: n // 2] = -x[n // 2 : 2 * (n // 2)]
+    return (x + rng.normal(size=(n, d)) * 1e-3)[:, rng.permutation(d)].copy(order="C")
+
+
+def as_long(tensor):
+    return tensor.double().numpy().astype(np.longdouble)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cancels", [False, True])
+def test_gram_product_is_within_its_bound(device, dtype, cancels, rng):
+    n, d, segments = 96, 300, [(0, 130), (140, 160)]
+    computed = kernels._COMPUTED[dtype]
+    values = rng.normal(size=(n, d))
+    if cancels:
+        columns = np.r_[0:130, 140:300]
+        values[:, columns] = cancelling(rng, n, len(columns))
+    G = torch.from_numpy(values).to(dtype)
+    v = torch.ones(290, dtype=computed) if cancels else torch.randn(290).to(computed)
+    weights = torch.from_numpy(rng.normal(size=n)).to(computed)
+    damping = 0.25
+    got = device.run(kernels.masked_gram_product, G, v, segments, weights, damping)
+    g, x, w = select(as_long(G), segments), as_long(v), as_long(weights)
+    exact = (w * (g @ x)) @ g / n + damping * x
+    size = (abs(w) * (abs(g) @ abs(x))) @ abs(g) / n + damping * abs(x)
+    bound = gamma(sum(device.tree(G).roundings(n, segments, dtype)), computed) * size
+    error = abs(as_long(got) - exact)
+    assert (error <= bound).all()
+    assert bound.max() < 1e-3 * size.max()
+    assert error.max() > 0
+    if cancels:
+        assert abs(exact).max() < 1e-2 * size.max()
+
+
+# ------------------------------------------------------------------------------------------------
+# softmax_rows_product
+
+
+def softmax_case(rng, n, d, r, dtype, weighted=True):
+    computed = kernels._COMPUTED[dtype]
+    A = torch.from_numpy(rng.normal(size=(n, d + 2))).to(dtype)[:, 1 : d + 1]
+    P = torch.from_numpy(rng.normal(size=(n, r + 2))).softmax(1)[:, :r].to(computed)
+    V = torch.from_numpy(rng.normal(size=(r, d))).to(computed)
+    weights = torch.from_numpy(rng.uniform(0.5, 2, size=n)).to(computed) if weighted else None
+    return A, P, V, weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "r"), [(0, 3, 2), (1, 1, 1), (33, 65, 3), (40, 300, 6), (70, 17, 9), (5, 4, 0)]
+)
+def test_softmax_product_has_the_bits_of_its_tree(device, n, d, r, dtype, rng):
+    for with_weights in (False, True):
+        A, P, V, weights = softmax_case(rng, n, d, r, dtype, with_weights)
+        got = device.run(kernels.softmax_rows_product, A, P, V, weights, 0.2)
+        if r == 0:
+            assert got.shape == (0, d)
+            continue
+        w = weights.numpy() if with_weights else None
+        head = softmax_head(P.numpy(), w)
+        tree = device.tree(A)
+        same(got, expected_product(tree, numpy(A), V.numpy(), [(0, d)], 0.2, head))
+
+
+def test_softmax_product_at_every_level_and_thread_count(simd_level, threads, rng):
+    for dtype in DTYPES:
+        A, P, V, weights = softmax_case(rng, 70, 130, 5, dtype)
+        head = softmax_head(P.numpy(), weights.numpy())
+        expected = expected_product(CPU.tree(A), numpy(A), V.numpy(), [(0, 130)], 0.2, head)
+        same(kernels.softmax_rows_product(A, P, V, weights, 0.2), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_product_is_within_its_bound(device, dtype, rng):
+    n, d, r = 64, 150, 4
+    A, P, V, weights = softmax_case(rng, n, d, r, dtype)
+    A = torch.from_numpy(cancelling(rng, n, d)).to(dtype)
+    got = device.run(kernels.softmax_rows_product, A, P, V, weights, 0.5)
+    a, p, x, w = (as_long(t) for t in (A, P, V, weights))
+    u, abs_u = a @ x.T, abs(a) @ abs(x).T
+    q = w[:, None] * p * (u - (p * u).sum(1, keepdims=True))
+    abs_q = w[:, None] * p * (abs_u + (p * abs_u).sum(1, keepdims=True))
+    exact = q.T @ a / n + 0.5 * x
+    size = abs_q.T @ abs(a) / n + 0.5 * abs(x)
+    of_dot, behind = device.tree(A).roundings(n, [(0, d)], dtype)
+    error = abs(as_long(got) - exact)
+    assert (error <= gamma(of_dot + r + 2 + behind, V.dtype) * size).all()
+    assert error.max() > 0
+
+
+def test_softmax_product_is_the_hessian(device, rng):
+    n, d, classes, selected_rows = 30, 6, 5, [0, 3]
+    A, W = (
+        torch.from_numpy(rng.normal(size=(n, d))),
+        torch.from_numpy(rng.normal(size=(classes, d))),
+    )
+    y = torch.from_numpy(rng.integers(0, classes, n))
+
+    def loss(selected):
+        weight = W.index_put((torch.tensor(selected_rows),), selected)
+        return torch.nn.functional.cross_entropy(A @ weight.T, y)
+
+    V = torch.from_numpy(rng.normal(size=(2, d)))
+    H = torch.autograd.functional.hessian(loss, W[selected_rows]).reshape(2 * d, 2 * d)
+    P = (A @ W.T).softmax(1)[:, selected_rows]
+    got = device.run(kernels.softmax_rows_product, A, P, V, None, 0.1)
+    torch.testing.assert_close(
+        got.flatten(), H @ V.flatten() + 0.1 * V.flatten(), rtol=1e-12, atol=1e-14
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# factored_gram
+
+
+def gram_tree(device, x):
+    if device is CPU:
+        return np.stack([CPU.tree(torch.from_numpy(x)).dots(x, row, [(0, len(row))]) for row in x])
+    dots = np.zeros((len(x), len(x)), x.dtype)
+    for start in range(0, x.shape[1], 32):
+        step = np.zeros_like(dots)
+        for c in range(start, min(start + 32, x.shape[1])):
+            step = step + x[:, None, c] * x[None, :, c]
+        dots = dots + step
+    return dots
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    ("n", "r", "d"), [(1, 1, 1), (4, 3, 33), (5, 0, 2), (33, 2, 64), (40, 40, 70), (66, 1, 5)]
+)
+def test_factored_gram(device, n, r, d, dtype, rng):
+    Delta = torch.from_numpy(rng.normal(size=(n, r + 1))).to(dtype)[:, :r]
+    A = torch.from_numpy(rng.normal(size=(n, d + 5))).to(dtype)[:, 2 : d + 2]
+    got = device.run(kernels.factored_gram, Delta, A)
+    same(got, gram_tree(device, Delta.numpy()) * gram_tree(device, A.numpy()))
+    assert torch.equal(got, got.T)
+    delta, a = as_long(Delta), as_long(A)
+    size = (abs(delta) @ abs(delta).T) * (abs(a) @ abs(a).T)
+    lanes = 128 // A.element_size()
+    q = 3 + -(-r // lanes) + -(-d // lanes) + 2 * np.log2(lanes)
+    if device is not CPU:
+        q = 3 + min(32, r) + -(-r // 32) + min(32, d) + -(-d // 32)
+    error = abs(as_long(got) - (delta @ delta.T) * (a @ a.T))
+    assert (error <= gamma(q, dtype) * size).all()
+
+
+def test_factored_gram_at_every_level_and_thread_count(simd_level, threads, rng):
+    Delta, A = rng.normal(size=(23, 5)), rng.normal(size=(23, 100))
+    got = kernels.factored_gram(torch.from_numpy(Delta), torch.from_numpy(A))
+    same(got, gram_tree(CPU, Delta) * gram_tree(CPU, A))
+
+
+# ------------------------------------------------------------------------------------------------
+# segments_gather and segments_add_
+
+
+def stretches(rng, count, dtype):
+    """Tensors of several shapes, and one or two stretches of most of them, in any order."""
+    parameters, segments = [], []
+    for k in range(count):
+        shape = [(3, 5), (40,), (2, 3, 4), (), (0,), (300, 3)][k % 6]
+        parameters.append(torch.from_numpy(rng.normal(size=shape)).to(dtype))
+        size = parameters[-1].numel()
+        cut = size // 3
+        segments += [(k, cut, size - cut)] + [(k, 0, cut)] * (k % 2)
+    rng.shuffle(segments)
+    return parameters, [tuple(map(int, s)) for s in segments]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 6, 200])
+def test_gather_and_add(device, dtype, count, rng):
+    if count == 200 and device.name not in ("cpu", "forward0"):
+        count = 20  # slow in emulation, and several launches are several launches in any order
+    parameters, segments = stretches(rng, count, dtype)
+    views = [parameters[k].flatten()[a : a + n] for k, a, n in segments]
+    size = sum(len(view) for view in views)
+    got = device.run(kernels.segments_gather, parameters, segments, size)
+    assert torch.equal(got, torch.cat(views))
+    assert got.dtype == dtype
+
+    computed = kernels._COMPUTED[dtype]
+    x = torch.from_numpy(rng.normal(size=size)).to(computed)
+    expected, offset = [p.clone() for p in parameters], 0
+    for k, a, n in segments:
+        flat = expected[k].view(-1)
+        flat[a : a + n] = (flat[a : a + n].to(computed) + 0.3 * x[offset : offset + n]).to(dtype)
+        offset += n
+    device.run(kernels.segments_add_, parameters, segments, x, alpha=0.3)
+    for parameter, want in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter, want)
+
+
+def test_bfloat16_is_rounded_as_torch_rounds(device):
+    words = torch.arange(2**15, dtype=torch.int16)
+    own = torch.cat([words, -words]).view(torch.bfloat16)[::13].contiguous()
+    x = torch.linspace(-3, 3, len(own)) * own.float().nan_to_num(0, 1, 1) * 2**-7
+    expected = (own.float() + x).to(torch.bfloat16)
+    device.run(kernels.segments_add_, [own], [(0, 0, len(own))], x)
+    torch.testing.assert_close(own, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_segments(device):
+    parameter = torch.ones(3)
+    assert device.run(kernels.segments_gather, [parameter], [], 0).shape == (0,)
+    device.run(kernels.segments_add_, [parameter], [], torch.ones(0))
+    assert parameter.tolist() == [1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory, on devices whose arrays have nothing behind them
+
+
+@pytest.mark.parametrize("order", EMULATED, ids=lambda order: order.name)
+def test_wrong_segments_stay_within_the_arrays(order, rng):
+    """On CUDA they are taken on trust; the sanitizers watch this."""
+    G = torch.from_numpy(rng.normal(size=(9, 20)))
+    for segments in ([(-5, 10)], [(15, 10)], [(0, 3)], [(0, 30)], [(3, -4), (0, 10)]):
+        out = order.run(kernels.masked_gram_product, G, torch.ones(10, dtype=G.dtype), segments)
+        assert out.isfinite().all()
+    parameters = [torch.ones(4), torch.ones(3)]
+    wrong = [(0, -2, 4), (1, 2, 3)]
+    got = order.run(kernels.segments_gather, parameters, wrong, 7)
+    assert got.tolist() == [0, 0, 1, 1, 1, 0, 0]
+    order.run(kernels.segments_add_, parameters, [(2, 0, 2), *wrong], torch.ones(9))
+    assert [p.tolist() for p in parameters] == [[2, 2, 1, 1], [1, 1, 2]]
+
+
+def test_workspace_is_what_is_used(rng):
+    """A product writes nothing behind its workspace or its output."""
+    n, size, m = 70, 600, 3
+    G, v = rng.normal(size=(n, size)).astype(np.float32), np.ones((m, size), np.float32)
+    segments = np.array([[0, size]])
+    need = _emulated.cuda_rows_product_bytes(n, size, m, 4, CHUNK_BYTES)
+    workspace, out = np.full(need + 64, 0xA5, np.uint8), np.zeros(m * size + 16, np.float32)
+    _emulated.cuda_masked_gram_product(
+        "float32", G.ctypes.data, n, size, size, segments.ctypes.data, 1, size, 0, v.ctypes.data,
+        m, 0.0, out.ctypes.data, workspace.ctypes.data, CHUNK_BYTES, 0,
+    )  # fmt: skip
+    assert (workspace[need:] == 0xA5).all()
+    assert (out[m * size :] == 0).all()
+    np.testing.assert_allclose(out[:size], G.sum(1) @ G / n, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------
+# What PyTorch asks of an operator
+
+registered = torch.ops.lcodec_ext
+
+
+def calls():
+    rng = np.random.default_rng(3)
+    gram = gram_case(rng, SHAPES[5], torch.float32, 2)
+    bf16 = gram_case(rng, SHAPES[5], torch.bfloat16)
+    parameters, segments = stretches(rng, 5, torch.float32)
+    table = torch.tensor(segments)
+    size = int(table[:, 2].sum())
+    factors = torch.randn(7, 2), torch.randn(7, 5)
+    return [
+        (registered.masked_gram_product, (*gram, 0.1)),
+        (registered.masked_gram_product, (*bf16[:3], None, 0.0)),
+        (registered.softmax_rows_product, (*softmax_case(rng, 9, 8, 2, torch.float64), 0.5)),
+        (registered.factored_gram, factors),
+        (registered.segments_gather, (parameters, table, size)),
+        (registered.segments_add_, (parameters, table, torch.ones(size), 2.0)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_opcheck(number):
+    op, arguments = calls()[number]
+    torch.library.opcheck(op.default, arguments)
+
+
+def test_compile_without_a_graph_break(rng):
+    G, v, segments, weights = gram_case(rng, SHAPES[5], torch.float32, 2)
+
+    def function(G, v, weights):
+        product = registered.masked_gram_product(G, v * 2, segments, weights, 0.1)
+        return kernels.factored_gram(product, product) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(G, v, weights), function(G, v, weights))
+
+
+def test_no_gradients(rng):
+    G, v, segments, weights = gram_case(rng, SHAPES[5], torch.float64)
+    out = kernels.masked_gram_product(G, v.requires_grad_(), segments, weights)
+    assert not out.requires_grad
+    (out * v).sum().backward()  # as a constant
+    assert torch.equal(v.grad, out)
+
+
+def test_the_other_operators_are_registered_beside_these():
+    from lcodec_ext import ops
+
+    assert ops.nearest_neighbors(torch.tensor([0.0, 1.0, 3.0])).tolist() == [1, 0, 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors
+
+G = torch.ones(4, 6)
+V = torch.ones(3)
+SEGMENTS = [(1, 2), (4, 1)]
+gram = kernels.masked_gram_product
+softmax = kernels.softmax_rows_product
+P = torch.full((4, 2), 0.25)
+ROWS = torch.ones(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gram(G.half(), V, SEGMENTS), "G must be float32, float64 or bfloat16.*float16"),
+        (lambda: gram(G[0], V, SEGMENTS), r"G must .* two dimensions; got .*shape \(6,\)"),
+        (lambda: gram(torch.ones(6, 4).T, V, SEGMENTS), r"G must have .* side by side.*contiguous"),
+        (lambda: gram(G, V.double(), SEGMENTS), "v must be torch.float32 .*; got .*float64"),
+        (lambda: gram(G.bfloat16(), V.bfloat16(), SEGMENTS), "v must be torch.float32"),
+        (lambda: gram(G, torch.ones(3, 1, 1), SEGMENTS), r"v must .*\(size, m\); got"),
+        (lambda: gram(G, V, [(1, 2)]), "segments have 2 elements in all; expected 3, as v has"),
+        (lambda: gram(G, V, [(1, -3), (2, 6)]), "segments must not be negative; got -3"),
+        (lambda: gram(G, V, [(4, 3)]), "segment 0 ends at 7, behind the 6 of G"),
+        (lambda: gram(G, V, [(4, 1), (1, 2)]), "segments must ascend.*segment 1 starts at 1"),
+        (lambda: gram(G, V, torch.ones(2, 2)), r"segments must be int64.*got .*float32"),
+        (lambda: gram(G, V, [(1, 2, 3)]), r"segments must be int64 of shape \(count, 2\)"),
+        (lambda: gram(G, V, SEGMENTS, torch.ones(3)), r"weights must be .*shape \(4,\)"),
+        (lambda: gram(G, V.to("meta"), SEGMENTS), "one device; G is on 'cpu', v is on 'meta'"),
+        (lambda: softmax(G, P[:, 0], ROWS), r"P must have shape \(N, r\)"),
+        (lambda: softmax(G, P[1:], ROWS), r"P must be .* of shape \(4, 2\)"),
+        (lambda: softmax(G, P, ROWS[:, 1:]), r"V must be .* of shape \(2, 6\)"),
+        (lambda: softmax(G, P, ROWS, torch.ones(4).double()), "weights must be torch.float32"),
+        (lambda: kernels.factored_gram(G, G.double()), "Delta and A must have one dtype"),
+        (lambda: kernels.factored_gram(G, G[1:]), "Delta and A .*the same number of rows"),
+        (lambda: kernels.factored_gram(G[:0], G[:0]), "Delta and A .*at least one"),
+        (lambda: kernels.factored_gram(G.bfloat16(), G), "Delta must be float32 or float64"),
+        (lambda: kernels.segments_gather([], [], 0), "parameters must be one tensor or more"),
+        (lambda: kernels.segments_gather([G, V.double()], [], 0), "parameter 1 is torch.float64"),
+        (lambda: kernels.segments_gather([G.T], [], 0), "parameters must be contiguous"),
+        (lambda: kernels.segments_gather([V], [(0, 2, 2)], 2), "segment 0 ends at 4, behind"),
+        (lambda: kernels.segments_gather([V], [(1, 0, 2)], 2), "segments name parameter 1; there"),
+        (lambda: kernels.segments_gather([V], [(0, 0, 2)], 3), "2 elements in all; expected 3"),
+        (lambda: kernels.segments_gather([V], [(0, 2)], 2), r"of shape \(count, 3\)"),
+        (lambda: kernels.segments_add_([V], [(0, 0, 2)], G), r"x must have shape \(size,\)"),
+        (lambda: kernels.segments_add_([V], [(0, 0, 2)], V.double()), "x must be torch.float32"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_module_refuses_what_is_no_segment():
+    with pytest.raises(ValueError, match="segments do not fit"):
+        _core.masked_gram_product("float32", 0, 0, 1, 0, 0, 1, 0, 0, 1, 0.0, 0, "auto", 1)
+    with pytest.raises(ValueError, match="dtype must be"):
+        _core.masked_gram_product("int8", 0, 0, 1, 0, 0, 0, 0, 0, 1, 0.0, 0, "auto", 1)
