@@ -26,6 +26,7 @@ from peers import Selection
 import lcodec_ext
 from lcodec_ext import _core, _engine, _native
 from lcodec_ext._ranks import ranks
+from lcodec_ext.reference import curvature as reference_curvature
 
 SEED = 20220619
 Data = dict[str, Any]
@@ -224,6 +225,15 @@ def pair(rng: np.random.Generator, n: int) -> Data:
     return {"x": x, "y": x**2 + rng.standard_normal(n)}
 
 
+def stored_rows(rng: np.random.Generator, n: int, segments: int, length: int) -> Data:
+    """Rows of per-sample gradients, a fifth of whose columns are selected: stretches of them."""
+    columns = 5 * segments * length
+    G = rng.standard_normal((n, columns), dtype=np.float32)
+    table = np.array([(5 * k * length + length, length) for k in range(segments)])
+    v = rng.standard_normal(segments * length, dtype=np.float32)
+    return {"G": G, "v": v, "segments": table, "damping": 0.1}
+
+
 # --------------------------------------------------------------------------------------------
 # This package
 
@@ -256,6 +266,22 @@ def neighbors(data: Data, backend: str) -> NDArray:
 
 def xi(data: Data, backend: str) -> float:
     return lcodec_ext.xi(data["x"], data["y"], backend=backend)
+
+
+def gram_product(data: Data, backend: str) -> NDArray:
+    if backend == "reference":
+        G, v = data["G"], data["v"]
+        tree = reference_curvature.CpuTree(v.itemsize)
+        table = data["segments"].tolist()
+        return reference_curvature.masked_gram_product(
+            tree, G, v[None], table, None, data["damping"]
+        )[0]
+    import torch
+
+    from lcodec_ext.curvature.kernels import masked_gram_product
+
+    G, v, segments = (torch.as_tensor(data[key]) for key in ("G", "v", "segments"))
+    return accelerator.fetch(masked_gram_product(G, v, segments, damping=data["damping"]))
 
 
 # --------------------------------------------------------------------------------------------
@@ -296,6 +322,14 @@ def _on_rows(function: Callable[..., NDArray]) -> Callable[[Data, int], NDArray]
     return lambda data, threads: function(data["X"], threads)
 
 
+def _on_stored_rows(name: str, function: Callable[..., NDArray], **options: Any) -> Peer:
+    def run(data: Data, threads: int) -> NDArray:
+        arguments = (data[key] for key in ("G", "v", "segments", "damping"))
+        return function(*arguments, threads)
+
+    return Peer(name, run, **options)
+
+
 # --------------------------------------------------------------------------------------------
 # Comparing answers
 
@@ -316,6 +350,16 @@ def same_value(ours: float, theirs: float, data: Data, within: float = 1e-12) ->
         "agrees": off <= within,
         "off_by": off,
         "answer": "same" if off <= within else f"off by {off:.1g}",
+    }
+
+
+def same_vector(ours: NDArray, theirs: NDArray, data: Data) -> dict[str, Any]:
+    """Equal up to float32's rounding; "off_by" is the norm of the difference over the norm."""
+    off = float(np.linalg.norm(ours - theirs) / np.linalg.norm(ours))
+    return {
+        "agrees": off <= 1e-5,
+        "off_by": off,
+        "answer": "same" if off <= 1e-5 else f"off by {off:.1g}",
     }
 
 
@@ -620,6 +664,29 @@ _ALL = (
                 lambda data, threads: peers.scipy_xi(data["x"], data["y"], threads),
                 "asserted",
             ),
+        ),
+    ),
+    Case(
+        name="gram_product",
+        title="(1/n) G^T G v, n = {n:,}, {segments} segments of {length:,} out of 5 times as many "
+        "columns",
+        make=stored_rows,
+        ours=gram_product,
+        compare=same_vector,
+        full=({"n": 1000, "segments": 10, "length": 4608},),
+        quick=({"n": 50, "segments": 10, "length": 500},),
+        tiny={"n": 70, "segments": 3, "length": 45},
+        peers=(
+            _on_stored_rows("torch, gather, then two GEMVs", peers.gather_then_gemv),
+            _on_stored_rows("torch, two GEMVs on all columns", peers.padded_gemv),
+            _on_stored_rows("torch, two GEMVs for each segment", peers.segment_gemv),
+            _on_stored_rows("torch, one GEMV for each segment", peers.read_once, answers="other"),
+        ),
+        claims=(
+            Claim("torch, gather, then two GEMVs", at_least=2),
+            Claim("torch, two GEMVs on all columns", at_least=2),
+            # it reads the selected bytes once, at the rate of the memory
+            Claim("torch, one GEMV for each segment", at_least=round(1 / 1.5, 3)),
         ),
     ),
     Case(

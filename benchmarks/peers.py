@@ -307,3 +307,62 @@ def faiss_neighbors(X: NDArray, threads: int) -> NDArray:
     index = faiss.IndexFlatL2(X.shape[1])
     index.add(np.ascontiguousarray(X, dtype=np.float32))
     return _second_unless_self(index.search(np.ascontiguousarray(X, dtype=np.float32), 2)[1])
+
+
+# --------------------------------------------------------------------------------------------
+# (1/n) G^T G v + damping v on segments of columns, in torch. Data are NumPy arrays.
+
+
+def _torch_segments(
+    G: NDArray, v: NDArray, segments: NDArray, threads: int
+) -> tuple["torch.Tensor", "torch.Tensor", list["torch.Tensor"], list["torch.Tensor"]]:
+    """G and v, and of every segment its columns of G and its part of v."""
+    import torch
+
+    torch.set_num_threads(threads)
+    matrix, vector = torch.as_tensor(G), torch.as_tensor(v)
+    columns = [matrix[:, start : start + length] for start, length in segments.tolist()]
+    return matrix, vector, columns, list(vector.split(segments[:, 1].tolist()))
+
+
+def gather_then_gemv(
+    G: NDArray, v: NDArray, segments: NDArray, damping: float, threads: int
+) -> NDArray:
+    """A copy of the selected columns, made by concatenation: quicker than by index."""
+    import torch
+
+    _, vector, columns, _ = _torch_segments(G, v, segments, threads)
+    selected = torch.cat(columns, dim=1)
+    return (selected.T @ (selected @ vector) / len(G) + damping * vector).numpy()
+
+
+def padded_gemv(G: NDArray, v: NDArray, segments: NDArray, damping: float, threads: int) -> NDArray:
+    """v with zeros for the columns that are not selected."""
+    import torch
+
+    matrix, vector, _, parts = _torch_segments(G, v, segments, threads)
+    padded = torch.zeros(matrix.shape[1])
+    for (start, length), part in zip(segments.tolist(), parts, strict=True):
+        padded[start : start + length] = part
+    product = matrix.T @ (matrix @ padded) / len(G)
+    selected = torch.cat([product[start : start + n] for start, n in segments.tolist()])
+    return (selected + damping * vector).numpy()
+
+
+def segment_gemv(
+    G: NDArray, v: NDArray, segments: NDArray, damping: float, threads: int
+) -> NDArray:
+    """Nothing is copied; the selected columns are read twice."""
+    import torch
+
+    _, vector, columns, parts = _torch_segments(G, v, segments, threads)
+    dots = torch.stack([x @ part for x, part in zip(columns, parts, strict=True)]).sum(0)
+    return (torch.cat([x.T @ dots for x in columns]) / len(G) + damping * vector).numpy()
+
+
+def read_once(G: NDArray, v: NDArray, segments: NDArray, damping: float, threads: int) -> NDArray:
+    """The first half of the product alone."""
+    import torch
+
+    _, _, columns, parts = _torch_segments(G, v, segments, threads)
+    return torch.stack([x @ part for x, part in zip(columns, parts, strict=True)]).sum(0).numpy()

@@ -7,143 +7,13 @@ import torch
 from cuda_on_cpu import cuda_on_cpu
 from lcodec_ext import _core, _emulated
 from lcodec_ext.curvature import kernels
+from lcodec_ext.reference import curvature as reference
+from lcodec_ext.reference.curvature import CpuTree, CudaTree, select
 
 pytestmark = pytest.mark.native
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 CHUNK_BYTES = 1 << 12  # on emulated devices: several chunks of few rows
-
-# ------------------------------------------------------------------------------------------------
-# The trees, as the headers have them, in NumPy
-
-
-def halves(parts):
-    """The sum over axis 0, of a power of two."""
-    while len(parts) > 1:
-        parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
-    return parts[0]
-
-
-def in_order(parts):
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def pairwise(parts):
-    parts, step = list(parts), 1
-    while step < len(parts):
-        for c in range(0, len(parts) - step, 2 * step):
-            parts[c] = parts[c] + parts[c + step]
-        step *= 2
-    return parts[0]
-
-
-def lanes_of(products, lanes, start=None):
-    """Lane l of the columns l, l + lanes, ... added in order; one more row for each lane."""
-    total = np.zeros((lanes, len(products)), products.dtype) if start is None else start
-    for j in range(0, products.shape[1], lanes):
-        piece = products[:, j : j + lanes].T
-        total[: len(piece)] = total[: len(piece)] + piece
-    return total
-
-
-class CpuTree:
-    def __init__(self, itemsize):
-        self.lanes = 128 // itemsize
-
-    def dots(self, x, v, segments):
-        lanes, offset = None, 0
-        lanes = np.zeros((self.lanes, len(x)), v.dtype)
-        for start, length in segments:
-            products = x[:, start : start + length] * v[offset : offset + length]
-            lanes_of(products, self.lanes, lanes)
-            offset += length
-        return halves(lanes)
-
-    def rows(self, n):
-        return max(32, -(-n // 64))
-
-    def sum(self, x, factors):
-        rows = self.rows(len(x))
-        zero = np.zeros(x.shape[1], x.dtype)
-        return pairwise(
-            in_order([zero, *(factors[c : c + rows, None] * x[c : c + rows])])
-            for c in range(0, len(x), rows)
-        )
-
-    def roundings(self, n, segments, stored):
-        of_dot = 1 + sum(-(-k // self.lanes) for _, k in segments) + np.log2(self.lanes)
-        chunks = max(1, -(-n // self.rows(n)))
-        return of_dot, min(n, self.rows(n)) + np.ceil(np.log2(chunks)) + 5
-
-
-class CudaTree:
-    def __init__(self, chunk_bytes, itemsize):
-        self.chunk_bytes, self.itemsize = chunk_bytes, itemsize
-
-    def groups(self, n, size):
-        most = min(max(1, -(-n // 32)), 1024)
-        return min(max(self.chunk_bytes // (32 * max(size, 1) * self.itemsize), 1), most)
-
-    def dots(self, x, v, segments):
-        products = select(x, segments) * v
-        tiles = []
-        for start in range(0, max(products.shape[1], 1), 4096):
-            lanes = lanes_of(products[:, start : start + 4096], 256).reshape(8, 32, -1)
-            tiles.append(halves(halves(lanes.transpose(1, 0, 2))))
-        return in_order(tiles)
-
-    def sum(self, x, factors):
-        z = self.groups(*x.shape)
-        zero = np.zeros(x.shape[1], x.dtype)
-        partial = [None] * z
-        for k, start in enumerate(range(0, len(x), 32)):
-            rows = slice(start, start + 32)
-            total = in_order([zero, *(factors[rows, None] * x[rows])])
-            partial[k % z] = total if partial[k % z] is None else partial[k % z] + total
-        lanes = [in_order([zero, *partial[lane::8]]) for lane in range(8)]
-        return halves(np.stack(lanes))
-
-    def roundings(self, n, segments, stored):
-        size = sum(k for _, k in segments)
-        z = self.groups(n, size)
-        of_dot = 9 + min(16, -(-size // 256)) + max(1, -(-size // 4096))
-        return of_dot, 8 + min(32, n) + -(-n // (32 * z)) + -(-z // 8)
-
-
-def select(x, segments):
-    parts = [x[:, start : start + length] for start, length in segments]
-    return np.concatenate([x[:, :0], *parts], axis=1)
-
-
-def expected_product(tree, x, V, segments, damping, factors):
-    """out [m][size], where factors(dots [n][m]) are those of the rows."""
-    n, T = len(x), V.dtype.type
-    damped = T(damping) * V
-    if n == 0:
-        return damped
-    dots = np.stack([tree.dots(x, v, segments) for v in V], axis=1)
-    columns = select(x, segments)
-    sums = np.stack([tree.sum(columns, c) for c in factors(dots).T])
-    return sums / T(n) + damped
-
-
-def weighted(weights):
-    return lambda dots: dots if weights is None else weights[:, None] * dots
-
-
-def softmax_head(P, weights):
-    def factors(dots):
-        mean = np.zeros(len(P), P.dtype)
-        for j in range(P.shape[1]):
-            mean = mean + P[:, j] * dots[:, j]
-        q = P * (dots - mean[:, None])
-        return q if weights is None else weights[:, None] * q
-
-    return factors
-
 
 # ------------------------------------------------------------------------------------------------
 # Where kernels run
@@ -166,7 +36,7 @@ class Emulated:
         self.order, self.name = (order, seed), f"{order}{seed}"
 
     def tree(self, G):
-        return CudaTree(CHUNK_BYTES, G.element_size())
+        return CudaTree(G.element_size(), CHUNK_BYTES)
 
     def run(self, function, *arguments, **options):
         _emulated.configure(*self.order)
@@ -233,7 +103,7 @@ def gram_case(rng, shape, dtype, m=None, weighted=True):
 def expected_gram(device, G, v, segments, weights, damping):
     V = numpy(v if v.ndim == 2 else v[:, None]).T
     w = None if weights is None else weights.numpy()
-    out = expected_product(device.tree(G), numpy(G), V, segments.tolist(), damping, weighted(w))
+    out = reference.masked_gram_product(device.tree(G), numpy(G), V, segments.tolist(), w, damping)
     return np.ascontiguousarray(out.T).reshape(v.shape)
 
 
@@ -326,7 +196,7 @@ def test_gram_product_is_within_its_bound(device, dtype, cancels, rng):
     g, x, w = select(as_long(G), segments), as_long(v), as_long(weights)
     exact = (w * (g @ x)) @ g / n + damping * x
     size = (abs(w) * (abs(g) @ abs(x))) @ abs(g) / n + damping * abs(x)
-    bound = gamma(sum(device.tree(G).roundings(n, segments, dtype)), computed) * size
+    bound = gamma(device.tree(G).roundings(n, segments), computed) * size
     error = abs(as_long(got) - exact)
     assert (error <= bound).all()
     assert bound.max() < 1e-3 * size.max()
@@ -348,6 +218,13 @@ def softmax_case(rng, n, d, r, dtype, weighted=True):
     return A, P, V, weights
 
 
+def expected_softmax(device, A, P, V, weights, damping):
+    w = None if weights is None else weights.numpy()
+    return reference.softmax_rows_product(
+        device.tree(A), numpy(A), P.numpy(), V.numpy(), w, damping
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "d", "r"), [(0, 3, 2), (1, 1, 1), (33, 65, 3), (40, 300, 6), (70, 17, 9), (5, 4, 0)]
@@ -356,21 +233,14 @@ def test_softmax_product_has_the_bits_of_its_tree(device, n, d, r, dtype, rng):
     for with_weights in (False, True):
         A, P, V, weights = softmax_case(rng, n, d, r, dtype, with_weights)
         got = device.run(kernels.softmax_rows_product, A, P, V, weights, 0.2)
-        if r == 0:
-            assert got.shape == (0, d)
-            continue
-        w = weights.numpy() if with_weights else None
-        head = softmax_head(P.numpy(), w)
-        tree = device.tree(A)
-        same(got, expected_product(tree, numpy(A), V.numpy(), [(0, d)], 0.2, head))
+        same(got, expected_softmax(device, A, P, V, weights, 0.2))
 
 
 def test_softmax_product_at_every_level_and_thread_count(simd_level, threads, rng):
     for dtype in DTYPES:
         A, P, V, weights = softmax_case(rng, 70, 130, 5, dtype)
-        head = softmax_head(P.numpy(), weights.numpy())
-        expected = expected_product(CPU.tree(A), numpy(A), V.numpy(), [(0, 130)], 0.2, head)
-        same(kernels.softmax_rows_product(A, P, V, weights, 0.2), expected)
+        got = kernels.softmax_rows_product(A, P, V, weights, 0.2)
+        same(got, expected_softmax(CPU, A, P, V, weights, 0.2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -385,9 +255,9 @@ def test_softmax_product_is_within_its_bound(device, dtype, rng):
     abs_q = w[:, None] * p * (abs_u + (p * abs_u).sum(1, keepdims=True))
     exact = q.T @ a / n + 0.5 * x
     size = abs_q.T @ abs(a) / n + 0.5 * abs(x)
-    of_dot, behind = device.tree(A).roundings(n, [(0, d)], dtype)
+    q = device.tree(A).roundings(n, [(0, d)]) + r + 2
     error = abs(as_long(got) - exact)
-    assert (error <= gamma(of_dot + r + 2 + behind, V.dtype) * size).all()
+    assert (error <= gamma(q, V.dtype) * size).all()
     assert error.max() > 0
 
 
@@ -416,18 +286,6 @@ def test_softmax_product_is_the_hessian(device, rng):
 # factored_gram
 
 
-def gram_tree(device, x):
-    if device is CPU:
-        return np.stack([CPU.tree(torch.from_numpy(x)).dots(x, row, [(0, len(row))]) for row in x])
-    dots = np.zeros((len(x), len(x)), x.dtype)
-    for start in range(0, x.shape[1], 32):
-        step = np.zeros_like(dots)
-        for c in range(start, min(start + 32, x.shape[1])):
-            step = step + x[:, None, c] * x[None, :, c]
-        dots = dots + step
-    return dots
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(
     ("n", "r", "d"), [(1, 1, 1), (4, 3, 33), (5, 0, 2), (33, 2, 64), (40, 40, 70), (66, 1, 5)]
@@ -436,7 +294,7 @@ def test_factored_gram(device, n, r, d, dtype, rng):
     Delta = torch.from_numpy(rng.normal(size=(n, r + 1))).to(dtype)[:, :r]
     A = torch.from_numpy(rng.normal(size=(n, d + 5))).to(dtype)[:, 2 : d + 2]
     got = device.run(kernels.factored_gram, Delta, A)
-    same(got, gram_tree(device, Delta.numpy()) * gram_tree(device, A.numpy()))
+    same(got, reference.factored_gram(Delta.numpy(), A.numpy(), cuda=device is not CPU))
     assert torch.equal(got, got.T)
     delta, a = as_long(Delta), as_long(A)
     size = (abs(delta) @ abs(delta).T) * (abs(a) @ abs(a).T)
@@ -451,7 +309,7 @@ def test_factored_gram(device, n, r, d, dtype, rng):
 def test_factored_gram_at_every_level_and_thread_count(simd_level, threads, rng):
     Delta, A = rng.normal(size=(23, 5)), rng.normal(size=(23, 100))
     got = kernels.factored_gram(torch.from_numpy(Delta), torch.from_numpy(A))
-    same(got, gram_tree(CPU, Delta) * gram_tree(CPU, A))
+    same(got, reference.factored_gram(Delta, A))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -571,8 +429,14 @@ def calls():
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_opcheck(number):
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(number, requires_grad):
     op, arguments = calls()[number]
+    if requires_grad and op is not registered.segments_add_:
+        for argument in arguments:
+            for tensor in argument if isinstance(argument, list) else [argument]:
+                if torch.is_tensor(tensor) and tensor.is_floating_point():
+                    tensor.requires_grad_()
     torch.library.opcheck(op.default, arguments)
 
 
@@ -593,6 +457,20 @@ def test_no_gradients(rng):
     assert not out.requires_grad
     (out * v).sum().backward()  # as a constant
     assert torch.equal(v.grad, out)
+
+
+def test_an_addition_in_place_is_seen_by_autograd():
+    weight, x = torch.ones(3, requires_grad=True), torch.ones(2)
+    with pytest.raises(RuntimeError, match="parameter 0 requires a gradient"):
+        kernels.segments_add_([weight], [(0, 1, 2)], x)
+    loss = (weight**2).sum()
+    with torch.no_grad():
+        kernels.segments_add_([weight], [(0, 1, 2)], x)
+    assert weight.tolist() == [1, 2, 2]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        kernels.segments_add_([torch.ones(3)], [(0, 1, 2)], x)
 
 
 def test_the_other_operators_are_registered_beside_these():

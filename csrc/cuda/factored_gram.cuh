@@ -6,10 +6,11 @@
 // Fast       n^2 (r + d) multiplications and additions in all, half of them left out for symmetry;
 //            4 multiplications and additions for 4 reads of shared memory, which bound it. Memory:
 //            2 n^2 (r + d) / 32 elements read, from the cache where the factors fit, and n^2
-//            written. n = 1000, d = 4608 in float: 2.3e9 of each, 0.6e9 / 32 shared reads.
+//            written. n = 1000, d = 4608 in float: 2.3e9 of each, and as many reads of shared
+//            memory, 7e7 of a warp.
 // Must not   store the two products, or give k_ij and k_ji different bits: both are added in the
 //            same order.
-// Twin       cpu/curvature.cpp, with its own tree
+// Twin       lcodec_ext/reference/curvature.py; cpu/curvature.cpp, with its own tree
 #pragma once
 
 #include <cstdint>

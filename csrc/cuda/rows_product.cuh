@@ -11,16 +11,16 @@
 //            blockIdx.y counts groups of kVectors vectors.
 // Arguments  column [size], the selected columns; dots [2][rows of a chunk][m][tiles], of odd and
 //            even chunks; partial [groups][m][size]. The tree is in lcodec/cuda_curvature.hpp.
-// Fast       Bound by memory: n size elements of x, once. From the cache besides: x again, and for
-//            every 8 rows v and column, for every 32 rows partial twice: 2.6 times the bytes of x
-//            in all, in float. An element and vector takes 2 multiplications and 2 additions; an
-//            element 2 loads, of whole sectors where a segment is long, and some 4 instructions for
-//            addresses: 12 for kVectors = 1, and 40 shuffles and additions for every 16 elements of
-//            8 rows. n = 1000, size = 46 000 in float: 184 MB, 56 us at 3.3 TB/s; 2.8e9 / 32
-//            instructions of a warp, 20 us at 132 * 4 schedulers of 1.7 GHz.
+// Fast       Bound by memory: n size elements of x, once. The cache gives x again, v and column for
+//            every 8 rows, and partial, twice, for every 32: 2.3 times the bytes of x in all, in
+//            float. An element and vector takes 2 multiplications and 2 additions; an element 2
+//            loads, of whole sectors where segments are long, and their addresses; 16 elements of 8
+//            rows 40 shuffles and as many additions: about 12 for an element and one vector.
+//            n = 1000, size = 46 000 in float: 184 MB, 0.06 ms at 3.3 TB/s, beside 0.02 ms of
+//            5.5e8 / 32 instructions of a warp, and 19 launches, of 12 MB each.
 // Must not   gather x into a copy, add with atomics, or let a sum depend on the grid. Rows that do
 //            not exist are not added; NaN in columns that are not selected is not read.
-// Twin       cpu/curvature.cpp, with its own tree; lcodec/curvature.hpp
+// Twin       lcodec_ext/reference/curvature.py CudaTree; cpu/curvature.cpp, with its own tree
 #pragma once
 
 #include <cstddef>

@@ -3,7 +3,7 @@
 // Mapping    block (s, y) takes every kSlices-th piece of kSegmentThreads elements of segment s. It
 //            first adds up the lengths of the segments before.
 // Arguments  segments [count][kWords], the last two words start and length; addresses by value
-// Fast       2 size elements moved (gather), 3 (add), and 8 bytes for every pair of segments: with
+// Fast       2 size elements moved (gather), 3 (add), and 64 bytes for every pair of segments: with
 //            the ten to hundred segments of a few units bound by the launch. 46 000 floats: 0.4 MB.
 // Must not   touch memory outside of the arrays, whatever the segments hold; add twice to an
 //            element (the caller's segments do not overlap).

@@ -237,10 +237,12 @@ def segments_add_(
     ------
     ValueError
         If an argument is not as described; it is named.
+    RuntimeError
+        If a parameter requires a gradient outside of ``torch.no_grad()``.
 
     Notes
     -----
-    O(size). Parameters that require gradients must be changed under ``torch.no_grad()``, as ever.
+    O(size).
 
     Examples
     --------
@@ -577,6 +579,14 @@ def _fake_segments_gather(parameters: list[Tensor], segments: Tensor, size: int)
 
 def _segments_add_(parameters: list[Tensor], segments: Tensor, x: Tensor, alpha: float) -> None:
     _check_addition(parameters, segments, x)
+    for k, parameter in enumerate(parameters):
+        if parameter.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"parameter {k} requires a gradient and cannot be changed in place; do it under "
+                "torch.no_grad()"
+            )
+    if not torch.is_inference_mode_enabled():  # saved tensors are known to be out of date
+        torch.autograd.graph.increment_version(parameters)
     parameters, table = _plain(*parameters), segments.contiguous()
     (x,) = _plain(x)
     x = x.contiguous()
