@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cuda_on_cpu import cuda_on_cpu
+from devices import GPU, ORDERS
 from lcodec_ext import _core, _emulated
 from lcodec_ext.curvature import kernels
 from lcodec_ext.reference import curvature as reference
@@ -48,11 +49,38 @@ class Emulated:
             _emulated.configure("forward")
 
 
+class OnGpu(Emulated):
+    """The CUDA kernels on a GPU; what they change in place is copied back."""
+
+    name = "cuda"
+
+    def __init__(self):
+        pass
+
+    def run(self, function, *arguments, **options):
+        moved = [place(argument, "cuda") for argument in arguments]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_core, "CUDA_CHUNK_BYTES", CHUNK_BYTES)
+            result = function(*moved, **options)
+        for own, other in zip(arguments, moved, strict=True):
+            if isinstance(own, list) and own and torch.is_tensor(own[0]):
+                for tensor, changed in zip(own, other, strict=True):
+                    tensor.copy_(changed)
+        return place(result, "cpu")
+
+
+def place(value, where):
+    if isinstance(value, list):
+        return [place(item, where) for item in value]
+    return value.to(where) if torch.is_tensor(value) else value
+
+
 CPU = Cpu()
-EMULATED = [Emulated("forward", 0), Emulated("reversed", 0), Emulated("shuffled", 1)]
+EMULATED = [Emulated(*order) for order in ORDERS]
+GPUS = [pytest.param(OnGpu(), marks=pytest.mark.cuda) for _ in GPU]
 
 
-@pytest.fixture(params=[CPU, *EMULATED], ids=lambda device: device.name)
+@pytest.fixture(params=[CPU, *EMULATED, *GPUS], ids=lambda device: device.name)
 def device(request):
     return request.param
 
