@@ -335,9 +335,10 @@ def test_factored_gram(device, n, r, d, dtype, rng):
 
 
 def test_factored_gram_at_every_level_and_thread_count(simd_level, threads, rng):
-    Delta, A = rng.normal(size=(23, 5)), rng.normal(size=(23, 100))
-    got = kernels.factored_gram(torch.from_numpy(Delta), torch.from_numpy(A))
-    same(got, reference.factored_gram(Delta, A))
+    for n in (23, 330):  # the second in larger tiles
+        Delta, A = rng.normal(size=(n, 5)), rng.normal(size=(n, 100))
+        got = kernels.factored_gram(torch.from_numpy(Delta), torch.from_numpy(A))
+        same(got, reference.factored_gram(Delta, A))
 
 
 # ------------------------------------------------------------------------------------------------

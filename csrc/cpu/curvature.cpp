@@ -18,7 +18,7 @@ constexpr std::int64_t kTileBytes = 512 * 1024;  // half of a common second-leve
 constexpr std::int64_t kLeastTileRows = 4;       // which share loads; 4 rows wider than that are
 constexpr std::int64_t kMostTileRows = 32;       // in the third-level cache
 constexpr std::int64_t kReducedAtOnce = std::int64_t{1} << 14;  // elements of a piece of work
-constexpr std::int64_t kGramRows = 4;  // whose dots with one row are taken at once
+constexpr std::int64_t kMostGramRows = 32;  // whose dots with one row are taken at once
 
 template <class S, class T>
 CurvatureKernels<S, T> pick(SimdLevel level) {
@@ -149,18 +149,23 @@ Status factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, 
   const auto dots = pick<T, T>(execution.level).dots;
   const Segment all_delta{0, r};
   const Segment all_a{0, d};
-  const std::int64_t pieces = quotient_up(n, kGramRows);
+  // Few enough for the cache, and for pieces of work to go round.
+  const std::int64_t row_bytes =
+      std::max<std::int64_t>(d * static_cast<std::int64_t>(sizeof(T)), 1);
+  const std::int64_t tile_rows = std::clamp(
+      std::min(kTileBytes / row_bytes, quotient_up(n, kMostChunks)), kLeastTileRows, kMostGramRows);
+  const std::int64_t pieces = quotient_up(n, tile_rows);
   return parallel_for(pieces, execution, [&] {
     return [&](std::int64_t piece) {
       // the longest first
-      const std::int64_t i = (pieces - 1 - piece) * kGramRows;
-      const std::int64_t rows = std::min(kGramRows, n - i);
+      const std::int64_t i = (pieces - 1 - piece) * tile_rows;
+      const std::int64_t rows = std::min(tile_rows, n - i);
       const SelectedColumns<T> own_delta{
           delta + i * delta_stride, rows, delta_stride, &all_delta, 1, r};
       const SelectedColumns<T> own_a{a + i * a_stride, rows, a_stride, &all_a, 1, d};
       for (std::int64_t j = 0; j < i + rows; ++j) {
-        T left[kGramRows];
-        T right[kGramRows];
+        T left[kMostGramRows];
+        T right[kMostGramRows];
         dots(own_delta, delta + j * delta_stride, left);
         dots(own_a, a + j * a_stride, right);
         for (std::int64_t t = 0; t < rows; ++t) {
