@@ -2,9 +2,8 @@
 // selected columns: c_ij = w_i u_ij, or the softmax head's w_i p_ij (u_ij - sum_j' p_ij' u_ij').
 // One pass over the selected bytes of x.
 //
-// Mapping    A launch adds up chunk t - 1 and takes the dots of chunk t, side by side: chunks are
-// of
-//            a size that both stay in the second-level cache (kChunkBytes), so memory streams one
+// Mapping    A launch adds up chunk t - 1 and takes the dots of chunk t, side by side: both chunks
+//            stay in the second-level cache (kChunkBytes is their size), so memory streams one
 //            while the other is read from the cache. The first blocks add up: 256 positions of a
 //            group of 32 rows, a thread for each position, factors in shared memory. The others
 //            take dots: a tile of 4096 positions of 8 rows, thread l at positions l, l + 256, ....
@@ -204,7 +203,7 @@ __global__ void __launch_bounds__(kProductThreads)
 
 // A thread for each element of out [m][size]. groups = 0: no rows at all.
 template <class S, class T>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, 1)
     finish_kernel(RowsProduct<S, T> a, T damping, T* out) {
   const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * kProductThreads + threadIdx.x;
   const std::int64_t count = a.m * a.size;
