@@ -21,6 +21,7 @@ from torch import Tensor
 import lcodec_ext
 from lcodec_ext._backend import on_device
 from lcodec_ext._engine import TIES, lay_out, make_engine
+from lcodec_ext._operators import register
 from lcodec_ext._validation import MAX_ROWS, check_choice, check_integer, check_seed
 
 __all__ = ["codec", "foci", "nearest_neighbors", "score"]
@@ -318,8 +319,6 @@ def _check_step(
         raise ValueError(f"selected columns must differ; got {list(selected)}")
 
 
-# Without a kernel of their own autograd would warn of a backward pass that does not exist.
-_library: Any = torch.library.Library("lcodec_ext", "DEF")  # type: ignore[no-untyped-call]
 for _schema, _kernel, _fake in (
     ("codec(Tensor y, Tensor z, Tensor? x, str ties, int seed) -> Tensor", _codec, _fake_codec),
     (
@@ -340,8 +339,4 @@ for _schema, _kernel, _fake in (
         _fake_score,
     ),
 ):
-    _name = _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"lcodec_ext::{_name}", _fake, lib=_library)
+    register(_schema, _kernel, _fake)

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/address.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/cuda_outcome.hpp"
 #include "lcodec/cuda_engine.hpp"
@@ -13,13 +14,6 @@ namespace py = pybind11;
 
 namespace lcodec::bindings {
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Ties tie_rule(int ties) {
   if (ties < 0 || ties > 2) throw std::invalid_argument("unknown tie rule");

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/address.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/cuda_outcome.hpp"
 
@@ -17,13 +18,7 @@ namespace py = pybind11;
 namespace lcodec::bindings {
 namespace {
 
-using Address = std::uintptr_t;
 using Words = std::vector<std::int64_t>;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // call(S{}, T{}) for the type of storage that dtype names, without the GIL; raises what fails.
 template <class Call>

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/address.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/execution.hpp"
 
@@ -16,13 +17,6 @@ namespace py = pybind11;
 
 namespace lcodec::bindings {
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // call(S{}, T{}) for the type of storage that dtype names.
 template <class Call>

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lcodec_ext import _core, _native
 from lcodec_ext._backend import on_device
+from lcodec_ext._operators import register
 
 __all__ = [
     "factored_gram",
@@ -618,8 +619,6 @@ def _fake_segments_add_(
     _check_addition(parameters, segments, x)
 
 
-# Without a kernel of their own autograd would warn of a backward pass that does not exist.
-_library: Any = torch.library.Library("lcodec_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema, _kernel, _fake in (
     (
         "masked_gram_product(Tensor G, Tensor v, Tensor segments, Tensor? weights, float damping)"
@@ -645,8 +644,4 @@ for _schema, _kernel, _fake in (
         _fake_segments_add_,
     ),
 ):
-    _name = _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"lcodec_ext::{_name}", _fake, lib=_library)
+    register(_schema, _kernel, _fake)
