@@ -1,7 +1,8 @@
 """Curvature restricted to a few units of a PyTorch model.
 
 `UnitSelection` says which units, and in which order their parameters are the coordinates of
-vectors and matrices.
+vectors and matrices. The operators multiply and solve with matrices of second derivatives
+restricted to them, without forming those of the whole model.
 """
 
 try:
@@ -11,6 +12,29 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.curvature needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+from lcodec_ext.curvature.operators import (
+    CurvatureOperator,
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    SecantOperator,
+)
+from lcodec_ext.curvature.per_sample import SampleGradients, per_sample_gradients
+from lcodec_ext.curvature.solvers import ConvergenceWarning, IndefiniteCurvatureError, SolveResult
 from lcodec_ext.curvature.units import Segment, UnitSelection, n_units
 
-__all__ = ["Segment", "UnitSelection", "n_units"]
+__all__ = [
+    "ConvergenceWarning",
+    "CurvatureOperator",
+    "FisherOperator",
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "IndefiniteCurvatureError",
+    "SampleGradients",
+    "SecantOperator",
+    "Segment",
+    "SolveResult",
+    "UnitSelection",
+    "n_units",
+    "per_sample_gradients",
+]

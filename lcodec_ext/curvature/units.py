@@ -746,7 +746,7 @@ class UnitLayout:
                     f"{layer.refused[unit]}"
                 )
         self.size = 0
-        self._runs: list[_Run] = []
+        self.runs: list[_Run] = []
         self._on_device: dict[tuple[int, str, torch.device], tuple[Tensor, ...]] = {}
         taken: dict[str, _Taken] = {}
         for name in layers:
@@ -754,7 +754,7 @@ class UnitLayout:
                 self._place(name, block, chosen.get(name, ()), taken)
         every = dict(model.named_parameters())
         self.parameters = {
-            part.parameter: every[part.parameter] for run in self._runs for part in run.parts
+            part.parameter: every[part.parameter] for run in self.runs for part in run.parts
         }
         first = next(iter(every.values()), torch.empty(0))
         self._empty = torch.empty(0, dtype=first.dtype, device=first.device)
@@ -786,8 +786,8 @@ class UnitLayout:
 
         for parts, run in [(parts, tuple(run)) for parts, run in groupby(units, fresh)]:
             if parts:
-                self._runs.append(_Run(name, run, self.size, parts))
-                self.size += len(run) * self._runs[-1].width
+                self.runs.append(_Run(name, run, self.size, parts))
+                self.size += len(run) * self.runs[-1].width
         for part in block.parts:
             if part.tied:
                 taken[part.parameter].entries.update(unit - part.first for unit in units)
@@ -795,7 +795,7 @@ class UnitLayout:
     def segments(self) -> tuple[Segment, ...]:
         """List the slices of parameters, in the order of the coordinates."""
         found = []
-        for run in self._runs:
+        for run in self.runs:
             start = run.start
             positions = [
                 zip(*(axis.tolist() for axis in run.positions(part)), strict=True)
@@ -810,11 +810,27 @@ class UnitLayout:
                     start += part.length
         return tuple(found)
 
+    def places(self) -> Iterator[tuple[_Part, NDArray[np.intp], NDArray[np.intp]]]:
+        """List which entries of a parameter are which coordinates.
+
+        Yields
+        ------
+        part : _Part
+        entries : ndarray of int, shape (n,)
+            Places in the part's cut, ascending.
+        coordinates : ndarray of int, shape (n, part.length)
+        """
+        for run in self.runs:
+            first = run.start + np.arange(len(run.units))[:, None] * run.width
+            for part in run.parts:
+                yield part, np.array(run.units) - part.first, first + np.arange(part.length)
+                first = first + part.length
+
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """As `UnitSelection.gather`, from tensors by name."""
         self._check(tensors, "source")
         pieces = []
-        for run in self._runs:
+        for run in self.runs:
             for_each_unit = []
             for part in run.parts:
                 tensor = tensors[part.parameter]
@@ -858,7 +874,7 @@ class UnitLayout:
         self, tensors: Mapping[str, Tensor], vector: Tensor
     ) -> Iterator[tuple[_Part, tuple[Tensor, ...], Tensor]]:
         """Parts, where the view of each has the units, and what of the vector belongs there."""
-        for run in self._runs:
+        for run in self.runs:
             n = len(run.units)
             matrix = vector[run.start : run.start + n * run.width].reshape(n, run.width)
             column = 0

@@ -1,0 +1,245 @@
+"""Batches of samples, whatever they were given as, and losses that are known by name."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+SAMPLES = 256  # of one batch, where the package makes the batches
+
+_LABELS = ("labels", "label")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model is called with, and what the loss is given beside its outputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Any
+    size: int  # samples
+
+
+class Batches:
+    """The batches of a data set, the same ones on every pass.
+
+    Parameters
+    ----------
+    data : object
+        As `HessianOperator` takes it.
+    device : torch.device
+        To which tensors are moved.
+    dtype : torch.dtype
+        Of floating-point tensors.
+
+    Attributes
+    ----------
+    cut_here : bool
+        Whether the batches are cut from tensors or a Dataset, and mean nothing to the caller.
+    """
+
+    def __init__(self, data: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self.cut_here = False
+        self._read: Callable[[], Iterable[Any]]
+        if isinstance(data, DataLoader):
+            self._read = lambda: data
+        elif isinstance(data, Dataset):
+            self.cut_here = True
+            self._read = lambda: _from_dataset(data)
+        elif _is_batch(data):
+            self.cut_here = True
+            n = _n_samples(data, "data")
+            self._read = lambda: (_cut(data, n, k) for k in range(0, n, SAMPLES))
+        elif isinstance(data, Iterator):
+            raise TypeError(
+                "data is an iterator, which can be read only once; pass a list of batches, or a "
+                f"callable that returns a new iterator (got {type(data).__name__})"
+            )
+        elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor):
+            self._read = lambda: data
+        elif callable(data):
+            self._read = data
+        else:
+            raise TypeError(
+                "data must be a pair (inputs, targets) of tensors, a dict of tensors with "
+                "'labels', a Dataset, a DataLoader, an iterable of such batches or a callable that "
+                f"returns one; got an object of type {type(data).__name__}"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self._read()):
+            name = "data" if self.cut_here else f"batch {number} of data"
+            if not _is_batch(batch):
+                raise TypeError(
+                    f"{name} must be a pair (inputs, targets) or a dict with 'labels'; got "
+                    f"{_described(batch)}"
+                )
+            size = _n_samples(batch, name)
+            yield _as_batch(_moved(batch, self._device, self._dtype), size, name)
+
+
+def _is_batch(data: Any) -> bool:
+    """Whether data is one batch, and not a collection of them."""
+    if isinstance(data, Mapping):
+        return True
+    return isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[-1], Tensor)
+
+
+def _as_batch(batch: Any, size: int, name: str) -> Batch:
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+        for key in _LABELS:
+            if key in inputs:
+                return Batch((), inputs, inputs.pop(key), size)
+        raise ValueError(f"{name} must have 'labels' among its keys; got {list(inputs)}")
+    *args, targets = batch
+    if len(args) == 1 and isinstance(args[0], Mapping):
+        return Batch((), dict(args[0]), targets, size)
+    if len(args) == 1 and isinstance(args[0], tuple | list):
+        args = list(args[0])
+    return Batch(tuple(args), {}, targets, size)
+
+
+def _from_dataset(dataset: Any) -> Iterator[Any]:
+    return iter(DataLoader(dataset, SAMPLES, collate_fn=default_collate))
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from tensors_of(value)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same nested tuples, lists and mappings with function of every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        made = {key: map_tensors(function, value) for key, value in tree.items()}
+        return made if type(tree) is dict else _like(tree, made)
+    if isinstance(tree, tuple | list):
+        values = [map_tensors(function, value) for value in tree]
+        if hasattr(tree, "_fields"):
+            return type(tree)(*values)
+        return tuple(values) if isinstance(tree, tuple) else values
+    return tree
+
+
+def _like(tree: Any, made: dict[str, Any]) -> Any:
+    try:
+        return type(tree)(**made)  # the outputs of transformers
+    except TypeError:
+        return made
+
+
+def _n_samples(batch: Any, name: str) -> int:
+    first = next(tensors_of(batch), None)
+    if first is None or first.ndim == 0:
+        raise ValueError(f"{name} must hold tensors with samples along their first axis")
+    if len(first) == 0:
+        raise ValueError(f"{name} is empty: its first tensor has shape {tuple(first.shape)}")
+    targets = batch[-1] if isinstance(batch, tuple | list) else None
+    if targets is not None and targets.ndim and len(targets) != len(first):
+        raise ValueError(f"{name} has {len(first)} inputs and {len(targets)} targets")
+    return len(first)
+
+
+def _cut(data: Any, n: int, start: int) -> Any:
+    if n <= SAMPLES:
+        return data
+    return map_tensors(lambda t: t[start : start + SAMPLES] if t.ndim and len(t) == n else t, data)
+
+
+def sample_of(tree: Any, n: int, samples: slice) -> Any:
+    """Some samples of a batch of n: slices of tensors whose first axis has n entries."""
+    return map_tensors(lambda t: t[samples] if t.ndim and len(t) == n else t, tree)
+
+
+def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.is_inference():  # these cannot be saved for a backward pass
+            tensor = tensor.clone()
+        if tensor.is_complex():
+            raise TypeError(f"data must be real; got a tensor of {tensor.dtype}")
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    return map_tensors(move, tree)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a single tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(type(part).__name__ for part in value)})"
+    return f"an object of type {type(value).__name__}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses
+
+
+@dataclass(frozen=True)
+class KnownLoss:
+    """A loss whose second derivative by the outputs is written down.
+
+    Attributes
+    ----------
+    kind : {"cross_entropy", "bce_with_logits", "mse"}
+    reduction : {"mean", "sum"}
+    ignore_index : int
+        Of cross-entropy: the target that counts for nothing.
+    """
+
+    kind: str
+    reduction: str
+    ignore_index: int = -100
+
+
+_MODULES: dict[type, str] = {
+    torch.nn.CrossEntropyLoss: "cross_entropy",
+    torch.nn.BCEWithLogitsLoss: "bce_with_logits",
+    torch.nn.MSELoss: "mse",
+}
+_FUNCTIONS: dict[Any, str] = {
+    torch.nn.functional.cross_entropy: "cross_entropy",
+    torch.nn.functional.binary_cross_entropy_with_logits: "bce_with_logits",
+    torch.nn.functional.mse_loss: "mse",
+}
+
+
+def known_loss(loss_fn: Any) -> KnownLoss | None:
+    """Recognise softmax cross-entropy, BCE with logits and squared error, without weights."""
+    options: dict[str, Any]
+    if type(loss_fn) in _MODULES:
+        if getattr(loss_fn, "weight", None) is not None:
+            return None
+        if getattr(loss_fn, "pos_weight", None) is not None:
+            return None
+        kind, options = _MODULES[type(loss_fn)], vars(loss_fn)
+    else:
+        options = {}
+        while isinstance(loss_fn, functools.partial) and not loss_fn.args:
+            options = loss_fn.keywords | options
+            loss_fn = loss_fn.func
+        try:
+            kind = _FUNCTIONS[loss_fn]
+        except (KeyError, TypeError):
+            return None
+        if options.keys() - {"reduction", "label_smoothing", "ignore_index"}:
+            return None
+    reduction = options.get("reduction", "mean")
+    if reduction not in ("mean", "sum"):
+        return None
+    return KnownLoss(kind, reduction, options.get("ignore_index", -100))

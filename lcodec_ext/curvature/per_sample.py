@@ -1,0 +1,375 @@
+"""Gradients of single samples by the parameters of selected units, as factors where possible.
+
+The gradient of sample i by the rows of a layer is linear in what reaches them from the loss, D_i,
+and in the layer's input, x_i: for a Linear layer, the outer product D_i x_i^T. Inner products with
+it, and sums of it, need no more than these two.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcodec_ext._validation import check_integer
+from lcodec_ext.curvature._data import Batch, map_tensors, sample_of, tensors_of
+from lcodec_ext.curvature._masked import (
+    Added,
+    MaskedModel,
+    Run,
+    is_convolution,
+    is_linear,
+    patches,
+    plain_arithmetic,
+    twice_differentiable,
+)
+from lcodec_ext.curvature._objective import LossFunction, Objective
+from lcodec_ext.curvature.units import UnitSelection
+
+MAX_BYTES = 2**28  # of the gradients of a chunk of samples
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The gradients of n samples by the rows of one call of a layer.
+
+    Attributes
+    ----------
+    added : Added
+        The rows, and the layer's input.
+    reached : Tensor
+        Gradient of every sample's loss by what the rows add to the output.
+    coordinates : Tensor of int64, shape (entries, length)
+    shape : tuple of int
+        Of a displacement of the parameter.
+    """
+
+    added: Added
+    reached: Tensor
+    coordinates: Tensor
+    shape: tuple[int, ...]
+
+    def _rows(self, displacement: Tensor) -> Tensor:
+        added = self.added
+        return added.rows.of(added.args, added.kwargs, displacement, added.axis)
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """Inner products of the gradients with a vector of all coordinates, shape (n,)."""
+        d = vector[self.coordinates].reshape(self.shape)
+        with torch.no_grad():
+            return (self._rows(d) * self.reached).flatten(1).sum(1)
+
+    def add_combined(self, weights: Tensor, out: Tensor) -> None:
+        """Add sum_i weights_i gradient_i to a vector of all coordinates."""
+        weighted = self.reached * weights.reshape(-1, *[1] * (self.reached.ndim - 1))
+        with torch.enable_grad():
+            zero = weighted.new_zeros(self.shape, requires_grad=True)
+            (total,) = torch.autograd.grad(self._rows(zero).expand_as(weighted), zero, weighted)
+        out[self.coordinates] += total.reshape(self.coordinates.shape)
+
+    def plain(self) -> tuple[Tensor, Tensor] | None:
+        """(D, x), of shapes (n, entries) and (n, length), if gradients are single outer products.
+
+        The x of a bias is a column of ones.
+        """
+        reached = self.reached
+        if reached.ndim != 2:
+            return None
+        if len(self.shape) == 1:
+            return reached, reached.new_ones(len(reached), 1)
+        return (reached, self.added.input) if is_linear(self.added.rows.module) else None
+
+    def dense(self) -> Tensor:
+        """The gradients, shape (n, entries * length), entry by entry."""
+        reached, added = self.reached, self.added
+        n, module = len(reached), added.rows.module
+        if len(self.shape) == 1 and added.rows.key == "bias":
+            return reached.movedim(added.axis, 1).flatten(2).sum(2) if reached.ndim > 2 else reached
+        if len(self.shape) == 1:  # the scale of a norm
+            with torch.no_grad():
+                products = self._rows(reached.new_ones(self.shape)) * reached
+            return products.movedim(added.axis, 1).reshape(n, self.shape[0], -1).sum(2)
+        if is_linear(module):
+            x = added.input
+            x = x.reshape(n, -1, x.shape[-1])
+            each = reached.reshape(n, -1, reached.shape[-1]).transpose(1, 2) @ x
+            return each.flatten(1)
+        if isinstance(module, nn.Embedding):
+            place = added.rows.of.place[added.input].reshape(n, -1)  # type: ignore[attr-defined]
+            entries, length = self.shape
+            row = (torch.arange(n, device=place.device)[:, None] * (entries + 1) + place).flatten()
+            sums = reached.new_zeros(n * (entries + 1), length)
+            sums.index_add_(0, row, reached.reshape(-1, length))
+            return sums.reshape(n, entries + 1, length)[:, :-1].flatten(1)
+        if is_convolution(module) and module.groups == 1:
+            x = added.input
+            reached = reached.flatten(2)
+            per_sample = reached.shape[2] * math.prod(self.shape[1:]) * reached.element_size()
+            step = max(1, MAX_BYTES // per_sample)
+            return torch.cat(
+                [
+                    (a @ patches(module, b).transpose(1, 2)).flatten(1)
+                    for a, b in zip(torch.split(reached, step), torch.split(x, step), strict=True)
+                ]
+            )
+
+        options = {key: value for key, value in added.kwargs.items() if key != "input"}
+
+        def one(x: Tensor, reached_one: Tensor) -> Tensor:
+            def rows(d: Tensor) -> Tensor:
+                return added.rows.of((x[None], *added.args[1:]), options, d, added.axis)
+
+            pull: Any = torch.func.vjp(rows, reached_one.new_zeros(self.shape))[1]
+            (gradient,) = pull(reached_one[None])
+            return gradient
+
+        return torch.func.vmap(one)(added.input, reached).flatten(1)
+
+
+@dataclass(frozen=True)
+class SampleGradients:
+    """The gradients of n samples by the p selected parameters.
+
+    Attributes
+    ----------
+    n, size : int
+        Samples, and p.
+    factors : tuple of Factors
+        Of which the gradients are the sum; none where they are stored.
+    """
+
+    n: int
+    size: int
+    factors: tuple[Factors, ...]
+    _stored: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the factors, or of the stored gradients; what several share counts once."""
+        if self._stored is not None:
+            return self._stored.nbytes
+        kept: dict[int, int] = {}
+        for factors in self.factors:
+            for t in (factors.reached, *tensors_of([factors.added.args, factors.added.kwargs])):
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return sum(kept.values())
+
+    def plain(self) -> list[tuple[Tensor, Tensor]]:
+        """For each parameter (D, x), if gradients are outer products D_i x_i^T; else nothing."""
+        pairs = [factors.plain() for factors in self.factors]
+        parameters = {factors.added.rows.parameter for factors in self.factors}
+        if len(parameters) < len(pairs):
+            return []
+        found = [pair for pair in pairs if pair is not None]
+        return found if len(found) == len(pairs) else []
+
+    def is_plain(self) -> bool:
+        """Whether gradients are one outer product for each parameter."""
+        return bool(self.plain())
+
+    @plain_arithmetic()
+    def dense(self) -> Tensor:
+        """All of them, shape (n, p)."""
+        if self._stored is not None:
+            return self._stored
+        out = self.factors[0].reached.new_zeros(self.n, self.size)
+        for factors in self.factors:
+            out[:, factors.coordinates.flatten()] += factors.dense()
+        return out
+
+    @plain_arithmetic()
+    def dot(self, vector: Tensor) -> Tensor:
+        """Inner products with a vector of shape (p,), shape (n,)."""
+        if self._stored is not None:
+            return self._stored @ vector
+        return torch.stack([factors.dot(vector) for factors in self.factors]).sum(0)
+
+    @plain_arithmetic()
+    def combine(self, weights: Tensor) -> Tensor:
+        """sum_i weights_i gradient_i, shape (p,)."""
+        if self._stored is not None:
+            return weights @ self._stored
+        out = weights.new_zeros(self.size)
+        for factors in self.factors:
+            factors.add_combined(weights, out)
+        return out
+
+
+def gradients_by_seeds(
+    masked: MaskedModel, run: Run, values: Sequence[Tensor], seeds: Sequence[Tensor], n: int
+) -> SampleGradients:
+    """Factors of J_i^T seed_i for every sample i of a run whose layers take samples first."""
+    reached = torch.autograd.grad(
+        values,
+        [added.value for added in run.added],
+        seeds,
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    return SampleGradients(
+        n,
+        masked.size,
+        tuple(
+            Factors(
+                _without_graph(added),
+                d,
+                masked.coordinates(added.rows.parameter),
+                masked.entry_shape(added.rows.parameter),
+            )
+            for added, d in zip(run.added, reached, strict=True)
+        ),
+    )
+
+
+def _without_graph(added: Added) -> Added:
+    args, kwargs = map_tensors(Tensor.detach, (added.args, added.kwargs))
+    return Added(added.rows, args, kwargs, added.value.detach(), added.axis)
+
+
+def samples_come_first(objective: Objective, run: Run, batch: Batch) -> bool:
+    """Whether the layers with rows have samples along their first axis, and only these layers."""
+    n, masked = batch.size, objective.masked
+    if masked.whole:
+        return False
+    for added in run.added:
+        if len(added.value) != n or isinstance(added.rows.module, nn.EmbeddingBag):
+            return False
+        if any(t.ndim == 0 or len(t) != n for t in tensors_of([added.args, added.kwargs])):
+            return False
+    if n == 1:
+        return True
+    # An axis of the same length is no proof: the first sample alone must give the same gradient.
+    total = objective.sum_of_losses(run, batch)
+    if not total.requires_grad:
+        return True
+    first = gradients_by_seeds(masked, run, [total], [torch.ones_like(total)], n)
+    weights = torch.zeros(n, dtype=masked.dtype, device=masked.device)
+    weights[0] = 1
+    alone = gradient_of(objective, one_sample(batch, 0))
+    tolerance = 1e-3 if masked.dtype == torch.float32 else 1e-8
+    return bool((first.combine(weights) - alone).norm() <= tolerance * alone.norm())
+
+
+def one_sample(batch: Batch, i: int) -> Batch:
+    """A batch of one sample of a batch."""
+    args, kwargs, targets = sample_of(
+        (batch.args, batch.kwargs, batch.targets), batch.size, slice(i, i + 1)
+    )
+    return Batch(args, kwargs, targets, 1)
+
+
+def gradient_of(objective: Objective, batch: Batch) -> Tensor:
+    """The gradient of the sum of a batch's losses, shape (p,)."""
+    run = objective.run(batch)
+    with twice_differentiable():
+        total = objective.sum_of_losses(run, batch)
+        if not total.requires_grad:
+            return torch.zeros_like(objective.masked.theta)
+        gradients = torch.autograd.grad(total, run.displacements, materialize_grads=True)
+    return objective.masked.join(gradients)
+
+
+def sample_gradients(objective: Objective, batch: Batch, factored: bool | None) -> SampleGradients:
+    """The gradients of a batch's samples.
+
+    With factored=None it is found out whether there are factors, which takes another forward pass.
+    """
+    if factored is not False:
+        run = objective.run(batch)
+        with twice_differentiable():
+            if factored is None:
+                factored = samples_come_first(objective, run, batch)
+            objective.check_plain(
+                run.outputs, batch, batch.size, "since gradients of single samples are taken"
+            )
+            if factored:
+                total = objective.sum_of_losses(run, batch)
+                if not total.requires_grad:  # the loss does not depend on these parameters
+                    zeros = objective.masked.theta.new_zeros(batch.size, objective.masked.size)
+                    return SampleGradients(batch.size, objective.masked.size, (), zeros)
+                return gradients_by_seeds(
+                    objective.masked, run, [total], [torch.ones_like(total)], batch.size
+                )
+    rows = [gradient_of(objective, one_sample(batch, i)) for i in range(batch.size)]
+    return SampleGradients(batch.size, objective.masked.size, (), torch.stack(rows))
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    data: Any,
+    selection: UnitSelection,
+    *,
+    reduction: str = "mean",
+    dtype: torch.dtype | None = None,
+    max_bytes: int = MAX_BYTES,
+    progress: bool = False,
+) -> Iterator[SampleGradients]:
+    """Gradients of every sample's loss by the parameters of the selected units.
+
+    Parameters
+    ----------
+    model, loss_fn, data, selection, dtype, progress
+        As for `HessianOperator`.
+    reduction : {"mean", "sum"}, default "mean"
+        Whether loss_fn is the mean or the sum of a batch's losses; gradients are of the losses of
+        single samples in either case.
+    max_bytes : int, default 2**28
+        Chunks are so large that the gradients of each, stored, take no more than this; at least one
+        sample.
+    progress : bool, default False
+
+    Yields
+    ------
+    SampleGradients
+        Consecutive samples. Layers with samples along the first axis of their input give factors;
+        others are differentiated sample by sample, which is slow.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `HessianOperator`, and for a loss that is not the plain mean or sum over samples.
+
+    Notes
+    -----
+    One backward pass from the loss to the first selected layer; no gradient of other units'
+    parameters is formed.
+    """
+    objective = Objective(
+        model,
+        loss_fn,
+        data,
+        selection,
+        dtype=dtype,
+        reduction=reduction,
+        progress=progress,
+    )
+    check_integer(max_bytes, "max_bytes", 1)
+    return chunks(objective, max_bytes, "per-sample gradients")
+
+
+def chunks(objective: Objective, max_bytes: int, what: str) -> Iterator[SampleGradients]:
+    """The gradients of all samples, so many at once that they take max_bytes when stored."""
+    masked = objective.masked
+    most = max(1, max_bytes // (masked.size * masked.theta.element_size()))
+    factored: bool | None = None
+    for _, batch in objective.passes(what):
+        for part in split(batch, most):
+            gradients = sample_gradients(objective, part, factored)
+            if part.size > 1:
+                factored = bool(gradients.factors)
+            yield gradients
+
+
+def split(batch: Batch, most: int) -> Iterator[Batch]:
+    """Cut a batch into consecutive ones of at most so many samples."""
+    if batch.size <= most:
+        yield batch
+        return
+    whole = (batch.args, batch.kwargs, batch.targets)
+    for start in range(0, batch.size, most):
+        stop = min(start + most, batch.size)
+        args, kwargs, targets = sample_of(whole, batch.size, slice(start, stop))
+        yield Batch(args, kwargs, targets, stop - start)
