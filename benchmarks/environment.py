@@ -11,7 +11,16 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "faiss-cpu", "pyFOCI")
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "torch",
+    "transformers",
+    "faiss-cpu",
+    "pyFOCI",
+    "curvlinops-for-pytorch",
+)
 
 
 def limit_threads(threads: int) -> None:

@@ -7,7 +7,7 @@ for every candidate. Both are written afresh. Libraries are imported where they 
 a missing one costs only the comparison with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
+
+    from lcodec_ext.curvature import UnitSelection
 
 
 class Selection(NamedTuple):
@@ -366,3 +368,121 @@ def read_once(G: NDArray, v: NDArray, segments: NDArray, damping: float, threads
 
     _, _, columns, parts = _torch_segments(G, v, segments, threads)
     return torch.stack([x @ part for x, part in zip(columns, parts, strict=True)]).sum(0).numpy()
+
+
+# --------------------------------------------------------------------------------------------
+# Hessian or Gauss-Newton matrix of the mean loss by all parameters of a network, times a vector
+# that is zero outside of the selected units; then their part of the product.
+
+
+def functional_product(
+    kind: str,
+    model: "torch.nn.Module",
+    loss_fn: Callable[..., "torch.Tensor"],
+    X: "torch.Tensor",
+    y: "torch.Tensor",
+    selection: "UnitSelection",
+    v: NDArray,
+    threads: int,
+) -> NDArray:
+    """Forward over reverse mode of torch.func: `jvp(grad(...))`, or jvp, the loss and vjp."""
+    import torch
+    from torch.func import functional_call, grad, jvp, vjp
+
+    def outputs(theta: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functional_call(model, theta, (X,))
+
+    def gradient(z: torch.Tensor) -> torch.Tensor:
+        return grad(lambda z: loss_fn(z, y))(z)
+
+    torch.set_num_threads(threads)
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    tangent = {name: torch.zeros_like(p) for name, p in theta.items()}
+    selection.scatter_(tangent, torch.from_numpy(v), model=model)
+    with _differentiable_attention():
+        if kind == "Hessian":
+            product = jvp(grad(lambda theta: loss_fn(outputs(theta), y)), (theta,), (tangent,))[1]
+        else:
+            z, along = jvp(outputs, (theta,), (tangent,))
+            (product,) = vjp(outputs, theta)[1](jvp(gradient, (z,), (along,))[1])
+    return selection.gather(product, model=model).numpy()
+
+
+def curvlinops_product(
+    kind: str,
+    model: "torch.nn.Module",
+    loss_fn: Callable[..., "torch.Tensor"],
+    X: "torch.Tensor",
+    y: "torch.Tensor",
+    selection: "UnitSelection",
+    v: NDArray,
+    threads: int,
+) -> NDArray:
+    """Its linear operators, without their check of determinism."""
+    import curvlinops
+    import torch
+
+    torch.set_num_threads(threads)
+    made = {
+        "Hessian": curvlinops.HessianLinearOperator,
+        "Gauss-Newton": curvlinops.GGNLinearOperator,
+    }[kind]
+    theta = dict(model.named_parameters())
+    tangent = {name: torch.zeros_like(p) for name, p in theta.items()}
+    selection.scatter_(tangent, torch.from_numpy(v), model=model)
+    operator = made(
+        model, loss_fn, [*theta.values()], [(X, y)], check_deterministic=False, num_data=len(y)
+    )
+    with _differentiable_attention():
+        product = operator @ [*tangent.values()]
+    return selection.gather(dict(zip(theta, product, strict=True)), model=model).numpy()
+
+
+def dense_curvature(
+    kind: str,
+    model: "torch.nn.Module",
+    loss_fn: Callable[..., "torch.Tensor"],
+    X: "torch.Tensor",
+    y: "torch.Tensor",
+    selection: "UnitSelection",
+) -> "torch.Tensor":
+    """The block itself, in the model's dtype, by the gradients of all outputs or of all entries."""
+    import torch
+
+    names = {segment.parameter for segment in selection.segments(model)}
+    theta = {name: p for name, p in model.named_parameters() if name in names}
+    places, count = {}, 0
+    for name, p in theta.items():
+        places[name] = torch.arange(count, count + p.numel()).view_as(p)
+        count += p.numel()
+    selected = selection.gather(places, model=model)
+
+    def jacobian(values: torch.Tensor, again: bool = False) -> torch.Tensor:
+        each = torch.eye(values.numel(), dtype=values.dtype).view(-1, *values.shape)
+        rows = torch.autograd.grad(
+            values,
+            [*theta.values()],
+            each,
+            create_graph=again,
+            is_grads_batched=True,
+            materialize_grads=True,
+        )
+        return torch.cat([row.flatten(1) for row in rows], dim=1)[:, selected]
+
+    with _differentiable_attention():
+        z = model(X)
+        if kind == "Hessian":
+            return jacobian(jacobian(loss_fn(z, y), again=True)[0])
+        if kind == "Gauss-Newton":
+            J = jacobian(z)
+            by_outputs = torch.func.hessian(lambda z: loss_fn(z, y))(z.detach())
+            return J.T @ by_outputs.reshape(len(J), len(J)) @ J
+        G = jacobian(torch.stack([loss_fn(a[None], b[None]) for a, b in zip(z, y, strict=True)]))
+        return G.T @ G / len(G)
+
+
+def _differentiable_attention() -> Any:
+    """Attention of plain operations: the fused one has no derivative of a derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)

@@ -11,6 +11,7 @@ checks: by stage of gpu.py, if that made the file
     build: installed; kernels: name, architecture, registers, stack, spills and shared memory
     tests: passed, failed, errors, skipped, not_passed: some names
     each sanitizer: findings, calls that were made, places, trouble: its own
+left_out: cases that need a module that is not installed, and why
 broken: errors by case, where there were
 cases: by name
     sweep: the size that varies from point to point, or null

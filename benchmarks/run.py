@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "load_before": environment.load(),
         "cases": {},
+        "left_out": {},
         "broken": {},
     }
     if options.device == "cuda":
@@ -92,7 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"note: other work is running here (load {result['load_before']})")
     for name in names:
         try:
-            result["cases"][name] = run_case(CASES[name], options)
+            if needed := missing(CASES[name]):
+                result["left_out"][name] = f"no usable {needed}"
+                print(f"\n{name} left out: no usable {needed}")
+            else:
+                result["cases"][name] = run_case(CASES[name], options)
         except Exception as error:  # the other cases may be right
             traceback.print_exc()
             result["broken"][name] = f"{type(error).__name__}: {error}"[:400]
@@ -110,6 +116,11 @@ def save(result: dict[str, Any], path: Path) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     unfinished.replace(path)
+
+
+def missing(case: "Case") -> str | None:
+    """The module that the case needs, if it is not installed."""
+    return case.needs if case.needs and find_spec(case.needs) is None else None
 
 
 def run_case(case: "Case", options: argparse.Namespace) -> dict[str, Any]:
