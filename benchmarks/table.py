@@ -1,4 +1,4 @@
-"""Write the README's table of speeds from a result file.
+"""Write the tables of the README and of docs/benchmarks.md from a result file.
 
     python benchmarks/table.py benchmarks/results/cpu.json
 
@@ -21,9 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("result", type=Path)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args(arguments)
-    text = options.readme.read_text()
-    options.readme.write_text(replaced(text, table(load(options.result))))
+    result = load(options.result)
+    for path, made in ((options.readme, table), (options.docs, curvature_table)):
+        path.write_text(replaced(path.read_text(), made(result)))
     return 0
 
 
@@ -56,9 +58,56 @@ def table(result: dict[str, Any]) -> str:
         f"{machine['cores']} cores ({machine['cpu']}, {machine['simd']}). "
         "Times with ~ are scaled linearly from fewer columns. The ratio is to lcodec_ext's time. "
         "An answer is the same if it has the same columns in the same order (of as many columns as "
-        "were timed), the same coefficient to four digits, or neighbours as near.",
+        "were timed), the same coefficient to four digits, neighbours as near, or a vector that is "
+        "as near as float32 allows.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def curvature_table(result: dict[str, Any]) -> str:
+    """Markdown tables of masked products beside full ones, and of solves; empty without them."""
+    points = [point for case in result["cases"].values() for point in case["points"]]
+    products = [
+        "| product | coordinates | first | lcodec_ext | all parameters | ratio | Gflop | ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(product_row(point) for point in points if "flop_ratio" in point["metrics"]),
+    ]
+    solves = [
+        "| solve | coordinates | time | peak memory | torch alone | the matrix |",
+        "|---|--:|--:|--:|--:|--:|",
+        *(solve_row(point) for point in points if "dense_matrix_gb" in point["metrics"]),
+    ]
+    blocks = [lines for lines in (products, solves) if len(lines) > 2]
+    return "\n".join("\n".join(lines) + "\n" for lines in blocks)
+
+
+def product_row(point: dict[str, Any]) -> str:
+    """Times, then counted operations; ratios are of all parameters, by torch.func, to the own."""
+    metrics = point["metrics"]
+    full = point["results"]["torch.func, all parameters"]
+    cells = [
+        point["title"],
+        f"{metrics['coordinates']:,}",
+        duration(metrics["setup_seconds"]),
+        duration(point["results"][OURS]["seconds"]),
+        duration(full["seconds"]),
+        multiple(full["ratio"]),
+        f"{significant(metrics['gflop'])} of {significant(metrics['full_gflop'])}",
+        multiple(metrics["flop_ratio"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def solve_row(point: dict[str, Any]) -> str:
+    metrics = point["metrics"]
+    memory = ("peak_memory_gb", "torch_memory_gb", "dense_matrix_gb")
+    cells = [
+        point["title"],
+        f"{metrics['coordinates']:,}",
+        duration(point["results"][OURS]["seconds"]),
+        *(f"{metrics[key]:.2f} GB" for key in memory),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def rows(point: dict[str, Any]) -> list[str]:

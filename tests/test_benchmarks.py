@@ -461,15 +461,19 @@ def test_another_schema_is_refused(recorded, tmp_path):
 
 def test_the_table_is_put_between_the_comments(recorded, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    docs = tmp_path / "docs.md"
+    for path in (readme, docs):
+        path.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    paths = ["--readme", str(readme), "--docs", str(docs)]
     with pytest.raises(ValueError, match="a quick run's times mean nothing"):
-        table.main([str(recorded), "--readme", str(readme)])
+        table.main([str(recorded), *paths])
     result = json.loads(recorded.read_text())
     result["settings"]["quick"] = False
     full = tmp_path / "full.json"
     full.write_text(json.dumps(result))
     for _ in range(2):
-        table.main([str(full), "--readme", str(readme)])
+        table.main([str(full), *paths])
+    assert docs.read_text() == f"before\n{table.BEGIN}\n{table.END}\nafter\n"
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks:begin -->\n| task |")
     assert text.endswith("<!-- benchmarks:end -->\nafter\n")
@@ -479,6 +483,37 @@ def test_the_table_is_put_between_the_comments(recorded, tmp_path):
     assert {line.replace("\\|", "").count("|") for line in rows} == {7}
     with pytest.raises(ValueError, match="must have the lines"):
         table.replaced("no comments", "")
+
+
+def test_the_tables_of_curvature():
+    product = {
+        "title": "H v",
+        "results": {
+            results.OURS: {"seconds": 0.01},
+            "torch.func, all parameters": {"seconds": 2.0, "ratio": 200.0},
+        },
+        "metrics": {
+            "coordinates": 46080,
+            "setup_seconds": 0.25,
+            "gflop": 0.5,
+            "full_gflop": 640.0,
+            "flop_ratio": 1280.0,
+        },
+    }
+    solve = {
+        "title": "H x = v",
+        "results": {results.OURS: {"seconds": 1.5}},
+        "metrics": {
+            "coordinates": 46080,
+            "peak_memory_gb": 0.7,
+            "torch_memory_gb": 0.24,
+            "dense_matrix_gb": 8.493,
+        },
+    }
+    made = table.curvature_table({"cases": {"a": {"points": [product, solve]}}}).splitlines()
+    assert made[2] == ("| H v | 46,080 | 250 ms | 10 ms | 2.0 s | 200x | 0.50 of 640 | 1280x |")
+    assert made[6] == "| H x = v | 46,080 | 1.5 s | 0.70 GB | 0.24 GB | 8.49 GB |"
+    assert {line.count("|") for line in made} == {9, 0, 7}
 
 
 def test_numbers_in_the_table():
@@ -530,3 +565,7 @@ class TestRecorded:
     def test_the_readme_shows_it(self):
         text = (ROOT / "README.md").read_text()
         assert text == table.replaced(text, table.table(results.load(RECORDED)))
+
+    def test_the_documentation_shows_it(self):
+        text = (ROOT / "docs/benchmarks.md").read_text()
+        assert text == table.replaced(text, table.curvature_table(results.load(RECORDED)))
