@@ -151,17 +151,19 @@ def test_gram_product_of_several_tiles(device, dtype, rng):
     same(got, expected_gram(device, *case, 0.0))
 
 
-def test_gram_product_of_many_rows(rng):
-    case = gram_case(rng, (2300, 20, [(1, 9), (12, 3)]), torch.float32)
-    same(kernels.masked_gram_product(*case, 2.0), expected_gram(CPU, *case, 2.0))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_thread_or_vector_width_changes_a_bit(simd_level, threads, dtype, rng):
-    wide = (150, 1400, [(0, 3), (7, 255), (270, 1024), (1399, 1)])
+@pytest.mark.parametrize("m", [1, 3, 7])
+def test_no_thread_or_vector_width_changes_a_bit(simd_level, threads, dtype, m, rng):
+    wide = (150, 3400, [(0, 3), (7, 255), (270, 3024), (3399, 1)])  # several blocks of columns
     for shape in (*SHAPES, wide):
-        case = gram_case(rng, shape, dtype, 3)
+        case = gram_case(rng, shape, dtype, m)
         same(kernels.masked_gram_product(*case, 0.3), expected_gram(CPU, *case, 0.3))
+
+
+@pytest.mark.parametrize("n", [290, 513, 700, 1000, 2300])
+def test_a_piece_of_work_is_a_subtree(threads, n, rng):
+    case = gram_case(rng, (n, 20, [(1, 9), (12, 3)]), torch.float32)
+    same(kernels.masked_gram_product(*case, 2.0), expected_gram(CPU, *case, 2.0))
 
 
 def test_a_tile_is_a_tile_at_any_width(simd_level, rng):
@@ -335,8 +337,9 @@ def test_factored_gram(device, n, r, d, dtype, rng):
 
 
 def test_factored_gram_at_every_level_and_thread_count(simd_level, threads, rng):
-    for n in (23, 330):  # the second in larger tiles
-        Delta, A = rng.normal(size=(n, 5)), rng.normal(size=(n, 100))
+    # the second in larger tiles, the third in several blocks of columns
+    for n, r, d in ((23, 5, 100), (330, 5, 100), (70, 600, 1300)):
+        Delta, A = rng.normal(size=(n, r)), rng.normal(size=(n, d))
         got = kernels.factored_gram(torch.from_numpy(Delta), torch.from_numpy(A))
         same(got, reference.factored_gram(Delta, A))
 

@@ -22,10 +22,11 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kLaneBytes = 128;
 constexpr int kVectors = kLaneBytes / kVectorBytes;  // of a dot
-constexpr int kDotRows = kVectorBytes / 16;          // 8 registers of sums at every level
-constexpr int kSumRows = 4;
+constexpr int kDotRows = kVectorBytes / 16;          // 8 registers of sums for a vector v_j
+constexpr int kDotArrays = kVectorBytes / 64 + 1;    // 2 where there are 32 registers
+constexpr int kSumArrays = 2;
+static_assert(kRowsAtOnce % kDotRows == 0);
 
 template <class T>
 struct Vector;
@@ -40,8 +41,6 @@ struct Vector<double> {
 
 template <class T>
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
-template <class T>
-constexpr int kLanes = kLaneBytes / static_cast<int>(sizeof(T));
 
 template <class T>
 inline void load(const T* p, typename Vector<T>::Type& v) {
@@ -63,40 +62,39 @@ inline void load_some(const S* p, std::int64_t count, V& v) {
   __builtin_memcpy(buffer, p, static_cast<std::size_t>(count) * sizeof(S));
   load(buffer, v);
 }
-
-template <class T>
-inline T widen(const T* p) {
-  return *p;
-}
-inline float widen(const Bfloat16* p) {
-  const std::uint32_t word = static_cast<std::uint32_t>(p->bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &word, sizeof value);
-  return value;
+template <class T, class V>
+inline void store_some(const V& v, std::int64_t count, T* p) {
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
 }
 
-template <class S, class T, int kRows>
-void dots_of(const SelectedColumns<S>& g, const S* row, const T* v, T* dot) {
+template <class S, class T, int kRows, int kArrays>
+void dots_of(const SelectedColumns<S>& g, const S* row, const T* v, std::int64_t v_stride, T* lane,
+             std::int64_t lane_stride) {
   using V = typename Vector<T>::Type;
   constexpr int W = kWidth<T>;
-  constexpr int L = kLanes<T>;
-  V sum[std::size_t{kRows}][kVectors] = {};
+  constexpr std::int64_t L = kLanes<T>;
+  V sum[std::size_t{kArrays}][std::size_t{kRows}][kVectors];
+  for (int c = 0; c < kArrays; ++c) __builtin_memcpy(sum[c], lane + c * lane_stride, sizeof sum[c]);
   for (std::int64_t s = 0; s < g.count; ++s) {
     const S* base = row + g.segments[s].start;
     const std::int64_t length = g.segments[s].length;
+    // Lanes k W, ... of this step: elements j + k W, ... of the segment.
+    const auto add = [&](std::int64_t j, int k, const auto& take) {
+      V x[std::size_t{kArrays}];
+#pragma GCC unroll 2
+      for (int c = 0; c < kArrays; ++c) take(v + c * v_stride + j + k * W, x[c]);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        V value;
+        take(base + r * g.stride + j + k * W, value);
+#pragma GCC unroll 2
+        for (int c = 0; c < kArrays; ++c) sum[c][r][k] = sum[c][r][k] + value * x[c];
+      }
+    };
     std::int64_t j = 0;
     for (; j + L <= length; j += L) {
 #pragma GCC unroll 8
-      for (int k = 0; k < kVectors; ++k) {
-        V x;
-        load(v + j + k * W, x);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          V value;
-          load(base + r * g.stride + j + k * W, value);
-          sum[r][k] = sum[r][k] + value * x;
-        }
-      }
+      for (int k = 0; k < kVectors; ++k) add(j, k, [](const auto* p, V& to) { load(p, to); });
     }
     if (j < length) {
 #pragma GCC unroll 8
@@ -104,82 +102,121 @@ void dots_of(const SelectedColumns<S>& g, const S* row, const T* v, T* dot) {
         const std::int64_t left = length - j - k * W;
         if (left <= 0) continue;  // not break: k must stay a constant
         const std::int64_t size = left < W ? left : W;
-        V x;
-        load_some(v + j + k * W, size, x);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          V value;
-          load_some(base + r * g.stride + j + k * W, size, value);
-          sum[r][k] = sum[r][k] + value * x;
-        }
+        add(j, k, [size](const auto* p, V& to) { load_some(p, size, to); });
       }
     }
     v += length;
   }
-  for (int r = 0; r < kRows; ++r) {
-    T lane[std::size_t{L}];
-    __builtin_memcpy(lane, sum[r], sizeof lane);
-    for (int width = L / 2; width > 0; width /= 2)
-      for (int l = 0; l < width; ++l) lane[l] = lane[l] + lane[l + width];
-    dot[r] = lane[0];
-  }
+  for (int c = 0; c < kArrays; ++c) __builtin_memcpy(lane + c * lane_stride, sum[c], sizeof sum[c]);
 }
 
 template <class S, class T>
-void dots(const SelectedColumns<S>& g, const T* v, T* dot) {
+void dots(const SelectedColumns<S>& g, const Arrays<const T>& v, const Arrays<T>& lane) {
   std::int64_t r = 0;
-  for (; r + kDotRows <= g.rows; r += kDotRows)
-    dots_of<S, T, kDotRows>(g, g.data + r * g.stride, v, dot + r);
-  for (; r < g.rows; ++r) dots_of<S, T, 1>(g, g.data + r * g.stride, v, dot + r);
+  const auto take = [&]<int kRows>() {
+    for (; r + kRows <= g.rows; r += kRows) {
+      const S* row = g.data + r * g.stride;
+      T* own = lane.data + r * kLanes<T>;
+      std::int64_t j = 0;
+      for (; j + kDotArrays <= v.m; j += kDotArrays)
+        dots_of<S, T, kRows, kDotArrays>(g, row, v.data + j * v.stride, v.stride,
+                                         own + j * lane.stride, lane.stride);
+      for (; j < v.m; ++j)
+        dots_of<S, T, kRows, 1>(g, row, v.data + j * v.stride, 0, own + j * lane.stride, 0);
+    }
+  };
+  take.template operator()<kDotRows>();
+  take.template operator()<1>();
 }
 
-template <class S, class T, int kRows>
-void accumulate_of(const SelectedColumns<S>& g, const S* row, const T* factor, std::int64_t ahead,
-                   T* out) {
-  constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(S));
+// The sum of kCount lanes, in halves.
+template <class T, int kCount>
+inline T halves(const T* lane) {
+  if constexpr (kCount == 1) {
+    return lane[0];
+  } else {
+    typedef T Half __attribute__((vector_size(std::size_t{kCount} / 2 * sizeof(T))));
+    Half low, high;
+    __builtin_memcpy(&low, lane, sizeof low);
+    __builtin_memcpy(&high, lane + kCount / 2, sizeof high);
+    low = low + high;
+    T sum[std::size_t{kCount} / 2];
+    __builtin_memcpy(sum, &low, sizeof sum);
+    return halves<T, kCount / 2>(sum);
+  }
+}
+
+template <class T>
+void fold(const T* lane, std::int64_t count, T* dot) {
+  constexpr std::int64_t L = kLanes<T>;
+  for (std::int64_t k = 0; k < count; ++k) dot[k] = halves<T, L>(lane + k * L);
+}
+
+template <class S, class T, int kRows, int kArrays>
+void accumulate_of(const SelectedColumns<S>& g, const S* row, const T* factor,
+                   std::int64_t factor_stride, T* out, std::int64_t out_stride) {
   using V = typename Vector<T>::Type;
   constexpr int W = kWidth<T>;
-  V factors[std::size_t{kRows}];
-  for (int r = 0; r < kRows; ++r) factors[r] = factor[r] - V{};
+  V factors[std::size_t{kArrays}][std::size_t{kRows}];
+  for (int c = 0; c < kArrays; ++c)
+    for (int r = 0; r < kRows; ++r) factors[c][r] = factor[c * factor_stride + r] - V{};
   for (std::int64_t s = 0; s < g.count; ++s) {
     const S* base = row + g.segments[s].start;
     const std::int64_t length = g.segments[s].length;
-    std::int64_t j = 0;
-    for (; j + W <= length; j += W) {
-      if (ahead != 0 && j % kLine == 0) {
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) __builtin_prefetch(base + r * g.stride + j + ahead, 0, 2);
-      }
-      V sum;
-      load(out + j, sum);
-#pragma GCC unroll 4
+    const auto add = [&](std::int64_t j, const auto& take, const auto& put) {
+      V sum[std::size_t{kArrays}];
+#pragma GCC unroll 2
+      for (int c = 0; c < kArrays; ++c) take(out + c * out_stride + j, sum[c]);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         V value;
-        load(base + r * g.stride + j, value);
-        sum = sum + factors[r] * value;
+        take(base + r * g.stride + j, value);
+#pragma GCC unroll 2
+        for (int c = 0; c < kArrays; ++c) sum[c] = sum[c] + factors[c][r] * value;
       }
-      __builtin_memcpy(out + j, &sum, sizeof sum);
-    }
-    for (; j < length; ++j)
-      for (int r = 0; r < kRows; ++r) out[j] = out[j] + factor[r] * widen(base + r * g.stride + j);
+#pragma GCC unroll 2
+      for (int c = 0; c < kArrays; ++c) put(sum[c], out + c * out_stride + j);
+    };
+    std::int64_t j = 0;
+    for (; j + W <= length; j += W)
+      add(
+          j, [](const auto* p, V& to) { load(p, to); },
+          [](const V& sum, T* p) { __builtin_memcpy(p, &sum, sizeof sum); });
+    if (const std::int64_t left = length - j; left > 0)
+      add(
+          j, [left](const auto* p, V& to) { load_some(p, left, to); },
+          [left](const V& sum, T* p) { store_some(sum, left, p); });
     out += length;
   }
 }
 
 template <class S, class T>
-void accumulate(const SelectedColumns<S>& g, const T* factor, std::int64_t ahead, T* out) {
+void accumulate(const SelectedColumns<S>& g, const Arrays<const T>& factor, const Arrays<T>& out) {
   std::int64_t r = 0;
-  for (; r + kSumRows <= g.rows; r += kSumRows)
-    accumulate_of<S, T, kSumRows>(g, g.data + r * g.stride, factor + r, ahead, out);
-  for (; r < g.rows; ++r) accumulate_of<S, T, 1>(g, g.data + r * g.stride, factor + r, ahead, out);
+  const auto take = [&]<int kRows, int kArrays>() {
+    for (; r + kRows <= g.rows; r += kRows) {
+      const S* row = g.data + r * g.stride;
+      const T* own = factor.data + r;
+      std::int64_t j = 0;
+      for (; j + kArrays <= out.m; j += kArrays)
+        accumulate_of<S, T, kRows, kArrays>(g, row, own + j * factor.stride, factor.stride,
+                                            out.data + j * out.stride, out.stride);
+      for (; j < out.m; ++j)
+        accumulate_of<S, T, kRows, 1>(g, row, own + j * factor.stride, 0, out.data + j * out.stride,
+                                      0);
+    }
+  };
+  take.template operator()<kRowsAtOnce, kDotArrays>();
+  take.template operator()<4, kSumArrays>();
+  take.template operator()<1, 1>();
 }
 
 }  // namespace
 
 LevelCurvatureKernels LCODEC_CONCAT(LCODEC_SIMD_LEVEL, _curvature_kernels)() {
-  return {{dots<float, float>, accumulate<float, float>},
-          {dots<double, double>, accumulate<double, double>},
-          {dots<Bfloat16, float>, accumulate<Bfloat16, float>}};
+  return {{dots<float, float>, fold<float>, accumulate<float, float>},
+          {dots<double, double>, fold<double>, accumulate<double, double>},
+          {dots<Bfloat16, float>, fold<float>, accumulate<Bfloat16, float>}};
 }
 
 }  // namespace lcodec

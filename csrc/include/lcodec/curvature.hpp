@@ -54,8 +54,9 @@ struct SelectedColumns {
 // likewise, and apart from the inputs. weight [n], or null for ones. With no rows the sum is 0.
 //
 // The selected columns are read once from memory: a tile of rows stays in the cache between its two
-// products. 4 n m size operations. Scratch: chunks * m * size of T, at most m / 64 of the matrix
-// and 64 rows of it.
+// products (with 5 vectors and more, whose own elements weigh more, in the third-level cache).
+// 4 n m size operations. Scratch: m size elements of T for every piece of work, of which there are
+// 4 a thread, from 8 to 64, and 3 times that for every thread.
 template <class S, class T>
 Status masked_gram_product(const SelectedColumns<S>& g, const T* weight, const T* v, std::int64_t m,
                            T damping, T* out, const Execution& execution);
