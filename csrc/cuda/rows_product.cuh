@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
-// A thread for each element of out [m][size]. groups = 0: no rows at all.
+// A thread for each element of out [m][size].
 template <class S, class T>
 __global__ void __launch_bounds__(kProductThreads, 1)
     finish_kernel(RowsProduct<S, T> a, T damping, T* out) {

@@ -26,21 +26,25 @@ struct Addresses {
   std::int64_t size[kMostParameters];
 };
 
-// The sum of the lengths before segment s, for every thread of the block.
+// The sum of the lengths before segment s, or `size` if that is less, for every thread of the
+// block. Lengths may be anything: nothing overflows.
 template <int kWords>
-__device__ __forceinline__ std::int64_t segment_offset(const std::int64_t* segments,
-                                                       std::int64_t s) {
+__device__ __forceinline__ std::int64_t segment_offset(const std::int64_t* segments, std::int64_t s,
+                                                       std::int64_t size) {
   LCODEC_SHARED_ARRAY(std::int64_t, partial, kSegmentThreads);
   const int thread = static_cast<int>(threadIdx.x);
+  const auto more = [size](std::int64_t sum, std::int64_t length) {
+    return length < size - sum ? sum + length : size;
+  };
   std::int64_t sum = 0;
   for (std::int64_t t = thread; t < s; t += kSegmentThreads) {
     const std::int64_t length = segments[t * kWords + kWords - 1];
-    sum += length > 0 ? length : 0;
+    if (length > 0) sum = more(sum, length);
   }
   partial[thread] = sum;
   __syncthreads();
   for (int width = kSegmentThreads / 2; width > 0; width /= 2) {
-    if (thread < width) partial[thread] += partial[thread + width];
+    if (thread < width) partial[thread] = more(partial[thread], partial[thread + width]);
     __syncthreads();
   }
   return partial[0];
@@ -50,12 +54,14 @@ __device__ __forceinline__ std::int64_t segment_offset(const std::int64_t* segme
 template <int kWords, class Each>
 __device__ __forceinline__ void for_segment(const std::int64_t* segments, std::int64_t s,
                                             std::int64_t size, const Each& each) {
-  const std::int64_t offset = segment_offset<kWords>(segments, s);
+  const std::int64_t offset = segment_offset<kWords>(segments, s, size);
   const std::int64_t start = segments[s * kWords + kWords - 2];
   const std::int64_t length = segments[s * kWords + kWords - 1];
   for (std::int64_t j = static_cast<std::int64_t>(blockIdx.y) * kSegmentThreads + threadIdx.x;
        j < length && offset + j < size; j += kSegmentThreads * kSlices) {
-    each(offset + j, start + j);
+    // The sum of unsigned words: wrong segments wrap around, and each() looks where they are.
+    each(offset + j, static_cast<std::int64_t>(static_cast<std::uint64_t>(start) +
+                                               static_cast<std::uint64_t>(j)));
   }
 }
 
@@ -72,7 +78,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
     });
     return;
   }
-  const std::int64_t offset = segment_offset<2>(segments, count);
+  const std::int64_t offset = segment_offset<2>(segments, count, size);
   for (std::int64_t k =
            offset + static_cast<std::int64_t>(blockIdx.y) * kSegmentThreads + threadIdx.x;
        k < size; k += kSegmentThreads * kSlices) {
@@ -107,7 +113,7 @@ __global__ void __launch_bounds__(kSegmentThreads)
   S* data = reinterpret_cast<S*>(addresses.data[parameter]);
   const std::int64_t elements = addresses.size[parameter];
   for_segment<3>(segments, s, size, [&](std::int64_t k, std::int64_t j) {
-    if (0 <= j && j < elements) store(data + j, load(data + j) + alpha * x[k]);
+    if (0 <= j && j < elements) store(data + j, widen(data[j]) + alpha * x[k]);
   });
 }
 

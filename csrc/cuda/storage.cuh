@@ -8,10 +8,17 @@
 
 namespace lcodec::cuda {
 
+// From memory that the kernel does not write.
 __device__ __forceinline__ float load(const float* p) { return __ldg(p); }
 __device__ __forceinline__ double load(const double* p) { return __ldg(p); }
 __device__ __forceinline__ float load(const Bfloat16* p) {
   return __uint_as_float(static_cast<unsigned>(__ldg(&p->bits)) << 16);
+}
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(Bfloat16 value) {
+  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
 }
 
 __device__ __forceinline__ void store(float* p, float value) { *p = value; }

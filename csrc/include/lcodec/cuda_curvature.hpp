@@ -8,9 +8,9 @@
 // CPU's.
 //
 // The tree of the two products:
-//   dot     tiles of 4096 selected columns. In a tile lane l of 256 takes l, l + 256, ..., then
-//   lanes
-//           32 w + i are added over i in halves, and these sums over w in halves. Tiles in order.
+//   dot     tiles of 4096 selected columns. In a tile lane l of 256 takes l, l + 256, ...; then
+//           lanes 32 w + i are added over i in halves, and these sums over w in halves. Tiles in
+//           order.
 //   sum     groups of 32 rows, from the first to the last. Group z of a chunk of `groups` of them
 //           (row_groups below) is added to group z of the chunks before; then z, z + 8, ... in
 //           order, and these 8 sums in halves.
