@@ -409,10 +409,20 @@ def test_no_segments(device):
 def test_wrong_segments_stay_within_the_arrays(order, rng):
     """On CUDA they are taken on trust; the sanitizers watch this."""
     G = torch.from_numpy(rng.normal(size=(9, 20)))
-    for segments in ([(-5, 10)], [(15, 10)], [(0, 3)], [(0, 30)], [(3, -4), (0, 10)]):
+    huge, least = 2**63 - 1, -(2**63)
+    for segments in (
+        [(-5, 10)],
+        [(15, 10)],
+        [(0, 3)],
+        [(0, 30)],
+        [(3, -4), (0, 10)],
+        [(huge, 10)],
+        [(least, huge), (huge, huge), (0, huge), (huge, huge), (0, 10)],
+    ):
         out = order.run(kernels.masked_gram_product, G, torch.ones(10, dtype=G.dtype), segments)
         assert out.isfinite().all()
     parameters = [torch.ones(4), torch.ones(3)]
+    order.run(kernels.segments_gather, parameters, [(least, huge, huge), (huge, 0, huge)] * 300, 7)
     wrong = [(0, -2, 4), (1, 2, 3)]
     got = order.run(kernels.segments_gather, parameters, wrong, 7)
     assert got.tolist() == [0, 0, 1, 1, 1, 0, 0]
@@ -503,6 +513,10 @@ def test_an_addition_in_place_is_seen_by_autograd():
         loss.backward()
     with torch.inference_mode():
         kernels.segments_add_([torch.ones(3)], [(0, 1, 2)], x)
+    loss = (weight**2).sum()
+    with torch.no_grad(), pytest.raises(ValueError, match="segment 0 ends at 4"):
+        kernels.segments_add_([weight], [(0, 2, 2)], x)
+    loss.backward()  # nothing was changed
 
 
 def test_the_other_operators_are_registered_beside_these():
@@ -538,6 +552,11 @@ ROWS = torch.ones(2, 6)
         (lambda: gram(G, V, [(4, 1), (1, 2)]), "segments must ascend.*segment 1 starts at 1"),
         (lambda: gram(G, V, torch.ones(2, 2)), r"segments must be int64.*got .*float32"),
         (lambda: gram(G, V, [(1, 2, 3)]), r"segments must be int64 of shape \(count, 2\)"),
+        (lambda: gram(G, V, [(1, 2), (4,)]), r"a sequence of 2 integers each; got \[\(1, 2"),
+        (lambda: gram(G, V, [(1.5, 2), (4, 1)]), r"a sequence of 2 integers each; got"),
+        (lambda: gram(G, V, [1, 2]), r"a sequence of 2 integers each; got \[1, 2\]"),
+        (lambda: gram(G, V, [(2**63 - 1, 3)]), "segment 0 ends at 9223372036854775810, behind"),
+        (lambda: gram(G, V, [(0, 2**62)] * 4 + [(0, 3)]), "segment 0 ends at 46.*, behind the 6"),
         (lambda: gram(G, V, SEGMENTS, torch.ones(3)), r"weights must be .*shape \(4,\)"),
         (lambda: gram(G, V.to("meta"), SEGMENTS), "one device; G is on 'cpu', v is on 'meta'"),
         (lambda: softmax(G, P[:, 0], ROWS), r"P must have shape \(N, r\)"),
@@ -552,6 +571,8 @@ ROWS = torch.ones(2, 6)
         (lambda: kernels.segments_gather([G, V.double()], [], 0), "parameter 1 is torch.float64"),
         (lambda: kernels.segments_gather([G.T], [], 0), "parameters must be contiguous"),
         (lambda: kernels.segments_gather([V], [(0, 2, 2)], 2), "segment 0 ends at 4, behind"),
+        (lambda: kernels.segments_gather([V], [(0, 2**63 - 1, 2)], 2), "segment 0 ends at 92.*09,"),
+        (lambda: kernels.segments_gather([V], [], -1), "size must not be negative; got -1"),
         (lambda: kernels.segments_gather([V], [(1, 0, 2)], 2), "segments name parameter 1; there"),
         (lambda: kernels.segments_gather([V], [(0, 0, 2)], 3), "2 elements in all; expected 3"),
         (lambda: kernels.segments_gather([V], [(0, 2)], 2), r"of shape \(count, 3\)"),

@@ -40,6 +40,7 @@ SelectedColumns<S> selected(Address x, std::int64_t n, std::int64_t stride, Addr
   std::int64_t total = 0;
   for (std::int64_t s = 0; s < count; ++s) {
     expect(all[s].start >= 0 && all[s].length >= 0, "segments are negative");
+    expect(all[s].length <= size - total, "segments do not fit");
     total += all[s].length;
   }
   expect(total == size, "segments do not fit");

@@ -12,6 +12,7 @@ Segments on the CPU are checked. On CUDA their values are taken on trust, so tha
 the device: wrong ones give wrong results, and never reach memory outside of the arguments.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -273,8 +274,16 @@ def _as_segments(segments: Segments, words: int, like: Tensor) -> Tensor:
     """A table of segments on the device of `like`."""
     if isinstance(segments, Tensor):
         return segments
-    table = torch.tensor([list(segment) for segment in segments], dtype=torch.int64)
-    return table.reshape(-1, words).to(like.device) if table.numel() == 0 else table.to(like.device)
+    try:
+        rows = [[operator.index(word) for word in segment] for segment in segments]
+    except TypeError:
+        rows = [[]]
+    if any(len(row) != words for row in rows):
+        raise ValueError(
+            f"segments must be int64 of shape (count, {words}), or a sequence of {words} integers "
+            f"each; got {segments!r:.200}"
+        )
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, words).to(like.device)
 
 
 def _check_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
@@ -395,12 +404,13 @@ def _check_stretch_values(parameters: Sequence[Tensor], segments: Tensor, size: 
         raise ValueError(
             f"segments name parameter {int(index.max())}; there are {len(parameters)} parameters"
         )
-    beyond = (start + length > sizes[index]).nonzero()[:, 0].tolist()
+    # start + length might be too large for an int64
+    beyond = (start > sizes[index] - length).nonzero()[:, 0].tolist()
     if beyond:
         k = beyond[0]
         raise ValueError(
-            f"segment {k} ends at {int(start[k] + length[k])}, behind parameter {int(index[k])} of "
-            f"{int(sizes[index[k]])} elements"
+            f"segment {k} ends at {int(start[k]) + int(length[k])}, behind parameter "
+            f"{int(index[k])} of {int(sizes[index[k]])} elements"
         )
 
 
@@ -473,10 +483,12 @@ def _masked_gram_product(
 
 def _check_order(segments: Tensor, d: int) -> None:
     start, length = segments.unbind(1)
-    end = start + length
-    wrong = (end > d).nonzero()[:, 0].tolist()
+    wrong = (start > d - length).nonzero()[:, 0].tolist()  # start + length might be too large
     if wrong:
-        raise ValueError(f"segment {wrong[0]} ends at {int(end[wrong[0]])}, behind the {d} of G")
+        k = wrong[0]
+        last = int(start[k]) + int(length[k])
+        raise ValueError(f"segment {k} ends at {last}, behind the {d} of G")
+    end = start + length
     wrong = (start[1:] < end[:-1]).nonzero()[:, 0].tolist()
     if wrong:
         k = wrong[0] + 1
@@ -555,6 +567,8 @@ def _fake_factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
 
 def _segments_gather(parameters: list[Tensor], segments: Tensor, size: int) -> Tensor:
     _check_stretches(parameters, segments)
+    if size < 0:
+        raise ValueError(f"size must not be negative; got {size}")
     parameters, table = _plain(*parameters), segments.contiguous()
     out = parameters[0].new_empty(size)
     addresses = [_address(parameter) for parameter in parameters]
@@ -586,15 +600,16 @@ def _segments_add_(parameters: list[Tensor], segments: Tensor, x: Tensor, alpha:
                 f"parameter {k} requires a gradient and cannot be changed in place; do it under "
                 "torch.no_grad()"
             )
+    table = segments.contiguous()
+    if not on_device(x):
+        _check_stretch_values(parameters, table, len(x))
     if not torch.is_inference_mode_enabled():  # saved tensors are known to be out of date
         torch.autograd.graph.increment_version(parameters)
-    parameters, table = _plain(*parameters), segments.contiguous()
-    (x,) = _plain(x)
+    x, *parameters = _plain(x, *parameters)
     x = x.contiguous()
     addresses = [_address(parameter) for parameter in parameters]
     name = _NAMES[parameters[0].dtype]
     if not on_device(x):
-        _check_stretch_values(parameters, table, len(x))
         _core.segments_add(name, addresses, _address(table), len(table), alpha, _address(x))
     elif len(table):
         device = _device_of(x)
