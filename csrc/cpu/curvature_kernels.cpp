@@ -9,6 +9,11 @@
 
 #include <cstddef>
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#define LCODEC_MASKS
+#include <immintrin.h>
+#endif
+
 #define LCODEC_CONCAT2(a, b) a##b
 #define LCODEC_CONCAT(a, b) LCODEC_CONCAT2(a, b)
 
@@ -55,17 +60,46 @@ inline void load(const Bfloat16* p, Vector<float>::Type& v) {
   __builtin_memcpy(&v, &word, sizeof v);
 }
 
-// The first `count` elements, and 0 behind them: a sum that began at 0 does not change by 0.
+// The first `count` elements, one or more, and 0 behind them: a sum that began at 0 does not change
+// by 0.
 template <class S, class V>
 inline void load_some(const S* p, std::int64_t count, V& v) {
   S buffer[sizeof(V) / sizeof(v[0])] = {};
-  __builtin_memcpy(buffer, p, static_cast<std::size_t>(count) * sizeof(S));
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(S);
+#ifdef LCODEC_MASKS
+  if constexpr (sizeof buffer == 64) {
+    const __m512i all = _mm512_maskz_loadu_epi8(~std::uint64_t{0} >> (64 - bytes), p);
+    __builtin_memcpy(buffer, &all, sizeof all);
+  } else {
+    const __m256i all = _mm256_maskz_loadu_epi8(~std::uint32_t{0} >> (32 - bytes), p);
+    __builtin_memcpy(buffer, &all, sizeof all);
+  }
+#else
+  __builtin_memcpy(buffer, p, bytes);
+#endif
   load(buffer, v);
 }
+
+#ifdef LCODEC_MASKS
 template <class T, class V>
 inline void store_some(const V& v, std::int64_t count, T* p) {
-  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+  __m512i all;
+  __builtin_memcpy(&all, &v, sizeof all);
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  _mm512_mask_storeu_epi8(p, ~std::uint64_t{0} >> (64 - bytes), all);
 }
+#else
+template <class T>
+inline T widen(const T* p) {
+  return *p;
+}
+inline float widen(const Bfloat16* p) {
+  const std::uint32_t word = static_cast<std::uint32_t>(p->bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &word, sizeof value);
+  return value;
+}
+#endif
 
 template <class S, class T, int kRows, int kArrays>
 void dots_of(const SelectedColumns<S>& g, const S* row, const T* v, std::int64_t v_stride, T* lane,
@@ -182,10 +216,20 @@ void accumulate_of(const SelectedColumns<S>& g, const S* row, const T* factor,
       add(
           j, [](const auto* p, V& to) { load(p, to); },
           [](const V& sum, T* p) { __builtin_memcpy(p, &sum, sizeof sum); });
+#ifdef LCODEC_MASKS
     if (const std::int64_t left = length - j; left > 0)
       add(
           j, [left](const auto* p, V& to) { load_some(p, left, to); },
           [left](const V& sum, T* p) { store_some(sum, left, p); });
+#else
+    for (; j < length; ++j) {
+      for (int c = 0; c < kArrays; ++c) {
+        T& sum = out[c * out_stride + j];
+        for (int r = 0; r < kRows; ++r)
+          sum = sum + factor[c * factor_stride + r] * widen(base + r * g.stride + j);
+      }
+    }
+#endif
     out += length;
   }
 }
