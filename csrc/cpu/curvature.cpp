@@ -21,6 +21,7 @@ constexpr std::int64_t kManyVectors = 5;         // whose elements outweigh thos
 constexpr std::int64_t kBlockBytes = 4 * 1024;   // of a row: some of them fit a first-level cache
 constexpr std::int64_t kLeastPieces = 8;         // of work, so that Ctrl-C is seen between them
 constexpr std::int64_t kPiecesOfThread = 4;
+constexpr double kLeastOfThread = 2e5;  // multiplications: some 40 microseconds
 constexpr std::int64_t kReducedAtOnce = std::int64_t{1} << 14;  // elements of a piece of work
 constexpr std::int64_t kMostGramRows = 32;                      // of a tile
 
@@ -37,6 +38,13 @@ CurvatureKernels<S, T> pick(SimdLevel level) {
 }
 
 std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// No more threads than `multiplications` keep busy for longer than it takes to start them.
+Execution with_threads_for(double multiplications, Execution execution) {
+  const double most = multiplications / kLeastOfThread;
+  if (most < execution.threads) execution.threads = std::max(1, static_cast<int>(most));
+  return execution;
+}
 
 template <class T>
 void add(const T* from, std::int64_t count, T* into) {
@@ -124,10 +132,12 @@ void tile_accumulate(const CurvatureKernels<S, T>& kernels, const SelectedColumn
 // out_j = (1/n) sum_i c_ij x_i + damping v_j, where factors(i, u) replaces u_j = x_i . v_j by c_ij.
 template <class S, class T, class Factors>
 Status rows_product(const SelectedColumns<S>& x, const T* v, std::int64_t m, T damping, T* out,
-                    const Execution& execution, const Factors& factors) {
-  const auto kernels = pick<S, T>(execution.level);
+                    const Execution& given, const Factors& factors) {
   const std::int64_t n = x.rows;
   const std::int64_t size = x.size * m;
+  const Execution execution =
+      with_threads_for(static_cast<double>(n) * static_cast<double>(size), given);
+  const auto kernels = pick<S, T>(execution.level);
   if (size == 0) return Status::ok;
   const std::int64_t chunk_rows = std::max(kLeastRows, quotient_up(n, kMostChunks));
   const std::int64_t chunks = quotient_up(n, chunk_rows);
@@ -254,7 +264,9 @@ Status softmax_rows_product(const SelectedColumns<S>& a, const T* p, const T* we
 template <class T>
 Status factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, const T* a,
                      std::int64_t a_stride, std::int64_t d, std::int64_t n, T* k,
-                     const Execution& execution) {
+                     const Execution& given) {
+  const double pairs = static_cast<double>(n) * static_cast<double>(n) / 2;
+  const Execution execution = with_threads_for(pairs * static_cast<double>(r + d), given);
   const auto kernels = pick<T, T>(execution.level);
   const Segment all_delta{0, r};
   const Segment all_a{0, d};
