@@ -276,7 +276,10 @@ def output_hessians(objective: Objective, outputs: Tensor, batch: Batch) -> Tens
         _pull([gradient[:, c].sum()], [z], [torch.ones_like(loss)])[0]
         for c in range(gradient.shape[1])
     ]
-    return torch.stack([row.reshape(n, -1) for row in rows], 1)
+    blocks = torch.stack([row.reshape(n, -1) for row in rows], 1)
+    if not torch.isfinite(blocks).all():
+        raise ValueError("the second derivative of the loss by the outputs is NaN or infinite")
+    return blocks
 
 
 Blocks = Iterator[tuple[Tensor, SampleGradients]]
