@@ -12,12 +12,11 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.unlearning needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.curvature.units import UnitSelection
-from lcodec_ext.unlearning.curvature import MAX_PARAMETERS, IndefiniteCurvatureError
 from lcodec_ext.unlearning.update import BeforeAfter, UnlearnResult, unlearn
 
 __all__ = [
-    "MAX_PARAMETERS",
     "BeforeAfter",
     "IndefiniteCurvatureError",
     "UnitSelection",

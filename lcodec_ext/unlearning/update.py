@@ -1,6 +1,7 @@
 """The deletion: a damped Newton step of the retained objective on selected units."""
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lcodec_ext import FociResult
 from lcodec_ext._validation import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext.curvature._masked import twice_differentiable
+from lcodec_ext.curvature.operators import GaussNewtonOperator, HessianOperator
+from lcodec_ext.curvature.solvers import IndefiniteCurvatureError, SolveResult
 from lcodec_ext.curvature.units import UnitLayout, UnitSelection
-from lcodec_ext.unlearning.curvature import MAX_PARAMETERS, Curvature, curvature_matrix, solve
 from lcodec_ext.unlearning.perturbation import (
     ActivationRecorder,
     Call,
@@ -27,19 +29,10 @@ from lcodec_ext.unlearning.perturbation import (
 from lcodec_ext.unlearning.samples import Samples, as_samples
 from lcodec_ext.unlearning.units import Layer, check_selection, find_layers
 
+Curvature = Literal["gauss_newton", "hessian"]
+
 _PROBE = 32  # samples on which model and loss are checked, of either set
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention from elementary operations: the fused ones have no second derivatives or vmap."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+_RTOL = 1e-10  # of the residual at which conjugate gradients end
 
 
 class BeforeAfter(NamedTuple):
@@ -68,6 +61,8 @@ class UnlearnResult:
         The selection by L-FOCI: T of the loss, and in `names` the unit and call ("fc1[3] call 0")
         of every step.
     curvature : {"gauss_newton", "hessian"}
+    curvature_plan : str
+        Which way products with the matrix were computed, and why.
     damping, weight_decay : float
         As used.
     n_forget, n_retain : int
@@ -82,10 +77,12 @@ class UnlearnResult:
         Linear and convolution layers that could not be selected, and why.
     step_norm : float
         Euclidean norm of the change of the weights.
-    smallest_eigenvalue, largest_eigenvalue : float
-        Of the matrix that was solved, regulariser and damping included.
+    solve_method : {"cholesky", "cg", "woodbury"}
+        How the step was solved for; see `CurvatureOperator.solve`.
+    solve_iterations : int
+        Of conjugate gradients; 0 for the direct methods.
     solve_residual : float
-        |matrix @ step - gradient| / |gradient|.
+        |matrix @ step - gradient| / |gradient|, of the step itself.
     training_gradient_norm : float
         Gradient norm, before, of the objective on removed and retained samples together. The
         step takes it for zero: far from that (compare `gradient_norm.before`), it is wrong.
@@ -104,6 +101,7 @@ class UnlearnResult:
     selection_method: str
     foci: FociResult | None
     curvature: str
+    curvature_plan: str
     damping: float
     weight_decay: float
     n_forget: int
@@ -113,8 +111,8 @@ class UnlearnResult:
     n_units: int
     layers_without_units: dict[str, str]
     step_norm: float
-    smallest_eigenvalue: float
-    largest_eigenvalue: float
+    solve_method: str
+    solve_iterations: int
     solve_residual: float
     training_gradient_norm: float
     gradient_norm: BeforeAfter
@@ -128,6 +126,7 @@ class UnlearnResult:
         def change(pair: BeforeAfter) -> str:
             return f"{pair.before:.4g} -> {pair.after:.4g}"
 
+        iterations = f" of {self.solve_iterations} iterations" * (self.solve_iterations > 0)
         layers = ", ".join(
             f"{name or '(model)'}: {len(units)}" for name, units in self.selection.units.items()
         )
@@ -139,9 +138,9 @@ class UnlearnResult:
                 f"{self.selection_method} ({layers})",
                 f"  parameters    {self.n_parameters:,} of {self.n_trainable:,}",
                 f"  curvature     {self.curvature}, weight decay {self.weight_decay:g}, damping "
-                f"{self.damping:g}, eigenvalues {self.smallest_eigenvalue:.3g} to "
-                f"{self.largest_eigenvalue:.3g}",
-                f"  step          norm {self.step_norm:.4g}, residual {self.solve_residual:.1e}",
+                f"{self.damping:g}, {self.solve_method}{iterations}, residual "
+                f"{self.solve_residual:.1e}",
+                f"  step          norm {self.step_norm:.4g}",
                 f"  forget loss   {change(self.loss_forget)}",
                 f"  retain loss   {change(self.loss_retain)}",
                 f"  gradient norm {change(self.gradient_norm)} retained, on the selection "
@@ -151,8 +150,7 @@ class UnlearnResult:
         )
 
 
-@torch.enable_grad()
-@_plain_attention()
+@twice_differentiable()
 def unlearn(
     model: nn.Module,
     forget: Any,
@@ -205,8 +203,8 @@ def unlearn(
         drawn without replacement. Or the units themselves.
     curvature : {"gauss_newton", "hessian"}, default "gauss_newton"
         The Hessian is exact, and at the solutions of networks usually indefinite: then it is
-        refused. The generalised Gauss-Newton matrix never is indefinite and equals the Hessian
-        where the outputs are linear in w.
+        refused. The generalised Gauss-Newton matrix never is indefinite where the loss is convex
+        in the outputs, and equals the Hessian where the outputs are linear in w.
     weight_decay : float, default 0.0
         lambda of the objective that was trained, (lambda / 2) |w|^2 over all trainable
         parameters. `torch.optim.SGD` and `Adam` mean this by their weight_decay; AdamW decouples
@@ -226,7 +224,8 @@ def unlearn(
     n_units : int, optional
         How many units "random" draws; needed there.
     batch_size : int, default 256
-        Most samples in one forward pass. It bounds the memory and does not change the noise.
+        Most samples in one forward pass. It bounds the memory, but for what is kept of the
+        curvature, and does not change the noise.
     seed : int, default 0
         Of the perturbations, of L-FOCI's noise and of "random".
     inplace : bool, default False
@@ -241,20 +240,33 @@ def unlearn(
     Raises
     ------
     IndefiniteCurvatureError
-        If the damped curvature is not positive definite. Nothing is ever stepped on it.
+        If the damped curvature is found not to be positive definite, as it is where it is
+        factorised, and by conjugate gradients where they meet such a direction. If these do not
+        converge, with neither weight decay nor damping.
     ValueError
-        For samples, a model or options that cannot be used, for L-FOCI selecting nothing, for
-        units that own more than `MAX_PARAMETERS` parameters, and wherever a NaN or infinity turns
-        up; the message names it.
+        For samples, a model or options that cannot be used, for L-FOCI selecting nothing, and
+        wherever a NaN or infinity turns up; the message names it.
     TypeError
         For arguments of the wrong type.
+
+    Warns
+    -----
+    ConvergenceWarning
+        If conjugate gradients end above a relative residual of 1e-10.
+    UserWarning
+        If the step raises the loss of the retained samples by much, and if all removed samples are
+        among those.
 
     Notes
     -----
     Works on a float64 copy of the model in evaluation mode: dropout is off, batch norm uses its
-    running statistics. For d selected parameters, N retained samples and C outputs: N C d^2
-    operations for the Gauss-Newton matrix or d backward passes over the N samples for the
-    Hessian, d^3 for eigenvalues and solve, 8 d^2 bytes for each matrix.
+    running statistics. The matrix is a `GaussNewtonOperator` or `HessianOperator` of
+    `lcodec_ext.curvature`. On d selected parameters, N retained samples and C outputs, it is solved
+    in N C rows where these are fewer than d and at most 2048 (Gauss-Newton); formed and factorised
+    for d up to 256, or 2048 where all units are of the layer that gives the outputs; and solved by
+    conjugate gradients otherwise, in at most 1000 products. A product is two or three backward
+    passes over the retained samples, from the loss to the first selected layer, on graphs of which
+    up to 512 MiB are kept.
 
     References
     ----------
@@ -345,12 +357,6 @@ def unlearn(
             chosen = _select([unit for unit in all_units if unit in found])
     check_selection(chosen, layers)
     layout = UnitLayout(chosen, work)
-    if layout.size > MAX_PARAMETERS:
-        raise ValueError(
-            f"the {len(chosen)} selected units own {layout.size:,} parameters, and their "
-            f"curvature matrix may have at most {MAX_PARAMETERS:,} rows; select fewer units, by "
-            "max_units with selection='lfoci', by n_units with 'random', or by a UnitSelection"
-        )
 
     m, n = len(forget), len(forget) + len(retain)
     weights = {k: p.detach() for k, p in work.named_parameters() if p.requires_grad}
@@ -362,24 +368,27 @@ def unlearn(
             k: (m * g + (n - m) * retained.gradient[k]) / n for k, g in removed.gradient.items()
         }
     with _timed(seconds, "curvature"):
-        matrix = curvature_matrix(
-            curvature, work, layout, retain, loss_fn, batch_size=batch_size, progress=progress
-        )
-        matrix.diagonal().add_(weight_decay + damping)
-    with _timed(seconds, "solve"):
-        step, smallest, largest, residual = solve(
-            matrix,
-            layout.gather(removed.gradient) * (m / (n - m)),
-            kind=curvature,
-            weight_decay=weight_decay,
+        kind = GaussNewtonOperator if curvature == "gauss_newton" else HessianOperator
+        # Plain pairs, whose length is not that of the samples in them.
+        batches = [(inputs, targets) for inputs, targets in retain.chunks(batch_size)]
+        operator = kind(
+            work,
+            loss_fn,
+            batches,
+            chosen,
             damping=damping,
+            weight_decay=weight_decay,
+            progress=progress,
         )
-    del matrix
+    with _timed(seconds, "solve"):
+        solution = _solve(operator, layout.gather(removed.gradient) * (m / (n - m)), curvature)
+    plan = operator.plan
+    del operator  # and the graphs that it keeps
     with _timed(seconds, "evaluation"):
         # Into a copy first, also in place: the given model changes only when all has gone well.
         # What is evaluated are the new weights as rounded to the model's dtype.
         changed = copy.deepcopy(model)
-        chosen.scatter_(changed, theta + step)
+        chosen.scatter_(changed, theta + solution.x)
         rounded = chosen.gather(changed).detach()
         if not torch.isfinite(rounded).all():
             raise ValueError("the new weights overflow the dtype of the model")
@@ -395,7 +404,7 @@ def unlearn(
             f"{retained_after.loss:.3g}: it went too far, as it does where the model was not "
             f"trained to a stationary point. Take a larger damping (it was {damping:.3g}); 10 to "
             "1000 times as much is not unusual for networks",
-            stacklevel=4,  # behind the two decorators
+            stacklevel=3,  # behind the decorator
         )
     seconds["total"] = time.perf_counter() - begin
     return UnlearnResult(
@@ -404,6 +413,7 @@ def unlearn(
         selection_method=method,
         foci=foci,
         curvature=curvature,
+        curvature_plan=plan,
         damping=damping,
         weight_decay=float(weight_decay),
         n_forget=m,
@@ -412,10 +422,10 @@ def unlearn(
         n_trainable=sum(w.numel() for w in weights.values()),
         n_units=len(all_units),
         layers_without_units=without,
-        step_norm=step.norm().item(),
-        smallest_eigenvalue=smallest,
-        largest_eigenvalue=largest,
-        solve_residual=residual,
+        step_norm=solution.x.norm().item(),
+        solve_method=solution.method,
+        solve_iterations=solution.iterations,
+        solve_residual=solution.residual,
         training_gradient_norm=_norm(training),
         gradient_norm=BeforeAfter(_norm(retained.gradient), _norm(retained_after.gradient)),
         gradient_norm_selected=BeforeAfter(
@@ -531,7 +541,7 @@ def _warn_of_overlap(forget: Samples, retain: Samples) -> None:
         warnings.warn(
             "every sample of forget is among those of retain: pass as retain the training samples "
             "that stay, without the deleted ones",
-            stacklevel=5,  # behind unlearn and its two decorators
+            stacklevel=4,  # behind unlearn and its decorator
         )
 
 
@@ -599,6 +609,42 @@ def _objective(
         if not torch.isfinite(g).all():
             raise ValueError(f"the gradient of the {name} samples by {k!r} holds NaN or infinity")
     return _Objective(total, gradient)
+
+
+def _solve(
+    operator: GaussNewtonOperator | HessianOperator, gradient: Tensor, curvature: Curvature
+) -> SolveResult:
+    """Solve for the step; refuse, with advice, a matrix that is not positive definite."""
+    damping, weight_decay = operator.damping, operator.weight_decay
+    rayleigh, least = math.nan, None
+    try:
+        solution = operator.solve(gradient, rtol=_RTOL)
+        if solution.method != "cg" or solution.residual <= _RTOL or damping + weight_decay > 0:
+            return solution
+        found = f"the residual is {solution.residual:.2g} after {solution.iterations} iterations"
+    except IndefiniteCurvatureError as error:
+        rayleigh, least = error.rayleigh, error.least_damping
+        found = f"its smallest eigenvalue is at most {rayleigh:.4g}"
+    if least is None:
+        state = "singular or nearly so"
+        advice = f"a larger damping, for instance {max(1e-4, 10 * damping):g}"
+    else:
+        state = "indefinite"
+        advice = f"damping above {1.05 * (damping + least):.2g}"  # 5% cover the rounding
+        if curvature == "hessian":
+            advice = (
+                "curvature='gauss_newton', which never is indefinite for a loss that is convex in "
+                f"the outputs, or {advice}"
+            )
+        else:
+            advice = f"a loss that is convex in the outputs, curvature='hessian' or {advice}"
+    raise IndefiniteCurvatureError(
+        f"the {curvature} matrix of the retained objective is {state} on the {len(gradient):,} "
+        f"selected parameters: {found}, with weight_decay={weight_decay:g} and "
+        f"damping={damping:g} included. Use {advice}",
+        rayleigh,
+        least,
+    )
 
 
 def _norm(gradient: dict[str, Tensor]) -> float:
