@@ -68,7 +68,7 @@ def run(output, seed, *, n_train=1200, n_wrong=80, n_hidden=24, iterations=1500,
             model, data.forget, retain, F.cross_entropy, weight_decay=WEIGHT_DECAY, **options
         )
 
-    # The first call of torch.func imports much; that is not part of any method's time.
+    # The first call imports much; that is not part of any method's time.
     delete(retain=tuple(tensor[:20] for tensor in data.retain), selection="random", n_units=1)
     lfoci = delete(seed=seed, progress=True)
     whole = delete(selection="all", progress=True)
