@@ -220,16 +220,25 @@ class DeltaRoute(Route):
     def low_rank(self, most: int) -> LowRank | None:
         if self._form is not GaussNewtonForm or self._objective.n_samples > most:
             return None
-        if most * self._objective.masked.theta.nbytes > CACHE_BYTES:
-            most = CACHE_BYTES // self._objective.masked.theta.nbytes
-        pieces, weights = [], []
+        kept: list[Any] = []
+        weights: list[Tensor] = []
+        n_bytes = 0
+        plain: bool | None = None
         for batch, blocks in _gauss_newton_rows(self._objective, most):
             if blocks is None:
                 return None
             for values, gradients in blocks:
-                pieces.append(gradients.dense())
+                plain = gradients.is_plain() if plain is None else plain
+                kept.append(gradients if plain else gradients.dense())
                 weights.append(values * self._objective.share(batch))
-        return StoredRows(tuple(pieces), torch.cat(weights))
+                n_bytes += kept[-1].nbytes
+                if n_bytes > CACHE_BYTES:
+                    return None
+        if not kept:  # the loss is linear in the outputs
+            return None
+        if plain:
+            return PlainRows(kept, torch.cat(weights))
+        return StoredRows(tuple(kept), torch.cat(weights))
 
 
 def graph_bytes(roots: Sequence[Tensor], besides: set[int]) -> int:
@@ -334,7 +343,7 @@ def gauss_newton_diagonal(objective: Objective) -> Tensor | None:
         if blocks is None:
             return None
         for weights, gradients in blocks:
-            total += weights @ gradients.dense().square_() * objective.share(batch)
+            total += gradients.combine_squares(weights) * objective.share(batch)
     return total
 
 
@@ -628,8 +637,11 @@ class FisherRoute(Route):
 
     def diagonal(self) -> Tensor:
         total = torch.zeros_like(self._objective.masked.theta)
-        for G in self.stored or (g.dense() for g in self._factors or self._chunks()):
+        for G in self.stored:
             total += G.square().sum(0)
+        if not self.stored:
+            for gradients in self._factors or self._chunks():
+                total += gradients.combine_squares(total.new_ones(gradients.n))
         return total * self._share
 
     def low_rank(self, most: int) -> LowRank | None:

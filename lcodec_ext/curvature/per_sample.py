@@ -196,6 +196,18 @@ class SampleGradients:
             factors.add_combined(weights, out)
         return out
 
+    @plain_arithmetic()
+    def combine_squares(self, weights: Tensor) -> Tensor:
+        """sum_i weights_i gradient_i^2, entry by entry, shape (p,)."""
+        pairs = self.plain()
+        if not pairs:
+            return weights @ self.dense().square_()
+        out = weights.new_zeros(self.size)
+        for factors, (D, x) in zip(self.factors, pairs, strict=True):
+            squares = (D.square() * weights[:, None]).T @ x.square()
+            out[factors.coordinates] += squares.reshape(factors.coordinates.shape)
+        return out
+
 
 def gradients_by_seeds(
     masked: MaskedModel, run: Run, values: Sequence[Tensor], seeds: Sequence[Tensor], n: int
