@@ -1237,3 +1237,15 @@ def test_progress_is_shown_on_request(capsys):
     assert "primal" in capsys.readouterr().err
     operator("hessian", "mlp")
     assert capsys.readouterr().err == ""
+
+
+def test_a_diagonal_of_a_large_selection_takes_no_product_for_each_entry(monkeypatch):
+    monkeypatch.setattr(_routes, "MAX_BYTES", 1000)  # three samples at once
+    A = operator("gauss_newton", "mlp")
+    monkeypatch.setattr(A, "_product", None)
+    assert off(A.diagonal(), dense("mlp", "gauss_newton").diagonal()) < WITHIN
+    assert A._low_rank(20) is None  # 33 rows
+    B = operator("gauss_newton", "mlp", damping=0.5)
+    low = B._low_rank(33)
+    R = low.project(torch.eye(B.shape[0], dtype=torch.float64))
+    assert off(R.T @ (low.weights[:, None] * R), dense("mlp", "gauss_newton")) < WITHIN

@@ -417,16 +417,16 @@ class MaskedModel:
         self.layout = layout
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.model = _copy_of(model).to(dtype).eval().requires_grad_(False)
-        self._entries = _entries(layout, self.device)
+        self.entries = _entries(layout, self.device)
         self._base = {
             name: parameter.detach()
             for name, parameter in self.model.named_parameters()
-            if name in self._entries
+            if name in self.entries
         }
         self.theta = layout.gather(self._base)
         self.whole: dict[str, str] = {}
-        self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._entries}
-        ids = {id(self.model.get_parameter(name)): name for name in self._entries}
+        self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self.entries}
+        ids = {id(self.model.get_parameter(name)): name for name in self.entries}
         for module in self.model.modules():
             for key, parameter in module._parameters.items():
                 if id(parameter) in ids:
@@ -458,7 +458,7 @@ class MaskedModel:
         self.whole[name] = why
 
     def _find_rows(self, module: nn.Module, key: str, name: str) -> Rows | None:
-        entries = self._entries[name]
+        entries = self.entries[name]
         if not _is_layer(module) or isinstance(module, nn.MultiheadAttention):
             return None
         try:
@@ -474,22 +474,14 @@ class MaskedModel:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """The displacements of the parameters that a vector of coordinates is."""
-        return [vector[e.coordinates].reshape(e.shape) for e in self._entries.values()]
+        return [entries.take(vector) for entries in self.entries.values()]
 
     def join(self, displacements: Sequence[Tensor]) -> Tensor:
         """The vector of displacements of the parameters; the reverse of `split`."""
-        out = displacements[0].new_empty(self.size)
-        for entries, displacement in zip(self._entries.values(), displacements, strict=True):
-            out[entries.coordinates] = displacement.reshape(entries.coordinates.shape)
+        out = displacements[0].new_zeros(self.size)
+        for entries, displacement in zip(self.entries.values(), displacements, strict=True):
+            entries.add_to(out, displacement)
         return out
-
-    def coordinates(self, parameter: str) -> Tensor:
-        """The coordinates of a parameter's selected entries, shape (entries, length)."""
-        return self._entries[parameter].coordinates
-
-    def entry_shape(self, parameter: str) -> tuple[int, ...]:
-        """The shape of the displacement of a parameter: its entries first."""
-        return self._entries[parameter].shape
 
     def columns(self, selection: UnitSelection) -> Tensor:
         """The coordinates that the coordinates of a part of the selection are."""
@@ -499,7 +491,7 @@ class MaskedModel:
         self.model.requires_grad_(False)
         out = torch.empty(layout.size, dtype=torch.int64, device=self.device)
         for name, part in _entries(layout, self.device).items():
-            whole = self._entries[name]
+            whole = self.entries[name]
             out[part.coordinates] = whole.coordinates[torch.searchsorted(whole.units, part.units)]
         return out
 
@@ -509,7 +501,7 @@ class MaskedModel:
         before = self._base
         self._base = {
             name: entries.displaced(before[name], part)
-            for (name, entries), part in zip(self._entries.items(), self.split(step), strict=True)
+            for (name, entries), part in zip(self.entries.items(), self.split(step), strict=True)
         }
         try:
             yield
@@ -536,7 +528,7 @@ class MaskedModel:
     def _run(self, batch: Batch) -> Run:
         displacements = {
             name: torch.zeros(e.shape, dtype=self.dtype, device=self.device, requires_grad=True)
-            for name, e in self._entries.items()
+            for name, e in self.entries.items()
         }
         added: list[Added] = []
         layer_outputs: list[Tensor] = []
@@ -545,7 +537,7 @@ class MaskedModel:
             for name, owners in self._owners.items():
                 value = self._base[name]
                 if name in self.whole:
-                    value = self._entries[name].displaced(value, displacements[name])
+                    value = self.entries[name].displaced(value, displacements[name])
                 else:
                     value = value.detach().requires_grad_()
                     watched.append((value, name))
@@ -572,7 +564,7 @@ class MaskedModel:
 
 
 @dataclass(frozen=True)
-class _Entries:
+class Entries:
     """The selected entries of one parameter, in ascending order."""
 
     cut: _Cut
@@ -580,6 +572,33 @@ class _Entries:
     positions: tuple[Tensor, ...]  # the same, axis by axis of the view of the cut
     coordinates: Tensor  # (entries, length)
     shape: tuple[int, ...]  # of a displacement: (entries, *slice)
+    first: int  # the first coordinate
+    step: int | None  # from entry to entry, if coordinates are so far apart, and consecutive in one
+
+    def _view(self, vectors: Tensor) -> Tensor | None:
+        """The coordinates in vectors, shape (..., p), without a copy if they lie regularly."""
+        if self.step is None:
+            return None
+        *strides, stride = vectors.stride()
+        return vectors.as_strided(
+            (*vectors.shape[:-1], *self.coordinates.shape),
+            (*strides, self.step * stride, stride),
+            vectors.storage_offset() + self.first * stride,
+        )
+
+    def take(self, vector: Tensor) -> Tensor:
+        """The displacement of this parameter that a vector of all coordinates is."""
+        view = self._view(vector)
+        return (vector[self.coordinates] if view is None else view).reshape(self.shape)
+
+    def add_to(self, vectors: Tensor, displacements: Tensor) -> None:
+        """Add displacements, shape (..., *shape), to vectors of all coordinates, shape (..., p)."""
+        displacements = displacements.reshape(*vectors.shape[:-1], *self.coordinates.shape)
+        view = self._view(vectors)
+        if view is None:
+            vectors[..., self.coordinates] += displacements
+        else:
+            view += displacements
 
     def displaced(self, base: Tensor, displacement: Tensor) -> Tensor:
         view = self.cut.view(base)
@@ -587,7 +606,7 @@ class _Entries:
         return self.cut.unview(view.index_put(self.positions, moved))
 
 
-def _entries(layout: UnitLayout, device: torch.device) -> dict[str, _Entries]:
+def _entries(layout: UnitLayout, device: torch.device) -> dict[str, Entries]:
     units: dict[str, list[Tensor]] = {}
     coordinates: dict[str, list[Tensor]] = {}
     parts: dict[str, _Part] = {}
@@ -599,11 +618,21 @@ def _entries(layout: UnitLayout, device: torch.device) -> dict[str, _Entries]:
     for name, part in parts.items():
         every = torch.cat(units[name])
         order = torch.argsort(every)
-        every, where = every[order].to(device), torch.cat(coordinates[name])[order].to(device)
+        every, where = every[order], torch.cat(coordinates[name])[order]
         counts = part.cut.counts(part.shape)
-        positions: tuple[Tensor, ...] = torch.unravel_index(every, counts)
+        positions: tuple[Tensor, ...] = torch.unravel_index(every.to(device), counts)
         rest = part.cut.view(torch.empty(part.shape, device="meta")).shape[len(counts) :]
-        found[name] = _Entries(part.cut, every, positions, where, (len(every), *rest))
+        first, step = int(where[0, 0]), int(where[-1, 0] - where[0, 0]) // max(1, len(where) - 1)
+        regular = first + step * torch.arange(len(where))[:, None] + torch.arange(where.shape[1])
+        found[name] = Entries(
+            part.cut,
+            every.to(device),
+            positions,
+            where.to(device),
+            (len(every), *rest),
+            first,
+            step if torch.equal(where, regular) else None,
+        )
     return found
 
 

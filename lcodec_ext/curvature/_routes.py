@@ -302,8 +302,8 @@ def _gauss_newton_rows(
     Of every batch; None where outputs are many or not by sample, or rows are more than most.
     """
     masked = objective.masked
-    most = max(1, MAX_BYTES // (masked.size * masked.theta.element_size()))
-    parts = (part for _, whole in objective.passes() for part in split(whole, most))
+    at_once = max(1, MAX_BYTES // masked.theta.nbytes)
+    parts = (part for _, whole in objective.passes() for part in split(whole, at_once))
     for batch in parts:
         run = objective.run(batch)
         with twice_differentiable():

@@ -17,6 +17,7 @@ from lcodec_ext._validation import check_integer
 from lcodec_ext.curvature._data import Batch, map_tensors, sample_of, tensors_of
 from lcodec_ext.curvature._masked import (
     Added,
+    Entries,
     MaskedModel,
     Run,
     is_convolution,
@@ -41,15 +42,13 @@ class Factors:
         The rows, and the layer's input.
     reached : Tensor
         Gradient of every sample's loss by what the rows add to the output.
-    coordinates : Tensor of int64, shape (entries, length)
-    shape : tuple of int
-        Of a displacement of the parameter.
+    entries : Entries
+        Of the parameter.
     """
 
     added: Added
     reached: Tensor
-    coordinates: Tensor
-    shape: tuple[int, ...]
+    entries: Entries
 
     def _rows(self, displacement: Tensor) -> Tensor:
         added = self.added
@@ -57,7 +56,7 @@ class Factors:
 
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of the gradients with a vector of all coordinates, shape (n,)."""
-        d = vector[self.coordinates].reshape(self.shape)
+        d = self.entries.take(vector)
         with torch.no_grad():
             return (self._rows(d) * self.reached).flatten(1).sum(1)
 
@@ -65,9 +64,9 @@ class Factors:
         """Add sum_i weights_i gradient_i to a vector of all coordinates."""
         weighted = self.reached * weights.reshape(-1, *[1] * (self.reached.ndim - 1))
         with torch.enable_grad():
-            zero = weighted.new_zeros(self.shape, requires_grad=True)
+            zero = weighted.new_zeros(self.entries.shape, requires_grad=True)
             (total,) = torch.autograd.grad(self._rows(zero).expand_as(weighted), zero, weighted)
-        out[self.coordinates] += total.reshape(self.coordinates.shape)
+        self.entries.add_to(out, total)
 
     def plain(self) -> tuple[Tensor, Tensor] | None:
         """(D, x), of shapes (n, entries) and (n, length), if gradients are single outer products.
@@ -77,7 +76,7 @@ class Factors:
         reached = self.reached
         if reached.ndim != 2:
             return None
-        if len(self.shape) == 1:
+        if len(self.entries.shape) == 1:
             return reached, reached.new_ones(len(reached), 1)
         return (reached, self.added.input) if is_linear(self.added.rows.module) else None
 
@@ -85,12 +84,12 @@ class Factors:
         """The gradients, shape (n, entries * length), entry by entry."""
         reached, added = self.reached, self.added
         n, module = len(reached), added.rows.module
-        if len(self.shape) == 1 and added.rows.key == "bias":
+        if len(self.entries.shape) == 1 and added.rows.key == "bias":
             return reached.movedim(added.axis, 1).flatten(2).sum(2) if reached.ndim > 2 else reached
-        if len(self.shape) == 1:  # the scale of a norm
+        if len(self.entries.shape) == 1:  # the scale of a norm
             with torch.no_grad():
-                products = self._rows(reached.new_ones(self.shape)) * reached
-            return products.movedim(added.axis, 1).reshape(n, self.shape[0], -1).sum(2)
+                products = self._rows(reached.new_ones(self.entries.shape)) * reached
+            return products.movedim(added.axis, 1).reshape(n, self.entries.shape[0], -1).sum(2)
         if is_linear(module):
             x = added.input
             x = x.reshape(n, -1, x.shape[-1])
@@ -98,7 +97,7 @@ class Factors:
             return each.flatten(1)
         if isinstance(module, nn.Embedding):
             place = added.rows.of.place[added.input].reshape(n, -1)  # type: ignore[attr-defined]
-            entries, length = self.shape
+            entries, length = self.entries.shape
             row = (torch.arange(n, device=place.device)[:, None] * (entries + 1) + place).flatten()
             sums = reached.new_zeros(n * (entries + 1), length)
             sums.index_add_(0, row, reached.reshape(-1, length))
@@ -106,7 +105,9 @@ class Factors:
         if is_convolution(module) and module.groups == 1:
             x = added.input
             reached = reached.flatten(2)
-            per_sample = reached.shape[2] * math.prod(self.shape[1:]) * reached.element_size()
+            per_sample = (
+                reached.shape[2] * math.prod(self.entries.shape[1:]) * reached.element_size()
+            )
             step = max(1, MAX_BYTES // per_sample)
             return torch.cat(
                 [
@@ -121,7 +122,7 @@ class Factors:
             def rows(d: Tensor) -> Tensor:
                 return added.rows.of((x[None], *added.args[1:]), options, d, added.axis)
 
-            pull: Any = torch.func.vjp(rows, reached_one.new_zeros(self.shape))[1]
+            pull: Any = torch.func.vjp(rows, reached_one.new_zeros(self.entries.shape))[1]
             (gradient,) = pull(reached_one[None])
             return gradient
 
@@ -176,7 +177,7 @@ class SampleGradients:
             return self._stored
         out = self.factors[0].reached.new_zeros(self.n, self.size)
         for factors in self.factors:
-            out[:, factors.coordinates.flatten()] += factors.dense()
+            factors.entries.add_to(out, factors.dense())
         return out
 
     @plain_arithmetic()
@@ -204,8 +205,7 @@ class SampleGradients:
             return weights @ self.dense().square_()
         out = weights.new_zeros(self.size)
         for factors, (D, x) in zip(self.factors, pairs, strict=True):
-            squares = (D.square() * weights[:, None]).T @ x.square()
-            out[factors.coordinates] += squares.reshape(factors.coordinates.shape)
+            factors.entries.add_to(out, (D.square() * weights[:, None]).T @ x.square())
         return out
 
 
@@ -227,8 +227,7 @@ def gradients_by_seeds(
             Factors(
                 _without_graph(added),
                 d,
-                masked.coordinates(added.rows.parameter),
-                masked.entry_shape(added.rows.parameter),
+                masked.entries[added.rows.parameter],
             )
             for added, d in zip(run.added, reached, strict=True)
         ),
@@ -365,7 +364,7 @@ def per_sample_gradients(
 def chunks(objective: Objective, max_bytes: int, what: str) -> Iterator[SampleGradients]:
     """The gradients of all samples, so many at once that they take max_bytes when stored."""
     masked = objective.masked
-    most = max(1, max_bytes // (masked.size * masked.theta.element_size()))
+    most = max(1, max_bytes // masked.theta.nbytes)
     factored: bool | None = None
     for _, batch in objective.passes(what):
         for part in split(batch, most):
