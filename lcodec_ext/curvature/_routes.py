@@ -68,10 +68,12 @@ class StoredRows(LowRank):
         return torch.cat([piece @ B for piece in self.pieces])
 
     def lift(self, C: Tensor) -> Tensor:
-        parts = torch.split(C, [len(piece) for piece in self.pieces])
-        return torch.stack(
-            [piece.T @ part for piece, part in zip(self.pieces, parts, strict=True)]
-        ).sum(0)
+        total = C.new_zeros(self.pieces[0].shape[1], C.shape[1])
+        for piece, part in zip(
+            self.pieces, torch.split(C, [len(piece) for piece in self.pieces]), strict=True
+        ):
+            total.addmm_(piece.T, part)
+        return total
 
 
 class Route(ABC):
@@ -687,9 +689,10 @@ class PlainRows(LowRank):
         return torch.stack(columns, 1)
 
     def lift(self, C: Tensor) -> Tensor:
-        columns = []
-        for column in C.T:
-            parts = torch.split(column, [g.n for g in self._gradients])
-            pairs = zip(self._gradients, parts, strict=True)
-            columns.append(torch.stack([g.combine(part) for g, part in pairs]).sum(0))
-        return torch.stack(columns, 1)
+        total = C.new_zeros(self._gradients[0].size, C.shape[1])
+        for gradients, part in zip(
+            self._gradients, torch.split(C, [g.n for g in self._gradients]), strict=True
+        ):
+            for out, column in zip(total.T, part.T, strict=True):
+                out += gradients.combine(column)
+        return total
