@@ -40,14 +40,18 @@ class Batches:
     ----------
     cut_here : bool
         Whether the batches are cut from tensors or a Dataset, and mean nothing to the caller.
+    generators : list of torch.Generator
+        That a DataLoader draws from.
     """
 
     def __init__(self, data: Any, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self.cut_here = False
+        self.generators: list[torch.Generator] = []
         self._read: Callable[[], Iterable[Any]]
         if isinstance(data, DataLoader):
             self._read = lambda: data
+            self.generators = _generators(data)
         elif isinstance(data, Dataset):
             self.cut_here = True
             self._read = lambda: _from_dataset(data)
@@ -81,6 +85,17 @@ class Batches:
                 )
             size = _n_samples(batch, name)
             yield _as_batch(_moved(batch, self._device, self._dtype), size, name)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    parts = (
+        loader,
+        loader.sampler,
+        loader.batch_sampler,
+        getattr(loader.batch_sampler, "sampler", None),
+    )
+    found = {id(g): g for part in parts if (g := getattr(part, "generator", None)) is not None}
+    return list(found.values())
 
 
 def _is_batch(data: Any) -> bool:
@@ -149,8 +164,11 @@ def _n_samples(batch: Any, name: str) -> int:
         raise ValueError(f"{name} must hold tensors with samples along their first axis")
     if len(first) == 0:
         raise ValueError(f"{name} is empty: its first tensor has shape {tuple(first.shape)}")
-    targets = batch[-1] if isinstance(batch, tuple | list) else None
-    if targets is not None and targets.ndim and len(targets) != len(first):
+    if isinstance(batch, Mapping):
+        targets = next((batch[key] for key in _LABELS if key in batch), None)
+    else:
+        targets = batch[-1]
+    if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(first):
         raise ValueError(f"{name} has {len(first)} inputs and {len(targets)} targets")
     return len(first)
 
@@ -168,12 +186,11 @@ def sample_of(tree: Any, n: int, samples: slice) -> Any:
 
 def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
     def move(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        if tensor.is_inference():  # these cannot be saved for a backward pass
-            tensor = tensor.clone()
         if tensor.is_complex():
             raise TypeError(f"data must be real; got a tensor of {tensor.dtype}")
-        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        # A copy: what is kept does not change when the caller's tensor does.
+        return tensor.detach().to(device, wanted, copy=True)
 
     return map_tensors(move, tree)
 

@@ -7,6 +7,7 @@ first selected layer, and forms the rows of the selected units only.
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -104,9 +105,14 @@ def _row_module(
     return rows
 
 
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer multiplies with its weight; transformers' Conv1D calls it x."""
+    x: Tensor = args[0] if args else kwargs["x" if "x" in kwargs else "input"]
+    return x
+
+
 def _linear_rows(args: tuple[Any, ...], kwargs: dict[str, Any], d: Tensor, axis: int) -> Tensor:
-    (x,) = (*args, *kwargs.values())
-    return linear(x, d)
+    return linear(_input(args, kwargs), d)
 
 
 class _ConvolutionRows:
@@ -138,7 +144,7 @@ class _ConvolutionRows:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], d: Tensor, axis: int
     ) -> Tensor:
         positions = len(self._module.kernel_size)
-        x = args[0] if args else kwargs["input"]
+        x = _input(args, kwargs)
         options = {key: value for key, value in kwargs.items() if key != "input"}
         if self._channels is not None:
             x = x.index_select(-1 - positions, self._channels)
@@ -167,14 +173,15 @@ class _EmbeddingRows:
         self._module = module
         self.place = torch.full((module.num_embeddings,), len(units), device=units.device)
         self.place[units] = torch.arange(len(units), device=units.device)
+        if module.padding_idx is not None:  # autograd has no gradient there, tied or not
+            self.place[module.padding_idx] = len(units)
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], d: Tensor, axis: int
     ) -> Tensor:
         d = torch.cat([d, d.new_zeros(1, d.shape[1])])
         if isinstance(self._module, nn.Embedding):
-            (ids,) = (*args, *kwargs.values())
-            return embedding(self.place[ids], d)
+            return embedding(self.place[_input(args, kwargs)], d)
         return self._bags(d, *args, **kwargs)
 
     def _bags(
@@ -249,9 +256,14 @@ def _keeps_forward(module: nn.Module) -> bool:
     """Whether the layer computes what its kind says: no subclass has changed its forward pass."""
     if "forward" in vars(module):
         return False
-    if _is_transformers_conv1d(module):
-        return True
+    helpers = ("_conv_forward", "_output_padding", "_apply_instance_norm", "_handle_no_batch_input")
+    if any(
+        h in vars(kind) for kind in type(module).__mro__ if not _is_torchs(kind) for h in helpers
+    ):
+        return False
     forward = type(module).forward
+    if _is_transformers_conv1d(module):
+        return forward.__module__ == "transformers.pytorch_utils"
     return any(
         forward in (base.forward, *(b.forward for b in base.__subclasses__() if _is_torchs(b)))
         for base in _BASES
@@ -327,12 +339,12 @@ class Added:
     kwargs: dict[str, Any]
     value: Tensor  # what the output was given, of its shape but for the places
     axis: int  # negative
+    versions: tuple[int, ...]  # of the tensors in args and kwargs
 
     @property
     def input(self) -> Tensor:
         """What the layer multiplies with its weight."""
-        first: Tensor = next(iter((*self.args, *self.kwargs.values())))
-        return first
+        return _input(self.args, self.kwargs)
 
 
 @dataclass(frozen=True)
@@ -348,15 +360,15 @@ class Run:
     displacements : list of Tensor
         Zeros that require gradients, one for each parameter.
     added : list of Added
-    layer_outputs : list of Tensor
-        Of the calls of layers with rows.
+    layer_outputs : list of (Tensor, int)
+        Of the calls of layers with rows, with their versions when these returned.
     """
 
     outputs: Any
     values: list[Tensor]
     displacements: list[Tensor]
     added: list[Added]
-    layer_outputs: list[Tensor]
+    layer_outputs: list[tuple[Tensor, int]]
 
 
 class _UsedElsewhereError(Exception):
@@ -416,7 +428,8 @@ class MaskedModel:
         self.size = layout.size
         self.layout = layout
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        self.model = _copy_of(model).to(dtype).eval().requires_grad_(False)
+        self.model = _copy_of(model, layout).eval().requires_grad_(False)
+        self.model._apply(lambda t: _in_dtype(t, dtype))  # type: ignore[no-untyped-call]
         self.entries = _entries(layout, self.device)
         self._base = {
             name: parameter.detach()
@@ -424,7 +437,15 @@ class MaskedModel:
             if name in self.entries
         }
         self.theta = layout.gather(self._base)
+        # Parameters that nothing may compute with: a run replaces those of the copy.
+        self._outside: dict[int, tuple[weakref.ref[Tensor], str]] = {
+            id(p): (weakref.ref(p), name) for name, p in model.named_parameters()
+        }
+        for name in self.entries:
+            own = self.model.get_parameter(name).requires_grad_()
+            self._outside[id(own)] = weakref.ref(own), name
         self.whole: dict[str, str] = {}
+        self._watched: list[tuple[Tensor, str]] = []
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self.entries}
         ids = {id(self.model.get_parameter(name)): name for name in self.entries}
         for module in self.model.modules():
@@ -485,10 +506,12 @@ class MaskedModel:
 
     def columns(self, selection: UnitSelection) -> Tensor:
         """The coordinates that the coordinates of a part of the selection are."""
+        before = {name: p.requires_grad for name, p in self.model.named_parameters()}
         for name, trainable in self._trainable.items():
             self.model.get_parameter(name).requires_grad_(trainable)
         layout = UnitLayout(selection, self.model)
-        self.model.requires_grad_(False)
+        for name, required in before.items():
+            self.model.get_parameter(name).requires_grad_(required)
         out = torch.empty(layout.size, dtype=torch.int64, device=self.device)
         for name, part in _entries(layout, self.device).items():
             whole = self.entries[name]
@@ -525,13 +548,37 @@ class MaskedModel:
                     kept = [[r for r in group if r.parameter not in self.whole] for group in groups]
                     self._rows[module] = [group for group in kept if group]
 
+    def _check_outside(self, leaves: dict[int, Tensor], what: str) -> None:
+        for key, leaf in leaves.items():
+            reference, name = self._outside.get(key, (None, ""))
+            if reference is not None and reference() is leaf:
+                raise ValueError(
+                    f"{what} computes with parameter {name!r} in a way that a copy of the model "
+                    "does not follow: through a lambda, a closure, a bound method or a list that "
+                    "holds it, or as the parameter itself"
+                )
+
+    def check_loss(self, loss: Tensor, displacements: Sequence[Tensor] = ()) -> None:
+        """Refuse a loss that depends on parameters other than through the outputs that are seen.
+
+        The displacements are given where the loss is one of outputs without their graphs.
+        """
+        leaves = _leaves([loss])
+        self._check_outside(leaves, "the loss (weight_decay is an argument of its own)")
+        hidden = [value for value, _ in self._watched] + list(displacements)
+        if any(leaves.get(id(value)) is value for value in hidden):
+            raise ValueError(
+                "the loss must depend on the selected parameters through the tensors, tuples, "
+                "lists and dicts that the model returns, and through nothing else"
+            )
+
     def _run(self, batch: Batch) -> Run:
         displacements = {
             name: torch.zeros(e.shape, dtype=self.dtype, device=self.device, requires_grad=True)
             for name, e in self.entries.items()
         }
         added: list[Added] = []
-        layer_outputs: list[Tensor] = []
+        layer_outputs: list[tuple[Tensor, int]] = []
         watched: list[tuple[Tensor, str]] = []
         with ExitStack() as stack:
             for name, owners in self._owners.items():
@@ -545,7 +592,8 @@ class MaskedModel:
                     stack.enter_context(_replaced(module._parameters, key, value))
             for module, groups in self._rows.items():
                 if groups:
-                    forward = _forward(module, groups, displacements, added, layer_outputs)
+                    given = {name: value for value, name in watched}
+                    forward = _forward(module, groups, given, displacements, added, layer_outputs)
                     stack.enter_context(_replaced(vars(module), "forward", forward))
             outputs = self.model(*batch.args, **batch.kwargs)
         logits = getattr(outputs, "logits", None)
@@ -557,6 +605,8 @@ class MaskedModel:
             )
         values = [t for t in tensors_of(outputs) if t.requires_grad]
         leaves = _leaves(values)
+        self._check_outside(leaves, "the model")
+        self._watched = watched
         elsewhere = {name for value, name in watched if id(value) in leaves}
         if elsewhere:
             raise _UsedElsewhereError(elsewhere)
@@ -636,13 +686,32 @@ def _entries(layout: UnitLayout, device: torch.device) -> dict[str, Entries]:
     return found
 
 
-def _copy_of(model: nn.Module) -> nn.Module:
+def _copy_of(model: nn.Module, layout: UnitLayout) -> nn.Module:
     memo: dict[int, Any] = {}
+    selected = {id(parameter): name for name, parameter in layout.parameters.items()}
     for module in model.modules():
-        for value in vars(module).values():
+        for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
+                for leaf in _leaves([value]):
+                    if leaf in selected:
+                        raise ValueError(
+                            f"attribute {key!r} of a {type(module).__name__} was computed from the "
+                            f"selected parameter {selected[leaf]!r} beforehand; compute it in the "
+                            "forward pass"
+                        )
                 memo[id(value)] = value.detach().clone()  # deepcopy refuses these
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"model cannot be copied by copy.deepcopy: {error}") from error
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex():
+        dtype = {torch.float32: torch.complex64, torch.float64: torch.complex128}[dtype]
+    elif not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
 
 
 @contextmanager
@@ -661,9 +730,10 @@ def _replaced(values: dict[str, Any], key: str, value: Any) -> Iterator[None]:
 def _forward(
     module: nn.Module,
     groups: list[list[Rows]],
+    given: dict[str, Tensor],
     displacements: dict[str, Tensor],
     added: list[Added],
-    layer_outputs: list[Tensor],
+    layer_outputs: list[tuple[Tensor, int]],
 ) -> Callable[..., Tensor]:
     """The forward pass of a layer that adds its rows."""
     merged = groups[0][0].merged
@@ -682,18 +752,24 @@ def _forward(
         for group in groups:
             values = []
             for rows in group:
+                if module._parameters.get(rows.key) is not given[rows.parameter]:
+                    continue  # called with other parameters
                 axis = rows.axis if rows.axis < 0 else rows.axis - out.ndim
                 sizes = list(out.shape)
                 if rows.places is not None:
                     sizes[axis] = len(rows.places)
                 value = rows.of(args, kwargs, displacements[rows.parameter], axis).expand(sizes)
-                added.append(Added(rows, args, kwargs, value, axis))
+                if value.requires_grad:  # not under no_grad
+                    versions = tuple(t._version for t in tensors_of([args, kwargs]))
+                    added.append(Added(rows, args, kwargs, value, axis, versions))
                 values.append(value)
+            if not values:
+                continue
             total = sum(values[1:], values[0])
             places = group[0].places
             out = out + total if places is None else out.index_add(axis, places, total)
         out = out.reshape(shape)
-        layer_outputs.append(out)
+        layer_outputs.append((out, out._version))
         return out
 
     return forward
@@ -703,9 +779,10 @@ def _at_the_same_places(a: Rows, b: Rows) -> bool:
     return a.places is not None and b.places is not None and torch.equal(a.places, b.places)
 
 
-def _leaves(values: Sequence[Tensor]) -> set[int]:
+def _leaves(values: Sequence[Tensor]) -> dict[int, Tensor]:
     """The tensors, by id, at which the graph of some values ends."""
-    found, seen = set(), set()
+    found = {id(v): v for v in values if v.requires_grad and v.grad_fn is None}
+    seen = set()
     waiting = [value.grad_fn for value in values]
     while waiting:
         node = waiting.pop()
@@ -714,6 +791,6 @@ def _leaves(values: Sequence[Tensor]) -> set[int]:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
-            found.add(id(variable))
+            found[id(variable)] = variable
         waiting.extend(parent for parent, _ in node.next_functions)
     return found

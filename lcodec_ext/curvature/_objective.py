@@ -1,7 +1,7 @@
 """The function whose curvature is taken: the loss on some data, by the selected parameters."""
 
 import copy
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._validation import check_bool, check_choice
-from lcodec_ext.curvature._data import SAMPLES, Batch, Batches, map_tensors, sample_of
+from lcodec_ext.curvature._data import SAMPLES, Batch, Batches, map_tensors, sample_of, tensors_of
 from lcodec_ext.curvature._masked import MaskedModel, Run, plain_arithmetic, twice_differentiable
 from lcodec_ext.curvature.units import UnitSelection
 
@@ -18,21 +18,26 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 class _OwnRandom:
-    """While entered, torch's random numbers are its own; it starts where the caller stands."""
+    """While entered, torch's random numbers are its own; they start where the caller stands.
 
-    def __init__(self, device: torch.device) -> None:
+    Those of generators, too, which loaders and samplers have.
+    """
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         self._device = device if device.type == "cuda" else None
+        self._generators = generators
         self._start = self._now = self._state()
 
-    def _state(self) -> tuple[Tensor, Tensor | None]:
-        on_device = None if self._device is None else torch.cuda.get_rng_state(self._device)
-        return torch.get_rng_state(), on_device
+    def _state(self) -> list[Tensor]:
+        state = [torch.get_rng_state(), *(g.get_state() for g in self._generators)]
+        return state if self._device is None else [*state, torch.cuda.get_rng_state(self._device)]
 
-    def _set(self, state: tuple[Tensor, Tensor | None]) -> None:
+    def _set(self, state: list[Tensor]) -> None:
         torch.set_rng_state(state[0])
-        if state[1] is not None:
-            assert self._device is not None
-            torch.cuda.set_rng_state(state[1], self._device)
+        for generator, each in zip(self._generators, state[1:], strict=False):
+            generator.set_state(each)
+        if self._device is not None:
+            torch.cuda.set_rng_state(state[-1], self._device)
 
     def restart(self) -> None:
         """Begin the same random numbers again."""
@@ -84,12 +89,17 @@ class Objective:
         self.reduction = check_choice(reduction, "reduction", ("mean", "sum"))
         self.progress = check_bool(progress, "progress")
         self.masked = MaskedModel(model, selection, dtype)
+        self.selection = selection
         if isinstance(loss_fn, nn.Module):
             loss_fn = copy.deepcopy(loss_fn).to(self.masked.dtype)
         self.loss_fn = loss_fn
         self.batches = Batches(data, self.masked.device, self.masked.dtype)
-        self._random = _OwnRandom(self.masked.device)
+        self._random = _OwnRandom(self.masked.device, self.batches.generators)
         self._sizes: list[int] = []
+        self._first: tuple[Any, Batch] | None = None
+        self._plain: dict[tuple[int, int], bool] = {}
+        #: Whether the gradients of a piece of a batch have factors, by batch and first sample.
+        self.factored: dict[tuple[int, int], bool] = {}
 
     @property
     def n_samples(self) -> int:
@@ -158,35 +168,59 @@ class Objective:
                     total += self.masked.join(parts) * size
         return total / self.n_samples if self.reduction == "mean" else total
 
-    def loss(self, outputs: Any, batch: Batch, name: str = "the loss") -> Tensor:
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Call the loss and check what it returns."""
         loss = self.loss_fn(outputs, batch.targets)
         if not isinstance(loss, Tensor) or loss.ndim > 0:
             given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
             raise ValueError(f"loss_fn must return a scalar tensor; got {given}")
         if not torch.isfinite(loss):
-            raise ValueError(f"{name} is NaN or infinite")
+            raise ValueError("the loss is NaN or infinite")
+        if loss.requires_grad:
+            self.masked.check_loss(loss)
         return loss
 
     def check_cut(self, outputs: Any, batch: Batch) -> None:
-        """Refuse a loss for which it matters how the package cuts samples into batches."""
-        if self.batches.cut_here and batch.size == SAMPLES:
-            self.check_plain(
-                outputs, batch, 2, f"since data is cut into batches of {SAMPLES}; or pass batches"
-            )
+        """Refuse a loss for which it matters how the package cuts samples into batches.
 
-    def is_plain(self, outputs: Any, batch: Batch) -> bool:
-        """Whether the loss of a batch is the mean, or sum, of the losses of its samples."""
-        try:
-            self.check_plain(outputs, batch, batch.size, "")
-        except ValueError:
-            return False
-        return True
+        Halves of the first batch, and the first half of it together with every other batch, must
+        give the mean of what they give alone.
+        """
+        if not self.batches.cut_here:
+            return
+        why = f"since data is cut into batches of {SAMPLES}; or pass batches of your own"
+        outputs = map_tensors(torch.Tensor.detach, outputs)
+        if self._first is None:
+            self._first = outputs, batch
+            if batch.size == SAMPLES:
+                self.check_plain(outputs, batch, 2, why)
+            return
+        some, of = self._first
+        both = ((outputs, batch.targets), (some, of.targets))
+        joined, targets = _joined(*both, batch.size, of.size)
+        n = batch.size + of.size
+        self.check_plain(joined, Batch((), {}, targets, n), -(-n // batch.size), why, batch.size)
 
-    def check_plain(self, outputs: Any, batch: Batch, parts: int, why: str) -> None:
+    def is_plain(self, outputs: Any, batch: Batch, key: tuple[int, int]) -> bool:
+        """Whether the loss of a batch is the mean, or sum, of the losses of its samples.
+
+        Found out once for each batch; key says which it is.
+        """
+        if key not in self._plain:
+            try:
+                self.check_plain(outputs, batch, batch.size, "")
+            except ValueError:
+                self._plain[key] = False
+            else:
+                self._plain[key] = True
+        return self._plain[key]
+
+    def check_plain(
+        self, outputs: Any, batch: Batch, parts: int, why: str, step: int | None = None
+    ) -> None:
         """Refuse a loss of a batch that is not the mean, or sum, of the losses of its parts."""
         n = batch.size
-        step = -(-n // min(parts, n))
+        step = step or -(-n // min(parts, n))
         with torch.no_grad():
             outputs = map_tensors(torch.Tensor.detach, outputs)
             whole = self.loss(outputs, batch)
@@ -202,3 +236,16 @@ class Objective:
                 f"length); on {n} samples it is {whole.item():.6g}, and the {self.reduction} of "
                 f"the losses of its parts {total.item():.6g}"
             )
+
+
+def _joined(a: Any, b: Any, n_a: int, n_b: int) -> Any:
+    """Nested tensors with the samples of both, those of a first."""
+    others = tensors_of(b)
+
+    def join(tensor: Tensor) -> Tensor:
+        other = next(others)
+        if tensor.ndim and len(tensor) == n_a and len(other) == n_b:
+            return torch.cat([tensor, other])
+        return tensor
+
+    return map_tensors(join, a)

@@ -27,8 +27,8 @@ from lcodec_ext.curvature.per_sample import (
     SampleGradients,
     chunks,
     gradients_by_seeds,
-    samples_come_first,
-    split,
+    has_factors,
+    pieces,
 )
 
 CACHE_BYTES = 2**29  # of what is kept from one product to the next
@@ -157,7 +157,9 @@ class GaussNewtonForm(Form):
         self._leaves = [value.detach().requires_grad_() for value in run.values]
         leaf = {id(value): leaf for value, leaf in zip(run.values, self._leaves, strict=True)}
         outputs = map_tensors(lambda t: leaf.get(id(t), t), run.outputs)
-        self._gradient = _gradient(objective.loss(outputs, batch), self._leaves)
+        loss = objective.loss(outputs, batch)
+        objective.masked.check_loss(loss, run.displacements)
+        self._gradient = _gradient(loss, self._leaves)
 
     def product(self, d: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self._values:
@@ -174,6 +176,8 @@ class DeltaRoute(Route):
 
     def __init__(self, objective: Objective, form: Callable[..., Form], why: str) -> None:
         self._objective, self._form = objective, form
+        self._diagonal: Tensor | None = None
+        self._rows: dict[int, LowRank | None] = {}
         self._kept: dict[int, tuple[Form, Batch]] = {}
         own = {t.untyped_storage().data_ptr() for t in objective.masked.model.state_dict().values()}
         total = 0
@@ -217,11 +221,18 @@ class DeltaRoute(Route):
         return torch.stack([objective.masked.join(out) for out in total], 1)
 
     def diagonal(self) -> Tensor | None:
-        return gauss_newton_diagonal(self._objective) if self._form is GaussNewtonForm else None
+        if self._form is GaussNewtonForm and self._diagonal is None:
+            self._diagonal = gauss_newton_diagonal(self._objective)
+        return self._diagonal
 
     def low_rank(self, most: int) -> LowRank | None:
         if self._form is not GaussNewtonForm or self._objective.n_samples > most:
             return None
+        if most not in self._rows:
+            self._rows[most] = self._low_rank(most)
+        return self._rows[most]
+
+    def _low_rank(self, most: int) -> LowRank | None:
         kept: list[Any] = []
         weights: list[Tensor] = []
         n_bytes = 0
@@ -253,6 +264,10 @@ def graph_bytes(roots: Sequence[Tensor], besides: set[int]) -> int:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node.name().endswith("::Error"):
+            raise ValueError(
+                "the model or the loss has a function that is marked @once_differentiable"
+            )
         for name in _saved_names(type(node)):
             saved = getattr(node, name)
             for tensor in saved if isinstance(saved, tuple | list) else (saved,):
@@ -303,10 +318,7 @@ def _gauss_newton_rows(
 
     Of every batch; None where outputs are many or not by sample, or rows are more than most.
     """
-    masked = objective.masked
-    at_once = max(1, MAX_BYTES // masked.theta.nbytes)
-    parts = (part for _, whole in objective.passes() for part in split(whole, at_once))
-    for batch in parts:
+    for key, batch in pieces(objective, MAX_BYTES):
         run = objective.run(batch)
         with twice_differentiable():
             outputs, n = run.outputs, batch.size
@@ -316,8 +328,8 @@ def _gauss_newton_rows(
                 or len(outputs) != n
                 or outputs.numel() > n * _FEW_OUTPUTS
                 or outputs.numel() // n * objective.n_samples > most
-                or not objective.is_plain(outputs, batch)
-                or not samples_come_first(objective, run, batch)
+                or not objective.is_plain(outputs, batch, key)
+                or not has_factors(objective, run, batch, key)
             ):
                 yield batch, None
                 return
@@ -331,7 +343,9 @@ def _gauss_newton_rows(
                 if values[:, c].any():
                     seeds = vectors[:, :, c].reshape(run.outputs.shape)
                     with twice_differentiable():
-                        gradients = gradients_by_seeds(masked, run, [run.outputs], [seeds], n)
+                        gradients = gradients_by_seeds(
+                            objective.masked, run, [run.outputs], [seeds], n
+                        )
                     # of the mean over the batch, as the share of the batch expects
                     yield values[:, c] / (n if objective.reduction == "mean" else 1), gradients
 
@@ -370,7 +384,9 @@ def find_head(objective: Objective, run: Run) -> _Head | None:
         return None
     if not isinstance(z, Tensor) or len(run.values) != 1:
         return None
-    added, (out,) = run.added[0], run.layer_outputs
+    added, ((out, version),) = run.added[0], run.layer_outputs
+    if out._version != version:  # changed in place: what the layer gave is not there any more
+        return None
     module, axis, places = added.rows.module, added.axis, added.rows.places
     if places is None:
         return None
@@ -378,7 +394,7 @@ def find_head(objective: Objective, run: Run) -> _Head | None:
     if is_linear(module) and _only_views(z, out):
         A, z = x.reshape(-1, x.shape[-1]), z.detach().reshape(-1, out.shape[-1])
     elif is_convolution(module) and module.groups == 1 and _is_mean(z, out, axis):
-        A, z = patches(module, x).mean(2), z.detach().reshape(len(out), -1)
+        A, z = _mean_patches(module, x), z.detach().reshape(len(out), -1)
     else:
         return None
     keys = {each.rows.key for each in run.added}
@@ -417,6 +433,12 @@ def _is_mean(z: Tensor, out: Tensor, axis: int) -> bool:
     )
 
 
+def _mean_patches(module: Any, x: Tensor) -> Tensor:
+    per_sample = patches(module, x[:1]).nbytes
+    parts = torch.split(x, max(1, MAX_BYTES // per_sample))
+    return torch.cat([patches(module, part).mean(2) for part in parts])
+
+
 class HeadRoute(Route):
     """Hessian and Gauss-Newton matrix, which are one: the outputs are linear in the parameters.
 
@@ -453,12 +475,14 @@ class HeadRoute(Route):
         loss = known_loss(self._objective.loss_fn)
         if loss is None or loss.reduction != self._objective.reduction:
             return None
+        if len({outputs.numel() / batch.size for batch, outputs in batches}) > 1:
+            return None  # means over unequal numbers: batches have shares of their own
         z = torch.cat([head.z for head in heads])
         n, C = z.shape
         if loss.kind == "cross_entropy":
-            for batch, outputs in batches:
+            for head, (batch, outputs) in zip(heads, batches, strict=True):
                 y = batch.targets
-                if outputs.ndim != 2 or y.ndim != 1 or y.is_floating_point():
+                if outputs.shape != head.z.shape or y.ndim != 1 or y.is_floating_point():
                     return None
                 if (y == loss.ignore_index).any():
                     return None
@@ -499,7 +523,9 @@ class HeadRoute(Route):
         return torch.stack(columns, 1)
 
     def diagonal(self) -> Tensor | None:
-        return None if self._known is None else self._known.diagonal(self._A)
+        if self._known is not None:
+            return self._known.diagonal(self._A)
+        return gauss_newton_diagonal(self._objective)
 
     def low_rank(self, most: int) -> LowRank | None:
         if self._known is None or self._known.S.numel() > most:

@@ -66,6 +66,7 @@ class CurvatureOperator(ABC):
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    selection: UnitSelection | None = None
     _kind = "matrix"
     _progress = False
 
@@ -337,6 +338,8 @@ class CurvatureOperator(ABC):
     def __truediv__(self, divisor: Any) -> "CurvatureOperator":
         if isinstance(divisor, bool) or not isinstance(divisor, numbers.Real):
             return NotImplemented
+        if divisor == 0:
+            raise ValueError("an operator cannot be divided by 0")
         return self * (1 / divisor)
 
     def __neg__(self) -> "CurvatureOperator":
@@ -366,8 +369,12 @@ class _Sum(CurvatureOperator):
                     f"operators must have one shape and device to be added; got {first.shape} on "
                     f"{first.device} and {term.shape} on {term.device}"
                 )
+        selections = {term.selection for _, term in self._terms} - {None}
+        if len(selections) > 1:
+            raise ValueError("operators must be of one selection of units to be added")
         self.shape, self.device = first.shape, first.device
         self.dtype = first.dtype
+        self.selection = next(iter(selections), None)
         for _, term in self._terms:
             self.dtype = torch.promote_types(self.dtype, term.dtype)
             self._progress |= term._progress
@@ -398,7 +405,7 @@ class _Sum(CurvatureOperator):
     def _low_rank(self, most: int) -> LowRank | None:
         found = []
         for factor, term in self._terms:
-            low = term._low_rank(most)
+            low = term._low_rank(most) if term.dtype == self.dtype else None
             if low is None or len(low.weights) > most:
                 return None
             most -= len(low.weights)
@@ -468,7 +475,7 @@ class _OnModel(CurvatureOperator):
             model, loss_fn, data, selection, dtype=dtype, reduction=reduction, progress=progress
         )
         self._progress = objective.progress
-        self.selection = selection
+        self.selection = objective.selection
         p = objective.masked.size
         self.shape, self.dtype, self.device = (
             (p, p),
@@ -594,6 +601,7 @@ class HessianOperator(_OnModel):
     """
 
     _kind = "hessian"
+    _scale: Tensor | None = None
 
     def _choose(self, objective: Objective) -> Route:
         try:
@@ -603,9 +611,10 @@ class HessianOperator(_OnModel):
 
     def _preconditioner(self) -> Tensor:
         if isinstance(self._route, DeltaRoute):
-            diagonal = gauss_newton_diagonal(self._objective)
-            if diagonal is not None:
-                return _positive(diagonal + self._shift)
+            if self._scale is None:
+                self._scale = gauss_newton_diagonal(self._objective)
+            if self._scale is not None:
+                return _positive(self._scale + self._shift)
         return super()._preconditioner()
 
     def _advice(self) -> str | None:
@@ -754,7 +763,11 @@ class RestrictedFisher(CurvatureOperator):
     def __init__(
         self, whole: FisherOperator, selection: UnitSelection, stored: Sequence[Tensor]
     ) -> None:
-        others = selection - whole.selection
+        if not isinstance(selection, UnitSelection) or not selection:
+            raise ValueError(
+                f"selection must be a UnitSelection of at least one unit; got {selection!r}"
+            )
+        others = selection - whole._objective.selection
         if others:
             raise ValueError(f"selection must be part of the operator's; it has {others} besides")
         columns = whole._objective.masked.columns(selection)
@@ -873,9 +886,11 @@ class SecantOperator(CurvatureOperator):
         )
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
-        self.selection: UnitSelection | None = selection
+        self.selection = selection
         S = self._vectors(steps, "steps")
         S = S if S.ndim == 2 else S[:, None]
+        if not S.shape[1] or not torch.isfinite(S).all():
+            raise ValueError("steps must be one or more vectors, without NaN and infinity")
         start = objective.gradient()
         changes = []
         for step in S.T:
@@ -913,7 +928,6 @@ class SecantOperator(CurvatureOperator):
             )
         operator = cls.__new__(cls)
         operator.shape, operator.dtype, operator.device = (len(S),) * 2, S.dtype, S.device
-        operator.selection = None
         S, Y = (t.detach().reshape(len(t), -1) for t in (S, Y))
         operator._set_pairs(S, Y, tolerance, damping, weight_decay)
         return operator

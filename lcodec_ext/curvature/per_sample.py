@@ -29,7 +29,9 @@ from lcodec_ext.curvature._masked import (
 from lcodec_ext.curvature._objective import LossFunction, Objective
 from lcodec_ext.curvature.units import UnitSelection
 
-MAX_BYTES = 2**28  # of the gradients of a chunk of samples
+MAX_BYTES = 2**27  # of the gradients of a chunk of samples
+
+Key = tuple[int, int]  # of a piece of a batch: the batch, and its first sample in it
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Factors:
         reached = self.reached
         if reached.ndim != 2:
             return None
-        if len(self.entries.shape) == 1:
+        if self.added.rows.key == "bias":
             return reached, reached.new_ones(len(reached), 1)
         return (reached, self.added.input) if is_linear(self.added.rows.module) else None
 
@@ -225,7 +227,7 @@ def gradients_by_seeds(
         masked.size,
         tuple(
             Factors(
-                _without_graph(added),
+                _without_graph(added, d),
                 d,
                 masked.entries[added.rows.parameter],
             )
@@ -234,41 +236,75 @@ def gradients_by_seeds(
     )
 
 
-def _without_graph(added: Added) -> Added:
+def _without_graph(added: Added, value: Tensor) -> Added:
     args, kwargs = map_tensors(Tensor.detach, (added.args, added.kwargs))
-    return Added(added.rows, args, kwargs, added.value.detach(), added.axis)
+    return Added(added.rows, args, kwargs, value, added.axis, added.versions)
 
 
-def samples_come_first(objective: Objective, run: Run, batch: Batch) -> bool:
-    """Whether the layers with rows have samples along their first axis, and only these layers."""
-    n, masked = batch.size, objective.masked
-    if masked.whole:
+def has_factors(objective: Objective, run: Run, batch: Batch, key: Key) -> bool:
+    """Whether the layers with rows have samples along their first axis, each on its own.
+
+    Found out once for each batch; key says which it is.
+    """
+    if key not in objective.factored:
+        objective.factored[key] = _samples_come_first(objective, run, batch)
+    return objective.factored[key] and _as_long_as_the_batch(objective, run, batch.size)
+
+
+def _as_long_as_the_batch(objective: Objective, run: Run, n: int) -> bool:
+    if objective.masked.whole or any(value.ndim == 0 or len(value) != n for value in run.values):
         return False
     for added in run.added:
         if len(added.value) != n or isinstance(added.rows.module, nn.EmbeddingBag):
             return False
-        if any(t.ndim == 0 or len(t) != n for t in tensors_of([added.args, added.kwargs])):
+        tensors = list(tensors_of([added.args, added.kwargs]))
+        if any(t.ndim == 0 or len(t) != n for t in tensors):
             return False
-    if n == 1:
-        return True
-    # An axis of the same length is no proof: the first sample alone must give the same gradient.
-    total = objective.sum_of_losses(run, batch)
-    if not total.requires_grad:
-        return True
-    first = gradients_by_seeds(masked, run, [total], [torch.ones_like(total)], n)
-    weights = torch.zeros(n, dtype=masked.dtype, device=masked.device)
-    weights[0] = 1
-    alone = gradient_of(objective, one_sample(batch, 0))
-    tolerance = 1e-3 if masked.dtype == torch.float32 else 1e-8
-    return bool((first.combine(weights) - alone).norm() <= tolerance * alone.norm())
+        if tuple(t._version for t in tensors) != added.versions:
+            return False  # changed in place since
+    return True
 
 
-def one_sample(batch: Batch, i: int) -> Batch:
-    """A batch of one sample of a batch."""
-    args, kwargs, targets = sample_of(
-        (batch.args, batch.kwargs, batch.targets), batch.size, slice(i, i + 1)
-    )
-    return Batch(args, kwargs, targets, 1)
+def _samples_come_first(objective: Objective, run: Run, batch: Batch) -> bool:
+    n = batch.size
+    if not _as_long_as_the_batch(objective, run, n):
+        return False
+    if n == 1 or not run.added or not run.values:
+        return True
+    generator = torch.Generator(run.values[0].device).manual_seed(0)
+    seeds = [
+        torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
+        for v in run.values
+    ]
+    whole = _reached(run, seeds)
+    tolerance = 1e-3 if objective.masked.dtype == torch.float32 else 1e-8
+    # An axis of the same length is no proof: halves of the batch must give the same on their own.
+    for start, stop in ((0, n // 2), (n // 2, n)):
+        half = _samples_of(batch, start, stop)
+        try:
+            alone = objective.run(half)
+            parts = _reached(alone, [seed[start:stop] for seed in seeds])
+        except (RuntimeError, ValueError, IndexError):  # it takes no such batch
+            return False
+        if not _as_long_as_the_batch(objective, alone, half.size) or len(parts) != len(whole):
+            return False
+        for a, b in zip(whole, parts, strict=True):
+            a = a[start:stop]
+            if a.shape != b.shape or not (a - b).norm() <= tolerance * b.norm():
+                return False
+    return True
+
+
+def _reached(run: Run, seeds: Sequence[Tensor]) -> Sequence[Tensor]:
+    at = [added.value for added in run.added]
+    return torch.autograd.grad(run.values, at, seeds, retain_graph=True, materialize_grads=True)
+
+
+def _samples_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Consecutive samples of a batch."""
+    whole = (batch.args, batch.kwargs, batch.targets)
+    args, kwargs, targets = sample_of(whole, batch.size, slice(start, stop))
+    return Batch(args, kwargs, targets, stop - start)
 
 
 def gradient_of(objective: Objective, batch: Batch) -> Tensor:
@@ -282,29 +318,24 @@ def gradient_of(objective: Objective, batch: Batch) -> Tensor:
     return objective.masked.join(gradients)
 
 
-def sample_gradients(objective: Objective, batch: Batch, factored: bool | None) -> SampleGradients:
-    """The gradients of a batch's samples.
-
-    With factored=None it is found out whether there are factors, which takes another forward pass.
-    """
-    if factored is not False:
+def _gradients(objective: Objective, batch: Batch, key: Key) -> SampleGradients:
+    """The gradients of a batch's samples."""
+    n, masked = batch.size, objective.masked
+    if objective.factored.get(key, True):
         run = objective.run(batch)
         with twice_differentiable():
-            if factored is None:
-                factored = samples_come_first(objective, run, batch)
-            objective.check_plain(
-                run.outputs, batch, batch.size, "since gradients of single samples are taken"
-            )
-            if factored:
+            if key not in objective.factored:
+                objective.check_plain(
+                    run.outputs, batch, n, "since gradients of single samples are taken"
+                )
+            if has_factors(objective, run, batch, key):
                 total = objective.sum_of_losses(run, batch)
                 if not total.requires_grad:  # the loss does not depend on these parameters
-                    zeros = objective.masked.theta.new_zeros(batch.size, objective.masked.size)
-                    return SampleGradients(batch.size, objective.masked.size, (), zeros)
-                return gradients_by_seeds(
-                    objective.masked, run, [total], [torch.ones_like(total)], batch.size
-                )
-    rows = [gradient_of(objective, one_sample(batch, i)) for i in range(batch.size)]
-    return SampleGradients(batch.size, objective.masked.size, (), torch.stack(rows))
+                    zeros = masked.theta.new_zeros(n, masked.size)
+                    return SampleGradients(n, masked.size, (), zeros)
+                return gradients_by_seeds(masked, run, [total], [torch.ones_like(total)], n)
+    rows = [gradient_of(objective, _samples_of(batch, i, i + 1)) for i in range(n)]
+    return SampleGradients(n, masked.size, (), torch.stack(rows))
 
 
 def per_sample_gradients(
@@ -327,7 +358,7 @@ def per_sample_gradients(
     reduction : {"mean", "sum"}, default "mean"
         Whether loss_fn is the mean or the sum of a batch's losses; gradients are of the losses of
         single samples in either case.
-    max_bytes : int, default 2**28
+    max_bytes : int, default 2**27
         Chunks are so large that the gradients of each, stored, take no more than this; at least one
         sample.
     progress : bool, default False
@@ -335,8 +366,9 @@ def per_sample_gradients(
     Yields
     ------
     SampleGradients
-        Consecutive samples. Layers with samples along the first axis of their input give factors;
-        others are differentiated sample by sample, which is slow.
+        Consecutive samples. Layers with samples along the first axis of their input give factors
+        (found out by halves of every batch, which must give the same on their own); others are
+        differentiated sample by sample, which is slow.
 
     Raises
     ------
@@ -363,24 +395,16 @@ def per_sample_gradients(
 
 def chunks(objective: Objective, max_bytes: int, what: str) -> Iterator[SampleGradients]:
     """The gradients of all samples, so many at once that they take max_bytes when stored."""
-    masked = objective.masked
-    most = max(1, max_bytes // masked.theta.nbytes)
-    factored: bool | None = None
-    for _, batch in objective.passes(what):
-        for part in split(batch, most):
-            gradients = sample_gradients(objective, part, factored)
-            if part.size > 1:
-                factored = bool(gradients.factors)
-            yield gradients
+    for key, batch in pieces(objective, max_bytes, what):
+        yield _gradients(objective, batch, key)
 
 
-def split(batch: Batch, most: int) -> Iterator[Batch]:
-    """Cut a batch into consecutive ones of at most so many samples."""
-    if batch.size <= most:
-        yield batch
-        return
-    whole = (batch.args, batch.kwargs, batch.targets)
-    for start in range(0, batch.size, most):
-        stop = min(start + most, batch.size)
-        args, kwargs, targets = sample_of(whole, batch.size, slice(start, stop))
-        yield Batch(args, kwargs, targets, stop - start)
+def pieces(objective: Objective, max_bytes: int, what: str = "") -> Iterator[tuple[Key, Batch]]:
+    """The batches, cut where their gradients would take more than max_bytes, and their names."""
+    most = max(1, max_bytes // objective.masked.theta.nbytes)
+    for number, batch in objective.passes(what):
+        if batch.size <= most:
+            yield (number, 0), batch
+            continue
+        for start in range(0, batch.size, most):
+            yield (number, start), _samples_of(batch, start, min(start + most, batch.size))
