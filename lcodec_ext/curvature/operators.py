@@ -269,7 +269,7 @@ class CurvatureOperator(ABC):
         Raises
         ------
         ValueError
-            If it takes more than max_bytes, 1 GiB by default.
+            If it takes more than max_bytes, 1 GiB by default, or holds NaN or infinity.
         """
         check_integer(max_bytes, "max_bytes", 1)
         p = self.shape[0]
@@ -288,6 +288,11 @@ class CurvatureOperator(ABC):
             else:
                 projected = low.project(block) * low.weights[:, None]
                 dense[:, start : start + k] = low.lift(projected).add_(block, alpha=self._shift)
+        if not torch.isfinite(dense).all():
+            raise ValueError(
+                f"{self._describe()}, holds values that are NaN or infinite: the second derivative "
+                "of the model or of the loss is"
+            )
         return (dense + dense.T).mul_(0.5)
 
     def _identity(self, p: int) -> Any:
