@@ -1,8 +1,8 @@
-"""Write the tables of the README and of docs/benchmarks.md from a result file.
+"""Write the tables of the README and of docs/benchmarks.md from result files.
 
-    python benchmarks/table.py benchmarks/results/cpu.json
+    python benchmarks/table.py benchmarks/results/cpu.json benchmarks/results/curvature.json
 
-It replaces what stands between two HTML comments. Nothing but the standard library is needed.
+Each has its own table, since machines may differ. It replaces what stands between two HTML comments. Nothing but the standard library is needed.
 """
 
 import argparse
@@ -19,14 +19,22 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args(arguments)
-    result = load(options.result)
-    for path, made in ((options.readme, table), (options.docs, curvature_table)):
-        path.write_text(replaced(path.read_text(), made(result)))
+    results = [load(path) for path in options.results]
+    for path, made in ((options.readme, tables), (options.docs, curvature_tables)):
+        path.write_text(replaced(path.read_text(), made(results)))
     return 0
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    return "\n".join(table(result) for result in results)
+
+
+def curvature_tables(results: Sequence[dict[str, Any]]) -> str:
+    return "\n".join(filter(None, map(curvature_table, results)))
 
 
 def replaced(text: str, content: str) -> str:

@@ -33,7 +33,7 @@ from cases import CASES  # noqa: E402
 # torch's own, when forward mode is first used
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-RECORDED = ROOT / "benchmarks/results/cpu.json"
+RECORDED = [ROOT / f"benchmarks/results/{name}.json" for name in ("cpu", "curvature")]
 OPTIONS = argparse.Namespace(quick=True, threads=2, repeats=1, budget=20, device="cpu")
 
 
@@ -553,10 +553,10 @@ def test_the_figure_is_drawn(tmp_path):
 # What is recorded in the repository
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="no recorded result yet")
 class TestRecorded:
-    def test_it_is_a_full_run_of_a_clean_commit(self):
-        result = results.load(RECORDED)
+    @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+    def test_it_is_a_full_run_of_a_clean_commit(self, path):
+        result = results.load(path)
         assert result["cases"].keys() <= CASES.keys()
         assert not result["settings"]["quick"]
         assert result["dirty"] is False
@@ -564,8 +564,8 @@ class TestRecorded:
 
     def test_the_readme_shows_it(self):
         text = (ROOT / "README.md").read_text()
-        assert text == table.replaced(text, table.table(results.load(RECORDED)))
+        assert text == table.replaced(text, table.tables(map(results.load, RECORDED)))
 
     def test_the_documentation_shows_it(self):
         text = (ROOT / "docs/benchmarks.md").read_text()
-        assert text == table.replaced(text, table.curvature_table(results.load(RECORDED)))
+        assert text == table.replaced(text, table.curvature_tables(map(results.load, RECORDED)))
