@@ -2,7 +2,8 @@
 
     python benchmarks/table.py benchmarks/results/cpu.json benchmarks/results/curvature.json
 
-Each has its own table, since machines may differ. It replaces what stands between two HTML comments. Nothing but the standard library is needed.
+Each has its own table, since machines may differ. It replaces what stands between two HTML
+comments. Nothing but the standard library is needed.
 """
 
 import argparse
