@@ -47,6 +47,7 @@ class Batches:
     def __init__(self, data: Any, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self.cut_here = False
+        self._given: list[tuple[Tensor, int]] = []
         self.generators: list[torch.Generator] = []
         self._read: Callable[[], Iterable[Any]]
         if isinstance(data, DataLoader):
@@ -58,6 +59,7 @@ class Batches:
         elif _is_batch(data):
             self.cut_here = True
             n = _n_samples(data, "data")
+            self._given = [(t, t._version) for t in tensors_of(data) if not t.is_inference()]
             self._read = lambda: (_cut(data, n, k) for k in range(0, n, SAMPLES))
         elif isinstance(data, Iterator):
             raise TypeError(
@@ -76,6 +78,11 @@ class Batches:
             )
 
     def __iter__(self) -> Iterator[Batch]:
+        if any(tensor._version != version for tensor, version in self._given):
+            raise ValueError(
+                "data were changed in place since the operator was made, and it has to read them "
+                "again; make a new operator, or give it copies"
+            )
         for number, batch in enumerate(self._read()):
             name = "data" if self.cut_here else f"batch {number} of data"
             if not _is_batch(batch):

@@ -93,6 +93,10 @@ class Route(ABC):
         """The matrix by at most so many rows, where it has such a form."""
         return None
 
+    def dense(self) -> Tensor | None:
+        """The matrix itself, where it costs less than p products."""
+        return None
+
 
 # ---------------------------------------------------------------------------------------------
 # The delta hook: everything that autograd differentiates twice
@@ -225,6 +229,20 @@ class DeltaRoute(Route):
             self._diagonal = gauss_newton_diagonal(self._objective)
         return self._diagonal
 
+    def dense(self) -> Tensor | None:
+        if self._form is not GaussNewtonForm:
+            return None
+        p = self._objective.masked.size
+        total = self._objective.masked.theta.new_zeros(p, p)
+        for batch, blocks in _gauss_newton_rows(self._objective, what="matrix"):
+            if blocks is None:
+                return None
+            for values, gradients in blocks:
+                weights = values * self._objective.share(batch)
+                R = gradients.dense()
+                total.addmm_(R.T, R * weights[:, None])
+        return total
+
     def low_rank(self, most: int) -> LowRank | None:
         if self._form is not GaussNewtonForm or self._objective.n_samples > most:
             return None
@@ -312,13 +330,13 @@ Blocks = Iterator[tuple[Tensor, SampleGradients]]
 
 
 def _gauss_newton_rows(
-    objective: Objective, most: float = math.inf
+    objective: Objective, most: float = math.inf, what: str = ""
 ) -> Iterator[tuple[Batch, Blocks | None]]:
     """J_i^T e for every sample and every eigenvector e of its loss's second derivative.
 
     Of every batch; None where outputs are many or not by sample, or rows are more than most.
     """
-    for key, batch in pieces(objective, MAX_BYTES):
+    for key, batch in pieces(objective, MAX_BYTES, what):
         run = objective.run(batch)
         with twice_differentiable():
             outputs, n = run.outputs, batch.size
@@ -355,7 +373,7 @@ def _gauss_newton_rows(
 def gauss_newton_diagonal(objective: Objective) -> Tensor | None:
     """The diagonal of the Gauss-Newton matrix, where outputs are few: C backward passes."""
     total = torch.zeros_like(objective.masked.theta)
-    for batch, blocks in _gauss_newton_rows(objective):
+    for batch, blocks in _gauss_newton_rows(objective, what="diagonal"):
         if blocks is None:
             return None
         for weights, gradients in blocks:
@@ -670,6 +688,13 @@ class FisherRoute(Route):
         if not self.stored:
             for gradients in self._factors or self._chunks():
                 total += gradients.combine_squares(total.new_ones(gradients.n))
+        return total * self._share
+
+    def dense(self) -> Tensor:
+        p = self._objective.masked.size
+        total = self._objective.masked.theta.new_zeros(p, p)
+        for G in self.stored or (g.dense() for g in self._factors or self._chunks("matrix")):
+            total.addmm_(G.T, G)
         return total * self._share
 
     def low_rank(self, most: int) -> LowRank | None:

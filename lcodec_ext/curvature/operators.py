@@ -6,13 +6,14 @@ Nothing here forms a matrix of the whole model, or pays for parameters outside o
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._progress import progress_bar
 from lcodec_ext._validation import check_choice, check_integer, check_real
 from lcodec_ext.curvature._data import known_loss
 from lcodec_ext.curvature._masked import plain_arithmetic
@@ -94,6 +95,10 @@ class CurvatureOperator(ABC):
 
     def _advice(self) -> str | None:
         """What else to do where it is indefinite."""
+        return None
+
+    def _dense(self) -> Tensor | None:
+        """Itself without the shift as a matrix, where that costs less than p products."""
         return None
 
     def _describe(self) -> str:
@@ -251,7 +256,7 @@ class CurvatureOperator(ABC):
             return diagonal + self._shift
         p = self.shape[0]
         out = torch.empty(p, dtype=self.dtype, device=self.device)
-        for start, block in self._identity(p):
+        for start, block in self._identity(p, "diagonal"):
             k = block.shape[1]
             out[start : start + k] = self._times(block)[start : start + k].diagonal()
         return out
@@ -264,7 +269,8 @@ class CurvatureOperator(ABC):
     def to_dense(self, *, max_bytes: int = _MAX_BYTES) -> Tensor:
         """The matrix, shape (p, p), symmetrised.
 
-        By p products, or from the rows of a matrix of low rank.
+        From gradients of samples for Fisher matrices, and for Gauss-Newton matrices of up to 64
+        outputs; by p products otherwise.
 
         Raises
         ------
@@ -279,15 +285,14 @@ class CurvatureOperator(ABC):
                 f"the dense matrix of {p:,} selected parameters takes {needed:,} bytes, more than "
                 f"max_bytes={max_bytes:,}; products and solve() do without it"
             )
-        dense = torch.empty(p, p, dtype=self.dtype, device=self.device)
-        low = self._low_rank(max(1, p // 2))
-        for start, block in self._identity(p):
-            k = block.shape[1]
-            if low is None:
-                dense[:, start : start + k] = self._times(block)
-            else:
-                projected = low.project(block) * low.weights[:, None]
-                dense[:, start : start + k] = low.lift(projected).add_(block, alpha=self._shift)
+        formed = self._dense()
+        if formed is not None:
+            dense = formed
+            dense.diagonal().add_(self._shift)
+        else:
+            dense = torch.empty(p, p, dtype=self.dtype, device=self.device)
+            for start, block in self._identity(p, "matrix"):
+                dense[:, start : start + block.shape[1]] = self._times(block)
         if not torch.isfinite(dense).all():
             raise ValueError(
                 f"{self._describe()}, holds values that are NaN or infinite: the second derivative "
@@ -295,12 +300,14 @@ class CurvatureOperator(ABC):
             )
         return (dense + dense.T).mul_(0.5)
 
-    def _identity(self, p: int) -> Any:
-        for start in range(0, p, 64):
-            k = min(64, p - start)
-            block = torch.zeros(p, k, dtype=self.dtype, device=self.device)
-            block[start : start + k].fill_diagonal_(1)
-            yield start, block
+    def _identity(self, p: int, what: str) -> Iterator[tuple[int, Tensor]]:
+        with progress_bar(self._progress, total=p, desc=what, unit="product") as bar:
+            for start in range(0, p, 64):
+                k = min(64, p - start)
+                block = torch.zeros(p, k, dtype=self.dtype, device=self.device)
+                block[start : start + k].fill_diagonal_(1)
+                yield start, block
+                bar.update(k)
 
     def to_scipy(self) -> Any:
         """A `scipy.sparse.linalg.LinearOperator` that takes NumPy arrays; needs SciPy."""
@@ -520,6 +527,9 @@ class _OnModel(CurvatureOperator):
 
     def _low_rank(self, most: int) -> LowRank | None:
         return self._route.low_rank(most)
+
+    def _dense(self) -> Tensor | None:
+        return self._route.dense()
 
 
 class HessianOperator(_OnModel):
@@ -979,6 +989,9 @@ class SecantOperator(CurvatureOperator):
 
     def _product(self, V: Tensor) -> Tensor:
         return self._R.T @ (self._R @ V)
+
+    def _dense(self) -> Tensor:
+        return self._R.T @ self._R
 
     def _diagonal(self) -> Tensor:
         return self._R.square().sum(0)
