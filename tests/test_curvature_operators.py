@@ -607,7 +607,7 @@ def test_ways_to_give_data():
 def test_tensors_are_cut_into_batches():
     model, X, y, selection = setting("mlp", n=600)
     A = HessianOperator(model, F.cross_entropy, (X, y), selection)
-    assert "3 of 3 batches" in A.plan
+    assert "5 of 5 batches" in A.plan
     assert off(A.to_dense(), Dense(model, X, y, selection).hessian()) < WITHIN
     with pytest.raises(ValueError, match="plain mean over the samples of a batch, since data is"):
         HessianOperator(model, weighted, (X, y), selection)

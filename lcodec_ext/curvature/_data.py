@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-SAMPLES = 256  # of one batch, where the package makes the batches
+SAMPLES = 128  # of one batch, where the package makes the batches
 
 _LABELS = ("labels", "label")
 

@@ -553,7 +553,7 @@ class HessianOperator(_OnModel):
     data : tensors, Dataset, DataLoader, iterable of batches, or callable
         A batch is (inputs, ..., targets), with the last entry for the loss and the others for the
         model (a tuple or dict of inputs is unpacked), or a dict of the model's keywords with the
-        targets as "labels". Tensors are one such batch, cut into batches of 256, as a Dataset is;
+        targets as "labels". Tensors are one such batch, cut into batches of 128, as a Dataset is;
         the loss must then be a plain mean, or sum, over samples. A callable returns an iterable of
         batches, each time anew. What is read must be the same every time; torch's random numbers
         are, and are left to the caller as they were. Tensors are moved to the model's device.
