@@ -526,3 +526,29 @@ def test_restrict_takes_a_selection():
     for wrong in ({"0": [0]}, UnitSelection({})):
         with pytest.raises(ValueError, match="must be a UnitSelection of at least one unit"):
             A.restrict(wrong)
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator])
+@pytest.mark.parametrize("selection", [HEAD, BODY])
+def test_a_sum_is_not_taken_for_a_mean(kind, selection):
+    X, y = plain(10)
+    summed = nn.CrossEntropyLoss(reduction="sum")
+    batches = [(X[:6], y[:6]), (X[6:], y[6:])]
+    with pytest.raises(ValueError, match="on a batch of 6 samples it is the sum.*reduction='sum'"):
+        kind(Plain(), summed, batches, selection)
+    with pytest.raises(ValueError, match="it is the mean .*: pass reduction='mean'"):
+        kind(Plain(), F.cross_entropy, batches, selection, reduction="sum")
+    kind(Plain(), summed, batches, selection, reduction="sum")
+
+
+def test_a_class_for_a_loss_and_arrays_for_data():
+    X, y = plain()
+    with pytest.raises(TypeError, match="got the class CrossEntropyLoss, of which"):
+        HessianOperator(Plain(), nn.CrossEntropyLoss, (X, y), BODY)
+    with pytest.raises(TypeError, match="torch.as_tensor makes them of arrays"):
+        HessianOperator(Plain(), F.cross_entropy, (X.numpy(), y.numpy()), BODY)
+
+
+def test_gradients_are_shown_in_one_line():
+    (chunk,) = per_sample_gradients(Plain(), F.cross_entropy, plain(), BODY)
+    assert repr(chunk) == "SampleGradients(9 samples x 10 parameters, 2 factors)"

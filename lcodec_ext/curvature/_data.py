@@ -87,8 +87,8 @@ class Batches:
             name = "data" if self.cut_here else f"batch {number} of data"
             if not _is_batch(batch):
                 raise TypeError(
-                    f"{name} must be a pair (inputs, targets) or a dict with 'labels'; got "
-                    f"{_described(batch)}"
+                    f"{name} must be a pair (inputs, targets) of tensors (torch.as_tensor makes "
+                    f"them of arrays) or a dict with 'labels'; got {_described(batch)}"
                 )
             size = _n_samples(batch, name)
             yield _as_batch(_moved(batch, self._device, self._dtype), size, name)

@@ -84,6 +84,11 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        if isinstance(loss_fn, type):
+            raise TypeError(
+                f"loss_fn must be callable on outputs and targets; got the class {loss_fn.__name__}"
+                ", of which it takes an instance"
+            )
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
         self.reduction = check_choice(reduction, "reduction", ("mean", "sum"))
@@ -96,6 +101,7 @@ class Objective:
         self.batches = Batches(data, self.masked.device, self.masked.dtype)
         self._random = _OwnRandom(self.masked.device, self.batches.generators)
         self._sizes: list[int] = []
+        self._reduction_checked = False
         self._first: tuple[Any, Batch] | None = None
         self._plain: dict[tuple[int, int], bool] = {}
         #: Whether the gradients of a piece of a batch have factors, by batch and first sample.
@@ -186,6 +192,9 @@ class Objective:
         Halves of the first batch, and the first half of it together with every other batch, must
         give the mean of what they give alone.
         """
+        if not self._reduction_checked:
+            self._check_reduction(outputs, batch)
+            self._reduction_checked = True
         if not self.batches.cut_here:
             return
         why = f"since data is cut into batches of {SAMPLES}; or pass batches of your own"
@@ -200,6 +209,38 @@ class Objective:
         joined, targets = _joined(*both, batch.size, of.size)
         n = batch.size + of.size
         self.check_plain(joined, Batch((), {}, targets, n), -(-n // batch.size), why, batch.size)
+
+    def _check_reduction(self, outputs: Any, batch: Batch) -> None:
+        """Refuse a loss that is a sum where a mean was said to be one, and the other way round."""
+        n = batch.size
+        if n < 2:
+            return
+        other = "sum" if self.reduction == "mean" else "mean"
+        with torch.no_grad():
+            outputs = map_tensors(torch.Tensor.detach, outputs)
+            try:
+                whole, total = self._in_parts(outputs, batch, -(-n // 2), other)
+            except (RuntimeError, ValueError, IndexError):  # it takes no half of a batch
+                return
+        if whole != 0 and torch.isclose(total, whole, rtol=_within(whole)):
+            raise ValueError(
+                f"loss_fn must be the {self.reduction} over the samples of a batch, as "
+                f"reduction={self.reduction!r} says; on a batch of {n} samples it is the {other} "
+                f"of what it is on its halves: pass reduction={other!r}"
+            )
+
+    def _in_parts(
+        self, outputs: Any, batch: Batch, step: int, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and the mean or sum of those of its parts."""
+        n = batch.size
+        whole = self.loss(outputs, batch)
+        total = torch.zeros_like(whole)
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            loss = self.loss_fn(sample_of(outputs, n, part), sample_of(batch.targets, n, part))
+            total += loss * ((part.stop - part.start) / n if reduction == "mean" else 1)
+        return whole, total
 
     def is_plain(self, outputs: Any, batch: Batch, key: tuple[int, int]) -> bool:
         """Whether the loss of a batch is the mean, or sum, of the losses of its samples.
@@ -223,19 +264,18 @@ class Objective:
         step = step or -(-n // min(parts, n))
         with torch.no_grad():
             outputs = map_tensors(torch.Tensor.detach, outputs)
-            whole = self.loss(outputs, batch)
-            total = torch.zeros_like(whole)
-            for start in range(0, n, step):
-                part = slice(start, min(start + step, n))
-                loss = self.loss_fn(sample_of(outputs, n, part), sample_of(batch.targets, n, part))
-                total += loss * ((part.stop - part.start) / n if self.reduction == "mean" else 1)
-        if not torch.isclose(total, whole, rtol=1e-4 if whole.dtype == torch.float32 else 1e-8):
+            whole, total = self._in_parts(outputs, batch, step, self.reduction)
+        if not torch.isclose(total, whole, rtol=_within(whole)):
             raise ValueError(
                 f"loss_fn must be the plain {self.reduction} over the samples of a batch, {why} "
                 "(no class weights, no ignored targets, no mean over tokens of samples of unequal "
                 f"length); on {n} samples it is {whole.item():.6g}, and the {self.reduction} of "
                 f"the losses of its parts {total.item():.6g}"
             )
+
+
+def _within(loss: Tensor) -> float:
+    return 1e-4 if loss.dtype == torch.float32 else 1e-8
 
 
 def _joined(a: Any, b: Any, n_a: int, n_b: int) -> Any:

@@ -148,6 +148,10 @@ class SampleGradients:
     factors: tuple[Factors, ...]
     _stored: Tensor | None = None
 
+    def __repr__(self) -> str:
+        kind = f"{len(self.factors)} factors" if self.factors else "stored"
+        return f"SampleGradients({self.n} samples x {self.size} parameters, {kind})"
+
     @property
     def nbytes(self) -> int:
         """Memory of the factors, or of the stored gradients; what several share counts once."""

@@ -497,6 +497,8 @@ def _iterate(
             dtype = str(x.dtype).removeprefix("torch.")
             why = f"after {iterations} iterations, where rounding in {dtype} ends progress"
             remedy = "float64, or " * (dtype != "float64") + "more damping or a larger rtol"
+        if largest >= 1:
+            remedy = "more damping: the matrix is singular, or nearly so"
         warnings.warn(
             f"{system.describe}: {method} ended {why}, with a relative residual of {largest:.3g} "
             f"above rtol={rtol:.3g}. Use {remedy}",
