@@ -498,7 +498,7 @@ def _iterate(
             why = f"after {iterations} iterations, where rounding in {dtype} ends progress"
             remedy = "float64, or " * (dtype != "float64") + "more damping or a larger rtol"
         if largest >= 1:
-            remedy = "more damping: the matrix is singular, or nearly so"
+            remedy += "; x = 0 would do as well, as where a singular matrix has no damping"
         warnings.warn(
             f"{system.describe}: {method} ended {why}, with a relative residual of {largest:.3g} "
             f"above rtol={rtol:.3g}. Use {remedy}",
