@@ -552,3 +552,19 @@ def test_a_class_for_a_loss_and_arrays_for_data():
 def test_gradients_are_shown_in_one_line():
     (chunk,) = per_sample_gradients(Plain(), F.cross_entropy, plain(), BODY)
     assert repr(chunk) == "SampleGradients(9 samples x 10 parameters, 2 factors)"
+
+
+def test_stored_gradients_are_not_overwritten():
+    """A first batch with factors, and a later one whose samples are differentiated one by one."""
+    X, y = plain(12)
+    X[:4, 0] = X[:4, 0].abs()  # all of the first batch go to one expert, in their own order
+    pairs = [(X[:4], y[:4]), (X[4:], y[4:])]
+    A = FisherOperator(Experts(), F.cross_entropy, pairs, BODY)
+    v = torch.randn(A.shape[0]).double()
+    before = A @ v
+    assert off(A.diagonal(), A.to_dense().diagonal()) < 1e-12
+    assert torch.equal(A @ v, before)
+    for chunk in per_sample_gradients(Experts(), F.cross_entropy, pairs, BODY):
+        G, weights = chunk.dense().clone(), torch.rand(chunk.n).double()
+        assert off(chunk.combine_squares(weights), weights @ G**2) < 1e-12
+        assert torch.equal(chunk.dense(), G)

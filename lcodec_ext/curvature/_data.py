@@ -60,7 +60,9 @@ class Batches:
             self.cut_here = True
             n = _n_samples(data, "data")
             self._given = [(t, t._version) for t in tensors_of(data) if not t.is_inference()]
-            self._read = lambda: (_cut(data, n, k) for k in range(0, n, SAMPLES))
+            self._read = lambda: (
+                sample_of(data, n, slice(k, k + SAMPLES)) for k in range(0, n, SAMPLES)
+            )
         elif isinstance(data, Iterator):
             raise TypeError(
                 "data is an iterator, which can be read only once; pass a list of batches, or a "
@@ -178,12 +180,6 @@ def _n_samples(batch: Any, name: str) -> int:
     if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(first):
         raise ValueError(f"{name} has {len(first)} inputs and {len(targets)} targets")
     return len(first)
-
-
-def _cut(data: Any, n: int, start: int) -> Any:
-    if n <= SAMPLES:
-        return data
-    return map_tensors(lambda t: t[start : start + SAMPLES] if t.ndim and len(t) == n else t, data)
 
 
 def sample_of(tree: Any, n: int, samples: slice) -> Any:

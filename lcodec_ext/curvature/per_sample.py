@@ -208,7 +208,7 @@ class SampleGradients:
         """sum_i weights_i gradient_i^2, entry by entry, shape (p,)."""
         pairs = self.plain()
         if not pairs:
-            return weights @ self.dense().square_()
+            return weights @ self.dense().square()
         out = weights.new_zeros(self.size)
         for factors, (D, x) in zip(self.factors, pairs, strict=True):
             factors.entries.add_to(out, (D.square() * weights[:, None]).T @ x.square())
