@@ -779,18 +779,20 @@ def _at_the_same_places(a: Rows, b: Rows) -> bool:
     return a.places is not None and b.places is not None and torch.equal(a.places, b.places)
 
 
-def _leaves(values: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The tensors, by id, at which the graph of some values ends."""
-    found = {id(v): v for v in values if v.requires_grad and v.grad_fn is None}
+def graph_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph of some values, each once."""
     seen = set()
     waiting = [value.grad_fn for value in values]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return found
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(parent for parent, _ in node.next_functions)
+
+
+def _leaves(values: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The tensors, by id, at which the graph of some values ends."""
+    ends = [v for v in values if v.requires_grad and v.grad_fn is None]
+    nodes = (getattr(node, "variable", None) for node in graph_nodes(values))
+    return {id(leaf): leaf for leaf in (*ends, *nodes) if leaf is not None}

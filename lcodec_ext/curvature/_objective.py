@@ -120,6 +120,11 @@ class Objective:
         """What the loss of a batch is multiplied with in the objective."""
         return batch.size / self.n_samples if self.reduction == "mean" else 1.0
 
+    @property
+    def sample_share(self) -> float:
+        """What the loss of a sample is multiplied with in the objective, where it is plain."""
+        return 1 / self.n_samples if self.reduction == "mean" else 1.0
+
     def sum_of_losses(self, run: Run, batch: Batch) -> Tensor:
         """The sum of the losses of a batch's samples, of a loss that is plain."""
         loss = self.loss(run.outputs, batch)

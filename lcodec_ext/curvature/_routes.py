@@ -15,6 +15,7 @@ from torch import Tensor
 from lcodec_ext.curvature._data import Batch, known_loss, map_tensors
 from lcodec_ext.curvature._masked import (
     Run,
+    graph_nodes,
     is_convolution,
     is_linear,
     patches,
@@ -275,13 +276,7 @@ class DeltaRoute(Route):
 def graph_bytes(roots: Sequence[Tensor], besides: set[int]) -> int:
     """Memory that a graph keeps, in tensors whose storages are not among those besides."""
     storages: dict[int, int] = {}
-    seen = set()
-    waiting = [root.grad_fn for root in roots]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(roots):
         if node.name().endswith("::Error"):
             raise ValueError(
                 "the model or the loss has a function that is marked @once_differentiable"
@@ -292,7 +287,6 @@ def graph_bytes(roots: Sequence[Tensor], besides: set[int]) -> int:
                 if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
-        waiting.extend(parent for parent, _ in node.next_functions)
     return sum(n for address, n in storages.items() if address not in besides)
 
 
@@ -668,17 +662,13 @@ class FisherRoute(Route):
     def _chunks(self, what: str = "") -> Iterator[SampleGradients]:
         return chunks(self._objective, MAX_BYTES, what)
 
-    @property
-    def _share(self) -> float:
-        return 1 / self._objective.n_samples if self._objective.reduction == "mean" else 1.0
-
     def product(self, V: Tensor) -> Tensor:
         if self.stored:
-            return stored_product(self.stored, V, None, self._share)
+            return stored_product(self.stored, V, None, self._objective.sample_share)
         total = torch.zeros_like(V)
         for gradients in self._factors or self._chunks():
             for out, column in zip(total.T, V.T, strict=True):
-                out += gradients.combine(gradients.dot(column) * self._share)
+                out += gradients.combine(gradients.dot(column) * self._objective.sample_share)
         return total
 
     def diagonal(self) -> Tensor:
@@ -688,18 +678,18 @@ class FisherRoute(Route):
         if not self.stored:
             for gradients in self._factors or self._chunks():
                 total += gradients.combine_squares(total.new_ones(gradients.n))
-        return total * self._share
+        return total * self._objective.sample_share
 
     def dense(self) -> Tensor:
         p = self._objective.masked.size
         total = self._objective.masked.theta.new_zeros(p, p)
         for G in self.stored or (g.dense() for g in self._factors or self._chunks("matrix")):
             total.addmm_(G.T, G)
-        return total * self._share
+        return total * self._objective.sample_share
 
     def low_rank(self, most: int) -> LowRank | None:
         n = self._objective.n_samples
-        weights = self._objective.masked.theta.new_full((n,), self._share)
+        weights = self._objective.masked.theta.new_full((n,), self._objective.sample_share)
         if n > most:
             return None
         if self.stored:

@@ -22,6 +22,7 @@ from lcodec_ext.curvature._routes import (
     FEW_ROWS,
     DeltaRoute,
     FisherRoute,
+    Form,
     GaussNewtonForm,
     HeadRoute,
     HessianForm,
@@ -532,6 +533,13 @@ class _OnModel(CurvatureOperator):
         return self._route.dense()
 
 
+def _head_or_delta(objective: Objective, form: type[Form]) -> Route:
+    try:
+        return HeadRoute(objective)
+    except NotAHeadError as reason:
+        return DeltaRoute(objective, form, str(reason))
+
+
 class HessianOperator(_OnModel):
     """The Hessian of a loss by the parameters of selected units.
 
@@ -619,10 +627,7 @@ class HessianOperator(_OnModel):
     _scale: Tensor | None = None
 
     def _choose(self, objective: Objective) -> Route:
-        try:
-            return HeadRoute(objective)
-        except NotAHeadError as reason:
-            return DeltaRoute(objective, HessianForm, str(reason))
+        return _head_or_delta(objective, HessianForm)
 
     def _preconditioner(self) -> Tensor:
         if isinstance(self._route, DeltaRoute):
@@ -661,10 +666,7 @@ class GaussNewtonOperator(_OnModel):
     _kind = "gauss_newton matrix"
 
     def _choose(self, objective: Objective) -> Route:
-        try:
-            return HeadRoute(objective)
-        except NotAHeadError as reason:
-            return DeltaRoute(objective, GaussNewtonForm, str(reason))
+        return _head_or_delta(objective, GaussNewtonForm)
 
 
 class FisherOperator(_OnModel):
@@ -743,10 +745,7 @@ class FisherOperator(_OnModel):
     def _choose(self, objective: Objective) -> Route:
         if self.kind == "empirical":
             return FisherRoute(objective)
-        try:
-            return HeadRoute(objective)
-        except NotAHeadError as reason:
-            return DeltaRoute(objective, GaussNewtonForm, str(reason))
+        return _head_or_delta(objective, GaussNewtonForm)
 
     def restrict(self, selection: UnitSelection) -> "RestrictedFisher":
         """The operator of fewer units, on the gradients that are stored for these.
@@ -795,9 +794,7 @@ class RestrictedFisher(CurvatureOperator):
             lengths = lengths.new_tensor([len(columns)])
         self._stored, self._columns = stored, columns
         self._segments = torch.stack([columns[starts], lengths], 1)
-        self._share = (
-            1 / whole._objective.n_samples if whole._objective.reduction == "mean" else 1.0
-        )
+        self._share = whole._objective.sample_share
         self._whole, self.selection = whole, selection
         self.shape = (len(columns), len(columns))
         self.dtype, self.device = whole.dtype, whole.device
