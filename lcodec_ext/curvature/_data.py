@@ -56,9 +56,9 @@ class Batches:
         elif isinstance(data, Dataset):
             self.cut_here = True
             self._read = lambda: _from_dataset(data)
-        elif _is_batch(data):
+        elif is_batch(data):
             self.cut_here = True
-            n = _n_samples(data, "data")
+            n = n_samples(data, "data")
             self._given = [(t, t._version) for t in tensors_of(data) if not t.is_inference()]
             self._read = lambda: (
                 sample_of(data, n, slice(k, k + SAMPLES)) for k in range(0, n, SAMPLES)
@@ -87,13 +87,13 @@ class Batches:
             )
         for number, batch in enumerate(self._read()):
             name = "data" if self.cut_here else f"batch {number} of data"
-            if not _is_batch(batch):
+            if not is_one_batch(batch):
                 raise TypeError(
                     f"{name} must be a pair (inputs, targets) of tensors (torch.as_tensor makes "
                     f"them of arrays) or a dict with 'labels'; got {_described(batch)}"
                 )
-            size = _n_samples(batch, name)
-            yield _as_batch(_moved(batch, self._device, self._dtype), size, name)
+            size = n_samples(batch, name)
+            yield as_batch(_moved(batch, self._device, self._dtype), size, name)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -107,14 +107,23 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
-def _is_batch(data: Any) -> bool:
+def is_batch(data: Any) -> bool:
     """Whether data is one batch, and not a collection of them."""
     if isinstance(data, Mapping):
         return True
     return isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[-1], Tensor)
 
 
-def _as_batch(batch: Any, size: int, name: str) -> Batch:
+def is_one_batch(data: Any) -> bool:
+    """Whether data is a batch, where it can be no collection of them: targets may be nested."""
+    return is_batch(data) or (
+        isinstance(data, tuple | list)
+        and len(data) > 1
+        and all(next(tensors_of(part), None) is not None for part in data)
+    )
+
+
+def as_batch(batch: Any, size: int, name: str) -> Batch:
     if isinstance(batch, Mapping):
         inputs = dict(batch)
         for key in _LABELS:
@@ -167,7 +176,7 @@ def _like(tree: Any, made: dict[str, Any]) -> Any:
         return made
 
 
-def _n_samples(batch: Any, name: str) -> int:
+def n_samples(batch: Any, name: str) -> int:
     first = next(tensors_of(batch), None)
     if first is None or first.ndim == 0:
         raise ValueError(f"{name} must hold tensors with samples along their first axis")

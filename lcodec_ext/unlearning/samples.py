@@ -1,106 +1,299 @@
-"""Samples as a pair of tensors, whatever they were given as."""
+"""Training samples by number, whatever they were given as, and which of them to delete."""
 
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
+    SequentialSampler,
+    Subset,
     default_collate,
 )
 
+from lcodec_ext._validation import check_integer, check_seed
+from lcodec_ext.curvature._data import (
+    Batch,
+    as_batch,
+    is_one_batch,
+    map_tensors,
+    n_samples,
+    sample_of,
+    tensors_of,
+)
 
-class Samples(NamedTuple):
-    """Inputs and targets, samples along the first axis; floating ones in float64."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def chunks(self, size: int) -> "list[Samples]":
-        """Cut into consecutive pieces of at most size samples."""
-        pairs = zip(torch.split(self.inputs, size), torch.split(self.targets, size), strict=True)
-        return [Samples(*pair) for pair in pairs]
+Indices = Sequence[int] | slice
 
 
-def as_samples(data: Any, name: str, device: torch.device) -> Samples:
-    """Materialise (inputs, targets), a Dataset or a DataLoader, and check it.
+class Samples:
+    """Samples that are fetched by number, on a device and in a floating-point type.
 
     Parameters
     ----------
-    data : tuple of two tensors, torch Dataset of (input, target), or torch DataLoader of batches
+    n : int
+        Their number.
+    fetch : callable
+        From a list of numbers below n to a batch (inputs, ..., targets) or a dict with "labels".
+    device, dtype : torch.device, torch.dtype
+        Of what is fetched; dtype is that of floating-point tensors.
+    name : str
+        Of the argument they came from, for messages.
+    in_memory : bool
+        Whether fetching is only indexing.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        fetch: Callable[[list[int]], Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        name: str,
+        *,
+        in_memory: bool,
+    ) -> None:
+        self._n, self._fetch, self._device, self._dtype = n, fetch, device, dtype
+        self.name, self.in_memory = name, in_memory
+
+    def __len__(self) -> int:
+        return self._n
+
+    def fetch(self, indices: Indices) -> Batch:
+        """Fetch some samples as one batch."""
+        if isinstance(indices, slice):
+            indices = range(self._n)[indices]
+        data = self._fetch([int(i) for i in indices])
+
+        def move(tensor: Tensor) -> Tensor:
+            wanted = self._dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.detach().to(self._device, wanted)
+
+        return as_batch(map_tensors(move, data), len(indices), self.name)
+
+    def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Fetch all samples, or those of order, in batches of at most size."""
+        numbers: Sequence[int] = range(self._n) if order is None else order
+        for start in range(0, len(numbers), size):
+            yield self.fetch(numbers[start : start + size])
+
+    def data(self, size: int) -> Callable[[], Iterator[Any]]:
+        """All samples as what the operators of `lcodec_ext.curvature` take for data."""
+        return lambda: (as_data(batch) for batch in self.batches(size))
+
+    def subset(self, indices: Indices) -> "Samples":
+        """Some of the samples, in the order given, numbered anew."""
+        numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
+        kept = np.asarray(numbers, dtype=np.int64)
+
+        def fetch(some: list[int]) -> Any:
+            return self._fetch(kept[some].tolist())
+
+        return Samples(
+            len(kept), fetch, self._device, self._dtype, self.name, in_memory=self.in_memory
+        )
+
+    def loaded(self) -> "Samples":
+        """The same samples in memory, where fetching them is more than indexing."""
+        if self.in_memory:
+            return self
+        batch = self.fetch(slice(None))
+        data = as_data(batch)
+        return Samples(
+            self._n,
+            lambda some: _rows(data, self._n, some),
+            self._device,
+            self._dtype,
+            self.name,
+            in_memory=True,
+        )
+
+    def hashes(self, indices: Indices = slice(None)) -> list[str]:
+        """SHA-256 of the content of each sample: dtype, shape and bytes of its tensors, in order."""
+        numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
+        return [_hash(self._fetch([int(i)])) for i in numbers]
+
+
+def as_data(batch: Batch) -> tuple[Any, Any]:
+    """A batch as the operators of `lcodec_ext.curvature` take it."""
+    return (batch.kwargs or batch.args), batch.targets
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> Any:
+    """Call a model on a batch; of the outputs of transformers, the logits."""
+    outputs = model(*batch.args, **batch.kwargs)
+    return getattr(outputs, "logits", outputs)
+
+
+def _rows(data: Any, n: int, some: list[int]) -> Any:
+    index = torch.as_tensor(some)
+    return map_tensors(
+        lambda t: t[index.to(t.device)] if t.ndim and len(t) == n else t, data
+    )
+
+
+def _hash(data: Any) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors_of(data):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{value.dtype} {tuple(value.shape[1:])};".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def as_samples(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    """Take samples as they were given, and check them.
+
+    Parameters
+    ----------
+    data : tensors, Dataset or DataLoader
+        (inputs, targets), (input, ..., input, targets), a dict of tensors with "labels", a Dataset
+        of such samples, or a DataLoader, of whose Dataset every sample is taken once, collated as
+        the loader does.
     name : str
         Of the argument, for messages.
     device : torch.device
-        Where the tensors must be: the model's.
+        The model's. Tensors must be there; what a Dataset gives is moved.
+    dtype : torch.dtype
+        To which floating-point tensors are converted when fetched.
     """
+    if isinstance(data, Samples):
+        return data
     if isinstance(data, DataLoader):
-        inputs, targets = _from_loader(data, name)
-    elif isinstance(data, Dataset):
-        inputs, targets = _from_dataset(data, name)
-    elif isinstance(data, (tuple, list)):
-        inputs, targets = _pair(data, name)
-    else:
+        return _from_loader(data, name, device, dtype)
+    if isinstance(data, Dataset):
+        return _from_dataset(data, default_collate, name, device, dtype)
+    if not isinstance(data, Mapping | tuple | list):
         raise TypeError(
-            f"{name} must be a pair (inputs, targets) of tensors, a Dataset or a DataLoader; got "
-            f"an object of type {type(data).__name__}"
+            f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels', "
+            f"a Dataset or a DataLoader; got an object of type {type(data).__name__}"
         )
-    for what, tensor in (("inputs", inputs), ("targets", targets)):
-        if tensor.ndim == 0:
-            raise ValueError(f"the {what} of {name} must have samples along their first axis")
-        if tensor.is_complex():
-            raise TypeError(f"the {what} of {name} must be real; got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(
-                f"the {what} of {name} are on {tensor.device} and the model is on {device}; "
-                "nothing is copied unasked, move them with .to()"
-            )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"the {what} of {name} hold NaN or infinity")
-    if len(inputs) != len(targets):
-        raise ValueError(f"{name} has {len(inputs)} inputs and {len(targets)} targets")
-    if len(inputs) == 0:
-        raise ValueError(f"{name} is empty")
-    return Samples(_double(inputs), _double(targets))
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor
-
-
-def _pair(data: Any, name: str) -> tuple[Tensor, Tensor]:
-    if len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
+    if not is_one_batch(data):
         given = ", ".join(type(part).__name__ for part in data)
         raise TypeError(f"{name} must give pairs (inputs, targets) of tensors; got ({given})")
-    return data[0], data[1]
+    return _in_memory(data, name, device, dtype)
 
 
-def _from_dataset(dataset: Any, name: str) -> tuple[Tensor, Tensor]:
+def _in_memory(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    n = n_samples(data, name)
+    _check(data, name, n)
+    for tensor in tensors_of(data):
+        if tensor.device != device:
+            raise ValueError(
+                f"a tensor of {name} is on {tensor.device} and the model is on {device}; nothing "
+                "is copied unasked, move it with .to()"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    as_batch(data, n, name)  # its refusals
+    return Samples(n, lambda some: _rows(data, n, some), device, dtype, name, in_memory=True)
+
+
+def _from_dataset(
+    dataset: Any,
+    collate: Callable[[list[Any]], Any],
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Samples:
     if isinstance(dataset, IterableDataset):
-        items = list(dataset)
-    else:
-        items = [dataset[i] for i in range(len(dataset))]
-    if not items:
+        dataset = list(dataset)
+    n = len(dataset)
+    if n == 0:
         raise ValueError(f"{name} is empty")
-    if not isinstance(items[0], (tuple, list)) or len(items[0]) != 2:
-        raise TypeError(f"{name} must be a Dataset of pairs (input, target)")
-    return _pair(default_collate(items), name)
+
+    def fetch(some: list[int]) -> Any:
+        data = collate([dataset[i] for i in some])
+        if not is_one_batch(data):
+            raise TypeError(
+                f"{name} must be a Dataset of pairs (input, target), or of dicts with 'labels'; "
+                f"samples 0 and on give an object of type {type(data).__name__}"
+            )
+        _check(data, name, len(some))
+        return data
+
+    if _hash(fetch([0])) != _hash(fetch([0])):
+        raise ValueError(
+            f"sample 0 of {name} differs when it is read again: give a Dataset without random "
+            "augmentation"
+        )
+    return Samples(n, fetch, device, dtype, name, in_memory=False)
 
 
-def _from_loader(loader: Any, name: str) -> tuple[Tensor, Tensor]:
-    if isinstance(loader.sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
-        raise ValueError(f"{name} must come in a fixed order; make its DataLoader without shuffle")
-    if loader.drop_last:
-        raise ValueError(f"{name} must be complete; make its DataLoader without drop_last")
-    batches = [_pair(batch, name) for batch in loader]
-    if not batches:
-        raise ValueError(f"{name} is empty")
-    inputs, targets = zip(*batches, strict=True)
-    return torch.cat(inputs), torch.cat(targets)
+def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        batches = list(loader)
+        if not batches:
+            raise ValueError(f"{name} is empty")
+        rows = [
+            sample_of(batch, n, slice(k, k + 1))
+            for batch in batches
+            for n in [n_samples(batch, name)]
+            for k in range(n)
+        ]
+        return _from_dataset(rows, _joined, name, device, dtype)
+    known = RandomSampler | SequentialSampler
+    if loader.sampler is not None and not isinstance(loader.sampler, known):
+        indices = getattr(loader.sampler, "indices", None)
+        if indices is None:
+            raise ValueError(
+                f"the sampler of {name}, a {type(loader.sampler).__name__}, does not tell which "
+                "samples it draws; pass the Dataset, or a torch.utils.data.Subset of it"
+            )
+        dataset = Subset(dataset, [int(i) for i in indices])
+    return _from_dataset(dataset, loader.collate_fn or default_collate, name, device, dtype)
+
+
+def _joined(rows: list[Any]) -> Any:
+    columns = [list(tensors_of(row)) for row in rows]
+    parts = iter([torch.cat(column) for column in zip(*columns, strict=True)])
+    return map_tensors(lambda _: next(parts), rows[0])
+
+
+def _check(data: Any, name: str, n: int) -> None:
+    for tensor in tensors_of(data):
+        if tensor.is_complex():
+            raise TypeError(f"{name} must be real; got a tensor of {tensor.dtype}")
+        if tensor.ndim == 0 or len(tensor) != n:
+            raise ValueError(
+                f"the tensors of {name} must have samples along their first axis, {n} of them; "
+                f"got shape {tuple(tensor.shape)}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# Which samples to delete
+
+
+def random_samples(n: int, m: int, seed: int = 0) -> list[int]:
+    """Draw m of n sample numbers without replacement, ascending."""
+    check_integer(n, "n", 1)
+    if check_integer(m, "m", 1) > n:
+        raise ValueError(f"m must be at most n, the number of samples; got m={m} and n={n}")
+    check_seed(seed, optional=False)
+    return sorted(np.random.default_rng(seed).choice(n, m, replace=False).tolist())
+
+
+def samples_of(labels: Any, value: Any) -> list[int]:
+    """The numbers of the samples that have a label: all of a class, or of one identity.
+
+    Parameters
+    ----------
+    labels : array_like or Tensor, shape (n,)
+        Of every training sample: its class, the person it shows, the user it came from.
+    value : object
+        The one to delete.
+    """
+    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if array.ndim != 1:
+        raise ValueError(f"labels must have one entry a sample; got shape {array.shape}")
+    found = np.flatnonzero(array == value)
+    if not len(found):
+        raise ValueError(f"no sample has the label {value!r}")
+    return found.tolist()
