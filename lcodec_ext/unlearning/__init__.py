@@ -14,12 +14,19 @@ except ImportError as error:  # the core package does without it
 
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.curvature.units import UnitSelection
+from lcodec_ext.unlearning.samples import random_samples, samples_of
+from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.update import BeforeAfter, UnlearnResult, unlearn
 
 __all__ = [
     "BeforeAfter",
     "IndefiniteCurvatureError",
+    "Settings",
+    "TrainingStatistics",
     "UnitSelection",
     "UnlearnResult",
+    "random_samples",
+    "samples_of",
     "unlearn",
 ]

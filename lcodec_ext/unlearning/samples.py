@@ -114,9 +114,36 @@ class Samples:
         )
 
     def hashes(self, indices: Indices = slice(None)) -> list[str]:
-        """SHA-256 of the content of each sample: dtype, shape and bytes of its tensors, in order."""
+        """SHA-256 of each sample: dtype, shape and bytes of its tensors, in order."""
         numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
         return [_hash(self._fetch([int(i)])) for i in numbers]
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The samples of several sets, one after the other."""
+    first = parts[0]
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def fetch(some: list[int]) -> Any:
+        numbers = np.asarray(some)
+        owner = np.searchsorted(starts, numbers, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        pieces = [
+            part._fetch((numbers[owner == k] - starts[k]).tolist())
+            for k, part in enumerate(parts)
+            if (owner == k).any()
+        ]
+        back = np.argsort(order).tolist()
+        return _rows(_joined(pieces), len(some), back)
+
+    return Samples(
+        int(starts[-1]),
+        fetch,
+        first._device,
+        first._dtype,
+        first.name,
+        in_memory=all(part.in_memory for part in parts),
+    )
 
 
 def as_data(batch: Batch) -> tuple[Any, Any]:
@@ -132,9 +159,7 @@ def outputs_of(model: nn.Module, batch: Batch) -> Any:
 
 def _rows(data: Any, n: int, some: list[int]) -> Any:
     index = torch.as_tensor(some)
-    return map_tensors(
-        lambda t: t[index.to(t.device)] if t.ndim and len(t) == n else t, data
-    )
+    return map_tensors(lambda t: t[index.to(t.device)] if t.ndim and len(t) == n else t, data)
 
 
 def _hash(data: Any) -> str:
@@ -250,7 +275,7 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
     return _from_dataset(dataset, loader.collate_fn or default_collate, name, device, dtype)
 
 
-def _joined(rows: list[Any]) -> Any:
+def _joined(rows: Sequence[Any]) -> Any:
     columns = [list(tensors_of(row)) for row in rows]
     parts = iter([torch.cat(column) for column in zip(*columns, strict=True)])
     return map_tensors(lambda _: next(parts), rows[0])

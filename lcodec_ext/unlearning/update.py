@@ -1,42 +1,64 @@
-"""The deletion: a damped Newton step of the retained objective on selected units."""
+"""The deletion: which units, which step, whether it did harm, and what came of it."""
 
 import copy
+import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lcodec_ext import FociResult
-from lcodec_ext._validation import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext._progress import progress_bar
+from lcodec_ext._validation import check_bool
+from lcodec_ext.curvature._data import Batch, map_tensors, sample_of, tensors_of
 from lcodec_ext.curvature._masked import twice_differentiable
-from lcodec_ext.curvature.operators import GaussNewtonOperator, HessianOperator
-from lcodec_ext.curvature.solvers import IndefiniteCurvatureError, SolveResult
-from lcodec_ext.curvature.units import UnitLayout, UnitSelection
-from lcodec_ext.unlearning.perturbation import (
-    ActivationRecorder,
-    Call,
-    LossFunction,
-    record_perturbations,
-    select_units,
+from lcodec_ext.curvature._objective import LossFunction
+from lcodec_ext.curvature.operators import (
+    CurvatureOperator,
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    SecantOperator,
 )
-from lcodec_ext.unlearning.samples import Samples, as_samples
-from lcodec_ext.unlearning.units import Layer, check_selection, find_layers
+from lcodec_ext.curvature.solvers import (
+    ConvergenceWarning,
+    IndefiniteCurvatureError,
+    SolveResult,
+)
+from lcodec_ext.curvature.units import UnitLayout, UnitSelection
+from lcodec_ext.unlearning.samples import Samples, as_samples, joined, outputs_of
+from lcodec_ext.unlearning.selection import (
+    Candidates,
+    find_candidates,
+    rank_by_score,
+    rank_last,
+    rank_random,
+    take,
+)
+from lcodec_ext.unlearning.settings import BY_ACTIVATIONS, Settings
+from lcodec_ext.unlearning.statistics import TrainingStatistics
 
-Curvature = Literal["gauss_newton", "hessian"]
+Score = Callable[[Any, Any], Tensor]
 
 _PROBE = 32  # samples on which model and loss are checked, of either set
-_RTOL = 1e-10  # of the residual at which conjugate gradients end
+_GUARD = 1000  # retained samples on which harm is looked for
+_LBFGS = 20  # iterations
+_OPERATORS = {
+    "gauss_newton": GaussNewtonOperator,
+    "hessian": HessianOperator,
+    "fisher": FisherOperator,
+}
 
 
 class BeforeAfter(NamedTuple):
-    """A quantity before and after the step."""
+    """A quantity before and after the deletion."""
 
     before: float
     after: float
@@ -46,108 +68,142 @@ class BeforeAfter(NamedTuple):
 class UnlearnResult:
     """The model after `unlearn`, and what was done to it.
 
-    Gradients and losses are of the data and weights in float64, the model in evaluation mode.
-    The retained objective is the mean loss of the retained samples plus (weight_decay / 2) |w|^2,
-    w being all trainable parameters.
+    The retained objective is the mean loss of retained samples plus (weight_decay / 2) |w|^2, w
+    being all trainable parameters. What is said of it was measured on `n_monitored` of them, with
+    the model in evaluation mode.
 
     Attributes
     ----------
     model : Module
         A new model, or with inplace=True the one that was given.
+    settings : Settings
+        As used.
     selection : UnitSelection
         The units whose parameters were changed.
-    selection_method : {"lfoci", "all", "random", "given"}
     foci : FociResult or None
         The selection by L-FOCI: T of the loss, and in `names` the unit and call ("fc1[3] call 0")
         of every step.
-    curvature : {"gauss_newton", "hessian"}
-    curvature_plan : str
-        Which way products with the matrix were computed, and why.
-    damping, weight_decay : float
-        As used.
-    n_forget, n_retain : int
-        Samples removed and retained.
-    n_parameters : int
-        Parameters of the selected units.
-    n_trainable : int
-        Trainable parameters of the model.
+    n_forget, n_retain, n_monitored : int
+        Samples removed and retained, and those of the latter that were measured.
+    n_parameters, n_trainable : int
+        Parameters of the selected units, and trainable ones of the model.
     n_units : int
-        Units of the model that can be selected.
-    layers_without_units : dict of str to str
-        Linear and convolution layers that could not be selected, and why.
+        Units that could have been selected.
+    skipped : tuple of int
+        Samples of the request, by position, whose removal did harm and was taken back: all of
+        them or none, but with order="sequential". They are still in the model, and need retraining.
+    attempts : int
+        Steps that were tried, the retries included.
+    damping : float
+        As used in the last attempt.
+    curvature_plan : str
+        Which way products with the matrix were computed, and why; empty for updates without one.
+    solve_method : str
+        "cholesky", "cg" or "woodbury": see `CurvatureOperator.solve`; else the update.
+    solve_iterations : int
+    solve_residual : float
+        |matrix @ step - gradient| / |gradient|, the largest of all steps; nan without a matrix.
     step_norm : float
         Euclidean norm of the change of the weights.
-    solve_method : {"cholesky", "cg", "woodbury"}
-        How the step was solved for; see `CurvatureOperator.solve`.
-    solve_iterations : int
-        Of conjugate gradients; 0 for the direct methods.
-    solve_residual : float
-        |matrix @ step - gradient| / |gradient|, of the step itself.
     training_gradient_norm : float
-        Gradient norm, before, of the objective on removed and retained samples together. The
-        step takes it for zero: far from that (compare `gradient_norm.before`), it is wrong.
+        Gradient norm, before, of the objective on removed and retained samples together; nan
+        without retained samples. The removal gradient takes it for zero: compare
+        `gradient_norm.before`.
     gradient_norm, gradient_norm_selected : BeforeAfter
         Of the retained objective, over all trainable parameters and over those selected.
     loss_forget, loss_retain : BeforeAfter
         Mean losses, without the regulariser.
+    guard : BeforeAfter
+        What the guard watched: accuracy, or where there is none, minus the mean loss; nan where
+        `Settings.max_drop` is None.
+    guarantee : Guarantee
+        What (epsilon, delta) mean for this result: certified, heuristic, or nothing.
     seconds : dict of str to float
-        Time taken by "perturbation", "selection", "gradients", "curvature", "solve", "evaluation"
-        and in "total".
-    seed : int
+        Time taken by each phase, and in "total".
     """
 
     model: nn.Module
+    settings: Settings
     selection: UnitSelection
-    selection_method: str
     foci: FociResult | None
-    curvature: str
-    curvature_plan: str
-    damping: float
-    weight_decay: float
     n_forget: int
     n_retain: int
+    n_monitored: int
     n_parameters: int
     n_trainable: int
     n_units: int
-    layers_without_units: dict[str, str]
-    step_norm: float
+    skipped: tuple[int, ...]
+    attempts: int
+    damping: float
+    curvature_plan: str
     solve_method: str
     solve_iterations: int
     solve_residual: float
+    step_norm: float
     training_gradient_norm: float
     gradient_norm: BeforeAfter
     gradient_norm_selected: BeforeAfter
     loss_forget: BeforeAfter
     loss_retain: BeforeAfter
+    guard: BeforeAfter
     seconds: dict[str, float]
-    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the model, as JSON takes it; nan becomes None."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "model":
+                continue
+            if isinstance(value, Settings | UnitSelection):
+                value = value.to_dict()
+            elif isinstance(value, FociResult):
+                value = {"names": value.names, "T": [float(t) for t in value.cumulative]}
+            elif isinstance(value, BeforeAfter):
+                value = [_json(value.before), _json(value.after)]
+            elif isinstance(value, float):
+                value = _json(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            values[field.name] = value
+        return values
 
     def __repr__(self) -> str:
         def change(pair: BeforeAfter) -> str:
             return f"{pair.before:.4g} -> {pair.after:.4g}"
 
+        s = self.settings
+        method = s.selection if isinstance(s.selection, str) else "given"
+        layers = [f"{name or '(model)'}: {len(u)}" for name, u in self.selection.units.items()]
+        if len(layers) > 6:
+            layers = [*layers[:5], f"{len(layers) - 5} layers more"]
         iterations = f" of {self.solve_iterations} iterations" * (self.solve_iterations > 0)
-        layers = ", ".join(
-            f"{name or '(model)'}: {len(units)}" for name, units in self.selection.units.items()
-        )
-        return "\n".join(
-            [
-                f"UnlearnResult: {self.n_forget} of {self.n_forget + self.n_retain} samples "
-                f"removed in {self.seconds['total']:.2f} s",
-                f"  units         {len(self.selection)} of {self.n_units}, "
-                f"{self.selection_method} ({layers})",
-                f"  parameters    {self.n_parameters:,} of {self.n_trainable:,}",
-                f"  curvature     {self.curvature}, weight decay {self.weight_decay:g}, damping "
-                f"{self.damping:g}, {self.solve_method}{iterations}, residual "
-                f"{self.solve_residual:.1e}",
-                f"  step          norm {self.step_norm:.4g}",
-                f"  forget loss   {change(self.loss_forget)}",
-                f"  retain loss   {change(self.loss_retain)}",
-                f"  gradient norm {change(self.gradient_norm)} retained, on the selection "
-                f"{change(self.gradient_norm_selected)}, "
-                f"{self.training_gradient_norm:.2g} of training",
-            ]
-        )
+        solved = f"{self.solve_method}{iterations}"
+        if not math.isnan(self.solve_residual):
+            solved += f", residual {self.solve_residual:.1e}"
+        matrix = f"{s.curvature}, " * bool(self.curvature_plan)
+        lines = [
+            f"UnlearnResult: {self.n_forget - len(self.skipped)} of "
+            f"{self.n_forget + self.n_retain} samples removed in {self.seconds['total']:.2f} s",
+            f"  units         {len(self.selection)} of {self.n_units}, {method} "
+            f"({', '.join(layers)})",
+            f"  parameters    {self.n_parameters:,} of {self.n_trainable:,}",
+            f"  step          {matrix}weight decay {s.weight_decay:g}, damping {self.damping:g}, "
+            f"{solved}, norm {self.step_norm:.4g}",
+            f"  forget loss   {change(self.loss_forget)}",
+            f"  retain loss   {change(self.loss_retain)}",
+            f"  gradient norm {change(self.gradient_norm)} retained, on the selection "
+            f"{change(self.gradient_norm_selected)}, {self.training_gradient_norm:.2g} of training",
+        ]
+        if s.max_drop is not None:
+            lines.append(f"  guard         {change(self.guard)}, {self.attempts} attempts")
+        if self.skipped:
+            lines.append(f"  TAKEN BACK    {len(self.skipped)} samples, which need retraining")
+        return "\n".join(lines)
+
+
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @twice_differentiable()
@@ -157,20 +213,15 @@ def unlearn(
     retain: Any,
     loss_fn: LossFunction,
     *,
-    selection: UnitSelection | Literal["lfoci", "all", "random"] = "lfoci",
-    curvature: Curvature = "gauss_newton",
-    weight_decay: float = 0.0,
-    damping: float | None = None,
-    n_perturbations: int = 1000,
-    noise_std: float = 0.1,
-    max_units: int | None = None,
-    n_units: int | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
+    preset: str | Settings = "recommended",
+    validation: Any = None,
+    statistics: TrainingStatistics | None = None,
+    score: Score | None = None,
     inplace: bool = False,
     progress: bool = False,
+    **options: Any,
 ) -> UnlearnResult:
-    """Remove samples from a trained model by one Newton step on the units they matter to.
+    """Remove samples from a trained model.
 
     The model is taken to minimise, over the m removed and the n - m retained samples, the mean
     loss plus (weight_decay / 2) |w|^2. On the parameters w_P of the selected units,
@@ -180,58 +231,42 @@ def unlearn(
         w_P += (H_P + damping I)^-1 (sum over removed of grad_P (l_i + (weight_decay / 2) |w|^2))
                / (n - m)
 
-    with H_P the Hessian, or the Gauss-Newton matrix, of the retained objective. Where training
-    has converged this is a damped Newton step of that objective. It is a heuristic on anything
-    but a convex model with all units selected: compare it with retraining.
+    with H_P the curvature of the retained objective. Where training has converged this is a damped
+    Newton step of that objective. It is a heuristic on anything but a convex model with all units
+    selected: compare it with retraining (`evaluate`).
 
     Parameters
     ----------
     model : Module
-        Its layers `nn.Linear` and `nn.Conv1d`, `Conv2d`, `Conv3d` have the units, one for each
-        output feature or channel. Other parameters (norms, embeddings) are never changed. It maps
-        one tensor to one tensor, samples along the first axis of both.
-    forget, retain : tuple of two tensors, torch Dataset or torch DataLoader
-        Removed and retained training samples, disjoint, as (inputs, targets). A DataLoader must
-        not shuffle or drop. All on the model's device.
+        Left as it is, but with inplace=True.
+    forget, retain : tensors, Dataset or DataLoader
+        Removed and retained training samples, disjoint: (inputs, targets), several inputs before
+        the targets, a dict of tensors with "labels" as for models of transformers, a Dataset of
+        samples, or a DataLoader of one, whose order does not matter. retain may be None where
+        `statistics` stand for it, or nothing needs it.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the mean loss of a batch: ``F.cross_entropy``,
-        ``nn.MSELoss()``. Class weights and ignored targets are no means over samples, and
-        refused.
-    selection : {"lfoci", "all", "random"} or UnitSelection, default "lfoci"
-        "lfoci", the paper's: the Markov blanket of the loss among the units' activations, when
-        noise perturbs the inputs of the removed samples. "all": every unit. "random": n_units
-        drawn without replacement. Or the units themselves.
-    curvature : {"gauss_newton", "hessian"}, default "gauss_newton"
-        The Hessian is exact, and at the solutions of networks usually indefinite: then it is
-        refused. The generalised Gauss-Newton matrix never is indefinite where the loss is convex
-        in the outputs, and equals the Hessian where the outputs are linear in w.
-    weight_decay : float, default 0.0
-        lambda of the objective that was trained, (lambda / 2) |w|^2 over all trainable
-        parameters. `torch.optim.SGD` and `Adam` mean this by their weight_decay; AdamW decouples
-        it and has no such objective.
-    damping : float, optional
-        Added to the diagonal. By default max(weight_decay, 1e-4): on small networks with weight
-        decays of 1e-4 to 3e-3 the damping that came closest to retraining was about the weight
-        decay, and without either the Gauss-Newton matrix is singular. 0 gives the plain Newton
-        step, right for a convex model.
-    n_perturbations : int, default 1000
-        Noise draws for "lfoci", the paper's number. At least 3.
-    noise_std : float, default 0.1
-        Standard deviation of that noise, in the units of the inputs; the paper's value, for
-        inputs scaled to about 1.
-    max_units : int, optional
-        Most units that "lfoci" may select.
-    n_units : int, optional
-        How many units "random" draws; needed there.
-    batch_size : int, default 256
-        Most samples in one forward pass. It bounds the memory, but for what is kept of the
-        curvature, and does not change the noise.
-    seed : int, default 0
-        Of the perturbations, of L-FOCI's noise and of "random".
+        ``nn.MSELoss()``. The outputs are what the model returns, a tensor or several; of the
+        outputs of transformers, the logits. Class weights and ignored targets are no means over
+        samples, and refused.
+    preset : {"recommended", "paper"} or Settings, default "recommended"
+        Where the options start from. "recommended": one Gauss-Newton step by conjugate gradients
+        on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
+    validation : tensors, Dataset or DataLoader, optional
+        On which the guard watches accuracy; by default on retained samples that the step has not
+        read.
+    statistics : TrainingStatistics, optional
+        Curvature saved when the model was trained, for use without the training data.
+    score : callable, optional
+        ``score(outputs, targets)``, a tensor of one number a sample whose mean the guard takes for
+        accuracy. By default whether the largest of a classifier's outputs is the target.
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
         Show progress bars; needs tqdm.
+    **options
+        Attributes of `Settings`: ``selection="lfoci"``, ``damping=0.1``, ``weight_decay=1e-3``.
+        **weight_decay is that of the training**, 0 by default.
 
     Returns
     -------
@@ -247,221 +282,620 @@ def unlearn(
         For samples, a model or options that cannot be used, for L-FOCI selecting nothing, and
         wherever a NaN or infinity turns up; the message names it.
     TypeError
-        For arguments of the wrong type.
+        For arguments of the wrong type, and unknown options.
 
     Warns
     -----
     ConvergenceWarning
-        If conjugate gradients end above a relative residual of 1e-10.
+        If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
-        If the step raises the loss of the retained samples by much, and if all removed samples are
-        among those.
+        If the step was taken back; if it raises the loss of the retained samples by much; if all
+        removed samples are among those.
 
     Notes
     -----
-    Works on a float64 copy of the model in evaluation mode: dropout is off, batch norm uses its
-    running statistics. The matrix is a `GaussNewtonOperator` or `HessianOperator` of
-    `lcodec_ext.curvature`. On d selected parameters, N retained samples and C outputs, it is solved
-    in N C rows where these are fewer than d and at most 2048 (Gauss-Newton); formed and factorised
-    for d up to 256, or 2048 where all units are of the layer that gives the outputs; and solved by
-    conjugate gradients otherwise, in at most 1000 products. A product is two or three backward
-    passes over the retained samples, from the loss to the first selected layer, on graphs of which
-    up to 512 MiB are kept.
+    Works on a copy of the model in evaluation mode: dropout is off, batch norm uses its running
+    statistics. Apart from the selection, the cost is that of `n_curvature` samples: a product with
+    the curvature is two or three backward passes over them, on graphs of which up to 512 MiB are
+    kept.
 
     References
     ----------
     R. Mehta, S. Pal, V. Singh and S. Ravi, "Deep Unlearning via Randomized Conditionally
-    Independent Hessians", CVPR 2022: Algorithm 1, without its final noise.
+    Independent Hessians", CVPR 2022: Algorithm 1.
 
     Examples
     --------
     >>> import torch
+    >>> from lcodec_ext.unlearning import unlearn
     >>> x, y = torch.randn(100, 4, generator=torch.manual_seed(0)), torch.arange(100) % 3
     >>> model = torch.nn.Linear(4, 3)
     >>> loss_fn = torch.nn.functional.cross_entropy
-    >>> result = unlearn(model, (x[:5], y[:5]), (x[5:], y[5:]), loss_fn, selection="all")
-    >>> result.n_parameters, result.n_units
-    (15, 3)
+    >>> result = unlearn(model, (x[:5], y[:5]), (x[5:], y[5:]), loss_fn, weight_decay=0.01)
+    >>> result.n_parameters, result.n_units, result.skipped
+    (15, 3, ())
     """
-    check_choice(curvature, "curvature", ("gauss_newton", "hessian"))
-    check_real(weight_decay, "weight_decay", 0)
-    damping = max(weight_decay, 1e-4) if damping is None else check_real(damping, "damping", 0)
-    check_integer(n_perturbations, "n_perturbations", 3)
-    check_real(noise_std, "noise_std", 0)
-    check_integer(batch_size, "batch_size", 1)
-    check_seed(seed, optional=False)
+    begin = time.perf_counter()
+    if isinstance(preset, Settings):
+        settings = dataclasses.replace(preset, **options)
+    else:
+        settings = Settings.preset(preset, **options)
     check_bool(inplace, "inplace")
     check_bool(progress, "progress")
-    method = _check_selection(selection, max_units, n_units)
-    device = _check_model(model)
-    forget = as_samples(forget, "forget", device)
-    retain = as_samples(retain, "retain", device)
-    _warn_of_overlap(forget, retain)
-    if method == "lfoci" and not forget.inputs.is_floating_point():
-        raise ValueError(
-            f"the inputs of forget are integers ({forget.inputs.dtype}) and cannot be perturbed by "
-            "Gaussian noise. Convert images to floating point; for token ids take selection='all', "
-            "'random' or a UnitSelection"
-        )
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable; got an object of type {type(loss_fn).__name__}")
-    if isinstance(loss_fn, nn.Module):
-        loss_fn = copy.deepcopy(loss_fn).double()
-    seconds: dict[str, float] = {}
-    begin = time.perf_counter()
+    work = _Workplace(model, loss_fn, settings, score, progress)
+    removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
+    kept = None if retain is None else as_samples(retain, "retain", work.device, work.dtype)
+    held = None
+    if validation is not None:
+        held = as_samples(validation, "validation", work.device, work.dtype)
+    _check_roles(settings, kept, held, statistics)
+    work.probe(removed, kept, held)
+    if kept is not None and kept.in_memory:
+        _warn_of_overlap(removed, kept)
 
-    work = copy.deepcopy(model).double().eval()
-    layers, without = find_layers(work)
-    calls = _probe(work, layers, forget, retain, loss_fn)
-    for name in layers.keys() - {call.layer for call in calls}:
-        without[name] = "the forward pass does not call it"
-        del layers[name]
-    if not layers:
-        reasons = "".join(f"; {name!r}: {reason}" for name, reason in without.items())
-        raise ValueError(
-            f"the model has no Linear or convolution layer whose units can be selected{reasons}"
-        )
-    all_units = [(name, unit) for name, layer in layers.items() for unit in range(layer.n_units)]
-
-    foci = None
-    if isinstance(selection, UnitSelection):
-        chosen = selection
-    elif selection == "all":
-        chosen = _select(all_units)
-    elif selection == "random":
-        chosen = _random_units(all_units, n_units, seed)
-    else:
-        with _timed(seconds, "perturbation"):
-            activations, losses = record_perturbations(
-                work,
-                layers,
-                calls,
-                forget,
-                loss_fn,
-                n_perturbations=n_perturbations,
-                noise_std=noise_std,
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress,
-            )
-        with _timed(seconds, "selection"):
-            found, foci = select_units(
-                layers,
-                calls,
-                activations,
-                losses,
-                max_units=max_units,
-                seed=seed,
-                progress=progress,
-            )
-            chosen = _select([unit for unit in all_units if unit in found])
-    check_selection(chosen, layers)
-    layout = UnitLayout(chosen, work)
-
-    m, n = len(forget), len(forget) + len(retain)
-    weights = {k: p.detach() for k, p in work.named_parameters() if p.requires_grad}
-    theta = layout.gather(weights)
-    with _timed(seconds, "gradients"):
-        removed = _objective(work, forget, loss_fn, weight_decay, batch_size, "forget")
-        retained = _objective(work, retain, loss_fn, weight_decay, batch_size, "retain")
-        training = {
-            k: (m * g + (n - m) * retained.gradient[k]) / n for k, g in removed.gradient.items()
-        }
-    with _timed(seconds, "curvature"):
-        kind = GaussNewtonOperator if curvature == "gauss_newton" else HessianOperator
-        # Plain pairs, whose length is not that of the samples in them.
-        batches = [(inputs, targets) for inputs, targets in retain.chunks(batch_size)]
-        operator = kind(
-            work,
-            loss_fn,
-            batches,
-            chosen,
-            damping=damping,
-            weight_decay=weight_decay,
-            progress=progress,
-        )
-    with _timed(seconds, "solve"):
-        solution = _solve(operator, layout.gather(removed.gradient) * (m / (n - m)), curvature)
-    plan = operator.plan
-    del operator  # and the graphs that it keeps
-    with _timed(seconds, "evaluation"):
-        # Into a copy first, also in place: the given model changes only when all has gone well.
-        # What is evaluated are the new weights as rounded to the model's dtype.
-        changed = copy.deepcopy(model)
-        chosen.scatter_(changed, theta + solution.x)
-        rounded = chosen.gather(changed).detach()
-        if not torch.isfinite(rounded).all():
-            raise ValueError("the new weights overflow the dtype of the model")
-        chosen.scatter_(work, rounded)
-        removed_after = _objective(work, forget, loss_fn, weight_decay, batch_size, "forget")
-        retained_after = _objective(work, retain, loss_fn, weight_decay, batch_size, "retain")
-    if inplace:
-        chosen.scatter_(model, rounded)
-        changed = model
-    if retained_after.loss > 1.5 * retained.loss + 0.05:
+    m = len(removed)
+    n_retain = len(kept) if kept is not None else work.n_retained(statistics, m)
+    with work.timed("monitoring"):
+        monitored = None if kept is None else work.sample(kept, settings.n_monitor)
+        before = work.measure(removed, monitored)
+    parts = [[k] for k in range(m)] if settings.order == "sequential" else [list(range(m))]
+    deletions: list[_Deletion] = []
+    start = {k: p.detach().clone() for k, p in work.parameters.items()}
+    for part in parts:
+        rest = None
+        if kept is not None:
+            after = removed.subset(range(part[-1] + 1, m))
+            rest = joined([kept, after]) if len(after) else kept
+        deletion = _Deletion(work, removed.subset(part), rest, held, statistics, len(deletions))
+        deletion.run()
+        deletions.append(deletion)
+    skipped = tuple(k for part, d in zip(parts, deletions, strict=True) if d.skipped for k in part)
+    if skipped:
         warnings.warn(
-            f"the step raised the mean loss of the retained samples from {retained.loss:.3g} to "
-            f"{retained_after.loss:.3g}: it went too far, as it does where the model was not "
-            f"trained to a stationary point. Take a larger damping (it was {damping:.3g}); 10 to "
-            "1000 times as much is not unusual for networks",
+            f"the removal of {len(skipped)} of {m} samples was taken back: it changed "
+            f"{deletions[-1].watched} by {deletions[-1].worst:.3g}, more than "
+            f"max_drop={settings.max_drop:g} allows, in every attempt. They need retraining",
             stacklevel=3,  # behind the decorator
         )
-    seconds["total"] = time.perf_counter() - begin
+    selection = deletions[0].selection
+    for deletion in deletions[1:]:
+        selection = selection | deletion.selection
+    layout = UnitLayout(selection, work.model)
+
+    with work.timed("monitoring"):
+        # Into a copy first, also in place: the given model changes only when all has gone well.
+        # What is measured are the new weights as rounded to the model's dtype.
+        changed = copy.deepcopy(model)
+        work.hand_over(changed, selection)
+        done = work.measure(removed, monitored)
+    step = math.sqrt(
+        sum(
+            float((p.detach().double() - start[k].double()).square().sum())
+            for k, p in work.parameters.items()
+        )
+    )
+    if inplace:
+        work.hand_over(model, selection)
+        changed = model
+    if done.retained_loss > 1.5 * before.retained_loss + 0.05:
+        warnings.warn(
+            "the step raised the mean loss of the retained samples from "
+            f"{before.retained_loss:.3g} to {done.retained_loss:.3g}: it went too far, as it does "
+            "where the model was not trained to a stationary point. Take a larger damping (it was "
+            f"{deletions[-1].damping:.3g}); 10 to 1000 times as much is not unusual for networks",
+            stacklevel=3,  # behind the decorator
+        )
+    work.seconds["total"] = time.perf_counter() - begin
+    solves = [s for d in deletions for s in d.solves]
+    residuals = [s.residual for s in solves]
     return UnlearnResult(
         model=changed,
-        selection=chosen,
-        selection_method=method,
-        foci=foci,
-        curvature=curvature,
-        curvature_plan=plan,
-        damping=damping,
-        weight_decay=float(weight_decay),
+        settings=settings,
+        selection=selection,
+        foci=deletions[-1].foci,
         n_forget=m,
-        n_retain=n - m,
+        n_retain=n_retain,
+        n_monitored=0 if monitored is None else len(monitored),
         n_parameters=layout.size,
-        n_trainable=sum(w.numel() for w in weights.values()),
-        n_units=len(all_units),
-        layers_without_units=without,
-        step_norm=solution.x.norm().item(),
-        solve_method=solution.method,
-        solve_iterations=solution.iterations,
-        solve_residual=solution.residual,
-        training_gradient_norm=_norm(training),
-        gradient_norm=BeforeAfter(_norm(retained.gradient), _norm(retained_after.gradient)),
+        n_trainable=work.n_trainable,
+        n_units=deletions[-1].n_units,
+        skipped=skipped,
+        attempts=sum(d.attempts for d in deletions),
+        damping=deletions[-1].damping,
+        curvature_plan=deletions[-1].plan,
+        solve_method=solves[-1].method if solves else settings.update,
+        solve_iterations=sum(s.iterations for s in solves) if solves else deletions[-1].iterations,
+        solve_residual=max(residuals) if residuals else math.nan,
+        step_norm=step,
+        training_gradient_norm=_training_norm(before, m, n_retain),
+        gradient_norm=BeforeAfter(_norm(before.retained), _norm(done.retained)),
         gradient_norm_selected=BeforeAfter(
-            layout.gather(retained.gradient).norm().item(),
-            layout.gather(retained_after.gradient).norm().item(),
+            _norm(before.retained, layout), _norm(done.retained, layout)
         ),
-        loss_forget=BeforeAfter(removed.loss, removed_after.loss),
-        loss_retain=BeforeAfter(retained.loss, retained_after.loss),
-        seconds=seconds,
-        seed=int(seed),
+        loss_forget=BeforeAfter(before.forget_loss, done.forget_loss),
+        loss_retain=BeforeAfter(before.retained_loss, done.retained_loss),
+        guard=BeforeAfter(deletions[0].quality.before, deletions[-1].quality.after),
+        seconds=work.seconds,
     )
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - begin
+Gradient = dict[str, Tensor]
 
 
-def _check_selection(selection: object, max_units: object, n_units: object) -> str:
-    """Name the selection method; refuse options that belong to another one."""
-    method = "given" if isinstance(selection, UnitSelection) else selection
-    if method not in ("given", "lfoci", "all", "random"):
-        raise ValueError(
-            "selection must be 'lfoci', 'all', 'random' or a UnitSelection; got "
-            f"{selection!r} ({type(selection).__name__})"
+class _Measured(NamedTuple):
+    forget_loss: float
+    forget: Gradient
+    retained_loss: float
+    retained: Gradient | None
+
+
+class _Workplace:
+    """A copy of the model in evaluation mode, and what is asked of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        settings: Settings,
+        score: Score | None,
+        progress: bool,
+    ) -> None:
+        self.device = _check_model(model)
+        if isinstance(loss_fn, type):
+            raise TypeError(
+                f"loss_fn must be callable on outputs and targets; got the class "
+                f"{loss_fn.__name__}, of which it takes an instance"
+            )
+        if not callable(loss_fn):
+            raise TypeError(
+                f"loss_fn must be callable; got an object of type {type(loss_fn).__name__}"
+            )
+        if score is not None and not callable(score):
+            raise TypeError(f"score must be callable; got {type(score).__name__}")
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        double = any(p.dtype == torch.float64 for p in trainable)
+        self.dtype = settings.dtype or (torch.float64 if double else torch.float32)
+        self.model = copy.deepcopy(model).to(self.dtype).eval()
+        self.loss_fn = loss_fn
+        if isinstance(loss_fn, nn.Module):
+            self.loss_fn = copy.deepcopy(loss_fn).to(self.dtype)
+        self.settings, self.score, self.progress = settings, score, progress
+        self.parameters = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        self.n_trainable = sum(p.numel() for p in self.parameters.values())
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+    def sample(self, samples: Samples, most: int | None, stream: int = 0) -> Samples:
+        """At most this many of the samples, drawn at random, in memory."""
+        if most is None or most >= len(samples):
+            return samples
+        order = np.random.default_rng([self.settings.seed, 0]).permutation(len(samples))
+        chosen = order[stream : stream + most]
+        return samples.subset(np.sort(chosen).tolist()).loaded()
+
+    def n_retained(self, statistics: TrainingStatistics | None, m: int) -> int:
+        """The number of retained samples, where they are not at hand."""
+        if statistics is None:
+            raise ValueError("retain is None, and no statistics stand for it")
+        if statistics.n <= m:
+            raise ValueError(
+                f"statistics are of {statistics.n} training samples, and forget has {m}"
+            )
+        return statistics.n - m
+
+    def loss(self, batch: Batch, name: str) -> Tensor:
+        loss = self.loss_fn(outputs_of(self.model, batch), batch.targets)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of the {name} samples is NaN or infinite")
+        return loss
+
+    def gradient(
+        self, samples: Samples, parameters: Mapping[str, Tensor] | None = None
+    ) -> tuple[float, Gradient]:
+        """Mean loss, and the gradient of it and the regulariser by parameters."""
+        by: Mapping[str, Tensor] = self.parameters if parameters is None else parameters
+        gradient = {k: self.settings.weight_decay * p.detach() for k, p in by.items()}
+        total = 0.0
+        for batch in samples.batches(self.settings.batch_size):
+            outputs = outputs_of(self.model, batch)
+            loss = self.loss_fn(outputs, batch.targets)
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss of the {samples.name} samples is NaN or infinite")
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on the parameters of the model")
+            _check_mean(self.loss_fn, outputs, batch, loss.detach(), 2)
+            share = batch.size / len(samples)
+            total += loss.item() * share
+            parts = torch.autograd.grad(loss, list(by.values()), allow_unused=True)
+            for k, part in zip(by, parts, strict=True):
+                if part is not None:
+                    gradient[k] += part * share
+        for k, g in gradient.items():
+            if not torch.isfinite(g).all():
+                raise ValueError(
+                    f"the gradient of the {samples.name} samples by {k!r} holds NaN or infinity"
+                )
+        return total, gradient
+
+    def measure(self, forget: Samples, retained: Samples | None) -> _Measured:
+        """Losses and gradients of both sets at the present weights."""
+        forget_loss, forget_gradient = self.gradient(forget)
+        if retained is None:
+            return _Measured(forget_loss, forget_gradient, math.nan, None)
+        return _Measured(forget_loss, forget_gradient, *self.gradient(retained))
+
+    def quality(self, samples: Samples) -> tuple[str, float]:
+        """Accuracy, or minus the mean loss where there is none, and what it is called."""
+        total, name = 0.0, ""
+        with torch.no_grad():
+            for batch in samples.batches(self.settings.batch_size):
+                outputs = outputs_of(self.model, batch)
+                if self.score is not None:
+                    each = self.score(outputs, batch.targets)
+                    if not isinstance(each, Tensor) or each.shape != (batch.size,):
+                        raise ValueError(
+                            f"score must return one number a sample, shape ({batch.size},); got "
+                            f"{tuple(each.shape) if isinstance(each, Tensor) else type(each)}"
+                        )
+                    name, part = "the score", float(each.double().sum())
+                elif _is_classifier(outputs, batch.targets):
+                    hits = outputs.argmax(1) == batch.targets
+                    name, part = "accuracy", float(hits.sum())
+                else:
+                    loss = self.loss_fn(outputs, batch.targets)
+                    name, part = "minus the mean loss", -loss.item() * batch.size
+                total += part
+        return name, total / len(samples)
+
+    def probe(self, forget: Samples, retain: Samples | None, held: Samples | None) -> None:
+        """Check model and loss on a few samples of each set."""
+        alike: dict[str, tuple[Batch, list[tuple[Any, ...]]]] = {}
+        for samples in (forget, retain, held):
+            if samples is None:
+                continue
+            step = max(1, len(samples) // _PROBE)
+            batch = samples.fetch(range(0, len(samples), step)[:_PROBE])
+            self._probe(batch, samples.name)
+            kinds = [
+                (t.ndim, t.dtype) for t in tensors_of((batch.args, batch.kwargs, batch.targets))
+            ]
+            alike[samples.name] = batch, kinds
+        (first, (_, kinds)), *others = alike.items()
+        for name, (_, other) in others:
+            if other != kinds:
+                raise ValueError(
+                    f"the samples of {first} and {name} must be alike; those of {first} have "
+                    f"tensors of (dimensions, dtype) {kinds}, of {name} {other}"
+                )
+
+    def _probe(self, batch: Batch, name: str) -> None:
+        with torch.no_grad():
+            outputs = outputs_of(self.model, batch)
+            one = _part(batch, slice(0, 1))
+            single = outputs_of(self.model, one)
+        tensors = list(tensors_of(outputs))
+        if not tensors:
+            raise ValueError(f"the model must return tensors; it returned {type(outputs).__name__}")
+        for tensor, alone in zip(tensors, tensors_of(single), strict=True):
+            if tensor.ndim == 0 or len(tensor) != batch.size:
+                raise ValueError(
+                    "the model must return tensors with samples along their first axis; from "
+                    f"{batch.size} samples it returned shape {tuple(tensor.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"the outputs of the model for samples of {name} hold NaN or infinity"
+                )
+            scale = float(tensor.abs().max())
+            rtol, atol = (1e-6, 1e-9) if self.dtype == torch.float64 else (1e-3, 1e-4 * scale)
+            if not torch.allclose(alone, tensor[:1], rtol=rtol, atol=atol):
+                raise ValueError(
+                    "the output of a sample changes with the other samples in its batch, or at "
+                    "random; the loss, then, is not a mean over samples"
+                )
+        loss = self.loss_fn(outputs, batch.targets)
+        if not isinstance(loss, Tensor) or loss.ndim > 0:
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
+            raise ValueError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of the {name} samples is NaN or infinite")
+        _check_mean(self.loss_fn, outputs, batch, loss, batch.size)
+
+    def hand_over(self, model: nn.Module, selection: UnitSelection) -> None:
+        """Write the weights of the selection to a model, and take them back as it rounds them."""
+        selection.scatter_(model, selection.gather(self.model).detach())
+        rounded = selection.gather(model).detach()
+        if not torch.isfinite(rounded).all():
+            raise ValueError("the new weights overflow the dtype of the model")
+        selection.scatter_(self.model, rounded)
+
+
+class _Deletion:
+    """The removal of some samples at once: selection, step, guard, retries."""
+
+    def __init__(
+        self,
+        work: _Workplace,
+        forget: Samples,
+        retain: Samples | None,
+        held: Samples | None,
+        statistics: TrainingStatistics | None,
+        number: int,
+    ) -> None:
+        self._work, self._settings = work, work.settings
+        self._forget, self._retain, self._held = forget, retain, held
+        self._statistics = statistics
+        self._seed = [work.settings.seed, 2, number]
+        m = len(forget)
+        self._n_retain = len(retain) if retain is not None else work.n_retained(statistics, m)
+        self._read = None if retain is None else work.sample(retain, work.settings.n_curvature)
+        self.foci: FociResult | None = None
+        self.skipped = False
+        self.attempts = 0
+        self.iterations = 0
+        self.damping = work.settings.damping
+        self.plan = ""
+        self.solves: list[SolveResult] = []
+        self.quality = BeforeAfter(math.nan, math.nan)
+        self.watched, self.worst = "", 0.0
+
+    def run(self) -> None:
+        work, settings = self._work, self._settings
+        with work.timed("gradients"):
+            _, gradient = work.gradient(self._forget)
+        self._choose(gradient)
+        self._layout = UnitLayout(self.selection, work.model)
+        share = len(self._forget) / self._n_retain
+        self._removal = self._layout.gather(gradient) * share
+        self._start = self._layout.gather(work.parameters).detach().clone()
+        guarded = self._guarded()
+        if guarded is not None:
+            with work.timed("guard"):
+                self.watched, before = work.quality(guarded)
+                self.quality = BeforeAfter(before, before)
+        rate = settings.learning_rate
+        for attempt in range(settings.retries + 1):
+            self.attempts += 1
+            self._move(rate)
+            if settings.repair_epochs:
+                with work.timed("repair"):
+                    self._repair()
+            if guarded is None:
+                return
+            with work.timed("guard"):
+                _, after = work.quality(guarded)
+            drop = self.quality.before - after
+            assert settings.max_drop is not None
+            if drop <= settings.max_drop:
+                self.quality = BeforeAfter(self.quality.before, after)
+                return
+            self.worst = after - self.quality.before
+            self._set(self._start)
+            if settings.update == "lbfgs" or attempt == settings.retries:
+                break
+            self.damping = max(10 * self.damping, 1e-4)
+            rate /= 10
+        self.skipped = True
+
+    def _guarded(self) -> Samples | None:
+        """The samples on which harm is looked for."""
+        settings = self._settings
+        if settings.max_drop is None:
+            return None
+        if self._held is not None:
+            return self._held
+        if self._retain is None:
+            return None  # said beforehand
+        assert self._read is not None
+        unread = len(self._retain) - len(self._read)
+        if unread:
+            return self._work.sample(self._retain, min(_GUARD, unread), stream=len(self._read))
+        return self._work.sample(self._retain, _GUARD)
+
+    def _choose(self, gradient: Gradient) -> None:
+        """Set the selection."""
+        work, settings = self._work, self._settings
+        with work.timed("selection"):
+            candidates = find_candidates(work.model, settings)
+        self.n_units = len(candidates.units)
+        if isinstance(settings.selection, UnitSelection) or settings.selection == "full":
+            self.selection = candidates.selection
+            return
+        if settings.selection in BY_ACTIVATIONS:
+            ranked = self._by_activations(candidates)
+        else:
+            with work.timed("selection"):
+                ranked = self._ranked(candidates, gradient)
+        self.selection = take(ranked, candidates, settings, work.n_trainable)
+
+    def _ranked(self, candidates: Candidates, gradient: Gradient) -> list[tuple[str, int]]:
+        work, settings = self._work, self._settings
+        if settings.selection == "random":
+            return rank_random(candidates, self._seed)
+        if settings.selection == "last":
+            return rank_last(candidates, settings)
+        at = UnitLayout(candidates.selection, work.model).gather(gradient)
+        return rank_by_score(
+            work.model, candidates, settings, self._forget, self._retain, at, work.loss_fn
         )
-    for value, name, owner in ((max_units, "max_units", "lfoci"), (n_units, "n_units", "random")):
-        if value is not None:
-            check_integer(value, name, 1)
-            if method != owner:
-                raise ValueError(f"{name} belongs to selection={owner!r}; got selection={method!r}")
-    if method == "random" and n_units is None:
-        raise ValueError("selection='random' needs n_units, the number of units to draw")
-    return str(method)
+
+    def _by_activations(self, candidates: Candidates) -> list[tuple[str, int]]:
+        raise NotImplementedError
+
+    # -----------------------------------------------------------------------------------------
+    # Steps
+
+    def _set(self, theta: Tensor) -> None:
+        self._layout.scatter_(self._work.parameters, theta)
+
+    def _retained_gradient(self) -> Tensor:
+        """The retained objective's gradient by the selection, on the samples that are read."""
+        assert self._read is not None
+        with self._work.timed("gradients"):
+            parameters = {k: self._work.parameters[k] for k in self._layout.parameters}
+            _, gradient = self._work.gradient(self._read, parameters)
+        return self._layout.gather(gradient)
+
+    def _move(self, rate: float) -> None:
+        """Take the steps of the update from where the weights are."""
+        settings = self._settings
+        if settings.update == "lbfgs":
+            self._lbfgs()
+            return
+        self.solves = []
+        theta, offset = self._start.clone(), None
+        for step in range(settings.steps):
+            if settings.gradient == "residual":
+                direction = -self._retained_gradient()
+            elif step == 0:
+                direction = self._removal
+                if settings.steps > 1:
+                    offset = self._retained_gradient() + self._removal
+            else:
+                assert offset is not None
+                direction = offset - self._retained_gradient()
+            if settings.update == "gradient":
+                theta += rate * direction
+                self.iterations += 1
+            else:
+                theta += self._newton(direction)
+            self._set(theta)
+
+    def _newton(self, direction: Tensor) -> Tensor:
+        work = self._work
+        with work.timed("curvature"):
+            operator = self._operator(direction)
+        with work.timed("solve"):
+            solution = _solve(operator, direction, self._settings)
+        self.plan = operator.plan
+        self.solves.append(solution)
+        return solution.x
+
+    def _operator(self, direction: Tensor) -> CurvatureOperator:
+        work, settings = self._work, self._settings
+        shift = {"damping": self.damping, "weight_decay": settings.weight_decay}
+        if self._statistics is not None:
+            return self._statistics.operator(
+                work.model,
+                work.loss_fn,
+                self._forget,
+                self.selection,
+                batch_size=settings.batch_size,
+                dtype=work.dtype,
+                **shift,
+            )
+        assert self._read is not None
+        data = self._read.data(settings.batch_size)
+        common: dict[str, Any] = {**shift, "dtype": work.dtype, "progress": work.progress}
+        arguments = (work.model, work.loss_fn, data, self.selection)
+        if settings.curvature == "secant":
+            # Along the gradient, as far as a hundredth of the weights: short enough to be a
+            # derivative, long enough for float32.
+            length = 0.01 * float(self._start.norm()) or 0.01
+            steps = direction * (length / float(direction.norm()))
+            return SecantOperator(*arguments, steps=steps, **common)
+        return _OPERATORS[settings.curvature](*arguments, **common)
+
+    def _lbfgs(self) -> None:
+        """Minimise the retained objective, less the gradient that training had left."""
+        work, settings, read = self._work, self._settings, self._read
+        assert read is not None
+        tilt = torch.zeros_like(self._start)
+        if settings.gradient == "removal":
+            tilt = self._retained_gradient() + self._removal
+        parameters = {k: work.parameters[k] for k in self._layout.parameters}
+        theta = self._start.clone().requires_grad_()
+        iterations = settings.max_iterations or _LBFGS
+        optimizer = torch.optim.LBFGS(
+            [theta], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> float:
+            self._set(theta.detach())
+            loss, gradient = work.gradient(read, parameters)
+            theta.grad = self._layout.gather(gradient) - tilt
+            selected = theta.detach()
+            decay = settings.weight_decay / 2 * float(selected.square().sum())
+            return loss + decay - float(selected @ tilt)
+
+        with work.timed("solve"):
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
+        self.iterations = optimizer.state[theta]["n_iter"]
+        if not torch.isfinite(theta).all():
+            raise ValueError("L-BFGS arrived at weights that are NaN or infinite")
+        self._set(theta.detach())
+
+    def _repair(self) -> None:
+        """Epochs of SGD with momentum on the retained samples, on the selection."""
+        work, settings = self._work, self._settings
+        assert self._retain is not None
+        rng = np.random.default_rng([settings.seed, 3])
+        parameters = {k: work.parameters[k] for k in self._layout.parameters}
+        theta = self._layout.gather(work.parameters).detach().clone()
+        velocity = torch.zeros_like(theta)
+        total = settings.repair_epochs * -(-len(self._retain) // settings.batch_size)
+        with progress_bar(work.progress, total=total, desc="repair", unit="batch") as bar:
+            for _ in range(settings.repair_epochs):
+                order = rng.permutation(len(self._retain)).tolist()
+                for batch in self._retain.batches(settings.batch_size, order):
+                    loss = work.loss(batch, "retain")
+                    parts = torch.autograd.grad(
+                        loss,
+                        list(parameters.values()),
+                        materialize_grads=True,
+                        allow_unused=True,
+                    )
+                    gradient = self._layout.gather(dict(zip(parameters, parts, strict=True)))
+                    velocity = 0.9 * velocity + gradient + settings.weight_decay * theta
+                    theta = theta - settings.repair_learning_rate * velocity
+                    self._set(theta)
+                    bar.update()
+
+
+def _check_roles(
+    settings: Settings,
+    retain: Samples | None,
+    held: Samples | None,
+    statistics: TrainingStatistics | None,
+) -> None:
+    """Refuse what cannot be done with the data that are there."""
+    if statistics is not None:
+        if not isinstance(statistics, TrainingStatistics):
+            raise TypeError(
+                f"statistics must be TrainingStatistics; got {type(statistics).__name__}"
+            )
+        if settings.update not in ("newton", "certified"):
+            raise ValueError(
+                f"statistics hold a curvature, which update={settings.update!r} does not use"
+            )
+        if settings.order == "sequential" or settings.steps > 1 or settings.gradient != "removal":
+            raise ValueError(
+                "statistics are of the weights that training ended with: they serve one step, "
+                "order='batch', steps=1 and gradient='removal'"
+            )
+        if settings.curvature != statistics.kind:
+            raise ValueError(
+                f"the statistics are for curvature={statistics.kind!r}; got "
+                f"curvature={settings.curvature!r}"
+            )
+    if retain is not None:
+        return
+    if statistics is None:
+        raise ValueError(
+            "retain is None: pass the retained training samples, or statistics that were saved "
+            "when the model was trained"
+        )
+    if settings.max_drop is not None and held is None:
+        raise ValueError(
+            "the guard needs samples: pass validation, or max_drop=None to do without a guard"
+        )
+    if settings.repair_epochs:
+        raise ValueError("repair_epochs need retained samples, and retain is None")
 
 
 def _check_model(model: object) -> torch.device:
@@ -484,147 +918,94 @@ def _check_model(model: object) -> torch.device:
     return devices.pop()
 
 
-def _probe(
-    model: nn.Module,
-    layers: dict[str, Layer],
-    forget: Samples,
-    retain: Samples,
-    loss_fn: LossFunction,
-) -> list[Call]:
-    """Check model and loss on a few samples; return the calls of the layers, in order."""
-    parts = [
-        Samples(*(tensor[:: max(1, len(tensor) // _PROBE)][:_PROBE] for tensor in samples))
-        for samples in (forget, retain)
-    ]
-    for what, (a, b) in zip(("inputs", "targets"), zip(*parts, strict=True), strict=True):
-        if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
-            raise ValueError(
-                f"the {what} of forget and retain must be alike; one of forget has shape "
-                f"{tuple(a.shape[1:])} and {a.dtype}, of retain {tuple(b.shape[1:])} and {b.dtype}"
-            )
-    inputs, targets = (torch.cat(pair) for pair in zip(*parts, strict=True))
-    with ActivationRecorder(layers) as recorder, torch.no_grad():
-        outputs = model(inputs)
-        calls = list(recorder.take())
-        single = model(inputs[:1])
-    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(inputs):
-        given = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs)
+def _is_classifier(outputs: Any, targets: Any) -> bool:
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.ndim == 2
+        and outputs.shape[1] > 1
+        and targets.ndim == 1
+        and not targets.is_floating_point()
+    )
+
+
+def _part(batch: Batch, samples: slice) -> Batch:
+    def some(tree: Any) -> Any:
+        return sample_of(tree, batch.size, samples)
+
+    size = len(range(batch.size)[samples])
+    return Batch(some(batch.args), some(batch.kwargs), some(batch.targets), size)
+
+
+def _check_mean(
+    loss_fn: LossFunction, outputs: Any, batch: Batch, loss: Tensor, parts: int
+) -> None:
+    """Refuse a loss of a batch that is not the mean of the losses of its parts."""
+    n = batch.size
+    step = -(-n // min(parts, n))
+    if step == n:
+        return
+    with torch.no_grad():
+        outputs = map_tensors(torch.Tensor.detach, outputs)
+        mean = torch.zeros_like(loss)
+        for start in range(0, n, step):
+            part = slice(start, min(start + step, n))
+            value = loss_fn(sample_of(outputs, n, part), sample_of(batch.targets, n, part))
+            mean += value * ((part.stop - part.start) / n)
+    double = loss.dtype == torch.float64
+    if not torch.isclose(loss, mean, rtol=1e-6 if double else 1e-3, atol=1e-12 if double else 1e-6):
         raise ValueError(
-            "the model must return one tensor with samples along its first axis; from "
-            f"{len(inputs)} samples it returned {given}"
+            "loss_fn must be the plain mean over the samples of a batch (reduction='mean', no "
+            f"class weights, no ignored targets); on {n} samples it is {loss.item():.6g} and the "
+            f"mean of the losses of its parts {mean.item():.6g}"
         )
-    if not torch.isfinite(outputs).all():
-        raise ValueError("the outputs of the model hold NaN or infinity")
-    if not torch.allclose(single, outputs[:1], rtol=1e-6, atol=1e-9):
-        raise ValueError(
-            "the output of a sample changes with the other samples in its batch, or at random; "
-            "the loss, then, is not a mean over samples"
-        )
-    loss = loss_fn(outputs, targets)
-    if not isinstance(loss, Tensor) or loss.ndim > 0:
-        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
-        raise ValueError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
-    if not torch.isfinite(loss):
-        raise ValueError("the loss is NaN or infinite")
-    _check_mean(loss_fn, outputs, targets, loss)
-    return calls
 
 
 def _warn_of_overlap(forget: Samples, retain: Samples) -> None:
     """Warn if every sample to delete is also among those to retain."""
 
-    def keys(samples: Samples) -> set[bytes]:
-        inputs, targets = (t.detach().cpu().contiguous().numpy() for t in samples)
-        return {x.tobytes() + y.tobytes() for x, y in zip(inputs, targets, strict=True)}
+    def keys(samples: Samples) -> Iterator[bytes]:
+        for batch in samples.batches(1024):
+            columns = [
+                t.cpu().contiguous().numpy()
+                for t in tensors_of((batch.args, batch.kwargs, batch.targets))
+            ]
+            for row in zip(*columns, strict=True):
+                yield b"".join(value.tobytes() for value in row)
 
-    if keys(forget) <= keys(retain):
-        warnings.warn(
-            "every sample of forget is among those of retain: pass as retain the training samples "
-            "that stay, without the deleted ones",
-            stacklevel=4,  # behind unlearn and its decorator
-        )
-
-
-def _check_mean(loss_fn: LossFunction, outputs: Tensor, targets: Tensor, loss: Tensor) -> None:
-    """Refuse a loss of a batch that is not the mean of its samples' losses."""
-    pairs = zip(torch.split(outputs, 1), torch.split(targets, 1), strict=True)
-    with torch.no_grad():
-        mean = torch.stack([loss_fn(output, target) for output, target in pairs]).mean()
-    if not torch.isclose(loss, mean, rtol=1e-6, atol=1e-12):
-        raise ValueError(
-            "loss_fn must be the plain mean over the samples of a batch (reduction='mean', no "
-            f"class weights, no ignored targets); on {len(outputs)} samples it is "
-            f"{loss.item():.6g} and the mean of their single losses {mean.item():.6g}"
-        )
+    missing = set(keys(forget))
+    for key in keys(retain):
+        missing.discard(key)
+        if not missing:
+            warnings.warn(
+                "every sample of forget is among those of retain: pass as retain the training "
+                "samples that stay, without the deleted ones",
+                stacklevel=4,  # behind unlearn and its decorator
+            )
+            return
 
 
-def _select(units: list[tuple[str, int]]) -> UnitSelection:
-    """Make a selection from pairs of layer and unit; layers in their order of appearance."""
-    by_layer: dict[str, list[int]] = {}
-    for name, unit in units:
-        by_layer.setdefault(name, []).append(unit)
-    return UnitSelection(by_layer)
-
-
-def _random_units(units: list[tuple[str, int]], n_units: int | None, seed: int) -> UnitSelection:
-    assert n_units is not None  # checked with the other arguments
-    if n_units > len(units):
-        raise ValueError(f"n_units is {n_units}; the model has {len(units)} units")
-    drawn = np.random.default_rng(seed).choice(len(units), n_units, replace=False)
-    return _select([units[i] for i in np.sort(drawn)])
-
-
-class _Objective(NamedTuple):
-    loss: float  # mean, without the regulariser
-    gradient: dict[str, Tensor]  # with it, by parameter name
-
-
-def _objective(
-    model: nn.Module,
-    samples: Samples,
-    loss_fn: LossFunction,
-    weight_decay: float,
-    batch_size: int,
-    name: str,
-) -> _Objective:
-    """Compute the mean loss, and the gradient of the objective by every trainable parameter."""
-    weights = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    gradient = {k: weight_decay * p.detach() for k, p in weights.items()}
-    total = 0.0
-    for inputs, targets in samples.chunks(batch_size):
-        outputs = model(inputs)
-        mean = loss_fn(outputs, targets)
-        loss = mean * (len(inputs) / len(samples))
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss of the {name} samples is NaN or infinite")
-        if not loss.requires_grad:
-            raise ValueError("the loss does not depend on the parameters of the model")
-        _check_mean(loss_fn, outputs.detach(), targets, mean.detach())
-        total += loss.item()
-        parts = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        for k, part in zip(weights, parts, strict=True):
-            if part is not None:
-                gradient[k] += part
-    for k, g in gradient.items():
-        if not torch.isfinite(g).all():
-            raise ValueError(f"the gradient of the {name} samples by {k!r} holds NaN or infinity")
-    return _Objective(total, gradient)
-
-
-def _solve(
-    operator: GaussNewtonOperator | HessianOperator, gradient: Tensor, curvature: Curvature
-) -> SolveResult:
+def _solve(operator: CurvatureOperator, gradient: Tensor, settings: Settings) -> SolveResult:
     """Solve for the step; refuse, with advice, a matrix that is not positive definite."""
-    damping, weight_decay = operator.damping, operator.weight_decay
+    curvature = settings.curvature
+    shift = operator._shift
     rayleigh, least = math.nan, None
+    limited = settings.max_iterations is not None
     try:
-        solution = operator.solve(gradient, rtol=_RTOL)
-        if solution.method != "cg" or solution.residual <= _RTOL or damping + weight_decay > 0:
+        with warnings.catch_warnings():
+            if limited:
+                warnings.simplefilter("ignore", ConvergenceWarning)
+            solution = operator.solve(
+                gradient, rtol=settings.rtol, max_iterations=settings.max_iterations
+            )
+        rtol = settings.rtol or (1e-5 if operator.dtype == torch.float32 else 1e-10)
+        if solution.method != "cg" or limited or solution.residual <= rtol or shift > 0:
             return solution
         found = f"the residual is {solution.residual:.2g} after {solution.iterations} iterations"
     except IndefiniteCurvatureError as error:
         rayleigh, least = error.rayleigh, error.least_damping
         found = f"its smallest eigenvalue is at most {rayleigh:.4g}"
+    damping = settings.damping
     if least is None:
         state = "singular or nearly so"
         advice = f"a larger damping, for instance {max(1e-4, 10 * damping):g}"
@@ -637,15 +1018,28 @@ def _solve(
                 f"the outputs, or {advice}"
             )
         else:
-            advice = f"a loss that is convex in the outputs, curvature='hessian' or {advice}"
+            advice = f"a loss that is convex in the outputs, curvature='fisher' or {advice}"
     raise IndefiniteCurvatureError(
         f"the {curvature} matrix of the retained objective is {state} on the {len(gradient):,} "
-        f"selected parameters: {found}, with weight_decay={weight_decay:g} and "
+        f"selected parameters: {found}, with weight_decay={settings.weight_decay:g} and "
         f"damping={damping:g} included. Use {advice}",
         rayleigh,
         least,
     )
 
 
-def _norm(gradient: dict[str, Tensor]) -> float:
-    return float(torch.cat([g.flatten() for g in gradient.values()]).norm())
+def _norm(gradient: Gradient | None, layout: UnitLayout | None = None) -> float:
+    if gradient is None:
+        return math.nan
+    if layout is not None:
+        return float(layout.gather(gradient).double().norm())
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+
+
+def _training_norm(measured: _Measured, m: int, n_retain: int) -> float:
+    if measured.retained is None:
+        return math.nan
+    n = m + n_retain
+    return _norm(
+        {k: (m * measured.forget[k] + n_retain * g) / n for k, g in measured.retained.items()}
+    )

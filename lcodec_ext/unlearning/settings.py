@@ -1,0 +1,358 @@
+"""What `unlearn` and `Unlearner` do, as data: presets, and options on top of them."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lcodec_ext._validation import check_choice, check_integer, check_real, check_seed
+from lcodec_ext.curvature.units import UnitSelection
+
+SELECTIONS = (
+    "full",
+    "lfoci",
+    "cheap",
+    "gradient",
+    "fisher_ratio",
+    "expected_decrease",
+    "last",
+    "random",
+)
+#: Those that read activations under perturbation.
+BY_ACTIVATIONS = ("lfoci", "cheap")
+CURVATURES = ("gauss_newton", "hessian", "fisher", "secant")
+UPDATES = ("newton", "gradient", "lbfgs", "certified")
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of a deletion.
+
+    ``Settings.preset("recommended", damping=0.1)`` makes one; `unlearn` and `Unlearner` take the
+    same names as keywords. Every option is a value: `to_dict` and `from_dict` go through JSON
+    (but for a `perturb` that is a function).
+
+    **Which units change**
+
+    Attributes
+    ----------
+    selection : str or UnitSelection
+        "full": all units. "lfoci": the paper's, units that are a Markov blanket of the loss when
+        the inputs of the removed samples are perturbed. "cheap": the paper's cheap variant, of
+        which only the top unit counts, again and again. "gradient": largest removal gradient,
+        "fisher_ratio": largest quotient of the removed samples' Fisher diagonal and the retained
+        ones', "expected_decrease": largest decrease of the objective that a diagonal model of it
+        predicts; "last": from the output backwards; "random". Or the units themselves.
+    candidates : {"all", "weights"} or tuple of str
+        Units to select from: "all" kinds that `UnitSelection` knows, "weights" those of linear
+        and convolution layers and attention projections, as in the paper, or shell patterns of
+        layer names.
+    n_units : int, optional
+        How many units to select.
+    max_parameters : int or float, optional
+        Instead: units are taken while their parameters stay within this number, or within this
+        share (a float up to 1) of the trainable ones. With neither, "lfoci" and "cheap" stop by
+        their own rule, "last" takes one layer, and the others need one of the two.
+
+    **Perturbation, for "lfoci" and "cheap"**
+
+    n_perturbations : int
+        The paper's 1000.
+    noise_std : float
+        Of the Gaussian noise on inputs; the paper's 0.1, for inputs scaled to about 1.
+    perturb : callable, optional
+        `TokenReplacement` for text, or ``perturb(inputs, rng)``.
+    foci_rows : {"batch", "samples"}
+        A row of FOCI's table: a perturbation of the request, activations averaged over it, as in
+        the paper; or a perturbation of a single sample.
+
+    **The step**
+
+    update : {"newton", "gradient", "lbfgs", "certified"}
+        "newton": solve with the curvature. "gradient": steps of `learning_rate` along the gradient
+        (the paper's "BP"). "lbfgs": `max_iterations` of L-BFGS on the retained samples.
+        "certified": the Newton step with the exact Hessian and a guarantee, or an error that says
+        what is missing.
+    curvature : {"gauss_newton", "hessian", "fisher", "secant"}
+        "secant" compares gradients along the step, or takes the pairs of `statistics`.
+    gradient : {"removal", "residual"}
+        What the step follows. "removal": the removed samples' gradient, the paper's, which takes
+        the training to have converged; further steps are Newton's on the retained objective, less
+        the gradient that training had left. "residual": the retained objective's own gradient.
+    weight_decay : float
+        lambda of the trained objective, (lambda / 2) |w|^2 over all trainable parameters.
+    damping : float
+        Added to the curvature's diagonal.
+    n_curvature : int, optional
+        Retained samples that the step reads, drawn at random; None for all.
+    n_monitor : int, optional
+        Retained samples on which losses and gradient norms are measured before and after, at most
+        those that the step reads; None for all of these.
+    steps : int
+    rtol : float, optional
+        Relative residual at which conjugate gradients end; 1e-5 in float32 and 1e-10 in float64.
+    max_iterations : int, optional
+        Of conjugate gradients, or of L-BFGS (20 by default). Stopping early is regularisation
+        here, not an error: no warning is given where it is set.
+    learning_rate : float
+        Of update="gradient".
+    order : {"batch", "sequential"}
+        All samples of the request at once, or one after the other.
+
+    **Guard and repair**
+
+    max_drop : float, optional
+        Most that accuracy on `validation` (on retained samples that the step has not read, without
+        it) may fall. Where there is no accuracy, most that the mean loss may rise. Past it the
+        step is taken back.
+    retries : int
+        How often the step is then tried again, with ten times the damping. After that the model
+        is left as it was and `UnlearnResult.skipped` is True: the paper's validation-gap skip.
+    repair_epochs : int
+        Epochs of SGD on the retained samples afterwards, over the selected units.
+    repair_learning_rate : float
+
+    **Privacy**
+
+    epsilon, delta : float, optional
+        Adds noise for (epsilon, delta) to every trainable parameter of the result.
+    lipschitz, hessian_lipschitz : float, optional
+        L and M of the loss of a sample, on the domain that `domain` names.
+    domain : str, optional
+        Where these constants hold, in words: "|x| <= 1, |w| <= 10".
+    max_gradient_norm : float, optional
+        Bound on the training gradient's norm whose effect is part of the guarantee.
+
+    **Computation**
+
+    batch_size : int
+        Most samples in a forward pass.
+    dtype : torch.float32 or torch.float64, optional
+        In which all is computed; by default float64 for models in float64, else float32.
+    seed : int
+        Of all draws but the privacy noise, whose seed nobody may know.
+    """
+
+    selection: str | UnitSelection = "full"
+    candidates: str | tuple[str, ...] = "all"
+    n_units: int | None = None
+    max_parameters: int | float | None = None
+    n_perturbations: int = 1000
+    noise_std: float = 0.1
+    perturb: Callable[..., Any] | None = None
+    foci_rows: Literal["batch", "samples"] = "batch"
+    update: Literal["newton", "gradient", "lbfgs", "certified"] = "newton"
+    curvature: Literal["gauss_newton", "hessian", "fisher", "secant"] = "gauss_newton"
+    gradient: Literal["removal", "residual"] = "removal"
+    weight_decay: float = 0.0
+    damping: float = 1e-3
+    n_curvature: int | None = None
+    n_monitor: int | None = 1000
+    steps: int = 1
+    rtol: float | None = None
+    max_iterations: int | None = None
+    learning_rate: float = 0.1
+    order: Literal["batch", "sequential"] = "batch"
+    max_drop: float | None = None
+    retries: int = 0
+    repair_epochs: int = 0
+    repair_learning_rate: float = 0.01
+    epsilon: float | None = None
+    delta: float | None = None
+    lipschitz: float | None = None
+    hessian_lipschitz: float | None = None
+    domain: str | None = None
+    max_gradient_norm: float | None = None
+    batch_size: int = 256
+    dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selection, UnitSelection):
+            check_choice(self.selection, "selection", SELECTIONS)
+        if not isinstance(self.candidates, tuple):
+            check_choice(self.candidates, "candidates", ("all", "weights"))
+        elif not self.candidates or not all(isinstance(p, str) for p in self.candidates):
+            raise TypeError(
+                "candidates must be 'all', 'weights' or a tuple of patterns of layer names; got "
+                f"{self.candidates!r}"
+            )
+        for name, choices in (
+            ("foci_rows", ("batch", "samples")),
+            ("update", UPDATES),
+            ("curvature", CURVATURES),
+            ("gradient", ("removal", "residual")),
+            ("order", ("batch", "sequential")),
+        ):
+            check_choice(getattr(self, name), name, choices)
+        for name, least in (("n_perturbations", 3), ("steps", 1), ("retries", 0)):
+            check_integer(getattr(self, name), name, least)
+        for name, least in (("repair_epochs", 0), ("batch_size", 1)):
+            check_integer(getattr(self, name), name, least)
+        for name in ("n_units", "n_curvature", "n_monitor", "max_iterations"):
+            if getattr(self, name) is not None:
+                check_integer(getattr(self, name), name, 1)
+        for name in ("noise_std", "weight_decay", "damping", "learning_rate"):
+            check_real(getattr(self, name), name, 0)
+        check_real(self.repair_learning_rate, "repair_learning_rate", 0)
+        for name in (
+            "rtol",
+            "max_drop",
+            "epsilon",
+            "delta",
+            "lipschitz",
+            "hessian_lipschitz",
+            "max_gradient_norm",
+        ):
+            if getattr(self, name) is not None:
+                check_real(getattr(self, name), name, 0)
+        check_seed(self.seed, optional=False)
+        if self.perturb is not None and not callable(self.perturb):
+            raise TypeError(f"perturb must be callable; got {type(self.perturb).__name__}")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be torch.float32 or torch.float64; got {self.dtype!r}")
+        self._check_size()
+        self._check_privacy()
+
+    def _check_size(self) -> None:
+        limit = self.max_parameters
+        if limit is not None:
+            if isinstance(limit, float):
+                if not 0 < limit <= 1:
+                    raise ValueError(
+                        "max_parameters must be an integer, or a share above 0 and up to 1.0; got "
+                        f"{limit!r}"
+                    )
+            else:
+                check_integer(limit, "max_parameters", 1)
+        sized = self.n_units is not None or limit is not None
+        if self.n_units is not None and limit is not None:
+            raise ValueError("n_units and max_parameters cannot both be given")
+        name = "a UnitSelection" if isinstance(self.selection, UnitSelection) else self.selection
+        if sized and name in ("full", "a UnitSelection"):
+            raise ValueError(
+                f"selection={name if name[0] == 'a' else repr(name)} says how many units there "
+                "are; n_units and max_parameters belong to the other selections"
+            )
+        if not sized and name in ("gradient", "fisher_ratio", "expected_decrease", "random"):
+            raise ValueError(
+                f"selection={name!r} needs n_units or max_parameters: a ranking has no end of "
+                "its own"
+            )
+
+    def _check_privacy(self) -> None:
+        if (self.epsilon is None) != (self.delta is None):
+            raise ValueError("epsilon and delta belong together; got only one of them")
+        if self.epsilon is not None and self.epsilon <= 0:
+            raise ValueError(f"epsilon must be positive; got {self.epsilon!r}")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise ValueError(f"delta must be between 0 and 1; got {self.delta!r}")
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> "Settings":
+        """Make the settings of a preset, with some options changed.
+
+        Parameters
+        ----------
+        name : {"recommended", "paper"}
+            "paper": Algorithm 1 of Mehta et al. (CVPR 2022) without the defects of its published
+            code. "recommended": what closed most of the gap to retraining in the experiments of
+            docs/unlearning.md.
+        **options
+            Attributes of the class.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For an unknown preset, and options that are unknown or cannot be.
+        """
+        check_choice(name, "preset", tuple(PRESETS))
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; is it {near[0]!r}?" if near else f"; options are {', '.join(known)}"
+                raise TypeError(f"there is no option {key!r}{hint}")
+        return cls(**(PRESETS[name] | options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON takes them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if isinstance(self.selection, UnitSelection):
+            values["selection"] = self.selection.to_dict()
+        if self.dtype is not None:
+            values["dtype"] = _DTYPES[self.dtype]
+        if self.perturb is not None:
+            to_dict = getattr(self.perturb, "to_dict", None)
+            values["perturb"] = to_dict() if to_dict else repr(self.perturb)
+        values["candidates"] = (
+            list(self.candidates) if isinstance(self.candidates, tuple) else self.candidates
+        )
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+        """Make the settings that `to_dict` wrote.
+
+        Raises
+        ------
+        ValueError
+            For a `perturb` that was a function of the user's: only its name was kept.
+        """
+        from lcodec_ext.unlearning.perturbation import TokenReplacement
+
+        made = dict(values)
+        if isinstance(made.get("selection"), Mapping):
+            made["selection"] = UnitSelection.from_dict(made["selection"])
+        if isinstance(made.get("candidates"), list):
+            made["candidates"] = tuple(made["candidates"])
+        if made.get("dtype") is not None:
+            made["dtype"] = {name: dtype for dtype, name in _DTYPES.items()}[made["dtype"]]
+        if isinstance(made.get("perturb"), Mapping):
+            made["perturb"] = TokenReplacement.from_dict(made["perturb"])
+        elif made.get("perturb") is not None:
+            raise ValueError(
+                f"perturb was a function, {made['perturb']}, which settings do not store; pass it "
+                "again"
+            )
+        return cls(**made)
+
+    def budget(self, n_trainable: int) -> float:
+        """Most parameters that may be selected, infinite where nothing is said."""
+        if self.max_parameters is None:
+            return math.inf
+        if isinstance(self.max_parameters, float):
+            return self.max_parameters * n_trainable
+        return self.max_parameters
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {
+        "selection": "full",
+        "update": "newton",
+        "curvature": "gauss_newton",
+        "gradient": "removal",
+        "damping": 1e-3,
+        "n_curvature": 2000,
+        "max_iterations": 50,
+        "rtol": 1e-3,
+        "max_drop": 0.02,
+        "retries": 3,
+    },
+    "paper": {
+        "selection": "lfoci",
+        "candidates": "weights",
+        "n_perturbations": 1000,
+        "noise_std": 0.1,
+        "foci_rows": "batch",
+        "update": "newton",
+        "curvature": "secant",
+        "gradient": "removal",
+        "damping": 0.01,
+    },
+}

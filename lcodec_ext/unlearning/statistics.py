@@ -1,0 +1,410 @@
+"""Curvature saved at training time, so that the training data need not be kept."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lcodec_ext._validation import check_choice, check_integer, check_real
+from lcodec_ext.curvature._masked import twice_differentiable
+from lcodec_ext.curvature._objective import LossFunction
+from lcodec_ext.curvature._routes import LowRank
+from lcodec_ext.curvature.operators import (
+    CurvatureOperator,
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    SecantOperator,
+)
+from lcodec_ext.curvature.units import UnitLayout, UnitSelection
+from lcodec_ext.unlearning.samples import Samples, as_samples, outputs_of
+
+Tensors = dict[str, Tensor]
+
+_KINDS = {
+    "gauss_newton": GaussNewtonOperator,
+    "hessian": HessianOperator,
+    "fisher": FisherOperator,
+}
+_MOST = 8192  # coordinates of a matrix that is formed: 0.5 GB in float64
+_BATCH = 256
+_FORMAT = 1
+
+
+class _MatrixOperator(CurvatureOperator):
+    """A matrix that is at hand."""
+
+    def __init__(self, matrix: Tensor, damping: float, weight_decay: float) -> None:
+        self._matrix, self._added = matrix, damping + weight_decay
+        self.shape = (len(matrix), len(matrix))
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    @property
+    def plan(self) -> str:
+        return f"{len(self._matrix)} x {len(self._matrix)} matrix saved at training time"
+
+    @property
+    def _shift(self) -> float:
+        return self._added
+
+    def _product(self, V: Tensor) -> Tensor:
+        return self._matrix @ V
+
+    def _diagonal(self) -> Tensor:
+        return self._matrix.diagonal()
+
+    def _low_rank(self, most: int) -> LowRank | None:
+        return None
+
+    def _dense(self) -> Tensor:
+        return self._matrix
+
+    @property
+    def _small(self) -> int:
+        return len(self._matrix)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainingStatistics:
+    """What is kept of the training data for deletions: curvature, or pairs that determine it.
+
+    `collect` keeps the matrix of a few thousand parameters: with it, the step for the first
+    request is exactly that with all retained data, from the removed samples and this alone.
+    `from_epochs` keeps steps of training and the changes of the gradient along them, for any
+    size: a secant matrix, which never is exact.
+
+    What is exact and what is not: the matrix is of the weights at which it was collected. After a
+    request `without` takes the removed samples' part out of it; the weights have moved then, the
+    matrix has not followed them, and every further step is Newton's with an older matrix. One step
+    for a large request has no such error, many small ones in a row have. Of losses whose curvature
+    does not depend on the weights (squared error of a linear model) all are exact. Only Newton
+    steps can be made, and the guard needs validation samples.
+
+    Attributes
+    ----------
+    n : int
+        Training samples.
+    kind : {"gauss_newton", "hessian", "fisher", "secant"}
+    selection : UnitSelection or None
+        The units that a matrix is of; pairs are of all trainable parameters.
+    matrix : Tensor, shape (p, p), or None
+        Mean over the training samples, without weight decay.
+    steps, changes : list of dict of str to Tensor
+        The pairs, by parameter name.
+    """
+
+    n: int
+    kind: Literal["gauss_newton", "hessian", "fisher", "secant"]
+    selection: UnitSelection | None
+    matrix: Tensor | None
+    steps: list[Tensors]
+    changes: list[Tensors]
+
+    def __repr__(self) -> str:
+        if self.matrix is not None:
+            return (
+                f"TrainingStatistics({self.kind} of {self.n} samples, "
+                f"{len(self.matrix):,} parameters)"
+            )
+        return f"TrainingStatistics({self.n} samples, {len(self.steps)} pairs)"
+
+    @classmethod
+    @twice_differentiable()
+    def collect(
+        cls,
+        model: nn.Module,
+        train: Any,
+        loss_fn: LossFunction,
+        *,
+        curvature: Literal["gauss_newton", "hessian", "fisher"] = "gauss_newton",
+        selection: UnitSelection | None = None,
+        batch_size: int = _BATCH,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ) -> "TrainingStatistics":
+        """Form the matrix of a trained model on its training samples.
+
+        Parameters
+        ----------
+        model, train, loss_fn
+            As `unlearn` takes model, retain and loss_fn.
+        curvature : {"gauss_newton", "hessian", "fisher"}, default "gauss_newton"
+        selection : UnitSelection, optional
+            Units that may be asked for later; all by default.
+        batch_size, dtype, progress
+            As `unlearn` takes them.
+
+        Raises
+        ------
+        ValueError
+            For more than 8192 parameters: select units, or use `from_epochs`.
+
+        Notes
+        -----
+        Time is p products with the matrix, memory p^2 numbers.
+        """
+        check_choice(curvature, "curvature", tuple(_KINDS))
+        check_integer(batch_size, "batch_size", 1)
+        chosen = UnitSelection.all(model) if selection is None else selection
+        p = UnitLayout(chosen, model).size
+        if p > _MOST:
+            raise ValueError(
+                f"the selection has {p:,} parameters and at most {_MOST:,} can be kept as a "
+                "matrix; select fewer units, or keep pairs: TrainingStatistics.from_epochs"
+            )
+        dtype = _dtype_of(model) if dtype is None else dtype
+        samples = as_samples(train, "train", next(model.parameters()).device, dtype)
+        operator = _KINDS[curvature](
+            model, loss_fn, samples.data(batch_size), chosen, dtype=dtype, progress=progress
+        )
+        return cls(len(samples), curvature, chosen, operator.to_dense(), [], [])
+
+    @classmethod
+    def from_epochs(
+        cls, snapshots: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], n: int
+    ) -> "TrainingStatistics":
+        """Keep pairs from the ends of the last epochs, as the paper does.
+
+        Parameters
+        ----------
+        snapshots : sequence of (weights, gradient)
+            At least two, in the order of training: what `snapshot` returned. The last is of the
+            trained model.
+        n : int
+            Training samples.
+        """
+        check_integer(n, "n", 1)
+        if len(snapshots) < 2:
+            raise ValueError(
+                f"snapshots must be at least two, whose differences are taken; got {len(snapshots)}"
+            )
+
+        def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensors:
+            if a.keys() != b.keys():
+                raise ValueError("snapshots must be of one model; their parameters differ")
+            return {k: (b[k] - a[k]).detach().clone() for k in a}
+
+        pairs = list(pairwise(snapshots))
+        return cls(
+            n,
+            "secant",
+            None,
+            None,
+            [difference(a[0], b[0]) for a, b in pairs],
+            [difference(a[1], b[1]) for a, b in pairs],
+        )
+
+    @staticmethod
+    def snapshot(
+        model: nn.Module, train: Any, loss_fn: LossFunction, *, batch_size: int = _BATCH
+    ) -> tuple[Tensors, Tensors]:
+        """Weights, and the mean gradient of the loss there over all training samples.
+
+        For `from_epochs`, at the end of an epoch. In evaluation mode, as deletions are.
+        """
+        work = copy.deepcopy(model).to(_dtype_of(model)).eval()
+        parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
+        samples = as_samples(train, "train", next(work.parameters()).device, _dtype_of(model))
+        return (
+            {k: p.detach().clone() for k, p in parameters.items()},
+            _mean_gradient(work, parameters, samples, loss_fn, batch_size),
+        )
+
+    def operator(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        forget: Any,
+        selection: UnitSelection,
+        *,
+        damping: float = 0.0,
+        weight_decay: float = 0.0,
+        batch_size: int = _BATCH,
+        dtype: torch.dtype | None = None,
+    ) -> CurvatureOperator:
+        """The retained objective's curvature: (n H - sum of the removed samples' H) / (n - m).
+
+        Parameters
+        ----------
+        model, loss_fn, forget, damping, weight_decay, batch_size, dtype
+            As `unlearn` takes them; the model with the weights of the statistics.
+        selection : UnitSelection
+            Part of the statistics' own.
+        """
+        check_real(damping, "damping", 0)
+        check_real(weight_decay, "weight_decay", 0)
+        dtype = _dtype_of(model) if dtype is None else dtype
+        device = next(model.parameters()).device
+        samples = as_samples(forget, "forget", device, dtype)
+        n, m = self.n, len(samples)
+        if m >= n:
+            raise ValueError(f"statistics are of {n} training samples, and forget has {m}")
+        layout = UnitLayout(selection, model)
+        if self.matrix is not None:
+            index = self._coordinates(model, layout, selection)
+            whole = self.matrix.to(device, dtype)[index][:, index]
+            removed = _KINDS[self.kind](
+                model, loss_fn, samples.data(batch_size), selection, dtype=dtype
+            ).to_dense()
+            return _MatrixOperator((n * whole - m * removed) / (n - m), damping, weight_decay)
+        steps = [_on(pair, device, dtype) for pair in self.steps]
+        changes = self._retained_changes(model, loss_fn, samples, steps, batch_size, dtype)
+        S, Y = (torch.stack([layout.gather(one) for one in pairs], 1) for pairs in (steps, changes))
+        return SecantOperator.from_pairs(S, Y, damping=damping, weight_decay=weight_decay)
+
+    def _retained_changes(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        samples: Samples,
+        steps: Sequence[Tensors],
+        batch_size: int,
+        dtype: torch.dtype,
+    ) -> list[Tensors]:
+        """Changes of the retained gradient, from those of all and, along the step, the removed."""
+        n, m = self.n, len(samples)
+        work = copy.deepcopy(model).to(dtype).eval()
+        parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
+        if parameters.keys() != steps[0].keys():
+            raise ValueError(
+                "the statistics are of another model: they have parameters "
+                f"{sorted(steps[0].keys() ^ parameters.keys())[:4]} that this one has not, or the "
+                "other way round"
+            )
+        here = {k: p.detach().clone() for k, p in parameters.items()}
+        end = _mean_gradient(work, parameters, samples, loss_fn, batch_size)
+        made = []
+        for step, change in zip(steps, self.changes, strict=True):
+            with torch.no_grad():
+                for k, p in parameters.items():
+                    p.copy_(here[k] - step[k])
+            begin = _mean_gradient(work, parameters, samples, loss_fn, batch_size)
+            made.append(
+                {
+                    k: (n * change[k].to(end[k]) - m * (end[k] - begin[k])) / (n - m)
+                    for k in parameters
+                }
+            )
+        return made
+
+    def _coordinates(
+        self, model: nn.Module, layout: UnitLayout, selection: UnitSelection
+    ) -> Tensor:
+        """Where the coordinates of a selection are among those of the matrix."""
+        assert self.selection is not None
+        assert self.matrix is not None
+        others = selection - self.selection
+        if others:
+            raise ValueError(
+                f"the statistics have no curvature of {others}; collect them with these units"
+            )
+        own = UnitLayout(self.selection, model)
+        if own.size != len(self.matrix):
+            raise ValueError(
+                f"the statistics are of another model: their units have {len(self.matrix):,} "
+                f"parameters, in this one {own.size:,}"
+            )
+        places = {
+            k: torch.full(p.shape, -1, dtype=torch.float64, device=self.matrix.device)
+            for k, p in own.parameters.items()
+        }
+        own.scatter_(places, torch.arange(own.size, dtype=torch.float64, device=self.matrix.device))
+        return layout.gather(places).long()
+
+    def without(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        forget: Any,
+        *,
+        batch_size: int = _BATCH,
+        dtype: torch.dtype | None = None,
+    ) -> "TrainingStatistics":
+        """The statistics of the samples that stay, for the next request.
+
+        Parameters
+        ----------
+        model : Module
+            With the weights before the samples were removed.
+        loss_fn, forget, batch_size, dtype
+            As for `operator`.
+        """
+        dtype = _dtype_of(model) if dtype is None else dtype
+        device = next(model.parameters()).device
+        samples = as_samples(forget, "forget", device, dtype)
+        left = self.n - len(samples)
+        if self.matrix is not None:
+            assert self.selection is not None
+            operator = self.operator(
+                model, loss_fn, samples, self.selection, batch_size=batch_size, dtype=dtype
+            )
+            assert isinstance(operator, _MatrixOperator)
+            matrix = operator._matrix.to(self.matrix)
+            return dataclasses.replace(self, n=left, matrix=matrix)
+        steps = [_on(pair, device, dtype) for pair in self.steps]
+        changes = self._retained_changes(model, loss_fn, samples, steps, batch_size, dtype)
+        return dataclasses.replace(self, n=left, changes=changes)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to a file that `load` reads, with `torch.load(weights_only=True)`."""
+        torch.save(
+            {
+                "format": _FORMAT,
+                "n": self.n,
+                "kind": self.kind,
+                "selection": None if self.selection is None else self.selection.to_dict(),
+                "matrix": self.matrix,
+                "steps": self.steps,
+                "changes": self.changes,
+            },
+            path,
+        )
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "TrainingStatistics":
+        """Read what `save` wrote; ValueError if it is something else."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise ValueError(f"{path!s} holds no training statistics of format {_FORMAT}")
+        selection = state["selection"]
+        return cls(
+            state["n"],
+            state["kind"],
+            None if selection is None else UnitSelection.from_dict(selection),
+            state["matrix"],
+            state["steps"],
+            state["changes"],
+        )
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+    return torch.float64 if double else torch.float32
+
+
+def _on(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Tensors:
+    return {k: t.to(device, dtype) for k, t in tensors.items()}
+
+
+def _mean_gradient(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    samples: Samples,
+    loss_fn: LossFunction,
+    batch_size: int,
+) -> Tensors:
+    total = {k: torch.zeros_like(p) for k, p in parameters.items()}
+    for batch in samples.batches(batch_size):
+        loss = loss_fn(outputs_of(model, batch), batch.targets)
+        parts = torch.autograd.grad(
+            loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        for k, part in zip(parameters, parts, strict=True):
+            total[k] += part * (batch.size / len(samples))
+    return total
