@@ -1,21 +1,34 @@
 """The whole deletion: against exact steps and retraining; what it must leave alone or refuse."""
 
 import copy
+import functools
 import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_breast_cancer, load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
+from lcodec_ext import unlearning
 from lcodec_ext.curvature import ConvergenceWarning, GaussNewtonOperator
-from lcodec_ext.unlearning import BeforeAfter, IndefiniteCurvatureError, UnitSelection, unlearn
+from lcodec_ext.unlearning import BeforeAfter, IndefiniteCurvatureError, Settings, UnitSelection
 
 DOUBLE = torch.float64
+
+#: Without the presets' limits: all retained samples, solved to rounding, no guard.
+unlearn = functools.partial(unlearning.unlearn, preset=Settings())
 
 
 def mlp(seed=0, dtype=DOUBLE, dropout=0.0, width=6):
@@ -130,7 +143,7 @@ class Regression:
         with torch.no_grad():
             model.weight.copy_(torch.from_numpy(self.trained[:, :-1]))
             model.bias.copy_(torch.from_numpy(self.trained[:, -1]))
-        result = unlearn(model, *self.split(m), F.cross_entropy, selection="all", **options)
+        result = unlearn(model, *self.split(m), F.cross_entropy, **options)
         new = result.model
         return result, torch.cat([new.weight, new.bias[:, None]], 1).detach().numpy()
 
@@ -140,6 +153,7 @@ def regressions():
     return {
         "digits": Regression(load_digits, 1500),
         "breast cancer": Regression(load_breast_cancer, 455),
+        "wine": Regression(load_wine, 178),
     }
 
 
@@ -152,6 +166,8 @@ def regressions():
         ("breast cancer", 1, 0.004),
         ("breast cancer", 20, 0.05),
         ("breast cancer", 150, 0.2),
+        ("wine", 1, 0.01),
+        ("wine", 20, 0.1),
     ],
 )
 def test_convex_removal_is_the_exact_step_and_near_retraining(regressions, data, m, share):
@@ -184,6 +200,56 @@ def test_convex_removal_reaches_a_stationary_point(regressions):
     result, _ = regression.unlearn(1, curvature="hessian", weight_decay=LAMBDA, damping=0.0)
     assert result.gradient_norm.after < 0.01 * result.gradient_norm.before
     assert result.gradient_norm == result.gradient_norm_selected  # all units, all parameters
+
+
+@pytest.mark.parametrize("gradient", ["removal", "residual"])
+@pytest.mark.parametrize(("data", "m"), [("digits", 150), ("breast cancer", 150), ("wine", 20)])
+def test_repeated_steps_reach_the_retrained_weights(regressions, data, m, gradient):
+    _, retrained = regressions[data].exact_step(m)
+    options = {"curvature": "hessian", "weight_decay": LAMBDA, "damping": 0.0}
+    result, weights = regressions[data].unlearn(m, steps=6, gradient=gradient, **options)
+    assert np.abs(weights - retrained).max() < 1e-8
+    assert result.gradient_norm.after < 1e-8
+    assert result.solve_residual <= 1e-10
+
+
+def test_lbfgs_reaches_the_retrained_weights(regressions):
+    _, retrained = regressions["wine"].exact_step(20)
+    for gradient in ("removal", "residual"):
+        _, weights = regressions["wine"].unlearn(
+            20, update="lbfgs", gradient=gradient, max_iterations=500, weight_decay=LAMBDA
+        )
+        assert np.abs(weights - retrained).max() < 1e-4
+
+
+def test_influence_is_that_of_leaving_one_out(regressions):
+    """Of 40 samples: the loss of each after its removal, by one step and by training without it."""
+    regression = regressions["breast cancer"]
+    x, y = torch.from_numpy(regression.x), torch.from_numpy(regression.y)
+    model = nn.Linear(x.shape[1], 2).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(regression.trained[:, :-1]))
+        model.bias.copy_(torch.from_numpy(regression.trained[:, -1]))
+    true, influence = [], []
+    for k in range(0, 440, 11):
+        rest = np.arange(len(y)) != k
+        retrained = Softmax(regression.x[rest], regression.y[rest], 2).fit(regression.trained)
+        alone = Softmax(regression.x[k : k + 1], regression.y[k : k + 1], 2)
+        loss = -np.log((alone.probabilities(retrained) * alone.onehot).sum())
+        before = -np.log((alone.probabilities(regression.trained) * alone.onehot).sum())
+        result = unlearn(
+            model,
+            (x[k : k + 1], y[k : k + 1]),
+            (x[rest], y[rest]),
+            F.cross_entropy,
+            curvature="hessian",
+            weight_decay=LAMBDA,
+            damping=0.0,
+        )
+        true.append(loss - before)
+        influence.append(result.loss_forget.after - result.loss_forget.before)
+    assert np.corrcoef(true, influence)[0, 1] > 0.99
+    assert np.abs(np.subtract(true, influence)).max() < 0.1 * np.abs(true).max()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -356,7 +422,7 @@ def test_step_by_the_whole_models_curvature(build, shape, units, curvature, batc
 
 def test_more_parameters_than_a_matrix_could_have():
     model = mlp(width=5000)
-    result = unlearn(model, FORGET, RETAIN, F.cross_entropy, selection="all", damping=0.5)
+    result = unlearn(model, FORGET, RETAIN, F.cross_entropy, selection="full", damping=0.5)
     assert result.n_parameters == 50_023
     assert (result.solve_method, result.solve_iterations) == ("woodbury", 0)
     assert result.solve_residual < 1e-12
@@ -366,7 +432,7 @@ def test_more_parameters_than_a_matrix_could_have():
 def test_report(batch_size):
     model = mlp()
     result = unlearn(
-        model, FORGET, RETAIN, F.cross_entropy, selection="all", batch_size=batch_size, **QUICK
+        model, FORGET, RETAIN, F.cross_entropy, selection="full", batch_size=batch_size, **QUICK
     )
 
     def norm(m, data):
@@ -390,11 +456,12 @@ def test_report(batch_size):
     assert (result.solve_method, result.solve_iterations) == ("cholesky", 0)
     assert result.curvature_plan.startswith("delta hook")
     assert result.foci is None
-    assert set(result.seconds) == {"gradients", "curvature", "solve", "evaluation", "total"}
+    phases = {"monitoring", "gradients", "selection", "curvature", "solve", "total"}
+    assert set(result.seconds) == phases
     text = repr(result)
     for part in (
         "9 of 80 samples",
-        "14 of 14, all (0: 6, 3: 5, 5: 3)",
+        "14 of 14, full (0: 6, 3: 5, 5: 3)",
         "gauss_newton, weight decay 0.01, damping 0.05, cholesky, residual ",
     ):
         assert part in text
@@ -402,15 +469,15 @@ def test_report(batch_size):
 
 def test_selection_by_lfoci():
     model = mlp()
-    result = unlearn(model, FORGET, RETAIN, F.cross_entropy, seed=3, **QUICK)
-    assert result.selection_method == "lfoci"
+    options = QUICK | {"selection": "lfoci", "seed": 3}
+    result = unlearn(model, FORGET, RETAIN, F.cross_entropy, **options)
     assert 0 < len(result.selection) < 14
     named = {name.split()[0] for name in result.foci.names}
     units = result.selection.units
     assert named == {f"{layer}[{unit}]" for layer in units for unit in units[layer]}
     assert {"perturbation", "selection"} <= set(result.seconds)
-    capped = unlearn(model, FORGET, RETAIN, F.cross_entropy, seed=3, max_units=1, **QUICK)
-    assert len(capped.selection) == 1
+    one = unlearn(model, FORGET, RETAIN, F.cross_entropy, n_units=1, **options)
+    assert len(one.selection) == 1
     given = unlearn(model, FORGET, RETAIN, F.cross_entropy, selection=result.selection, **QUICK)
     assert torch.equal(vector(given.model), vector(result.model))
 
@@ -441,25 +508,6 @@ def test_random_units():
         for seed in range(5)
     }
     assert len(drawn) > 2
-
-
-@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # untrained models
-def test_default_damping_follows_the_weight_decay():
-    for weight_decay, damping in ((0.0, 1e-4), (0.02, 0.02)):
-        result = unlearn(
-            mlp(), FORGET, RETAIN, F.cross_entropy, selection="all", weight_decay=weight_decay
-        )
-        assert result.damping == damping
-        same = unlearn(
-            mlp(),
-            FORGET,
-            RETAIN,
-            F.cross_entropy,
-            selection="all",
-            weight_decay=weight_decay,
-            damping=damping,
-        )
-        assert torch.equal(vector(result.model), vector(same.model))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -512,7 +560,7 @@ def test_the_given_model(inplace, fails, monkeypatch):
         assert (result.model is model) == inplace
         changed = {k for k, v in result.model.state_dict().items() if not torch.equal(v, before[k])}
         assert changed
-        assert changed <= {"0.weight", "0.bias", "5.weight", "5.bias"}
+        assert changed <= {"0.weight", "0.bias", "1.weight", "5.weight", "5.bias"}
         if not inplace:
             assert_same_state(model, before)
             assert snapshot(result.model)[0] == flags[0]
@@ -543,7 +591,7 @@ def test_global_state_is_left_alone():
         unlearn(mlp(seed=5), FORGET, RETAIN, F.cross_entropy, **QUICK)
         assert not torch.is_grad_enabled()
     torch.manual_seed(5)
-    unlearn(nn.Linear(4, 3), *samples(30, dtype=torch.float32), F.cross_entropy, selection="all")
+    unlearn(nn.Linear(4, 3), *samples(30, dtype=torch.float32), F.cross_entropy, selection="full")
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), expected)
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
@@ -611,43 +659,19 @@ def test_recurrent_layers_without_noise(curvature):
     model = Recurrent().double()
     data = samples(40, shape=(6, 3))
     options = {"curvature": curvature, "damping": 1.0}
-    result = unlearn(model, *data, F.cross_entropy, selection="all", **options)
+    result = unlearn(model, *data, F.cross_entropy, selection="full", **options)
     assert result.n_units == 4 + 3
     assert result.solve_residual < 1e-12
-
-
-class Unused(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.spare = nn.Linear(4, 4)
-        self.body = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.body(x)
-
-
-def test_layers_that_are_never_called():
-    result = unlearn(Unused().double(), FORGET, RETAIN, F.cross_entropy, selection="all", **QUICK)
-    assert result.layers_without_units == {"spare": "the forward pass does not call it"}
-    assert result.selection == UnitSelection({"body": range(3)})
-    with pytest.raises(ValueError, match="names layer 'spare'"):
-        unlearn(
-            Unused().double(),
-            FORGET,
-            RETAIN,
-            F.cross_entropy,
-            selection=UnitSelection({"spare": [0]}),
-        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes_of_models(dtype):
     model = mlp(dtype=dtype)
     exact = unlearn(
-        copy.deepcopy(model).double(), FORGET, RETAIN, F.cross_entropy, selection="all", **QUICK
+        copy.deepcopy(model).double(), FORGET, RETAIN, F.cross_entropy, selection="full", **QUICK
     )
     forget, retain = ((x.to(dtype), y) for x, y in (FORGET, RETAIN))
-    result = unlearn(model, forget, retain, F.cross_entropy, selection="all", **QUICK)
+    result = unlearn(model, forget, retain, F.cross_entropy, selection="full", **QUICK)
     assert {p.dtype for p in result.model.parameters()} == {dtype}
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(
@@ -662,7 +686,7 @@ def test_weights_that_overflow_are_not_written():
     forget = (torch.ones(1, 1).half(), torch.ones(1, 2).half())
     retain = (torch.zeros(1, 1).half(), torch.ones(1, 2).half())
     with pytest.raises(ValueError, match="overflow the dtype"):
-        unlearn(model, forget, retain, nn.MSELoss(), selection="all", damping=0.5, inplace=True)
+        unlearn(model, forget, retain, nn.MSELoss(), selection="full", damping=0.5, inplace=True)
     assert (model.weight == 60_000).all()
 
 
@@ -681,6 +705,11 @@ class Stream(IterableDataset):
         lambda data: Subset(TensorDataset(*data), range(len(data[0]))),
         Stream,
         lambda data: DataLoader(TensorDataset(*data), batch_size=4),
+        lambda data: DataLoader(TensorDataset(*data), shuffle=True, batch_size=4, drop_last=True),
+        lambda data: DataLoader(Stream(data), batch_size=4),
+        lambda data: DataLoader(
+            TensorDataset(*data), sampler=SubsetRandomSampler(range(len(data[0])))
+        ),
         list,
     ],
 )
@@ -725,10 +754,8 @@ def test_token_ids_without_noise():
     ids = torch.randint(0, 7, (60, 3))
     y = torch.arange(60) % 3
     data = (ids[:5], y[:5]), (ids[5:], y[5:])
-    result = unlearn(model, *data, F.cross_entropy, selection="all")
-    assert result.n_units == 3
-    with pytest.raises(ValueError, match=r"integers.*cannot be perturbed.*selection='all'"):
-        unlearn(model, *data, F.cross_entropy)
+    result = unlearn(model, *data, F.cross_entropy, selection="full")
+    assert result.n_units == 7 + 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -739,7 +766,7 @@ def test_token_ids_without_noise():
 @pytest.mark.parametrize("weight_decay", [1e-3, 0.05])
 def test_indefinite_hessian_is_refused_with_the_damping_it_takes(weight_decay):
     model = mlp()
-    options = {"selection": "all", "curvature": "hessian", "weight_decay": weight_decay}
+    options = {"selection": "full", "curvature": "hessian", "weight_decay": weight_decay}
     with pytest.raises(IndefiniteCurvatureError, match="curvature='gauss_newton'") as caught:
         unlearn(model, FORGET, RETAIN, F.cross_entropy, damping=0.02, inplace=True, **options)
     assert torch.equal(vector(model), vector(mlp()))
@@ -762,9 +789,9 @@ def test_loss_that_is_not_convex_in_the_outputs(width, n):
     model, data = mlp(width=width), samples(n)
     with pytest.raises(
         IndefiniteCurvatureError,
-        match=r"gauss_newton .* indefinite.*convex in the outputs, curvature='hessian' or damping",
+        match=r"gauss_newton .* indefinite.*convex in the outputs, curvature='fisher' or damping",
     ) as caught:
-        unlearn(model, *data, loss_fn, selection="all")
+        unlearn(model, *data, loss_fn, selection="full")
     assert "Gauss-Newton" not in str(caught.value)
     advised = float(str(caught.value).rsplit("damping above ", 1)[1])
     assert advised > caught.value.least_damping > 0
@@ -772,29 +799,19 @@ def test_loss_that_is_not_convex_in_the_outputs(width, n):
 
 def test_singular_matrix_is_refused():
     with pytest.raises(IndefiniteCurvatureError, match=r"singular.*larger damping.* 0\.0001$"):
-        unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, selection="all", damping=0.0)
+        unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, selection="full", damping=0.0)
 
 
-@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # untrained models
-def test_iterations_that_do_not_converge(monkeypatch):
-    solve = GaussNewtonOperator.solve
-
-    def five(operator, b, **options):
-        return solve(operator, b, max_iterations=5, **options)
-
-    monkeypatch.setattr(GaussNewtonOperator, "solve", five)
+def test_iterations_that_do_not_converge():
     data = samples(300)
-    with pytest.warns(ConvergenceWarning, match="max_iterations=5"):
-        result = unlearn(mlp(width=60), *data, F.cross_entropy, selection="all")
+    common = {"damping": 1e-2}
+    result = unlearn(mlp(width=60), *data, F.cross_entropy, max_iterations=5, **common)
     assert (result.solve_method, result.solve_iterations) == ("cg", 5)
     assert result.solve_residual > 1e-10
     assert f"cg of 5 iterations, residual {result.solve_residual:.1e}" in repr(result)
-    # Without any damping, this is how a singular matrix shows.
-    with (
-        pytest.warns(ConvergenceWarning),
-        pytest.raises(IndefiniteCurvatureError, match=r"singular.*after 5 iterations"),
-    ):
-        unlearn(mlp(width=60), *data, F.cross_entropy, selection="all", damping=0.0)
+    # A limit that the user did not set is worth a warning.
+    with pytest.warns(ConvergenceWarning, match="where rounding in float64 ends progress"):
+        unlearn(mlp(width=60), *data, F.cross_entropy, rtol=1e-30, **common)
 
 
 def refuse(error, match, **arguments):
@@ -807,10 +824,11 @@ def refuse(error, match, **arguments):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"selection": "foci"}, ValueError, "selection must be 'lfoci'"),
-        ({"selection": {"0": [1]}}, ValueError, "UnitSelection; got"),
+        ({"selection": "foci"}, ValueError, "selection must be one of 'full', 'lfoci'"),
+        ({"selection": {"0": [1]}}, ValueError, "selection must be one of"),
+        ({"slection": "full"}, TypeError, "no option 'slection'; is it 'selection'"),
         ({"selection": None}, ValueError, "selection must be"),
-        ({"curvature": "fisher"}, ValueError, "curvature must be one of"),
+        ({"curvature": "kfac"}, ValueError, "curvature must be one of"),
         ({"damping": -1.0}, ValueError, "damping must be a finite number >= 0"),
         ({"damping": float("nan")}, ValueError, "damping must be"),
         ({"damping": "1"}, TypeError, "damping must be"),
@@ -819,7 +837,7 @@ def refuse(error, match, **arguments):
         ({"n_perturbations": 2}, ValueError, "n_perturbations must be an integer >= 3"),
         ({"n_perturbations": 10.0}, TypeError, "n_perturbations must be"),
         ({"noise_std": -0.1}, ValueError, "noise_std must be"),
-        ({"noise_std": 0.0}, ValueError, "is noise_std too small"),
+        ({"noise_std": 0.0, "selection": "lfoci"}, ValueError, "is noise_std too small"),
         ({"noise_std": float("inf")}, ValueError, "noise_std must be"),
         ({"batch_size": 0}, ValueError, "batch_size must be"),
         ({"seed": True}, TypeError, "seed must be"),
@@ -828,15 +846,29 @@ def refuse(error, match, **arguments):
         ({"seed": -1}, ValueError, "seed must be"),
         ({"inplace": 1}, TypeError, "inplace must be"),
         ({"progress": "yes"}, TypeError, "progress must be"),
-        ({"max_units": 0}, ValueError, "max_units must be"),
+        ({"n_units": 0, "selection": "random"}, ValueError, "n_units must be"),
+        ({"n_units": 2}, ValueError, "selection='full' says how many units there are"),
         (
-            {"max_units": 2, "selection": "all"},
+            {"selection": UnitSelection({"0": [1]}), "n_units": 2},
             ValueError,
-            "max_units belongs to selection='lfoci'",
+            "a UnitSelection says",
         ),
-        ({"n_units": 2}, ValueError, "n_units belongs to selection='random'"),
-        ({"selection": "random"}, ValueError, "needs n_units"),
-        ({"selection": "random", "n_units": 15}, ValueError, "n_units is 15; the model has 14"),
+        ({"selection": "random"}, ValueError, "needs n_units or max_parameters"),
+        ({"selection": "last", "max_parameters": 1.5}, ValueError, "share above 0 and up to 1"),
+        ({"selection": "last", "max_parameters": 3}, ValueError, "allows no unit.* has 5 param"),
+        ({"selection": "last", "max_parameters": 9, "n_units": 1}, ValueError, "cannot both"),
+        ({"epsilon": 0.1}, ValueError, "epsilon and delta belong together"),
+        ({"epsilon": 0.1, "delta": 1.0}, ValueError, "delta must be between 0 and 1"),
+        ({"perturb": 3}, TypeError, "perturb must be callable"),
+        ({"dtype": torch.float16}, ValueError, "dtype must be torch.float32 or"),
+        (
+            {"candidates": ("nothing*",), "selection": "last"},
+            ValueError,
+            "'nothing.' matches no layer",
+        ),
+        ({"candidates": ()}, TypeError, "candidates must be"),
+        ({"score": "accuracy"}, TypeError, "score must be callable"),
+        ({"statistics": 3}, TypeError, "statistics must be TrainingStatistics"),
         ({"selection": UnitSelection({})}, ValueError, "at least one unit"),
         ({"selection": UnitSelection({"9": [0]})}, ValueError, "names layer '9'"),
         ({"selection": UnitSelection({"0": [6]})}, ValueError, "names unit 6 of layer '0'"),
@@ -849,26 +881,39 @@ def test_bad_options(options, error, match):
 X, Y = FORGET
 
 
+class Restless(Dataset):
+    """Augmented at random."""
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, k):
+        return X[k] + torch.rand(4), Y[k]
+
+
 @pytest.mark.parametrize("name", ["forget", "retain"])
 @pytest.mark.parametrize(
     ("data", "error", "match"),
     [
-        (None, TypeError, "{} must be a pair"),
         (X, TypeError, "{} must be a pair"),
         ((X,), TypeError, "pairs .inputs, targets. of tensors; got .Tensor."),
         ((X.numpy(), Y.numpy()), TypeError, "got .ndarray, ndarray."),
         ((X[:0], Y[:0]), ValueError, "{} is empty"),
         ((X, Y[:-1]), ValueError, "{} has 9 inputs and 8 targets"),
-        ((X[0, 0], Y), ValueError, "the inputs of {} must have samples"),
-        ((X * float("nan"), Y), ValueError, "the inputs of {} hold NaN"),
-        ((X + 0j, Y), TypeError, "the inputs of {} must be real"),
-        ((X.to("meta"), Y), ValueError, "the inputs of {} are on meta and the model is on cpu"),
-        ((X[:, :3], Y), ValueError, "inputs of forget and retain must be alike"),
-        ((X, Y.double()), ValueError, "targets of forget and retain must be alike"),
+        ((X[0, 0], Y), ValueError, "{} must hold tensors with samples along"),
+        ((X * float("nan"), Y), ValueError, "{} holds NaN"),
+        ((X + 0j, Y), TypeError, "{} must be real"),
+        ((X.to("meta"), Y), ValueError, "a tensor of {} is on meta and the model is on cpu"),
+        ((X[:, :3], Y), ValueError, "the model fails on samples of {}: mat1 and mat2"),
+        ((X, Y.double()), ValueError, "samples of forget and retain must be alike|loss_fn fails"),
         (TensorDataset(X), TypeError, "Dataset of pairs"),
         (TensorDataset(X[:0], Y[:0]), ValueError, "{} is empty"),
-        (DataLoader(TensorDataset(X, Y), shuffle=True), ValueError, "without shuffle"),
-        (DataLoader(TensorDataset(X, Y), batch_size=4, drop_last=True), ValueError, "drop_last"),
+        (Restless(), ValueError, "sample 0 of {} differs when it is read again"),
+        (
+            DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 9, 9)),
+            ValueError,
+            "the sampler of {}, a WeightedRandomSampler",
+        ),
     ],
 )
 def test_bad_samples(data, error, match, name):
@@ -892,23 +937,23 @@ class Wrapped(nn.Module):
         (nn.Identity, ValueError, "no trainable parameter"),
         (lambda: mlp().requires_grad_(False), ValueError, "no trainable parameter"),
         (lambda: nn.LazyLinear(3), ValueError, "not initialised"),
-        (lambda: nn.LayerNorm(4).double(), ValueError, "no Linear or convolution layer"),
         (
             lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3).double()),
             ValueError,
-            "no Linear or convolution layer .*computed from other parameters",
+            "no layer whose units can be selected",
         ),
-        (lambda: Wrapped(lambda z: (z, z)), ValueError, "must return one tensor"),
-        (lambda: Wrapped(lambda z: z.mean()), ValueError, "must return one tensor"),
-        (lambda: Wrapped(lambda z: z.T), ValueError, "must return one tensor"),
-        (lambda: Wrapped(lambda z: z / 0), ValueError, "outputs of the model hold NaN"),
+        (lambda: Wrapped(lambda z: (z, z)), ValueError, "loss_fn fails on the model's outputs"),
+        (lambda: Wrapped(lambda z: "z"), ValueError, "must return tensors; it returned str"),
+        (lambda: Wrapped(lambda z: z.mean()), ValueError, "must return tensors with samples"),
+        (lambda: Wrapped(lambda z: z.T), ValueError, "must return tensors with samples"),
+        (lambda: Wrapped(lambda z: z / 0), ValueError, "samples of forget hold NaN"),
         (lambda: Wrapped(lambda z: z - z.mean(0)), ValueError, "changes with the other samples"),
         (lambda: Wrapped(lambda z: F.dropout(z)), ValueError, "or at random"),
         (lambda: Wrapped(lambda z: z.detach()), ValueError, "does not depend on the parameters"),
     ],
 )
 def test_bad_models(model, error, match):
-    refuse(error, match, model=model(), selection="all")
+    refuse(error, match, model=model(), selection="full")
 
 
 def test_parameters_that_are_not_finite():
@@ -916,12 +961,6 @@ def test_parameters_that_are_not_finite():
     with torch.no_grad():
         model[3].bias[2] = float("inf")
     refuse(ValueError, "parameter '3.bias' of the model holds NaN or infinity", model=model)
-
-
-def test_tied_parameters():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
-    model[2].weight = model[0].weight
-    refuse(ValueError, "tied parameters: 0.weight is 2.weight", model=model)
 
 
 @pytest.mark.parametrize(
@@ -933,12 +972,12 @@ def test_tied_parameters():
         (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 9.0])), ValueError, "plain mean"),
         (nn.CrossEntropyLoss(ignore_index=1), ValueError, "NaN or infinite|plain mean"),
         (lambda z, t: 0.5, ValueError, "scalar tensor"),
-        (lambda z, t: z.mean() / 0, ValueError, "loss is NaN or infinite"),
+        (lambda z, t: z.mean() / 0, ValueError, "loss of the forget samples is NaN or infinite"),
         (lambda z, t: (z - z.detach()).abs().pow(1.5).mean(), ValueError, "NaN or infinite"),
     ],
 )
 def test_bad_losses(loss_fn, error, match):
-    refuse(error, match, loss_fn=loss_fn, selection="all")
+    refuse(error, match, loss_fn=loss_fn, selection="full")
 
 
 def test_progress_is_shown_on_request(capsys):
@@ -953,14 +992,12 @@ def test_progress_is_shown_on_request(capsys):
 
 
 def test_warns_of_a_step_that_goes_too_far_and_of_overlapping_sets():
-    from lcodec_ext.unlearning import unlearn
-
     torch.manual_seed(0)
     x, y = torch.randn(60, 5), torch.randint(0, 3, (60,))
     model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
-    options = {"loss_fn": torch.nn.functional.cross_entropy, "selection": "all"}
+    options = {"loss_fn": torch.nn.functional.cross_entropy, "selection": "full"}
     with pytest.warns(UserWarning, match="raised the mean loss of the retained") as caught:
-        unlearn(model, (x[:40], y[:40]), (x[40:], y[40:]), damping=1e-9, **options)
+        unlearn(model, (x[:40], y[:40]), (x[40:], y[40:]), damping=1e-4, **options)
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="every sample of forget is among those") as caught:
         unlearn(model, (x[:5], y[:5]), (x, y), damping=100.0, **options)
@@ -968,8 +1005,6 @@ def test_warns_of_a_step_that_goes_too_far_and_of_overlapping_sets():
 
 
 def test_ignored_targets_are_refused_wherever_they_stand():
-    from lcodec_ext.unlearning import unlearn
-
     torch.manual_seed(0)
     x, y = torch.randn(500, 5), torch.randint(0, 3, (500,))
     y[251] = -100
@@ -980,5 +1015,5 @@ def test_ignored_targets_are_refused_wherever_they_stand():
             (x[:5], y[:5]),
             (x[5:], y[5:]),
             torch.nn.functional.cross_entropy,
-            selection="all",
+            selection="full",
         )

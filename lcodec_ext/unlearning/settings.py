@@ -152,7 +152,7 @@ class Settings:
     weight_decay: float = 0.0
     damping: float = 1e-3
     n_curvature: int | None = None
-    n_monitor: int | None = 1000
+    n_monitor: int | None = None
     steps: int = 1
     rtol: float | None = None
     max_iterations: int | None = None
@@ -272,13 +272,13 @@ class Settings:
             For an unknown preset, and options that are unknown or cannot be.
         """
         check_choice(name, "preset", tuple(PRESETS))
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"; is it {near[0]!r}?" if near else f"; options are {', '.join(known)}"
-                raise TypeError(f"there is no option {key!r}{hint}")
+        _check_names(options)
         return cls(**(PRESETS[name] | options))
+
+    def replace(self, **options: Any) -> "Settings":
+        """Make the same settings with some options changed; errors as for `preset`."""
+        _check_names(options)
+        return dataclasses.replace(self, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON takes them."""
@@ -331,6 +331,15 @@ class Settings:
         return self.max_parameters
 
 
+def _check_names(options: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; is it {near[0]!r}?" if near else f"; options are {', '.join(known)}"
+            raise TypeError(f"there is no option {key!r}{hint}")
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
         "selection": "full",
@@ -339,6 +348,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient": "removal",
         "damping": 1e-3,
         "n_curvature": 2000,
+        "n_monitor": 1000,
         "max_iterations": 50,
         "rtol": 1e-3,
         "max_drop": 0.02,
@@ -354,5 +364,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "curvature": "secant",
         "gradient": "removal",
         "damping": 0.01,
+        "n_monitor": 1000,
     },
 }

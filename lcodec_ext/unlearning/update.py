@@ -317,7 +317,7 @@ def unlearn(
     """
     begin = time.perf_counter()
     if isinstance(preset, Settings):
-        settings = dataclasses.replace(preset, **options)
+        settings = preset.replace(**options)
     else:
         settings = Settings.preset(preset, **options)
     check_bool(inplace, "inplace")
@@ -554,30 +554,30 @@ class _Workplace:
 
     def probe(self, forget: Samples, retain: Samples | None, held: Samples | None) -> None:
         """Check model and loss on a few samples of each set."""
-        alike: dict[str, tuple[Batch, list[tuple[Any, ...]]]] = {}
+        known: tuple[str, list[tuple[int, torch.dtype]]] | None = None
         for samples in (forget, retain, held):
             if samples is None:
                 continue
             step = max(1, len(samples) // _PROBE)
             batch = samples.fetch(range(0, len(samples), step)[:_PROBE])
-            self._probe(batch, samples.name)
-            kinds = [
-                (t.ndim, t.dtype) for t in tensors_of((batch.args, batch.kwargs, batch.targets))
-            ]
-            alike[samples.name] = batch, kinds
-        (first, (_, kinds)), *others = alike.items()
-        for name, (_, other) in others:
-            if other != kinds:
+            tensors = tensors_of((batch.args, batch.kwargs, batch.targets))
+            kinds = [(t.ndim, t.dtype) for t in tensors]
+            if known is not None and known[1] != kinds:
                 raise ValueError(
-                    f"the samples of {first} and {name} must be alike; those of {first} have "
-                    f"tensors of (dimensions, dtype) {kinds}, of {name} {other}"
+                    f"the samples of {known[0]} and {samples.name} must be alike; those of "
+                    f"{known[0]} have tensors of (dimensions, dtype) {known[1]}, of "
+                    f"{samples.name} {kinds}"
                 )
+            known = known or (samples.name, kinds)
+            self._probe(batch, samples.name)
 
     def _probe(self, batch: Batch, name: str) -> None:
-        with torch.no_grad():
-            outputs = outputs_of(self.model, batch)
-            one = _part(batch, slice(0, 1))
-            single = outputs_of(self.model, one)
+        try:
+            with torch.no_grad():
+                outputs = outputs_of(self.model, batch)
+                single = outputs_of(self.model, _part(batch, slice(0, 1)))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"the model fails on samples of {name}: {error}") from error
         tensors = list(tensors_of(outputs))
         if not tensors:
             raise ValueError(f"the model must return tensors; it returned {type(outputs).__name__}")
@@ -598,7 +598,13 @@ class _Workplace:
                     "the output of a sample changes with the other samples in its batch, or at "
                     "random; the loss, then, is not a mean over samples"
                 )
-        loss = self.loss_fn(outputs, batch.targets)
+        try:
+            loss = self.loss_fn(outputs, batch.targets)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"loss_fn fails on the model's outputs for samples of {name} and their targets: "
+                f"{error}"
+            ) from error
         if not isinstance(loss, Tensor) or loss.ndim > 0:
             given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
             raise ValueError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
@@ -953,7 +959,7 @@ def _check_mean(
             value = loss_fn(sample_of(outputs, n, part), sample_of(batch.targets, n, part))
             mean += value * ((part.stop - part.start) / n)
     double = loss.dtype == torch.float64
-    if not torch.isclose(loss, mean, rtol=1e-6 if double else 1e-3, atol=1e-12 if double else 1e-6):
+    if not torch.isclose(loss, mean, rtol=1e-8 if double else 2e-5, atol=1e-12 if double else 1e-6):
         raise ValueError(
             "loss_fn must be the plain mean over the samples of a batch (reduction='mean', no "
             f"class weights, no ignored targets); on {n} samples it is {loss.item():.6g} and the "
