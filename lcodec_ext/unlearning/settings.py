@@ -76,8 +76,8 @@ class Settings:
     update : {"newton", "gradient", "lbfgs", "certified"}
         "newton": solve with the curvature. "gradient": steps of `learning_rate` along the gradient
         (the paper's "BP"). "lbfgs": `max_iterations` of L-BFGS on the retained samples.
-        "certified": the Newton step with the exact Hessian and a guarantee, or an error that says
-        what is missing.
+        "certified": one Newton step with the exact Hessian and a guarantee, or an error that says
+        what it lacks; the options that it needs then are the presets' defaults.
     curvature : {"gauss_newton", "hessian", "fisher", "secant"}
         "secant" compares gradients along the step, or takes the pairs of `statistics`.
     gradient : {"removal", "residual"}
@@ -120,13 +120,17 @@ class Settings:
     **Privacy**
 
     epsilon, delta : float, optional
-        Adds noise for (epsilon, delta) to every trainable parameter of the result.
+        Adds noise for (epsilon, delta) to every trainable parameter of the result; what that
+        guarantees is in `UnlearnResult.guarantee`.
     lipschitz, hessian_lipschitz : float, optional
-        L and M of the loss of a sample, on the domain that `domain` names.
-    domain : str, optional
-        Where these constants hold, in words: "|x| <= 1, |w| <= 10".
-    max_gradient_norm : float, optional
-        Bound on the training gradient's norm whose effect is part of the guarantee.
+        L and M: bounds on the gradient of a sample's loss, and on the change of its Hessian, for
+        every sample there could be (`logistic_constants`).
+    radius : float, optional
+        L and M hold for weights of at most this norm; infinity: for all.
+    strong_convexity : float, optional
+        Of the retained objective; with convex losses it is the weight decay.
+    gradient_bound : float, optional
+        On the gradient norm that training ends with; its effect is part of the guarantee.
 
     **Computation**
 
@@ -166,8 +170,9 @@ class Settings:
     delta: float | None = None
     lipschitz: float | None = None
     hessian_lipschitz: float | None = None
-    domain: str | None = None
-    max_gradient_norm: float | None = None
+    radius: float | None = None
+    strong_convexity: float | None = None
+    gradient_bound: float | None = None
     batch_size: int = 256
     dtype: torch.dtype | None = None
     seed: int = 0
@@ -207,10 +212,13 @@ class Settings:
             "delta",
             "lipschitz",
             "hessian_lipschitz",
-            "max_gradient_norm",
+            "strong_convexity",
+            "gradient_bound",
         ):
             if getattr(self, name) is not None:
                 check_real(getattr(self, name), name, 0)
+        if self.radius is not None and self.radius != math.inf:
+            check_real(self.radius, "radius", 0)
         check_seed(self.seed, optional=False)
         if self.perturb is not None and not callable(self.perturb):
             raise TypeError(f"perturb must be callable; got {type(self.perturb).__name__}")
@@ -250,6 +258,8 @@ class Settings:
             raise ValueError("epsilon and delta belong together; got only one of them")
         if self.epsilon is not None and self.epsilon <= 0:
             raise ValueError(f"epsilon must be positive; got {self.epsilon!r}")
+        if self.update == "certified" and self.epsilon is None:
+            raise ValueError("update='certified' needs epsilon and delta: noise makes it private")
         if self.delta is not None and not 0 < self.delta < 1:
             raise ValueError(f"delta must be between 0 and 1; got {self.delta!r}")
 
@@ -273,7 +283,10 @@ class Settings:
         """
         check_choice(name, "preset", tuple(PRESETS))
         _check_names(options)
-        return cls(**(PRESETS[name] | options))
+        defaults = PRESETS[name]
+        if options.get("update") == "certified":
+            defaults = defaults | CERTIFIED
+        return cls(**(defaults | options))
 
     def replace(self, **options: Any) -> "Settings":
         """Make the same settings with some options changed; errors as for `preset`."""
@@ -287,6 +300,8 @@ class Settings:
             values["selection"] = self.selection.to_dict()
         if self.dtype is not None:
             values["dtype"] = _DTYPES[self.dtype]
+        if self.radius == math.inf:
+            values["radius"] = "inf"
         if self.perturb is not None:
             to_dict = getattr(self.perturb, "to_dict", None)
             values["perturb"] = to_dict() if to_dict else repr(self.perturb)
@@ -311,6 +326,8 @@ class Settings:
             made["selection"] = UnitSelection.from_dict(made["selection"])
         if isinstance(made.get("candidates"), list):
             made["candidates"] = tuple(made["candidates"])
+        if made.get("radius") == "inf":
+            made["radius"] = math.inf
         if made.get("dtype") is not None:
             made["dtype"] = {name: dtype for dtype, name in _DTYPES.items()}[made["dtype"]]
         if isinstance(made.get("perturb"), Mapping):
@@ -366,4 +383,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damping": 0.01,
         "n_monitor": 1000,
     },
+}
+
+#: Defaults of a preset with update="certified": what a guarantee needs.
+CERTIFIED: dict[str, Any] = {
+    "selection": "full",
+    "curvature": "hessian",
+    "damping": 0.0,
+    "n_curvature": None,
+    "n_monitor": None,
+    "max_iterations": None,
+    "rtol": 1e-8,
+    "max_drop": None,
+    "retries": 0,
+    "dtype": torch.float64,
 }

@@ -33,6 +33,7 @@ from lcodec_ext.curvature.solvers import (
     SolveResult,
 )
 from lcodec_ext.curvature.units import UnitLayout, UnitSelection
+from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.samples import Samples, as_samples, joined, outputs_of
 from lcodec_ext.unlearning.selection import (
     Candidates,
@@ -146,6 +147,7 @@ class UnlearnResult:
     loss_forget: BeforeAfter
     loss_retain: BeforeAfter
     guard: BeforeAfter
+    guarantee: Guarantee
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ class UnlearnResult:
             value = getattr(self, field.name)
             if field.name == "model":
                 continue
-            if isinstance(value, Settings | UnitSelection):
+            if isinstance(value, Settings | UnitSelection | Guarantee):
                 value = value.to_dict()
             elif isinstance(value, FociResult):
                 value = {"names": value.names, "T": [float(t) for t in value.cumulative]}
@@ -197,6 +199,9 @@ class UnlearnResult:
         ]
         if s.max_drop is not None:
             lines.append(f"  guard         {change(self.guard)}, {self.attempts} attempts")
+        if self.guarantee.kind != "none":
+            privacy = str(self.guarantee).replace("\n  ", "\n" + " " * 16)
+            lines.append(f"  privacy       {privacy}")
         if self.skipped:
             lines.append(f"  TAKEN BACK    {len(self.skipped)} samples, which need retraining")
         return "\n".join(lines)
@@ -362,20 +367,27 @@ def unlearn(
         selection = selection | deletion.selection
     layout = UnitLayout(selection, work.model)
 
-    with work.timed("monitoring"):
-        # Into a copy first, also in place: the given model changes only when all has gone well.
-        # What is measured are the new weights as rounded to the model's dtype.
-        changed = copy.deepcopy(model)
-        work.hand_over(changed, selection)
-        done = work.measure(removed, monitored)
     step = math.sqrt(
         sum(
             float((p.detach().double() - start[k].double()).square().sum())
             for k, p in work.parameters.items()
         )
     )
+    with work.timed("monitoring"):
+        # Into a copy first, also in place: the given model changes only when all has gone well.
+        # What is measured are the new weights as the model's dtype and the noise leave them.
+        changed = copy.deepcopy(model)
+        work.hand_over(changed, selection)
+        guarantee = _guarantee(work, before, start, deletions, layout, m, n_retain, monitored)
+        if guarantee.sigma > 0:
+            changed = add_noise(changed, guarantee.sigma)
+            work.take_over(changed)
+        done = work.measure(removed, monitored)
     if inplace:
-        work.hand_over(model, selection)
+        with torch.no_grad():
+            new = dict(changed.named_parameters())
+            for name, parameter in model.named_parameters():
+                parameter.copy_(new[name])
         changed = model
     if done.retained_loss > 1.5 * before.retained_loss + 0.05:
         warnings.warn(
@@ -415,6 +427,7 @@ def unlearn(
         loss_forget=BeforeAfter(before.forget_loss, done.forget_loss),
         loss_retain=BeforeAfter(before.retained_loss, done.retained_loss),
         guard=BeforeAfter(deletions[0].quality.before, deletions[-1].quality.after),
+        guarantee=guarantee,
         seconds=work.seconds,
     )
 
@@ -619,6 +632,67 @@ class _Workplace:
         if not torch.isfinite(rounded).all():
             raise ValueError("the new weights overflow the dtype of the model")
         selection.scatter_(self.model, rounded)
+
+    def take_over(self, model: nn.Module) -> None:
+        """Take all weights from a model."""
+        with torch.no_grad():
+            for parameter, new in zip(self.model.parameters(), model.parameters(), strict=True):
+                parameter.copy_(new)
+
+
+def _guarantee(
+    work: _Workplace,
+    before: _Measured,
+    start: Gradient,
+    deletions: "list[_Deletion]",
+    layout: UnitLayout,
+    m: int,
+    n_retain: int,
+    monitored: Samples | None,
+) -> Guarantee:
+    """What noise the result takes, and what that guarantees; refuse what is not certified."""
+    s = work.settings
+    whole = monitored is not None and len(monitored) == n_retain
+    guarantee = removal_guarantee(
+        work.model,
+        n=m + n_retain,
+        m=m,
+        epsilon=s.epsilon,
+        delta=s.delta,
+        n_selected=layout.size,
+        weight_decay=s.weight_decay,
+        training_gradient_norm=_training_norm(before, m, n_retain) if whole else math.nan,
+        solve_residual=max((v.residual for d in deletions for v in d.solves), default=math.nan),
+        parameter_norm=max(
+            _norm(start), _norm({k: p.detach() for k, p in work.parameters.items()})
+        ),
+        update="newton" if s.update == "certified" else s.update,
+        curvature=s.curvature,
+        gradient=s.gradient,
+        damping=deletions[-1].damping,
+        steps=s.steps,
+        n_curvature=s.n_curvature,
+        order=s.order,
+        repair_epochs=s.repair_epochs,
+        lipschitz=s.lipschitz,
+        hessian_lipschitz=s.hessian_lipschitz,
+        strong_convexity=s.strong_convexity,
+        radius=s.radius,
+        gradient_bound=s.gradient_bound,
+        rtol=s.rtol,
+    )
+    reasons = list(guarantee.reasons)
+    if s.max_drop is not None:
+        reasons.append("max_drop: a guard looks at the data and tells what it saw")
+    if s.update == "certified" and reasons:
+        raise ValueError(
+            "update='certified' cannot be had here: "
+            + "; ".join(reasons)
+            + ". Ask for update='newton' to get the same step with heuristic noise"
+        )
+    if guarantee.kind == "certified" and reasons:
+        return dataclasses.replace(guarantee, kind="heuristic", reasons=tuple(reasons))
+    return guarantee
 
 
 class _Deletion:
