@@ -52,6 +52,7 @@ class Baseline:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@plain_arithmetic()
 def fine_tune(
     model: nn.Module,
     forget: Any,
@@ -101,12 +102,13 @@ def fine_tune(
         )
     else:
         steps = torch.optim.Adam(trainable(tuned), lr=learning_rate, weight_decay=weight_decay)
-    with seeded(seed), plain_arithmetic(), torch.enable_grad():
+    with seeded(seed), torch.enable_grad():
         for batch in _epochs(samples, epochs, batch_size, seed):
             _step(steps, _loss(tuned, batch, loss_fn))
     return _finished(tuned, model)
 
 
+@plain_arithmetic()
 def gradient_ascent(
     model: nn.Module,
     forget: Any,
@@ -146,7 +148,7 @@ def gradient_ascent(
     climber = copy.deepcopy(model)
     weights = trainable(climber)
     steps = torch.optim.SGD(weights, lr=learning_rate, weight_decay=weight_decay, maximize=True)
-    with evaluating(climber), plain_arithmetic():
+    with evaluating(climber):
         limit = 1.5 * _mean_loss(climber, guard, loss_fn, batch_size) + 0.05
         for batch in _epochs(removed, epochs, batch_size, seed):
             before = [weight.clone() for weight in weights]
@@ -159,6 +161,7 @@ def gradient_ascent(
     return _finished(climber, model)
 
 
+@plain_arithmetic()
 def neg_grad_plus(
     model: nn.Module,
     forget: Any,
@@ -208,13 +211,14 @@ def neg_grad_plus(
     per_epoch = max(1, len(retained) // batch_size)
     rounds = -(-epochs * per_epoch // max(1, len(removed) // batch_size))
     climbing = _epochs(removed, rounds, batch_size, seed)
-    with seeded(seed), plain_arithmetic(), torch.enable_grad():
+    with seeded(seed), torch.enable_grad():
         for batch in _epochs(retained, epochs, batch_size, seed):
             down, up = (_loss(tuned, each, loss_fn) for each in (batch, next(climbing)))
             _step(steps, retain_weight * down - (1 - retain_weight) * up)
     return _finished(tuned, model)
 
 
+@plain_arithmetic()
 def lbfgs(
     model: nn.Module,
     forget: Any,
@@ -267,7 +271,7 @@ def lbfgs(
             loss += weight_decay / 2 * float(weight.detach().double().square().sum())
         return loss
 
-    with evaluating(tuned), plain_arithmetic(), torch.enable_grad():
+    with evaluating(tuned), torch.enable_grad():
         if iterations:
             steps.step(closure)  # type: ignore[no-untyped-call]
     return _finished(tuned, model)

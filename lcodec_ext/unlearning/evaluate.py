@@ -16,7 +16,7 @@ from torch import nn
 import lcodec_ext
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._validation import check_bool, check_integer, check_real, check_seed
-from lcodec_ext.curvature.units import UnitSelection, find_unit_layers
+from lcodec_ext.curvature.units import UnitSelection
 from lcodec_ext.unlearning import metrics
 from lcodec_ext.unlearning.baselines import (
     Baseline,
@@ -27,6 +27,8 @@ from lcodec_ext.unlearning.baselines import (
 )
 from lcodec_ext.unlearning.metrics import LossFunction, Score
 from lcodec_ext.unlearning.samples import Samples, as_samples, random_samples
+from lcodec_ext.unlearning.selection import find_candidates
+from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.update import UnlearnResult, unlearn
 
 NO_OP, RETRAINED = "no-op", "retrained"
@@ -199,8 +201,9 @@ class Evaluation:
         for method in self.methods:
             cells = [(column[3](method), column[2]) for column in columns]
             row = "".join(f"{'-' if v is None else format(v, form):>9}" for v, form in cells)
-            note = "  skipped" if method.skipped else f"  {method.error}" if method.error else ""
-            lines.append(f"{method.name:{width}}{row}{note}")
+            note = method.error or "taken back" * method.skipped
+            note = note if len(note) <= 60 else note[:57] + "..."
+            lines.append(f"{method.name:{width}}{row}  {note}".rstrip())
         return "\n".join(lines)
 
 
@@ -321,7 +324,8 @@ def evaluate(
     ['no-op', 'retrained', 'L-BFGS', 'fine-tune SGD']
     """
     device, dtype = metrics.place(model)
-    given = _methods(methods)
+    defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
+    given = _methods(methods, defaults)
     _check_retrained(retrained)
     check_integer(n_retrain, "n_retrain", 3)
     check_real(weight_decay, "weight_decay", 0)
@@ -388,7 +392,7 @@ def evaluate(
         for name, method in given.items():
             bar.set_description(name)
             try:
-                done = _carry_out(method, model, forget, retain, loss_fn, weight_decay, seed)
+                done = _carry_out(method, model, forget, retain, loss_fn, defaults)
                 entry = scale.entry(name, judge.measure(done.model), done)
                 settings["methods"][name] = done.settings
             except Exception as error:
@@ -408,7 +412,7 @@ def evaluate(
     )
 
 
-def _methods(methods: Any) -> dict[str, Method]:
+def _methods(methods: Any, defaults: Mapping[str, Any]) -> dict[str, Method]:
     """The methods by name, checked."""
     if methods is None:
         return dict(BASELINES)
@@ -434,7 +438,25 @@ def _methods(methods: Any) -> dict[str, Method]:
                 f"method {name!r} must be a model, an UnlearnResult, a Baseline, a dict of options "
                 f"of unlearn or a callable; got an object of type {type(method).__name__}"
             )
+        if isinstance(method, Mapping):
+            _check_options(name, {**defaults, **method})
     return dict(methods)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Refuse options of `unlearn` now, and not after the retraining."""
+    for key in ("validation", "statistics", "score", "progress"):
+        options.pop(key, None)
+    if options.pop("inplace", False):
+        raise ValueError(f"method {name!r} must not have inplace=True: others need the model")
+    preset = options.pop("preset", "recommended")
+    try:
+        if isinstance(preset, Settings):
+            dataclasses.replace(preset, **options)
+        else:
+            Settings.preset(preset, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"method {name!r}: {error}") from None
 
 
 def _check_retrained(retrained: Any) -> None:
@@ -466,22 +488,21 @@ def _carry_out(
     forget: Any,
     retain: Any,
     loss_fn: LossFunction,
-    weight_decay: float,
-    seed: int,
+    defaults: Mapping[str, Any],
 ) -> _Done:
     settings: dict[str, Any] = {}
     seconds: Number = None
     made: Any = method
     if not isinstance(method, nn.Module | UnlearnResult):
+        seed = defaults["seed"]
         begin = metrics.clock(model)
         with metrics.seeded(seed):
             if isinstance(method, Baseline):
-                options = {"weight_decay": weight_decay, **method.options}
+                options = {"weight_decay": defaults["weight_decay"], **method.options}
                 settings = {"baseline": method.run.__name__, **options}
                 made = method.run(model, forget, retain, loss_fn, seed, **options)
             elif isinstance(method, Mapping):
-                options = {"weight_decay": weight_decay, "seed": seed, **method}
-                made = unlearn(model, forget, retain, loss_fn, **options)
+                made = unlearn(model, forget, retain, loss_fn, **{**defaults, **method})
             else:
                 made = method(copy.deepcopy(model), forget, retain, loss_fn, seed)
         seconds = metrics.clock(model) - begin
@@ -644,7 +665,7 @@ class _Scale:
         phases = units = None
         if result is not None:
             phases = {k: v for k, v in result.seconds.items() if k != "total"}
-            units = _units_per_layer(measured.model, result.selection)
+            units = _units_per_layer(measured.model, result)
         return MethodEvaluation(
             name=name,
             seconds=0.0 if done is None else done.seconds,
@@ -653,7 +674,7 @@ class _Scale:
             spread=None,
             units_per_layer=units,
             phases=phases,
-            skipped=result is not None and result.skipped,
+            skipped=result is not None and bool(result.skipped),
             error=None,
             losses=self._judge.losses(measured),
         )
@@ -744,11 +765,11 @@ def _relearn_level(original: _Measured, references: list[_Measured]) -> float:
     return before + _TOLERANCE * max(after - before, 0.0) + 1e-6 * abs(before)
 
 
-def _units_per_layer(model: nn.Module, selection: UnitSelection) -> dict[str, list[int]]:
-    return {
-        name: [len(selection.units.get(name, ())), layer.n_units]
-        for name, layer in find_unit_layers(model)[0].items()
-    }
+def _units_per_layer(model: nn.Module, result: UnlearnResult) -> dict[str, list[int]]:
+    """Of every layer with candidates: how many units were selected, and how many it has."""
+    candidates = find_candidates(model, result.settings).selection.units
+    chosen, every = result.selection.units, UnitSelection.all(model).units
+    return {layer: [len(chosen.get(layer, ())), len(every[layer])] for layer in candidates}
 
 
 def _mean(values: Iterable[Number]) -> Number:

@@ -232,9 +232,10 @@ def modified_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     log_not = torch.log1p(-p.scatter(1, top, 0.0))
     rest = log_probabilities.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
     log_not = log_not.scatter(1, top, rest)
+    log_p = log_probabilities.scatter(1, top, torch.log1p(-rest.exp()))  # near 0 still exact
     right = targets[:, None]
     others = (p * log_not).scatter(1, right, 0.0).sum(1)
-    return -others - (log_not.gather(1, right).exp() * log_probabilities.gather(1, right))[:, 0]
+    return -others - (log_not.exp() * log_p).gather(1, right)[:, 0]
 
 
 def roc_auc(positives: Any, negatives: Any) -> float:
@@ -392,12 +393,12 @@ def relearn_time(
     check_real(learning_rate, "learning_rate", 0)
     check_integer(max_steps, "max_steps", 0)
     check_integer(batch_size, "batch_size", 1)
-    samples = _samples(model, forget, "forget").loaded()
-    learner = copy.deepcopy(model).eval()
-    weights = trainable(learner)
-    optimizer = torch.optim.Adam(weights, lr=learning_rate)
-    steps, begin = 0, clock(model)
     with plain_arithmetic(), torch.enable_grad():
+        samples = _samples(model, forget, "forget").loaded()
+        learner = copy.deepcopy(model).eval()
+        weights = trainable(learner)
+        optimizer = torch.optim.Adam(weights, lr=learning_rate)
+        steps, begin = 0, clock(model)
         while True:
             last = steps == max_steps
             loss, gradient = objective(learner, samples, loss_fn, 0.0, batch_size)
