@@ -95,7 +95,7 @@ class MethodEvaluation:
     phases : dict of str to float, or None
         Of methods by `unlearn`: where the seconds went.
     skipped : bool
-        Whether `unlearn` took its step back.
+        Whether `unlearn` took a step back, so that samples are still in the model.
     error : str or None
         Why there is nothing to measure.
     losses : dict of str to list of float
