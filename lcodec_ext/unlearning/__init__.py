@@ -14,18 +14,33 @@ except ImportError as error:  # the core package does without it
 
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.curvature.units import UnitSelection
+from lcodec_ext.unlearning.baselines import Baseline
+from lcodec_ext.unlearning.certified import CertifiedLinear
+from lcodec_ext.unlearning.evaluation import BASELINES, Evaluation, MethodEvaluation, evaluate
+from lcodec_ext.unlearning.perturbation import TokenReplacement
+from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, PrivacyBudgetExceeded
 from lcodec_ext.unlearning.samples import random_samples, samples_of
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.update import BeforeAfter, UnlearnResult, unlearn
 
 __all__ = [
+    "BASELINES",
+    "Baseline",
     "BeforeAfter",
+    "CertifiedLinear",
+    "Evaluation",
+    "Guarantee",
     "IndefiniteCurvatureError",
+    "MethodEvaluation",
+    "PrivacyBudget",
+    "PrivacyBudgetExceeded",
     "Settings",
+    "TokenReplacement",
     "TrainingStatistics",
     "UnitSelection",
     "UnlearnResult",
+    "evaluate",
     "random_samples",
     "samples_of",
     "unlearn",

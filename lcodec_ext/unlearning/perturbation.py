@@ -129,6 +129,15 @@ class TokenReplacement:
                 f"{len(self._vocabulary)}"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON takes them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "TokenReplacement":
+        """Make it again from what `to_dict` wrote."""
+        return cls(**options)
+
     @cached_property
     def _vocabulary(self) -> NDArray[np.int64]:
         """The tokens that may be drawn, ascending."""
@@ -682,6 +691,7 @@ def select_lfoci(
     *,
     noise: float = 0.01,
     max_units: int | None = None,
+    stop: bool = True,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[list[tuple[str, int]], FociResult]:
@@ -696,7 +706,9 @@ def select_lfoci(
         Of L-FOCI, as a share of each column's standard deviation: means over a request vary by far
         less than the paper's absolute 0.01.
     max_units : int, optional
-        A cap. By default L-FOCI stops by itself.
+        A cap.
+    stop : bool, default True
+        Whether L-FOCI stops by its own rule, where no unit raises T.
     seed : int, default 0
         Of the noise.
     progress : bool, default False
@@ -723,6 +735,7 @@ def select_lfoci(
         noise_scale="relative",
         seed=seed,
         max_features=max_units,
+        stop=stop,
         progress=progress,
     )
     if not len(result.ordering):

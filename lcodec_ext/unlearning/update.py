@@ -5,7 +5,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +33,13 @@ from lcodec_ext.curvature.solvers import (
     SolveResult,
 )
 from lcodec_ext.curvature.units import UnitLayout, UnitSelection
+from lcodec_ext.unlearning.metrics import Score, predict
+from lcodec_ext.unlearning.perturbation import (
+    CHEAP_THRESHOLD,
+    record,
+    select_cheap,
+    select_lfoci,
+)
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.samples import Samples, as_samples, joined, outputs_of
 from lcodec_ext.unlearning.selection import (
@@ -46,11 +53,10 @@ from lcodec_ext.unlearning.selection import (
 from lcodec_ext.unlearning.settings import BY_ACTIVATIONS, Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 
-Score = Callable[[Any, Any], Tensor]
-
 _PROBE = 32  # samples on which model and loss are checked, of either set
 _GUARD = 1000  # retained samples on which harm is looked for
 _LBFGS = 20  # iterations
+_CHEAP_ROUNDS = 100  # after which "cheap" ends in any case; the paper has no such end
 _OPERATORS = {
     "gauss_newton": GaussNewtonOperator,
     "hessian": HessianOperator,
@@ -90,6 +96,8 @@ class UnlearnResult:
         Parameters of the selected units, and trainable ones of the model.
     n_units : int
         Units that could have been selected.
+    n_dead : int
+        Of these, units that no perturbation moved, left out by "lfoci" and "cheap".
     skipped : tuple of int
         Samples of the request, by position, whose removal did harm and was taken back: all of
         them or none, but with order="sequential". They are still in the model, and need retraining.
@@ -133,6 +141,7 @@ class UnlearnResult:
     n_parameters: int
     n_trainable: int
     n_units: int
+    n_dead: int
     skipped: tuple[int, ...]
     attempts: int
     damping: float
@@ -411,6 +420,7 @@ def unlearn(
         n_parameters=layout.size,
         n_trainable=work.n_trainable,
         n_units=deletions[-1].n_units,
+        n_dead=deletions[-1].n_dead,
         skipped=skipped,
         attempts=sum(d.attempts for d in deletions),
         damping=deletions[-1].damping,
@@ -544,26 +554,10 @@ class _Workplace:
 
     def quality(self, samples: Samples) -> tuple[str, float]:
         """Accuracy, or minus the mean loss where there is none, and what it is called."""
-        total, name = 0.0, ""
-        with torch.no_grad():
-            for batch in samples.batches(self.settings.batch_size):
-                outputs = outputs_of(self.model, batch)
-                if self.score is not None:
-                    each = self.score(outputs, batch.targets)
-                    if not isinstance(each, Tensor) or each.shape != (batch.size,):
-                        raise ValueError(
-                            f"score must return one number a sample, shape ({batch.size},); got "
-                            f"{tuple(each.shape) if isinstance(each, Tensor) else type(each)}"
-                        )
-                    name, part = "the score", float(each.double().sum())
-                elif _is_classifier(outputs, batch.targets):
-                    hits = outputs.argmax(1) == batch.targets
-                    name, part = "accuracy", float(hits.sum())
-                else:
-                    loss = self.loss_fn(outputs, batch.targets)
-                    name, part = "minus the mean loss", -loss.item() * batch.size
-                total += part
-        return name, total / len(samples)
+        run = predict(self.model, samples, self.loss_fn, self.settings.batch_size, self.score)
+        if run.accuracy is None:
+            return "minus the mean loss", -float(run.losses.mean())
+        return ("accuracy" if self.score is None else "the score"), run.accuracy
 
     def probe(self, forget: Samples, retain: Samples | None, held: Samples | None) -> None:
         """Check model and loss on a few samples of each set."""
@@ -714,8 +708,10 @@ class _Deletion:
         m = len(forget)
         self._n_retain = len(retain) if retain is not None else work.n_retained(statistics, m)
         self._read = None if retain is None else work.sample(retain, work.settings.n_curvature)
+        self.selection = UnitSelection({})
         self.foci: FociResult | None = None
         self.skipped = False
+        self.n_dead = 0
         self.attempts = 0
         self.iterations = 0
         self.damping = work.settings.damping
@@ -725,14 +721,38 @@ class _Deletion:
         self.watched, self.worst = "", 0.0
 
     def run(self) -> None:
+        """Remove the samples; "cheap" takes one unit after the other."""
+        self._round()
+        if self._settings.selection != "cheap":
+            return
+        chosen, kept, quality = self.selection, not self.skipped, self.quality
+        for _ in range(1, self._settings.n_units or _CHEAP_ROUNDS):
+            if self.skipped:
+                break
+            self._choose(self._gradient())
+            if self._T <= CHEAP_THRESHOLD:
+                break
+            chosen = chosen | self.selection
+            self._round(chosen=True)
+            quality = BeforeAfter(quality.before, self.quality.after)
+        self.selection, self.quality = chosen, quality
+        self.skipped = not kept  # what a later unit would have done is taken back alone
+
+    def _gradient(self) -> Gradient:
+        with self._work.timed("gradients"):
+            return self._work.gradient(self._forget)[1]
+
+    def _round(self, *, chosen: bool = False) -> None:
+        """Select, step, look whether it did harm, and try again."""
         work, settings = self._work, self._settings
-        with work.timed("gradients"):
-            _, gradient = work.gradient(self._forget)
-        self._choose(gradient)
+        gradient = self._gradient()
+        if not chosen:
+            self._choose(gradient)
         self._layout = UnitLayout(self.selection, work.model)
         share = len(self._forget) / self._n_retain
         self._removal = self._layout.gather(gradient) * share
         self._start = self._layout.gather(work.parameters).detach().clone()
+        self.damping = settings.damping
         guarded = self._guarded()
         if guarded is not None:
             with work.timed("guard"):
@@ -805,7 +825,40 @@ class _Deletion:
         )
 
     def _by_activations(self, candidates: Candidates) -> list[tuple[str, int]]:
-        raise NotImplementedError
+        work, settings = self._work, self._settings
+        with work.timed("perturbation"):
+            recording = record(
+                work.model,
+                self._forget,
+                work.loss_fn,
+                n_perturbations=settings.n_perturbations,
+                noise_std=settings.noise_std,
+                perturb=settings.perturb,
+                rows=settings.foci_rows,
+                units=candidates.selection,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                progress=work.progress,
+            )
+        self.n_dead = len(recording.dead)
+        with work.timed("selection"):
+            if settings.selection == "cheap":
+                ranked, values = select_cheap(recording)
+                self._T = float(values[0])
+                return ranked
+            most = settings.n_units
+            budget = settings.budget(work.n_trainable)
+            if budget < math.inf:
+                fit = np.searchsorted(np.cumsum(np.sort(candidates.sizes)), budget, side="right")
+                most = max(1, int(fit))
+            ranked, self.foci = select_lfoci(
+                recording,
+                max_units=most,
+                stop=most is None,
+                seed=settings.seed,
+                progress=work.progress,
+            )
+        return ranked
 
     # -----------------------------------------------------------------------------------------
     # Steps
@@ -996,17 +1049,6 @@ def _check_model(model: object) -> torch.device:
             f"the model must be on one device; it is on {', '.join(sorted(map(str, devices)))}"
         )
     return devices.pop()
-
-
-def _is_classifier(outputs: Any, targets: Any) -> bool:
-    return (
-        isinstance(outputs, Tensor)
-        and isinstance(targets, Tensor)
-        and outputs.ndim == 2
-        and outputs.shape[1] > 1
-        and targets.ndim == 1
-        and not targets.is_floating_point()
-    )
 
 
 def _part(batch: Batch, samples: slice) -> Batch:
