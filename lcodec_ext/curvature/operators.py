@@ -916,6 +916,7 @@ class SecantOperator(CurvatureOperator):
         S: Tensor,
         Y: Tensor,
         *,
+        inner: Tensor | None = None,
         tolerance: float = 1e-8,
         damping: float = 0.0,
         weight_decay: float = 0.0,
@@ -926,6 +927,10 @@ class SecantOperator(CurvatureOperator):
         ----------
         S, Y : Tensor of float32 or float64, shape (p,) or (p, k)
             Steps, and changes of the gradient without weight decay.
+        inner : Tensor, shape (k, k), optional
+            S^T Y of whole pairs, where S and Y are only their rows of some parameters: the operator
+            is then the block of the whole matrix. Steps that moved other parameters, too, are no
+            steps of these alone, and their own S^T Y is no curvature.
         tolerance, damping, weight_decay
             As for the class.
         """
@@ -941,12 +946,23 @@ class SecantOperator(CurvatureOperator):
         operator = cls.__new__(cls)
         operator.shape, operator.dtype, operator.device = (len(S),) * 2, S.dtype, S.device
         S, Y = (t.detach().reshape(len(t), -1) for t in (S, Y))
-        operator._set_pairs(S, Y, tolerance, damping, weight_decay)
+        k = S.shape[1]
+        if inner is not None and (not isinstance(inner, Tensor) or inner.numel() != k * k):
+            given = tuple(inner.shape) if isinstance(inner, Tensor) else type(inner)
+            raise ValueError(f"inner must be a tensor of shape ({k}, {k}); got {given}")
+        inner = None if inner is None else inner.detach().reshape(k, k)
+        operator._set_pairs(S, Y, tolerance, damping, weight_decay, inner)
         return operator
 
     @plain_arithmetic()
     def _set_pairs(
-        self, S: Tensor, Y: Tensor, tolerance: float, damping: float, weight_decay: float
+        self,
+        S: Tensor,
+        Y: Tensor,
+        tolerance: float,
+        damping: float,
+        weight_decay: float,
+        inner: Tensor | None = None,
     ) -> None:
         self.damping = check_real(damping, "damping", 0)
         self.weight_decay = check_real(weight_decay, "weight_decay", 0)
@@ -956,7 +972,8 @@ class SecantOperator(CurvatureOperator):
         self.S, self.Y = S, Y
         # in units of every step's length, so that M is a matrix of relative curvatures
         lengths = S.double().norm(dim=0)
-        curvature = (S.double() * Y.double()).sum(0)
+        products = S.double().T @ Y.double() if inner is None else inner.double()
+        curvature = products.diagonal()
         good = curvature > tolerance * lengths * Y.double().norm(dim=0)
         self.skipped = tuple((~good).nonzero()[:, 0].tolist())
         if not good.any():
@@ -964,9 +981,9 @@ class SecantOperator(CurvatureOperator):
                 f"none of {S.shape[1]} pairs has positive curvature: s.y is "
                 f"{curvature.max().item():.3g} at most"
             )
-        unit_S = (S.double() / lengths)[:, good]
-        unit_Y = (Y.double() / lengths)[:, good]
-        M = unit_S.T @ unit_Y
+        scale = (lengths if inner is None else curvature.sqrt())[good]
+        unit_Y = Y.double()[:, good] / scale
+        M = products[good][:, good] / (scale[:, None] * scale)
         values, vectors = torch.linalg.eigh((M + M.T) / 2)
         kept = values > tolerance * values[-1]
         self.rank = int(kept.sum())

@@ -256,7 +256,13 @@ class TrainingStatistics:
         steps = [_on(pair, device, dtype) for pair in self.steps]
         changes = self._retained_changes(model, loss_fn, samples, steps, batch_size, dtype)
         S, Y = (torch.stack([layout.gather(one) for one in pairs], 1) for pairs in (steps, changes))
-        return SecantOperator.from_pairs(S, Y, damping=damping, weight_decay=weight_decay)
+        whole_S, whole_Y = (
+            torch.stack([torch.cat([t.flatten() for t in one.values()]) for one in pairs], 1)
+            for pairs in (steps, changes)
+        )
+        return SecantOperator.from_pairs(
+            S, Y, inner=whole_S.T @ whole_Y, damping=damping, weight_decay=weight_decay
+        )
 
     def _retained_changes(
         self,
