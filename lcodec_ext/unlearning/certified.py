@@ -202,15 +202,22 @@ class CertifiedLinear:
         self._train(x, target, torch.arange(len(x), device=x.device), n_outputs)
         return self
 
-    def retrain(self) -> "CertifiedLinear":
-        """Train again on the retained samples, with a fresh b: nothing is spent afterwards.
+    def retrain(self, without: Any = ()) -> "CertifiedLinear":
+        """Train again with a fresh b, which gives a new budget. Samples keep their numbers.
 
-        The samples keep their numbers.
+        Parameters
+        ----------
+        without : sequence of int, array or Tensor
+            Numbers of samples to remove at the same time; by default none.
         """
         x, target = self._fitted()
+        retained = self.retained
+        if len(without):
+            keep = self._keep(self._positions(without)[1])
+            x, target, retained = x[keep], target[keep], retained[keep]
         if self._seed is not None:
             self._seed = (self._seed + 1) % 2**64  # not the same b again
-        self._train(x, target, self.retained, self.weights.shape[1])
+        self._train(x, target, retained, self.weights.shape[1])
         return self
 
     def _train(self, x: Tensor, target: Tensor, retained: Tensor, n_outputs: int) -> None:
@@ -272,24 +279,21 @@ class CertifiedLinear:
         Parameters
         ----------
         indices : sequence of int, array or Tensor
-            Numbers of samples that are still there. In one call they cost about the square of
-            their number, in a call each about their number, but a solve each.
+            Numbers of samples that are still there. Alike samples in one call cost the square of
+            their number; in a call each they cost their number, and a solve each.
 
         Raises
         ------
         PrivacyBudgetExceeded
-            If b would not hide what the removal leaves. Nothing is changed then. `fit` without the
-            samples removes them exactly; `retrain` gives a new budget.
+            If b would not hide what the removal leaves. Nothing is changed then; `retrain` removes
+            the samples, and gives a new budget.
         ValueError
             For numbers that are not there, or if nothing would be left.
         """
         x, target = self._fitted()
         numbers, gone = self._positions(indices)
-        keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        keep[gone] = False
+        keep = self._keep(gone)
         rest, rest_target = x[keep], target[keep]
-        if not len(rest):
-            raise ValueError("indices must leave a sample; got all of them")
         weights = self.weights.clone()
         left, bounds = list(self._left_by_output), []
         for k in range(weights.shape[1]):
@@ -306,8 +310,7 @@ class CertifiedLinear:
             raise PrivacyBudgetExceeded(
                 f"removing {len(numbers)} samples would bring the bound on the residual gradient "
                 f"to {spent:.3g}, and the random term hides {self.budget:.3g}, of which "
-                f"{self.spent:.3g} is spent; train again: fit without the samples, or retrain() "
-                "and remove them from that"
+                f"{self.spent:.3g} is spent; train again without them"
             )
         self.weights, self._left_by_output, self.spent = weights, left, spent
         self._data, self.retained = (rest, rest_target), self.retained[keep]
@@ -346,6 +349,13 @@ class CertifiedLinear:
             slopes, _ = self._derivatives(x @ self.weights[:, k], self._column(target, k))
             gradient[:, k] += x.T @ slopes
         return float(gradient.norm())
+
+    def _keep(self, gone: Tensor) -> Tensor:
+        if len(gone) == len(self.retained):
+            raise ValueError("indices must leave a sample; got all of them")
+        keep = torch.ones(len(self.retained), dtype=torch.bool, device=gone.device)
+        keep[gone] = False
+        return keep
 
     def _positions(self, indices: Any) -> tuple[list[int], Tensor]:
         """The numbers, ascending, and where they are among the retained."""
