@@ -489,6 +489,7 @@ class CertifiedLinear:
             "gradient_bound": self.tolerance,
             "retraining": "training again would end with a gradient of at most gradient_bound, too",
             "releases": "one release for each training: two models with the same b tell about it",
+            "preprocessing": "how X is scaled does not depend on samples that may be deleted",
             "requests": "what is to be deleted was chosen without sight of earlier releases",
             "secrecy": "b, and so the state of this object, stays secret",
         }

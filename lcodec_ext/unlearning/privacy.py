@@ -435,6 +435,7 @@ _STATEMENTS = {
     "data": "the constants hold for every data set that could have been there, not only for this",
     "retraining": "training again would end with a gradient of at most gradient_bound, too",
     "frozen_parameters": "parameters that are not trained do not depend on the training data",
+    "preprocessing": "how inputs are scaled does not depend on samples that may be deleted",
     "requests": "what is to be deleted was chosen without sight of earlier releases",
     "noise": "real-valued Gaussian noise; it is added in float64 and rounded",
 }
