@@ -14,8 +14,9 @@ selectionType          "Full", "FOCI", "Random" (as many units as FOCI finds) or
 FOCIType               "full" or "cheap", with "FOCI"
 order                  "Hessian", a Newton step, or "BP", ``lr`` times the gradient
 HessType               "Sekhari", with noise for (epsilon, delta) on the result, or "CR", without
-approxType             "FD", the secant of the last two epochs' gradients, from their files, or
-                       "Fisher", of the retained samples
+approxType             "FD", the secant of the last two epochs' gradients, from their files;
+                       "Fisher", of the retained samples; or, not known to the published code,
+                       "GaussNewton", of the retained samples
 train_epochs           number of epochs of the training, for the names of the files ("FD")
 orig_trainset_size     n, the number of samples that the model was trained on
 l2_reg                 lambda of the trained objective, mean loss + (lambda / 2) |w|^2
@@ -38,7 +39,6 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.compat.scrub needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
-import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -51,12 +51,26 @@ from torch.utils.data import Dataset, default_collate
 from lcodec_ext._validation import check_bool, check_choice, check_integer, check_real
 from lcodec_ext.compat import _scrub_defects as defects
 from lcodec_ext.compat._scrub_files import (
+    file_name,
     getGradObjs,
     gradNorm,
     of_root,
     read_epoch,
     write_epoch,
 )
+from lcodec_ext.curvature._data import Batch
+from lcodec_ext.unlearning import Settings, TrainingStatistics, UnitSelection, unlearn
+from lcodec_ext.unlearning.perturbation import (
+    TokenReplacement,
+    record,
+    select_cheap,
+    select_lfoci,
+)
+from lcodec_ext.unlearning.samples import Samples, as_samples, outputs_of
+from lcodec_ext.unlearning.selection import find_candidates
+
+_CURVATURES = {"FD": "secant", "Fisher": "fisher", "GaussNewton": "gauss_newton"}
+_BERT_UNCASED, _FIRST_WORD = 30522, 999  # before it are special and unused tokens and characters
 
 Measured = tuple[Tensor, Tensor, float, float]  # loss before and after, gradient norm likewise
 
@@ -332,7 +346,7 @@ def inp_perturb(
         Whether to call the model as ``model(input_ids=..., attention_mask=...)`` and to replace
         tokens for a perturbation, not to add noise.
     retained : Dataset, optional
-        The training samples that stay, as `dataset`; for ``approxType="Fisher"``.
+        The training samples that stay, as `dataset`; for "Fisher" and "GaussNewton".
     reference_bugs : bool
         Do what the published code does, its defects included.
 
@@ -358,9 +372,8 @@ def inp_perturb(
     _check(params, reference_bugs)
     pick = _text if is_nlp else tuple
     if not reference_bugs:
-        return 0, *_delete(
-            model, model, dataset, retained, pick, criterion, params, device, outString
-        )
+        measured = _delete(model, dataset, retained, pick, criterion, params, device, outString)
+        return 0, model.state_dict(), *measured
     zero_grad = model.zero_grad if optim is None else optim.zero_grad
     request = _collated(dataset, pick, params.scrub_batch_size or 1, device)
     measured = defects.step(model, request, criterion, params, zero_grad, outString)
@@ -407,18 +420,11 @@ def reid_inp_perturb(
         zero_grad = engine.optimizer.zero_grad
         measured = defects.step(model, request, loss_fn, params, zero_grad, outString, reid=True)
     else:
-        classifier = _Classifier(model)
+        hook = model.register_forward_pre_hook(_classify)
         measured = _delete(
-            model,
-            classifier,
-            dataset,
-            retained,
-            _image_of_person,
-            loss_fn,
-            params,
-            device,
-            outString,
+            model, dataset, retained, _image_of_person, loss_fn, params, device, outString
         )
+        hook.remove()
     return model.state_dict(), *measured
 
 
@@ -440,16 +446,8 @@ def vgg_inp_perturb(
     )
 
 
-class _Classifier(nn.Module):
-    """A model whose root is in training mode whenever it is called."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        self.model.training = True
-        return self.model(x)
+def _classify(model: nn.Module, _: Any) -> None:
+    model.training = True  # of the root alone
 
 
 class _Picked(Dataset):
@@ -490,7 +488,7 @@ def _check(params: Any, reference_bugs: object) -> None:
         ("selectionType", ("Full", "FOCI", "Random", "One")),
         ("order", ("Hessian", "BP")),
         ("HessType", ("Sekhari", "CR")),
-        ("approxType", ("FD", "Fisher")),
+        ("approxType", ("FD", "Fisher") if reference_bugs else tuple(_CURVATURES)),
     ):
         check_choice(getattr(params, name), f"params.{name}", choices)
     if params.selectionType == "FOCI":
@@ -500,7 +498,6 @@ def _check(params: Any, reference_bugs: object) -> None:
 
 def _delete(
     model: nn.Module,
-    called: nn.Module,
     dataset: Any,
     retained: Any,
     pick: Callable[[Any], Any],
@@ -509,4 +506,163 @@ def _delete(
     device: Any,
     stem: str,
 ) -> Measured:
-    raise NotImplementedError
+    """Change a model in place; return losses and gradient norms of the request."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    request = _collated(dataset, pick, len(dataset), device)
+    dtype = next(model.parameters()).dtype
+    samples = as_samples(request, "dataset", torch.device(device), dtype)
+    loss_before, norm_before = _measure(model, samples, loss_fn)
+    seed = int(torch.randint(2**62, ()))  # manual_seed governs it
+    selection = _selection(model, samples, loss_fn, params, seed)
+    if params.order == "BP":
+        step = check_real(params.lr, "params.lr", 0) * selection.gather(
+            _gradients(model), model=model
+        )
+        selection.add_(model, step)
+    else:
+        _newton(model, samples, retained, pick, loss_fn, params, selection, stem, seed)
+    loss_after, norm_after = _measure(model, samples, loss_fn)
+    model.zero_grad()
+    for module, mode in modes.items():
+        module.training = mode
+    return loss_before, loss_after, norm_before, norm_after
+
+
+def _measure(
+    model: nn.Module, samples: Samples, loss_fn: Callable[[Any, Tensor], Tensor]
+) -> tuple[Tensor, float]:
+    """Mean loss and the norm of its gradient, which the parameters keep."""
+    batch = samples.fetch(slice(None))
+    model.zero_grad()
+    loss = loss_fn(outputs_of(model, batch), batch.targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach(), gradNorm(model)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+
+
+def _selection(
+    model: nn.Module,
+    samples: Samples,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    params: Any,
+    seed: int,
+) -> UnitSelection:
+    if params.selectionType == "Full":
+        return UnitSelection.all(model)
+    candidates = find_candidates(model, Settings.preset("paper")).selection
+    n = 1
+    if params.selectionType != "One":
+        texts = samples.fetch(slice(None))
+        perturb = None
+        if texts.kwargs:
+            perturb = _replacement(model, texts, params.n_tokens_to_replace)
+        recording = record(
+            model,
+            samples,
+            loss_fn,
+            n_perturbations=params.n_perturbations,
+            perturb=perturb,
+            units=candidates,
+            seed=seed,
+        )
+        cheap = params.selectionType == "FOCI" and params.FOCIType == "cheap"
+        found = (select_cheap(recording) if cheap else select_lfoci(recording, seed=seed))[0]
+        if params.selectionType == "FOCI":
+            return _of_units(found)
+        n = len(found)
+    units = [(layer, unit) for layer, units in candidates.units.items() for unit in units]
+    chosen = np.random.default_rng(seed).choice(len(units), n, replace=False)
+    return _of_units([units[k] for k in chosen])
+
+
+def _of_units(units: Iterable[tuple[str, int]]) -> UnitSelection:
+    by_layer: dict[str, list[int]] = {}
+    for layer, unit in units:
+        by_layer.setdefault(layer, []).append(unit)
+    return UnitSelection(by_layer)
+
+
+def _replacement(model: nn.Module, texts: Batch, n_tokens: int) -> TokenReplacement:
+    """Replace words by words: neither the first and last token of a text, nor padding."""
+    ids, mask = texts.kwargs["input_ids"], texts.kwargs["attention_mask"] != 0
+    last = mask.long().cumsum(1).argmax(1, keepdim=True)
+    special = torch.cat([ids[:, 0], ids.gather(1, last).flatten(), ids[~mask]])
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if not embeddings:
+        raise ValueError("is_nlp=True needs a model with an nn.Embedding of tokens; it has none")
+    # Positions and token types are fewer than tokens.
+    n = max(embedding.num_embeddings for embedding in embeddings)
+    words = range(_FIRST_WORD, n) if n == _BERT_UNCASED else range(n)
+    return TokenReplacement(
+        token_ids=words, special_ids=sorted(set(special.tolist())), n_tokens=n_tokens
+    )
+
+
+def _newton(
+    model: nn.Module,
+    samples: Samples,
+    retained: Any,
+    pick: Callable[[Any], Any],
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    params: Any,
+    selection: UnitSelection,
+    stem: str,
+    seed: int,
+) -> None:
+    n = check_integer(params.orig_trainset_size, "params.orig_trainset_size", len(samples) + 1)
+    options: dict[str, Any] = {}
+    if params.approxType == "FD":
+        check_integer(params.train_epochs, "params.train_epochs", 2)
+        options["statistics"] = _statistics(model, stem, params.train_epochs, n)
+    elif retained is None:
+        raise ValueError(
+            f"params.approxType={params.approxType!r} needs the training samples that stay: pass "
+            "retained=, a dataset like that of the samples to delete"
+        )
+    if params.HessType == "Sekhari" and params.delta < 1:  # (epsilon, 1) holds of anything
+        options |= {"epsilon": params.epsilon, "delta": params.delta}
+    unlearn(
+        model,
+        samples,
+        None if params.approxType == "FD" else _Picked(retained, pick),
+        loss_fn,
+        preset="paper",
+        selection=selection,
+        curvature=_CURVATURES[params.approxType],
+        weight_decay=params.l2_reg,
+        damping=0.0,
+        seed=seed,
+        inplace=True,
+        **options,
+    )
+
+
+def _statistics(model: nn.Module, stem: str, epochs: int, n: int) -> TrainingStatistics:
+    """The pair that the files of the last two epochs determine."""
+    device = next(model.parameters()).device
+    snapshots = []
+    for epoch in (epochs - 2, epochs - 1):
+        gradients, parameters = (
+            of_root(bank, model, file_name(stem, epoch, what))
+            for bank, what in zip(read_epoch(stem, epoch, device), ("grads", "params"), strict=True)
+        )
+        snapshots.append((parameters, gradients))
+    (w1, g1), (w2, g2) = snapshots
+    curvature = sum(float(((w2[k] - w1[k]) * (g2[k] - g1[k])).sum()) for k in w1)
+    if not curvature > 0:
+        raise ValueError(
+            f"the files {file_name(stem, epochs - 2, '*')} and {file_name(stem, epochs - 1, '*')} "
+            "hold no positive curvature: the change of the gradient times that of the parameters "
+            f"is {curvature:.3g}. Gradients that the published code wrote may do that, for they "
+            "are not the training set's; so may a training that has not settled. Write them with "
+            "do_epoch of this module and train longer, or pass retained= and "
+            "params.approxType='GaussNewton'"
+        )
+    return TrainingStatistics.from_epochs(snapshots, n)
