@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 import scrub_driver
 from lcodec_ext.compat import scrub
 from lcodec_ext.compat.scrub import do_epoch, inp_perturb, manual_seed, reid_inp_perturb
+from lcodec_ext.curvature._data import Batch
 
 CE = nn.CrossEntropyLoss()
 DEVICE = torch.device("cpu")
@@ -662,7 +663,7 @@ def test_errors_name_what_is_wrong(data, stem):
     del lacking.l2_reg
     with pytest.raises(AttributeError, match="l2_reg"):
         scrubbed(model, request, lacking, stem)
-    with pytest.raises(ValueError, match="dataset is empty"):
+    with pytest.raises(ValueError, match="dataset must have samples"):
         scrubbed(model, Subset(data, []), parameters(), stem)
     with pytest.raises(TypeError, match="reference_bugs must be True or False"):
         scrubbed(model, request, parameters(), stem, reference_bugs=1)
@@ -766,6 +767,21 @@ def test_text(texts, stem, reference_bugs, size):
     assert returned[3].item() == pytest.approx(
         criterion(model.eval()(ids, mask), labels).item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(("vocabulary", "first"), [(30522, 999), (100, 3)])
+def test_words_are_replaced_by_words(texts, vocabulary, first):
+    model = nn.ModuleList([nn.Embedding(12, 4), nn.Embedding(vocabulary, 4)])
+    ids, mask, _, _ = texts[:]
+    batch = Batch((), {"input_ids": ids, "attention_mask": mask}, None, len(ids))
+    replace = scrub._replacement(model, batch, 2)
+    changed = replace(batch.kwargs, np.random.default_rng(0))["input_ids"]
+    differs = changed != ids
+    assert (differs.sum(1) == 2).all()
+    assert changed[differs].min() >= first
+    assert not differs[:, 0].any()
+    assert not differs[mask == 0].any()
+    assert (changed[torch.arange(24), mask.sum(1) - 1] == 2).all()
 
 
 class Person(SmallCNN):

@@ -128,13 +128,15 @@ def _record(
 
     hooks = [layer.register_forward_hook(record) for layer in layers]
     rows, losses = [], []
-    with torch.no_grad():
-        for draw in _draws(inputs, params):
-            called.clear()
-            losses.append(loss_of(draw))
-            rows.append(torch.cat(called))
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            for draw in _draws(inputs, params):
+                called.clear()
+                losses.append(loss_of(draw))
+                rows.append(torch.cat(called))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return layers, torch.stack(rows), torch.stack(losses)
 
 

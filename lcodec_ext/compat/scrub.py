@@ -370,13 +370,13 @@ def inp_perturb(
         model, and what `lcodec_ext.unlearning.unlearn` refuses.
     """
     _check(params, reference_bugs)
-    pick = _text if is_nlp else tuple
-    if not reference_bugs:
-        measured = _delete(model, dataset, retained, pick, criterion, params, device, outString)
-        return 0, model.state_dict(), *measured
-    zero_grad = model.zero_grad if optim is None else optim.zero_grad
-    request = _collated(dataset, pick, params.scrub_batch_size or 1, device)
-    measured = defects.step(model, request, criterion, params, zero_grad, outString)
+    given, kept = (_Picked(samples, _text if is_nlp else tuple) for samples in (dataset, retained))
+    if reference_bugs:
+        zero_grad = model.zero_grad if optim is None else optim.zero_grad
+        request = _collated(given, params.scrub_batch_size or 1, device)
+        measured = defects.step(model, request, criterion, params, zero_grad, outString)
+    else:
+        measured = _delete(model, given, kept, criterion, params, device, outString)
     return 0, model.state_dict(), *measured
 
 
@@ -415,16 +415,17 @@ def reid_inp_perturb(
     def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
         return engine.compute_loss(engine.criterion, outputs, targets)
 
+    given, kept = (_Picked(samples, _image_of_person) for samples in (dataset, retained))
     if reference_bugs:
-        request = _collated(dataset, _image_of_person, params.scrub_batch_size or 1, device)
         zero_grad = engine.optimizer.zero_grad
+        request = _collated(given, params.scrub_batch_size or 1, device)
         measured = defects.step(model, request, loss_fn, params, zero_grad, outString, reid=True)
     else:
         hook = model.register_forward_pre_hook(_classify)
-        measured = _delete(
-            model, dataset, retained, _image_of_person, loss_fn, params, device, outString
-        )
-        hook.remove()
+        try:
+            measured = _delete(model, given, kept, loss_fn, params, device, outString)
+        finally:
+            hook.remove()
     return model.state_dict(), *measured
 
 
@@ -454,13 +455,13 @@ class _Picked(Dataset):
     """A dataset, each sample in another form."""
 
     def __init__(self, dataset: Any, pick: Callable[[Any], Any]) -> None:
-        self._dataset, self._pick = dataset, pick
+        self.dataset, self._pick = dataset, pick
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self._pick(self._dataset[index])
+        return self._pick(self.dataset[index])
 
 
 def _text(sample: Any) -> dict[str, Tensor]:
@@ -472,11 +473,11 @@ def _image_of_person(sample: Any) -> tuple[Any, Any]:
     return sample["img"], sample["pid"]
 
 
-def _collated(dataset: Any, pick: Callable[[Any], Any], most: int, device: Any) -> Any:
+def _collated(samples: _Picked, most: int, device: Any) -> Any:
     """The first samples as one batch, (inputs, targets) or a dict with labels."""
-    if not len(dataset):
-        raise ValueError("dataset is empty")
-    batch = default_collate([pick(dataset[i]) for i in range(min(most, len(dataset)))])
+    if not len(samples):
+        raise ValueError("dataset must have samples to delete; it is empty")
+    batch = default_collate([samples[i] for i in range(min(most, len(samples)))])
     if isinstance(batch, dict):
         return {key: value.to(device) for key, value in batch.items()}
     return tuple(value.to(device) for value in batch)
@@ -493,39 +494,39 @@ def _check(params: Any, reference_bugs: object) -> None:
         check_choice(getattr(params, name), f"params.{name}", choices)
     if params.selectionType == "FOCI":
         check_choice(params.FOCIType, "params.FOCIType", ("full", "cheap"))
-    check_integer(params.n_perturbations, "params.n_perturbations", 3)
+    if params.selectionType in ("FOCI", "Random"):
+        check_integer(params.n_perturbations, "params.n_perturbations", 3)
 
 
 def _delete(
     model: nn.Module,
-    dataset: Any,
-    retained: Any,
-    pick: Callable[[Any], Any],
+    dataset: _Picked,
+    retained: _Picked,
     loss_fn: Callable[[Any, Tensor], Tensor],
     params: Any,
     device: Any,
     stem: str,
 ) -> Measured:
     """Change a model in place; return losses and gradient norms of the request."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    request = _collated(dataset, pick, len(dataset), device)
+    request = _collated(dataset, len(dataset), device)
     dtype = next(model.parameters()).dtype
     samples = as_samples(request, "dataset", torch.device(device), dtype)
-    loss_before, norm_before = _measure(model, samples, loss_fn)
-    seed = int(torch.randint(2**62, ()))  # manual_seed governs it
-    selection = _selection(model, samples, loss_fn, params, seed)
-    if params.order == "BP":
-        step = check_real(params.lr, "params.lr", 0) * selection.gather(
-            _gradients(model), model=model
-        )
-        selection.add_(model, step)
-    else:
-        _newton(model, samples, retained, pick, loss_fn, params, selection, stem, seed)
-    loss_after, norm_after = _measure(model, samples, loss_fn)
-    model.zero_grad()
-    for module, mode in modes.items():
-        module.training = mode
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        loss_before, norm_before = _measure(model, samples, loss_fn)
+        seed = int(torch.randint(2**62, ()))  # manual_seed governs it
+        selection = _selection(model, samples, loss_fn, params, seed)
+        if params.order == "BP":
+            step = selection.gather(_gradients(model), model=model)
+            selection.add_(model, check_real(params.lr, "params.lr", 0) * step)
+        else:
+            _newton(model, samples, retained, loss_fn, params, selection, stem, seed)
+        loss_after, norm_after = _measure(model, samples, loss_fn)
+    finally:
+        model.zero_grad()
+        for module, mode in modes.items():
+            module.training = mode
     return loss_before, loss_after, norm_before, norm_after
 
 
@@ -608,8 +609,7 @@ def _replacement(model: nn.Module, texts: Batch, n_tokens: int) -> TokenReplacem
 def _newton(
     model: nn.Module,
     samples: Samples,
-    retained: Any,
-    pick: Callable[[Any], Any],
+    retained: _Picked,
     loss_fn: Callable[[Any, Tensor], Tensor],
     params: Any,
     selection: UnitSelection,
@@ -621,7 +621,7 @@ def _newton(
     if params.approxType == "FD":
         check_integer(params.train_epochs, "params.train_epochs", 2)
         options["statistics"] = _statistics(model, stem, params.train_epochs, n)
-    elif retained is None:
+    elif retained.dataset is None:
         raise ValueError(
             f"params.approxType={params.approxType!r} needs the training samples that stay: pass "
             "retained=, a dataset like that of the samples to delete"
@@ -631,7 +631,7 @@ def _newton(
     unlearn(
         model,
         samples,
-        None if params.approxType == "FD" else _Picked(retained, pick),
+        None if params.approxType == "FD" else retained,
         loss_fn,
         preset="paper",
         selection=selection,
