@@ -124,7 +124,7 @@ class Regression:
         full = torch.empty(c, d, c, d, dtype=torch.float64)
         for i in range(c):
             for j in range(i, c):
-                weight = p[:, i] * ((i == j) - p[:, j])
+                weight = p[:, i] * (float(i == j) - p[:, j])
                 full[i, :, j] = rows.T @ (weight[:, None] * rows) / len(rows)
                 full[j, :, i] = full[i, :, j].T
         return full.reshape(c * d, c * d) + LAMBDA * torch.eye(c * d, dtype=torch.float64)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = {  # and how many examples each has
     "README.md": 3,
     "docs/curvature.md": 2,
+    "docs/privacy.md": 3,
 }
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 EXAMPLES = [

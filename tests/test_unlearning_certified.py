@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy import stats
 from sklearn.datasets import load_breast_cancer, load_digits
-from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lcodec_ext.unlearning.certified import CertifiedLinear, check_certified_model
+from lcodec_ext.unlearning import unlearn
+from lcodec_ext.unlearning.certified import CertifiedLinear
 from lcodec_ext.unlearning.privacy import PrivacyBudgetExceeded, gaussian_delta
 
 OPTIONS = {"weight_decay": 0.01, "epsilon": 1.0, "delta": 1e-4, "noise_std": 2.0}
@@ -533,10 +533,8 @@ def test_records_are_data(rng):
     assert set(state) == {field.name for field in dataclasses.fields(record)} | {"budget_left"}
 
 
-def test_other_models_are_refused(rng):
-    model = CertifiedLinear(**OPTIONS)
-    assert check_certified_model(model) is model
-    with pytest.raises(
-        TypeError, match="update='certified' needs .* CertifiedLinear; got .* Linear"
-    ):
-        check_certified_model(nn.Linear(3, 1))
+def test_unlearn_sends_to_its_own_method(rng):
+    X, y = draw(rng)
+    model = CertifiedLinear(**OPTIONS).fit(X, y)
+    with pytest.raises(TypeError, match=r"a CertifiedLinear removes .* model.remove\(indices\)"):
+        unlearn(model, (X[:1], y[:1]), (X[1:], y[1:]), binary_cross_entropy_with_logits)

@@ -15,10 +15,19 @@ except ImportError as error:  # the core package does without it
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.curvature.units import UnitSelection
 from lcodec_ext.unlearning.baselines import Baseline
-from lcodec_ext.unlearning.certified import CertifiedLinear
+from lcodec_ext.unlearning.certified import CertifiedLinear, RemovalRecord
 from lcodec_ext.unlearning.evaluation import BASELINES, Evaluation, MethodEvaluation, evaluate
 from lcodec_ext.unlearning.perturbation import TokenReplacement
-from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, PrivacyBudgetExceeded
+from lcodec_ext.unlearning.privacy import (
+    Guarantee,
+    PrivacyBudget,
+    PrivacyBudgetExceeded,
+    add_noise,
+    gaussian_delta,
+    gaussian_sigma,
+    logistic_constants,
+    removal_bound,
+)
 from lcodec_ext.unlearning.samples import random_samples, samples_of
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -35,13 +44,19 @@ __all__ = [
     "MethodEvaluation",
     "PrivacyBudget",
     "PrivacyBudgetExceeded",
+    "RemovalRecord",
     "Settings",
     "TokenReplacement",
     "TrainingStatistics",
     "UnitSelection",
     "UnlearnResult",
+    "add_noise",
     "evaluate",
+    "gaussian_delta",
+    "gaussian_sigma",
+    "logistic_constants",
     "random_samples",
+    "removal_bound",
     "samples_of",
     "unlearn",
 ]

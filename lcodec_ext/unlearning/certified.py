@@ -563,23 +563,6 @@ class CertifiedLinear:
         return model
 
 
-def check_certified_model(model: object) -> CertifiedLinear:
-    """Give the model back if certified removal is possible from it.
-
-    Raises
-    ------
-    TypeError
-        If it is not a `CertifiedLinear`.
-    """
-    if not isinstance(model, CertifiedLinear):
-        raise TypeError(
-            "update='certified' needs a model whose training objective had the random term, a "
-            f"CertifiedLinear; got an object of type {type(model).__name__}. Train such a model, "
-            "on the features of another if need be, or take update='newton' with epsilon and delta"
-        )
-    return model
-
-
 def _positive(value: object, name: str) -> float:
     number = check_real(value, name, 0.0)
     if number == 0.0:

@@ -94,7 +94,7 @@ class TokenReplacement:
     >>> tokens = torch.tensor([[1, 17, 41, 2, 0, 0]])
     >>> changed = replace({"input_ids": tokens}, np.random.default_rng(0))["input_ids"]
     >>> (changed != tokens).int()
-    tensor([[0, 1, 0, 0, 0, 0]], dtype=torch.int32)
+    tensor([[0, 0, 1, 0, 0, 0]], dtype=torch.int32)
     """
 
     vocab_size: int | None = None

@@ -33,6 +33,7 @@ from lcodec_ext.curvature.solvers import (
     SolveResult,
 )
 from lcodec_ext.curvature.units import UnitLayout, UnitSelection
+from lcodec_ext.unlearning.certified import CertifiedLinear
 from lcodec_ext.unlearning.metrics import Score, predict
 from lcodec_ext.unlearning.perturbation import (
     CHEAP_THRESHOLD,
@@ -1033,6 +1034,11 @@ def _check_roles(
 
 def _check_model(model: object) -> torch.device:
     """Find the device of a model; refuse parameters that are missing or not finite."""
+    if isinstance(model, CertifiedLinear):
+        raise TypeError(
+            "model must be a torch.nn.Module; a CertifiedLinear removes samples by itself: "
+            "model.remove(indices)"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     devices = set()
