@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import matplotlib.style
@@ -32,7 +33,17 @@ from lcodec_ext.unlearning._report_text import duration, percent, shorten
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, GREY, DARK, PALE = "#56B4E9", "#CC79A7", "#9A9A9A", "#222222", "#ECECEC"
-_PHASE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, "#B8A500")
+OLIVE, BROWN = "#B8A500", "#7F5B45"
+_PHASES = {  # those of `unlearn`, in the order of the bars
+    "perturbation": BLUE,
+    "selection": ORANGE,
+    "gradients": GREEN,
+    "curvature": PURPLE,
+    "solve": SKY,
+    "repair": RED,
+    "guard": OLIVE,
+    "monitoring": BROWN,
+}
 
 _STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -42,7 +53,6 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "figure.constrained_layout.use": True,
     "figure.dpi": 150,
     "savefig.dpi": "figure",
 }
@@ -65,7 +75,7 @@ def draw_all(
     comparison: Comparison | None, ledgers: Sequence[Sequence[Request]]
 ) -> dict[str, bytes]:
     """PNG files by name, of those figures for which there are data."""
-    with matplotlib.style.context(["default", _STYLE]):
+    with style():
         figures: dict[str, Figure | None] = {}
         if comparison is not None:
             figures["figure_gap.png"] = gap(comparison)
@@ -80,6 +90,11 @@ def draw_all(
         return {name: _png(figure) for name, figure in figures.items() if figure is not None}
 
 
+def style() -> AbstractContextManager[None]:
+    """The context in which figures are made and drawn: the same for all users."""
+    return matplotlib.style.context(["default", _STYLE])
+
+
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -87,7 +102,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -794,7 +809,7 @@ def time(comparison: Comparison) -> Figure | None:
                     ha="center",
                     va="center",
                     fontsize=8,
-                    color="white" if colour in (BLUE, GREEN, RED) else DARK,
+                    color=DARK if colour in (ORANGE, SKY, PURPLE, OLIVE, GREY) else "white",
                 )
         left += widths
     for row, (method, total) in enumerate(zip(rows, totals, strict=True)):
@@ -826,10 +841,12 @@ def _rank_phases(splits: Sequence[Mapping[str, float]]) -> dict[str, str]:
         total = sum(split.values()) or 1.0
         for phase, seconds in split.items():
             weight[phase] = weight.get(phase, 0.0) + seconds / total
-    named = [phase for phase in weight if phase != "other"]
-    longest = sorted(named, key=lambda phase: -weight[phase])[: len(_PHASE_COLOURS)]
-    kept = [phase for phase in named if phase in longest]  # in the order in which they ran
-    colours = dict(zip(kept, _PHASE_COLOURS, strict=False))
+    named = [*(p for p in _PHASES if p in weight), *(p for p in weight if p not in _PHASES)]
+    named = [phase for phase in named if phase != "other"]
+    longest = sorted(named, key=lambda phase: -weight[phase])[: len(_PHASES)]
+    kept = [phase for phase in named if phase in longest]
+    free = [colour for phase, colour in _PHASES.items() if phase not in kept]
+    colours = {phase: _PHASES[phase] if phase in _PHASES else free.pop(0) for phase in kept}
     if len(kept) < len(weight):
         colours["other"] = GREY
     return colours

@@ -36,6 +36,7 @@ from lcodec_ext.unlearning._report_text import duration, listed, number, percent
 
 _FORMAT = 1
 _TABLE_ROWS = 30  # requests in the table of report.md
+_REASONS = 4  # why a guarantee is heuristic, in the summary
 _POINT = 0.01  # of accuracy, from which a method is said to have lost some
 _GAPS = {  # what is told of nearness to retraining, if it was measured
     "js_forget": "Outputs on the deleted samples (Jensen-Shannon distance to retrained models)",
@@ -498,7 +499,10 @@ def _say_guarantee(requests: Sequence[Request]) -> str:
                 for reason in one.get("reasons") or ()
             )
         )
-        text += f": {'; '.join(reasons)}." if reasons else "."
+        shown = reasons[:_REASONS]
+        if len(reasons) > _REASONS:
+            shown.append(f"and {len(reasons) - _REASONS} more reasons, in report.json")
+        text += f": {'; '.join(shown)}." if shown else "."
         if terms:
             text += f" The newest had the noise for {terms}."
     return text + spent
@@ -510,7 +514,7 @@ def _say_comparison(comparison: Comparison) -> list[str]:
     methods = comparison.candidates()
     failed = [method for method in methods if method.errors]
     for method in failed:
-        said.append(f"FAILED: {_named(method)}: {'; '.join(method.errors)}")
+        said.append(f"FAILED: {_named(method)}: {'; '.join(method.errors).rstrip(': ')}.")
     for method in methods:
         if method.n_skipped:
             often = (
