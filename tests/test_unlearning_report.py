@@ -205,6 +205,8 @@ def test_json_has_everything(tmp_path):
     assert content["ledgers"] == [entries]
     assert content["summary"] == list(report.summary)
     assert content["files"] == list(report.files)
+    assert content["floor"]["js_forget"] == {"mean": 0.05, "sd": None, "n": 1}
+    assert "weight_distance" not in content["floor"]
     combined = {m["name"]: m for m in content["methods"]}
     assert next(iter(combined)) == "no-op"
     assert list(combined)[-1] == "retrained"

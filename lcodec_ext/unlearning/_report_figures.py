@@ -846,7 +846,7 @@ def _rank_phases(splits: Sequence[Mapping[str, float]]) -> dict[str, str]:
     longest = sorted(named, key=lambda phase: -weight[phase])[: len(_PHASES)]
     kept = [phase for phase in named if phase in longest]
     free = [colour for phase, colour in _PHASES.items() if phase not in kept]
-    colours = {phase: _PHASES[phase] if phase in _PHASES else free.pop(0) for phase in kept}
+    colours = {phase: _PHASES[phase] if phase in _PHASES else free.pop() for phase in kept}
     if len(kept) < len(weight):
         colours["other"] = GREY
     return colours

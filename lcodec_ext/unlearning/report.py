@@ -164,7 +164,8 @@ def write_report(
 
     Examples
     --------
-    >>>     >>> metrics = {"accuracy_test": 0.95, "js_forget": 0.4}
+    >>> import tempfile
+    >>> metrics = {"accuracy_test": 0.95, "js_forget": 0.4}
     >>> evaluation = {
     ...     "format": 1,
     ...     "n_forget": 10,
@@ -213,7 +214,7 @@ def write_report(
         "summary": summary,
         "files": names,
         "methods": [_method_record(m) for m in comparison.methods] if comparison else [],
-        "floor": comparison.floor if comparison else {},
+        "floor": {k: s._asdict() for k, s in comparison.floor.items()} if comparison else {},
         "evaluations": evaluations,
         "ledgers": [[request.entry for request in requests] for requests in ledgers],
     }
@@ -244,7 +245,7 @@ def _former_files(folder: Path) -> set[str]:
         return set()
 
 
-def _replace_all(folder: Path, files: Mapping[str, bytes]) -> None:
+def _replace_all(folder: Path, files: dict[str, bytes]) -> None:
     """Write files, and when all are written put them in their places, each at once."""
     token = secrets.token_hex(4)
     written: dict[str, Path] = {}
@@ -255,7 +256,7 @@ def _replace_all(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        for name in [*files]:
+        for name in reversed(files):  # those that name others come last
             os.replace(written[name], folder / name)
             del written[name]
     finally:
