@@ -28,6 +28,7 @@ from lcodec_ext.unlearning.privacy import (
     logistic_constants,
     removal_bound,
 )
+from lcodec_ext.unlearning.report import Report, write_report
 from lcodec_ext.unlearning.samples import random_samples, samples_of
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -45,6 +46,7 @@ __all__ = [
     "PrivacyBudget",
     "PrivacyBudgetExceeded",
     "RemovalRecord",
+    "Report",
     "Settings",
     "TokenReplacement",
     "TrainingStatistics",
@@ -59,4 +61,5 @@ __all__ = [
     "removal_bound",
     "samples_of",
     "unlearn",
+    "write_report",
 ]

@@ -124,8 +124,9 @@ class UnlearnResult:
     loss_forget, loss_retain : BeforeAfter
         Mean losses, without the regulariser.
     guard : BeforeAfter
-        What the guard watched: accuracy, or where there is none, minus the mean loss; nan where
-        `Settings.max_drop` is None.
+        What the guard watched; nan where `Settings.max_drop` is None.
+    watched : str
+        What that is: "accuracy", "the score" or, where there is neither, "minus the mean loss".
     guarantee : Guarantee
         What (epsilon, delta) mean for this result: certified, heuristic, or nothing.
     seconds : dict of str to float
@@ -157,6 +158,7 @@ class UnlearnResult:
     loss_forget: BeforeAfter
     loss_retain: BeforeAfter
     guard: BeforeAfter
+    watched: str
     guarantee: Guarantee
     seconds: dict[str, float]
 
@@ -208,7 +210,10 @@ class UnlearnResult:
             f"{change(self.gradient_norm_selected)}, {self.training_gradient_norm:.2g} of training",
         ]
         if s.max_drop is not None:
-            lines.append(f"  guard         {change(self.guard)}, {self.attempts} attempts")
+            lines.append(
+                f"  guard         {self.watched} {change(self.guard)}, {self.attempts} attempt"
+                + "s" * (self.attempts > 1)
+            )
         if self.guarantee.kind != "none":
             privacy = str(self.guarantee).replace("\n  ", "\n" + " " * 16)
             lines.append(f"  privacy       {privacy}")
@@ -438,6 +443,7 @@ def unlearn(
         loss_forget=BeforeAfter(before.forget_loss, done.forget_loss),
         loss_retain=BeforeAfter(before.retained_loss, done.retained_loss),
         guard=BeforeAfter(deletions[0].quality.before, deletions[-1].quality.after),
+        watched=deletions[-1].watched,
         guarantee=guarantee,
         seconds=work.seconds,
     )
