@@ -36,7 +36,7 @@ def make_data(n=N):
 class Result:
     model: nn.Module
     selection: UnitSelection
-    skipped: bool
+    skipped: tuple[int, ...]
     seconds: dict[str, float]
     record: dict[str, Any]
 
@@ -44,36 +44,42 @@ class Result:
         return self.record
 
 
-def step(model, forget, retain, loss_fn, *, seed, skip=(), pause=0.0, **options):
-    """One step of gradient ascent, and noise by the seed; a request for a sample of skip fails."""
-    time.sleep(pause)
+def step(model, forget, retain, loss_fn, *, preset, refuse=(), pause=0.0, **_):
+    """One step of gradient ascent, and noise by the seed.
+
+    Samples whose inputs are among `refuse` are not let go; if there are any, only the others are.
+    """
+    if pause:
+        time.sleep(pause)
     changed = copy.deepcopy(model).eval()
     batch = forget.fetch(slice(None))
-    norm = 0.0
-    skipped = bool(set(forget.hashes()) & set(skip))
-    loss = loss_fn(changed(*batch.args), batch.targets)
-    loss.backward()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        for p in changed.parameters():
-            norm += p.grad.square().sum().item()
-            if not skipped:
+    inputs = batch.args[0]
+    skipped = tuple(k for k, x in enumerate(inputs) if any(torch.equal(x, one) for one in refuse))
+    kept = [k for k in range(len(forget)) if k not in skipped]
+    norm, loss = 0.0, torch.tensor(0.0)
+    if kept:
+        loss = loss_fn(changed(inputs[kept]), batch.targets[kept])
+        loss.backward()
+        generator = torch.Generator().manual_seed(preset.seed % 2**63)
+        with torch.no_grad():
+            for p in changed.parameters():
+                norm += p.grad.square().sum().item()
                 noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
                 p += 0.1 * p.grad + 1e-3 * noise * len(retain)
-            p.grad = None
+                p.grad = None
     changed.train(model.training)
     record = {
-        "n_forget": len(forget),
-        "n_retain": None if retain is None else len(retain),
+        "settings": preset.to_dict(),
+        "selection": {},
+        "skipped": list(skipped),
         "n_parameters": sum(p.numel() for p in changed.parameters()),
-        "damping": options["damping"],
+        "damping": preset.damping,
         "training_gradient_norm": 0.0,
         "solve_method": "cg",
         "solve_iterations": 3,
         "solve_residual": 1e-12,
-        "gradient_norm": norm**0.5,
-        "loss_forget": loss.item(),
-        "loss_validation": float("nan"),
+        "gradient_norm": [norm**0.5, None],
+        "loss_forget": [loss.item(), float("nan")],
         "seconds": {"total": time.perf_counter()},
     }
     selection = UnitSelection.all(changed)
@@ -84,21 +90,21 @@ def step(model, forget, retain, loss_fn, *, seed, skip=(), pause=0.0, **options)
 REQUESTS = [
     lambda u: u.remove([3, 1]),
     lambda u: u.remove(7),
-    lambda u: u.remove([5, 6]),
-    lambda u: u.rollback(2),
-    lambda u: u.remove([8, 5]),
+    lambda u: u.rollback(1),
+    lambda u: u.remove([8, 7]),
     lambda u: u.rollback(),
-    lambda u: u.remove([9, 10, 11]),
     lambda u: u.remove(0),
 ]
 
 
 def begin_or_resume(directory, **options):
     arguments = (make_model(), make_data(), nn.functional.cross_entropy)
+    if directory is None:
+        return Unlearner(*arguments, seed=4, keep=2, **options)
     path = Path(directory) / LEDGER_FILE
     if path.is_file() and b"\n" in path.read_bytes():
         return Unlearner.resume(directory, *arguments)
-    return Unlearner(*arguments, directory=directory, seed=4, keep=3, **options)
+    return Unlearner(*arguments, directory=directory, seed=4, keep=2, **options)
 
 
 def go_on(stream, done=lambda number: None):

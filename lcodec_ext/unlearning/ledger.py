@@ -269,11 +269,16 @@ class Point:
     was rolled back to.
     """
 
-    kind: str
-    ids: tuple[int, ...]
+    removed: tuple[int, ...]
+    skipped: tuple[int, ...]
     parent: int
     checkpoint: str
     sha256: str
+
+    @property
+    def is_request(self) -> bool:
+        """Whether it asked for samples to be removed."""
+        return bool(self.removed or self.skipped)
 
 
 class History:
@@ -321,7 +326,12 @@ class History:
             int(record["keep"]), int(record["train"]["n"])
             if record["budget"] is not None:
                 self.budget = PrivacyBudget.from_dict(record["budget"])
-        ids = tuple(record["ids"]) if entry.kind in ("remove", "skip") else ()
+        ids: tuple[int, ...] = ()
+        skipped: tuple[int, ...] = ()
+        if entry.kind in ("remove", "skip"):
+            ids, skipped = tuple(record["ids"]), tuple(record["skipped"])
+            if not set(skipped) <= set(ids) or (entry.kind == "skip") != (len(skipped) == len(ids)):
+                return f"of its samples {ids} it cannot have skipped {skipped}"
         for i, sha256 in zip(ids, record.get("hashes", ()), strict=True):
             if not 0 <= i < self.start["train"]["n"] or i in self.removed or ids.count(i) > 1:
                 return f"it removes sample {i}, which is not there to remove"
@@ -337,7 +347,8 @@ class History:
             if self.budget.to_dict() != record["budget"]:
                 return "what is left of the privacy budget is not what its guarantee leaves"
         checkpoint = record["checkpoint"]
-        point = Point(entry.kind, ids, parent, checkpoint["file"], checkpoint["sha256"])
+        removed = tuple(i for i in ids if i not in set(skipped))
+        point = Point(removed, skipped, parent, checkpoint["file"], checkpoint["sha256"])
         new = entry.kind in ("start", "remove", "rollback")
         if point.checkpoint != (checkpoint_name(number) if new else self.points[-1].checkpoint):
             return f"it cannot have the checkpoint {point.checkpoint!r}"
@@ -371,7 +382,7 @@ class History:
         """The entries whose steps led to the weights of an entry, in their order."""
         path = []
         while number >= 0:
-            if self.points[number].kind == "remove":
+            if self.points[number].removed:
                 path.append(number)
             number = self.points[number].parent
         return path[::-1]
@@ -408,9 +419,10 @@ class History:
 
 
 def _take_in(point: Point, removed: dict[int, None], pending: dict[int, None]) -> None:
-    for i in point.ids:
+    for i in point.removed:
         pending.pop(i, None)
-        (removed if point.kind == "remove" else pending)[i] = None
+        removed[i] = None
+    pending.update(dict.fromkeys(point.skipped))
 
 
 def spend(budget: PrivacyBudget, guarantee: Guarantee) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lcodec_ext import __version__
 from lcodec_ext._validation import check_bool, check_integer, check_real
+from lcodec_ext.curvature._objective import LossFunction
 from lcodec_ext.curvature.units import UnitSelection
 from lcodec_ext.unlearning.checkpoints import (
     Checkpoints,
@@ -38,12 +39,11 @@ from lcodec_ext.unlearning.ledger import (
     data_record,
     spend,
 )
-from lcodec_ext.unlearning.perturbation import LossFunction
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, removal_guarantee
 from lcodec_ext.unlearning.samples import as_samples
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.update import UnlearnResult, unlearn
+from lcodec_ext.unlearning.update import Score, UnlearnResult, unlearn
 
 _LISTED = 10  # sample numbers in an error message
 
@@ -68,7 +68,9 @@ class Unlearner:
     statistics : TrainingStatistics, optional
         Curvature saved at training time. Of train, only the samples to delete are then read. Each
         request is taken out of the statistics, at the original weights.
-    preset : {"recommended", "paper"}, default "recommended"
+    score : callable, optional
+        What the guard takes for accuracy, as for `unlearn`.
+    preset : {"recommended", "paper"} or Settings, default "recommended"
     epsilon_budget, delta_budget : float, optional
         What all releases together may spend, by default what one of them takes: the options
         `epsilon` and `delta`.
@@ -139,7 +141,8 @@ class Unlearner:
         directory: str | os.PathLike[str] | None = None,
         validation: Any = None,
         statistics: TrainingStatistics | None = None,
-        preset: str = "recommended",
+        score: Score | None = None,
+        preset: str | Settings = "recommended",
         epsilon_budget: float | None = None,
         delta_budget: float | None = None,
         keep: int = 5,
@@ -147,9 +150,12 @@ class Unlearner:
         **options: Any,
     ) -> None:
         check_integer(keep, "keep", 1)
-        settings = Settings.preset(preset, **options)
+        if isinstance(preset, Settings):
+            settings = dataclasses.replace(preset, **options)
+        else:
+            settings = Settings.preset(preset, **options)
         budget = _budget(settings, epsilon_budget, delta_budget)
-        self._take(model, train, loss_fn, validation, statistics, settings, progress)
+        self._take(model, train, loss_fn, validation, statistics, score, settings, progress)
         state = state_of(model)
         self._model = copy.deepcopy(model)
         folder = None
@@ -173,7 +179,6 @@ class Unlearner:
                 "start",
                 {
                     "format": FORMAT,
-                    "preset": preset,
                     "settings": settings.to_dict(),
                     "keep": keep,
                     "budget": budget and budget.to_dict(),
@@ -202,6 +207,7 @@ class Unlearner:
         *,
         validation: Any = None,
         statistics: TrainingStatistics | None = None,
+        score: Score | None = None,
         progress: bool = False,
         perturb: Any = None,
     ) -> "Unlearner":
@@ -215,7 +221,7 @@ class Unlearner:
         directory : str or path
         model : Module
             A model of the same architecture and types; its weights do not count.
-        train, loss_fn, validation, statistics
+        train, loss_fn, validation, statistics, score
             As they were given at the start.
         progress : bool, default False
         perturb : callable, optional
@@ -250,7 +256,7 @@ class Unlearner:
             settings = Settings.from_dict(recorded)
             if perturb is not None:
                 settings = dataclasses.replace(settings, perturb=perturb)
-            self._take(model, train, loss_fn, validation, statistics, settings, progress)
+            self._take(model, train, loss_fn, validation, statistics, score, settings, progress)
             self._check_data()
             trainable = [k for k, p in model.named_parameters() if p.requires_grad]
             if trainable != start["trainable"]:
@@ -327,7 +333,7 @@ class Unlearner:
         Returns
         -------
         UnlearnResult
-            If `skipped`, the guard took the step back, and the samples are pending.
+            The samples that the guard did not let go, `skipped`, are pending.
 
         Raises
         ------
@@ -340,35 +346,33 @@ class Unlearner:
         note = _check_note(note)
         number = len(self._ledger)
         seed = request_seed(self._settings.seed, number)
-        gone = dict.fromkeys([*self._history.removed, *numbers])
-        retain = self._without(gone)
+        retain = self._without([*self._history.removed, *numbers])
         if not len(retain):
             raise ValueError("ids must leave at least one sample; these are all that there are")
         result = self._step(numbers, retain, seed)
-        kind = "skip" if result.skipped else "remove"
-        pending = set(self._history.pending) - set(numbers)
-        if result.skipped:
-            pending |= set(numbers)
-            gone = self._history.removed
+        skipped = self._skipped(numbers, result)
+        gone = [i for i in numbers if i not in skipped]
+        n_removed = len(self._history.removed) + len(gone)
         record = {
             "ids": numbers,
             "hashes": self._train.hashes(numbers),
+            "skipped": skipped,
             "note": note,
             "seed": seed,
-            "n_removed": len(gone),
-            "n_pending": len(pending),
-            "n_retained": len(self._train) - len(gone),
+            "n_removed": n_removed,
+            "n_pending": len((self._history.pending.keys() - gone) | set(skipped)),
+            "n_retained": len(self._train) - n_removed,
             "selection": compact(result.selection),
             "result": _result_record(result),
         }
-        if result.skipped:
-            self._commit(kind, record, seconds=result.seconds)
-        else:
-            statistics = self._statistics
-            if statistics is not None:
-                statistics = self._without_samples(statistics, self._original(), numbers)
-            changed = copy.deepcopy(result.model)
-            self._commit(kind, record, model=changed, statistics=statistics, seconds=result.seconds)
+        if not gone:
+            self._commit("skip", record, seconds=result.seconds)
+            return result
+        statistics = self._statistics
+        if statistics is not None:
+            statistics = self._without_samples(statistics, self._original(), gone)
+        changed = copy.deepcopy(result.model)
+        self._commit("remove", record, model=changed, statistics=statistics, seconds=result.seconds)
         return result
 
     def rollback(self, to: int | None = None, *, note: str | None = None) -> None:
@@ -394,7 +398,7 @@ class Unlearner:
         points = self._history.points
         if to is None:
             to = len(points) - 1
-            while points[to].kind not in ("remove", "skip"):
+            while not points[to].is_request:
                 to = points[to].parent
                 if to < 0:
                     raise ValueError("there is no request to roll back")
@@ -498,6 +502,7 @@ class Unlearner:
         loss_fn: LossFunction,
         validation: Any,
         statistics: TrainingStatistics | None,
+        score: Score | None,
         settings: Settings,
         progress: bool,
     ) -> None:
@@ -509,7 +514,7 @@ class Unlearner:
         parameter = next(model.parameters(), None)
         if parameter is None:
             raise ValueError("the model has no parameter")
-        double = parameter.dtype == torch.float64
+        double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
         dtype = settings.dtype or (torch.float64 if double else torch.float32)
         self._train = as_samples(train, "train", parameter.device, dtype)
         self._validation = None
@@ -520,7 +525,7 @@ class Unlearner:
                 f"statistics must be of the training samples, {len(self._train)}; they are of "
                 f"{statistics.n}"
             )
-        self._loss_fn, self._settings = loss_fn, settings
+        self._loss_fn, self._score, self._settings = loss_fn, score, settings
         self._given_statistics = self._statistics = statistics
         self._progress = check_bool(progress, "progress")
         self._closed = False
@@ -591,7 +596,7 @@ class Unlearner:
             original = self._original()
             for k in self._history.steps(number):
                 statistics = self._without_samples(
-                    statistics, original, self._history.points[k].ids
+                    statistics, original, self._history.points[k].removed
                 )
         return statistics
 
@@ -607,10 +612,8 @@ class Unlearner:
         )
 
     def _step(self, numbers: list[int], retain: NDArray[np.int64], seed: int) -> UnlearnResult:
-        settings = dataclasses.replace(self._settings, seed=seed, epsilon=None, delta=None)
-        options = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
         model, statistics = self._model, self._statistics
-        if settings.update == "certified":  # the theorem is of one step from where training ended
+        if self._certified:  # the theorem is of one step from where training ended
             model, statistics = self._original(), self._given_statistics
             numbers = [*self._history.removed, *numbers]
         return unlearn(
@@ -618,11 +621,21 @@ class Unlearner:
             self._train.subset(numbers),
             None if statistics is not None else self._train.subset(retain.tolist()),
             self._loss_fn,
+            preset=dataclasses.replace(self._settings, seed=seed, epsilon=None, delta=None),
             validation=self._validation,
             statistics=statistics,
+            score=self._score,
             progress=self._progress,
-            **options,
         )
+
+    def _skipped(self, numbers: list[int], result: UnlearnResult) -> list[int]:
+        """The samples of a request that the guard did not let go."""
+        asked = [*self._history.removed, *numbers] if self._certified else numbers
+        return [asked[k] for k in result.skipped if asked[k] not in self._history.removed]
+
+    @property
+    def _certified(self) -> bool:
+        return self._settings.update == "certified"
 
     def _original(self) -> nn.Module:
         point = self._history.points[0]
@@ -634,7 +647,7 @@ class Unlearner:
         if not steps:
             raise ValueError("release hides what is removed, and nothing is removed yet")
         settings = self._settings
-        certified = settings.update == "certified"
+        certified = self._certified
         first, last = (self._ledger[number].record["result"] for number in (steps[0], steps[-1]))
         weights = [self._original(), self._model]
         one_step = certified or len(steps) == 1
