@@ -28,7 +28,9 @@ from lcodec_ext.unlearning.checkpoints import LedgerError, state_hash, state_of
 from lcodec_ext.unlearning.ledger import Ledger, verify_ledger
 from lcodec_ext.unlearning.privacy import PrivacyBudget, PrivacyBudgetExceeded
 from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.unlearner import Unlearner, compact, request_seed
+from lcodec_ext.unlearning.update import unlearn
 from unlearner_process import REQUESTS, N, begin_or_resume, go_on, make_data, make_model, step
 
 calls = []
@@ -159,7 +161,13 @@ def test_all_there_is_reaches_the_step():
         return outputs[:, 0]
 
     stream = make(
-        validation=validation, score=score, preset="paper", epsilon=0.1, delta=1e-5, damping=0.3
+        validation=validation,
+        score=score,
+        preset="paper",
+        epsilon=0.1,
+        delta=1e-5,
+        damping=0.3,
+        weight_decay=0.2,
     )
     stream.remove(1)
     (call,) = calls
@@ -168,7 +176,7 @@ def test_all_there_is_reaches_the_step():
     assert call["statistics"] is None
     assert call["progress"] is False
     # Noise is for releases: the weights that later requests start from have none.
-    expected = Settings.preset("paper", damping=0.3, seed=request_seed(0, 1))
+    expected = Settings.preset("paper", damping=0.3, weight_decay=0.2, seed=request_seed(0, 1))
     assert call["preset"] == expected
     settings = Settings.preset("recommended", damping=7.0)
     assert make(preset=settings, steps=2).settings == dataclasses.replace(settings, steps=2)
@@ -757,33 +765,70 @@ def test_releases_need_noise_and_removals():
     assert stream.budget is None
     with pytest.raises(ValueError, match="give the options epsilon and delta"):
         stream.release()
-    with pytest.raises(ValueError, match="nothing is removed yet"):
+    with pytest.raises(ValueError, match="nothing is removed"):
         make(**OPTIONS).release()
 
 
+CERTIFIED = {
+    "update": "certified",
+    "epsilon": 1.0,
+    "delta": 1e-4,
+    "weight_decay": 0.1,
+    "strong_convexity": 0.1,
+    "lipschitz": 2.0,
+    "hessian_lipschitz": 0.3,
+    "radius": math.inf,
+    "gradient_bound": 1e-6,
+}
+
+
+def make_linear(directory=None, **options):
+    """Softmax regression, trained until its gradient is below 1e-6."""
+    x, y = make_data(300)
+    model = nn.Linear(3, 2).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        squares = sum(p.square().sum() for p in model.parameters())
+        loss = cross_entropy(model(x), y) + 0.05 * squares
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    return Unlearner(model, (x, y), cross_entropy, directory=directory, **options)
+
+
 def test_a_certified_stream_starts_from_the_original_weights(place):
-    options = OPTIONS | {"update": "certified", "curvature": "hessian", "damping": 0.0}
-    with make(place, **options) as stream:
+    with make_linear(place, **CERTIFIED) as stream:
         original = weights(stream)
-        stream.remove([1, 2])
-        stream.remove(7)
-        stream.rollback()
-        stream.remove([5, 6])
-        x, _ = make_data()
+        for ids in ([1, 2], 7, [5, 6]):
+            stream.remove(ids)
+            if ids == 7:
+                stream.rollback()
+        x, _ = make_data(300)
         for call, ids in zip(calls, ([1, 2], [1, 2, 7], [1, 2, 5, 6]), strict=True):
             assert state_hash(state_of(call["model"])) == original
             torch.testing.assert_close(call["forget"].fetch(slice(None)).args[0], x[ids])
-            assert len(call["retain"]) == N - len(ids)
+            assert len(call["retain"]) == 300 - len(ids)
+            assert (call["preset"].update, call["preset"].epsilon) == ("newton", None)
         assert stream.removed == (1, 2, 5, 6)
         assert stream.ledger[-1].record["ids"] == [5, 6]
 
 
-def test_a_certified_stream_takes_back_only_what_was_asked_for(stand_in):
-    stream = make(update="certified", curvature="hessian", damping=0.0)
-    stream.remove([1, 2])
-    stand_in.refuse = make_data()[0]
-    stream.remove([3, 4])
-    assert (stream.removed, stream.pending) == ((1, 2), (3, 4))
+def test_a_certificate_that_cannot_be_had_is_no_removal():
+    with pytest.raises(ValueError, match="update='certified' cannot be had here: max_drop"):
+        make_linear(**CERTIFIED, max_drop=0.1)
+    stream = make(**CERTIFIED)
+    before = weights(stream)
+    with pytest.raises(ValueError, match="buffers are released without noise: '1.running_mean'"):
+        stream.remove(1)
+    assert (weights(stream), stream.removed, len(stream.ledger)) == (before, (), 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -838,6 +883,112 @@ def test_statistics_lose_what_is_removed(folder, monkeypatch):
             resume(folder, statistics=wrong)
     with pytest.raises(ValueError, match="statistics must be of the training samples, 40"):
         make(statistics=Statistics(N - 1, x.sum(0)))
+
+
+# ---------------------------------------------------------------------------------------------
+# With unlearn itself
+
+
+@pytest.fixture
+def in_earnest(monkeypatch):
+    monkeypatch.setattr(unlearner, "unlearn", unlearn)
+
+
+def test_a_certified_stream_releases_what_one_request_for_all_would(folder, in_earnest):
+    with make_linear(folder, **CERTIFIED, epsilon_budget=2.0, delta_budget=1e-3) as stream:
+        original = stream.model
+        stream.remove([1, 2])
+        stream.release()
+        stream.remove([7, 11])
+        stream.release()
+        model = stream.model
+        guarantees = [e.record["guarantee"] for e in stream.ledger if e.kind == "release"]
+    x, y = make_data(300)
+    rest = [i for i in range(300) if i not in (1, 2, 7, 11)]
+    forget = (x[[1, 2, 7, 11]], y[[1, 2, 7, 11]])
+    at_once = unlearn(original, forget, (x[rest], y[rest]), cross_entropy, **CERTIFIED)
+    assert [guarantee["kind"] for guarantee in guarantees] == ["certified", "certified"]
+    assert [guarantee["assumptions"]["m"] for guarantee in guarantees] == [2, 4]
+    assert guarantees[1] == at_once.guarantee.to_dict()
+    noiseless = CERTIFIED | {"update": "newton", "epsilon": None, "delta": None}
+    options = Settings.preset("recommended", **CERTIFIED).replace(**noiseless)
+    expected = unlearn(original, forget, (x[rest], y[rest]), cross_entropy, preset=options)
+    torch.testing.assert_close(model.weight, expected.model.weight, rtol=1e-12, atol=1e-14)
+    assert verify_ledger(folder, model, (x, y))
+
+
+def test_newton_steps_in_a_row_are_no_certificate(in_earnest):
+    options = CERTIFIED | {"update": "newton", "selection": "full", "curvature": "hessian"}
+    options |= {"damping": 0.0, "rtol": 1e-8, "max_iterations": None, "n_curvature": None}
+    options |= {"max_drop": None, "n_monitor": None}
+    with make_linear(**options) as stream:
+        stream.remove([1, 2])
+        stream.remove(7)
+        first, second = (entry.record["guarantee"] for entry in stream.ledger[1:])
+        assert first["kind"] == "certified"
+        assert second["kind"] == "heuristic"
+        assert "all removals must be one step from the training end" in second["reasons"][0]
+
+
+def test_a_stream_of_a_network_resumes_to_the_same_bits(folder, in_earnest):
+    x, y = make_data(120)
+    options = {"weight_decay": 1e-2, "damping": 1.0, "n_curvature": 50, "max_drop": 0.5}
+
+    def go(stream, requests):
+        for ids in requests:
+            stream.remove(ids)
+        return weights(stream), records(stream)
+
+    expected = go(make(data=(x, y), **options), ([1, 2], 3, [9, 8], 20))
+    with make(folder, (x, y), **options) as stream:
+        go(stream, ([1, 2],))
+    with resume(folder, data=(x, y)) as stream:
+        go(stream, (3, [9, 8]))
+    with resume(folder, data=(x, y)) as stream:
+        assert go(stream, (20,)) == expected
+        model = stream.model
+    assert verify_ledger(folder, model, (x, y))
+    result = stream.ledger[1].record["result"]
+    assert result["solve_residual"] < 1e-2
+    assert result["n_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_stream_can_do_without_the_retained_samples(folder, in_earnest):
+    """But for squared error of a linear model, whose curvature is the same everywhere."""
+    n = 60
+    x, _ = make_data(n)
+    y = x @ torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64) + 0.1 * x[:, :1] ** 2
+    whitened = torch.cat([x, torch.ones(n, 1, dtype=torch.float64)], 1)
+
+    def fit(rows):
+        a, b = whitened[rows], y[rows]
+        eye = torch.eye(4, dtype=torch.float64)
+        w = torch.linalg.solve(a.T @ a / len(a) * 2 + 0.1 * eye, a.T @ b / len(a) * 2)
+        model = nn.Linear(3, 1).double()
+        with torch.no_grad():
+            model.weight.copy_(w[:3].T)
+            model.bias.copy_(w[3])
+        return model
+
+    loss_fn = nn.MSELoss()
+    model = fit(list(range(n)))
+    statistics = TrainingStatistics.collect(model, (x, y), loss_fn)
+    options = {"weight_decay": 0.1, "damping": 0.0, "max_drop": None, "max_iterations": None}
+    options |= {"rtol": 1e-12}
+    only = TensorDataset(x.clone(), y)
+    only.tensors[0][10:] = math.nan  # what is not asked for is not read
+    arguments = (model, only, loss_fn)
+    with Unlearner(*arguments, directory=folder, statistics=statistics, **options) as stream:
+        stream.remove([3, 1])
+        stream.remove(7)
+    with Unlearner.resume(folder, *arguments, statistics=statistics) as stream:
+        stream.remove([2, 9])
+        expected = fit([i for i in range(n) if i not in (3, 1, 7, 2, 9)])
+        torch.testing.assert_close(stream.model.weight, expected.weight, rtol=1e-9, atol=1e-9)
+        stream.rollback(1)
+        stream.remove(7)
+        expected = fit([i for i in range(n) if i not in (3, 1, 7)])
+        torch.testing.assert_close(stream.model.weight, expected.weight, rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -39,6 +39,12 @@ class Result:
     skipped: tuple[int, ...]
     seconds: dict[str, float]
     record: dict[str, Any]
+    n_retain: int
+    n_monitored: int
+    n_parameters: int
+    damping: float
+    training_gradient_norm: float = 0.0
+    solve_residual: float = 1e-12
 
     def to_dict(self):
         return self.record
@@ -72,8 +78,7 @@ def step(model, forget, retain, loss_fn, *, preset, refuse=(), pause=0.0, **_):
         "settings": preset.to_dict(),
         "selection": {},
         "skipped": list(skipped),
-        "n_parameters": sum(p.numel() for p in changed.parameters()),
-        "damping": preset.damping,
+        "guarantee": None,
         "training_gradient_norm": 0.0,
         "solve_method": "cg",
         "solve_iterations": 3,
@@ -83,7 +88,10 @@ def step(model, forget, retain, loss_fn, *, preset, refuse=(), pause=0.0, **_):
         "seconds": {"total": time.perf_counter()},
     }
     selection = UnitSelection.all(changed)
-    return Result(changed, selection, skipped, {"total": time.perf_counter()}, record)
+    seconds = {"total": time.perf_counter()}
+    n = len(retain)
+    size = sum(p.numel() for p in changed.parameters())
+    return Result(changed, selection, skipped, seconds, record, n, n, size, preset.damping)
 
 
 # Each makes one entry, so that the length of the ledger tells which comes next.

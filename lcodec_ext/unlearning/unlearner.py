@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import platform
 import signal
@@ -39,12 +40,14 @@ from lcodec_ext.unlearning.ledger import (
     data_record,
     spend,
 )
+from lcodec_ext.unlearning.metrics import Score
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, removal_guarantee
 from lcodec_ext.unlearning.samples import as_samples
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.update import Score, UnlearnResult, unlearn
+from lcodec_ext.unlearning.update import UnlearnResult, unlearn
 
+_GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 _LISTED = 10  # sample numbers in an error message
 
 
@@ -151,9 +154,11 @@ class Unlearner:
     ) -> None:
         check_integer(keep, "keep", 1)
         if isinstance(preset, Settings):
-            settings = dataclasses.replace(preset, **options)
+            settings = preset.replace(**options)
         else:
             settings = Settings.preset(preset, **options)
+        if settings.update == "certified" and settings.max_drop is not None:
+            raise ValueError(f"update='certified' cannot be had here: {_GUARDED}")
         budget = _budget(settings, epsilon_budget, delta_budget)
         self._take(model, train, loss_fn, validation, statistics, score, settings, progress)
         state = state_of(model)
@@ -255,7 +260,7 @@ class Unlearner:
                 recorded["perturb"] = None
             settings = Settings.from_dict(recorded)
             if perturb is not None:
-                settings = dataclasses.replace(settings, perturb=perturb)
+                settings = settings.replace(perturb=perturb)
             self._take(model, train, loss_fn, validation, statistics, score, settings, progress)
             self._check_data()
             trainable = [k for k, p in model.named_parameters() if p.requires_grad]
@@ -350,7 +355,7 @@ class Unlearner:
         if not len(retain):
             raise ValueError("ids must leave at least one sample; these are all that there are")
         result = self._step(numbers, retain, seed)
-        skipped = self._skipped(numbers, result)
+        skipped = [numbers[k] for k in result.skipped]
         gone = [i for i in numbers if i not in skipped]
         n_removed = len(self._history.removed) + len(gone)
         record = {
@@ -368,6 +373,8 @@ class Unlearner:
         if not gone:
             self._commit("skip", record, seconds=result.seconds)
             return result
+        guarantee = self._guarantee(result, [*self._history.removed, *gone])
+        record["guarantee"] = guarantee and guarantee.to_dict()
         statistics = self._statistics
         if statistics is not None:
             statistics = self._without_samples(statistics, self._original(), gone)
@@ -462,7 +469,10 @@ class Unlearner:
                 "release adds noise: give the options epsilon and delta. Unlearner.model is the "
                 "model without"
             )
-        guarantee = self._guarantee()
+        steps = self._history.steps(len(self._ledger) - 1)
+        if not steps:
+            raise ValueError("release hides what is removed, and nothing is removed")
+        guarantee = Guarantee.from_dict(self._ledger[steps[-1]].record["guarantee"])
         spend(budget, guarantee)
         released = add_noise(self._model, guarantee.sigma)
         record = {
@@ -613,7 +623,9 @@ class Unlearner:
 
     def _step(self, numbers: list[int], retain: NDArray[np.int64], seed: int) -> UnlearnResult:
         model, statistics = self._model, self._statistics
+        same_step = {}
         if self._certified:  # the theorem is of one step from where training ended
+            same_step = {"update": "newton"}  # and noise is for releases
             model, statistics = self._original(), self._given_statistics
             numbers = [*self._history.removed, *numbers]
         return unlearn(
@@ -621,17 +633,12 @@ class Unlearner:
             self._train.subset(numbers),
             None if statistics is not None else self._train.subset(retain.tolist()),
             self._loss_fn,
-            preset=dataclasses.replace(self._settings, seed=seed, epsilon=None, delta=None),
+            preset=self._settings.replace(seed=seed, epsilon=None, delta=None, **same_step),
             validation=self._validation,
             statistics=statistics,
             score=self._score,
             progress=self._progress,
         )
-
-    def _skipped(self, numbers: list[int], result: UnlearnResult) -> list[int]:
-        """The samples of a request that the guard did not let go."""
-        asked = [*self._history.removed, *numbers] if self._certified else numbers
-        return [asked[k] for k in result.skipped if asked[k] not in self._history.removed]
 
     @property
     def _certified(self) -> bool:
@@ -641,40 +648,56 @@ class Unlearner:
         point = self._history.points[0]
         return with_state(self._model, self._checkpoints.read(point.checkpoint, point.sha256))
 
-    def _guarantee(self) -> Guarantee:
-        """What the present weights with noise would guarantee."""
-        steps = self._history.steps(len(self._ledger) - 1)
-        if not steps:
-            raise ValueError("release hides what is removed, and nothing is removed yet")
+    def _guarantee(self, result: UnlearnResult, removed: Sequence[int]) -> Guarantee | None:
+        """What the weights of a result would guarantee if they were released with noise.
+
+        ValueError if the settings ask for a certificate and there is none.
+        """
         settings = self._settings
-        certified = self._certified
-        first, last = (self._ledger[number].record["result"] for number in (steps[0], steps[-1]))
-        weights = [self._original(), self._model]
-        one_step = certified or len(steps) == 1
-        return removal_guarantee(
-            self._model,
+        if settings.epsilon is None:
+            return None
+        earlier = self._history.steps(len(self._ledger) - 1)
+        one_step = self._certified or not earlier
+        gradient_norm = (
+            result.training_gradient_norm if result.n_monitored == result.n_retain else math.nan
+        )
+        if not one_step:
+            first = self._ledger[earlier[0]].record["result"]["training_gradient_norm"]
+            gradient_norm = math.nan if first is None else first
+        guarantee = removal_guarantee(
+            result.model,
             n=len(self._train),
-            m=len(self._history.removed),
+            m=len(removed),
             epsilon=settings.epsilon,
             delta=settings.delta,
-            n_selected=last["n_parameters"],
+            n_selected=result.n_parameters,
             weight_decay=settings.weight_decay,
-            training_gradient_norm=first["training_gradient_norm"],
-            solve_residual=last["solve_residual"],
-            parameter_norm=max(map(_norm, weights)),
-            update="newton" if certified else settings.update,
-            curvature="hessian" if certified else settings.curvature,
+            training_gradient_norm=gradient_norm,
+            solve_residual=result.solve_residual,
+            parameter_norm=max(_norm(self._original()), _norm(result.model)),
+            update="newton" if self._certified else settings.update,
+            curvature=settings.curvature,
             gradient=settings.gradient,
-            damping=0.0 if certified else last["damping"],
+            damping=result.damping,
             steps=settings.steps,
             n_curvature=settings.n_curvature,
             order=settings.order if one_step else "sequential",
             repair_epochs=settings.repair_epochs,
             lipschitz=settings.lipschitz,
             hessian_lipschitz=settings.hessian_lipschitz,
-            gradient_bound=settings.max_gradient_norm,
+            strong_convexity=settings.strong_convexity,
+            radius=settings.radius,
+            gradient_bound=settings.gradient_bound,
             rtol=settings.rtol,
         )
+        reasons = guarantee.reasons
+        if settings.max_drop is not None:
+            reasons = (*reasons, _GUARDED)
+        if not reasons:
+            return guarantee
+        if self._certified:
+            raise ValueError(f"update='certified' cannot be had here: {'; '.join(reasons)}")
+        return dataclasses.replace(guarantee, kind="heuristic", reasons=reasons)
 
     def _commit(
         self,
@@ -744,11 +767,11 @@ def versions() -> dict[str, str]:
 
 
 def _result_record(result: UnlearnResult) -> dict[str, Any]:
-    # Settings are on record once, seed and selection in the entry, and seconds are no part of it.
+    # What is on record elsewhere in the entry or at the start, and what the time decides.
     return {
         key: value
         for key, value in result.to_dict().items()
-        if key not in ("settings", "seed", "selection", "seconds", "skipped")
+        if key not in ("settings", "selection", "seconds", "skipped", "guarantee")
     }
 
 
