@@ -16,7 +16,9 @@ from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.curvature.units import UnitSelection
 from lcodec_ext.unlearning.baselines import Baseline
 from lcodec_ext.unlearning.certified import CertifiedLinear, RemovalRecord
+from lcodec_ext.unlearning.checkpoints import LedgerError
 from lcodec_ext.unlearning.evaluation import BASELINES, Evaluation, MethodEvaluation, evaluate
+from lcodec_ext.unlearning.ledger import Ledger, Verification, verify_ledger
 from lcodec_ext.unlearning.perturbation import TokenReplacement
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
@@ -32,6 +34,7 @@ from lcodec_ext.unlearning.report import Report, write_report
 from lcodec_ext.unlearning.samples import random_samples, samples_of
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
+from lcodec_ext.unlearning.unlearner import Unlearner
 from lcodec_ext.unlearning.update import BeforeAfter, UnlearnResult, unlearn
 
 __all__ = [
@@ -42,6 +45,8 @@ __all__ = [
     "Evaluation",
     "Guarantee",
     "IndefiniteCurvatureError",
+    "Ledger",
+    "LedgerError",
     "MethodEvaluation",
     "PrivacyBudget",
     "PrivacyBudgetExceeded",
@@ -52,6 +57,8 @@ __all__ = [
     "TrainingStatistics",
     "UnitSelection",
     "UnlearnResult",
+    "Unlearner",
+    "Verification",
     "add_noise",
     "evaluate",
     "gaussian_delta",
@@ -61,5 +68,6 @@ __all__ = [
     "removal_bound",
     "samples_of",
     "unlearn",
+    "verify_ledger",
     "write_report",
 ]
