@@ -1,4 +1,4 @@
-"""The demonstration runs, and says in words what its numbers show."""
+"""The demonstration runs, and its report says what its numbers show."""
 
 import importlib.util
 import json
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from lcodec_ext.unlearning import verify_ledger
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits_deletion.py"
 
@@ -18,58 +20,29 @@ def demo():
     return module
 
 
-@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # hardly trained
-def test_small_run(demo, tmp_path, capsys, monkeypatch):
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # the paper's
+def test_small_run_and_again(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # those of other tests
     folder = tmp_path / "new" / "folder"
-    sizes = {"n_train": 300, "n_wrong": 20, "n_hidden": 8, "iterations": 200, "draws": 3}
-    record = demo.run(folder, 1, **sizes)
-    assert json.loads((folder / "digits_deletion.json").read_text()) == record
-    assert (folder / "digits_deletion.png").stat().st_size > 20_000
+    evaluation, report = demo.run(folder, 1, n_train=300, n_wrong=12, epochs=60)
+    metrics = {method.name: method.metrics for method in evaluation.methods}
+    assert metrics["no-op"]["accuracy_forget"] > 0.9
+    assert metrics["retrained"]["accuracy_forget"] < 0.2
+    closed = {method.name: method.gap_closed for method in evaluation.methods}
+    assert closed["recommended"]["js_forget"] > 0.5
+    assert metrics["recommended"]["accuracy_retain"] > 0.95
 
-    rows = {row["method"]: row for row in record["rows"]}
-    assert rows["no-op"]["forget_accuracy"] > 0.8
-    assert rows["retrained"]["forget_accuracy"] < 0.2
-    assert rows["all units"]["forget_distance"] < 0.8 * rows["no-op"]["forget_distance"]
-    assert rows["retrained"]["test_distance"] == 0
-    assert rows["random"]["units"] == rows["L-FOCI"]["units"]
+    written = json.loads((folder / "report.json").read_text())
+    assert written["evaluations"][0] == json.loads(json.dumps(evaluation.to_dict()))
+    assert (folder / "figure_gap.png").stat().st_size > 10_000
     shown = capsys.readouterr()
-    for method in rows:
-        assert method in shown.out
-    assert "training" in shown.err  # progress
+    for name in metrics:
+        assert name in shown.out
+    assert str(report) in shown.out
+    assert "retraining" in shown.err  # progress
 
-
-def rows_of(distances):
-    methods = ["no-op", "L-FOCI", "random", "all units", "retrained"]
-    return [
-        {
-            "method": method,
-            "forget_accuracy": distance,
-            "forget_distance": distance,
-            "test_distance": distance,
-            "test_accuracy": 0.9,
-            "units": 3,
-            "seconds": 1.0,
-        }
-        for method, distance in zip(methods, distances, strict=True)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("lfoci", "verdict"),
-    [(0.1, "better than chance"), (0.5, "which chance explains"), (0.9, "worse than chance")],
-)
-def test_conclusions_follow_the_numbers(demo, lfoci, verdict):
-    random_rows = [{"forget_distance": 0.4 + 0.01 * k} for k in range(20)]
-    findings = demo.conclude(rows_of([1.0, lfoci, 0.5, 0.25, 0.0]), random_rows, 8, 10)
-    assert findings[2].endswith(f"{verdict}.")
-    assert "predicts 8 of the 8" in findings[0]
-    assert "leaves 2 of them and closes 75%" in findings[1]
-
-
-def test_output_distance_is_the_jensen_shannon_distance(demo):
-    inputs = torch.eye(2, dtype=torch.float64)
-    same = demo.output_distance(lambda x: 50 * x, lambda x: 50 * x, inputs)
-    opposite = demo.output_distance(lambda x: 50 * x, lambda x: 50 * (1 - x), inputs)
-    assert same == 0
-    assert opposite == pytest.approx(1.0, abs=1e-6)
+    (tensors, wrong, _), verification = demo.data(1, 300, 12), None
+    verification = verify_ledger(folder / "ledger", train=tensors)
+    assert verification.ok, verification.problems
+    assert int(wrong.sum()) == 12
+    demo.run(folder, 2, n_train=300, n_wrong=12, epochs=3)  # over what the first one left
