@@ -493,6 +493,7 @@ class _Workplace:
         self.parameters = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         self.n_trainable = sum(p.numel() for p in self.parameters.values())
         self.seconds: dict[str, float] = {}
+        self._checked: set[Samples] = set()  # whose loss has been found to be a mean
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -531,6 +532,8 @@ class _Workplace:
         by: Mapping[str, Tensor] = self.parameters if parameters is None else parameters
         gradient = {k: self.settings.weight_decay * p.detach() for k, p in by.items()}
         total = 0.0
+        first = samples not in self._checked
+        self._checked.add(samples)
         for batch in samples.batches(self.settings.batch_size):
             outputs = outputs_of(self.model, batch)
             loss = self.loss_fn(outputs, batch.targets)
@@ -538,7 +541,8 @@ class _Workplace:
                 raise ValueError(f"the loss of the {samples.name} samples is NaN or infinite")
             if not loss.requires_grad:
                 raise ValueError("the loss does not depend on the parameters of the model")
-            _check_mean(self.loss_fn, outputs, batch, loss.detach(), 2)
+            if first:
+                _check_mean(self.loss_fn, outputs, batch, loss.detach(), 2)
             share = batch.size / len(samples)
             total += loss.item() * share
             parts = torch.autograd.grad(loss, list(by.values()), allow_unused=True)
@@ -783,7 +787,7 @@ class _Deletion:
                 return
             self.worst = after - self.quality.before
             self._set(self._start)
-            if settings.update == "lbfgs" or attempt == settings.retries:
+            if attempt == settings.retries:
                 break
             self.damping = max(10 * self.damping, 1e-4)
             rate /= 10
@@ -942,7 +946,10 @@ class _Deletion:
         return _OPERATORS[settings.curvature](*arguments, **common)
 
     def _lbfgs(self) -> None:
-        """Minimise the retained objective, less the gradient that training had left."""
+        """Minimise the retained objective, less the gradient that training had left.
+
+        Damping keeps the weights near their start: (damping / 2) |w - start|^2.
+        """
         work, settings, read = self._work, self._settings, self._read
         assert read is not None
         tilt = torch.zeros_like(self._start)
@@ -958,10 +965,12 @@ class _Deletion:
         def closure() -> float:
             self._set(theta.detach())
             loss, gradient = work.gradient(read, parameters)
-            theta.grad = self._layout.gather(gradient) - tilt
             selected = theta.detach()
+            moved = selected - self._start
+            theta.grad = self._layout.gather(gradient) - tilt + self.damping * moved
             decay = settings.weight_decay / 2 * float(selected.square().sum())
-            return loss + decay - float(selected @ tilt)
+            near = self.damping / 2 * float(moved.square().sum())
+            return loss + decay + near - float(moved @ tilt)
 
         with work.timed("solve"):
             optimizer.step(closure)  # type: ignore[no-untyped-call]
