@@ -957,20 +957,37 @@ class _Deletion:
             tilt = self._retained_gradient() + self._removal
         parameters = {k: work.parameters[k] for k in self._layout.parameters}
         theta = self._start.clone().requires_grad_()
-        iterations = settings.max_iterations or _LBFGS
+        iterations, decay = settings.max_iterations or _LBFGS, settings.weight_decay
         optimizer = torch.optim.LBFGS(
             [theta], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe"
         )
 
+        batches = list(read.batches(settings.batch_size)) if read.in_memory else None
+
         def closure() -> float:
-            self._set(theta.detach())
-            loss, gradient = work.gradient(read, parameters)
             selected = theta.detach()
+            self._set(selected)
             moved = selected - self._start
-            theta.grad = self._layout.gather(gradient) - tilt + self.damping * moved
-            decay = settings.weight_decay / 2 * float(selected.square().sum())
-            near = self.damping / 2 * float(moved.square().sum())
-            return loss + decay + near - float(moved @ tilt)
+            loss, parts = 0.0, [torch.zeros_like(p) for p in parameters.values()]
+            for batch in batches or read.batches(settings.batch_size):
+                share = batch.size / len(read)
+                part = work.loss(batch, "retain") * share
+                loss += part.item()
+                for total, gradient in zip(
+                    parts,
+                    torch.autograd.grad(
+                        part, list(parameters.values()), allow_unused=True, materialize_grads=True
+                    ),
+                    strict=True,
+                ):
+                    total += gradient
+            gradient = self._layout.gather(dict(zip(parameters, parts, strict=True)))
+            theta.grad = gradient - tilt + decay * selected + self.damping * moved
+            return loss + float(
+                decay / 2 * selected.square().sum()
+                + self.damping / 2 * moved.square().sum()
+                - moved @ tilt
+            )
 
         with work.timed("solve"):
             optimizer.step(closure)  # type: ignore[no-untyped-call]
