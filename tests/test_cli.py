@@ -1,0 +1,668 @@
+"""The command line: info, codec, foci, bench, and what all commands share."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lcodec_ext
+from lcodec_ext import _native
+from lcodec_ext.cli import _bench, _tables, main
+from lcodec_ext.cli._import_path import ImportPathError, call, load_object
+
+GUIDE = Path(__file__).parent.parent / "docs" / "cli.md"
+COMMANDS = ("info", "codec", "foci", "unlearn", "evaluate", "report", "bench")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Work in an empty folder; --threads ends with the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_native, "_threads", None)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line; exit status, stdout and stderr."""
+
+    def call_main(*arguments):
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call_main
+
+
+@pytest.fixture
+def refused(run):
+    """The one line that a refused command line gives."""
+
+    def message(*arguments, status=2):
+        got, out, err = run(*arguments)
+        assert (got, out) == (status, "")
+        assert err.count("\n") == 1, err
+        assert err.endswith("\n")
+        assert "Traceback" not in err
+        return err
+
+    return message
+
+
+def write_csv(path, names, columns, **options):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, **options)
+        if names:
+            writer.writerow(names)
+        writer.writerows(zip(*columns, strict=True))
+    return path
+
+
+@pytest.fixture
+def data(rng):
+    X = rng.normal(size=(400, 6))
+    return X, X[:, 1] * X[:, 4]
+
+
+@pytest.fixture
+def table(data):
+    """400 rows; y is x1 times x4."""
+    X, y = data
+    names = [*(f"x{k}" for k in range(6)), "y"]
+    return write_csv("table.csv", names, [*X.T.tolist(), y.tolist()])
+
+
+# ---------------------------------------------------------------------------------------------
+# What all commands share
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(run, command):
+    status, out, err = run(command, "--help")
+    assert (status, err) == (0, "")
+    assert f"lcodec-ext {command}" in out.partition("examples:")[2], "an example"
+    assert "--json" in out
+    assert "--quiet" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_help_lists_the_commands(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in COMMANDS:
+        assert re.search(rf"^    {command} ", out, re.MULTILINE)
+    assert run("--version") == (0, f"lcodec-ext {lcodec_ext.__version__}\n", "")
+
+
+def test_usage_errors_are_one_line(refused):
+    assert "COMMAND" in refused()
+    assert "'fcoi'" in refused("fcoi")
+    assert "--y" in refused("foci", "t.csv")
+    assert "'average'" in refused("codec", "t.csv", "--y", "a", "--z", "b", "--ties", "mean")
+    assert "an integer >= 1; got '0'" in refused("foci", "t", "--y", "a", "--max-features", "0")
+    assert "number >= 0; got '-1'" in refused("foci", "t", "--y", "a", "--min-gain", "-1")
+    assert "2**64); got 'x'" in refused("foci", "t", "--y", "a", "--seed", "x")
+    assert "1 to 1024; got '0'" in refused("bench", "--threads", "0")
+
+
+def test_options_are_not_abbreviated(refused, table):
+    assert "--max" in refused("foci", table, "--y", "y", "--max", "2")
+
+
+def test_debug_shows_the_traceback(run):
+    with pytest.raises(_tables.TableError, match="does not exist"):
+        run("foci", "none.csv", "--y", "y", "--debug")
+
+
+def test_unexpected_errors_are_told_from_bad_input(refused, table, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("slip")
+
+    monkeypatch.setattr(lcodec_ext, "foci", broken)
+    assert "KeyError: 'slip' (--debug shows where)" in refused("foci", table, "--y", "y", status=1)
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(lcodec_ext, "foci", full)
+    assert "not enough memory" in refused("foci", table, "--y", "y", status=1)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lcodec_ext, "foci", interrupted)
+    assert "interrupted" in refused("foci", table, "--y", "y", status=130)
+
+
+def test_module_and_pipe(table):
+    command = [sys.executable, "-m", "lcodec_ext", "foci", "-", "--y", "y", "--json"]
+    text = Path(table).read_bytes()
+    done = subprocess.run(command, input=text, capture_output=True, check=True)
+    assert done.stderr == b""
+    assert {s["column"] for s in json.loads(done.stdout)["selected"]} >= {"x1", "x4"}
+    # Nobody reads the answer: that is no error to talk about.
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    _, err = process.communicate(text)
+    assert err == b""
+
+
+def test_dependence_commands_do_without_torch(table):
+    code = f"""
+import sys
+from lcodec_ext.cli import main
+for arguments in (["--help"], ["info"], ["codec", {table!r}, "--y", "y", "--z", "x1"],
+                  ["foci", {table!r}, "--y", "y"]):
+    main(arguments)
+print([name for name in ("torch", "pandas", "sklearn", "scipy", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_info(run):
+    status, out, err = run("info", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["command"] == "info"
+    assert found["build"] == lcodec_ext.build_info()
+    assert found["threads"] == lcodec_ext.get_num_threads()
+    assert found["cuda_status"] == lcodec_ext.cuda_status()
+    assert found["versions"]["numpy"] == np.__version__
+    _, out, _ = run("info")
+    for text in (lcodec_ext.__version__, lcodec_ext.cuda_status(), found["machine"]["cpu"]):
+        assert text in out
+
+
+# ---------------------------------------------------------------------------------------------
+# codec and foci
+
+
+def test_codec_is_codec(run, table, data):
+    X, y = data
+    status, out, err = run("codec", table, "--y", "y", "--z", "x1,x2", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["T"] == lcodec_ext.codec(y, X[:, [1, 2]])
+    assert (found["y"], found["z"], found["x"], found["n_samples"]) == ("y", ["x1", "x2"], [], 400)
+    status, out, _ = run("codec", table, "--y", "y", "--z", "x1", "--x", "x4")
+    value = lcodec_ext.codec(y, X[:, 1], X[:, 4])
+    assert out == f"T(y, x1 | x4) = {value:.6g}   (400 rows)\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--ties", "random", "--seed", "5"], {"ties": "random", "seed": 5}),
+        (["--ties", "first"], {"ties": "first"}),
+    ],
+)
+def test_codec_options(run, rng, options, settings):
+    y, z = rng.integers(0, 3, (2, 200))
+    path = write_csv("ties.csv", ["y", "z"], [y, z])
+    _, out, _ = run("codec", path, "--y", "y", "--z", "z", "--json", *options)
+    assert json.loads(out)["T"] == lcodec_ext.codec(y, z, **settings)
+
+
+def test_noise_makes_it_lcodec(run, table, data):
+    X, y = data
+    command = ["codec", table, "--y", "y", "--z", "x1", "--x", "x4", "--json", "--noise", "0.1"]
+    _, out, _ = run(*command, "--noise-scale", "relative", "--seed", "3")
+    expected = lcodec_ext.lcodec(
+        y, X[:, 1], X[:, 4], noise=0.1, noise_scale="relative", seed=3
+    )
+    assert json.loads(out)["T"] == expected
+    assert expected != lcodec_ext.codec(y, X[:, 1], X[:, 4])
+
+
+def test_foci_is_foci(run, table, data):
+    X, y = data
+    status, out, err = run("foci", table, "--y", "y", "--json")
+    assert (status, err) == (0, "")
+    found, expected = json.loads(out), lcodec_ext.foci(X, y)
+    assert [s["column"] for s in found["selected"]] == [f"x{k}" for k in expected.ordering]
+    assert [s["T"] for s in found["selected"]] == expected.cumulative.tolist()
+    assert [s["conditional_T"] for s in found["selected"]] == expected.conditional.tolist()
+    assert found["stop_reason"] == expected.stop_reason
+    assert (found["n_samples"], found["n_features"], found["warnings"]) == (400, 6, [])
+
+
+def test_foci_options(run, table, data):
+    X, y = data
+    command = ["foci", table, "--y", "y", "--json"]
+
+    def columns(*options):
+        status, out, err = run(*command, *options)
+        assert status == 0, err
+        return [int(s["column"][1:]) for s in json.loads(out)["selected"]]
+
+    def expected(subset=(0, 1, 2, 3, 4, 5), function=lcodec_ext.foci, **settings):
+        subset = np.array(subset)
+        return subset[function(X[:, subset], y, **settings).ordering].tolist()
+
+    assert columns("--exclude", "x4, x0") == expected([1, 2, 3, 5])
+    assert columns("--columns", "x5,x0,x4") == expected([5, 0, 4])
+    assert columns("--max-features", "1") == expected(max_features=1)
+    assert columns("--no-stop") == expected(stop=False)
+    assert len(expected(stop=False)) == 6 > len(expected())
+    assert columns("--min-gain", "0.9") == expected(min_gain=0.9) == []
+    assert columns("--preselected", "x2,x1") == expected(preselected=[2, 1])
+    assert columns("--columns", "x0,x4", "--preselected", "x1") == expected(
+        [0, 4, 1], preselected=[2]
+    )
+    assert columns("--no-stop", "--standardize", "none") == expected(stop=False, standardize=None)
+    assert columns("--no-stop", "--noise", "2", "--seed", "1") == expected(
+        function=lcodec_ext.lfoci, noise=2.0, seed=1, stop=False
+    )
+
+
+def test_foci_says_what_it_found(run, table):
+    _, out, _ = run("foci", table, "--y", "y", "--preselected", "x0")
+    first, second, third, *steps = out.splitlines()
+    assert first == "2 of 5 columns selected for y on 400 rows; no further column raises T"
+    assert second.startswith("given x0: T = ")
+    assert third.split() == ["rank", "column", "T", "conditional", "T"]
+    assert [step.split()[1] for step in steps] in (["x1", "x4"], ["x4", "x1"])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_foci_output_file(run, table, suffix):
+    name = f"chosen{suffix}"
+    status, out, err = run("foci", table, "--y", "y", "--output", name, "--json")
+    assert (status, err) == (0, f"wrote {name}\n")
+    text = Path(name).read_text(encoding="utf-8")
+    if suffix == ".json":
+        assert text == out
+    else:
+        rows = list(csv.DictReader(io.StringIO(text)))
+        chosen = json.loads(out)["selected"]
+        assert [row["column"] for row in rows] == [s["column"] for s in chosen]
+        assert [float(row["T"]) for row in rows] == [s["T"] for s in chosen]
+    assert not list(Path().glob("*.part"))
+    assert run("foci", table, "--y", "y", "--output", name, "--quiet")[2] == ""
+
+
+def test_warnings_go_to_stderr_and_json(run, rng):
+    path = write_csv("c.csv", ["y", "a", "b"], [rng.random(50), [1] * 50, rng.random(50)])
+    status, out, err = run("foci", path, "--y", "y", "--json", "--quiet")
+    assert status == 0
+    (warning,) = json.loads(out)["warnings"]
+    assert "'a'" in warning
+    assert "constant" in warning
+    assert err == f"lcodec-ext foci: warning: {warning}\n"
+
+
+def test_threads(run, table):
+    assert run("foci", table, "--y", "y", "--threads", "3")[0] == 0
+    assert lcodec_ext.get_num_threads() == 3
+
+
+def test_columns_that_are_not_there(refused, table):
+    message = refused("foci", table, "--y", "x01")
+    assert "--y names column 'x01'" in message
+    assert "nearest are 'x1', 'x0'" in message
+    assert "--z names column 'age'" in refused("codec", table, "--y", "y", "--z", "age")
+    assert "--exclude names column 'b'" in refused("foci", table, "--y", "y", "--exclude", "b")
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("codec table.csv --y y --z y", "--z and --y both name column 'y'"),
+        ("codec table.csv --y y --z x1 --x x1", "--z and --x both name column 'x1'"),
+        ("codec table.csv --y y --z x1 --x y", "--x and --y both name column 'y'"),
+        ("codec table.csv --y y --z x1,x1", "names column 'x1' twice"),
+        ("codec table.csv --y y --z x1,", "expected names of columns"),
+        ("codec table.csv --y y --z x1 --noise-scale relative", "needs --noise SD"),
+        ("foci table.csv --y y --columns y,x1", "--columns names 'y', the response"),
+        ("foci table.csv --y y --columns x1 --exclude x2", "not allowed with"),
+        ("foci table.csv --y y --exclude x1 --preselected x1", "both name column 'x1'"),
+        ("foci table.csv --y y --exclude x0,x1,x2,x3,x4,x5", "no column beside"),
+        ("foci table.csv --y y --min-gain 0.1 --no-stop", "--min-gain 0.1"),
+        ("foci table.csv --y y --output a.txt", ".csv or .json; got 'a.txt'"),
+        ("foci table.csv --y y --output no/a.csv", "folder that can be written; got 'no/a.csv'"),
+    ],
+)
+def test_options_that_cannot_be(refused, table, command, text):
+    assert text in refused(*command.split())
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def read(path, *wanted, **options):
+    table = _tables.read_table(str(path), lambda names: list(wanted or names), **options)
+    return table.to_numpy().tolist()
+
+
+def write(name, text):
+    Path(name).write_bytes(text.encode())
+    return name
+
+
+PLAIN = [[1.0, -2.5], [3e10, 0.1]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b\n1,-2.5\n3e10,.1\n",
+        "a,b\n1,-2.5\n3e10,.1",
+        "a,b\r\n1,-2.5\r\n3e10,.1\r\n",
+        "\ufeffa,b\n1,-2.5\n3e10,.1\n",
+        "a,b\n\n1,-2.5\n3e10,.1\n\n",
+        'a,b\n"1", -2.5\n3e10," .1"\n',
+        '"a","b"\n1,-2.5\n3e10,.1\n',
+    ],
+)
+def test_csv_dialects(text):
+    assert read(write("a.csv", text)) == PLAIN
+
+
+def test_csv_quotes_and_names():
+    path = write("a.csv", 'a,"b, of\nall",c d,\n1,2,3,4\n')
+    names = []
+    _tables.read_table(path, lambda known: names.extend(known) or known)
+    assert names == ["a", "b, of\nall", "c d", "column 3"]
+    assert read(path, "c d", "b, of\nall") == [[3, 2]]
+    text = 'x,note\n1,"two\nlines, and ""quotes"""\n2,plain\n'
+    assert read(write("b.csv", text), "x") == [[1], [2]]
+
+
+def test_only_wanted_columns_must_be_numbers():
+    path = write("a.csv", "id,x,y\nk7,1,2\nk8,3,4\n")
+    assert read(path, "y", "x") == [[2, 1], [4, 3]]
+    with pytest.raises(_tables.TableError, match=r"a.csv, line 2, column 'id': 'k7' is no number"):
+        read(path)
+
+
+def test_missing_and_true():
+    path = write("a.csv", "x,y\n,True\nNA,false\n null ,TRUE\n1,0\n")
+    expected = [[np.nan, 1], [np.nan, 0], [np.nan, 1], [1, 0]]
+    np.testing.assert_array_equal(read(path), expected)
+
+
+def test_fast_and_careful_reading_agree(rng):
+    values = rng.normal(size=(300, 4)) * 10.0 ** rng.integers(-300, 300, size=(300, 4))
+    names = ["a", "b", "c", "d"]
+    plain = read(write_csv("a.csv", names, values.T.tolist()))
+    quoted = read(write_csv("b.csv", names, values.T.tolist(), quoting=csv.QUOTE_ALL))
+    assert plain == quoted == values.tolist()
+
+
+def test_other_delimiters():
+    assert read(write("a.tsv", "a\tb\n1\t-2.5\n3e10\t.1\n")) == PLAIN
+    assert read(write("a.csv", "a;b\n1;-2.5\n3e10;.1\n"), delimiter=";") == PLAIN
+    assert read(write("a.txt", "a|b\n1|-2.5\n3e10|.1\n"), delimiter="|") == PLAIN
+
+
+def test_no_header():
+    path = write("a.csv", "1,-2.5\n3e10,.1\n")
+    assert read(path, header=False) == PLAIN
+    assert read(path, "1", header=False) == [[-2.5], [0.1]]
+    with pytest.raises(_tables.TableError, match="line 1.*'a' is no number; a header.*--no-header"):
+        read(write("b.csv", "a,b\n1,2\n"), header=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("a,b,a\n1,2,3\n", "2 columns are named 'a'"),
+        ("a,b\n1,2\n3,4,5\n", "line 3: 3 cells; expected 2.*row names"),
+        ("a,b,c\n1,2,3\n3\n", "line 3: 1 cells; expected 3"),
+        ("a;b\n1;2\n", "if ';' separates its columns, pass --delimiter ';'"),
+        ("a\tb\n1\t2\n", "pass --delimiter tab"),
+        ('a,b\n"1,5",2\n', "'1,5' is no number; decimals need a point"),
+        ("a,b\nred,2\n", "'red' is no number; encode categories"),
+        ("a,b\n1_000,2\n", "'1_000' is no number"),
+        ('a,b\n"1,2\n', "no ','-separated table"),
+        ("a,b\n1,9007199254740993\n", "line 2, column 'b': 9007199254740993 is beyond 2"),
+    ],
+)
+def test_text_that_is_no_table(text, message):
+    with pytest.raises(_tables.TableError, match=message):
+        read(write("a.csv", text))
+
+
+def test_large_integers_that_are_exact():
+    text = f"a,b\n1,{2**60}\n,{2**53}\n"
+    np.testing.assert_array_equal(read(write("a.csv", text)), [[1, 2.0**60], [np.nan, 2.0**53]])
+
+
+def test_not_utf8():
+    Path("a.csv").write_bytes("a,größe\n1,2\n".encode("latin1"))
+    with pytest.raises(_tables.TableError, match="not UTF-8.*iconv"):
+        read("a.csv")
+
+
+def test_stdin(run, table, data, monkeypatch):
+    X, y = data
+    quoted = Path(table).read_bytes().replace(b"x1", b'"x1"', 1)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(quoted)))
+    _, out, _ = run("codec", "-", "--y", "y", "--z", "x1", "--json")
+    assert json.loads(out)["T"] == lcodec_ext.codec(y, X[:, 1])
+
+
+def test_missing_values_need_a_decision(run, refused):
+    path = write("a.csv", "y,z,w\n1,2,\n2,,3\n3,5,1\n4,6,inf\n5,9,2\n")
+    command = ["codec", path, "--y", "y", "--z", "z"]
+    message = refused(*command)
+    assert "a missing value in column 'z', row 2 of the data" in message
+    assert "--nan-policy omit" in message
+    status, out, _ = run(*command, "--nan-policy", "omit", "--json")
+    expected = lcodec_ext.codec([1, 3, 4, 5], [2, 5, 6, 9])
+    assert (status, json.loads(out)["T"], json.loads(out)["n_samples"]) == (0, expected, 4)
+    message = refused("foci", path, "--y", "y", "--nan-policy", "omit")
+    assert "an infinite value in column 'w', row 4" in message
+    assert "at least 3 rows" in refused("codec", write("b.csv", "y,z\n"), "--y", "y", "--z", "z")
+
+
+def test_an_unnamed_column_is_pointed_out(run, rng):
+    path = write_csv("a.csv", ["", "a", "y"], [range(60), rng.random(60), rng.random(60)])
+    _, out, err = run("foci", path, "--y", "y", "--json")
+    assert "--exclude 'column 0'" in err
+    assert json.loads(out)["n_features"] == 2
+    _, out, err = run("foci", path, "--y", "y", "--json", "--exclude", "column 0")
+    assert (err, json.loads(out)["n_features"]) == ("", 1)
+
+
+def test_npz(run, data):
+    X, y = data
+    np.savez("a.npz", X=X.astype(np.float32), y=y, w=X[:, 1])
+    _, out, _ = run("foci", "a.npz", "--y", "y", "--exclude", "w", "--json")
+    expected = lcodec_ext.foci(X.astype(np.float32), y)
+    found = json.loads(out)["selected"]
+    assert [s["column"] for s in found] == [f"X{k}" for k in expected.ordering]
+    assert [s["T"] for s in found] == expected.cumulative.tolist(), "float32 stays float32"
+    assert read("a.npz", "w", "X4") == np.column_stack([X[:, 1], X[:, 4].astype("f")]).tolist()
+
+
+def test_npy(run, data):
+    X, y = data
+    np.save("a.npy", np.column_stack([X, y]))
+    _, out, _ = run("codec", "a.npy", "--y", "6", "--z", "1,4", "--json")
+    assert json.loads(out)["T"] == lcodec_ext.codec(y, X[:, [1, 4]])
+
+
+def test_arrays_that_are_no_table(refused):
+    np.savez("a.npz", a=np.zeros(3), b=np.zeros(4), c=np.zeros((2, 2, 2)))
+    np.savez("b.npz", a=np.zeros(3), b=np.array(["x", "y", "z"]), A=np.zeros((3, 1)), A0=[1, 2, 3])
+    np.savez("c.npz", a=np.zeros(3), b=np.array([None] * 3), allow_pickle=True)
+    np.savez("d.npz", a=np.zeros(3), b=np.zeros(4))
+    np.savez("e.npz", a=np.zeros(3), b=np.array(["x", "y", "z"]))
+    write("f.npz", "no")
+    write("f.npy", "no")
+    for path, message in {
+        "a.npz": "array 'c' has shape (2, 2, 2)",
+        "b.npz": "two columns would be named 'A0'",
+        "c.npz": "cannot be read as NPZ",
+        "d.npz": "'a' has 3 rows and 'b' has 4",
+        "e.npz": "column 'b' is of dtype <U1; expected numbers",
+        "f.npz": "cannot be read as NPZ",
+        "f.npy": "cannot be read as NPY",
+    }.items():
+        assert message in refused("codec", path, "--y", "a", "--z", "b"), path
+
+
+def test_paths_that_are_no_table(refused, here):
+    command = ["--y", "a", "--z", "b"]
+    assert "does not exist" in refused("codec", "a.csv", *command)
+    assert "is a directory" in refused("codec", here, *command)
+    assert "ends in '.xlsx'" in refused("codec", write("a.xlsx", ""), *command)
+    message = refused("codec", write("a.npz", ""), *command, "--no-header")
+    assert "no header is for CSV and TSV" in message
+    assert "one character, or tab; got '::'" in refused("codec", "a", *command, "--delimiter", "::")
+
+
+def test_parquet_needs_pyarrow(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = refused("codec", write("a.parquet", ""), "--y", "a", "--z", "b")
+    assert "pip install pyarrow" in message
+
+
+def test_parquet(refused):
+    if find_spec("pyarrow") is None:
+        assert "pyarrow" in refused("codec", write("a.parquet", ""), "--y", "a", "--z", "b")
+        return
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {
+        "i": [1, None, 3],
+        "f": pa.array([0.5, None, 2.5], pa.float32()),
+        "b": [True, None, False],
+        "s": ["x", "y", "z"],
+        "c": pa.array(["x", "y", "z"]).dictionary_encode(),
+        "large": [2**60 + 1, None, 3],
+    }
+    parquet.write_table(pa.table(columns), "a.parquet")
+    expected = [[1, 0.5, 1], [np.nan] * 3, [3, 2.5, 0]]
+    np.testing.assert_array_equal(read("a.parquet", "i", "f", "b"), expected)
+    table = _tables.read_table("a.parquet", lambda _: ["f"])
+    assert table["f"].dtype == np.float32
+    for name, message in (("s", "string"), ("c", "dictionary"), ("large", "beyond 2")):
+        with pytest.raises(_tables.TableError, match=f"column '{name}'.*{message}"):
+            read("a.parquet", name)
+    with pytest.raises(_tables.TableError, match="cannot be read as Parquet"):
+        read(write("b.parquet", "no"))
+
+
+# ---------------------------------------------------------------------------------------------
+# bench
+
+
+def test_bench_times_and_checks(run):
+    command = ["bench", "--cases", "neighbors,masked_product", "--repeats", "2"]
+    status, out, err = run(*command, "--json", "--output", "b.json", "--threads", "1")
+    assert status == 0
+    assert err.splitlines() == ["neighbors ...", "masked_product ...", "wrote b.json"]
+    found = json.loads(out)
+    assert found == json.loads(Path("b.json").read_text(encoding="utf-8"))
+    assert list(found["cases"]) == ["neighbors", "masked_product"]
+    for case in found["cases"].values():
+        assert case["right"]
+        assert len(case["samples"]) == 2
+        assert case["median_seconds"] > 0
+    assert (found["threads"], found["repeats"]) == (1, 2)
+    assert found["machine"]["cores"] >= 1
+
+
+def test_bench_answers(simd_level, threads):
+    for name in ("foci", "codec"):
+        assert _bench.measure(_bench.CASES[name], 1)["right"], name
+
+
+def test_bench_fails_on_a_wrong_answer(run, monkeypatch):
+    wrong = _bench.CASES["neighbors"]._replace(answer="0")
+    monkeypatch.setattr(_bench, "CASES", {"neighbors": wrong})
+    status, out, err = run("bench", "--repeats", "1", "--quiet")
+    assert status == 1
+    assert "WRONG ANSWER" in out
+    assert "warning: the answer of neighbors" in err
+
+
+def test_bench_leaves_out_what_it_cannot_run(run, refused, monkeypatch):
+    case = _bench.CASES["masked_product"]._replace(needs="no_such_package")
+    monkeypatch.setattr(_bench, "CASES", {"masked_product": case})
+    status, out, _ = run("bench", "--json", "--quiet")
+    found = json.loads(out)
+    assert (status, found["cases"]) == (0, {})
+    assert found["left_out"] == {"masked_product": "needs no_such_package"}
+    assert "left out  masked_product" in run("bench", "--quiet")[1]
+    assert "--cases names 'xi'; expected some of masked_product" in refused("bench", "--cases", "xi")
+
+
+# ---------------------------------------------------------------------------------------------
+# Import paths
+
+
+def test_import_paths(here, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (here / "parts").mkdir()
+    write("parts/own_models.py", "import own_helper\nclass A:\n    made = own_helper.made\n")
+    write("parts/own_helper.py", "count = 0\ndef made():\n    return 7\n")
+    write("own_module.py", "def build():\n    return 'built'\nnumber = 3\n")
+    assert call("parts/own_models.py:A.made", "--model") == 7
+    assert call("own_module:build", "--model") == "built"
+    assert load_object("own_module:number", "--model") == 3
+    # One file is one module, however it is named.
+    first = load_object("parts/own_models.py:A", "--model")
+    assert load_object(f"{here}/parts/../parts/own_models.py:A", "--data") is first
+    assert load_object("own_helper:made", "--data") is first.__dict__["made"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("own_broken", "--model must be package.module:name or path/to/file.py:name; got"),
+        (":build", "got ':build'"),
+        ("no_such.py:build", "--model: there is no file no_such.py"),
+        ("no_such_module:build", "no module named 'no_such_module'"),
+        ("own_fine.py:bild", "own_fine.py has no 'bild'; it has build, fail"),
+        ("own_fine.py:number", "must lead to a callable; own_fine.py:number is of type int"),
+        ("own_fine.py:fail", r"own_fine.py:fail\(\) raised KeyError: 'x'"),
+        ("own_import.py:build", "importing own_import.py raised ModuleNotFoundError: .*'nothing_'"),
+        ("own_syntax.py:build", "importing own_syntax.py raised SyntaxError"),
+        ("own_text.txt/:build", "there is no file"),
+    ],
+)
+def test_import_paths_that_fail(monkeypatch, path, message):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write(
+        "own_fine.py", "def build():\n    return 1\ndef fail():\n    return {}['x']\nnumber = 3\n"
+    )
+    write("own_import.py", "import nothing_\n")
+    write("own_syntax.py", "def build(:\n")
+    with pytest.raises(ImportPathError, match=message):
+        call(path, "--model")
+    assert "own_syntax" not in sys.modules
+
+
+# ---------------------------------------------------------------------------------------------
+# The guide
+
+
+def test_shell_examples_of_the_guide(run, rng):
+    X = rng.normal(size=(300, 3))
+    names = ["age", "income", "region", "target"]
+    write_csv("table.csv", names, [*X.T.tolist(), (X[:, 0] * X[:, 1]).tolist()])
+    np.savez("data.npz", X=X, y=X[:, 0])
+    text = GUIDE.read_text(encoding="utf-8")
+    commands = re.findall(r"^lcodec-ext (?:info|codec|foci) .*$|^lcodec-ext info$", text, re.M)
+    assert len(commands) >= 5
+    for command in commands:
+        words = re.sub(r"\s+#.*", "", command).split()[1:]
+        status, out, err = run(*words)
+        assert (status, err.count("error")) == (0, 0), (command, err)
+        assert out
