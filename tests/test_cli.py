@@ -163,7 +163,7 @@ from lcodec_ext.cli import main
 for arguments in (["--help"], ["info"], ["codec", {table!r}, "--y", "y", "--z", "x1"],
                   ["foci", {table!r}, "--y", "y"]):
     main(arguments)
-print([name for name in ("torch", "pandas", "sklearn", "scipy", "matplotlib") if name in sys.modules])
+print([n for n in ("torch", "pandas", "sklearn", "scipy", "matplotlib") if n in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -217,9 +217,7 @@ def test_noise_makes_it_lcodec(run, table, data):
     X, y = data
     command = ["codec", table, "--y", "y", "--z", "x1", "--x", "x4", "--json", "--noise", "0.1"]
     _, out, _ = run(*command, "--noise-scale", "relative", "--seed", "3")
-    expected = lcodec_ext.lcodec(
-        y, X[:, 1], X[:, 4], noise=0.1, noise_scale="relative", seed=3
-    )
+    expected = lcodec_ext.lcodec(y, X[:, 1], X[:, 4], noise=0.1, noise_scale="relative", seed=3)
     assert json.loads(out)["T"] == expected
     assert expected != lcodec_ext.codec(y, X[:, 1], X[:, 4])
 
@@ -323,7 +321,7 @@ def test_columns_that_are_not_there(refused, table):
         ("codec table.csv --y y --z x1,x1", "names column 'x1' twice"),
         ("codec table.csv --y y --z x1,", "expected names of columns"),
         ("codec table.csv --y y --z x1 --noise-scale relative", "needs --noise SD"),
-        ("foci table.csv --y y --columns y,x1", "--columns names 'y', the response"),
+        ("foci table.csv --y y --columns y,x1", "--columns names 'y', which is the response"),
         ("foci table.csv --y y --columns x1 --exclude x2", "not allowed with"),
         ("foci table.csv --y y --exclude x1 --preselected x1", "both name column 'x1'"),
         ("foci table.csv --y y --exclude x0,x1,x2,x3,x4,x5", "no column beside"),
@@ -600,7 +598,9 @@ def test_bench_leaves_out_what_it_cannot_run(run, refused, monkeypatch):
     assert (status, found["cases"]) == (0, {})
     assert found["left_out"] == {"masked_product": "needs no_such_package"}
     assert "left out  masked_product" in run("bench", "--quiet")[1]
-    assert "--cases names 'xi'; expected some of masked_product" in refused("bench", "--cases", "xi")
+    assert "--cases names 'xi'; expected some of masked_product" in refused(
+        "bench", "--cases", "xi"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -629,7 +629,7 @@ def test_import_paths(here, monkeypatch):
         (":build", "got ':build'"),
         ("no_such.py:build", "--model: there is no file no_such.py"),
         ("no_such_module:build", "no module named 'no_such_module'"),
-        ("own_fine.py:bild", "own_fine.py has no 'bild'; it has build, fail"),
+        ("own_fine.py:bild", "own_fine.py has no 'bild'; it defines build, fail"),
         ("own_fine.py:number", "must lead to a callable; own_fine.py:number is of type int"),
         ("own_fine.py:fail", r"own_fine.py:fail\(\) raised KeyError: 'x'"),
         ("own_import.py:build", "importing own_import.py raised ModuleNotFoundError: .*'nothing_'"),
@@ -661,8 +661,13 @@ def test_shell_examples_of_the_guide(run, rng):
     text = GUIDE.read_text(encoding="utf-8")
     commands = re.findall(r"^lcodec-ext (?:info|codec|foci) .*$|^lcodec-ext info$", text, re.M)
     assert len(commands) >= 5
+    n_shown = 0
     for command in commands:
         words = re.sub(r"\s+#.*", "", command).split()[1:]
         status, out, err = run(*words)
         assert (status, err.count("error")) == (0, 0), (command, err)
-        assert out
+        if f"$ {command}\n" in text:
+            shown = text.partition(f"$ {command}\n")[2].partition("```")[0]
+            assert out == shown
+            n_shown += 1
+    assert n_shown == 1

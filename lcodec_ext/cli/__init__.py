@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lcodec_ext.cli import _dependence, _machine
+from lcodec_ext.cli import _dependence, _machine, _unlearning
 from lcodec_ext.cli._console import BAD_INPUT, FAILED, OK, PROGRAM, Console, Parser, one_line
 
 __all__ = ["main"]
@@ -30,6 +30,13 @@ examples:
   lcodec-ext foci table.csv --y target
   lcodec-ext COMMAND --help      what a command does, examples, what its output means
 """
+
+_NOT_COMPUTED = {
+    "IndefiniteCurvatureError",
+    "LedgerError",
+    "OutOfMemoryError",
+    "PrivacyBudgetExceeded",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit status and message for an error."""
     named = f"{type(error).__name__}: {error}"
-    if type(error).__name__ in ("IndefiniteCurvatureError", "OutOfMemoryError"):
+    # by name: PyTorch is not loaded for this
+    if {kind.__name__ for kind in type(error).__mro__} & _NOT_COMPUTED:
         return FAILED, str(error)
     if isinstance(error, MemoryError):
         return FAILED, f"not enough memory{f': {error}' if str(error) else ''}"
@@ -94,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     _machine.add_info(commands)
     _dependence.add_codec(commands)
     _dependence.add_foci(commands)
+    _unlearning.add_unlearn(commands)
+    _unlearning.add_evaluate(commands)
+    _unlearning.add_report(commands)
     _machine.add_bench(commands)
     return parser
 

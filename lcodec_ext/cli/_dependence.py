@@ -233,15 +233,18 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     seconds: dict[str, float] = {}
     wanted = {"--y": [options.y], "--z": options.z, "--x": options.x}
     table = _load(options, console, seconds, lambda known: _find(wanted, known))
-    arguments = [table[options.y], table.select(options.z)]
-    if options.x:
-        arguments.append(table.select(options.x))
-    settings = {"ties": options.ties, "seed": options.seed, "nan_policy": options.nan_policy}
+    y, z = table[options.y], table.select(options.z)
+    x = table.select(options.x) if options.x else None
+    settings: dict[str, Any] = {
+        "ties": options.ties,
+        "seed": options.seed,
+        "nan_policy": options.nan_policy,
+    }
     with timed(seconds, "compute"):
         if options.noise is None:
-            value = codec(*arguments, **settings)
+            value = codec(y, z, x, **settings)
         else:
-            value = lcodec(*arguments, **settings, **_noise(options))
+            value = lcodec(y, z, x, **settings, **_noise(options))
     n = table.n_complete()
     result = {
         "table": options.table,
@@ -270,7 +273,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         )
     for option in ("columns", "exclude", "preselected"):
         if options.y in (getattr(options, option) or []):
-            raise InputError(f"--{option} names {options.y!r}, the response; expected other columns")
+            raise InputError(f"--{option} names {options.y!r}, which is the response")
     for name in options.preselected:
         if name in options.exclude:
             raise InputError(f"--preselected and --exclude both name column {name!r}")
@@ -373,9 +376,7 @@ def _find(wanted: dict[str, list[str]], known: Sequence[str]) -> list[str]:
     return [name for columns in wanted.values() for name in columns]
 
 
-def _candidates(
-    options: argparse.Namespace, known: Sequence[str], console: Console
-) -> list[str]:
+def _candidates(options: argparse.Namespace, known: Sequence[str], console: Console) -> list[str]:
     """Candidates in the order of the table, or of --columns, and y."""
     given = {
         "--y": [options.y],

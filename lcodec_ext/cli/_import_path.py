@@ -45,10 +45,13 @@ def load_object(path: str, option: str) -> Any:
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
-            known = [key for key in vars(module) if not key.startswith("_")]
-            own = [k for k in known if getattr(vars(module)[k], "__module__", "") == module.__name__]
+            own = [
+                key
+                for key, item in vars(module).items()
+                if getattr(item, "__module__", None) == module.__name__
+            ]
             raise ImportPathError(
-                f"{option}: {place} has no {name!r}; it has {', '.join(own or known) or 'nothing'}"
+                f"{option}: {place} has no {name!r}; it defines {', '.join(own) or 'nothing'}"
             )
         value = getattr(value, part)
     return value

@@ -1,0 +1,507 @@
+"""The command line: unlearn, evaluate and report, with models and data by import path."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lcodec_ext.cli import main
+from lcodec_ext.cli._import_path import load_object
+from lcodec_ext.cli._unlearning import PRESETS, parse_ids
+from lcodec_ext.unlearning import UnitSelection, unlearn
+from lcodec_ext.unlearning.settings import PRESETS as KNOWN_PRESETS
+
+CODE = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(90, 4, generator=generator, dtype=torch.float64)
+y = (x @ torch.randn(4, 3, generator=generator, dtype=torch.float64)).argmax(1)
+wrong = [3, 17, 20, 21, 22]
+y[wrong] = (y[wrong] + 1) % 3
+train, test = (x[:60], y[:60]), (x[60:], y[60:])
+
+def build():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).double()
+
+def fit(samples, seed):
+    model = build()
+    torch.manual_seed(seed)
+    nn.init.normal_(model.weight)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=60)
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(samples[0]), samples[1])
+        loss = loss + 0.005 * sum((p ** 2).sum() for p in model.parameters())
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return model
+
+def load():
+    return {"train": train, "test": test, "loss_fn": cross_entropy, "retrain": fit}
+
+def with_data():
+    return build(), load()
+
+class Parts:
+    train = torch.utils.data.TensorDataset(*train)
+    test = torch.utils.data.TensorDataset(*test)
+    loss_fn = staticmethod(cross_entropy)
+    def retrain(samples, seed):
+        return fit(tuple(torch.stack(column) for column in zip(*samples)), seed)
+
+def objects():
+    return Parts
+
+def nothing():
+    return 3
+
+def misspelt():
+    return {"trian": train, "loss_fn": cross_entropy}
+
+def concave():
+    return {"train": train, "loss_fn": lambda outputs, targets: -cross_entropy(outputs, targets)}
+
+def broken():
+    raise RuntimeError("no such table")
+"""
+MODEL = ["--model", "own_problem.py:build"]
+DATA = ["--data", "own_problem.py:load"]
+WEIGHTS = ["--weights", "net.pt"]
+DECAY = ["--weight-decay", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def problem(tmp_path, monkeypatch):
+    """A folder with own_problem.py and net.pt, the weights of its trained model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("own_problem.py").write_text(CODE, encoding="utf-8")
+    module = (
+        __import__("importlib")
+        .import_module("lcodec_ext.cli._import_path")
+        ._load_file("own_problem.py", "--model")
+    )
+    torch.save(module.fit(module.train, 0).state_dict(), "net.pt")
+    yield module
+    sys.modules.pop(module.__name__, None)
+
+
+@pytest.fixture
+def run(capsys):
+    def call_main(*arguments):
+        status = main([*map(str, arguments), "--quiet"])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call_main
+
+
+@pytest.fixture
+def refused(run):
+    def message(*arguments, status=2):
+        got, out, err = run(*arguments)
+        assert (got, out, err.count("\n")) == (status, "", 1), err
+        return err
+
+    return message
+
+
+def weights(file):
+    return torch.load(file, weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# unlearn
+
+
+def test_unlearn_is_unlearn(run, problem):
+    status, out, err = run(
+        "unlearn",
+        *MODEL,
+        *WEIGHTS,
+        *DATA,
+        *DECAY,
+        "--forget",
+        "3,20-22",
+        "--output",
+        "new.pt",
+        "--damping",
+        "0.001",
+        "--set",
+        "n_curvature=null",
+        "--json",
+    )
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert (found["ids"], found["not_removed"], found["n_removed"]) == ([3, 20, 21, 22], [], 4)
+    assert (found["output"], found["directory"], found["release"]) == ("new.pt", None, None)
+    ids = torch.tensor(found["ids"])
+    keep = torch.ones(60, dtype=torch.bool)
+    keep[ids] = False
+    model = problem.build()
+    model.load_state_dict(weights("net.pt"))
+    x, y = problem.train
+    result = unlearn(
+        model,
+        (x[ids], y[ids]),
+        (x[keep], y[keep]),
+        cross_entropy,
+        weight_decay=0.01,
+        damping=0.001,
+        n_curvature=None,
+        seed=found["result"]["settings"]["seed"],
+    )
+    for key, value in result.model.state_dict().items():
+        torch.testing.assert_close(weights("new.pt")[key], value, rtol=1e-9, atol=1e-12)
+    assert found["result"]["settings"]["weight_decay"] == 0.01
+    assert found["result"]["n_forget"] == 4
+
+
+def test_unlearn_says_what_it_did(run):
+    command = ["unlearn", "--model", "own_problem.py:with_data", *WEIGHTS, *DECAY]
+    status, out, err = run(*command, "--forget", "3", "--output", "new.safetensors")
+    assert (status, err) == (0, "")
+    assert out.startswith("UnlearnResult: 1 of 60 samples removed")
+    assert "written to    new.safetensors" in out
+    from safetensors.torch import load_file
+
+    assert load_file("new.safetensors").keys() == weights("net.pt").keys()
+    assert not list(Path().glob("*.part"))
+    # And back in, as weights.
+    command[4] = "new.safetensors"
+    assert run(*command, "--forget", "5", "--output", "newer.pt")[0] == 0
+
+
+def test_settings_reach_the_deletion(run, problem):
+    def settings(*options):
+        status, out, err = run(
+            "unlearn", *MODEL, *DATA, "--forget", "1", "--output", "new.pt", "--json", *options
+        )
+        assert status == 0, err
+        return json.loads(out)["result"]["settings"]
+
+    Path("units.json").write_text(json.dumps(UnitSelection({"": [2]}).to_dict()), encoding="utf-8")
+    found = settings("--selection", "units.json", "--set", "dtype=float64", "--seed", "7")
+    assert found["selection"] == UnitSelection({"": [2]}).to_dict()
+    assert found["dtype"] == "float64"
+    found = settings(
+        "--selection",
+        "random",
+        "--set",
+        "n_units=2",
+        "--curvature",
+        "fisher",
+        "--set",
+        'candidates=["*"]',
+    )
+    assert (found["selection"], found["n_units"], found["curvature"]) == ("random", 2, "fisher")
+    assert found["candidates"] == ["*"]
+
+
+def test_ledger_resume_and_verify(run, refused):
+    unlearn_ = ["unlearn", *MODEL, *DATA, "--directory", "run", "--json"]
+    status, out, err = run(*unlearn_, *WEIGHTS, *DECAY, "--forget", "3", "--note", "case 7")
+    assert status == 0, err
+    first = json.loads(out)
+    assert refused(*unlearn_, *WEIGHTS, "--forget", "5").endswith("--resume goes on with it\n")
+    assert "--damping cannot change" in refused(
+        *unlearn_, "--resume", "--forget", "5", "--damping", "1"
+    )
+    assert "--set steps=2 cannot change" in refused(
+        *unlearn_, "--resume", "--forget", "5", "--set", "steps=2"
+    )
+    assert "--weights goes without" in refused(*unlearn_, *WEIGHTS, "--resume", "--forget", "5")
+    assert "sample 3, which is removed already" in refused(*unlearn_, "--resume", "--forget", "3")
+    status, out, err = run(*unlearn_, "--resume", "--forget", "17,20", "--output", "new.pt")
+    assert status == 0, err
+    second = json.loads(out)
+    assert (second["ids"], second["n_removed"]) == ([17, 20], 3)
+    assert second["result"]["settings"]["weight_decay"] == 0.01
+
+    verify = ["unlearn", "--verify", "--directory", "run", "--json"]
+    status, out, _ = run(*verify, *DATA, *MODEL, "--weights", "new.pt", "--head", first["head"])
+    found = json.loads(out)
+    assert (status, found["ok"], found["head"]) == (0, True, second["head"])
+    assert (found["entries"], found["removed"]) == (3, [3, 17, 20])
+    status, out, _ = run(*verify, *MODEL, *WEIGHTS)
+    assert (status, json.loads(out)["ok"]) == (1, False)
+    assert "weights" in json.loads(out)["problems"][0]
+    ledger = Path("run/ledger.jsonl")
+    ledger.write_text(ledger.read_text().replace("case 7", "case 8"))
+    status, out, _ = run("unlearn", "--verify", "--directory", "run")
+    assert status == 1
+    assert "does NOT verify" in out
+
+
+def test_a_step_that_is_taken_back(run):
+    # Twenty removals, without a retry and with next to no damping; no fall is small enough.
+    status, out, err = run(
+        "unlearn",
+        *MODEL,
+        *WEIGHTS,
+        *DATA,
+        "--forget",
+        "0-19",
+        "--output",
+        "new.pt",
+        "--json",
+        "--set",
+        "update=gradient",
+        "--set",
+        "learning_rate=1e4",
+        "--set",
+        "max_drop=0.0",
+        "--set",
+        "retries=0",
+    )
+    assert status == 1, err
+    found = json.loads(out)
+    assert found["not_removed"] == found["pending"] == list(range(20))
+    assert found["output"] is None
+    assert not Path("new.pt").exists()
+    assert "retrain without them" in err
+    assert found["warnings"]
+
+
+def test_a_ledger_that_was_begun_is_pointed_out(capsys):
+    data = ["--data", "own_problem.py:concave"]
+    status = main(["unlearn", *MODEL, *data, "--forget", "1", "--directory", "run", "--damping=0"])
+    err = capsys.readouterr().err
+    assert status == 1
+    assert "indefinite" in err
+    assert "run has the start of a ledger now" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("3", [3]),
+        ("3,17, 20-22", [3, 17, 20, 21, 22]),
+        ("5 3,3-5", [3, 4, 5]),
+        ("@ids.txt", [1, 2, 9]),
+        ("ids.json", [4, 7]),
+        ("@ids.json", [4, 7]),
+    ],
+)
+def test_requests(text, ids):
+    Path("ids.txt").write_text("9\n1-2\n", encoding="utf-8")
+    Path("ids.json").write_text("[7, 4]", encoding="utf-8")
+    assert parse_ids(text) == ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--forget 3-1", "expected numbers and ranges, as 3,17,20-40; got '3-1'"),
+        ("--forget x", "got 'x'"),
+        ("--forget -1", "--forget"),
+        ("--forget @none.txt", "there is no file none.txt"),
+        ("--forget bad.json", "must be a list of integers"),
+        ("--forget 60", "--forget names sample 60; train has the numbers 0 to 59"),
+        ("--forget 0-59", "must leave at least one sample"),
+        ("--forget 1 --set dampin=1", "is it 'damping'?"),
+        ("--forget 1 --set damping", "--set must be KEY=VALUE; got 'damping'"),
+        ("--forget 1 --damping 1 --set damping=2", "damping is given already"),
+        ("--forget 1 --set dtype=int8", "--set dtype must be float32 or float64; got 'int8'"),
+        ("--forget 1 --set steps=0", "steps must be an integer >= 1; got 0"),
+        ("--forget 1 --selection none.json", "must be the JSON of UnitSelection.to_dict()"),
+        ("--forget 1 --selection some", "selection must be one of"),
+        ("--forget 1 --resume", "--resume needs --directory"),
+        ("--forget 1 --head a", "--head belongs to --verify"),
+        ("", "--forget is needed"),
+        ("--verify", "--verify needs --directory"),
+        ("--verify --directory a --forget 1", "--forget does not go with --verify"),
+        ("--verify --directory a", "needs both --model and --weights"),
+    ],
+)
+def test_requests_that_cannot_be(refused, options, message):
+    Path("bad.json").write_text("[1, 2.5]", encoding="utf-8")
+    output = [] if "--verify" in options else ["--output", "new.pt"]
+    assert message in refused("unlearn", *MODEL, *DATA, *output, *options.split())
+
+
+def test_what_would_not_be_kept(refused):
+    message = refused("unlearn", *MODEL, *DATA, "--forget", "1")
+    assert "--output or --directory is needed" in message
+    message = refused("unlearn", *MODEL, *DATA, "--forget", "1", "--directory", "a", "--resume")
+    assert "a has no ledger to --resume" in message
+    assert "no ledger" in refused("unlearn", "--verify", "--directory", "a")
+    assert not Path("a").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model own_problem.py:nothing", "--model must return a torch.nn.Module"),
+        (
+            "--model own_problem.py:build",
+            "build must give 'train'; it gives nothing",
+        ),
+        ("--data own_problem.py:nothing", "must return a dict, or an object, with some of train"),
+        ("--data own_problem.py:misspelt", "gives 'trian'; the parts are train, test"),
+        ("--data own_problem.py:broken", "own_problem.py:broken() raised RuntimeError: no such"),
+        ("--data own_problem.py:none", "has no 'none'; it defines build"),
+        ("--weights none.pt", "--weights: there is no file none.pt"),
+        ("--weights own_problem.py", "must be a file ending in .pt or .pth or .safetensors"),
+        ("--weights text.pt", "cannot be read as tensors"),
+        ("--weights text.safetensors", "cannot be read as tensors"),
+        ("--weights code.pt", "cannot be read as tensors"),
+        ("--weights list.pt", "must hold a state_dict; got an object of type list"),
+        ("--weights other.pt", "does not fit the model"),
+    ],
+)
+def test_models_and_data_that_cannot_be(refused, options, message):
+    Path("text.pt").write_text("no", encoding="utf-8")
+    Path("text.safetensors").write_text("no", encoding="utf-8")
+    torch.save(torch.nn.Linear(4, 3), "code.pt")
+    torch.save([1], "list.pt")
+    torch.save(torch.nn.Linear(5, 3).state_dict(), "other.pt")
+    given = options.split()
+    rest = [*MODEL, *DATA]
+    if given[0] == "--model":
+        rest = []
+    elif given[0] == "--data":
+        rest = MODEL
+    assert message in refused("unlearn", *rest, *given, "--forget", "1", "--output", "new.pt")
+
+
+def test_weights_in_a_checkpoint(run):
+    torch.save({"epoch": 3, "state_dict": weights("net.pt")}, "checkpoint.pt")
+    command = ["unlearn", *MODEL, *DATA, *DECAY, "--forget", "1", "--output"]
+    assert run(*command, "a.pt", *WEIGHTS)[0] == 0
+    assert run(*command, "b.pt", "--weights", "checkpoint.pt")[0] == 0
+    assert torch.equal(weights("a.pt")["weight"], weights("b.pt")["weight"])
+
+
+def test_presets_are_those_of_the_package():
+    assert set(PRESETS) == set(KNOWN_PRESETS)
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluate and report
+
+
+@pytest.mark.parametrize("data", ["own_problem.py:load", "own_problem.py:objects"])
+def test_evaluate_and_report(run, problem, data):
+    evaluate = ["evaluate", *MODEL, *WEIGHTS, "--data", data, *DECAY, "--forget", "3,17,20-22"]
+    unlearn_ = ["unlearn", *MODEL, *WEIGHTS, *DATA, *DECAY, "--forget", "3,17,20-22"]
+    assert run(*unlearn_, "--directory", "run", "--output", "new.pt")[0] == 0
+    status, out, err = run(
+        *evaluate,
+        "--methods",
+        "recommended",
+        "--candidate",
+        "mine=new.pt",
+        "--no-relearn",
+        "--output",
+        "evaluation.json",
+        "--json",
+    )
+    assert status == 0, err
+    found = json.loads(out)
+    methods = {method["name"]: method for method in found["methods"]}
+    assert list(methods) == ["no-op", "retrained", "recommended", "mine"]
+    assert (found["n_forget"], found["n_retain"], found["n_test"]) == (5, 55, 30)
+    # One step for a twelfth of the samples, the same by either way.
+    closed = {name: method["gap_closed"]["js_forget"] for name, method in methods.items()}
+    assert closed["recommended"] > 0.6
+    assert closed["mine"] == pytest.approx(closed["recommended"], rel=1e-3)
+    status, out, err = run("report", "run", "evaluation.json", "--output", "report", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["summary"]
+    for file in ("report.md", "report.json", "methods.csv", "requests.csv"):
+        assert str(Path("report", file)) in found["files"]
+        assert Path("report", file).is_file()
+    status, out, _ = run("report", "evaluation.json", "--output", "other")
+    assert status == 0
+    assert "report.md" in out
+
+
+def test_evaluate_with_retrained_weights(run, refused, problem):
+    keep = [i for i in range(60) if i not in problem.wrong]
+    for k in range(3):
+        model = problem.fit((problem.x[keep], problem.y[keep]), k + 1)
+        torch.save(model.state_dict(), f"r{k}.pt")
+    evaluate = ["evaluate", *MODEL, *WEIGHTS, *DATA, *DECAY, "--forget", "3,17,20-22"]
+    status, out, err = run(
+        *evaluate,
+        "--retrained",
+        "r0.pt",
+        "r1.pt",
+        "r2.pt",
+        "--methods",
+        "none",
+        "--candidate",
+        "same=r0.pt",
+        "--no-relearn",
+    )
+    assert status == 0, err
+    assert out.startswith("Evaluation: 5 samples removed, 55 retained, 30 for the test; 3 retr")
+    assert "same" in out
+    assert "at least 3 files; got 2" in refused(*evaluate, "--retrained", "r0.pt", "r1.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--methods L-BFGZ", "--methods names 'L-BFGZ'; expected some of recommended"),
+        ("--methods none", "leaves nothing to evaluate"),
+        ("--candidate a", "--candidate must be NAME=FILE; got 'a'"),
+        ("--candidate a=r.pt --candidate a=s.pt", "names 'a' twice"),
+        ("--candidate a=r.pt", "--candidate a: there is no file r.pt"),
+        ("--candidate paper=net.pt", "has the name of a method"),
+        ("--n-retrain 2", "expected an integer >= 3; got '2'"),
+        ("--output a.csv", "expected a name ending in .json; got 'a.csv'"),
+        ("--forget 99", "train has the numbers 0 to 59"),
+    ],
+)
+def test_evaluations_that_cannot_be(refused, options, message):
+    command = ["evaluate", *MODEL, *WEIGHTS, *DATA, "--forget", "3", *options.split()]
+    assert message in refused(*command)
+
+
+def test_evaluate_needs_retrained_models(refused, problem, monkeypatch):
+    monkeypatch.delattr(problem.Parts, "retrain")
+    command = ["evaluate", *MODEL, "--data", "own_problem.py:objects", "--forget", "3"]
+    assert "must give 'retrain'; it gives train, test, loss_fn" in refused(*command)
+
+
+def test_reports_that_cannot_be(refused):
+    assert "none does not exist" in refused("report", "none", "--output", "report")
+    message = refused("report", "own_problem.py", "--output", "report")
+    assert "is no folder and no .json file" in message
+    Path("empty").mkdir()
+    assert "ledger.jsonl" in refused("report", "empty", "--output", "report")
+    Path("other.json").write_text("{}", encoding="utf-8")
+    assert "other.json" in refused("report", "other.json", "--output", "report")
+    assert not Path("report").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# The guide
+
+
+def test_examples_of_the_guide(run):
+    text = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# problem.py\n.*?)```", text, re.DOTALL)
+    Path("problem.py").write_text(code, encoding="utf-8")
+    runpy.run_path("problem.py", run_name="__main__")
+    commands = re.findall(r"^lcodec-ext ((?:unlearn|evaluate|report) -?.*)$", text, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        status, out, err = run(*command.split())
+        assert (status, err) == (0, ""), command
+        assert out
+    assert Path("report/report.md").is_file()
