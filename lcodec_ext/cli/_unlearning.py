@@ -508,8 +508,7 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
     _check_unlearn(options)
     ids = parse_ids(options.forget)
     _need_torch()
-    from lcodec_ext.unlearning.settings import Settings
-    from lcodec_ext.unlearning.unlearner import Unlearner
+    from lcodec_ext.unlearning import Guarantee, Settings, Unlearner
 
     settings = parse_settings(options)
     preset = options.preset or "recommended"
@@ -554,7 +553,12 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
         if options.output and len(refused) < len(ids):
             model = unlearner.model
             if unlearner.budget is not None:
-                model = unlearner.release(note=options.note)
+                try:
+                    model = unlearner.release(note=options.note)
+                except Exception:
+                    if options.directory:
+                        console.note("the samples are removed, and that is on record")
+                    raise
                 release = unlearner.ledger[-1].record["guarantee"]
             _write_weights(options.output, model)
             written = str(options.output)
@@ -571,7 +575,7 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
         }
     lines = [repr(result)]
     if release:
-        lines.append(f"  release       {json.dumps(release)}")
+        lines.append(str(Guarantee.from_dict(release)))
     if written:
         lines.append(f"  written to    {written}")
     if options.directory:
@@ -645,7 +649,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         raise InputError("to verify a model, --verify needs both --model and --weights")
     _need_torch()
     from lcodec_ext.cli._import_path import call
-    from lcodec_ext.unlearning.ledger import verify_ledger
+    from lcodec_ext.unlearning import verify_ledger
 
     model = train = None
     if options.model:
@@ -686,7 +690,7 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
             raise InputError(f"--candidate names {name!r} twice")
         candidates[name] = file
     _need_torch()
-    from lcodec_ext.unlearning.evaluate import BASELINES, evaluate
+    from lcodec_ext.unlearning import BASELINES, evaluate
 
     names = [] if options.methods == "none" else list(BASELINES)
     if options.methods not in (None, "none"):
@@ -788,7 +792,7 @@ def run_report(options: argparse.Namespace, console: Console) -> int:
                 "evaluate --output"
             )
     _need_torch()
-    from lcodec_ext.unlearning.report import write_report
+    from lcodec_ext.unlearning import write_report
 
     report = write_report(options.output, evaluation=evaluations or None, ledger=ledgers or None)
     written = {
