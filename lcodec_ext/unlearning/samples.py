@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -31,6 +32,13 @@ from lcodec_ext.curvature._data import (
 Indices = Sequence[int] | slice
 
 
+class Rows(NamedTuple):
+    """Samples before they are made a batch."""
+
+    get: Callable[[int], Any]
+    collate: Callable[[list[Any]], Any]
+
+
 class Samples:
     """Samples that are fetched by number, on a device and in a floating-point type.
 
@@ -46,6 +54,8 @@ class Samples:
         Of the argument they came from, for messages.
     in_memory : bool
         Whether fetching is only indexing.
+    rows : Rows, optional
+        Of a Dataset.
     """
 
     def __init__(
@@ -57,9 +67,10 @@ class Samples:
         name: str,
         *,
         in_memory: bool,
+        rows: Rows | None = None,
     ) -> None:
         self._n, self._fetch, self._device, self._dtype = n, fetch, device, dtype
-        self.name, self.in_memory = name, in_memory
+        self.name, self.in_memory, self._rows = name, in_memory, rows
 
     def __len__(self) -> int:
         return self._n
@@ -94,8 +105,18 @@ class Samples:
         def fetch(some: list[int]) -> Any:
             return self._fetch(kept[some].tolist())
 
+        rows = self._rows
+        if rows is not None:
+            get = rows.get
+            rows = rows._replace(get=lambda i: get(int(kept[i])))
         return Samples(
-            len(kept), fetch, self._device, self._dtype, self.name, in_memory=self.in_memory
+            len(kept),
+            fetch,
+            self._device,
+            self._dtype,
+            self.name,
+            in_memory=self.in_memory,
+            rows=rows,
         )
 
     def loaded(self) -> "Samples":
@@ -111,6 +132,7 @@ class Samples:
             self._dtype,
             self.name,
             in_memory=True,
+            rows=self._rows,
         )
 
     def hashes(self, indices: Indices = slice(None)) -> list[str]:
@@ -120,21 +142,40 @@ class Samples:
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
-    """The samples of several sets, one after the other."""
+    """The samples of several sets, one after the other.
+
+    Where they cannot be put in one batch as they were collated, texts of unequal length for
+    instance, those of Datasets are collated together.
+    """
     first = parts[0]
     starts = np.cumsum([0, *map(len, parts)])
 
     def fetch(some: list[int]) -> Any:
         numbers = np.asarray(some)
         owner = np.searchsorted(starts, numbers, side="right") - 1
-        order = np.argsort(owner, kind="stable")
+        within = numbers - starts[owner]
         pieces = [
-            part._fetch((numbers[owner == k] - starts[k]).tolist())
+            as_data(part.fetch(within[owner == k].tolist()))
             for k, part in enumerate(parts)
             if (owner == k).any()
         ]
-        back = np.argsort(order).tolist()
-        return _rows(_joined(pieces), len(some), back)
+        shapes = [[t.shape[1:] for t in tensors_of(piece)] for piece in pieces]
+        if all(shape == shapes[0] for shape in shapes):
+            back = np.argsort(np.argsort(owner, kind="stable")).tolist()
+            return _rows(_joined(pieces), len(some), back)
+        rows = [part._rows for part in parts]
+        if rows[0] is None or None in rows:
+            names = " and ".join(dict.fromkeys(part.name for part in parts))
+            raise ValueError(
+                f"samples of {names} must go together in a batch, and their tensors have shapes "
+                f"{shapes}, the first axis left out; give tensors of one shape, or a DataLoader "
+                "whose collate_fn pads"
+            )
+        data = rows[0].collate(
+            [rows[k].get(i) for k, i in zip(owner.tolist(), within.tolist(), strict=True)]
+        )
+        _check(data, first.name, len(some))
+        return data
 
     return Samples(
         int(starts[-1]),
@@ -247,7 +288,8 @@ def _from_dataset(
             f"sample 0 of {name} differs when it is read again: give a Dataset without random "
             "augmentation"
         )
-    return Samples(n, fetch, device, dtype, name, in_memory=False)
+    rows = Rows(dataset.__getitem__, collate)
+    return Samples(n, fetch, device, dtype, name, in_memory=False, rows=rows)
 
 
 def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
@@ -263,12 +305,20 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
             for k in range(n)
         ]
         return _from_dataset(rows, _joined, name, device, dtype)
+    if loader.batch_sampler is None:
+        raise ValueError(
+            f"{name} is a DataLoader with batch_size=None, which does not tell what is a sample; "
+            "pass a Dataset of samples, or a DataLoader with a batch_size"
+        )
+    sampler = loader.batch_sampler
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
     known = RandomSampler | SequentialSampler
-    if loader.sampler is not None and not isinstance(loader.sampler, known):
-        indices = getattr(loader.sampler, "indices", None)
+    if not isinstance(sampler, known) or sampler.data_source is not dataset:
+        indices = getattr(sampler, "indices", None)
         if indices is None:
             raise ValueError(
-                f"the sampler of {name}, a {type(loader.sampler).__name__}, does not tell which "
+                f"the sampler of {name}, a {type(sampler).__name__}, does not tell which "
                 "samples it draws; pass the Dataset, or a torch.utils.data.Subset of it"
             )
         dataset = Subset(dataset, [int(i) for i in indices])
