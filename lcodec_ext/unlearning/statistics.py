@@ -201,6 +201,7 @@ class TrainingStatistics:
         )
 
     @staticmethod
+    @twice_differentiable()
     def snapshot(
         model: nn.Module, train: Any, loss_fn: LossFunction, *, batch_size: int = _BATCH
     ) -> tuple[Tensors, Tensors]:
@@ -216,6 +217,7 @@ class TrainingStatistics:
             _mean_gradient(work, parameters, samples, loss_fn, batch_size),
         )
 
+    @twice_differentiable()
     def operator(
         self,
         model: nn.Module,
@@ -243,8 +245,7 @@ class TrainingStatistics:
         device = next(model.parameters()).device
         samples = as_samples(forget, "forget", device, dtype)
         n, m = self.n, len(samples)
-        if m >= n:
-            raise ValueError(f"statistics are of {n} training samples, and forget has {m}")
+        self._check_left(m)
         layout = UnitLayout(selection, model)
         if self.matrix is not None:
             index = self._coordinates(model, layout, selection)
@@ -263,6 +264,10 @@ class TrainingStatistics:
         return SecantOperator.from_pairs(
             S, Y, inner=whole_S.T @ whole_Y, damping=damping, weight_decay=weight_decay
         )
+
+    def _check_left(self, m: int) -> None:
+        if m >= self.n:
+            raise ValueError(f"statistics are of {self.n} training samples, and forget has {m}")
 
     def _retained_changes(
         self,
@@ -323,6 +328,7 @@ class TrainingStatistics:
         own.scatter_(places, torch.arange(own.size, dtype=torch.float64, device=self.matrix.device))
         return layout.gather(places).long()
 
+    @twice_differentiable()
     def without(
         self,
         model: nn.Module,
@@ -344,6 +350,7 @@ class TrainingStatistics:
         dtype = _dtype_of(model) if dtype is None else dtype
         device = next(model.parameters()).device
         samples = as_samples(forget, "forget", device, dtype)
+        self._check_left(len(samples))
         left = self.n - len(samples)
         if self.matrix is not None:
             assert self.selection is not None
@@ -375,7 +382,12 @@ class TrainingStatistics:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "TrainingStatistics":
         """Read what `save` wrote; ValueError if it is something else."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, on files that are not torch's
+            raise ValueError(f"{path!s} holds no training statistics: {error}") from error
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise ValueError(f"{path!s} holds no training statistics of format {_FORMAT}")
         selection = state["selection"]
