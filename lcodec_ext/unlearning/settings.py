@@ -22,8 +22,6 @@ SELECTIONS = (
     "last",
     "random",
 )
-#: Those that read activations under perturbation.
-BY_ACTIVATIONS = ("lfoci", "cheap")
 CURVATURES = ("gauss_newton", "hessian", "fisher", "secant")
 UPDATES = ("newton", "gradient", "lbfgs", "certified")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -53,7 +51,7 @@ class Settings:
         and convolution layers and attention projections, as in the paper, or shell patterns of
         layer names.
     n_units : int, optional
-        How many units to select.
+        How many units to select; with "cheap", at most, one in each round.
     max_parameters : int or float, optional
         Instead: units are taken while their parameters stay within this number, or within this
         share (a float up to 1) of the trainable ones. With neither, "lfoci" and "cheap" stop by
@@ -102,7 +100,8 @@ class Settings:
     learning_rate : float
         Of update="gradient".
     order : {"batch", "sequential"}
-        All samples of the request at once, or one after the other.
+        All samples of the request at once, or one after the other, each with a selection of its
+        own.
 
     **Guard and repair**
 
@@ -195,16 +194,26 @@ class Settings:
             ("order", ("batch", "sequential")),
         ):
             check_choice(getattr(self, name), name, choices)
-        for name, least in (("n_perturbations", 3), ("steps", 1), ("retries", 0)):
-            check_integer(getattr(self, name), name, least)
-        for name, least in (("repair_epochs", 0), ("batch_size", 1)):
-            check_integer(getattr(self, name), name, least)
+        checked: dict[str, Any] = {}  # NumPy's numbers as Python's, which JSON takes
+        for name, least in (
+            ("n_perturbations", 3),
+            ("steps", 1),
+            ("retries", 0),
+            ("repair_epochs", 0),
+            ("batch_size", 1),
+        ):
+            checked[name] = check_integer(getattr(self, name), name, least)
         for name in ("n_units", "n_curvature", "n_monitor", "max_iterations"):
             if getattr(self, name) is not None:
-                check_integer(getattr(self, name), name, 1)
-        for name in ("noise_std", "weight_decay", "damping", "learning_rate"):
-            check_real(getattr(self, name), name, 0)
-        check_real(self.repair_learning_rate, "repair_learning_rate", 0)
+                checked[name] = check_integer(getattr(self, name), name, 1)
+        for name in (
+            "noise_std",
+            "weight_decay",
+            "damping",
+            "learning_rate",
+            "repair_learning_rate",
+        ):
+            checked[name] = check_real(getattr(self, name), name, 0)
         for name in (
             "rtol",
             "max_drop",
@@ -216,14 +225,16 @@ class Settings:
             "gradient_bound",
         ):
             if getattr(self, name) is not None:
-                check_real(getattr(self, name), name, 0)
+                checked[name] = check_real(getattr(self, name), name, 0)
         if self.radius is not None and self.radius != math.inf:
-            check_real(self.radius, "radius", 0)
-        check_seed(self.seed, optional=False)
+            checked["radius"] = check_real(self.radius, "radius", 0)
+        checked["seed"] = check_seed(self.seed, optional=False)
         if self.perturb is not None and not callable(self.perturb):
             raise TypeError(f"perturb must be callable; got {type(self.perturb).__name__}")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be torch.float32 or torch.float64; got {self.dtype!r}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         self._check_size()
         self._check_privacy()
 
@@ -236,8 +247,10 @@ class Settings:
                         "max_parameters must be an integer, or a share above 0 and up to 1.0; got "
                         f"{limit!r}"
                     )
+                limit = float(limit)
             else:
-                check_integer(limit, "max_parameters", 1)
+                limit = check_integer(limit, "max_parameters", 1)
+            object.__setattr__(self, "max_parameters", limit)
         sized = self.n_units is not None or limit is not None
         if self.n_units is not None and limit is not None:
             raise ValueError("n_units and max_parameters cannot both be given")
@@ -329,6 +342,7 @@ class Settings:
         if made.get("radius") == "inf":
             made["radius"] = math.inf
         if made.get("dtype") is not None:
+            check_choice(made["dtype"], "dtype", tuple(_DTYPES.values()))
             made["dtype"] = {name: dtype for dtype, name in _DTYPES.items()}[made["dtype"]]
         if isinstance(made.get("perturb"), Mapping):
             made["perturb"] = TokenReplacement.from_dict(made["perturb"])
@@ -388,6 +402,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: Defaults of a preset with update="certified": what a guarantee needs.
 CERTIFIED: dict[str, Any] = {
     "selection": "full",
+    "candidates": "all",
     "curvature": "hessian",
     "damping": 0.0,
     "n_curvature": None,
