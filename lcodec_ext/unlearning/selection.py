@@ -1,7 +1,6 @@
 """Which units a step changes: rankings of units, and how many of them are taken."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +103,17 @@ def take(
     """Take units from the first on, up to the number or the parameters that are allowed.
 
     A unit that no longer fits is passed over.
+
+    Raises
+    ------
+    ValueError
+        If no unit is ranked, or none fits.
     """
+    if not ranked:
+        raise ValueError(
+            f"selection={settings.selection!r} finds no unit: the gradient of the removed samples "
+            "vanishes at all candidates"
+        )
     sizes = dict(zip(candidates.units, candidates.sizes.tolist(), strict=True))
     left = settings.budget(n_trainable)
     most = settings.n_units or len(candidates.units)
@@ -119,14 +128,9 @@ def take(
             chosen.setdefault(unit[0], []).append(unit[1])
     if not chosen:
         raise ValueError(
-            f"max_parameters={settings.max_parameters!r} allows no unit: the smallest candidate "
-            f"has {min(candidates.sizes)} parameters, of {n_trainable:,} trainable ones"
-        )
-    if settings.n_units is not None and count < settings.n_units:
-        warnings.warn(
-            f"n_units is {settings.n_units}, and only {count} units can be ranked: the others are "
-            "dead, or there are no more",
-            stacklevel=2,
+            f"max_parameters={settings.max_parameters!r} allows no unit: the smallest one that is "
+            f"ranked has {min(sizes[unit] for unit in ranked)} parameters, of {n_trainable:,} "
+            "trainable ones"
         )
     order = {name: k for k, name in enumerate(candidates.selection.units)}
     return UnitSelection({name: chosen[name] for name in sorted(chosen, key=order.__getitem__)})
@@ -138,9 +142,18 @@ def rank_random(candidates: Candidates, seed: Sequence[int]) -> list[Unit]:
     return [candidates.units[k] for k in order]
 
 
-def rank_last(candidates: Candidates, settings: Settings) -> list[Unit]:
-    """The candidates by layer from the output backwards; of one layer only, if no size is given."""
+def rank_last(candidates: Candidates, settings: Settings, calls: Iterable[str]) -> list[Unit]:
+    """The candidates by layer from the output backwards; of one layer only, if no size is given.
+
+    Parameters
+    ----------
+    calls : iterable of str
+        Layers in the order in which the forward pass calls them, some of them several times. Those
+        that it does not call come last.
+    """
+    called = {name: k for k, name in enumerate(calls)}
     layers = list(candidates.selection.units.items())[::-1]
+    layers.sort(key=lambda layer: -called.get(layer[0], -1))
     if settings.n_units is None and settings.max_parameters is None:
         layers = layers[:1]
     return [(name, unit) for name, units in layers for unit in units]
@@ -175,7 +188,7 @@ def rank_by_score(
         assert retain is not None
         rng = np.random.default_rng([settings.seed, 1])
         few = np.sort(rng.permutation(len(retain))[:_DIAGONAL_SAMPLES])
-        retained = retain.subset(few.tolist()).data(settings.batch_size)
+        retained = retain.subset(few.tolist()).loaded().data(settings.batch_size)
         options: dict[str, Any] = {"dtype": settings.dtype}
         if name == "fisher_ratio":
             removed = forget.data(settings.batch_size)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext import FociResult
@@ -33,10 +34,12 @@ from lcodec_ext.curvature.solvers import (
     SolveResult,
 )
 from lcodec_ext.curvature.units import UnitLayout, UnitSelection
+from lcodec_ext.unlearning.activations import find_calls
 from lcodec_ext.unlearning.certified import CertifiedLinear
 from lcodec_ext.unlearning.metrics import Score, predict
 from lcodec_ext.unlearning.perturbation import (
     CHEAP_THRESHOLD,
+    Recording,
     record,
     select_cheap,
     select_lfoci,
@@ -51,7 +54,7 @@ from lcodec_ext.unlearning.selection import (
     rank_random,
     take,
 )
-from lcodec_ext.unlearning.settings import BY_ACTIVATIONS, Settings
+from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 
 _PROBE = 32  # samples on which model and loss are checked, of either set
@@ -87,7 +90,7 @@ class UnlearnResult:
     settings : Settings
         As used.
     selection : UnitSelection
-        The units whose parameters were changed.
+        The units whose parameters were changed; where all was taken back, those that were tried.
     foci : FociResult or None
         The selection by L-FOCI: T of the loss, and in `names` the unit and call ("fc1[3] call 0")
         of every step.
@@ -124,7 +127,8 @@ class UnlearnResult:
     loss_forget, loss_retain : BeforeAfter
         Mean losses, without the regulariser.
     guard : BeforeAfter
-        What the guard watched; nan where `Settings.max_drop` is None.
+        What the guard watched, of the given model and of the result before noise; nan where
+        `Settings.max_drop` is None.
     watched : str
         What that is: "accuracy", "the score" or, where there is neither, "minus the mean loss".
     guarantee : Guarantee
@@ -273,10 +277,11 @@ def unlearn(
         Where the options start from. "recommended": one Gauss-Newton step by conjugate gradients
         on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
     validation : tensors, Dataset or DataLoader, optional
-        On which the guard watches accuracy; by default on retained samples that the step has not
-        read.
+        On which the guard watches accuracy, where `max_drop` is set; by default on retained samples
+        that the step has not read.
     statistics : TrainingStatistics, optional
-        Curvature saved when the model was trained, for use without the training data.
+        Curvature saved when the model was trained, for use without the training data. If retain is
+        given, too, it must be all the samples that stay: losses and the guard are measured on it.
     score : callable, optional
         ``score(outputs, targets)``, a tensor of one number a sample whose mean the guard takes for
         accuracy. By default whether the largest of a classifier's outputs is the target.
@@ -310,7 +315,7 @@ def unlearn(
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
         If the step was taken back; if it raises the loss of the retained samples by much; if all
-        removed samples are among those.
+        removed samples are among those; if there are fewer units than `n_units`.
 
     Notes
     -----
@@ -355,31 +360,50 @@ def unlearn(
 
     m = len(removed)
     n_retain = len(kept) if kept is not None else work.n_retained(statistics, m)
+    if statistics is not None and statistics.n != m + n_retain:
+        raise ValueError(
+            f"statistics are of {statistics.n} training samples; forget and retain have "
+            f"{m} + {n_retain}. retain must be all that stay, or None"
+        )
     with work.timed("monitoring"):
-        monitored = None if kept is None else work.sample(kept, settings.n_monitor)
+        drawn = None if kept is None else _Drawn(work, kept)
+        monitored = None if drawn is None else drawn.monitored
         before = work.measure(removed, monitored)
+    guard = None
+    if settings.max_drop is not None:
+        if held is None:
+            assert drawn is not None  # said beforehand
+            held = drawn.watched()
+        guard = _Guard(work, held)
     parts = [[k] for k in range(m)] if settings.order == "sequential" else [list(range(m))]
     deletions: list[_Deletion] = []
     start = {k: p.detach().clone() for k, p in work.parameters.items()}
     for part in parts:
-        rest = None
-        if kept is not None:
-            after = removed.subset(range(part[-1] + 1, m))
-            rest = joined([kept, after]) if len(after) else kept
-        deletion = _Deletion(work, removed.subset(part), rest, held, statistics, len(deletions))
+        rest = None if drawn is None else drawn.with_samples(removed.subset(range(part[-1] + 1, m)))
+        deletion = _Deletion(work, removed.subset(part), rest, statistics, guard, len(deletions))
         deletion.run()
         deletions.append(deletion)
     skipped = tuple(k for part, d in zip(parts, deletions, strict=True) if d.skipped for k in part)
-    if skipped:
+    if guard is not None and skipped:
         warnings.warn(
             f"the removal of {len(skipped)} of {m} samples was taken back: it changed "
-            f"{deletions[-1].watched} by {deletions[-1].worst:.3g}, more than "
-            f"max_drop={settings.max_drop:g} allows, in every attempt. They need retraining",
+            f"{guard.watched} by {guard.worst:.3g}, more than max_drop={settings.max_drop:g} "
+            "allows, in every attempt. They need retraining",
             stacklevel=3,  # behind the decorator
         )
-    selection = deletions[0].selection
-    for deletion in deletions[1:]:
-        selection = selection | deletion.selection
+    fewest = min(len(d.selection) for d in deletions)
+    if settings.selection != "cheap" and settings.n_units is not None and fewest < settings.n_units:
+        warnings.warn(
+            f"n_units is {settings.n_units}, and only {fewest} units can be ranked: the others are "
+            "dead, or there are no more",
+            stacklevel=3,
+        )
+    applied, tried = UnitSelection({}), UnitSelection({})
+    for deletion in deletions:
+        tried |= deletion.selection
+        if not deletion.skipped:
+            applied |= deletion.selection
+    selection = applied or tried
     layout = UnitLayout(selection, work.model)
 
     step = math.sqrt(
@@ -392,26 +416,27 @@ def unlearn(
         # Into a copy first, also in place: the given model changes only when all has gone well.
         # What is measured are the new weights as the model's dtype and the noise leave them.
         changed = copy.deepcopy(model)
-        work.hand_over(changed, selection)
+        if applied:
+            work.hand_over(changed, applied)
         guarantee = _guarantee(work, before, start, deletions, layout, m, n_retain, monitored)
         if guarantee.sigma > 0:
             changed = add_noise(changed, guarantee.sigma)
             work.take_over(changed)
         done = work.measure(removed, monitored)
-    if inplace:
-        with torch.no_grad():
-            new = dict(changed.named_parameters())
-            for name, parameter in model.named_parameters():
-                parameter.copy_(new[name])
-        changed = model
     if done.retained_loss > 1.5 * before.retained_loss + 0.05:
         warnings.warn(
             "the step raised the mean loss of the retained samples from "
             f"{before.retained_loss:.3g} to {done.retained_loss:.3g}: it went too far, as it does "
             "where the model was not trained to a stationary point. Take a larger damping (it was "
             f"{deletions[-1].damping:.3g}); 10 to 1000 times as much is not unusual for networks",
-            stacklevel=3,  # behind the decorator
+            stacklevel=3,
         )
+    if inplace:  # last, behind warnings that may be errors
+        with torch.no_grad():
+            new = dict(changed.named_parameters())
+            for name, parameter in model.named_parameters():
+                parameter.copy_(new[name])
+        changed = model
     work.seconds["total"] = time.perf_counter() - begin
     solves = [s for d in deletions for s in d.solves]
     residuals = [s.residual for s in solves]
@@ -442,14 +467,18 @@ def unlearn(
         ),
         loss_forget=BeforeAfter(before.forget_loss, done.forget_loss),
         loss_retain=BeforeAfter(before.retained_loss, done.retained_loss),
-        guard=BeforeAfter(deletions[0].quality.before, deletions[-1].quality.after),
-        watched=deletions[-1].watched,
+        guard=BeforeAfter(math.nan, math.nan) if guard is None else guard.quality,
+        watched="" if guard is None else guard.watched,
         guarantee=guarantee,
         seconds=work.seconds,
     )
 
 
 Gradient = dict[str, Tensor]
+
+
+class _NotFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite."""
 
 
 class _Measured(NamedTuple):
@@ -501,14 +530,6 @@ class _Workplace:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
 
-    def sample(self, samples: Samples, most: int | None, stream: int = 0) -> Samples:
-        """At most this many of the samples, drawn at random, in memory."""
-        if most is None or most >= len(samples):
-            return samples
-        order = np.random.default_rng([self.settings.seed, 0]).permutation(len(samples))
-        chosen = order[stream : stream + most]
-        return samples.subset(np.sort(chosen).tolist()).loaded()
-
     def n_retained(self, statistics: TrainingStatistics | None, m: int) -> int:
         """The number of retained samples, where they are not at hand."""
         if statistics is None:
@@ -522,7 +543,7 @@ class _Workplace:
     def loss(self, batch: Batch, name: str) -> Tensor:
         loss = self.loss_fn(outputs_of(self.model, batch), batch.targets)
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss of the {name} samples is NaN or infinite")
+            raise _NotFiniteError(f"the loss of the {name} samples is NaN or infinite")
         return loss
 
     def gradient(
@@ -538,7 +559,7 @@ class _Workplace:
             outputs = outputs_of(self.model, batch)
             loss = self.loss_fn(outputs, batch.targets)
             if not torch.isfinite(loss):
-                raise ValueError(f"the loss of the {samples.name} samples is NaN or infinite")
+                raise _NotFiniteError(f"the loss of the {samples.name} samples is NaN or infinite")
             if not loss.requires_grad:
                 raise ValueError("the loss does not depend on the parameters of the model")
             if first:
@@ -551,7 +572,7 @@ class _Workplace:
                     gradient[k] += part * share
         for k, g in gradient.items():
             if not torch.isfinite(g).all():
-                raise ValueError(
+                raise _NotFiniteError(
                     f"the gradient of the {samples.name} samples by {k!r} holds NaN or infinity"
                 )
         return total, gradient
@@ -689,15 +710,97 @@ def _guarantee(
     reasons = list(guarantee.reasons)
     if s.max_drop is not None:
         reasons.append("max_drop: a guard looks at the data and tells what it saw")
+    if any(d.skipped for d in deletions):
+        reasons.append("samples of the request were not removed: their removal was taken back")
     if s.update == "certified" and reasons:
         raise ValueError(
             "update='certified' cannot be had here: "
             + "; ".join(reasons)
             + ". Ask for update='newton' to get the same step with heuristic noise"
         )
-    if guarantee.kind == "certified" and reasons:
-        return dataclasses.replace(guarantee, kind="heuristic", reasons=tuple(reasons))
-    return guarantee
+    if guarantee.kind == "none" or len(reasons) == len(guarantee.reasons):
+        return guarantee
+    return dataclasses.replace(guarantee, kind="heuristic", reasons=tuple(reasons))
+
+
+class _Retained(NamedTuple):
+    """The samples that a deletion retains, and those of them that its step reads."""
+
+    all: Samples
+    read: Samples
+
+
+class _Drawn:
+    """Retained samples: those that steps read, that are measured, and that the guard watches.
+
+    Each is drawn, and fetched, once.
+    """
+
+    def __init__(self, work: _Workplace, kept: Samples) -> None:
+        settings = work.settings
+        self._seed, self._most, self._kept = settings.seed, settings.n_curvature, kept
+        self._order = self._rng().permutation(len(kept))
+        self.read = kept if self._most is None else self._some(self._order[: self._most])
+        self.monitored = self.read
+        if settings.n_monitor is not None and settings.n_monitor < len(self.read):
+            few = self._rng().permutation(len(self.read))[: settings.n_monitor]
+            self.monitored = self.read.subset(np.sort(few).tolist()).loaded()
+
+    def _rng(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, 0, *stream])
+
+    def _some(self, numbers: NDArray[np.int64]) -> Samples:
+        return self._kept.subset(np.sort(numbers).tolist()).loaded()
+
+    def watched(self) -> Samples:
+        """For a guard without validation samples: samples that no step reads, if there are any."""
+        unread = self._order[len(self.read) :]
+        return self._some((unread if len(unread) else self._order)[:_GUARD])
+
+    def with_samples(self, others: Samples) -> _Retained:
+        """Retain others, too: those of a request whose turn comes later."""
+        n, m = len(self._kept), len(others)
+        if not m:
+            return _Retained(self._kept, self.read)
+        both = joined([self._kept, others])
+        if self._most is None:
+            return _Retained(both, both)
+        # A draw from both, of which the part from the retained ones was fetched before.
+        rng = self._rng(m)
+        size = min(self._most, n + m)
+        few = int(rng.hypergeometric(m, n, size))
+        parts = [
+            samples.subset(np.sort(rng.permutation(len(samples))[:count]).tolist())
+            for samples, count in ((self.read, size - few), (others, few))
+            if count
+        ]
+        return _Retained(both, joined(parts))
+
+
+class _Guard:
+    """What is watched for harm: its value at the start, and now."""
+
+    def __init__(self, work: _Workplace, samples: Samples) -> None:
+        self._work, self._samples = work, samples
+        with work.timed("guard"):
+            self.watched, value = work.quality(samples)
+        self.quality = BeforeAfter(value, value)
+        self.worst = 0.0
+
+    def accepts(self) -> bool:
+        """Whether the present weights have lost no more than is allowed."""
+        most = self._work.settings.max_drop
+        assert most is not None
+        with self._work.timed("guard"):
+            try:
+                value = self._work.quality(self._samples)[1]
+            except ValueError:  # what is not finite; all else would have failed at the start
+                value = -math.inf
+        if self.quality.before - value <= most:
+            self.quality = BeforeAfter(self.quality.before, value)
+            return True
+        self.worst = value - self.quality.before
+        return False
 
 
 class _Deletion:
@@ -707,18 +810,21 @@ class _Deletion:
         self,
         work: _Workplace,
         forget: Samples,
-        retain: Samples | None,
-        held: Samples | None,
+        retained: _Retained | None,
         statistics: TrainingStatistics | None,
+        guard: _Guard | None,
         number: int,
     ) -> None:
         self._work, self._settings = work, work.settings
-        self._forget, self._retain, self._held = forget, retain, held
+        self._forget, self._guard = forget, guard
+        self._retain = None if retained is None else retained.all
+        self._read = None if retained is None else retained.read
         self._statistics = statistics
         self._seed = [work.settings.seed, 2, number]
         m = len(forget)
-        self._n_retain = len(retain) if retain is not None else work.n_retained(statistics, m)
-        self._read = None if retain is None else work.sample(retain, work.settings.n_curvature)
+        self._n_retain = (
+            len(self._retain) if self._retain is not None else work.n_retained(statistics, m)
+        )
         self.selection = UnitSelection({})
         self.foci: FociResult | None = None
         self.skipped = False
@@ -728,114 +834,96 @@ class _Deletion:
         self.damping = work.settings.damping
         self.plan = ""
         self.solves: list[SolveResult] = []
-        self.quality = BeforeAfter(math.nan, math.nan)
-        self.watched, self.worst = "", 0.0
 
     def run(self) -> None:
         """Remove the samples; "cheap" takes one unit after the other."""
-        self._round()
         if self._settings.selection != "cheap":
+            gradient = self._gradient()
+            self.selection = self._choose(gradient)
+            self.skipped = not self._round(self.selection, gradient)
             return
-        chosen, kept, quality = self.selection, not self.skipped, self.quality
-        for _ in range(1, self._settings.n_units or _CHEAP_ROUNDS):
-            if self.skipped:
-                break
-            self._choose(self._gradient())
-            if self._T <= CHEAP_THRESHOLD:
-                break
-            chosen = chosen | self.selection
-            self._round(chosen=True)
-            quality = BeforeAfter(quality.before, self.quality.after)
-        self.selection, self.quality = chosen, quality
-        self.skipped = not kept  # what a later unit would have done is taken back alone
+        for number in range(self._settings.n_units or _CHEAP_ROUNDS):
+            gradient = self._gradient()
+            unit = self._choose(gradient)
+            if number and not unit:
+                return
+            if not self._round(unit, gradient):
+                if not number:  # what a later unit would have done is taken back alone
+                    self.selection, self.skipped = unit, True
+                return
+            self.selection |= unit
 
     def _gradient(self) -> Gradient:
         with self._work.timed("gradients"):
             return self._work.gradient(self._forget)[1]
 
-    def _round(self, *, chosen: bool = False) -> None:
-        """Select, step, look whether it did harm, and try again."""
+    def _round(self, selection: UnitSelection, gradient: Gradient) -> bool:
+        """Step, look whether it did harm, try again; whether a step was left to stand."""
         work, settings = self._work, self._settings
-        gradient = self._gradient()
-        if not chosen:
-            self._choose(gradient)
-        self._layout = UnitLayout(self.selection, work.model)
+        self._stepped = selection
+        self._layout = UnitLayout(selection, work.model)
         share = len(self._forget) / self._n_retain
         self._removal = self._layout.gather(gradient) * share
         self._start = self._layout.gather(work.parameters).detach().clone()
         self.damping = settings.damping
-        guarded = self._guarded()
-        if guarded is not None:
-            with work.timed("guard"):
-                self.watched, before = work.quality(guarded)
-                self.quality = BeforeAfter(before, before)
         rate = settings.learning_rate
+        done = self.solves, self.iterations  # in earlier rounds
         for attempt in range(settings.retries + 1):
             self.attempts += 1
-            self._move(rate)
-            if settings.repair_epochs:
-                with work.timed("repair"):
-                    self._repair()
-            if guarded is None:
-                return
-            with work.timed("guard"):
-                _, after = work.quality(guarded)
-            drop = self.quality.before - after
-            assert settings.max_drop is not None
-            if drop <= settings.max_drop:
-                self.quality = BeforeAfter(self.quality.before, after)
-                return
-            self.worst = after - self.quality.before
+            self.solves, self.iterations = list(done[0]), done[1]
+            if self._accepted(rate):
+                return True
             self._set(self._start)
             if attempt == settings.retries:
                 break
             self.damping = max(10 * self.damping, 1e-4)
             rate /= 10
-        self.skipped = True
+        return False
 
-    def _guarded(self) -> Samples | None:
-        """The samples on which harm is looked for."""
-        settings = self._settings
-        if settings.max_drop is None:
-            return None
-        if self._held is not None:
-            return self._held
-        if self._retain is None:
-            return None  # said beforehand
-        assert self._read is not None
-        unread = len(self._retain) - len(self._read)
-        if unread:
-            return self._work.sample(self._retain, min(_GUARD, unread), stream=len(self._read))
-        return self._work.sample(self._retain, _GUARD)
+    def _accepted(self, rate: float) -> bool:
+        """Step and repair; whether the guard, if there is one, lets it stand."""
+        try:
+            self._move(rate)
+            if self._settings.repair_epochs:
+                with self._work.timed("repair"):
+                    self._repair()
+        except _NotFiniteError:
+            if self._guard is None:
+                raise
+            self._guard.worst = -math.inf
+            return False
+        return self._guard is None or self._guard.accepts()
 
-    def _choose(self, gradient: Gradient) -> None:
-        """Set the selection."""
+    def _choose(self, gradient: Gradient) -> UnitSelection:
+        """The units to change; by "cheap" the next one, or none."""
         work, settings = self._work, self._settings
         with work.timed("selection"):
             candidates = find_candidates(work.model, settings)
         self.n_units = len(candidates.units)
         if isinstance(settings.selection, UnitSelection) or settings.selection == "full":
-            self.selection = candidates.selection
-            return
-        if settings.selection in BY_ACTIVATIONS:
-            ranked = self._by_activations(candidates)
+            return candidates.selection
+        if settings.selection == "cheap":
+            return self._cheap(candidates)
+        if settings.selection == "lfoci":
+            ranked = self._lfoci(candidates)
         else:
             with work.timed("selection"):
                 ranked = self._ranked(candidates, gradient)
-        self.selection = take(ranked, candidates, settings, work.n_trainable)
+        return take(ranked, candidates, settings, work.n_trainable)
 
     def _ranked(self, candidates: Candidates, gradient: Gradient) -> list[tuple[str, int]]:
         work, settings = self._work, self._settings
         if settings.selection == "random":
             return rank_random(candidates, self._seed)
         if settings.selection == "last":
-            return rank_last(candidates, settings)
+            calls, _ = find_calls(work.model, self._forget.fetch([0]), candidates.selection)
+            return rank_last(candidates, settings, (call.layer for call in calls))
         at = UnitLayout(candidates.selection, work.model).gather(gradient)
         return rank_by_score(
             work.model, candidates, settings, self._forget, self._retain, at, work.loss_fn
         )
 
-    def _by_activations(self, candidates: Candidates) -> list[tuple[str, int]]:
+    def _record(self, candidates: Candidates) -> Recording:
         work, settings = self._work, self._settings
         with work.timed("perturbation"):
             recording = record(
@@ -852,11 +940,12 @@ class _Deletion:
                 progress=work.progress,
             )
         self.n_dead = len(recording.dead)
+        return recording
+
+    def _lfoci(self, candidates: Candidates) -> list[tuple[str, int]]:
+        work, settings = self._work, self._settings
+        recording = self._record(candidates)
         with work.timed("selection"):
-            if settings.selection == "cheap":
-                ranked, values = select_cheap(recording)
-                self._T = float(values[0])
-                return ranked
             most = settings.n_units
             budget = settings.budget(work.n_trainable)
             if budget < math.inf:
@@ -870,6 +959,32 @@ class _Deletion:
                 progress=work.progress,
             )
         return ranked
+
+    def _cheap(self, candidates: Candidates) -> UnitSelection:
+        """The unit with the largest T of those that the budget allows; none if T is too small."""
+        work, settings = self._work, self._settings
+        recording = self._record(candidates)
+        limited = settings.max_parameters is not None
+        first = not self.selection
+        try:
+            with work.timed("selection"):
+                ranked, values = select_cheap(recording, max_units=None if limited else 1)
+        except ValueError:
+            finite = (
+                np.isfinite(recording.losses).all() and np.isfinite(recording.activations).all()
+            )
+            if first or not finite:
+                raise
+            return UnitSelection({})  # nothing is left that the loss depends on
+        budget = settings.budget(work.n_trainable)
+        for (layer, unit), T in zip(ranked, values, strict=True):
+            chosen = UnitSelection({layer: [unit]})
+            fits = (self.selection | chosen).size(work.model) <= budget
+            if fits and (first or T > CHEAP_THRESHOLD):
+                return chosen
+        if first:
+            take(ranked, candidates, settings, work.n_trainable)  # its refusal
+        return UnitSelection({})
 
     # -----------------------------------------------------------------------------------------
     # Steps
@@ -891,7 +1006,6 @@ class _Deletion:
         if settings.update == "lbfgs":
             self._lbfgs()
             return
-        self.solves = []
         theta, offset = self._start.clone(), None
         for step in range(settings.steps):
             if settings.gradient == "residual":
@@ -912,10 +1026,12 @@ class _Deletion:
 
     def _newton(self, direction: Tensor) -> Tensor:
         work = self._work
+        if self._settings.curvature == "secant" and not direction.any():
+            return direction  # which has no line to compare gradients along
         with work.timed("curvature"):
             operator = self._operator(direction)
         with work.timed("solve"):
-            solution = _solve(operator, direction, self._settings)
+            solution = _solve(operator, direction, self._settings, self.damping)
         self.plan = operator.plan
         self.solves.append(solution)
         return solution.x
@@ -928,7 +1044,7 @@ class _Deletion:
                 work.model,
                 work.loss_fn,
                 self._forget,
-                self.selection,
+                self._stepped,
                 batch_size=settings.batch_size,
                 dtype=work.dtype,
                 **shift,
@@ -936,7 +1052,7 @@ class _Deletion:
         assert self._read is not None
         data = self._read.data(settings.batch_size)
         common: dict[str, Any] = {**shift, "dtype": work.dtype, "progress": work.progress}
-        arguments = (work.model, work.loss_fn, data, self.selection)
+        arguments = (work.model, work.loss_fn, data, self._stepped)
         if settings.curvature == "secant":
             # Along the gradient, as far as a hundredth of the weights: short enough to be a
             # derivative, long enough for float32.
@@ -991,9 +1107,9 @@ class _Deletion:
 
         with work.timed("solve"):
             optimizer.step(closure)  # type: ignore[no-untyped-call]
-        self.iterations = optimizer.state[theta]["n_iter"]
+        self.iterations += optimizer.state[theta]["n_iter"]
         if not torch.isfinite(theta).all():
-            raise ValueError("L-BFGS arrived at weights that are NaN or infinite")
+            raise _NotFiniteError("L-BFGS arrived at weights that are NaN or infinite")
         self._set(theta.detach())
 
     def _repair(self) -> None:
@@ -1145,7 +1261,9 @@ def _warn_of_overlap(forget: Samples, retain: Samples) -> None:
             return
 
 
-def _solve(operator: CurvatureOperator, gradient: Tensor, settings: Settings) -> SolveResult:
+def _solve(
+    operator: CurvatureOperator, gradient: Tensor, settings: Settings, damping: float
+) -> SolveResult:
     """Solve for the step; refuse, with advice, a matrix that is not positive definite."""
     curvature = settings.curvature
     shift = operator._shift
@@ -1165,14 +1283,13 @@ def _solve(operator: CurvatureOperator, gradient: Tensor, settings: Settings) ->
     except IndefiniteCurvatureError as error:
         rayleigh, least = error.rayleigh, error.least_damping
         found = f"its smallest eigenvalue is at most {rayleigh:.4g}"
-    damping = settings.damping
     if least is None:
         state = "singular or nearly so"
         advice = f"a larger damping, for instance {max(1e-4, 10 * damping):g}"
     else:
         state = "indefinite"
         advice = f"damping above {1.05 * (damping + least):.2g}"  # 5% cover the rounding
-        if curvature == "hessian":
+        if curvature in ("hessian", "secant"):
             advice = (
                 "curvature='gauss_newton', which never is indefinite for a loss that is convex in "
                 f"the outputs, or {advice}"
