@@ -425,6 +425,19 @@ class Arrangement(nn.Module):
         return self.head(torch.tanh(h + self.place(torch.arange(5))).flatten(1))
 
 
+def test_memory_limits_what_goes_together(monkeypatch):
+    model = seeded(7, nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)))
+    request = samples_of(normal(2, 5))
+    free = recorded(model, request)
+    assert free.together == 128
+    for most in (3, 1):
+        monkeypatch.setattr(perturbation, "_PASS_BYTES", most * 2 * 8 * 8 + 1)
+        limited = recorded(model, request)
+        assert limited.together == most
+        np.testing.assert_allclose(limited.activations, free.activations, rtol=1e-11)
+        np.testing.assert_allclose(limited.losses, free.losses, rtol=1e-12)
+
+
 @pytest.mark.parametrize("rows", ["batch", "samples"])
 @pytest.mark.parametrize("m", [1, 4])
 @pytest.mark.parametrize("kind", ["second", "rows", "columns"])

@@ -52,6 +52,10 @@ CHEAP_THRESHOLD = 0.05  # of T, the reference's
 
 _MAX_VALUES = 2**31  # activations in memory: 16 GiB
 
+# Of a layer's activations in one forward pass, unless a single group has more. Larger ones leave
+# the caches, and the C library gives their memory back after every layer and gets it anew.
+_PASS_BYTES = 2**24
+
 
 # ---------------------------------------------------------------------------------------------
 # Perturbations
@@ -296,6 +300,7 @@ class _Passes:
         self._loss_fn = loss_fn
         self._layouts: dict[Call, list[Layout]] = {}
         self._vmap = False
+        self._bytes = 1  # of the largest view of one group
 
     def run(self, batch: Batch, groups: int) -> tuple[dict[Call, Any], Tensor]:
         """Mean activations of each call, one row a group, and losses, shape (groups,)."""
@@ -346,13 +351,20 @@ class _Passes:
             raise ValueError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
         return loss
 
-    def probe(self, first: Batch, second: Batch) -> bool:
+    def together(self, first: Batch, second: Batch, most: int) -> int:
+        """How many groups like two different ones go together, at most; 1 if they cannot."""
+        if not self._probe(first, second):
+            return 1
+        return max(1, min(most, _PASS_BYTES // self._bytes))
+
+    def _probe(self, first: Batch, second: Batch) -> bool:
         """Find out how two different groups can go together; False if they cannot.
 
         They can if every activation and loss equals, up to rounding, that of the group alone.
         """
 
         def alone(call: Call, site: Site, views: list[Tensor]) -> list[tuple[torch.Size, Any]]:
+            self._bytes = max(self._bytes, *(view.numel() * view.element_size() for view in views))
             return [(view.shape, site.means(view, ALL, 1)) for view in views]
 
         expected, taken = [], []
@@ -473,7 +485,8 @@ class Recording:
         Layers whose units were not recorded, and why not.
     together : int
         How many perturbations (rows="samples": perturbed samples) went through the model at a time.
-        1 where batch_size allows more: together they would have changed its results.
+        1 where batch_size allows two: together they would have changed its results, or their
+        activations take too much memory.
     resolution : float
         Share of its largest value below which the differences of a column, or of the losses, are
         rounding.
@@ -594,8 +607,8 @@ def record(
     units : UnitSelection, optional
         The units to record; by default all that can be selected.
     batch_size : int, default 256
-        Samples of one forward pass: several perturbations of a small request, a part of a large
-        one.
+        Most samples of one forward pass: several perturbations of a small request, a part of a
+        large one. No more perturbations go together than take 16 MiB in any one layer.
     seed : int, default 0
         Of the perturbations, which do not depend on batch_size.
     progress : bool, default False
@@ -651,7 +664,7 @@ def record(
         groups = 1
         if batch_size >= 2 * size:
             pair = _slice(draw(0), slice(size)), _slice(draw(1), slice(m - size, None))
-            groups = batch_size // size if passes.probe(*pair) else 1
+            groups = passes.together(*pair, batch_size // size)
         together = max(1, groups // m) if rows == "samples" else groups
         for start in range(0, n_perturbations, together):
             chunk = range(start, min(start + together, n_perturbations))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,17 @@ class Candidates:
     units : list of (str, int)
         In the order of their coordinates.
     sizes : ndarray of int, shape (units,)
-    owner : Tensor of int64, shape (p,)
-        The unit of each coordinate.
     """
 
     selection: UnitSelection
     units: list[Unit]
     sizes: NDArray[np.int64]
-    owner: Tensor
+    _stretches: tuple[NDArray[np.int64], NDArray[np.int64]]  # units and lengths, by coordinate
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """The unit of each coordinate, int64, shape (p,)."""
+        return torch.from_numpy(np.repeat(*self._stretches))
 
     def sums(self, vector: Tensor) -> NDArray[np.float64]:
         """Add up a vector over the coordinates of each unit."""
@@ -79,15 +83,15 @@ def find_candidates(model: nn.Module, settings: Settings) -> Candidates:
             "the model has no layer whose units can be selected"
             + (" among linear and convolution layers" if settings.candidates == "weights" else "")
         )
-    layout = UnitLayout(selection, model)
     place: dict[Unit, int] = {}
-    owner = np.empty(layout.size, dtype=np.int64)
-    for run in layout.runs:
-        for k, unit in enumerate(run.units):
-            number = place.setdefault((run.module, unit), len(place))
-            owner[run.start + k * run.width : run.start + (k + 1) * run.width] = number
-    sizes = np.bincount(owner, minlength=len(place))
-    return Candidates(selection, list(place), sizes, torch.from_numpy(owner))
+    numbers, lengths = [], []
+    for run in UnitLayout(selection, model).runs:
+        numbers += [place.setdefault((run.module, unit), len(place)) for unit in run.units]
+        lengths += [run.width] * len(run.units)
+    stretches = np.array(numbers, dtype=np.int64), np.array(lengths, dtype=np.int64)
+    sizes = np.zeros(len(place), dtype=np.int64)
+    np.add.at(sizes, *stretches)
+    return Candidates(selection, list(place), sizes, stretches)
 
 
 def _has_weights(name: str, modules: dict[str, nn.Module]) -> bool:
