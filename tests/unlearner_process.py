@@ -127,3 +127,4 @@ if __name__ == "__main__":
     with begin_or_resume(sys.argv[1]) as stream:
         print(len(stream.ledger) - 1, flush=True)
         go_on(stream, lambda number: print(number, flush=True))
+        time.sleep(60)  # with the lock held, until it is killed

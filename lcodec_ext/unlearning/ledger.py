@@ -60,7 +60,8 @@ class Entry:
     record : dict
         What happened. The same requests on the same machine give the same record.
     environment : dict
-        "time" (UTC, ISO 8601), "versions" and, of a removal, "seconds".
+        "time" (UTC, ISO 8601) and "versions"; of a removal "seconds", of a release "released", the
+        SHA-256 of the tensors that were given away.
     previous, hash : str
         SHA-256, of the entry before and of this one.
     """

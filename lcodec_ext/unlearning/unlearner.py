@@ -7,7 +7,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -193,9 +193,7 @@ class Unlearner:
                     "train": data_record(self._train, probe=statistics is None),
                     "validation": self._validation and data_record(self._validation),
                     "statistics": statistics and _statistics_record(statistics),
-                    "n_removed": 0,
-                    "n_pending": 0,
-                    "n_retained": len(self._train),
+                    **self._counts((), ()),
                 },
                 model=self._model,
                 state=state,
@@ -357,23 +355,22 @@ class Unlearner:
         result = self._step(numbers, retain, seed)
         skipped = [numbers[k] for k in result.skipped]
         gone = [i for i in numbers if i not in skipped]
-        n_removed = len(self._history.removed) + len(gone)
-        record = {
+        removed = [*self._history.removed, *gone]
+        pending = (self._history.pending.keys() - gone) | set(skipped)
+        record: dict[str, Any] = {
             "ids": numbers,
             "hashes": self._train.hashes(numbers),
             "skipped": skipped,
             "note": note,
             "seed": seed,
-            "n_removed": n_removed,
-            "n_pending": len((self._history.pending.keys() - gone) | set(skipped)),
-            "n_retained": len(self._train) - n_removed,
+            **self._counts(removed, pending),
             "selection": compact(result.selection),
             "result": _result_record(result),
         }
         if not gone:
             self._commit("skip", record, seconds=result.seconds)
             return result
-        guarantee = self._guarantee(result, [*self._history.removed, *gone])
+        guarantee = self._guarantee(result, removed)
         record["guarantee"] = guarantee and guarantee.to_dict()
         statistics = self._statistics
         if statistics is not None:
@@ -423,12 +420,10 @@ class Unlearner:
             )
         state = self._checkpoints.read(point.checkpoint, point.sha256)
         removed, pending = self._history.at(to)
-        record = {
+        record: dict[str, Any] = {
             "to": to,
             "note": note,
-            "n_removed": len(removed),
-            "n_pending": len(pending),
-            "n_retained": len(self._train) - len(removed),
+            **self._counts(removed, pending),
         }
         self._commit(
             "rollback",
@@ -475,13 +470,11 @@ class Unlearner:
         guarantee = Guarantee.from_dict(self._ledger[steps[-1]].record["guarantee"])
         spend(budget, guarantee)
         released = add_noise(self._model, guarantee.sigma)
-        record = {
+        record: dict[str, Any] = {
             "note": note,
             "guarantee": guarantee.to_dict(),
             "budget": budget.to_dict(),
-            "n_removed": len(self._history.removed),
-            "n_pending": len(self._history.pending),
-            "n_retained": len(self._train) - len(self._history.removed),
+            **self._counts(self._history.removed, self._history.pending),
         }
         self._commit("release", record, released=state_hash(state_of(released)))
         return released
@@ -643,6 +636,13 @@ class Unlearner:
     @property
     def _certified(self) -> bool:
         return self._settings.update == "certified"
+
+    def _counts(self, removed: Sized, pending: Sized) -> dict[str, int]:
+        return {
+            "n_removed": len(removed),
+            "n_pending": len(pending),
+            "n_retained": len(self._train) - len(removed),
+        }
 
     def _original(self) -> nn.Module:
         point = self._history.points[0]
