@@ -112,9 +112,17 @@ class Settings:
     retries : int
         How often the step is then tried again, with ten times the damping. After that the model
         is left as it was and `UnlearnResult.skipped` is True: the paper's validation-gap skip.
+    n_recalibrate : int, optional
+        Retained samples over which the running statistics of batch norms are taken anew after the
+        step: they belong to the old weights.
     repair_epochs : int
-        Epochs of SGD on the retained samples afterwards, over the selected units.
+        Epochs of SGD on the retained samples afterwards, on the selected units: Nesterov momentum
+        0.9, a cosine from `repair_learning_rate` to 0, in training mode, as networks are trained.
+    repair_drop : float, optional
+        Repair only where what the guard watches has fallen by more than this; always, without it.
     repair_learning_rate : float
+        That of training: small ones bring back what was memorised, and repair little.
+    repair_batch_size : int
 
     **Privacy**
 
@@ -163,8 +171,11 @@ class Settings:
     order: Literal["batch", "sequential"] = "batch"
     max_drop: float | None = None
     retries: int = 0
+    n_recalibrate: int | None = None
     repair_epochs: int = 0
-    repair_learning_rate: float = 0.01
+    repair_drop: float | None = None
+    repair_learning_rate: float = 0.1
+    repair_batch_size: int = 128
     epsilon: float | None = None
     delta: float | None = None
     lipschitz: float | None = None
@@ -200,10 +211,11 @@ class Settings:
             ("steps", 1),
             ("retries", 0),
             ("repair_epochs", 0),
+            ("repair_batch_size", 1),
             ("batch_size", 1),
         ):
             checked[name] = check_integer(getattr(self, name), name, least)
-        for name in ("n_units", "n_curvature", "n_monitor", "max_iterations"):
+        for name in ("n_units", "n_curvature", "n_monitor", "n_recalibrate", "max_iterations"):
             if getattr(self, name) is not None:
                 checked[name] = check_integer(getattr(self, name), name, 1)
         for name in (
@@ -217,6 +229,7 @@ class Settings:
         for name in (
             "rtol",
             "max_drop",
+            "repair_drop",
             "epsilon",
             "delta",
             "lipschitz",
@@ -411,5 +424,8 @@ CERTIFIED: dict[str, Any] = {
     "rtol": 1e-8,
     "max_drop": None,
     "retries": 0,
+    "n_recalibrate": None,
+    "repair_epochs": 0,
+    "repair_drop": None,
     "dtype": torch.float64,
 }

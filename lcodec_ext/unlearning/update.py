@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcodec_ext import FociResult
 from lcodec_ext._progress import progress_bar
@@ -107,6 +108,8 @@ class UnlearnResult:
         them or none, but with order="sequential". They are still in the model, and need retraining.
     attempts : int
         Steps that were tried, the retries included.
+    repaired : bool
+        Whether repair epochs followed a step.
     damping : float
         As used in the last attempt.
     curvature_plan : str
@@ -150,6 +153,7 @@ class UnlearnResult:
     n_dead: int
     skipped: tuple[int, ...]
     attempts: int
+    repaired: bool
     damping: float
     curvature_plan: str
     solve_method: str
@@ -370,7 +374,7 @@ def unlearn(
         monitored = None if drawn is None else drawn.monitored
         before = work.measure(removed, monitored)
     guard = None
-    if settings.max_drop is not None:
+    if settings.max_drop is not None or settings.repair_drop is not None:
         if held is None:
             assert drawn is not None  # said beforehand
             held = drawn.watched()
@@ -436,6 +440,8 @@ def unlearn(
             new = dict(changed.named_parameters())
             for name, parameter in model.named_parameters():
                 parameter.copy_(new[name])
+            for buffer, value in zip(model.buffers(), changed.buffers(), strict=True):
+                buffer.copy_(value)
         changed = model
     work.seconds["total"] = time.perf_counter() - begin
     solves = [s for d in deletions for s in d.solves]
@@ -454,6 +460,7 @@ def unlearn(
         n_dead=deletions[-1].n_dead,
         skipped=skipped,
         attempts=sum(d.attempts for d in deletions),
+        repaired=any(d.repaired for d in deletions),
         damping=deletions[-1].damping,
         curvature_plan=deletions[-1].plan,
         solve_method=solves[-1].method if solves else settings.update,
@@ -652,7 +659,11 @@ class _Workplace:
         _check_mean(self.loss_fn, outputs, batch, loss, batch.size)
 
     def hand_over(self, model: nn.Module, selection: UnitSelection) -> None:
-        """Write the weights of the selection to a model, and take them back as it rounds them."""
+        """Write selection and buffers to a model, and take the weights back as it rounds them."""
+        if self.settings.n_recalibrate or self.settings.repair_epochs:
+            with torch.no_grad():
+                for new, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+                    buffer.copy_(new)
         selection.scatter_(model, selection.gather(self.model).detach())
         rounded = selection.gather(model).detach()
         if not torch.isfinite(rounded).all():
@@ -699,7 +710,7 @@ def _guarantee(
         steps=s.steps,
         n_curvature=s.n_curvature,
         order=s.order,
-        repair_epochs=s.repair_epochs,
+        repair_epochs=s.repair_epochs + bool(s.n_recalibrate),
         lipschitz=s.lipschitz,
         hessian_lipschitz=s.hessian_lipschitz,
         strong_convexity=s.strong_convexity,
@@ -787,16 +798,18 @@ class _Guard:
         self.quality = BeforeAfter(value, value)
         self.worst = 0.0
 
-    def accepts(self) -> bool:
-        """Whether the present weights have lost no more than is allowed."""
-        most = self._work.settings.max_drop
-        assert most is not None
+    def now(self) -> float:
+        """Its present value, minus infinity where the model's outputs are not finite."""
         with self._work.timed("guard"):
             try:
-                value = self._work.quality(self._samples)[1]
-            except ValueError:  # what is not finite; all else would have failed at the start
-                value = -math.inf
-        if self.quality.before - value <= most:
+                return self._work.quality(self._samples)[1]
+            except ValueError:  # all else would have failed at the start
+                return -math.inf
+
+    def accepts(self) -> bool:
+        """Whether the present weights have lost no more than is allowed."""
+        most, value = self._work.settings.max_drop, self.now()
+        if most is None or self.quality.before - value <= most:
             self.quality = BeforeAfter(self.quality.before, value)
             return True
         self.worst = value - self.quality.before
@@ -828,6 +841,7 @@ class _Deletion:
         self.selection = UnitSelection({})
         self.foci: FociResult | None = None
         self.skipped = False
+        self.repaired = False
         self.n_dead = 0
         self.attempts = 0
         self.iterations = 0
@@ -865,6 +879,7 @@ class _Deletion:
         share = len(self._forget) / self._n_retain
         self._removal = self._layout.gather(gradient) * share
         self._start = self._layout.gather(work.parameters).detach().clone()
+        buffers = {k: b.clone() for k, b in work.model.named_buffers()}
         self.damping = settings.damping
         rate = settings.learning_rate
         done = self.solves, self.iterations  # in earlier rounds
@@ -874,6 +889,8 @@ class _Deletion:
             if self._accepted(rate):
                 return True
             self._set(self._start)
+            for name, buffer in work.model.named_buffers():
+                buffer.copy_(buffers[name])
             if attempt == settings.retries:
                 break
             self.damping = max(10 * self.damping, 1e-4)
@@ -884,7 +901,10 @@ class _Deletion:
         """Step and repair; whether the guard, if there is one, lets it stand."""
         try:
             self._move(rate)
-            if self._settings.repair_epochs:
+            if self._settings.n_recalibrate:
+                with self._work.timed("recalibration"):
+                    self._recalibrate()
+            if self._settings.repair_epochs and self._needs_repair():
                 with self._work.timed("repair"):
                     self._repair()
         except _NotFiniteError:
@@ -1112,31 +1132,83 @@ class _Deletion:
             raise _NotFiniteError("L-BFGS arrived at weights that are NaN or infinite")
         self._set(theta.detach())
 
+    def _recalibrate(self) -> None:
+        """Take the running statistics of batch norms anew, over retained samples."""
+        model, settings = self._work.model, self._settings
+        assert self._retain is not None
+        norms = [
+            module
+            for module in model.modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+        ]
+        if not norms:
+            return
+        order = np.random.default_rng([settings.seed, 4]).permutation(len(self._retain))
+        some = self._retain.subset(np.sort(order[: settings.n_recalibrate]).tolist())
+        momenta = [module.momentum for module in norms]
+        try:
+            for module in norms:
+                module.reset_running_stats()
+                module.momentum = None  # the mean of all batches
+                module.train()
+            with torch.no_grad():
+                for batch in some.batches(settings.batch_size):
+                    if batch.size > 1 or len(some) == 1:
+                        outputs_of(model, batch)
+        finally:
+            for module, momentum in zip(norms, momenta, strict=True):
+                module.momentum = momentum
+                module.eval()
+
+    def _needs_repair(self) -> bool:
+        most = self._settings.repair_drop
+        if most is None:
+            return True
+        assert self._guard is not None
+        return self._guard.quality.before - self._guard.now() > most
+
     def _repair(self) -> None:
-        """Epochs of SGD with momentum on the retained samples, on the selection."""
+        """Epochs of SGD on the retained samples as networks are trained, on the selection."""
         work, settings = self._work, self._settings
         assert self._retain is not None
+        self.repaired = True
+        size, n = settings.repair_batch_size, len(self._retain)
+        total = settings.repair_epochs * -(-n // size)
         rng = np.random.default_rng([settings.seed, 3])
-        parameters = {k: work.parameters[k] for k in self._layout.parameters}
-        theta = self._layout.gather(work.parameters).detach().clone()
-        velocity = torch.zeros_like(theta)
-        total = settings.repair_epochs * -(-len(self._retain) // settings.batch_size)
-        with progress_bar(work.progress, total=total, desc="repair", unit="batch") as bar:
-            for _ in range(settings.repair_epochs):
-                order = rng.permutation(len(self._retain)).tolist()
-                for batch in self._retain.batches(settings.batch_size, order):
-                    loss = work.loss(batch, "retain")
-                    parts = torch.autograd.grad(
-                        loss,
-                        list(parameters.values()),
-                        materialize_grads=True,
-                        allow_unused=True,
-                    )
-                    gradient = self._layout.gather(dict(zip(parameters, parts, strict=True)))
-                    velocity = 0.9 * velocity + gradient + settings.weight_decay * theta
-                    theta = theta - settings.repair_learning_rate * velocity
-                    self._set(theta)
-                    bar.update()
+        masks = {k: torch.zeros_like(p) for k, p in self._layout.parameters.items()}
+        self._layout.scatter_(masks, torch.ones_like(self._start))
+        parameters = [work.parameters[k] for k in masks]
+        rate = settings.repair_learning_rate
+        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        devices = [work.device] if work.device.type == "cuda" else []
+        work.model.train()
+        try:
+            with (
+                progress_bar(work.progress, total=total, desc="repair", unit="batch") as bar,
+                torch.random.fork_rng(devices),
+            ):
+                torch.manual_seed(int(rng.integers(2**63)))  # of dropout
+                for _ in range(settings.repair_epochs):
+                    for batch in self._retain.batches(size, rng.permutation(n).tolist()):
+                        if batch.size > 1 or n == 1:  # batch norm takes no single sample
+                            gradients = torch.autograd.grad(
+                                work.loss(batch, "retain"),
+                                parameters,
+                                allow_unused=True,
+                                materialize_grads=True,
+                            )
+                            for p, g, mask in zip(
+                                parameters, gradients, masks.values(), strict=True
+                            ):
+                                p.grad = mask * (g + settings.weight_decay * p.detach())
+                            optimizer.step()
+                        schedule.step()
+                        bar.update()
+        finally:
+            work.model.eval()
+            for p in parameters:
+                p.grad = None
 
 
 def _check_roles(
@@ -1176,8 +1248,10 @@ def _check_roles(
         raise ValueError(
             "the guard needs samples: pass validation, or max_drop=None to do without a guard"
         )
-    if settings.repair_epochs:
-        raise ValueError("repair_epochs need retained samples, and retain is None")
+    if settings.repair_epochs or settings.n_recalibrate:
+        raise ValueError(
+            "repair_epochs and n_recalibrate need retained samples, and retain is None"
+        )
 
 
 def _check_model(model: object) -> torch.device:
