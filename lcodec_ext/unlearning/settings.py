@@ -109,19 +109,25 @@ class Settings:
         Most that accuracy on `validation` (on retained samples that the step has not read, without
         it) may fall. Where there is no accuracy, most that the mean loss may rise. Past it the
         step is taken back.
+    halvings : int
+        How often the step is then halved, until it is within that.
     retries : int
-        How often the step is then tried again, with ten times the damping. After that the model
+        How often a step that still is past it is tried again, with ten times the damping. After
+        that the model
         is left as it was and `UnlearnResult.skipped` is True: the paper's validation-gap skip.
     n_recalibrate : int, optional
         Retained samples over which the running statistics of batch norms are taken anew after the
         step: they belong to the old weights.
     repair_epochs : int
-        Epochs of SGD on the retained samples afterwards, on the selected units: Nesterov momentum
-        0.9, a cosine from `repair_learning_rate` to 0, in training mode, as networks are trained.
+        Epochs of SGD on the retained samples afterwards, on the selected units, as networks are
+        trained: in training mode, with Nesterov momentum 0.9, a learning rate that rises to
+        `repair_learning_rate` in the first 30% and falls to 0 in a cosine.
     repair_drop : float, optional
-        Repair only where what the guard watches has fallen by more than this; always, without it.
+        Repair only where the step, before it was halved, made what the guard watches fall by more
+        than this; always, without it. (Where nothing is broken, repair only brings back what was
+        forgotten.)
     repair_learning_rate : float
-        That of training: small ones bring back what was memorised, and repair little.
+        Near that of training: small ones repair little.
     repair_batch_size : int
 
     **Privacy**
@@ -170,12 +176,13 @@ class Settings:
     learning_rate: float = 0.1
     order: Literal["batch", "sequential"] = "batch"
     max_drop: float | None = None
+    halvings: int = 0
     retries: int = 0
     n_recalibrate: int | None = None
     repair_epochs: int = 0
     repair_drop: float | None = None
     repair_learning_rate: float = 0.1
-    repair_batch_size: int = 128
+    repair_batch_size: int = 64
     epsilon: float | None = None
     delta: float | None = None
     lipschitz: float | None = None
@@ -209,6 +216,7 @@ class Settings:
         for name, least in (
             ("n_perturbations", 3),
             ("steps", 1),
+            ("halvings", 0),
             ("retries", 0),
             ("repair_epochs", 0),
             ("repair_batch_size", 1),
@@ -390,13 +398,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "update": "newton",
         "curvature": "gauss_newton",
         "gradient": "removal",
-        "damping": 1e-3,
-        "n_curvature": 2000,
-        "n_monitor": 1000,
-        "max_iterations": 50,
-        "rtol": 1e-3,
-        "max_drop": 0.02,
-        "retries": 3,
+        "damping": 2e-4,
+        "n_curvature": 512,
+        "n_monitor": 512,
+        "max_iterations": 20,
+        "rtol": 0.0,
+        "n_recalibrate": 1000,
+        "max_drop": 0.05,
+        "halvings": 6,
+        "retries": 2,
+        "repair_epochs": 2,
+        "repair_drop": 0.005,
     },
     "paper": {
         "selection": "lfoci",
@@ -423,6 +435,7 @@ CERTIFIED: dict[str, Any] = {
     "max_iterations": None,
     "rtol": 1e-8,
     "max_drop": None,
+    "halvings": 0,
     "retries": 0,
     "n_recalibrate": None,
     "repair_epochs": 0,

@@ -108,6 +108,8 @@ class UnlearnResult:
         them or none, but with order="sequential". They are still in the model, and need retraining.
     attempts : int
         Steps that were tried, the retries included.
+    halvings : int
+        How often the step was halved in the last attempt.
     repaired : bool
         Whether repair epochs followed a step.
     damping : float
@@ -153,6 +155,7 @@ class UnlearnResult:
     n_dead: int
     skipped: tuple[int, ...]
     attempts: int
+    halvings: int
     repaired: bool
     damping: float
     curvature_plan: str
@@ -221,6 +224,8 @@ class UnlearnResult:
             lines.append(
                 f"  guard         {self.watched} {change(self.guard)}, {self.attempts} attempt"
                 + "s" * (self.attempts > 1)
+                + f", step halved {self.halvings} times" * (self.halvings > 0)
+                + ", repaired" * self.repaired
             )
         if self.guarantee.kind != "none":
             privacy = str(self.guarantee).replace("\n  ", "\n" + " " * 16)
@@ -460,6 +465,7 @@ def unlearn(
         n_dead=deletions[-1].n_dead,
         skipped=skipped,
         attempts=sum(d.attempts for d in deletions),
+        halvings=deletions[-1].halvings,
         repaired=any(d.repaired for d in deletions),
         damping=deletions[-1].damping,
         curvature_plan=deletions[-1].plan,
@@ -842,6 +848,7 @@ class _Deletion:
         self.foci: FociResult | None = None
         self.skipped = False
         self.repaired = False
+        self.halvings = 0
         self.n_dead = 0
         self.attempts = 0
         self.iterations = 0
@@ -885,6 +892,7 @@ class _Deletion:
         done = self.solves, self.iterations  # in earlier rounds
         for attempt in range(settings.retries + 1):
             self.attempts += 1
+            self.halvings, self.repaired = 0, False
             self.solves, self.iterations = list(done[0]), done[1]
             if self._accepted(rate):
                 return True
@@ -901,10 +909,9 @@ class _Deletion:
         """Step and repair; whether the guard, if there is one, lets it stand."""
         try:
             self._move(rate)
-            if self._settings.n_recalibrate:
-                with self._work.timed("recalibration"):
-                    self._recalibrate()
-            if self._settings.repair_epochs and self._needs_repair():
+            self._recalibrate()
+            harmed = self._halve()
+            if self._settings.repair_epochs and harmed:
                 with self._work.timed("repair"):
                     self._repair()
         except _NotFiniteError:
@@ -1132,8 +1139,31 @@ class _Deletion:
             raise _NotFiniteError("L-BFGS arrived at weights that are NaN or infinite")
         self._set(theta.detach())
 
+    def _halve(self) -> bool:
+        """Halve the step while it does harm; whether the whole one asks for repair."""
+        settings, guard = self._settings, self._guard
+        if guard is None:
+            return True
+        fall = guard.quality.before - guard.now()
+        harmed = settings.repair_drop is None or fall > settings.repair_drop
+        most = math.inf if settings.max_drop is None else settings.max_drop
+        whole = self._layout.gather(self._work.parameters).detach() - self._start
+        for halving in range(1, settings.halvings + 1):
+            if fall <= most:
+                break
+            self.halvings = halving
+            self._set(self._start + whole / 2**halving)
+            self._recalibrate()
+            fall = guard.quality.before - guard.now()
+        return harmed
+
     def _recalibrate(self) -> None:
         """Take the running statistics of batch norms anew, over retained samples."""
+        if self._settings.n_recalibrate:
+            with self._work.timed("recalibration"):
+                self._run_norms()
+
+    def _run_norms(self) -> None:
         model, settings = self._work.model, self._settings
         assert self._retain is not None
         norms = [
@@ -1160,13 +1190,6 @@ class _Deletion:
                 module.momentum = momentum
                 module.eval()
 
-    def _needs_repair(self) -> bool:
-        most = self._settings.repair_drop
-        if most is None:
-            return True
-        assert self._guard is not None
-        return self._guard.quality.before - self._guard.now() > most
-
     def _repair(self) -> None:
         """Epochs of SGD on the retained samples as networks are trained, on the selection."""
         work, settings = self._work, self._settings
@@ -1180,7 +1203,14 @@ class _Deletion:
         parameters = [work.parameters[k] for k in masks]
         rate = settings.repair_learning_rate
         optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        warm = 0.3 * total  # from a sharp minimum a large first step would destroy
+
+        def share(step: int) -> float:
+            if step < warm:
+                return (step + 1) / (warm + 1)
+            return (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         devices = [work.device] if work.device.type == "cuda" else []
         work.model.train()
         try:
