@@ -118,8 +118,8 @@ check-sanitize: $(VENV)/.installed ## Part of check: native tests on an ASan + U
 	HYPOTHESIS_PROFILE=short $(BIN)/pytest -m native -k 'not forward0 and not reversed0' \
 	    $$(grep -rl --include='*.py' mark.native tests)
 
-check-long: $(VENV)/.installed ## Part of check: all tests with the long Hypothesis profile
-	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(ARGS)
+check-long: $(VENV)/.installed ## Part of check: tests of properties with the long Hypothesis profile
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(ARGS) $$(grep -l 'from hypothesis' tests/test_*.py)
 
 # --------------------------------------------------------------------------------------------
 # The virtual environment, in two stamps: tools, and the package with all it needs

@@ -1,0 +1,174 @@
+"""A stream of deletion requests: memory, time for each, and being killed.
+
+    python benchmarks/stream.py [--requests 1000] [--kills 10] [--output FILE]
+
+A logistic regression and a small network on scikit-learn's digits have one sample after the other
+removed, with ledger and checkpoints: once in one go, and once by processes that are killed at
+random moments, each followed by one that resumes. Both must end in the same bits.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import environment
+
+KINDS = ("logistic regression", "MLP 64-32-10")
+OPTIONS: dict[str, Any] = {"n_curvature": 256, "n_monitor": 256}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--kills", type=int, default=10, help="of the second stream of each model")
+    parser.add_argument("--worker", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--output", type=Path, default=environment.ROOT / "benchmarks/output/stream.json"
+    )
+    options = parser.parse_args(arguments)
+    environment.limit_threads(1)
+    if options.worker:
+        work(*options.worker, options.requests)
+        return 0
+    result: dict[str, Any] = {
+        "schema": "stream-1",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment.commit(),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "settings": {"requests": options.requests, "options": OPTIONS, "threads": 1},
+        "load_before": os.getloadavg()[0],
+        "streams": [],
+    }
+    for kind in KINDS:
+        result["streams"].append(measure(kind, options.requests, options.kills))
+        print(json.dumps(result["streams"][-1], indent=1), flush=True)
+    result["claims"] = [
+        {"quantity": f"{s['model']}: {name}", "value": s[key], "met": met(s[key])}
+        for s in result["streams"]
+        for name, key, met in (
+            ("same bits after kills", "same_bits", bool),
+            ("growth of memory in MiB after a tenth of the stream", "growth_mib", lambda v: v < 16),
+            ("ledger and checkpoints verify", "verified", bool),
+        )
+    ]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(claim["met"] for claim in result["claims"]) else 1
+
+
+def problem(kind: str) -> tuple[Any, tuple[Any, Any], float]:
+    """A trained model, its training samples and weight decay; the same in every process."""
+    import torch
+    from sklearn.datasets import load_digits
+    from torch import nn
+    from torch.nn.functional import cross_entropy
+
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
+    torch.manual_seed(0)
+    decay = 1e-2 if kind == KINDS[0] else 1e-3
+    model = (
+        nn.Linear(64, 10)
+        if kind == KINDS[0]
+        else nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=decay)
+    for _ in range(300):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model, (x, y), decay
+
+
+def opened(kind: str, folder: str) -> Any:
+    from torch.nn.functional import cross_entropy
+
+    from lcodec_ext.unlearning import Unlearner
+
+    model, train, decay = problem(kind)
+    if (Path(folder) / "ledger.jsonl").exists():
+        return Unlearner.resume(folder, model, train, cross_entropy)
+    return Unlearner(model, train, cross_entropy, directory=folder, weight_decay=decay, **OPTIONS)
+
+
+def work(kind: str, folder: str, requests: int) -> None:
+    """Remove the samples 0, 1, 2, ... that are not removed yet; a line for each."""
+    unlearner = opened(kind, folder)
+    for sample in range(len(unlearner.ledger) - 1, requests):
+        begin = time.perf_counter()
+        result = unlearner.remove(sample)
+        seconds = time.perf_counter() - begin
+        line = {"sample": sample, "seconds": seconds, "mib": rss_mib()}
+        line["skipped"] = bool(result.skipped)
+        print(json.dumps(line), flush=True)
+
+
+def rss_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(kind: str, requests: int, kills: int) -> dict[str, Any]:
+    from lcodec_ext.unlearning import verify_ledger
+    from lcodec_ext.unlearning.checkpoints import state_hash, state_of
+
+    command = [sys.executable, __file__, "--requests", str(requests), "--worker", kind]
+    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as broken:
+        begin = time.perf_counter()
+        done = subprocess.run([*command, whole], stdout=subprocess.PIPE, check=True, text=True)
+        total = time.perf_counter() - begin
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        rng = random.Random(0)
+        killed = []
+        for _ in range(kills):
+            with subprocess.Popen([*command, broken], stdout=subprocess.DEVNULL) as process:
+                try:
+                    process.wait(rng.uniform(0.05, 2) * total / kills + 3)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    ledger = Path(broken) / "ledger.jsonl"
+                    killed.append(ledger.read_bytes().count(b"\n") if ledger.exists() else 0)
+        subprocess.run([*command, broken], stdout=subprocess.DEVNULL, check=True)
+        ends = []
+        for folder in (whole, broken):
+            unlearner = opened(kind, folder)
+            ends.append(state_hash(state_of(unlearner.model)))
+            n_removed = len(unlearner.removed)
+            unlearner.close()
+        _, train, _ = problem(kind)
+        verified = verify_ledger(broken, model=unlearner.model, train=train).ok
+        disk = sum(f.stat().st_size for f in Path(whole).rglob("*") if f.is_file())
+    tenth = max(1, len(lines) // 10)
+    return {
+        "model": kind,
+        "requests": requests,
+        "removed": n_removed,
+        "skipped": sum(line["skipped"] for line in lines),
+        "seconds_total": total,
+        "seconds_first_tenth": statistics.median(line["seconds"] for line in lines[:tenth]),
+        "seconds_last_tenth": statistics.median(line["seconds"] for line in lines[-tenth:]),
+        "mib_after_a_tenth": lines[tenth - 1]["mib"],
+        "mib_at_the_end": lines[-1]["mib"],
+        "growth_mib": lines[-1]["mib"] - lines[tenth - 1]["mib"],
+        "disk_mib": disk / 2**20,
+        "killed_after_lines": killed,
+        "same_bits": ends[0] == ends[1],
+        "verified": verified,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""Data sets, networks and trainings of the unlearning experiment, and a cache of what was trained.
+
+A training is SGD with Nesterov momentum, coupled weight decay and a cosine schedule, as people
+train such networks. Retraining is the same training, without the forget set, from another seed.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, relu
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
+
+
+class Block(nn.Module):
+    """A basic block of a residual network."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
+        return relu(inner + self.shortcut(x))
+
+
+def resnet() -> nn.Module:
+    """A stem of stride 4, three blocks, global average pooling."""
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 5, 2, padding=2, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        Block(12, 12, 1),
+        Block(12, 24, 2),
+        Block(24, 48, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, 10),
+    )
+
+
+def cnn() -> nn.Module:
+    """Two convolutions of stride 2 with batch norm, two fully connected layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, 2, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 7 * 7, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def mlp() -> nn.Module:
+    """64 - 128 - 10 for digits."""
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained."""
+
+    network: Callable[[], nn.Module]
+    data: str
+    n: int
+    mislabelled: int
+    random: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    momentum: float = 0.9
+
+
+RECIPES = {
+    "mlp": Recipe(mlp, "digits", 1297, 40, 100, 300, 32, 0.1, 5e-4),
+    "cnn": Recipe(cnn, "fashion_mnist", 20_000, 400, 100, 80, 128, 0.1, 5e-4),
+    "resnet": Recipe(resnet, "fashion_mnist", 20_000, 400, 100, 80, 128, 0.1, 5e-4),
+}
+SETS = ("mislabelled", "random")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data of one experiment: what a model was trained on, and what of it is to be forgotten."""
+
+    X: Tensor
+    y: Tensor
+    forget: list[int]
+    test: tuple[Tensor, Tensor]
+    true: Tensor  # labels before some were made wrong
+
+    def part(self, forget: bool) -> tuple[Tensor, Tensor]:
+        wanted = torch.zeros(len(self.y), dtype=torch.bool)
+        wanted[self.forget] = True
+        wanted = wanted if forget else ~wanted
+        return self.X[wanted], self.y[wanted]
+
+
+def _fashion_mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def read(name: str) -> Tensor:
+        with gzip.open(FASHION_MNIST / f"{name}.gz") as file:
+            raw = bytearray(file.read())
+        axes = raw[3]
+        shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
+        return torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * axes).reshape(shape)
+
+    def images(name: str) -> Tensor:
+        return ((read(name)[:, None] / 255) - 0.286) / 0.353
+
+    return (
+        images("train-images-idx3-ubyte"),
+        read("train-labels-idx1-ubyte").long(),
+        images("t10k-images-idx3-ubyte"),
+        read("t10k-labels-idx1-ubyte").long(),
+    )
+
+
+def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    X, y = load_digits(return_X_y=True)
+    X, y = torch.tensor(X, dtype=torch.float32) / 16, torch.tensor(y)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:-500], order[-500:]
+    return X[train], y[train], X[test], y[test]
+
+
+def task(name: str, which: str, seed: int) -> Task:
+    recipe = RECIPES[name]
+    if recipe.data == "digits":
+        X, y, *test = _digits(seed)
+    else:
+        X, y, *test = _fashion_mnist()
+    generator = torch.Generator().manual_seed(10 + seed)
+    kept = torch.randperm(len(y), generator=generator)[: recipe.n]
+    X, y = X[kept], y[kept]
+    true = y.clone()
+    m = getattr(recipe, which)
+    forget = torch.randperm(recipe.n, generator=generator)[:m].sort().values
+    if which == "mislabelled":
+        shift = torch.randint(1, 10, (m,), generator=generator)
+        y[forget] = (y[forget] + shift) % 10
+    return Task(X, y, forget.tolist(), (test[0], test[1]), true)
+
+
+def train(name: str, X: Tensor, y: Tensor, seed: int) -> tuple[nn.Module, dict[str, float]]:
+    """Train from scratch. Returns the model in evaluation mode, and seconds."""
+    recipe = RECIPES[name]
+    torch.manual_seed(seed)
+    model = recipe.network().train()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=True,
+    )
+    n, size = len(y), recipe.batch_size
+    total = recipe.epochs * math.ceil(n / size)
+    wall, cpu = time.perf_counter(), time.process_time()
+    step = 0
+    for _ in range(recipe.epochs):
+        for batch in torch.randperm(n, generator=generator).split(size):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * (1 + math.cos(math.pi * step / total)) / 2
+            optimizer.zero_grad()
+            cross_entropy(model(X[batch]), y[batch]).backward()
+            optimizer.step()
+            step += 1
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    return model.eval(), seconds
+
+
+def trained(
+    cache: Path, name: str, which: str, seed: int, retrain: int | None, start: int = 0
+) -> tuple[nn.Module, dict[str, float]]:
+    """The model trained on everything (retrain None) or retrained without the forget set.
+
+    From the cache, if this very training is in it. Of the models trained on everything there are
+    several, from different starts.
+    """
+    recipe = asdict(RECIPES[name]) | {"network": str(RECIPES[name].network())}
+    parts = [recipe, which, seed, retrain, torch.__version__, *([start] * (start > 0))]
+    key = json.dumps(parts, sort_keys=True)
+    stem = f"{name}-{which}-{seed}-{'all' if retrain is None else retrain}"
+    path = cache / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.pt"
+    if path.exists():
+        stored = torch.load(path, weights_only=True)
+        model = RECIPES[name].network()
+        model.load_state_dict(stored["model"])
+        return model.eval(), stored["seconds"]
+    data = task(name, which, seed)
+    X, y = (data.X, data.y) if retrain is None else data.part(forget=False)
+    own = 1000 * (seed + 1) + (0 if retrain is None else 1 + retrain) + 100 * start
+    model, seconds = train(name, X, y, own)
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save({"model": model.state_dict(), "seconds": seconds}, temporary)
+    os.replace(temporary, path)
+    return model, seconds
