@@ -433,11 +433,20 @@ def unlearn(
             work.take_over(changed)
         done = work.measure(removed, monitored)
     if done.retained_loss > 1.5 * before.retained_loss + 0.05:
+        if guarantee.sigma > 0:
+            why = (
+                f", the noise for epsilon={settings.epsilon:g} included, whose standard deviation "
+                f"is {guarantee.sigma:.3g}. A larger epsilon or weight decay takes less noise"
+            )
+        else:
+            why = (
+                ": it went too far, as it does where the model was not trained to a stationary "
+                f"point. Take a larger damping (it was {deletions[-1].damping:.3g}); 10 to 1000 "
+                "times as much is not unusual for networks"
+            )
         warnings.warn(
             "the step raised the mean loss of the retained samples from "
-            f"{before.retained_loss:.3g} to {done.retained_loss:.3g}: it went too far, as it does "
-            "where the model was not trained to a stationary point. Take a larger damping (it was "
-            f"{deletions[-1].damping:.3g}); 10 to 1000 times as much is not unusual for networks",
+            f"{before.retained_loss:.3g} to {done.retained_loss:.3g}{why}",
             stacklevel=3,
         )
     if inplace:  # last, behind warnings that may be errors
