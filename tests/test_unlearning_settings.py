@@ -629,13 +629,15 @@ def test_warnings_as_errors_leave_the_model_alone():
 
 
 def test_repair_is_sgd_on_the_selection(mlp):
+    """Nesterov's, two full batches: warming up, and then on the cosine."""
     units = UnitSelection({"0": [1], "4": [0]})
     options = {"selection": units, "damping": 0.1}
     plain = run(mlp, **options).model
-    repaired = run(mlp, repair_epochs=2, repair_learning_rate=0.05, batch_size=100, **options)
+    more = {"repair_epochs": 2, "repair_learning_rate": 0.05, "repair_batch_size": 100}
+    repaired = run(mlp, **more, **options)
     by_hand = copy.deepcopy(plain)
     velocity = 0.0
-    for _ in range(2):
+    for rate in (0.05 / 1.6, 0.05 * (1 + np.cos(np.pi * 0.4 / 1.4)) / 2):
         g = gradient(by_hand, RETAIN)
         named = {
             k: v.view(p.shape)
@@ -645,10 +647,67 @@ def test_repair_is_sgd_on_the_selection(mlp):
                 strict=True,
             )
         }
-        velocity = 0.9 * velocity + units.gather(named, model=by_hand)
-        units.add_(by_hand, velocity, alpha=-0.05)
+        chosen = units.gather(named, model=by_hand)
+        velocity = 0.9 * velocity + chosen
+        units.add_(by_hand, chosen + 0.9 * velocity, alpha=-rate)
     torch.testing.assert_close(vector(repaired.model), vector(by_hand), rtol=1e-10, atol=1e-12)
     assert "repair" in repaired.seconds
+    assert repaired.repaired
+    assert not run(mlp, **options).repaired
+
+
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss")
+def test_repair_only_where_the_step_did_harm(mlp):
+    more = {"repair_epochs": 1, "repair_batch_size": 20}
+    gentle = run(mlp, damping=10.0, repair_drop=0.1, **more)
+    assert not gentle.repaired
+    assert torch.equal(vector(gentle.model), vector(run(mlp, damping=10.0).model))
+    assert gentle.watched == "accuracy"
+    harmful = {"damping": 1e-6, "weight_decay": 0.0}
+    broken = run(mlp, **harmful, repair_drop=0.0)
+    assert broken.guard.before - broken.guard.after > 0.05
+    assert run(mlp, **harmful, repair_drop=0.0, **more).repaired
+
+
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss")
+def test_harmful_steps_are_halved(mlp):
+    start = vector(mlp)
+    options = {"damping": 1e-6, "weight_decay": 0.0}
+    whole = vector(run(mlp, **options).model) - start
+    result = run(mlp, max_drop=0.02, halvings=12, **options)
+    assert 1 <= result.halvings <= 12
+    assert result.attempts == 1
+    assert result.guard.before - result.guard.after <= 0.02
+    got = vector(result.model) - start
+    torch.testing.assert_close(got, whole / 2**result.halvings, rtol=1e-9, atol=1e-12)
+    assert f"step halved {result.halvings} times" in repr(result)
+    longer = start + whole / 2 ** (result.halvings - 1)
+    again = copy.deepcopy(mlp)
+    nn.utils.vector_to_parameters(longer, again.parameters())
+    right = (again(RETAIN[0]).argmax(1) == RETAIN[1]).double().mean().item()
+    assert result.guard.before - right > 0.02  # one halving fewer was not enough
+
+
+def test_batch_norms_are_recalibrated():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    model(TRAIN[0])
+    before = copy.deepcopy(model.state_dict())
+    options = {"damping": 1.0, "n_recalibrate": 1000, "batch_size": 1000}
+    for inplace in (False, True):
+        given = copy.deepcopy(model)
+        result = unlearn(given, FORGET, RETAIN, F.cross_entropy, inplace=inplace, **options)
+        inside = result.model[0](RETAIN[0])
+        norm = result.model[1]
+        torch.testing.assert_close(norm.running_mean, inside.mean(0).detach())
+        torch.testing.assert_close(norm.running_var, inside.var(0).detach())
+        assert norm.momentum == 0.1
+        assert norm.training
+        assert (given is result.model) == inplace
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    plain = unlearn(model, FORGET, RETAIN, F.cross_entropy, damping=1.0)
+    assert torch.equal(plain.model[1].running_mean, model[1].running_mean)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -890,7 +949,7 @@ def test_statistics_that_do_not_fit(linear, mlp, tmp_path):
         refuse("they serve one step", **options)
     refuse("update='lbfgs' does not use", update="lbfgs")
     refuse("the guard needs samples", max_drop=0.1)
-    refuse("repair_epochs need retained samples", repair_epochs=1)
+    refuse("repair_epochs and n_recalibrate need retained samples", repair_epochs=1)
     refuse("retain is None: pass the retained", statistics=None)
     refuse("needs retained samples", selection="fisher_ratio", n_units=1)
     refuse("no curvature of UnitSelection", model=mlp)
