@@ -1,17 +1,20 @@
-"""Write the tables of the README and of docs/benchmarks.md from result files.
+"""Write the tables of the README and of docs from result files.
 
     python benchmarks/table.py benchmarks/results/cpu.json benchmarks/results/curvature.json
+    python benchmarks/table.py --unlearning benchmarks/results/unlearning.json
 
 Each has its own table, since machines may differ. It replaces what stands between two HTML
 comments. Nothing but the standard library is needed.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import unlearning
 from results import OURS, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,11 +23,18 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("results", type=Path, nargs="*")
+    parser.add_argument("--unlearning", type=Path, help="of benchmarks/unlearning.py")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args(arguments)
+    if options.unlearning:
+        made = unlearning.tables(json.loads(options.unlearning.read_text()))
+        page = ROOT / "docs/unlearning.md"
+        page.write_text(replaced(page.read_text(), made))
     results = [load(path) for path in options.results]
+    if not results:
+        return 0
     for path, made in ((options.readme, tables), (options.docs, curvature_tables)):
         path.write_text(replaced(path.read_text(), made(results)))
     return 0

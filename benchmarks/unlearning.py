@@ -113,7 +113,12 @@ def methods(epochs: int) -> dict[str, Any]:
     return {
         "recommended": {},
         "step alone, no repair": {"repair_epochs": 0},
-        "repair alone": {"update": "gradient", "learning_rate": 0.0, "repair_drop": None},
+        "repair alone": {
+            "update": "gradient",
+            "learning_rate": 0.0,
+            "repair_drop": None,
+            "retries": 0,
+        },
         "half the parameters, by gradient": {"selection": "gradient", **half},
         "half the parameters, at random": {"selection": "random", **half},
         "the paper's preset": {"preset": "paper"},

@@ -113,8 +113,8 @@ class Settings:
         How often the step is then halved, until it is within that.
     retries : int
         How often a step that still is past it is tried again, with ten times the damping. After
-        that the model
-        is left as it was and `UnlearnResult.skipped` is True: the paper's validation-gap skip.
+        that the model is left as it was and `UnlearnResult.skipped` is True: the paper's
+        validation-gap skip.
     n_recalibrate : int, optional
         Retained samples over which the running statistics of batch norms are taken anew after the
         step: they belong to the old weights.
@@ -127,7 +127,7 @@ class Settings:
         than this; always, without it. (Where nothing is broken, repair only brings back what was
         forgotten.)
     repair_learning_rate : float
-        Near that of training: small ones repair little.
+        Its peak, near that of training, for batches of this size: small ones repair little.
     repair_batch_size : int
 
     **Privacy**
@@ -181,8 +181,8 @@ class Settings:
     n_recalibrate: int | None = None
     repair_epochs: int = 0
     repair_drop: float | None = None
-    repair_learning_rate: float = 0.1
-    repair_batch_size: int = 64
+    repair_learning_rate: float = 0.2
+    repair_batch_size: int = 128
     epsilon: float | None = None
     delta: float | None = None
     lipschitz: float | None = None
@@ -400,11 +400,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient": "removal",
         "damping": 2e-4,
         "n_curvature": 512,
-        "n_monitor": 512,
-        "max_iterations": 20,
+        "n_monitor": 256,
+        "max_iterations": 22,
         "rtol": 0.0,
         "n_recalibrate": 1000,
-        "max_drop": 0.05,
+        "max_drop": 0.1,
         "halvings": 6,
         "retries": 2,
         "repair_epochs": 2,

@@ -1204,14 +1204,18 @@ class _Deletion:
         work, settings = self._work, self._settings
         assert self._retain is not None
         self.repaired = True
-        size, n = settings.repair_batch_size, len(self._retain)
+        size, n, decay = settings.repair_batch_size, len(self._retain), settings.weight_decay
         total = settings.repair_epochs * -(-n // size)
         rng = np.random.default_rng([settings.seed, 3])
-        masks = {k: torch.zeros_like(p) for k, p in self._layout.parameters.items()}
-        self._layout.scatter_(masks, torch.ones_like(self._start))
-        parameters = [work.parameters[k] for k in masks]
-        rate = settings.repair_learning_rate
-        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=True)
+        parameters = [work.parameters[k] for k in self._layout.parameters]
+        masks: list[Tensor] | None = None
+        if self._layout.size < sum(p.numel() for p in parameters):
+            made = {k: torch.zeros_like(p) for k, p in self._layout.parameters.items()}
+            self._layout.scatter_(made, torch.ones_like(self._start))
+            masks = list(made.values())
+        optimizer = torch.optim.SGD(
+            parameters, lr=settings.repair_learning_rate, momentum=0.9, nesterov=True
+        )
         warm = 0.3 * total  # from a sharp minimum a large first step would destroy
 
         def share(step: int) -> float:
@@ -1237,10 +1241,13 @@ class _Deletion:
                                 allow_unused=True,
                                 materialize_grads=True,
                             )
-                            for p, g, mask in zip(
-                                parameters, gradients, masks.values(), strict=True
-                            ):
-                                p.grad = mask * (g + settings.weight_decay * p.detach())
+                            decayed = torch._foreach_add(
+                                gradients, [p.detach() for p in parameters], alpha=decay
+                            )
+                            if masks is not None:
+                                torch._foreach_mul_(decayed, masks)
+                            for p, g in zip(parameters, decayed, strict=True):
+                                p.grad = g
                             optimizer.step()
                         schedule.step()
                         bar.update()
@@ -1353,25 +1360,27 @@ def _check_mean(
 def _warn_of_overlap(forget: Samples, retain: Samples) -> None:
     """Warn if every sample to delete is also among those to retain."""
 
-    def keys(samples: Samples) -> Iterator[bytes]:
-        for batch in samples.batches(1024):
-            columns = [
-                t.cpu().contiguous().numpy()
-                for t in tensors_of((batch.args, batch.kwargs, batch.targets))
-            ]
-            for row in zip(*columns, strict=True):
-                yield b"".join(value.tobytes() for value in row)
+    def columns(batch: Batch) -> list[Tensor]:
+        return list(tensors_of((batch.args, batch.kwargs, batch.targets)))
 
-    missing = set(keys(forget))
-    for key in keys(retain):
-        missing.discard(key)
-        if not missing:
-            warnings.warn(
-                "every sample of forget is among those of retain: pass as retain the training "
-                "samples that stay, without the deleted ones",
-                stacklevel=4,  # behind unlearn and its decorator
-            )
+    # One that is not is enough to know; usually that is the first.
+    for k in range(len(forget)):
+        one = columns(forget.fetch([k]))
+        for batch in retain.batches(4096):
+            same = torch.ones(batch.size, dtype=torch.bool, device=one[0].device)
+            for many, single in zip(columns(batch), one, strict=True):
+                if many.shape[1:] != single.shape[1:]:
+                    return
+                same &= (many == single).flatten(1).all(1) if many.ndim > 1 else many == single
+            if same.any():
+                break
+        else:
             return
+    warnings.warn(
+        "every sample of forget is among those of retain: pass as retain the training "
+        "samples that stay, without the deleted ones",
+        stacklevel=4,  # behind unlearn and its decorator
+    )
 
 
 def _solve(
