@@ -653,7 +653,7 @@ def test_only_the_owner_may_read(folder):
 
 
 def test_memory_does_not_grow(folder, monkeypatch):
-    """What a request leaves is its samples' numbers and hashes: some 600 bytes."""
+    """What a request leaves is its samples' numbers and hashes: about 1 kB."""
     monkeypatch.setattr(unlearner, "unlearn", step)
     monkeypatch.setattr(os, "fsync", int)  # minutes, on a slow disk
     data = make_data(200)
@@ -671,7 +671,7 @@ def test_memory_does_not_grow(folder, monkeypatch):
             first, second = memory_after(range(20, 40)), memory_after(range(40, 100))
         finally:
             tracemalloc.stop()
-        assert second - first < 60 * 1000
+        assert second - first < 60 * 2500  # a model left behind would be 20 kB
         assert len(list((folder / "checkpoints").iterdir())) == 6
     assert verify_ledger(folder, stream.model, data)
 

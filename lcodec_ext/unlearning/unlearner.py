@@ -682,7 +682,7 @@ class Unlearner:
             steps=settings.steps,
             n_curvature=settings.n_curvature,
             order=settings.order if one_step else "sequential",
-            repair_epochs=settings.repair_epochs,
+            repair_epochs=settings.repair_epochs + bool(settings.n_recalibrate),
             lipschitz=settings.lipschitz,
             hessian_lipschitz=settings.hessian_lipschitz,
             strong_convexity=settings.strong_convexity,
