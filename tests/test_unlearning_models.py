@@ -408,7 +408,7 @@ def test_wrong_labels_are_forgotten(kind, preset):
         ("cheap", "secant", {"n_perturbations": 100, "n_units": 2}),
         ("gradient", "fisher", {"n_units": 3}),
         ("fisher_ratio", "gauss_newton", {"max_parameters": 400}),
-        ("expected_decrease", "gauss_newton", {"max_parameters": 0.2, "update": "lbfgs"}),
+        ("expected_decrease", "gauss_newton", {"max_parameters": 0.3, "update": "lbfgs"}),
         ("last", "hessian", {}),
         ("random", "gauss_newton", {"max_parameters": 0.5, "gradient": "residual", "steps": 2}),
     ],
