@@ -920,7 +920,7 @@ def test_a_certified_stream_releases_what_one_request_for_all_would(folder, in_e
 def test_newton_steps_in_a_row_are_no_certificate(in_earnest):
     options = CERTIFIED | {"update": "newton", "selection": "full", "curvature": "hessian"}
     options |= {"damping": 0.0, "rtol": 1e-8, "max_iterations": None, "n_curvature": None}
-    options |= {"max_drop": None, "n_monitor": None}
+    options |= {"max_drop": None, "n_monitor": None, "n_recalibrate": None, "repair_epochs": 0}
     with make_linear(**options) as stream:
         stream.remove([1, 2])
         stream.remove(7)

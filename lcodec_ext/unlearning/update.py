@@ -55,7 +55,7 @@ from lcodec_ext.unlearning.selection import (
     rank_random,
     take,
 )
-from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 
 _PROBE = 32  # samples on which model and loss are checked, of either set
@@ -276,7 +276,7 @@ def unlearn(
         Removed and retained training samples, disjoint: (inputs, targets), several inputs before
         the targets, a dict of tensors with "labels" as for models of transformers, a Dataset of
         samples, or a DataLoader of one, whose order does not matter. retain may be None where
-        `statistics` stand for it, or nothing needs it.
+        `statistics` stand for it: a preset's repair is then off, and its guard without validation.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the mean loss of a batch: ``F.cross_entropy``,
         ``nn.MSELoss()``. The outputs are what the model returns, a tensor or several; of the
@@ -350,10 +350,9 @@ def unlearn(
     (15, 3, ())
     """
     begin = time.perf_counter()
-    if isinstance(preset, Settings):
-        settings = preset.replace(**options)
-    else:
-        settings = Settings.preset(preset, **options)
+    settings = resolve(
+        preset, options, retained=retain is not None, validation=validation is not None
+    )
     check_bool(inplace, "inplace")
     check_bool(progress, "progress")
     work = _Workplace(model, loss_fn, settings, score, progress)
