@@ -327,6 +327,9 @@ def objective_gradient(kind, model, data):
     return torch.cat([g.flatten() for g in gradient]).norm().item()
 
 
+STEP_ALONE = {"n_recalibrate": None, "repair_epochs": 0, "repair_drop": None, "halvings": 0}
+
+
 def assert_consistent(kind, result, *, score=None):
     """The fields of the result, computed anew."""
     before, after = kind.model, result.model
@@ -335,7 +338,7 @@ def assert_consistent(kind, result, *, score=None):
     assert changed
     assert changed <= set(own)
     for (name, old), new in zip(before.named_buffers(), after.buffers(), strict=True):
-        assert torch.equal(old, new), name
+        assert torch.equal(old, new) or result.settings.n_recalibrate, name
     assert result.n_parameters == len(own) == result.selection.size(before)
     assert result.n_trainable == sum(p.numel() for p in before.parameters())
     assert len(result.selection) <= result.n_units
@@ -368,9 +371,12 @@ def test_the_labels_were_memorised(kind):
     assert kind.accuracy(kind.retrained, kind.test) > chance + 0.15
 
 
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # accuracy is watched
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
 def test_wrong_labels_are_forgotten(kind, preset):
-    options = {"damping": 0.01, "weight_decay": WEIGHT_DECAY, **kind.options}
+    options = {"weight_decay": WEIGHT_DECAY, **kind.options}
+    if preset == "paper":
+        options |= {"damping": 0.01}
     if preset == "paper" and kind.loss_fn is composite:
         options["damping"] = 0.1
     if preset == "paper":
@@ -424,6 +430,7 @@ def test_other_selections_and_curvatures(kind, selection, curvature, options):
         weight_decay=WEIGHT_DECAY,
         damping=1.0,
         max_drop=0.05,
+        **STEP_ALONE,
         **kind.options,
         **options,
     )
@@ -527,6 +534,7 @@ def assert_dense_step(model, forget, retain, loss_fn, units, curvature, dtype, d
         selection=UnitSelection(units),
         curvature=curvature,
         max_drop=None,
+        **STEP_ALONE,
         rtol=1e-6 if dtype == torch.float32 else 1e-12,
         max_iterations=1000,
         **shift,

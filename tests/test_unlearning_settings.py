@@ -658,7 +658,7 @@ def test_repair_is_sgd_on_the_selection(mlp):
 
 @pytest.mark.filterwarnings("ignore:the step raised the mean loss")
 def test_repair_only_where_the_step_did_harm(mlp):
-    more = {"repair_epochs": 1, "repair_batch_size": 20}
+    more = {"repair_epochs": 2, "repair_batch_size": 20, "repair_learning_rate": 0.02}
     gentle = run(mlp, damping=10.0, repair_drop=0.1, **more)
     assert not gentle.repaired
     assert torch.equal(vector(gentle.model), vector(run(mlp, damping=10.0).model))
@@ -667,6 +667,10 @@ def test_repair_only_where_the_step_did_harm(mlp):
     broken = run(mlp, **harmful, repair_drop=0.0)
     assert broken.guard.before - broken.guard.after > 0.05
     assert run(mlp, **harmful, repair_drop=0.0, **more).repaired
+    # One that does harm itself is taken back.
+    worse = run(mlp, **harmful, repair_drop=0.0, **more | {"repair_learning_rate": 1e3})
+    assert not worse.repaired
+    assert torch.equal(vector(worse.model), vector(broken.model))
 
 
 @pytest.mark.filterwarnings("ignore:the step raised the mean loss")

@@ -125,7 +125,7 @@ class Settings:
     repair_drop : float, optional
         Repair only where the step, before it was halved, made what the guard watches fall by more
         than this; always, without it. (Where nothing is broken, repair only brings back what was
-        forgotten.)
+        forgotten.) A repair that makes it fall is itself taken back.
     repair_learning_rate : float
         Its peak, near that of training, for batches of this size: small ones repair little.
     repair_batch_size : int

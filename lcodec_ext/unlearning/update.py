@@ -920,8 +920,7 @@ class _Deletion:
             self._recalibrate()
             harmed = self._halve()
             if self._settings.repair_epochs and harmed:
-                with self._work.timed("repair"):
-                    self._repair()
+                self._repair_unless_worse()
         except _NotFiniteError:
             if self._guard is None:
                 raise
@@ -1198,11 +1197,31 @@ class _Deletion:
                 module.momentum = momentum
                 module.eval()
 
+    def _repair_unless_worse(self) -> None:
+        """Repair; take that back alone if it does harm itself, as a large rate may."""
+        model, guard = self._work.model, self._guard
+        theta = self._layout.gather(self._work.parameters).detach().clone()
+        buffers = {k: b.clone() for k, b in model.named_buffers()}
+        before = None if guard is None else guard.now()
+        failed = False
+        with self._work.timed("repair"):
+            try:
+                self._repair()
+            except _NotFiniteError:
+                if guard is None:
+                    raise
+                failed = True
+        self.repaired = True
+        if guard is not None and before is not None and (failed or guard.now() < before):
+            self.repaired = False
+            self._set(theta)
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
     def _repair(self) -> None:
         """Epochs of SGD on the retained samples as networks are trained, on the selection."""
         work, settings = self._work, self._settings
         assert self._retain is not None
-        self.repaired = True
         size, n, decay = settings.repair_batch_size, len(self._retain), settings.weight_decay
         total = settings.repair_epochs * -(-n // size)
         rng = np.random.default_rng([settings.seed, 3])
