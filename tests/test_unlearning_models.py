@@ -377,6 +377,8 @@ def test_wrong_labels_are_forgotten(kind, preset):
     options = {"weight_decay": WEIGHT_DECAY, **kind.options}
     if preset == "paper":
         options |= {"damping": 0.01}
+    elif "perturb" in kind.options:  # text: SGD at 0.2 is no repair of a transformer
+        options |= STEP_ALONE | {"damping": 0.01, "n_curvature": None, "max_iterations": 50}
     if preset == "paper" and kind.loss_fn is composite:
         options["damping"] = 0.1
     if preset == "paper":
