@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_BLOCK = 64  # columns of noise that are transposed together
 
 
 def _mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -45,7 +46,15 @@ def gaussian_noise(n: int, sigmas: NDArray[np.float64], seed: int) -> NDArray[np
     noise for a column whatever stands beside it.
     """
     noise = np.empty((n, len(sigmas)))
-    for k, sigma in enumerate(sigmas):
-        generator = np.random.Generator(np.random.Philox(seed).jumped(k))
-        noise[:, k] = sigma * generator.standard_normal(n)
+    philox = np.random.Philox(seed)
+    generator = np.random.Generator(philox)
+    state = philox.state
+    for first in range(0, len(sigmas), _BLOCK):
+        columns = slice(first, first + _BLOCK)
+        block = np.empty((len(sigmas[columns]), n))
+        for k, row in enumerate(block, first):
+            state["state"]["counter"][2] = k  # what jumped(k) sets, in a tenth of the time
+            philox.state = state
+            generator.standard_normal(out=row)
+        noise[:, columns] = (sigmas[columns, None] * block).T
     return noise

@@ -182,10 +182,11 @@ def lcodec(
     chosen = resolve(backend, y=y, z=z, x=x)
     check_noise(noise, noise_scale, seed)
     given = _prepare(y, z, x, ties, seed, nan_policy)
-    given.warn_constant_columns(lay_out(chosen, given.table))
+    columns = lay_out(chosen, given.table)
+    given.warn_constant_columns(columns)
     if noise > 0 and (given.y == given.y[0]).all():
         warnings.warn("y is constant: the value measures the added noise alone", stacklevel=2)
-    response, table = with_noise(given.y, given.table, noise, noise_scale, seed, chosen)
+    response, table = with_noise(given.y, given.table, columns, noise, noise_scale, seed, chosen)
     return _coefficient(lay_out(chosen, table), given.r, response, ties, seed)
 
 
@@ -197,23 +198,26 @@ def check_noise(noise: object, noise_scale: object, seed: object) -> None:
 
 
 def with_noise(
-    y: Any, columns: Any, noise: float, noise_scale: str, seed: int, backend: str
+    y: Any, X: Any, columns: Columns, noise: float, noise_scale: str, seed: int, backend: str
 ) -> tuple[Any, Any]:
-    """Response and columns with L-CODEC's noise: y from stream 0, columns from 1 on.
+    """Response and table with L-CODEC's noise: y from stream 0, columns from 1 on.
 
-    The noise is drawn on the host and added where the columns are.
+    `columns` is X as the backend lays it out. The noise is drawn on the host and added where the
+    table is.
     """
-    xp = array_module(columns)
-    columns = xp.asarray(columns, dtype=xp.float64)
+    xp = array_module(X)
+    X = xp.asarray(X, dtype=xp.float64)
     if noise == 0:
-        return y, columns
-    table = xp.concatenate([xp.asarray(y, dtype=xp.float64)[:, None], columns], axis=1)
-    sigmas = np.full(table.shape[1], float(noise))
+        return y, X
+    y = xp.asarray(y, dtype=xp.float64)
+    sigmas = np.full(1 + X.shape[1], float(noise))
     if noise_scale == "relative":  # in the written order of additions, for the same bits anywhere
-        sigmas *= lay_out(backend, table).standard_deviations()
-    added = gaussian_noise(len(table), sigmas, seed)
-    table += added if xp is np else xp.from_numpy(added).to(table.device)
-    return table[:, 0], table[:, 1:]
+        sigmas[0] *= lay_out(backend, y[:, None]).standard_deviations()[0]
+        sigmas[1:] *= columns.standard_deviations()
+    added = gaussian_noise(len(X), sigmas, seed)
+    if xp is not np:
+        added = xp.from_numpy(added).to(X.device)
+    return y + added[:, 0], X + added[:, 1:]
 
 
 class _Arguments(NamedTuple):

@@ -266,7 +266,7 @@ def lfoci(
     )
     columns, response = task.lay_out(chosen), task.y
     if not (response == response[0]).all():  # the noise would make a response of nothing
-        response, noisy = with_noise(response, task.X, noise, noise_scale, seed, chosen)
+        response, noisy = with_noise(response, task.X, columns, noise, noise_scale, seed, chosen)
         columns = lay_out(chosen, noisy)
     return task.run(columns, response, seed)
 
