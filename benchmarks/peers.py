@@ -3,11 +3,12 @@
 `published_*` is the algorithm of the paper's code: float32 distance matrices, `argmin`, and for
 T(Y, Z | X) both neighbour searches anew for every candidate. It runs where its data lie: NumPy
 arrays on the CPU, tensors on their device. `kdtree_*` is the algorithm of R's FOCI: a k-d tree
-for every candidate. Both are written afresh. Libraries are imported where they are used, so that
-a missing one costs only the comparison with it.
+for every candidate. `published_perturbations` and what follows it are
+the rest of a deletion by the paper's code. All are written afresh. Libraries are imported
+where they are used, so that a missing one costs only the comparison with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,6 +73,26 @@ def _published_codec3(
     return (m_w - m_x).sum() / (R - m_x).sum()
 
 
+def published_gains(
+    X: "torch.Tensor",
+    y: "torch.Tensor",
+    given: Sequence[int],
+    candidates: Sequence[int],
+    exact: bool = False,
+) -> list[float]:
+    """T of each candidate, after the given columns."""
+    import torch
+
+    conditions = X[:, list(given)]
+    gains = [
+        _published_codec3(X[:, c : c + 1], y, conditions, exact)
+        if len(given)
+        else _published_codec2(X[:, c : c + 1], y, exact)
+        for c in candidates
+    ]
+    return torch.stack(gains).tolist()  # the step's one wait for a device
+
+
 def published_foci(X: Any, y: Any, steps: int, threads: int, exact: bool = False) -> Selection:
     import torch
 
@@ -81,14 +102,7 @@ def published_foci(X: Any, y: Any, steps: int, threads: int, exact: bool = False
     cumulative: list[float] = []
     for _ in range(steps):
         left = [c for c in range(X.shape[1]) if c not in ordering]
-        given = columns[:, ordering]
-        gains = [
-            _published_codec3(columns[:, c : c + 1], response, given, exact)
-            if ordering
-            else _published_codec2(columns[:, c : c + 1], response, exact)
-            for c in left
-        ]
-        values = torch.stack(gains).tolist()  # the step's one wait for a device
+        values = published_gains(columns, response, ordering, left, exact)
         best = int(np.argmax(values))
         ordering.append(left[best])
         before = cumulative[-1] if cumulative else 0.0
@@ -109,6 +123,70 @@ def published_neighbors(X: Any, threads: int) -> NDArray:
 
     torch.set_num_threads(threads)
     return _published_nearest(torch.as_tensor(X).float(), exact=False).cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------
+# The published deletion, without its defects where they change no cost. What it reads from files,
+# and the dicts by str(module) that it makes of all parameters, are left out in its favour.
+
+
+def published_perturbations(
+    model: "torch.nn.Module",
+    loss_fn: Callable[..., "torch.Tensor"],
+    inputs: Iterable["torch.Tensor"],
+    y: "torch.Tensor",
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Mean activations of linear layers and convolutions, and losses; one forward pass for each."""
+    import torch
+    from torch import nn
+
+    called: list[torch.Tensor] = []
+
+    def average(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        called.append(output.mean([0, 2, 3] if isinstance(module, nn.Conv2d) else 0))
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(average) for layer in layers]
+    rows, losses = [], []
+    for x in inputs:
+        called.clear()
+        losses.append(loss_fn(model(x), y).detach())  # the graph is made, as there
+        rows.append(torch.cat(called).detach())
+    for hook in hooks:
+        hook.remove()
+    return torch.vstack(rows), torch.stack(losses)
+
+
+def published_gradients(
+    model: "torch.nn.Module",
+    loss_fn: Callable[..., "torch.Tensor"],
+    x: "torch.Tensor",
+    y: "torch.Tensor",
+) -> float:
+    """Loss of the sample, its gradient by all parameters, left in them, and the gradient's norm."""
+    model.zero_grad()
+    loss_fn(model(x), y).backward()
+    return sum(float(p.grad.norm()) ** 2 for p in model.parameters()) ** 0.5
+
+
+def published_matrix(
+    training: tuple["torch.Tensor", "torch.Tensor"],
+    sample: tuple["torch.Tensor", "torch.Tensor"],
+    n: int,
+) -> "torch.Tensor":
+    """(n H - h) / (n - 1), dense; H and h are of rank one, of (step, change of the gradient)."""
+    H, h = (change[:, None] * change / step.abs().sum() for step, change in (training, sample))
+    return (n * H - h) / (n - 1)
+
+
+def published_solve(
+    matrix: "torch.Tensor", gradient: "torch.Tensor", weight_decay: float, n: int
+) -> "torch.Tensor":
+    """The step: a dense solve."""
+    import torch
+
+    shifted = matrix + weight_decay * torch.eye(len(matrix))
+    return torch.linalg.solve(shifted, gradient) / (n - 1)
 
 
 # --------------------------------------------------------------------------------------------

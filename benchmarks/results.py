@@ -27,6 +27,15 @@ cases: by name
         left_out: reasons by implementation
         metrics: further numbers by name
         claims: quantity, at_least or at_most, value, met
+deletion: in the file of deletion.py, whose `cases` are empty
+    size, training_accuracy
+    requests: sample, units, steps of the search, parameters, matrix_gb: of one dense matrix
+        lcodec_ext, published: seconds by phase, "rest" and "total"
+        ratio: of the totals
+    mean: of the requests' seconds, by name and phase; ratio and selection_share: of these
+    measured: what the published procedure's seconds were scaled from
+    from_retained: one request with the retained samples instead of statistics
+    claims
 """
 
 import json

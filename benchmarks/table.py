@@ -1,6 +1,7 @@
 """Write the tables of the README and of docs from result files.
 
-    python benchmarks/table.py benchmarks/results/cpu.json benchmarks/results/curvature.json
+    python benchmarks/table.py benchmarks/results/cpu.json benchmarks/results/curvature.json \
+        benchmarks/results/deletion.json
     python benchmarks/table.py --unlearning benchmarks/results/unlearning.json
 
 Each has its own table, since machines may differ. It replaces what stands between two HTML
@@ -10,7 +11,7 @@ comments. Nothing but the standard library is needed.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from results import OURS, load
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+DELETION = "<!-- deletion:begin -->", "<!-- deletion:end -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,32 +31,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args(arguments)
     if options.unlearning:
-        made = unlearning.tables(json.loads(options.unlearning.read_text()))
+        text = unlearning.tables(json.loads(options.unlearning.read_text()))
         page = ROOT / "docs/unlearning.md"
-        page.write_text(replaced(page.read_text(), made))
+        page.write_text(replaced(page.read_text(), text))
     results = [load(path) for path in options.results]
     if not results:
         return 0
-    for path, made in ((options.readme, tables), (options.docs, curvature_tables)):
-        path.write_text(replaced(path.read_text(), made(results)))
+    for path, made, marks in (
+        (options.readme, tables, (BEGIN, END)),
+        (options.docs, curvature_tables, (BEGIN, END)),
+        (options.docs, deletion_tables, DELETION),
+    ):
+        path.write_text(replaced(path.read_text(), made(results), *marks))
     return 0
 
 
-def tables(results: Sequence[dict[str, Any]]) -> str:
-    return "\n".join(table(result) for result in results)
+def tables(results: Iterable[dict[str, Any]]) -> str:
+    return "\n".join(table(result) for result in results if "deletion" not in result)
 
 
-def curvature_tables(results: Sequence[dict[str, Any]]) -> str:
+def curvature_tables(results: Iterable[dict[str, Any]]) -> str:
     return "\n".join(filter(None, map(curvature_table, results)))
 
 
-def replaced(text: str, content: str) -> str:
-    """The text with new content between the two comments."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def deletion_tables(results: Iterable[dict[str, Any]]) -> str:
+    return "\n".join(deletion_table(result) for result in results if "deletion" in result)
+
+
+def replaced(text: str, content: str, first: str = BEGIN, last: str = END) -> str:
+    """The text with new content between two comments."""
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"the text must have the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{content}{END}{after}"
+        raise ValueError(f"the text must have the lines {first} and {last}")
+    return f"{before}{first}\n{content}{last}{after}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -127,6 +137,57 @@ def solve_row(point: dict[str, Any]) -> str:
         *(f"{metrics[key]:.2f} GB" for key in memory),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def deletion_table(result: dict[str, Any]) -> str:
+    """Markdown tables of a deletion by phase, and of the single requests."""
+    if result["settings"]["quick"]:
+        raise ValueError("a quick run's times mean nothing; the table needs a full one")
+    found = result["deletion"]
+    ours, published = found["mean"]["lcodec_ext"], found["mean"]["published"]
+    lines = [
+        "| phase | lcodec_ext | share | published procedure | ratio |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for phase, seconds in ours.items():
+        scaled = phase in ("selection", "curvature", "solve", "total")
+        cells = [
+            phase,
+            duration(seconds),
+            f"{seconds / ours['total']:.1%}",
+            "~" * scaled + duration(published[phase]),
+            multiple(published[phase] / seconds) if seconds else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| units selected | parameters | one dense matrix | lcodec_ext | published | ratio |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for request in found["requests"]:
+        cells = [
+            f"{request['units']}",
+            f"{request['parameters']:,}",
+            f"{request['matrix_gb']:.2f} GB",
+            duration(request["lcodec_ext"]["total"]),
+            "~" + duration(request["published"]["total"]),
+            multiple(request["ratio"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    again, size, machine = found["from_retained"], found["size"], result["machine"]
+    phases = again["split"]
+    lines += [
+        "",
+        f"Above the mean of {len(found['requests'])} requests of one sample, below each of them; "
+        f"{size['perturbations']} perturbations, {size['candidates']} units, "
+        f"{result['settings']['threads']} threads on {machine['cores']} cores ({machine['cpu']}, "
+        f"{machine['simd']}). Times with ~ are scaled. The first request with the {size['n'] - 1} "
+        "retained samples instead of statistics takes "
+        f"{duration(phases['total'])}: {duration(phases['curvature'])} for the gradients of all "
+        f"along the step, {duration(phases['monitoring'])} for losses and gradient norms of "
+        f"{again['n_monitored']} of them before and after.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def rows(point: dict[str, Any]) -> list[str]:

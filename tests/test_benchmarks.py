@@ -10,9 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lcodec_ext
 from lcodec_ext import _native
+from lcodec_ext.unlearning.perturbation import perturbed, record
+from lcodec_ext.unlearning.samples import as_samples
+from lcodec_ext.unlearning.selection import find_candidates
+from lcodec_ext.unlearning.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -20,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import accelerator  # noqa: E402
 import cases  # noqa: E402
 import compare  # noqa: E402
+import deletion  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
 import networks  # noqa: E402
@@ -34,6 +40,7 @@ from cases import CASES  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 RECORDED = [ROOT / f"benchmarks/results/{name}.json" for name in ("cpu", "curvature")]
+DELETION = ROOT / "benchmarks/results/deletion.json"
 OPTIONS = argparse.Namespace(quick=True, threads=2, repeats=1, budget=20, device="cpu")
 
 
@@ -394,6 +401,96 @@ def test_a_result_says_where_it_comes_from(recorded):
     assert str(ROOT) not in recorded.read_text()
 
 
+# A deletion
+
+
+def test_the_published_perturbations_are_ours():
+    model = networks.make("ResNet-18", 2, tiny=True, seed=0)[0]
+    request = as_samples(
+        (torch.randn(1, 3, 16, 16), torch.tensor([3])), "forget", torch.device("cpu"), torch.float32
+    )
+    units = find_candidates(model, Settings.preset("paper")).selection
+    ours = record(model, request, F.cross_entropy, n_perturbations=5, units=units)
+    batch = request.fetch(slice(None))
+    inputs = [perturbed(batch, 0, k).args[0] for k in range(5)]
+    rows, losses = peers.published_perturbations(model, F.cross_entropy, inputs, batch.targets)
+    # theirs by order of calls, too
+    np.testing.assert_allclose(ours.activations, rows, rtol=0, atol=1e-4 * rows.abs().max().item())
+    np.testing.assert_allclose(ours.losses, losses, rtol=1e-4)
+    assert not rows.requires_grad
+
+
+def test_the_published_step_is_dense():
+    step, change, gradient = torch.randn(3, 6, dtype=torch.float64)
+    still = torch.zeros(6, dtype=torch.float64)
+    matrix = peers.published_matrix((step, change), (step, still), n=10)
+    expected = torch.outer(change, change) / step.abs().sum() * 10 / 9
+    torch.testing.assert_close(matrix, expected)
+    solved = peers.published_solve(matrix, gradient, 0.5, n=10)
+    torch.testing.assert_close((matrix @ solved + 0.5 * solved) * 9, gradient)
+
+
+@pytest.fixture(scope="module")
+def deleted(tmp_path_factory):
+    """A result file of a quick run, made as a user makes it."""
+    path = tmp_path_factory.mktemp("deletion") / "deletion.json"
+    command = [sys.executable, ROOT / "benchmarks/deletion.py", "--quick", "--threads", "1"]
+    subprocess.run([*command, "--output", path], check=True, capture_output=True)
+    return results.load(path)
+
+
+def test_a_deletion_is_split_into_phases(deleted):
+    found = deleted["deletion"]
+    layers = networks.make("ResNet-18", 1, tiny=True, seed=0)[0].modules()
+    weights = [m.weight for m in layers if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert found["size"]["candidates"] == sum(map(len, weights))
+    assert len(found["requests"]) == deletion.QUICK.requests
+    assert found["claims"] == []
+    for name in deletion.NAMES:
+        for seconds in (found["mean"][name], *(r[name] for r in found["requests"])):
+            assert list(seconds) == [*deletion.PHASES, "rest", "total"]
+            parts = [seconds[phase] for phase in seconds if phase != "total"]
+            assert sum(parts) == pytest.approx(seconds["total"])
+            assert min(parts) >= 0
+    first = found["requests"][0]
+    measured = found["measured"]
+    assert first["steps"] >= first["units"] >= 1
+    assert len(measured["search"]) == 1 + max(r["steps"] for r in found["requests"])
+    factor = first["parameters"] / measured["parameters"]
+    assert first["published"]["solve"] == pytest.approx(measured["solve"] * factor**3)
+    searched = sum(
+        each * (found["size"]["candidates"] - k)
+        for k, each in enumerate(measured["search"][: first["steps"] + 1])
+    )
+    assert first["published"]["selection"] == pytest.approx(searched)
+    assert found["from_retained"]["n_monitored"] == deletion.QUICK.n - 1
+
+
+def test_a_network_is_trained_once(tmp_path):
+    state = tmp_path / "state.pt"
+    first, again = (deletion.trained(deletion.QUICK, state) for _ in range(2))
+    assert first.accuracy == again.accuracy
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    (_, before), (_, after) = again.snapshots
+    assert torch.equal(first.snapshots[1][1]["fc.weight"], after["fc.weight"])
+    assert not torch.equal(before["fc.weight"], after["fc.weight"])
+
+
+def test_the_table_of_a_deletion(deleted):
+    with pytest.raises(ValueError, match="a quick run's times mean nothing"):
+        table.deletion_table(deleted)
+    full = deleted | {"settings": deleted["settings"] | {"quick": False}}
+    lines = table.deletion_table(full).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:10]] == [
+        f"| {phase}" for phase in (*deletion.PHASES, "rest", "total")
+    ]
+    assert {line.count("|") for line in lines[:10]} == {6}
+    assert {line.count("|") for line in lines[11:-2]} == {7}
+    assert table.tables([full]) == table.curvature_tables([full]) == ""
+    assert table.deletion_tables([full, {"cases": {}}]).splitlines() == lines
+
+
 # Comparing files
 
 
@@ -463,7 +560,8 @@ def test_the_table_is_put_between_the_comments(recorded, tmp_path):
     readme = tmp_path / "README.md"
     docs = tmp_path / "docs.md"
     for path in (readme, docs):
-        path.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+        marks = "\n".join(table.DELETION)
+        path.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n{marks}\n")
     paths = ["--readme", str(readme), "--docs", str(docs)]
     with pytest.raises(ValueError, match="a quick run's times mean nothing"):
         table.main([str(recorded), *paths])
@@ -473,10 +571,10 @@ def test_the_table_is_put_between_the_comments(recorded, tmp_path):
     full.write_text(json.dumps(result))
     for _ in range(2):
         table.main([str(full), *paths])
-    assert docs.read_text() == f"before\n{table.BEGIN}\n{table.END}\nafter\n"
+    assert docs.read_text() == f"before\n{table.BEGIN}\n{table.END}\nafter\n{marks}\n"
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks:begin -->\n| task |")
-    assert text.endswith("<!-- benchmarks:end -->\nafter\n")
+    assert text.endswith(f"<!-- benchmarks:end -->\nafter\n{marks}\n")
     assert "old" not in text
     assert text.count("| task |") == 1
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -569,3 +667,10 @@ class TestRecorded:
     def test_the_documentation_shows_it(self):
         text = (ROOT / "docs/benchmarks.md").read_text()
         assert text == table.replaced(text, table.curvature_tables(map(results.load, RECORDED)))
+
+    def test_the_documentation_shows_a_deletion(self):
+        """Once it is recorded."""
+        text = (ROOT / "docs/benchmarks.md").read_text()
+        recorded = [results.load(path) for path in (DELETION,) if path.exists()]
+        assert all(result["dirty"] is False for result in recorded)
+        assert text == table.replaced(text, table.deletion_tables(recorded), *table.DELETION)
