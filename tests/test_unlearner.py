@@ -127,7 +127,7 @@ def test_an_entry_says_what_was_done(place):
             digest = hashlib.sha256(b"torch.float64 (3,);" + x[i].numpy().tobytes())
             digest.update(b"torch.int64 ();" + y[i].numpy().tobytes())
             assert found == digest.hexdigest()
-        assert entry.record["selection"] == {"0": "0-3", "1": "0-3", "3": "0-1"}
+        assert entry.record["selection"] == {"0": "0-1", "1": "0-1"}
         result = entry.record["result"]
         assert (result["solve_method"], result["solve_iterations"]) == ("cg", 3)
         assert result["solve_residual"] == 1e-12
@@ -918,10 +918,10 @@ def test_a_certified_stream_releases_what_one_request_for_all_would(folder, in_e
 
 
 def test_newton_steps_in_a_row_are_no_certificate(in_earnest):
-    options = CERTIFIED | {"update": "newton", "selection": "full", "curvature": "hessian"}
-    options |= {"damping": 0.0, "rtol": 1e-8, "max_iterations": None, "n_curvature": None}
-    options |= {"max_drop": None, "n_monitor": None, "n_recalibrate": None, "repair_epochs": 0}
-    with make_linear(**options) as stream:
+    settings = Settings(
+        **CERTIFIED | {"update": "newton"}, curvature="hessian", damping=0.0, rtol=1e-8
+    )
+    with make_linear(preset=settings) as stream:
         stream.remove([1, 2])
         stream.remove(7)
         first, second = (entry.record["guarantee"] for entry in stream.ledger[1:])
@@ -930,17 +930,17 @@ def test_newton_steps_in_a_row_are_no_certificate(in_earnest):
         assert "all removals must be one step from the training end" in second["reasons"][0]
 
 
-def test_a_stream_of_a_network_resumes_to_the_same_bits(folder, in_earnest):
+def test_a_stream_of_a_normed_model_resumes_to_the_same_bits(folder, in_earnest):
     x, y = make_data(120)
-    options = {"weight_decay": 1e-2, "damping": 1.0, "n_curvature": 50, "max_drop": 0.5}
+    settings = Settings(weight_decay=1e-2, damping=1.0, n_curvature=50, max_drop=0.5)
 
     def go(stream, requests):
         for ids in requests:
             stream.remove(ids)
         return weights(stream), records(stream)
 
-    expected = go(make(data=(x, y), **options), ([1, 2], 3, [9, 8], 20))
-    with make(folder, (x, y), **options) as stream:
+    expected = go(make(data=(x, y), preset=settings), ([1, 2], 3, [9, 8], 20))
+    with make(folder, (x, y), preset=settings) as stream:
         go(stream, ([1, 2],))
     with resume(folder, data=(x, y)) as stream:
         go(stream, (3, [9, 8]))
@@ -973,12 +973,11 @@ def test_a_stream_can_do_without_the_retained_samples(folder, in_earnest):
     loss_fn = nn.MSELoss()
     model = fit(list(range(n)))
     statistics = TrainingStatistics.collect(model, (x, y), loss_fn)
-    options = {"weight_decay": 0.1, "damping": 0.0, "max_drop": None, "max_iterations": None}
-    options |= {"rtol": 1e-12}
+    settings = Settings(weight_decay=0.1, damping=0.0, rtol=1e-12)
     only = TensorDataset(x.clone(), y)
     only.tensors[0][10:] = math.nan  # what is not asked for is not read
     arguments = (model, only, loss_fn)
-    with Unlearner(*arguments, directory=folder, statistics=statistics, **options) as stream:
+    with Unlearner(*arguments, directory=folder, statistics=statistics, preset=settings) as stream:
         stream.remove([3, 1])
         stream.remove(7)
     with Unlearner.resume(folder, *arguments, statistics=statistics) as stream:
@@ -1156,7 +1155,7 @@ def test_a_model_is_verified(finished):
     assert verify_ledger(folder, model)
     changed = copy.deepcopy(model)
     with torch.no_grad():
-        changed[3].bias[0] = np.nextafter(changed[3].bias[0].item(), 9)
+        changed[1].bias[0] = np.nextafter(changed[1].bias[0].item(), 9)
     for other in (changed, model.float(), make_model()):
         (problem,) = verify_ledger(folder, other).problems
         assert problem.startswith("the weights of model are not those of the last entry")
