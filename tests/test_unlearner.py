@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -1198,3 +1199,25 @@ def test_units_are_listed_as_ranges():
     selection = UnitSelection({"a": [0, 1, 2, 5, 7, 8], "": [3]})
     assert compact(selection) == {"a": "0-2,5,7-8", "": "3"}
     assert compact(UnitSelection({})) == {}
+
+
+def test_the_guard_counts_from_the_start_of_the_stream(in_earnest):
+    """Small losses add up to `max_drop`, and then nothing more is removed."""
+    x, y = make_data(120)
+    model = nn.Linear(3, 2).double()
+    y = (x[:, 0] > 0).long()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    options = {"update": "gradient", "learning_rate": 3000.0, "halvings": 12, "retries": 0}
+    options |= {"repair_epochs": 0, "n_recalibrate": None, "max_drop": 0.1}
+    stream = Unlearner(model, (x, y), cross_entropy, validation=(x, y), **options)
+    start = (model(x).argmax(1) == y).double().mean().item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for k in range(40):
+            stream.remove(k)
+    end = (stream.model(x).argmax(1) == y).double().mean().item()
+    assert 0.02 < start - end <= 0.1 + 1e-9

@@ -104,6 +104,9 @@ class Unlearner:
     are asked for again. The weights still know them, so in later requests they count as retained:
     a step that left them out would take the objective for another one than the model is at.
 
+    **The guard** counts from the start of the stream: what accuracy earlier requests have cost is
+    no longer there for later ones, which are repaired or, in the end, skipped.
+
     **The ledger** has an entry for each request; `lcodec_ext.unlearning.ledger` describes its
     lines. On record are: of the start, the settings, and sizes and hashes of the data; of a
     request, the samples' numbers and the SHA-256 of their contents, its seed, the selection, the
@@ -615,9 +618,9 @@ class Unlearner:
 
     def _step(self, numbers: list[int], retain: NDArray[np.int64], seed: int) -> UnlearnResult:
         model, statistics = self._model, self._statistics
-        same_step = {}
+        changed: dict[str, Any] = self._allowed()
         if self._certified:  # the theorem is of one step from where training ended
-            same_step = {"update": "newton"}  # and noise is for releases
+            changed = {"update": "newton"}  # and noise is for releases
             model, statistics = self._original(), self._given_statistics
             numbers = [*self._history.removed, *numbers]
         return unlearn(
@@ -625,12 +628,27 @@ class Unlearner:
             self._train.subset(numbers),
             None if statistics is not None else self._train.subset(retain.tolist()),
             self._loss_fn,
-            preset=self._settings.replace(seed=seed, epsilon=None, delta=None, **same_step),
+            preset=self._settings.replace(seed=seed, epsilon=None, delta=None, **changed),
             validation=self._validation,
             statistics=statistics,
             score=self._score,
             progress=self._progress,
         )
+
+    def _allowed(self) -> dict[str, float]:
+        """How far this request may let fall what the guard watches: all together, the settings."""
+        steps = self._history.steps(len(self._ledger) - 1)
+        if not steps:
+            return {}
+        first, last = (self._ledger[k].record["result"].get("guard") for k in (steps[0], steps[-1]))
+        if not first or not last or first[0] is None or last[1] is None:
+            return {}
+        fallen = max(0.0, first[0] - last[1])
+        return {
+            name: max(0.0, limit - fallen)
+            for name in ("max_drop", "repair_drop")
+            if (limit := getattr(self._settings, name)) is not None
+        }
 
     @property
     def _certified(self) -> bool:
