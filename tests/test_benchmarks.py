@@ -34,6 +34,7 @@ import plots  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
 import table  # noqa: E402
+import unlearning  # noqa: E402
 from cases import CASES  # noqa: E402
 
 # torch's own, when forward mode is first used
@@ -667,6 +668,12 @@ class TestRecorded:
     def test_the_documentation_shows_it(self):
         text = (ROOT / "docs/benchmarks.md").read_text()
         assert text == table.replaced(text, table.curvature_tables(map(results.load, RECORDED)))
+
+    def test_the_documentation_shows_the_deletions_from_networks(self):
+        page = (ROOT / "docs/unlearning.md").read_text()
+        recorded = json.loads((ROOT / "benchmarks/results/unlearning.json").read_text())
+        assert page == table.replaced(page, unlearning.tables(recorded))
+        assert recorded["claims"] == unlearning.claims(recorded["runs"])
 
     def test_the_documentation_shows_a_deletion(self):
         """Once it is recorded."""
