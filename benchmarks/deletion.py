@@ -206,7 +206,17 @@ def deletion(sizes: Sizes, state: Path | None) -> dict[str, Any]:
         }
         for name in NAMES
     }
-    again = ours(0)
+    retained: dict[str, Any]
+    try:
+        again = ours(0)
+        retained = {
+            "units": len(again.selection),
+            "parameters": again.n_parameters,
+            "n_monitored": again.n_monitored,
+            "split": split(again.seconds),
+        }
+    except ValueError as error:  # far from a minimum the curvature along the step may be negative
+        retained = {"refused": str(error)}
     found = {
         "size": {
             "pixels": given.x.shape[-1],
@@ -219,19 +229,17 @@ def deletion(sizes: Sizes, state: Path | None) -> dict[str, Any]:
         "requests": requests,
         "mean": both,
         "measured": published.measured,
-        "from_retained": {
-            "units": len(again.selection),
-            "parameters": again.n_parameters,
-            "n_monitored": again.n_monitored,
-            "split": split(again.seconds),
-        },
+        "from_retained": retained,
         "ratio": both["published"]["total"] / both["lcodec_ext"]["total"],
         "selection_share": both["lcodec_ext"]["selection"] / both["lcodec_ext"]["total"],
     }
     found["claims"] = [] if sizes.tiny else [judged(claim, found) for claim in CLAIMS]
     for name in NAMES:
         print_split(f"{name}, mean of {len(requests)}", both[name])
-    print_split("lcodec_ext, from the retained samples", found["from_retained"]["split"])
+    if "split" in retained:
+        print_split("lcodec_ext, from the retained samples", retained["split"])
+    else:
+        print(f"\nlcodec_ext, from the retained samples: refused: {retained['refused']}")
     for request in requests:
         print({key: value for key, value in request.items() if key not in NAMES})
     for claim in found["claims"]:

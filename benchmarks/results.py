@@ -34,7 +34,8 @@ deletion: in the file of deletion.py, whose `cases` are empty
         ratio: of the totals
     mean: of the requests' seconds, by name and phase; ratio and selection_share: of these
     measured: what the published procedure's seconds were scaled from
-    from_retained: one request with the retained samples instead of statistics
+    from_retained: the first request with the retained samples instead of statistics, or why it
+        was refused
     claims
 """
 

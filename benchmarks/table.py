@@ -175,17 +175,22 @@ def deletion_table(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     again, size, machine = found["from_retained"], found["size"], result["machine"]
-    phases = again["split"]
+    if "split" in again:
+        phases = again["split"]
+        took = (
+            f"takes {duration(phases['total'])}: {duration(phases['curvature'])} for their "
+            f"gradients along the step, {duration(phases['monitoring'])} for losses and gradient "
+            f"norms of {again['n_monitored']} of them before and after"
+        )
+    else:
+        took = "is refused, since the curvature along the step is not positive there"
     lines += [
         "",
         f"Above the mean of {len(found['requests'])} requests of one sample, below each of them; "
         f"{size['perturbations']} perturbations, {size['candidates']} units, "
         f"{result['settings']['threads']} threads on {machine['cores']} cores ({machine['cpu']}, "
         f"{machine['simd']}). Times with ~ are scaled. The first request with the {size['n'] - 1} "
-        "retained samples instead of statistics takes "
-        f"{duration(phases['total'])}: {duration(phases['curvature'])} for the gradients of all "
-        f"along the step, {duration(phases['monitoring'])} for losses and gradient norms of "
-        f"{again['n_monitored']} of them before and after.",
+        f"retained samples instead of statistics {took}.",
     ]
     return "\n".join(lines) + "\n"
 

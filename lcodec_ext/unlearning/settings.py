@@ -438,7 +438,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "curvature": "secant",
         "gradient": "removal",
         "damping": 0.01,
-        "n_monitor": 1000,
+        "n_monitor": 100,
     },
 }
 
