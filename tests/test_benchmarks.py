@@ -489,21 +489,10 @@ def test_the_table_of_a_deletion(deleted):
     ]
     assert {line.count("|") for line in lines[:10]} == {6}
     assert {line.count("|") for line in lines[11:-2]} == {7}
-<<<<<<< HEAD
-    assert table.tables([full]) == table.curvature_tables([full]) == ""
-    assert table.deletion_tables([full, {"cases": {}}]).splitlines() == lines
-=======
     refused = full["deletion"] | {"from_retained": {"refused": "why"}}
     assert " is refused, " in table.deletion_table(full | {"deletion": refused})
-    (tmp_path / "full.json").write_text(json.dumps(full))
-    readme, docs = tmp_path / "readme.md", tmp_path / "docs.md"
-    readme.write_text("as it was")
-    docs.write_text("before\n" + "\nold\n".join(table.DELETION))
-    paths = ["--readme", str(readme), "--docs", str(docs)]
-    assert table.main([str(tmp_path / "full.json"), *paths]) == 0
-    assert readme.read_text() == "as it was"
-    assert docs.read_text().splitlines() == ["before", table.DELETION[0], *lines, table.DELETION[1]]
->>>>>>> 3250ff1 (Benchmark of a deletion: a secant that is refused is recorded as such)
+    assert table.tables([full]) == table.curvature_tables([full]) == ""
+    assert table.deletion_tables([full, {"cases": {}}]).splitlines() == lines
 
 
 # Comparing files
