@@ -1109,7 +1109,12 @@ class _Deletion:
         theta = self._start.clone().requires_grad_()
         iterations, decay = settings.max_iterations or _LBFGS, settings.weight_decay
         optimizer = torch.optim.LBFGS(
-            [theta], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe"
+            [theta],
+            max_iter=iterations,
+            history_size=20,
+            tolerance_grad=1e-10 if work.dtype == torch.float64 else 1e-7,
+            tolerance_change=0.0,  # of the loss, which is flat long before the weights are right
+            line_search_fn="strong_wolfe",
         )
 
         batches = list(read.batches(settings.batch_size)) if read.in_memory else None
