@@ -428,7 +428,9 @@ def test_a_full_disk_leaves_all_as_it_was(folder, monkeypatch):
     assert verify_ledger(folder, train=make_data()).notes == ()
 
 
-def test_an_interrupt_waits_for_an_entry_that_is_being_written(folder, monkeypatch):
+def test_an_interrupt_waits_for_an_entry_that_is_being_written(folder, monkeypatch, request):
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, outside))
     handler = signal.getsignal(signal.SIGINT)
     with make(folder) as stream:
         actual = Ledger.append

@@ -217,7 +217,12 @@ def test_lbfgs_reaches_the_retrained_weights(regressions):
     _, retrained = regressions["wine"].exact_step(20)
     for gradient in ("removal", "residual"):
         _, weights = regressions["wine"].unlearn(
-            20, update="lbfgs", gradient=gradient, max_iterations=500, weight_decay=LAMBDA
+            20,
+            update="lbfgs",
+            gradient=gradient,
+            max_iterations=500,
+            weight_decay=LAMBDA,
+            damping=0.0,
         )
         assert np.abs(weights - retrained).max() < 1e-4
 
