@@ -15,30 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from networks import BasicBlock
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, relu
+from torch.nn.functional import cross_entropy
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
-
-
-class Block(nn.Module):
-    """A basic block of a residual network."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
-        return relu(inner + self.shortcut(x))
 
 
 def resnet() -> nn.Module:
@@ -48,9 +29,9 @@ def resnet() -> nn.Module:
         nn.BatchNorm2d(12),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        Block(12, 12, 1),
-        Block(12, 24, 2),
-        Block(24, 48, 2),
+        BasicBlock(12, 12, 1),
+        BasicBlock(12, 24, 2),
+        BasicBlock(24, 48, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(48, 10),

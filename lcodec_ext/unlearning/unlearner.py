@@ -1,7 +1,6 @@
 """Streams of deletion requests: what is removed, in which order, and what it left."""
 
 import copy
-import dataclasses
 import math
 import os
 import platform
@@ -41,13 +40,12 @@ from lcodec_ext.unlearning.ledger import (
     spend,
 )
 from lcodec_ext.unlearning.metrics import Score
-from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, removal_guarantee
+from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise
 from lcodec_ext.unlearning.samples import as_samples
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.update import UnlearnResult, unlearn
+from lcodec_ext.unlearning.update import GUARDED, UnlearnResult, guarantee_of, unlearn
 
-_GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 _LISTED = 10  # sample numbers in an error message
 
 
@@ -160,7 +158,7 @@ class Unlearner:
             preset, options, retained=statistics is None, validation=validation is not None
         )
         if settings.update == "certified" and settings.max_drop is not None:
-            raise ValueError(f"update='certified' cannot be had here: {_GUARDED}")
+            raise ValueError(f"update='certified' cannot be had here: {GUARDED}")
         budget = _budget(settings, epsilon_budget, delta_budget)
         self._take(model, train, loss_fn, validation, statistics, score, settings, progress)
         state = state_of(model)
@@ -681,40 +679,18 @@ class Unlearner:
         if not one_step:
             first = self._ledger[earlier[0]].record["result"]["training_gradient_norm"]
             gradient_norm = math.nan if first is None else first
-        guarantee = removal_guarantee(
+        return guarantee_of(
+            settings,
             result.model,
             n=len(self._train),
             m=len(removed),
-            epsilon=settings.epsilon,
-            delta=settings.delta,
             n_selected=result.n_parameters,
-            weight_decay=settings.weight_decay,
             training_gradient_norm=gradient_norm,
             solve_residual=result.solve_residual,
             parameter_norm=max(_norm(self._original()), _norm(result.model)),
-            update="newton" if self._certified else settings.update,
-            curvature=settings.curvature,
-            gradient=settings.gradient,
             damping=result.damping,
-            steps=settings.steps,
-            n_curvature=settings.n_curvature,
             order=settings.order if one_step else "sequential",
-            repair_epochs=settings.repair_epochs + bool(settings.n_recalibrate),
-            lipschitz=settings.lipschitz,
-            hessian_lipschitz=settings.hessian_lipschitz,
-            strong_convexity=settings.strong_convexity,
-            radius=settings.radius,
-            gradient_bound=settings.gradient_bound,
-            rtol=settings.rtol,
         )
-        reasons = guarantee.reasons
-        if settings.max_drop is not None:
-            reasons = (*reasons, _GUARDED)
-        if not reasons:
-            return guarantee
-        if self._certified:
-            raise ValueError(f"update='certified' cannot be had here: {'; '.join(reasons)}")
-        return dataclasses.replace(guarantee, kind="heuristic", reasons=reasons)
 
     def _commit(
         self,

@@ -61,6 +61,7 @@ from lcodec_ext.unlearning.statistics import TrainingStatistics
 _PROBE = 32  # samples on which model and loss are checked, of either set
 _GUARD = 1000  # retained samples on which harm is looked for
 _LBFGS = 20  # iterations
+GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 _CHEAP_ROUNDS = 100  # after which "cheap" ends in any case; the paper has no such end
 _OPERATORS = {
     "gauss_newton": GaussNewtonOperator,
@@ -704,26 +705,59 @@ def _guarantee(
     """What noise the result takes, and what that guarantees; refuse what is not certified."""
     s = work.settings
     whole = monitored is not None and len(monitored) == n_retain
-    guarantee = removal_guarantee(
+    guarantee = guarantee_of(
+        s,
         work.model,
         n=m + n_retain,
         m=m,
-        epsilon=s.epsilon,
-        delta=s.delta,
         n_selected=layout.size,
-        weight_decay=s.weight_decay,
         training_gradient_norm=_training_norm(before, m, n_retain) if whole else math.nan,
         solve_residual=max((v.residual for d in deletions for v in d.solves), default=math.nan),
         parameter_norm=max(
             _norm(start), _norm({k: p.detach() for k, p in work.parameters.items()})
         ),
+        damping=deletions[-1].damping,
+        order=s.order,
+    )
+    if guarantee.kind == "none" or not any(d.skipped for d in deletions):
+        return guarantee
+    why = "samples of the request were not removed: their removal was taken back"
+    return dataclasses.replace(guarantee, kind="heuristic", reasons=(*guarantee.reasons, why))
+
+
+def guarantee_of(
+    settings: Settings, model: nn.Module, *, damping: float, order: str, **measured: Any
+) -> Guarantee:
+    """What the noise of the settings guarantees for a deletion with them, guard and all.
+
+    Parameters
+    ----------
+    settings, model : Settings, Module
+    damping, order
+        As the step had them.
+    **measured
+        n, m, n_selected, training_gradient_norm, solve_residual and parameter_norm, as
+        `removal_guarantee` takes them.
+
+    Raises
+    ------
+    ValueError
+        If the settings ask for a certificate and there is none.
+    """
+    s = settings
+    guarantee = removal_guarantee(
+        model,
+        **measured,
+        epsilon=s.epsilon,
+        delta=s.delta,
+        weight_decay=s.weight_decay,
         update="newton" if s.update == "certified" else s.update,
         curvature=s.curvature,
         gradient=s.gradient,
-        damping=deletions[-1].damping,
+        damping=damping,
         steps=s.steps,
         n_curvature=s.n_curvature,
-        order=s.order,
+        order=order,
         repair_epochs=s.repair_epochs + bool(s.n_recalibrate),
         lipschitz=s.lipschitz,
         hessian_lipschitz=s.hessian_lipschitz,
@@ -732,20 +766,18 @@ def _guarantee(
         gradient_bound=s.gradient_bound,
         rtol=s.rtol,
     )
-    reasons = list(guarantee.reasons)
+    reasons = guarantee.reasons
     if s.max_drop is not None:
-        reasons.append("max_drop: a guard looks at the data and tells what it saw")
-    if any(d.skipped for d in deletions):
-        reasons.append("samples of the request were not removed: their removal was taken back")
+        reasons = (*reasons, GUARDED)
     if s.update == "certified" and reasons:
         raise ValueError(
             "update='certified' cannot be had here: "
             + "; ".join(reasons)
             + ". Ask for update='newton' to get the same step with heuristic noise"
         )
-    if guarantee.kind == "none" or len(reasons) == len(guarantee.reasons):
+    if guarantee.kind == "none" or not reasons:
         return guarantee
-    return dataclasses.replace(guarantee, kind="heuristic", reasons=tuple(reasons))
+    return dataclasses.replace(guarantee, kind="heuristic", reasons=reasons)
 
 
 class _Retained(NamedTuple):
