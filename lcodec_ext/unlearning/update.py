@@ -1190,7 +1190,7 @@ class _Deletion:
             return True
         fall = guard.quality.before - guard.now()
         harmed = settings.repair_drop is None or fall > settings.repair_drop
-        most = math.inf if settings.max_drop is None else settings.max_drop
+        most = self._most()
         whole = self._layout.gather(self._work.parameters).detach() - self._start
         for halving in range(1, settings.halvings + 1):
             if fall <= most:
@@ -1200,6 +1200,10 @@ class _Deletion:
             self._recalibrate()
             fall = guard.quality.before - guard.now()
         return harmed
+
+    def _most(self) -> float:
+        """How far what the guard watches may fall."""
+        return math.inf if self._settings.max_drop is None else self._settings.max_drop
 
     def _recalibrate(self) -> None:
         """Take the running statistics of batch norms anew, over retained samples."""
@@ -1235,7 +1239,7 @@ class _Deletion:
                 module.eval()
 
     def _repair_unless_worse(self) -> None:
-        """Repair; take that back alone if it does harm itself, as a large rate may."""
+        """Repair; take that back alone if the guard refuses it but not the step."""
         model, guard = self._work.model, self._guard
         theta = self._layout.gather(self._work.parameters).detach().clone()
         buffers = {k: b.clone() for k, b in model.named_buffers()}
@@ -1249,7 +1253,10 @@ class _Deletion:
                     raise
                 failed = True
         self.repaired = True
-        if guard is not None and before is not None and (failed or guard.now() < before):
+        if guard is None:
+            return
+        after = -math.inf if failed else guard.now()
+        if after < before and guard.quality.before - after > self._most():
             self.repaired = False
             self._set(theta)
             for name, buffer in model.named_buffers():
