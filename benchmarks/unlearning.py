@@ -5,8 +5,8 @@
 For each network and forget set, mislabelled samples or random ones: models trained on everything
 from three starts, models retrained without the forget set, and what every method leaves,
 measured by `lcodec_ext.unlearning.evaluate`. One thread; times are CPU seconds, as shares of those
-of the same network's retraining. Trainings are kept in the cache, so that a run that is stopped
-goes on.
+of retraining the same network, which are extrapolated from a tenth of a training just before.
+Trained networks are kept in the cache, so that a run that is stopped goes on.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def methods(epochs: int) -> dict[str, Any]:
 def measure(name: str, which: str, start: int, cache: Path) -> dict[str, Any]:
     import torch
     from torch.nn.functional import cross_entropy
-    from unlearning_models import RECIPES, task, trained
+    from unlearning_models import RECIPES, retraining_seconds, task, trained
 
     from lcodec_ext.unlearning import Baseline, evaluate, unlearn
 
@@ -143,11 +143,11 @@ def measure(name: str, which: str, start: int, cache: Path) -> dict[str, Any]:
     seed, own = (start, 0) if recipe.data == "digits" else (0, start)
     data = task(name, which, seed)
     forget, retain = data.part(True), data.part(False)
-    model, _ = trained(cache, name, which, seed, None, own)
+    model = trained(cache, name, which, seed, None, own)
     again = [trained(cache, name, which, seed, k) for k in range(3)]
-    retraining = statistics.median(seconds["cpu"] for _, seconds in again)
     few = [tuple(t[:40] for t in part) for part in (forget, retain)]
     unlearn(model, *few, cross_entropy, n_perturbations=10)  # imports, and first calls
+    retraining = retraining_seconds(name, *retain)
     made: dict[str, Any] = {}
     cpu: dict[str, float] = {}
     failed: dict[str, str] = {}
@@ -172,7 +172,7 @@ def measure(name: str, which: str, start: int, cache: Path) -> dict[str, Any]:
         retain,
         data.test,
         cross_entropy,
-        retrained=[model for model, _ in again],
+        retrained=again,
         methods=made,
         weight_decay=recipe.weight_decay,
         seed=start,
@@ -190,7 +190,7 @@ def measure(name: str, which: str, start: int, cache: Path) -> dict[str, Any]:
             "skipped": bool(getattr(result, "skipped", ())),
             "repaired": getattr(result, "repaired", None),
             "attempts": getattr(result, "attempts", None),
-            "halvings": getattr(result, "halvings", None),
+            "length": getattr(result, "length", None),
             "error": entry.error,
         }
     return {

@@ -327,7 +327,14 @@ def objective_gradient(kind, model, data):
     return torch.cat([g.flatten() for g in gradient]).norm().item()
 
 
-STEP_ALONE = {"n_recalibrate": None, "repair_epochs": 0, "repair_drop": None, "halvings": 0}
+STEP_ALONE = {
+    "output_damping": 0.0,
+    "halvings": 0,
+    "lengthen": None,
+    "n_recalibrate": None,
+    "repair_epochs": 0,
+    "repair_drop": None,
+}
 
 
 def assert_consistent(kind, result, *, score=None):
@@ -395,13 +402,14 @@ def test_wrong_labels_are_forgotten(kind, preset):
     assert_consistent(kind, result, score=score)
     before, after = result.loss_forget
     retrained = kind.loss(kind.retrained, kind.forget)
-    assert before < after < retrained
+    assert before < after
     if preset == "recommended":
-        assert (after - before) / (retrained - before) > 0.04
+        assert abs(after - retrained) < 0.96 * (retrained - before)  # it may overshoot, too
         assert result.solve_method in ("cg", "cholesky", "woodbury")
         assert result.selection == UnitSelection.all(kind.model)
     else:
         # How much is not promised: FOCI's own stop may leave a single unit.
+        assert after < retrained
         assert 0 < len(result.selection) < result.n_units
         named = {name.split(" call")[0] for name in result.foci.names}
         units = result.selection.units

@@ -679,17 +679,115 @@ def test_harmful_steps_are_halved(mlp):
     options = {"damping": 1e-6, "weight_decay": 0.0}
     whole = vector(run(mlp, **options).model) - start
     result = run(mlp, max_drop=0.02, halvings=12, **options)
-    assert 1 <= result.halvings <= 12
+    halvings = round(-math.log2(result.length))
+    assert 1 <= halvings <= 12
+    assert result.length == 0.5**halvings
     assert result.attempts == 1
     assert result.guard.before - result.guard.after <= 0.02
     got = vector(result.model) - start
-    torch.testing.assert_close(got, whole / 2**result.halvings, rtol=1e-9, atol=1e-12)
-    assert f"step halved {result.halvings} times" in repr(result)
-    longer = start + whole / 2 ** (result.halvings - 1)
+    torch.testing.assert_close(got, whole * result.length, rtol=1e-9, atol=1e-12)
+    assert f"{result.length:.3g} of the step" in repr(result)
+    longer = start + 2 * result.length * whole
     again = copy.deepcopy(mlp)
     nn.utils.vector_to_parameters(longer, again.parameters())
     right = (again(RETAIN[0]).argmax(1) == RETAIN[1]).double().mean().item()
     assert result.guard.before - right > 0.02  # one halving fewer was not enough
+
+
+@pytest.mark.parametrize("outputs", ["tensor", "dict", "scalar"])
+def test_output_damping_holds_the_outputs(mlp, outputs):
+    """(J^T (H + d I) J / N + lambda I)^-1 of the removal gradient, formed densely."""
+    model, loss_fn, forget, retain = mlp, F.cross_entropy, FORGET, RETAIN
+    if outputs == "dict":
+
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = copy.deepcopy(mlp)
+
+            def forward(self, x):
+                return {"logits": self.net(x)}
+
+        model = Named()
+        loss_fn = lambda z, y: F.cross_entropy(z["logits"], y)  # noqa: E731
+    elif outputs == "scalar":
+        model = nn.Sequential(copy.deepcopy(mlp)[:4], nn.Linear(5, 1).double(), nn.Flatten(0))
+        loss_fn = F.mse_loss
+        forget, retain = ((x, y.double()) for x, y in (FORGET, RETAIN))
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+    w = vector(model)
+
+    def run_with(weights):
+        parts = weights.split([s.numel() for s in shapes])
+        given = {k: v.view(s) for k, v, s in zip(names, parts, shapes, strict=True)}
+        z = torch.func.functional_call(model, given, (retain[0],))
+        return z["logits"] if outputs == "dict" else z.reshape(len(z), -1)
+
+    J, z, damping = torch.func.jacrev(run_with)(w), run_with(w), 0.3
+    if outputs == "scalar":
+        H = torch.full((len(z), 1, 1), 2.0, dtype=DOUBLE)
+    else:
+        p = z.softmax(1)
+        H = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    H = H + damping * torch.eye(H.shape[1], dtype=DOUBLE)
+    G = torch.einsum("nia,nij,njb->ab", J, H, J) / len(z)
+    G += WEIGHT_DECAY * torch.eye(len(w), dtype=DOUBLE)
+    each = torch.autograd.grad(loss_fn(model(forget[0]), forget[1]), list(model.parameters()))
+    removal = torch.cat([g.flatten() for g in each]) + WEIGHT_DECAY * w
+    removal *= len(forget[1]) / len(retain[1])
+    options = {"damping": 0.0, "output_damping": damping, "curvature": "gauss_newton"}
+    result = unlearn(model, forget, retain, loss_fn, **options)
+    step = vector(result.model) - w
+    torch.testing.assert_close(step, torch.linalg.solve(G, removal), rtol=1e-7, atol=1e-10)
+
+
+def test_output_damping_belongs_to_gauss_newton(mlp):
+    for options in ({"curvature": "hessian"}, {"update": "gradient"}, {"update": "lbfgs"}):
+        with pytest.raises(ValueError, match="output_damping belongs to update='newton' with"):
+            Settings(output_damping=0.1, **options)
+        made = Settings.preset("recommended", **options)  # which has none, then
+        assert made.output_damping == 0 < made.damping
+    kept = TrainingStatistics.collect(mlp, TRAIN, F.cross_entropy, curvature="gauss_newton")
+    with pytest.raises(ValueError, match="statistics hold a curvature without output_damping"):
+        unlearn(mlp, FORGET, None, F.cross_entropy, statistics=kept, output_damping=0.1)
+    result = unlearning.unlearn(mlp, FORGET, None, F.cross_entropy, statistics=kept)
+    assert result.settings.output_damping == 0
+
+
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss")
+def test_steps_that_do_little_are_lengthened(mlp):
+    """Until the samples that the step has not read notice, as bisection finds it; else not."""
+    start = vector(mlp)
+    options = {"damping": 1.0, "n_curvature": 40, "seed": 5}
+    plain = run(mlp, **options)
+    assert plain.length == 1
+    whole = vector(plain.model) - start
+    order = np.random.default_rng([5, 0]).permutation(len(RETAIN[1]))
+    unread = tuple(t[np.sort(order[40:])] for t in RETAIN)
+
+    def rise(length):
+        model = copy.deepcopy(mlp)
+        nn.utils.vector_to_parameters(start + length * whole, model.parameters())
+        with torch.no_grad():
+            losses = [F.cross_entropy(m(unread[0]), unread[1]).item() for m in (model, mlp)]
+        return (losses[0] - losses[1]) / len(FORGET[1])
+
+    result = run(mlp, lengthen=rise(2.6), **options)
+    assert 2.5 <= result.length <= 2.6
+    got = vector(result.model) - start
+    torch.testing.assert_close(got, whole * result.length, rtol=1e-9, atol=1e-12)
+    assert f"{result.length:.3g} of the step" in repr(result)
+    assert run(mlp, lengthen=rise(1.4), **options).length == 1  # within its error
+    assert run(mlp, lengthen=rise(0.9), **options).length == 1
+    assert run(mlp, lengthen=10.0, **options).length == 8
+    # What did harm is repaired, not lengthened.
+    harmful = {"damping": 1e-6, "weight_decay": 0.0, "lengthen": 1e9}
+    assert run(mlp, repair_drop=0.0, **harmful).length == 1
+    assert run(mlp, repair_drop=1.0, **harmful).length == 8
+    kept = TrainingStatistics.collect(mlp, TRAIN, F.cross_entropy, curvature="gauss_newton")
+    with pytest.raises(ValueError, match="lengthen need retained samples, and retain is None"):
+        unlearn(mlp, FORGET, None, F.cross_entropy, statistics=kept, lengthen=1.0)
 
 
 def test_batch_norms_are_recalibrated():
@@ -953,7 +1051,7 @@ def test_statistics_that_do_not_fit(linear, mlp, tmp_path):
         refuse("they serve one step", **options)
     refuse("update='lbfgs' does not use", update="lbfgs")
     refuse("the guard needs samples", max_drop=0.1)
-    refuse("repair_epochs and n_recalibrate need retained samples", repair_epochs=1)
+    refuse("n_recalibrate and lengthen need retained samples", repair_epochs=1)
     refuse("retain is None: pass the retained", statistics=None)
     refuse("needs retained samples", selection="fisher_ratio", n_units=1)
     refuse("no curvature of UnitSelection", model=mlp)

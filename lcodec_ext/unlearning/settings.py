@@ -86,6 +86,10 @@ class Settings:
         lambda of the trained objective, (lambda / 2) |w|^2 over all trainable parameters.
     damping : float
         Added to the curvature's diagonal.
+    output_damping : float
+        Of curvature="gauss_newton": added to the diagonal of the loss's second derivative by the
+        outputs of a sample. Where the model is sure, a loss is flat in the outputs, and nothing
+        else would hold them in place.
     n_curvature : int, optional
         Retained samples that the step reads, drawn at random; None for all.
     n_monitor : int, optional
@@ -106,15 +110,20 @@ class Settings:
     **Guard and repair**
 
     max_drop : float, optional
-        Most that accuracy on `validation` (on retained samples that the step has not read, without
-        it) may fall. Where there is no accuracy, most that the mean loss may rise. Past it the
-        step is taken back.
+        Most that accuracy on `validation` (without it, on retained samples that the step has not
+        read, if it has not read all) may fall. Where there is no accuracy, most that the mean loss
+        may rise. Past it the step is taken back.
     halvings : int
         How often the step is then halved, until it is within that.
+    lengthen : float, optional
+        Lengthen a step, up to eightfold, until the mean loss of retained samples that it has not
+        read (of others, where it has read all) has risen by this for each removed sample: one
+        that they hardly notice falls short. Not below 1.5 times, which is within its error, and
+        not where it is repaired.
     retries : int
         How often a step that still is past it is tried again, with ten times the damping. After
-        that the model is left as it was and `UnlearnResult.skipped` is True: the paper's
-        validation-gap skip.
+        that the model is left as it was and `UnlearnResult.skipped` lists the samples: the
+        paper's validation-gap skip.
     n_recalibrate : int, optional
         Retained samples over which the running statistics of batch norms are taken anew after the
         step: they belong to the old weights.
@@ -125,7 +134,8 @@ class Settings:
     repair_drop : float, optional
         Repair only where the step, before it was halved, made what the guard watches fall by more
         than this; always, without it. (Where nothing is broken, repair only brings back what was
-        forgotten.) A repair that makes it fall is itself taken back.
+        forgotten.) A repair that makes it fall, and past `max_drop`, is itself taken
+        back.
     repair_learning_rate : float
         Its peak, near that of training, for batches of this size: small ones repair little.
     repair_batch_size : int
@@ -168,6 +178,7 @@ class Settings:
     gradient: Literal["removal", "residual"] = "removal"
     weight_decay: float = 0.0
     damping: float = 1e-3
+    output_damping: float = 0.0
     n_curvature: int | None = None
     n_monitor: int | None = None
     steps: int = 1
@@ -177,6 +188,7 @@ class Settings:
     order: Literal["batch", "sequential"] = "batch"
     max_drop: float | None = None
     halvings: int = 0
+    lengthen: float | None = None
     retries: int = 0
     n_recalibrate: int | None = None
     repair_epochs: int = 0
@@ -230,6 +242,7 @@ class Settings:
             "noise_std",
             "weight_decay",
             "damping",
+            "output_damping",
             "learning_rate",
             "repair_learning_rate",
         ):
@@ -237,6 +250,7 @@ class Settings:
         for name in (
             "rtol",
             "max_drop",
+            "lengthen",
             "repair_drop",
             "epsilon",
             "delta",
@@ -256,6 +270,11 @@ class Settings:
             raise ValueError(f"dtype must be torch.float32 or torch.float64; got {self.dtype!r}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.output_damping and (self.update, self.curvature) != ("newton", "gauss_newton"):
+            raise ValueError(
+                "output_damping belongs to update='newton' with curvature='gauss_newton'; got "
+                f"update={self.update!r} and curvature={self.curvature!r}"
+            )
         self._check_size()
         self._check_privacy()
 
@@ -318,9 +337,15 @@ class Settings:
         check_choice(name, "preset", tuple(PRESETS))
         _check_names(options)
         defaults = PRESETS[name]
-        if options.get("update") == "certified":
-            defaults = defaults | CERTIFIED
-        return cls(**(defaults | options))
+        made = defaults | options
+        if made["update"] == "certified":
+            made = defaults | CERTIFIED | options
+        elif defaults.get("output_damping") and (made["update"], made["curvature"]) != (
+            "newton",
+            "gauss_newton",
+        ):
+            made = defaults | PLAIN_DAMPING | options
+        return cls(**made)
 
     def replace(self, **options: Any) -> "Settings":
         """Make the same settings with some options changed; errors as for `preset`."""
@@ -384,20 +409,33 @@ class Settings:
 
 
 def resolve(
-    preset: "str | Settings", options: Mapping[str, Any], *, retained: bool, validation: bool
+    preset: "str | Settings",
+    options: Mapping[str, Any],
+    *,
+    retained: bool,
+    validation: bool,
+    statistics: bool = False,
 ) -> Settings:
     """The settings that a preset and options make, with the data that are there.
 
     Without retained samples a preset's repair and recalibration are off, and without validation
-    samples either its guard, unless they are asked for.
+    samples either its guard, unless they are asked for. Statistics hold a curvature without
+    output_damping.
     """
     if isinstance(preset, Settings):
         return preset.replace(**options)
     defaults: dict[str, Any] = {}
     if not retained:
-        defaults |= {"n_recalibrate": None, "repair_epochs": 0, "repair_drop": None}
+        defaults |= {
+            "n_recalibrate": None,
+            "repair_epochs": 0,
+            "repair_drop": None,
+            "lengthen": None,
+        }
         if not validation:
             defaults |= {"max_drop": None}
+    if statistics and PRESETS.get(preset, {}).get("output_damping"):
+        defaults |= PLAIN_DAMPING
     return Settings.preset(preset, **(defaults | dict(options)))
 
 
@@ -416,14 +454,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "update": "newton",
         "curvature": "gauss_newton",
         "gradient": "removal",
-        "damping": 2e-4,
-        "n_curvature": 512,
+        "damping": 1e-5,
+        "output_damping": 2e-3,
+        "n_curvature": 256,
         "n_monitor": 256,
-        "max_iterations": 22,
+        "max_iterations": 30,
         "rtol": 0.0,
         "n_recalibrate": 1000,
         "max_drop": 0.1,
         "halvings": 6,
+        "lengthen": 8e-6,
         "retries": 2,
         "repair_epochs": 2,
         "repair_drop": 0.005,
@@ -442,18 +482,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Of a preset, where there is no output_damping.
+PLAIN_DAMPING: dict[str, Any] = {"output_damping": 0.0, "damping": 2e-4}
+
 #: Defaults of a preset with update="certified": what a guarantee needs.
 CERTIFIED: dict[str, Any] = {
     "selection": "full",
     "candidates": "all",
     "curvature": "hessian",
     "damping": 0.0,
+    "output_damping": 0.0,
     "n_curvature": None,
     "n_monitor": None,
     "max_iterations": None,
     "rtol": 1e-8,
     "max_drop": None,
     "halvings": 0,
+    "lengthen": None,
     "retries": 0,
     "n_recalibrate": None,
     "repair_epochs": 0,

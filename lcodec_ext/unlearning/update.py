@@ -5,7 +5,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,6 +61,9 @@ from lcodec_ext.unlearning.statistics import TrainingStatistics
 _PROBE = 32  # samples on which model and loss are checked, of either set
 _GUARD = 1000  # retained samples on which harm is looked for
 _LBFGS = 20  # iterations
+_LONGEST = 8.0  # multiple of a step, by lengthening it
+_LENGTHS = 6  # that are tried
+_LONGER = 1.5  # or it is left: its length is not known better
 GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 _CHEAP_ROUNDS = 100  # after which "cheap" ends in any case; the paper has no such end
 _OPERATORS = {
@@ -109,8 +112,9 @@ class UnlearnResult:
         them or none, but with order="sequential". They are still in the model, and need retraining.
     attempts : int
         Steps that were tried, the retries included.
-    halvings : int
-        How often the step was halved in the last attempt.
+    length : float
+        What multiple of the step was taken in the last attempt, by `Settings.halvings` and
+        `Settings.lengthen`.
     repaired : bool
         Whether repair epochs followed a step.
     damping : float
@@ -156,7 +160,7 @@ class UnlearnResult:
     n_dead: int
     skipped: tuple[int, ...]
     attempts: int
-    halvings: int
+    length: float
     repaired: bool
     damping: float
     curvature_plan: str
@@ -208,14 +212,19 @@ class UnlearnResult:
         if not math.isnan(self.solve_residual):
             solved += f", residual {self.solve_residual:.1e}"
         matrix = f"{s.curvature}, " * bool(self.curvature_plan)
+        damping = f"damping {self.damping:g}"
+        if s.output_damping:
+            damping += f", of outputs {s.output_damping:g}"
         lines = [
             f"UnlearnResult: {self.n_forget - len(self.skipped)} of "
             f"{self.n_forget + self.n_retain} samples removed in {self.seconds['total']:.2f} s",
             f"  units         {len(self.selection)} of {self.n_units}, {method} "
             f"({', '.join(layers)})",
             f"  parameters    {self.n_parameters:,} of {self.n_trainable:,}",
-            f"  step          {matrix}weight decay {s.weight_decay:g}, damping {self.damping:g}, "
-            f"{solved}, norm {self.step_norm:.4g}",
+            f"  step          {matrix}weight decay {s.weight_decay:g}, {damping}, "
+            f"{solved}, norm {self.step_norm:.4g}"
+            + f", {self.length:.3g} of the step"
+            * (self.length != 1),
             f"  forget loss   {change(self.loss_forget)}",
             f"  retain loss   {change(self.loss_retain)}",
             f"  gradient norm {change(self.gradient_norm)} retained, on the selection "
@@ -225,7 +234,6 @@ class UnlearnResult:
             lines.append(
                 f"  guard         {self.watched} {change(self.guard)}, {self.attempts} attempt"
                 + "s" * (self.attempts > 1)
-                + f", step halved {self.halvings} times" * (self.halvings > 0)
                 + ", repaired" * self.repaired
             )
         if self.guarantee.kind != "none":
@@ -288,7 +296,7 @@ def unlearn(
         on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
     validation : tensors, Dataset or DataLoader, optional
         On which the guard watches accuracy, where `max_drop` is set; by default on retained samples
-        that the step has not read.
+        that the step has not read, if it has not read all.
     statistics : TrainingStatistics, optional
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay: losses and the guard are measured on it.
@@ -352,7 +360,11 @@ def unlearn(
     """
     begin = time.perf_counter()
     settings = resolve(
-        preset, options, retained=retain is not None, validation=validation is not None
+        preset,
+        options,
+        retained=retain is not None,
+        validation=validation is not None,
+        statistics=statistics is not None,
     )
     check_bool(inplace, "inplace")
     check_bool(progress, "progress")
@@ -378,18 +390,23 @@ def unlearn(
         drawn = None if kept is None else _Drawn(work, kept)
         monitored = None if drawn is None else drawn.monitored
         before = work.measure(removed, monitored)
+    guarded = settings.max_drop is not None or settings.repair_drop is not None
+    unread = None
+    if drawn is not None and (settings.lengthen is not None or (guarded and held is None)):
+        unread = drawn.watched()
     guard = None
-    if settings.max_drop is not None or settings.repair_drop is not None:
-        if held is None:
-            assert drawn is not None  # said beforehand
-            held = drawn.watched()
+    if guarded:
+        held = unread if held is None else held
+        assert held is not None  # said beforehand
         guard = _Guard(work, held)
     parts = [[k] for k in range(m)] if settings.order == "sequential" else [list(range(m))]
     deletions: list[_Deletion] = []
     start = {k: p.detach().clone() for k, p in work.parameters.items()}
     for part in parts:
         rest = None if drawn is None else drawn.with_samples(removed.subset(range(part[-1] + 1, m)))
-        deletion = _Deletion(work, removed.subset(part), rest, statistics, guard, len(deletions))
+        deletion = _Deletion(
+            work, removed.subset(part), rest, statistics, guard, unread, len(deletions)
+        )
         deletion.run()
         deletions.append(deletion)
     skipped = tuple(k for part, d in zip(parts, deletions, strict=True) if d.skipped for k in part)
@@ -474,7 +491,7 @@ def unlearn(
         n_dead=deletions[-1].n_dead,
         skipped=skipped,
         attempts=sum(d.attempts for d in deletions),
-        halvings=deletions[-1].halvings,
+        length=deletions[-1].length,
         repaired=any(d.repaired for d in deletions),
         damping=deletions[-1].damping,
         curvature_plan=deletions[-1].plan,
@@ -605,6 +622,15 @@ class _Workplace:
         if retained is None:
             return _Measured(forget_loss, forget_gradient, math.nan, None)
         return _Measured(forget_loss, forget_gradient, *self.gradient(retained))
+
+    def mean_loss(self, samples: Samples) -> float:
+        """Without the regulariser; NaN or infinity where it is."""
+        total = 0.0
+        with torch.no_grad():
+            for batch in samples.batches(self.settings.batch_size):
+                loss = self.loss_fn(outputs_of(self.model, batch), batch.targets)
+                total += loss.item() * batch.size / len(samples)
+        return total
 
     def quality(self, samples: Samples) -> tuple[str, float]:
         """Accuracy, or minus the mean loss where there is none, and what it is called."""
@@ -872,10 +898,11 @@ class _Deletion:
         retained: _Retained | None,
         statistics: TrainingStatistics | None,
         guard: _Guard | None,
+        unread: Samples | None,
         number: int,
     ) -> None:
         self._work, self._settings = work, work.settings
-        self._forget, self._guard = forget, guard
+        self._forget, self._guard, self._unread = forget, guard, unread
         self._retain = None if retained is None else retained.all
         self._read = None if retained is None else retained.read
         self._statistics = statistics
@@ -888,7 +915,7 @@ class _Deletion:
         self.foci: FociResult | None = None
         self.skipped = False
         self.repaired = False
-        self.halvings = 0
+        self.length = 1.0
         self.n_dead = 0
         self.attempts = 0
         self.iterations = 0
@@ -928,11 +955,13 @@ class _Deletion:
         self._start = self._layout.gather(work.parameters).detach().clone()
         buffers = {k: b.clone() for k, b in work.model.named_buffers()}
         self.damping = settings.damping
+        if settings.lengthen is not None and self._unread is not None:
+            self._unread_loss = work.mean_loss(self._unread)
         rate = settings.learning_rate
         done = self.solves, self.iterations  # in earlier rounds
         for attempt in range(settings.retries + 1):
             self.attempts += 1
-            self.halvings, self.repaired = 0, False
+            self.length, self.repaired = 1.0, False
             self.solves, self.iterations = list(done[0]), done[1]
             if self._accepted(rate):
                 return True
@@ -950,7 +979,7 @@ class _Deletion:
         try:
             self._move(rate)
             self._recalibrate()
-            harmed = self._halve()
+            harmed = self._adjust()
             if self._settings.repair_epochs and harmed:
                 self._repair_unless_worse()
         except _NotFiniteError:
@@ -1118,7 +1147,10 @@ class _Deletion:
         assert self._read is not None
         data = self._read.data(settings.batch_size)
         common: dict[str, Any] = {**shift, "dtype": work.dtype, "progress": work.progress}
-        arguments = (work.model, work.loss_fn, data, self._stepped)
+        loss_fn = work.loss_fn
+        if settings.output_damping:
+            loss_fn = _held_outputs(loss_fn, settings.output_damping)
+        arguments = (work.model, loss_fn, data, self._stepped)
         if settings.curvature == "secant":
             # Along the gradient, as far as a hundredth of the weights: short enough to be a
             # derivative, long enough for float32.
@@ -1183,23 +1215,50 @@ class _Deletion:
             raise _NotFiniteError("L-BFGS arrived at weights that are NaN or infinite")
         self._set(theta.detach())
 
-    def _halve(self) -> bool:
-        """Halve the step while it does harm; whether the whole one asks for repair."""
+    def _adjust(self) -> bool:
+        """Halve a step that does harm, lengthen one that does little; whether to repair."""
         settings, guard = self._settings, self._guard
+        whole = self._layout.gather(self._work.parameters).detach() - self._start
+
+        def take(length: float) -> None:
+            self.length = length
+            self._set(self._start + length * whole)
+            self._recalibrate()
+
         if guard is None:
+            self._lengthen(take)
             return True
         fall = guard.quality.before - guard.now()
         harmed = settings.repair_drop is None or fall > settings.repair_drop
-        most = self._most()
-        whole = self._layout.gather(self._work.parameters).detach() - self._start
         for halving in range(1, settings.halvings + 1):
-            if fall <= most:
+            if fall <= self._most():
                 break
-            self.halvings = halving
-            self._set(self._start + whole / 2**halving)
-            self._recalibrate()
+            take(0.5**halving)
             fall = guard.quality.before - guard.now()
+        if not harmed:
+            self._lengthen(take)
         return harmed
+
+    def _lengthen(self, take: Callable[[float], None]) -> None:
+        """Lengthen the step until the retained samples that it has not read notice."""
+        settings, unread = self._settings, self._unread
+        if settings.lengthen is None or unread is None:
+            return
+        most = settings.lengthen * len(self._forget)
+
+        def small() -> bool:
+            rise = self._work.mean_loss(unread) - self._unread_loss
+            return rise <= most  # false for nan
+
+        low, high = 1.0, math.inf
+        if not small():
+            return
+        for _ in range(_LENGTHS):
+            take(2 * low if high == math.inf else (low + high) / 2)
+            low, high = (self.length, high) if small() else (low, self.length)
+            if low == _LONGEST:
+                return
+        take(low if low >= _LONGER else 1.0)
 
     def _most(self) -> float:
         """How far what the guard watches may fall."""
@@ -1239,11 +1298,14 @@ class _Deletion:
                 module.eval()
 
     def _repair_unless_worse(self) -> None:
-        """Repair; take that back alone if the guard refuses it but not the step."""
+        """Repair; take that back alone if it does harm itself, as a large rate may.
+
+        That is more than some accuracy on samples that the model knew by heart.
+        """
         model, guard = self._work.model, self._guard
         theta = self._layout.gather(self._work.parameters).detach().clone()
         buffers = {k: b.clone() for k, b in model.named_buffers()}
-        before = None if guard is None else guard.now()
+        before = math.nan if guard is None else guard.now()
         failed = False
         with self._work.timed("repair"):
             try:
@@ -1256,7 +1318,8 @@ class _Deletion:
         if guard is None:
             return
         after = -math.inf if failed else guard.now()
-        if after < before and guard.quality.before - after > self._most():
+        most = self._settings.max_drop or 0.0
+        if after < before and guard.quality.before - after > most:
             self.repaired = False
             self._set(theta)
             for name, buffer in model.named_buffers():
@@ -1340,6 +1403,11 @@ def _check_roles(
                 "statistics are of the weights that training ended with: they serve one step, "
                 "order='batch', steps=1 and gradient='removal'"
             )
+        if settings.output_damping:
+            raise ValueError(
+                "statistics hold a curvature without output_damping; got "
+                f"output_damping={settings.output_damping:g}. Use damping"
+            )
         if settings.curvature != statistics.kind:
             raise ValueError(
                 f"the statistics are for curvature={statistics.kind!r}; got "
@@ -1356,9 +1424,9 @@ def _check_roles(
         raise ValueError(
             "the guard needs samples: pass validation, or max_drop=None to do without a guard"
         )
-    if settings.repair_epochs or settings.n_recalibrate:
+    if settings.repair_epochs or settings.n_recalibrate or settings.lengthen is not None:
         raise ValueError(
-            "repair_epochs and n_recalibrate need retained samples, and retain is None"
+            "repair_epochs, n_recalibrate and lengthen need retained samples, and retain is None"
         )
 
 
@@ -1443,6 +1511,20 @@ def _warn_of_overlap(forget: Samples, retain: Samples) -> None:
         "samples that stay, without the deleted ones",
         stacklevel=4,  # behind unlearn and its decorator
     )
+
+
+def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:
+    """A loss with the same values and gradients, and damping added to its second derivative."""
+
+    def held(outputs: Any, targets: Any) -> Tensor:
+        loss: Tensor = loss_fn(outputs, targets)
+        for z in tensors_of(outputs):
+            if z.is_floating_point():
+                moved = (z - z.detach()).square()
+                loss = loss + damping / 2 * (moved.sum(-1) if z.ndim > 1 else moved).mean()
+        return loss
+
+    return held
 
 
 def _solve(
