@@ -1,6 +1,7 @@
 """Deletion from networks beside retraining: the recommended preset, masks, the paper's, baselines.
 
-    python benchmarks/unlearning.py [--models mlp,cnn,resnet] [--cache FOLDER] [--output FILE]
+    python benchmarks/unlearning.py [--models mlp,cnn,resnet] [--split 0] [--cache FOLDER]
+        [--output FILE]
 
 For each network and forget set, mislabelled samples or random ones: models trained on everything
 from three starts, models retrained without the forget set, and what every method leaves,
@@ -44,6 +45,9 @@ TITLES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="mlp,cnn,resnet", help="separated by commas")
+    parser.add_argument(
+        "--split", type=int, default=0, help="another draw of samples, forget sets and trainings"
+    )
     parser.add_argument("--starts", type=int, default=3, help="models trained on everything")
     parser.add_argument(
         "--cache", type=Path, default=environment.ROOT / "benchmarks/output/trained"
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": environment.machine(),
         "versions": environment.versions(),
         "load_before": os.getloadavg()[0],
-        "settings": {"threads": 1, "recommended": recommended(), "recipes": {}},
+        "settings": {"threads": 1, "split": options.split, "recommended": recommended(), "recipes": {}},
         "runs": [],
     }
     names = options.models.split(",")
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["settings"]["recipes"][name] = recipe(RECIPES[name])
         for which in SETS:
             for start in range(options.starts):
-                run = measure(name, which, start, options.cache)
+                run = measure(name, which, start, options.split, options.cache)
                 result["runs"].append(run)
                 show(run)
                 result["claims"] = claims(result["runs"])
@@ -130,7 +134,7 @@ def methods(epochs: int) -> dict[str, Any]:
     }
 
 
-def measure(name: str, which: str, start: int, cache: Path) -> dict[str, Any]:
+def measure(name: str, which: str, start: int, split: int, cache: Path) -> dict[str, Any]:
     import torch
     from torch.nn.functional import cross_entropy
     from unlearning_models import RECIPES, retraining_seconds, task, trained
@@ -140,7 +144,7 @@ def measure(name: str, which: str, start: int, cache: Path) -> dict[str, Any]:
     recipe = RECIPES[name]
     # The small network has its own split and forget set from each start; the others share one,
     # and the models retrained on it.
-    seed, own = (start, 0) if recipe.data == "digits" else (0, start)
+    seed, own = (3 * split + start, 0) if recipe.data == "digits" else (split, start)
     data = task(name, which, seed)
     forget, retain = data.part(True), data.part(False)
     model = trained(cache, name, which, seed, None, own)
