@@ -18,7 +18,7 @@ from lcodec_ext.unlearning.checkpoints import (
     with_state,
     write_atomically,
 )
-from lcodec_ext.unlearning.ledger import FIRST, Ledger
+from lcodec_ext.unlearning.ledger import FIRST, FORMAT, History, Ledger
 
 
 def write(path, n=4):
@@ -76,6 +76,40 @@ def test_a_reopened_ledger_goes_on(path):
     again.append("remove", {"ids": [9]}, {})
     assert [entry.kind for entry in Ledger(path)] == ["start", "remove", "remove"]
     assert Ledger(path)[2].previous == Ledger(path)[1].hash
+
+
+def history(n):
+    """A ledger with the start of a stream on n samples, and what it amounts to."""
+    written, so_far = Ledger(None), History()
+    start = {"format": FORMAT, "keep": 5, "train": {"n": n}, "budget": None}
+    so_far.add(written.append("start", start | counts(0, 0, FIRST), {}))
+    return written, so_far
+
+
+def counts(number, n_removed, sha256, n_pending=0):
+    checkpoint = {"file": checkpoint_name(number), "sha256": sha256}
+    return {"n_removed": n_removed, "n_pending": n_pending, "checkpoint": checkpoint}
+
+
+@pytest.mark.timeout(30)  # a second for each; hours if each sample were looked up in a list
+@pytest.mark.parametrize("n_skipped", [0, 100_000])
+def test_a_large_request_takes_linear_time(n_skipped):
+    n = 200_000
+    written, so_far = history(n + 1)
+    ids = list(range(n))
+    record = {"ids": ids, "skipped": ids[:n_skipped], "hashes": ["a"] * n}
+    record |= counts(1, n - n_skipped, "b" * 64, n_skipped)
+    so_far.add(written.append("remove", record, {}))
+    assert len(so_far.removed) == n - n_skipped
+    assert len(so_far.pending) == n_skipped
+
+
+def test_a_request_cannot_name_a_sample_twice():
+    written, so_far = history(9)
+    record = {"ids": [3, 4, 3], "skipped": [], "hashes": ["a", "b", "a"]}
+    entry = written.append("remove", record | counts(1, 2, "b" * 64), {})
+    with pytest.raises(LedgerError, match="line 2 .* removes sample 3, which is not there"):
+        so_far.add(entry)
 
 
 # ---------------------------------------------------------------------------------------------

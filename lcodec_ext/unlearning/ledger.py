@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,8 +334,9 @@ class History:
             ids, skipped = tuple(record["ids"]), tuple(record["skipped"])
             if not set(skipped) <= set(ids) or (entry.kind == "skip") != (len(skipped) == len(ids)):
                 return f"of its samples {ids} it cannot have skipped {skipped}"
+        times, stay = Counter(ids), set(skipped)
         for i, sha256 in zip(ids, record.get("hashes", ()), strict=True):
-            if not 0 <= i < self.start["train"]["n"] or i in self.removed or ids.count(i) > 1:
+            if not 0 <= i < self.start["train"]["n"] or i in self.removed or times[i] > 1:
                 return f"it removes sample {i}, which is not there to remove"
             if self.hashes.setdefault(i, sha256) != sha256:
                 return f"sample {i} has another content than in an entry before"
@@ -348,7 +350,7 @@ class History:
             if self.budget.to_dict() != record["budget"]:
                 return "what is left of the privacy budget is not what its guarantee leaves"
         checkpoint = record["checkpoint"]
-        removed = tuple(i for i in ids if i not in set(skipped))
+        removed = tuple(i for i in ids if i not in stay)
         point = Point(removed, skipped, parent, checkpoint["file"], checkpoint["sha256"])
         new = entry.kind in ("start", "remove", "rollback")
         if point.checkpoint != (checkpoint_name(number) if new else self.points[-1].checkpoint):
