@@ -1,6 +1,7 @@
 """The comparison of deletions with retrained models: floors, gaps, baselines, what is refused."""
 
 import copy
+import functools
 import json
 import math
 
@@ -218,6 +219,7 @@ def test_methods_of_every_kind():
             "result": result,
             "options": {"selection": "last"},
             "baseline": Baseline(fine_tune, {"epochs": 1}),
+            "partial": Baseline(functools.partial(fine_tune, epochs=1)),
             "function": by_hand,
             "function of unlearn": by_unlearn,
         },
@@ -243,7 +245,9 @@ def test_methods_of_every_kind():
         "weight_decay": DECAY,
         "epochs": 1,
     }
-    for name in ("model", "baseline", "function"):
+    assert "fine_tune" in found.settings["methods"]["partial"]["baseline"]
+    assert found["partial"].metrics["js_test"] == found["baseline"].metrics["js_test"]
+    for name in ("model", "baseline", "partial", "function"):
         assert found[name].phases is found[name].units_per_layer is None
     expected = fine_tune(MODEL, *SETS[:2], F.cross_entropy, 3, weight_decay=DECAY, epochs=1)
     assert found["baseline"].metrics["js_test"] == pytest.approx(
