@@ -79,9 +79,9 @@ def evaluation(*methods, **changes):
 class Stream:
     """A ledger in the making."""
 
-    def __init__(self, n=100, validation=True):
+    def __init__(self, n=100, validation=True, watched="accuracy"):
         self.entries, self.n, self.removed, self.pending = [], n, 0, 0
-        self.accuracy, self.norm = 0.9, 0.01
+        self.accuracy, self.norm, self.watched = 0.9, 0.01, watched
         self.add("start", {"settings": {"seed": 7}, "validation": {"n": 9} if validation else None})
 
     def add(self, kind, record, seconds=None):
@@ -106,16 +106,19 @@ class Stream:
         )
         return self
 
-    def request(self, ids, *, skip=False, selection=None, accuracy=None, norm=None, **result):
+    def request(
+        self, ids, *, skip=False, skipped=(), selection=None, accuracy=None, norm=None, **result
+    ):
         before = (self.accuracy, self.norm)
-        if skip:
-            self.pending += len(ids)
-        else:
-            self.removed += len(ids)
+        skipped = list(ids) if skip else list(skipped)
+        self.pending += len(skipped)
+        if not skip:
+            self.removed += len(ids) - len(skipped)
             self.accuracy = self.accuracy - 0.01 if accuracy is None else accuracy
             self.norm = 2 * self.norm if norm is None else norm
         record = {
             "ids": list(ids),
+            "skipped": skipped,
             "note": None,
             "selection": {"fc1": "0-2,5", "head": "1"} if selection is None else selection,
             "result": {
@@ -123,6 +126,7 @@ class Stream:
                 "loss_retain": [0.01, 0.02],
                 "gradient_norm": [before[1], self.norm],
                 "guard": [before[0], self.accuracy],
+                "watched": self.watched,
                 "n_units": 28,
                 "solve_residual": 0.001,
                 "guarantee": {"kind": "none"},
@@ -573,6 +577,23 @@ def test_words_on_requests(tmp_path):
     assert "took 1.5 s, 0.5 s each (median); 60% of it went into solve" in text
 
 
+def test_a_request_skipped_in_part_has_failed_too(tmp_path):
+    stream = Stream().request([3, 4]).request([9, 8, 7], skipped=[9, 7])
+    report = write_report(tmp_path / "a", ledger=stream.entries, figures=False)
+    text = " ".join(report.summary)
+    assert "3 of 100 training samples are removed from the model, by 2 requests." in text
+    assert "FAILED: 1 request (entry 2 of the ledger) did too much harm, and the guard" in text
+    assert "the guard took a part of it back." in text
+    assert "2 samples whose removal was asked for are still in the model: 9, 7." in text
+    rows = rows_of(report, "requests.csv")
+    assert [(row["ids"], row["skipped"]) for row in rows[1:]] == [("3 4", ""), ("9 8 7", "9 7")]
+    assert "remove, 2 SKIPPED" in text_of(report)
+    text = said(tmp_path / "b", ledger=stream.request([6], skip=True).request([9]).entries)
+    assert "FAILED: 2 requests (entries 2, 3 of the ledger) did" in text
+    assert "the guard took them or parts of them back." in text
+    assert "2 samples whose removal was asked for are still in the model: 7, 6." in text
+
+
 def test_skipped_samples_that_were_removed_later(tmp_path):
     stream = Stream().request([9], skip=True)
     stream.pending = 0
@@ -609,11 +630,24 @@ def test_the_guarantee_is_repeated_and_not_strengthened(tmp_path):
 
 
 def test_a_loss_may_be_guarded(tmp_path):
-    stream = Stream(validation=False)
+    stream = Stream(validation=False, watched="minus the mean loss")
     stream.accuracy = -0.5
-    text = said(tmp_path, ledger=stream.request([1], accuracy=-0.75).entries)
+    text = said(tmp_path / "a", ledger=stream.request([1], accuracy=-0.75).entries)
     assert "The mean loss on retained samples went from 0.5 to 0.75." in text
     assert "accuracy" not in text.lower()
+    stream.accuracy = 0.5  # a loss may be negative, too
+    text = said(tmp_path / "b", ledger=stream.request([2], accuracy=0.25).entries)
+    assert "The mean loss on retained samples went from 0.5 to -0.25." in text
+
+
+def test_a_score_may_be_guarded(tmp_path):
+    stream = Stream(watched="the score")
+    stream.accuracy = 4.855
+    stream.request([1], accuracy=-1.5)
+    text = said(tmp_path, ledger=stream.entries)
+    assert "The score on validation samples went from 4.86 to -1.5." in text
+    for wrong in ("accuracy", "%.", "mean loss"):
+        assert wrong not in text.lower()
 
 
 def test_a_bad_solve_is_told(tmp_path):
@@ -855,6 +889,10 @@ def test_figure_of_removals():
     marks = {mark.get_label(): list(mark.get_xdata()) for mark in accuracy.get_lines()[1:]}
     assert marks == {"request skipped": [2], "released with noise": [3]}
     assert not accuracy.collections  # no band of one ledger
+    figure = figures.removals(ledgers(stream.request([5, 6], skipped=[6])))
+    marks = {mark.get_label(): list(mark.get_xdata()) for mark in figure.axes[0].get_lines()[1:]}
+    assert marks["request skipped"] == [2]
+    assert marks["request skipped in part"] == [4]
 
 
 @STYLED
@@ -895,11 +933,22 @@ def test_removals_without_guard_show_the_loss():
 
 @STYLED
 def test_a_guarded_loss_is_drawn_as_loss():
-    stream = Stream(validation=False)
+    stream = Stream(validation=False, watched="minus the mean loss")
     stream.accuracy = -0.5
     figure = figures.removals(ledgers(stream.request([1], accuracy=-0.75)))
     assert figure.axes[0].get_title(loc="left") == "Mean loss on retained samples"
     assert list(figure.axes[0].get_lines()[0].get_ydata()) == [0.5, 0.75]
+
+
+@STYLED
+def test_a_guarded_score_is_drawn_as_it_is():
+    stream = Stream(watched="the score")
+    stream.accuracy = 4.855
+    figure = figures.removals(ledgers(stream.request([1], accuracy=-1.5)))
+    (axes, _) = figure.axes
+    assert axes.get_title(loc="left") == "The score on validation samples"
+    assert list(axes.get_lines()[0].get_ydata()) == [4.855, -1.5]
+    assert not any("%" in text for text in shown(figure))
 
 
 @STYLED

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NO_OP, RETRAINED = "no-op", "retrained"
+MINUS_LOSS = "minus the mean loss"  # what a guard watches where there is no accuracy
 LEDGER_FILE = "ledger.jsonl"
 _FORMAT = 1
 
@@ -26,6 +27,8 @@ class Request:
         environment = entry.get("environment") or {}
         self.time: str | None = environment.get("time")
         self.ids: list[int] = list(self.record.get("ids") or ())
+        skipped = self.record.get("skipped", self.ids if self.kind == "skip" else ())
+        self.skipped: list[int] = list(skipped)
         self.n_removed: int = self.record.get("n_removed", 0)
         self.n_pending: int = self.record.get("n_pending", 0)
         self.n_retained: int | None = self.record.get("n_retained")
@@ -401,8 +404,9 @@ def pending(requests: Sequence[Request]) -> list[int]:
     """Samples whose removal was asked for and taken back by the guard, and not granted since."""
     waiting: dict[int, None] = {}
     for request in standing(requests):
+        skipped = set(request.skipped)
         for sample in request.ids:
-            if request.kind == "skip":
+            if sample in skipped:
                 waiting[sample] = None
             else:
                 waiting.pop(sample, None)
@@ -428,17 +432,17 @@ def curve(requests: Sequence[Request], name: str) -> dict[int, float]:
 
 
 def guarded(ledgers: Sequence[Sequence[Request]]) -> str | None:
-    """What the guard watched: "accuracy", or "loss", whose negative is on record; or nothing."""
-    values = [
-        value
+    """What the guard watched, in the words of `UnlearnResult.watched`; None if not one thing.
+
+    What is on record of MINUS_LOSS is the negative of the loss.
+    """
+    watched = {
+        str(request.result["watched"])
         for requests in ledgers
         for request in requests
-        for value in request.change("guard")
-        if value is not None
-    ]
-    if not values:
-        return None
-    return "accuracy" if min(values) >= 0 else "loss"
+        if request.result.get("watched") and request.change("guard") != (None, None)
+    }
+    return watched.pop() if len(watched) == 1 else None
 
 
 def band(curves: Sequence[Mapping[int, float]]) -> Band:

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox
 
 from lcodec_ext.unlearning._report_data import (
+    MINUS_LOSS,
     RETRAINED,
     Band,
     Comparison,
@@ -28,7 +29,7 @@ from lcodec_ext.unlearning._report_data import (
     curve,
     guarded,
 )
-from lcodec_ext.unlearning._report_text import duration, percent, shorten
+from lcodec_ext.unlearning._report_text import duration, percent, sentence_case, shorten
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -178,11 +179,11 @@ def removals(ledgers: Sequence[Sequence[Request]]) -> Figure | None:
     on = f"on {' or '.join(sorted(where))} samples"
     watched, guard = guarded(ledgers), of("guard")
     panels: list[tuple[str, Band]] = []
-    if watched == "accuracy" and guard.removed:
-        panels.append((f"Accuracy {on}", guard))
-    elif watched == "loss" and guard.removed:
+    if watched == MINUS_LOSS and guard.removed:
         swapped = ([-y for y in values] for values in (guard.mean, guard.high, guard.low))
         panels.append((f"Mean loss {on}", Band(guard.removed, *swapped)))
+    elif watched is not None and guard.removed:
+        panels.append((f"{sentence_case(watched)} {on}", guard))
     else:
         panels.append(("Mean loss on retained samples", of("loss_retain")))
     panels.append(("Gradient norm of the retained objective", of("gradient_norm")))
@@ -234,11 +235,17 @@ def _log_if_wide(axes: Axes, low: Sequence[float], high: Sequence[float]) -> Non
 def _mark_events(axes: Axes, ledgers: Sequence[Sequence[Request]]) -> None:
     marks = {
         "skip": ("X", RED, "request skipped"),
+        "part": ("X", ORANGE, "request skipped in part"),
         "rollback": ("<", PURPLE, "rolled back to here"),
         "release": ("^", DARK, "released with noise"),
     }
+    found: dict[str, set[int]] = {kind: set() for kind in marks}
+    for request in (request for requests in ledgers for request in requests):
+        kind = "part" if request.kind == "remove" and request.skipped else request.kind
+        if kind in found:
+            found[kind].add(request.n_removed)
     for kind, (marker, colour, label) in marks.items():
-        at = sorted({r.n_removed for requests in ledgers for r in requests if r.kind == kind})
+        at = sorted(found[kind])
         if at:
             axes.plot(
                 at,

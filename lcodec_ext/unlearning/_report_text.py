@@ -37,6 +37,11 @@ def listed(items: Sequence[str], most: int = 10) -> str:
     return ", ".join(items[:most]) + more
 
 
+def sentence_case(text: str) -> str:
+    """The text with a capital at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
 def shorten(text: str, most: int) -> str:
     """The text, without its middle if it is longer."""
     if len(text) <= most:

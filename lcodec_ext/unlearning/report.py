@@ -15,6 +15,7 @@ from typing import Any
 import lcodec_ext
 from lcodec_ext._validation import check_bool
 from lcodec_ext.unlearning._report_data import (
+    MINUS_LOSS,
     NO_OP,
     RETRAINED,
     Comparison,
@@ -32,7 +33,7 @@ from lcodec_ext.unlearning._report_data import (
     share_of_retraining,
     standing,
 )
-from lcodec_ext.unlearning._report_text import duration, listed, number, percent
+from lcodec_ext.unlearning._report_text import duration, listed, number, percent, sentence_case
 
 _FORMAT = 1
 _TABLE_ROWS = 30  # requests in the table of report.md
@@ -316,6 +317,7 @@ def _request_rows(ledgers: Sequence[Sequence[Request]]) -> list[dict[str, Any]]:
                 "time": request.time,
                 "n_ids": len(request.ids),
                 "ids": " ".join(map(str, request.ids)),
+                "skipped": " ".join(map(str, request.skipped)),
                 "n_removed": request.n_removed,
                 "n_pending": request.n_pending,
                 "n_retained": request.n_retained,
@@ -389,13 +391,20 @@ def _say_requests(ledgers: Sequence[Sequence[Request]]) -> list[str]:
             "in those are in the model again."
         )
     said.append(sentence)
-    skipped = [request for request in path if request.kind == "skip"]
+    skipped = [request for request in path if request.skipped]
     if skipped:
         one = len(skipped) == 1
         which = listed([str(request.number) for request in skipped])
+        kinds = {request.kind for request in skipped}  # a removal may be taken back in part
+        if kinds == {"skip"}:
+            them = "it" if one else "them"
+        elif kinds == {"remove"}:
+            them = "a part of it" if one else "a part of each"
+        else:
+            them = "them or parts of them"
         sentence = (
             f"FAILED: {_count(len(skipped), 'request')} ({'entry' if one else 'entries'} {which} "
-            f"of the ledger) did too much harm, and the guard took {'it' if one else 'them'} back."
+            f"of the ledger) did too much harm, and the guard took {them} back."
         )
         waiting = pending(requests)
         if waiting:
@@ -419,14 +428,18 @@ def _say_requests(ledgers: Sequence[Sequence[Request]]) -> list[str]:
     if watched is not None and len(guard) > 1:
         on = "validation" if requests[0].record.get("validation") else "retained"
         if watched == "accuracy":
-            said.append(
-                f"The accuracy on {on} samples went from {guard[0]:.1%} to {guard[-1]:.1%}."
-            )
-        else:
-            said.append(
+            went = f"The accuracy on {on} samples went from {guard[0]:.1%} to {guard[-1]:.1%}."
+        elif watched == MINUS_LOSS:
+            went = (
                 f"The mean loss on {on} samples went from {number(-guard[0])} to "
                 f"{number(-guard[-1])}."
             )
+        else:
+            went = (
+                f"{sentence_case(watched)} on {on} samples went from {number(guard[0])} to "
+                f"{number(guard[-1])}."
+            )
+        said.append(went)
     times = [r.seconds for r in requests if r.asks and r.seconds is not None]
     if times:
         phases: dict[str, float] = {}
@@ -852,7 +865,11 @@ def _request_row(request: Request, stands: bool) -> list[str]:
             return "-"
         return " → ".join("-" if x is None else number(x) for x in (before, after))
 
-    kind = request.kind if stands else f"{request.kind} (rolled back)"
+    kind = request.kind
+    if kind == "remove" and request.skipped:
+        kind += f", {len(request.skipped)} SKIPPED"
+    if not stands:
+        kind += " (rolled back)"
     if request.kind == "rollback":
         kind = f"rollback to {request.record['to']}"
     units = request.units
