@@ -329,14 +329,36 @@ def test_removing_alike_samples_together_costs_the_square_of_their_number(rng):
 
 
 def test_guarantee(rng):
-    model, _, _ = make(rng, "binary")
+    x, y = draw(rng)
+    model = CertifiedLinear(**OPTIONS).fit(x, y)
     guarantee = model.guarantee()
     assert guarantee.certified
+    assert guarantee.reasons == ()
     assert (guarantee.epsilon, guarantee.delta) == (1.0, 1e-4)
     assert (guarantee.sigma, guarantee.sensitivity) == (2.0, model.budget)
     assert "independent of b" in guarantee.assumptions["independence"]
     assert "independence" not in make(rng, "squared")[0].guarantee().assumptions
     json.dumps(guarantee.to_dict(), allow_nan=False)
+
+
+def test_a_b_that_anyone_with_the_seed_has_certifies_nothing(rng):
+    x, y = draw(rng)
+    model = CertifiedLinear(**OPTIONS, seed=4).fit(x, y)
+    for seeded in (model, model.retrain([3]), copied(model, x, y)):
+        guarantee = seeded.guarantee()
+        assert guarantee.kind == "heuristic"
+        assert "b came from a seed, and who has the seed has b" in str(guarantee)
+        assert guarantee.sensitivity == model.budget
+    # Trained again from its state, which has no seed, b is the system's.
+    assert copied(model, x, y).retrain().guarantee().certified
+    secret = CertifiedLinear(**OPTIONS).fit(x, y)
+    assert copied(secret, x, y).guarantee().certified
+
+
+def copied(model, x, y):
+    meta, tensors = model.to_state()
+    kept = tensors["retained"]
+    return CertifiedLinear.from_state(json.loads(json.dumps(meta)), tensors, x[kept], y[kept])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -497,6 +519,19 @@ def test_indices_are_checked(rng, indices, message):
     model.remove([9])
     with pytest.raises(ValueError, match=message):
         model.remove(indices)
+    if indices != []:
+        before = model.weights
+        message = message.replace("indices", "without").replace("at least one integer", "integers")
+        with pytest.raises(ValueError, match=message):
+            model.retrain(indices)
+        assert model.weights is before
+
+
+@pytest.mark.parametrize("none", [(), [], np.array([]), torch.tensor([])], ids=repr)
+def test_nothing_to_remove_is_retrained_without(rng, none):
+    model, _, _ = make(rng, "binary")
+    model.retrain(without=none)
+    assert len(model.retained) == 150
 
 
 def test_untrained_models_say_so(rng):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
@@ -35,6 +36,7 @@ from lcodec_ext.unlearning.privacy import (
 _MAX_ITERATIONS = 100
 _THIRD_DERIVATIVE = {"logistic": 1.0 / (6.0 * math.sqrt(3.0)), "squared": 0.0}
 _CHUNK = 1 << 22  # numbers of a weighted copy of X
+_SEEDED = "b came from a seed, and who has the seed has b"
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class CertifiedLinear:
         that is counted as spent, once for this training and once for the retraining it is
         compared with.
     seed : int, optional
-        Of b, for tests alone. By default b comes from the operating system's cryptographic
-        generator: who knows b sees what it hides.
+        Of b, for tests alone: who knows b sees what it hides, and `guarantee` is heuristic then.
+        By default b comes from the operating system's cryptographic generator.
 
     Attributes
     ----------
@@ -209,11 +211,17 @@ class CertifiedLinear:
         ----------
         without : sequence of int, array or Tensor
             Numbers of samples to remove at the same time; by default none.
+
+        Raises
+        ------
+        ValueError
+            For numbers that are not there, or if nothing would be left.
         """
         x, target = self._fitted()
         retained = self.retained
-        if len(without):
-            keep = self._keep(self._positions(without)[1])
+        gone = _integers(without, "without", 0)
+        if len(gone):
+            keep = self._keep(self._positions(gone, "without")[1], "without")
             x, target, retained = x[keep], target[keep], retained[keep]
         if self._seed is not None:
             self._seed = (self._seed + 1) % 2**64  # not the same b again
@@ -223,6 +231,7 @@ class CertifiedLinear:
     def _train(self, x: Tensor, target: Tensor, retained: Tensor, n_outputs: int) -> None:
         like = x.new_empty(x.shape[1], n_outputs)
         noise = self.noise_std * standard_normals(like, self._seed)
+        self._seeded = self._seed is not None
         columns = [
             self._minimise(x, self._column(target, k, n_outputs), noise[:, k], n_outputs)
             for k in range(n_outputs)
@@ -291,8 +300,8 @@ class CertifiedLinear:
             For numbers that are not there, or if nothing would be left.
         """
         x, target = self._fitted()
-        numbers, gone = self._positions(indices)
-        keep = self._keep(gone)
+        numbers, gone = self._positions(_integers(indices, "indices", 1), "indices")
+        keep = self._keep(gone, "indices")
         rest, rest_target = x[keep], target[keep]
         weights = self.weights.clone()
         left, bounds = list(self._left_by_output), []
@@ -350,31 +359,25 @@ class CertifiedLinear:
             gradient[:, k] += x.T @ slopes
         return float(gradient.norm())
 
-    def _keep(self, gone: Tensor) -> Tensor:
+    def _keep(self, gone: Tensor, name: str) -> Tensor:
         if len(gone) == len(self.retained):
-            raise ValueError("indices must leave a sample; got all of them")
+            raise ValueError(f"{name} must leave a sample; got all of them")
         keep = torch.ones(len(self.retained), dtype=torch.bool, device=gone.device)
         keep[gone] = False
         return keep
 
-    def _positions(self, indices: Any) -> tuple[list[int], Tensor]:
+    def _positions(self, indices: NDArray, name: str) -> tuple[list[int], Tensor]:
         """The numbers, ascending, and where they are among the retained."""
-        array = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
-        if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
-            raise ValueError(
-                "indices must be a sequence of at least one integer; got shape "
-                f"{array.shape} and dtype {array.dtype}"
-            )
-        numbers = sorted(array.tolist())
+        numbers = sorted(indices.tolist())
         if len(set(numbers)) < len(numbers):
-            raise ValueError("indices must not name a sample twice")
+            raise ValueError(f"{name} must not name a sample twice")
         known = self.retained.cpu().numpy()
         positions = np.searchsorted(known, numbers)
         found = positions < len(known)
         found[found] = known[positions[found]] == np.asarray(numbers)[found]
         if not found.all():
             first = numbers[int(np.argmin(found))]
-            raise ValueError(f"indices has {first}, which is not among the retained samples")
+            raise ValueError(f"{name} has {first}, which is not among the retained samples")
         return numbers, torch.as_tensor(positions, device=self.retained.device)
 
     # -- the losses
@@ -480,7 +483,7 @@ class CertifiedLinear:
         """Say what releasing `to_module` guarantees.
 
         sigma and sensitivity are those of b and of the gradient that it hides; the weights need no
-        further noise.
+        further noise. It is certified unless b came from `seed`.
         """
         self._fitted()
         assumptions: dict[str, Any] = {
@@ -498,8 +501,15 @@ class CertifiedLinear:
             assumptions["independence"] = (
                 "as in the published proof, the residual gradient counts as independent of b"
             )
+        reasons = (_SEEDED,) if self._seeded else ()
         return Guarantee(
-            "certified", self.epsilon, self.delta, self.noise_std, self.budget, assumptions
+            "heuristic" if reasons else "certified",
+            self.epsilon,
+            self.delta,
+            self.noise_std,
+            self.budget,
+            assumptions,
+            reasons,
         )
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -518,6 +528,7 @@ class CertifiedLinear:
             "bias": self.bias,
             "n_classes": None if self.loss == "squared" else max(n_outputs, 2),
             "tolerance": self.tolerance,
+            "seeded": self._seeded,
             "left_by_output": list(self._left_by_output),
             "spectral_norm": self._spectral_norm,
             "samples_sha256": _sha256(x, target),
@@ -546,6 +557,7 @@ class CertifiedLinear:
         rest = dict(meta)
         left, norm = rest.pop("left_by_output"), rest.pop("spectral_norm")
         digest = rest.pop("samples_sha256")
+        seeded = check_bool(rest.pop("seeded"), "seeded")
         model = cls(**rest)
         x, target, _ = model._checked(X, y)
         if _sha256(x, target) != digest:
@@ -553,7 +565,7 @@ class CertifiedLinear:
                 "X and y must be the retained samples, in the order of tensors['retained'], "
                 f"{len(tensors['retained'])} of them; the {len(x)} that were given differ"
             )
-        model._data = (x, target)
+        model._data, model._seeded = (x, target), seeded
         model.weights, model._noise, model.retained = (
             tensors[name].to(x.device, copy=True) for name in ("weights", "noise", "retained")
         )
@@ -568,6 +580,18 @@ def _positive(value: object, name: str) -> float:
     if number == 0.0:
         raise ValueError(f"{name} must be positive; got {number!r}")
     return number
+
+
+def _integers(given: Any, name: str, least: int) -> NDArray:
+    """A sequence of at least so many integers as an array."""
+    array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+    is_integer = array.dtype.kind in "iu" or array.shape == (0,)
+    if array.ndim != 1 or len(array) < least or not is_integer:
+        expected = "a sequence of at least one integer" if least else "a sequence of integers"
+        raise ValueError(
+            f"{name} must be {expected}; got shape {array.shape} and dtype {array.dtype}"
+        )
+    return array
 
 
 def _hessian(x: Tensor, curvatures: Tensor, decay: float) -> Tensor:
