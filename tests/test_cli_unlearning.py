@@ -292,6 +292,139 @@ def test_releases_are_paid_for(run, refused):
     assert json.loads(out)["removed"] == [3, 5]
 
 
+PRIVATE = ["--epsilon", "0.5", "--delta", "1e-5", "--set", "lipschitz=2"]
+PRIVATE += ["--set", "hessian_lipschitz=1"]
+RUN = ["unlearn", *MODEL, *DATA, "--directory", "run"]
+
+
+def kinds():
+    lines = Path("run/ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["kind"] for line in lines]
+
+
+def test_weights_are_written_after_a_removal_without_output(run, refused):
+    status, out, err = run(*RUN, *WEIGHTS, *DECAY, "--forget", "3,17", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["output"] is None
+    before = Path("run/ledger.jsonl").read_bytes()
+    write = [*RUN, "--resume", "--output", "new.pt"]
+    status, out, err = run(*write, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert (found["ids"], found["result"], found["release"]) == ([], None, None)
+    assert (found["n_removed"], found["output"]) == (2, "new.pt")
+    verify = ["unlearn", "--verify", "--directory", "run", *MODEL, "--weights", "new.pt"]
+    assert run(*verify)[0] == 0
+    status, out, _ = run(*write)
+    assert status == 0
+    assert "2 of 60 samples removed" in out
+    assert "written to    new.pt" in out
+    assert "--note goes into the ledger" in refused(*write, "--note", "again")
+    assert "got ''" in refused(*write, "--forget", "")  # a variable that was not set
+    assert Path("run/ledger.jsonl").read_bytes() == before
+
+
+def test_what_nothing_was_removed_from_is_not_written(run, refused):
+    taken_back = ["--set", "update=gradient", "--set", "learning_rate=1e4", "--set", "max_drop=0.0"]
+    assert run(*RUN, *WEIGHTS, *taken_back, "--set", "retries=0", "--forget", "0-19")[0] == 1
+    message = refused(*RUN, "--resume", "--output", "new.pt")
+    assert "nothing is removed in this ledger" in message
+    assert not Path("new.pt").exists()
+
+
+def test_pending_samples_are_named_when_weights_are_written(run):
+    assert run(*RUN, *WEIGHTS, *DECAY, "--set", "max_drop=0.0", "--forget", "3")[0] == 0
+    path = Path("run/ledger.jsonl")
+    # The guard of another request takes it back: its samples count as retained.
+    from lcodec_ext.unlearning import Unlearner
+
+    build, load = (load_object(f"own_problem.py:{name}", "--model") for name in ("build", "load"))
+    parts = load()
+    with Unlearner.resume("run", build(), parts["train"], parts["loss_fn"]) as stream:
+        stream._settings = stream.settings.replace(
+            update="gradient", learning_rate=1e4, retries=0, weight_decay=0.0
+        )
+        with pytest.warns(UserWarning, match="was taken back"):
+            stream.remove(range(10, 30))
+        assert stream.pending
+    before = path.read_bytes()
+    status, out, err = run(*RUN, "--resume", "--output", "new.pt", "--json")
+    assert status == 0
+    assert "removal of 20 samples back earlier" in err
+    assert json.loads(out)["pending"] == list(range(10, 30))
+    assert path.read_bytes() == before
+
+
+def test_a_release_is_written_later_and_paid_for_once_more_if_it_was_lost(run, refused):
+    budget = ["--epsilon-budget", "1", "--delta-budget", "2e-5"]
+    assert run(*RUN, *WEIGHTS, *DECAY, *PRIVATE, *budget, "--forget", "3")[0] == 0
+    assert kinds() == ["start", "remove"]
+    write = [*RUN, "--resume", "--output", "new.pt", "--note", "to the archive"]
+    status, out, err = run(*write, "--json")
+    assert (status, err) == (0, "")
+    assert kinds() == ["start", "remove", "release"]
+    first, release = weights("new.pt"), json.loads(out)["release"]
+    assert (release["epsilon"], release["kind"]) == (0.5, "heuristic")
+    status, out, err = run(*write, "--json")
+    assert status == 0
+    assert "these weights were released once before; what was released is not kept" in err
+    assert "one more release" in json.loads(out)["warnings"][0]
+    assert not torch.equal(first["weight"], weights("new.pt")["weight"])
+    last = json.loads(Path("run/ledger.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["record"]["note"] == "to the archive"
+    n_releases = 2
+    while run(*write)[0] == 0:  # they add up to less than their sum
+        n_releases += 1
+        assert n_releases < 8
+    written = Path("new.pt").read_bytes()
+    assert "budget" in refused(*write, status=1)
+    assert kinds() == ["start", "remove"] + n_releases * ["release"]
+    assert Path("new.pt").read_bytes() == written
+
+
+def without_safetensors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+
+
+def failing_writer(monkeypatch):
+    def save(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+@pytest.mark.parametrize(
+    ("output", "before", "message"),
+    [
+        ("new.safetensors", without_safetensors, "needs safetensors: pip install safetensors"),
+        ("new.pt", failing_writer, "new.pt cannot be written: OSError: [Errno 28] No space left"),
+        ("new.pt", lambda _: Path("new.pt.part").mkdir(), "new.pt cannot be written"),
+        ("new.pt", lambda _: Path("new.pt").mkdir(), "new.pt is a folder; expected the name of a"),
+    ],
+)
+def test_what_cannot_be_written_costs_nothing(refused, run, monkeypatch, output, before, message):
+    with monkeypatch.context() as patch:
+        before(patch)
+        first = [*RUN, *WEIGHTS, *DECAY, *PRIVATE, "--forget", "3", "--output", output]
+        assert message in refused(*first)
+        assert not Path("run").exists()
+    assert run(*RUN, *WEIGHTS, *DECAY, *PRIVATE, "--forget", "3")[0] == 0
+    with monkeypatch.context() as patch:
+        if not (Path("new.pt").exists() or Path("new.pt.part").exists()):
+            before(patch)
+        for more in ([], ["--forget", "5"]):
+            assert message in refused(*RUN, "--resume", "--output", output, *more)
+    assert kinds() == ["start", "remove"]
+    assert not Path(f"{output}.part").is_file()
+
+
+def test_infinity_is_a_setting(run):
+    command = ["unlearn", *MODEL, *DATA, *WEIGHTS, *DECAY, *PRIVATE, "--forget", "3", "--json"]
+    status, out, err = run(*command, "--set", "radius=inf", "--output", "new.pt")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["result"]["settings"]["radius"] == "inf"
+
+
 def test_a_ledger_that_was_begun_is_pointed_out(capsys):
     data = ["--data", "own_problem.py:concave"]
     status = main(["unlearn", *MODEL, *data, "--forget", "1", "--directory", "run", "--damping=0"])
@@ -339,6 +472,7 @@ def test_requests(text, ids):
         ("--forget 1 --resume", "--resume needs --directory"),
         ("--forget 1 --head a", "--head belongs to --verify"),
         ("", "--forget is needed"),
+        ("--resume --directory a", "a has no ledger to --resume"),
         ("--verify", "--verify needs --directory"),
         ("--verify --directory a --forget 1", "--forget does not go with --verify"),
         ("--verify --directory a", "needs both --model and --weights"),
@@ -515,7 +649,7 @@ def test_examples_of_the_guide(run):
     Path("problem.py").write_text(code, encoding="utf-8")
     runpy.run_path("problem.py", run_name="__main__")
     commands = re.findall(r"^lcodec-ext ((?:unlearn|evaluate|report) -?.*)$", text, re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         status, out, err = run(*command.split())
         assert (status, err) == (0, ""), command

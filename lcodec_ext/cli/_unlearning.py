@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from lcodec_ext.cli._console import (
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lcodec_ext.unlearning import Unlearner
 
 PRESETS = ("recommended", "paper")
 PARTS = ("train", "test", "validation", "loss_fn", "retrain")
@@ -70,6 +73,10 @@ retraining. Where the guard takes the step back, the weights stay as they were, 
 to --output and the exit status is 1: retrain without these samples. With --epsilon and --delta,
 --output is a release, with fresh noise, and paid for from the budget on record.
 
+--resume with --output and without --forget writes the weights as the ledger has them, after a
+removal without --output, say. With --epsilon and --delta this is a release again: no release is
+kept, so one that was lost is paid for anew, if the budget allows it.
+
 The head is the hash of the ledger's last entry. Note it elsewhere; --verify --head HASH shows
 whether it is still there. --verify checks chain and checkpoints and, where they are given, a
 model's weights (--model, --weights) and the data (--data); exit status 1 if anything is wrong.
@@ -82,6 +89,8 @@ examples:
   lcodec-ext unlearn --model net.py:build --weights net.pt --data data.py:load \\
       --forget @ids.txt --directory run --output new.pt
   lcodec-ext unlearn --model net.py:build --data data.py:load --forget 99 --directory run --resume
+  lcodec-ext unlearn --model net.py:build --data data.py:load --directory run --resume \\
+      --output new.pt
   lcodec-ext unlearn --verify --directory run --data data.py:load --model net.py:build \\
       --weights new.pt
 """
@@ -186,7 +195,8 @@ def add_unlearn(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other field of lcodec_ext.unlearning.Settings, the value as in JSON; repeat it",
+        help="any other field of lcodec_ext.unlearning.Settings, the value as in JSON, or inf; "
+        "repeat it",
     )
     add_common(parser)
     parser.set_defaults(run=run_unlearn)
@@ -395,15 +405,51 @@ def _read_weights(file: str, option: str) -> dict[str, Any]:
 def _write_weights(path: Path, model: "nn.Module") -> None:
     """Write a model's state_dict at once."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    unfinished = path.with_name(path.name + ".part")
-    if path.suffix.lower() == ".safetensors":
+    unfinished = _unfinished(path)
+    _save(state, path.suffix, unfinished)
+    unfinished.replace(path)
+
+
+def _check_writable(path: Path, model: "nn.Module") -> None:
+    """Write a file as large as that of the weights, of zeros, and delete it again.
+
+    What is removed or paid for later can then be written: the writer is installed and takes these
+    tensors, the folder can be written, and there is space.
+    """
+    import torch
+
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder; expected the name of a file")
+    unfinished = _unfinished(path)
+    try:
+        state = {
+            key: torch.zeros_like(value, device="cpu").contiguous()
+            for key, value in model.state_dict().items()
+        }
+        _save(state, path.suffix, unfinished)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"--output {path} cannot be written: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        if unfinished.is_file():
+            unfinished.unlink()
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _save(state: dict[str, Any], suffix: str, file: Path) -> None:
+    if suffix.lower() == ".safetensors":
         state = {key: value.clone() for key, value in state.items()}  # it refuses shared memory
-        _safetensors("--output").save_file(state, unfinished)
+        _safetensors("--output").save_file(state, file)
     else:
         import torch
 
-        torch.save(state, unfinished)
-    unfinished.replace(path)
+        torch.save(state, file)
 
 
 def _safetensors(option: str) -> Any:
@@ -467,7 +513,7 @@ def parse_settings(options: argparse.Namespace) -> dict[str, Any]:
         if key in given:
             raise InputError(f"--set {assignment}: {key} is given already")
         try:
-            given[key] = json.loads(text)
+            given[key] = math.inf if text == "inf" else json.loads(text)
         except ValueError:
             given[key] = text
     if str(given.get("selection", "")).endswith(".json"):
@@ -506,9 +552,9 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
     if options.verify:
         return _verify(options, console)
     _check_unlearn(options)
-    ids = parse_ids(options.forget)
+    ids = [] if options.forget is None else parse_ids(options.forget)
     _need_torch()
-    from lcodec_ext.unlearning import Guarantee, Settings, Unlearner
+    from lcodec_ext.unlearning import Settings, Unlearner
 
     settings = parse_settings(options)
     preset = options.preset or "recommended"
@@ -516,7 +562,10 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
         Settings.preset(preset, **settings)  # its errors, before models are made
     problem = Problem(options.model, options.weights, options.data)
     train, loss_fn = problem["train"], problem["loss_fn"]
-    _check_ids(ids, n_samples(train, problem.model))
+    if ids:
+        _check_ids(ids, n_samples(train, problem.model))
+    if options.output:
+        _check_writable(options.output, problem.model)
     common = {"validation": problem.get("validation"), "progress": console.progress}
     if options.resume:
         taken = {key: settings[key] for key in ("perturb",) if key in settings}
@@ -536,8 +585,19 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
             **settings,
         )
     with unlearner:
-        if again := sorted(set(ids) & set(unlearner.removed)):
-            raise InputError(f"--forget names sample {again[0]}, which is removed already")
+        return _take(unlearner, ids, options, console)
+
+
+def _take(
+    unlearner: "Unlearner", ids: list[int], options: argparse.Namespace, console: Console
+) -> int:
+    """Remove samples, if any are named, and write what is left."""
+    from lcodec_ext.unlearning import Guarantee
+
+    if again := sorted(set(ids) & set(unlearner.removed)):
+        raise InputError(f"--forget names sample {again[0]}, which is removed already")
+    result = None
+    if ids:
         console.note(f"deleting {len(ids)} samples ...")
         try:
             result = unlearner.remove(ids, note=options.note)
@@ -548,32 +608,23 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
                     "--resume goes on with them; delete it to begin anew with others"
                 )
             raise
-        refused = sorted(set(ids) - set(unlearner.removed))
-        written, release = None, None
-        if options.output and len(refused) < len(ids):
-            model = unlearner.model
-            if unlearner.budget is not None:
-                try:
-                    model = unlearner.release(note=options.note)
-                except Exception:
-                    if options.directory:
-                        console.note("the samples are removed, and that is on record")
-                    raise
-                release = unlearner.ledger[-1].record["guarantee"]
-            _write_weights(options.output, model)
-            written = str(options.output)
-        document = {
-            "ids": ids,
-            "not_removed": refused,
-            "n_removed": len(unlearner.removed),
-            "pending": list(unlearner.pending),
-            "result": result.to_dict(),
-            "release": release,
-            "output": written,
-            "directory": options.directory,
-            "head": unlearner.ledger.head,
-        }
-    lines = [repr(result)]
+    refused = sorted(set(ids) - set(unlearner.removed))
+    written, release = None, None
+    if options.output and (not ids or len(refused) < len(ids)):
+        release = _write(unlearner, options, console)
+        written = str(options.output)
+    document = {
+        "ids": ids,
+        "not_removed": refused,
+        "n_removed": len(unlearner.removed),
+        "pending": list(unlearner.pending),
+        "result": result and result.to_dict(),
+        "release": release,
+        "output": written,
+        "directory": options.directory,
+        "head": unlearner.ledger.head,
+    }
+    lines = [repr(result or unlearner)]
     if release:
         lines.append(str(Guarantee.from_dict(release)))
     if written:
@@ -585,8 +636,55 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
             f"the guard took the removal of {len(refused)} samples back, and the model still "
             "knows them: retrain without them"
         )
+    elif not ids and unlearner.pending:
+        console.warn(
+            f"the guard took the removal of {len(unlearner.pending)} samples back earlier, and the "
+            "model still knows them: retrain without them"
+        )
     console.emit(document, "\n".join(lines))
     return FAILED if refused else OK
+
+
+def _write(
+    unlearner: "Unlearner", options: argparse.Namespace, console: Console
+) -> dict[str, Any] | None:
+    """Write the weights to --output; with a budget a release of them, whose guarantee is returned.
+
+    A release is not kept anywhere, so that another one, with other noise, is paid for again.
+    """
+    if not unlearner.removed:
+        raise InputError("nothing is removed in this ledger: its weights are those it began with")
+    if unlearner.budget is None:
+        if options.note and options.forget is None:
+            raise InputError("--note goes into the ledger, with --forget or a release")
+        _write_weights(options.output, unlearner.model)
+        return None
+    weights = unlearner.ledger[-1].record["checkpoint"]["sha256"]
+    paid = sum(
+        entry.kind == "release" and entry.record["checkpoint"]["sha256"] == weights
+        for entry in unlearner.ledger
+    )
+    before = f"these weights were released {'once' if paid == 1 else f'{paid} times'} before"
+    try:
+        model = unlearner.release(note=options.note)
+    except Exception:
+        if options.directory and options.forget:
+            console.note("the samples are removed, and that is on record")
+        if paid:
+            console.note(f"{before}; what was released is not kept")
+        raise
+    try:
+        _write_weights(options.output, model)
+    except Exception:
+        console.note("the release is on record and paid for, but could not be written")
+        raise
+    if paid:
+        console.warn(
+            f"{before}; what was released is not kept, so this is one more release, paid for as "
+            "they were"
+        )
+    release: dict[str, Any] = unlearner.ledger[-1].record["guarantee"]
+    return release
 
 
 def n_samples(train: Any, model: "nn.Module") -> int:
@@ -607,9 +705,13 @@ def _check_ids(ids: list[int], n: int) -> None:
 
 
 def _check_unlearn(options: argparse.Namespace) -> None:
-    for name in ("model", "forget"):
-        if not getattr(options, name):
-            raise InputError(f"--{name} is needed (or --verify, with --directory)")
+    if not options.model:
+        raise InputError("--model is needed (or --verify, with --directory)")
+    if options.forget is None and not (options.resume and options.output):
+        raise InputError(
+            "--forget is needed (or --resume with --output, for the weights as they are, or "
+            "--verify, with --directory)"
+        )
     if options.head:
         raise InputError("--head belongs to --verify")
     if not options.directory:
