@@ -20,6 +20,7 @@ from lcodec_ext.unlearning import Baseline, Unlearner, evaluate, write_report
 from lcodec_ext.unlearning.baselines import lbfgs
 
 WEIGHT_DECAY = 5e-4
+MARKER = "made_by_digits_deletion"  # in a folder that the next demonstration may delete
 
 
 def main():
@@ -36,14 +37,13 @@ def main():
 
 def run(output, seed, *, n_train=1200, n_wrong=40, epochs=200):
     """Train, delete, compare; returns the evaluation and the report."""
+    ledger = fresh_folder(output / "ledger")
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     train_set, wrong, test = data(seed, n_train, n_wrong)
     forget = tuple(tensor[wrong] for tensor in train_set)
     retain = tuple(tensor[~wrong] for tensor in train_set)
     model = train(train_set, seed, epochs, "training")
 
-    ledger = output / "ledger"  # of an earlier demonstration: an Unlearner goes on with its own
-    shutil.rmtree(ledger, ignore_errors=True)
     with Unlearner(
         model,
         train_set,
@@ -78,6 +78,20 @@ def run(output, seed, *, n_train=1200, n_wrong=40, epochs=200):
         )
     print(f"\n{evaluation}\n\n{report}\n\nWritten: {output / 'report.md'} and its figures")
     return evaluation, report
+
+
+def fresh_folder(folder):
+    """Make the folder, anew if an earlier demonstration made it; any other one is left alone."""
+    if folder.is_symlink() or folder.exists():
+        if folder.is_symlink() or not (folder / MARKER).is_file():
+            raise SystemExit(
+                f"{folder} was not made by this demonstration, which would delete it: give another "
+                "--output, or move it away"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(mode=0o700, parents=True)
+    (folder / MARKER).write_text("Made by digits_deletion.py, which may delete this folder.\n")
+    return folder
 
 
 def data(seed, n_train, n_wrong):

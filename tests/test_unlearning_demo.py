@@ -20,6 +20,31 @@ def demo():
     return module
 
 
+@pytest.mark.parametrize("what", ["folder", "ledger", "file", "link"])
+def test_what_is_not_its_own_is_not_deleted(demo, tmp_path, what):
+    own = tmp_path / "ledger"
+    if what == "file":
+        own.write_text("mine")
+    elif what == "link":
+        demo.fresh_folder(tmp_path / "elsewhere")
+        own.symlink_to(tmp_path / "elsewhere")
+    else:
+        own.mkdir()
+        (own / ("ledger.jsonl" if what == "ledger" else "accounts")).write_text("mine")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="ledger was not made by this demonstration"):
+        demo.run(tmp_path, 1, n_train=300, n_wrong=12, epochs=1)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_its_own_folder_is_made_anew(demo, tmp_path):
+    folder = demo.fresh_folder(tmp_path / "a" / "ledger")
+    (folder / "ledger.jsonl").write_text("of the last time")
+    assert demo.fresh_folder(folder) == folder
+    assert [path.name for path in folder.iterdir()] == [demo.MARKER]
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # the paper's
 def test_small_run_and_again(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # those of other tests
