@@ -33,6 +33,7 @@ import peers  # noqa: E402
 import plots  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
+import stream  # noqa: E402
 import table  # noqa: E402
 import unlearning  # noqa: E402
 from cases import CASES  # noqa: E402
@@ -684,3 +685,50 @@ class TestRecorded:
         recorded = [results.load(path) for path in (DELETION,) if path.exists()]
         assert all(result["dirty"] is False for result in recorded)
         assert text == table.replaced(text, table.deletion_tables(recorded), *table.DELETION)
+
+
+class TestStreams:
+    """Streams of requests whose processes are killed."""
+
+    WORKER = """
+import pathlib, sys, time
+path = pathlib.Path(sys.argv[1])
+time.sleep(float(sys.argv[2]))  # for the model
+lines = path.read_text().count("\\n") if path.exists() else 0
+with open(path, "a", buffering=1) as file:
+    for number in range(lines, 41):
+        file.write(f"{number}\\n")
+        time.sleep(0.1)
+"""
+
+    @pytest.mark.parametrize("start", [0.0, 1.0])
+    def test_a_stream_is_killed_at_work_however_long_it_takes_to_start(self, tmp_path, start):
+        path = tmp_path / "ledger.jsonl"
+        worker = [sys.executable, "-c", self.WORKER, str(path), str(start)]
+        killed = stream.interrupted(worker, str(tmp_path), 40, 3, 0.1)
+        assert len(killed) == 3
+        assert killed == sorted(set(killed))
+        assert all(1 <= lines <= 40 for lines in killed)  # the 41st is the last
+        assert path.read_text().split() == [str(number) for number in range(41)]
+
+    def test_a_worker_that_fails_is_no_kill(self, tmp_path):
+        command = [sys.executable, "-c", "raise SystemExit(3)"]
+        with pytest.raises(RuntimeError, match="a worker ended with status 3"):
+            stream.interrupted(command, str(tmp_path), 40, 3, 0.1)
+
+    @pytest.mark.parametrize("killed", [[], [3, 5], [0, 3, 5], [3, 5, 13]])
+    def test_bits_that_were_hardly_at_risk_are_no_claim(self, killed):
+        found = {"model": "a", "requests": 12, "growth_mib": 0.0, "verified": True}
+        found |= {"same_bits": True, "killed_after_lines": killed}
+        kills, bits, *others = stream.claims([found])
+        assert (kills["met"], bits["value"], bits["met"]) == (False, True, False)
+        assert all(claim["met"] for claim in others)
+        found["killed_after_lines"] = [3, 5, 12]
+        assert all(claim["met"] for claim in stream.claims([found]))
+        found["same_bits"] = False
+        assert [claim["met"] for claim in stream.claims([found])] == [True, False, True, True]
+
+    def test_too_few_kills_are_refused(self, capsys):
+        with pytest.raises(SystemExit):
+            stream.main(["--kills", "2"])
+        assert "--kills must be from 3" in capsys.readouterr().err
