@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=environment.ROOT / "benchmarks/output/stream.json"
     )
     options = parser.parse_args(arguments)
-    if not options.worker and not LEAST_KILLS <= options.kills <= options.requests:
-        parser.error(f"--kills must be from {LEAST_KILLS} to the number of requests")
+    if not options.worker and not LEAST_KILLS <= options.kills <= options.requests // 2:
+        parser.error(f"--kills must be from {LEAST_KILLS} to half of the number of requests")
     environment.limit_threads(1)
     if options.worker:
         work(*options.worker, options.requests)
@@ -164,7 +164,8 @@ def interrupted(
     `typical` is the time of a request, within which each is killed at a random moment.
     """
     rng, killed, ledger = random.Random(0), [], Path(folder) / "ledger.jsonl"
-    for after in sorted(rng.sample(range(1, requests + 1), kills)):
+    last = requests * 9 // 10  # so that the stream is not over before the kill
+    for after in sorted(rng.sample(range(1, last + 1), kills)):
         if kill(command, ledger, after, rng.random() * typical):
             killed.append(n_lines(ledger))
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)

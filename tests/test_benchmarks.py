@@ -729,6 +729,7 @@ with open(path, "a", buffering=1) as file:
         assert [claim["met"] for claim in stream.claims([found])] == [True, False, True, True]
 
     def test_too_few_kills_are_refused(self, capsys):
-        with pytest.raises(SystemExit):
-            stream.main(["--kills", "2"])
-        assert "--kills must be from 3" in capsys.readouterr().err
+        for given in (["--kills", "2"], ["--kills", "10", "--requests", "19"]):
+            with pytest.raises(SystemExit):
+                stream.main(given)
+            assert "--kills must be from 3 to half of the" in capsys.readouterr().err
