@@ -68,7 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": environment.machine(),
         "versions": environment.versions(),
         "load_before": os.getloadavg()[0],
-        "settings": {"threads": 1, "split": options.split, "recommended": recommended(), "recipes": {}},
+        "settings": {
+            "threads": 1,
+            "split": options.split,
+            "recommended": recommended(),
+            "recipes": {},
+        },
         "runs": [],
     }
     names = options.models.split(",")

@@ -499,7 +499,8 @@ def _carry_out(
         with metrics.seeded(seed):
             if isinstance(method, Baseline):
                 options = {"weight_decay": defaults["weight_decay"], **method.options}
-                name = getattr(method.run, "__name__", repr(method.run))  # a partial has none
+                run = getattr(method.run, "func", method.run)  # of a partial
+                name = getattr(run, "__name__", type(run).__name__)
                 settings = {"baseline": name, **options}
                 made = method.run(model, forget, retain, loss_fn, seed, **options)
             elif isinstance(method, Mapping):
