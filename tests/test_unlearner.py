@@ -848,6 +848,9 @@ class Statistics:
     steps: tuple = ()
     changes: tuple = ()
 
+    def at(self, model):
+        return self
+
     def without(self, model, loss_fn, forget, *, batch_size, dtype):
         x = forget.fetch(slice(None)).args[0]
         scale = next(model.parameters()).detach().sum()
@@ -954,6 +957,53 @@ def test_a_stream_of_a_normed_model_resumes_to_the_same_bits(folder, in_earnest)
     result = stream.ledger[1].record["result"]
     assert result["solve_residual"] < 1e-2
     assert result["n_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("own_weights", [True, False])
+def test_all_requests_take_curvature_out_at_the_original_weights(
+    folder, in_earnest, monkeypatch, own_weights
+):
+    """Of softmax regression, whose curvature is another one at other weights."""
+    x, y = make_data()
+    torch.manual_seed(5)
+    model = nn.Linear(3, 2).double()
+    kept = TrainingStatistics.collect(model, (x, y), cross_entropy)
+    if not own_weights:  # as in files of earlier versions
+        kept = dataclasses.replace(kept, weights=None)
+    made = []
+    operator = TrainingStatistics.operator
+
+    def record(*arguments, **options):
+        made.append(operator(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(TrainingStatistics, "operator", record)
+    # A rank off the matrix is left to weight decay, and steps are long.
+    settings = Settings(weight_decay=0.05, damping=0.0)
+    requests = ([3, 1, 8, 9, 11, 20], [7, 2, 6], [0, 5])
+    matrices = []
+    with Unlearner(
+        model, (x, y), cross_entropy, directory=folder, statistics=kept, preset=settings
+    ) as stream:
+        for ids in requests[:2]:
+            made.clear()
+            stream.remove(ids)
+            matrices.append(made[0].to_dense())
+    with Unlearner.resume(folder, model, (x, y), cross_entropy, statistics=kept) as stream:
+        moved = stream.model.weight - model.weight
+        assert moved.norm() > 0.1
+        made.clear()
+        stream.remove(requests[2])
+        matrices.append(made[0].to_dense())
+    gone = []
+    eye = 0.05 * torch.eye(8, dtype=torch.float64)  # weight decay
+    for ids, matrix in zip(requests, matrices, strict=True):
+        gone += ids
+        without = kept.without(model, cross_entropy, (x[gone], y[gone]))
+        torch.testing.assert_close(matrix, without.matrix + eye, rtol=1e-10, atol=1e-12)
+        rest = [i for i in range(N) if i not in gone]
+        alone = TrainingStatistics.collect(model, (x[rest], y[rest]), cross_entropy)
+        torch.testing.assert_close(matrix, alone.matrix + eye, rtol=1e-10, atol=1e-12)
 
 
 def test_a_stream_can_do_without_the_retained_samples(folder, in_earnest):

@@ -1,6 +1,7 @@
 """Every option does what `Settings` says of it; statistics and samples do what they say."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -1024,6 +1025,82 @@ def test_pairs_of_the_last_epochs(tmp_path):
     assert result.loss_forget.after > result.loss_forget.before
 
 
+def test_pairs_of_many_epochs_lose_what_is_removed_each_where_it_was():
+    model = untrained()
+    whole, retained = [], []
+    for _ in range(4):
+        fit(model, TRAIN, 4)
+        whole.append(TrainingStatistics.snapshot(model, TRAIN, F.cross_entropy))
+        retained.append(TrainingStatistics.snapshot(model, RETAIN, F.cross_entropy))
+    kept = TrainingStatistics.from_epochs(whole, 80)
+    expected = TrainingStatistics.from_epochs(retained, 74)
+    assert len(kept.steps) == 3
+    assert min(flatten(step).norm() for step in kept.steps) > 1e-3
+    with torch.no_grad():  # the model goes on, the pairs stay where they are
+        moved = copy.deepcopy(model)
+        for p in moved.parameters():
+            p.mul_(1.5)
+    for given in (model, moved):
+        without = kept.without(given, F.cross_entropy, FORGET)
+        for got, right in zip(without.changes, expected.changes, strict=True):
+            torch.testing.assert_close(flatten(got), flatten(right), rtol=1e-9, atol=1e-12)
+
+
+def test_statistics_stay_at_their_weights(mlp, tmp_path):
+    kept = TrainingStatistics.collect(mlp, TRAIN, F.cross_entropy)
+    expected = kept.without(mlp, F.cross_entropy, FORGET).matrix
+    moved = copy.deepcopy(mlp)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.mul_(1.5)
+    kept.save(tmp_path / "statistics.pt")
+    loaded = TrainingStatistics.load(tmp_path / "statistics.pt")
+    for one in (kept, loaded, dataclasses.replace(kept, weights=None).at(mlp)):
+        got = one.at(moved).without(moved, F.cross_entropy, FORGET)
+        torch.testing.assert_close(got.matrix, expected, rtol=0, atol=0)
+        # By hand, request after request.
+        first, second = (tuple(t[part] for t in FORGET) for part in (slice(2), slice(2, None)))
+        got = one.without(mlp, F.cross_entropy, first).without(moved, F.cross_entropy, second)
+        torch.testing.assert_close(got.matrix, expected, rtol=1e-10, atol=1e-12)
+    # A file of an earlier version has no weights: then the model's count.
+    state = torch.load(tmp_path / "statistics.pt", weights_only=True)
+    del state["weights"]
+    torch.save(state, tmp_path / "statistics.pt")
+    old = TrainingStatistics.load(tmp_path / "statistics.pt")
+    got = old.without(mlp, F.cross_entropy, FORGET)
+    torch.testing.assert_close(got.matrix, expected, rtol=0, atol=0)
+    assert not torch.allclose(old.without(moved, F.cross_entropy, FORGET).matrix, expected)
+    last = UnitSelection({"4": [0, 1, 2]})
+    kept = TrainingStatistics.collect(mlp, TRAIN, F.cross_entropy, selection=last)
+    wide = copy.deepcopy(mlp)
+    wide[0], wide[2] = nn.Linear(4, 7).double(), nn.Linear(7, 5).double()
+    with pytest.raises(ValueError, match=r"another model: their '0.weight' has shape \(6, 4\)"):
+        kept.without(wide, F.cross_entropy, FORGET)
+
+
+def test_statistics_of_a_model_that_steps_unit_by_unit(mlp, monkeypatch):
+    """Every step is with the matrix at the weights of the statistics."""
+    kept = TrainingStatistics.collect(mlp, TRAIN, F.cross_entropy)
+    made = []
+    operator = TrainingStatistics.operator
+
+    def record(self, model, loss_fn, forget, selection, **options):
+        made.append((selection, operator(self, model, loss_fn, forget, selection, **options)))
+        return made[-1][1]
+
+    monkeypatch.setattr(TrainingStatistics, "operator", record)
+    monkeypatch.setattr("lcodec_ext.unlearning.update.CHEAP_THRESHOLD", -math.inf)
+    old = dataclasses.replace(kept, weights=None)
+    options = {"selection": "cheap", "n_units": 3, "damping": 0.1}
+    unlearn(mlp, FORGET, None, F.cross_entropy, statistics=old, **options)
+    assert len(made) > 1
+    for selection, got in made:
+        expected = operator(
+            kept, mlp, F.cross_entropy, FORGET, selection, damping=0.1, weight_decay=WEIGHT_DECAY
+        )
+        torch.testing.assert_close(got.to_dense(), expected.to_dense(), rtol=0, atol=1e-14)
+
+
 def flatten(named):
     return torch.cat([t.flatten() for t in named.values()])
 
@@ -1069,6 +1146,17 @@ def test_statistics_that_do_not_fit(linear, mlp, tmp_path):
         TrainingStatistics.from_epochs([], 80)
     with pytest.raises(ValueError, match="has 10,005 parameters and at most 8,192"):
         TrainingStatistics.collect(nn.Linear(2000, 5), TRAIN, F.cross_entropy)
+
+
+def test_an_operator_from_statistics_stays_as_it_is_when_it_is_solved(linear):
+    kept = TrainingStatistics.collect(linear, TRAIN, F.cross_entropy)
+    everything = UnitSelection.all(linear)
+    operator = kept.operator(linear, F.cross_entropy, FORGET, everything, damping=0.5)
+    b = torch.ones(15, dtype=DOUBLE)
+    for _ in range(2):
+        torch.testing.assert_close(operator @ operator.solve(b).x, b)
+    dense = operator.to_dense()
+    assert torch.equal(operator.to_dense(), dense)
 
 
 def test_statistics_are_of_evaluation_mode():

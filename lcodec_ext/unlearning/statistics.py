@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
@@ -63,7 +63,7 @@ class _MatrixOperator(CurvatureOperator):
         return None
 
     def _dense(self) -> Tensor:
-        return self._matrix
+        return self._matrix.clone()  # it is written to
 
     @property
     def _small(self) -> int:
@@ -79,12 +79,13 @@ class TrainingStatistics:
     `from_epochs` keeps steps of training and the changes of the gradient along them, for any
     size: a secant matrix, which never is exact.
 
-    What is exact and what is not: the matrix is of the weights at which it was collected. After a
-    request `without` takes the removed samples' part out of it; the weights have moved then, the
-    matrix has not followed them, and every further step is Newton's with an older matrix. One step
-    for a large request has no such error, many small ones in a row have. Of losses whose curvature
-    does not depend on the weights (squared error of a linear model) all are exact. Only Newton
-    steps can be made, and the guard needs validation samples.
+    What is exact and what is not: the matrix is of the weights at which it was collected, and these
+    weights are kept with it. The removed samples' part is always computed at them and taken out;
+    so after any requests it is the matrix of the samples that stay, at the old weights. The model
+    has moved then, the matrix has not followed it, and every further step is Newton's with an
+    older matrix. One step for a large request has no such error, many small ones in a row have. Of
+    losses whose curvature does not depend on the weights (squared error of a linear model) all are
+    exact. Only Newton steps can be made, and the guard needs validation samples.
 
     Attributes
     ----------
@@ -97,6 +98,10 @@ class TrainingStatistics:
         Mean over the training samples, without weight decay.
     steps, changes : list of dict of str to Tensor
         The pairs, by parameter name.
+    weights : dict of str to Tensor or None
+        What the statistics are of: parameters and buffers of the model, by name; of pairs, the
+        parameters of the last snapshot. What is not here (files of earlier versions have none) is
+        that of the model that is given, until `at` fills it in.
     """
 
     n: int
@@ -105,6 +110,7 @@ class TrainingStatistics:
     matrix: Tensor | None
     steps: list[Tensors]
     changes: list[Tensors]
+    weights: Tensors | None = None
 
     def __repr__(self) -> str:
         if self.matrix is not None:
@@ -163,7 +169,8 @@ class TrainingStatistics:
         operator = _KINDS[curvature](
             model, loss_fn, samples.data(batch_size), chosen, dtype=dtype, progress=progress
         )
-        return cls(len(samples), curvature, chosen, operator.to_dense(), [], [])
+        matrix = operator.to_dense()
+        return cls(len(samples), curvature, chosen, matrix, [], [], _tensors_of(model))
 
     @classmethod
     def from_epochs(
@@ -198,6 +205,7 @@ class TrainingStatistics:
             None,
             [difference(a[0], b[0]) for a, b in pairs],
             [difference(a[1], b[1]) for a, b in pairs],
+            {k: t.detach().clone() for k, t in snapshots[-1][0].items()},
         )
 
     @staticmethod
@@ -217,6 +225,31 @@ class TrainingStatistics:
             _mean_gradient(work, parameters, samples, loss_fn, batch_size),
         )
 
+    def at(self, model: nn.Module) -> "TrainingStatistics":
+        """The same, to be taken at the weights of a model wherever they have none of their own."""
+        own = self.weights or {}
+        missing = {k: t for k, t in _named(model) if k not in own}
+        if not missing:
+            return self
+        copies = {k: t.detach().clone() for k, t in missing.items()}
+        return dataclasses.replace(self, weights={**own, **copies})
+
+    def _placed(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A copy of a model with the weights that the statistics are of."""
+        placed = copy.deepcopy(model).to(dtype).eval()
+        weights = self.weights or {}
+        with torch.no_grad():
+            for name, tensor in _named(placed):
+                if name not in weights:
+                    continue
+                if weights[name].shape != tensor.shape:
+                    raise ValueError(
+                        f"the statistics are of another model: their {name!r} has shape "
+                        f"{tuple(weights[name].shape)}, in this one {tuple(tensor.shape)}"
+                    )
+                tensor.copy_(weights[name])
+        return placed
+
     @twice_differentiable()
     def operator(
         self,
@@ -232,10 +265,12 @@ class TrainingStatistics:
     ) -> CurvatureOperator:
         """The retained objective's curvature: (n H - sum of the removed samples' H) / (n - m).
 
+        All of it at the weights of the statistics, wherever the model is by now.
+
         Parameters
         ----------
         model, loss_fn, forget, damping, weight_decay, batch_size, dtype
-            As `unlearn` takes them; the model with the weights of the statistics.
+            As `unlearn` takes them. The model's weights do not count where `weights` are there.
         selection : UnitSelection
             Part of the statistics' own.
         """
@@ -251,7 +286,11 @@ class TrainingStatistics:
             index = self._coordinates(model, layout, selection)
             whole = self.matrix.to(device, dtype)[index][:, index]
             removed = _KINDS[self.kind](
-                model, loss_fn, samples.data(batch_size), selection, dtype=dtype
+                self._placed(model, dtype),
+                loss_fn,
+                samples.data(batch_size),
+                selection,
+                dtype=dtype,
             ).to_dense()
             return _MatrixOperator((n * whole - m * removed) / (n - m), damping, weight_decay)
         steps = [_on(pair, device, dtype) for pair in self.steps]
@@ -278,9 +317,9 @@ class TrainingStatistics:
         batch_size: int,
         dtype: torch.dtype,
     ) -> list[Tensors]:
-        """Changes of the retained gradient, from those of all and, along the step, the removed."""
+        """Changes of the retained gradient, from those of all and, along the steps, the removed."""
         n, m = self.n, len(samples)
-        work = copy.deepcopy(model).to(dtype).eval()
+        work = self._placed(model, dtype)
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         if parameters.keys() != steps[0].keys():
             raise ValueError(
@@ -288,13 +327,13 @@ class TrainingStatistics:
                 f"{sorted(steps[0].keys() ^ parameters.keys())[:4]} that this one has not, or the "
                 "other way round"
             )
-        here = {k: p.detach().clone() for k, p in parameters.items()}
         end = _mean_gradient(work, parameters, samples, loss_fn, batch_size)
-        made = []
-        for step, change in zip(steps, self.changes, strict=True):
+        made: list[Tensors] = []
+        # Back from where training ended: a pair ends where the one after it begins.
+        for step, change in zip(reversed(steps), reversed(self.changes), strict=True):
             with torch.no_grad():
                 for k, p in parameters.items():
-                    p.copy_(here[k] - step[k])
+                    p.sub_(step[k])
             begin = _mean_gradient(work, parameters, samples, loss_fn, batch_size)
             made.append(
                 {
@@ -302,6 +341,8 @@ class TrainingStatistics:
                     for k in parameters
                 }
             )
+            end = begin
+        made.reverse()
         return made
 
     def _coordinates(
@@ -343,7 +384,7 @@ class TrainingStatistics:
         Parameters
         ----------
         model : Module
-            With the weights before the samples were removed.
+            Of the same architecture. Its weights count as for `operator`.
         loss_fn, forget, batch_size, dtype
             As for `operator`.
         """
@@ -375,6 +416,7 @@ class TrainingStatistics:
                 "matrix": self.matrix,
                 "steps": self.steps,
                 "changes": self.changes,
+                "weights": self.weights,
             },
             path,
         )
@@ -398,12 +440,23 @@ class TrainingStatistics:
             state["matrix"],
             state["steps"],
             state["changes"],
+            state.get("weights"),
         )
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
     return torch.float64 if double else torch.float32
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, each tensor once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _tensors_of(model: nn.Module) -> Tensors:
+    return {k: t.detach().clone() for k, t in _named(model)}
 
 
 def _on(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Tensors:

@@ -167,6 +167,9 @@ class Unlearner:
         if directory is not None:
             folder = Path(directory)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if statistics is not None:  # the model moves, they stay where it is now
+            statistics = statistics.at(model)
+            self._given_statistics = self._statistics = statistics
         with self._locked(folder):
             self._open(folder)
             if len(self._ledger):
@@ -271,6 +274,8 @@ class Unlearner:
             last = self._history.points[-1]
             state = self._checkpoints.read(last.checkpoint, last.sha256)
             self._model = with_state(model, state)
+            if statistics is not None:
+                self._given_statistics = statistics.at(self._original())
             self._statistics = self._statistics_at(len(self._ledger) - 1)
             self._ledger.repair()
             self._prune()
@@ -529,7 +534,8 @@ class Unlearner:
                 f"{statistics.n}"
             )
         self._loss_fn, self._score, self._settings = loss_fn, score, settings
-        self._given_statistics = self._statistics = statistics
+        self._given_statistics: TrainingStatistics | None = statistics
+        self._statistics: TrainingStatistics | None = statistics
         self._progress = check_bool(progress, "progress")
         self._closed = False
 

@@ -905,7 +905,8 @@ class _Deletion:
         self._forget, self._guard, self._unread = forget, guard, unread
         self._retain = None if retained is None else retained.all
         self._read = None if retained is None else retained.read
-        self._statistics = statistics
+        # At these weights for good: "cheap" steps more than once.
+        self._statistics = None if statistics is None else statistics.at(work.model)
         self._seed = [work.settings.seed, 2, number]
         m = len(forget)
         self._n_retain = (
