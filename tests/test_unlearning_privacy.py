@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import secrets
 
 import mpmath
@@ -466,11 +467,10 @@ def test_every_condition_of_the_certificate_is_looked_at(change, reason):
 
 
 def test_buffers_that_training_filled_are_a_reason():
-    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
-    n_parameters = sum(p.numel() for p in model.parameters())
-    guarantee = removal_guarantee(model, **{**FACTS, "n_selected": n_parameters})
+    model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 1))
+    guarantee = removal_guarantee(model, **FACTS)
     assert guarantee.reasons == (
-        "buffers are released without noise: '1.running_mean', '1.running_var'",
+        "buffers are released without noise: '0.running_mean', '0.running_var'",
     )
 
 
@@ -480,6 +480,99 @@ def test_frozen_parameters_need_not_be_selected():
     guarantee = removal_guarantee(model, **FACTS)
     assert guarantee.certified
     assert "frozen_parameters" in guarantee.assumptions
+
+
+class Own(nn.Module):
+    """Its forward may be anything."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, inputs, outputs: outputs**2)
+    return module
+
+
+def shared():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, layer)
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[0].weight = model[1].weight
+    return model
+
+
+def overridden():
+    layer = nn.Linear(4, 1)
+    layer.forward = lambda x: layer.weight.square().sum() * x
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 1)),
+            r"2 modules have some \('0', '2'\)",
+        ),
+        (
+            nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))),
+            r"4 modules .*\('0', '1', '2', ...\)",
+        ),
+        (
+            nn.Sequential(nn.Linear(4, 1), nn.Sequential(nn.Tanh())),
+            "'0' is followed by '1.0', a Tanh",
+        ),
+        (nn.Sequential(nn.Linear(4, 1), Own()), "'0' is followed by '1', a Own"),
+        (
+            nn.Sequential(nn.Linear(4, 1), hooked(nn.Identity())),
+            "'0' is followed by '1', a Identity",
+        ),
+        (shared(), "'0' is followed by '1', a Linear"),
+        (tied(), "2 modules have some"),
+        (nn.Sequential(nn.Tanh(), Own(fc=nn.Linear(4, 1))), "'1.fc' is called by '1', a Own"),
+        (Own(fc=nn.Linear(4, 1)), "'fc' is called by '', a Own"),
+        (hooked(nn.Sequential(nn.Linear(4, 1))), "'0' is called by '', a Sequential"),
+        (hooked(nn.Linear(4, 1)), "'' is no plain Linear or convolution layer"),
+        (overridden(), "'' is no plain Linear or convolution layer"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 1)), "modules have some|is no plain"),
+        (nn.LayerNorm(4), "'' is no plain .* but LayerNorm with bias, weight"),
+        (nn.PReLU(), "'' is no plain"),
+    ],
+)
+def test_a_model_that_is_not_linear_is_not_certified(model, reason):
+    n_parameters = sum(p.numel() for p in model.parameters())
+    guarantee = removal_guarantee(model, **{**FACTS, "n_selected": n_parameters})
+    assert guarantee.kind == "heuristic"
+    (found,) = guarantee.reasons
+    assert found.startswith("the model is not linear in its trainable parameters")
+    assert re.search(reason, found), found
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Linear(4, 1, bias=False),
+        nn.Sequential(nn.Linear(4, 1)),
+        nn.Sequential(nn.Sequential(nn.Linear(4, 3)).requires_grad_(False), nn.Linear(3, 1)),
+        nn.Sequential(nn.Flatten(), nn.Tanh(), nn.Sequential(nn.Linear(4, 1), nn.Identity())),
+        nn.Sequential(Own(fc=nn.Linear(4, 3)).requires_grad_(False), nn.Linear(3, 1), nn.Flatten()),
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()),
+    ],
+)
+def test_a_linear_model_is_certified(model):
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    guarantee = removal_guarantee(model, **{**FACTS, "n_selected": n_parameters})
+    assert guarantee.reasons == ()
+    assert guarantee.certified
+    assert guarantee.assumptions["convexity"].startswith(
+        "the retained objective is strongly convex"
+    )
 
 
 def test_the_noise_does_not_depend_on_what_was_measured():

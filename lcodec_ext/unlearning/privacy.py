@@ -10,7 +10,7 @@ draws the noise, and `PrivacyBudget` adds up releases. docs/privacy.md has the d
 import copy
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -31,6 +31,8 @@ _PAPER_HESSIAN_LIPSCHITZ = 0.25
 _SLACK = 1e-12  # of a budget: ten times 0.1 is not more than 1
 _DELTA_MARGIN = 1e-10  # relative; above the rounding errors of gaussian_delta
 _CHUNK = 1 << 20
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # outputs linear in weight and bias
+_RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten)
 
 
 class PrivacyBudgetExceeded(ValueError):
@@ -432,6 +434,8 @@ class Guarantee:
 
 
 _STATEMENTS = {
+    "convexity": "the retained objective is strongly convex: it is where the loss is convex in the "
+    "outputs of the model and there is weight decay",
     "data": "the constants hold for every data set that could have been there, not only for this",
     "retraining": "training again would end with a gradient of at most gradient_bound, too",
     "frozen_parameters": "parameters that are not trained do not depend on the training data",
@@ -439,6 +443,64 @@ _STATEMENTS = {
     "requests": "what is to be deleted was chosen without sight of earlier releases",
     "noise": "real-valued Gaussian noise; it is added in float64 and rounded",
 }
+
+
+def _not_linear(model: nn.Module) -> str | None:
+    """Why the outputs may not be linear in the trainable parameters; None if they are.
+
+    Decided by structure: a linear or convolution layer alone or in Sequentials, behind anything
+    that has no trainable parameters and before what only reshapes.
+    """
+    holders = [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    why = "the model is not linear in its trainable parameters, and so its objective not convex"
+    if len(holders) != 1:
+        names = ", ".join(repr(name) for name, _ in holders[:3])
+        more = ", ..." if len(holders) > 3 else ""
+        return f"{why}: {len(holders)} modules have some ({names}{more})"
+    name, layer = holders[0]
+    own = dict(layer.named_parameters(recurse=False)).keys()
+    if type(layer) not in _LINEAR or not own <= {"weight", "bias"} or _hooked(layer):
+        return (
+            f"{why}, as far as can be told: {name!r} is no plain Linear or convolution layer but "
+            f"{type(layer).__name__} with {', '.join(sorted(own))}"
+        )
+    for found, module in _in_order(model):
+        if module is layer:
+            name = found
+            break
+        if any(part is layer for part in module.modules()):
+            return (
+                f"{why}, as far as can be told: {name!r} is called by {found!r}, a "
+                f"{type(module).__name__}, and not in a Sequential"
+            )
+    behind = False
+    for found, module in _in_order(model):
+        if behind and (type(module) not in _RESHAPES or _hooked(module)):
+            return (
+                f"{why}, as far as can be told: {name!r} is followed by {found!r}, a "
+                f"{type(module).__name__}"
+            )
+        behind = behind or module is layer
+    return None
+
+
+def _in_order(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that are called one after the other, Sequentials opened."""
+    if type(module) is not nn.Sequential or _hooked(module):
+        yield name, module
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _in_order(child, f"{name}.{key}" if name else key)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether hooks may change what a module computes."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def removal_guarantee(
@@ -473,7 +535,9 @@ def removal_guarantee(
     Parameters
     ----------
     model : nn.Module
-        The model after the update, without noise.
+        The model after the update, without noise. Certified are those whose outputs are linear in
+        the trainable parameters, by their structure: one linear or convolution layer, behind
+        modules without trainable parameters, in Sequentials. All others are heuristic.
     n, m : int
         Training samples, and how many of them are removed, all removals since training together:
         the step must start from the weights that training ended with.
@@ -546,6 +610,8 @@ def removal_guarantee(
         (repair_epochs != 0, f"repair_epochs={repair_epochs}: training follows the step"),
     )
     reasons += [reason for wrong, reason in done if wrong]
+    if not_linear := _not_linear(model):
+        reasons.append(not_linear)
     buffers = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
     if buffers:
         reasons.append(f"buffers are released without noise: {', '.join(map(repr, buffers))}")
