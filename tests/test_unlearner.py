@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -20,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import unlearner_process
 from lcodec_ext.curvature import UnitSelection
@@ -609,14 +610,188 @@ def test_only_the_same_can_be_resumed(folder):
         assert stream.removed == (3, 9)
 
 
+class Lazy(Dataset):
+    """Samples that are not known to be in memory; counts what is read."""
+
+    def __init__(self, x, y):
+        self.rows, self.read = (x, y), []
+
+    def __len__(self):
+        return len(self.rows[1])
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return tuple(t[i] for t in self.rows)
+
+
+def as_earlier_versions_wrote(folder):
+    """Take out of a ledger what the first version did not record."""
+    path = folder / "ledger.jsonl"
+    entries = list(Ledger(path))
+    path.unlink()
+    written = Ledger(path)
+    for entry in entries:
+        record = dict(entry.record)
+        if entry.kind == "start":
+            del record["score"], record["options"]
+            for name in ("train", "validation"):
+                record[name] = record[name] and {k: record[name][k] for k in ("n", "sha256")}
+        written.append(entry.kind, record, entry.environment)
+
+
 def test_removed_samples_are_recognised_beyond_the_probe(folder):
     n = 200
     x, y = make_data(n)
     with make(folder, (x, y)) as stream:
         stream.remove(101)
     x[101] += 1
-    with pytest.raises(ValueError, match="sample 101 of train has another content"):
+    with pytest.raises(ValueError, match="train has other contents"):
         resume(folder, data=(x, y))
+    with pytest.raises(ValueError, match="sample 101 of train has another content"):
+        resume(folder, data=Lazy(x, y))
+
+
+@pytest.mark.parametrize("given_as", ["tensors", "dataset", "subset", "loader"])
+def test_all_samples_are_on_record_and_not_a_few(folder, given_as):
+    n = 1000
+    x, y = make_data(n)
+    probed = [k * n // 64 for k in range(64)]
+    others = x.clone()
+    others[[i for i in range(n) if i not in probed]] = 0.0
+    one = x.clone()
+    one[999, 2] += 1e-9
+    give = {
+        "tensors": lambda *data: data,
+        "dataset": TensorDataset,
+        "subset": lambda *data: Subset(TensorDataset(*data), range(n)),
+        "loader": lambda *data: DataLoader(TensorDataset(*data), 7, shuffle=True),
+    }[given_as]
+    with make(folder, give(x, y)) as stream:
+        stream.remove(0)
+    for wrong in (others, one):
+        with pytest.raises(ValueError, match="train has other contents, or another order"):
+            resume(folder, data=give(wrong, y))
+        (problem,) = verify_ledger(folder, train=give(wrong, y)).problems
+        assert "train has other contents, or another order" in problem
+    assert verify_ledger(folder, train=give(x, y))
+    with resume(folder, data=give(x, y)) as stream:
+        assert stream.removed == (0,)
+    # However they are given.
+    with resume(folder, data=Lazy(x, y)):
+        pass
+    assert verify_ledger(folder, train=Lazy(x, y))
+
+
+def test_a_dataset_that_may_be_slow_is_read_whole_by_start_and_verification_only(folder):
+    n = 1000
+    x, y = make_data(n)
+    data = Lazy(x, y)
+    with make(folder, data):
+        assert set(data.read) == set(range(n))
+    data.read.clear()
+    with resume(folder, data=data) as stream:
+        assert len(set(data.read)) == 64
+        stream.remove(5)
+    data.read.clear()
+    assert verify_ledger(folder, train=data)
+    assert len(data.read) == n + 2  # and twice the first, whether it stays the same
+    x[999] = 0.0
+    with resume(folder, data=data):  # as said of resume
+        pass
+    (problem,) = verify_ledger(folder, train=data).problems
+    assert "train has other contents" in problem
+
+
+def test_validation_is_compared_as_a_whole(folder):
+    x, y = make_data(200)
+    with make(folder, validation=(x, y)):
+        pass
+    with resume(folder, validation=(x, y)):
+        pass
+    other = x.clone()
+    other[199] = 0.0
+    with pytest.raises(ValueError, match="validation must be what was given at the start"):
+        resume(folder, validation=(other, y))
+
+
+def test_ledgers_of_earlier_versions_go_on(folder):
+    x, y = make_data(200)
+    options = {"validation": make_data()}
+    with make(folder, (x, y), **options) as stream:
+        stream.remove([3, 101])
+        model = stream.model
+    as_earlier_versions_wrote(folder)
+    assert verify_ledger(folder, model, (x, y))
+    with resume(folder, data=(x, y), score=sum, **options) as stream:  # was not on record
+        assert stream.removed == (3, 101)
+        stream.remove(8)
+    with pytest.raises(ValueError, match="given is mse_loss, on record is cross_entropy"):
+        Unlearner.resume(folder, make_model(), (x, y), nn.functional.mse_loss, **options)
+    other = x.clone()
+    other[0] += 1
+    with pytest.raises(ValueError, match="train has other contents"):
+        resume(folder, data=(other, y), **options)
+    other = x.clone()
+    other[101] += 1
+    (problem,) = verify_ledger(folder, train=(other, y)).problems
+    assert "sample 101 of train has another content" in problem
+
+
+def one_score(outputs, targets):
+    return outputs[:, 0]
+
+
+class Smooth(nn.Module):
+    def __init__(self, beta):
+        super().__init__()
+        self.inner = nn.SmoothL1Loss(beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("start", "other", "message"),
+    [
+        (cross_entropy, nn.functional.mse_loss, "given is mse_loss, on record is cross_entropy"),
+        (
+            nn.CrossEntropyLoss(),
+            nn.CrossEntropyLoss(label_smoothing=0.1),
+            r"given is CrossEntropyLoss with label_smoothing=0.1, .* label_smoothing=0.0",
+        ),
+        (
+            functools.partial(cross_entropy, label_smoothing=0.1),
+            functools.partial(cross_entropy),
+            "partial with no label_smoothing, on record is label_smoothing=0.1",
+        ),
+        (
+            functools.partial(cross_entropy),
+            functools.partial(nn.functional.mse_loss),
+            "partial with function='mse_loss', on record is function='cross_entropy'",
+        ),
+        (Smooth(0.5), Smooth(1.0), "Smooth with inner.beta=1.0, on record is inner.beta=0.5"),
+        (nn.HuberLoss(delta=math.inf), nn.HuberLoss(), "delta=1.0, on record is delta='inf'"),
+    ],
+)
+def test_another_loss_is_refused(folder, start, other, message):
+    with Unlearner(make_model(), make_data(), start, directory=folder):
+        pass
+    with pytest.raises(ValueError, match=f"loss_fn must be what was given at the .*{message}"):
+        Unlearner.resume(folder, make_model(), make_data(), other)
+    with Unlearner.resume(folder, make_model(), make_data(), copy.deepcopy(start)):
+        pass
+
+
+def test_another_score_is_refused(tmp_path):
+    def other(outputs, targets):
+        return outputs[:, 1]
+
+    for k, (start, given) in enumerate([(one_score, other), (one_score, None), (None, other)]):
+        folder = tmp_path / str(k)
+        with make(folder, score=start):
+            pass
+        with pytest.raises(ValueError, match="score must be what was given at the start: given is"):
+            resume(folder, score=given)
+        with resume(folder, score=start) as stream:
+            name = None if start is None else "one_score"
+            assert stream.ledger[0].record["score"] == name
 
 
 def test_a_directory_has_one_stream(folder):

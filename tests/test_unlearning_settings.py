@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import warnings
@@ -25,6 +26,7 @@ from lcodec_ext.unlearning import (
     update,
 )
 from lcodec_ext.unlearning.privacy import logistic_constants
+from lcodec_ext.unlearning.samples import as_samples
 
 DOUBLE = torch.float64
 WEIGHT_DECAY = 0.01
@@ -1167,6 +1169,34 @@ def test_statistics_are_of_evaluation_mode():
         for mode in (True, False)
     ]
     assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("most", [1, 100, 1 << 26])
+def test_hashes_do_not_depend_on_how_samples_are_read(monkeypatch, most):
+    monkeypatch.setattr("lcodec_ext.unlearning.samples._HASHED", most)
+    parts = [
+        torch.randn(9, 3, 2),
+        torch.randn(9, 2).bfloat16(),
+        torch.randn(9, 4).t().contiguous().t(),
+        torch.rand(9) < 0.5,
+        torch.empty(9, 0),
+        torch.arange(9),
+    ]
+    cpu = torch.device("cpu")
+    whole = as_samples(tuple(parts), "train", cpu, DOUBLE)
+    lazy = as_samples(TensorDataset(*parts), "train", cpu, DOUBLE)
+    expected = []
+    for i in range(9):
+        digest = hashlib.sha256()
+        for part in parts:
+            row = part[i].contiguous()
+            digest.update(f"{row.dtype} {tuple(row.shape)};".encode())
+            digest.update(row.flatten().view(torch.uint8).numpy().tobytes())
+        expected.append(digest.hexdigest())
+    assert whole.hashes() == lazy.hashes() == list(whole.each_hash()) == expected
+    assert whole.hashes([7, 2]) == lazy.hashes([7, 2]) == [expected[7], expected[2]]
+    assert whole.subset([4, 1, 3]).hashes() == [expected[k] for k in (4, 1, 3)]
+    assert whole.hashes(slice(2, 5)) == expected[2:5]
 
 
 # ---------------------------------------------------------------------------------------------

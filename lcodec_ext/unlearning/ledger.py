@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lcodec_ext._progress import progress_bar
 from lcodec_ext.unlearning.checkpoints import (
     LedgerError,
     checkpoint_name,
@@ -47,7 +48,7 @@ FIRST = "0" * 64  # what the first entry has for the hash of the one before
 LEDGER_FILE, CHECKPOINT_FOLDER = "ledger.jsonl", "checkpoints"
 _KINDS = ("start", "remove", "skip", "release", "rollback")
 _FIELDS = {"number", "kind", "record", "environment", "previous", "hash"}
-_PROBE = 64  # samples whose hashes stand for a data set
+_PROBE = 64  # samples that are looked at where all would take too long
 
 
 @dataclass(frozen=True)
@@ -404,8 +405,12 @@ class History:
         there = self.kept()
         return [k for k, point in enumerate(self.points[:-1]) if point.checkpoint in there]
 
-    def mismatch(self, train: Samples) -> str | None:
-        """Why these are not the training data on record; None if they may be."""
+    def mismatch(self, train: Samples, hashes: Sequence[str] | None = None) -> str | None:
+        """Why these are not the training data on record; None if nothing differs.
+
+        All samples are looked at where they are in memory, else a probe of them and the removed
+        ones. With the hashes of all, these are looked at.
+        """
         n = self.start["train"]["n"]
         if len(train) != n:
             return (
@@ -413,10 +418,10 @@ class History:
                 "with the removed samples"
             )
         known = self.start["train"]
-        if data_record(train, probe=known["sha256"] is not None) != known:
+        if not _same_data(train, known, hashes):
             return "train has other contents, or another order, than the data on record"
         for i, sha256 in self.hashes.items():
-            if train.hashes([i]) != [sha256]:
+            if (train.hashes([i])[0] if hashes is None else hashes[i]) != sha256:
                 return f"sample {i} of train has another content than the removed one on record"
         return None
 
@@ -437,14 +442,61 @@ def spend(budget: PrivacyBudget, guarantee: Guarantee) -> None:
     budget.spend(epsilon, delta, ratio=ratio)
 
 
-def data_record(samples: Samples, *, probe: bool = True) -> dict[str, Any]:
-    """What a ledger says of a data set: its size, and one hash over 64 samples across it."""
+def data_record(samples: Samples, *, read: bool = True, progress: bool = False) -> dict[str, Any]:
+    """What a ledger says of a data set: its size, and hashes of its contents if it may be read.
+
+    "sha256" is over 64 samples across it, "content" over all. Both are SHA-256 of the hashes of the
+    samples, one after the other.
+    """
     n = len(samples)
-    if not probe:
+    if not read:
         return {"n": n, "sha256": None}
-    spread = [k * n // _PROBE for k in range(_PROBE)] if n > _PROBE else list(range(n))
-    joined = "".join(samples.hashes(spread))
-    return {"n": n, "sha256": hashlib.sha256(joined.encode()).hexdigest()}
+
+    def hashes() -> Iterator[str]:
+        with progress_bar(progress, total=n, desc="hashes", unit="sample") as bar:
+            for sha256 in samples.each_hash():
+                yield sha256
+                bar.update()
+
+    sha256, content = _hashes_of(n, hashes())
+    return {"n": n, "sha256": sha256, "content": content}
+
+
+def same_data(samples: Samples | None, known: Mapping[str, Any] | None) -> bool:
+    """Whether a data set is that of a record, as far as `History.mismatch` looks."""
+    if samples is None or known is None:
+        return samples is None and known is None
+    return len(samples) == known["n"] and _same_data(samples, known)
+
+
+def _same_data(
+    samples: Samples, known: Mapping[str, Any], hashes: Iterable[str] | None = None
+) -> bool:
+    n, content = len(samples), known.get("content")  # earlier versions had only the probe
+    if known["sha256"] is None:
+        return True
+    if content is not None and (samples.resident or hashes is not None):
+        return _hashes_of(n, samples.each_hash() if hashes is None else hashes)[1] == content
+    return _joined_hash(samples.each_hash(_probe(n))) == known["sha256"]
+
+
+def _hashes_of(n: int, hashes: Iterable[str]) -> tuple[str, str]:
+    """Over the probe, and over all."""
+    probe, some = set(_probe(n)), []
+    digest = hashlib.sha256()
+    for k, sha256 in enumerate(hashes):
+        digest.update(sha256.encode())
+        if k in probe:
+            some.append(sha256)
+    return _joined_hash(some), digest.hexdigest()
+
+
+def _joined_hash(hashes: Iterable[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _probe(n: int) -> list[int]:
+    return [k * n // _PROBE for k in range(_PROBE)] if n > _PROBE else list(range(n))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -521,9 +573,10 @@ def verify_ledger(
         Said to have the weights of the last entry: `Unlearner.model`, not a release, which has
         noise.
     train : tensors, Dataset or DataLoader, optional
-        The training data, as they were given to `Unlearner`: nothing taken out. The contents of
-        removed samples must be those on record; a sample of the same content that is still
-        retained is noted.
+        The training data, as they were given to `Unlearner`: nothing taken out. Every sample is
+        read and hashed, and all contents must be those on record. Ledgers of earlier versions have
+        only 64 samples and the removed ones on record, those of streams with `statistics` only the
+        removed ones. A sample of the content of a removed one that is still retained is noted.
     head : str, optional
         Hash of an entry, noted earlier and kept elsewhere (`Ledger.head`). It must still be
         there: this shows a ledger that was written anew, or cut short.
@@ -616,16 +669,23 @@ def _verify_checkpoints(folder: Path, history: History, found: _Findings) -> Non
 def _verify_data(train: Any, history: History, found: _Findings) -> None:
     # Hashes are of the content as it was given: neither a move nor a conversion is in them.
     samples = as_samples(train, "train", _device_of(train), torch.float64)
-    problem = history.mismatch(samples)
+    contents = {history.hashes[i]: i for i in history.removed}
+    twins = []
+
+    def hashes() -> Iterator[str]:  # every sample is read once
+        for i, sha256 in enumerate(samples.each_hash()):
+            if i not in history.removed and sha256 in contents:
+                twins.append((i, contents[sha256]))
+            yield sha256
+
+    problem = history.mismatch(samples, list(hashes()))
     if problem is not None:
         found.problems.append(problem)
         return
-    contents = {history.hashes[i]: i for i in history.removed}
-    for i in range(len(samples)):
-        if i not in history.removed and (twin := contents.get(samples.hashes([i])[0])) is not None:
-            found.notes.append(
-                f"sample {i} is retained and has the content of sample {twin}, which is removed"
-            )
+    found.notes += [
+        f"sample {i} is retained and has the content of sample {twin}, which is removed"
+        for i, twin in twins
+    ]
 
 
 def _device_of(data: Any) -> torch.device:

@@ -1,6 +1,7 @@
 """Training samples by number, whatever they were given as, and which of them to delete."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    TensorDataset,
     default_collate,
 )
 
@@ -30,6 +32,7 @@ from lcodec_ext.curvature._data import (
 )
 
 Indices = Sequence[int] | slice
+_HASHED = 1 << 26  # bytes that are hashed at a time
 
 
 class Rows(NamedTuple):
@@ -56,6 +59,8 @@ class Samples:
         Whether fetching is only indexing.
     rows : Rows, optional
         Of a Dataset.
+    resident : bool, optional
+        Whether all samples are in memory, those of a Dataset too; by default in_memory.
     """
 
     def __init__(
@@ -68,7 +73,9 @@ class Samples:
         *,
         in_memory: bool,
         rows: Rows | None = None,
+        resident: bool | None = None,
     ) -> None:
+        self.resident = in_memory if resident is None else resident
         self._n, self._fetch, self._device, self._dtype = n, fetch, device, dtype
         self.name, self.in_memory, self._rows = name, in_memory, rows
 
@@ -117,6 +124,7 @@ class Samples:
             self.name,
             in_memory=self.in_memory,
             rows=rows,
+            resident=self.resident,
         )
 
     def loaded(self) -> "Samples":
@@ -137,8 +145,18 @@ class Samples:
 
     def hashes(self, indices: Indices = slice(None)) -> list[str]:
         """SHA-256 of each sample: dtype, shape and bytes of its tensors, in order."""
+        return list(self.each_hash(indices))
+
+    def each_hash(self, indices: Indices = slice(None)) -> Iterator[str]:
+        """The same, one after the other: of any number of samples in little memory."""
         numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
-        return [_hash(self._fetch([int(i)])) for i in numbers]
+        size = 1
+        if self.in_memory and len(numbers) > 1:  # a Dataset might collate several otherwise
+            one = self._fetch([int(numbers[0])])
+            size = max(1, _HASHED // max(1, sum(t.nbytes for t in tensors_of(one))))
+        for start in range(0, len(numbers), size):
+            some = [int(i) for i in numbers[start : start + size]]
+            yield from _hashes(self._fetch(some), len(some))
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
@@ -203,13 +221,20 @@ def _rows(data: Any, n: int, some: list[int]) -> Any:
     return map_tensors(lambda t: t[index.to(t.device)] if t.ndim and len(t) == n else t, data)
 
 
-def _hash(data: Any) -> str:
-    digest = hashlib.sha256()
+def _hashes(data: Any, n: int) -> Iterator[str]:
+    """SHA-256 of each of n samples that were fetched together."""
+    columns = []
     for tensor in tensors_of(data):
         value = tensor.detach().cpu().contiguous()
-        digest.update(f"{value.dtype} {tuple(value.shape[1:])};".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        head = f"{value.dtype} {tuple(value.shape[1:])};".encode()
+        rows = value.view(n, math.prod(value.shape[1:])).view(torch.uint8).numpy()
+        columns.append((head, rows))
+    for k in range(n):
+        digest = hashlib.sha256()
+        for head, rows in columns:
+            digest.update(head)
+            digest.update(rows[k].data)
+        yield digest.hexdigest()
 
 
 def as_samples(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
@@ -283,13 +308,29 @@ def _from_dataset(
         _check(data, name, len(some))
         return data
 
-    if _hash(fetch([0])) != _hash(fetch([0])):
+    if list(_hashes(fetch([0]), 1)) != list(_hashes(fetch([0]), 1)):
         raise ValueError(
             f"sample 0 of {name} differs when it is read again: give a Dataset without random "
             "augmentation"
         )
     rows = Rows(dataset.__getitem__, collate)
-    return Samples(n, fetch, device, dtype, name, in_memory=False, rows=rows)
+    return Samples(
+        n,
+        fetch,
+        device,
+        dtype,
+        name,
+        in_memory=False,
+        rows=rows,
+        resident=_is_resident(dataset),
+    )
+
+
+def _is_resident(dataset: Any) -> bool:
+    """Whether a Dataset is known to have all its samples in memory."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) in (TensorDataset, list)
 
 
 def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:

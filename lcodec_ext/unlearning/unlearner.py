@@ -1,12 +1,13 @@
 """Streams of deletion requests: what is removed, in which order, and what it left."""
 
 import copy
+import functools
 import math
 import os
 import platform
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +38,8 @@ from lcodec_ext.unlearning.ledger import (
     History,
     Ledger,
     data_record,
+    plain,
+    same_data,
     spend,
 )
 from lcodec_ext.unlearning.metrics import Score
@@ -58,7 +61,8 @@ class Unlearner:
         The trained model. It is copied and never changed.
     train : tensors, Dataset or DataLoader
         The data it was trained on, as for `unlearn`, in an order that stays. Samples go by their
-        number in it, in every request.
+        number in it, in every request. At the start all of them are read once and hashed, but not
+        with `statistics`.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the mean loss of a batch.
     directory : str or path, optional
@@ -68,7 +72,8 @@ class Unlearner:
         For the guard of `max_drop`.
     statistics : TrainingStatistics, optional
         Curvature saved at training time. Of train, only the samples to delete are then read. Each
-        request is taken out of the statistics, at the original weights.
+        request is taken out of the statistics, at the weights that they are of: their own, or
+        where they have none those of model.
     score : callable, optional
         What the guard takes for accuracy, as for `unlearn`.
     preset : {"recommended", "paper"} or Settings, default "recommended"
@@ -106,7 +111,8 @@ class Unlearner:
     no longer there for later ones, which are repaired or, in the end, skipped.
 
     **The ledger** has an entry for each request; `lcodec_ext.unlearning.ledger` describes its
-    lines. On record are: of the start, the settings, and sizes and hashes of the data; of a
+    lines. On record are: of the start, the settings, the names of loss_fn and score with options
+    that can be told, and sizes and hashes of the data; of a
     request, the samples' numbers and the SHA-256 of their contents, its seed, the selection, the
     solver and what was measured, as in `UnlearnResult.to_dict`; of a release, its guarantee and the
     budget; of all, how many samples are then removed, pending and retained, and the checkpoint with
@@ -167,9 +173,7 @@ class Unlearner:
         if directory is not None:
             folder = Path(directory)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if statistics is not None:  # the model moves, they stay where it is now
-            statistics = statistics.at(model)
-            self._given_statistics = self._statistics = statistics
+        statistics = self._place_statistics(model)
         with self._locked(folder):
             self._open(folder)
             if len(self._ledger):
@@ -193,8 +197,13 @@ class Unlearner:
                     "model": _name_of(model),
                     "trainable": [k for k, p in model.named_parameters() if p.requires_grad],
                     "loss_fn": _name_of(loss_fn),
-                    "train": data_record(self._train, probe=statistics is None),
-                    "validation": self._validation and data_record(self._validation),
+                    "score": None if score is None else _name_of(score),
+                    "options": {"loss_fn": _options_of(loss_fn), "score": _options_of(score)},
+                    "train": data_record(
+                        self._train, read=statistics is None, progress=self._progress
+                    ),
+                    "validation": self._validation
+                    and data_record(self._validation, progress=self._progress),
                     "statistics": statistics and _statistics_record(statistics),
                     **self._counts((), ()),
                 },
@@ -228,7 +237,11 @@ class Unlearner:
         model : Module
             A model of the same architecture and types; its weights do not count.
         train, loss_fn, validation, statistics, score
-            As they were given at the start.
+            As they were given at the start. Compared are: the names of loss_fn and score, and the
+            options of torch's loss modules and of partials; of tensors and TensorDatasets all
+            contents. Of other Datasets and of DataLoaders of them, which may take long to read, the
+            number of samples is, and the contents of 64 across them and of all that were asked
+            for: `verify_ledger` reads all.
         progress : bool, default False
         perturb : callable, optional
             The option `perturb`, if it was a function: the ledger has only its name.
@@ -242,7 +255,7 @@ class Unlearner:
         RuntimeError
             If the directory is in use.
         ValueError
-            For data or a model that are not those on record.
+            For data, a function or a model that are found not to be those on record.
         """
         folder = Path(directory)
         if not (folder / LEDGER_FILE).is_file():
@@ -263,6 +276,8 @@ class Unlearner:
             if perturb is not None:
                 settings = settings.replace(perturb=perturb)
             self._take(model, train, loss_fn, validation, statistics, score, settings, progress)
+            _check_function("loss_fn", loss_fn, start)
+            _check_function("score", score, start)
             self._check_data()
             trainable = [k for k, p in model.named_parameters() if p.requires_grad]
             if trainable != start["trainable"]:
@@ -275,7 +290,7 @@ class Unlearner:
             state = self._checkpoints.read(last.checkpoint, last.sha256)
             self._model = with_state(model, state)
             if statistics is not None:
-                self._given_statistics = statistics.at(self._original())
+                self._place_statistics(self._original())
             self._statistics = self._statistics_at(len(self._ledger) - 1)
             self._ledger.repair()
             self._prune()
@@ -534,10 +549,17 @@ class Unlearner:
                 f"{statistics.n}"
             )
         self._loss_fn, self._score, self._settings = loss_fn, score, settings
-        self._given_statistics: TrainingStatistics | None = statistics
-        self._statistics: TrainingStatistics | None = statistics
+        self._given_statistics = self._statistics = statistics
         self._progress = check_bool(progress, "progress")
         self._closed = False
+
+    def _place_statistics(self, original: nn.Module) -> TrainingStatistics | None:
+        """Have the statistics taken at the original weights: the model moves, they do not."""
+        statistics = self._given_statistics
+        if statistics is not None:
+            statistics = statistics.at(original)
+        self._given_statistics = self._statistics = statistics
+        return statistics
 
     @contextmanager
     def _locked(self, folder: Path | None) -> Iterator[None]:
@@ -565,9 +587,7 @@ class Unlearner:
         problem = self._history.mismatch(self._train)
         if problem is not None:
             raise ValueError(problem)
-        if (self._validation and data_record(self._validation)) != self._history.start[
-            "validation"
-        ]:
+        if not same_data(self._validation, self._history.start["validation"]):
             raise ValueError(
                 "validation must be what was given at the start: it decides which requests are "
                 "skipped"
@@ -806,6 +826,56 @@ def _norm(model: nn.Module) -> float:
 
 def _name_of(value: Any) -> str:
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _options_of(value: Any) -> dict[str, Any]:
+    """What is easily told of a function beside its name: a partial's arguments, torch's losses."""
+    if isinstance(value, functools.partial):
+        given = {str(k): v for k, v in enumerate(value.args)} | value.keywords
+        return {"function": _name_of(value.func)} | _plain(given)
+    options: dict[str, Any] = {}
+    if isinstance(value, nn.Module):
+        for name, module in value.named_modules():
+            prefix = f"{name}." if name else ""
+            if name:
+                options[name] = _name_of(module)
+            if type(module).__module__.startswith("torch."):
+                options |= {prefix + k: v for k, v in _plain(vars(module)).items()}
+    return options
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in values.items()
+        if not key.startswith("_")
+        and key != "training"
+        and (value is None or isinstance(value, bool | int | float | str))
+    }
+
+
+def _check_function(argument: str, given: Any, start: Mapping[str, Any]) -> None:
+    """Refuse a function that is not the one on record; earlier versions recorded less."""
+    if argument in start:
+        name, known = (None if given is None else _name_of(given)), start[argument]
+        if name != known:
+            raise ValueError(
+                f"{argument} must be what was given at the start: given is {name}, on record is "
+                f"{known}"
+            )
+    if "options" in start:
+        options, known = plain(_options_of(given)), start["options"][argument]
+        for key in sorted(options.keys() | known.keys()):
+            if (key in options, options.get(key)) != (key in known, known.get(key)):
+                raise ValueError(
+                    f"{argument} must be what was given at the start: given is "
+                    f"{_name_of(given)} with {_option(key, options)}, on record is "
+                    f"{_option(key, known)}"
+                )
+
+
+def _option(key: str, options: Mapping[str, Any]) -> str:
+    return f"{key}={options[key]!r}" if key in options else f"no {key}"
 
 
 def _check_note(note: object) -> str | None:
