@@ -906,6 +906,13 @@ def test_certified_is_refused_by_reason(linear, options, reason):
         )
 
 
+def test_a_network_is_not_certified(mlp):
+    options = CERTIFIED | {"gradient_bound": 1e3, "weight_decay": 1.0}  # positive definite
+    match = "cannot be had here: the model is not linear in its trainable parameters"
+    with pytest.raises(ValueError, match=match):
+        unlearning.unlearn(mlp, FORGET, RETAIN, F.cross_entropy, **options)
+
+
 def test_certified_needs_noise(linear):
     with pytest.raises(ValueError, match="update='certified' needs epsilon and delta"):
         run(linear, update="certified")
