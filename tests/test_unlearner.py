@@ -1218,6 +1218,26 @@ def test_a_stream_can_do_without_the_retained_samples(folder, in_earnest):
         torch.testing.assert_close(stream.model.weight, expected.weight, rtol=1e-9, atol=1e-9)
 
 
+def test_the_guard_watches_the_same_samples_in_all_requests(monkeypatch):
+    """A fall is counted from the stream's start: of other samples it would be chance."""
+    x, y = make_data()
+    monkeypatch.setattr(unlearner, "unlearn", unlearn)
+    monkeypatch.setattr(unlearner, "GUARD_SIZE", 20)
+    options = {"update": "gradient", "learning_rate": 0.0, "max_drop": 0.1, "repair_drop": 0.005}
+    model = make_model()
+    with Unlearner(model, (x, y), cross_entropy, preset=Settings(seed=3, **options)) as stream:
+        for k in range(6):
+            stream.remove(k)
+        before = {entry.record["result"]["guard"][0] for entry in stream.ledger[1:]}
+    order = np.random.default_rng([3, 5]).permutation(len(y))
+    right = (model.eval()(x).argmax(1) == y).double()
+    expected = {right[[int(i) for i in order if i > k][:20]].mean().item() for k in range(6)}
+    assert before == expected
+    with make(validation=(x[:9], y[:9]), **options) as stream:
+        stream.remove(11)
+        assert stream.ledger[1].record["result"]["guard"][0] == right[:9].mean().item()
+
+
 # ---------------------------------------------------------------------------------------------
 # Verification
 

@@ -389,7 +389,7 @@ def test_bound_refuses(change, message):
 # ---------------------------------------------------------------------------------------------
 # What is guaranteed
 
-LINEAR = nn.Linear(4, 1)
+LINEAR = nn.Linear(4, 1).double()
 FACTS = {
     "n": 200,
     "m": 2,
@@ -417,7 +417,7 @@ def test_certified_noise_covers_the_true_distance(rng):
     step, right = problem.remove(w, forget, retain)
     residual = np.linalg.norm(problem.hessian(w, retain) @ step - right) / np.linalg.norm(right)
     guarantee = removal_guarantee(
-        nn.Linear(4, 1, bias=False),
+        nn.Linear(4, 1, bias=False).double(),
         **{
             **FACTS,
             **logistic_constants(1.0)._asdict(),
@@ -468,16 +468,24 @@ def test_every_condition_of_the_certificate_is_looked_at(change, reason):
 
 def test_buffers_that_training_filled_are_a_reason():
     model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 1))
-    guarantee = removal_guarantee(model, **FACTS)
+    guarantee = removal_guarantee(model.double(), **FACTS)
     assert guarantee.reasons == (
         "buffers are released without noise: '0.running_mean', '0.running_var'",
     )
 
 
+def test_rounding_to_float32_is_a_reason():
+    """The bound is of a step that is solved to rtol, which is far below that rounding."""
+    guarantee = removal_guarantee(nn.Linear(4, 1), **FACTS)
+    assert guarantee.kind == "heuristic"
+    (reason,) = guarantee.reasons
+    assert reason.startswith("the weights are torch.float32, to which the step is rounded")
+
+
 def test_frozen_parameters_need_not_be_selected():
     model = nn.Sequential(nn.Linear(7, 4), nn.Linear(4, 1))
     model[0].requires_grad_(False)
-    guarantee = removal_guarantee(model, **FACTS)
+    guarantee = removal_guarantee(model.double(), **FACTS)
     assert guarantee.certified
     assert "frozen_parameters" in guarantee.assumptions
 
@@ -547,7 +555,7 @@ def overridden():
 )
 def test_a_model_that_is_not_linear_is_not_certified(model, reason):
     n_parameters = sum(p.numel() for p in model.parameters())
-    guarantee = removal_guarantee(model, **{**FACTS, "n_selected": n_parameters})
+    guarantee = removal_guarantee(model.double(), **{**FACTS, "n_selected": n_parameters})
     assert guarantee.kind == "heuristic"
     (found,) = guarantee.reasons
     assert found.startswith("the model is not linear in its trainable parameters")
@@ -567,7 +575,7 @@ def test_a_model_that_is_not_linear_is_not_certified(model, reason):
 )
 def test_a_linear_model_is_certified(model):
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    guarantee = removal_guarantee(model, **{**FACTS, "n_selected": n_parameters})
+    guarantee = removal_guarantee(model.double(), **{**FACTS, "n_selected": n_parameters})
     assert guarantee.reasons == ()
     assert guarantee.certified
     assert guarantee.assumptions["convexity"].startswith(

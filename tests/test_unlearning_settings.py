@@ -758,39 +758,48 @@ def test_output_damping_belongs_to_gauss_newton(mlp):
     assert result.settings.output_damping == 0
 
 
-@pytest.mark.filterwarnings("ignore:the step raised the mean loss")
-def test_steps_that_do_little_are_lengthened(mlp):
-    """Until the samples that the step has not read notice, as bisection finds it; else not."""
-    start = vector(mlp)
-    options = {"damping": 1.0, "n_curvature": 40, "seed": 5}
-    plain = run(mlp, **options)
-    assert plain.length == 1
+def test_steps_that_fall_short_are_lengthened(monkeypatch):
+    """Until the samples that the step has not read notice, as bisection finds it."""
+    forget, retain = split(make_data(400))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 3)).double()
+    fit(model, (torch.cat([forget[0], retain[0]]), torch.cat([forget[1], retain[1]])), 60)
+    start = vector(model)
+    options = {"damping": 1e-5, "n_curvature": 200, "max_iterations": 4, "rtol": 0.0, "seed": 5}
+
+    def run(**more):
+        return unlearn(model, forget, retain, F.cross_entropy, **options | more)
+
+    plain = run()
     whole = vector(plain.model) - start
-    order = np.random.default_rng([5, 0]).permutation(len(RETAIN[1]))
-    unread = tuple(t[np.sort(order[40:])] for t in RETAIN)
+    assert 0.1 < plain.solve_residual < 1
+    order = np.random.default_rng([5, 0]).permutation(len(retain[1]))
+    unread = tuple(t[np.sort(order[200:])] for t in retain)
 
     def rise(length):
-        model = copy.deepcopy(mlp)
-        nn.utils.vector_to_parameters(start + length * whole, model.parameters())
+        moved = copy.deepcopy(model)
+        nn.utils.vector_to_parameters(start + length * whole, moved.parameters())
         with torch.no_grad():
-            losses = [F.cross_entropy(m(unread[0]), unread[1]).item() for m in (model, mlp)]
-        return (losses[0] - losses[1]) / len(FORGET[1])
+            losses = [F.cross_entropy(m(unread[0]), unread[1]).item() for m in (moved, model)]
+        return (losses[0] - losses[1]) / len(forget[1])
 
-    result = run(mlp, lengthen=rise(2.6), **options)
+    assert 0 < rise(0.9) < rise(1.0) < rise(2.6) < rise(8.0)
+    assert run(lengthen=rise(2.6)).length == 1  # the residual is below 1
+    monkeypatch.setattr(update, "_SHORT", 0.1)
+    result = run(lengthen=rise(2.6))
     assert 2.5 <= result.length <= 2.6
     got = vector(result.model) - start
     torch.testing.assert_close(got, whole * result.length, rtol=1e-9, atol=1e-12)
     assert f"{result.length:.3g} of the step" in repr(result)
-    assert run(mlp, lengthen=rise(1.4), **options).length == 1  # within its error
-    assert run(mlp, lengthen=rise(0.9), **options).length == 1
-    assert run(mlp, lengthen=10.0, **options).length == 8
-    # What did harm is repaired, not lengthened.
-    harmful = {"damping": 1e-6, "weight_decay": 0.0, "lengthen": 1e9}
-    assert run(mlp, repair_drop=0.0, **harmful).length == 1
-    assert run(mlp, repair_drop=1.0, **harmful).length == 8
-    kept = TrainingStatistics.collect(mlp, TRAIN, F.cross_entropy, curvature="gauss_newton")
+    assert run(lengthen=rise(0.9)).length == 1
+    assert run(lengthen=1.01 * rise(8.0)).length == 8
+    # What did harm is repaired, not lengthened; what was solved has the length it has.
+    assert run(lengthen=1e9, repair_drop=0.0, validation=unread, score=minus_loss).length == 1
+    assert run(lengthen=1e9, repair_drop=1.0, validation=unread, score=minus_loss).length == 8
+    assert run(lengthen=1e9, max_iterations=None, rtol=1e-9).length == 1
+    kept = TrainingStatistics.collect(logistic(), TRAIN, F.cross_entropy, curvature="gauss_newton")
     with pytest.raises(ValueError, match="lengthen need retained samples, and retain is None"):
-        unlearn(mlp, FORGET, None, F.cross_entropy, statistics=kept, lengthen=1.0)
+        unlearn(logistic(), FORGET, None, F.cross_entropy, statistics=kept, lengthen=1.0)
 
 
 def test_batch_norms_are_recalibrated():
@@ -888,6 +897,7 @@ def test_certified(linear, preset):
         ({"order": "sequential"}, "order='sequential'"),
         ({"repair_epochs": 1}, "repair_epochs=1"),
         ({"max_drop": 0.5}, "max_drop: a guard looks at the data"),
+        ({"lengthen": 0.5}, "lengthen: the length of the step depends on the data"),
         ({"lipschitz": None}, "lipschitz is not given"),
         ({"radius": 1e-3}, "above radius=0.001"),
         ({"gradient_bound": 1e-30}, "training_gradient_norm is .* above gradient_bound=1e-30"),
@@ -907,10 +917,11 @@ def test_certified_is_refused_by_reason(linear, options, reason):
 
 
 def test_a_network_is_not_certified(mlp):
-    options = CERTIFIED | {"gradient_bound": 1e3, "weight_decay": 1.0}  # positive definite
     match = "cannot be had here: the model is not linear in its trainable parameters"
-    with pytest.raises(ValueError, match=match):
-        unlearning.unlearn(mlp, FORGET, RETAIN, F.cross_entropy, **options)
+    for weight_decay in (1.0, 1e-6):  # also where the Hessian is indefinite
+        options = CERTIFIED | {"gradient_bound": 1e3, "weight_decay": weight_decay}
+        with pytest.raises(ValueError, match=match):
+            unlearning.unlearn(mlp, FORGET, RETAIN, F.cross_entropy, **options)
 
 
 def test_certified_needs_noise(linear):

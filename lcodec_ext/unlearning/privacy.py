@@ -535,9 +535,9 @@ def removal_guarantee(
     Parameters
     ----------
     model : nn.Module
-        The model after the update, without noise. Certified are those whose outputs are linear in
-        the trainable parameters, by their structure: one linear or convolution layer, behind
-        modules without trainable parameters, in Sequentials. All others are heuristic.
+        The model after the update, without noise. Certified are those in float64 whose outputs are
+        linear in the trainable parameters, by their structure: one linear or convolution layer,
+        behind modules without trainable parameters, in Sequentials. All others are heuristic.
     n, m : int
         Training samples, and how many of them are removed, all removals since training together:
         the step must start from the weights that training ended with.
@@ -615,6 +615,12 @@ def removal_guarantee(
     buffers = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
     if buffers:
         reasons.append(f"buffers are released without noise: {', '.join(map(repr, buffers))}")
+    rough = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float64}
+    if rough:
+        reasons.append(
+            f"the weights are {', '.join(sorted(map(str, rough)))}, to which the step is rounded "
+            "beyond its bound: it takes model.double()"
+        )
     measured = (
         ("training_gradient_norm", training_gradient_norm, "gradient_bound"),
         ("solve_residual", solve_residual, "rtol"),

@@ -116,10 +116,10 @@ class Settings:
     halvings : int
         How often the step is then halved, until it is within that.
     lengthen : float, optional
-        Lengthen a step, up to eightfold, until the mean loss of retained samples that it has not
-        read (of others, where it has read all) has risen by this for each removed sample: one
-        that they hardly notice falls short. Not below 1.5 times, which is within its error, and
-        not where it is repaired.
+        A step by conjugate gradients that `max_iterations` ended while the residual was above
+        |gradient| falls short, and is lengthened, up to eightfold, until the mean loss of retained
+        samples that the step has not read (of others, where it has read all) has risen by this for
+        each removed sample. Not where it is repaired.
     retries : int
         How often a step that still is past it is tried again, with ten times the damping. After
         that the model is left as it was and `UnlearnResult.skipped` lists the samples: the

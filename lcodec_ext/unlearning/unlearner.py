@@ -44,10 +44,16 @@ from lcodec_ext.unlearning.ledger import (
 )
 from lcodec_ext.unlearning.metrics import Score
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise
-from lcodec_ext.unlearning.samples import as_samples
+from lcodec_ext.unlearning.samples import Samples, as_samples
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.update import GUARDED, UnlearnResult, guarantee_of, unlearn
+from lcodec_ext.unlearning.update import (
+    GUARD_SIZE,
+    GUARDED,
+    UnlearnResult,
+    guarantee_of,
+    unlearn,
+)
 
 _LISTED = 10  # sample numbers in an error message
 
@@ -647,17 +653,28 @@ class Unlearner:
             changed = {"update": "newton"}  # and noise is for releases
             model, statistics = self._original(), self._given_statistics
             numbers = [*self._history.removed, *numbers]
+        validation = self._validation
+        guarded = self._settings.max_drop is not None or self._settings.repair_drop is not None
+        if guarded and validation is None and statistics is None:
+            validation = self._watched(retain)
         return unlearn(
             model,
             self._train.subset(numbers),
             None if statistics is not None else self._train.subset(retain.tolist()),
             self._loss_fn,
             preset=self._settings.replace(seed=seed, epsilon=None, delta=None, **changed),
-            validation=self._validation,
+            validation=validation,
             statistics=statistics,
             score=self._score,
             progress=self._progress,
         )
+
+    def _watched(self, retain: NDArray[np.int64]) -> Samples:
+        """Retained samples for the guard: the same in all requests, but for those removed since."""
+        order = np.random.default_rng([self._settings.seed, 5]).permutation(len(self._train))
+        kept = np.zeros(len(order), bool)
+        kept[retain] = True
+        return self._train.subset(np.sort(order[kept[order]][:GUARD_SIZE]).tolist())
 
     def _allowed(self) -> dict[str, float]:
         """How far this request may let fall what the guard watches: all together, the settings."""

@@ -59,11 +59,11 @@ from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 
 _PROBE = 32  # samples on which model and loss are checked, of either set
-_GUARD = 1000  # retained samples on which harm is looked for
+GUARD_SIZE = 1000  # retained samples on which harm is looked for
 _LBFGS = 20  # iterations
 _LONGEST = 8.0  # multiple of a step, by lengthening it
 _LENGTHS = 6  # that are tried
-_LONGER = 1.5  # or it is left: its length is not known better
+_SHORT = 1.0  # relative residual of a step that falls short
 GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 _CHEAP_ROUNDS = 100  # after which "cheap" ends in any case; the paper has no such end
 _OPERATORS = {
@@ -386,6 +386,19 @@ def unlearn(
             f"statistics are of {statistics.n} training samples; forget and retain have "
             f"{m} + {n_retain}. retain must be all that stay, or None"
         )
+    if settings.update == "certified":  # what is lacking, before anything is computed
+        guarantee_of(
+            settings,
+            model,
+            n=m + n_retain,
+            m=m,
+            n_selected=work.n_trainable,
+            training_gradient_norm=0.0,
+            solve_residual=0.0,
+            parameter_norm=0.0,
+            damping=settings.damping,
+            order=settings.order,
+        )
     with work.timed("monitoring"):
         drawn = None if kept is None else _Drawn(work, kept)
         monitored = None if drawn is None else drawn.monitored
@@ -444,7 +457,9 @@ def unlearn(
         changed = copy.deepcopy(model)
         if applied:
             work.hand_over(changed, applied)
-        guarantee = _guarantee(work, before, start, deletions, layout, m, n_retain, monitored)
+        guarantee = _guarantee(
+            work, changed, before, start, deletions, layout, m, n_retain, monitored
+        )
         if guarantee.sigma > 0:
             changed = add_noise(changed, guarantee.sigma)
             work.take_over(changed)
@@ -720,6 +735,7 @@ class _Workplace:
 
 def _guarantee(
     work: _Workplace,
+    model: nn.Module,
     before: _Measured,
     start: Gradient,
     deletions: "list[_Deletion]",
@@ -733,7 +749,7 @@ def _guarantee(
     whole = monitored is not None and len(monitored) == n_retain
     guarantee = guarantee_of(
         s,
-        work.model,
+        model,
         n=m + n_retain,
         m=m,
         n_selected=layout.size,
@@ -784,7 +800,7 @@ def guarantee_of(
         steps=s.steps,
         n_curvature=s.n_curvature,
         order=order,
-        repair_epochs=s.repair_epochs + bool(s.n_recalibrate),
+        repair_epochs=s.repair_epochs,
         lipschitz=s.lipschitz,
         hessian_lipschitz=s.hessian_lipschitz,
         strong_convexity=s.strong_convexity,
@@ -795,6 +811,8 @@ def guarantee_of(
     reasons = guarantee.reasons
     if s.max_drop is not None:
         reasons = (*reasons, GUARDED)
+    if s.lengthen is not None:
+        reasons = (*reasons, "lengthen: the length of the step depends on the data")
     if s.update == "certified" and reasons:
         raise ValueError(
             "update='certified' cannot be had here: "
@@ -838,7 +856,7 @@ class _Drawn:
     def watched(self) -> Samples:
         """For a guard without validation samples: samples that no step reads, if there are any."""
         unread = self._order[len(self.read) :]
-        return self._some((unread if len(unread) else self._order)[:_GUARD])
+        return self._some((unread if len(unread) else self._order)[:GUARD_SIZE])
 
     def with_samples(self, others: Samples) -> _Retained:
         """Retain others, too: those of a request whose turn comes later."""
@@ -1241,9 +1259,11 @@ class _Deletion:
         return harmed
 
     def _lengthen(self, take: Callable[[float], None]) -> None:
-        """Lengthen the step until the retained samples that it has not read notice."""
+        """Lengthen a step that was ended early until the retained samples notice."""
         settings, unread = self._settings, self._unread
         if settings.lengthen is None or unread is None:
+            return
+        if not self.solves or self.solves[-1].residual <= _SHORT:
             return
         most = settings.lengthen * len(self._forget)
 
@@ -1259,7 +1279,7 @@ class _Deletion:
             low, high = (self.length, high) if small() else (low, self.length)
             if low == _LONGEST:
                 return
-        take(low if low >= _LONGER else 1.0)
+        take(low)
 
     def _most(self) -> float:
         """How far what the guard watches may fall."""
@@ -1555,7 +1575,9 @@ def _solve(
         advice = f"a larger damping, for instance {max(1e-4, 10 * damping):g}"
     else:
         state = "indefinite"
-        advice = f"damping above {1.05 * (damping + least):.2g}"  # 5% cover the rounding
+        # 5% cover the rounding. Iterations know one direction: others may take more.
+        factor = 1.05 if len(gradient) <= operator._small else 2.0
+        advice = f"damping above {factor * (damping + least):.2g}"
         if curvature in ("hessian", "secant"):
             advice = (
                 "curvature='gauss_newton', which never is indefinite for a loss that is convex in "
