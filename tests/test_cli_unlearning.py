@@ -342,7 +342,11 @@ def test_pending_samples_are_named_when_weights_are_written(run):
     parts = load()
     with Unlearner.resume("run", build(), parts["train"], parts["loss_fn"]) as stream:
         stream._settings = stream.settings.replace(
-            update="gradient", learning_rate=1e4, retries=0, weight_decay=0.0
+            update="gradient",
+            learning_rate=1e4,
+            output_damping=0.0,
+            retries=0,
+            weight_decay=0.0,
         )
         with pytest.warns(UserWarning, match="was taken back"):
             stream.remove(range(10, 30))

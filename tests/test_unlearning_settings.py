@@ -745,6 +745,29 @@ def test_output_damping_holds_the_outputs(mlp, outputs):
     torch.testing.assert_close(step, torch.linalg.solve(G, removal), rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            {"learning_rate": 9.0},
+            "learning_rate=9.0 belongs to update='gradient'; update is 'newton'",
+        ),
+        ({"update": "lbfgs", "steps": 5}, "steps=5 belongs to .* of L-BFGS it is max_iterations"),
+        (
+            {"update": "lbfgs", "rtol": 0.1},
+            "rtol=0.1 belongs to update='newton'; update is 'lbfgs'",
+        ),
+        ({"max_drop": None, "halvings": 3}, "halvings=3 belongs to a guard, and max_drop is None"),
+        ({"max_drop": None, "retries": 3}, "retries=3 belongs to a guard, and max_drop is None"),
+    ],
+)
+def test_options_without_effect_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        Settings.preset("recommended", **options)
+    with pytest.raises(ValueError, match=match):
+        Settings().replace(**options)
+
+
 def test_output_damping_belongs_to_gauss_newton(mlp):
     for options in ({"curvature": "hessian"}, {"update": "gradient"}, {"update": "lbfgs"}):
         with pytest.raises(ValueError, match="output_damping belongs to update='newton' with"):

@@ -273,7 +273,8 @@ class Settings:
         if self.output_damping and (self.update, self.curvature) != ("newton", "gauss_newton"):
             raise ValueError(
                 "output_damping belongs to update='newton' with curvature='gauss_newton'; got "
-                f"update={self.update!r} and curvature={self.curvature!r}"
+                f"update={self.update!r} and curvature={self.curvature!r}, which take "
+                "output_damping=0"
             )
         self._check_size()
         self._check_privacy()
@@ -345,12 +346,16 @@ class Settings:
             "gauss_newton",
         ):
             made = defaults | PLAIN_DAMPING | options
-        return cls(**made)
+        settings = cls(**made)
+        _check_used(options, settings)
+        return settings
 
     def replace(self, **options: Any) -> "Settings":
         """Make the same settings with some options changed; errors as for `preset`."""
         _check_names(options)
-        return dataclasses.replace(self, **options)
+        settings = dataclasses.replace(self, **options)
+        _check_used(options, settings)
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON takes them."""
@@ -446,6 +451,22 @@ def _check_names(options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; is it {near[0]!r}?" if near else f"; options are {', '.join(known)}"
             raise TypeError(f"there is no option {key!r}{hint}")
+
+
+def _check_used(options: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse options that were asked for and that the settings leave without effect."""
+    update, guarded = settings.update, settings.max_drop is not None
+    for names, used, owner in (
+        (("learning_rate",), update == "gradient", f"update='gradient'; update is {update!r}"),
+        (("rtol",), update in ("newton", "certified"), f"update='newton'; update is {update!r}"),
+        (("steps",), update != "lbfgs", "the other updates; of L-BFGS it is max_iterations"),
+        (("halvings", "retries"), guarded, "a guard, and max_drop is None"),
+    ):
+        for name in names:
+            if options.get(name) and not used:
+                if name == "steps" and options[name] == 1:
+                    continue
+                raise ValueError(f"{name}={options[name]!r} belongs to {owner}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
