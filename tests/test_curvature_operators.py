@@ -905,8 +905,15 @@ def test_pairs_without_positive_curvature_are_left_out():
     assert A.skipped == (1,)
     assert "1 without positive curvature left out" in A.plan
     assert torch.linalg.eigvalsh(A.to_dense()).min() > -1e-12
-    with pytest.raises(ValueError, match="none of 1 pairs has positive curvature"):
-        SecantOperator.from_pairs(S[:, 0], -Y[:, 0])
+    with pytest.raises(IndefiniteCurvatureError, match="none of 1 pairs has positive") as caught:
+        SecantOperator.from_pairs(S[:, 0], -Y[:, 0], damping=1e6)
+    s, y = S[:, 0], -Y[:, 0]
+    assert caught.value.rayleigh == pytest.approx(float(s @ y / (s @ s)))
+    assert caught.value.least_damping is None  # none helps
+    message = str(caught.value)
+    assert "a step s of the weights and the change y of the gradient along it" in message
+    assert f"s.y is {s @ y:.3g} at most" in message
+    assert "Use curvature='gauss_newton'" in message
     with pytest.raises(ValueError, match="none of 1 pairs"):
         SecantOperator.from_pairs(0 * S[:, 0], Y[:, 0])
     with pytest.raises(ValueError, match="NaN"):

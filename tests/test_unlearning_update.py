@@ -784,6 +784,16 @@ def test_indefinite_hessian_is_refused_with_the_damping_it_takes(weight_decay):
         unlearn(model, FORGET, RETAIN, F.cross_entropy, damping=0.89 * advised, **options)
 
 
+@pytest.mark.parametrize("damping", [0.02, 100.0])
+def test_secant_without_positive_curvature_says_what_helps(damping):
+    model, selection = mlp(), UnitSelection({"0": [0]})
+    options = {"selection": selection, "damping": damping, "inplace": True}
+    with pytest.raises(IndefiniteCurvatureError, match="Damping does not help.*'gauss_newton'"):
+        unlearn(model, FORGET, RETAIN, F.cross_entropy, curvature="secant", **options)
+    assert torch.equal(vector(model), vector(mlp()))
+    unlearn(model, FORGET, RETAIN, F.cross_entropy, curvature="gauss_newton", **options)
+
+
 @pytest.mark.parametrize("width", [6, 60])
 @pytest.mark.parametrize("n", [30, 200])
 def test_loss_that_is_not_convex_in_the_outputs(width, n):

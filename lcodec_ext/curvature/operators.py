@@ -34,6 +34,7 @@ from lcodec_ext.curvature._routes import (
     stored_product,
 )
 from lcodec_ext.curvature.solvers import (
+    IndefiniteCurvatureError,
     SolveResult,
     cholesky,
     conjugate_gradient,
@@ -863,7 +864,9 @@ class SecantOperator(CurvatureOperator):
     Raises
     ------
     ValueError, TypeError
-        As `HessianOperator`, for steps of another shape or not finite, and where no pair is left.
+        As `HessianOperator`, and for steps of another shape or not finite.
+    IndefiniteCurvatureError
+        If no pair is left.
 
     Notes
     -----
@@ -977,9 +980,14 @@ class SecantOperator(CurvatureOperator):
         good = curvature > tolerance * lengths * Y.double().norm(dim=0)
         self.skipped = tuple((~good).nonzero()[:, 0].tolist())
         if not good.any():
-            raise ValueError(
-                f"none of {S.shape[1]} pairs has positive curvature: s.y is "
-                f"{curvature.max().item():.3g} at most"
+            quotients = curvature / lengths.square()
+            raise IndefiniteCurvatureError(
+                f"none of {S.shape[1]} pairs has positive curvature. A pair is a step s of the "
+                "weights and the change y of the gradient along it, and s.y is "
+                f"{curvature.max().item():.3g} at most. Damping does not help: it is added to "
+                "what the pairs give. Use curvature='gauss_newton', the GaussNewtonOperator, which "
+                "never is indefinite for a loss that is convex in the outputs, or other steps",
+                quotients.max().item() if inner is None else math.nan,
             )
         scale = (lengths if inner is None else curvature.sqrt())[good]
         unit_Y = Y.double()[:, good] / scale
