@@ -24,6 +24,8 @@ from torch.utils.data import (
 from lcodec_ext import unlearning
 from lcodec_ext.curvature import ConvergenceWarning, GaussNewtonOperator
 from lcodec_ext.unlearning import BeforeAfter, IndefiniteCurvatureError, Settings, UnitSelection
+from lcodec_ext.unlearning.samples import as_samples
+from lcodec_ext.unlearning.update import _warn_of_overlap
 
 DOUBLE = torch.float64
 
@@ -1013,9 +1015,56 @@ def test_warns_of_a_step_that_goes_too_far_and_of_overlapping_sets():
     with pytest.warns(UserWarning, match="raised the mean loss of the retained") as caught:
         unlearn(model, (x[:40], y[:40]), (x[40:], y[40:]), damping=1e-4, **options)
     assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="every sample of forget is among those") as caught:
+    with pytest.warns(UserWarning, match="5 of 5 samples of forget are also among") as caught:
         unlearn(model, (x[:5], y[:5]), (x, y), damping=100.0, **options)
     assert caught[0].filename == __file__
+
+
+def tokens(n, dtype=torch.int64):
+    return torch.randint(0, 50, (n, 6), generator=torch.manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.randn(60, 5, generator=torch.manual_seed(0)),
+        torch.randn(60, 2, 3, dtype=DOUBLE, generator=torch.manual_seed(0)),
+        torch.arange(60 * 4).reshape(60, 4).double(),  # bits that are zero but for a few
+        torch.arange(60.0),
+        tokens(60),
+        tokens(60, torch.uint8),
+        {"input_ids": tokens(60), "attention_mask": torch.ones(60, 6, dtype=torch.bool)},
+    ],
+    ids=["float", "double", "whole", "one", "tokens", "bytes", "dict"],
+)
+def test_overlap_is_found_wherever_it_is(inputs):
+    labels = torch.arange(60) % 3
+
+    def some(numbers, shift=0):
+        y = (labels[numbers] + shift) % 3
+        if isinstance(inputs, dict):
+            x = {k: t[numbers] for k, t in inputs.items()} | {"labels": y}
+        else:
+            x = (inputs[numbers], y)
+        return as_samples(x, "samples", torch.device("cpu"), torch.float64)
+
+    def warnings_of(forget, retain):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _warn_of_overlap(forget, retain)
+        return [str(warning.message) for warning in caught]
+
+    forget = some(list(range(20)))
+    found = "{} of 20 samples of forget are also among those of retain: pass as retain the"
+    for shared in (20, 19, 10):  # the last of forget, in any order
+        retain = some([*range(59, 19, -1), *range(20 - shared, 20)])
+        (message,) = warnings_of(forget, retain)
+        assert message.startswith(found.format(shared))
+    for shared in (9, 1, 0):  # as true duplicates may be
+        assert not warnings_of(forget, some([*range(20, 60), *range(shared)]))
+    assert not warnings_of(forget, some(list(range(60)), shift=1))  # other targets
+    doubled = some([*range(20), *range(20)])
+    assert warnings_of(doubled, some(list(range(60))))[0].startswith("40 of 40 samples")
 
 
 def test_ignored_targets_are_refused_wherever_they_stand():

@@ -1509,29 +1509,56 @@ def _check_mean(
 
 
 def _warn_of_overlap(forget: Samples, retain: Samples) -> None:
-    """Warn if every sample to delete is also among those to retain."""
+    """Warn if half of the samples to delete, or more, are also among those to retain.
 
-    def columns(batch: Batch) -> list[Tensor]:
-        return list(tensors_of((batch.args, batch.kwargs, batch.targets)))
+    Fewer may be true duplicates. One pass over retain hashes the bits of every sample, and what
+    has the hash of a sample to delete is compared with it.
+    """
 
-    # One that is not is enough to know; usually that is the first.
-    for k in range(len(forget)):
-        one = columns(forget.fetch([k]))
-        for batch in retain.batches(4096):
-            same = torch.ones(batch.size, dtype=torch.bool, device=one[0].device)
-            for many, single in zip(columns(batch), one, strict=True):
-                if many.shape[1:] != single.shape[1:]:
-                    return
-                same &= (many == single).flatten(1).all(1) if many.ndim > 1 else many == single
-            if same.any():
-                break
-        else:
-            return
-    warnings.warn(
-        "every sample of forget is among those of retain: pass as retain the training "
-        "samples that stay, without the deleted ones",
-        stacklevel=4,  # behind unlearn and its decorator
-    )
+    def columns(samples: Samples, indices: list[int]) -> list[Tensor]:
+        batch = samples.fetch(indices)
+        tensors = tensors_of((batch.args, batch.kwargs, batch.targets))
+        return [t.reshape(len(indices), math.prod(t.shape[1:])).contiguous() for t in tensors]
+
+    widths = [t.shape[1] for t in columns(forget, [0])]
+    if widths != [t.shape[1] for t in columns(retain, [0])]:
+        return
+    rows = max(1, 2**18 // max(1, sum(widths)))  # at a time: what stays in the caches
+    rng = np.random.default_rng(0)
+    factors: dict[int, Tensor] = {}
+
+    def keys(samples: Samples) -> NDArray[np.int64]:
+        """The bits of each sample as integers of at most 32, times random ones, modulo 2^64."""
+        found = []
+        for start in range(0, len(samples), rows):
+            some = list(range(start, min(start + rows, len(samples))))
+            total = torch.zeros(len(some), dtype=torch.int64)
+            for k, column in enumerate(columns(samples, some)):
+                bits = column.view(torch.int32) if column.element_size() >= 4 else column
+                if k not in factors:
+                    drawn = rng.integers(-(2**63), 2**63, bits.shape[1])
+                    factors[k] = torch.from_numpy(drawn).to(bits.device)
+                total += (bits * factors[k]).sum(1).cpu()
+            found.append(total.numpy())
+        return np.concatenate(found)
+
+    known, first = np.unique(keys(retain), return_index=True)
+    wanted = keys(forget)
+    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    likely = np.flatnonzero(known[at] == wanted)
+    m, k = len(forget), 0
+    for start in range(0, len(likely), rows):
+        some = likely[start : start + rows]
+        pairs = zip(
+            columns(forget, some.tolist()), columns(retain, first[at[some]].tolist()), strict=True
+        )
+        k += int(torch.stack([(a == b).all(1) for a, b in pairs]).all(0).sum())
+    if 2 * k >= m:
+        warnings.warn(
+            f"{k:,} of {m:,} samples of forget are also among those of retain: pass as retain the "
+            "training samples that stay, without the deleted ones",
+            stacklevel=4,  # behind unlearn and its decorator
+        )
 
 
 def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:
