@@ -217,6 +217,36 @@ def test_embedding_bags(offsets, last):
         assert recording.activations[3, column] == pytest.approx((x == unit).mean())
 
 
+class Bag(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.words = kind(10, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        made = self.words(x)
+        return self.head(made if made.ndim == 2 else made.mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("batch_size", [2, 256])
+def test_tokens_that_the_model_has_not(kind, batch_size):
+    model, request = seeded(0, Bag(kind)), samples_of(tokens(4, 3, vocab=9))
+
+    def message(perturb):
+        with pytest.raises(ValueError, match="the model fails on perturbed inputs: ") as caught:
+            recorded(model, request, perturb=perturb, batch_size=batch_size)
+        assert isinstance(caught.value.__cause__, IndexError | RuntimeError)
+        return str(caught.value)
+
+    assert "model has not: vocab_size=1000; rows of the model's embeddings: 'words' 10" in message(
+        TokenReplacement(1000)
+    )
+    assert "tokens up to 900 in token_ids" in message(TokenReplacement(token_ids=[899, 900]))
+    assert "perturb must return inputs that it takes" in message(lambda x, rng: x + 500)
+    recorded(model, request, perturb=TokenReplacement(10), batch_size=batch_size)
+
+
 def test_bags_of_different_sizes():
     class Ragged(Bags):
         def forward(self, x):

@@ -294,10 +294,15 @@ class _Passes:
     """
 
     def __init__(
-        self, model: nn.Module, recorder: Recorder, calls: list[Call], loss_fn: LossFunction
+        self,
+        model: nn.Module,
+        recorder: Recorder,
+        calls: list[Call],
+        loss_fn: LossFunction,
+        perturb: Perturb | None,
     ) -> None:
         self._model, self._recorder, self._calls = model, recorder, calls
-        self._loss_fn = loss_fn
+        self._loss_fn, self._perturb = loss_fn, perturb
         self._layouts: dict[Call, list[Layout]] = {}
         self._vmap = False
         self._bytes = 1  # of the largest view of one group
@@ -312,10 +317,36 @@ class _Passes:
             pairs = zip(views, layouts, strict=True)
             return site.finish([site.means(view, layout, groups) for view, layout in pairs])
 
-        outputs, means = self._recorder.run(self._model, batch, reduce)
+        outputs, means = self._call(batch, reduce)
         if list(means) != self._calls:
             raise ValueError("the layers that the model calls change from input to input")
         return means, self._losses(outputs, batch, groups)
+
+    def _call(
+        self, batch: Batch, take: Callable[[Call, Site, list[Tensor]], Any]
+    ) -> tuple[Any, dict[Call, Any]]:
+        """Call the model on perturbed inputs; on the given ones it has been called before."""
+        try:
+            return self._recorder.run(self._model, batch, take)
+        except (IndexError, RuntimeError) as error:  # of embeddings, and of their bags
+            if self._perturb is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"the model fails on perturbed inputs: {error}. {self._suspicion()}"
+            ) from error
+
+    def _suspicion(self) -> str:
+        if not isinstance(self._perturb, TokenReplacement):
+            return "perturb must return inputs that it takes"
+        size, drawn = self._perturb.vocab_size, self._perturb.token_ids or ()
+        given = f"tokens up to {max(drawn)} in token_ids" if size is None else f"vocab_size={size}"
+        rows = [
+            f"{name!r} {module.num_embeddings}"
+            for name, module in self._model.named_modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        ]
+        known = f"; rows of the model's embeddings: {', '.join(rows[:4])}" if rows else ""
+        return f"TokenReplacement may draw tokens that the model has not: {given}{known}"
 
     def _losses(self, outputs: Any, batch: Batch, groups: int) -> Tensor:
         if groups == 1:
@@ -369,7 +400,7 @@ class _Passes:
 
         expected, taken = [], []
         for batch in (first, second):
-            outputs, found_alone = self._recorder.run(self._model, batch, alone)
+            outputs, found_alone = self._call(batch, alone)
             taken.append(found_alone)
             expected.append(self._losses(outputs, batch, 1))
         one, two = taken
@@ -388,7 +419,7 @@ class _Passes:
 
         both = _joined([first, second])
         try:
-            outputs, found = self._recorder.run(self._model, both, both_ways)
+            outputs, found = self._call(both, both_ways)
             losses = self._losses(outputs, both, 2)
         except Exception:  # a model may be made for one number of samples
             return False
@@ -660,7 +691,7 @@ def record(
     losses = np.zeros(n_rows)
     bar = progress_bar(progress, total=n_perturbations, desc="perturbations", unit="draw")
     with Recorder(dict.fromkeys(sites.values())) as recorder, recording_arithmetic(), bar:
-        passes = _Passes(model, recorder, list(sites), loss_fn)
+        passes = _Passes(model, recorder, list(sites), loss_fn, perturb)
         groups = 1
         if batch_size >= 2 * size:
             pair = _slice(draw(0), slice(size)), _slice(draw(1), slice(m - size, None))
