@@ -1020,6 +1020,31 @@ def test_warns_of_a_step_that_goes_too_far_and_of_overlapping_sets():
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [list(range(200)), (3, 5), range(200), {3, 5}, 7, np.arange(9), torch.arange(9), FORGET[1] > 0],
+    ids=["list", "tuple", "range", "set", "int", "array", "tensor", "mask"],
+)
+def test_samples_by_number_are_told_where_to_go(numbers):
+    with pytest.raises(TypeError, match="forget must .*; here pass their tensors") as caught:
+        unlearn(mlp(), numbers, RETAIN, F.cross_entropy)
+    assert "Samples by number are for Unlearner.remove" in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("arrays", [(True, True), (True, False), (False, True)])
+def test_arrays_are_told_how_to_become_tensors(arrays):
+    parts = [t.numpy() if array else t for t, array in zip(FORGET, arrays, strict=True)]
+    for given in (tuple(parts), list(parts), FORGET[0].numpy()):
+        with pytest.raises(TypeError, match="got .*; torch.from_numpy makes tensors of arrays"):
+            unlearn(mlp(), given, RETAIN, F.cross_entropy)
+
+
+def test_long_lists_are_shortened_in_messages():
+    with pytest.raises(TypeError, match=r"got \(str, str, str, str, ... 300 values\)$"):
+        unlearn(mlp(), ["a"] * 300, RETAIN, F.cross_entropy)
+
+
 def tokens(n, dtype=torch.int64):
     return torch.randint(0, 50, (n, 6), generator=torch.manual_seed(0)).to(dtype)
 

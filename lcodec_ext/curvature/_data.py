@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 SAMPLES = 128  # of one batch, where the package makes the batches
 
 _LABELS = ("labels", "label")
+_SHOWN = 4  # types in a message
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Batches:
             if not is_one_batch(batch):
                 raise TypeError(
                     f"{name} must be a pair (inputs, targets) of tensors (torch.as_tensor makes "
-                    f"them of arrays) or a dict with 'labels'; got {_described(batch)}"
+                    f"them of arrays) or a dict with 'labels'; got {described(batch)}"
                 )
             size = n_samples(batch, name)
             yield as_batch(_moved(batch, self._device, self._dtype), size, name)
@@ -207,11 +208,14 @@ def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return map_tensors(move, tree)
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """What a value is that is no batch, in a few words."""
     if isinstance(value, Tensor):
         return f"a single tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):
-        return f"({', '.join(type(part).__name__ for part in value)})"
+        kinds = [type(part).__name__ for part in value[:_SHOWN]]
+        more = f", ... {len(value):,} values" if len(value) > _SHOWN else ""
+        return f"({', '.join(kinds)}{more})"
     return f"an object of type {type(value).__name__}"
 
 

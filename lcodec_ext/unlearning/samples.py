@@ -24,6 +24,7 @@ from lcodec_ext._validation import check_integer, check_seed
 from lcodec_ext.curvature._data import (
     Batch,
     as_batch,
+    described,
     is_one_batch,
     map_tensors,
     n_samples,
@@ -262,12 +263,33 @@ def as_samples(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
     if not isinstance(data, Mapping | tuple | list):
         raise TypeError(
             f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels', "
-            f"a Dataset or a DataLoader; got an object of type {type(data).__name__}"
+            f"a Dataset or a DataLoader; got {described(data)}{_advice(data)}"
         )
-    if not is_one_batch(data):
-        given = ", ".join(type(part).__name__ for part in data)
-        raise TypeError(f"{name} must give pairs (inputs, targets) of tensors; got ({given})")
+    mixed = not isinstance(data, Mapping) and any(isinstance(part, np.ndarray) for part in data)
+    if mixed or not is_one_batch(data):
+        raise TypeError(
+            f"{name} must give pairs (inputs, targets) of tensors; got {described(data)}"
+            f"{_advice(data)}"
+        )
     return _in_memory(data, name, device, dtype)
+
+
+def _advice(data: Any) -> str:
+    """What to do where numbers or arrays were given for samples."""
+    parts = data if isinstance(data, tuple | list | range | set | frozenset) else ()
+    if isinstance(data, Tensor | np.ndarray):
+        whole = str(data.dtype).removeprefix("torch.").startswith(("int", "uint", "bool"))
+        by_number = data.ndim < 2 and whole
+    else:
+        by_number = all(isinstance(i, int | np.integer) for i in parts or [data])
+    if by_number:
+        return (
+            ". Samples by number are for Unlearner.remove; here pass their tensors, "
+            "(inputs[numbers], targets[numbers])"
+        )
+    if any(isinstance(part, np.ndarray) for part in [data, *parts]):
+        return "; torch.from_numpy makes tensors of arrays"
+    return ""
 
 
 def _in_memory(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
