@@ -1156,6 +1156,19 @@ def at(model, weights):
     return moved
 
 
+def test_statistics_of_another_model_are_told_in_a_few_words(linear):
+    kept = TrainingStatistics.collect(linear, TRAIN, F.cross_entropy)
+    wide = nn.Sequential(
+        nn.Linear(4, 3000), *(nn.Linear(3000 if k == 0 else 3, 3) for k in range(5))
+    )
+    with pytest.raises(ValueError, match="of another model or of another selection") as caught:
+        kept.operator(wide.double(), F.cross_entropy, FORGET, UnitSelection.all(wide))
+    message = str(caught.value)
+    assert "no curvature of 3,015 of the 3,015 units that are asked for" in message
+    assert "in '0', '1', '2' and 3 more" in message
+    assert len(message) < 250
+
+
 def test_statistics_that_do_not_fit(linear, mlp, tmp_path):
     kept = TrainingStatistics.collect(linear, TRAIN, F.cross_entropy)
     few = tuple(t[:20] for t in RETAIN)
@@ -1174,7 +1187,7 @@ def test_statistics_that_do_not_fit(linear, mlp, tmp_path):
     refuse("n_recalibrate and lengthen need retained samples", repair_epochs=1)
     refuse("retain is None: pass the retained", statistics=None)
     refuse("needs retained samples", selection="fisher_ratio", n_units=1)
-    refuse("no curvature of UnitSelection", model=mlp)
+    refuse("no curvature of [0-9]+ of the [0-9]+ units that are asked for, in '", model=mlp)
     for made in (kept, TrainingStatistics(80, "secant", None, None, [{}], [{}])):
         with pytest.raises(ValueError, match="of 80 training samples, and forget has 80"):
             made.without(linear, F.cross_entropy, TRAIN)

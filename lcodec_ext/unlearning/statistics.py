@@ -353,8 +353,12 @@ class TrainingStatistics:
         assert self.matrix is not None
         others = selection - self.selection
         if others:
+            layers = [repr(name) for name in others.units]
+            more = f" and {len(layers) - 3:,} more" if len(layers) > 3 else ""
             raise ValueError(
-                f"the statistics have no curvature of {others}; collect them with these units"
+                "the statistics are of another model or of another selection: they have no "
+                f"curvature of {len(others):,} of the {len(selection):,} units that are asked for, "
+                f"in {', '.join(layers[:3])}{more}; collect them with these units"
             )
         own = UnitLayout(self.selection, model)
         if own.size != len(self.matrix):
