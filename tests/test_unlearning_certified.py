@@ -365,6 +365,25 @@ def copied(model, x, y):
 # What goes in and comes out
 
 
+def test_it_prints_what_it_is(rng):
+    x, y = draw(rng)
+    model = CertifiedLinear(**OPTIONS, seed=0)
+    assert repr(model).startswith("CertifiedLinear('logistic', weight_decay=")
+    assert repr(model).endswith(", not trained)")
+    model.fit(x, y).remove([5, 6, 7])
+    n, features = x.shape
+    for each in (model, copied(model, x, y)):
+        assert f"; {features} features, 1 output; {n - 3:,} samples, 3 removed; " in repr(each)
+        assert f"; {model.spent:.3g} of a budget of {model.budget:.3g} spent)" in repr(each)
+    model.retrain(without=[0])
+    assert f"; {n - 4:,} samples, 4 removed; " in repr(model)
+    meta, tensors = model.to_state()
+    del meta["n_samples"]  # as earlier versions wrote it
+    kept = tensors["retained"]
+    old = CertifiedLinear.from_state(meta, tensors, x[kept], y[kept])
+    assert f"; {n - 4:,} samples; " in repr(old)
+
+
 def test_b_is_fresh_unless_seeded(rng):
     x, y = draw(rng)
     noises = [CertifiedLinear(**OPTIONS).fit(x, y)._noise for _ in range(2)]

@@ -183,6 +183,20 @@ class CertifiedLinear:
             )
         self._seed = check_seed(seed)
         self._data: tuple[Tensor, Tensor] | None = None  # of the retained samples
+        self._n: int | None = None  # of fit; unknown in states of earlier versions
+
+    def __repr__(self) -> str:
+        head = f"CertifiedLinear({self.loss!r}, weight_decay={self.weight_decay:g}"
+        head += f", epsilon={self.epsilon:g}, delta={self.delta:g}"
+        if self._data is None:
+            return f"{head}, not trained)"
+        rows, outputs = self.weights.shape
+        n = len(self.retained)
+        removed = "" if self._n is None else f", {self._n - n:,} removed"
+        return (
+            f"{head}; {rows - self.bias} features, {outputs} output{'s' * (outputs > 1)}; "
+            f"{n:,} samples{removed}; {self.spent:.3g} of a budget of {self.budget:.3g} spent)"
+        )
 
     def fit(self, X: Any, y: Any) -> "CertifiedLinear":
         """Train, with a fresh b. Samples get their row for a number.
@@ -202,6 +216,7 @@ class CertifiedLinear:
         """
         x, target, n_outputs = self._checked(X, y)
         self._train(x, target, torch.arange(len(x), device=x.device), n_outputs)
+        self._n = len(x)
         return self
 
     def retrain(self, without: Any = ()) -> "CertifiedLinear":
@@ -531,6 +546,7 @@ class CertifiedLinear:
             "seeded": self._seeded,
             "left_by_output": list(self._left_by_output),
             "spectral_norm": self._spectral_norm,
+            "n_samples": self._n,
             "samples_sha256": _sha256(x, target),
         }
         tensors = {"weights": self.weights, "noise": self._noise, "retained": self.retained}
@@ -556,7 +572,7 @@ class CertifiedLinear:
         """
         rest = dict(meta)
         left, norm = rest.pop("left_by_output"), rest.pop("spectral_norm")
-        digest = rest.pop("samples_sha256")
+        digest, n = rest.pop("samples_sha256"), rest.pop("n_samples", None)
         seeded = check_bool(rest.pop("seeded"), "seeded")
         model = cls(**rest)
         x, target, _ = model._checked(X, y)
@@ -565,7 +581,7 @@ class CertifiedLinear:
                 "X and y must be the retained samples, in the order of tensors['retained'], "
                 f"{len(tensors['retained'])} of them; the {len(x)} that were given differ"
             )
-        model._data, model._seeded = (x, target), seeded
+        model._data, model._seeded, model._n = (x, target), seeded, n
         model.weights, model._noise, model.retained = (
             tensors[name].to(x.device, copy=True) for name in ("weights", "noise", "retained")
         )
