@@ -511,9 +511,12 @@ def test_what_would_not_be_kept(refused):
         ("--data own_problem.py:none", "has no 'none'; it defines build"),
         ("--weights none.pt", "--weights: there is no file none.pt"),
         ("--weights own_problem.py", "must be a file ending in .pt or .pth or .safetensors"),
-        ("--weights text.pt", "cannot be read as tensors"),
+        ("--weights text.pt", "cannot be read as tensors: torch.save did not write it"),
+        ("--weights empty.pt", "cannot be read as tensors"),
         ("--weights text.safetensors", "cannot be read as tensors"),
-        ("--weights code.pt", "cannot be read as tensors"),
+        ("--weights code.pt", "it holds pickled Python objects, a whole model perhaps"),
+        ("--weights code.pt", "tensors alone: torch.save(model.state_dict(), file)\n"),
+        ("--weights old.pt", "it holds pickled Python objects, a whole model perhaps"),
         ("--weights list.pt", "must hold a state_dict; got an object of type list"),
         ("--weights other.pt", "does not fit the model"),
     ],
@@ -521,7 +524,9 @@ def test_what_would_not_be_kept(refused):
 def test_models_and_data_that_cannot_be(refused, options, message):
     Path("text.pt").write_text("no", encoding="utf-8")
     Path("text.safetensors").write_text("no", encoding="utf-8")
+    Path("empty.pt").write_bytes(b"")
     torch.save(torch.nn.Linear(4, 3), "code.pt")
+    torch.save(torch.nn.Linear(4, 3), "old.pt", _use_new_zipfile_serialization=False)
     torch.save([1], "list.pt")
     torch.save(torch.nn.Linear(5, 3).state_dict(), "other.pt")
     given = options.split()

@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -388,10 +390,19 @@ def _read_weights(file: str, option: str) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
+    except pickle.UnpicklingError as error:  # its message is long, with terminal codes
+        found = "torch.save did not write it"
+        if _is_pickled(path):
+            found = (
+                "it holds pickled Python objects, a whole model perhaps, and to load them could "
+                "run any code. Save the tensors alone: torch.save(model.state_dict(), file)"
+            )
+        raise InputError(f"{option} {file} cannot be read as tensors: {found}") from error
     except Exception as error:
+        told = str(error).splitlines() or ["no message"]
         raise InputError(
             f"{option} {file} cannot be read as tensors (a state_dict saved by torch.save or "
-            f"safetensors): {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            f"safetensors): {type(error).__name__}: {told[0][:200]}"
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]  # a checkpoint of Lightning and others
@@ -400,6 +411,12 @@ def _read_weights(file: str, option: str) -> dict[str, Any]:
             f"{option} {file} must hold a state_dict; got an object of type {type(state).__name__}"
         )
     return dict(state)
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether a file is one that torch.save writes, now or before PyTorch 1.6, or a pickle."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
 def _write_weights(path: Path, model: "nn.Module") -> None:
