@@ -103,13 +103,22 @@ def test_help_lists_the_commands(run):
 
 def test_usage_errors_are_one_line(refused):
     assert "COMMAND" in refused()
-    assert "'fcoi'" in refused("fcoi")
+    for command in ("'fcoi'", *COMMANDS):
+        assert command in refused("fcoi")
     assert "--y" in refused("foci", "t.csv")
     assert "'average'" in refused("codec", "t.csv", "--y", "a", "--z", "b", "--ties", "mean")
     assert "an integer >= 1; got '0'" in refused("foci", "t", "--y", "a", "--max-features", "0")
     assert "number >= 0; got '-1'" in refused("foci", "t", "--y", "a", "--min-gain", "-1")
     assert "2**64); got 'x'" in refused("foci", "t", "--y", "a", "--seed", "x")
     assert "1 to 1024; got '0'" in refused("bench", "--threads", "0")
+
+
+@pytest.mark.parametrize("command", ["unlearn", "foci t.csv --y y", "bench"])
+def test_unknown_options_are_told_by_their_command(refused, command):
+    name = command.split()[0]
+    message = refused(*command.split(), "--wd", "1e-3")
+    assert message.startswith(f"lcodec-ext {name}: error: unrecognized arguments: --wd 1e-3")
+    assert message.endswith(f"(see lcodec-ext {name} --help)\n")
 
 
 def test_options_are_not_abbreviated(refused, table):

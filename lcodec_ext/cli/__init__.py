@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from lcodec_ext.cli import _dependence, _machine, _unlearning
-from lcodec_ext.cli._console import BAD_INPUT, FAILED, OK, PROGRAM, Console, Parser, one_line
+from lcodec_ext.cli._console import (
+    BAD_INPUT,
+    FAILED,
+    OK,
+    PROGRAM,
+    CommandParser,
+    Console,
+    Parser,
+    one_line,
+)
 
 __all__ = ["main"]
 
@@ -97,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
+        title="commands",
+        metavar="COMMAND",
+        dest="command",
+        required=True,
+        parser_class=CommandParser,
     )
     _machine.add_info(commands)
     _dependence.add_codec(commands)
