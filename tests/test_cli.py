@@ -465,14 +465,53 @@ def test_missing_values_need_a_decision(run, refused):
     path = write("a.csv", "y,z,w\n1,2,\n2,,3\n3,5,1\n4,6,inf\n5,9,2\n")
     command = ["codec", path, "--y", "y", "--z", "z"]
     message = refused(*command)
-    assert "a missing value in column 'z', row 2 of the data" in message
+    assert "a.csv, line 3, column 'z': a missing value" in message
     assert "--nan-policy omit" in message
     status, out, _ = run(*command, "--nan-policy", "omit", "--json")
     expected = lcodec_ext.codec([1, 3, 4, 5], [2, 5, 6, 9])
     assert (status, json.loads(out)["T"], json.loads(out)["n_samples"]) == (0, expected, 4)
     message = refused("foci", path, "--y", "y", "--nan-policy", "omit")
-    assert "an infinite value in column 'w', row 4" in message
+    assert "a.csv, line 5, column 'w': an infinite value" in message
     assert "at least 3 rows" in refused("codec", write("b.csv", "y,z\n"), "--y", "y", "--z", "z")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("y,z\n1,2\n2,3\n3,nan\n4,5\n", 4),  # NumPy's parser
+        ("y,z\n1,2\n2,3\n3,\n4,5\n", 4),  # Python's
+        ("y,z\n1,2\n\n\n3,nan\n4,5\n", 5),
+        ('y,"z"\n1,2\n\n\n3,\n4,5\n', 5),
+        ('"y\n",z\n1,2\n3,\n4,5\n', 4),
+    ],
+)
+def test_a_missing_value_is_told_by_its_line_as_other_cells_are(refused, text, line):
+    path = write("a.csv", text)
+    command = ["codec", path, "--y", "y", "--z", "z"]
+    assert f"a.csv, line {line}, column 'z': a missing value" in refused(*command)
+    write(
+        "a.csv", text.replace("3,nan", "3,one").replace("3,\n", "3,one\n").replace("3,,", "3,one,")
+    )
+    assert f"a.csv, line {line}, column 'z': 'one' is no number" in refused(*command)
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_lines_of_a_single_column(header):
+    path = write("a.csv", "y\n" * header + "1\n\n\r\n2\nnan\n\n")
+    name = "y" if header else "0"
+    table = _tables.read_table(path, list, header=header)
+    assert table.first(np.isnan) == f"line {5 + header}, column '{name}'"
+    assert table.select([name]).first(np.isnan) == f"line {5 + header}, column '{name}'"
+
+
+def test_a_missing_value_of_an_array_is_told_by_its_row(refused, monkeypatch):
+    np.save("a.npy", np.array([[1.0, 2.0], [3.0, np.nan], [4.0, 5.0]]))
+    assert "a.npy, row 2, column '1': a missing value" in refused(
+        "codec", "a.npy", "--y", "0", "--z", "1"
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y,z\n1,2\n3,nan\n4,5\n")))
+    message = refused("codec", "-", "--y", "y", "--z", "z")
+    assert "standard input, line 3, column 'z': a missing value" in message
 
 
 def test_an_unnamed_column_is_pointed_out(run, rng):

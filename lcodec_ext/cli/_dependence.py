@@ -340,7 +340,7 @@ def _load(
     choose: Callable[[list[str]], list[str]],
 ) -> "Table":
     """The chosen columns; missing values only where they may be left out."""
-    from lcodec_ext.cli._tables import read_table
+    from lcodec_ext.cli._tables import label_of, read_table
 
     with timed(seconds, "read"):
         table = read_table(
@@ -350,13 +350,12 @@ def _load(
         console.note(f"read {len(table):,} rows in {seconds['read']:.1f} s")
     if options.nan_policy == "raise" and (place := table.first(np.isnan)):
         raise InputError(
-            f"{options.table}: a missing value in column {place[1]!r}, row {place[0] + 1:,} of the "
-            "data; pass --nan-policy omit to leave out rows with missing values"
+            f"{label_of(options.table)}, {place}: a missing value; pass --nan-policy omit to leave "
+            "out rows with missing values"
         )
     if place := table.first(np.isinf):
         raise InputError(
-            f"{options.table}: an infinite value in column {place[1]!r}, row {place[0] + 1:,} of "
-            "the data; expected finite numbers"
+            f"{label_of(options.table)}, {place}: an infinite value; expected finite numbers"
         )
     return table
 

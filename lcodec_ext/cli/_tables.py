@@ -46,10 +46,14 @@ class Table:
     columns : list of str
     arrays : sequence of ndarray of shape (n,)
         One for each column.
+    lines : ndarray of shape (n,), optional
+        Where the rows are in a text file.
     """
 
-    def __init__(self, columns: list[str], arrays: Sequence[NDArray]) -> None:
-        self.columns = columns
+    def __init__(
+        self, columns: list[str], arrays: Sequence[NDArray], lines: NDArray | None = None
+    ) -> None:
+        self.columns, self._lines = columns, lines
         self._arrays = dict(zip(columns, arrays, strict=True))
 
     def __len__(self) -> int:
@@ -60,7 +64,7 @@ class Table:
 
     def select(self, names: Sequence[str]) -> "Table":
         """Some of the columns, in the order given."""
-        return Table(list(names), [self._arrays[name] for name in names])
+        return Table(list(names), [self._arrays[name] for name in names], self._lines)
 
     def to_numpy(self) -> NDArray:
         """The columns side by side, shape (n, p)."""
@@ -77,12 +81,22 @@ class Table:
                 found |= np.isnan(values)
         return len(self) - int(np.count_nonzero(found))
 
-    def first(self, test: Callable[[NDArray], NDArray]) -> tuple[int, str] | None:
-        """Row and column of the first number, by columns, for which test is true."""
+    def first(self, test: Callable[[NDArray], NDArray]) -> str | None:
+        """Line, or row where there are no lines, and column of a number for which test is true.
+
+        It is the first one of its column.
+        """
         for name, values in self._arrays.items():
             if values.dtype.kind == "f" and (found := test(values)).any():
-                return int(found.argmax()), name
+                row = int(found.argmax())
+                where = f"row {row + 1}" if self._lines is None else f"line {self._lines[row]}"
+                return f"{where}, column {name!r}"
         return None
+
+
+def label_of(path: str) -> str:
+    """A file's name for messages."""
+    return "standard input" if path == "-" else path
 
 
 def read_table(
@@ -129,7 +143,7 @@ def read_table(
 
 
 def _read_text(path: str, choose: Choose, header: bool, delimiter: str) -> Table:
-    label = "standard input" if path == "-" else path
+    label = label_of(path)
     try:
         with ExitStack() as stack:
             file: TextIO
@@ -156,6 +170,7 @@ class _Text:
         self._file, self._label = file, label
         self._header, self._delimiter = header, delimiter
         self._names: list[str] = []
+        self._lines: NDArray[np.int64]  # of the rows, once they are read
 
     def read(self, choose: Choose) -> Table:
         first = next(self._reader(), None)
@@ -173,7 +188,7 @@ class _Text:
             values = self._careful(places)
         if large := [k for k, column in zip(places, values.T, strict=True) if _beyond(column)]:
             self._check_integers(large)
-        return Table(wanted, list(values.T))
+        return Table(wanted, list(values.T), self._lines)
 
     def _reader(self) -> Any:
         self._file.seek(0)
@@ -199,11 +214,14 @@ class _Text:
         It would misread quotes, and lines with a cell too many.
         """
         commas = len(self._names) - 1
+        empty: list[int] = []  # which are no rows; a line of one cell may be
 
         def lines() -> Iterator[str]:
-            for line in self._file:
+            for number, line in enumerate(self._file, 1 + self._header):
                 if line.count(self._delimiter) != commas or '"' in line:
                     raise ValueError("not plain")
+                if not commas and not line.strip("\r\n"):
+                    empty.append(number)
                 yield line
 
         self._file.seek(0)
@@ -212,11 +230,14 @@ class _Text:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # "no data": the caller says how many rows it needs
-                return np.loadtxt(
+                values = np.loadtxt(
                     lines(), delimiter=self._delimiter, comments=None, usecols=places, ndmin=2
                 ).reshape(-1, len(places))
         except ValueError:
             return None
+        numbers = np.arange(len(values) + len(empty)) + 1 + self._header
+        self._lines = np.delete(numbers, np.array(empty, dtype=int) - 1 - self._header)
+        return values
 
     def _rows(self, places: list[int]) -> Iterator[tuple[int, Sequence[str]]]:
         """Line number and wanted cells of every row; empty lines are none."""
@@ -240,12 +261,14 @@ class _Text:
 
     def _careful(self, places: list[int]) -> NDArray:
         """The columns by Python's parser: quotes, missing cells, and messages that say where."""
-        values = array("d")
+        values, lines = array("d"), array("q")
         for line, cells in self._rows(places):
+            lines.append(line)
             try:
                 values.extend([_number(cell) for cell in cells])
             except ValueError:
                 self._refuse(places, line, cells)
+        self._lines = np.frombuffer(lines, dtype=np.int64)
         return np.frombuffer(values).reshape(-1, len(places))
 
     def _refuse(self, places: list[int], line: int, cells: Sequence[str]) -> None:
