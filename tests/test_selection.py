@@ -34,6 +34,19 @@ def test_selects_the_markov_blanket(problem):
     assert "3 of 8 columns selected on 400 rows, stopped by 'no_gain'" in repr(result)
 
 
+def test_values_are_those_of_codec_on_standardised_columns(problem, rng):
+    """As the README says."""
+    X, y = problem
+    X = X * rng.permutation([0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 10.0, 100.0])
+    result = lcodec_ext.foci(X, y, stop=False, max_features=4)
+    scaled = X / X.std(axis=0)
+    chosen = result.ordering.tolist()
+    for k in range(1, 4):
+        got = lcodec_ext.codec(y, scaled[:, chosen[k]], scaled[:, chosen[:k]])
+        assert got == pytest.approx(result.conditional[k], rel=1e-9)
+        assert lcodec_ext.codec(y, X[:, chosen[k]], X[:, chosen[:k]]) != got
+
+
 def test_values_are_those_of_codec_on_raw_columns(problem):
     X, y = problem
     result = lcodec_ext.foci(X, y, standardize=None, stop=False)
