@@ -592,6 +592,17 @@ def test_regulariser_and_noise(data, stem):
     assert all(map(torch.equal, model.parameters(), silent.parameters()))
 
 
+def test_noise_that_spoils_the_model_is_warned_of(data, stem):
+    start = train(SmallCNN(), data, stem)
+    write_pair(start, stem, 4)
+    params = parameters(selectionType="One", l2_reg=0.03, epsilon=1.0)
+    with pytest.warns(UserWarning, match="the noise for epsilon=1, .* samples to delete") as caught:
+        scrubbed(copy.deepcopy(start), Subset(data, [3, 4, 5]), params, stem)
+    assert caught[0].filename == __file__
+    params.epsilon = 1e9
+    scrubbed(copy.deepcopy(start), Subset(data, [3, 4, 5]), params, stem)  # without a warning
+
+
 def fisher(model, data, retained):
     rows = torch.stack([flat(gradient(model, data, [k])) for k in retained])
     return rows.T @ rows / len(rows)

@@ -36,6 +36,7 @@ from lcodec_ext.unlearning.update import unlearn
 from unlearner_process import N, begin_or_resume, go_on, make_data, make_model, step
 
 calls = []
+noise_is_large = pytest.mark.filterwarnings("ignore:the noise for epsilon")
 
 
 @pytest.fixture(autouse=True)
@@ -349,6 +350,7 @@ def test_a_rollback_is_an_entry(place):
         assert stream.ledger[-1].record["seed"] == request_seed(0, 8)
 
 
+@noise_is_large
 def test_without_a_number_requests_are_taken_back_one_by_one():
     stream = make(keep=9, epsilon=0.5, delta=1e-3, weight_decay=0.1)
     stream.remove(1)
@@ -879,6 +881,7 @@ def release_until_refused(stream, most=20):
     raise AssertionError("the budget has no end")
 
 
+@noise_is_large
 def test_a_release_has_fresh_noise_everywhere_and_is_paid_for(place):
     with make(place, **OPTIONS, epsilon_budget=1.0, delta_budget=0.01) as stream:
         stream.remove([1, 2])
@@ -920,6 +923,7 @@ def test_a_release_has_fresh_noise_everywhere_and_is_paid_for(place):
                 stream.release()
 
 
+@noise_is_large
 def test_noise_grows_with_all_that_is_removed():
     stream = make(**OPTIONS, epsilon_budget=9.0, delta_budget=0.1)
     sigmas = []
@@ -930,12 +934,46 @@ def test_noise_grows_with_all_that_is_removed():
     assert sigmas[1] == pytest.approx(4 * sigmas[0])
 
 
+@noise_is_large
 def test_by_default_the_budget_is_that_of_one_release():
     stream = make(**OPTIONS)
     assert stream.budget.to_dict() == PrivacyBudget(0.5, 1e-3).to_dict()
     stream.remove(1)
     # Gaussians compose better than their epsilons add up, so that a second one may be allowed.
     assert 1 <= release_until_refused(stream) <= 3
+
+
+def test_a_release_warns_where_its_noise_spoils_the_model(folder):
+    x, y = make_data()
+    stream = make(folder, **OPTIONS, epsilon_budget=9.0, delta_budget=0.1, n_monitor=10)
+    stream.remove([1, 2, 3, 4])
+    said = "epsilon=0.5, delta=0.001, whose standard deviation is .* the mean loss of the retained"
+    with pytest.warns(UserWarning, match=said) as caught:
+        released = stream.release()
+    assert caught[0].filename == __file__
+    entry = stream.ledger[-1]
+    found = entry.environment["retained_loss"]
+    assert found["n"] == 10
+    assert found["after"] > 1.5 * found["before"] + 0.05
+    message = str(caught[0].message)
+    assert f"from {found['before']:.3g} to {found['after']:.3g}. A larger epsilon" in message
+    assert f"deviation is {entry.record['guarantee']['sigma']:.3g}," in message
+    assert released.training == stream.model.training  # as it was, and measured as it is used
+    # Paid for also where the warning is an error: it is no way to draw noise until it pleases.
+    with pytest.raises(UserWarning, match="raised the mean loss"):
+        stream.release()
+    assert stream.budget.n_releases == 2
+
+    quiet = make(**(OPTIONS | {"epsilon": 1e9}))
+    quiet.remove([1, 2, 3, 4])
+    released = quiet.release()  # warnings are errors here
+    found = quiet.ledger[-1].environment["retained_loss"]
+    stays = quiet.retained
+    assert found["n"] == len(stays)  # 36, fewer than 256
+    for model, loss in ((quiet.model, found["before"]), (released, found["after"])):
+        with torch.no_grad():
+            wanted = cross_entropy(model.eval()(x[stays]), y[stays]).item()
+        assert loss == pytest.approx(wanted, rel=1e-9)
 
 
 def test_releases_need_noise_and_removals():
@@ -1247,7 +1285,9 @@ def finished(folder):
     with make(folder, **OPTIONS, keep=2, epsilon_budget=3.0, delta_budget=0.5) as stream:
         stream.remove([1, 2])
         stream.remove(3)
-        stream.release()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the noise
+            stream.release()
         stream.rollback()
         stream.remove(8)
     return folder, stream.model, stream.ledger.head

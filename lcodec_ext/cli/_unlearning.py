@@ -626,9 +626,11 @@ def _take(
                 )
             raise
     refused = sorted(set(ids) - set(unlearner.removed))
-    written, release = None, None
+    written, release, loss = None, None, None
     if options.output and (not ids or len(refused) < len(ids)):
         release = _write(unlearner, options, console)
+        if release:
+            loss = unlearner.ledger[-1].environment.get("retained_loss")
         written = str(options.output)
     document = {
         "ids": ids,
@@ -637,6 +639,7 @@ def _take(
         "pending": list(unlearner.pending),
         "result": result and result.to_dict(),
         "release": release,
+        "retained_loss": loss,
         "output": written,
         "directory": options.directory,
         "head": unlearner.ledger.head,
@@ -644,6 +647,12 @@ def _take(
     lines = [repr(result or unlearner)]
     if release:
         lines.append(str(Guarantee.from_dict(release)))
+    if loss:  # a number that is not finite is a string on record
+        before, after = float(loss["before"]), float(loss["after"])
+        lines.append(
+            f"  with noise    mean loss of retained samples {before:.4g} -> {after:.4g} as written "
+            f"(on {loss['n']})"
+        )
     if written:
         lines.append(f"  written to    {written}")
     if options.directory:

@@ -39,6 +39,7 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.compat.scrub needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -59,13 +60,21 @@ from lcodec_ext.compat._scrub_files import (
     write_epoch,
 )
 from lcodec_ext.curvature._data import Batch
-from lcodec_ext.unlearning import Settings, TrainingStatistics, UnitSelection, unlearn
+from lcodec_ext.unlearning import (
+    Settings,
+    TrainingStatistics,
+    UnitSelection,
+    UnlearnResult,
+    unlearn,
+)
+from lcodec_ext.unlearning._noise import mean_loss, warn_of_noise
 from lcodec_ext.unlearning.perturbation import (
     TokenReplacement,
     record,
     select_cheap,
     select_lfoci,
 )
+from lcodec_ext.unlearning.privacy import Guarantee, add_noise
 from lcodec_ext.unlearning.samples import Samples, as_samples, outputs_of
 from lcodec_ext.unlearning.selection import find_candidates
 
@@ -521,7 +530,10 @@ def _delete(
             step = selection.gather(_gradients(model), model=model)
             selection.add_(model, check_real(params.lr, "params.lr", 0) * step)
         else:
-            _newton(model, samples, retained, loss_fn, params, selection, stem, seed)
+            before = copy.deepcopy(model)
+            result = _newton(model, samples, retained, loss_fn, params, selection, stem, seed)
+            if params.approxType == "FD":  # else unlearn warns, of the retained samples
+                _warn_of_noise(before, samples, loss_fn, result.guarantee)
         loss_after, norm_after = _measure(model, samples, loss_fn)
     finally:
         model.zero_grad()
@@ -615,7 +627,7 @@ def _newton(
     selection: UnitSelection,
     stem: str,
     seed: int,
-) -> None:
+) -> UnlearnResult:
     n = check_integer(params.orig_trainset_size, "params.orig_trainset_size", len(samples) + 1)
     options: dict[str, Any] = {}
     if params.approxType == "FD":
@@ -628,7 +640,7 @@ def _newton(
         )
     if params.HessType == "Sekhari" and params.delta < 1:  # (epsilon, 1) holds of anything
         options |= {"epsilon": params.epsilon, "delta": params.delta}
-    unlearn(
+    return unlearn(
         model,
         samples,
         None if params.approxType == "FD" else retained,
@@ -642,6 +654,22 @@ def _newton(
         inplace=True,
         **options,
     )
+
+
+def _warn_of_noise(
+    before: nn.Module,
+    samples: Samples,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    guarantee: Guarantee,
+) -> None:
+    """Warn where noise alone, on the weights as they were, spoils the model.
+
+    The samples to delete are all that is at hand, and the step is to raise their loss.
+    """
+    if guarantee.sigma > 0:
+        noisy = add_noise(before, guarantee.sigma)
+        was, now = (mean_loss(model, samples, loss_fn, len(samples)) for model in (before, noisy))
+        warn_of_noise(was, now, guarantee, "the samples to delete, without a step,", stacklevel=4)
 
 
 def _statistics(model: nn.Module, stem: str, epochs: int, n: int) -> TrainingStatistics:

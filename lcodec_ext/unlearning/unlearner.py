@@ -23,6 +23,7 @@ from lcodec_ext import __version__
 from lcodec_ext._validation import check_bool, check_integer, check_real
 from lcodec_ext.curvature._objective import LossFunction
 from lcodec_ext.curvature.units import UnitSelection
+from lcodec_ext.unlearning._noise import mean_loss, warn_of_noise
 from lcodec_ext.unlearning.checkpoints import (
     Checkpoints,
     DirectoryLock,
@@ -56,6 +57,7 @@ from lcodec_ext.unlearning.update import (
 )
 
 _LISTED = 10  # sample numbers in an error message
+_MEASURED = 256  # retained samples on which the noise of a release is measured, unless n_monitor
 
 
 class Unlearner:
@@ -466,6 +468,10 @@ class Unlearner:
         (`Guarantee.to_dict`) under "guarantee" and what is then spent and left under "budget". The
         noise comes from the operating system and is not on record.
 
+        What the noise does is measured on `n_monitor` retained samples (256 by default): the
+        entry's environment has their number and their mean loss before and after it under
+        "retained_loss". With `statistics` it is not, for no retained sample is read then.
+
         Parameters
         ----------
         note : str, optional
@@ -481,6 +487,13 @@ class Unlearner:
             If the budget does not allow it. Nothing is released and nothing spent.
         ValueError
             Without the option `epsilon`, and where nothing is removed.
+
+        Warns
+        -----
+        UserWarning
+            If the noise raises the mean loss of the retained samples by much. The release is paid
+            for then, also where warnings are errors: who could draw the noise again without
+            paying, until it pleases, would not have the noise that the guarantee is of.
         """
         self._check_open()
         note = _check_note(note)
@@ -502,7 +515,15 @@ class Unlearner:
             "budget": budget.to_dict(),
             **self._counts(self._history.removed, self._history.pending),
         }
-        self._commit("release", record, released=state_hash(state_of(released)))
+        circumstances: dict[str, Any] = {"released": state_hash(state_of(released))}
+        loss = self._losses_around_noise(released)
+        if loss is not None:
+            circumstances["retained_loss"] = loss
+        self._commit("release", record, **circumstances)
+        if loss is not None:
+            warn_of_noise(
+                loss["before"], loss["after"], guarantee, "the retained samples", stacklevel=2
+            )
         return released
 
     def close(self) -> None:
@@ -618,6 +639,20 @@ class Unlearner:
         if gone:
             raise ValueError(f"ids must be samples that are not removed; {_list(gone)} already is")
         return numbers
+
+    def _losses_around_noise(self, released: nn.Module) -> dict[str, Any] | None:
+        """Mean loss of some retained samples without noise and with it; None with statistics."""
+        if self._given_statistics is not None:  # only what is removed is read then
+            return None
+        retained = self.retained
+        rng = np.random.default_rng(request_seed(self._settings.seed, len(self._ledger)))
+        few = rng.permutation(len(retained))[: self._settings.n_monitor or _MEASURED]
+        samples = self._train.subset(np.sort(retained[few]).tolist()).loaded()
+        before, after = (
+            mean_loss(model, samples, self._loss_fn, self._settings.batch_size)
+            for model in (self._model, released)
+        )
+        return {"n": len(samples), "before": before, "after": after}
 
     def _without(self, gone: Iterable[int]) -> NDArray[np.int64]:
         stays = np.ones(len(self._train), dtype=bool)
