@@ -292,6 +292,23 @@ def test_releases_are_paid_for(run, refused):
     assert json.loads(out)["removed"] == [3, 5]
 
 
+def test_a_model_without_weights_is_pointed_out(capsys):
+    note = "no --weights: the model as own_problem.py:build makes it\n"
+    command = ["unlearn", *MODEL, *DATA, *DECAY, "--forget", "3", "--output", "new.pt"]
+    parts = ["--methods", "none", "--candidate", "mine=net.pt", "--forget", "3", "--no-relearn"]
+    evaluate = ["evaluate", *MODEL, *DATA, *DECAY, *parts]
+    for one in (command, evaluate):
+        assert main(one) == 0
+        assert capsys.readouterr().err.count(note) == 1
+        assert main([*one, "--quiet"]) == 0
+        assert note not in capsys.readouterr().err
+        assert main([*one, *WEIGHTS]) == 0
+        assert note not in capsys.readouterr().err
+    assert main([*RUN, *WEIGHTS, *DECAY, "--forget", "3"]) == 0
+    assert main([*RUN, "--resume", "--forget", "5"]) == 0  # the weights are those on record
+    assert note not in capsys.readouterr().err
+
+
 def test_a_release_says_what_is_written(run, problem):
     command = ["unlearn", *MODEL, *DATA, *WEIGHTS, *DECAY, "--forget", "3", "--output", "new.pt"]
     privacy = ["--delta", "1e-5", "--set", "lipschitz=2", "--set", "hessian_lipschitz=1"]

@@ -579,6 +579,8 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
         Settings.preset(preset, **settings)  # its errors, before models are made
     problem = Problem(options.model, options.weights, options.data)
     train, loss_fn = problem["train"], problem["loss_fn"]
+    if not options.resume:
+        _note_weights(options, console)
     if ids:
         _check_ids(ids, n_samples(train, problem.model))
     if options.output:
@@ -723,6 +725,11 @@ def n_samples(train: Any, model: "nn.Module") -> int:
     return len(as_samples(train, "train", parameter.device, torch.float64))
 
 
+def _note_weights(options: argparse.Namespace, console: Console) -> None:
+    if not options.weights:  # they may be random, and nothing else would tell
+        console.note(f"no --weights: the model as {options.model} makes it")
+
+
 def _check_ids(ids: list[int], n: int) -> None:
     if ids[-1] >= n:
         raise InputError(f"--forget names sample {ids[-1]}; train has the numbers 0 to {n - 1}")
@@ -829,6 +836,7 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
                 raise InputError(f"--methods names {name!r}; expected some of {known}")
     problem = Problem(options.model, options.weights, options.data)
     train = problem["train"]
+    _note_weights(options, console)
     n = n_samples(train, problem.model)
     _check_ids(ids, n)
     forget, retain = split(train, ids, n)
