@@ -657,6 +657,27 @@ def test_a_bad_solve_is_told(tmp_path):
     assert "0.4 (relative)" in text
 
 
+def test_a_solve_that_ends_early_as_set_is_not_called_bad(tmp_path):
+    stream = Stream()
+    stream.entries[0]["record"]["settings"]["max_iterations"] = 30
+    for k, residual in enumerate((0.22, 0.15, 0.01)):
+        stream.request([k], solve_residual=residual, solve_method="cg", solve_iterations=30)
+    text = said(tmp_path / "a", ledger=stream.entries)
+    assert (
+        "In 2 requests conjugate gradients ended after 30 iterations, as set by max_iterations, at "
+        "a relative residual of up to 0.22."
+    ) in text
+    assert "far from the Newton step" not in text
+    # What is no matter of iterations is told all the same.
+    stream.request([9], solve_residual=0.4, solve_method="cholesky", solve_iterations=0)
+    text = said(tmp_path / "b", ledger=stream.entries)
+    assert "The linear systems of 1 request were solved to no better than a residual of 0.4" in text
+    stream.entries[0]["record"]["settings"]["max_iterations"] = None
+    text = said(tmp_path / "c", ledger=stream.entries)
+    assert "The linear systems of 3 requests were solved to no better than a residual of" in text
+    assert "as set" not in text
+
+
 def test_the_least_that_can_be_reported(tmp_path):
     least = {"format": 1, "methods": [{"name": "no-op"}]}
     report = write_report(tmp_path, evaluation=least, ledger=Stream().entries)

@@ -455,17 +455,30 @@ def _say_requests(ledgers: Sequence[Sequence[Request]]) -> list[str]:
                 f"; {percent(phases[longest] / sum(phases.values()))} of it went into {longest}"
             )
         said.append(sentence + ".")
-    residuals = [
-        value
-        for r in path
-        if r.kind == "remove" and (value := as_number(r.result.get("solve_residual"))) is not None
-    ]
-    if residuals and max(residuals) > 0.1:
-        bad = sum(value > 0.1 for value in residuals)
+    return said + _say_solves(requests, path)
+
+
+def _say_solves(requests: Sequence[Request], path: Sequence[Request]) -> list[str]:
+    """Sentences on linear systems that were not solved to the end: as set, or without intent."""
+    most = (requests[0].record.get("settings") or {}).get("max_iterations")
+    as_set: list[float] = []
+    bad: list[float] = []
+    for request in path:
+        residual = as_number(request.result.get("solve_residual"))
+        if request.kind == "remove" and residual is not None and residual > 0.1:
+            early = most is not None and request.result.get("solve_method", "cg") == "cg"
+            (as_set if early else bad).append(residual)
+    said = []
+    if as_set:
         said.append(
-            f"The linear systems of {_count(bad, 'request')} were solved to no better than a "
-            f"residual of {number(max(residuals))} (relative): those steps are far from the Newton "
-            "step."
+            f"In {_count(len(as_set), 'request')} conjugate gradients ended after "
+            f"{_count(most, 'iteration')}, as set by max_iterations, at a relative residual of up "
+            f"to {number(max(as_set))}."
+        )
+    if bad:
+        said.append(
+            f"The linear systems of {_count(len(bad), 'request')} were solved to no better than a "
+            f"residual of {number(max(bad))} (relative): those steps are far from the Newton step."
         )
     return said
 
