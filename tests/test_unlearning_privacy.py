@@ -638,13 +638,44 @@ def test_basic_composition():
     assert budget.spent == pytest.approx((1.0, 1e-5))
     assert budget.spent_epsilon == pytest.approx(1.0)
     before = budget.to_dict()
-    with pytest.raises(PrivacyBudgetExceeded, match="epsilon=0.001, delta=0 does not fit: of"):
+    with pytest.raises(PrivacyBudgetExceeded, match="epsilon=0.001, delta=0 does not fit") as why:
         budget.spend(0.001, 0.0)
+    assert str(why.value).endswith(
+        "with it the sums are epsilon=1.001, delta=1e-05. The budget is epsilon=1, delta=1e-05, of "
+        "which 10 releases so far took epsilon=1, delta=1e-05, by sums; train again for a new "
+        "budget"
+    )
     with pytest.raises(PrivacyBudgetExceeded):
         budget.spend(0.0, 1e-9)
     assert issubclass(PrivacyBudgetExceeded, ValueError)
     assert budget.to_dict() == before
     assert budget.n_releases == 10
+
+
+def test_a_refusal_names_what_was_spent_by_the_measure_that_allowed_it():
+    """Sums of more than the budget would contradict that these releases were allowed."""
+    budget = PrivacyBudget(2.0, 1e-4)
+    ratio = 1 / gaussian_sigma(1.0, 1.0, 1e-5)
+    with pytest.raises(PrivacyBudgetExceeded, match="delta=0.0001, of which nothing is spent;"):
+        budget.spend(3.0, 1e-5)
+    for _ in range(4):
+        budget.spend(1.0, 1e-5, ratio=ratio)
+    with pytest.raises(PrivacyBudgetExceeded) as why:
+        budget.spend(1.0, 1e-5, ratio=ratio)
+    n = budget.n_releases
+    assert budget.spent[0] > 2  # by sums more than there is
+    spent = budget.spent_epsilon
+    needed = PrivacyBudget(99.0, 1e-4)
+    for _ in range(n + 1):
+        needed.spend(1.0, 1e-5, ratio=ratio)
+    assert str(why.value) == (
+        f"epsilon=1, delta=1e-05 does not fit: with it the sums are epsilon={n + 1}, "
+        f"delta={1e-5 * (n + 1):.4g}, and by the composition of Gaussians it is "
+        f"epsilon={needed.spent_epsilon:.4g} at delta=0.0001. The budget is epsilon=2, "
+        f"delta=0.0001, of which {n} releases so far took epsilon={spent:.4g} at delta=0.0001, by "
+        "the composition of Gaussians; train again for a new budget"
+    )
+    assert spent <= 2 < needed.spent_epsilon
 
 
 def test_gaussian_releases_compose_exactly():

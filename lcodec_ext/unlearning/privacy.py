@@ -679,6 +679,22 @@ def _heuristic(
 # Composition
 
 
+def _exact_epsilon(square_sum: float, delta: float) -> float:
+    """The smallest epsilon of Gaussian noise whose (sensitivity/sigma)^2 adds up to square_sum."""
+    ratio = math.sqrt(square_sum)
+
+    def above(epsilon: float) -> bool:
+        return _delta_of_ratio(ratio, epsilon) > delta
+
+    upper = 1.0
+    while upper < math.inf and above(upper):
+        upper *= 2
+    if upper == math.inf:
+        return math.inf
+    exact = _largest(0.0, upper, above) if above(0.0) else 0.0
+    return math.nextafter(exact, math.inf)
+
+
 class PrivacyBudget:
     """An (epsilon, delta) for all releases together, and what is left of it.
 
@@ -731,16 +747,7 @@ class PrivacyBudget:
         basic = self._epsilon_sum if self._fits(0.0, self._delta_sum) else math.inf
         if self._square_sum is None or self._square_sum == 0.0:
             return basic
-        ratio = math.sqrt(self._square_sum)
-
-        def above(epsilon: float) -> bool:
-            return _delta_of_ratio(ratio, epsilon) > self.delta
-
-        upper = 1.0
-        while above(upper):
-            upper *= 2
-        exact = _largest(0.0, upper, above) if above(0.0) else 0.0
-        return min(basic, math.nextafter(exact, math.inf))
+        return min(basic, _exact_epsilon(self._square_sum, self.delta))
 
     def spend(self, epsilon: float, delta: float, *, ratio: float | None = None) -> None:
         """Pay for a release, before it is made.
@@ -780,13 +787,39 @@ class PrivacyBudget:
         )
         if not fits:
             raise PrivacyBudgetExceeded(
-                f"epsilon={epsilon:g}, delta={delta:g} does not fit: of epsilon={self.epsilon:g}, "
-                f"delta={self.delta:g} the {self.n_releases} releases so far took "
-                f"{self._epsilon_sum:g}, {self._delta_sum:g}; train again for a new budget"
+                f"epsilon={epsilon:g}, delta={delta:g} does not fit: "
+                f"{self._needed(epsilon_sum, delta_sum, square_sum)}. The budget is "
+                f"epsilon={self.epsilon:g}, delta={self.delta:g}, {self._taken()}; train again for "
+                "a new budget"
             )
         self._epsilon_sum, self._delta_sum = epsilon_sum, delta_sum
         self._square_sum = square_sum
         self.n_releases += 1
+
+    def _needed(self, epsilon: float, delta: float, square_sum: float | None) -> str:
+        """What all releases and one more would take, by each measure there is of it."""
+        sums = f"with it the sums are epsilon={epsilon:.4g}, delta={delta:.4g}"
+        if square_sum is None:
+            return sums
+        gaussian = _exact_epsilon(square_sum, self.delta)
+        return (
+            f"{sums}, and by the composition of Gaussians it is epsilon={gaussian:.4g} at "
+            f"delta={self.delta:g}"
+        )
+
+    def _taken(self) -> str:
+        """What was spent, by the measure by which it fits."""
+        if not self.n_releases:
+            return "of which nothing is spent"
+        taken = f"of which {self.n_releases} release" + "s" * (self.n_releases > 1) + " so far took"
+        exact = math.inf
+        if self._square_sum is not None:
+            exact = _exact_epsilon(self._square_sum, self.delta)
+        if self._fits(self._epsilon_sum, self._delta_sum) and self._epsilon_sum <= exact:
+            return f"{taken} epsilon={self._epsilon_sum:.4g}, delta={self._delta_sum:.4g}, by sums"
+        return (
+            f"{taken} epsilon={exact:.4g} at delta={self.delta:g}, by the composition of Gaussians"
+        )
 
     def _fits(self, epsilon: float, delta: float) -> bool:
         return epsilon <= self.epsilon * (1 + _SLACK) and delta <= self.delta * (1 + _SLACK)
