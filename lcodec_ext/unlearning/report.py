@@ -469,7 +469,7 @@ def _say_solves(requests: Sequence[Request], path: Sequence[Request]) -> list[st
             early = most is not None and request.result.get("solve_method", "cg") == "cg"
             (as_set if early else bad).append(residual)
     said = []
-    if as_set:
+    if most is not None and as_set:
         said.append(
             f"In {_count(len(as_set), 'request')} conjugate gradients ended after "
             f"{_count(most, 'iteration')}, as set by max_iterations, at a relative residual of up "
