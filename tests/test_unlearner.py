@@ -1413,6 +1413,28 @@ def test_lines_that_do_not_verify_are_listed(finished):
     ]
 
 
+def test_what_can_be_read_is_counted_where_something_does_not_verify(finished):
+    folder, _, _ = finished
+    whole = verify_ledger(folder)
+    found = verify_ledger(folder, head="abc")
+    counts = "6 entries, 3 samples removed, 0 pending, head "
+    assert str(found).startswith(f"The ledger does NOT verify: {counts}")
+    assert (found.removed, found.counted) == (whole.removed, whole.counted) == ((1, 2, 8), None)
+    (folder / "checkpoints" / "000000.pt").unlink()  # that, too, is looked at
+    assert len(verify_ledger(folder, head="abc").problems) == 2
+
+    path = folder / "ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], b"{}\n", *lines[4:]]))
+    found = verify_ledger(folder)
+    assert ((1, 2, 3), 3) == (found.removed, found.counted)
+    assert "3 samples removed, 0 pending after entry 2 (what follows is not counted)" in str(found)
+    path.write_bytes(b"".join([b"{}\n", *lines[1:]]))
+    found = verify_ledger(folder)
+    assert ((), 0) == (found.removed, found.counted)
+    assert "samples not counted, head " in str(found)
+
+
 def test_checkpoints_are_verified(finished):
     folder, _, _ = finished
     checkpoint = folder / "checkpoints"

@@ -804,6 +804,7 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         "head": found.head,
         "removed": list(found.removed),
         "pending": list(found.pending),
+        "counted": found.counted,
     }
     console.emit(document, str(found))
     return OK if found.ok else FAILED

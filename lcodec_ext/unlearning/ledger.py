@@ -520,6 +520,9 @@ class Verification:
     removed, pending : tuple of int
         Numbers of the samples that are removed, and of those whose removal was taken back by the
         guard.
+    counted : int, optional
+        Where an entry does not verify: how many entries there are before it, to which removed and
+        pending belong.
     """
 
     problems: tuple[str, ...]
@@ -528,6 +531,7 @@ class Verification:
     head: str
     removed: tuple[int, ...] = ()
     pending: tuple[int, ...] = ()
+    counted: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -539,10 +543,12 @@ class Verification:
 
     def __str__(self) -> str:
         verdict = "verifies" if self.ok else "does NOT verify"
-        lines = [
-            f"The ledger {verdict}: {self.entries} entries, {len(self.removed)} samples removed, "
-            f"{len(self.pending)} pending, head {self.head}"
-        ]
+        counts = f"{len(self.removed)} samples removed, {len(self.pending)} pending"
+        if self.counted == 0:
+            counts = "samples not counted"
+        elif self.counted is not None:
+            counts += f" after entry {self.counted - 1} (what follows is not counted)"
+        lines = [f"The ledger {verdict}: {self.entries} entries, {counts}, head {self.head}"]
         lines += [f"  problem: {problem}" for problem in self.problems]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -602,7 +608,7 @@ def verify_ledger(
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(directory)!r} has no {LEDGER_FILE}")
     found = _Findings()
-    entries = 0
+    entries = counted = 0
     last, seen = FIRST, {FIRST}
     history = History()
     with open(path, "rb") as file:
@@ -621,15 +627,32 @@ def verify_ledger(
                 if not found.problems:
                     try:
                         history.add(entry)
+                        counted += 1
                     except LedgerError as error:
                         found.problems.append(str(error))
+    whole = not found.problems
     if head is not None and head not in seen:
         found.problems.append(f"no entry has the hash {head} that was noted earlier")
-    if found.problems or not history.points:
-        if not found.problems:
-            found.problems.append("the ledger has no entry")
-        return Verification(tuple(found.problems), tuple(found.notes), entries, last)
+    if not counted and whole:
+        found.problems.append("the ledger has no entry")
+    removed, pending = history.at(counted - 1)
+    if counted and whole:
+        _verify_contents(folder, model, train, history, found)
+    return Verification(
+        tuple(found.problems),
+        tuple(found.notes),
+        entries,
+        last,
+        tuple(removed),
+        tuple(pending),
+        None if counted and whole else counted,
+    )
 
+
+def _verify_contents(
+    folder: Path, model: nn.Module | None, train: Any, history: History, found: _Findings
+) -> None:
+    """Check what is beside the ledger against it."""
     _verify_checkpoints(folder / CHECKPOINT_FOLDER, history, found)
     if model is not None:
         sha256 = state_hash(state_of(model))
@@ -640,14 +663,6 @@ def verify_ledger(
             )
     if train is not None:
         _verify_data(train, history, found)
-    return Verification(
-        tuple(found.problems),
-        tuple(found.notes),
-        entries,
-        last,
-        tuple(history.removed),
-        tuple(history.pending),
-    )
 
 
 def _verify_checkpoints(folder: Path, history: History, found: _Findings) -> None:
