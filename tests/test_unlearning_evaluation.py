@@ -158,6 +158,19 @@ def test_numbers_by_hand():
     assert len(found["tuned"].losses["test"]) == 30
 
 
+def test_retraining_that_does_not_use_its_seed_is_pointed_out():
+    seeds = []
+
+    def retrain(seed):
+        seeds.append(seed)
+        return RETRAINED[0]
+
+    with pytest.warns(UserWarning, match=r"retrained\(5\) and retrained\(6\) have equal") as caught:
+        evaluate(MODEL, *SETS, F.cross_entropy, retrained=retrain, methods={}, seed=5, **QUICK)
+    assert caught[0].filename == __file__
+    assert seeds == [5, 6, 7]
+
+
 def test_original_is_0_and_retrained_is_1():
     found = evaluate(
         MODEL, *SETS, F.cross_entropy, retrained=RETRAINED, methods={"same": MODEL}, **QUICK
@@ -668,6 +681,17 @@ def never(seed):
     [
         ({"retrained": RETRAINED[:2]}, ValueError, "at least 3 models.*got 2"),
         ({"retrained": MODEL}, TypeError, "retrained must be a list.*Sequential"),
+        (
+            {"retrained": [RETRAINED[0], RETRAINED[1], RETRAINED[0]]},
+            ValueError,
+            r"retrained\[0\] and retrained\[2\] are the same model",
+        ),
+        (
+            {"retrained": [*RETRAINED, copy.deepcopy(RETRAINED[1])]},
+            ValueError,
+            r"retrained\[1\] and retrained\[3\] have equal weights",
+        ),
+        ({"retrained": lambda: MODEL}, TypeError, r"retrained is called with a seed"),
         ({"retrained": None}, TypeError, "retrained must be a list"),
         ({"retrained": [*RETRAINED, None]}, TypeError, "retrained must give models.*NoneType"),
         ({"n_retrain": 2}, ValueError, "n_retrain must be an integer >= 3; got 2"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -282,7 +283,8 @@ def evaluate(
     Raises
     ------
     ValueError
-        For fewer than 3 retrained models, and for samples or models that cannot be measured.
+        For fewer than 3 retrained models, for two with equal weights, and for samples or models
+        that cannot be measured.
     TypeError
         For arguments of the wrong type.
 
@@ -290,7 +292,7 @@ def evaluate(
     -----
     UserWarning
         If a method fails, or leaves a model whose outputs are not finite. Its error is in the
-        evaluation, and the others go on.
+        evaluation, and the others go on. If ``retrained(seed)`` gives the same for two seeds.
 
     Notes
     -----
@@ -360,6 +362,7 @@ def evaluate(
         original = judge.measure(model)
         bar.update()
         references, times = [], []
+        first: nn.Module | None = None
         for k in range(n_retrained):
             bar.set_description(RETRAINED)
             reference = retrained[k] if not callable(retrained) else None
@@ -373,6 +376,14 @@ def evaluate(
                     "retrained must give models (torch.nn.Module); got an object of type "
                     f"{type(reference).__name__}"
                 )
+            if k == 1 and callable(retrained) and _equal_weights(first, reference):
+                warnings.warn(
+                    f"retrained({seed}) and retrained({seed + 1}) have equal weights: where "
+                    "training draws anything at random, it must use its seed. What retrained "
+                    "models differ by is the floor of every comparison",
+                    stacklevel=2,
+                )
+            first = reference if first is None else first
             references.append(judge.measure(reference))
             bar.update()
         level = _relearn_level(original, references) if relearn else None
@@ -471,6 +482,40 @@ def _check_retrained(retrained: Any) -> None:
             "retrained must be a list of at least 3 models, or a callable that trains one from a "
             f"seed; got an object of type {type(retrained).__name__}"
         )
+    if models:
+        for (i, one), (j, other) in itertools.combinations(enumerate(retrained), 2):
+            if _equal_weights(one, other):
+                what = "are the same model" if one is other else "have equal weights"
+                raise ValueError(
+                    "retrained must have models that were trained apart, from different seeds: "
+                    f"retrained[{i}] and retrained[{j}] {what}. What two of them differ by is the "
+                    "floor of every comparison"
+                )
+        return
+    try:
+        inspect.signature(retrained).bind(0)
+    except TypeError:
+        raise TypeError(
+            "retrained is called with a seed, retrained(seed), and trains a model from it; what "
+            "was given does not take exactly one argument"
+        ) from None
+    except ValueError:  # one that does not tell its arguments
+        pass
+
+
+def _equal_weights(one: Any, other: Any) -> bool:
+    if not (isinstance(one, nn.Module) and isinstance(other, nn.Module)):
+        return False
+    ours, theirs = one.state_dict(), other.state_dict()
+    return one is other or (
+        ours.keys() == theirs.keys()
+        and all(
+            isinstance(value, torch.Tensor)
+            and isinstance(theirs[name], torch.Tensor)
+            and torch.equal(value, theirs[name].to(value.device))
+            for name, value in ours.items()
+        )
+    )
 
 
 class _Done(NamedTuple):
