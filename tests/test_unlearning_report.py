@@ -754,6 +754,33 @@ def test_figure_of_methods():
 
 
 @STYLED
+def test_chance_is_named_where_the_axis_has_it():
+    given = evaluation()
+    title = figures.methods(data.combine([given])).axes[2].get_title(loc="left")
+    assert title == "Membership inference\n(AUC)"
+    given["methods"][2]["metrics"]["mia_auc"] = 0.45
+    title = figures.methods(data.combine([given])).axes[2].get_title(loc="left")
+    assert title == "Membership inference\n(AUC; 50% is chance)"
+
+
+def test_methods_that_the_gap_figure_leaves_out_are_named(tmp_path):
+    given = method("a_model that was given", js=0.1)
+    failed = method("broken", seconds=None, error="ValueError: no")
+    failed["gap_closed"] = {}
+    given["seconds"] = None
+    report = write_report(
+        tmp_path / "a", evaluation=evaluation(method("ascent", js=0.8, seconds=0.5), given, failed)
+    )
+    assert (
+        "Not in this figure: a\\_model that was given (no time on record, as of a model that was "
+        "given); broken (failed)."
+    ) in text_of(report)
+    assert "Not in this figure" not in text_of(
+        write_report(tmp_path / "b", evaluation=evaluation())
+    )
+
+
+@STYLED
 def test_figure_of_methods_leaves_out_what_was_not_measured():
     for one in (given := evaluation())["methods"]:
         one["metrics"] = {"js_forget": one["metrics"]["js_forget"], "mia_auc": None}
@@ -917,13 +944,42 @@ def test_figure_of_removals():
 
 
 @STYLED
-def test_removals_that_were_rolled_back_are_not_drawn():
+def test_removals_that_were_rolled_back_are_dashed():
     stream = Stream().request([1, 2]).request([3], accuracy=0.1).rollback(1)
     stream.accuracy, stream.norm = 0.89, 0.02
     figure = figures.removals(ledgers(stream.request([4, 5])))
-    line = figure.axes[0].get_lines()[0]
+    line, dashed = figure.axes[0].get_lines()[:2]
     assert list(line.get_xdata()) == [0, 2, 4]
     assert line.get_ydata() == pytest.approx([0.9, 0.89, 0.88])
+    assert (list(dashed.get_xdata()), dashed.get_label()) == ([2, 3], "rolled back since")
+    assert dashed.get_ydata() == pytest.approx([0.89, 0.1])
+    assert list(figure.axes[1].get_lines()[1].get_ydata()) == [0.02, 0.04]
+    assert "rolled back since" in [t.get_text() for t in figure.legends[0].get_texts()]
+
+
+@STYLED
+def test_what_was_rolled_back_is_there_as_far_as_marks_go():
+    """A release after many removals, all but the first of which were rolled back."""
+    stream = Stream().request([1])
+    for k in range(2, 12):
+        stream.request([k])
+    figure = figures.removals(ledgers(stream.release("heuristic").rollback(1)))
+    accuracy = figure.axes[0]
+    lines = {line.get_label(): line for line in accuracy.get_lines()}
+    drawn = max(max(line.get_xdata()) for line in accuracy.get_lines() if line.get_marker() == "o")
+    assert [drawn] == list(lines["released with noise"].get_xdata()) == [11]
+
+
+@STYLED
+def test_accuracy_ends_at_100_percent():
+    stream = Stream()
+    stream.accuracy = 1.0
+    figure = figures.removals(ledgers(stream.request([1], accuracy=1.0).request([2], accuracy=0.9)))
+    assert figure.axes[0].get_ylim()[1] == 1.0
+    assert figure.axes[0].get_ylim()[0] < 0.9
+    assert not figure.axes[0].get_lines()[0].get_clip_on()  # points there are whole
+    loss = Stream(validation=False, watched="minus the mean loss").request([1], accuracy=-3.0)
+    assert figures.removals(ledgers(loss)).axes[0].get_ylim()[1] > 1
 
 
 @STYLED

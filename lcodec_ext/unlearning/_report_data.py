@@ -431,6 +431,18 @@ def curve(requests: Sequence[Request], name: str) -> dict[int, float]:
     return points
 
 
+def detours(requests: Sequence[Request], name: str) -> list[list[tuple[int, float]]]:
+    """What `curve` leaves out: of each request that was rolled back, the points around it."""
+    stands = {request.number for request in standing(requests)}
+    found = []
+    for number, request in enumerate(requests):
+        if request.kind == "remove" and request.number not in stands:
+            before, after = request.change(name)
+            pairs = [(requests[number - 1].n_removed, before), (request.n_removed, after)]
+            found.append([(m, y) for m, y in pairs if y is not None and math.isfinite(y)])
+    return [points for points in found if points]
+
+
 def guarded(ledgers: Sequence[Sequence[Request]]) -> str | None:
     """What the guard watched, in the words of `UnlearnResult.watched`; None if not one thing.
 

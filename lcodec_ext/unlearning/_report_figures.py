@@ -27,6 +27,7 @@ from lcodec_ext.unlearning._report_data import (
     Stat,
     band,
     curve,
+    detours,
     guarded,
 )
 from lcodec_ext.unlearning._report_text import duration, percent, sentence_case, shorten
@@ -62,6 +63,7 @@ _MAX_LAYERS = 24  # rows of a figure of layers; more are put into groups
 _MAX_BARS = 40  # requests that have a bar each; more are averaged in groups
 _MAX_PANELS = 12  # methods with a histogram
 _MAX_COLUMNS = 4  # methods with bars for every layer; more become a map of colours
+_ROLLED_BACK = "rolled back since"
 _TOP_GAP, _BOTTOM_GAP = 1.15, -0.5  # limits of the axis of closed gaps
 
 GAPS = {
@@ -178,42 +180,62 @@ def removals(ledgers: Sequence[Sequence[Request]]) -> Figure | None:
     }
     on = f"on {' or '.join(sorted(where))} samples"
     watched, guard = guarded(ledgers), of("guard")
-    panels: list[tuple[str, Band]] = []
+    panels: list[tuple[str, Band, str]] = []
     if watched == MINUS_LOSS and guard.removed:
         swapped = ([-y for y in values] for values in (guard.mean, guard.high, guard.low))
-        panels.append((f"Mean loss {on}", Band(guard.removed, *swapped)))
+        panels.append((f"Mean loss {on}", Band(guard.removed, *swapped), "guard"))
     elif watched is not None and guard.removed:
-        panels.append((f"{sentence_case(watched)} {on}", guard))
+        panels.append((f"{sentence_case(watched)} {on}", guard, "guard"))
     else:
-        panels.append(("Mean loss on retained samples", of("loss_retain")))
-    panels.append(("Gradient norm of the retained objective", of("gradient_norm")))
-    panels = [(title, lines) for title, lines in panels if lines.removed]
+        panels.append(("Mean loss on retained samples", of("loss_retain"), "loss_retain"))
+    norm = "gradient_norm"
+    panels.append(("Gradient norm of the retained objective", of(norm), norm))
+    panels = [panel for panel in panels if panel[1].removed]
     if not panels:
         return None
 
     figure = _figure(8, 0.6 + 2.4 * len(panels))
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, lines) in zip(grid, panels, strict=True):
+    for axes, (title, lines, name) in zip(grid, panels, strict=True):
+        accuracy = title.startswith("Accuracy")
         axes.plot(
             lines.removed,
             lines.mean,
             color=BLUE,
             marker="o" if len(lines.removed) <= 30 else None,
             markersize=3.5,
+            clip_on=not accuracy,  # whose limit may go through points
+            zorder=3,
         )
+        sign = -1 if name == "guard" and watched == MINUS_LOSS else 1
+        back = [points for requests in ledgers for points in detours(requests, name)]
+        heights = [sign * y for points in back for _, y in points]
+        for k, points in enumerate(back):
+            axes.plot(
+                [m for m, _ in points],
+                [sign * y for _, y in points],
+                color=GREY,
+                linestyle=(0, (3, 2)),
+                linewidth=1,
+                marker="o" if len(back) <= 30 else None,
+                markersize=2.5,
+                clip_on=not accuracy,
+                label="_" if k else _ROLLED_BACK,
+            )
         if len(ledgers) > 1:
             axes.fill_between(
                 lines.removed, lines.low, lines.high, color=BLUE, alpha=0.2, linewidth=0
             )
         axes.set_title(title)
         axes.grid(axis="y", color=PALE)
-        if title.startswith("Accuracy"):
+        if accuracy:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _percent_tick(y)))
+            axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
         else:
-            _log_if_wide(axes, lines.low, lines.high)
+            _log_if_wide(axes, [*lines.low, *heights], [*lines.high, *heights])
     grid[-1].set_xlabel("removed samples")
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _mark_events(grid[0], ledgers)
+    _mark_events(figure, grid[0], ledgers)
     note = f"line: mean of {len(ledgers)} ledgers; band: lowest to highest"
     figure.suptitle(
         "The model after each removal" + (f"  ({note})" if len(ledgers) > 1 else ""),
@@ -232,7 +254,7 @@ def _log_if_wide(axes: Axes, low: Sequence[float], high: Sequence[float]) -> Non
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _mark_events(axes: Axes, ledgers: Sequence[Sequence[Request]]) -> None:
+def _mark_events(figure: Figure, axes: Axes, ledgers: Sequence[Sequence[Request]]) -> None:
     marks = {
         "skip": ("X", RED, "request skipped"),
         "part": ("X", ORANGE, "request skipped in part"),
@@ -259,16 +281,16 @@ def _mark_events(axes: Axes, ledgers: Sequence[Sequence[Request]]) -> None:
                 label=label,
             )
     handles, labels = axes.get_legend_handles_labels()
-    known = {label for _, _, label in marks.values()}
+    known = {label for _, _, label in marks.values()} | {_ROLLED_BACK}
     chosen = [(h, text) for h, text in zip(handles, labels, strict=True) if text in known]
     if chosen:
-        axes.legend(
+        figure.legend(
             [h for h, _ in chosen],
             [text for _, text in chosen],
-            loc="lower right",
-            bbox_to_anchor=(1.0, 1.0),
-            ncols=len(chosen),
-            borderpad=0.1,
+            loc="outside lower left",
+            ncols=3 if len(chosen) == 5 else len(chosen),
+            columnspacing=1.2,
+            handletextpad=0.4,
         )
 
 
@@ -558,9 +580,7 @@ def methods(comparison: Comparison) -> Figure | None:
             ("accuracy_retain", "retained samples", GREEN, "D"),
             ("accuracy_test", "test samples", BLUE, "s"),
         ],
-        "Membership inference\n(AUC; 50% is chance)": [
-            ("mia_auc", "deleted against test samples", RED, "o")
-        ],
+        "Membership inference\n(AUC)": [("mia_auc", "deleted against test samples", RED, "o")],
     }
     panels = [
         (title, [one for one in found if any(one[0] in m.metrics for m in rows)])
@@ -605,6 +625,9 @@ def methods(comparison: Comparison) -> Figure | None:
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _percent_tick(x)))
+        low, high = axes.get_xlim()
+        if found[0][0] == "mia_auc" and low <= 0.5 <= high:
+            axes.set_title(title.replace("AUC", "AUC; 50% is chance"))
     grid[0].set_yticks(range(len(rows)), [plain(shorten(m.name, 32)) for m in rows])
     handles = [
         axes.get_legend_handles_labels()[0][k]

@@ -66,10 +66,12 @@ _METHOD_FIGURES = {
     ),
     "figure_time.png": ("Where the time went", "Of methods whose time was split."),
 }
+_IN_GAPS = ("js_forget", "loss_forget", "mia_auc", "js_test")  # of which figure_gap shows two
 _REQUEST_FIGURES = {
     "figure_removals.png": (
         "The model after each removal",
-        "Of the requests that stand; of several ledgers, as far as all of them go.",
+        "Of the requests that stand; of several ledgers, as far as all of them go. Dashed: "
+        "requests that were rolled back since.",
     ),
     "figure_request_units.png": (
         "Selected units per layer, over all requests",
@@ -724,7 +726,7 @@ def _markdown(
     ]
     if comparison is not None:
         parts += ["## Methods", *_method_tables(comparison)]
-        parts += _images(images, _METHOD_FIGURES)
+        parts += _images(images, _METHOD_FIGURES, _notes(comparison))
     if ledgers:
         parts += ["## Requests", *_request_tables(ledgers)]
         parts += _images(images, _REQUEST_FIGURES)
@@ -749,12 +751,40 @@ def _code(settings: Mapping[str, Any]) -> str:
     return f"```json\n{json.dumps(as_json(settings), indent=1)}\n```"
 
 
-def _images(images: Mapping[str, bytes], captions: Mapping[str, tuple[str, str]]) -> list[str]:
+def _images(
+    images: Mapping[str, bytes],
+    captions: Mapping[str, tuple[str, str]],
+    notes: Mapping[str, str] | None = None,
+) -> list[str]:
     parts = []
     for name, (heading, caption) in captions.items():
         if name in images:
             parts += [f"### {heading}", f"![{heading}]({name})", caption]
+            if notes and name in notes:
+                parts.append(notes[name])
     return parts
+
+
+def _notes(comparison: Comparison) -> dict[str, str]:
+    """Which methods a figure leaves out, and why."""
+    reasons: dict[str, list[str]] = {}
+    for method in comparison.candidates():
+        timed = method.share is not None and method.share.mean > 0
+        if timed and any(metric in method.gap_closed for metric in _IN_GAPS):
+            continue
+        if method.errors:
+            reason = "failed"
+        elif method.seconds is None:
+            reason = "no time on record, as of a model that was given"
+        elif not timed:
+            reason = "took no time, as a share of retraining"
+        else:
+            reason = "no closed gap on record"
+        reasons.setdefault(reason, []).append(method.name)
+    if not reasons:
+        return {}
+    without = "; ".join(f"{_escape(listed(names))} ({why})" for why, names in reasons.items())
+    return {"figure_gap.png": f"Not in this figure: {without}."}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
