@@ -332,8 +332,8 @@ def unlearn(
     ConvergenceWarning
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
-        If the step was taken back; if it raises the loss of the retained samples by much; if half of
-        the removed samples or more are among those; if there are fewer units than `n_units`.
+        If the step was taken back; if it raises the loss of the retained samples by much; if half
+        of the removed samples or more are among those; if there are fewer units than `n_units`.
 
     Notes
     -----
