@@ -4,6 +4,8 @@ import copy
 import functools
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -744,3 +746,11 @@ def test_all_baselines_in_one_call():
     assert 0 < sum(n for n, _ in share.values()) < sum(of for _, of in share.values())
     assert found["recommended"].gap_closed["js_forget"] > 0.3
     assert found["L-BFGS"].gap_closed["js_forget"] > 0.3
+
+
+def test_the_names_of_the_methods_are_documented():
+    page = (Path(__file__).parents[1] / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    section = page.partition("## Evidence")[2].partition("\n## ")[0]
+    assert re.findall(r'^\| `"(.+?)"` \|', section, re.MULTILINE) == list(BASELINES)
+    listed = evaluate.__doc__.partition("by default all of them:")[2].partition("n_retrain")[0]
+    assert re.findall(r'"([^"]+)"(?=[,:])', listed) == list(BASELINES)

@@ -260,7 +260,16 @@ def evaluate(
         callable ``(model, forget, retain, loss_fn, seed)`` that returns a model or an
         `UnlearnResult`, given a copy of the model and the samples as they were passed in. Options
         and baselines get this function's weight_decay and seed unless they have their own. Or
-        names of `BASELINES`; by default all of them.
+        names of `BASELINES`, by default all of them:
+
+        - "recommended", "paper": `unlearn` with that preset;
+        - "all units": the recommended preset with ``selection="full"``;
+        - "random units", "gradient units": the recommended preset on half the parameters, of units
+          drawn at random or of those of the largest gradient;
+        - "gradient ascent": SGD up the loss of the removed samples, until the retained suffer;
+        - "NegGrad+": SGD down the loss of the retained samples and up that of the removed ones;
+        - "fine-tune SGD", "fine-tune Adam": 5 epochs on the retained samples;
+        - "L-BFGS": 20 iterations of it on the retained objective.
     n_retrain : int, default 3
         With a callable: how many models, from the seeds ``seed``, ``seed + 1``, ...
     weight_decay : float, default 0.0
