@@ -1104,6 +1104,18 @@ def test_statistics_lose_what_is_removed(folder, monkeypatch):
         make(statistics=Statistics(N - 1, x.sum(0)))
 
 
+def test_a_release_with_statistics_reads_no_retained_sample(monkeypatch):
+    def without(model, forget, _, *arguments, **options):
+        return step(model, forget, [0] * options["statistics"].n, *arguments, **options)
+
+    monkeypatch.setattr(unlearner, "unlearn", without)
+    x, _ = make_data()
+    stream = make(statistics=Statistics(N, x.sum(0)), **OPTIONS)
+    stream.remove([1, 2])
+    stream.release()  # without a warning
+    assert "retained_loss" not in stream.ledger[-1].environment
+
+
 # ---------------------------------------------------------------------------------------------
 # With unlearn itself
 

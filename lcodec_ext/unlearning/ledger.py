@@ -7,7 +7,8 @@ ASCII) with
 ``number``      0, 1, 2, ...
 ``kind``        "start", "remove", "skip", "release" or "rollback"
 ``record``      what happened, see `Unlearner`: nothing of it depends on the time or the host
-``environment`` when and where: time (UTC), seconds taken, versions
+``environment`` when and where: time (UTC), seconds taken, versions; what noise a release drew and
+                did
 ``previous``    ``hash`` of the entry before, of the first one 64 zeros
 ``hash``        SHA-256 of the line without it
 ==============  ==============================================================================
