@@ -1,7 +1,7 @@
 """Deletion from networks beside retraining: the recommended preset, masks, the paper's, baselines.
 
-    python benchmarks/unlearning.py [--models mlp,cnn,resnet] [--split 0] [--cache FOLDER]
-        [--output FILE]
+    python benchmarks/unlearning.py [--models mlp,cnn,resnet] [--sets mislabelled,random]
+        [--split 0] [--starts 3] [--cache FOLDER] [--output FILE]
 
 For each network and forget set, mislabelled samples or random ones: models trained on everything
 from three starts, models retrained without the forget set, and what every method leaves,
@@ -45,6 +45,7 @@ TITLES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="mlp,cnn,resnet", help="separated by commas")
+    parser.add_argument("--sets", default="mislabelled,random", help="separated by commas")
     parser.add_argument(
         "--split", type=int, default=0, help="another draw of samples, forget sets and trainings"
     )
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     environment.limit_threads(1)
     import torch
-    from unlearning_models import RECIPES, SETS
+    from unlearning_models import RECIPES
 
     torch.set_num_threads(1)
     result: dict[str, Any] = {
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.models.split(",")
     for name in names:
         result["settings"]["recipes"][name] = recipe(RECIPES[name])
-        for which in SETS:
+        for which in options.sets.split(","):
             for start in range(options.starts):
                 run = measure(name, which, start, options.split, options.cache)
                 result["runs"].append(run)

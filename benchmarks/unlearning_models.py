@@ -80,7 +80,6 @@ RECIPES = {
     "cnn": Recipe(cnn, "fashion_mnist", 20_000, 400, 100, 80, 128, 0.1, 5e-4),
     "resnet": Recipe(resnet, "fashion_mnist", 20_000, 400, 100, 80, 128, 0.1, 5e-4),
 }
-SETS = ("mislabelled", "random")
 
 
 @dataclass(frozen=True)
