@@ -679,6 +679,11 @@ class TestRecorded:
         assert page == table.replaced(page, unlearning.tables(recorded))
         assert recorded["claims"] == unlearning.claims(recorded["runs"])
 
+    def test_claims_on_another_draw_are_those_of_its_runs(self):
+        recorded = json.loads((ROOT / "benchmarks/results/unlearning_split1.json").read_text())
+        assert recorded["settings"]["split"] == 1
+        assert recorded["claims"] == unlearning.claims(recorded["runs"])
+
     def test_the_documentation_shows_a_deletion(self):
         """Once it is recorded."""
         text = (ROOT / "docs/benchmarks.md").read_text()
