@@ -173,6 +173,16 @@ def test_retraining_that_does_not_use_its_seed_is_pointed_out():
     assert seeds == [5, 6, 7]
 
 
+def test_retrained_models_in_a_module_list():
+    options = {"methods": {"same": MODEL}, **QUICK}
+    listed, given = (
+        evaluate(MODEL, *SETS, F.cross_entropy, retrained=models, **options)
+        for models in (RETRAINED, nn.ModuleList(RETRAINED))
+    )
+    assert given["same"].metrics == listed["same"].metrics
+    assert given.n_retrained == len(RETRAINED)
+
+
 def test_original_is_0_and_retrained_is_1():
     found = evaluate(
         MODEL, *SETS, F.cross_entropy, retrained=RETRAINED, methods={"same": MODEL}, **QUICK

@@ -337,6 +337,8 @@ def evaluate(
     device, dtype = metrics.place(model)
     defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
     given = _methods(methods, defaults)
+    if isinstance(retrained, nn.ModuleList):  # which is callable, as all modules are
+        retrained = list(retrained)
     _check_retrained(retrained)
     check_integer(n_retrain, "n_retrain", 3)
     check_real(weight_decay, "weight_decay", 0)
@@ -480,7 +482,7 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
 
 
 def _check_retrained(retrained: Any) -> None:
-    models = isinstance(retrained, Sequence | nn.ModuleList) and not isinstance(retrained, str)
+    models = isinstance(retrained, Sequence) and not isinstance(retrained, str)
     if models and len(retrained) < 3:
         raise ValueError(
             "retrained must have at least 3 models: what two of them differ by is the floor of "

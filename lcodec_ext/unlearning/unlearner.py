@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -625,6 +626,10 @@ class Unlearner:
 
     def _check_ids(self, ids: Any) -> list[int]:
         if isinstance(ids, Tensor | np.ndarray):
+            if ids.dtype in (torch.bool, np.dtype(bool)):
+                raise TypeError(
+                    "ids must be numbers of samples; got a mask of bool: pass its nonzero()"
+                )
             ids = ids.tolist()
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             ids = [ids]
@@ -633,7 +638,7 @@ class Unlearner:
         if not numbers:
             raise ValueError("ids must have at least one sample; got none")
         if len(set(numbers)) < len(numbers):
-            twice = sorted({i for i in numbers if numbers.count(i) > 1})
+            twice = sorted(i for i, times in Counter(numbers).items() if times > 1)
             raise ValueError(f"ids must differ; {_list(twice)} is there more than once")
         gone = [i for i in numbers if i in self._history.removed]
         if gone:
