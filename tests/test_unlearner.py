@@ -1289,6 +1289,17 @@ def test_the_guard_watches_the_same_samples_in_all_requests(monkeypatch):
         assert stream.ledger[1].record["result"]["guard"][0] == right[:9].mean().item()
 
 
+def test_the_recommended_preset_with_statistics(monkeypatch):
+    """They hold a curvature without output_damping, which the preset then does without."""
+    monkeypatch.setattr(unlearner, "unlearn", unlearn)
+    model, data = make_model(), make_data()
+    kept = TrainingStatistics.collect(model, data, cross_entropy, curvature="gauss_newton")
+    with Unlearner(model, data, cross_entropy, statistics=kept, weight_decay=0.1) as stream:
+        stream.remove([2, 5])
+        assert stream.removed == (2, 5)
+        assert stream.settings.output_damping == 0 < stream.settings.damping
+
+
 # ---------------------------------------------------------------------------------------------
 # Verification
 

@@ -22,11 +22,16 @@ def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_s
     return total
 
 
+def is_much_worse(before: float, after: float) -> bool:
+    """Whether a mean loss rose by as much as is warned of; NaN is worse, too."""
+    return math.isfinite(before) and not after <= 1.5 * before + 0.05
+
+
 def warn_of_noise(
     before: float, after: float, guarantee: Guarantee, samples: str, *, stacklevel: int
 ) -> None:
-    """Warn where noise raises a mean loss by as much as `unlearn` warns of."""
-    if math.isfinite(before) and not after <= 1.5 * before + 0.05:  # NaN is worse, too
+    """Warn where noise raises a mean loss by much."""
+    if is_much_worse(before, after):
         warnings.warn(
             f"the noise for epsilon={guarantee.epsilon:g}, delta={guarantee.delta:g}, whose "
             f"standard deviation is {guarantee.sigma:.3g}, raised the mean loss of {samples} from "

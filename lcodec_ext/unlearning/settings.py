@@ -134,8 +134,7 @@ class Settings:
     repair_drop : float, optional
         Repair only where the step, before it was halved, made what the guard watches fall by more
         than this; always, without it. (Where nothing is broken, repair only brings back what was
-        forgotten.) A repair that makes it fall, and past `max_drop`, is itself taken
-        back.
+        forgotten.) A repair that makes it fall, and past `max_drop`, is itself taken back.
     repair_learning_rate : float
         Its peak, near that of training, for batches of this size: small ones repair little.
     repair_batch_size : int
@@ -463,9 +462,7 @@ def _check_used(options: Mapping[str, Any], settings: Settings) -> None:
         (("halvings", "retries"), guarded, "a guard, and max_drop is None"),
     ):
         for name in names:
-            if options.get(name) and not used:
-                if name == "steps" and options[name] == 1:
-                    continue
+            if not used and name in options and options[name] != getattr(Settings, name):
                 raise ValueError(f"{name}={options[name]!r} belongs to {owner}")
 
 

@@ -170,7 +170,11 @@ class Unlearner:
     ) -> None:
         check_integer(keep, "keep", 1)
         settings = resolve(
-            preset, options, retained=statistics is None, validation=validation is not None
+            preset,
+            options,
+            retained=statistics is None,
+            validation=validation is not None,
+            statistics=statistics is not None,
         )
         if settings.update == "certified" and settings.max_drop is not None:
             raise ValueError(f"update='certified' cannot be had here: {GUARDED}")

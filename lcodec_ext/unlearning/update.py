@@ -35,6 +35,7 @@ from lcodec_ext.curvature.solvers import (
     SolveResult,
 )
 from lcodec_ext.curvature.units import UnitLayout, UnitSelection
+from lcodec_ext.unlearning._noise import is_much_worse, mean_loss
 from lcodec_ext.unlearning.activations import find_calls
 from lcodec_ext.unlearning.certified import CertifiedLinear
 from lcodec_ext.unlearning.metrics import Score, predict
@@ -464,7 +465,7 @@ def unlearn(
             changed = add_noise(changed, guarantee.sigma)
             work.take_over(changed)
         done = work.measure(removed, monitored)
-    if done.retained_loss > 1.5 * before.retained_loss + 0.05:
+    if is_much_worse(before.retained_loss, done.retained_loss):
         if guarantee.sigma > 0:
             why = (
                 f", the noise for epsilon={settings.epsilon:g} included, whose standard deviation "
@@ -640,12 +641,7 @@ class _Workplace:
 
     def mean_loss(self, samples: Samples) -> float:
         """Without the regulariser; NaN or infinity where it is."""
-        total = 0.0
-        with torch.no_grad():
-            for batch in samples.batches(self.settings.batch_size):
-                loss = self.loss_fn(outputs_of(self.model, batch), batch.targets)
-                total += loss.item() * batch.size / len(samples)
-        return total
+        return mean_loss(self.model, samples, self.loss_fn, self.settings.batch_size)
 
     def quality(self, samples: Samples) -> tuple[str, float]:
         """Accuracy, or minus the mean loss where there is none, and what it is called."""
