@@ -1,9 +1,9 @@
 """CODEC, L-CODEC, xi and FOCI, exact and fast; unlearning for PyTorch models built on them."""
 
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from lcodec_ext import _renamed  # noqa: F401  old module names
+from lcodec_ext._build import __version__ as __version__
 from lcodec_ext._build import build_info, cuda_is_available, cuda_status
 from lcodec_ext._threads import get_num_threads, set_num_threads
 from lcodec_ext.dependence import (
@@ -22,8 +22,6 @@ from lcodec_ext.dependence import (
 
 if TYPE_CHECKING:
     from lcodec_ext.dependence.sklearn import FOCISelector
-
-__version__ = _version("lcodec_ext")
 
 __all__ = [
     "DependenceGraph",

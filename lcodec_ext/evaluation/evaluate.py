@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import lcodec_ext
+from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import LossFunction
@@ -363,7 +363,7 @@ def evaluate(
         "batch_size": int(batch_size),
         "retrained_seeds": [seed + k for k in range(n_retrain)] if callable(retrained) else None,
         "methods": {},
-        "versions": {"lcodec_ext": lcodec_ext.__version__, "torch": torch.__version__},
+        "versions": {"lcodec_ext": __version__, "torch": torch.__version__},
     }
     total = 1 + n_retrained + len(given)
     with progress_bar(progress, total=total, desc=NO_OP, unit="model") as bar:

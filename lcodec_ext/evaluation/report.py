@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lcodec_ext
+from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool
 from lcodec_ext.evaluation.report_data import (
     MINUS_LOSS,
@@ -213,7 +213,7 @@ def write_report(
         "format": _FORMAT,
         "title": title,
         "created": created,
-        "version": lcodec_ext.__version__,
+        "version": __version__,
         "summary": summary,
         "files": names,
         "methods": [_method_record(m) for m in comparison.methods] if comparison else [],
@@ -720,7 +720,7 @@ def _markdown(
 ) -> bytes:
     parts = [
         f"# {_escape(title)}",
-        f"Written {created} by lcodec_ext {lcodec_ext.__version__}. All numbers: report.json.",
+        f"Written {created} by lcodec_ext {__version__}. All numbers: report.json.",
         "## In short",
         "\n".join(f"- {_escape(sentence)}" for sentence in summary),
     ]

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lcodec_ext import FociResult
 from lcodec_ext._checks import check_bool
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import Batch, map_tensors, sample_of, tensors_of
@@ -37,6 +36,7 @@ from lcodec_ext.curvature.solvers import (
     IndefiniteCurvatureError,
     SolveResult,
 )
+from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
 from lcodec_ext.unlearning.record.activations import find_calls

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext import FociResult, lfoci
 from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import Batch, map_tensors, sample_of, tensors_of
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.dependence import FociResult, lfoci
 from lcodec_ext.dependence import exact as _exact
 from lcodec_ext.dependence.backends.base import lay_out, make_engine
 from lcodec_ext.dependence.ranks import ranks

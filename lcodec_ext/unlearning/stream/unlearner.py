@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext import __version__
+from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool, check_integer, check_real
 from lcodec_ext._torch.loss import LossFunction, mean_loss
 from lcodec_ext._torch.predict import Score
