@@ -59,7 +59,6 @@ def take(
     model: nn.Module,
     train: Any,
     loss_fn: LossFunction,
-    *,
     validation: Any,
     statistics: TrainingStatistics | None,
     score: Score | None,

@@ -53,7 +53,10 @@ from lcodec_ext.unlearning.unlearn import GUARDED, UnlearnResult
 class Unlearner:
     """Deletes training samples from a model, request after request, and keeps a ledger of it.
 
-    docs/unlearning.md ("Streams of requests") says more.
+    A request is done when `remove` returns: its checkpoint and its line are then on the disk.
+    Samples that the guard takes back are *pending*. Checkpoints and `model` are weights without
+    noise: they are as confidential as the training data. docs/unlearning.md, "Streams of requests",
+    has the ledger, durability, the guard and confidentiality in full.
 
     Parameters
     ----------
@@ -97,32 +100,6 @@ class Unlearner:
         If the directory is in use, by this or another process.
     ValueError, TypeError
         For a model, data or options that cannot be used; the message names them.
-
-    Notes
-    -----
-    **Requests.** `remove` takes the step of `unlearn` from the present weights; all samples that
-    are not removed yet are retained. A request that the guard takes back is recorded as skipped:
-    the weights stay, and its samples are *pending*. The weights still know them, so later requests
-    retain them. Ask for them again, or retrain the model without them.
-
-    **The guard** counts from the start of the stream: what accuracy earlier requests have cost is
-    no longer available to later ones, which are repaired or, in the end, skipped.
-
-    **The ledger** (`lcodec_ext.unlearning.stream.ledger`) records of the start the settings, the
-    names and plain options of loss_fn and score, and sizes and hashes of the data; of a request the
-    samples' numbers and content hashes, its seed, selection, solver and measurements; of a release
-    its guarantee and the budget; of each entry the numbers of samples removed, pending and retained
-    and the SHA-256 of the checkpoint's tensors.
-
-    **Durability.** The checkpoint, and then the line of a request are on the disk before `remove`
-    returns. A process that is killed loses nothing that was acknowledged: `resume` drops what was
-    begun. The seed of a request is a function of `seed` and of the number of its entry, so after
-    `resume` the same requests give the same bits, on the same machine with the same versions and
-    number of threads. Ctrl-C during a request leaves all as it was before it; while the entry is
-    written, it waits.
-
-    **Confidentiality.** Checkpoints and `model` are weights without noise, the older ones with what
-    was deleted since, and the ledger tells who was deleted. Protect both as the training data.
 
     Examples
     --------
@@ -170,16 +147,7 @@ class Unlearner:
         if settings.update == "certified" and settings.max_drop is not None:
             raise ValueError(f"update='certified' cannot be had here: {GUARDED}")
         budget = _budget(settings, epsilon_budget, delta_budget)
-        given = take(
-            model,
-            train,
-            loss_fn,
-            validation=validation,
-            statistics=statistics,
-            score=score,
-            progress=progress,
-            settings=settings,
-        )
+        given = take(model, train, loss_fn, validation, statistics, score, progress, settings)
         state = state_of(model)
         self._model, self._closed = copy.deepcopy(model), False
         folder = None if directory is None else Path(directory)
@@ -192,13 +160,7 @@ class Unlearner:
             self._store.ledger.repair()
             record = start_record(self._given, model)
             record |= {"keep": keep, "budget": budget and budget.to_dict(), **self._counts((), ())}
-            self._commit(
-                "start",
-                record,
-                model=self._model,
-                state=state,
-                statistics=self._given.statistics,
-            )
+            self._commit("start", record, self._model, state, self._given.statistics)
 
     @classmethod
     def resume(
@@ -257,16 +219,8 @@ class Unlearner:
                     f"the ledger in directory {str(directory)!r} has no entry: start again with "
                     "Unlearner(..., directory=...)"
                 )
-            given = take(
-                model,
-                train,
-                loss_fn,
-                validation=validation,
-                statistics=statistics,
-                score=score,
-                progress=progress,
-                settings=settings_on_record(store.history, perturb),
-            )
+            settings = settings_on_record(store.history, perturb)
+            given = take(model, train, loss_fn, validation, statistics, score, progress, settings)
             check_given(given, model, store.history)
             self._model = with_state(model, store.state(-1))
             if statistics is not None:
@@ -372,8 +326,9 @@ class Unlearner:
         statistics = self._statistics
         if statistics is not None:
             statistics = self._given.without(statistics, self._original(), gone)
-        changed = copy.deepcopy(result.model)
-        self._commit("remove", record, model=changed, statistics=statistics, seconds=result.seconds)
+        model = copy.deepcopy(result.model)
+        state = state_of(model)
+        self._commit("remove", record, model, state, statistics, seconds=result.seconds)
         return result
 
     def rollback(self, to: int | None = None, *, note: str | None = None) -> None:
@@ -404,13 +359,9 @@ class Unlearner:
         check_integer(to, "to", 0, len(history.points) - 2)
         history.check_kept(to)
         state = self._store.state(to)
-        self._commit(
-            "rollback",
-            {"to": to, "note": note, **self._counts(*history.at(to))},
-            model=with_state(self._model, state),
-            state=state,
-            statistics=self._statistics_at(to),
-        )
+        record = {"to": to, "note": note, **self._counts(*history.at(to))}
+        model = with_state(self._model, state)
+        self._commit("rollback", record, model, state, self._statistics_at(to))
 
     def release(self, *, note: str | None = None) -> nn.Module:
         """Make a copy of the model that may be given away: with fresh noise on every coordinate.
@@ -546,16 +497,14 @@ class Unlearner:
         self,
         kind: str,
         record: dict[str, Any],
-        *,
         model: nn.Module | None = None,
         state: dict[str, Tensor] | None = None,
         statistics: TrainingStatistics | None = None,
         **environment: Any,
     ) -> None:
-        """Write a checkpoint, if there are new weights, and then the entry; all or nothing."""
-        if model is not None:
-            checkpoint = self._store.write(state_of(model) if state is None else state)
-            record = record | {"checkpoint": checkpoint}
+        """Write the checkpoint of a new model, if there is one, then the entry; all or nothing."""
+        if state is not None:
+            record = record | {"checkpoint": self._store.write(state)}
         environment = circumstances() | environment
         with interrupt_held_back():
             self._store.append(kind, record, environment)
