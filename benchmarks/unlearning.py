@@ -116,8 +116,8 @@ def recipe(given: Any) -> dict[str, Any]:
 
 def methods(epochs: int) -> dict[str, Any]:
     """Return the methods to compare; the baselines have the epochs that the budget allows."""
+    from lcodec_ext.evaluation.methods import fine_tune, gradient_ascent, lbfgs, neg_grad_plus
     from lcodec_ext.unlearning import Baseline
-    from lcodec_ext.unlearning.baselines import fine_tune, gradient_ascent, lbfgs, neg_grad_plus
 
     allowed = max(1, int(BUDGET * epochs))
     half = {"max_parameters": 0.5}

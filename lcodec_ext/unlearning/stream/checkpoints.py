@@ -1,0 +1,155 @@
+"""Weights by name, written so that a killed process leaves all of a file or nothing of it."""
+
+import copy
+import fcntl
+import hashlib
+import os
+import re
+import weakref
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lcodec_ext._files import sync_folder, write_atomically
+
+_NAME = re.compile(r"\d{6,}\.pt")
+_TEMPORARY = re.compile(r"\.\d{6,}\.pt(\.\w+)?\.tmp")
+
+
+class LedgerError(ValueError):
+    """A ledger or a checkpoint that is not what was written."""
+
+
+def checkpoint_name(number: int) -> str:
+    """The file with the weights that entry `number` left."""
+    return f"{number:06d}.pt"
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of all tensors of a model's state, by name; others are refused."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the state of model must be tensors, to be saved; {name!r} is of type "
+                f"{type(value).__name__}"
+            )
+        if value.layout != torch.strided or value.is_quantized:
+            raise TypeError(f"{name!r} of model must be a dense tensor; it is {value.layout}")
+        # Not a view: torch.save writes the whole storage of one.
+        state[name] = value.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: of name, dtype, shape and bytes of each, by increasing name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with the given state; the tensors must be those that it has."""
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ state.keys()):
+        where = "model has no" if name in state else "the checkpoint has no"
+        raise ValueError(f"model is not the one that was saved: {where} {name!r}")
+    for name, tensor in state.items():
+        if own[name].shape != tensor.shape or own[name].dtype != tensor.dtype:
+            raise ValueError(
+                f"model is not the one that was saved: its {name!r} is {own[name].dtype} of shape "
+                f"{tuple(own[name].shape)}, in the checkpoint {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}"
+            )
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(dict(state))
+    return changed
+
+
+class Checkpoints:
+    """States by file name, in a folder or, without one, in memory."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._states: dict[str, dict[str, Tensor]] = {}
+        if folder is not None and not folder.is_dir():
+            folder.mkdir(mode=0o700)
+            sync_folder(folder.parent)
+
+    def write(self, name: str, state: dict[str, Tensor]) -> None:
+        """Save a state; nothing is there under the name before all of it is."""
+        if self._folder is None:
+            self._states[name] = state
+        else:
+            write_atomically(self._folder / name, lambda file: torch.save(state, file))
+
+    def read(self, name: str, sha256: str) -> dict[str, Tensor]:
+        """Load a state and check its hash; LedgerError if it is missing or another one."""
+        if self._folder is None:
+            return self._states[name]
+        return read_checkpoint(self._folder / name, sha256)
+
+    def names(self) -> set[str]:
+        """The files that are there."""
+        if self._folder is None:
+            return set(self._states)
+        return {path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)}
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Delete all other states, and what interrupted writing left."""
+        for name in self.names() - set(names):
+            if self._folder is None:
+                del self._states[name]
+            else:
+                (self._folder / name).unlink(missing_ok=True)
+        if self._folder is not None:
+            for path in self._folder.iterdir():
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
+    """Load a state and check its hash; LedgerError if it is missing or another one."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state_hash(state)
+    except FileNotFoundError:
+        raise LedgerError(f"checkpoint {path.name} is missing") from None
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise LedgerError(f"checkpoint {path.name} cannot be read: {error}") from error
+    if found != sha256:
+        raise LedgerError(
+            f"checkpoint {path.name} holds other tensors than the ledger says: their SHA-256 is "
+            f"{found}, not {sha256}"
+        )
+    return state
+
+
+class DirectoryLock:
+    """Keeps other processes, and other objects of this one, out of a directory.
+
+    The kernel lets go of it when the process ends, however it ends.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 20, 0).decode() or "unknown"
+            os.close(descriptor)
+            raise RuntimeError(
+                f"directory {str(directory)!r} is in use by an Unlearner (process {holder}); "
+                "close() that one first"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.release = weakref.finalize(self, os.close, descriptor)
