@@ -96,7 +96,7 @@ class Case:
     sweep : str, optional
         The size that varies from point to point.
     metrics : callable(size, seconds), optional
-        Further numbers to record beside the median time, by name.
+        Further numbers to record besides the median time, by name.
     exact : bool, default True
         True: the package must give the bits of its reference. False: it must agree with it, as
         `compare` decides.
