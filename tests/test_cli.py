@@ -155,7 +155,7 @@ def test_module_and_pipe(table):
     done = subprocess.run(command, input=text, capture_output=True, check=True)
     assert done.stderr == b""
     assert {s["column"] for s in json.loads(done.stdout)["selected"]} >= {"x1", "x4"}
-    # Nobody reads the answer: that is no error to talk about.
+    # Nobody reads the answer; that is not an error.
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
