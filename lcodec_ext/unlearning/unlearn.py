@@ -23,6 +23,7 @@ from lcodec_ext._torch.loss import LossFunction, is_much_worse, mean_loss
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score, predict
 from lcodec_ext._torch.samples import Samples, as_samples, joined, outputs_of
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
@@ -30,7 +31,7 @@ from lcodec_ext.curvature.operators import (
     HessianOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import (
     ConvergenceWarning,
     IndefiniteCurvatureError,
