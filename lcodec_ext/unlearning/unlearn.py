@@ -35,6 +35,7 @@ from lcodec_ext._torch.loss import (
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score, predict
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
@@ -42,7 +43,7 @@ from lcodec_ext.curvature.operators import (
     HessianOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import (
     ConvergenceWarning,
     IndefiniteCurvatureError,
