@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.samples import Samples
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import FisherOperator, GaussNewtonOperator
-from lcodec_ext.curvature.routes import gauss_newton_diagonal
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
+from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.settings import Settings
 
 Unit = tuple[str, int]
