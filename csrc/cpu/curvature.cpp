@@ -289,10 +289,10 @@ Status factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, 
   });
 }
 
-#define LCODEC_INSTANTIATE(S, T)                                                               \
-  template Status masked_gram_product<S, T>(const SelectedColumns<S>&, const T*, const T*,     \
-                                            std::int64_t, T, T*, const Execution&);            \
-  template Status softmax_rows_product<S, T>(const SelectedColumns<S>&, const T*, const T*,    \
+#define LCODEC_INSTANTIATE(S, T)                                                            \
+  template Status masked_gram_product<S, T>(const SelectedColumns<S>&, const T*, const T*,  \
+                                            std::int64_t, T, T*, const Execution&);         \
+  template Status softmax_rows_product<S, T>(const SelectedColumns<S>&, const T*, const T*, \
                                              const T*, std::int64_t, T, T*, const Execution&);
 LCODEC_INSTANTIATE(float, float)
 LCODEC_INSTANTIATE(double, double)

@@ -41,8 +41,8 @@ __device__ __forceinline__ std::int64_t segment_offset(const std::int64_t* segme
   return partial[0];
 }
 
-// column[k] = the k-th selected column, brought into [0, columns). The block after the last segment's
-// fills what the segments leave of size.
+// column[k] = the k-th selected column, brought into [0, columns). The block after the last
+// segment's fills what the segments leave of size.
 __global__ void __launch_bounds__(kSegmentThreads)
     columns_kernel(const std::int64_t* segments, std::int64_t count, std::int64_t columns,
                    std::int64_t size, std::int32_t* column) {

@@ -1,9 +1,10 @@
 """The fused kernels of masked curvature, as PyTorch operators on CPU and CUDA tensors.
 
 Importing this module registers ``torch.ops.lcodec_ext.masked_gram_product``,
-``softmax_rows_product`` and ``factored_gram``; the functions here call them. Sums are added in one written order (``lcodec/curvature.hpp`` and
-``lcodec/cuda_curvature.hpp`` in ``csrc/include``): the bits of a result do not depend on the number
-of threads, the SIMD level or the order in which a GPU runs its blocks. Those of CPU and CUDA
+``softmax_rows_product`` and ``factored_gram``; the functions here call them. Sums are added in one
+written order (``lcodec/curvature.hpp`` and ``lcodec/cuda_curvature.hpp`` in ``csrc``): the bits of
+a result do not depend on the number of threads, the SIMD level or the order in which a GPU runs its
+blocks. Those of CPU and CUDA
 differ, within the error bounds stated there. Nothing waits for a CUDA device, and with segments
 that are tensors there, all of it can be captured in a CUDA graph. There are no gradients.
 
