@@ -56,12 +56,13 @@ test: $(VENV)/.installed ## Build for this machine and run the tests
 
 check: lint check-wheel check-objects check-sanitize check-long ## All that CI checks beyond `make test`
 
-lint: $(VENV)/.installed ## Formatting, style and types
+lint: $(VENV)/.installed ## Formatting, style, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests/emulate \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
 	    | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 bench: $(VENV)/.installed ## Time the package beside other implementations
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 from peers import Selection
 
 import lcodec_ext
-from lcodec_ext import _core, _engine, _native
-from lcodec_ext._ranks import ranks
-from lcodec_ext.reference import curvature as reference_curvature
+from lcodec_ext import _core
+from lcodec_ext.curvature import reference as reference_curvature
+from lcodec_ext.dependence.backends import base as _engine
+from lcodec_ext.dependence.backends import cpu as _native
+from lcodec_ext.dependence.ranks import ranks
 
 SEED = 20220619
 Data = dict[str, Any]

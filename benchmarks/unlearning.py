@@ -115,8 +115,8 @@ def recipe(given: Any) -> dict[str, Any]:
 
 def methods(epochs: int) -> dict[str, Any]:
     """What is compared; the baselines' epochs are what the budget allows."""
+    from lcodec_ext.evaluation.methods import fine_tune, gradient_ascent, lbfgs, neg_grad_plus
     from lcodec_ext.unlearning import Baseline
-    from lcodec_ext.unlearning.baselines import fine_tune, gradient_ascent, lbfgs, neg_grad_plus
 
     allowed = max(1, int(BUDGET * epochs))
     half = {"max_parameters": 0.5}

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from lcodec_ext.evaluation.methods import lbfgs
 from lcodec_ext.unlearning import Baseline, Unlearner, evaluate, write_report
-from lcodec_ext.unlearning.baselines import lbfgs
 
 WEIGHT_DECAY = 5e-4
 MARKER = "made_by_digits_deletion"  # in a folder that the next demonstration may delete

@@ -1,19 +1,27 @@
 """CODEC, L-CODEC, xi and FOCI, exact and fast; unlearning for PyTorch models built on them."""
 
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
+from lcodec_ext import _renamed  # noqa: F401  old module names
+from lcodec_ext._build import __version__ as __version__
 from lcodec_ext._build import build_info, cuda_is_available, cuda_status
-from lcodec_ext._native import get_num_threads, set_num_threads
-from lcodec_ext._xi import XiTestResult, xi, xi_test
-from lcodec_ext.dependence import codec, lcodec
-from lcodec_ext.neighbors import nearest_neighbors
-from lcodec_ext.selection import DependenceGraph, FociResult, dependence_graph, foci, lfoci
+from lcodec_ext._threads import get_num_threads, set_num_threads
+from lcodec_ext.dependence import (
+    DependenceGraph,
+    FociResult,
+    XiTestResult,
+    codec,
+    dependence_graph,
+    foci,
+    lcodec,
+    lfoci,
+    nearest_neighbors,
+    xi,
+    xi_test,
+)
 
 if TYPE_CHECKING:
-    from lcodec_ext._sklearn import FOCISelector
-
-__version__ = _version("lcodec_ext")
+    from lcodec_ext.dependence.sklearn import FOCISelector
 
 __all__ = [
     "DependenceGraph",
@@ -38,7 +46,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "FOCISelector":  # scikit-learn is needed here and nowhere else
-        from lcodec_ext._sklearn import FOCISelector
+        from lcodec_ext.dependence.sklearn import FOCISelector
 
         return FOCISelector
     raise AttributeError(f"module 'lcodec_ext' has no attribute {name!r}")

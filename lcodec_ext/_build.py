@@ -1,5 +1,6 @@
 """What was built and what this machine offers: the answers to "why is it slow here?"."""
 
+from importlib.metadata import version
 from typing import TypedDict
 
 try:
@@ -11,7 +12,9 @@ except ImportError as error:
         "another folder, or with python -P. If the package is not installed: pip install ."
     ) from error
 
-__all__ = ["BuildInfo", "build_info", "cuda_is_available", "cuda_status"]
+__version__ = version("lcodec_ext")
+
+__all__ = ["BuildInfo", "__version__", "build_info", "cuda_is_available", "cuda_status"]
 
 
 class BuildInfo(TypedDict):

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 import lcodec_ext
-from lcodec_ext._backend import on_device
-from lcodec_ext._engine import TIES, lay_out, make_engine
-from lcodec_ext._operators import register
-from lcodec_ext._validation import MAX_ROWS, check_choice, check_integer, check_seed
+from lcodec_ext._arrays import on_device
+from lcodec_ext._checks import check_choice, check_integer, check_seed
+from lcodec_ext._torch.library import register
+from lcodec_ext.dependence.backends.base import TIES, lay_out, make_engine
+from lcodec_ext.dependence.table import MAX_ROWS
 
 __all__ = ["codec", "foci", "nearest_neighbors", "score"]
 

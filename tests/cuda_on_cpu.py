@@ -3,7 +3,9 @@
 from contextlib import contextmanager, nullcontext
 from unittest import mock
 
-from lcodec_ext import _backend, _cuda
+from lcodec_ext import _arrays
+from lcodec_ext._torch import device as _device
+from lcodec_ext.dependence.backends import cuda as _cuda
 
 
 @contextmanager
@@ -21,7 +23,8 @@ def cuda_on_cpu(module, stream=lambda: 0):
             return stream()
 
     with (
-        mock.patch.object(_backend, "DEVICE_TYPE", "cpu"),
+        mock.patch.object(_arrays, "DEVICE_TYPE", "cpu"),
         mock.patch.object(_cuda, "Device", Device),
+        mock.patch.object(_device, "Device", Device),
     ):
         yield

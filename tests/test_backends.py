@@ -11,10 +11,12 @@ from hypothesis import given
 
 import lcodec_ext
 import oracle
-from lcodec_ext import _exact, _native
-from lcodec_ext._ranks import ranks
-from lcodec_ext.reference.columns import ReferenceColumns
-from lcodec_ext.reference.engine import ReferenceEngine
+from lcodec_ext import _threads
+from lcodec_ext.dependence import exact as _exact
+from lcodec_ext.dependence.backends import cpu as _native
+from lcodec_ext.dependence.backends.reference import ReferenceEngine
+from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
+from lcodec_ext.dependence.ranks import ranks
 
 pytestmark = pytest.mark.native
 
@@ -242,7 +244,7 @@ def test_exact_ties_between_candidates_take_the_lowest_index(rng):
 
 def test_near_ties_are_decided_by_rationals(monkeypatch, rng):
     """Candidates closer than fixed point resolves: rationals must have the last word."""
-    from lcodec_ext.selection import _best
+    from lcodec_ext.dependence.foci import _best
 
     class Engine:
         def row_sums(self, column):
@@ -268,7 +270,7 @@ def test_threads_and_simd_settings(monkeypatch):
         lcodec_ext.get_num_threads()
     monkeypatch.setenv("LCODEC_NUM_THREADS", "5")
     assert lcodec_ext.get_num_threads() == 5
-    monkeypatch.setattr(_native, "_threads", None)
+    monkeypatch.setattr(_threads, "_threads", None)
     lcodec_ext.set_num_threads(2)
     assert lcodec_ext.get_num_threads() == 2
     with pytest.raises(ValueError, match="threads must be an integer from 1 to 1024; got 0"):

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import lcodec_ext
-from lcodec_ext import _native
-from lcodec_ext.unlearning.perturbation import perturbed, record
-from lcodec_ext.unlearning.samples import as_samples
-from lcodec_ext.unlearning.selection import find_candidates
+from lcodec_ext import _threads
+from lcodec_ext._torch.samples import as_samples
+from lcodec_ext.unlearning.record.perturbation import perturbed, record
+from lcodec_ext.unlearning.select import find_candidates
 from lcodec_ext.unlearning.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -376,7 +376,7 @@ def test_small_calls_are_compared(capsys):
 
 def test_threads_of_a_peer_are_its_own(monkeypatch):
     monkeypatch.setenv("LCODEC_NUM_THREADS", "3")
-    monkeypatch.setattr(_native, "_threads", None)
+    monkeypatch.setattr(_threads, "_threads", None)
     peer = gpu_cases.by_cpu(lambda data, backend: lcodec_ext.get_num_threads())
     assert peer.run({}, 7) == 7
     assert lcodec_ext.get_num_threads() == 3

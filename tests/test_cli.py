@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lcodec_ext
-from lcodec_ext import _native
+from lcodec_ext import _threads
 from lcodec_ext.cli import _bench, _tables, main
 from lcodec_ext.cli._import_path import ImportPathError, call, load_object
 
@@ -25,7 +25,7 @@ COMMANDS = ("info", "codec", "foci", "unlearn", "evaluate", "report", "bench")
 def here(tmp_path, monkeypatch):
     """Work in an empty folder; --threads ends with the test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_native, "_threads", None)
+    monkeypatch.setattr(_threads, "_threads", None)
     return tmp_path
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import scrub_driver
+from lcodec_ext._torch.batches import Batch
 from lcodec_ext.compat import scrub
 from lcodec_ext.compat.scrub import do_epoch, inp_perturb, manual_seed, reid_inp_perturb
-from lcodec_ext.curvature._data import Batch
 
 CE = nn.CrossEntropyLoss()
 DEVICE = torch.device("cpu")

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
 from devices import PARAMETERS
-from lcodec_ext import _emulated, _exact, _native
-from lcodec_ext._ranks import ranks
-from lcodec_ext.reference.columns import ReferenceColumns
-from lcodec_ext.reference.engine import ReferenceEngine
+from lcodec_ext import _emulated
+from lcodec_ext.dependence import exact as _exact
+from lcodec_ext.dependence.backends import cpu as _native
+from lcodec_ext.dependence.backends.reference import ReferenceEngine
+from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
+from lcodec_ext.dependence.ranks import ranks
 
 pytestmark = pytest.mark.native
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices import DEVICES
-from lcodec_ext.reference.columns import ReferenceColumns
-from lcodec_ext.reference.engine import nearest
+from lcodec_ext.dependence.backends.reference import nearest
+from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
 
 pytestmark = [
     pytest.mark.native,

@@ -16,11 +16,14 @@ import torch
 
 import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
-from lcodec_ext import _cuda, _exact, _native, ops
-from lcodec_ext._engine import lay_out, make_engine
-from lcodec_ext._ranks import ranks
-from lcodec_ext.reference import engine as reference
-from lcodec_ext.reference.columns import ReferenceColumns
+from lcodec_ext import ops
+from lcodec_ext.dependence import exact as _exact
+from lcodec_ext.dependence.backends import cpu as _native
+from lcodec_ext.dependence.backends import cuda as _cuda
+from lcodec_ext.dependence.backends import reference
+from lcodec_ext.dependence.backends.base import lay_out, make_engine
+from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
+from lcodec_ext.dependence.ranks import ranks
 
 TIES = ("average", "random", "first")
 

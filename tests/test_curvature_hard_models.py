@@ -15,8 +15,10 @@ from lcodec_ext.curvature import (
     GaussNewtonOperator,
     HessianOperator,
     UnitSelection,
-    _routes,
     per_sample_gradients,
+)
+from lcodec_ext.curvature import (
+    routes as _routes,
 )
 
 N = 9

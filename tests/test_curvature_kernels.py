@@ -7,9 +7,8 @@ import torch
 from cuda_on_cpu import cuda_on_cpu
 from devices import GPU, ORDERS
 from lcodec_ext import _core, _emulated
-from lcodec_ext.curvature import kernels
-from lcodec_ext.reference import curvature as reference
-from lcodec_ext.reference.curvature import CpuTree, CudaTree, select
+from lcodec_ext.curvature import kernels, reference
+from lcodec_ext.curvature.reference import CpuTree, CudaTree, select
 
 pytestmark = pytest.mark.native
 

@@ -21,8 +21,10 @@ from lcodec_ext.curvature import (
     IndefiniteCurvatureError,
     SecantOperator,
     UnitSelection,
-    _routes,
     per_sample_gradients,
+)
+from lcodec_ext.curvature import (
+    routes as _routes,
 )
 
 WITHIN = 1e-12  # relative, in float64

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from lcodec_ext.curvature import Segment, UnitSelection, n_units
-from lcodec_ext.curvature.units import UnitLayout
+from lcodec_ext.curvature.selection import UnitLayout
 
 
 class Conv1D(nn.Module):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import lcodec_ext
-from lcodec_ext import _native
-from lcodec_ext._ranks import ranks
-from lcodec_ext.reference.columns import ReferenceColumns
-from lcodec_ext.reference.engine import ReferenceEngine
+from lcodec_ext.dependence.backends import cpu as _native
+from lcodec_ext.dependence.backends.reference import ReferenceEngine
+from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
+from lcodec_ext.dependence.ranks import ranks
 
 pytestmark = pytest.mark.native
 

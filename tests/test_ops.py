@@ -9,9 +9,9 @@ import torch
 
 import lcodec_ext
 from lcodec_ext import ops
-from lcodec_ext._ranks import ranks
-from lcodec_ext.reference.columns import ReferenceColumns
-from lcodec_ext.reference.engine import ReferenceEngine
+from lcodec_ext.dependence.backends.reference import ReferenceEngine
+from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
+from lcodec_ext.dependence.ranks import ranks
 
 N = 50
 generator = torch.Generator().manual_seed(4)

@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import unlearner_process
 from lcodec_ext.curvature import UnitSelection
-from lcodec_ext.unlearning import checkpoints, ledger, unlearner
-from lcodec_ext.unlearning.checkpoints import LedgerError, state_hash, state_of
-from lcodec_ext.unlearning.ledger import Ledger, verify_ledger
 from lcodec_ext.unlearning.privacy import PrivacyBudget, PrivacyBudgetExceeded
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.unlearner import Unlearner, compact, request_seed
-from lcodec_ext.unlearning.update import unlearn
+from lcodec_ext.unlearning.stream import checkpoints, ledger, unlearner
+from lcodec_ext.unlearning.stream.checkpoints import LedgerError, state_hash, state_of
+from lcodec_ext.unlearning.stream.ledger import Ledger, verify_ledger
+from lcodec_ext.unlearning.stream.unlearner import Unlearner, compact, request_seed
+from lcodec_ext.unlearning.unlearn import unlearn
 from unlearner_process import N, begin_or_resume, go_on, make_data, make_model, step
 
 calls = []

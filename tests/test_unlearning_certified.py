@@ -13,8 +13,8 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lcodec_ext.unlearning import unlearn
-from lcodec_ext.unlearning.certified import CertifiedLinear
 from lcodec_ext.unlearning.privacy import PrivacyBudgetExceeded, gaussian_delta
+from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
 
 OPTIONS = {"weight_decay": 0.01, "epsilon": 1.0, "delta": 1e-4, "noise_std": 2.0}
 

@@ -16,15 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lcodec_ext.unlearning import metrics, unlearn
-from lcodec_ext.unlearning.baselines import (
-    Baseline,
-    fine_tune,
-    gradient_ascent,
-    lbfgs,
-    neg_grad_plus,
-)
-from lcodec_ext.unlearning.evaluation import BASELINES, Evaluation, evaluate, gap_closed
+from lcodec_ext.evaluation import metrics
+from lcodec_ext.evaluation.evaluate import BASELINES, Evaluation, evaluate, gap_closed
+from lcodec_ext.evaluation.methods import Baseline, fine_tune, gradient_ascent, lbfgs, neg_grad_plus
+from lcodec_ext.unlearning import unlearn
 
 DOUBLE = torch.float64
 DECAY = 0.01

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lcodec_ext.unlearning import checkpoints, ledger
-from lcodec_ext.unlearning.checkpoints import (
+from lcodec_ext.unlearning.stream import checkpoints, ledger
+from lcodec_ext.unlearning.stream.checkpoints import (
     Checkpoints,
     LedgerError,
     checkpoint_name,
@@ -18,7 +18,7 @@ from lcodec_ext.unlearning.checkpoints import (
     with_state,
     write_atomically,
 )
-from lcodec_ext.unlearning.ledger import FIRST, FORMAT, History, Ledger
+from lcodec_ext.unlearning.stream.ledger import FIRST, FORMAT, History, Ledger
 
 
 def write(path, n=4):

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lcodec_ext.unlearning.metrics import (
+from lcodec_ext.evaluation.metrics import (
     _logistic,
     accuracy,
     activation_distance,

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lcodec_ext import codec
-from lcodec_ext.curvature.units import UnitSelection
-from lcodec_ext.unlearning import perturbation
-from lcodec_ext.unlearning.activations import Recorder, UnitCall, activation_units
-from lcodec_ext.unlearning.perturbation import (
+from lcodec_ext._torch.samples import as_samples
+from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.unlearning.record import perturbation
+from lcodec_ext.unlearning.record.activations import Recorder, UnitCall, activation_units
+from lcodec_ext.unlearning.record.perturbation import (
     Recording,
     TokenReplacement,
     perturbed,
@@ -20,7 +21,6 @@ from lcodec_ext.unlearning.perturbation import (
     select_cheap,
     select_lfoci,
 )
-from lcodec_ext.unlearning.samples import as_samples
 
 CPU = torch.device("cpu")
 K = 7  # perturbations

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from lcodec_ext.unlearning import _report_data as data
-from lcodec_ext.unlearning import _report_figures as figures
-from lcodec_ext.unlearning import report as report_module
-from lcodec_ext.unlearning.report import write_report
+from lcodec_ext.evaluation import figures
+from lcodec_ext.evaluation import report as report_module
+from lcodec_ext.evaluation import report_data as data
+from lcodec_ext.evaluation.report import write_report
 
 STYLED = pytest.mark.usefixtures("styled")
 LAYERS = {"fc1": 16, "fc2": 8, "head": 4}

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
 
 from lcodec_ext import unlearning
+from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.unlearning import (
     Settings,
     TokenReplacement,
@@ -23,10 +24,11 @@ from lcodec_ext.unlearning import (
     UnitSelection,
     random_samples,
     samples_of,
-    update,
+)
+from lcodec_ext.unlearning import (
+    unlearn as update,
 )
 from lcodec_ext.unlearning.privacy import logistic_constants
-from lcodec_ext.unlearning.samples import as_samples
 
 DOUBLE = torch.float64
 WEIGHT_DECAY = 0.01

@@ -22,10 +22,10 @@ from torch.utils.data import (
 )
 
 from lcodec_ext import unlearning
+from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature import ConvergenceWarning, GaussNewtonOperator
 from lcodec_ext.unlearning import BeforeAfter, IndefiniteCurvatureError, Settings, UnitSelection
-from lcodec_ext.unlearning.samples import as_samples
-from lcodec_ext.unlearning.update import _warn_of_overlap
+from lcodec_ext.unlearning.unlearn import _warn_of_overlap
 
 DOUBLE = torch.float64
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from lcodec_ext.curvature import UnitSelection
-from lcodec_ext.unlearning import unlearner
-from lcodec_ext.unlearning.ledger import LEDGER_FILE
-from lcodec_ext.unlearning.unlearner import Unlearner
+from lcodec_ext.unlearning.stream import unlearner
+from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE
+from lcodec_ext.unlearning.stream.unlearner import Unlearner
 
 N = 40
 WEIGHT_DECAY = 0.1

@@ -26,7 +26,7 @@ from lcodec_ext.cli._console import (
 
 if TYPE_CHECKING:
     from lcodec_ext.cli._tables import Table
-    from lcodec_ext.selection import FociResult
+    from lcodec_ext.dependence.foci import FociResult
 
 TABLES = """\
 tables:

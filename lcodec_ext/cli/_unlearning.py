@@ -550,7 +550,7 @@ def parse_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_selection(file: str) -> Any:
-    from lcodec_ext.curvature.units import UnitSelection
+    from lcodec_ext.curvature.selection import UnitSelection
 
     try:
         return UnitSelection.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
@@ -719,7 +719,7 @@ def n_samples(train: Any, model: "nn.Module") -> int:
     """How many samples there are, of any kind of train that `unlearn` takes."""
     import torch
 
-    from lcodec_ext.unlearning.samples import as_samples
+    from lcodec_ext._torch.samples import as_samples
 
     parameter = next(model.parameters(), torch.zeros(()))
     return len(as_samples(train, "train", parameter.device, torch.float64))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lcodec_ext
-from lcodec_ext._validation import as_features
+from lcodec_ext.dependence.table import as_features
 
 if TYPE_CHECKING:
     import torch

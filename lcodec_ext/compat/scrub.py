@@ -49,7 +49,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, default_collate
 
-from lcodec_ext._validation import check_bool, check_choice, check_integer, check_real
+from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real
+from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.loss import mean_loss
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 from lcodec_ext.compat import _scrub_defects as defects
 from lcodec_ext.compat._scrub_files import (
     file_name,
@@ -59,7 +62,6 @@ from lcodec_ext.compat._scrub_files import (
     read_epoch,
     write_epoch,
 )
-from lcodec_ext.curvature._data import Batch
 from lcodec_ext.unlearning import (
     Settings,
     TrainingStatistics,
@@ -67,16 +69,15 @@ from lcodec_ext.unlearning import (
     UnlearnResult,
     unlearn,
 )
-from lcodec_ext.unlearning._noise import mean_loss, warn_of_noise
-from lcodec_ext.unlearning.perturbation import (
+from lcodec_ext.unlearning.privacy import Guarantee, add_noise
+from lcodec_ext.unlearning.privacy.noise import warn_of_noise
+from lcodec_ext.unlearning.record.perturbation import (
     TokenReplacement,
     record,
     select_cheap,
     select_lfoci,
 )
-from lcodec_ext.unlearning.privacy import Guarantee, add_noise
-from lcodec_ext.unlearning.samples import Samples, as_samples, outputs_of
-from lcodec_ext.unlearning.selection import find_candidates
+from lcodec_ext.unlearning.select import find_candidates
 
 _CURVATURES = {"FD": "secant", "Fisher": "fisher", "GaussNewton": "gauss_newton"}
 _BERT_UNCASED, _FIRST_WORD = 30522, 999  # before it are special and unused tokens and characters

@@ -20,8 +20,8 @@ from lcodec_ext.curvature.operators import (
     SecantOperator,
 )
 from lcodec_ext.curvature.per_sample import SampleGradients, per_sample_gradients
+from lcodec_ext.curvature.selection import Segment, UnitSelection, n_units
 from lcodec_ext.curvature.solvers import ConvergenceWarning, IndefiniteCurvatureError, SolveResult
-from lcodec_ext.curvature.units import Segment, UnitSelection, n_units
 
 __all__ = [
     "ConvergenceWarning",

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcodec_ext import _core, _native
-from lcodec_ext._backend import on_device
-from lcodec_ext._operators import register
+from lcodec_ext import _core
+from lcodec_ext._arrays import on_device
+from lcodec_ext._threads import cpu_settings
+from lcodec_ext._torch import device as _device
+from lcodec_ext._torch.library import register
 
 __all__ = [
     "factored_gram",
@@ -316,9 +318,7 @@ def _workspace(module: Any, matrix: Tensor, size: int, m: int) -> Tensor:
 
 
 def _device_of(tensor: Tensor) -> Any:
-    from lcodec_ext import _cuda
-
-    return _cuda.Device(tensor.device)
+    return _device.Device(tensor.device)
 
 
 def _masked_gram_product(
@@ -338,7 +338,7 @@ def _masked_gram_product(
         if out.numel():
             _core.masked_gram_product(
                 name, _address(G), N, stride, _address(table), len(table), size, _address(weights),
-                _address(vectors), m, damping, _address(out), *_native._settings(),
+                _address(vectors), m, damping, _address(out), *cpu_settings(),
             )  # fmt: skip
     elif out.numel():
         device = _device_of(G)
@@ -392,7 +392,7 @@ def _softmax_rows_product(
     if not on_device(A):
         _core.softmax_rows_product(
             name, _address(A), N, stride, D, _address(P), _address(weights), _address(V), m,
-            damping, _address(out), *_native._settings(),
+            damping, _address(out), *cpu_settings(),
         )  # fmt: skip
         return out
     device = _device_of(A)
@@ -425,7 +425,7 @@ def _factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
         _row_stride(A), A.shape[1], N, _address(out),
     )  # fmt: skip
     if not on_device(A):
-        _core.factored_gram(*arguments, *_native._settings())
+        _core.factored_gram(*arguments, *cpu_settings())
         return out
     device = _device_of(A)
     with device.guard():

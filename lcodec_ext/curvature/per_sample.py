@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._validation import check_integer
-from lcodec_ext.curvature._data import Batch, map_tensors, sample_of, tensors_of
-from lcodec_ext.curvature._masked import (
+from lcodec_ext._checks import check_integer
+from lcodec_ext._torch.batches import Batch, map_tensors, sample_of, tensors_of
+from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
+from lcodec_ext.curvature.masked import (
     Added,
     Entries,
     MaskedModel,
@@ -23,11 +25,9 @@ from lcodec_ext.curvature._masked import (
     is_convolution,
     is_linear,
     patches,
-    plain_arithmetic,
-    twice_differentiable,
 )
-from lcodec_ext.curvature._objective import LossFunction, Objective
-from lcodec_ext.curvature.units import UnitSelection
+from lcodec_ext.curvature.objective import Objective
+from lcodec_ext.curvature.selection import UnitSelection
 
 MAX_BYTES = 2**27  # of the gradients of a chunk of samples
 

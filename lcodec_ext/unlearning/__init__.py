@@ -5,6 +5,9 @@ on which the loss depends (`lcodec_ext.lfoci`), and steps their parameters towar
 that training without the samples would have given.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:  # the core package does without it
@@ -12,14 +15,8 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.unlearning needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
-from lcodec_ext.curvature.units import UnitSelection
-from lcodec_ext.unlearning.baselines import Baseline
-from lcodec_ext.unlearning.certified import CertifiedLinear, RemovalRecord
-from lcodec_ext.unlearning.checkpoints import LedgerError
-from lcodec_ext.unlearning.evaluation import BASELINES, Evaluation, MethodEvaluation, evaluate
-from lcodec_ext.unlearning.ledger import Ledger, Verification, verify_ledger
-from lcodec_ext.unlearning.perturbation import TokenReplacement
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
     PrivacyBudget,
@@ -30,12 +27,26 @@ from lcodec_ext.unlearning.privacy import (
     logistic_constants,
     removal_bound,
 )
-from lcodec_ext.unlearning.report import Report, write_report
-from lcodec_ext.unlearning.samples import random_samples, samples_of
+from lcodec_ext.unlearning.privacy.linear import CertifiedLinear, RemovalRecord
+from lcodec_ext.unlearning.record.perturbation import TokenReplacement
+from lcodec_ext.unlearning.request import random_samples, samples_of
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.unlearner import Unlearner
-from lcodec_ext.unlearning.update import BeforeAfter, UnlearnResult, unlearn
+from lcodec_ext.unlearning.stream.checkpoints import LedgerError
+from lcodec_ext.unlearning.stream.ledger import Ledger, Verification, verify_ledger
+from lcodec_ext.unlearning.stream.unlearner import Unlearner
+from lcodec_ext.unlearning.unlearn import BeforeAfter, UnlearnResult, unlearn
+
+if TYPE_CHECKING:
+    from lcodec_ext.evaluation import (
+        BASELINES,
+        Baseline,
+        Evaluation,
+        MethodEvaluation,
+        Report,
+        evaluate,
+        write_report,
+    )
 
 __all__ = [
     "BASELINES",
@@ -71,3 +82,24 @@ __all__ = [
     "verify_ledger",
     "write_report",
 ]
+
+_OF_EVALUATION = {
+    "BASELINES",
+    "Baseline",
+    "Evaluation",
+    "MethodEvaluation",
+    "Report",
+    "evaluate",
+    "write_report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names of `lcodec_ext.evaluation`, which users of earlier versions import from here."""
+    if name in _OF_EVALUATION:
+        return getattr(importlib.import_module("lcodec_ext.evaluation"), name)
+    raise AttributeError(f"module 'lcodec_ext.unlearning' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from lcodec_ext._validation import check_choice, check_integer, check_real, check_seed
-from lcodec_ext.curvature.units import UnitSelection
+from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
+from lcodec_ext.curvature.selection import UnitSelection
 
 SELECTIONS = (
     "full",
@@ -382,7 +382,7 @@ class Settings:
         ValueError
             For a `perturb` that was a function of the user's: only its name was kept.
         """
-        from lcodec_ext.unlearning.perturbation import TokenReplacement
+        from lcodec_ext.unlearning.record.perturbation import TokenReplacement
 
         made = dict(values)
         if isinstance(made.get("selection"), Mapping):

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._validation import check_choice, check_integer, check_real
-from lcodec_ext.curvature._masked import twice_differentiable
-from lcodec_ext.curvature._objective import LossFunction
-from lcodec_ext.curvature._routes import LowRank
+from lcodec_ext._checks import check_choice, check_integer, check_real
+from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.modes import twice_differentiable
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
@@ -22,8 +22,8 @@ from lcodec_ext.curvature.operators import (
     HessianOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.units import UnitLayout, UnitSelection
-from lcodec_ext.unlearning.samples import Samples, as_samples, outputs_of
+from lcodec_ext.curvature.routes import LowRank
+from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
 
 Tensors = dict[str, Tensor]
 

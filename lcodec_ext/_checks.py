@@ -1,0 +1,69 @@
+"""Checks of single arguments; messages name the argument, what was given and expected."""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def _describe(value: object) -> str:
+    """A value in an error message: short, and with its type where that is the news."""
+    text = repr(value)
+    if len(text) > 60:
+        text = text[:57] + "..."
+    return f"{text} ({type(value).__name__})"
+
+
+def check_choice(value: object, name: str, choices: Sequence[str | None]) -> Any:
+    """value, if it is one of the choices."""
+    if not isinstance(value, str | None) or value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {expected}; got {_describe(value)}")
+    return value
+
+
+def check_bool(value: object, name: str) -> bool:
+    """value, if it is True or False (Python's or NumPy's)."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {_describe(value)}")
+    return bool(value)
+
+
+def check_integer(value: object, name: str, minimum: int, maximum: int | None = None) -> int:
+    """value as an int, if it is an integer (no bool, no float) in the range."""
+    expected = (
+        f"an integer >= {minimum}"
+        if maximum is None
+        else (f"an integer from {minimum} to {maximum}")
+    )
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {expected}; got {_describe(value)}")
+    number = int(value)
+    if number < minimum or (maximum is not None and number > maximum):
+        raise ValueError(f"{name} must be {expected}; got {number}")
+    return number
+
+
+def check_real(value: object, name: str, minimum: float) -> float:
+    """value as a float, if it is a finite real number of at least minimum."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number >= {minimum:g}; got {_describe(value)}")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum:
+        raise ValueError(f"{name} must be a finite number >= {minimum:g}; got {number!r}")
+    return number
+
+
+def check_seed(seed: object, name: str = "seed", *, optional: bool = True) -> int | None:
+    """A seed in [0, 2**64), or None where that is allowed."""
+    if seed is None and optional:
+        return None
+    expected = "an integer in [0, 2**64)" + (" or None" if optional else "")
+    if isinstance(seed, bool | np.bool_) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"{name} must be {expected}; got {_describe(seed)}")
+    number = int(seed)
+    if not 0 <= number < 2**64:
+        raise ValueError(f"{name} must be {expected}; got {number}")
+    return number

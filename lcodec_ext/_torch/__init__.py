@@ -1,0 +1,1 @@
+"""What every part that uses PyTorch shares: batches, samples, losses, predictions, modes."""

@@ -1,0 +1,218 @@
+"""Batches of samples, whatever they were given as, and losses that are known by name."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+SAMPLES = 128  # of one batch, where the package makes the batches
+
+_LABELS = ("labels", "label")
+_SHOWN = 4  # types in a message
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model is called with, and what the loss is given beside its outputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Any
+    size: int  # samples
+
+
+class Batches:
+    """The batches of a data set, the same ones on every pass.
+
+    Parameters
+    ----------
+    data : object
+        As `HessianOperator` takes it.
+    device : torch.device
+        To which tensors are moved.
+    dtype : torch.dtype
+        Of floating-point tensors.
+
+    Attributes
+    ----------
+    cut_here : bool
+        Whether the batches are cut from tensors or a Dataset, and mean nothing to the caller.
+    generators : list of torch.Generator
+        That a DataLoader draws from.
+    """
+
+    def __init__(self, data: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self.cut_here = False
+        self._given: list[tuple[Tensor, int]] = []
+        self.generators: list[torch.Generator] = []
+        self._read: Callable[[], Iterable[Any]]
+        if isinstance(data, DataLoader):
+            self._read = lambda: data
+            self.generators = _generators(data)
+        elif isinstance(data, Dataset):
+            self.cut_here = True
+            self._read = lambda: _from_dataset(data)
+        elif is_batch(data):
+            self.cut_here = True
+            n = n_samples(data, "data")
+            self._given = [(t, t._version) for t in tensors_of(data) if not t.is_inference()]
+            self._read = lambda: (
+                sample_of(data, n, slice(k, k + SAMPLES)) for k in range(0, n, SAMPLES)
+            )
+        elif isinstance(data, Iterator):
+            raise TypeError(
+                "data is an iterator, which can be read only once; pass a list of batches, or a "
+                f"callable that returns a new iterator (got {type(data).__name__})"
+            )
+        elif isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor):
+            self._read = lambda: data
+        elif callable(data):
+            self._read = data
+        else:
+            raise TypeError(
+                "data must be a pair (inputs, targets) of tensors, a dict of tensors with "
+                "'labels', a Dataset, a DataLoader, an iterable of such batches or a callable that "
+                f"returns one; got an object of type {type(data).__name__}"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        if any(tensor._version != version for tensor, version in self._given):
+            raise ValueError(
+                "data were changed in place since the operator was made, and it has to read them "
+                "again; make a new operator, or give it copies"
+            )
+        for number, batch in enumerate(self._read()):
+            name = "data" if self.cut_here else f"batch {number} of data"
+            if not is_one_batch(batch):
+                raise TypeError(
+                    f"{name} must be a pair (inputs, targets) of tensors (torch.as_tensor makes "
+                    f"them of arrays) or a dict with 'labels'; got {described(batch)}"
+                )
+            size = n_samples(batch, name)
+            yield as_batch(_moved(batch, self._device, self._dtype), size, name)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    parts = (
+        loader,
+        loader.sampler,
+        loader.batch_sampler,
+        getattr(loader.batch_sampler, "sampler", None),
+    )
+    found = {id(g): g for part in parts if (g := getattr(part, "generator", None)) is not None}
+    return list(found.values())
+
+
+def is_batch(data: Any) -> bool:
+    """Whether data is one batch, and not a collection of them."""
+    if isinstance(data, Mapping):
+        return True
+    return isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[-1], Tensor)
+
+
+def is_one_batch(data: Any) -> bool:
+    """Whether data is a batch, where it can be no collection of them: targets may be nested."""
+    return is_batch(data) or (
+        isinstance(data, tuple | list)
+        and len(data) > 1
+        and all(next(tensors_of(part), None) is not None for part in data)
+    )
+
+
+def as_batch(batch: Any, size: int, name: str) -> Batch:
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+        for key in _LABELS:
+            if key in inputs:
+                return Batch((), inputs, inputs.pop(key), size)
+        raise ValueError(f"{name} must have 'labels' among its keys; got {list(inputs)}")
+    *args, targets = batch
+    if len(args) == 1 and isinstance(args[0], Mapping):
+        return Batch((), dict(args[0]), targets, size)
+    if len(args) == 1 and isinstance(args[0], tuple | list):
+        args = list(args[0])
+    return Batch(tuple(args), {}, targets, size)
+
+
+def _from_dataset(dataset: Any) -> Iterator[Any]:
+    return iter(DataLoader(dataset, SAMPLES, collate_fn=default_collate))
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from tensors_of(value)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same nested tuples, lists and mappings with function of every tensor."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        made = {key: map_tensors(function, value) for key, value in tree.items()}
+        return made if type(tree) is dict else _like(tree, made)
+    if isinstance(tree, tuple | list):
+        values = [map_tensors(function, value) for value in tree]
+        if hasattr(tree, "_fields"):
+            return type(tree)(*values)
+        return tuple(values) if isinstance(tree, tuple) else values
+    return tree
+
+
+def _like(tree: Any, made: dict[str, Any]) -> Any:
+    try:
+        return type(tree)(**made)  # the outputs of transformers
+    except TypeError:
+        return made
+
+
+def n_samples(batch: Any, name: str) -> int:
+    first = next(tensors_of(batch), None)
+    if first is None or first.ndim == 0:
+        raise ValueError(f"{name} must hold tensors with samples along their first axis")
+    if len(first) == 0:
+        raise ValueError(f"{name} is empty: its first tensor has shape {tuple(first.shape)}")
+    if isinstance(batch, Mapping):
+        targets = next((batch[key] for key in _LABELS if key in batch), None)
+    else:
+        targets = batch[-1]
+    if isinstance(targets, Tensor) and targets.ndim and len(targets) != len(first):
+        raise ValueError(f"{name} has {len(first)} inputs and {len(targets)} targets")
+    return len(first)
+
+
+def sample_of(tree: Any, n: int, samples: slice) -> Any:
+    """Some samples of a batch of n: slices of tensors whose first axis has n entries."""
+    return map_tensors(lambda t: t[samples] if t.ndim and len(t) == n else t, tree)
+
+
+def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            raise TypeError(f"data must be real; got a tensor of {tensor.dtype}")
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        # A copy: what is kept does not change when the caller's tensor does.
+        return tensor.detach().to(device, wanted, copy=True)
+
+    return map_tensors(move, tree)
+
+
+def described(value: Any) -> str:
+    """What a value is that is no batch, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a single tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        kinds = [type(part).__name__ for part in value[:_SHOWN]]
+        more = f", ... {len(value):,} values" if len(value) > _SHOWN else ""
+        return f"({', '.join(kinds)}{more})"
+    return f"an object of type {type(value).__name__}"

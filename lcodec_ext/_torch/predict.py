@@ -1,0 +1,178 @@
+"""One pass of a model over samples."""
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcodec_ext._checks import check_integer
+from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
+from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.modes import evaluating, plain_arithmetic
+from lcodec_ext._torch.samples import Samples, outputs_of
+
+Score = Callable[[Any, Any], Tensor]
+
+# Their outputs are no logits, even where the targets are 0 and 1.
+_NOT_OF_LOGITS = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+)
+
+# ---------------------------------------------------------------------------------------------
+# What is shared by the measures: one pass of a model over samples
+
+
+class Run(NamedTuple):
+    """One pass over n samples; all in float64, on the CPU.
+
+    Attributes
+    ----------
+    losses : Tensor, shape (n,)
+    scores : Tensor, shape (n,), or None
+        1 for each sample that is classified rightly, or the caller's score.
+    log_probabilities : Tensor, shape (n, C), or None
+        None where the model does not classify; so are the labels.
+    labels : Tensor of int64, shape (n,), or None
+    """
+
+    losses: Tensor
+    scores: Tensor | None
+    log_probabilities: Tensor | None
+    labels: Tensor | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean score."""
+        return None if self.scores is None else float(self.scores.mean())
+
+
+@plain_arithmetic()
+def predict(
+    model: nn.Module,
+    samples: Samples,
+    loss_fn: LossFunction,
+    batch_size: int,
+    score: Score | None = None,
+) -> Run:
+    """Losses, scores and predicted distributions of all samples."""
+    check_integer(batch_size, "batch_size", 1)
+    if isinstance(loss_fn, nn.Module):
+        loss_fn = copy.deepcopy(loss_fn).double()
+    losses, scores, classified = [], [], []
+    with evaluating(model):
+        for batch in samples.batches(batch_size):
+            outputs, targets = (
+                map_tensors(lambda t: t.double() if t.is_floating_point() else t, tree)
+                for tree in (outputs_of(model, batch), batch.targets)
+            )
+            if not all(bool(torch.isfinite(t).all()) for t in tensors_of(outputs)):
+                raise ValueError("the outputs of the model hold NaN or infinity")
+            losses.append(_each_loss(loss_fn, outputs, targets, batch, samples.name).cpu())
+            classes = _classes(outputs, targets, loss_fn)
+            classified.append(None if classes is None else tuple(t.cpu() for t in classes))
+            if score is not None:
+                scores.append(_scores(score, outputs, targets, batch.size))
+    known = [pair for pair in classified if pair is not None]
+    log_probabilities = labels = None
+    if len(known) == len(classified):
+        log_probabilities, labels = (torch.cat(each) for each in zip(*known, strict=True))
+    if score is not None:
+        right = torch.cat(scores)
+    elif log_probabilities is not None and labels is not None:
+        right = log_probabilities.argmax(1).eq(labels).double()
+    else:
+        right = None
+    return Run(torch.cat(losses), right, log_probabilities, labels)
+
+
+def _each_loss(
+    loss_fn: LossFunction, outputs: Any, targets: Any, batch: Batch, name: str
+) -> Tensor:
+    """The loss of each sample of a batch alone, shape (n,)."""
+    n = batch.size
+    parts = list(tensors_of((outputs, targets)))
+    dims = tuple(0 if part.ndim and len(part) == n else None for part in parts)
+
+    def alone(*each: Tensor) -> Tensor:
+        single = iter([t if d is None else t[None] for t, d in zip(each, dims, strict=True)])
+        loss = loss_fn(*map_tensors(lambda _: next(single), (outputs, targets)))
+        if not isinstance(loss, Tensor) or loss.ndim:
+            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
+            raise TypeError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
+        return loss
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            losses = torch.func.vmap(alone, in_dims=dims)(*parts)
+    except (RuntimeError, ValueError, NotImplementedError):  # what vmap cannot trace
+        rows = [
+            alone(*(t if d is None else t[i] for t, d in zip(parts, dims, strict=True)))
+            for i in range(n)
+        ]
+        losses = torch.stack(rows)
+    losses = losses.double()
+    if not torch.isfinite(losses).all():
+        raise ValueError(f"the loss of a sample of {name} is NaN or infinite")
+    whole, mean = float(loss_fn(outputs, targets)), float(losses.mean())
+    if abs(whole - mean) > 1e-6 * abs(mean) + 1e-9:
+        raise ValueError(
+            "loss_fn must be the plain mean over the samples of a batch (reduction='mean', no "
+            f"class weights, no ignored targets); on {n} samples of {name} it is {whole:.6g} and "
+            f"the mean of their single losses {mean:.6g}"
+        )
+    return losses
+
+
+def _scores(score: Score, outputs: Any, targets: Any, n: int) -> Tensor:
+    each = score(outputs, targets)
+    if not isinstance(each, Tensor) or each.shape != (n,):
+        given = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each)
+        raise ValueError(
+            f"score must return one number a sample, a tensor of shape ({n},); got {given}"
+        )
+    return each.double().cpu()
+
+
+def _classes(outputs: Any, targets: Any, loss_fn: LossFunction) -> tuple[Tensor, Tensor] | None:
+    """Log-probabilities (n, C) and labels (n,), where this is a classification."""
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+    if loss_fn in _NOT_OF_LOGITS or type(loss_fn) in _NOT_OF_LOGITS:
+        return None
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
+    log_probabilities = _log_probabilities(outputs)
+    if log_probabilities is None:
+        return None
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        whole = not (targets.is_floating_point() or targets.dtype == torch.bool)
+        if targets.ndim != 1 or not whole:
+            return None
+        return log_probabilities, targets.long()
+    if targets.numel() != len(outputs) or not ((targets == 0) | (targets == 1)).all():
+        return None
+    return log_probabilities, targets.reshape(-1).long()
+
+
+def _log_probabilities(outputs: Tensor) -> Tensor | None:
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        return outputs.double().log_softmax(1)
+    if outputs.ndim == 1 or outputs.shape[1:] == (1,):
+        logits = outputs.double().reshape(-1)
+        return torch.stack([F.logsigmoid(-logits), F.logsigmoid(logits)], 1)
+    return None

@@ -1,0 +1,404 @@
+"""Training samples by number, whatever they were given as, and which of them to delete."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from lcodec_ext._torch.batches import (
+    Batch,
+    as_batch,
+    described,
+    is_one_batch,
+    map_tensors,
+    n_samples,
+    sample_of,
+    tensors_of,
+)
+
+Indices = Sequence[int] | slice
+_HASHED = 1 << 26  # bytes that are hashed at a time
+
+
+class Rows(NamedTuple):
+    """Samples before they are made a batch."""
+
+    get: Callable[[int], Any]
+    collate: Callable[[list[Any]], Any]
+
+
+class Samples:
+    """Samples that are fetched by number, on a device and in a floating-point type.
+
+    Parameters
+    ----------
+    n : int
+        Their number.
+    fetch : callable
+        From a list of numbers below n to a batch (inputs, ..., targets) or a dict with "labels".
+    device, dtype : torch.device, torch.dtype
+        Of what is fetched; dtype is that of floating-point tensors.
+    name : str
+        Of the argument they came from, for messages.
+    in_memory : bool
+        Whether fetching is only indexing.
+    rows : Rows, optional
+        Of a Dataset.
+    resident : bool, optional
+        Whether all samples are in memory, those of a Dataset too; by default in_memory.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        fetch: Callable[[list[int]], Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        name: str,
+        *,
+        in_memory: bool,
+        rows: Rows | None = None,
+        resident: bool | None = None,
+    ) -> None:
+        self.resident = in_memory if resident is None else resident
+        self._n, self._fetch, self._device, self._dtype = n, fetch, device, dtype
+        self.name, self.in_memory, self._rows = name, in_memory, rows
+
+    def __len__(self) -> int:
+        return self._n
+
+    def fetch(self, indices: Indices) -> Batch:
+        """Fetch some samples as one batch."""
+        if isinstance(indices, slice):
+            indices = range(self._n)[indices]
+        data = self._fetch([int(i) for i in indices])
+
+        def move(tensor: Tensor) -> Tensor:
+            wanted = self._dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.detach().to(self._device, wanted)
+
+        return as_batch(map_tensors(move, data), len(indices), self.name)
+
+    def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Fetch all samples, or those of order, in batches of at most size."""
+        numbers: Sequence[int] = range(self._n) if order is None else order
+        for start in range(0, len(numbers), size):
+            yield self.fetch(numbers[start : start + size])
+
+    def data(self, size: int) -> Callable[[], Iterator[Any]]:
+        """All samples as what the operators of `lcodec_ext.curvature` take for data."""
+        return lambda: (as_data(batch) for batch in self.batches(size))
+
+    def subset(self, indices: Indices) -> "Samples":
+        """Some of the samples, in the order given, numbered anew."""
+        numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
+        kept = np.asarray(numbers, dtype=np.int64)
+
+        def fetch(some: list[int]) -> Any:
+            return self._fetch(kept[some].tolist())
+
+        rows = self._rows
+        if rows is not None:
+            get = rows.get
+            rows = rows._replace(get=lambda i: get(int(kept[i])))
+        return Samples(
+            len(kept),
+            fetch,
+            self._device,
+            self._dtype,
+            self.name,
+            in_memory=self.in_memory,
+            rows=rows,
+            resident=self.resident,
+        )
+
+    def loaded(self) -> "Samples":
+        """The same samples in memory, where fetching them is more than indexing."""
+        if self.in_memory:
+            return self
+        batch = self.fetch(slice(None))
+        data = as_data(batch)
+        return Samples(
+            self._n,
+            lambda some: _rows(data, self._n, some),
+            self._device,
+            self._dtype,
+            self.name,
+            in_memory=True,
+            rows=self._rows,
+        )
+
+    def hashes(self, indices: Indices = slice(None)) -> list[str]:
+        """SHA-256 of each sample: dtype, shape and bytes of its tensors, in order."""
+        return list(self.each_hash(indices))
+
+    def each_hash(self, indices: Indices = slice(None)) -> Iterator[str]:
+        """The same, one after the other: of any number of samples in little memory."""
+        numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
+        size = 1
+        if self.in_memory and len(numbers) > 1:  # a Dataset might collate several otherwise
+            one = self._fetch([int(numbers[0])])
+            size = max(1, _HASHED // max(1, sum(t.nbytes for t in tensors_of(one))))
+        for start in range(0, len(numbers), size):
+            some = [int(i) for i in numbers[start : start + size]]
+            yield from _hashes(self._fetch(some), len(some))
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The samples of several sets, one after the other.
+
+    Where they cannot be put in one batch as they were collated, texts of unequal length for
+    instance, those of Datasets are collated together.
+    """
+    first = parts[0]
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def fetch(some: list[int]) -> Any:
+        numbers = np.asarray(some)
+        owner = np.searchsorted(starts, numbers, side="right") - 1
+        within = numbers - starts[owner]
+        pieces = [
+            as_data(part.fetch(within[owner == k].tolist()))
+            for k, part in enumerate(parts)
+            if (owner == k).any()
+        ]
+        shapes = [[t.shape[1:] for t in tensors_of(piece)] for piece in pieces]
+        if all(shape == shapes[0] for shape in shapes):
+            back = np.argsort(np.argsort(owner, kind="stable")).tolist()
+            return _rows(_joined(pieces), len(some), back)
+        rows = [part._rows for part in parts]
+        if rows[0] is None or None in rows:
+            names = " and ".join(dict.fromkeys(part.name for part in parts))
+            raise ValueError(
+                f"samples of {names} must go together in a batch, and their tensors have shapes "
+                f"{shapes}, the first axis left out; give tensors of one shape, or a DataLoader "
+                "whose collate_fn pads"
+            )
+        data = rows[0].collate(
+            [rows[k].get(i) for k, i in zip(owner.tolist(), within.tolist(), strict=True)]
+        )
+        _check(data, first.name, len(some))
+        return data
+
+    return Samples(
+        int(starts[-1]),
+        fetch,
+        first._device,
+        first._dtype,
+        first.name,
+        in_memory=all(part.in_memory for part in parts),
+    )
+
+
+def as_data(batch: Batch) -> tuple[Any, Any]:
+    """A batch as the operators of `lcodec_ext.curvature` take it."""
+    return (batch.kwargs or batch.args), batch.targets
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> Any:
+    """Call a model on a batch; of the outputs of transformers, the logits."""
+    outputs = model(*batch.args, **batch.kwargs)
+    return getattr(outputs, "logits", outputs)
+
+
+def _rows(data: Any, n: int, some: list[int]) -> Any:
+    index = torch.as_tensor(some)
+    return map_tensors(lambda t: t[index.to(t.device)] if t.ndim and len(t) == n else t, data)
+
+
+def _hashes(data: Any, n: int) -> Iterator[str]:
+    """SHA-256 of each of n samples that were fetched together."""
+    columns = []
+    for tensor in tensors_of(data):
+        value = tensor.detach().cpu().contiguous()
+        head = f"{value.dtype} {tuple(value.shape[1:])};".encode()
+        rows = value.view(n, math.prod(value.shape[1:])).view(torch.uint8).numpy()
+        columns.append((head, rows))
+    for k in range(n):
+        digest = hashlib.sha256()
+        for head, rows in columns:
+            digest.update(head)
+            digest.update(rows[k].data)
+        yield digest.hexdigest()
+
+
+def as_samples(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    """Take samples as they were given, and check them.
+
+    Parameters
+    ----------
+    data : tensors, Dataset or DataLoader
+        (inputs, targets), (input, ..., input, targets), a dict of tensors with "labels", a Dataset
+        of such samples, or a DataLoader, of whose Dataset every sample is taken once, collated as
+        the loader does.
+    name : str
+        Of the argument, for messages.
+    device : torch.device
+        The model's. Tensors must be there; what a Dataset gives is moved.
+    dtype : torch.dtype
+        To which floating-point tensors are converted when fetched.
+    """
+    if isinstance(data, Samples):
+        return data
+    if isinstance(data, DataLoader):
+        return _from_loader(data, name, device, dtype)
+    if isinstance(data, Dataset):
+        return _from_dataset(data, default_collate, name, device, dtype)
+    if not isinstance(data, Mapping | tuple | list):
+        raise TypeError(
+            f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels', "
+            f"a Dataset or a DataLoader; got {described(data)}{_advice(data)}"
+        )
+    mixed = not isinstance(data, Mapping) and any(isinstance(part, np.ndarray) for part in data)
+    if mixed or not is_one_batch(data):
+        raise TypeError(
+            f"{name} must give pairs (inputs, targets) of tensors; got {described(data)}"
+            f"{_advice(data)}"
+        )
+    return _in_memory(data, name, device, dtype)
+
+
+def _advice(data: Any) -> str:
+    """What to do where numbers or arrays were given for samples."""
+    parts = data if isinstance(data, tuple | list | range | set | frozenset) else ()
+    if isinstance(data, Tensor | np.ndarray):
+        whole = str(data.dtype).removeprefix("torch.").startswith(("int", "uint", "bool"))
+        by_number = data.ndim < 2 and whole
+    else:
+        by_number = all(isinstance(i, int | np.integer) for i in parts or [data])
+    if by_number:
+        return (
+            ". Samples by number are for Unlearner.remove; here pass their tensors, "
+            "(inputs[numbers], targets[numbers])"
+        )
+    if any(isinstance(part, np.ndarray) for part in [data, *parts]):
+        return "; torch.from_numpy makes tensors of arrays"
+    return ""
+
+
+def _in_memory(data: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    n = n_samples(data, name)
+    _check(data, name, n)
+    for tensor in tensors_of(data):
+        if tensor.device != device:
+            raise ValueError(
+                f"a tensor of {name} is on {tensor.device} and the model is on {device}; nothing "
+                "is copied unasked, move it with .to()"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    as_batch(data, n, name)  # its refusals
+    return Samples(n, lambda some: _rows(data, n, some), device, dtype, name, in_memory=True)
+
+
+def _from_dataset(
+    dataset: Any,
+    collate: Callable[[list[Any]], Any],
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Samples:
+    if isinstance(dataset, IterableDataset):
+        dataset = list(dataset)
+    n = len(dataset)
+    if n == 0:
+        raise ValueError(f"{name} is empty")
+
+    def fetch(some: list[int]) -> Any:
+        data = collate([dataset[i] for i in some])
+        if not is_one_batch(data):
+            raise TypeError(
+                f"{name} must be a Dataset of pairs (input, target), or of dicts with 'labels'; "
+                f"samples 0 and on give an object of type {type(data).__name__}"
+            )
+        _check(data, name, len(some))
+        return data
+
+    if list(_hashes(fetch([0]), 1)) != list(_hashes(fetch([0]), 1)):
+        raise ValueError(
+            f"sample 0 of {name} differs when it is read again: give a Dataset without random "
+            "augmentation"
+        )
+    rows = Rows(dataset.__getitem__, collate)
+    return Samples(
+        n,
+        fetch,
+        device,
+        dtype,
+        name,
+        in_memory=False,
+        rows=rows,
+        resident=_is_resident(dataset),
+    )
+
+
+def _is_resident(dataset: Any) -> bool:
+    """Whether a Dataset is known to have all its samples in memory."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) in (TensorDataset, list)
+
+
+def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        batches = list(loader)
+        if not batches:
+            raise ValueError(f"{name} is empty")
+        rows = [
+            sample_of(batch, n, slice(k, k + 1))
+            for batch in batches
+            for n in [n_samples(batch, name)]
+            for k in range(n)
+        ]
+        return _from_dataset(rows, _joined, name, device, dtype)
+    if loader.batch_sampler is None:
+        raise ValueError(
+            f"{name} is a DataLoader with batch_size=None, which does not tell what is a sample; "
+            "pass a Dataset of samples, or a DataLoader with a batch_size"
+        )
+    sampler = loader.batch_sampler
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    known = RandomSampler | SequentialSampler
+    if not isinstance(sampler, known) or sampler.data_source is not dataset:
+        indices = getattr(sampler, "indices", None)
+        if indices is None:
+            raise ValueError(
+                f"the sampler of {name}, a {type(sampler).__name__}, does not tell which "
+                "samples it draws; pass the Dataset, or a torch.utils.data.Subset of it"
+            )
+        dataset = Subset(dataset, [int(i) for i in indices])
+    return _from_dataset(dataset, loader.collate_fn or default_collate, name, device, dtype)
+
+
+def _joined(rows: Sequence[Any]) -> Any:
+    columns = [list(tensors_of(row)) for row in rows]
+    parts = iter([torch.cat(column) for column in zip(*columns, strict=True)])
+    return map_tensors(lambda _: next(parts), rows[0])
+
+
+def _check(data: Any, name: str, n: int) -> None:
+    for tensor in tensors_of(data):
+        if tensor.is_complex():
+            raise TypeError(f"{name} must be real; got a tensor of {tensor.dtype}")
+        if tensor.ndim == 0 or len(tensor) != n:
+            raise ValueError(
+                f"the tensors of {name} must have samples along their first axis, {n} of them; "
+                f"got shape {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,20 @@
+"""Conditional dependence: CODEC and L-CODEC, xi, FOCI and L-FOCI, exact on every backend."""
+
+from lcodec_ext.dependence.codec import codec, lcodec
+from lcodec_ext.dependence.foci import DependenceGraph, FociResult, dependence_graph, foci, lfoci
+from lcodec_ext.dependence.neighbors import nearest_neighbors
+from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
+
+__all__ = [
+    "DependenceGraph",
+    "FociResult",
+    "XiTestResult",
+    "codec",
+    "dependence_graph",
+    "foci",
+    "lcodec",
+    "lfoci",
+    "nearest_neighbors",
+    "xi",
+    "xi_test",
+]

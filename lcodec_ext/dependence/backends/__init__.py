@@ -1,0 +1,1 @@
+"""The executions of the dependence measures: reference, CPU, CUDA."""

@@ -1,0 +1,119 @@
+"""Exact sums and the coefficients made of them: the one place where a T is divided.
+
+Backends deliver integers: for each row the sum ``S_i`` of ``min(R_i, R_j)`` over its ``c_i``
+tied neighbours. What is compared or reported is the rational ``sum_i S_i / c_i``.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcodec_ext._arrays import is_tensor
+
+FRACTION_BITS = 43  # n * 2**43 < 2**63 up to n = 2**20
+_HALF_BITS = 26
+_HALF = (1 << _HALF_BITS) - 1
+MAX_ROUNDING = 1 << 20  # units of 2**-43 that a fixed-point sum can lie below its exact one
+
+
+def total(sums: Any, counts: Any) -> Fraction:
+    """``sum_i sums[i] / counts[i]`` exactly: rows of equal count are added as integers.
+
+    Of arrays, or of tensors on a device, which are added there.
+    """
+    if is_tensor(sums):
+        from lcodec_ext.dependence.backends import cuda as _cuda
+
+        used, of_used = _cuda.sums_by_count(sums, counts)
+    else:
+        used, of_used = _sums_by_count(sums, counts)
+    result = Fraction(0)
+    for count, of_count in zip(used.tolist(), of_used.tolist(), strict=True):
+        result += Fraction(of_count, count)
+    return result
+
+
+def _sums_by_count(
+    sums: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The counts that occur, and the total of the sums of each (at most 10**18).
+
+    ``bincount`` adds doubles, exactly so here: the halves of a sum (below 2**40) are below 2**26,
+    and 10**6 of them below 2**53.
+    """
+    low = np.bincount(counts, weights=sums & _HALF).astype(np.int64)
+    high = np.bincount(counts, weights=sums >> _HALF_BITS).astype(np.int64)
+    used = np.flatnonzero(low + high)
+    return used, (high[used] << _HALF_BITS) + low[used]
+
+
+def fixed_point(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[int, int]:
+    """The same sum as (whole, fraction) with 43 bits, each row rounded down.
+
+    Short of the exact sum by less than ``n * 2**-43``, and exact where fraction is 0 (a
+    remainder is at least 1/c > 2**-43). What engines return for every candidate.
+    """
+    whole = sums // counts
+    fraction = ((sums - whole * counts) << FRACTION_BITS) // counts
+    return int(whole.sum()), int(fraction.sum())
+
+
+def contenders(
+    columns: NDArray[np.int64], whole: NDArray[np.int64], fraction: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Those of some candidates that may have the largest exact sum; none if all were skipped (-1).
+
+    Fixed point rounds every row down by less than one unit, so a score lies up to n units below
+    its exact sum, and on it where the fraction is 0.
+    """
+    running = whole >= 0
+    columns, whole, fraction = columns[running], whole[running], fraction[running]
+    if len(columns) == 0:
+        return columns, whole, fraction
+    unit = 1 << FRACTION_BITS
+    high, low = whole + (fraction >> FRACTION_BITS), fraction & (unit - 1)
+    top = np.lexsort((low, high))[-1]
+    behind = high[top] - high  # whole units behind the leader; beyond 1 out of reach
+    distance = np.where(behind > 1, np.int64(2 * unit), 0)
+    close = behind <= 1
+    distance[close] = behind[close] * unit + (low[top] - low[close])
+    slack = np.where(fraction == 0, 0, np.int64(MAX_ROUNDING))
+    near = distance <= slack
+    return columns[near], whole[near], fraction[near]
+
+
+class ResponseSums:
+    """The sums over ranks (arrays or tensors) that a coefficient needs beside its neighbours'."""
+
+    def __init__(self, R: Any, L: Any) -> None:
+        n = len(R)
+        self.n = n
+        self.sum_R = int(R.sum())
+        self.sum_L2 = int((L * L).sum())  # at most 10**18
+        self.denominator = int((L * (n - L)).sum())
+
+    @property
+    def constant(self) -> bool:
+        """Whether y is constant: the denominator of T(Y, Z) is 0."""
+        return self.denominator == 0
+
+    def unconditional(self, m: Fraction) -> Fraction | None:
+        """T(Y, Z) from ``sum m_i``; None where the denominator is 0 (y constant).
+
+        (n sum m_i - sum L_i^2) / sum L_i (n - L_i); Azadkia and Chatterjee 2021, section 2.
+        """
+        if self.denominator == 0:
+            return None
+        return (self.n * m - self.sum_L2) / self.denominator
+
+    def conditional(self, m_w: Fraction, m_x: Fraction) -> Fraction | None:
+        """T(Y, Z | X) from ``sum m^W_i`` and ``sum m^X_i``; None if y is a function of X.
+
+        sum (m^W_i - m^X_i) / sum (R_i - m^X_i), the same m^X above and below.
+        """
+        denominator = self.sum_R - m_x
+        if denominator == 0:
+            return None
+        return (m_w - m_x) / denominator

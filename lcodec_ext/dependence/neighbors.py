@@ -1,0 +1,84 @@
+"""Exact nearest neighbours with stated tie rules."""
+
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from lcodec_ext._checks import check_choice, check_seed
+from lcodec_ext.dependence.backends.base import lay_out, nearest
+from lcodec_ext.dependence.backends.choice import Backend, resolve
+from lcodec_ext.dependence.scaling import check_overflow, squared_spans
+from lcodec_ext.dependence.table import as_features, clean_rows, column_label
+
+
+@overload
+def nearest_neighbors(
+    X: Any,
+    *,
+    ties: Literal["first", "random"] = "first",
+    seed: int | None = None,
+    backend: Backend = "auto",
+) -> Any: ...
+@overload
+def nearest_neighbors(
+    X: Any, *, ties: Literal["all"], seed: int | None = None, backend: Backend = "auto"
+) -> tuple[Any, Any]: ...
+def nearest_neighbors(
+    X: Any,
+    *,
+    ties: Literal["first", "random", "all"] = "first",
+    seed: int | None = None,
+    backend: Backend = "auto",
+) -> Any:
+    """Nearest other row of every row, by computed squared Euclidean distance.
+
+    A row is never its own neighbour, also not where it has duplicates. Distances are sums of
+    squared differences in column order, without the matrix-product shortcut, which picks wrong
+    neighbours once an offset is large beside the spread.
+
+    Parameters
+    ----------
+    X : array_like of shape (n,) or (n, d)
+        At least 2 rows. float32, float16 and bfloat16 are computed in float32, everything else
+        in float64.
+    ties : {"first", "random", "all"}, default "first"
+        Among equally near rows take the lowest, one drawn at random, or all of them.
+    seed : int, optional
+        In [0, 2^64), for ties="random". None draws a fresh one.
+    backend : {"auto", "cpu", "cuda", "reference"}, default "auto"
+        As in `codec`. All backends return the same indices.
+
+    Returns
+    -------
+    indices : ndarray of int64, shape (n,)
+        For "first" and "random". A CUDA tensor for a CUDA tensor.
+    (indptr, indices) : tuple of ndarray of int64
+        For "all": the neighbours of row i are ``indices[indptr[i]:indptr[i + 1]]``, in
+        increasing order. CUDA tensors for a CUDA tensor.
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As `codec`.
+
+    Notes
+    -----
+    On the CPU a k-d tree up to 12 columns, about O(n log n) in few of them; O(n^2 d) time beyond,
+    and on CUDA always. O(n d) memory beside the result.
+
+    Examples
+    --------
+    >>> nearest_neighbors([0.0, 1.0, 3.0, 3.0])
+    array([1, 0, 3, 2])
+    """
+    chosen = resolve(backend, X=X)
+    check_choice(ties, "ties", ("first", "random", "all"))
+    check_seed(seed)
+    features = as_features(X, "X")
+    values = clean_rows({"X": features}, None, minimum=2)["X"]
+    columns = lay_out(chosen, values)
+    with np.errstate(over="ignore"):
+        bounds = np.add.accumulate(squared_spans(columns, np.ones_like(columns.low)))
+    check_overflow(bounds, lambda k: f"{column_label(k, features.names)} of X")
+    indptr, indices = nearest(columns, "average" if ties == "all" else ties, seed)
+    return (indptr, indices) if ties == "all" else indices

@@ -1,0 +1,150 @@
+"""FOCI as a scikit-learn feature selector."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lcodec_ext.dependence.backends.base import Ties
+from lcodec_ext.dependence.backends.choice import Backend, resolve_on_cpu
+from lcodec_ext.dependence.foci import Standardize, foci
+
+try:
+    from sklearn.base import BaseEstimator
+    from sklearn.feature_selection import SelectorMixin
+    from sklearn.utils import Tags, check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        "FOCISelector needs scikit-learn: pip install 'lcodec-ext[sklearn]'"
+    ) from error
+
+
+class FOCISelector(SelectorMixin, BaseEstimator):
+    """Select features with FOCI: the Markov blanket of y, without a model or tuning parameter.
+
+    Columns are added greedily by the conditional dependence coefficient T (Azadkia and
+    Chatterjee 2021) until none adds to it. y is a number whose order means something; two
+    classes may carry any two numbers.
+
+    Parameters
+    ----------
+    max_features : int or None
+        The most features to select; None (default) sets no limit.
+    min_gain : float
+        A feature must raise the cumulative T by more than this. Default 0.0: any gain is
+        enough, as in the paper.
+    stop : bool
+        If False, go on without a gain to `max_features`, or to all features.
+    standardize : {"scale", "bounded", None}
+        Divide columns by their standard deviation (default, as R's FOCI does), by their range,
+        or not at all.
+    ties : {"average", "random", "first"}
+        What is made of rows that tie as nearest neighbours. "average" (default) is
+        deterministic.
+    random_state : int, RandomState instance or None
+        For ``ties="random"``.
+    backend : {"auto", "cpu", "reference"}
+        As in :func:`lcodec_ext.foci`; all select the same. Data are on the CPU.
+
+    Attributes
+    ----------
+    ordering_ : ndarray of int64, shape (n_selected,)
+        Selected columns, best first. ``transform`` and ``get_support(indices=True)`` keep the
+        columns in the order of the input, as scikit-learn's selectors do.
+    cumulative_ : ndarray of float64, shape (n_selected,)
+        T(y, selected so far) after each step.
+    conditional_ : ndarray of float64, shape (n_selected,)
+        T(y, column | those before) of each step.
+    support_ : ndarray of bool, shape (n_features_in_,)
+        Which columns were selected; none, if none has T > 0.
+    n_features_in_ : int
+    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+        Only if X has column names that are all strings.
+
+    See Also
+    --------
+    lcodec_ext.foci : the function behind it, with its complexity and conditioning columns.
+
+    References
+    ----------
+    M. Azadkia, S. Chatterjee, "A simple measure of conditional dependence", Annals of
+    Statistics 49 (2021), section 5.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lcodec_ext import FOCISelector
+    >>> X = np.random.default_rng(0).normal(size=(500, 10))
+    >>> y = X[:, 2] * X[:, 5]
+    >>> FOCISelector().fit(X, y).get_support(indices=True)
+    array([2, 5])
+    """
+
+    def __init__(
+        self,
+        *,
+        max_features: int | None = None,
+        min_gain: float = 0.0,
+        stop: bool = True,
+        standardize: Standardize | None = "scale",
+        ties: Ties = "average",
+        random_state: int | np.random.RandomState | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        self.max_features = max_features
+        self.min_gain = min_gain
+        self.stop = stop
+        self.standardize = standardize
+        self.ties = ties
+        self.random_state = random_state
+        self.backend = backend
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> "FOCISelector":
+        """Select features.
+
+        Parameters
+        ----------
+        X : array_like of shape (n_samples, n_features)
+            Numbers; float32 is computed in float32, everything else in float64.
+        y : array_like of shape (n_samples,)
+            Numbers; at least 3.
+
+        Returns
+        -------
+        FOCISelector
+            The fitted selector itself.
+        """
+        backend = resolve_on_cpu("FOCISelector", self.backend, X=X, y=y)
+        X, y = validate_data(
+            self, X, y, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
+        )
+        seed = None
+        if self.ties == "random":
+            seed = int(check_random_state(self.random_state).randint(2**31))
+        result = foci(
+            X,
+            y,
+            stop=self.stop,
+            max_features=self.max_features,
+            min_gain=self.min_gain,
+            standardize=self.standardize,
+            ties=self.ties,
+            seed=seed,
+            backend=backend,
+        )
+        self.ordering_ = result.ordering
+        self.cumulative_ = result.cumulative
+        self.conditional_ = result.conditional
+        self.support_ = np.zeros(self.n_features_in_, dtype=bool)
+        self.support_[self.ordering_] = True
+        return self
+
+    def _get_support_mask(self) -> NDArray[np.bool_]:
+        check_is_fitted(self)
+        return self.support_
+
+    def __sklearn_tags__(self) -> Tags:
+        tags: Any = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        return tags

@@ -1,0 +1,15 @@
+"""Judge a deletion: measures against retraining, baselines, and a report."""
+
+from lcodec_ext.evaluation.evaluate import BASELINES, Evaluation, MethodEvaluation, evaluate
+from lcodec_ext.evaluation.methods import Baseline
+from lcodec_ext.evaluation.report import Report, write_report
+
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "Evaluation",
+    "MethodEvaluation",
+    "Report",
+    "evaluate",
+    "write_report",
+]

@@ -1,0 +1,310 @@
+"""Simple ways to delete samples, which a method has to beat.
+
+All take ``(model, forget, retain, loss_fn, seed)`` and return a new model; budgets are fixed
+beforehand, and none looks at the accuracy on the removed samples. The objective that they fine-tune
+is the mean loss plus (weight_decay / 2) |w|^2 over all trainable parameters.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
+from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.loss import LossFunction, objective, trainable
+from lcodec_ext._torch.modes import evaluating, place, plain_arithmetic, seeded
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext.unlearning.request import random_samples
+
+_GUARD = 1000  # retained samples that tell gradient ascent when to stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """A baseline with its budget, for the methods of `evaluate`, which fills in the weight decay.
+
+    Attributes
+    ----------
+    run : callable
+        ``run(model, forget, retain, loss_fn, seed, weight_decay=..., **options)`` returns a new
+        model: one of the functions here.
+    options : mapping of str
+        ``Baseline(lbfgs, {"n_samples": 2500})``.
+    """
+
+    run: Callable[..., nn.Module]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@plain_arithmetic()
+def fine_tune(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    loss_fn: LossFunction,
+    seed: int = 0,
+    *,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    weight_decay: float = 0.0,
+    learning_rate: float | None = None,
+    epochs: int = 5,
+    batch_size: int = 128,
+) -> nn.Module:
+    """Train on with the retained samples, and let the removed ones fade.
+
+    Parameters
+    ----------
+    model : Module
+        It is copied, and trained in training mode.
+    forget : object
+        Not looked at.
+    retain : tuple of tensors, dict of tensors, Dataset or DataLoader
+    loss_fn : callable
+    seed : int, default 0
+        Of the order of the samples, and of dropout.
+    optimizer : {"sgd", "adam"}, default "sgd"
+        SGD has momentum 0.9.
+    weight_decay : float, default 0.0
+    learning_rate : float, optional
+        By default 0.01 (SGD) or 0.001 (Adam), usual ones for the end of a training.
+    epochs : int, default 5
+        A few percent of a usual training.
+    batch_size : int, default 128
+        A last, smaller batch of an epoch is left out.
+    """
+    check_choice(optimizer, "optimizer", ("sgd", "adam"))
+    if learning_rate is None:
+        learning_rate = 0.01 if optimizer == "sgd" else 0.001
+    check_real(learning_rate, "learning_rate", 0)
+    _check_budget(seed, epochs, batch_size, weight_decay)
+    samples = as_samples(retain, "retain", *place(model))
+    tuned = copy.deepcopy(model).train()
+    steps: torch.optim.Optimizer
+    if optimizer == "sgd":
+        steps = torch.optim.SGD(
+            trainable(tuned), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
+        )
+    else:
+        steps = torch.optim.Adam(trainable(tuned), lr=learning_rate, weight_decay=weight_decay)
+    with seeded(seed), torch.enable_grad():
+        for batch in _epochs(samples, epochs, batch_size, seed):
+            _step(steps, _loss(tuned, batch, loss_fn))
+    return _finished(tuned, model)
+
+
+@plain_arithmetic()
+def gradient_ascent(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    loss_fn: LossFunction,
+    seed: int = 0,
+    *,
+    weight_decay: float = 0.0,
+    learning_rate: float = 0.01,
+    epochs: int = 20,
+    batch_size: int = 128,
+) -> nn.Module:
+    """Climb the loss of the removed samples, for as long as the retained ones allow.
+
+    Steps of plain SGD, in evaluation mode, so that batch norm keeps its statistics. It ends after
+    all epochs, or, with the last step taken back, once the mean loss of at most 1000 retained
+    samples is above 1.5 times what it was plus 0.05.
+
+    Parameters
+    ----------
+    model, forget, retain, loss_fn, seed
+        As `fine_tune` takes them.
+    weight_decay : float, default 0.0
+        It still shrinks the weights.
+    learning_rate : float, default 0.01
+    epochs : int, default 20
+        Over the removed samples.
+    batch_size : int, default 128
+    """
+    check_real(learning_rate, "learning_rate", 0)
+    _check_budget(seed, epochs, batch_size, weight_decay)
+    removed = as_samples(forget, "forget", *place(model))
+    retained = as_samples(retain, "retain", *place(model))
+    guard = retained.subset(
+        random_samples(len(retained), min(_GUARD, len(retained)), seed)
+    ).loaded()
+    climber = copy.deepcopy(model)
+    weights = trainable(climber)
+    steps = torch.optim.SGD(weights, lr=learning_rate, weight_decay=weight_decay, maximize=True)
+    with evaluating(climber):
+        limit = 1.5 * _mean_loss(climber, guard, loss_fn, batch_size) + 0.05
+        for batch in _epochs(removed, epochs, batch_size, seed):
+            before = [weight.clone() for weight in weights]
+            with torch.enable_grad():
+                _step(steps, _loss(climber, batch, loss_fn))
+            if not _mean_loss(climber, guard, loss_fn, batch_size) <= limit:  # NaN, too
+                for weight, each in zip(weights, before, strict=True):
+                    weight.copy_(each)
+                break
+    return _finished(climber, model)
+
+
+@plain_arithmetic()
+def neg_grad_plus(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    loss_fn: LossFunction,
+    seed: int = 0,
+    *,
+    weight_decay: float = 0.0,
+    retain_weight: float = 0.95,
+    learning_rate: float = 0.01,
+    epochs: int = 5,
+    batch_size: int = 128,
+) -> nn.Module:
+    """Train on with the retained samples, while climbing the loss of the removed ones.
+
+    Every step of SGD (momentum 0.9) descends ``retain_weight * L(retained batch) - (1 -
+    retain_weight) * L(removed batch)``, in training mode.
+
+    Parameters
+    ----------
+    model, forget, retain, loss_fn, seed, weight_decay
+        As `fine_tune` takes them.
+    retain_weight : float, default 0.95
+        beta of the reference, between 0 and 1.
+    learning_rate : float, default 0.01
+    epochs : int, default 5
+        Over the retained samples; the removed ones come round as often as it takes.
+    batch_size : int, default 128
+
+    References
+    ----------
+    M. Kurmanji, P. Triantafillou, J. Hayes and E. Triantafillou, "Towards Unbounded Machine
+    Unlearning", NeurIPS 2023: NegGrad+.
+    """
+    check_real(learning_rate, "learning_rate", 0)
+    if not 0 <= check_real(retain_weight, "retain_weight", 0) <= 1:
+        raise ValueError(f"retain_weight must be between 0 and 1; got {retain_weight}")
+    _check_budget(seed, epochs, batch_size, weight_decay)
+    removed, retained = (
+        as_samples(data, name, *place(model))
+        for data, name in ((forget, "forget"), (retain, "retain"))
+    )
+    tuned = copy.deepcopy(model).train()
+    steps = torch.optim.SGD(
+        trainable(tuned), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
+    )
+    per_epoch = max(1, len(retained) // batch_size)
+    rounds = -(-epochs * per_epoch // max(1, len(removed) // batch_size))
+    climbing = _epochs(removed, rounds, batch_size, seed)
+    with seeded(seed), torch.enable_grad():
+        for batch in _epochs(retained, epochs, batch_size, seed):
+            down, up = (_loss(tuned, each, loss_fn) for each in (batch, next(climbing)))
+            _step(steps, retain_weight * down - (1 - retain_weight) * up)
+    return _finished(tuned, model)
+
+
+@plain_arithmetic()
+def lbfgs(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    loss_fn: LossFunction,
+    seed: int = 0,
+    *,
+    weight_decay: float = 0.0,
+    iterations: int = 20,
+    n_samples: int | None = None,
+    batch_size: int = 256,
+) -> nn.Module:
+    """Minimise the retained objective by some iterations of L-BFGS.
+
+    `torch.optim.LBFGS` with history 10, a strong Wolfe line search and at most 1.25 times as many
+    evaluations as iterations, in evaluation mode.
+
+    Parameters
+    ----------
+    model, forget, retain, loss_fn, weight_decay
+        As `fine_tune` takes them.
+    seed : int, default 0
+        Of the choice of n_samples.
+    iterations : int, default 20
+    n_samples : int, optional
+        Minimise the loss of this many retained samples; by default of all.
+    batch_size : int, default 256
+        Bounds the memory and changes nothing else.
+    """
+    check_integer(iterations, "iterations", 0)
+    _check_budget(seed, 0, batch_size, weight_decay)
+    samples = as_samples(retain, "retain", *place(model))
+    if n_samples is not None and check_integer(n_samples, "n_samples", 1) < len(samples):
+        samples = samples.subset(random_samples(len(samples), n_samples, seed)).loaded()
+    tuned = copy.deepcopy(model)
+    weights = trainable(tuned)
+    steps = torch.optim.LBFGS(
+        weights,
+        max_iter=iterations,
+        history_size=10,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        loss, gradient = objective(tuned, samples, loss_fn, weight_decay, batch_size)
+        for weight, each in zip(weights, gradient, strict=True):
+            weight.grad = each.to(weight.dtype)
+            loss += weight_decay / 2 * float(weight.detach().double().square().sum())
+        return loss
+
+    with evaluating(tuned), torch.enable_grad():
+        if iterations:
+            steps.step(closure)  # type: ignore[no-untyped-call]
+    return _finished(tuned, model)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _check_budget(seed: int, epochs: int, batch_size: int, weight_decay: float) -> None:
+    check_seed(seed, optional=False)
+    check_integer(epochs, "epochs", 0)
+    check_integer(batch_size, "batch_size", 1)
+    check_real(weight_decay, "weight_decay", 0)
+
+
+def _epochs(samples: Samples, epochs: int, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches of so many epochs, shuffled; full ones where there are as many samples."""
+    rng = np.random.default_rng(seed)
+    n = len(samples)
+    for _ in range(epochs):
+        order: Sequence[int] = rng.permutation(n).tolist()
+        yield from samples.batches(batch_size, order[: n // batch_size * batch_size or n])
+
+
+def _loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> Tensor:
+    return loss_fn(outputs_of(model, batch), batch.targets)
+
+
+def _mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int) -> float:
+    return sum(
+        float(_loss(model, batch, loss_fn)) * batch.size / len(samples)
+        for batch in samples.batches(batch_size)
+    )
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def _finished(tuned: nn.Module, model: nn.Module) -> nn.Module:
+    """The new model without gradients, in the modes of the given one."""
+    tuned.zero_grad()
+    for new, old in zip(tuned.modules(), model.modules(), strict=True):
+        new.training = old.training
+    return tuned

@@ -1,0 +1,626 @@
+"""Certified removal from linear models (Guo, Goldstein, Hannun & van der Maaten 2020).
+
+`CertifiedLinear` trains with a random linear term in the objective, which hides what a removal by
+one Newton step leaves of the removed samples, and refuses a removal that would leave more than it
+hides. docs/privacy.md has the derivation.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext.dependence.table import as_features, as_response
+from lcodec_ext.unlearning.privacy import (
+    Guarantee,
+    PrivacyBudgetExceeded,
+    gaussian_sigma,
+    standard_normals,
+)
+
+_MAX_ITERATIONS = 100
+_THIRD_DERIVATIVE = {"logistic": 1.0 / (6.0 * math.sqrt(3.0)), "squared": 0.0}
+_CHUNK = 1 << 22  # numbers of a weighted copy of X
+_SEEDED = "b came from a seed, and who has the seed has b"
+
+
+@dataclass(frozen=True)
+class RemovalRecord:
+    """What one call of `CertifiedLinear.remove` did.
+
+    Attributes
+    ----------
+    indices : tuple of int
+        Samples that were removed.
+    residual_bound : float
+        Bound on the change of the retained objective's gradient by this removal.
+    residual : float
+        Measured norm of the retained objective's gradient afterwards, all removals and training
+        together. A removal is not decided by it.
+    spent : float
+        Bound on the same: what training and all removals so far took of the budget.
+    budget : float
+        What the random term hides.
+    n_retained : int
+        Samples that are left.
+    """
+
+    indices: tuple[int, ...]
+    residual_bound: float
+    residual: float
+    spent: float
+    budget: float
+    n_retained: int
+
+    @property
+    def budget_left(self) -> float:
+        """What further removals may take."""
+        return self.budget - self.spent
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all of it in types that JSON knows."""
+        return {
+            **asdict(self),
+            "indices": list(self.indices),
+            "budget_left": self.budget_left,
+        }
+
+
+class CertifiedLinear:
+    """A linear model from which samples can be removed with a certificate.
+
+    Trained is, with n samples of features x_i,
+
+        sum_i l(w . x_i, y_i) + (lambda n / 2) |w|^2 + b . w,        b ~ N(0, noise_std^2 I),
+
+    in float64, for each output separately. A removal is one Newton step on the objective of the
+    retained samples, with their exact Hessian.
+
+    Parameters
+    ----------
+    loss : {"logistic", "squared"}
+        "logistic": labels 0 ... K-1; one output for K = 2, one output for each class against the
+        rest for more. "squared": (w . x - y)^2 / 2 of real y.
+    weight_decay : float
+        lambda, positive; of the mean loss, as that of `torch.optim.SGD`.
+    epsilon, delta : float
+        Of the certificate: with or without the removed samples in training, no event's probability
+        differs by more than a factor e^epsilon, apart from delta.
+    noise_std : float
+        Standard deviation of each entry of b. More allows more removals and costs accuracy; the
+        term b . w stands beside a sum of n losses, so what is harmless grows with n.
+    bias : bool
+        Append a constant 1 to the features. Its weight is regularised as the others are.
+    n_classes : int, optional
+        K. By default the largest label plus one. The certificate takes K for public, so give it
+        where a removed sample may be the only one of its class.
+    tolerance : float, optional
+        Norm of the gradient at which training ends. By default a thousandth of the budget: twice
+        that is counted as spent, once for this training and once for the retraining it is
+        compared with.
+    seed : int, optional
+        Of b, for tests alone: who knows b sees what it hides, and `guarantee` is heuristic then.
+        By default b comes from the operating system's cryptographic generator.
+
+    Attributes
+    ----------
+    budget : float
+        Largest norm of the residual gradient that b hides: noise_std epsilon / c with
+        c = sqrt(2 ln(1.5 / delta)) for epsilon < 1, and noise_std / `gaussian_sigma` (1, epsilon,
+        delta) from there on, where the paper's c is not proven.
+    spent : float
+        Bound on that norm now.
+    weights : Tensor, shape (n_features + bias, n_outputs), float64
+    retained : Tensor, shape (n_retained,), int64
+        Numbers of the samples that are left, ascending.
+
+    Examples
+    --------
+    >>> X = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None]
+    >>> y = (X[:, 0] > 0.1).long()
+    >>> model = CertifiedLinear(weight_decay=0.01, epsilon=1, delta=1e-4, noise_std=2, seed=0)
+    >>> record = model.fit(X, y).remove([3, 17])
+    >>> record.n_retained, record.residual <= record.spent <= record.budget
+    (198, True)
+    >>> model.to_module()
+    Linear(in_features=1, out_features=1, bias=True)
+    """
+
+    budget: float
+    spent: float
+    weights: Tensor
+    retained: Tensor
+
+    def __init__(
+        self,
+        loss: str = "logistic",
+        *,
+        weight_decay: float,
+        epsilon: float,
+        delta: float,
+        noise_std: float,
+        bias: bool = True,
+        n_classes: int | None = None,
+        tolerance: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.loss: str = check_choice(loss, "loss", tuple(_THIRD_DERIVATIVE))
+        self.weight_decay = _positive(weight_decay, "weight_decay")
+        self.noise_std = _positive(noise_std, "noise_std")
+        self.bias = check_bool(bias, "bias")
+        if n_classes is not None:
+            if loss == "squared":
+                raise ValueError("n_classes is for loss='logistic'; loss is 'squared'")
+            n_classes = check_integer(n_classes, "n_classes", 2)
+        self.n_classes = n_classes
+        sigma = gaussian_sigma(1.0, epsilon, delta)  # checks both
+        self.epsilon, self.delta = float(epsilon), float(delta)
+        if epsilon < 1:
+            sigma = math.sqrt(2 * math.log(1.5 / self.delta)) / self.epsilon
+        self.budget = self.noise_std / sigma
+        if tolerance is None:
+            tolerance = self.budget / 1000
+        self.tolerance = _positive(tolerance, "tolerance")
+        if 2 * self.tolerance > self.budget:
+            raise ValueError(
+                f"tolerance must be at most half the budget, {self.budget / 2:.3g}; got "
+                f"{self.tolerance!r}"
+            )
+        self._seed = check_seed(seed)
+        self._data: tuple[Tensor, Tensor] | None = None  # of the retained samples
+        self._n: int | None = None  # of fit; unknown in states of earlier versions
+
+    def __repr__(self) -> str:
+        head = f"CertifiedLinear({self.loss!r}, weight_decay={self.weight_decay:g}"
+        head += f", epsilon={self.epsilon:g}, delta={self.delta:g}"
+        if self._data is None:
+            return f"{head}, not trained)"
+        rows, outputs = self.weights.shape
+        n = len(self.retained)
+        removed = "" if self._n is None else f", {self._n - n:,} removed"
+        return (
+            f"{head}; {rows - self.bias} features, {outputs} output{'s' * (outputs > 1)}; "
+            f"{n:,} samples{removed}; {self.spent:.3g} of a budget of {self.budget:.3g} spent)"
+        )
+
+    def fit(self, X: Any, y: Any) -> "CertifiedLinear":
+        """Train, with a fresh b. Samples get their row for a number.
+
+        Parameters
+        ----------
+        X : array_like or Tensor, shape (n, n_features)
+        y : array_like or Tensor, shape (n,)
+            Labels 0 ... K-1, or real numbers for the squared loss.
+
+        Raises
+        ------
+        ValueError
+            If they do not fit together, or are no such numbers.
+        RuntimeError
+            If rounding keeps the gradient above the tolerance.
+        """
+        x, target, n_outputs = self._checked(X, y)
+        self._train(x, target, torch.arange(len(x), device=x.device), n_outputs)
+        self._n = len(x)
+        return self
+
+    def retrain(self, without: Any = ()) -> "CertifiedLinear":
+        """Train again with a fresh b, which gives a new budget. Samples keep their numbers.
+
+        Parameters
+        ----------
+        without : sequence of int, array or Tensor
+            Numbers of samples to remove at the same time; by default none.
+
+        Raises
+        ------
+        ValueError
+            For numbers that are not there, or if nothing would be left.
+        """
+        x, target = self._fitted()
+        retained = self.retained
+        gone = _integers(without, "without", 0)
+        if len(gone):
+            keep = self._keep(self._positions(gone, "without")[1], "without")
+            x, target, retained = x[keep], target[keep], retained[keep]
+        if self._seed is not None:
+            self._seed = (self._seed + 1) % 2**64  # not the same b again
+        self._train(x, target, retained, self.weights.shape[1])
+        return self
+
+    def _train(self, x: Tensor, target: Tensor, retained: Tensor, n_outputs: int) -> None:
+        like = x.new_empty(x.shape[1], n_outputs)
+        noise = self.noise_std * standard_normals(like, self._seed)
+        self._seeded = self._seed is not None
+        columns = [
+            self._minimise(x, self._column(target, k, n_outputs), noise[:, k], n_outputs)
+            for k in range(n_outputs)
+        ]
+        self.weights, self._noise = torch.stack(columns, dim=1), noise
+        self._data, self.retained = (x, target), retained
+        # An upper bound from here on: taking rows away lowers the norm. The factor is above the
+        # rounding errors.
+        largest = float(torch.linalg.eigvalsh(x.T @ x)[-1])
+        self._spectral_norm = math.sqrt(max(largest, 0.0)) * (1 + 1e-9)
+        self._left_by_output = [0.0] * n_outputs
+        self.spent = self._spent(self._left_by_output)
+
+    def _minimise(self, x: Tensor, target: Tensor, noise: Tensor, n_outputs: int) -> Tensor:
+        """Newton's method with backtracking for one output, to its share of the tolerance."""
+        decay = self.weight_decay * len(x)
+        tolerance = self.tolerance / math.sqrt(n_outputs)
+
+        def value(w: Tensor) -> float:
+            losses = self._losses(x @ w, target)
+            return float(losses.sum() + decay / 2 * w @ w + noise @ w)
+
+        w = torch.zeros_like(noise)
+        now, previous = value(w), math.inf
+        for _ in range(_MAX_ITERATIONS):
+            slopes, curvatures = self._derivatives(x @ w, target)
+            gradient = x.T @ slopes + decay * w + noise
+            norm = float(gradient.norm())
+            if norm <= tolerance:
+                return w
+            step = -_solve(_hessian(x, curvatures, decay), gradient)
+            descent = -float(gradient @ step)
+            rounding = 1e-15 * abs(now)
+            if descent <= rounding and norm >= previous / 2:
+                break
+            length = 1.0
+            while value(w + length * step) > now - 1e-4 * length * descent + 10 * rounding:
+                length /= 2
+            w = w + length * step
+            now, previous = value(w), norm
+        raise RuntimeError(
+            f"training reached a gradient norm of {norm:.2g}, above the tolerance of "
+            f"{tolerance:.2g} for each output; give a larger tolerance, or more noise_std, whose "
+            "budget the tolerance is taken from"
+        )
+
+    # -- removal
+
+    def remove(self, indices: Any) -> RemovalRecord:
+        """Remove samples by one Newton step, if the budget allows it.
+
+        The rows of the removed samples are no longer held afterwards.
+
+        Parameters
+        ----------
+        indices : sequence of int, array or Tensor
+            Numbers of samples that are still there. Alike samples in one call cost the square of
+            their number; in a call each they cost their number, and a solve each.
+
+        Raises
+        ------
+        PrivacyBudgetExceeded
+            If b would not hide what the removal leaves. Nothing is changed then; `retrain` removes
+            the samples, and gives a new budget.
+        ValueError
+            For numbers that are not there, or if nothing would be left.
+        """
+        x, target = self._fitted()
+        numbers, gone = self._positions(_integers(indices, "indices", 1), "indices")
+        keep = self._keep(gone, "indices")
+        rest, rest_target = x[keep], target[keep]
+        weights = self.weights.clone()
+        left, bounds = list(self._left_by_output), []
+        for k in range(weights.shape[1]):
+            step, bound = self._step(
+                self.weights[:, k],
+                (x[gone], self._column(target[gone], k)),
+                (rest, self._column(rest_target, k)),
+            )
+            weights[:, k] += step
+            left[k] += bound
+            bounds.append(bound)
+        spent = self._spent(left)
+        if not spent <= self.budget:
+            raise PrivacyBudgetExceeded(
+                f"removing {len(numbers)} samples would bring the bound on the residual gradient "
+                f"to {spent:.3g}, and the random term hides {self.budget:.3g}, of which "
+                f"{self.spent:.3g} is spent; train again without them"
+            )
+        self.weights, self._left_by_output, self.spent = weights, left, spent
+        self._data, self.retained = (rest, rest_target), self.retained[keep]
+        return RemovalRecord(
+            indices=tuple(numbers),
+            residual_bound=math.hypot(*bounds),
+            residual=self._residual(),
+            spent=spent,
+            budget=self.budget,
+            n_retained=len(rest),
+        )
+
+    def _step(
+        self, w: Tensor, removed: tuple[Tensor, Tensor], rest: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, float]:
+        """One output's step, and a bound on what it leaves of the gradient."""
+        (x_removed, target_removed), (x, target) = removed, rest
+        slopes, _ = self._derivatives(x_removed @ w, target_removed)
+        right = x_removed.T @ slopes + self.weight_decay * len(x_removed) * w
+        _, curvatures = self._derivatives(x @ w, target)
+        hessian = _hessian(x, curvatures, self.weight_decay * len(x))
+        step = _solve(hessian, right)
+        change = float((x @ step).square().norm())
+        bound = _THIRD_DERIVATIVE[self.loss] / 2 * self._spectral_norm * change
+        return step, bound + float((hessian @ step - right).norm())
+
+    def _spent(self, left: list[float]) -> float:
+        """Training counts twice: here, and where the comparison is trained."""
+        return 2 * self.tolerance + math.hypot(*left)
+
+    def _residual(self) -> float:
+        """Norm of the gradient of the retained objective, b included, over all outputs."""
+        x, target = self._fitted()
+        gradient = self.weight_decay * len(x) * self.weights + self._noise
+        for k in range(gradient.shape[1]):
+            slopes, _ = self._derivatives(x @ self.weights[:, k], self._column(target, k))
+            gradient[:, k] += x.T @ slopes
+        return float(gradient.norm())
+
+    def _keep(self, gone: Tensor, name: str) -> Tensor:
+        if len(gone) == len(self.retained):
+            raise ValueError(f"{name} must leave a sample; got all of them")
+        keep = torch.ones(len(self.retained), dtype=torch.bool, device=gone.device)
+        keep[gone] = False
+        return keep
+
+    def _positions(self, indices: NDArray, name: str) -> tuple[list[int], Tensor]:
+        """The numbers, ascending, and where they are among the retained."""
+        numbers = sorted(indices.tolist())
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{name} must not name a sample twice")
+        known = self.retained.cpu().numpy()
+        positions = np.searchsorted(known, numbers)
+        found = positions < len(known)
+        found[found] = known[positions[found]] == np.asarray(numbers)[found]
+        if not found.all():
+            first = numbers[int(np.argmin(found))]
+            raise ValueError(f"{name} has {first}, which is not among the retained samples")
+        return numbers, torch.as_tensor(positions, device=self.retained.device)
+
+    # -- the losses
+
+    def _losses(self, scores: Tensor, target: Tensor) -> Tensor:
+        if self.loss == "squared":
+            return (scores - target).square() / 2
+        return -logsigmoid(scores) + (1 - target) * scores
+
+    def _derivatives(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second derivatives of each sample's loss in its score."""
+        if self.loss == "squared":
+            return scores - target, torch.ones_like(scores)
+        probability = torch.sigmoid(scores)
+        return probability - target, probability * torch.sigmoid(-scores)
+
+    def _column(self, target: Tensor, k: int, n_outputs: int | None = None) -> Tensor:
+        """Targets of output k: real, or 1 for its class and 0 for the rest."""
+        if self.loss == "squared":
+            return target
+        if n_outputs is None:
+            n_outputs = self.weights.shape[1]
+        return (target == (k if n_outputs > 1 else 1)).double()
+
+    # -- what was passed in
+
+    def _fitted(self) -> tuple[Tensor, Tensor]:
+        if self._data is None:
+            raise RuntimeError("the model is not trained; call fit first")
+        return self._data
+
+    def _inputs(self, X: Any) -> Tensor:
+        x = torch.as_tensor(as_features(X, "X", allow_1d=False).values).double()
+        if not torch.isfinite(x).all():
+            raise ValueError("X holds NaN or infinity")
+        return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if self.bias else x
+
+    def _checked(self, X: Any, y: Any) -> tuple[Tensor, Tensor, int]:
+        x, target = self._inputs(X), torch.as_tensor(as_response(y))
+        if len(x) != len(target) or not len(x):
+            raise ValueError(
+                f"X and y must have as many rows, at least one; got {len(x)} and {len(target)}"
+            )
+        if x.device != target.device:
+            raise ValueError(f"X and y must be on one device; got {x.device} and {target.device}")
+        target = target.double()
+        if not torch.isfinite(target).all():
+            raise ValueError("y holds NaN or infinity")
+        if self.loss == "squared":
+            return x, target, 1
+        lowest, highest = float(target.min()), float(target.max())
+        n_classes = self.n_classes or max(int(highest) + 1, 2)
+        if (target != target.round()).any() or lowest < 0 or highest >= n_classes:
+            raise ValueError(
+                f"y must hold labels 0 ... K-1{f' with K={n_classes}' if self.n_classes else ''}; "
+                f"got values from {lowest:g} to {highest:g}"
+            )
+        return x, target, 1 if n_classes == 2 else n_classes
+
+    # -- what comes out
+
+    def predict(self, X: Any) -> Tensor:
+        """Predict labels, int64, or real values for the squared loss; shape (n,).
+
+        Parameters
+        ----------
+        X : array_like or Tensor, shape (n, n_features)
+        """
+        self._fitted()
+        x = self._inputs(X)
+        if x.shape[1] != len(self.weights):
+            raise ValueError(
+                f"X must have {len(self.weights) - self.bias} columns, as in training; got "
+                f"{x.shape[1] - self.bias}"
+            )
+        scores = x @ self.weights
+        if self.loss == "squared":
+            return scores[:, 0]
+        return scores.argmax(dim=1) if scores.shape[1] > 1 else (scores[:, 0] > 0).long()
+
+    def to_module(self) -> nn.Linear:
+        """Make a float64 module that gives the scores. This is what may be released.
+
+        The scores are logits, of class 1 where there are two classes.
+        """
+        self._fitted()
+        n_features = len(self.weights) - self.bias
+        weights = self.weights.T
+        module = nn.Linear(
+            n_features,
+            len(weights),
+            bias=self.bias,
+            device=weights.device,
+            dtype=weights.dtype,
+        )
+        with torch.no_grad():
+            module.weight.copy_(weights[:, :n_features])
+            if self.bias:
+                module.bias.copy_(weights[:, n_features])
+        return module
+
+    def guarantee(self) -> Guarantee:
+        """Say what releasing `to_module` guarantees.
+
+        sigma and sensitivity are those of b and of the gradient that it hides; the weights need no
+        further noise. It is certified unless b came from `seed`.
+        """
+        self._fitted()
+        assumptions: dict[str, Any] = {
+            "loss": self.loss,
+            "weight_decay": self.weight_decay,
+            "gradient_bound": self.tolerance,
+            "retraining": "training again would end with a gradient of at most gradient_bound, too",
+            "releases": "one release for each training: two models with the same b tell about it",
+            "preprocessing": "how X is scaled does not depend on samples that may be deleted",
+            "requests": "what is to be deleted was chosen without sight of earlier releases",
+            "secrecy": "b, and so the state of this object, stays secret",
+        }
+        if self.loss == "logistic":
+            assumptions["classes"] = "their number is public"
+            assumptions["independence"] = (
+                "as in the published proof, the residual gradient counts as independent of b"
+            )
+        reasons = (_SEEDED,) if self._seeded else ()
+        return Guarantee(
+            "heuristic" if reasons else "certified",
+            self.epsilon,
+            self.delta,
+            self.noise_std,
+            self.budget,
+            assumptions,
+            reasons,
+        )
+
+    def to_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Give all but the samples: a dict for JSON, and tensors.
+
+        It contains b. Keep it as private as the training data.
+        """
+        x, target = self._fitted()
+        n_outputs = self.weights.shape[1]
+        meta = {
+            "loss": self.loss,
+            "weight_decay": self.weight_decay,
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "noise_std": self.noise_std,
+            "bias": self.bias,
+            "n_classes": None if self.loss == "squared" else max(n_outputs, 2),
+            "tolerance": self.tolerance,
+            "seeded": self._seeded,
+            "left_by_output": list(self._left_by_output),
+            "spectral_norm": self._spectral_norm,
+            "n_samples": self._n,
+            "samples_sha256": _sha256(x, target),
+        }
+        tensors = {"weights": self.weights, "noise": self._noise, "retained": self.retained}
+        return meta, {name: tensor.clone() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_state(
+        cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], X: Any, y: Any
+    ) -> "CertifiedLinear":
+        """Make it again from `to_state`.
+
+        Parameters
+        ----------
+        meta : mapping
+        tensors : mapping
+        X, y : array_like or Tensor
+            The retained samples alone, in the order of ``tensors["retained"]``.
+
+        Raises
+        ------
+        ValueError
+            If these are not the samples that the model was left with.
+        """
+        rest = dict(meta)
+        left, norm = rest.pop("left_by_output"), rest.pop("spectral_norm")
+        digest, n = rest.pop("samples_sha256"), rest.pop("n_samples", None)
+        seeded = check_bool(rest.pop("seeded"), "seeded")
+        model = cls(**rest)
+        x, target, _ = model._checked(X, y)
+        if _sha256(x, target) != digest:
+            raise ValueError(
+                "X and y must be the retained samples, in the order of tensors['retained'], "
+                f"{len(tensors['retained'])} of them; the {len(x)} that were given differ"
+            )
+        model._data, model._seeded, model._n = (x, target), seeded, n
+        model.weights, model._noise, model.retained = (
+            tensors[name].to(x.device, copy=True) for name in ("weights", "noise", "retained")
+        )
+        model._left_by_output = [check_real(value, "left_by_output", 0.0) for value in left]
+        model._spectral_norm = check_real(norm, "spectral_norm", 0.0)
+        model.spent = model._spent(model._left_by_output)
+        return model
+
+
+def _positive(value: object, name: str) -> float:
+    number = check_real(value, name, 0.0)
+    if number == 0.0:
+        raise ValueError(f"{name} must be positive; got {number!r}")
+    return number
+
+
+def _integers(given: Any, name: str, least: int) -> NDArray:
+    """A sequence of at least so many integers as an array."""
+    array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+    is_integer = array.dtype.kind in "iu" or array.shape == (0,)
+    if array.ndim != 1 or len(array) < least or not is_integer:
+        expected = "a sequence of at least one integer" if least else "a sequence of integers"
+        raise ValueError(
+            f"{name} must be {expected}; got shape {array.shape} and dtype {array.dtype}"
+        )
+    return array
+
+
+def _hessian(x: Tensor, curvatures: Tensor, decay: float) -> Tensor:
+    """x^T diag(curvatures) x + decay I."""
+    hessian = decay * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    rows = max(1, _CHUNK // x.shape[1])
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
+        hessian += part.T @ (curvatures[start : start + rows, None] * part)
+    return hessian
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    factor = torch.linalg.cholesky(matrix)
+    return torch.cholesky_solve(right[:, None], factor)[:, 0]
+
+
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)};".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

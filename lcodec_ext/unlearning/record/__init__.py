@@ -1,0 +1,1 @@
+"""Perturbed samples, and what units and loss do on them."""
