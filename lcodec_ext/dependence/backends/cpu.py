@@ -25,7 +25,7 @@ class CpuEngine:
     """Scores candidate columns given the selected ones, on CPU threads with SIMD.
 
     The interface of ``reference.engine.ReferenceEngine``, and the same bits. Costs are in
-    ``csrc/include/lcodec/engine.hpp``.
+    ``csrc/lcodec/engine.hpp``.
     """
 
     piece = 1024  # each looks for the rows' neighbours anew, which must stay small beside scoring

@@ -1,7 +1,7 @@
 """The dependence functions on CUDA tensors: memory, streams and read-backs around the kernels.
 
 Imported when a CUDA tensor is in play, and not before: it needs torch. The kernels' interface is
-``csrc/include/lcodec/cuda_engine.hpp``. Everything runs on the current stream of the tensors'
+``csrc/lcodec/cuda_engine.hpp``. Everything runs on the current stream of the tensors'
 device, read at each call. A step of FOCI reads back once, and more where tied rows leave fractions
 to be added up exactly, or many rows are alike.
 """
