@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from lcodec_ext import _core
-from lcodec_ext._arrays import on_device
 from lcodec_ext._threads import cpu_settings
-from lcodec_ext._torch import device as _device
+from lcodec_ext._torch.device import device_of
 from lcodec_ext._torch.library import register
 
 __all__ = [
@@ -317,10 +316,6 @@ def _workspace(module: Any, matrix: Tensor, size: int, m: int) -> Tensor:
     return matrix.new_empty(number, dtype=torch.uint8)
 
 
-def _device_of(tensor: Tensor) -> Any:
-    return _device.Device(tensor.device)
-
-
 def _masked_gram_product(
     G: Tensor, v: Tensor, segments: Tensor, weights: Tensor | None, damping: float
 ) -> Tensor:
@@ -332,7 +327,8 @@ def _masked_gram_product(
     vectors = (v if v.ndim == 1 else v.t()).contiguous()  # by vector
     out = torch.empty_like(vectors)
     name, stride = _NAMES[G.dtype], _row_stride(G)
-    if not on_device(G):
+    device = device_of(G)
+    if device is None:
         _check_values(table, size)
         _check_order(table, d)
         if out.numel():
@@ -341,7 +337,6 @@ def _masked_gram_product(
                 _address(vectors), m, damping, _address(out), *cpu_settings(),
             )  # fmt: skip
     elif out.numel():
-        device = _device_of(G)
         if d == 0:
             raise ValueError(f"G must have columns where v has elements; got {_shown(G)}")
         with device.guard():
@@ -389,13 +384,13 @@ def _softmax_rows_product(
     if not out.numel():
         return out
     name, stride = _NAMES[A.dtype], _row_stride(A)
-    if not on_device(A):
+    device = device_of(A)
+    if device is None:
         _core.softmax_rows_product(
             name, _address(A), N, stride, D, _address(P), _address(weights), _address(V), m,
             damping, _address(out), *cpu_settings(),
         )  # fmt: skip
         return out
-    device = _device_of(A)
     with device.guard():
         segments = torch.zeros(2, dtype=torch.int64, device=A.device)
         segments[1] = D
@@ -424,10 +419,10 @@ def _factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
         _NAMES[A.dtype], _address(Delta), _row_stride(Delta), Delta.shape[1], _address(A),
         _row_stride(A), A.shape[1], N, _address(out),
     )  # fmt: skip
-    if not on_device(A):
+    device = device_of(A)
+    if device is None:
         _core.factored_gram(*arguments, *cpu_settings())
         return out
-    device = _device_of(A)
     with device.guard():
         device.module.cuda_factored_gram(*arguments, device.stream())
     return out
