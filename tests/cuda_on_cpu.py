@@ -1,4 +1,4 @@
-"""How tests run lcodec_ext._cuda without a GPU: CPU tensors are taken for CUDA tensors."""
+"""How tests run lcodec_ext._cuda without a GPU: CPU tensors are treated as CUDA tensors."""
 
 from contextlib import contextmanager, nullcontext
 from unittest import mock
@@ -10,7 +10,7 @@ from lcodec_ext.dependence.backends import cuda as _cuda
 
 @contextmanager
 def cuda_on_cpu(module, stream=lambda: 0):
-    """Within it CPU tensors run on the CUDA backend, and module stands in for the kernels'."""
+    """Inside it CPU tensors run on the CUDA backend, and `module` replaces the kernels."""
 
     class Device:
         def __init__(self, device):

@@ -1,7 +1,6 @@
 """What surrounds the CUDA kernels: memory, streams, read-backs, and checks of CUDA tensors.
 
-CPU tensors stand in for CUDA tensors, and the reference behind the kernels' interface for the
-kernels.
+CPU tensors replace CUDA tensors, and the reference replaces the kernels, behind their interface.
 """
 
 import ctypes
@@ -217,7 +216,7 @@ def test_nearest_neighbors(kernels, name, dtype):
     for ties in ("first", "random", "all"):
         kernels.calls.clear()
         got = lcodec_ext.nearest_neighbors(torch.tensor(X), ties=ties, seed=9)
-        # where a row uses one neighbour, nobody need count them
+        # if a row uses one neighbour, nothing has to be counted
         assert [name for name, _ in kernels.calls].count("cuda_neighbors") == 1 + (ties == "all")
         expected = lcodec_ext.nearest_neighbors(X, ties=ties, seed=9, backend="reference")
         for a, b in zip(*((r if ties == "all" else [r]) for r in (got, expected)), strict=True):
@@ -340,7 +339,7 @@ def test_a_failed_kernel_is_named(kernels, monkeypatch):
 
 
 class Memory:
-    """Stands in for Tensor.new_empty on a device that has so many bytes for one tensor."""
+    """Replaces Tensor.new_empty on a device with this many bytes for one tensor."""
 
     def __init__(self, monkeypatch, limit):
         self.asked = []
@@ -435,7 +434,7 @@ def test_odd_tensors_just_work(name, odd):
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
 def test_the_response_is_compared_as_it_is(dtype):
-    """Integers beyond those of float64, and of int64."""
+    """Integers that float64 cannot hold, and integers that int64 cannot hold."""
     y = (np.rint(10 * Y0).astype(np.int64) + 2**62).astype(dtype)
     if dtype == np.uint64:
         y[y > 2**62] += np.uint64(2**63)

@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 class Fused(nn.Module):
-    """Attention by the fused function, which has no second derivative of its own."""
+    """Attention by the fused function, which has no second derivative."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ class Fused(nn.Module):
 
 
 class Functional(nn.Module):
-    """Weights that something else than the forward pass of their layer uses, too."""
+    """Weights that are used outside the forward pass of their layer as well."""
 
     def __init__(self):
         super().__init__()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_choice
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.batches import SAMPLES, Batch, Batches, map_tensors, sample_of, tensors_of
+from lcodec_ext._torch.batches import SAMPLES, Batch, Batches, map_tensors, part_of, tensors_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
 from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
@@ -243,7 +243,7 @@ class Objective:
         total = torch.zeros_like(whole)
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
-            loss = self.loss_fn(sample_of(outputs, n, part), sample_of(batch.targets, n, part))
+            loss = self.loss_fn(part_of(outputs, n, part), part_of(batch.targets, n, part))
             total += loss * ((part.stop - part.start) / n if reduction == "mean" else 1)
         return whole, total
 

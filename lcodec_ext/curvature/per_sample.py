@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer
-from lcodec_ext._torch.batches import Batch, map_tensors, sample_of, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, part_of, tensors_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
 from lcodec_ext.curvature.layers import is_linear
@@ -302,7 +302,7 @@ def _reached(run: ForwardPass, seeds: Sequence[Tensor]) -> Sequence[Tensor]:
 def _samples_of(batch: Batch, start: int, stop: int) -> Batch:
     """Consecutive samples of a batch."""
     whole = (batch.args, batch.kwargs, batch.targets)
-    args, kwargs, targets = sample_of(whole, batch.size, slice(start, stop))
+    args, kwargs, targets = part_of(whole, batch.size, slice(start, stop))
     return Batch(args, kwargs, targets, stop - start)
 
 
