@@ -1,27 +1,6 @@
-"""Layers that have units: which they are, and how their parameters are cut.
+"""Layers that have units: which they are, and how their parameters are cut into units.
 
-A unit is what a layer computes one output feature with: a slice of its weight and an entry of its
-bias. Layers are named by the qualified name under which `named_modules` lists them.
-
-==============================  ==================  ============================================
-Layer                           Units               Slice of the weight, then of the bias
-==============================  ==================  ============================================
-Linear                          output features     ``weight[o]``, ``bias[o]``
-Conv1d, Conv2d, Conv3d          output channels     ``weight[o]``, ``bias[o]``
-ConvTranspose1d, 2d, 3d         output channels     ``weight[g * i : (g + 1) * i, o % k]``,
-                                                    ``bias[o]``; k = out_channels / groups,
-                                                    g = o // k, i = in_channels / groups
-transformers Conv1D             output features     ``weight[:, o]``, ``bias[o]``
-Embedding, EmbeddingBag         rows                ``weight[o]``
-BatchNorm, InstanceNorm,        entries             ``weight.flatten()[o]``,
-GroupNorm, LayerNorm, RMSNorm                       ``bias.flatten()[o]``
-MultiheadAttention ``name``,    queries, keys and   ``in_proj_weight[o]``, or row o % embed_dim of
-as layer ``name.in_proj``       values in a row     ``q_``, ``k_``, ``v_proj_weight``;
-                                                    ``in_proj_bias[o]``
-==============================  ==================  ============================================
-
-The output projection of a MultiheadAttention is a Linear, ``name.out_proj``. Its ``bias_k`` and
-``bias_v`` belong to no unit. Subclasses count as their base class.
+docs/curvature.md lists the kinds of layers and the slices that their units own.
 """
 
 import math
@@ -34,26 +13,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # _NormBase: batch and instance norm
-
-
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+OVER_FEATURES = (nn.LayerNorm, nn.RMSNorm)
+NORMS = (_NormBase, nn.GroupNorm, *OVER_FEATURES)  # _NormBase: batch and instance norms
+_KINDS = (nn.Linear, nn.MultiheadAttention, *CONVOLUTIONS, *TRANSPOSED, *EMBEDDINGS, *NORMS)
 _FROZEN = "its parameters do not require gradients"
-
-
 _LISTED = 12  # layers named in an error message
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """How a parameter is cut into units.
 
     groups = 0: the leading axes count the units. groups > 0, transposed layers: the first axis
@@ -70,13 +42,12 @@ class _Cut:
         return tensor
 
     def unview(self, view: Tensor) -> Tensor:
+        """The reverse of `view`."""
         return view.transpose(1, 2).flatten(0, 1) if self.groups else view
 
     def counts(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Lengths of the axes that count units."""
-        if self.groups:
-            return self.groups, shape[1]
-        return tuple(shape[: self.leading])
+        return (self.groups, shape[1]) if self.groups else tuple(shape[: self.leading])
 
     def index(self, position: tuple[int, ...], shape: Sequence[int]) -> tuple[int | slice, ...]:
         """Where the parameter has what `view` has at a position on the axes that count units."""
@@ -88,12 +59,12 @@ class _Cut:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A parameter of which every unit of a block owns a slice."""
+class UnitParameter:
+    """A parameter of which every unit of a range owns a slice."""
 
-    parameter: str  # as named_parameters lists it
+    name: str  # as named_parameters lists it
     shape: tuple[int, ...]
-    cut: _Cut
+    cut: Cut
     first: int  # the unit that owns its first slice
     tied: bool  # other modules have it, too
 
@@ -104,22 +75,21 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Block:
+class UnitRange:
     """Units of a layer, from first up to stop, that own slices of the same parameters."""
 
     first: int
     stop: int
-    parts: tuple[_Part, ...]
+    parameters: tuple[UnitParameter, ...]
 
 
 @dataclass(frozen=True)
 class UnitLayer:
     """A layer that has units with trainable parameters."""
 
-    name: str
     module: nn.Module
     n_units: int
-    blocks: tuple[_Block, ...]
+    ranges: tuple[UnitRange, ...]
     refused: dict[int, str]  # units that cannot be selected, and why
 
     def selectable(self) -> list[int]:
@@ -127,76 +97,92 @@ class UnitLayer:
         return [unit for unit in range(self.n_units) if unit not in self.refused]
 
 
-class _NoUnitsError(Exception):
+class NoUnitsError(Exception):
     """Why a module of a kind that has units has none."""
 
 
-def _is_transformers_conv1d(module: nn.Module) -> bool:
+def is_transformers_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' Conv1D, a linear layer with its weight transposed."""
     # Whoever made such a module has imported its class.
     kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     return isinstance(module, kind)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    kinds = (
-        nn.Linear,
-        nn.MultiheadAttention,
-        *_CONVOLUTIONS,
-        *_TRANSPOSED,
-        *_EMBEDDINGS,
-        *_NORMS,
-    )
-    return isinstance(module, kinds) or _is_transformers_conv1d(module)
+def is_linear(module: nn.Module) -> bool:
+    """Whether the layer multiplies the last axis of its input by a matrix."""
+    return isinstance(module, nn.Linear) or is_transformers_conv1d(module)
 
 
-def _pieces(module: nn.Module) -> list[tuple[int, int, dict[str, tuple[_Cut, int]]]]:
-    """Units and parameters of a layer: (first, stop, {attribute: (cut, its first unit)}).
+def is_unit_layer(module: nn.Module) -> bool:
+    """Whether the module is of a kind that has units."""
+    return isinstance(module, _KINDS) or is_transformers_conv1d(module)
 
-    Raises _NoUnitsError, with the reason, if a parameter of it is not one that can be written to.
+
+def unit_axis(module: nn.Module) -> tuple[int, int]:
+    """On which axis of a layer's output its units are, and how many last axes count them together.
+
+    The axis counts from the front, or, negative, from the end.
     """
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+        return -1 - len(module.kernel_size), 1
+    if isinstance(module, INSTANCE_NORMS):
+        return -2 - next(k for k, kind in enumerate(INSTANCE_NORMS) if isinstance(module, kind)), 1
+    if isinstance(module, OVER_FEATURES):
+        return -1, len(module.normalized_shape)
+    return 1 if isinstance(module, NORMS) else -1, 1
+
+
+#: A parameter's attribute name: its cut, and the unit that owns its first slice.
+Cuts = dict[str, tuple[Cut, int]]
+
+
+def unit_cuts(module: nn.Module) -> list[tuple[int, int, Cuts]]:
+    """Units and parameters of a layer: (first, stop, cuts) for each range of units.
+
+    Raises NoUnitsError, with the reason, where a parameter cannot be written to.
+    """
+    weights, bias = ["weight"], "bias"
     if isinstance(module, nn.MultiheadAttention):
         weights, bias = ["in_proj_weight"], "in_proj_bias"
         if not module.embed_dim == module.kdim == module.vdim:
             weights = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    else:
-        weights, bias = ["weight"], "bias"
-    if isinstance(module, _EMBEDDINGS):
+    if isinstance(module, EMBEDDINGS):
         if module.max_norm is not None:
-            raise _NoUnitsError("max_norm: its forward pass overwrites its weight")
+            raise NoUnitsError("max_norm: its forward pass overwrites its weight")
         if module.scale_grad_by_freq:
-            raise _NoUnitsError("scale_grad_by_freq: its gradients are no derivatives of the loss")
-    pieces = []
+            raise NoUnitsError("scale_grad_by_freq: its gradients are no derivatives of the loss")
+    found: list[tuple[int, int, Cuts]] = []
     first = 0
     for key in weights:
         weight = _parameter(module, key)
         if weight is None:
-            raise _NoUnitsError("it has no parameters")
-        cut = _Cut()
-        if isinstance(module, _TRANSPOSED):
-            cut = _Cut(groups=module.groups)
-        elif _is_transformers_conv1d(module):
-            cut = _Cut(groups=1)
-        elif isinstance(module, _NORMS):
-            cut = _Cut(leading=weight.ndim)
-        stop = first + math.prod(cut.counts(weight.shape))
-        attributes = {key: (cut, first)}
+            raise NoUnitsError("it has no parameters")
+        cut = Cut()
+        if isinstance(module, TRANSPOSED):
+            cut = Cut(groups=module.groups)
+        elif is_transformers_conv1d(module):
+            cut = Cut(groups=1)
+        elif isinstance(module, NORMS):
+            cut = Cut(leading=weight.ndim)
+        cuts = {key: (cut, first)}
         shift = _parameter(module, bias)
         if shift is not None:
-            attributes[bias] = (_Cut(leading=shift.ndim), 0)
-        pieces.append((first, stop, attributes))
+            cuts[bias] = (Cut(leading=shift.ndim), 0)
+        stop = first + math.prod(cut.counts(weight.shape))
+        found.append((first, stop, cuts))
         first = stop
-    return pieces
+    return found
 
 
 def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:
-    """A module's own parameter, None if it has none of that name."""
+    """A module's own parameter; None if it has none of that name."""
     if parametrize.is_parametrized(module, key):
-        raise _NoUnitsError(f"its {key} is computed from other parameters, by a parametrization")
+        raise NoUnitsError(f"its {key} is computed from other parameters, by a parametrization")
     parameter = module._parameters.get(key)
     if parameter is None and getattr(module, key, None) is not None:
-        raise _NoUnitsError(f"its {key} is computed from other parameters, or is a buffer")
+        raise NoUnitsError(f"its {key} is computed from other parameters, or is a buffer")
     if isinstance(parameter, nn.UninitializedParameter):
-        raise _NoUnitsError(f"its {key} is not initialised; run the model once")
+        raise NoUnitsError(f"its {key} is not initialised; run the model once")
     return parameter
 
 
@@ -211,7 +197,7 @@ def n_units(module: nn.Module) -> int:
     Raises
     ------
     ValueError
-        If it has none, or if its weight is computed from other parameters or not initialised.
+        If it has none, or if its weight is computed from others or not initialised.
 
     Examples
     --------
@@ -219,22 +205,12 @@ def n_units(module: nn.Module) -> int:
     6
     """
     _check_module(module)
-    if not _is_layer(module):
+    if not is_unit_layer(module):
         raise ValueError(f"a module of type {type(module).__name__} has no units")
     try:
-        return _pieces(module)[-1][1]
-    except _NoUnitsError as error:
+        return unit_cuts(module)[-1][1]
+    except NoUnitsError as error:
         raise ValueError(f"this {type(module).__name__} has no units: {error}") from None
-
-
-def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """List for every parameter, by id, the names it has in the modules that own it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(_join(name, key))
-    return owners
 
 
 def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, str]]:
@@ -244,11 +220,15 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
     projections, under its name with ".in_proj".
     """
     _check_module(model)
-    owners = parameter_owners(model)
+    owners: dict[int, list[str]] = {}  # of every parameter, by id: its names in all modules
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(_join(name, key))
     layers: dict[str, UnitLayer] = {}
     without: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not _is_layer(module) or name in without:
+        if not is_unit_layer(module) or name in without:
             continue
         if isinstance(module, nn.MultiheadAttention):
             name = _join(name, "in_proj")
@@ -256,35 +236,34 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
                 without[name] = "it names a module and the input projections of its attention"
                 continue
         try:
-            pieces = _pieces(module)
-        except _NoUnitsError as error:
+            layers[name] = _unit_layer(module, owners)
+        except NoUnitsError as error:
             without[name] = str(error)
-            continue
-        blocks = []
-        refused: dict[int, str] = {}
-        for first, stop, attributes in pieces:
-            parts = []
-            for key, (cut, origin) in attributes.items():
-                parameter = module._parameters[key]
-                assert parameter is not None
-                if parameter.requires_grad:
-                    names = owners[id(parameter)]
-                    shape = tuple(parameter.shape)
-                    parts.append(_Part(names[0], shape, cut, origin, len(names) > 1))
-            if parts:
-                blocks.append(_Block(first, stop, tuple(parts)))
-            else:  # one of an attention's projections, or all there is
-                refused |= dict.fromkeys(range(first, stop), _FROZEN)
-        if isinstance(module, _EMBEDDINGS) and module.padding_idx is not None:
-            refused.setdefault(
-                module.padding_idx, "it is padding_idx, whose gradient is always zero"
-            )
-        n = pieces[-1][1]
-        if len(refused) < n:
-            layers[name] = UnitLayer(name, module, n, tuple(blocks), refused)
-        else:
-            without[name] = next(iter(refused.values()), "it has none")
     return layers, without
+
+
+def _unit_layer(module: nn.Module, owners: dict[int, list[str]]) -> UnitLayer:
+    ranges = []
+    refused: dict[int, str] = {}
+    n = 0
+    for first, n, cuts in unit_cuts(module):
+        parameters = []
+        for key, (cut, origin) in cuts.items():
+            parameter = module._parameters[key]
+            assert parameter is not None
+            if parameter.requires_grad:
+                names = owners[id(parameter)]
+                shape = tuple(parameter.shape)
+                parameters.append(UnitParameter(names[0], shape, cut, origin, len(names) > 1))
+        if parameters:
+            ranges.append(UnitRange(first, n, tuple(parameters)))
+        else:  # one of an attention's projections, or all there is
+            refused |= dict.fromkeys(range(first, n), _FROZEN)
+    if isinstance(module, EMBEDDINGS) and module.padding_idx is not None:
+        refused.setdefault(module.padding_idx, "it is padding_idx, whose gradient is always zero")
+    if len(refused) >= n:
+        raise NoUnitsError(next(iter(refused.values()), "it has none"))
+    return UnitLayer(module, n, tuple(ranges), refused)
 
 
 def _check_module(module: object) -> None:
@@ -296,30 +275,30 @@ def _join(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
-def _known(layers: Iterable[str]) -> str:
+def listed(layers: Iterable[str]) -> str:
+    """The layers with units, as the end of an error message."""
     names = list(layers)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"layers with units: {', '.join(map(repr, names[:_LISTED])) or 'none'}{more}"
 
 
-def _why_not(name: str, model: nn.Module, layers: Iterable[str], without: dict[str, str]) -> str:
+def why_not(name: str, model: nn.Module, layers: Iterable[str], without: dict[str, str]) -> str:
     """The reason why a layer cannot be selected, as the end of a sentence that names it."""
     if name in without:
         return f"whose units cannot be selected: {without[name]}"
     every = dict(model.named_modules(remove_duplicate=False))
     firsts = {id(module): first for first, module in model.named_modules()}
     owner = name if name in every else name.removesuffix("in_proj").removesuffix(".")
-    if owner in every:
-        module = every[owner]
-        first = firsts[id(module)]
-        if owner != first and _is_layer(module):
-            if isinstance(module, nn.MultiheadAttention):
-                first = _join(first, "in_proj")
+    module = every.get(owner)
+    if module is not None and is_unit_layer(module):
+        first, attention = firsts[id(module)], isinstance(module, nn.MultiheadAttention)
+        if owner != first:
+            first = _join(first, "in_proj") if attention else first
             return f"which is {first!r} under another name; take that one"
-        if isinstance(module, nn.MultiheadAttention):
+        if attention:
             return (
                 f"a MultiheadAttention; its units are those of {_join(owner, 'in_proj')!r} and "
                 f"{_join(owner, 'out_proj')!r}"
             )
     kind = f" (a {type(every[name]).__name__})" if name in every else ""
-    return f"which has no units in this model{kind}; {_known(layers)}"
+    return f"which has no units in this model{kind}; {listed(layers)}"

@@ -12,13 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext.curvature.layers import (
-    _Block,
-    _Cut,
-    _Part,
-    _why_not,
-    find_unit_layers,
-)
+from lcodec_ext.curvature.layers import Cut, UnitParameter, UnitRange, find_unit_layers, why_not
 
 if TYPE_CHECKING:
     from lcodec_ext.curvature.selection import UnitSelection
@@ -51,29 +45,42 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class _Run:
+class CoordinateBlock:
     """Consecutive units of a layer with coordinates in the same parameters: a matrix of them."""
 
     module: str
     units: tuple[int, ...]
     start: int
-    parts: tuple[_Part, ...]
+    parameters: tuple[UnitParameter, ...]
 
     @property
     def width(self) -> int:
-        return sum(part.length for part in self.parts)
+        """Coordinates of one unit."""
+        return sum(parameter.length for parameter in self.parameters)
 
-    def positions(self, part: _Part) -> tuple[NDArray[np.intp], ...]:
-        """Where `_Cut.view` of the part's parameter has the units, axis by axis."""
-        entries = np.array(self.units) - part.first
-        return np.unravel_index(entries, part.cut.counts(part.shape))
+    def entries(self, parameter: UnitParameter) -> NDArray[np.intp]:
+        """The units' places in the parameter's cut."""
+        return np.array(self.units) - parameter.first
+
+    def positions(self, parameter: UnitParameter) -> tuple[NDArray[np.intp], ...]:
+        """Where `Cut.view` of the parameter has the units, axis by axis."""
+        return np.unravel_index(self.entries(parameter), parameter.cut.counts(parameter.shape))
+
+
+@dataclass
+class _Taken:
+    """What of a tied parameter has coordinates already."""
+
+    module: str  # the first layer that has it
+    cut: Cut
+    entries: set[int]
 
 
 class UnitLayout:
     """A selection laid out on a model: which coordinate is which entry of which parameter.
 
-    What the methods of `UnitSelection` make and drop; keep one to use it often. It is out of date
-    once modules or parameters of the model are replaced, or their `requires_grad` is.
+    The methods of `UnitSelection` make one for each call; keep one to use it often. It is out of
+    date once modules or parameters of the model are replaced, or their `requires_grad` is.
 
     Parameters
     ----------
@@ -84,6 +91,8 @@ class UnitLayout:
     ----------
     size : int
         Number of coordinates.
+    blocks : list of CoordinateBlock
+        In the order of the coordinates.
     parameters : dict of str to Parameter
         Those with coordinates.
 
@@ -98,7 +107,7 @@ class UnitLayout:
         chosen = selection.units
         for name, units in chosen.items():
             if name not in layers:
-                why = _why_not(name, model, layers, without)
+                why = why_not(name, model, layers, without)
                 raise ValueError(f"the selection names layer {name!r}, {why}")
             layer = layers[name]
             if units[-1] >= layer.n_units:
@@ -112,151 +121,133 @@ class UnitLayout:
                     f"{layer.refused[unit]}"
                 )
         self.size = 0
-        self.runs: list[_Run] = []
+        self.blocks: list[CoordinateBlock] = []
         self._on_device: dict[tuple[int, str, torch.device], tuple[Tensor, ...]] = {}
         taken: dict[str, _Taken] = {}
         for name in layers:
-            for block in layers[name].blocks:
-                self._place(name, block, chosen.get(name, ()), taken)
+            for each in layers[name].ranges:
+                self._place(name, each, chosen.get(name, ()), taken)
         every = dict(model.named_parameters())
-        self.parameters = {
-            part.parameter: every[part.parameter] for run in self.runs for part in run.parts
-        }
+        self.parameters = {p.name: every[p.name] for block in self.blocks for p in block.parameters}
         first = next(iter(every.values()), torch.empty(0))
         self._empty = torch.empty(0, dtype=first.dtype, device=first.device)
         _check_memory(self.parameters, every)
 
     def _place(
-        self, name: str, block: _Block, units: Iterable[int], taken: "dict[str, _Taken]"
+        self, module: str, within: UnitRange, units: Iterable[int], taken: dict[str, _Taken]
     ) -> None:
-        """Append runs for the units of a block; of tied parameters only what is not there yet."""
-        units = [unit for unit in units if block.first <= unit < block.stop]
+        """Append blocks for the units of a range; of tied parameters only what is new."""
+        units = [unit for unit in units if within.first <= unit < within.stop]
         if not units:
             return
-        for part in block.parts:
-            if part.tied:
-                before = taken.setdefault(part.parameter, _Taken(name, part.cut, set()))
-                if before.cut != part.cut:
-                    raise ValueError(
-                        f"layers {before.module!r} and {name!r} cut the parameter "
-                        f"{part.parameter!r}, which is tied, into units in different ways; select "
-                        "units of one of them only"
-                    )
+        tied = [parameter for parameter in within.parameters if parameter.tied]
+        for parameter in tied:
+            before = taken.setdefault(parameter.name, _Taken(module, parameter.cut, set()))
+            if before.cut != parameter.cut:
+                raise ValueError(
+                    f"layers {before.module!r} and {module!r} cut the parameter "
+                    f"{parameter.name!r}, which is tied, into units in different ways; select "
+                    "units of one of them only"
+                )
 
-        def fresh(unit: int) -> tuple[_Part, ...]:
+        def fresh(unit: int) -> tuple[UnitParameter, ...]:
             return tuple(
-                part
-                for part in block.parts
-                if not part.tied or unit - part.first not in taken[part.parameter].entries
+                p
+                for p in within.parameters
+                if not p.tied or unit - p.first not in taken[p.name].entries
             )
 
-        for parts, run in [(parts, tuple(run)) for parts, run in groupby(units, fresh)]:
-            if parts:
-                self.runs.append(_Run(name, run, self.size, parts))
-                self.size += len(run) * self.runs[-1].width
-        for part in block.parts:
-            if part.tied:
-                taken[part.parameter].entries.update(unit - part.first for unit in units)
+        for parameters, group in [(key, tuple(group)) for key, group in groupby(units, fresh)]:
+            if parameters:
+                self.blocks.append(CoordinateBlock(module, group, self.size, parameters))
+                self.size += len(group) * self.blocks[-1].width
+        for parameter in tied:
+            taken[parameter.name].entries.update(unit - parameter.first for unit in units)
 
     def segments(self) -> tuple[Segment, ...]:
         """List the slices of parameters, in the order of the coordinates."""
         found = []
-        for run in self.runs:
-            start = run.start
+        for block in self.blocks:
+            start = block.start
             positions = [
-                zip(*(axis.tolist() for axis in run.positions(part)), strict=True)
-                for part in run.parts
+                zip(*(axis.tolist() for axis in block.positions(p)), strict=True)
+                for p in block.parameters
             ]
-            for unit, *each in zip(run.units, *positions, strict=True):
-                for part, position in zip(run.parts, each, strict=True):
-                    index = part.cut.index(position, part.shape)
-                    found.append(
-                        Segment(part.parameter, run.module, unit, start, part.length, index)
-                    )
-                    start += part.length
+            for unit, *each in zip(block.units, *positions, strict=True):
+                for p, position in zip(block.parameters, each, strict=True):
+                    index = p.cut.index(position, p.shape)
+                    found.append(Segment(p.name, block.module, unit, start, p.length, index))
+                    start += p.length
         return tuple(found)
 
-    def places(self) -> Iterator[tuple[_Part, NDArray[np.intp], NDArray[np.intp]]]:
+    def places(self) -> Iterator[tuple[UnitParameter, NDArray[np.intp], NDArray[np.intp]]]:
         """List which entries of a parameter are which coordinates.
 
         Yields
         ------
-        part : _Part
+        parameter : UnitParameter
         entries : ndarray of int, shape (n,)
-            Places in the part's cut, ascending.
-        coordinates : ndarray of int, shape (n, part.length)
+            Places in the parameter's cut, ascending.
+        coordinates : ndarray of int, shape (n, parameter.length)
         """
-        for run in self.runs:
-            first = run.start + np.arange(len(run.units))[:, None] * run.width
-            for part in run.parts:
-                yield part, np.array(run.units) - part.first, first + np.arange(part.length)
-                first = first + part.length
+        for block in self.blocks:
+            first = block.start + np.arange(len(block.units))[:, None] * block.width
+            for parameter in block.parameters:
+                yield parameter, block.entries(parameter), first + np.arange(parameter.length)
+                first = first + parameter.length
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """As `UnitSelection.gather`, from tensors by name."""
         self._check(tensors, "source")
         pieces = []
-        for run in self.runs:
-            for_each_unit = []
-            for part in run.parts:
-                tensor = tensors[part.parameter]
-                entries = part.cut.view(tensor)[self._indices(run, part, tensor.device)]
-                for_each_unit.append(entries.reshape(len(run.units), part.length))
-            matrix = torch.cat(for_each_unit, 1) if len(for_each_unit) > 1 else for_each_unit[0]
-            pieces.append(matrix.flatten())
+        for block in self.blocks:
+            columns = []
+            for p in block.parameters:
+                tensor = tensors[p.name]
+                entries = p.cut.view(tensor)[self._positions(block, p, tensor.device)]
+                columns.append(entries.reshape(len(block.units), p.length))
+            pieces.append((torch.cat(columns, 1) if len(columns) > 1 else columns[0]).flatten())
         return torch.cat(pieces) if pieces else self._empty.clone()
 
     def scatter_(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
         """As `UnitSelection.scatter_`, to tensors by name."""
         self._check_target(tensors, vector)
         with torch.no_grad():
-            for part, indices, entries in self._split(tensors, vector):
-                tensor = tensors[part.parameter]
-                part.cut.view(tensor).index_put_(indices, entries.to(tensor))
+            for view, positions, entries in self._split(tensors, vector):
+                view.index_put_(positions, entries.to(view))
 
     def add_(self, tensors: Mapping[str, Tensor], vector: Tensor, alpha: float = 1) -> None:
         """As `UnitSelection.add_`, to tensors by name."""
         _check_alpha(alpha)
         self._check_target(tensors, vector)
         with torch.no_grad():
-            for part, indices, entries in self._split(tensors, vector):
-                tensor = tensors[part.parameter]
-                view = part.cut.view(tensor)
-                total = view[indices].add(entries.to(tensor.device), alpha=alpha)
-                view.index_put_(indices, total.to(tensor.dtype))
-
-    def substituted(self, vector: Tensor) -> dict[str, Tensor]:
-        """Make whole parameters, by name, with the selected entries taken from a vector.
-
-        Differentiable by the vector, and by nothing else; for `torch.func.functional_call`.
-        """
-        made = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        for part, indices, entries in self._split(made, vector):
-            view = part.cut.view(made[part.parameter]).index_put(indices, entries)
-            made[part.parameter] = part.cut.unview(view)
-        return made
+            for view, positions, entries in self._split(tensors, vector):
+                total = view[positions].add(entries.to(view.device), alpha=alpha)
+                view.index_put_(positions, total.to(view.dtype))
 
     def _split(
         self, tensors: Mapping[str, Tensor], vector: Tensor
-    ) -> Iterator[tuple[_Part, tuple[Tensor, ...], Tensor]]:
-        """Parts, where the view of each has the units, and what of the vector belongs there."""
-        for run in self.runs:
-            n = len(run.units)
-            matrix = vector[run.start : run.start + n * run.width].reshape(n, run.width)
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Tensor]]:
+        """Views of the tensors, where they have the units, and what of the vector belongs there."""
+        for block in self.blocks:
+            n = len(block.units)
+            matrix = vector[block.start : block.start + n * block.width].reshape(n, block.width)
             column = 0
-            for part in run.parts:
-                tensor = tensors[part.parameter]
-                rest = part.cut.view(tensor).shape[len(part.cut.counts(part.shape)) :]
-                entries = matrix[:, column : column + part.length].reshape(n, *rest)
-                yield part, self._indices(run, part, tensor.device), entries
-                column += part.length
+            for p in block.parameters:
+                view = p.cut.view(tensors[p.name])
+                rest = view.shape[len(p.cut.counts(p.shape)) :]
+                entries = matrix[:, column : column + p.length].reshape(n, *rest)
+                yield view, self._positions(block, p, view.device), entries
+                column += p.length
 
-    def _indices(self, run: _Run, part: _Part, device: torch.device) -> tuple[Tensor, ...]:
-        """`_Run.positions` as tensors, kept: to a GPU they are copied once."""
-        key = run.start, part.parameter, device
+    def _positions(
+        self, block: CoordinateBlock, parameter: UnitParameter, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """`CoordinateBlock.positions` as tensors, kept: to a GPU they are copied once."""
+        key = block.start, parameter.name, device
         if key not in self._on_device:
             self._on_device[key] = tuple(
-                torch.tensor(axis, device=device) for axis in run.positions(part)
+                torch.tensor(axis, device=device) for axis in block.positions(parameter)
             )
         return self._on_device[key]
 
@@ -313,15 +304,6 @@ class UnitLayout:
 def _check_alpha(alpha: object) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a real number; got {alpha!r} ({type(alpha).__name__})")
-
-
-@dataclass
-class _Taken:
-    """What of a tied parameter has coordinates already."""
-
-    module: str  # the first layer that has it
-    cut: _Cut
-    entries: set[int]
 
 
 def _is_expanded(tensor: Tensor) -> bool:

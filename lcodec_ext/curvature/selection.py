@@ -8,29 +8,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer
-from lcodec_ext.curvature.layers import _LISTED, _Cut, _known, find_unit_layers
+from lcodec_ext.curvature.layers import Cut, find_unit_layers, listed
 from lcodec_ext.curvature.layout import Segment, UnitLayout
+
+_REASONS = 12  # in an error message
 
 
 class UnitSelection:
     """Units of a model as data: for each layer the indices of its selected units.
 
-    A selection knows no model. Methods that take one, or tensors by parameter name, lay out the
-    selected parameters as one vector of ``size(model)`` coordinates: for each layer in the order of
-    `named_modules`, for each selected unit ascending, its slice of the weight, flattened, then its
-    entry of the bias. The module `lcodec_ext.curvature.units` lists the slices.
-
-    - Parameters that do not require gradients are not coordinates.
-    - An entry of a tied parameter that several selected units own is one coordinate, at its first
-      place, under the name by which `named_parameters` lists it.
-    - A module that is registered under several names goes by its first.
+    A selection is independent of any model. Methods that take one, or tensors by parameter name,
+    lay out the selected parameters as one vector of ``size(model)`` coordinates: for each layer in
+    the order of `named_modules`, for each selected unit ascending, its slice of the weight,
+    flattened, then its entry of the bias. docs/curvature.md lists the slices of every kind of
+    layer, and what becomes of frozen and tied parameters.
 
     Parameters
     ----------
     units : mapping of str to iterable of int
         For each layer, by its qualified module name ("" is the model itself, if it is a layer),
-        the indices of the selected units, at least one. They are kept in increasing order; the
-        order of the layers is of no meaning. An empty mapping is the empty selection.
+        the indices of the selected units, at least one, in any order. An empty mapping is the
+        empty selection.
 
     Raises
     ------
@@ -40,21 +38,10 @@ class UnitSelection:
     Notes
     -----
     Immutable and hashable. ``|``, ``&`` and ``-`` are set operations on units, ``len`` is their
-    number. Where a model is taken, ValueError is raised, by name and with the reason, for
-
-    - layers and units that the model does not have, and modules that have no units;
-    - layers without a parameter that requires gradients;
-    - weights that are computed from others (parametrizations, weight norm, pruning);
-    - lazy modules that have not run yet;
-    - the row `padding_idx` of an embedding, whose gradient is always zero, and embeddings with
-      `max_norm`, whose forward pass overwrites their weight, or `scale_grad_by_freq`, whose
-      gradients are no derivatives;
-    - two selected layers that cut one tied parameter into units in different ways, as a convolution
-      and a transposed one;
-    - selected parameters whose memory overlaps that of another one without being the same object,
-      and expanded ones: writing to one would change the other.
-
-    Only the selected layers are looked at: another one never gets in the way.
+    number. Methods that take a model raise ValueError, by name and with the reason, for selected
+    layers and units that the model does not have, that are frozen or not yet initialised, whose
+    weights are computed from others or share memory with others, or whose gradients are no
+    derivatives. Layers that are not selected never matter.
 
     Examples
     --------
@@ -103,16 +90,16 @@ class UnitSelection:
     def all(cls, model: nn.Module) -> "UnitSelection":
         """Select every unit of a model that can be selected.
 
-        Left out is what the class refuses: frozen layers, computed weights, padding rows and so
+        What the class refuses is left out: frozen layers, computed weights, padding rows and so
         on. Of two layers that cut a tied parameter in different ways, the first is taken.
         """
         layers, _ = find_unit_layers(model)
-        cuts: dict[str, _Cut] = {}
+        cuts: dict[str, Cut] = {}
         chosen = {}
         for name, layer in layers.items():
-            parts = [part for block in layer.blocks for part in block.parts]
-            if all(cuts.get(part.parameter, part.cut) == part.cut for part in parts):
-                cuts |= {part.parameter: part.cut for part in parts}
+            parts = [part for each in layer.ranges for part in each.parameters]
+            if all(cuts.get(part.name, part.cut) == part.cut for part in parts):
+                cuts |= {part.name: part.cut for part in parts}
                 chosen[name] = layer.selectable()
         return cls(chosen)
 
@@ -147,11 +134,11 @@ class UnitSelection:
                     for name, reason in without.items()
                     if fnmatchcase(name, pattern)
                 ]
-                why = f"; {'; '.join(reasons[:_LISTED])}" if reasons else f"; {_known(layers)}"
-                raise ValueError(f"the pattern {pattern!r} matches no layer with units{why}")
+                why = "; ".join(reasons[:_REASONS]) or listed(layers)
+                raise ValueError(f"the pattern {pattern!r} matches no layer with units; {why}")
             chosen |= dict.fromkeys(matched)
         selection = cls({name: layers[name].selectable() for name in layers if name in chosen})
-        UnitLayout(selection, model)  # its refusals, while the patterns are at hand
+        UnitLayout(selection, model)  # refuses layers that do not go together
         return selection
 
     def to_dict(self) -> dict[str, list[int]]:
@@ -245,18 +232,14 @@ class UnitSelection:
         Returns
         -------
         Tensor, shape (size(model),)
-            A copy. Of the dtype of the tensors, the promoted one where they differ, and on their
-            device; an empty selection takes both from the model's first parameter. Differentiable
-            by the tensors, as indexing is.
+            A copy, in the tensors' dtype (the promoted one where they differ) and on their device;
+            for an empty selection, in those of the model's first parameter. Differentiable by the
+            tensors. O(size(model)).
 
         Raises
         ------
         ValueError, TypeError
             For what the class refuses, and for tensors that are missing or of another shape.
-
-        Notes
-        -----
-        Copies size(model) entries a few times; no work is done on the parameters' other entries.
         """
         layout, tensors = self._lay_out(source, model, "source")
         return layout.gather(tensors)
@@ -272,18 +255,16 @@ class UnitSelection:
 
         Parameters
         ----------
-        target : Module or mapping of str to Tensor
-            As the source of `gather`.
+        target, model
+            As source and model of `gather`.
         vector : Tensor, shape (size(model),)
             Converted to the dtype and device of each tensor.
-        model : Module, optional
-            The model that has the selected layers; given with a mapping, and only then.
 
         Raises
         ------
         ValueError, TypeError
             As `gather`, and for a vector of another shape or of a dtype that does not convert
-            (floating to integer, complex to real). Nothing has been written then.
+            (floating to integer, complex to real), before anything is written.
         """
         layout, tensors = self._lay_out(target, model, "target")
         layout.scatter_(tensors, vector)
@@ -298,20 +279,8 @@ class UnitSelection:
     ) -> None:
         """Add alpha * vector to the selected entries in place; others stay.
 
-        Parameters
-        ----------
-        target : Module or mapping of str to Tensor
-            As the source of `gather`.
-        vector : Tensor, shape (size(model),)
-            The sum is formed in the wider of its dtype and the target's, and rounded once.
-        alpha : float, default 1
-        model : Module, optional
-            The model that has the selected layers; given with a mapping, and only then.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As `scatter_`.
+        Parameters, errors: as `scatter_`. The sum is formed in the wider of the vector's dtype and
+        the target's, and rounded once.
         """
         layout, tensors = self._lay_out(target, model, "target")
         layout.add_(tensors, vector, alpha)

@@ -86,9 +86,9 @@ def find_candidates(model: nn.Module, settings: Settings) -> Candidates:
         )
     place: dict[Unit, int] = {}
     numbers, lengths = [], []
-    for run in UnitLayout(selection, model).runs:
-        numbers += [place.setdefault((run.module, unit), len(place)) for unit in run.units]
-        lengths += [run.width] * len(run.units)
+    for block in UnitLayout(selection, model).blocks:
+        numbers += [place.setdefault((block.module, unit), len(place)) for unit in block.units]
+        lengths += [block.width] * len(block.units)
     stretches = np.array(numbers, dtype=np.int64), np.array(lengths, dtype=np.int64)
     sizes = np.zeros(len(place), dtype=np.int64)
     np.add.at(sizes, *stretches)

@@ -17,20 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._torch.batches import Batch, tensors_of
-from lcodec_ext.curvature.layers import (
-    _Cut,
-    _is_layer,
-    _NoUnitsError,
-    _Part,
-    _pieces,
-)
+from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
 from lcodec_ext.curvature.layout import UnitLayout
-from lcodec_ext.curvature.masked.rows import Added, Rows, _row_module, _rows_of
+from lcodec_ext.curvature.masked.entries import parameter_entries
+from lcodec_ext.curvature.masked.rows import LayerRows, RowsCall, row_module, rows_of
 from lcodec_ext.curvature.selection import UnitSelection
 
 
 @dataclass(frozen=True)
-class Run:
+class ForwardPass:
     """A forward pass by the displaced parameters.
 
     Attributes
@@ -41,7 +36,7 @@ class Run:
         Those that depend on the displacement.
     displacements : list of Tensor
         Zeros that require gradients, one for each parameter.
-    added : list of Added
+    added : list of RowsCall
     layer_outputs : list of (Tensor, int)
         Of the calls of layers with rows, with their versions when these returned.
     """
@@ -49,7 +44,7 @@ class Run:
     outputs: Any
     values: list[Tensor]
     displacements: list[Tensor]
-    added: list[Added]
+    added: list[RowsCall]
     layer_outputs: list[tuple[Tensor, int]]
 
 
@@ -95,24 +90,13 @@ class MaskedModel:
         layout = UnitLayout(selection, model)
         if not layout.size:
             raise ValueError("the selection must have at least one unit; it is empty")
-        dtypes = {parameter.dtype for parameter in layout.parameters.values()}
-        if dtype is None:
-            dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32, torch.float64 or None; got {dtype}")
-        devices = {parameter.device for parameter in layout.parameters.values()}
-        if len(devices) > 1:
-            raise ValueError(
-                f"the selected units must be on one device; they are on "
-                f"{', '.join(sorted(map(str, devices)))}"
-            )
-        self.dtype, self.device = dtype, devices.pop()
+        self.dtype, self.device = _place(layout, dtype)
         self.size = layout.size
         self.layout = layout
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.model = _copy_of(model, layout).eval().requires_grad_(False)
-        self.model._apply(lambda t: _in_dtype(t, dtype))  # type: ignore[no-untyped-call]
-        self.entries = _entries(layout, self.device)
+        self.model._apply(lambda t: _in_dtype(t, self.dtype))  # type: ignore[no-untyped-call]
+        self.entries = parameter_entries(layout, self.device)
         self._base = {
             name: parameter.detach()
             for name, parameter in self.model.named_parameters()
@@ -123,33 +107,41 @@ class MaskedModel:
         self._outside: dict[int, tuple[weakref.ref[Tensor], str]] = {
             id(p): (weakref.ref(p), name) for name, p in model.named_parameters()
         }
+        self._watched: list[tuple[Tensor, str]] = []
+        self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
+        names = {}
         for name in self.entries:
             own = self.model.get_parameter(name).requires_grad_()
             self._outside[id(own)] = weakref.ref(own), name
-        self.whole: dict[str, str] = {}
-        self._watched: list[tuple[Tensor, str]] = []
-        self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self.entries}
-        ids = {id(self.model.get_parameter(name)): name for name in self.entries}
+            self._owners[name], names[id(own)] = [], name
         for module in self.model.modules():
             for key, parameter in module._parameters.items():
-                if id(parameter) in ids:
-                    self._owners[ids[id(parameter)]].append((module, key))
-        self._rows: dict[nn.Module, list[list[Rows]]] = {}
+                if id(parameter) in names:
+                    self._owners[names[id(parameter)]].append((module, key))
+        self.whole: dict[str, str] = {}
+        self._rows: dict[nn.Module, list[list[LayerRows]]] = {}
         for name, owners in self._owners.items():
-            found = [(module, self._find_rows(module, key, name)) for module, key in owners]
-            for module, rows in found:
-                if rows is None:
-                    self._displace_whole(name, f"a {type(module).__name__} computes with it")
-            if name not in self.whole:
-                for module, rows in found:
-                    assert rows is not None
-                    groups = self._rows.setdefault(module, [])
-                    for group in groups:  # what is added at the same places is added at once
-                        if _at_the_same_places(group[0], rows):
-                            group.append(rows)
-                            break
-                    else:
-                        groups.append([rows])
+            self._add_rows(name, owners)
+
+    def _add_rows(self, name: str, owners: list[tuple[nn.Module, str]]) -> None:
+        """Displace a parameter by rows of all its layers, or as a whole where one has none."""
+        found = []
+        for module, key in owners:
+            rows = self._find_rows(module, key, name)
+            if rows is None:
+                self._displace_whole(name, f"a {type(module).__name__} computes with it")
+            else:
+                found.append((module, rows))
+        if name in self.whole:
+            return
+        for module, rows in found:
+            groups = self._rows.setdefault(module, [])
+            for group in groups:  # what is added at the same places is added at once
+                if _at_the_same_places(group[0], rows):
+                    group.append(rows)
+                    break
+            else:
+                groups.append([rows])
 
     def _displace_whole(self, name: str, why: str) -> None:
         for module, _ in self._owners[name]:
@@ -160,17 +152,17 @@ class MaskedModel:
                 )
         self.whole[name] = why
 
-    def _find_rows(self, module: nn.Module, key: str, name: str) -> Rows | None:
+    def _find_rows(self, module: nn.Module, key: str, name: str) -> LayerRows | None:
         entries = self.entries[name]
-        if not _is_layer(module) or isinstance(module, nn.MultiheadAttention):
+        if not is_unit_layer(module) or isinstance(module, nn.MultiheadAttention):
             return None
         try:
-            ((_, _, attributes),) = _pieces(module)
-        except _NoUnitsError:
+            ((_, _, attributes),) = unit_cuts(module)
+        except NoUnitsError:
             return None
         if key not in attributes or attributes[key][0] != entries.cut:
             return None  # tied to a layer that cuts it in another way
-        return _rows_of(module, key, name, entries.units)
+        return rows_of(module, key, name, entries.units)
 
     # ------------------------------------------------------------------------------------------
     # Vectors
@@ -195,7 +187,7 @@ class MaskedModel:
         for name, required in before.items():
             self.model.get_parameter(name).requires_grad_(required)
         out = torch.empty(layout.size, dtype=torch.int64, device=self.device)
-        for name, part in _entries(layout, self.device).items():
+        for name, part in parameter_entries(layout, self.device).items():
             whole = self.entries[name]
             out[part.coordinates] = whole.coordinates[torch.searchsorted(whole.units, part.units)]
         return out
@@ -216,7 +208,7 @@ class MaskedModel:
     # ------------------------------------------------------------------------------------------
     # The forward pass
 
-    def run(self, batch: Batch) -> Run:
+    def run(self, batch: Batch) -> ForwardPass:
         """Call the model on a batch, differentiably by a displacement of zero."""
         while True:
             try:
@@ -254,12 +246,12 @@ class MaskedModel:
                 "lists and dicts that the model returns, and through nothing else"
             )
 
-    def _run(self, batch: Batch) -> Run:
+    def _run(self, batch: Batch) -> ForwardPass:
         displacements = {
             name: torch.zeros(e.shape, dtype=self.dtype, device=self.device, requires_grad=True)
             for name, e in self.entries.items()
         }
-        added: list[Added] = []
+        added: list[RowsCall] = []
         layer_outputs: list[tuple[Tensor, int]] = []
         watched: list[tuple[Tensor, str]] = []
         with ExitStack() as stack:
@@ -292,80 +284,23 @@ class MaskedModel:
         elsewhere = {name for value, name in watched if id(value) in leaves}
         if elsewhere:
             raise _UsedElsewhereError(elsewhere)
-        return Run(outputs, values, list(displacements.values()), added, layer_outputs)
+        return ForwardPass(outputs, values, list(displacements.values()), added, layer_outputs)
 
 
-@dataclass(frozen=True)
-class Entries:
-    """The selected entries of one parameter, in ascending order."""
-
-    cut: _Cut
-    units: Tensor  # (entries,), places in the cut
-    positions: tuple[Tensor, ...]  # the same, axis by axis of the view of the cut
-    coordinates: Tensor  # (entries, length)
-    shape: tuple[int, ...]  # of a displacement: (entries, *slice)
-    first: int  # the first coordinate
-    step: int | None  # from entry to entry, if coordinates are so far apart, and consecutive in one
-
-    def _view(self, vectors: Tensor) -> Tensor | None:
-        """The coordinates in vectors, shape (..., p), without a copy if they lie regularly."""
-        if self.step is None:
-            return None
-        *strides, stride = vectors.stride()
-        return vectors.as_strided(
-            (*vectors.shape[:-1], *self.coordinates.shape),
-            (*strides, self.step * stride, stride),
-            vectors.storage_offset() + self.first * stride,
+def _place(layout: UnitLayout, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
+    """In which dtype to compute, and where."""
+    dtypes = {parameter.dtype for parameter in layout.parameters.values()}
+    if dtype is None:
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32, torch.float64 or None; got {dtype}")
+    devices = {parameter.device for parameter in layout.parameters.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the selected units must be on one device; they are on "
+            f"{', '.join(sorted(map(str, devices)))}"
         )
-
-    def take(self, vector: Tensor) -> Tensor:
-        """The displacement of this parameter that a vector of all coordinates is."""
-        view = self._view(vector)
-        return (vector[self.coordinates] if view is None else view).reshape(self.shape)
-
-    def add_to(self, vectors: Tensor, displacements: Tensor) -> None:
-        """Add displacements, shape (..., *shape), to vectors of all coordinates, shape (..., p)."""
-        displacements = displacements.reshape(*vectors.shape[:-1], *self.coordinates.shape)
-        view = self._view(vectors)
-        if view is None:
-            vectors[..., self.coordinates] += displacements
-        else:
-            view += displacements
-
-    def displaced(self, base: Tensor, displacement: Tensor) -> Tensor:
-        view = self.cut.view(base)
-        moved = view[self.positions] + displacement
-        return self.cut.unview(view.index_put(self.positions, moved))
-
-
-def _entries(layout: UnitLayout, device: torch.device) -> dict[str, Entries]:
-    units: dict[str, list[Tensor]] = {}
-    coordinates: dict[str, list[Tensor]] = {}
-    parts: dict[str, _Part] = {}
-    for part, places, numbers in layout.places():
-        units.setdefault(part.parameter, []).append(torch.as_tensor(places))
-        coordinates.setdefault(part.parameter, []).append(torch.as_tensor(numbers))
-        parts[part.parameter] = part
-    found = {}
-    for name, part in parts.items():
-        every = torch.cat(units[name])
-        order = torch.argsort(every)
-        every, where = every[order], torch.cat(coordinates[name])[order]
-        counts = part.cut.counts(part.shape)
-        positions: tuple[Tensor, ...] = torch.unravel_index(every.to(device), counts)
-        rest = part.cut.view(torch.empty(part.shape, device="meta")).shape[len(counts) :]
-        first, step = int(where[0, 0]), int(where[-1, 0] - where[0, 0]) // max(1, len(where) - 1)
-        regular = first + step * torch.arange(len(where))[:, None] + torch.arange(where.shape[1])
-        found[name] = Entries(
-            part.cut,
-            every.to(device),
-            positions,
-            where.to(device),
-            (len(every), *rest),
-            first,
-            step if torch.equal(where, regular) else None,
-        )
-    return found
+    return dtype, devices.pop()
 
 
 def _copy_of(model: nn.Module, layout: UnitLayout) -> nn.Module:
@@ -411,10 +346,10 @@ def _replaced(values: dict[str, Any], key: str, value: Any) -> Iterator[None]:
 
 def _forward(
     module: nn.Module,
-    groups: list[list[Rows]],
+    groups: list[list[LayerRows]],
     given: dict[str, Tensor],
     displacements: dict[str, Tensor],
-    added: list[Added],
+    added: list[RowsCall],
     layer_outputs: list[tuple[Tensor, int]],
 ) -> Callable[..., Tensor]:
     """The forward pass of a layer that adds its rows."""
@@ -427,7 +362,7 @@ def _forward(
             for key, parameter in module._parameters.items()
             if parameter is not None and parameter.is_leaf
         }
-        out: Tensor = type(module).forward(_row_module(module, fixed), *args, **kwargs)
+        out: Tensor = type(module).forward(row_module(module, fixed), *args, **kwargs)
         shape = out.shape
         if merged > 1:
             out = out.flatten(-merged)
@@ -443,7 +378,7 @@ def _forward(
                 value = rows.of(args, kwargs, displacements[rows.parameter], axis).expand(sizes)
                 if value.requires_grad:  # not under no_grad
                     versions = tuple(t._version for t in tensors_of([args, kwargs]))
-                    added.append(Added(rows, args, kwargs, value, axis, versions))
+                    added.append(RowsCall(rows, args, kwargs, value, axis, versions))
                 values.append(value)
             if not values:
                 continue
@@ -457,7 +392,7 @@ def _forward(
     return forward
 
 
-def _at_the_same_places(a: Rows, b: Rows) -> bool:
+def _at_the_same_places(a: LayerRows, b: LayerRows) -> bool:
     return a.places is not None and b.places is not None and torch.equal(a.places, b.places)
 
 

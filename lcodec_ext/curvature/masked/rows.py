@@ -8,13 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, pad
 
-from lcodec_ext.curvature.layers import _CONVOLUTIONS, _NORMS, _TRANSPOSED, _is_transformers_conv1d
-
-_OVER_FEATURES = (nn.LayerNorm, nn.RMSNorm)
+from lcodec_ext.curvature.layers import (
+    CONVOLUTIONS,
+    EMBEDDINGS,
+    NORMS,
+    OVER_FEATURES,
+    TRANSPOSED,
+    is_linear,
+    is_transformers_conv1d,
+    unit_axis,
+)
 
 
 @dataclass(frozen=True)
-class Rows:
+class LayerRows:
     """What selected entries of one parameter of one layer add to its output.
 
     Attributes
@@ -24,16 +31,14 @@ class Rows:
     key : {"weight", "bias"}
     parameter : str
         The name of the parameter, of which the entries are.
-    axis : int
-        Of the output, the one that counts units: from the front, or, negative, from the end.
-    merged : int
-        So many of the output's last axes count units together.
+    axis, merged : int
+        Where the output has the units, as `unit_axis` says.
     places : Tensor of int64 or None
         On that axis, one for each entry; None where an entry, as the row of an embedding, adds to
         all of it.
     of : callable(args, kwargs, displacement, axis) -> Tensor
-        Linear in the displacement, which has an entry along its first axis for each unit; its
-        result has the shape of the output, but for these places only. Its axis is negative.
+        Linear in the displacement, which has one entry for each unit along its first axis. The
+        result has the shape of the output, with these places only. Its axis is negative.
     """
 
     module: Any
@@ -45,7 +50,7 @@ class Rows:
     of: Callable[[tuple[Any, ...], dict[str, Any], Tensor, int], Tensor]
 
 
-def _row_module(
+def row_module(
     module: nn.Module, parameters: Mapping[str, Tensor | None], **attributes: Any
 ) -> Any:
     """The layer with other parameters, to call `forward` of its type on."""
@@ -74,7 +79,7 @@ class _ConvolutionRows:
 
     def __init__(self, module: Any, units: Tensor) -> None:
         self._module = module
-        self._transposed = isinstance(module, _TRANSPOSED)
+        self._transposed = isinstance(module, TRANSPOSED)
         per_group = module.out_channels // module.groups
         groups, which = torch.unique(units // per_group, return_inverse=True)
         counts = torch.bincount(which)
@@ -105,7 +110,7 @@ class _ConvolutionRows:
         if self._transposed:  # entries have [inputs of the group, kernel]
             weight = weight.view(self._groups, self._most, *d.shape[1:])
             weight = weight.transpose(1, 2).flatten(0, 1)
-        rows = _row_module(
+        rows = row_module(
             self._module,
             {"weight": weight, "bias": None},
             groups=self._groups,
@@ -174,9 +179,9 @@ class _ScaleRows:
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], d: Tensor, axis: int
     ) -> Tensor:
-        plain = _row_module(self._module, {"weight": None, "bias": None})
+        plain = row_module(self._module, {"weight": None, "bias": None})
         standardized = type(self._module).forward(plain, *args, **kwargs)
-        if isinstance(self._module, _OVER_FEATURES):
+        if isinstance(self._module, OVER_FEATURES):
             standardized = standardized.flatten(-len(self._module.normalized_shape))
         return standardized.index_select(axis, self._units) * _along(axis, d)
 
@@ -191,14 +196,14 @@ def _along(axis: int, d: Tensor) -> Tensor:
 
 _BASES: tuple[Any, ...] = (
     nn.Linear,
-    *_CONVOLUTIONS,
-    *_TRANSPOSED,
+    *CONVOLUTIONS,
+    *TRANSPOSED,
     nn.Embedding,
     nn.EmbeddingBag,
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
     nn.GroupNorm,
-    *_OVER_FEATURES,
+    *OVER_FEATURES,
 )
 
 
@@ -212,7 +217,7 @@ def _keeps_forward(module: nn.Module) -> bool:
     ):
         return False
     forward = type(module).forward
-    if _is_transformers_conv1d(module):
+    if is_transformers_conv1d(module):
         return forward.__module__ == "transformers.pytorch_utils"
     return any(
         forward in (base.forward, *(b.forward for b in base.__subclasses__() if _is_torchs(b)))
@@ -225,14 +230,9 @@ def _is_torchs(kind: type) -> bool:
     return kind.__module__.startswith("torch.nn.modules.")
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the layer multiplies the last axis of its input, rows of its weight being units."""
-    return isinstance(module, nn.Linear) or _is_transformers_conv1d(module)
-
-
 def is_convolution(module: nn.Module) -> bool:
     """Whether the layer is a convolution, and not a transposed one."""
-    return isinstance(module, _CONVOLUTIONS)
+    return isinstance(module, CONVOLUTIONS)
 
 
 def patches(module: Any, x: Tensor) -> Tensor:
@@ -251,40 +251,33 @@ def patches(module: Any, x: Tensor) -> Tensor:
     return x.reshape(len(x), x.shape[1 : 2 + n_axes].numel(), -1)
 
 
-def _rows_of(module: Any, key: str, parameter: str, units: Tensor) -> Rows | None:
+def rows_of(module: Any, key: str, parameter: str, units: Tensor) -> LayerRows | None:
     """The rows that entries of a parameter have in a layer; None where there is no such form."""
-    axis, merged = -1, 1
     of: Callable[..., Tensor]
     if not _keeps_forward(module):
         return None
+    places: Tensor | None = units
     if is_linear(module):
         of = _linear_rows
-    elif is_convolution(module) or isinstance(module, _TRANSPOSED):
-        axis = -1 - len(module.kernel_size)
+    elif isinstance(module, CONVOLUTIONS + TRANSPOSED):
         of = _ConvolutionRows(module, units)
-    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        if getattr(module, "mode", "") == "max":
-            return None
-        return Rows(module, key, parameter, axis, merged, None, _EmbeddingRows(module, units))
-    elif isinstance(module, _NORMS):
-        if isinstance(module, _OVER_FEATURES):
-            merged = len(module.normalized_shape)
-        elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            n_axes = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
-            axis = -1 - next(n for kind, n in n_axes.items() if isinstance(module, kind))
-        else:
-            axis = 1
+    elif isinstance(module, EMBEDDINGS) and getattr(module, "mode", "") != "max":
+        of, places = _EmbeddingRows(module, units), None
+    elif isinstance(module, NORMS):
         of = _ScaleRows(module, units)
     else:
         return None
-    return Rows(module, key, parameter, axis, merged, units, of if key == "weight" else _bias_rows)
+    axis, merged = unit_axis(module)
+    return LayerRows(
+        module, key, parameter, axis, merged, places, of if key == "weight" else _bias_rows
+    )
 
 
 @dataclass(frozen=True)
-class Added:
+class RowsCall:
     """Rows in one call of their layer, and what they added to its output: zero, so far."""
 
-    rows: Rows
+    rows: LayerRows
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     value: Tensor  # what the output was given, of its shape but for the places

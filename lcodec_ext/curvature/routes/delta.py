@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lcodec_ext._torch.batches import Batch, map_tensors
 from lcodec_ext._torch.modes import twice_differentiable
-from lcodec_ext.curvature.masked import Run, graph_nodes
+from lcodec_ext.curvature.masked.model import ForwardPass, graph_nodes
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.routes import base
 from lcodec_ext.curvature.routes.base import Route, _gradient, _pull
@@ -32,7 +32,7 @@ class Form(ABC):
 class HessianForm(Form):
     """Second derivatives: the gradient's graph, pulled back by a vector."""
 
-    def __init__(self, objective: Objective, run: Run, batch: Batch) -> None:
+    def __init__(self, objective: Objective, run: ForwardPass, batch: Batch) -> None:
         objective.check_cut(run.outputs, batch)
         self._by = run.displacements
         self._gradient = _gradient(objective.loss(run.outputs, batch), self._by)
@@ -47,7 +47,7 @@ class HessianForm(Form):
 class GaussNewtonForm(Form):
     """J^T H J: J v is the derivative by u of J^T u, which is linear in u."""
 
-    def __init__(self, objective: Objective, run: Run, batch: Batch) -> None:
+    def __init__(self, objective: Objective, run: ForwardPass, batch: Batch) -> None:
         objective.check_cut(run.outputs, batch)
         self._by, self._values = run.displacements, run.values
         self._u = [torch.zeros_like(value, requires_grad=True) for value in run.values]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.modes import twice_differentiable
-from lcodec_ext.curvature.masked import Run
+from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import (
     MAX_BYTES,
@@ -68,7 +68,7 @@ def _gauss_newton_rows(
             values, vectors = values.to(outputs.dtype), vectors.to(outputs.dtype)
 
         def blocks(
-            run: Run = run, values: Tensor = values, vectors: Tensor = vectors, n: int = n
+            run: ForwardPass = run, values: Tensor = values, vectors: Tensor = vectors, n: int = n
         ) -> Blocks:
             for c in range(values.shape[1]):
                 if values[:, c].any():

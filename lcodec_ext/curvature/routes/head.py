@@ -10,7 +10,9 @@ from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import known_loss
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext.curvature.kernels import softmax_rows_product
-from lcodec_ext.curvature.masked import Run, is_convolution, is_linear, patches
+from lcodec_ext.curvature.layers import is_linear
+from lcodec_ext.curvature.masked.model import ForwardPass
+from lcodec_ext.curvature.masked.rows import is_convolution, patches
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import MAX_BYTES
 from lcodec_ext.curvature.routes.base import Route, _gradient, _pull
@@ -27,11 +29,11 @@ class _Head:
     units: Tensor  # (r,)
 
 
-def find_head(objective: Objective, run: Run) -> _Head | None:
+def find_head(objective: Objective, run: ForwardPass) -> _Head | None:
     """The head, if all selected units are of one layer whose outputs, or their means, are z."""
-    runs = objective.masked.layout.runs
+    blocks = objective.masked.layout.blocks
     z = run.outputs
-    if len(runs) > 1 or objective.masked.whole or len(run.layer_outputs) != 1:
+    if len(blocks) > 1 or objective.masked.whole or len(run.layer_outputs) != 1:
         return None
     if not isinstance(z, Tensor) or len(run.values) != 1:
         return None

@@ -5,17 +5,17 @@ import math
 import torch
 from torch import Tensor
 
-from lcodec_ext.curvature.solvers.iterate import _iterate, _State
-from lcodec_ext.curvature.solvers.result import SolveResult, _refusal
+from lcodec_ext.curvature.solvers.iterate import State, iterate
+from lcodec_ext.curvature.solvers.result import SolveResult
 from lcodec_ext.curvature.solvers.system import (
-    _FLOOR,
-    _ROUNDING,
+    FLOOR,
+    ROUNDING,
     Product,
-    _add,
-    _check,
-    _dots,
-    _norms,
-    _System,
+    System,
+    check_tensor,
+    dots,
+    norms,
+    plus,
 )
 
 
@@ -49,14 +49,11 @@ def conjugate_gradient(
     max_iterations : int
         For each column, restarts included.
     describe : str
+        Names the matrix in messages.
     advice : str, optional
-        What else than more damping to use where the matrix is indefinite.
+        What to use where the matrix is indefinite, besides more damping.
     progress : bool
         Show a progress bar.
-
-    Returns
-    -------
-    SolveResult
 
     Raises
     ------
@@ -78,47 +75,47 @@ def conjugate_gradient(
     One product and O(p) for each iteration and column; about 10 vectors of length p a column.
     Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems" (1952).
     """
-    system = _System(product, b, describe)
+    system = System(product, b, describe, advice)
     weight = b.new_ones(1, 1) if diagonal is None else _checked_diagonal(diagonal, b)
     eps = torch.finfo(b.dtype).eps
-    rounding, floor = _ROUNDING * eps, _FLOOR * eps
+    rounding, floor = ROUNDING * eps, FLOOR * eps
     norm = b.new_zeros((), dtype=torch.float64)  # of D^-1/2 A D^-1/2, from below
 
-    def start(x: Tensor, r: Tensor) -> _State:
+    def start(x: Tensor, r: Tensor) -> State:
         d = r / weight
-        rho = _dots(r, d)
-        return torch.zeros_like(r), r, d, rho, rho.sqrt(), _dots(weight * x, x).sqrt()
+        rho = dots(r, d)
+        return torch.zeros_like(r), r, d, rho, rho.sqrt(), dots(weight * x, x).sqrt()
 
-    def step(state: _State) -> tuple[_State, Tensor, Tensor]:
+    def step(state: State) -> tuple[State, Tensor, Tensor]:
         nonlocal norm
         y, r, d, rho, least, before = state
         q = system.apply(d)
-        curvature, length = _dots(d, q), _dots(weight * d, d)
-        norm = torch.maximum(norm, (_dots(q / weight, q) / length).max().sqrt())
+        curvature, length = dots(d, q), dots(weight * d, d)
+        norm = torch.maximum(norm, (dots(q / weight, q) / length).max().sqrt())
         flat = curvature <= rounding * norm * length
         if flat.any():
-            size = before + _dots(weight * y, y).sqrt()
+            size = before + dots(weight * y, y).sqrt()
             refused = flat & (least > rounding * norm * size)  # else it has converged
             if refused.any():
-                quotients = curvature / _dots(d, d)
+                quotients = curvature / dots(d, d)
                 worst = quotients.where(refused, math.inf).argmin()
                 quotient = quotients[worst].item()
                 negative = bool(curvature[worst] < -rounding * norm * length[worst])
                 found = f"d^T A d / d^T d is {quotient:.4g} for a direction d of the iteration"
-                raise _refusal(describe, found, quotient, negative, advice)
+                raise system.refusal(found, quotient, negative)
         alpha = (rho / curvature).where(~flat, 0)
-        y, r = _add(y, alpha, d), _add(r, -alpha, q)
+        y, r = plus(y, alpha, d), plus(r, -alpha, q)
         z = r / weight
-        rho, last = _dots(r, z), rho
+        rho, last = dots(r, z), rho
         least = torch.minimum(least, rho.sqrt())
-        ended = flat | (rho.sqrt() <= floor * norm * _dots(weight * y, y).sqrt())
-        return (y, r, _add(z, rho / last, d), rho, least, before), _norms(r), ended
+        ended = flat | (rho.sqrt() <= floor * norm * dots(weight * y, y).sqrt())
+        return (y, r, plus(z, rho / last, d), rho, least, before), norms(r), ended
 
-    return _iterate("cg", system, start, step, rtol, max_iterations, progress)
+    return iterate("cg", system, start, step, rtol, max_iterations, progress)
 
 
 def _checked_diagonal(diagonal: Tensor, b: Tensor) -> Tensor:
-    _check("diagonal", diagonal, (len(b),), b)
+    check_tensor("diagonal", diagonal, (len(b),), b)
     if len(b) and not diagonal.min() > 0:
         i = int(diagonal.argmin())
         raise ValueError(f"diagonal must be positive; entry {i} is {diagonal[i].item():.4g}")

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lcodec_ext.curvature.solvers.result import SolveResult, _refusal
-from lcodec_ext.curvature.solvers.system import _EPS, _check, _refine, _System
+from lcodec_ext.curvature.solvers.result import SolveResult
+from lcodec_ext.curvature.solvers.system import EPS, System, check_tensor, refine
 
 
 def cholesky(matrix: Tensor, b: Tensor, *, describe: str, advice: str | None = None) -> SolveResult:
@@ -18,11 +18,6 @@ def cholesky(matrix: Tensor, b: Tensor, *, describe: str, advice: str | None = N
     describe, advice
         As in `conjugate_gradient`.
 
-    Returns
-    -------
-    SolveResult
-        With a step of iterative refinement in the columns where that lowers the residual.
-
     Raises
     ------
     IndefiniteCurvatureError
@@ -34,23 +29,21 @@ def cholesky(matrix: Tensor, b: Tensor, *, describe: str, advice: str | None = N
     Notes
     -----
     p^3 / 3 multiplications for the factor and 2 p^3 / 3 for the inverse, whose norm bounds the
-    smallest eigenvalue from below. Eigenvalues are computed only where that does not tell.
+    smallest eigenvalue from below; eigenvalues are computed only where that does not tell. One step
+    of iterative refinement in the columns where it lowers the residual.
     """
-    system = _System(None, b, describe)
+    system = System(None, b, describe, advice)
     p = len(b)
-    _check("matrix", matrix, (p, p), b)
+    check_tensor("matrix", matrix, (p, p), b)
     A = matrix.detach().double()
     if system.zero:
         return system.result("cholesky")
     factor, failed = torch.linalg.cholesky_ex(A)
-    unit = max(p * _EPS, torch.finfo(b.dtype).eps)
+    unit = max(p * EPS, torch.finfo(b.dtype).eps)
     if failed or unit * A.norm() * torch.cholesky_inverse(factor).norm() >= 1:
         smallest, largest = torch.linalg.eigvalsh(A)[[0, -1]].tolist()
-        rounding = unit * max(largest, -smallest)
-        if failed or smallest <= rounding:
-            found = f"its smallest eigenvalue is {smallest:.4g}, the largest {largest:.4g}"
-            raise _refusal(describe, found, smallest, smallest < -rounding, advice)
-    return _refine(
+        system.check_spectrum(smallest, largest, unit, bool(failed))
+    return refine(
         "cholesky",
         system,
         lambda r: torch.cholesky_solve(r.double(), factor),

@@ -10,39 +10,29 @@ from torch import Tensor
 
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._progress import progress_bar
-from lcodec_ext.curvature.solvers.result import (
-    ConvergenceWarning,
-    SolveResult,
-)
-from lcodec_ext.curvature.solvers.system import _norms, _System
+from lcodec_ext.curvature.solvers.result import ConvergenceWarning, SolveResult
+from lcodec_ext.curvature.solvers.system import System, norms
 
-_State = tuple[Tensor, ...]
-
-
-_Start = Callable[[Tensor, Tensor], _State]
-
-
-_Step = Callable[[_State], tuple[_State, Tensor, Tensor]]
-
+#: Of a method; the last axis of every tensor goes over columns, the first one is y, for A y = r.
+State = tuple[Tensor, ...]
+#: From x and its residual r to a state.
+Start = Callable[[Tensor, Tensor], State]
+#: To the next state, its residuals' norms by the recurrence, and which columns can go no further.
+Step = Callable[[State], tuple[State, Tensor, Tensor]]
 
 _RESTARTS = 3
 
 
-def _iterate(
+def iterate(
     method: str,
-    system: _System,
-    start: _Start,
-    step: _Step,
+    system: System,
+    start: Start,
+    step: Step,
     rtol: float,
     max_iterations: int,
     progress: bool,
 ) -> SolveResult:
-    """Run a method, and again from where it ends as long as that halves the true residual.
-
-    ``start`` makes the state of a method from x and its residual r; the last axis of every tensor
-    in it goes over columns, and the first one is y, for A y = r. ``step`` gives the next state, the
-    norms of its residuals by the recurrence, and which columns can go no further.
-    """
+    """Run a method, and again from where it ends as long as that halves the true residual."""
     rtol = check_real(rtol, "rtol", 0.0)
     max_iterations = check_integer(max_iterations, "max_iterations", 1)
     if system.zero:
@@ -54,10 +44,10 @@ def _iterate(
     with progress_bar(progress, total=max_iterations, desc=method, unit="iteration") as bar:
         for _ in range(1 + _RESTARTS):
             goals = rtol * system.size[todo], max_iterations - used[todo]
-            y, count = _run(start, step, x[:, todo], r[:, todo], *goals, bar)
+            y, count = _in_lockstep(start, step, x[:, todo], r[:, todo], *goals, bar)
             new = x[:, todo] + y
             left = system.b[:, todo] - system.apply(new)
-            reached = _norms(left) / system.size[todo]
+            reached = norms(left) / system.size[todo]
             used[todo] += count
             better = reached < residual[todo]
             halved = 2 * reached < residual[todo]
@@ -88,24 +78,18 @@ def _iterate(
     return system.result(method, x, largest, iterations)
 
 
-def _run(
-    start: _Start,
-    step: _Step,
-    x: Tensor,
-    r: Tensor,
-    target: Tensor,
-    limit: Tensor,
-    bar: Any,
+def _in_lockstep(
+    start: Start, step: Step, x: Tensor, r: Tensor, target: Tensor, limit: Tensor, bar: Any
 ) -> tuple[Tensor, Tensor]:
-    """Columns in lock-step, each until its target or limit: y for A y = r, and iterations."""
+    """Iterate each column until its target or limit: y for A y = r, and iterations."""
     y, state = torch.zeros_like(r), start(x, r)
     count = torch.zeros_like(limit)
     columns = torch.arange(len(limit), device=limit.device)
     while len(columns):
-        state, norms, ended = step(state)
+        state, reached, ended = step(state)
         bar.update()
         count[columns] += 1
-        going = (norms > target[columns]) & ~ended & (count < limit)[columns]
+        going = (reached > target[columns]) & ~ended & (count < limit)[columns]
         if not going.all():
             y[:, columns[~going]] = state[0][:, ~going]
             columns, state = columns[going], tuple(part[..., going] for part in state)

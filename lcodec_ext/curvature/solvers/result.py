@@ -56,16 +56,3 @@ class SolveResult:
             f"SolveResult(x=<{self.x.dtype}, shape {tuple(self.x.shape)}>, "
             f"residual={self.residual:.3g}, iterations={self.iterations}, method={self.method!r})"
         )
-
-
-def _refusal(
-    describe: str, found: str, quotient: float, negative: bool, advice: str | None
-) -> IndefiniteCurvatureError:
-    least = -quotient if negative else None
-    state, remedy = "singular within rounding", "more damping"
-    if negative:  # 5% cover the rounding to two digits
-        state, remedy = "indefinite", f"at least {-1.05 * quotient:.2g} more damping"
-        if advice is not None:
-            remedy = f"{advice}, or {remedy}"
-    message = f"{describe}: the matrix is {state}, {found}. Use {remedy}"
-    return IndefiniteCurvatureError(message, quotient, least)

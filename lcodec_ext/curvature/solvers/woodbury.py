@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from lcodec_ext.curvature.solvers.result import SolveResult, _refusal
-from lcodec_ext.curvature.solvers.system import _EPS, Product, _check, _refine, _System
+from lcodec_ext.curvature.solvers.result import SolveResult
+from lcodec_ext.curvature.solvers.system import EPS, Product, System, check_tensor, refine
 
 
 def woodbury(
@@ -41,11 +41,6 @@ def woodbury(
         v to A v, for the residual.
     describe : str
 
-    Returns
-    -------
-    SolveResult
-        With up to two steps of iterative refinement in the columns where they lower the residual.
-
     Raises
     ------
     IndefiniteCurvatureError
@@ -58,33 +53,33 @@ def woodbury(
     Notes
     -----
     O(k^3 + k^2 m), in float64, one call of project and lift and one product, and the same again for
-    each refinement. Numbers of the size of b / damping cancel: the residual is about
-    eps ||A|| / damping, with the eps of the dtype of b. That is what rounding of x alone does if b
-    has a part in the null space of R; refinement lowers it where x is small.
-
-    Woodbury, "Inverting modified matrices" (1950).
+    each of up to two refinements, in the columns where they lower the residual. It is about
+    eps ||A|| / damping, with the eps of the dtype of b, since numbers of the size of b / damping
+    cancel. Woodbury, "Inverting modified matrices" (1950).
     """
-    system = _System(product, b, describe)
+    system = System(product, b, describe)
     if not 0 < damping < math.inf:
         raise ValueError(f"damping must be finite and > 0 for Woodbury's formula; got {damping!r}")
     k = len(weights)
-    _check("weights", weights, (k,))
-    _check("gram", gram, (k, k))
+    check_tensor("weights", weights, (k,))
+    check_tensor("gram", gram, (k, k))
     if system.zero:
         return system.result("woodbury")
     K, C = gram.detach().to(b.device, torch.float64), weights.detach().to(b.device, torch.float64)
-    inner = _woodbury_inner((K + K.T) / 2, C, damping, describe)
+    inner = _inner((K + K.T) / 2, C, damping, system)
 
     def solve(r: Tensor) -> Tensor:
         m = r.shape[1]
-        projected = _check("project", project(r), (k, m), b)
-        lifted = _check("lift", lift(inner(projected.double()).to(b.dtype)), tuple(r.shape), b)
+        projected = check_tensor("project", project(r), (k, m), b)
+        lifted = check_tensor(
+            "lift", lift(inner(projected.double()).to(b.dtype)), tuple(r.shape), b
+        )
         return (r - lifted) / damping
 
-    return _refine("woodbury", system, solve, system.apply, steps=2)
+    return refine("woodbury", system, solve, system.apply, steps=2)
 
 
-def _woodbury_inner(K: Tensor, C: Tensor, damping: float, describe: str) -> Product:
+def _inner(K: Tensor, C: Tensor, damping: float, system: System) -> Product:
     """B to (damping I + C K)^-1 C B."""
     identity = torch.eye(len(C), dtype=K.dtype, device=K.device)
     if (C >= 0).all():
@@ -99,10 +94,6 @@ def _woodbury_inner(K: Tensor, C: Tensor, damping: float, describe: str) -> Prod
     values, vectors = torch.linalg.eigh(K)
     half = vectors * values.clamp_min(0).sqrt()  # K = half half^T: C K and half^T C half agree
     smallest, largest = torch.linalg.eigvalsh(half.T @ (C[:, None] * half))[[0, -1]].tolist()
-    smallest, largest = damping + smallest, damping + largest
-    rounding = len(C) * _EPS * max(largest, -smallest)
-    if smallest <= rounding:
-        found = f"its smallest eigenvalue is {smallest:.4g}, the largest {largest:.4g}"
-        raise _refusal(describe, found, smallest, smallest < -rounding, None)
+    system.check_spectrum(damping + smallest, damping + largest, len(C) * EPS)
     lu, pivots = torch.linalg.lu_factor(damping * identity + C[:, None] * K)
     return lambda B: torch.linalg.lu_solve(lu, pivots, C[:, None] * B)
