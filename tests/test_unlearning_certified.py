@@ -31,7 +31,7 @@ def with_bias(model, x):
 
 
 def objective(model, x, y, weights):
-    """What is trained, all outputs, written down anew."""
+    """The training objective for all outputs, written again independently."""
     scores = with_bias(model, x) @ weights
     if model.loss == "squared":
         losses = (scores[:, 0] - y).square().sum() / 2
