@@ -37,19 +37,15 @@ class RemovalRecord:
 
     Attributes
     ----------
-    indices : tuple of int
-        Samples that were removed.
+    indices, n_retained : tuple of int, int
+        Samples that were removed, and how many are left.
     residual_bound : float
         Bound on the change of the retained objective's gradient by this removal.
-    residual : float
-        Measured norm of the retained objective's gradient afterwards, all removals and training
-        together. A removal is not decided by it.
-    spent : float
-        Bound on the same: what training and all removals so far took of the budget.
+    residual, spent : float
+        Norm of that gradient afterwards, all removals and training together: measured, and the
+        bound on it that is taken from the budget. Only the bound decides on a removal.
     budget : float
         What the random term hides.
-    n_retained : int
-        Samples that are left.
     """
 
     indices: tuple[int, ...]
@@ -265,14 +261,11 @@ class CertifiedLinear:
 
         Parameters
         ----------
-        X : array_like or Tensor, shape (n, n_features)
-        y : array_like or Tensor, shape (n,)
-            Labels 0 ... K-1, or real numbers for the squared loss.
+        X, y : array_like or Tensor, shapes (n, n_features) and (n,)
+            y has labels 0 ... K-1, or real numbers for the squared loss; ValueError for others.
 
         Raises
         ------
-        ValueError
-            If their rows differ in number, or y holds other labels.
         RuntimeError
             If rounding keeps the gradient above the tolerance.
         """
@@ -453,12 +446,7 @@ class CertifiedLinear:
     # -- what comes out
 
     def predict(self, X: Any) -> Tensor:
-        """Predict labels, int64, or real values for the squared loss; shape (n,).
-
-        Parameters
-        ----------
-        X : array_like or Tensor, shape (n, n_features)
-        """
+        """Predict labels, int64, or real values for the squared loss; X (n, n_features) to (n,)."""
         self._fitted()
         x = self._inputs(X)
         if x.shape[1] != len(self.weights):
@@ -547,19 +535,10 @@ class CertifiedLinear:
     def from_state(
         cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], X: Any, y: Any
     ) -> "CertifiedLinear":
-        """Make the model from `to_state`.
+        """Make the model from `to_state` and the samples that it was left with.
 
-        Parameters
-        ----------
-        meta : mapping
-        tensors : mapping
-        X, y : array_like or Tensor
-            The retained samples alone, in the order of ``tensors["retained"]``.
-
-        Raises
-        ------
-        ValueError
-            If these are not the samples that the model was left with.
+        X and y are the retained samples alone, in the order of ``tensors["retained"]``; ValueError
+        for others.
         """
         rest = dict(meta)
         left, norm = rest.pop("left_by_output"), rest.pop("spectral_norm")

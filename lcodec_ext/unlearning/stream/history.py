@@ -33,29 +33,15 @@ class Point:
 
 
 class History:
-    """What the entries so far amount to.
-
-    Attributes
-    ----------
-    start : dict
-        The record of the first entry.
-    points : list of Point
-        One for each entry.
-    hashes : dict of int to str
-        Of the contents of the samples that were ever asked for.
-    removed, pending : dict of int to None
-        Samples removed, and samples asked for and not removed, in the order of the requests.
-    budget : PrivacyBudget or None
-        What releases have spent; a rollback brings nothing back.
-    """
+    """What the entries so far amount to."""
 
     def __init__(self) -> None:
-        self.start: dict[str, Any] = {}
-        self.points: list[Point] = []
-        self.hashes: dict[int, str] = {}
-        self.removed: dict[int, None] = {}
-        self.pending: dict[int, None] = {}
-        self.budget: PrivacyBudget | None = None
+        self.start: dict[str, Any] = {}  # the record of the first entry
+        self.points: list[Point] = []  # one for each entry
+        self.hashes: dict[int, str] = {}  # of the samples that were ever asked for
+        self.removed: dict[int, None] = {}  # in the order of the requests
+        self.pending: dict[int, None] = {}  # asked for and not removed
+        self.budget: PrivacyBudget | None = None  # a rollback brings nothing back
 
     # -- taking in entries
 

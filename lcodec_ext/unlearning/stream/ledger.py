@@ -198,9 +198,6 @@ class Ledger(Sequence[Entry]):
             file.seek(start)
             return Entry(**json.loads(file.read(end - start)))
 
-    def __iter__(self) -> Iterator[Entry]:
-        return (self[k] for k in range(len(self)))
-
     def __repr__(self) -> str:
         where = "in memory" if self._path is None else f"in {str(self._path)!r}"
         return f"Ledger({len(self)} entries {where}, head {self.head[:12]}...)"
@@ -208,16 +205,11 @@ class Ledger(Sequence[Entry]):
     def to_frame(self) -> Any:
         """Make a `pandas.DataFrame` with a row for each entry, by number.
 
-        Columns are "kind", "time", "note"; of a request "ids", "skipped", its "seconds", and means
-        of the loss on the removed and the retained samples before and after it; of a rollback the
-        entry it went back "to"; of a request or release the "guarantee", "epsilon", "delta" and
-        "sigma"; and then, of all, the numbers of samples removed, pending and retained, and the
-        "hash". What an entry does not have is missing. `Entry.record` has the rest.
-
-        Raises
-        ------
-        ImportError
-            Without pandas.
+        Columns: "kind", "time", "note"; of a request "ids", "skipped", "seconds", and the mean
+        losses of the removed and the retained samples before and after it; of a rollback "to"; of a
+        request or release "guarantee", "epsilon", "delta" and "sigma"; of all the numbers of
+        samples removed, pending and retained, and "hash". What an entry does not have is missing.
+        `Entry.record` has the rest. ImportError without pandas.
         """
         try:
             import pandas as pd

@@ -20,25 +20,10 @@ from lcodec_ext.unlearning.stream.ledger import CHECKPOINT_FOLDER, LEDGER_FILE, 
 
 
 class Store:
-    """A ledger with its checkpoints, locked against other processes and objects.
+    """A ledger, its history and its checkpoints, locked against other processes and objects.
 
-    Parameters
-    ----------
-    folder : Path, optional
-        An existing directory. By default all is kept in memory.
-
-    Attributes
-    ----------
-    ledger : Ledger
-    history : History
-    checkpoints : Checkpoints
-
-    Raises
-    ------
-    LedgerError
-        If the ledger does not verify.
-    RuntimeError
-        If the directory is in use.
+    All is in an existing folder, or in memory. LedgerError if the ledger there does not verify,
+    RuntimeError if the folder is in use.
     """
 
     def __init__(self, folder: Path | None) -> None:

@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Iterable, Sized
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +23,6 @@ from lcodec_ext.unlearning.stream.checkpoints import (
     with_state,
 )
 from lcodec_ext.unlearning.stream.given import (
-    Given,
     check_given,
     circumstances,
     settings_on_record,
@@ -63,20 +61,18 @@ class Unlearner:
     model : Module
         The trained model. It is copied and never changed.
     train : tensors, Dataset or DataLoader
-        The data it was trained on, as for `unlearn`, in an order that stays: in every request
-        samples go by their number in it. At the start all of them are read once and hashed, except
-        with `statistics`.
+        The data it was trained on, as for `unlearn`, in an order that stays: requests name samples
+        by their number in it. All are read once and hashed at the start, except with `statistics`.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the mean loss of a batch.
     directory : str or path, optional
-        Where ledger and checkpoints go; made if it does not exist, readable by its owner only. By
-        default both are in memory and end with the process.
+        Where ledger and checkpoints go; made readable by its owner only. By default both are in
+        memory and end with the process.
     validation : tensors, Dataset or DataLoader, optional
         For the guard of `max_drop`.
     statistics : TrainingStatistics, optional
-        Curvature saved at training time: only the samples to delete are then read. Each request is
-        taken out of the statistics, at the weights that they belong to: their own, or those of
-        model if they have none.
+        Curvature saved at training time: only the samples to delete are then read, and taken out
+        of the statistics at the weights that they belong to (their own, else those of model).
     score : callable, optional
         What the guard takes for accuracy, as for `unlearn`.
     preset : {"recommended", "paper"} or Settings, default "recommended"
@@ -84,9 +80,8 @@ class Unlearner:
         What all releases together may spend, by default what one of them takes: the options
         `epsilon` and `delta`.
     keep : int, default 5
-        How many of the newest checkpoints are kept, that of the present weights included: so far
-        back `rollback` goes. The original weights are always kept. Each takes the space of the
-        model.
+        How many of the newest checkpoints are kept, the present one included: so far back
+        `rollback` goes. The original weights are always kept. Each takes the space of the model.
     progress : bool, default False
         Show progress bars; needs tqdm.
     **options
@@ -112,12 +107,6 @@ class Unlearner:
     >>> unlearner.removed, len(unlearner.retained), len(unlearner.ledger)
     ((3, 7, 11), 97, 3)
     """
-
-    _given: Given
-    _store: Store
-    _model: nn.Module
-    _statistics: TrainingStatistics | None
-    _closed: bool
 
     def __init__(
         self,
@@ -187,11 +176,10 @@ class Unlearner:
         model : Module
             A model of the same architecture and types; its weights do not count.
         train, loss_fn, validation, statistics, score
-            As they were given at the start. They are compared with the record: loss_fn and score by
-            their names and the options of torch's loss modules and of partials; tensors and
-            TensorDatasets by all contents. Other Datasets and DataLoaders of them may take long to
-            read: they are compared by the number of samples, and by the contents of 64 of them and
-            of all that were asked for. `verify_ledger` reads all.
+            As they were given at the start. loss_fn and score are compared by their names and the
+            options of torch's loss modules and of partials, tensors and TensorDatasets by all
+            contents. Other Datasets and DataLoaders may take long to read: of them only 64 samples
+            and those that were asked for are compared; `verify_ledger` reads all.
         progress : bool, default False
         perturb : callable, optional
             The option `perturb`, if it was a function: the ledger has only its name.
@@ -366,13 +354,10 @@ class Unlearner:
     def release(self, *, note: str | None = None) -> nn.Module:
         """Make a copy of the model that may be given away: with fresh noise on every coordinate.
 
-        The entry that pays for it is on the disk before this returns. It has the guarantee
-        (`Guarantee.to_dict`) under "guarantee", and the budget after it under "budget". The noise
-        comes from the operating system and is not recorded.
-
-        What the noise does is measured on `n_monitor` retained samples (256 by default): the
-        entry's environment has their number and their mean loss before and after it under
-        "retained_loss". With `statistics` no retained sample is read, and nothing is measured.
+        The entry that pays for it is on the disk before this returns. Its record has "guarantee"
+        (`Guarantee.to_dict`) and "budget" after it. The noise comes from the operating system and
+        is not recorded. Its environment has "retained_loss": the mean loss of `n_monitor` retained
+        samples (256 by default) before and after the noise, except with `statistics`.
 
         Parameters
         ----------
@@ -393,9 +378,8 @@ class Unlearner:
         Warns
         -----
         UserWarning
-            If the noise raises the mean loss of the retained samples by much. The release is paid
-            for then, even if warnings are errors: noise that is drawn again until it pleases is not
-            the noise of the guarantee.
+            If the noise raises that loss by much. The release is paid for all the same: noise that
+            is drawn again until it pleases is not the noise of the guarantee.
         """
         self._check_open()
         note = check_note(note)
@@ -439,12 +423,7 @@ class Unlearner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     # -----------------------------------------------------------------------------------------

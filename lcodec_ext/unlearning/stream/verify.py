@@ -26,17 +26,12 @@ class Verification:
 
     Attributes
     ----------
-    problems : tuple of str
-        What does not verify.
-    notes : tuple of str
-        What verifies, and should be known all the same.
-    entries : int
-        Entries that verify.
-    head : str
-        Hash of the last of them.
+    problems, notes : tuple of str
+        What does not verify; what verifies, and should be known all the same.
+    entries, head : int, str
+        Number of entries that verify, and the hash of the last of them.
     removed, pending : tuple of int
-        Numbers of the samples that are removed, and of those whose removal was taken back by the
-        guard.
+        Samples that are removed, and those whose removal the guard took back.
     counted : int, optional
         If an entry does not verify: the number of entries before it, to which removed and pending
         belong.
@@ -92,10 +87,9 @@ def verify_ledger(
         Must have the weights of the last entry: `Unlearner.model`, not a release, which has noise.
     train : tensors, Dataset or DataLoader, optional
         The training data, as they were given to `Unlearner`, the removed samples included. Every
-        sample is read and hashed, and all contents must be those on record. Ledgers of earlier
-        versions have only 64 samples and the removed ones on record, those of streams with
-        `statistics` only the removed ones. A retained sample with the content of a removed one is
-        noted.
+        sample is read and hashed. Ledgers of earlier versions have only 64 samples and the removed
+        ones on record, those of streams with `statistics` only the removed ones. A retained sample
+        with the content of a removed one is noted.
     head : str, optional
         Hash of an entry, noted earlier and kept elsewhere (`Ledger.head`). It must still be in the
         ledger: this reveals a ledger that was rewritten, or cut short.
