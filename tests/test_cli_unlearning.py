@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lcodec_ext.cli import main
-from lcodec_ext.cli._import_path import load_object
-from lcodec_ext.cli._unlearning import PRESETS, parse_ids
+from lcodec_ext.cli.import_path import load_object
+from lcodec_ext.cli.problem import parse_ids
+from lcodec_ext.cli.unlearn import PRESETS
 from lcodec_ext.unlearning import UnitSelection, unlearn
 from lcodec_ext.unlearning.settings import PRESETS as KNOWN_PRESETS
 

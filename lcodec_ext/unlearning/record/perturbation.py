@@ -8,7 +8,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -45,6 +45,9 @@ Perturb = Callable[[Any, np.random.Generator], Any]
 Rows = Literal["batch", "samples"]
 
 CHEAP_THRESHOLD = 0.05  # of T, the reference's
+
+_DOUBTFUL = 1e3  # times the resolution: a spread that rounding may have made
+_COPIES = 4  # of a perturbation, at least, from which that is told
 
 _MAX_VALUES = 2**31  # activations in memory: 16 GiB
 
@@ -517,6 +520,11 @@ class Recording:
     resolution : float
         Share of its largest value below which the differences of a column, or of the losses, are
         rounding.
+    rounding : ndarray of float64, shape (columns,)
+        What rounding alone does to a column: the largest difference between copies of one
+        perturbation. It was measured if a column's differences are so small that it may matter.
+    loss_rounding : float
+        The same of the losses.
     """
 
     activations: NDArray[np.float64]
@@ -526,13 +534,15 @@ class Recording:
     without: dict[str, str]
     together: int
     resolution: float
+    rounding: NDArray[np.float64] | float = 0.0
+    loss_rounding: float = 0.0
 
     @cached_property
     def alive(self) -> NDArray[np.int64]:
         """The columns that are not constant, up to rounding."""
-        high, low = self.activations.max(0), self.activations.min(0)
-        size = np.maximum(np.abs(high), np.abs(low))
-        return np.flatnonzero(high - low > self.resolution * size)
+        size = np.abs(self.activations).max(0)
+        noise = self.resolution * size + 2 * self.rounding
+        return np.flatnonzero(np.ptp(self.activations, axis=0) > noise)
 
     @cached_property
     def dead(self) -> UnitSelection:
@@ -579,6 +589,23 @@ class _Table:
             else:
                 values = self._values[first : first + len(mean), self._columns[call]]
                 values += weight * mean.cpu().double().numpy()
+
+    def may_be_rounding(self, share: float) -> bool:
+        """Whether a column varies, but by less than a share of what the layer puts out."""
+        for columns in self._columns.values():
+            values = self._values[:, columns]
+            spread = np.ptp(values, axis=0)
+            if ((0 < spread) & (spread <= share * np.abs(values).max(initial=0.0))).any():
+                return True
+        return False
+
+    def rounding(self, copies: int, columns: int) -> NDArray[np.float64]:
+        """The largest difference between copies of the rows; those of embeddings are exact."""
+        differences = np.zeros(columns)
+        if self._values.size:
+            rows = self._values.reshape(copies, -1, self._values.shape[1])
+            differences[: rows.shape[2]] = np.ptp(rows, axis=0).max(0)
+        return differences
 
     def finished(self) -> tuple[NDArray[np.float64], list[UnitCall]]:
         """The activations and whose they are."""
@@ -683,8 +710,6 @@ def record(
     def draw(index: int) -> Batch:
         return perturbed(batch, seed, index, noise_std=noise_std, perturb=perturb)
 
-    table = _Table(sites, n_rows)
-    losses = np.zeros(n_rows)
     bar = progress_bar(progress, total=n_perturbations, desc="perturbations", unit="draw")
     with Recorder(dict.fromkeys(sites.values())) as recorder, recording_arithmetic(), bar:
         passes = _Passes(model, recorder, list(sites), loss_fn, perturb)
@@ -693,24 +718,27 @@ def record(
             pair = _slice(draw(0), slice(size)), _slice(draw(1), slice(m - size, None))
             groups = passes.together(*pair, batch_size // size)
         together = max(1, groups // m) if rows == "samples" else groups
-        for start in range(0, n_perturbations, together):
-            chunk = range(start, min(start + together, n_perturbations))
-            drawn = _joined([draw(index) for index in chunk])
-            step = min(batch_size, drawn.size) if rows == "batch" else groups
-            for first in range(0, drawn.size, step):
-                piece = _slice(drawn, slice(first, first + step))
-                if rows == "samples":
-                    at, weight = start * m + first, 1.0
-                    n_groups = piece.size
-                else:
-                    at, weight = start, min(1.0, piece.size / m)
-                    n_groups = len(chunk)
-                means, loss = passes.run(piece, n_groups)
-                table.add(at, means, weight)
-                losses[at : at + n_groups] += weight * loss.cpu().double().numpy()
-            bar.update(len(chunk))
-    activations, owners = table.finished()
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+
+        def counted(index: int) -> Batch:
+            bar.update()
+            return draw(index)
+
+        whole, rest = divmod(n_perturbations, together)
+        last = [rest] * (rest > 0)
+        fill = partial(_fill, passes, sites, m, groups, rows, batch_size)
+        table, losses = fill([together] * whole + last, counted)
+        activations, owners = table.finished()
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        resolution = 8 * torch.finfo(dtype).eps
+        rounding, loss_rounding = np.zeros(len(owners)), 0.0
+        small = _DOUBTFUL * resolution
+        if table.may_be_rounding(small) or np.ptp(losses) <= small * np.abs(losses).max():
+            # How a row is rounded hangs on its place in a batch and on the size of the batch, so
+            # the same perturbation is put into every place of both sizes.
+            one, copies = draw(0), [together] * -(-_COPIES // together) + last
+            table, repeated = fill(copies, lambda _: one)
+            rounding = table.rounding(sum(copies), len(owners))
+            loss_rounding = float(np.ptp(repeated.reshape(sum(copies), -1), axis=0).max())
     return Recording(
         activations,
         losses,
@@ -718,8 +746,43 @@ def record(
         UnitSelection({site.name: site.units.tolist() for site in sites.values()}),
         without,
         together=groups,
-        resolution=8 * torch.finfo(dtype).eps,
+        resolution=resolution,
+        rounding=rounding,
+        loss_rounding=loss_rounding,
     )
+
+
+def _fill(
+    passes: _Passes,
+    sites: dict[Call, Site],
+    m: int,
+    groups: int,
+    rows: Rows,
+    batch_size: int,
+    chunks: list[int],
+    draw: Callable[[int], Batch],
+) -> tuple[_Table, NDArray[np.float64]]:
+    """Activations and losses of perturbations 0, 1, ..., so many of them together as chunks say."""
+    each = m if rows == "samples" else 1
+    table = _Table(sites, sum(chunks) * each)
+    losses = np.zeros(sum(chunks) * each)
+    start = 0
+    for chunk in chunks:
+        drawn = _joined([draw(start + k) for k in range(chunk)])
+        step = min(batch_size, drawn.size) if rows == "batch" else groups
+        for first in range(0, drawn.size, step):
+            piece = _slice(drawn, slice(first, first + step))
+            if rows == "samples":
+                at, weight = start * m + first, 1.0
+                n_groups = piece.size
+            else:
+                at, weight = start, min(1.0, piece.size / m)
+                n_groups = chunk
+            means, loss = passes.run(piece, n_groups)
+            table.add(at, means, weight)
+            losses[at : at + n_groups] += weight * loss.cpu().double().numpy()
+        start += chunk
+    return table, losses
 
 
 # ---------------------------------------------------------------------------------------------
@@ -856,8 +919,8 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
         raise ValueError(
             f"unit {owner.unit} of layer {owner.layer!r} has activations NaN or infinite"
         )
-    spread = np.ptp(recording.losses)
-    if spread <= recording.resolution * np.abs(recording.losses).max():
+    noise = recording.resolution * np.abs(recording.losses).max() + 2 * recording.loss_rounding
+    if np.ptp(recording.losses) <= noise:
         raise ValueError(
             "the loss of the request is the same under all perturbations: noise_std is too small "
             "for the inputs, or perturb changes nothing"

@@ -20,7 +20,6 @@ nothing about the data), and `verify_ledger` tells whether it is still there.
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import nn
 
+from lcodec_ext._files import json_ready, sync_folder
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.samples import Samples, as_samples
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget
@@ -41,7 +40,6 @@ from lcodec_ext.unlearning.stream.checkpoints import (
     read_checkpoint,
     state_hash,
     state_of,
-    sync_folder,
 )
 
 FORMAT = 1
@@ -85,17 +83,9 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it: NumPy numbers as Python's, NaN and infinity as strings."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+def recordable(value: Any) -> Any:
+    """A value as a ledger has it: NaN and infinity are strings."""
+    return json_ready(value, nonfinite=str)
 
 
 def _seal(number: int, kind: str, record: Any, environment: Any, previous: str) -> Entry:
@@ -228,7 +218,7 @@ class Ledger(Sequence[Entry]):
     def append(self, kind: str, record: Any, environment: Any) -> Entry:
         """Add an entry; when this returns, it is on the disk, and if it raises, it is not there."""
         assert kind in _KINDS
-        entry = _seal(len(self), kind, plain(record), plain(environment), self.head)
+        entry = _seal(len(self), kind, recordable(record), recordable(environment), self.head)
         line = entry.line()
         if self._path is None:
             self._memory += line

@@ -45,7 +45,7 @@ from lcodec_ext.unlearning.stream.ledger import (
     History,
     Ledger,
     data_record,
-    plain,
+    recordable,
     same_data,
     spend,
 )
@@ -919,7 +919,7 @@ def _check_function(argument: str, given: Any, start: Mapping[str, Any]) -> None
                 f"{known}"
             )
     if "options" in start:
-        options, known = plain(_options_of(given)), start["options"][argument]
+        options, known = recordable(_options_of(given)), start["options"][argument]
         for key in sorted(options.keys() | known.keys()):
             if (key in options, options.get(key)) != (key in known, known.get(key)):
                 raise ValueError(

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from lcodec_ext.cli._console import (
+from lcodec_ext.cli.console import (
     FAILED,
     OK,
     Console,
@@ -83,9 +83,9 @@ def add_bench(commands: Any) -> None:
 def run_info(options: argparse.Namespace, console: Console) -> int:
     """Versions, build, machine and settings."""
     from lcodec_ext import build_info, cuda_is_available, cuda_status, get_num_threads
-    from lcodec_ext.cli._bench import machine, versions
+    from lcodec_ext.cli import bench
 
-    build, here, found = build_info(), machine(), versions()
+    build, here, found = build_info(), bench.machine(), bench.versions()
     result = {
         "build": build,
         "machine": here,
@@ -113,27 +113,27 @@ def run_info(options: argparse.Namespace, console: Console) -> int:
 def run_bench(options: argparse.Namespace, console: Console) -> int:
     """Time the cases, and check their answers."""
     from lcodec_ext import get_num_threads, set_num_threads
-    from lcodec_ext.cli import _bench
+    from lcodec_ext.cli import bench
 
-    chosen = options.cases.split(",") if options.cases else list(_bench.CASES)
+    chosen = options.cases.split(",") if options.cases else list(bench.CASES)
     for name in chosen:
-        if name not in _bench.CASES:
-            raise InputError(f"--cases names {name!r}; expected some of {', '.join(_bench.CASES)}")
+        if name not in bench.CASES:
+            raise InputError(f"--cases names {name!r}; expected some of {', '.join(bench.CASES)}")
     if options.threads:
         set_num_threads(options.threads)
     cases: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name in chosen:
-        case = _bench.CASES[name]
-        if needed := _bench.missing(case):
+        case = bench.CASES[name]
+        if needed := bench.missing(case):
             left_out[name] = f"needs {needed}"
             continue
         console.note(f"{name} ...")
-        cases[name] = _bench.measure(case, options.repeats)
-    here = _bench.machine()
+        cases[name] = bench.measure(case, options.repeats)
+    here = bench.machine()
     result = {
         "machine": here,
-        "versions": _bench.versions(),
+        "versions": bench.versions(),
         "threads": get_num_threads(),
         "repeats": options.repeats,
         "cases": cases,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcodec_ext.cli._console import (
+from lcodec_ext.cli.console import (
     OK,
     Console,
     InputError,
@@ -25,7 +25,7 @@ from lcodec_ext.cli._console import (
 )
 
 if TYPE_CHECKING:
-    from lcodec_ext.cli._tables import Table
+    from lcodec_ext.cli.tables import Table
     from lcodec_ext.dependence.foci import FociResult
 
 TABLES = """\
@@ -340,7 +340,7 @@ def _load(
     choose: Callable[[list[str]], list[str]],
 ) -> "Table":
     """The chosen columns; missing values only where they may be left out."""
-    from lcodec_ext.cli._tables import label_of, read_table
+    from lcodec_ext.cli.tables import label_of, read_table
 
     with timed(seconds, "read"):
         table = read_table(

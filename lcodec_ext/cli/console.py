@@ -33,11 +33,12 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandParser(Parser):
-    """That of one command: it refuses what it does not know itself, and names its own help."""
+    """The parser of one command. It refuses unknown options itself and names its own help."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: Any = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse, and refuse what is left over."""
         known, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
