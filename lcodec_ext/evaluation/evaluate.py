@@ -15,7 +15,7 @@ from torch import nn
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
@@ -363,8 +363,7 @@ def evaluate(
     check_integer(batch_size, "batch_size", 1)
     check_bool(relearn, "relearn")
     check_bool(progress, "progress")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable; got an object of type {type(loss_fn).__name__}")
+    check_loss_fn(loss_fn)
     scikit_learn()
     sets = Sets(
         as_samples(forget, "forget", device, dtype).loaded(),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._torch.loss import LossFunction, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
-from lcodec_ext._torch.predict import Run, Score, _log_probabilities, predict
+from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, predict
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 
 Number = float | None
@@ -143,7 +143,7 @@ def _distance(
 
     def distribution(each: nn.Module, batch: Any) -> Tensor:
         outputs = outputs_of(each, batch)
-        found = _log_probabilities(outputs) if isinstance(outputs, Tensor) else None
+        found = log_probabilities_of(outputs) if isinstance(outputs, Tensor) else None
         if found is None:
             given = (
                 f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs)
@@ -399,7 +399,7 @@ def calibration_split(n_retain: int, n_test: int, seed: int) -> CalibrationSplit
     return CalibrationSplit(np.sort(members), np.sort(order[:half]), np.sort(order[half:]))
 
 
-def _features(run: Run, numbers: NDArray[np.intp] | slice = slice(None)) -> Features:
+def _features(run: Prediction, numbers: NDArray[np.intp] | slice = slice(None)) -> Features:
     """What the attack sees of samples, larger for what looks more like a member."""
     seen = {"loss": -run.losses}
     if run.log_probabilities is not None and run.labels is not None:
@@ -409,7 +409,7 @@ def _features(run: Run, numbers: NDArray[np.intp] | slice = slice(None)) -> Feat
 
 
 def attack(
-    forget: Run, members: Features, test: Run, split: CalibrationSplit
+    forget: Prediction, members: Features, test: Prediction, split: CalibrationSplit
 ) -> MembershipInference:
     """Calibrate on members and on non-members; try on the removed and on those held out."""
     logistic_regression, _ = scikit_learn()
@@ -555,9 +555,9 @@ class Seen:
 
     model: nn.Module
     sets: Sets
-    forget: Run
-    retain: Run
-    test: Run
+    forget: Prediction
+    retain: Prediction
+    test: Prediction
     attack: MembershipInference
 
 
@@ -566,8 +566,8 @@ class Measured(NamedTuple):
 
     model: nn.Module
     metrics: dict[str, Number]
-    forget: Run
-    test: Run
+    forget: Prediction
+    test: Prediction
 
 
 def measure(model: nn.Module, sets: Sets) -> Measured:
@@ -593,7 +593,9 @@ def _objectives_gradient_norm(seen: Seen) -> float:
     )
 
 
-def _between(distances: Callable[[Tensor, Tensor], Tensor], ours: Run, theirs: Run) -> Number:
+def _between(
+    distances: Callable[[Tensor, Tensor], Tensor], ours: Prediction, theirs: Prediction
+) -> Number:
     if ours.log_probabilities is None or theirs.log_probabilities is None:
         return None
     return float(distances(ours.log_probabilities, theirs.log_probabilities).mean())
