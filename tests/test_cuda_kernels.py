@@ -1,4 +1,4 @@
-"""The CUDA kernels against the reference, with ==: emulated, and on a GPU where there is one."""
+"""The CUDA kernels against the reference, with ==: emulated, and on a GPU if there is one."""
 
 import functools
 

@@ -1,7 +1,6 @@
 """What surrounds the CUDA kernels: memory, streams, read-backs, and checks of CUDA tensors.
 
-CPU tensors stand in for CUDA tensors, and the reference behind the kernels' interface for the
-kernels.
+CPU tensors replace CUDA tensors, and the reference replaces the kernels, behind their interface.
 """
 
 import ctypes
@@ -336,7 +335,7 @@ def test_a_failed_kernel_is_named(kernels, monkeypatch):
 
 
 class Memory:
-    """Stands in for Tensor.new_empty on a device that has so many bytes for one tensor."""
+    """Replaces Tensor.new_empty on a device with this many bytes for one tensor."""
 
     def __init__(self, monkeypatch, limit):
         self.asked = []
@@ -431,7 +430,7 @@ def test_odd_tensors_just_work(name, odd):
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
 def test_the_response_is_compared_as_it_is(dtype):
-    """Integers beyond those of float64, and of int64."""
+    """Integers that float64 cannot hold, and integers that int64 cannot hold."""
     y = (np.rint(10 * Y0).astype(np.int64) + 2**62).astype(dtype)
     if dtype == np.uint64:
         y[y > 2**62] += np.uint64(2**63)

@@ -201,7 +201,7 @@ def test_most_candidates_are_skipped(k):
 
 
 def test_rows_of_many_columns_are_compared_with_all():
-    """Beyond the columns of a tree, and just below."""
+    """Around the largest number of columns for which a tree is used."""
     X = np.hstack([grid(90) for _ in range(3)])
     R, _ = ranks(RNG.integers(0, 9, 90))
     for ties in ("average", "random"):

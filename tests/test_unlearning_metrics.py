@@ -284,7 +284,7 @@ def test_losses_that_are_no_means_are_refused(loss_fn):
 
 
 def test_losses_must_be_scalars_and_finite():
-    with pytest.raises(TypeError, match="must return a scalar tensor"):
+    with pytest.raises(ValueError, match="must return a scalar tensor"):
         sample_losses(mlp(), samples(), functools.partial(F.cross_entropy, reduction="none"))
     model = mlp()
     nn.init.constant_(model[3].bias, torch.inf)

@@ -1006,7 +1006,7 @@ def test_the_first_request_from_statistics_is_exact(mlp, curvature, tmp_path):
 
 
 def two_requests(model, data, loss_fn, curvature):
-    """Six and six samples; from statistics, and with the retained samples at hand."""
+    """Six and six samples; from statistics, and with the retained samples given."""
     options = {"curvature": curvature, "damping": 0.0}
     kept = TrainingStatistics.collect(model, data, loss_fn, curvature=curvature)
     by_statistics = by_data = model
@@ -1229,7 +1229,7 @@ def test_statistics_are_of_evaluation_mode():
 
 @pytest.mark.parametrize("most", [1, 100, 1 << 26])
 def test_hashes_do_not_depend_on_how_samples_are_read(monkeypatch, most):
-    monkeypatch.setattr("lcodec_ext.unlearning.samples._HASHED", most)
+    monkeypatch.setattr("lcodec_ext._torch.samples._HASHED", most)
     parts = [
         torch.randn(9, 3, 2),
         torch.randn(9, 2).bfloat16(),
@@ -1412,7 +1412,7 @@ def test_tensors_of_unequal_length_in_a_sequence():
         padded([texts[k] for k in range(len(texts))], length)
         for texts, length in ((Texts(4, 0), 10), (Texts(20, 1), 12))
     )
-    with pytest.raises(ValueError, match="retain and forget must go together in a batch"):
+    with pytest.raises(ValueError, match="retain and forget must fit in one batch"):
         unlearn(
             BagOfWords().double(),
             forget,

@@ -1,4 +1,4 @@
-"""Training samples by number, whatever they were given as, and which of them to delete."""
+"""Training samples by number, in whatever form they were given."""
 
 import hashlib
 import math
@@ -25,9 +25,10 @@ from lcodec_ext._torch.batches import (
     as_batch,
     described,
     is_one_batch,
+    joined,
     map_tensors,
     n_samples,
-    sample_of,
+    part_of,
     tensors_of,
 )
 
@@ -35,8 +36,8 @@ Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
 
 
-class Rows(NamedTuple):
-    """Samples before they are made a batch."""
+class _Source(NamedTuple):
+    """Where single samples come from, and what makes them a batch."""
 
     get: Callable[[int], Any]
     collate: Callable[[list[Any]], Any]
@@ -57,8 +58,8 @@ class Samples:
         Of the argument they came from, for messages.
     in_memory : bool
         Whether fetching is only indexing.
-    rows : Rows, optional
-        Of a Dataset.
+    source : optional
+        Of a Dataset: its single samples.
     resident : bool, optional
         Whether all samples are in memory, those of a Dataset too; by default in_memory.
     """
@@ -72,12 +73,12 @@ class Samples:
         name: str,
         *,
         in_memory: bool,
-        rows: Rows | None = None,
+        source: _Source | None = None,
         resident: bool | None = None,
     ) -> None:
         self.resident = in_memory if resident is None else resident
         self._n, self._fetch, self._device, self._dtype = n, fetch, device, dtype
-        self.name, self.in_memory, self._rows = name, in_memory, rows
+        self.name, self.in_memory, self._source = name, in_memory, source
 
     def __len__(self) -> int:
         return self._n
@@ -102,7 +103,7 @@ class Samples:
 
     def data(self, size: int) -> Callable[[], Iterator[Any]]:
         """All samples as what the operators of `lcodec_ext.curvature` take for data."""
-        return lambda: (as_data(batch) for batch in self.batches(size))
+        return lambda: (batch.data for batch in self.batches(size))
 
     def subset(self, indices: Indices) -> "Samples":
         """Some of the samples, in the order given, numbered anew."""
@@ -112,10 +113,10 @@ class Samples:
         def fetch(some: list[int]) -> Any:
             return self._fetch(kept[some].tolist())
 
-        rows = self._rows
-        if rows is not None:
-            get = rows.get
-            rows = rows._replace(get=lambda i: get(int(kept[i])))
+        source = self._source
+        if source is not None:
+            get = source.get
+            source = source._replace(get=lambda i: get(int(kept[i])))
         return Samples(
             len(kept),
             fetch,
@@ -123,7 +124,7 @@ class Samples:
             self._dtype,
             self.name,
             in_memory=self.in_memory,
-            rows=rows,
+            source=source,
             resident=self.resident,
         )
 
@@ -131,16 +132,62 @@ class Samples:
         """The same samples in memory, where fetching them is more than indexing."""
         if self.in_memory:
             return self
-        batch = self.fetch(slice(None))
-        data = as_data(batch)
+        data = self.fetch(slice(None)).data
         return Samples(
             self._n,
-            lambda some: _rows(data, self._n, some),
+            lambda some: part_of(data, self._n, torch.as_tensor(some)),
             self._device,
             self._dtype,
             self.name,
             in_memory=True,
-            rows=self._rows,
+            source=self._source,
+        )
+
+    @staticmethod
+    def joined(parts: "Sequence[Samples]") -> "Samples":
+        """The samples of several sets, one after the other.
+
+        Samples of Datasets are collated together where their separate batches differ in shape,
+        as texts of unequal length do.
+        """
+        first = parts[0]
+        starts = np.cumsum([0, *map(len, parts)])
+
+        def fetch(some: list[int]) -> Any:
+            numbers = np.asarray(some)
+            owner = np.searchsorted(starts, numbers, side="right") - 1
+            within = numbers - starts[owner]
+            sizes = np.bincount(owner, minlength=len(parts))
+            pieces = [
+                parts[k].fetch(within[owner == k].tolist()).data
+                for k in np.flatnonzero(sizes).tolist()
+            ]
+            shapes = [[t.shape[1:] for t in tensors_of(piece)] for piece in pieces]
+            if all(shape == shapes[0] for shape in shapes):
+                back = np.argsort(np.argsort(owner, kind="stable"))
+                together = joined(pieces, sizes[sizes > 0].tolist())
+                return part_of(together, len(some), torch.from_numpy(back))
+            sources = [part._source for part in parts]
+            if sources[0] is None or None in sources:
+                names = " and ".join(dict.fromkeys(part.name for part in parts))
+                raise ValueError(
+                    f"samples of {names} must fit in one batch, and their tensors have the shapes "
+                    f"{shapes} (without the first axis); give tensors of one shape, or a "
+                    "DataLoader whose collate_fn pads"
+                )
+            data = sources[0].collate(
+                [sources[k].get(i) for k, i in zip(owner.tolist(), within.tolist(), strict=True)]
+            )
+            _check(data, first.name, len(some))
+            return data
+
+        return Samples(
+            int(starts[-1]),
+            fetch,
+            first._device,
+            first._dtype,
+            first.name,
+            in_memory=all(part.in_memory for part in parts),
         )
 
     def hashes(self, indices: Indices = slice(None)) -> list[str]:
@@ -159,66 +206,10 @@ class Samples:
             yield from _hashes(self._fetch(some), len(some))
 
 
-def joined(parts: Sequence[Samples]) -> Samples:
-    """The samples of several sets, one after the other.
-
-    Where they cannot be put in one batch as they were collated, texts of unequal length for
-    instance, those of Datasets are collated together.
-    """
-    first = parts[0]
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def fetch(some: list[int]) -> Any:
-        numbers = np.asarray(some)
-        owner = np.searchsorted(starts, numbers, side="right") - 1
-        within = numbers - starts[owner]
-        pieces = [
-            as_data(part.fetch(within[owner == k].tolist()))
-            for k, part in enumerate(parts)
-            if (owner == k).any()
-        ]
-        shapes = [[t.shape[1:] for t in tensors_of(piece)] for piece in pieces]
-        if all(shape == shapes[0] for shape in shapes):
-            back = np.argsort(np.argsort(owner, kind="stable")).tolist()
-            return _rows(_joined(pieces), len(some), back)
-        rows = [part._rows for part in parts]
-        if rows[0] is None or None in rows:
-            names = " and ".join(dict.fromkeys(part.name for part in parts))
-            raise ValueError(
-                f"samples of {names} must go together in a batch, and their tensors have shapes "
-                f"{shapes}, the first axis left out; give tensors of one shape, or a DataLoader "
-                "whose collate_fn pads"
-            )
-        data = rows[0].collate(
-            [rows[k].get(i) for k, i in zip(owner.tolist(), within.tolist(), strict=True)]
-        )
-        _check(data, first.name, len(some))
-        return data
-
-    return Samples(
-        int(starts[-1]),
-        fetch,
-        first._device,
-        first._dtype,
-        first.name,
-        in_memory=all(part.in_memory for part in parts),
-    )
-
-
-def as_data(batch: Batch) -> tuple[Any, Any]:
-    """A batch as the operators of `lcodec_ext.curvature` take it."""
-    return (batch.kwargs or batch.args), batch.targets
-
-
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
     """Call a model on a batch; of the outputs of transformers, the logits."""
     outputs = model(*batch.args, **batch.kwargs)
     return getattr(outputs, "logits", outputs)
-
-
-def _rows(data: Any, n: int, some: list[int]) -> Any:
-    index = torch.as_tensor(some)
-    return map_tensors(lambda t: t[index.to(t.device)] if t.ndim and len(t) == n else t, data)
 
 
 def _hashes(data: Any, n: int) -> Iterator[str]:
@@ -303,7 +294,9 @@ def _in_memory(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinity")
     as_batch(data, n, name)  # its refusals
-    return Samples(n, lambda some: _rows(data, n, some), device, dtype, name, in_memory=True)
+    return Samples(
+        n, lambda some: part_of(data, n, torch.as_tensor(some)), device, dtype, name, in_memory=True
+    )
 
 
 def _from_dataset(
@@ -334,7 +327,7 @@ def _from_dataset(
             f"sample 0 of {name} differs when it is read again: give a Dataset without random "
             "augmentation"
         )
-    rows = Rows(dataset.__getitem__, collate)
+    source = _Source(dataset.__getitem__, collate)
     return Samples(
         n,
         fetch,
@@ -342,7 +335,7 @@ def _from_dataset(
         dtype,
         name,
         in_memory=False,
-        rows=rows,
+        source=source,
         resident=_is_resident(dataset),
     )
 
@@ -361,12 +354,16 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
         if not batches:
             raise ValueError(f"{name} is empty")
         rows = [
-            sample_of(batch, n, slice(k, k + 1))
+            part_of(batch, n, slice(k, k + 1))
             for batch in batches
             for n in [n_samples(batch, name)]
             for k in range(n)
         ]
-        return _from_dataset(rows, _joined, name, device, dtype)
+
+        def collate(some: list[Any]) -> Any:
+            return joined(some, [1] * len(some))
+
+        return _from_dataset(rows, collate, name, device, dtype)
     if loader.batch_sampler is None:
         raise ValueError(
             f"{name} is a DataLoader with batch_size=None, which does not tell what is a sample; "
@@ -385,12 +382,6 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
             )
         dataset = Subset(dataset, [int(i) for i in indices])
     return _from_dataset(dataset, loader.collate_fn or default_collate, name, device, dtype)
-
-
-def _joined(rows: Sequence[Any]) -> Any:
-    columns = [list(tensors_of(row)) for row in rows]
-    parts = iter([torch.cat(column) for column in zip(*columns, strict=True)])
-    return map_tensors(lambda _: next(parts), rows[0])
 
 
 def _check(data: Any, name: str, n: int) -> None:

@@ -19,7 +19,7 @@ from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import clock, place, seeded
-from lcodec_ext._torch.predict import Run, Score, predict
+from lcodec_ext._torch.predict import Prediction, Score, predict
 from lcodec_ext._torch.samples import Samples, as_samples
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.evaluation import metrics
@@ -584,8 +584,8 @@ class _Measured(NamedTuple):
 
     model: nn.Module
     metrics: dict[str, Number]
-    forget: Run
-    test: Run
+    forget: Prediction
+    test: Prediction
 
 
 class _Judge:

@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._torch.loss import LossFunction, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
-from lcodec_ext._torch.predict import (
-    Run,
-    Score,
-    _log_probabilities,
-    predict,
-)
+from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, predict
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 
 
@@ -409,7 +404,7 @@ def _distance(
             pair = []
             for each in (model, other):
                 outputs = outputs_of(each, batch)
-                logs = _log_probabilities(outputs) if isinstance(outputs, Tensor) else None
+                logs = log_probabilities_of(outputs) if isinstance(outputs, Tensor) else None
                 if logs is None:
                     given = (
                         f"shape {tuple(outputs.shape)}"
@@ -474,7 +469,9 @@ def calibration_split(n_retain: int, n_test: int, seed: int) -> CalibrationSplit
     return CalibrationSplit(np.sort(members), np.sort(order[:half]), np.sort(order[half:]))
 
 
-def features(run: Run, numbers: NDArray[np.intp] | None = None) -> dict[str, NDArray[np.float64]]:
+def features(
+    run: Prediction, numbers: NDArray[np.intp] | None = None
+) -> dict[str, NDArray[np.float64]]:
     """What the attack sees of samples, larger for what looks more like a member."""
     seen = {"loss": -run.losses}
     if run.log_probabilities is not None and run.labels is not None:

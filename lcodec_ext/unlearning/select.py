@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.samples import Samples
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import FisherOperator, GaussNewtonOperator
-from lcodec_ext.curvature.routes import gauss_newton_diagonal
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
+from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.settings import Settings
 
 Unit = tuple[str, int]
@@ -85,9 +86,9 @@ def find_candidates(model: nn.Module, settings: Settings) -> Candidates:
         )
     place: dict[Unit, int] = {}
     numbers, lengths = [], []
-    for run in UnitLayout(selection, model).runs:
-        numbers += [place.setdefault((run.module, unit), len(place)) for unit in run.units]
-        lengths += [run.width] * len(run.units)
+    for block in UnitLayout(selection, model).blocks:
+        numbers += [place.setdefault((block.module, unit), len(place)) for unit in block.units]
+        lengths += [block.width] * len(block.units)
     stretches = np.array(numbers, dtype=np.int64), np.array(lengths, dtype=np.int64)
     sizes = np.zeros(len(place), dtype=np.int64)
     np.add.at(sizes, *stretches)

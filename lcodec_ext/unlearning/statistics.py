@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.loss import LossFunction, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.samples import Samples, as_samples
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
@@ -22,8 +23,8 @@ from lcodec_ext.curvature.operators import (
     HessianOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.routes import LowRank
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature.routes.low_rank import LowRank
+from lcodec_ext.curvature.selection import UnitSelection
 
 Tensors = dict[str, Tensor]
 
@@ -222,7 +223,7 @@ class TrainingStatistics:
         samples = as_samples(train, "train", next(work.parameters()).device, _dtype_of(model))
         return (
             {k: p.detach().clone() for k, p in parameters.items()},
-            _mean_gradient(work, parameters, samples, loss_fn, batch_size),
+            mean_gradient(work, samples, loss_fn, parameters, batch_size)[1],
         )
 
     def at(self, model: nn.Module) -> "TrainingStatistics":
@@ -327,14 +328,14 @@ class TrainingStatistics:
                 f"{sorted(steps[0].keys() ^ parameters.keys())[:4]} that this one has not, or the "
                 "other way round"
             )
-        end = _mean_gradient(work, parameters, samples, loss_fn, batch_size)
+        end = mean_gradient(work, samples, loss_fn, parameters, batch_size)[1]
         made: list[Tensors] = []
         # Back from where training ended: a pair ends where the one after it begins.
         for step, change in zip(reversed(steps), reversed(self.changes), strict=True):
             with torch.no_grad():
                 for k, p in parameters.items():
                     p.sub_(step[k])
-            begin = _mean_gradient(work, parameters, samples, loss_fn, batch_size)
+            begin = mean_gradient(work, samples, loss_fn, parameters, batch_size)[1]
             made.append(
                 {
                     k: (n * change[k].to(end[k]) - m * (end[k] - begin[k])) / (n - m)
@@ -465,21 +466,3 @@ def _tensors_of(model: nn.Module) -> Tensors:
 
 def _on(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Tensors:
     return {k: t.to(device, dtype) for k, t in tensors.items()}
-
-
-def _mean_gradient(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    samples: Samples,
-    loss_fn: LossFunction,
-    batch_size: int,
-) -> Tensors:
-    total = {k: torch.zeros_like(p) for k, p in parameters.items()}
-    for batch in samples.batches(batch_size):
-        loss = loss_fn(outputs_of(model, batch), batch.targets)
-        parts = torch.autograd.grad(
-            loss, list(parameters.values()), allow_unused=True, materialize_grads=True
-        )
-        for k, part in zip(parameters, parts, strict=True):
-            total[k] += part * (batch.size / len(samples))
-    return total

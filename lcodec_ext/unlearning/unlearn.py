@@ -18,11 +18,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcodec_ext._checks import check_bool
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.batches import Batch, map_tensors, sample_of, tensors_of
-from lcodec_ext._torch.loss import LossFunction, is_much_worse, mean_loss
+from lcodec_ext._torch.batches import Batch, tensors_of
+from lcodec_ext._torch.loss import (
+    Gradient,
+    LossFunction,
+    NotFiniteError,
+    check_loss_fn,
+    check_parts,
+    finite_loss,
+    is_much_worse,
+    loss_in,
+    mean_gradient,
+    mean_loss,
+    scalar_loss,
+)
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score, predict
-from lcodec_ext._torch.samples import Samples, as_samples, joined, outputs_of
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
@@ -30,7 +43,7 @@ from lcodec_ext.curvature.operators import (
     HessianOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import (
     ConvergenceWarning,
     IndefiniteCurvatureError,
@@ -528,13 +541,6 @@ def unlearn(
     )
 
 
-Gradient = dict[str, Tensor]
-
-
-class _NotFiniteError(ValueError):
-    """A loss or a gradient is NaN or infinite."""
-
-
 class _Measured(NamedTuple):
     forget_loss: float
     forget: Gradient
@@ -554,24 +560,14 @@ class _Workplace:
         progress: bool,
     ) -> None:
         self.device = _check_model(model)
-        if isinstance(loss_fn, type):
-            raise TypeError(
-                f"loss_fn must be callable on outputs and targets; got the class "
-                f"{loss_fn.__name__}, of which it takes an instance"
-            )
-        if not callable(loss_fn):
-            raise TypeError(
-                f"loss_fn must be callable; got an object of type {type(loss_fn).__name__}"
-            )
+        check_loss_fn(loss_fn)
         if score is not None and not callable(score):
             raise TypeError(f"score must be callable; got {type(score).__name__}")
         trainable = [p for p in model.parameters() if p.requires_grad]
         double = any(p.dtype == torch.float64 for p in trainable)
         self.dtype = settings.dtype or (torch.float64 if double else torch.float32)
         self.model = copy.deepcopy(model).to(self.dtype).eval()
-        self.loss_fn = loss_fn
-        if isinstance(loss_fn, nn.Module):
-            self.loss_fn = copy.deepcopy(loss_fn).to(self.dtype)
+        self.loss_fn = loss_in(self.dtype, loss_fn)
         self.settings, self.score, self.progress = settings, score, progress
         self.parameters = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         self.n_trainable = sum(p.numel() for p in self.parameters.values())
@@ -595,41 +591,23 @@ class _Workplace:
         return statistics.n - m
 
     def loss(self, batch: Batch, name: str) -> Tensor:
-        loss = self.loss_fn(outputs_of(self.model, batch), batch.targets)
-        if not torch.isfinite(loss):
-            raise _NotFiniteError(f"the loss of the {name} samples is NaN or infinite")
-        return loss
+        return finite_loss(self.loss_fn, outputs_of(self.model, batch), batch.targets, name)
 
     def gradient(
         self, samples: Samples, parameters: Mapping[str, Tensor] | None = None
     ) -> tuple[float, Gradient]:
         """Mean loss, and the gradient of it and the regulariser by parameters."""
-        by: Mapping[str, Tensor] = self.parameters if parameters is None else parameters
-        gradient = {k: self.settings.weight_decay * p.detach() for k, p in by.items()}
-        total = 0.0
         first = samples not in self._checked
         self._checked.add(samples)
-        for batch in samples.batches(self.settings.batch_size):
-            outputs = outputs_of(self.model, batch)
-            loss = self.loss_fn(outputs, batch.targets)
-            if not torch.isfinite(loss):
-                raise _NotFiniteError(f"the loss of the {samples.name} samples is NaN or infinite")
-            if not loss.requires_grad:
-                raise ValueError("the loss does not depend on the parameters of the model")
-            if first:
-                _check_mean(self.loss_fn, outputs, batch, loss.detach(), 2)
-            share = batch.size / len(samples)
-            total += loss.item() * share
-            parts = torch.autograd.grad(loss, list(by.values()), allow_unused=True)
-            for k, part in zip(by, parts, strict=True):
-                if part is not None:
-                    gradient[k] += part * share
-        for k, g in gradient.items():
-            if not torch.isfinite(g).all():
-                raise _NotFiniteError(
-                    f"the gradient of the {samples.name} samples by {k!r} holds NaN or infinity"
-                )
-        return total, gradient
+        return mean_gradient(
+            self.model,
+            samples,
+            self.loss_fn,
+            self.parameters if parameters is None else parameters,
+            self.settings.batch_size,
+            weight_decay=self.settings.weight_decay,
+            check=first,
+        )
 
     def measure(self, forget: Samples, retained: Samples | None) -> _Measured:
         """Losses and gradients of both sets at the present weights."""
@@ -672,7 +650,7 @@ class _Workplace:
         try:
             with torch.no_grad():
                 outputs = outputs_of(self.model, batch)
-                single = outputs_of(self.model, _part(batch, slice(0, 1)))
+                single = outputs_of(self.model, batch.part(slice(1)))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(f"the model fails on samples of {name}: {error}") from error
         tensors = list(tensors_of(outputs))
@@ -696,18 +674,15 @@ class _Workplace:
                     "random; the loss, then, is not a mean over samples"
                 )
         try:
-            loss = self.loss_fn(outputs, batch.targets)
+            loss = scalar_loss(self.loss_fn, outputs, batch.targets)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(
                 f"loss_fn fails on the model's outputs for samples of {name} and their targets: "
                 f"{error}"
             ) from error
-        if not isinstance(loss, Tensor) or loss.ndim > 0:
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
-            raise ValueError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of the {name} samples is NaN or infinite")
-        _check_mean(self.loss_fn, outputs, batch, loss, batch.size)
+        check_parts(self.loss_fn, outputs, batch.targets, batch.size, 1)
 
     def hand_over(self, model: nn.Module, selection: UnitSelection) -> None:
         """Write selection and buffers to a model, and take the weights back as it rounds them."""
@@ -858,7 +833,7 @@ class _Drawn:
         n, m = len(self._kept), len(others)
         if not m:
             return _Retained(self._kept, self.read)
-        both = joined([self._kept, others])
+        both = Samples.joined([self._kept, others])
         if self._most is None:
             return _Retained(both, both)
         # A draw from both, of which the part from the retained ones was fetched before.
@@ -870,7 +845,7 @@ class _Drawn:
             for samples, count in ((self.read, size - few), (others, few))
             if count
         ]
-        return _Retained(both, joined(parts))
+        return _Retained(both, Samples.joined(parts))
 
 
 class _Guard:
@@ -996,7 +971,7 @@ class _Deletion:
             harmed = self._adjust()
             if self._settings.repair_epochs and harmed:
                 self._repair_unless_worse()
-        except _NotFiniteError:
+        except NotFiniteError:
             if self._guard is None:
                 raise
             self._guard.worst = -math.inf
@@ -1226,7 +1201,7 @@ class _Deletion:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         self.iterations += optimizer.state[theta]["n_iter"]
         if not torch.isfinite(theta).all():
-            raise _NotFiniteError("L-BFGS arrived at weights that are NaN or infinite")
+            raise NotFiniteError("L-BFGS arrived at weights that are NaN or infinite")
         self._set(theta.detach())
 
     def _adjust(self) -> bool:
@@ -1326,7 +1301,7 @@ class _Deletion:
         with self._work.timed("repair"):
             try:
                 self._repair()
-            except _NotFiniteError:
+            except NotFiniteError:
                 if guard is None:
                     raise
                 failed = True
@@ -1469,38 +1444,6 @@ def _check_model(model: object) -> torch.device:
             f"the model must be on one device; it is on {', '.join(sorted(map(str, devices)))}"
         )
     return devices.pop()
-
-
-def _part(batch: Batch, samples: slice) -> Batch:
-    def some(tree: Any) -> Any:
-        return sample_of(tree, batch.size, samples)
-
-    size = len(range(batch.size)[samples])
-    return Batch(some(batch.args), some(batch.kwargs), some(batch.targets), size)
-
-
-def _check_mean(
-    loss_fn: LossFunction, outputs: Any, batch: Batch, loss: Tensor, parts: int
-) -> None:
-    """Refuse a loss of a batch that is not the mean of the losses of its parts."""
-    n = batch.size
-    step = -(-n // min(parts, n))
-    if step == n:
-        return
-    with torch.no_grad():
-        outputs = map_tensors(torch.Tensor.detach, outputs)
-        mean = torch.zeros_like(loss)
-        for start in range(0, n, step):
-            part = slice(start, min(start + step, n))
-            value = loss_fn(sample_of(outputs, n, part), sample_of(batch.targets, n, part))
-            mean += value * ((part.stop - part.start) / n)
-    double = loss.dtype == torch.float64
-    if not torch.isclose(loss, mean, rtol=1e-8 if double else 2e-5, atol=1e-12 if double else 1e-6):
-        raise ValueError(
-            "loss_fn must be the plain mean over the samples of a batch (reduction='mean', no "
-            f"class weights, no ignored targets); on {n} samples it is {loss.item():.6g} and the "
-            f"mean of the losses of its parts {mean.item():.6g}"
-        )
 
 
 def _warn_of_overlap(forget: Samples, retain: Samples) -> None:

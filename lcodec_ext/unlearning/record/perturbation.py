@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.batches import Batch, map_tensors, sample_of, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, part_of, tensors_of
+from lcodec_ext._torch.loss import LossFunction, scalar_loss
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.dependence import FociResult, first_step_scores, lfoci
@@ -36,7 +37,6 @@ from lcodec_ext.unlearning.record.activations import (
     recording_arithmetic,
 )
 
-LossFunction = Callable[[Any, Any], Tensor]
 Perturb = Callable[[Any, np.random.Generator], Any]
 Rows = Literal["batch", "samples"]
 
@@ -351,7 +351,7 @@ class _Passes:
             slices = [slice(k * each, (k + 1) * each) for k in range(groups)]
             return torch.stack(
                 [
-                    self._loss(*sample_of((outputs, batch.targets), batch.size, samples))
+                    self._loss(*part_of((outputs, batch.targets), batch.size, samples))
                     for samples in slices
                 ]
             )
@@ -371,11 +371,7 @@ class _Passes:
         return torch.func.vmap(loss, in_dims)(*parts)
 
     def _loss(self, outputs: Any, targets: Any) -> Tensor:
-        loss = self._loss_fn(outputs, targets)
-        if not isinstance(loss, Tensor) or loss.ndim > 0:
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
-            raise ValueError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
-        return loss
+        return scalar_loss(self._loss_fn, outputs, targets)
 
     def together(self, first: Batch, second: Batch, most: int) -> int:
         """How many groups like two different ones go together, at most; 1 if they cannot."""
@@ -412,7 +408,7 @@ class _Passes:
                 for (shape, _), view in pairs
             ]
 
-        both = _joined([first, second])
+        both = Batch.joined([first, second])
         try:
             outputs, found = self._call(both, both_ways)
             losses = self._losses(outputs, both, 2)
@@ -464,29 +460,6 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     """Whether two results are equal up to rounding; the larger entries count."""
     rtol = min(1e3 * torch.finfo(a.dtype).eps, 0.05)
     return bool((a - b).abs().max() <= rtol * b.abs().max())
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    """Several batches in a row."""
-
-    def join(trees: list[Any]) -> Any:
-        columns = zip(*map(tensors_of, trees), strict=True)
-        joined = iter([torch.cat(column) for column in columns])
-        return map_tensors(lambda _: next(joined), trees[0])
-
-    return Batch(
-        join([batch.args for batch in batches]),
-        join([batch.kwargs for batch in batches]),
-        join([batch.targets for batch in batches]),
-        sum(batch.size for batch in batches),
-    )
-
-
-def _slice(batch: Batch, samples: slice) -> Batch:
-    args, kwargs, targets = sample_of(
-        (batch.args, batch.kwargs, batch.targets), batch.size, samples
-    )
-    return Batch(args, kwargs, targets, len(range(batch.size)[samples]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -701,7 +674,7 @@ def record(
         )
     batch = request.fetch(slice(None))
     size = m if rows == "batch" else 1  # of a group
-    sites, without = find_calls(model, _slice(batch, slice(min(size, batch_size))), units)
+    sites, without = find_calls(model, batch.part(slice(min(size, batch_size))), units)
 
     def draw(index: int) -> Batch:
         return perturbed(batch, seed, index, noise_std=noise_std, perturb=perturb)
@@ -711,7 +684,7 @@ def record(
         passes = _Passes(model, recorder, list(sites), loss_fn, perturb)
         groups = 1
         if batch_size >= 2 * size:
-            pair = _slice(draw(0), slice(size)), _slice(draw(1), slice(m - size, None))
+            pair = draw(0).part(slice(size)), draw(1).part(slice(m - size, None))
             groups = passes.together(*pair, batch_size // size)
         together = max(1, groups // m) if rows == "samples" else groups
 
@@ -764,10 +737,10 @@ def _fill(
     losses = np.zeros(sum(chunks) * each)
     start = 0
     for chunk in chunks:
-        drawn = _joined([draw(start + k) for k in range(chunk)])
+        drawn = Batch.joined([draw(start + k) for k in range(chunk)])
         step = min(batch_size, drawn.size) if rows == "batch" else groups
         for first in range(0, drawn.size, step):
-            piece = _slice(drawn, slice(first, first + step))
+            piece = drawn.part(slice(first, first + step))
             if rows == "samples":
                 at, weight = start * m + first, 1.0
                 n_groups = piece.size
