@@ -27,9 +27,8 @@ from peers import Selection
 import lcodec_ext
 from lcodec_ext import _core
 from lcodec_ext.curvature import reference as reference_curvature
-from lcodec_ext.dependence.backends import base as _engine
-from lcodec_ext.dependence.backends import cpu as _native
-from lcodec_ext.dependence.ranks import ranks
+from lcodec_ext.dependence.backends.cpu import CpuBackend
+from lcodec_ext.dependence.backends.resolve import resolve
 
 SEED = 20220619
 Data = dict[str, Any]
@@ -96,7 +95,7 @@ class Case:
     sweep : str, optional
         The size that varies from point to point.
     metrics : callable(size, seconds), optional
-        Further numbers to record beside the median time, by name.
+        Further numbers to record besides the median time, by name.
     exact : bool, default True
         True: the package must give the bits of its reference. False: it must agree with it, as
         `compare` decides.
@@ -176,8 +175,9 @@ def prepared(rng: np.random.Generator, n: int, p: int, k: int) -> Data:
 
     @cache
     def engine(backend: str) -> tuple[Any, NDArray]:
-        columns = _engine.lay_out("reference" if backend == "reference" else "cpu", X)
-        made = _engine.make_engine(columns, np.ones(p, np.float32), ranks(y)[0], "average", 0)
+        chosen = resolve("reference" if backend == "reference" else "cpu")
+        ones = np.ones(p, np.float32)
+        made = chosen.engine(chosen.lay_out(X), ones, chosen.ranks(y)[0], "average", 0)
         for column in given:
             made.select(column)
         return made, candidates
@@ -532,14 +532,14 @@ def scanned(data: Data, floor: int | None) -> tuple[int, int, int, float]:
     """
     X, left = data["X"], list(range(data["X"].shape[1]))
     ones = np.ones(len(left), X.dtype)
-    engine = _engine.make_engine(_engine.lay_out("cpu", X), ones, ranks(data["y"])[0], "average", 0)
+    cpu = CpuBackend()
+    engine = cpu.engine(cpu.lay_out(X), ones, cpu.ranks(data["y"])[0], "average", 0)
     for column in data.get("given", ()):
         engine.select(column)
         left.remove(column)
     for _ in range(data["steps"]):
         whole, _fraction = engine.score(np.array(left), floor)
         engine.select(left.pop(int(whole.argmax())))
-    assert isinstance(engine, _native.CpuEngine)
     return engine.scanned
 
 

@@ -133,7 +133,7 @@ def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
     defined = {
         "CMAKE_CUDA_ARCHITECTURES": architectures,
         "CMAKE_CUDA_FLAGS": "-Xptxas=-v",
-        "LCODEC_EMULATE": "ON",  # tests of kernels import the emulator beside the device
+        "LCODEC_EMULATE": "ON",  # tests of kernels import the emulator as well
     }
     for name, value in defined.items():
         build += ["-C", f"cmake.define.{name}={value}"]

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from lcodec_ext.evaluation import Baseline, evaluate, write_report
 from lcodec_ext.evaluation.methods import lbfgs
-from lcodec_ext.unlearning import Baseline, Unlearner, evaluate, write_report
+from lcodec_ext.unlearning import Unlearner
 
 WEIGHT_DECAY = 5e-4
 MARKER = "made_by_digits_deletion"  # marks a folder that the next run may delete

@@ -22,11 +22,7 @@ from lcodec_ext._torch.batches import Batch, map_tensors, part_of, tensors_of
 from lcodec_ext._torch.loss import LossFunction, scalar_loss
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature.selection import UnitSelection
-from lcodec_ext.dependence import FociResult, lfoci
-from lcodec_ext.dependence import exact as _exact
-from lcodec_ext.dependence.backends.base import lay_out, make_engine
-from lcodec_ext.dependence.ranks import ranks
-from lcodec_ext.dependence.scaling import scale_factors
+from lcodec_ext.dependence import FociResult, first_step_scores, lfoci
 from lcodec_ext.dependence.table import MAX_ROWS
 from lcodec_ext.unlearning.record.activations import (
     ALL,
@@ -862,13 +858,7 @@ def select_cheap(
         check_integer(max_units, "max_units", 1)
     check_real(threshold, "threshold", -np.inf)
     alive = _alive(recording)
-    columns = lay_out("cpu", recording.activations[:, alive])
-    R, L = ranks(recording.losses)
-    engine = make_engine(columns, scale_factors(columns, "scale"), R, "average", 0)
-    whole, fraction = engine.score(np.arange(len(alive)))
-    sums = whole + fraction / 2.0**_exact.FRACTION_BITS
-    response = _exact.ResponseSums(R, L)
-    values = (response.n * sums - response.sum_L2) / response.denominator
+    values = first_step_scores(recording.activations[:, alive], recording.losses)
     order = np.argsort(-values, kind="stable")
     if values[order[0]] <= 0:
         raise _nothing(recording, "no unit has T(loss, activation) > 0")
