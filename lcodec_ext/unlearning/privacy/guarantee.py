@@ -23,7 +23,7 @@ _PAPER_LIPSCHITZ = 1.0
 _PAPER_HESSIAN_LIPSCHITZ = 0.25
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # outputs linear in weight and bias
 _RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten)
-STATEMENTS = {  # of the assumptions that cannot be looked at
+STATEMENTS = {  # assumptions that cannot be checked
     "convexity": "the retained objective is strongly convex: it is where the loss is convex in the "
     "outputs of the model and there is weight decay",
     "data": "the constants hold for every data set that could have been there, not only for this",

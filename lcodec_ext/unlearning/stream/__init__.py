@@ -13,11 +13,12 @@ verify       `verify_ledger`
 
 from lcodec_ext.unlearning.stream.checkpoints import LedgerError
 from lcodec_ext.unlearning.stream.history import History, Point
-from lcodec_ext.unlearning.stream.ledger import Entry, Ledger
+from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE, Entry, Ledger
 from lcodec_ext.unlearning.stream.unlearner import Unlearner
 from lcodec_ext.unlearning.stream.verify import Verification, verify_ledger
 
 __all__ = [
+    "LEDGER_FILE",
     "Entry",
     "History",
     "Ledger",

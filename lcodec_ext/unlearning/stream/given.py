@@ -162,7 +162,7 @@ def name_of(value: Any) -> str:
 
 
 def _options_of(value: Any) -> dict[str, Any]:
-    """What is easily told of a function beside its name: a partial's arguments, torch's losses."""
+    """What is easily told of a function besides its name: a partial's arguments, torch's losses."""
     if isinstance(value, functools.partial):
         given = {str(k): v for k, v in enumerate(value.args)} | value.keywords
         return {"function": name_of(value.func)} | _simple(given)

@@ -85,7 +85,7 @@ def take_step(
 ) -> UnlearnResult:
     """Remove samples from a model by the settings of a stream, but for what is changed of them.
 
-    There is no noise on the result: that is for releases.
+    The result has no noise, which is for releases.
     """
     settings, validation = given.settings, given.validation
     guarded = settings.max_drop is not None or settings.repair_drop is not None

@@ -134,7 +134,7 @@ class Unlearner:
             statistics=statistics is not None,
         )
         if settings.update == "certified" and settings.max_drop is not None:
-            raise ValueError(f"update='certified' cannot be had here: {GUARDED}")
+            raise ValueError(f"update='certified' is not possible here: {GUARDED}")
         budget = _budget(settings, epsilon_budget, delta_budget)
         given = take(model, train, loss_fn, validation, statistics, score, progress, settings)
         state = state_of(model)
