@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,30 +164,29 @@ class Evaluation:
 
     def __repr__(self) -> str:
         columns = (
-            ("", "seconds", ".2f", lambda m: m.seconds),
-            ("accuracy", "forget", ".1%", lambda m: m.metrics.get("accuracy_forget")),
-            ("", "retain", ".1%", lambda m: m.metrics.get("accuracy_retain")),
-            ("", "test", ".1%", lambda m: m.metrics.get("accuracy_test")),
-            ("loss", "forget", ".3f", lambda m: m.metrics.get("loss_forget")),
-            ("MIA", "AUC", ".3f", lambda m: m.metrics.get("mia_auc")),
-            ("JS", "forget", ".3f", lambda m: m.metrics.get("js_forget")),
-            ("", "test", ".3f", lambda m: m.metrics.get("js_test")),
-            ("closed", "JS", ".0%", lambda m: m.gap_closed.get("js_forget")),
-            ("", "loss", ".0%", lambda m: m.gap_closed.get("loss_forget")),
+            ("", "seconds", "seconds", ".2f"),
+            ("accuracy", "forget", "accuracy_forget", ".1%"),
+            ("", "retain", "accuracy_retain", ".1%"),
+            ("", "test", "accuracy_test", ".1%"),
+            ("loss", "forget", "loss_forget", ".3f"),
+            ("MIA", "AUC", "mia_auc", ".3f"),
+            ("JS", "forget", "js_forget", ".3f"),
+            ("", "test", "js_test", ".3f"),
+            ("closed", "JS", "gap_closed_js_forget", ".0%"),
+            ("", "loss", "gap_closed_loss_forget", ".0%"),
         )
         width = max(len(method.name) for method in self.methods) + 2
         lines = [
             f"Evaluation: {self.n_forget} samples removed, {self.n_retain} retained, "
             f"{self.n_test} for the test; {self.n_retrained} retrained models",
-            " " * width + "".join(f"{column[0]:>9}" for column in columns),
-            " " * width + "".join(f"{column[1]:>9}" for column in columns),
+            *(" " * width + "".join(f"{c[line]:>9}" for c in columns) for line in (0, 1)),
         ]
-        for method in self.methods:
-            cells = [(column[3](method), column[2]) for column in columns]
-            row = "".join(f"{'-' if v is None else format(v, form):>9}" for v, form in cells)
-            note = method.error or "taken back" * method.skipped
+        for row in method_rows(self.to_dict()):
+            cells = [(row.get(key), form) for _, _, key, form in columns]
+            numbers = "".join(f"{'-' if v is None else format(v, form):>9}" for v, form in cells)
+            note = row["error"] or "taken back" * row["skipped"]
             note = note if len(note) <= 60 else note[:57] + "..."
-            lines.append(f"{method.name:{width}}{row}  {note}".rstrip())
+            lines.append(f"{row['method']:{width}}{numbers}  {note}".rstrip())
         return "\n".join(lines)
 
 
@@ -247,17 +246,16 @@ def evaluate(
     samples) and of weights to the retrained models, their mean; membership inference; the gradient
     norm of the retained objective; the time to learn the removed samples again.
 
-    Two retrained models differ, too. The *floor* of a metric is the mean distance of one
-    retrained model to another; for accuracies, losses, attacks and relearning the distance is the
-    absolute difference. With d the mean distance of a method to the retrained models,
+    With d the mean distance of a method to the retrained models in a metric, and *floor* that of
+    one retrained model to another,
 
     ::
 
         gap closed = 1 - (d - floor) / (d of the original - floor)
 
-    is 0 for the original model and on average exactly 1 for a retrained one. It is not clipped:
-    negative where a method leads away, above 1 where it is nearer to the retrained models than
-    these are to each other, and None where the original is no farther from them than that.
+    is 0 for the original model and on average exactly 1 for a retrained one. It is not clipped,
+    and None where the original is no farther from the retrained models than the floor. See
+    docs/evaluation.md.
 
     Parameters
     ----------
@@ -275,16 +273,7 @@ def evaluate(
         callable ``(model, forget, retain, loss_fn, seed)`` that returns a model or an
         `UnlearnResult`, given a copy of the model and the samples as they were passed in. Options
         and baselines get this function's weight_decay and seed unless they have their own. Or
-        names of `BASELINES`, by default all of them:
-
-        - "recommended", "paper": `unlearn` with that preset;
-        - "all units": the recommended preset with ``selection="full"``;
-        - "random units", "gradient units": the recommended preset on half the parameters, of units
-          drawn at random or of those of the largest gradient;
-        - "gradient ascent": SGD up the loss of the removed samples, until the retained suffer;
-        - "NegGrad+": SGD down the loss of the retained samples and up that of the removed ones;
-        - "fine-tune SGD", "fine-tune Adam": 5 epochs on the retained samples;
-        - "L-BFGS": 20 iterations of it on the retained objective.
+        names of `BASELINES`, by default all of them.
     n_retrain : int, default 3
         With a callable: how many models, from the seeds ``seed``, ``seed + 1``, ...
     weight_decay : float, default 0.0
@@ -365,16 +354,11 @@ def evaluate(
     check_bool(progress, "progress")
     check_loss_fn(loss_fn)
     scikit_learn()
-    sets = Sets(
-        as_samples(forget, "forget", device, dtype).loaded(),
-        as_samples(retain, "retain", device, dtype),
-        as_samples(test, "test", device, dtype),
-        loss_fn,
-        score,
-        weight_decay,
-        batch_size,
-        seed,
+    removed, retained, unseen = (
+        as_samples(each, name, device, dtype)
+        for each, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
     )
+    sets = Sets(removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed)
     n_retrained = n_retrain if callable(retrained) else len(retrained)
     settings: dict[str, Any] = {
         "weight_decay": float(weight_decay),
@@ -389,11 +373,7 @@ def evaluate(
         original = measure(model, sets)
         bar.update()
         bar.set_description(RETRAINED)
-        references, times = [], []
-        for reference, seconds in _retrain(retrained, n_retrained, seed, model):
-            references.append(measure(reference, sets))
-            times.append(seconds)
-            bar.update()
+        references, seconds = _measure_retrained(retrained, n_retrained, sets, model, bar)
         yardstick = _Yardstick(original, references, sets, relearn)
         if relearn:
             settings["relearn"] = {
@@ -402,7 +382,7 @@ def evaluate(
                 "tolerance": _TOLERANCE,
                 "level": yardstick.level,
             }
-        entries = [yardstick.entry(NO_OP, original), yardstick.retrained_entry(_mean(times))]
+        entries = [yardstick.entry(NO_OP, original), yardstick.retrained_entry(seconds)]
         for name, method in given.items():
             bar.set_description(name)
             try:
@@ -464,46 +444,42 @@ def _equal_weights(one: Any, other: Any) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
     return one is other or (
         ours.keys() == theirs.keys()
-        and all(
-            isinstance(value, torch.Tensor)
-            and isinstance(theirs[name], torch.Tensor)
-            and torch.equal(value, theirs[name].to(value.device))
-            for name, value in ours.items()
-        )
+        and all(isinstance(each, torch.Tensor) for each in (*ours.values(), *theirs.values()))
+        and all(torch.equal(each, theirs[name].to(each.device)) for name, each in ours.items())
     )
 
 
-def _retrain(
+def _measure_retrained(
     retrained: Sequence[nn.Module] | Callable[[int], nn.Module],
     n: int,
-    seed: int,
+    sets: Sets,
     model: nn.Module,
-) -> Iterable[tuple[nn.Module, Number]]:
-    """Models that are given, or trained one by one and timed."""
-    first: nn.Module | None = None
+    bar: Any,
+) -> tuple[list[Measured], Number]:
+    """Measure models that are given, or trained one by one; and the mean time of their training."""
+    found: list[Measured] = []
+    times: list[Number] = []
     for k in range(n):
-        seconds: Number = None
-        if callable(retrained):
-            begin = clock(model)
-            with seeded(seed + k):
-                reference = retrained(seed + k)
-            seconds = clock(model) - begin
-        else:
-            reference = retrained[k]
+        seed = sets.seed + k
+        begin = clock(model)
+        with seeded(seed):
+            reference = retrained(seed) if callable(retrained) else retrained[k]
+        times.append(clock(model) - begin if callable(retrained) else None)
         if not isinstance(reference, nn.Module):
             raise TypeError(
                 "retrained must give models (torch.nn.Module); got an object of type "
                 f"{type(reference).__name__}"
             )
-        if k == 1 and callable(retrained) and _equal_weights(first, reference):
+        if k == 1 and callable(retrained) and _equal_weights(found[0].model, reference):
             warnings.warn(
-                f"retrained({seed}) and retrained({seed + 1}) have equal weights: where "
+                f"retrained({seed - 1}) and retrained({seed}) have equal weights: where "
                 "training draws anything at random, it must use its seed. What retrained "
                 "models differ by is the floor of every comparison",
                 stacklevel=3,
             )
-        first = reference if first is None else first
-        yield reference, seconds
+        found.append(measure(reference, sets))
+        bar.update()
+    return found, _mean(times)
 
 
 class _Yardstick:

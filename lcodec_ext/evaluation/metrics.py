@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -593,12 +593,14 @@ def _objectives_gradient_norm(seen: Seen) -> float:
     )
 
 
-def _between(
-    distances: Callable[[Tensor, Tensor], Tensor], ours: Prediction, theirs: Prediction
-) -> Number:
-    if ours.log_probabilities is None or theirs.log_probabilities is None:
-        return None
-    return float(distances(ours.log_probabilities, theirs.log_probabilities).mean())
+def _mean_distance(
+    distances: Callable[[Tensor, Tensor], Tensor], set_: Literal["forget", "test"]
+) -> Callable[[Measured, Measured], Number]:
+    def distance(one: Measured, other: Measured) -> Number:
+        ours, theirs = (getattr(each, set_).log_probabilities for each in (one, other))
+        return None if ours is None or theirs is None else float(distances(ours, theirs).mean())
+
+    return distance
 
 
 def _weights_apart(measured: Measured, other: Measured, *, relative: bool = False) -> Number:
@@ -627,12 +629,10 @@ METRICS: Mapping[str, Callable[[Seen], Number]] = MappingProxyType(
 #: By name, distances of one model to another.
 DISTANCES: Mapping[str, Callable[[Measured, Measured], Number]] = MappingProxyType(
     {
-        "js_forget": lambda one, other: _between(js_distances, one.forget, other.forget),
-        "js_test": lambda one, other: _between(js_distances, one.test, other.test),
-        "activation_forget": lambda one, other: _between(
-            activation_distances, one.forget, other.forget
-        ),
-        "activation_test": lambda one, other: _between(activation_distances, one.test, other.test),
+        "js_forget": _mean_distance(js_distances, "forget"),
+        "js_test": _mean_distance(js_distances, "test"),
+        "activation_forget": _mean_distance(activation_distances, "forget"),
+        "activation_test": _mean_distance(activation_distances, "test"),
         "weight_distance": _weights_apart,
         "weight_distance_relative": lambda one, other: _weights_apart(one, other, relative=True),
     }

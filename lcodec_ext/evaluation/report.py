@@ -197,7 +197,6 @@ def write_report(
     }
     parts = [["## Methods", _method_table(methods, floor), _OF_METHODS]] * bool(methods)
     parts += [_request_part(ledgers)] * bool(ledgers) + [_figure_part(images)]
-    parts += [_settings_part(evaluations, ledgers)]
     text = _markdown(content, parts)
     folder.mkdir(parents=True, exist_ok=True)
     former = _former_files(folder)
@@ -365,6 +364,8 @@ def _on_privacy(releases: Sequence[Request]) -> dict[str, str]:
     else:
         found = {"Guarantee": f"certified, {n}, if the assumptions hold; it is of the released"}
         found["Guarantee"] += " copies, not of the model that the unlearner keeps"
+    if newest.get("assumptions"):
+        found["Assumptions of the newest release"] = json.dumps(json_ready(newest["assumptions"]))
     terms = [name for name in ("epsilon", "delta") if as_number(newest.get(name)) is not None]
     if terms:
         found["Noise of the newest release"] = ", ".join(f"{k} {newest[k]:.3g}" for k in terms)
@@ -402,12 +403,9 @@ def _on_evaluations(
             lines.append(
                 f"NOT FINITE, left out of means: {method.name} ({', '.join(method.not_finite)})"
             )
+    methods = [method for method in methods if method.name not in (NO_OP, RETRAINED)]
     for metric in ("js_forget", "loss_forget"):
-        closed = [
-            (m.gap_closed[metric], m.name)
-            for m in methods
-            if metric in m.gap_closed and m.name not in (NO_OP, RETRAINED)
-        ]
+        closed = [(m.gap_closed[metric], m.name) for m in methods if metric in m.gap_closed]
         closed.sort(key=lambda pair: -pair[0].mean)
         if closed:
             parts = [f"{name} {_cell(stat, _percent)}" for stat, name in closed]
@@ -422,7 +420,8 @@ def _on_evaluations(
 def _markdown(content: Mapping[str, Any], parts: Sequence[Sequence[str]]) -> str:
     head = [
         f"# {_escape(content['title'])}",
-        f"Written {content['created']} by lcodec_ext {__version__}. All numbers: report.json.",
+        f"Written {content['created']} by lcodec_ext {__version__}. Numbers and settings are in "
+        "report.json.",
         "## In short",
         "\n".join(f"- {_escape(line)}" for line in content["summary"]),
     ]
@@ -435,26 +434,16 @@ def _figure_part(images: Mapping[str, bytes]) -> list[str]:
     return ["## Figures", *parts] if parts else []
 
 
-def _settings_part(
-    evaluations: Sequence[Mapping[str, Any]], ledgers: Sequence[Sequence[Request]]
-) -> list[str]:
-    settings = [requests[0].record.get("settings") or {} for requests in ledgers]
-    for evaluation in evaluations:  # those of the methods are long, and in report.json
-        given = evaluation.get("settings") or {}
-        settings.append({key: given[key] for key in given if key != "methods"})
-    parts = [f"```json\n{_json(one)}\n```" for one in settings if one]
-    return ["## Settings", *parts] if parts else []
-
-
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    *(
-        (f"{what} {on}", f"metrics.{what}_{on}", form)
-        for what, form in (("accuracy", lambda x: f"{x:.1%}"), ("loss", _number))
-        for on in ("forget", "retain", "test")
-    ),
-    ("MIA AUC", "metrics.mia_auc", lambda x: f"{x:.3f}"),
-    ("JS forget", "metrics.js_forget", lambda x: f"{x:.3f}"),
-    ("JS test", "metrics.js_test", lambda x: f"{x:.3f}"),
+    ("accuracy forget", "metrics.accuracy_forget", "{:.1%}".format),
+    ("accuracy retain", "metrics.accuracy_retain", "{:.1%}".format),
+    ("accuracy test", "metrics.accuracy_test", "{:.1%}".format),
+    ("loss forget", "metrics.loss_forget", _number),
+    ("loss retain", "metrics.loss_retain", _number),
+    ("loss test", "metrics.loss_test", _number),
+    ("MIA AUC", "metrics.mia_auc", "{:.3f}".format),
+    ("JS forget", "metrics.js_forget", "{:.3f}".format),
+    ("JS test", "metrics.js_test", "{:.3f}".format),
     ("closed, JS forget", "gap_closed.js_forget", _percent),
     ("closed, loss forget", "gap_closed.loss_forget", _percent),
     ("gradient norm", "metrics.gradient_norm", _number),
@@ -507,29 +496,28 @@ def _request_table(requests: Sequence[Request]) -> list[str]:
             kind = f"rollback to {request.record['to']}"
         elif request.kind == "remove" and request.skipped:
             kind += f", {len(request.skipped)} SKIPPED"
-        changes = [request.change(name) for name in ("loss_forget", "loss_retain", "gradient_norm")]
+        row = _request_row(request)
         rows.append(
             [
                 str(request.number),
                 kind + " (rolled back)" * (request.number not in stands),
                 (request.time or "-")[:19].replace("T", " "),
-                _listed([str(sample) for sample in request.ids], 3) or "-",
-                str(request.n_removed),
-                str(request.n_pending),
+                _listed(row["ids"].split(), 3) or "-",
+                *(str(row[name]) for name in ("n_removed", "n_pending")),
                 *(
-                    "-" if pair == (None, None) else " → ".join(map(_number, pair))
-                    for pair in changes
+                    _change(request, name)
+                    for name in ("loss_forget", "loss_retain", "gradient_norm")
                 ),
-                "-" if request.units is None else str(sum(map(len, request.units.values()))),
+                _number(row["units"]),
                 "-" if request.seconds is None else _duration(request.seconds),
             ]
         )
-    parts.append(_table(head, rows))
-    newest = next((r for r in reversed(requests) if r.kind == "release"), None)
-    assumptions = newest and newest.guarantee.get("assumptions")
-    if assumptions:
-        parts += ["The newest release rests on:", f"```json\n{_json(assumptions)}\n```"]
-    return parts
+    return [*parts, _table(head, rows)]
+
+
+def _change(request: Request, name: str) -> str:
+    pair = request.change(name)
+    return "-" if pair == (None, None) else " → ".join(map(_number, pair))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
