@@ -25,9 +25,10 @@ from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.evaluation import metrics
 from lcodec_ext.evaluation.methods import Baseline, fine_tune, gradient_ascent, lbfgs, neg_grad_plus
 from lcodec_ext.unlearning.request import random_samples
+from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.select import find_candidates
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.unlearn import UnlearnResult, unlearn
+from lcodec_ext.unlearning.unlearn import unlearn
 
 NO_OP, RETRAINED = "no-op", "retrained"
 

@@ -28,6 +28,9 @@ from lcodec_ext._torch.samples import Samples, as_samples
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise
 from lcodec_ext.unlearning.privacy.noise import warn_of_noise
+from lcodec_ext.unlearning.release import GUARDED, guarantee_of
+from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream.checkpoints import (
@@ -49,7 +52,7 @@ from lcodec_ext.unlearning.stream.ledger import (
     same_data,
     spend,
 )
-from lcodec_ext.unlearning.unlearn import GUARD_SIZE, GUARDED, UnlearnResult, guarantee_of, unlearn
+from lcodec_ext.unlearning.unlearn import unlearn
 
 _LISTED = 10  # sample numbers in an error message
 _MEASURED = 256  # retained samples on which the noise of a release is measured, unless n_monitor
