@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lcodec_ext
-from lcodec_ext._arrays import on_device
+from lcodec_ext import dependence
 from lcodec_ext._checks import check_choice, check_integer, check_seed
 from lcodec_ext._torch.library import register
-from lcodec_ext.dependence.backends.base import TIES, lay_out, make_engine
+from lcodec_ext.dependence.backends.base import TIES, Backend
+from lcodec_ext.dependence.backends.resolve import resolve
 from lcodec_ext.dependence.table import MAX_ROWS
 
 __all__ = ["codec", "foci", "nearest_neighbors", "score"]
@@ -196,7 +196,7 @@ def score(
 
 
 def _codec(y: Tensor, z: Tensor, x: Tensor | None, ties: Any, seed: int) -> Tensor:
-    value = lcodec_ext.codec(y, z, x, ties=ties, seed=seed)
+    value = dependence.codec(y, z, x, ties=ties, seed=seed)
     return y.new_tensor(value, dtype=torch.float64)
 
 
@@ -207,7 +207,7 @@ def _fake_codec(y: Tensor, z: Tensor, x: Tensor | None, ties: str, seed: int) ->
 def _foci(
     X: Tensor, y: Tensor, max_features: int, stop: bool, standardize: Any, ties: Any, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result = lcodec_ext.foci(
+    result = dependence.foci(
         X,
         y,
         max_features=max_features,
@@ -241,7 +241,7 @@ def _fake_foci(
 
 def _nearest_neighbors(X: Tensor, ties: Any, seed: int) -> Tensor:
     check_choice(ties, "ties", ("first", "random"))
-    return torch.as_tensor(lcodec_ext.nearest_neighbors(X, ties=ties, seed=seed))
+    return torch.as_tensor(dependence.nearest_neighbors(X, ties=ties, seed=seed))
 
 
 def _fake_nearest_neighbors(X: Tensor, ties: str, seed: int) -> Tensor:
@@ -252,28 +252,36 @@ def _score(
     X: Tensor, R: Tensor, selected: list[int], factors: Tensor, ties: Any, seed: int
 ) -> tuple[Tensor, Tensor]:
     _check_step(X, R, selected, factors, ties, seed)
-    X, R, factors = (tensor.detach().resolve_neg() for tensor in (X, R, factors))
-    n, p = X.shape
-    if on_device(X):
-        # the kernels must not be led out of bounds by ranks that are none
-        engine = make_engine(lay_out("cuda", X), factors, R.clamp(1, n), ties, seed)
-        for column in selected:
-            engine.select(column)
-        whole, fraction = engine.score_all()  # type: ignore[attr-defined]
-        return whole, torch.where(whole < 0, whole, fraction)
-    for tensor, name in ((X, "X"), (factors, "factors")):
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} must be finite")
-    if R.min() < 1 or R.max() > n:
-        raise ValueError(f"R must hold max ranks, from 1 to {n}")
-    columns = lay_out("cpu", X.numpy())
-    engine = make_engine(columns, factors.numpy(), R.long().numpy(), ties, seed)
+    return _scored(resolve("auto", X=X), X, R, selected, factors, ties, seed)
+
+
+def _scored(
+    backend: Backend,
+    X: Tensor,
+    R: Tensor,
+    selected: list[int],
+    factors: Tensor,
+    ties: Any,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The step's scores by a backend; values are checked on the CPU only."""
+    n = len(X)
+    data: list[Any] = [tensor.detach().resolve_neg() for tensor in (X, R, factors)]
+    if backend.tensors:
+        data[1] = data[1].clamp(1, n)  # wrong ranks must not lead the kernels out of bounds
+    else:
+        for tensor, name in ((X, "X"), (factors, "factors")):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} must be finite")
+        if R.min() < 1 or R.max() > n:
+            raise ValueError(f"R must hold max ranks, from 1 to {n}")
+        data = [tensor.numpy() for tensor in data]
+    table, ranks, scales = data
+    engine = backend.engine(backend.lay_out(table), scales, ranks, ties, seed)
     for column in selected:
         engine.select(column)
-    candidates = np.setdiff1d(np.arange(p), selected)
-    scores = np.full((2, p), -1)
-    scores[:, candidates] = engine.score(candidates)
-    return torch.tensor(scores[0]), torch.tensor(scores[1])
+    whole, fraction = (torch.as_tensor(sums) for sums in engine.score_all())
+    return whole, torch.where(whole < 0, whole, fraction)
 
 
 def _fake_score(

@@ -155,7 +155,7 @@ def test_module_and_pipe(table):
     done = subprocess.run(command, input=text, capture_output=True, check=True)
     assert done.stderr == b""
     assert {s["column"] for s in json.loads(done.stdout)["selected"]} >= {"x1", "x4"}
-    # Nobody reads the answer: that is no error to talk about.
+    # Nobody reads the answer; that is not an error.
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -315,7 +315,7 @@ def test_threads(run, table):
 def test_columns_that_are_not_there(refused, table):
     message = refused("foci", table, "--y", "x01")
     assert "--y names column 'x01'" in message
-    assert "nearest are 'x1', 'x0'" in message
+    assert "nearest names are 'x1', 'x0'" in message
     assert "--z names column 'age'" in refused("codec", table, "--y", "y", "--z", "age")
     assert "--exclude names column 'b'" in refused("foci", table, "--y", "y", "--exclude", "b")
 
@@ -332,7 +332,7 @@ def test_columns_that_are_not_there(refused, table):
         ("foci table.csv --y y --columns y,x1", "--columns names 'y', which is the response"),
         ("foci table.csv --y y --columns x1 --exclude x2", "not allowed with"),
         ("foci table.csv --y y --exclude x1 --preselected x1", "both name column 'x1'"),
-        ("foci table.csv --y y --exclude x0,x1,x2,x3,x4,x5", "no column beside"),
+        ("foci table.csv --y y --exclude x0,x1,x2,x3,x4,x5", "no candidate is left"),
         ("foci table.csv --y y --min-gain 0.1 --no-stop", "--min-gain 0.1"),
         ("foci table.csv --y y --output a.txt", ".csv or .json; got 'a.txt'"),
         ("foci table.csv --y y --output no/a.csv", "folder that can be written; got 'no/a.csv'"),
@@ -659,14 +659,14 @@ def test_import_paths(here, monkeypatch):
     [
         ("own_broken", "--model must be package.module:name or path/to/file.py:name; got"),
         (":build", "got ':build'"),
-        ("no_such.py:build", "--model: there is no file no_such.py"),
+        ("no_such.py:build", "--model: no_such.py does not exist"),
         ("no_such_module:build", "no module named 'no_such_module'"),
         ("own_fine.py:bild", "own_fine.py has no 'bild'; it defines build, fail"),
         ("own_fine.py:number", "must lead to a callable; own_fine.py:number is of type int"),
         ("own_fine.py:fail", r"own_fine.py:fail\(\) raised KeyError: 'x'"),
         ("own_import.py:build", "importing own_import.py raised ModuleNotFoundError: .*'nothing_'"),
         ("own_syntax.py:build", "importing own_syntax.py raised SyntaxError"),
-        ("own_text.txt/:build", "there is no file"),
+        ("own_text.txt/:build", "does not exist"),
     ],
 )
 def test_import_paths_that_fail(monkeypatch, path, message):

@@ -17,9 +17,7 @@ from lcodec_ext.curvature import (
     UnitSelection,
     per_sample_gradients,
 )
-from lcodec_ext.curvature import (
-    routes as _routes,
-)
+from lcodec_ext.curvature.routes import base as _routes
 
 N = 9
 HEAD = UnitSelection({"head": [0]})

@@ -960,7 +960,7 @@ def test_a_release_warns_where_its_noise_spoils_the_model(folder):
     assert f"from {found['before']:.3g} to {found['after']:.3g}. A larger epsilon" in message
     assert f"deviation is {entry.record['guarantee']['sigma']:.3g}," in message
     assert released.training == stream.model.training  # as it was, and measured as it is used
-    # Paid for also where the warning is an error: it is no way to draw noise until it pleases.
+    # It costs budget even if the warning is an error: nobody draws noise again for free.
     with pytest.raises(UserWarning, match="raised the mean loss"):
         stream.release()
     assert stream.budget.n_releases == 2
@@ -1054,7 +1054,7 @@ def test_a_certificate_that_cannot_be_had_is_no_removal():
 
 @dataclasses.dataclass
 class Statistics:
-    """Stands in for TrainingStatistics: sums the inputs that stay, in the order of removal."""
+    """Replaces TrainingStatistics: sums the inputs that stay, in the order of removal."""
 
     n: int
     matrix: torch.Tensor
@@ -1233,7 +1233,7 @@ def test_all_requests_take_curvature_out_at_the_original_weights(
 
 
 def test_a_stream_can_do_without_the_retained_samples(folder, in_earnest):
-    """But for squared error of a linear model, whose curvature is the same everywhere."""
+    """Except for squared error of a linear model, whose curvature is the same everywhere."""
     n = 60
     x, _ = make_data(n)
     y = x @ torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64) + 0.1 * x[:, :1] ** 2
@@ -1336,7 +1336,7 @@ def test_a_ledger_in_use_can_be_verified(folder):
 
 
 def rewrite(folder, change):
-    """Write the ledger anew, all hashes right, as somebody could who may write the file."""
+    """Write the ledger again with right hashes, as anyone could who may write the file."""
     path = folder / "ledger.jsonl"
     lines, previous = [], "0" * 64
     entries = [json.loads(line) for line in path.read_text().splitlines()]

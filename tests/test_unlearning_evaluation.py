@@ -583,7 +583,7 @@ def test_one_epoch_of_sgd_by_hand():
     expected = copy.deepcopy(MODEL)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.01, momentum=0.9, weight_decay=DECAY)
     order = np.random.default_rng(4).permutation(50)
-    for start in (0, 20):  # the last 10 are no full batch
+    for start in (0, 20):  # the last 10 do not fill a batch
         some = torch.as_tensor(order[start : start + 20])
         optimizer.zero_grad()
         F.cross_entropy(expected(RETAIN[0][some]), RETAIN[1][some]).backward()
@@ -630,7 +630,7 @@ def test_gradient_ascent_stops_before_it_harms():
     fast = gradient_ascent(MODEL, *SETS[:2], F.cross_entropy, learning_rate=0.3, epochs=200)
     limit = 1.5 * losses(MODEL)[1] + 0.05
     assert losses(MODEL)[1] < losses(fast)[1] <= limit
-    # the next step would have gone beyond
+    # the next step would have passed the limit
     step = copy.deepcopy(fast)
     optimizer = torch.optim.SGD(step.parameters(), lr=0.3, maximize=True)
     F.cross_entropy(step(FORGET[0]), FORGET[1]).backward()

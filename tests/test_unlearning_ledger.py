@@ -180,7 +180,7 @@ def test_no_field_can_be_changed(path, change, number, sealed):
         # The last hash is another one: who noted it knows, and the file cannot.
         assert len(Ledger(path)) == 4
         return
-    # An entry that is sealed anew is given away by the next one.
+    # If an entry is changed and sealed again, the next entry reveals it.
     line = number + 1
     if sealed and change.keys() <= {"kind", "record", "environment"}:
         line += 1

@@ -225,7 +225,7 @@ def test_leaving_the_training_gradient_out_would_not_hold(rng):
 
 def test_a_removed_sample_may_pull_twice_as_much_as_its_loss():
     """Its gradient has the regulariser's part, which the others balance and it does not."""
-    # losses -L w, but for the removed sample +L w; F is minimal at w = (n - 2) L / (n decay)
+    # losses -L w, and +L w for the removed sample; F is minimal at w = (n - 2) L / (n decay)
     n, decay, lipschitz = 100, 0.5, 3.0
     w = (n - 2) * lipschitz / (n * decay)
     pull = lipschitz + decay * w

@@ -668,7 +668,7 @@ def test_a_solve_that_ends_early_as_set_is_not_called_bad(tmp_path):
         "a relative residual of up to 0.22."
     ) in text
     assert "far from the Newton step" not in text
-    # What is no matter of iterations is told all the same.
+    # Failures that are unrelated to iterations are reported as well.
     stream.request([9], solve_residual=0.4, solve_method="cholesky", solve_iterations=0)
     text = said(tmp_path / "b", ledger=stream.entries)
     assert "The linear systems of 1 request were solved to no better than a residual of 0.4" in text

@@ -945,7 +945,7 @@ def test_the_first_request_from_statistics_is_exact(mlp, curvature, tmp_path):
 
 
 def two_requests(model, data, loss_fn, curvature):
-    """Six and six samples; from statistics, and with the retained samples at hand."""
+    """Six and six samples; from statistics, and with the retained samples given."""
     options = {"curvature": curvature, "damping": 0.0}
     kept = TrainingStatistics.collect(model, data, loss_fn, curvature=curvature)
     by_statistics = by_data = model

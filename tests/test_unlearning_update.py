@@ -1045,7 +1045,7 @@ def tokens(n, dtype=torch.int64):
     [
         torch.randn(60, 5, generator=torch.manual_seed(0)),
         torch.randn(60, 2, 3, dtype=DOUBLE, generator=torch.manual_seed(0)),
-        torch.arange(60 * 4).reshape(60, 4).double(),  # bits that are zero but for a few
+        torch.arange(60 * 4).reshape(60, 4).double(),  # bits, nearly all of them zero
         torch.arange(60.0),
         tokens(60),
         tokens(60, torch.uint8),

@@ -1,4 +1,4 @@
-"""A stream of requests that can be killed, and the cheap step that stands in for `unlearn` in it.
+"""A stream of requests that can be killed, with a cheap step in place of `unlearn`.
 
 As a script: ``python unlearner_process.py DIRECTORY``, with a pause in every step.
 """

@@ -1,7 +1,7 @@
 """A few timed calls whose answers are known, for the command line.
 
-Data are made from Philox words by exact operations and every answer is the same bits on every
-machine, so a case also says whether what was timed is right.
+Data come from Philox words by exact operations. Every machine must give the same answer to the last
+bit, so a case also says whether the answer was right.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, of the package and of those it can work with; None where not there."""
+    """Versions of Python, the package and what it works with; None where not installed."""
     found: dict[str, str | None] = {
         "lcodec_ext": build_info()["version"],
         "python": platform.python_version(),

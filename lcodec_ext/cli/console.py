@@ -12,12 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lcodec_ext._files import json_ready
+
 PROGRAM = "lcodec-ext"
 OK, FAILED, BAD_INPUT = 0, 1, 2
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is the whole story."""
+    """What the user gave cannot be used. The message says all there is to say."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +48,7 @@ class CommandParser(Parser):
 
 
 class Console:
-    """Results on stdout, once; everything else on stderr.
+    """Prints results on stdout, once, and everything else on stderr.
 
     Parameters
     ----------
@@ -54,7 +56,7 @@ class Console:
     as_json : bool
         Whether results are printed as JSON.
     quiet : bool
-        Whether progress and notes are left out. Warnings and errors are not.
+        Whether to leave out progress and notes. Warnings and errors stay.
     """
 
     def __init__(self, command: str, *, as_json: bool, quiet: bool) -> None:
@@ -63,7 +65,7 @@ class Console:
 
     @property
     def progress(self) -> bool:
-        """Whether bars are shown: to a person who watches, where tqdm is installed."""
+        """Whether to show bars: only on a terminal, and only where tqdm is installed."""
         return not self.quiet and sys.stderr.isatty() and find_spec("tqdm") is not None
 
     def note(self, text: str) -> None:
@@ -72,12 +74,12 @@ class Console:
             print(text, file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        """Say what may be wrong; JSON results have it too."""
+        """Say what may be wrong. The text goes into JSON results, too."""
         self.warnings.append(one_line(text))
         print(f"{PROGRAM} {self.command}: warning: {one_line(text)}", file=sys.stderr, flush=True)
 
     def record(self, result: dict[str, Any]) -> dict[str, Any]:
-        """A result with what every JSON document of the commands has."""
+        """A result, and what every JSON document of the commands holds."""
         from lcodec_ext import __version__
 
         head = {"command": self.command, "lcodec_ext": __version__}
@@ -94,23 +96,8 @@ def one_line(text: str) -> str:
 
 
 def dump(document: Any) -> str:
-    """A document as strict JSON; NaN and infinity, of which it knows nothing, become null."""
-    return json.dumps(_finite(document), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file at once: who reads it finds the old one or the new one."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    """A document as strict JSON, in which NaN and infinity become null."""
+    return json.dumps(json_ready(document), indent=2, allow_nan=False)
 
 
 @contextmanager
@@ -186,7 +173,7 @@ def seed(text: str) -> int:
 
 
 def output_file(*suffixes: str) -> Callable[[str], Path]:
-    """A file that can be written, as an option's type: its suffix is known, its folder there."""
+    """A file that can be written, as an option's type: a known suffix, an existing folder."""
 
     def parse(text: str) -> Path:
         path = Path(text)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lcodec_ext._files import write_atomically
 from lcodec_ext.cli.console import (
     OK,
     Console,
@@ -21,7 +22,6 @@ from lcodec_ext.cli.console import (
     output_file,
     seed,
     timed,
-    write_text,
 )
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ and false are 1 and 0. Encode categories as numbers first.
 CODEC = """\
 The conditional dependence coefficient T(Y, Z) or T(Y, Z | X) of columns of a table.
 
-0 in the limit of many rows if y is independent of z (given x), 1 if y is a function of z (given
-x). On a finite sample it scatters around that, also below 0. Only the order of y counts; z and x
-are compared by Euclidean distance, so give them like units.
+In the limit of many rows T is 0 if y is independent of z (given x), and 1 if y is a function of z
+(given x). On a finite sample it scatters around that, also below 0. Only the order of y counts.
+z and x are compared by Euclidean distance, so give their columns comparable units.
 """
 
 CODEC_EXAMPLES = """\
@@ -57,11 +57,12 @@ examples:
 FOCI = """\
 Select the columns on which a column y depends: FOCI, forward selection by T(Y, X).
 
-There is no model and nothing to tune. Each step adds the column that raises T(y, selected)
-most; it stops when none does. T is the T(y, selected) reached: 0 is no dependence in the limit,
-1 is y a function of the columns. conditional T is what the column tells given those before it.
-The stop is no test: where y depends on nothing it still selects a column or a few, with a small
-T. Shuffle y to see how large T is by chance; --min-gain asks for more.
+It needs no model and no tuning. Each step adds the column that raises T(y, selected) most. The
+selection stops when no column raises it. T is the T(y, selected) reached: in the limit of many
+rows it is 0 for independence, and 1 where y is a function of the columns. conditional T is what
+the column tells given those before it.
+Stopping is not a test: where y depends on nothing, FOCI still selects a column or a few, with a
+small T. Shuffle y to see how large T gets by chance; --min-gain asks for more.
 """
 
 FOCI_EXAMPLES = """\
@@ -113,7 +114,7 @@ def add_foci(commands: Any) -> None:
         type=names,
         default=[],
         metavar="NAMES",
-        help="condition on these from the start; they are not part of the result",
+        help="condition on these from the start; the result does not list them",
     )
     parser.add_argument(
         "--max-features", type=integer(1), metavar="N", help="select at most N columns"
@@ -152,7 +153,7 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         "--ties",
         choices=("average", "random", "first"),
         default="average",
-        help="rows that are equally near: the mean over them, one drawn, or the first "
+        help="among equally near rows: their mean, one drawn at random, or the first "
         "(default: average)",
     )
     group.add_argument(
@@ -310,9 +311,9 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
     }
     if options.output:
         if options.output.suffix.lower() == ".csv":
-            write_text(options.output, _as_csv(_steps(found)))
+            write_atomically(options.output, _as_csv(_steps(found)))
         else:
-            write_text(options.output, dump(console.record(result)) + "\n")
+            write_atomically(options.output, dump(console.record(result)) + "\n")
         console.note(f"wrote {options.output}")
     console.emit(result, _describe(found, options))
     return OK
@@ -368,9 +369,10 @@ def _find(wanted: dict[str, list[str]], known: Sequence[str]) -> list[str]:
                 near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
                 shown = ", ".join(map(repr, near or known[:10]))
                 more = f", ... ({len(known)} in all)" if not near and len(known) > 10 else ""
-                which = "the nearest are" if near else "the table has"
+                which = "the nearest names are" if near else "its columns are"
                 raise InputError(
-                    f"{option} names column {name!r}, which is not there; {which} {shown}{more}"
+                    f"{option} names column {name!r}, and the table has no such column; "
+                    f"{which} {shown}{more}"
                 )
     return [name for columns in wanted.values() for name in columns]
 
@@ -389,7 +391,9 @@ def _candidates(options: argparse.Namespace, known: Sequence[str], console: Cons
         return [*options.columns, *extra, options.y]
     chosen = [name for name in known if name not in {options.y, *options.exclude}]
     if not chosen:
-        raise InputError(f"the table has no column beside --y {options.y} and --exclude")
+        raise InputError(
+            f"no candidate is left: the table has only --y {options.y} and the columns of --exclude"
+        )
     unnamed = [name for k, name in enumerate(known) if name == f"column {k}" and name in chosen]
     if unnamed:
         console.warn(

@@ -1,9 +1,10 @@
-"""``lcodec-ext evaluate``: deletions beside retraining."""
+"""``lcodec-ext evaluate``: compare deletions with retraining."""
 
 import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from lcodec_ext._files import write_atomically
 from lcodec_ext.cli.console import (
     FAILED,
     OK,
@@ -15,7 +16,6 @@ from lcodec_ext.cli.console import (
     number,
     output_file,
     seed,
-    write_text,
 )
 from lcodec_ext.cli.problem import (
     FORGET,
@@ -30,16 +30,16 @@ from lcodec_ext.cli.problem import (
 )
 
 EVALUATE = """\
-Measure what a deletion left, beside models that were retrained without the samples.
+Compare a model after deletion with models that were retrained without the samples.
 
-The retrained models (at least 3: how far they are from each other is the floor of all distances)
-are trained by the data's "retrain", or are weights given by --retrained. Compared with them are
-the methods of --methods, each run here, and weights that exist already (--candidate). No method
-sees the test samples.
+The data's "retrain" trains the retrained models, or --retrained gives their weights. At least 3 are
+needed: their distance from each other is the floor of all distances. --methods are run here and
+compared with them; so are weights that exist already (--candidate). No method sees the test
+samples.
 
 In the table, "closed" is the share of the gap to retraining that a method closes: 0% for the
-model as it was, 100% for one more retrained model, negative where it leads away. "MIA AUC" is how
-well an attack tells removed samples from unseen ones: .5 is not at all, and should be near that
+model as it was, 100% for one more retrained model, negative where the method moves away. "MIA AUC"
+is how well an attack tells removed samples from unseen ones: .5 is chance. It should be near that
 of the retrained models.
 """
 
@@ -170,7 +170,7 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
     )
     document = evaluation.to_dict()
     if options.output:
-        write_text(options.output, dump(document) + "\n")
+        write_atomically(options.output, dump(document) + "\n")
         console.note(f"wrote {options.output}")
     console.emit(document, repr(evaluation))
     return FAILED if any(method.error for method in evaluation.methods) else OK

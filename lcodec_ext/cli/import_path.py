@@ -28,7 +28,7 @@ def load_object(path: str, option: str) -> Any:
     Raises
     ------
     ImportPathError
-        If there is no such module or name, or importing it fails.
+        If the module or name does not exist, or importing it fails.
     """
     place, colon, name = path.rpartition(":")
     if not colon or not place or not name:
@@ -81,7 +81,7 @@ def _load_module(name: str, option: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name != missing and not name.startswith(missing + "."):
-            raise  # the module is there, and what it imports is not
+            raise  # the module exists; something that it imports does not
         raise ImportPathError(
             f"{option}: no module named {missing!r} in the working directory or installed; a file "
             "is named by its path, ending in .py"
@@ -91,14 +91,16 @@ def _load_module(name: str, option: str) -> ModuleType:
 def _load_file(name: str, option: str) -> ModuleType:
     file = Path(name).resolve()
     if not file.is_file():
-        raise ImportPathError(f"{option}: there is no file {name}")
-    for module in list(sys.modules.values()):  # named twice, it is one module
+        raise ImportPathError(f"{option}: {name} does not exist")
+    for module in list(sys.modules.values()):  # a file that is named twice is one module
         if getattr(module, "__file__", None) == str(file):
             return module
     key = file.stem if file.stem not in sys.modules else f"_lcodec_ext_{file.stem}"
     spec = importlib.util.spec_from_file_location(key, file)
     if spec is None or spec.loader is None:
-        raise ImportPathError(f"{option}: {name} is no Python file; expected a name ending in .py")
+        raise ImportPathError(
+            f"{option}: {name} is not a Python file; expected a name ending in .py"
+        )
     _search_first(file.parent)
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module

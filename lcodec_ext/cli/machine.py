@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from lcodec_ext._files import write_atomically
 from lcodec_ext.cli.console import (
     FAILED,
     OK,
@@ -13,15 +14,14 @@ from lcodec_ext.cli.console import (
     dump,
     integer,
     output_file,
-    write_text,
 )
 
 INFO = """\
-What is installed and what this machine offers: the first thing to look at, and to send, when
+Shows what is installed and what this machine offers. Look at it first, and send it along, when
 something is slow or missing.
 
-"instruction sets" are those the package was compiled for; the last one that this CPU runs is
-used. All give the same bits, as do all thread counts. "cuda" says why CUDA is used or not.
+"instruction sets" lists what the package was compiled for; it uses the last one that this CPU
+runs. All of them, and all thread counts, give the same bits. "cuda" says why CUDA is used or not.
 """
 
 INFO_EXAMPLES = """\
@@ -34,8 +34,8 @@ BENCH = """\
 Time a few calls of the package on data made for it, some seconds in all.
 
 Times are medians over --repeats runs after one to warm up. Data and answers are the same bits on
-every machine: a case whose answer differs is named, and the exit status is 1. The file written by
---output holds machine, threads, versions and all samples, so that files can be compared; compare
+every machine: a case whose answer differs is named, and the exit status is 1. The file of
+--output holds machine, threads, versions and all samples, so that runs can be compared. Compare
 runs with the same --threads, on machines that do nothing else.
 """
 
@@ -44,7 +44,7 @@ examples:
   lcodec-ext bench
   lcodec-ext bench --threads 1 --repeats 11 --output bench.json
 
-The full benchmarks, beside other implementations, are in the source tree and not in the wheel:
+The full benchmarks compare other implementations. They are in the source tree, not in the wheel:
   make bench ARGS=--quick        (docs/benchmarks.md describes them)
 """
 
@@ -143,7 +143,7 @@ def run_bench(options: argparse.Namespace, console: Console) -> int:
     for name in wrong:
         console.warn(f"the answer of {name} is not the one that every machine must give")
     if options.output:
-        write_text(options.output, dump(console.record(result)) + "\n")
+        write_atomically(options.output, dump(console.record(result)) + "\n")
         console.note(f"wrote {options.output}")
     lines = [
         f"{1e3 * case['median_seconds']:9.1f} ms  {case['title']}"

@@ -5,11 +5,13 @@ import copy
 import json
 import pickle
 import re
+import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from lcodec_ext._files import write_atomically
 from lcodec_ext.cli.console import Console, InputError
 from lcodec_ext.cli.import_path import call
 
@@ -86,12 +88,12 @@ class Problem:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._parts:
-            there = ", ".join(self._parts) or "nothing of use"
+            there = ", ".join(self._parts) or "none of the parts"
             raise InputError(f"{self._source} must give {name!r}; it gives {there}")
         return self._parts[name]
 
     def get(self, name: str) -> Any:
-        """A part, or None if it is not there."""
+        """A part, or None if the data do not give it."""
         return self._parts.get(name)
 
     def with_weights(self, file: str, option: str) -> "nn.Module":
@@ -136,7 +138,7 @@ def _read_weights(file: str, option: str) -> dict[str, Any]:
     if path.suffix.lower() not in WEIGHTS:
         raise InputError(f"{option} must be a file ending in {' or '.join(WEIGHTS)}; got {file!r}")
     if not path.is_file():
-        raise InputError(f"{option}: there is no file {file}")
+        raise InputError(f"{option}: {file} does not exist")
     try:
         if path.suffix.lower() == ".safetensors":
             state = _safetensors(option).load_file(path)
@@ -178,51 +180,44 @@ def _is_pickled(path: Path) -> bool:
 def write_weights(path: Path, model: "nn.Module") -> None:
     """Write a model's state_dict at once."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    unfinished = _unfinished(path)
-    _save(state, path.suffix, unfinished)
-    unfinished.replace(path)
+    write_atomically(path, _writer(state, path))
 
 
 def check_writable(path: Path, model: "nn.Module") -> None:
     """Write a file as large as that of the weights, of zeros, and delete it again.
 
-    What is removed or paid for later can then be written: the writer is installed and takes these
-    tensors, the folder can be written, and there is space.
+    Afterwards it is certain that the result can be written: the writer is installed and takes
+    these tensors, the folder is writable, and the disk has space.
     """
     import torch
 
     if path.is_dir():
         raise InputError(f"--output {path} is a folder; expected the name of a file")
-    unfinished = _unfinished(path)
     try:
         state = {
             key: torch.zeros_like(value, device="cpu").contiguous()
             for key, value in model.state_dict().items()
         }
-        _save(state, path.suffix, unfinished)
+        write = _writer(state, path)
+        with tempfile.NamedTemporaryFile(dir=path.parent) as file:
+            write(file)
     except InputError:
         raise
     except Exception as error:
         raise InputError(
             f"--output {path} cannot be written: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        if unfinished.is_file():
-            unfinished.unlink()
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def _writer(state: dict[str, Any], path: Path) -> Callable[[IO[bytes]], object]:
+    """A function that writes tensors to an open file, in the format of the path's suffix."""
+    if path.suffix.lower() == ".safetensors":
+        save = _safetensors("--output").save
+        copies = {key: value.clone() for key, value in state.items()}  # it refuses shared memory
+        return lambda file: file.write(save(copies))
+    import torch
 
-
-def _save(state: dict[str, Any], suffix: str, file: Path) -> None:
-    if suffix.lower() == ".safetensors":
-        state = {key: value.clone() for key, value in state.items()}  # it refuses shared memory
-        _safetensors("--output").save_file(state, file)
-    else:
-        import torch
-
-        torch.save(state, file)
+    return lambda file: torch.save(state, file)
 
 
 def _safetensors(option: str) -> Any:
@@ -242,7 +237,7 @@ def parse_ids(text: str) -> list[int]:
         source = f"--forget {text}"
         path = Path(text.removeprefix("@"))
         if not path.is_file():
-            raise InputError(f"{source}: there is no file {path}")
+            raise InputError(f"{source}: {path} does not exist")
         content = path.read_text(encoding="utf-8")
     if text.endswith(".json"):
         try:

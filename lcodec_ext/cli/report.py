@@ -11,8 +11,8 @@ from lcodec_ext.cli.problem import need_torch
 REPORT = """\
 Write a report: JSON, CSV, Markdown and PNG figures, from ledgers and evaluations.
 
-Give folders of unlearn --directory, files of evaluate --output, or both. Several of a kind are
-taken for repetitions of one experiment with different seeds: figures show their means, with
+Give folders of unlearn --directory, files of evaluate --output, or both. Several of a kind
+count as repetitions of one experiment with different seeds: figures show their means, with
 bands. Needs matplotlib.
 """
 
@@ -38,7 +38,9 @@ def add_report(commands: Any) -> None:
         metavar="SOURCE",
         help="a folder of unlearn --directory, or a .json file of evaluate --output",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="made if it is not there")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="created if it does not exist"
+    )
     add_common(parser)
     parser.set_defaults(run=run_report)
 
@@ -56,12 +58,14 @@ def run_report(options: argparse.Namespace, console: Console) -> int:
             except ValueError as error:
                 raise InputError(f"{source} is not JSON: {error}") from None
             if not isinstance(document, dict) or "methods" not in document:
-                raise InputError(f"{source} is no evaluation, as evaluate --output writes them")
+                raise InputError(
+                    f"{source} is not an evaluation; expected a file that evaluate --output wrote"
+                )
             evaluations.append(document)
         elif path.is_file() and path.suffix.lower() == ".jsonl":
             ledgers.append(path)
         else:
-            what = "is no folder and no .json file" if path.exists() else "does not exist"
+            what = "is neither a folder nor a .json file" if path.exists() else "does not exist"
             raise InputError(
                 f"{source} {what}; expected a folder of unlearn --directory, or a file of "
                 "evaluate --output"

@@ -49,22 +49,24 @@ SETTINGS = {  # options of their own, and the field of Settings they are
 UNLEARN = """\
 Delete training samples from a model, or verify the ledger of such deletions.
 
-Without --directory: one request; --output gets the new weights, and nothing else is kept. With
-it, the folder keeps ledger and checkpoints. A later call with --resume takes the next request from
-there; its weights and settings are those on record, and --weights is not needed.
+Without --directory, the call takes one request, writes the new weights to --output and keeps
+nothing else. With --directory, the folder keeps a ledger and checkpoints. A later call with
+--resume takes the next request from there, with the weights and settings on record; leave out
+--weights then.
 
-What comes out is a heuristic unless the result says "certified"; evaluate compares it with
-retraining. Where the guard takes the step back, the weights stay as they were, nothing is written
-to --output and the exit status is 1: retrain without these samples. With --epsilon and --delta,
---output is a release, with fresh noise, and paid for from the budget on record.
+The result is a heuristic unless it says "certified"; evaluate compares it with retraining. If the
+guard takes the step back, the weights stay as they were, --output is not written and the exit
+status is 1: retrain without these samples. With --epsilon and --delta, --output is a release: it
+gets fresh noise and is paid for from the budget on record.
 
---resume with --output and without --forget writes the weights as the ledger has them, after a
-removal without --output, say. With --epsilon and --delta this is a release again: no release is
-kept, so one that was lost is paid for anew, if the budget allows it.
+--resume with --output and without --forget writes the weights as the ledger has them, for example
+after a removal without --output. With --epsilon and --delta this is another release: releases are
+not kept, so a lost one must be paid for again, if the budget allows it.
 
-The head is the hash of the ledger's last entry. Note it elsewhere; --verify --head HASH shows
-whether it is still there. --verify checks chain and checkpoints and, where they are given, a
-model's weights (--model, --weights) and the data (--data); exit status 1 if anything is wrong.
+The head is the hash of the ledger's last entry. Note it elsewhere: --verify --head HASH shows
+whether the ledger still contains it. --verify checks chain and checkpoints and, where they are
+given, a model's weights (--model, --weights) and the data (--data). It exits with 1 if anything is
+wrong.
 """
 
 UNLEARN_EXAMPLES = """\
@@ -254,7 +256,7 @@ def _take(
             if options.directory and not options.resume:
                 console.note(
                     f"{options.directory} has the start of a ledger now, with these settings: "
-                    "--resume goes on with them; delete it to begin anew with others"
+                    "--resume goes on with them; delete the folder to begin again with others"
                 )
             raise
     refused = sorted(set(ids) - set(unlearner.removed))
@@ -311,7 +313,7 @@ def _write(
     A release is not kept anywhere, so that another one, with other noise, is paid for again.
     """
     if not unlearner.removed:
-        raise InputError("nothing is removed in this ledger: its weights are those it began with")
+        raise InputError("this ledger has no removal yet: its weights are those it began with")
     if unlearner.budget is None:
         if options.note and options.forget is None:
             raise InputError("--note goes into the ledger, with --forget or a release")

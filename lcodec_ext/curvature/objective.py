@@ -13,7 +13,7 @@ from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import SAMPLES, Batch, Batches, map_tensors, part_of, tensors_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
-from lcodec_ext.curvature.masked import MaskedModel, Run
+from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
 from lcodec_ext.curvature.selection import UnitSelection
 
 
@@ -125,7 +125,7 @@ class Objective:
         """What the loss of a sample is multiplied with in the objective, where it is plain."""
         return 1 / self.n_samples if self.reduction == "mean" else 1.0
 
-    def sum_of_losses(self, run: Run, batch: Batch) -> Tensor:
+    def sum_of_losses(self, run: ForwardPass, batch: Batch) -> Tensor:
         """The sum of the losses of a batch's samples, of a loss that is plain."""
         loss = self.loss(run.outputs, batch)
         return loss * batch.size if self.reduction == "mean" else loss
@@ -159,7 +159,7 @@ class Objective:
                 f"{self._sizes[:8]} samples at first, and {sizes[:8]} later"
             )
 
-    def run(self, batch: Batch) -> Run:
+    def run(self, batch: Batch) -> ForwardPass:
         """Call the model, with random numbers of its own."""
         with self._random, twice_differentiable():
             return self.masked.run(batch)

@@ -17,15 +17,10 @@ from lcodec_ext._checks import check_integer
 from lcodec_ext._torch.batches import Batch, map_tensors, part_of, tensors_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
-from lcodec_ext.curvature.masked import (
-    Added,
-    Entries,
-    MaskedModel,
-    Run,
-    is_convolution,
-    is_linear,
-    patches,
-)
+from lcodec_ext.curvature.layers import is_linear
+from lcodec_ext.curvature.masked.entries import ParameterEntries
+from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
+from lcodec_ext.curvature.masked.rows import RowsCall, is_convolution, patches
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.selection import UnitSelection
 
@@ -40,17 +35,17 @@ class Factors:
 
     Attributes
     ----------
-    added : Added
+    added : RowsCall
         The rows, and the layer's input.
     reached : Tensor
         Gradient of every sample's loss by what the rows add to the output.
-    entries : Entries
+    entries : ParameterEntries
         Of the parameter.
     """
 
-    added: Added
+    added: RowsCall
     reached: Tensor
-    entries: Entries
+    entries: ParameterEntries
 
     def _rows(self, displacement: Tensor) -> Tensor:
         added = self.added
@@ -216,7 +211,7 @@ class SampleGradients:
 
 
 def gradients_by_seeds(
-    masked: MaskedModel, run: Run, values: Sequence[Tensor], seeds: Sequence[Tensor], n: int
+    masked: MaskedModel, run: ForwardPass, values: Sequence[Tensor], seeds: Sequence[Tensor], n: int
 ) -> SampleGradients:
     """Factors of J_i^T seed_i for every sample i of a run whose layers take samples first."""
     reached = torch.autograd.grad(
@@ -240,12 +235,12 @@ def gradients_by_seeds(
     )
 
 
-def _without_graph(added: Added, value: Tensor) -> Added:
+def _without_graph(added: RowsCall, value: Tensor) -> RowsCall:
     args, kwargs = map_tensors(Tensor.detach, (added.args, added.kwargs))
-    return Added(added.rows, args, kwargs, value, added.axis, added.versions)
+    return RowsCall(added.rows, args, kwargs, value, added.axis, added.versions)
 
 
-def has_factors(objective: Objective, run: Run, batch: Batch, key: Key) -> bool:
+def has_factors(objective: Objective, run: ForwardPass, batch: Batch, key: Key) -> bool:
     """Whether the layers with rows have samples along their first axis, each on its own.
 
     Found out once for each batch; key says which it is.
@@ -255,7 +250,7 @@ def has_factors(objective: Objective, run: Run, batch: Batch, key: Key) -> bool:
     return objective.factored[key] and _as_long_as_the_batch(objective, run, batch.size)
 
 
-def _as_long_as_the_batch(objective: Objective, run: Run, n: int) -> bool:
+def _as_long_as_the_batch(objective: Objective, run: ForwardPass, n: int) -> bool:
     if objective.masked.whole or any(value.ndim == 0 or len(value) != n for value in run.values):
         return False
     for added in run.added:
@@ -269,7 +264,7 @@ def _as_long_as_the_batch(objective: Objective, run: Run, n: int) -> bool:
     return True
 
 
-def _samples_come_first(objective: Objective, run: Run, batch: Batch) -> bool:
+def _samples_come_first(objective: Objective, run: ForwardPass, batch: Batch) -> bool:
     n = batch.size
     if not _as_long_as_the_batch(objective, run, n):
         return False
@@ -299,7 +294,7 @@ def _samples_come_first(objective: Objective, run: Run, batch: Batch) -> bool:
     return True
 
 
-def _reached(run: Run, seeds: Sequence[Tensor]) -> Sequence[Tensor]:
+def _reached(run: ForwardPass, seeds: Sequence[Tensor]) -> Sequence[Tensor]:
     at = [added.value for added in run.added]
     return torch.autograd.grad(run.values, at, seeds, retain_graph=True, materialize_grads=True)
 

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lcodec_ext.dependence.backends.base import Ties
-from lcodec_ext.dependence.backends.choice import Backend, resolve_on_cpu
-from lcodec_ext.dependence.foci import Standardize, foci
+from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
+from lcodec_ext.dependence.foci import foci
+from lcodec_ext.dependence.scaling import Standardize
 
 try:
     from sklearn.base import BaseEstimator
@@ -40,8 +41,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         Divide columns by their standard deviation (default, as R's FOCI does), by their range,
         or not at all.
     ties : {"average", "random", "first"}
-        What is made of rows that tie as nearest neighbours. "average" (default) is
-        deterministic.
+        Which of equally near rows count; "average" (default) is deterministic.
     random_state : int, RandomState instance or None
         For ``ties="random"``.
     backend : {"auto", "cpu", "reference"}
@@ -90,7 +90,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         standardize: Standardize | None = "scale",
         ties: Ties = "average",
         random_state: int | np.random.RandomState | None = None,
-        backend: Backend = "auto",
+        backend: BackendLike = "auto",
     ) -> None:
         self.max_features = max_features
         self.min_gain = min_gain

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lcodec_ext.curvature import UnitSelection
-from lcodec_ext.curvature.selection import UnitLayout
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard

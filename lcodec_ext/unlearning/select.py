@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.loss import Gradient
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
-from lcodec_ext.dependence import FociResult, lfoci
-from lcodec_ext.dependence import exact as _exact
-from lcodec_ext.dependence.backends.base import lay_out, make_engine
-from lcodec_ext.dependence.ranks import ranks
-from lcodec_ext.dependence.scaling import scale_factors
+from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.dependence import FociResult, first_step_scores, lfoci
 from lcodec_ext.unlearning.record import Recording, record
 
 if TYPE_CHECKING:
@@ -96,9 +93,9 @@ def find_candidates(model: nn.Module, settings: "SelectSettings") -> Candidates:
         )
     place: dict[Unit, int] = {}
     numbers, lengths = [], []
-    for run in UnitLayout(selection, model).runs:
-        numbers += [place.setdefault((run.module, unit), len(place)) for unit in run.units]
-        lengths += [run.width] * len(run.units)
+    for block in UnitLayout(selection, model).blocks:
+        numbers += [place.setdefault((block.module, unit), len(place)) for unit in block.units]
+        lengths += [block.width] * len(block.units)
     stretches = np.array(numbers, dtype=np.int64), np.array(lengths, dtype=np.int64)
     sizes = np.zeros(len(place), dtype=np.int64)
     np.add.at(sizes, *stretches)
@@ -442,13 +439,7 @@ def select_cheap(
         check_integer(max_units, "max_units", 1)
     check_real(threshold, "threshold", -np.inf)
     alive = _alive(recording)
-    columns = lay_out("cpu", recording.activations[:, alive])
-    R, L = ranks(recording.losses)
-    engine = make_engine(columns, scale_factors(columns, "scale"), R, "average", 0)
-    whole, fraction = engine.score(np.arange(len(alive)))
-    sums = whole + fraction / 2.0**_exact.FRACTION_BITS
-    response = _exact.ResponseSums(R, L)
-    values = (response.n * sums - response.sum_L2) / response.denominator
+    values = first_step_scores(recording.activations[:, alive], recording.losses)
     order = np.argsort(-values, kind="stable")
     if values[order[0]] <= 0:
         raise _nothing(recording, "no unit has T(loss, activation) > 0")

@@ -15,6 +15,7 @@ from lcodec_ext._checks import check_choice, check_integer, check_real
 from lcodec_ext._torch.loss import LossFunction, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
@@ -22,8 +23,8 @@ from lcodec_ext.curvature.operators import (
     HessianOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.routes import LowRank
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature.routes.low_rank import LowRank
+from lcodec_ext.curvature.selection import UnitSelection
 
 Tensors = dict[str, Tensor]
 

@@ -21,7 +21,7 @@ from lcodec_ext.curvature import (
     SolveResult,
     UnitSelection,
 )
-from lcodec_ext.curvature.selection import UnitLayout
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.workplace import Workplace

@@ -21,7 +21,8 @@ from lcodec_ext._torch.loss import (
 )
 from lcodec_ext._torch.predict import Score, predict
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
 from lcodec_ext.unlearning.settings import Settings
 

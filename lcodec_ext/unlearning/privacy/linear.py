@@ -19,15 +19,14 @@ from torch.nn.functional import logsigmoid
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
 from lcodec_ext.dependence.table import as_features, as_response
-from lcodec_ext.unlearning.privacy import (
-    Guarantee,
-    PrivacyBudgetExceeded,
-    gaussian_sigma,
-    standard_normals,
-)
+from lcodec_ext.unlearning.privacy.bounds import LOGISTIC_THIRD_DERIVATIVE
+from lcodec_ext.unlearning.privacy.budget import PrivacyBudgetExceeded
+from lcodec_ext.unlearning.privacy.gaussian import check_positive, gaussian_sigma
+from lcodec_ext.unlearning.privacy.guarantee import Guarantee
+from lcodec_ext.unlearning.privacy.noise import standard_normals
 
 _MAX_ITERATIONS = 100
-_THIRD_DERIVATIVE = {"logistic": 1.0 / (6.0 * math.sqrt(3.0)), "squared": 0.0}
+_THIRD_DERIVATIVE = {"logistic": LOGISTIC_THIRD_DERIVATIVE, "squared": 0.0}
 _CHUNK = 1 << 22  # numbers of a weighted copy of X
 _SEEDED = "b came from a seed, and who has the seed has b"
 
@@ -74,15 +73,98 @@ class RemovalRecord:
         }
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The sum of one output's losses over samples, plus (decay/2) |w|^2.
+
+    Attributes
+    ----------
+    loss : {"logistic", "squared"}
+    x : Tensor, shape (n, d)
+    target : Tensor, shape (n,)
+        Real numbers, or 0 and 1.
+    decay : float
+    """
+
+    loss: str
+    x: Tensor
+    target: Tensor
+    decay: float
+
+    def value(self, w: Tensor) -> Tensor:
+        """Compute it, 0-d."""
+        scores = self.x @ w
+        if self.loss == "squared":
+            losses = (scores - self.target).square() / 2
+        else:
+            losses = (1 - self.target) * scores - logsigmoid(scores)
+        return losses.sum() + self.decay / 2 * w @ w
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """Compute its gradient, shape (d,)."""
+        scores = self.x @ w
+        predicted = scores if self.loss == "squared" else torch.sigmoid(scores)
+        return self.x.T @ (predicted - self.target) + self.decay * w
+
+    def hessian(self, w: Tensor) -> Tensor:
+        """Compute its Hessian, shape (d, d)."""
+        scores = self.x @ w
+        if self.loss == "squared":
+            curvatures = torch.ones_like(scores)
+        else:
+            curvatures = torch.sigmoid(scores) * torch.sigmoid(-scores)
+        hessian = self.decay * torch.eye(len(w), dtype=w.dtype, device=w.device)
+        rows = max(1, _CHUNK // len(w))
+        for start in range(0, len(self.x), rows):
+            part = self.x[start : start + rows]
+            hessian += part.T @ (curvatures[start : start + rows, None] * part)
+        return hessian
+
+
+def minimise(objective: Objective, linear: Tensor, tolerance: float) -> Tensor:
+    """Minimise an objective plus ``linear @ w`` by Newton's method with backtracking.
+
+    Raises
+    ------
+    RuntimeError
+        If rounding keeps the gradient's norm above the tolerance.
+    """
+
+    def value(w: Tensor) -> float:
+        return float(objective.value(w) + linear @ w)
+
+    w = torch.zeros_like(linear)
+    now, previous = value(w), math.inf
+    for _ in range(_MAX_ITERATIONS):
+        gradient = objective.gradient(w) + linear
+        norm = float(gradient.norm())
+        if norm <= tolerance:
+            return w
+        step = -_solve(objective.hessian(w), gradient)
+        descent = -float(gradient @ step)
+        rounding = 1e-15 * abs(now)
+        if descent <= rounding and norm >= previous / 2:
+            break
+        length = 1.0
+        while value(w + length * step) > now - 1e-4 * length * descent + 10 * rounding:
+            length /= 2
+        w = w + length * step
+        now, previous = value(w), norm
+    raise RuntimeError(
+        f"training reached a gradient norm of {norm:.2g}, above the tolerance of {tolerance:.2g} "
+        "for each output; give a larger tolerance, or more noise_std, whose budget the tolerance "
+        "is taken from"
+    )
+
+
 class CertifiedLinear:
     """A linear model from which samples can be removed with a certificate.
 
-    Trained is, with n samples of features x_i,
+    Training minimises, for n samples of features x_i, in float64 and for each output separately,
 
-        sum_i l(w . x_i, y_i) + (lambda n / 2) |w|^2 + b . w,        b ~ N(0, noise_std^2 I),
+        sum_i l(w . x_i, y_i) + (lambda n / 2) |w|^2 + b . w,        b ~ N(0, noise_std^2 I).
 
-    in float64, for each output separately. A removal is one Newton step on the objective of the
-    retained samples, with their exact Hessian.
+    A removal is one Newton step on the objective of the retained samples, with their exact Hessian.
 
     Parameters
     ----------
@@ -95,20 +177,20 @@ class CertifiedLinear:
         Of the certificate: with or without the removed samples in training, no event's probability
         differs by more than a factor e^epsilon, apart from delta.
     noise_std : float
-        Standard deviation of each entry of b. More allows more removals and costs accuracy; the
-        term b . w stands beside a sum of n losses, so what is harmless grows with n.
+        Standard deviation of each entry of b. A larger one allows more removals and costs accuracy.
+        The sum of n losses outweighs the term b . w as n grows.
     bias : bool
         Append a constant 1 to the features. Its weight is regularised as the others are.
     n_classes : int, optional
-        K. By default the largest label plus one. The certificate takes K for public, so give it
-        where a removed sample may be the only one of its class.
+        K. By default the largest label plus one. The certificate takes K for public: give it if a
+        removed sample may be the only one of its class.
     tolerance : float, optional
         Norm of the gradient at which training ends. By default a thousandth of the budget: twice
         that is counted as spent, once for this training and once for the retraining it is
         compared with.
     seed : int, optional
-        Of b, for tests alone: who knows b sees what it hides, and `guarantee` is heuristic then.
-        By default b comes from the operating system's cryptographic generator.
+        Of b, for tests alone: `guarantee` is then heuristic, because whoever knows b sees what it
+        hides. By default b comes from the operating system's cryptographic generator.
 
     Attributes
     ----------
@@ -153,8 +235,8 @@ class CertifiedLinear:
         seed: int | None = None,
     ) -> None:
         self.loss: str = check_choice(loss, "loss", tuple(_THIRD_DERIVATIVE))
-        self.weight_decay = _positive(weight_decay, "weight_decay")
-        self.noise_std = _positive(noise_std, "noise_std")
+        self.weight_decay = check_positive(weight_decay, "weight_decay")
+        self.noise_std = check_positive(noise_std, "noise_std")
         self.bias = check_bool(bias, "bias")
         if n_classes is not None:
             if loss == "squared":
@@ -168,7 +250,7 @@ class CertifiedLinear:
         self.budget = self.noise_std / sigma
         if tolerance is None:
             tolerance = self.budget / 1000
-        self.tolerance = _positive(tolerance, "tolerance")
+        self.tolerance = check_positive(tolerance, "tolerance")
         if 2 * self.tolerance > self.budget:
             raise ValueError(
                 f"tolerance must be at most half the budget, {self.budget / 2:.3g}; got "
@@ -192,7 +274,7 @@ class CertifiedLinear:
         )
 
     def fit(self, X: Any, y: Any) -> "CertifiedLinear":
-        """Train, with a fresh b. Samples get their row for a number.
+        """Train, with a fresh b. A sample's number is its row.
 
         Parameters
         ----------
@@ -203,7 +285,7 @@ class CertifiedLinear:
         Raises
         ------
         ValueError
-            If they do not fit together, or are no such numbers.
+            If their rows differ in number, or y holds other labels.
         RuntimeError
             If rounding keeps the gradient above the tolerance.
         """
@@ -223,7 +305,7 @@ class CertifiedLinear:
         Raises
         ------
         ValueError
-            For numbers that are not there, or if nothing would be left.
+            For numbers of samples that are not retained, or if no sample would be left.
         """
         x, target = self._fitted()
         retained = self.retained
@@ -240,9 +322,10 @@ class CertifiedLinear:
         like = x.new_empty(x.shape[1], n_outputs)
         noise = self.noise_std * standard_normals(like, self._seed)
         self._seeded = self._seed is not None
+        tolerance = self.tolerance / math.sqrt(n_outputs)
         columns = [
-            self._minimise(x, self._column(target, k, n_outputs), noise[:, k], n_outputs)
-            for k in range(n_outputs)
+            minimise(objective, noise[:, k], tolerance)
+            for k, objective in enumerate(self._objectives(x, target, n_outputs))
         ]
         self.weights, self._noise = torch.stack(columns, dim=1), noise
         self._data, self.retained = (x, target), retained
@@ -253,38 +336,14 @@ class CertifiedLinear:
         self._left_by_output = [0.0] * n_outputs
         self.spent = self._spent(self._left_by_output)
 
-    def _minimise(self, x: Tensor, target: Tensor, noise: Tensor, n_outputs: int) -> Tensor:
-        """Newton's method with backtracking for one output, to its share of the tolerance."""
-        decay = self.weight_decay * len(x)
-        tolerance = self.tolerance / math.sqrt(n_outputs)
-
-        def value(w: Tensor) -> float:
-            losses = self._losses(x @ w, target)
-            return float(losses.sum() + decay / 2 * w @ w + noise @ w)
-
-        w = torch.zeros_like(noise)
-        now, previous = value(w), math.inf
-        for _ in range(_MAX_ITERATIONS):
-            slopes, curvatures = self._derivatives(x @ w, target)
-            gradient = x.T @ slopes + decay * w + noise
-            norm = float(gradient.norm())
-            if norm <= tolerance:
-                return w
-            step = -_solve(_hessian(x, curvatures, decay), gradient)
-            descent = -float(gradient @ step)
-            rounding = 1e-15 * abs(now)
-            if descent <= rounding and norm >= previous / 2:
-                break
-            length = 1.0
-            while value(w + length * step) > now - 1e-4 * length * descent + 10 * rounding:
-                length /= 2
-            w = w + length * step
-            now, previous = value(w), norm
-        raise RuntimeError(
-            f"training reached a gradient norm of {norm:.2g}, above the tolerance of "
-            f"{tolerance:.2g} for each output; give a larger tolerance, or more noise_std, whose "
-            "budget the tolerance is taken from"
-        )
+    def _objectives(self, x: Tensor, target: Tensor, n_outputs: int) -> list[Objective]:
+        """The objective of each output over some samples."""
+        if self.loss == "logistic":  # an output's own class is 1, the others 0
+            classes = range(n_outputs) if n_outputs > 1 else [1]
+            targets = [(target == k).double() for k in classes]
+        else:
+            targets = [target]
+        return [Objective(self.loss, x, one, self.weight_decay * len(x)) for one in targets]
 
     # -- removal
 
@@ -296,8 +355,8 @@ class CertifiedLinear:
         Parameters
         ----------
         indices : sequence of int, array or Tensor
-            Numbers of samples that are still there. Alike samples in one call cost the square of
-            their number; in a call each they cost their number, and a solve each.
+            Numbers of retained samples. The budget that similar samples cost grows with the square
+            of their number in one call; in a call each it grows with their number.
 
         Raises
         ------
@@ -305,20 +364,18 @@ class CertifiedLinear:
             If b would not hide what the removal leaves. Nothing is changed then; `retrain` removes
             the samples, and gives a new budget.
         ValueError
-            For numbers that are not there, or if nothing would be left.
+            For numbers of samples that are not retained, or if no sample would be left.
         """
         x, target = self._fitted()
         numbers, gone = self._positions(_integers(indices, "indices", 1), "indices")
         keep = self._keep(gone, "indices")
         rest, rest_target = x[keep], target[keep]
-        weights = self.weights.clone()
+        weights, n_outputs = self.weights.clone(), self.weights.shape[1]
         left, bounds = list(self._left_by_output), []
-        for k in range(weights.shape[1]):
-            step, bound = self._step(
-                self.weights[:, k],
-                (x[gone], self._column(target[gone], k)),
-                (rest, self._column(rest_target, k)),
-            )
+        removed = self._objectives(x[gone], target[gone], n_outputs)
+        retained = self._objectives(rest, rest_target, n_outputs)
+        for k in range(n_outputs):
+            step, bound = self._step(self.weights[:, k], removed[k], retained[k])
             weights[:, k] += step
             left[k] += bound
             bounds.append(bound)
@@ -340,17 +397,11 @@ class CertifiedLinear:
             n_retained=len(rest),
         )
 
-    def _step(
-        self, w: Tensor, removed: tuple[Tensor, Tensor], rest: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, float]:
+    def _step(self, w: Tensor, removed: Objective, retained: Objective) -> tuple[Tensor, float]:
         """One output's step, and a bound on what it leaves of the gradient."""
-        (x_removed, target_removed), (x, target) = removed, rest
-        slopes, _ = self._derivatives(x_removed @ w, target_removed)
-        right = x_removed.T @ slopes + self.weight_decay * len(x_removed) * w
-        _, curvatures = self._derivatives(x @ w, target)
-        hessian = _hessian(x, curvatures, self.weight_decay * len(x))
+        right, hessian = removed.gradient(w), retained.hessian(w)
         step = _solve(hessian, right)
-        change = float((x @ step).square().norm())
+        change = float((retained.x @ step).square().norm())
         bound = _THIRD_DERIVATIVE[self.loss] / 2 * self._spectral_norm * change
         return step, bound + float((hessian @ step - right).norm())
 
@@ -360,12 +411,9 @@ class CertifiedLinear:
 
     def _residual(self) -> float:
         """Norm of the gradient of the retained objective, b included, over all outputs."""
-        x, target = self._fitted()
-        gradient = self.weight_decay * len(x) * self.weights + self._noise
-        for k in range(gradient.shape[1]):
-            slopes, _ = self._derivatives(x @ self.weights[:, k], self._column(target, k))
-            gradient[:, k] += x.T @ slopes
-        return float(gradient.norm())
+        objectives = self._objectives(*self._fitted(), self.weights.shape[1])
+        columns = [each.gradient(self.weights[:, k]) for k, each in enumerate(objectives)]
+        return float((torch.stack(columns, dim=1) + self._noise).norm())
 
     def _keep(self, gone: Tensor, name: str) -> Tensor:
         if len(gone) == len(self.retained):
@@ -387,28 +435,6 @@ class CertifiedLinear:
             first = numbers[int(np.argmin(found))]
             raise ValueError(f"{name} has {first}, which is not among the retained samples")
         return numbers, torch.as_tensor(positions, device=self.retained.device)
-
-    # -- the losses
-
-    def _losses(self, scores: Tensor, target: Tensor) -> Tensor:
-        if self.loss == "squared":
-            return (scores - target).square() / 2
-        return -logsigmoid(scores) + (1 - target) * scores
-
-    def _derivatives(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second derivatives of each sample's loss in its score."""
-        if self.loss == "squared":
-            return scores - target, torch.ones_like(scores)
-        probability = torch.sigmoid(scores)
-        return probability - target, probability * torch.sigmoid(-scores)
-
-    def _column(self, target: Tensor, k: int, n_outputs: int | None = None) -> Tensor:
-        """Targets of output k: real, or 1 for its class and 0 for the rest."""
-        if self.loss == "squared":
-            return target
-        if n_outputs is None:
-            n_outputs = self.weights.shape[1]
-        return (target == (k if n_outputs > 1 else 1)).double()
 
     # -- what was passed in
 
@@ -549,7 +575,7 @@ class CertifiedLinear:
     def from_state(
         cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], X: Any, y: Any
     ) -> "CertifiedLinear":
-        """Make it again from `to_state`.
+        """Make the model from `to_state`.
 
         Parameters
         ----------
@@ -584,13 +610,6 @@ class CertifiedLinear:
         return model
 
 
-def _positive(value: object, name: str) -> float:
-    number = check_real(value, name, 0.0)
-    if number == 0.0:
-        raise ValueError(f"{name} must be positive; got {number!r}")
-    return number
-
-
 def _integers(given: Any, name: str, least: int) -> NDArray:
     """A sequence of at least so many integers as an array."""
     array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
@@ -601,16 +620,6 @@ def _integers(given: Any, name: str, least: int) -> NDArray:
             f"{name} must be {expected}; got shape {array.shape} and dtype {array.dtype}"
         )
     return array
-
-
-def _hessian(x: Tensor, curvatures: Tensor, decay: float) -> Tensor:
-    """x^T diag(curvatures) x + decay I."""
-    hessian = decay * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    rows = max(1, _CHUNK // x.shape[1])
-    for start in range(0, len(x), rows):
-        part = x[start : start + rows]
-        hessian += part.T @ (curvatures[start : start + rows, None] * part)
-    return hessian
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext._torch.samples import outputs_of
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection, find_unit_layers
+from lcodec_ext.curvature.layers import find_unit_layers
+from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature.selection import UnitSelection
 
 _CONVOLUTIONS = (
     nn.Conv1d,

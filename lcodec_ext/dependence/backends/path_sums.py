@@ -1,19 +1,15 @@
-"""The exact sums behind xi, vectorised. ``reference/xi.py`` is the obvious twin.
+"""The exact sums behind xi, vectorised; `ReferenceBackend` has them as they are defined.
 
 Sizes in the comments are for the 10^6 rows that validation lets through.
 """
 
-import math
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._random import tie_hash
-from lcodec_ext.dependence.ranks import ranks
-
-__all__ = ["null_variance", "path_length", "ranks"]
+from lcodec_ext.dependence import exact
 
 
 def _pair_sums(ids: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -31,20 +27,11 @@ def _pair_sums(ids: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.
     return np.add.reduceat(weights * ordered, starts)
 
 
-def _sum_of_fractions(numerators: NDArray[np.int64], denominators: NDArray[np.int64]) -> Fraction:
-    """Exact sum of numerators / denominators, over the few distinct denominators."""
-    distinct, which = np.unique(denominators, return_inverse=True)
-    totals = np.zeros(len(distinct), dtype=np.int64)
-    np.add.at(totals, which, numerators)
-    common = math.lcm(*distinct.tolist())
-    shares = zip(totals.tolist(), distinct.tolist(), strict=True)
-    return Fraction(sum(total * (common // share) for total, share in shares), common)
+def path_length(x: NDArray, R: NDArray[np.int64], ties: str, seed: int) -> Fraction:
+    """`HostBackend.path_length`.
 
-
-def path_length(x: NDArray[Any], R: NDArray[np.int64], ties: str, seed: int) -> Fraction:
-    """Sum of |R_(k+1) - R_(k)| in the order of x; with ties="average" its expectation.
-
-    There, each group of tied x comes in a uniformly random order, independent of the others.
+    With ties="average" each group of tied x comes in a uniformly random order, independent of the
+    others.
     A step inside a group joins a random pair of it, so the s - 1 steps of a group of s make
     (2 / s) sum_{a<b} |R_a - R_b|; the step on to a group of t joins a random row of each and
     makes the mean over their s t pairs, whose sum is that of the two groups taken as one, less
@@ -65,9 +52,11 @@ def path_length(x: NDArray[Any], R: NDArray[np.int64], ties: str, seed: int) -> 
     odd[:] = _pair_sums((group + 1) // 2, R)[1 : len(odd) + 1]  # and as 0 12 34 ...
     between = joint - within[:-1] - within[1:]
     # 2 P <= s^2 n / 2 and C <= s t n: those of one denominator add up to n^3 / 2 at most
-    return _sum_of_fractions(
-        np.concatenate((2 * within, between)), np.concatenate((sizes, sizes[:-1] * sizes[1:]))
-    )
+    denominators = np.concatenate((sizes, sizes[:-1] * sizes[1:]))
+    distinct, which = np.unique(denominators, return_inverse=True)
+    totals = np.zeros(len(distinct), dtype=np.int64)
+    np.add.at(totals, which, np.concatenate((2 * within, between)))
+    return exact.sum_of_ratios(totals, distinct)
 
 
 def _exact_sum(values: NDArray[np.int64]) -> int:
@@ -76,11 +65,9 @@ def _exact_sum(values: NDArray[np.int64]) -> int:
 
 
 def null_variance(R: NDArray[np.int64]) -> int:
-    """n^6 (a - 2 b + c^2), the numerator of the variance estimate of Chatterjee (2021), Thm 2.2.
+    """`HostBackend.null_variance`: after sorting, R_i is the minimum of 2 (n - i) + 1 pairs.
 
-    Over all pairs of k_ij = min(R_i, R_j): n^2 sum k_ij^2 - 2 n sum_i (sum_j k_ij)^2 +
-    (sum k_ij)^2. After sorting, R_i is the minimum of 2 (n - i) + 1 pairs. It is positive
-    unless y is constant: n^4 times the sum of squares of k centred by rows and columns.
+    It is n^4 times the sum of squares of k centred by rows and columns.
     """
     n = len(R)
     r = np.sort(R)

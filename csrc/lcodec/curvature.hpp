@@ -80,20 +80,4 @@ Status factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, 
                      std::int64_t a_stride, std::int64_t d, std::int64_t n, T* k,
                      const Execution& execution);
 
-// A stretch of one of several arrays.
-struct ParameterSegment {
-  std::int64_t parameter, start, length;
-};
-
-// out = the stretches, one behind the other. Elements are copied, not converted.
-template <class S>
-void segments_gather(const S* const* parameters, const ParameterSegment* segments,
-                     std::int64_t count, S* out);
-
-// parameter_k = fl(parameter_k + fl(alpha x_k)) on the stretches, which do not overlap; for
-// Bfloat16 rounded once more, to nearest even.
-template <class S, class T>
-void segments_add(S* const* parameters, const ParameterSegment* segments, std::int64_t count,
-                  T alpha, const T* x);
-
 }  // namespace lcodec

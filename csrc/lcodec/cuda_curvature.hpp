@@ -68,17 +68,4 @@ template <class T>
 Outcome factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, const T* a,
                       std::int64_t a_stride, std::int64_t d, std::int64_t n, T* k, Stream stream);
 
-// lcodec::segments_gather and segments_add, in one launch for up to 192 parameters and another for
-// every further 192. parameters and sizes are arrays of the host, of `parameter_count` addresses on
-// the device and of their elements; segments [count][3]: parameter, start, length. What lies
-// outside of an array is neither read nor written; out holds 0 there.
-template <class S>
-Outcome segments_gather(const std::uintptr_t* parameters, const std::int64_t* sizes,
-                        std::int64_t parameter_count, const std::int64_t* segments,
-                        std::int64_t count, std::int64_t size, S* out, Stream stream);
-template <class S, class T>
-Outcome segments_add(const std::uintptr_t* parameters, const std::int64_t* sizes,
-                     std::int64_t parameter_count, const std::int64_t* segments, std::int64_t count,
-                     std::int64_t size, T alpha, const T* x, Stream stream);
-
 }  // namespace lcodec::cuda

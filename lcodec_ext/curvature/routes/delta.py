@@ -1,0 +1,196 @@
+"""The delta hook: everything that autograd differentiates twice."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcodec_ext._torch.batches import Batch, map_tensors
+from lcodec_ext._torch.modes import twice_differentiable
+from lcodec_ext.curvature.masked.model import ForwardPass, graph_nodes
+from lcodec_ext.curvature.objective import Objective
+from lcodec_ext.curvature.routes import base
+from lcodec_ext.curvature.routes.base import Route, _gradient, _pull
+from lcodec_ext.curvature.routes.gauss_newton import _gauss_newton_rows, gauss_newton_diagonal
+from lcodec_ext.curvature.routes.low_rank import LowRank, PlainRows, StoredRows
+
+
+class Form(ABC):
+    """The matrix of one batch's loss, by backward passes through a graph that is kept."""
+
+    @abstractmethod
+    def product(self, d: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Displacements of the parameters to gradients by them."""
+
+    @abstractmethod
+    def roots(self) -> list[Tensor]:
+        """What the graph hangs on."""
+
+
+class HessianForm(Form):
+    """Second derivatives: the gradient's graph, pulled back by a vector."""
+
+    def __init__(self, objective: Objective, run: ForwardPass, batch: Batch) -> None:
+        objective.check_cut(run.outputs, batch)
+        self._by = run.displacements
+        self._gradient = _gradient(objective.loss(run.outputs, batch), self._by)
+
+    def product(self, d: Sequence[Tensor]) -> Sequence[Tensor]:
+        return _pull(self._gradient, self._by, d)
+
+    def roots(self) -> list[Tensor]:
+        return list(self._gradient)
+
+
+class GaussNewtonForm(Form):
+    """J^T H J: J v is the derivative by u of J^T u, which is linear in u."""
+
+    def __init__(self, objective: Objective, run: ForwardPass, batch: Batch) -> None:
+        objective.check_cut(run.outputs, batch)
+        self._by, self._values = run.displacements, run.values
+        self._u = [torch.zeros_like(value, requires_grad=True) for value in run.values]
+        self._pulled: Sequence[Tensor] = ()
+        if run.values:
+            self._pulled = torch.autograd.grad(
+                run.values, self._by, self._u, create_graph=True, materialize_grads=True
+            )
+        self._leaves = [value.detach().requires_grad_() for value in run.values]
+        leaf = {id(value): leaf for value, leaf in zip(run.values, self._leaves, strict=True)}
+        outputs = map_tensors(lambda t: leaf.get(id(t), t), run.outputs)
+        loss = objective.loss(outputs, batch)
+        objective.masked.check_loss(loss, run.displacements)
+        self._gradient = _gradient(loss, self._leaves)
+
+    def product(self, d: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self._values:
+            return [torch.zeros_like(part) for part in d]
+        moved = _pull(self._pulled, self._u, d)
+        return _pull(self._values, self._by, _pull(self._gradient, self._leaves, moved))
+
+    def roots(self) -> list[Tensor]:
+        return [*self._pulled, *self._values, *self._gradient]
+
+
+class DeltaRoute(Route):
+    """Products by backward passes that end at the first selected layer."""
+
+    def __init__(self, objective: Objective, form: Callable[..., Form], why: str) -> None:
+        self._objective, self._form = objective, form
+        self._diagonal: Tensor | None = None
+        self._rows: dict[int, LowRank | None] = {}
+        self._kept: dict[int, tuple[Form, Batch]] = {}
+        own = {t.untyped_storage().data_ptr() for t in objective.masked.model.state_dict().values()}
+        total = 0
+        for number, batch in objective.passes("primal"):
+            built = self._build(batch)
+            total += graph_bytes(built.roots(), own)
+            if total <= base.CACHE_BYTES or number == 0:
+                self._kept[number] = built, batch
+            del built
+        kept, n_batches = len(self._kept), objective.n_batches
+        self.plan = (
+            f"delta hook, {why}: backward passes from the loss to the first selected layer, for "
+            f"the selected rows only, on graphs that are kept ({kept} of {n_batches} batches"
+            + (f", {base.CACHE_BYTES >> 20} MiB; the others run forward again" * (kept < n_batches))
+            + ")"
+        )
+        for name, reason in objective.masked.whole.items():
+            self.plan += f"; whole gradients of {name}: {reason}"
+
+    def _build(self, batch: Batch) -> Form:
+        run = self._objective.run(batch)
+        with twice_differentiable():
+            return self._form(self._objective, run, batch)
+
+    def product(self, V: Tensor) -> Tensor:
+        objective = self._objective
+        columns = [objective.masked.split(column) for column in V.T]
+        total = [[torch.zeros_like(part) for part in d] for d in columns]
+
+        def add(built: Form, batch: Batch) -> None:
+            with twice_differentiable():
+                for out, d in zip(total, columns, strict=True):
+                    for each, part in zip(out, built.product(d), strict=True):
+                        each.add_(part.detach(), alpha=objective.share(batch))
+
+        for built, batch in self._kept.values():
+            add(built, batch)
+        if len(self._kept) < objective.n_batches:
+            for _, batch in objective.passes(skip=self._kept):
+                add(self._build(batch), batch)
+        return torch.stack([objective.masked.join(out) for out in total], 1)
+
+    def diagonal(self) -> Tensor | None:
+        if self._form is GaussNewtonForm and self._diagonal is None:
+            self._diagonal = gauss_newton_diagonal(self._objective)
+        return self._diagonal
+
+    def dense(self) -> Tensor | None:
+        if self._form is not GaussNewtonForm:
+            return None
+        p = self._objective.masked.size
+        total = self._objective.masked.theta.new_zeros(p, p)
+        for batch, blocks in _gauss_newton_rows(self._objective, what="matrix"):
+            if blocks is None:
+                return None
+            for values, gradients in blocks:
+                weights = values * self._objective.share(batch)
+                R = gradients.dense()
+                total.addmm_(R.T, R * weights[:, None])
+        return total
+
+    def low_rank(self, most: int) -> LowRank | None:
+        if self._form is not GaussNewtonForm or self._objective.n_samples > most:
+            return None
+        if most not in self._rows:
+            self._rows[most] = self._low_rank(most)
+        return self._rows[most]
+
+    def _low_rank(self, most: int) -> LowRank | None:
+        kept: list[Any] = []
+        weights: list[Tensor] = []
+        n_bytes = 0
+        plain: bool | None = None
+        for batch, blocks in _gauss_newton_rows(self._objective, most):
+            if blocks is None:
+                return None
+            for values, gradients in blocks:
+                plain = gradients.is_plain() if plain is None else plain
+                kept.append(gradients if plain else gradients.dense())
+                weights.append(values * self._objective.share(batch))
+                n_bytes += kept[-1].nbytes
+                if n_bytes > base.CACHE_BYTES:
+                    return None
+        if not kept:  # the loss is linear in the outputs
+            return None
+        if plain:
+            return PlainRows(kept, torch.cat(weights))
+        return StoredRows(tuple(kept), torch.cat(weights))
+
+
+def graph_bytes(roots: Sequence[Tensor], besides: set[int]) -> int:
+    """Memory that a graph keeps, in tensors whose storages are not among those besides."""
+    storages: dict[int, int] = {}
+    for node in graph_nodes(roots):
+        if node.name().endswith("::Error"):
+            raise ValueError(
+                "the model or the loss has a function that is marked @once_differentiable"
+            )
+        for name in _saved_names(type(node)):
+            saved = getattr(node, name)
+            for tensor in saved if isinstance(saved, tuple | list) else (saved,):
+                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(n for address, n in storages.items() if address not in besides)
+
+
+_SAVED: dict[type, list[str]] = {}
+
+
+def _saved_names(kind: type) -> list[str]:
+    if kind not in _SAVED:
+        _SAVED[kind] = [name for name in dir(kind) if name.startswith("_saved_")]
+    return _SAVED[kind]
