@@ -19,7 +19,7 @@ RENAMED = {
     "unlearning.evaluation": "evaluation",
     "unlearning.ledger": "unlearning.stream",
     "unlearning.metrics": "evaluation.metrics",
-    "unlearning.perturbation": "unlearning.record.perturbation",
+    "unlearning.perturbation": "unlearning.record",
     "unlearning.report": "evaluation.report",
     "unlearning.samples": "unlearning.request",
     "unlearning.selection": "unlearning.select",

@@ -1042,7 +1042,7 @@ def test_a_certified_stream_starts_from_the_original_weights(place):
 
 
 def test_a_certificate_that_cannot_be_had_is_no_removal():
-    with pytest.raises(ValueError, match="update='certified' is not possible here: max_drop"):
+    with pytest.raises(ValueError, match="update='certified' .* here: max_drop"):
         make_linear(**CERTIFIED, max_drop=0.1)
     stream = make(**CERTIFIED)
     before = weights(stream)

@@ -245,7 +245,7 @@ def test_methods_of_every_kind():
         methods={
             "model": RETRAINED[0],
             "result": result,
-            "options": {"selection": "last"},
+            "options": {"selection": "random", "n_units": 3},
             "baseline": Baseline(fine_tune, {"epochs": 1}),
             "partial": Baseline(functools.partial(fine_tune, epochs=1)),
             "function": by_hand,
@@ -379,7 +379,7 @@ def test_json_round_trip():
         *SETS,
         F.cross_entropy,
         retrained=RETRAINED,
-        methods={"options": {"selection": "last"}, "tuned": Baseline(lbfgs)},
+        methods={"options": {"selection": "random", "n_units": 3}, "tuned": Baseline(lbfgs)},
         weight_decay=DECAY,
     )
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))

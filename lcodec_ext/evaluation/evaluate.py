@@ -33,8 +33,8 @@ from lcodec_ext.evaluation.metrics import (
     scikit_learn,
 )
 from lcodec_ext.unlearning.request import random_samples
+from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.select import find_candidates
-from lcodec_ext.unlearning.unlearn import UnlearnResult
 
 FORMAT = 1
 _KEPT = 1000  # losses of either set that are kept for histograms

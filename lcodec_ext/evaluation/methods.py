@@ -24,8 +24,9 @@ from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic, 
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.request import random_samples
+from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.unlearn import UnlearnResult, unlearn
+from lcodec_ext.unlearning.unlearn import unlearn
 
 NO_OP, RETRAINED = "no-op", "retrained"
 _GUARD = 1000  # retained samples that tell gradient ascent when to stop

@@ -28,8 +28,9 @@ from lcodec_ext.unlearning.privacy import (
     removal_bound,
 )
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear, RemovalRecord
-from lcodec_ext.unlearning.record.perturbation import TokenReplacement
+from lcodec_ext.unlearning.record import TokenReplacement
 from lcodec_ext.unlearning.request import random_samples, samples_of
+from lcodec_ext.unlearning.result import BeforeAfter, UnlearnResult
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream import (
@@ -39,7 +40,7 @@ from lcodec_ext.unlearning.stream import (
     Verification,
     verify_ledger,
 )
-from lcodec_ext.unlearning.unlearn import BeforeAfter, UnlearnResult, unlearn
+from lcodec_ext.unlearning.unlearn import unlearn
 
 if TYPE_CHECKING:
     from lcodec_ext.evaluation import (

@@ -339,37 +339,3 @@ def find_calls(
         reasons = "".join(f"; {name!r}: {reason}" for name, reason in without.items())
         raise ValueError(f"the model has no layer whose units can be recorded{reasons}")
     return calls, without
-
-
-def activation_units(
-    model: nn.Module, batch: Batch, units: UnitSelection | None = None
-) -> tuple[list[UnitCall], dict[str, str]]:
-    """List the units whose activations are recorded, by running the model once.
-
-    Parameters
-    ----------
-    model : Module
-        In evaluation mode.
-    batch : Batch
-        What it is called with; one sample is enough.
-    units : UnitSelection, optional
-        The units asked for; by default all that can be selected.
-
-    Returns
-    -------
-    columns : list of UnitCall
-        (layer, call, unit), in the order of the calls, the units of each ascending. The rows of
-        embeddings are all there, whether the batch has them or not.
-    without : dict of str to str
-        The layers whose units are not recorded, and why not.
-
-    Raises
-    ------
-    ValueError
-        If nothing can be recorded, and for what `UnitSelection` refuses in units.
-    """
-    calls, without = find_calls(model, batch, units)
-    columns = [
-        UnitCall(*call, unit) for call, site in calls.items() for unit in site.units.tolist()
-    ]
-    return columns, without

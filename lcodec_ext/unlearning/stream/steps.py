@@ -15,12 +15,15 @@ from lcodec_ext._torch.loss import mean_loss
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.privacy import Guarantee
+from lcodec_ext.unlearning.release import guarantee_of
+from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream.given import Given
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import Ledger
-from lcodec_ext.unlearning.unlearn import GUARD_SIZE, UnlearnResult, guarantee_of, unlearn
+from lcodec_ext.unlearning.unlearn import unlearn
 
 _LISTED = 10  # sample numbers in an error message
 _MEASURED = 256  # retained samples on which the noise of a release is measured, unless n_monitor

@@ -14,6 +14,8 @@ from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, warn_of_noise
+from lcodec_ext.unlearning.release import GUARDED
+from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream.checkpoints import (
@@ -45,7 +47,6 @@ from lcodec_ext.unlearning.stream.steps import (
     take_step,
 )
 from lcodec_ext.unlearning.stream.store import Store, interrupt_held_back
-from lcodec_ext.unlearning.unlearn import GUARDED, UnlearnResult
 
 
 class Unlearner:
