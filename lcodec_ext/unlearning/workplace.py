@@ -20,7 +20,7 @@ from lcodec_ext._torch.loss import (
     mean_loss,
 )
 from lcodec_ext._torch.predict import Score, predict
-from lcodec_ext._torch.samples import Samples
+from lcodec_ext._torch.samples import Samples, working_dtype
 from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
@@ -179,12 +179,6 @@ def norm(gradient: Gradient | None, layout: UnitLayout | None = None) -> float:
     if layout is not None:
         return float(layout.gather(gradient).double().norm())
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
-
-
-def working_dtype(model: nn.Module) -> torch.dtype:
-    """float64 for models with trainable parameters in it, else float32."""
-    double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-    return torch.float64 if double else torch.float32
 
 
 def _check_model(model: object) -> torch.device:
