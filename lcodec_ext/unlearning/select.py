@@ -14,7 +14,6 @@ from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import FisherOperator, GaussNewtonOperator
-from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.settings import Settings
 
@@ -209,7 +208,7 @@ def rank_by_score(
             operator = GaussNewtonOperator(
                 model, loss_fn, retained, candidates.selection, **options
             )
-            diagonal = gauss_newton_diagonal(operator._objective)
+            diagonal = operator.diagonal_by_outputs()
             if diagonal is None:  # too many outputs
                 diagonal = FisherOperator(
                     model, loss_fn, retained, candidates.selection, **options

@@ -1,12 +1,16 @@
 """The generalised Gauss-Newton matrix."""
 
+from torch import Tensor
+
+from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
-from lcodec_ext.curvature.operators.on_model import _head_or_delta, _OnModel
+from lcodec_ext.curvature.operators.on_model import ModelOperator, head_or_delta
 from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import GaussNewtonForm
+from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
 
 
-class GaussNewtonOperator(_OnModel):
+class GaussNewtonOperator(ModelOperator):
     """The generalised Gauss-Newton matrix of a loss by the parameters of selected units.
 
     ::
@@ -31,4 +35,9 @@ class GaussNewtonOperator(_OnModel):
     _kind = "gauss_newton matrix"
 
     def _choose(self, objective: Objective) -> Route:
-        return _head_or_delta(objective, GaussNewtonForm)
+        return head_or_delta(objective, GaussNewtonForm)
+
+    @plain_arithmetic()
+    def diagonal_by_outputs(self) -> Tensor | None:
+        """The diagonal without damping by a backward pass for each output; None above 64."""
+        return gauss_newton_diagonal(self._objective)
