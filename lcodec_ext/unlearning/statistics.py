@@ -248,7 +248,7 @@ class TrainingStatistics:
         device = next(model.parameters()).device
         samples = as_samples(forget, "forget", device, dtype)
         n, m = self.n, len(samples)
-        self._check_left(m)
+        self.n_left(m)
         layout = UnitLayout(selection, model)
         if self.matrix is not None:
             index = self._coordinates(model, layout, selection)
@@ -273,9 +273,11 @@ class TrainingStatistics:
             S, Y, inner=whole_S.T @ whole_Y, damping=damping, weight_decay=weight_decay
         )
 
-    def _check_left(self, m: int) -> None:
+    def n_left(self, m: int) -> int:
+        """The number of samples without m of them, at least one."""
         if m >= self.n:
             raise ValueError(f"statistics are of {self.n} training samples, and forget has {m}")
+        return self.n - m
 
     def _retained_changes(
         self,
@@ -364,8 +366,7 @@ class TrainingStatistics:
         dtype = _dtype_of(model) if dtype is None else dtype
         device = next(model.parameters()).device
         samples = as_samples(forget, "forget", device, dtype)
-        self._check_left(len(samples))
-        left = self.n - len(samples)
+        left = self.n_left(len(samples))
         if self.matrix is not None:
             assert self.selection is not None
             operator = self.operator(

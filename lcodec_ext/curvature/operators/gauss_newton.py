@@ -1,13 +1,9 @@
 """The generalised Gauss-Newton matrix."""
 
-from torch import Tensor
-
-from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.on_model import ModelOperator, head_or_delta
 from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import GaussNewtonForm
-from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
 
 
 class GaussNewtonOperator(ModelOperator):
@@ -36,8 +32,3 @@ class GaussNewtonOperator(ModelOperator):
 
     def _choose(self, objective: Objective) -> Route:
         return head_or_delta(objective, GaussNewtonForm)
-
-    @plain_arithmetic()
-    def diagonal_by_outputs(self) -> Tensor | None:
-        """The diagonal without damping by a backward pass for each output; None above 64."""
-        return gauss_newton_diagonal(self._objective)
