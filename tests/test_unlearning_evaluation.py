@@ -408,7 +408,7 @@ def test_frame_has_a_row_for_each_method():
         *SETS,
         F.cross_entropy,
         retrained=RETRAINED,
-        methods={"options": {"selection": "last"}},
+        methods={"options": {"selection": "gradient", "n_units": 3}},
         **QUICK,
     )
     frame = found.to_frame()
