@@ -43,7 +43,7 @@ def gaussian_noise(n: int, sigmas: NDArray[np.float64], seed: int) -> NDArray[np
     """n rows of independent N(0, sigma^2), one Philox stream per column.
 
     Column k draws from ``Generator(Philox(seed).jumped(k))``: 2**128 draws apart, and the same
-    noise for a column whatever stands beside it.
+    noise for a column whatever the other columns are.
     """
     noise = np.empty((n, len(sigmas)))
     philox = np.random.Philox(seed)
