@@ -17,7 +17,7 @@ RENAMED = {
     "unlearning.certified": "unlearning.privacy.linear",
     "unlearning.checkpoints": "unlearning.stream.checkpoints",
     "unlearning.evaluation": "evaluation",
-    "unlearning.ledger": "unlearning.stream.ledger",
+    "unlearning.ledger": "unlearning.stream",
     "unlearning.metrics": "evaluation.metrics",
     "unlearning.perturbation": "unlearning.record",
     "unlearning.report": "evaluation.report",

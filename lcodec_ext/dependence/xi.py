@@ -98,10 +98,6 @@ def xi(
         For NaN (unless omitted), infinity, fewer than 3 rows, lengths that differ, more than
         one column, or an unknown option.
 
-    See Also
-    --------
-    xi_test : the coefficient with its p-value.
-
     Notes
     -----
     O(n log n). S. Chatterjee, "A new coefficient of correlation", JASA 116 (2021), 2009-2022,
@@ -152,10 +148,8 @@ def xi_test(
 
     Raises
     ------
-    TypeError
-        If `y_continuous` is not a bool.
-    ValueError
-        As in :func:`xi`.
+    ValueError, TypeError
+        As :func:`xi`, and for a `y_continuous` that is not a bool.
 
     Notes
     -----

@@ -37,7 +37,7 @@ def find_head(objective: Objective, run: ForwardPass) -> _Head | None:
         return None
     if not isinstance(z, Tensor) or len(run.values) != 1:
         return None
-    added, ((out, version),) = run.added[0], run.layer_outputs
+    added, ((out, version),) = run.calls[0], run.layer_outputs
     if out._version != version:  # changed in place: what the layer gave is not there any more
         return None
     module, axis, places = added.rows.module, added.axis, added.rows.places
@@ -50,7 +50,7 @@ def find_head(objective: Objective, run: ForwardPass) -> _Head | None:
         A, z = _mean_patches(module, x), z.detach().reshape(len(out), -1)
     else:
         return None
-    keys = {each.rows.key for each in run.added}
+    keys = {each.rows.key for each in run.calls}
     if "weight" not in keys:
         return None
     if "bias" in keys:
