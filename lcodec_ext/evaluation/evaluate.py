@@ -170,6 +170,8 @@ class Evaluation:
             ("", "test", "accuracy_test", ".1%"),
             ("loss", "forget", "loss_forget", ".3f"),
             ("MIA", "AUC", "mia_auc", ".3f"),
+            ("TPR at", "1% FPR", "mia_tpr", ".1%"),
+            ("", "ToW", "tow", ".3f"),
             ("JS", "forget", "js_forget", ".3f"),
             ("", "test", "js_test", ".3f"),
             ("closed", "JS", "gap_closed_js_forget", ".0%"),
@@ -187,7 +189,22 @@ class Evaluation:
             note = row["error"] or "taken back" * row["skipped"]
             note = note if len(note) <= 60 else note[:57] + "..."
             lines.append(f"{row['method']:{width}}{numbers}  {note}".rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._without_gap(width)])
+
+    def _without_gap(self, width: int) -> list[str]:
+        """Where the original is within the floor: that, and each method's distance."""
+        floor, before = self.floor.get("js_forget"), self.methods[0]
+        start = before.metrics.get("js_forget")
+        if floor is None or start is None or before.gap_closed.get("js_forget") is not None:
+            return []
+        lines = [
+            f"No gap in JS to close: the original is {start:.3f} from the retrained models, which "
+            f"are {floor:.3f} from each other (the floor)."
+        ]
+        for method in self.methods:
+            if (found := method.metrics.get("js_forget")) is not None:
+                lines.append(f"{method.name:{width}}JS {found:.3f}, floor {found - floor:+.3f}")
+        return lines
 
 
 def method_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
