@@ -764,7 +764,11 @@ def never(seed):
         ({"retrained": None}, TypeError, "retrained must be a list"),
         ({"retrained": [*RETRAINED, None]}, TypeError, "retrained must give models.*NoneType"),
         ({"n_retrain": 2}, ValueError, "n_retrain must be an integer >= 3; got 2"),
-        ({"methods": ["SISA"]}, ValueError, "names of BASELINES .*'L-BFGS'.*; got 'SISA'"),
+        (
+            {"methods": ["SISA"]},
+            ValueError,
+            "names of BASELINES or LITERATURE .*'L-BFGS'.*; got 'SISA'",
+        ),
         ({"methods": "L-BFGS"}, TypeError, "methods must be a mapping"),
         ({"methods": {"no-op": MODEL}}, ValueError, "names of methods must be strings other"),
         ({"methods": {"x": 3}}, TypeError, "method 'x' must be a model.*of type int"),
@@ -817,5 +821,5 @@ def test_all_baselines_in_one_call():
 
 def test_the_names_of_the_methods_are_documented():
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    section = page.partition("## Methods")[2].partition("\n## ")[0]
+    section = page.partition("\n## Methods")[2].partition("\n### ")[0]
     assert re.findall(r'^\| `"(.+?)"` \|', section, re.MULTILINE) == list(BASELINES)

@@ -67,7 +67,8 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--methods",
         metavar="NAMES",
-        help="presets and baselines, separated by commas; 'none' for none (default: all there are)",
+        help="presets, baselines and methods of the literature, separated by commas; 'none' for "
+        "none (default: all presets and baselines)",
     )
     parser.add_argument(
         "--candidate",
@@ -123,22 +124,22 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
             raise InputError(f"--candidate names {name!r} twice")
         candidates[name] = file
     need_torch()
-    from lcodec_ext.evaluation import BASELINES, evaluate
+    from lcodec_ext.evaluation import BASELINES, LITERATURE, evaluate
 
+    known = {**BASELINES, **LITERATURE}
     names = [] if options.methods == "none" else list(BASELINES)
     if options.methods not in (None, "none"):
         names = [name.strip() for name in options.methods.split(",")]
         for name in names:
-            if name not in BASELINES:
-                known = ", ".join(BASELINES)
-                raise InputError(f"--methods names {name!r}; expected some of {known}")
+            if name not in known:
+                raise InputError(f"--methods names {name!r}; expected some of {', '.join(known)}")
     problem = Problem(options.model, options.weights, options.data)
     train = problem["train"]
     note_weights(options, console)
     n = n_samples(train, problem.model)
     check_ids(ids, n)
     forget, retain = split(train, ids, n)
-    methods: dict[str, Any] = {name: BASELINES[name] for name in names}
+    methods: dict[str, Any] = {name: known[name] for name in names}
     for name, file in candidates.items():
         if name in methods:
             raise InputError(f"--candidate {name!r} has the name of a method of --methods")
@@ -179,8 +180,9 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
 def split(train: Any, ids: list[int], n: int) -> tuple[Any, Any]:
     """The removed and the retained ones of n samples, each of the kind of train."""
     import numpy as np
-    import torch
-    from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+    from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+    from lcodec_ext.evaluation.training import take
 
     if isinstance(train, DataLoader | IterableDataset) or not isinstance(
         train, tuple | list | Mapping | Dataset
@@ -191,12 +193,4 @@ def split(train: Any, ids: list[int], n: int) -> tuple[Any, Any]:
         )
     kept = np.delete(np.arange(n), ids)
 
-    def take(numbers: Any) -> Any:
-        if isinstance(train, Dataset):
-            return Subset(train, [int(i) for i in numbers])
-        index = torch.as_tensor(numbers)
-        if isinstance(train, Mapping):
-            return {key: part[index.to(part.device)] for key, part in train.items()}
-        return tuple(part[index.to(part.device)] for part in train)
-
-    return take(ids), take(kept)
+    return take(train, ids), take(train, kept.tolist())

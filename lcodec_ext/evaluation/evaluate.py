@@ -290,7 +290,7 @@ def evaluate(
         callable ``(model, forget, retain, loss_fn, seed)`` that returns a model or an
         `UnlearnResult`, given a copy of the model and the samples as they were passed in. Options
         and baselines get this function's weight_decay and seed unless they have their own. Or
-        names of `BASELINES`, by default all of them.
+        names of `BASELINES` and `LITERATURE`, by default all of the former.
     n_retrain : int, default 3
         With a callable: how many models, from the seeds ``seed``, ``seed + 1``, ...
     weight_decay : float, default 0.0
