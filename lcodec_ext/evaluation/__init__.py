@@ -2,6 +2,11 @@
 
 from lcodec_ext.evaluation.evaluate import Evaluation, MethodEvaluation, evaluate
 from lcodec_ext.evaluation.methods import BASELINES, LITERATURE, Baseline
+from lcodec_ext.evaluation.population import (
+    PopulationEvaluation,
+    PopulationMethod,
+    evaluate_population,
+)
 from lcodec_ext.evaluation.report import Report, write_report
 from lcodec_ext.evaluation.tune import GRIDS, Trial, Tuned, tune
 
@@ -12,10 +17,13 @@ __all__ = [
     "Baseline",
     "Evaluation",
     "MethodEvaluation",
+    "PopulationEvaluation",
+    "PopulationMethod",
     "Report",
     "Trial",
     "Tuned",
     "evaluate",
+    "evaluate_population",
     "tune",
     "write_report",
 ]

@@ -47,6 +47,7 @@ from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.unlearn import unlearn
 
 NO_OP, RETRAINED = "no-op", "retrained"
+NOT_SETTINGS = ("validation", "statistics", "score", "progress")  # other options of `unlearn`
 _GUARD = 1000  # retained samples that tell gradient ascent when to stop
 
 
@@ -361,7 +362,7 @@ def methods_of(methods: Any, defaults: Mapping[str, Any]) -> dict[str, Method]:
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
-    for key in ("validation", "statistics", "score", "progress"):
+    for key in NOT_SETTINGS:
         options.pop(key, None)
     if options.pop("inplace", False):
         raise ValueError(f"method {name!r} must not have inplace=True: others need the model")

@@ -38,6 +38,20 @@ def take(data: Any, numbers: Sequence[int]) -> Any:
     return tuple(part[index.to(part.device)] for part in data)
 
 
+def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
+    """Numbers of some of n samples, ascending; refuse none, all, repeated ones and others."""
+    try:
+        found = sorted(check_integer(number, name, 0, n - 1) for number in numbers)
+    except TypeError:
+        raise TypeError(f"{name} must be numbers of samples, integers; got {numbers!r}") from None
+    if not found or len(set(found)) < len(found) or len(found) == n:
+        raise ValueError(
+            f"{name} must be different numbers of some of the {n} samples, at least one and not "
+            f"all; got {len(found)} numbers, {len(set(found))} different ones"
+        )
+    return found
+
+
 def check_budget(seed: int, epochs: int, batch_size: int, weight_decay: float) -> None:
     """Refuse what no baseline can do."""
     check_seed(seed, optional=False)

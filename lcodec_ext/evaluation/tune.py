@@ -16,7 +16,7 @@ from lcodec_ext._torch.modes import seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.evaluation.evaluate import Evaluation, evaluate
 from lcodec_ext.evaluation.methods import BASELINES, LITERATURE, RETRAINED, Baseline, Method
-from lcodec_ext.evaluation.training import count, take
+from lcodec_ext.evaluation.training import check_numbers, count, take
 from lcodec_ext.unlearning.request import random_samples
 
 Grid = Mapping[str, Sequence[Any]]
@@ -325,20 +325,6 @@ def _split(
         )
     order = np.random.default_rng([seed, 1]).permutation(others)
     return removed, np.sort(order[:few]).tolist(), np.sort(order[few:]).tolist()
-
-
-def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
-    """Numbers of some of n samples, ascending; refuse none, all, repeated ones and others."""
-    try:
-        found = sorted(check_integer(number, name, 0, n - 1) for number in numbers)
-    except TypeError:
-        raise TypeError(f"{name} must be numbers of samples, integers; got {numbers!r}") from None
-    if not found or len(set(found)) < len(found) or len(found) == n:
-        raise ValueError(
-            f"{name} must be different numbers of some of the {n} samples, at least one and not "
-            f"all; got {len(found)} numbers, {len(set(found))} different ones"
-        )
-    return found
 
 
 def _distance(evaluation: Evaluation, name: str) -> float | None:
