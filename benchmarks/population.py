@@ -116,5 +116,48 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+COLUMNS = (
+    ("U-LiRA AUC", "ulira_auc", ".3f"),
+    ("TPR at 1% FPR", "ulira_tpr", ".1%"),
+    ("KLoM, deleted", "klom_forget", ".2f"),
+    ("KLoM, retained", "klom_retain", ".2f"),
+    ("KLoM, test", "klom_test", ".2f"),
+    ("median epsilon", "epsilon", ".2f"),
+    ("forgetting quality", "forgetting_quality", ".3f"),
+    ("challenge score", "challenge_score", ".3f"),
+    ("accuracy, deleted", "accuracy_forget", ".1%"),
+    ("test", "accuracy_test", ".1%"),
+)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Return a Markdown table for each forget set; by chance in brackets."""
+    lines = []
+    for run in result["runs"]:
+        lines += [
+            f"**Digits MLP, {run['n_forget']} {run['forget']} samples deleted, populations of "
+            f"{run['n_models']} models**",
+            "",
+            f"| | {' | '.join(name for name, _, _ in COLUMNS)} |",
+            f"|---|{'--:|' * len(COLUMNS)}",
+        ]
+        for method in run["methods"]:
+            cells = []
+            for _, key, form in COLUMNS:
+                chance = method["chance"].get(key)
+                cell = shown(method["scores"], key, form)
+                cells.append(f"{cell} ({shown(chance, 0, form)})" if chance else cell)
+            lines.append(f"| {method['name']} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def shown(values: Any, key: Any, form: str) -> str:
+    """Return a number; infinite ones are null in a file."""
+    if isinstance(values, dict) and key not in values:
+        return ""
+    return "infinite" if values[key] is None else format(values[key], form)
+
+
 if __name__ == "__main__":
     sys.exit(main())
