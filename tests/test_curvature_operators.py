@@ -561,7 +561,7 @@ def test_restricting_stored_gradients():
     assert off(A.to_dense(), B.to_dense()) < WITHIN
     assert off(A.diagonal(), B.diagonal()) < WITHIN
     assert off(A.solve(V).x, B.solve(V).x) < 1e-9
-    with pytest.raises(ValueError, match="part of the operator's; it has .*'last'"):
+    with pytest.raises(ValueError, match="part of the operator's; that lacks .*'last'"):
         whole.restrict(UnitSelection({"last": [0]}))
     with pytest.raises(ValueError, match="needs stored gradients"):
         operator("fisher", "mlp").restrict(UnitSelection({"0": [1]}))

@@ -73,8 +73,8 @@ class MaskedModel:
     size : int
         Number p of coordinates.
     whole : dict of str to str
-        Parameters that are displaced as a whole, since there are no rows for them, and why:
-        autograd forms their whole gradient.
+        Parameters whose whole gradient autograd forms, because their layers have no rows that
+        could be added, and why.
     theta : Tensor, shape (p,)
         The selected parameters.
     """
@@ -356,7 +356,7 @@ def _forward(
     merged = groups[0][0].merged
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        # But for parameters that are displaced as a whole: these are no leaves.
+        # Parameters that are displaced as a whole are not leaves.
         fixed = {
             key: parameter.detach()
             for key, parameter in module._parameters.items()

@@ -59,8 +59,8 @@ def conjugate_gradient(
     ------
     IndefiniteCurvatureError
         If a direction d has d^T A d <= 16 eps ||A|| d^T d, in the norm of the preconditioner and
-        with ||A|| the largest ||A d|| / ||d|| so far, and the residual is no rounding error. Not
-        every indefinite matrix is found out: b may have no part in its negative directions.
+        with ||A|| the largest ||A d|| / ||d|| so far, and the residual is more than rounding.
+        Some indefinite matrices pass: b may have no part in their negative directions.
     ValueError
         For a diagonal that is not positive, arguments of wrong shapes, NaN or infinity in them or
         in a product.
