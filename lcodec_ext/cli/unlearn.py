@@ -113,8 +113,8 @@ def add_unlearn(commands: Any) -> None:
     group.add_argument(
         "--selection",
         metavar="HOW",
-        help="the units to change: full, lfoci, cheap, gradient, fisher_ratio, expected_decrease, "
-        "last, random, or a .json file of UnitSelection.to_dict()",
+        help="the units to change: full, lfoci, cheap, gradient, random, or a .json file of "
+        "UnitSelection.to_dict()",
     )
     group.add_argument(
         "--curvature", metavar="KIND", help="gauss_newton, hessian, fisher or secant"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lcodec_ext.unlearning.deletion import Deletion
-from lcodec_ext.unlearning.privacy import Guarantee, removal_guarantee
+from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.workplace import Measured, Workplace, norm
@@ -95,7 +95,6 @@ def guarantee_of_deletions(
     model: nn.Module,
     request: Request,
     deletions: Sequence[Deletion],
-    *,
     before: Measured,
     start_norm: float,
     n_selected: int,
@@ -120,6 +119,15 @@ def guarantee_of_deletions(
         return guarantee
     why = "samples of the request were not removed: their removal was taken back"
     return dataclasses.replace(guarantee, kind="heuristic", reasons=(*guarantee.reasons, why))
+
+
+def with_noise(work: Workplace, model: nn.Module, guarantee: Guarantee) -> nn.Module:
+    """A model with the noise of a guarantee, which the workplace takes over."""
+    if guarantee.sigma == 0:
+        return model
+    noisy = add_noise(model, guarantee.sigma)
+    work.take_over(noisy)
+    return noisy
 
 
 def training_norm(measured: Measured, request: Request) -> float:

@@ -194,20 +194,26 @@ class UnlearnResult:
         return ", ".join(parts)
 
 
+class Outcome(NamedTuple):
+    """What was measured of deletions, and what their noise guarantees."""
+
+    before: Measured
+    after: Measured
+    selection: UnitSelection
+    step_norm: float
+    guarantee: Guarantee
+
+
 def result_of(
     model: nn.Module,
     work: Workplace,
     request: Request,
     deletions: Sequence[Deletion],
     guard: Guard | None,
-    *,
-    before: Measured,
-    after: Measured,
-    selection: UnitSelection,
-    step_norm: float,
-    guarantee: Guarantee,
+    outcome: Outcome,
 ) -> UnlearnResult:
     """Put together what there is to say of deletions."""
+    before, after, selection, step_norm, guarantee = outcome
     last = deletions[-1]
     layout = UnitLayout(selection, work.model)
     solves = [solve for deletion in deletions for solve in deletion.solves]

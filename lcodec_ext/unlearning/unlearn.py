@@ -1,6 +1,5 @@
 """The deletion: which units, which step, whether it did harm, and what came of it."""
 
-import copy
 import math
 import time
 import warnings
@@ -16,10 +15,10 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
 from lcodec_ext.unlearning.guard import Guard, Watch
-from lcodec_ext.unlearning.privacy import Guarantee, add_noise
-from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions
+from lcodec_ext.unlearning.privacy import Guarantee
+from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
-from lcodec_ext.unlearning.result import UnlearnResult, result_of
+from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.workplace import Measured, Workplace, copy_state, norm
@@ -50,36 +49,35 @@ def unlearn(
         w_P += (H_P + damping I)^-1 (sum over removed of grad_P (l_i + (weight_decay / 2) |w|^2))
                / (n - m)
 
-    with H_P the curvature of the retained objective. Where training has converged this is a damped
-    Newton step of that objective. It is a heuristic on anything but a convex model with all units
-    selected: compare it with retraining (`evaluate`).
+    with H_P the curvature of the retained objective: where training has converged, a damped Newton
+    step of that objective. Except on a convex model with all units selected this is a heuristic:
+    compare it with retraining (`evaluate`). docs/unlearning.md describes each phase.
 
     Parameters
     ----------
     model : Module
-        Left as it is, but with inplace=True.
+        Left as it is, unless inplace=True.
     forget, retain : tensors, Dataset or DataLoader
         Removed and retained training samples, disjoint: (inputs, targets), several inputs before
         the targets, a dict of tensors with "labels" as for models of transformers, a Dataset of
-        samples, or a DataLoader of one, whose order does not matter. retain may be None where
+        samples, or a DataLoader of one, whose order does not matter. retain may be None if
         `statistics` stand for it: a preset's repair is then off, and its guard without validation.
     loss_fn : callable
-        ``loss_fn(outputs, targets)``, the mean loss of a batch: ``F.cross_entropy``,
-        ``nn.MSELoss()``. The outputs are what the model returns, a tensor or several; of the
-        outputs of transformers, the logits. Class weights and ignored targets are no means over
-        samples, and refused.
+        ``loss_fn(outputs, targets)``, the plain mean loss of a batch: ``F.cross_entropy``,
+        ``nn.MSELoss()``. The outputs are what the model returns, a tensor or several, or the logits
+        of the outputs of transformers. Class weights and ignored targets are refused.
     preset : {"recommended", "paper"} or Settings, default "recommended"
         Where the options start from. "recommended": one Gauss-Newton step by conjugate gradients
         on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
     validation : tensors, Dataset or DataLoader, optional
-        On which the guard watches accuracy, where `max_drop` is set; by default on retained samples
-        that the step has not read, if it has not read all.
+        What the guard watches accuracy on, with `max_drop`; by default retained samples that the
+        step has not read, if it has not read all.
     statistics : TrainingStatistics, optional
         Curvature saved when the model was trained, for use without the training data. If retain is
-        given, too, it must be all the samples that stay: losses and the guard are measured on it.
+        given, too, it must be all the samples that stay.
     score : callable, optional
-        ``score(outputs, targets)``, a tensor of one number a sample whose mean the guard takes for
-        accuracy. By default whether the largest of a classifier's outputs is the target.
+        ``score(outputs, targets)``, one number a sample, whose mean the guard takes for accuracy.
+        By default whether the largest output is the target.
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
@@ -95,12 +93,11 @@ def unlearn(
     Raises
     ------
     IndefiniteCurvatureError
-        If the damped curvature is found not to be positive definite, as it is where it is
-        factorised, and by conjugate gradients where they meet such a direction. If these do not
-        converge, with neither weight decay nor damping.
+        If the damped curvature is found not to be positive definite, or conjugate gradients do not
+        converge with neither weight decay nor damping.
     ValueError
-        For samples, a model or options that cannot be used, for L-FOCI selecting nothing, and
-        wherever a NaN or infinity turns up; the message names it.
+        For samples, a model or options that cannot be used, if L-FOCI selects nothing, and for NaN
+        and infinity; the message names them.
     TypeError
         For arguments of the wrong type, and unknown options.
 
@@ -109,12 +106,12 @@ def unlearn(
     ConvergenceWarning
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
-        If the step was taken back; if it raises the loss of the retained samples by much; if half
-        of the removed samples or more are among those; if there are fewer units than `n_units`.
+        If the step was taken back; if it raises the retained loss by much; if half of the removed
+        samples or more are also retained; if there are fewer units than `n_units`.
 
     Notes
     -----
-    Works on a copy of the model in evaluation mode: dropout is off, batch norm uses its running
+    The model is evaluated in evaluation mode: dropout is off, batch norm uses its running
     statistics. Apart from the selection, the cost is that of `n_curvature` samples: a product with
     the curvature is two or three backward passes over them, on graphs of which up to 512 MiB are
     kept.
@@ -136,6 +133,8 @@ def unlearn(
     (15, 3, ())
     """
     begin = time.perf_counter()
+    check_bool(inplace, "inplace")
+    check_bool(progress, "progress")
     settings = resolve(
         preset,
         options,
@@ -143,8 +142,6 @@ def unlearn(
         validation=validation is not None,
         statistics=statistics is not None,
     )
-    check_bool(inplace, "inplace")
-    check_bool(progress, "progress")
     work = Workplace.of(model, loss_fn, settings, score, progress)
     request = checked_request(work, forget, retain, validation, statistics)
     check_certifiable(work, model, request)
@@ -152,46 +149,26 @@ def unlearn(
         before = work.measure(request.forget, request.monitored)
     start = work.weights()
     watch = Watch.of(work, request)
+    # Each part: perturb and record, select, step, guard.
     deletions = [delete(work, part, watch) for part in request.parts(work)]
     _warn_of_skipped(deletions, watch.guard, settings, request.m)
     applied, selection = _selections(deletions)
     step_norm = _distance(start, work)
     with work.timed("monitoring"):
         # Into a copy first, also in place: the given model changes only when all has gone well.
-        # Measured are the new weights as the model's dtype and the noise leave them.
-        changed = copy.deepcopy(model)
-        if applied:
-            work.hand_over(changed, applied)
+        changed = work.handed_over(model, applied)
         guarantee = guarantee_of_deletions(
-            work,
-            changed,
-            request,
-            deletions,
-            before=before,
-            start_norm=norm(start),
-            n_selected=selection.size(work.model),
+            work, changed, request, deletions, before, norm(start), selection.size(work.model)
         )
-        if guarantee.sigma > 0:
-            changed = add_noise(changed, guarantee.sigma)
-            copy_state(changed, work.model, buffers=False)
+        changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     _warn_of_harm(before, after, guarantee, deletions[-1].last.damping)
     if inplace:  # last, behind warnings that may be errors
-        copy_state(changed, model, buffers=True)
+        copy_state(changed, model)
         changed = model
     work.clock.seconds["total"] = time.perf_counter() - begin
-    return result_of(
-        changed,
-        work,
-        request,
-        deletions,
-        watch.guard,
-        before=before,
-        after=after,
-        selection=selection,
-        step_norm=step_norm,
-        guarantee=guarantee,
-    )
+    measured = Outcome(before, after, selection, step_norm, guarantee)
+    return result_of(changed, work, request, deletions, watch.guard, measured)
 
 
 def _selections(deletions: Sequence[Deletion]) -> tuple[UnitSelection, UnitSelection]:

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from lcodec_ext._torch.loss import (
     mean_loss,
 )
 from lcodec_ext._torch.predict import Score, predict
-from lcodec_ext._torch.samples import Samples
+from lcodec_ext._torch.samples import Samples, working_dtype
 from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
@@ -57,28 +57,16 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class Workplace:
-    """A copy of the model in evaluation mode, and what all phases of a deletion share.
+    """A copy of the model in evaluation mode, and what all phases of a deletion share."""
 
-    Attributes
-    ----------
-    model : Module
-        The copy, whose weights the deletion moves.
-    loss_fn, settings, score, progress
-        As given; the loss in the dtype of the computation.
-    device, dtype
-    parameters : dict of str to Tensor
-        The trainable ones of the copy.
-    clock : Clock
-    """
-
-    model: nn.Module
-    loss_fn: LossFunction
+    model: nn.Module  # the copy, whose weights the deletion moves
+    loss_fn: LossFunction  # in the dtype of the computation
     settings: Settings
     score: Score | None
     progress: bool
     device: torch.device
     dtype: torch.dtype
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter]  # the trainable ones of the copy
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
@@ -145,30 +133,37 @@ class Workplace:
             return "minus the mean loss", -float(found.losses.mean())
         return ("accuracy" if self.score is None else "the score"), found.accuracy
 
-    def hand_over(self, model: nn.Module, selection: UnitSelection) -> None:
-        """Write selection and buffers to a model, and take the weights back as it rounds them."""
+    def handed_over(self, model: nn.Module, selection: UnitSelection) -> nn.Module:
+        """A copy of a model with the new weights of a selection, and the buffers.
+
+        The weights are taken back as the dtype of the model rounds them.
+        """
+        changed = copy.deepcopy(model)
+        if not selection:
+            return changed
         if self.settings.n_recalibrate or self.settings.repair_epochs:
-            copy_buffers(self.model, model)
-        selection.scatter_(model, selection.gather(self.model).detach())
-        rounded = selection.gather(model).detach()
+            _copy(self.model.buffers(), changed.buffers())
+        selection.scatter_(changed, selection.gather(self.model).detach())
+        rounded = selection.gather(changed).detach()
         if not torch.isfinite(rounded).all():
             raise ValueError("the new weights overflow the dtype of the model")
         selection.scatter_(self.model, rounded)
+        return changed
+
+    def take_over(self, model: nn.Module) -> None:
+        """Take the parameters of a model."""
+        _copy(model.parameters(), self.model.parameters())
 
 
-def copy_state(source: nn.Module, target: nn.Module, *, buffers: bool) -> None:
-    """Write all parameters of a model, and its buffers if asked for, to another one."""
+def copy_state(source: nn.Module, target: nn.Module) -> None:
+    """Write all parameters and buffers of a model to another one."""
+    _copy(source.parameters(), target.parameters())
+    _copy(source.buffers(), target.buffers())
+
+
+def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
     with torch.no_grad():
-        for old, new in zip(target.parameters(), source.parameters(), strict=True):
-            old.copy_(new)
-        if buffers:
-            copy_buffers(source, target)
-
-
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Write all buffers of a model to another one."""
-    with torch.no_grad():
-        for old, new in zip(target.buffers(), source.buffers(), strict=True):
+        for new, old in zip(source, target, strict=True):
             old.copy_(new)
 
 
@@ -179,12 +174,6 @@ def norm(gradient: Gradient | None, layout: UnitLayout | None = None) -> float:
     if layout is not None:
         return float(layout.gather(gradient).double().norm())
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
-
-
-def working_dtype(model: nn.Module) -> torch.dtype:
-    """float64 for models with trainable parameters in it, else float32."""
-    double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-    return torch.float64 if double else torch.float32
 
 
 def _check_model(model: object) -> torch.device:

@@ -1,9 +1,8 @@
 """Where the activations of a model's units are in its forward pass.
 
-The activation of a unit is what it puts out, before any non-linearity, averaged over samples,
-positions and tokens (padding included: an attention mask is not looked at). For a row of an
-embedding it is the share of tokens that are that row. Every kind of layer that
-`lcodec_ext.curvature.units` lists is read.
+The activation of a unit is its output before any non-linearity, averaged over samples, positions
+and tokens (padding included: attention masks are ignored). For a row of an embedding it is the
+share of tokens that are that row.
 """
 
 import itertools
@@ -54,10 +53,10 @@ class Shares(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Along which axis of a view the samples are.
+    """Along which axis of a view the samples are; None: it is the same for all samples.
 
-    axis None: along none, it is the same for all. outer = 1: sample by sample, each with its
-    positions in a row. outer > 1: that many positions, each with all samples in a row.
+    outer = 1: sample by sample, each with its positions in a row. outer > 1: that many positions,
+    each with all samples in a row.
     """
 
     axis: int | None
@@ -69,10 +68,7 @@ ALL = Layout(None)
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Reads the activations of a layer in the forward pass; this one from its output.
-
-    What it reads are views: tensors with the units along the last axis.
-    """
+    """Reads the activations of a layer from its output, as views with the units last."""
 
     name: str
     module: nn.Module
@@ -121,7 +117,7 @@ class Site:
 
 
 class _OutProjection(Site):
-    """The output projection of an attention, which is not called: it is what that puts out."""
+    """The output projection of an attention, which is not called: the attention's output is its."""
 
     def views(self, args: Any, kwargs: Any, output: Any) -> list[Tensor]:
         return [output[0] if isinstance(output, tuple) else output]
@@ -251,7 +247,7 @@ def _find_sites(
 
 
 class Recorder:
-    """Hooks on the sites of a model; a context manager, which removes them on the way out."""
+    """Hooks on the sites of a model, for the time that the context is entered."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self._sites = list(sites)

@@ -48,27 +48,23 @@ class Recording:
     Attributes
     ----------
     activations : ndarray of float64, shape (rows, columns)
-        Call by call, unit by unit; the embeddings last. A row of an embedding that no input has
-        has no column.
+        Call by call, unit by unit, embeddings last; a row of an embedding has a column if an input
+        has it.
     losses : ndarray of float64, shape (rows,)
     owners : list of UnitCall
         What the columns belong to.
     units : UnitSelection
-        The units that were recorded; the rows of embeddings all, with a column or not.
+        The units that were recorded, rows of embeddings without a column included.
     without : dict of str to str
         Layers whose units were not recorded, and why not.
     together : int
         How many perturbations (rows="samples": perturbed samples) went through the model at a time.
-        1 where batch_size allows two: together they would have changed its results, or their
-        activations take too much memory.
     resolution : float
-        Share of its largest value below which the differences of a column, or of the losses, are
-        rounding.
-    rounding : ndarray of float64, shape (columns,)
-        What rounding alone does to a column: the largest difference between copies of one
-        perturbation. It was measured if a column's differences are so small that it may matter.
+        Differences below this share of a column's largest value are rounding.
+    rounding : ndarray of float64, shape (columns,), or float
+        The largest difference between copies of one perturbation, measured where it may matter.
     loss_rounding : float
-        The same of the losses.
+        The same for the losses.
     """
 
     activations: NDArray[np.float64]
@@ -192,6 +188,10 @@ def record(
 ) -> Recording:
     """Record what perturbations of a request do to units and loss.
 
+    Perturbations go through the model together if it treats samples alike and apart. This is tried
+    on two of them beforehand; if activations or losses differ by more than rounding, all go one by
+    one.
+
     Parameters
     ----------
     model : Module
@@ -206,33 +206,21 @@ def record(
         As in `perturbed`.
     rows : {"batch", "samples"}, default "batch"
         A row for each perturbation, with means over the request, as in the paper; or for each
-        sample under each perturbation, perturbation by perturbation, at most 10^6.
+        sample under each perturbation, at most 10^6 rows.
     units : UnitSelection, optional
         The units to record; by default all that can be selected.
     batch_size : int, default 256
-        Most samples of one forward pass: several perturbations of a small request, a part of a
-        large one. No more perturbations go together than take 16 MiB in any one layer.
+        Most samples of one forward pass; 16 MiB of activations of a layer limit it, too.
     seed : int, default 0
         Of the perturbations, which do not depend on batch_size.
     progress : bool, default False
         Show a progress bar; needs tqdm.
-
-    Returns
-    -------
-    Recording
 
     Raises
     ------
     ValueError, TypeError
         For options that cannot be used, models without a layer to record and layers that are not
         called the same on every input.
-
-    Notes
-    -----
-    Perturbations go together through a model that treats samples alike and apart, wherever its
-    layers put them: along any axis, or in a row with their positions. Two perturbations are tried
-    together and alone beforehand; if activations or losses differ by more than rounding, all go
-    one by one.
     """
     check_integer(n_perturbations, "n_perturbations", 3, MAX_ROWS)
     check_real(noise_std, "noise_std", 0)
@@ -245,19 +233,23 @@ def record(
             f"{perturb!r}"
         )
     m = len(request)
-    n_rows = n_perturbations * (m if rows == "samples" else 1)
-    if n_rows > MAX_ROWS:
+    each = m if rows == "samples" else 1  # rows of a perturbation
+    if n_perturbations * each > MAX_ROWS:
         raise ValueError(
-            f"rows='samples' makes {n_rows:,} rows of {m:,} samples and {n_perturbations:,} "
-            f"perturbations, and may make {MAX_ROWS:,}: take n_perturbations={MAX_ROWS // m} or "
-            "rows='batch'"
+            f"rows='samples' makes {n_perturbations * each:,} rows of {m:,} samples and "
+            f"{n_perturbations:,} perturbations, and may make {MAX_ROWS:,}: take "
+            f"n_perturbations={MAX_ROWS // m} or rows='batch'"
         )
     batch = request.fetch(slice(None))
-    size = m if rows == "batch" else 1  # of a group
+    size = m // each  # of a group
     sites, without = find_calls(model, batch.part(slice(min(size, batch_size))), units)
 
     def draw(index: int) -> Batch:
         return perturbed(batch, seed, index, noise_std=noise_std, perturb=perturb)
+
+    def counted(index: int) -> Batch:
+        bar.update()
+        return draw(index)
 
     bar = progress_bar(progress, total=n_perturbations, desc="perturbations", unit="draw")
     with Recorder(dict.fromkeys(sites.values())) as recorder, hooked_arithmetic(), bar:
@@ -266,15 +258,10 @@ def record(
         if batch_size >= 2 * size:
             pair = draw(0).part(slice(size)), draw(1).part(slice(m - size, None))
             groups = passes.together(*pair, batch_size // size)
-        together = max(1, groups // m) if rows == "samples" else groups
-
-        def counted(index: int) -> Batch:
-            bar.update()
-            return draw(index)
-
+        together = max(1, groups // each)
         whole, rest = divmod(n_perturbations, together)
         last = [rest] * (rest > 0)
-        fill = partial(_fill, passes, sites, m, groups, rows, batch_size)
+        fill = partial(_fill, passes, sites, each, groups if each > 1 else batch_size)
         table, losses = fill([together] * whole + last, counted)
         activations, owners = table.finished()
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
@@ -282,7 +269,7 @@ def record(
         rounding, loss_rounding = np.zeros(len(owners)), 0.0
         small = _DOUBTFUL * resolution
         if table.may_be_rounding(small) or np.ptp(losses) <= small * np.abs(losses).max():
-            # How a row is rounded hangs on its place in a batch and on the size of the batch, so
+            # How a row is rounded depends on its place in a batch and on the size of the batch, so
             # the same perturbation is put into every place of both sizes.
             one, copies = draw(0), [together] * -(-_COPIES // together) + last
             table, repeated = fill(copies, lambda _: one)
@@ -304,31 +291,28 @@ def record(
 def _fill(
     passes: Passes,
     sites: dict[Call, Site],
-    m: int,
-    groups: int,
-    rows: Rows,
-    batch_size: int,
+    each: int,
+    most: int,
     chunks: list[int],
     draw: Callable[[int], Batch],
 ) -> tuple[_Table, NDArray[np.float64]]:
-    """Activations and losses of perturbations 0, 1, ..., so many of them together as chunks say."""
-    each = m if rows == "samples" else 1
+    """Activations and losses of perturbations 0, 1, ..., so many of them together as chunks say.
+
+    Each makes so many rows; at most so many samples go in a forward pass.
+    """
     table = _Table(sites, sum(chunks) * each)
     losses = np.zeros(sum(chunks) * each)
     start = 0
     for chunk in chunks:
         drawn = Batch.joined([draw(start + k) for k in range(chunk)])
-        step = min(batch_size, drawn.size) if rows == "batch" else groups
-        for first in range(0, drawn.size, step):
-            piece = drawn.part(slice(first, first + step))
-            if rows == "samples":
-                at, weight = start * m + first, 1.0
-                n_groups = piece.size
+        for first in range(0, drawn.size, most):
+            piece = drawn.part(slice(first, first + most))
+            if each > 1:
+                at, groups, weight = start * each + first, piece.size, 1.0
             else:
-                at, weight = start, min(1.0, piece.size / m)
-                n_groups = chunk
-            means, loss = passes.run(piece, n_groups)
+                at, groups, weight = start, chunk, min(1.0, piece.size * chunk / drawn.size)
+            means, loss = passes.run(piece, groups)
             table.add(at, means, weight)
-            losses[at : at + n_groups] += weight * loss.cpu().double().numpy()
+            losses[at : at + groups] += weight * loss.cpu().double().numpy()
         start += chunk
     return table, losses
