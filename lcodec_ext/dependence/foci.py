@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._random import resolve_seed
+from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Engine, Leaders, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
@@ -334,7 +334,7 @@ class _Task:
         factors = scale_factors(columns, self.standardize, label)
         warn_underflow(columns, factors, label, stacklevel=3)
         reach = _Reach(squared_spans(columns, factors), label)
-        engine = self.backend.engine(columns, factors, R, self.ties, resolve_seed(seed))
+        engine = self.backend.engine(columns, factors, R, self.ties, tie_seed(self.ties, seed))
         return self._search(engine, response, reach)
 
     def _search(self, engine: Engine, response: exact.ResponseSums, reach: "_Reach") -> FociResult:

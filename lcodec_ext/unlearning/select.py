@@ -16,6 +16,7 @@ from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.loss import Gradient
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature.layers import CONVOLUTIONS, TRANSPOSED, is_linear
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.dependence import FociResult, first_step_scores, lfoci
 from lcodec_ext.unlearning.record import Recording, record
@@ -27,17 +28,6 @@ if TYPE_CHECKING:
 Unit = tuple[str, int]
 
 CHEAP_THRESHOLD = 0.05  # of T, the reference's
-
-# Layers whose weights map inputs to units; attention projections are found by their names.
-_WEIGHTS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +96,7 @@ def _has_weights(name: str, modules: dict[str, nn.Module]) -> bool:
     module = modules.get(name)
     if module is None:  # the input projections of an attention
         return True
-    return isinstance(module, _WEIGHTS) or type(module).__name__ == "Conv1D"
+    return is_linear(module) or isinstance(module, CONVOLUTIONS + TRANSPOSED)
 
 
 def take(

@@ -21,9 +21,9 @@ from lcodec_ext.curvature.operators import (
     FisherOperator,
     GaussNewtonOperator,
     HessianOperator,
+    MatrixOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.routes.low_rank import LowRank
 from lcodec_ext.curvature.selection import UnitSelection
 
 Tensors = dict[str, Tensor]
@@ -36,39 +36,6 @@ _KINDS = {
 _MOST = 8192  # coordinates of a matrix that is formed: 0.5 GB in float64
 _BATCH = 256
 _FORMAT = 1
-
-
-class _MatrixOperator(CurvatureOperator):
-    """A matrix that is stored."""
-
-    def __init__(self, matrix: Tensor, damping: float, weight_decay: float) -> None:
-        self._matrix, self._added = matrix, damping + weight_decay
-        self.shape = (len(matrix), len(matrix))
-        self.dtype, self.device = matrix.dtype, matrix.device
-
-    @property
-    def plan(self) -> str:
-        return f"{len(self._matrix)} x {len(self._matrix)} matrix saved at training time"
-
-    @property
-    def _shift(self) -> float:
-        return self._added
-
-    def _product(self, V: Tensor) -> Tensor:
-        return self._matrix @ V
-
-    def _diagonal(self) -> Tensor:
-        return self._matrix.diagonal()
-
-    def _low_rank(self, most: int) -> LowRank | None:
-        return None
-
-    def _dense(self) -> Tensor:
-        return self._matrix.clone()  # it is written to
-
-    @property
-    def _small(self) -> int:
-        return len(self._matrix)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -292,7 +259,8 @@ class TrainingStatistics:
                 selection,
                 dtype=dtype,
             ).to_dense()
-            return _MatrixOperator((n * whole - m * removed) / left, damping, weight_decay)
+            matrix = (n * whole - m * removed) / left
+            return MatrixOperator(matrix, damping + weight_decay, "saved at training time")
         steps, changes = self._retained_pairs(model, loss_fn, samples, batch_size)
         S, Y = (torch.stack([layout.gather(one) for one in pairs], 1) for pairs in (steps, changes))
         whole_S, whole_Y = (
@@ -396,8 +364,8 @@ class TrainingStatistics:
             operator = self.operator(
                 model, loss_fn, samples, self.selection, batch_size=batch_size, dtype=dtype
             )
-            assert isinstance(operator, _MatrixOperator)
-            matrix = operator._matrix.to(self.matrix)
+            assert isinstance(operator, MatrixOperator)
+            matrix = operator.matrix.to(self.matrix)
             return dataclasses.replace(self, n=left, matrix=matrix)
         _, changes = self._retained_pairs(model, loss_fn, samples, batch_size)
         return dataclasses.replace(self, n=left, changes=changes)

@@ -207,7 +207,7 @@ def _solve(
     else:
         state = "indefinite"
         # 5% cover the rounding. Iterations know one direction: others may take more.
-        factor = 1.05 if len(gradient) <= operator._small else 2.0
+        factor = 1.05 if len(gradient) <= operator.formed_up_to else 2.0
         advice = f"damping above {factor * (damping + least):.2g}"
         if curvature in ("hessian", "secant"):
             advice = (

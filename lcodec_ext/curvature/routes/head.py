@@ -15,7 +15,7 @@ from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.masked.rows import is_convolution, patches
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import MAX_BYTES
-from lcodec_ext.curvature.routes.base import Route, _gradient, _pull
+from lcodec_ext.curvature.routes.base import Route, gradient_graph, pull
 from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
 from lcodec_ext.curvature.routes.low_rank import FactoredRows, LowRank
 
@@ -155,7 +155,7 @@ class HeadRoute(Route):
     def _loss_gradient(self, head: _Head, outputs: Tensor, batch: Batch) -> Any:
         with twice_differentiable():
             z = outputs.requires_grad_()
-            (gradient,) = _gradient(self._objective.loss(z, batch), [z])
+            (gradient,) = gradient_graph(self._objective.loss(z, batch), [z])
         return z, gradient, head.z.shape, self._objective.share(batch)
 
     def product(self, V: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class HeadRoute(Route):
                 moved[:, self._units] = U[start : start + len(moved)]
                 start += len(moved)
                 with twice_differentiable():
-                    (pulled,) = _pull([gradient], [z], [moved.reshape(z.shape)])
+                    (pulled,) = pull([gradient], [z], [moved.reshape(z.shape)])
                 Q.append(pulled.reshape(shape)[:, self._units] * share)
             columns.append((torch.cat(Q).T @ A).flatten())
         return torch.stack(columns, 1)

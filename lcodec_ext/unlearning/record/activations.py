@@ -6,8 +6,7 @@ share of tokens that are that row.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -19,21 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lcodec_ext._torch.batches import Batch
-from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext._torch.modes import hooked_arithmetic
 from lcodec_ext._torch.samples import outputs_of
-from lcodec_ext.curvature.layers import find_unit_layers
+from lcodec_ext.curvature.layers import find_unit_layers, unit_axis
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.selection import UnitSelection
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_INSTANCE_NORMS = {nn.InstanceNorm1d: -2, nn.InstanceNorm2d: -3, nn.InstanceNorm3d: -4}
 _PROJECTED = ("query", "key", "value")
 
 _Taken = TypeVar("_Taken")
@@ -99,17 +89,8 @@ class Site:
         if not isinstance(output, Tensor):
             kind = type(output).__name__
             raise _UnreadableError(self.name, f"its output is not a tensor but a {kind}")
-        if isinstance(module, _CONVOLUTIONS):
-            view = output.movedim(-1 - len(module.kernel_size), -1)
-        elif isinstance(module, tuple(_INSTANCE_NORMS)):
-            axis = next(a for kind, a in _INSTANCE_NORMS.items() if isinstance(module, kind))
-            view = output.movedim(axis, -1)
-        elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
-            view = output.movedim(1, -1)
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            view = output.flatten(-len(module.normalized_shape))
-        else:
-            view = output
+        axis, merged = unit_axis(module)
+        view = output.flatten(-merged) if merged > 1 else output.movedim(axis, -1)
         if view.shape[-1:] != (self.n_units,):
             raise _UnreadableError(
                 self.name, f"its output has the unexpected shape {tuple(output.shape)}"
@@ -302,18 +283,6 @@ class Recorder:
         return outputs_of(model, batch), taken
 
 
-@contextmanager
-def recording_arithmetic() -> Iterator[None]:
-    """No gradients, no autocast, and no fused attention, which calls no hooks."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with plain_arithmetic():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 def find_calls(
     model: nn.Module, batch: Batch, units: UnitSelection | None
 ) -> tuple[dict[Call, Site], dict[str, str]]:
@@ -322,7 +291,7 @@ def find_calls(
     calls: dict[Call, Site] | None = None
     while calls is None:
         try:
-            with Recorder(sites.values()) as recorder, recording_arithmetic():
+            with Recorder(sites.values()) as recorder, hooked_arithmetic():
                 _, calls = recorder.run(model, batch, lambda call, site, views: site)
         except _UnreadableError as error:
             without[error.layer] = error.reason

@@ -18,6 +18,7 @@ from lcodec_ext._checks import check_choice, check_integer, check_real, check_se
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.modes import hooked_arithmetic
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.dependence.table import MAX_ROWS
@@ -29,7 +30,6 @@ from lcodec_ext.unlearning.record.activations import (
     Site,
     UnitCall,
     find_calls,
-    recording_arithmetic,
 )
 from lcodec_ext.unlearning.record.passes import Passes
 from lcodec_ext.unlearning.record.perturb import Perturb, perturbed
@@ -252,7 +252,7 @@ def record(
         return draw(index)
 
     bar = progress_bar(progress, total=n_perturbations, desc="perturbations", unit="draw")
-    with Recorder(dict.fromkeys(sites.values())) as recorder, recording_arithmetic(), bar:
+    with Recorder(dict.fromkeys(sites.values())) as recorder, hooked_arithmetic(), bar:
         passes = Passes(model, recorder, list(sites), loss_fn, perturb)
         groups = 1
         if batch_size >= 2 * size:
