@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip
 # `make check-wheel` builds in isolation, as a user's pip does.
 BUILD := --no-build-isolation -C cmake.define.LCODEC_WERROR=ON -C cmake.define.LCODEC_EMULATE=ON
 # Folders too: their time stamps tell of files that were added or removed.
-SOURCES := $(shell find csrc lcodec_ext -name __pycache__ -prune -o -print) \
+SOURCES := $(shell find csrc lcodec_ext tests/emulate -name __pycache__ -prune -o -print) \
     CMakeLists.txt pyproject.toml README.md LICENSE
 
 define CHECK_PYTHON
@@ -59,7 +59,7 @@ check: lint check-wheel check-objects check-sanitize check-long ## All that CI c
 lint: $(VENV)/.installed ## Formatting, style, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
+	find csrc tests/emulate \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
 	    | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache

@@ -106,12 +106,6 @@ def factored_gram(
     level: str,
     threads: int,
 ) -> None: ...
-def segments_gather(
-    dtype: str, parameters: list[int], segments: int, count: int, out: int
-) -> None: ...
-def segments_add(
-    dtype: str, parameters: list[int], segments: int, count: int, alpha: float, x: int
-) -> None: ...
 
 # Where CUDA was built. Arrays and streams are addresses, 0 for none.
 def cuda_column_statistics(
@@ -179,27 +173,6 @@ def cuda_factored_gram(
     d: int,
     n: int,
     k: int,
-    stream: int,
-) -> None: ...
-def cuda_segments_gather(
-    dtype: str,
-    parameters: list[int],
-    sizes: list[int],
-    segments: int,
-    count: int,
-    size: int,
-    out: int,
-    stream: int,
-) -> None: ...
-def cuda_segments_add(
-    dtype: str,
-    parameters: list[int],
-    sizes: list[int],
-    segments: int,
-    count: int,
-    size: int,
-    alpha: float,
-    x: int,
     stream: int,
 ) -> None: ...
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_on_cpu import cuda_on_cpu
+from cuda_on_cpu import DeviceOnCpu
 from devices import GPU, ORDERS
 from lcodec_ext import _core, _emulated
 from lcodec_ext.curvature import kernels, reference
@@ -41,7 +41,8 @@ class Emulated:
     def run(self, function, *arguments, **options):
         _emulated.configure(*self.order)
         try:
-            with pytest.MonkeyPatch.context() as patch, cuda_on_cpu(_emulated):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernels, "device_of", lambda tensor: DeviceOnCpu(_emulated))
                 patch.setattr(_emulated, "CUDA_CHUNK_BYTES", CHUNK_BYTES)
                 return function(*arguments, **options)
         finally:
@@ -49,7 +50,7 @@ class Emulated:
 
 
 class OnGpu(Emulated):
-    """The CUDA kernels on a GPU; what they change in place is copied back."""
+    """The CUDA kernels on a GPU."""
 
     name = "cuda"
 
@@ -60,17 +61,10 @@ class OnGpu(Emulated):
         moved = [place(argument, "cuda") for argument in arguments]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_core, "CUDA_CHUNK_BYTES", CHUNK_BYTES)
-            result = function(*moved, **options)
-        for own, other in zip(arguments, moved, strict=True):
-            if isinstance(own, list) and own and torch.is_tensor(own[0]):
-                for tensor, changed in zip(own, other, strict=True):
-                    tensor.copy_(changed)
-        return place(result, "cpu")
+            return place(function(*moved, **options), "cpu")
 
 
 def place(value, where):
-    if isinstance(value, list):
-        return [place(item, where) for item in value]
     return value.to(where) if torch.is_tensor(value) else value
 
 
@@ -344,63 +338,6 @@ def test_factored_gram_at_every_level_and_thread_count(simd_level, threads, rng)
 
 
 # ------------------------------------------------------------------------------------------------
-# segments_gather and segments_add_
-
-
-def stretches(rng, count, dtype):
-    """Tensors of several shapes, and one or two stretches of most of them, in any order."""
-    parameters, segments = [], []
-    for k in range(count):
-        shape = [(3, 5), (40,), (2, 3, 4), (), (0,), (300, 3)][k % 6]
-        parameters.append(torch.from_numpy(rng.normal(size=shape)).to(dtype))
-        size = parameters[-1].numel()
-        cut = size // 3
-        segments += [(k, cut, size - cut)] + [(k, 0, cut)] * (k % 2)
-    rng.shuffle(segments)
-    return parameters, [tuple(map(int, s)) for s in segments]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 6, 200])
-def test_gather_and_add(device, dtype, count, rng):
-    if count == 200 and device.name not in ("cpu", "forward0"):
-        count = 20  # slow in emulation, and several launches are several launches in any order
-    parameters, segments = stretches(rng, count, dtype)
-    views = [parameters[k].flatten()[a : a + n] for k, a, n in segments]
-    size = sum(len(view) for view in views)
-    got = device.run(kernels.segments_gather, parameters, segments, size)
-    assert torch.equal(got, torch.cat(views))
-    assert got.dtype == dtype
-
-    computed = kernels._COMPUTED[dtype]
-    x = torch.from_numpy(rng.normal(size=size)).to(computed)
-    expected, offset = [p.clone() for p in parameters], 0
-    for k, a, n in segments:
-        flat = expected[k].view(-1)
-        flat[a : a + n] = (flat[a : a + n].to(computed) + 0.3 * x[offset : offset + n]).to(dtype)
-        offset += n
-    device.run(kernels.segments_add_, parameters, segments, x, alpha=0.3)
-    for parameter, want in zip(parameters, expected, strict=True):
-        assert torch.equal(parameter, want)
-
-
-def test_bfloat16_is_rounded_as_torch_rounds(device):
-    words = torch.arange(2**15, dtype=torch.int16)
-    own = torch.cat([words, -words]).view(torch.bfloat16)[::13].contiguous()
-    x = torch.linspace(-3, 3, len(own)) * own.float().nan_to_num(0, 1, 1) * 2**-7
-    expected = (own.float() + x).to(torch.bfloat16)
-    device.run(kernels.segments_add_, [own], [(0, 0, len(own))], x)
-    torch.testing.assert_close(own, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_no_segments(device):
-    parameter = torch.ones(3)
-    assert device.run(kernels.segments_gather, [parameter], [], 0).shape == (0,)
-    device.run(kernels.segments_add_, [parameter], [], torch.ones(0))
-    assert parameter.tolist() == [1, 1, 1]
-
-
-# ------------------------------------------------------------------------------------------------
 # Memory, on devices whose arrays have nothing behind them
 
 
@@ -420,13 +357,6 @@ def test_wrong_segments_stay_within_the_arrays(order, rng):
     ):
         out = order.run(kernels.masked_gram_product, G, torch.ones(10, dtype=G.dtype), segments)
         assert out.isfinite().all()
-    parameters = [torch.ones(4), torch.ones(3)]
-    order.run(kernels.segments_gather, parameters, [(least, huge, huge), (huge, 0, huge)] * 300, 7)
-    wrong = [(0, -2, 4), (1, 2, 3)]
-    got = order.run(kernels.segments_gather, parameters, wrong, 7)
-    assert got.tolist() == [0, 0, 1, 1, 1, 0, 0]
-    order.run(kernels.segments_add_, parameters, [(2, 0, 2), *wrong], torch.ones(9))
-    assert [p.tolist() for p in parameters] == [[2, 2, 1, 1], [1, 1, 2]]
 
 
 def test_workspace_is_what_is_used(rng):
@@ -455,29 +385,23 @@ def calls():
     rng = np.random.default_rng(3)
     gram = gram_case(rng, SHAPES[5], torch.float32, 2)
     bf16 = gram_case(rng, SHAPES[5], torch.bfloat16)
-    parameters, segments = stretches(rng, 5, torch.float32)
-    table = torch.tensor(segments)
-    size = int(table[:, 2].sum())
     factors = torch.randn(7, 2), torch.randn(7, 5)
     return [
         (registered.masked_gram_product, (*gram, 0.1)),
         (registered.masked_gram_product, (*bf16[:3], None, 0.0)),
         (registered.softmax_rows_product, (*softmax_case(rng, 9, 8, 2, torch.float64), 0.5)),
         (registered.factored_gram, factors),
-        (registered.segments_gather, (parameters, table, size)),
-        (registered.segments_add_, (parameters, table, torch.ones(size), 2.0)),
     ]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(number, requires_grad):
     op, arguments = calls()[number]
-    if requires_grad and op is not registered.segments_add_:
+    if requires_grad:
         for argument in arguments:
-            for tensor in argument if isinstance(argument, list) else [argument]:
-                if torch.is_tensor(tensor) and tensor.is_floating_point():
-                    tensor.requires_grad_()
+            if torch.is_tensor(argument) and argument.is_floating_point():
+                argument.requires_grad_()
     torch.library.opcheck(op.default, arguments)
 
 
@@ -498,24 +422,6 @@ def test_no_gradients(rng):
     assert not out.requires_grad
     (out * v).sum().backward()  # as a constant
     assert torch.equal(v.grad, out)
-
-
-def test_an_addition_in_place_is_seen_by_autograd():
-    weight, x = torch.ones(3, requires_grad=True), torch.ones(2)
-    with pytest.raises(RuntimeError, match="parameter 0 requires a gradient"):
-        kernels.segments_add_([weight], [(0, 1, 2)], x)
-    loss = (weight**2).sum()
-    with torch.no_grad():
-        kernels.segments_add_([weight], [(0, 1, 2)], x)
-    assert weight.tolist() == [1, 2, 2]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    with torch.inference_mode():
-        kernels.segments_add_([torch.ones(3)], [(0, 1, 2)], x)
-    loss = (weight**2).sum()
-    with torch.no_grad(), pytest.raises(ValueError, match="segment 0 ends at 4"):
-        kernels.segments_add_([weight], [(0, 2, 2)], x)
-    loss.backward()  # nothing was changed
 
 
 def test_the_other_operators_are_registered_beside_these():
@@ -566,17 +472,6 @@ ROWS = torch.ones(2, 6)
         (lambda: kernels.factored_gram(G, G[1:]), "Delta and A .*the same number of rows"),
         (lambda: kernels.factored_gram(G[:0], G[:0]), "Delta and A .*at least one"),
         (lambda: kernels.factored_gram(G.bfloat16(), G), "Delta must be float32 or float64"),
-        (lambda: kernels.segments_gather([], [], 0), "parameters must be one tensor or more"),
-        (lambda: kernels.segments_gather([G, V.double()], [], 0), "parameter 1 is torch.float64"),
-        (lambda: kernels.segments_gather([G.T], [], 0), "parameters must be contiguous"),
-        (lambda: kernels.segments_gather([V], [(0, 2, 2)], 2), "segment 0 ends at 4, behind"),
-        (lambda: kernels.segments_gather([V], [(0, 2**63 - 1, 2)], 2), "segment 0 ends at 92.*09,"),
-        (lambda: kernels.segments_gather([V], [], -1), "size must not be negative; got -1"),
-        (lambda: kernels.segments_gather([V], [(1, 0, 2)], 2), "segments name parameter 1; there"),
-        (lambda: kernels.segments_gather([V], [(0, 0, 2)], 3), "2 elements in all; expected 3"),
-        (lambda: kernels.segments_gather([V], [(0, 2)], 2), r"of shape \(count, 3\)"),
-        (lambda: kernels.segments_add_([V], [(0, 0, 2)], G), r"x must have shape \(size,\)"),
-        (lambda: kernels.segments_add_([V], [(0, 0, 2)], V.double()), "x must be torch.float32"),
     ],
 )
 def test_bad_arguments(call, message):

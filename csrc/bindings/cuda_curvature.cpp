@@ -2,12 +2,9 @@
 // are addresses of device memory as integers, 0 for none, whose sizes the caller answers for.
 #include "lcodec/cuda_curvature.hpp"
 
-#include <pybind11/stl.h>
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "bindings/address.hpp"
 #include "bindings/bindings.hpp"
@@ -17,8 +14,6 @@ namespace py = pybind11;
 
 namespace lcodec::bindings {
 namespace {
-
-using Words = std::vector<std::int64_t>;
 
 // call(S{}, T{}) for the type of storage that dtype names, without the GIL; raises what fails.
 template <class Call>
@@ -77,36 +72,6 @@ void factored_gram(const std::string& dtype, Address delta, std::int64_t delta_s
   });
 }
 
-std::int64_t count_of(const std::vector<Address>& parameters, const Words& sizes) {
-  if (parameters.size() != sizes.size()) throw std::invalid_argument("shapes do not fit");
-  return static_cast<std::int64_t>(parameters.size());
-}
-
-void segments_gather(const std::string& dtype, const std::vector<Address>& parameters,
-                     const Words& sizes, Address segments, std::int64_t count, std::int64_t size,
-                     Address out, Address stream) {
-  const std::int64_t parameter_count = count_of(parameters, sizes);
-  with_storage(dtype, [&](auto stored, auto) {
-    using S = decltype(stored);
-    return cuda::segments_gather(parameters.data(), sizes.data(), parameter_count,
-                                 at<const std::int64_t>(segments), count, size, at<S>(out),
-                                 at<void>(stream));
-  });
-}
-
-void segments_add(const std::string& dtype, const std::vector<Address>& parameters,
-                  const Words& sizes, Address segments, std::int64_t count, std::int64_t size,
-                  double alpha, Address x, Address stream) {
-  const std::int64_t parameter_count = count_of(parameters, sizes);
-  with_storage(dtype, [&](auto stored, auto zero) {
-    using S = decltype(stored);
-    using T = decltype(zero);
-    return cuda::segments_add<S, T>(parameters.data(), sizes.data(), parameter_count,
-                                    at<const std::int64_t>(segments), count, size,
-                                    static_cast<T>(alpha), at<const T>(x), at<void>(stream));
-  });
-}
-
 }  // namespace
 
 void register_cuda_curvature(py::module_& m) {
@@ -126,12 +91,6 @@ void register_cuda_curvature(py::module_& m) {
   m.def("cuda_factored_gram", &factored_gram, py::arg("dtype"), py::arg("delta"),
         py::arg("delta_stride"), py::arg("r"), py::arg("a"), py::arg("a_stride"), py::arg("d"),
         py::arg("n"), py::arg("k"), py::arg("stream"));
-  m.def("cuda_segments_gather", &segments_gather, py::arg("dtype"), py::arg("parameters"),
-        py::arg("sizes"), py::arg("segments"), py::arg("count"), py::arg("size"), py::arg("out"),
-        py::arg("stream"));
-  m.def("cuda_segments_add", &segments_add, py::arg("dtype"), py::arg("parameters"),
-        py::arg("sizes"), py::arg("segments"), py::arg("count"), py::arg("size"), py::arg("alpha"),
-        py::arg("x"), py::arg("stream"));
 }
 
 }  // namespace lcodec::bindings

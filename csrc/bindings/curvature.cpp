@@ -2,12 +2,9 @@
 // has no bfloat16. lcodec_ext/curvature/kernels.py, the one caller, answers for them.
 #include "lcodec/curvature.hpp"
 
-#include <pybind11/stl.h>
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "bindings/address.hpp"
 #include "bindings/bindings.hpp"
@@ -90,30 +87,6 @@ void factored_gram(const std::string& dtype, Address delta, std::int64_t delta_s
   });
 }
 
-void segments_gather(const std::string& dtype, const std::vector<Address>& parameters,
-                     Address segments, std::int64_t count, Address out) {
-  const py::gil_scoped_release release;
-  with_storage(dtype, [&](auto stored, auto) {
-    using S = decltype(stored);
-    std::vector<const S*> data;
-    for (const Address address : parameters) data.push_back(at<const S>(address));
-    lcodec::segments_gather(data.data(), at<const ParameterSegment>(segments), count, at<S>(out));
-  });
-}
-
-void segments_add(const std::string& dtype, const std::vector<Address>& parameters,
-                  Address segments, std::int64_t count, double alpha, Address x) {
-  const py::gil_scoped_release release;
-  with_storage(dtype, [&](auto stored, auto zero) {
-    using S = decltype(stored);
-    using T = decltype(zero);
-    std::vector<S*> data;
-    for (const Address address : parameters) data.push_back(at<S>(address));
-    lcodec::segments_add(data.data(), at<const ParameterSegment>(segments), count,
-                         static_cast<T>(alpha), at<const T>(x));
-  });
-}
-
 }  // namespace
 
 void register_curvature(py::module_& m) {
@@ -127,10 +100,6 @@ void register_curvature(py::module_& m) {
   m.def("factored_gram", &factored_gram, py::arg("dtype"), py::arg("delta"),
         py::arg("delta_stride"), py::arg("r"), py::arg("a"), py::arg("a_stride"), py::arg("d"),
         py::arg("n"), py::arg("k"), py::arg("level"), py::arg("threads"));
-  m.def("segments_gather", &segments_gather, py::arg("dtype"), py::arg("parameters"),
-        py::arg("segments"), py::arg("count"), py::arg("out"));
-  m.def("segments_add", &segments_add, py::arg("dtype"), py::arg("parameters"), py::arg("segments"),
-        py::arg("count"), py::arg("alpha"), py::arg("x"));
 }
 
 }  // namespace lcodec::bindings

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "random.hpp"  // LCODEC_HOST_DEVICE
+#include "common/random.hpp"  // LCODEC_HOST_DEVICE
 
 namespace lcodec {
 

@@ -17,8 +17,8 @@
 
 #include "common/fixed_point.hpp"
 #include "common/random.hpp"
-#include "radix_sort.hpp"
-#include "spatial.hpp"
+#include "cpu/radix_sort.hpp"
+#include "cpu/spatial.hpp"
 
 namespace lcodec {
 

@@ -3,9 +3,9 @@
 #include <array>
 #include <cmath>
 
-#include "kernels.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/parallel.hpp"
 #include "lcodec/engine.hpp"
-#include "parallel.hpp"
 
 namespace lcodec {
 

@@ -8,13 +8,13 @@
 #include <utility>
 #include <vector>
 
-#include "coded_groups.hpp"
+#include "cpu/coded_groups.hpp"
+#include "cpu/nearest.hpp"
+#include "cpu/pages.hpp"
+#include "cpu/parallel.hpp"
+#include "cpu/radix_sort.hpp"
+#include "cpu/spatial.hpp"
 #include "lcodec/engine.hpp"
-#include "nearest.hpp"
-#include "pages.hpp"
-#include "parallel.hpp"
-#include "radix_sort.hpp"
-#include "spatial.hpp"
 
 namespace lcodec {
 

@@ -1,7 +1,6 @@
 #include "lcodec/curvature.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -220,21 +219,6 @@ Status rows_product(const SelectedColumns<S>& x, const T* v, std::int64_t m, T d
   });
 }
 
-float as_float(Bfloat16 value) {
-  const std::uint32_t word = static_cast<std::uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &word, sizeof result);
-  return result;
-}
-
-// To nearest, ties to even; NaN stays NaN.
-Bfloat16 as_bfloat16(float value) {
-  std::uint32_t word;
-  std::memcpy(&word, &value, sizeof word);
-  if (value != value) return {static_cast<std::uint16_t>(word >> 16 | 0x40)};
-  return {static_cast<std::uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16)};
-}
-
 }  // namespace
 
 template <class S, class T>
@@ -305,40 +289,11 @@ Status factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, 
   });
 }
 
-template <class S>
-void segments_gather(const S* const* parameters, const ParameterSegment* segments,
-                     std::int64_t count, S* out) {
-  for (std::int64_t s = 0; s < count; ++s) {
-    const ParameterSegment& segment = segments[s];
-    out = std::copy_n(parameters[segment.parameter] + segment.start, segment.length, out);
-  }
-}
-
-template <class S, class T>
-void segments_add(S* const* parameters, const ParameterSegment* segments, std::int64_t count,
-                  T alpha, const T* x) {
-  const DefaultFloats floats;
-  for (std::int64_t s = 0; s < count; ++s) {
-    const std::int64_t length = segments[s].length;
-    S* own = parameters[segments[s].parameter] + segments[s].start;
-    for (std::int64_t k = 0; k < length; ++k) {
-      if constexpr (std::is_same_v<S, Bfloat16>) {
-        own[k] = as_bfloat16(as_float(own[k]) + alpha * x[k]);
-      } else {
-        own[k] = own[k] + alpha * x[k];
-      }
-    }
-    x += length;
-  }
-}
-
-#define LCODEC_INSTANTIATE(S, T)                                                                \
-  template Status masked_gram_product<S, T>(const SelectedColumns<S>&, const T*, const T*,      \
-                                            std::int64_t, T, T*, const Execution&);             \
-  template Status softmax_rows_product<S, T>(const SelectedColumns<S>&, const T*, const T*,     \
-                                             const T*, std::int64_t, T, T*, const Execution&);  \
-  template void segments_gather<S>(const S* const*, const ParameterSegment*, std::int64_t, S*); \
-  template void segments_add<S, T>(S* const*, const ParameterSegment*, std::int64_t, T, const T*);
+#define LCODEC_INSTANTIATE(S, T)                                                            \
+  template Status masked_gram_product<S, T>(const SelectedColumns<S>&, const T*, const T*,  \
+                                            std::int64_t, T, T*, const Execution&);         \
+  template Status softmax_rows_product<S, T>(const SelectedColumns<S>&, const T*, const T*, \
+                                             const T*, std::int64_t, T, T*, const Execution&);
 LCODEC_INSTANTIATE(float, float)
 LCODEC_INSTANTIATE(double, double)
 LCODEC_INSTANTIATE(Bfloat16, float)

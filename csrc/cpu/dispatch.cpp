@@ -3,7 +3,7 @@
 #include <stdexcept>
 
 #include "cpu/curvature_kernels.hpp"
-#include "kernels.hpp"
+#include "cpu/kernels.hpp"
 
 namespace lcodec {
 namespace {

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "common/fixed_point.hpp"
-#include "conditioned.hpp"
-#include "scanner.hpp"
-#include "sorted_groups.hpp"
+#include "cpu/conditioned.hpp"
+#include "cpu/scanner.hpp"
+#include "cpu/sorted_groups.hpp"
 
 namespace lcodec {
 namespace {

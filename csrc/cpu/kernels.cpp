@@ -11,7 +11,7 @@
 // It must not use fma, reassociate, or include anything with inline functions of external linkage:
 // the linker would keep one copy of those, possibly of a level that the CPU does not have.
 
-#include "kernels.hpp"
+#include "cpu/kernels.hpp"
 
 #include <type_traits>
 

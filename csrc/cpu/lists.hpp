@@ -9,8 +9,8 @@
 #include <limits>
 #include <vector>
 
-#include "radix_sort.hpp"
-#include "spatial.hpp"
+#include "cpu/radix_sort.hpp"
+#include "cpu/spatial.hpp"
 
 namespace lcodec {
 

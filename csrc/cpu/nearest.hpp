@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "common/random.hpp"
-#include "parallel.hpp"
-#include "radix_sort.hpp"
-#include "spatial.hpp"
+#include "cpu/parallel.hpp"
+#include "cpu/radix_sort.hpp"
+#include "cpu/spatial.hpp"
 
 namespace lcodec {
 

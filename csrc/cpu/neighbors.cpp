@@ -1,7 +1,7 @@
 #include <algorithm>
 
+#include "cpu/nearest.hpp"
 #include "lcodec/engine.hpp"
-#include "nearest.hpp"
 
 namespace lcodec {
 

@@ -10,10 +10,10 @@
 #include <mutex>
 #include <vector>
 
-#include "conditioned.hpp"
-#include "lists.hpp"
-#include "pages.hpp"
-#include "parallel.hpp"
+#include "cpu/conditioned.hpp"
+#include "cpu/lists.hpp"
+#include "cpu/pages.hpp"
+#include "cpu/parallel.hpp"
 
 namespace lcodec {
 

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "common/fixed_point.hpp"
-#include "nearest.hpp"
-#include "spatial.hpp"
+#include "cpu/nearest.hpp"
+#include "cpu/spatial.hpp"
 
 namespace lcodec {
 

@@ -11,7 +11,7 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels.hpp"
+#include "cpu/kernels.hpp"
 #include "lcodec/engine.hpp"
 
 namespace lcodec {

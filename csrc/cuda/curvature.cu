@@ -89,21 +89,6 @@ Outcome rows_product(const SelectedColumns<S>& x, const T* p, const T* weight, c
              dim3(kProductThreads), stream, a, damping, out);
 }
 
-// launch(addresses, the first parameter of them) for every so many parameters.
-template <class Launch>
-Outcome with_addresses(const std::uintptr_t* parameters, const std::int64_t* sizes,
-                       std::int64_t count, const Launch& launch) {
-  for (std::int64_t first = 0; first < count; first += kMostParameters) {
-    Addresses addresses{};
-    const std::int64_t some = std::min<std::int64_t>(kMostParameters, count - first);
-    std::copy_n(parameters + first, some, addresses.data);
-    std::copy_n(sizes + first, some, addresses.size);
-    const Outcome result = launch(addresses, first);
-    if (!result.ok()) return result;
-  }
-  return {};
-}
-
 }  // namespace
 
 std::int64_t row_groups(std::int64_t n, std::int64_t size, std::int64_t itemsize,
@@ -145,44 +130,12 @@ Outcome factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r,
              k);
 }
 
-template <class S>
-Outcome segments_gather(const std::uintptr_t* parameters, const std::int64_t* sizes,
-                        std::int64_t parameter_count, const std::int64_t* segments,
-                        std::int64_t count, std::int64_t size, S* out, Stream stream) {
-  if (count < 1 || count > kMostBlocks) return outcome(cudaErrorInvalidValue, "segments_gather");
-  return with_addresses(parameters, sizes, parameter_count,
-                        [&](const Addresses& addresses, std::int64_t first) {
-                          return run("segments_gather", segments_gather_kernel<S>,
-                                     grid_of(count, kSlices), dim3(kSegmentThreads), stream,
-                                     addresses, first, parameter_count, segments, size, out);
-                        });
-}
-
-template <class S, class T>
-Outcome segments_add(const std::uintptr_t* parameters, const std::int64_t* sizes,
-                     std::int64_t parameter_count, const std::int64_t* segments, std::int64_t count,
-                     std::int64_t size, T alpha, const T* x, Stream stream) {
-  if (count < 1 || count > kMostBlocks) return outcome(cudaErrorInvalidValue, "segments_add");
-  return with_addresses(parameters, sizes, parameter_count,
-                        [&](const Addresses& addresses, std::int64_t first) {
-                          return run("segments_add", segments_add_kernel<S, T>,
-                                     grid_of(count, kSlices), dim3(kSegmentThreads), stream,
-                                     addresses, first, parameter_count, segments, size, alpha, x);
-                        });
-}
-
 #define LCODEC_INSTANTIATE(S, T)                                                                  \
   template Outcome masked_gram_product<S, T>(const SelectedColumns<S>&, const T*, const T*,       \
                                              std::int64_t, T, T*, void*, std::int64_t, Stream);   \
   template Outcome softmax_rows_product<S, T>(const SelectedColumns<S>&, const T*, const T*,      \
                                               const T*, std::int64_t, T, T*, void*, std::int64_t, \
-                                              Stream);                                            \
-  template Outcome segments_gather<S>(const std::uintptr_t*, const std::int64_t*, std::int64_t,   \
-                                      const std::int64_t*, std::int64_t, std::int64_t, S*,        \
-                                      Stream);                                                    \
-  template Outcome segments_add<S, T>(const std::uintptr_t*, const std::int64_t*, std::int64_t,   \
-                                      const std::int64_t*, std::int64_t, std::int64_t, T,         \
-                                      const T*, Stream);
+                                              Stream);
 LCODEC_INSTANTIATE(float, float)
 LCODEC_INSTANTIATE(double, double)
 LCODEC_INSTANTIATE(Bfloat16, float)

@@ -1,5 +1,5 @@
 // Sorting and prefix sums over a whole device: CUB for a GPU (device_sort.cu), the standard library
-// under emulation (emulate/device_sort.cpp).
+// under emulation (tests/emulate/device_sort.cpp).
 //
 // Every function is called twice, with the same sizes: without workspace it writes to `bytes` how
 // much it needs, at least 1, and does nothing else; then with that much workspace. Nothing is

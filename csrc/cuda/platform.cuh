@@ -1,5 +1,5 @@
 // What kernels and launchers include for CUDA, so that one source serves two compilers: nvcc for a
-// GPU, and a C++ compiler with LCODEC_EMULATE for the CPU (csrc/emulate), where the tests run it.
+// GPU, and a C++ compiler with LCODEC_EMULATE for the CPU (tests/emulate), where the tests run it.
 //
 //   template <int kThreads>
 //   __global__ void __launch_bounds__(kThreads) kernel(const float* x, std::int64_t n) {

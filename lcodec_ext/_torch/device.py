@@ -12,7 +12,11 @@ from lcodec_ext._build import cuda_is_available, cuda_status
 class Device:
     """A CUDA device as the kernels see it: entry points, current stream, guard.
 
-    Tests put one in its place whose memory is the CPU's.
+    Parameters
+    ----------
+    device : torch.device
+    module
+        The kernels' entry points: those of the compiled module, unless a test brings others.
 
     Raises
     ------
@@ -20,16 +24,14 @@ class Device:
         If this build or this machine cannot run the kernels.
     """
 
-    module: Any = _core
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if hasattr(self.module, "CudaEngineFloat"):
+    def __init__(self, device: torch.device, module: Any = _core) -> None:
+        self._device, self.module = device, module
+        if hasattr(module, "CudaEngineFloat"):
             with self.guard():
                 if cuda_is_available():
                     return
         raise RuntimeError(
-            f"tensors on device '{device}' need the CUDA backend, which is not there "
+            f"tensors on device '{device}' need CUDA, which this build or machine does not offer "
             f"({cuda_status()}) Pass CPU data instead, with .cpu()"
         )
 
@@ -40,3 +42,8 @@ class Device:
     def stream(self) -> int:
         """The device's current stream, a cudaStream_t."""
         return torch.cuda.current_stream(self._device).cuda_stream
+
+
+def device_of(tensor: torch.Tensor) -> Device | None:
+    """The CUDA device of a tensor, None for any other."""
+    return Device(tensor.device) if tensor.device.type == "cuda" else None

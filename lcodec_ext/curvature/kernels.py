@@ -1,10 +1,10 @@
 """The fused kernels of masked curvature, as PyTorch operators on CPU and CUDA tensors.
 
 Importing this module registers ``torch.ops.lcodec_ext.masked_gram_product``,
-``softmax_rows_product``, ``factored_gram``, ``segments_gather`` and ``segments_add_``; the
-functions here call them. Sums are added in one written order (``lcodec/curvature.hpp`` and
-``lcodec/cuda_curvature.hpp`` in ``csrc/include``): the bits of a result do not depend on the number
-of threads, the SIMD level or the order in which a GPU runs its blocks. Those of CPU and CUDA
+``softmax_rows_product`` and ``factored_gram``; the functions here call them. Sums are added in one
+written order (``lcodec/curvature.hpp`` and ``lcodec/cuda_curvature.hpp`` in ``csrc``): the bits of
+a result do not depend on the number of threads, the SIMD level or the order in which a GPU runs its
+blocks. Those of CPU and CUDA
 differ, within the error bounds stated there. Nothing waits for a CUDA device, and with segments
 that are tensors there, all of it can be captured in a CUDA graph. There are no gradients.
 
@@ -20,16 +20,13 @@ import torch
 from torch import Tensor
 
 from lcodec_ext import _core
-from lcodec_ext._arrays import on_device
 from lcodec_ext._threads import cpu_settings
-from lcodec_ext._torch import device as _device
+from lcodec_ext._torch.device import device_of
 from lcodec_ext._torch.library import register
 
 __all__ = [
     "factored_gram",
     "masked_gram_product",
-    "segments_add_",
-    "segments_gather",
     "softmax_rows_product",
 ]
 
@@ -94,7 +91,7 @@ def masked_gram_product(
     tensor([12.5000, 17.5000])
     """
     return torch.ops.lcodec_ext.masked_gram_product(
-        G, v, _as_segments(segments, 2, G), weights, damping
+        G, v, _as_segments(segments, G), weights, damping
     )
 
 
@@ -183,87 +180,6 @@ def factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
     return torch.ops.lcodec_ext.factored_gram(Delta, A)
 
 
-def segments_gather(parameters: Sequence[Tensor], segments: Segments, size: int) -> Tensor:
-    """Copy stretches of several tensors into one vector, in one launch.
-
-    Parameters
-    ----------
-    parameters : sequence of Tensor
-        Contiguous, of one dtype (float32, float64 or bfloat16), on one device; stretches are of
-        their flat views. On CUDA every 192 of them take a launch.
-    segments : Tensor of int64, shape (count, 3), or sequence of triples
-        (index of the parameter, start, length), in the order of the vector. A tensor on the
-        parameters' device is used as it is.
-    size : int
-        What the lengths add up to; given, so that nothing has to be read from a device.
-
-    Returns
-    -------
-    Tensor of shape (size,), of the parameters' dtype
-
-    Raises
-    ------
-    ValueError
-        If an argument is not as described; it is named.
-
-    Notes
-    -----
-    O(size).
-
-    Examples
-    --------
-    >>> import torch
-    >>> from lcodec_ext.curvature.kernels import segments_gather
-    >>> weight, bias = torch.arange(6.0).reshape(2, 3), torch.tensor([7.0, 8.0])
-    >>> segments_gather([weight, bias], [(0, 3, 3), (1, 1, 1)], 4)
-    tensor([3., 4., 5., 8.])
-    """
-    parameters = list(parameters)
-    _check_parameters(parameters)
-    table = _as_segments(segments, 3, parameters[0])
-    return torch.ops.lcodec_ext.segments_gather(parameters, table, size)
-
-
-def segments_add_(
-    parameters: Sequence[Tensor], segments: Segments, x: Tensor, alpha: float = 1.0
-) -> None:
-    """Add a multiple of a vector to stretches of several tensors, in place, in one launch.
-
-    Parameters
-    ----------
-    parameters, segments
-        As for `segments_gather`; stretches of a parameter must not overlap.
-    x : Tensor of shape (size,)
-        float64 for float64 parameters, float32 otherwise: sums are rounded to bfloat16 once.
-    alpha : float, default 1.0
-
-    Raises
-    ------
-    ValueError
-        If an argument is not as described; it is named.
-    RuntimeError
-        If a parameter requires a gradient outside of ``torch.no_grad()``.
-
-    Notes
-    -----
-    O(size).
-
-    Examples
-    --------
-    >>> import torch
-    >>> from lcodec_ext.curvature.kernels import segments_add_
-    >>> bias = torch.tensor([7.0, 8.0])
-    >>> segments_add_([bias], [(0, 1, 1)], torch.tensor([2.0]), alpha=-0.5)
-    >>> bias
-    tensor([7., 7.])
-    """
-    parameters = list(parameters)
-    _check_parameters(parameters)
-    torch.ops.lcodec_ext.segments_add_(
-        parameters, _as_segments(segments, 3, parameters[0]), x, alpha
-    )
-
-
 # ------------------------------------------------------------------------------------------------
 # Checks, of shapes alone where tensors have no values
 
@@ -272,7 +188,7 @@ def _shown(tensor: Tensor) -> str:
     return f"a tensor of {tensor.dtype}, shape {tuple(tensor.shape)}"
 
 
-def _as_segments(segments: Segments, words: int, like: Tensor) -> Tensor:
+def _as_segments(segments: Segments, like: Tensor) -> Tensor:
     """A table of segments on the device of `like`."""
     if isinstance(segments, Tensor):
         return segments
@@ -280,12 +196,12 @@ def _as_segments(segments: Segments, words: int, like: Tensor) -> Tensor:
         rows = [[operator.index(word) for word in segment] for segment in segments]
     except TypeError:
         rows = [[]]
-    if any(len(row) != words for row in rows):
+    if any(len(row) != 2 for row in rows):
         raise ValueError(
-            f"segments must be int64 of shape (count, {words}), or a sequence of {words} integers "
-            f"each; got {segments!r:.200}"
+            "segments must be int64 of shape (count, 2), or a sequence of 2 integers each; got "
+            f"{segments!r:.200}"
         )
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, words).to(like.device)
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).to(like.device)
 
 
 def _check_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
@@ -322,20 +238,18 @@ def _check_like(
     _check_device(name, tensor, other, matrix.device)
 
 
-def _check_table(segments: Tensor, words: int) -> None:
-    if segments.dtype != torch.int64 or segments.ndim != 2 or segments.shape[1] != words:
-        raise ValueError(
-            f"segments must be int64 of shape (count, {words}); got {_shown(segments)}"
-        )
+def _check_table(segments: Tensor) -> None:
+    if segments.dtype != torch.int64 or segments.ndim != 2 or segments.shape[1] != 2:
+        raise ValueError(f"segments must be int64 of shape (count, 2); got {_shown(segments)}")
 
 
-def _check_values(segments: Tensor, size: int, where: str) -> None:
-    """Refuse segments (start, length), whose values can be seen, that are no `size` columns."""
+def _check_values(segments: Tensor, size: int) -> None:
+    """Refuse segments (start, length) that do not select `size` columns; reads their values."""
     total = int(segments[:, -1].sum())
     if (segments < 0).any():
         raise ValueError(f"segments must not be negative; got {segments.min().item()}")
     if total != size:
-        raise ValueError(f"segments have {total} elements in all; expected {size}, as {where} has")
+        raise ValueError(f"segments have {total} elements in all; expected {size}, as v has")
 
 
 def _check_gram(G: Tensor, v: Tensor, segments: Tensor, weights: Tensor | None) -> None:
@@ -347,7 +261,7 @@ def _check_gram(G: Tensor, v: Tensor, segments: Tensor, weights: Tensor | None) 
             f"{_shown(v)}"
         )
     _check_device("v", v, "G", G.device)
-    _check_table(segments, 2)
+    _check_table(segments)
     _check_device("segments", segments, "G", G.device)
     if weights is not None:
         _check_like("weights", weights, (G.shape[0],), "G", G)
@@ -372,48 +286,6 @@ def _check_factors(Delta: Tensor, A: Tensor) -> None:
             f"{_shown(Delta)}, and {_shown(A)}"
         )
     _check_device("A", A, "Delta", Delta.device)
-
-
-def _check_parameters(parameters: Sequence[Tensor]) -> None:
-    if not parameters:
-        raise ValueError("parameters must be one tensor or more; got none")
-    first = parameters[0]
-    for k, parameter in enumerate(parameters):
-        if parameter.dtype not in _COMPUTED or parameter.dtype != first.dtype:
-            raise ValueError(
-                "parameters must be float32, float64 or bfloat16, all the same; parameter 0 is "
-                f"{first.dtype}, parameter {k} is {parameter.dtype}"
-            )
-        if not parameter.is_contiguous():
-            raise ValueError(
-                f"parameters must be contiguous; parameter {k}, of shape "
-                f"{tuple(parameter.shape)}, has strides {parameter.stride()}"
-            )
-        _check_device(f"parameter {k}", parameter, "parameter 0", first.device)
-
-
-def _check_stretches(parameters: Sequence[Tensor], segments: Tensor) -> None:
-    _check_parameters(parameters)
-    _check_table(segments, 3)
-    _check_device("segments", segments, "parameter 0", parameters[0].device)
-
-
-def _check_stretch_values(parameters: Sequence[Tensor], segments: Tensor, size: int) -> None:
-    _check_values(segments, size, "the vector")
-    sizes = torch.tensor([parameter.numel() for parameter in parameters])
-    index, start, length = segments.unbind(1)
-    if len(segments) and int(index.max()) >= len(parameters):
-        raise ValueError(
-            f"segments name parameter {int(index.max())}; there are {len(parameters)} parameters"
-        )
-    # start + length might be too large for an int64
-    beyond = (start > sizes[index] - length).nonzero()[:, 0].tolist()
-    if beyond:
-        k = beyond[0]
-        raise ValueError(
-            f"segment {k} ends at {int(start[k]) + int(length[k])}, behind parameter "
-            f"{int(index[k])} of {int(sizes[index[k]])} elements"
-        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -444,10 +316,6 @@ def _workspace(module: Any, matrix: Tensor, size: int, m: int) -> Tensor:
     return matrix.new_empty(number, dtype=torch.uint8)
 
 
-def _device_of(tensor: Tensor) -> Any:
-    return _device.Device(tensor.device)
-
-
 def _masked_gram_product(
     G: Tensor, v: Tensor, segments: Tensor, weights: Tensor | None, damping: float
 ) -> Tensor:
@@ -459,8 +327,9 @@ def _masked_gram_product(
     vectors = (v if v.ndim == 1 else v.t()).contiguous()  # by vector
     out = torch.empty_like(vectors)
     name, stride = _NAMES[G.dtype], _row_stride(G)
-    if not on_device(G):
-        _check_values(table, size, "v")
+    device = device_of(G)
+    if device is None:
+        _check_values(table, size)
         _check_order(table, d)
         if out.numel():
             _core.masked_gram_product(
@@ -468,7 +337,6 @@ def _masked_gram_product(
                 _address(vectors), m, damping, _address(out), *cpu_settings(),
             )  # fmt: skip
     elif out.numel():
-        device = _device_of(G)
         if d == 0:
             raise ValueError(f"G must have columns where v has elements; got {_shown(G)}")
         with device.guard():
@@ -516,13 +384,13 @@ def _softmax_rows_product(
     if not out.numel():
         return out
     name, stride = _NAMES[A.dtype], _row_stride(A)
-    if not on_device(A):
+    device = device_of(A)
+    if device is None:
         _core.softmax_rows_product(
             name, _address(A), N, stride, D, _address(P), _address(weights), _address(V), m,
             damping, _address(out), *cpu_settings(),
         )  # fmt: skip
         return out
-    device = _device_of(A)
     with device.guard():
         segments = torch.zeros(2, dtype=torch.int64, device=A.device)
         segments[1] = D
@@ -551,10 +419,10 @@ def _factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
         _NAMES[A.dtype], _address(Delta), _row_stride(Delta), Delta.shape[1], _address(A),
         _row_stride(A), A.shape[1], N, _address(out),
     )  # fmt: skip
-    if not on_device(A):
+    device = device_of(A)
+    if device is None:
         _core.factored_gram(*arguments, *cpu_settings())
         return out
-    device = _device_of(A)
     with device.guard():
         device.module.cuda_factored_gram(*arguments, device.stream())
     return out
@@ -563,75 +431,6 @@ def _factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
 def _fake_factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
     _check_factors(Delta, A)
     return A.new_empty((A.shape[0], A.shape[0]))
-
-
-def _segments_gather(parameters: list[Tensor], segments: Tensor, size: int) -> Tensor:
-    _check_stretches(parameters, segments)
-    if size < 0:
-        raise ValueError(f"size must not be negative; got {size}")
-    parameters, table = _plain(*parameters), segments.contiguous()
-    out = parameters[0].new_empty(size)
-    addresses = [_address(parameter) for parameter in parameters]
-    name = _NAMES[out.dtype]
-    if not on_device(out):
-        _check_stretch_values(parameters, table, size)
-        _core.segments_gather(name, addresses, _address(table), len(table), _address(out))
-    elif len(table):
-        device = _device_of(out)
-        sizes = [parameter.numel() for parameter in parameters]
-        with device.guard():
-            device.module.cuda_segments_gather(
-                name, addresses, sizes, _address(table), len(table), size, _address(out),
-                device.stream(),
-            )  # fmt: skip
-    return out
-
-
-def _fake_segments_gather(parameters: list[Tensor], segments: Tensor, size: int) -> Tensor:
-    _check_stretches(parameters, segments)
-    return parameters[0].new_empty(size)
-
-
-def _segments_add_(parameters: list[Tensor], segments: Tensor, x: Tensor, alpha: float) -> None:
-    _check_addition(parameters, segments, x)
-    for k, parameter in enumerate(parameters):
-        if parameter.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"parameter {k} requires a gradient and cannot be changed in place; do it under "
-                "torch.no_grad()"
-            )
-    table = segments.contiguous()
-    if not on_device(x):
-        _check_stretch_values(parameters, table, len(x))
-    if not torch.is_inference_mode_enabled():  # saved tensors are known to be out of date
-        torch.autograd.graph.increment_version(parameters)
-    x, *parameters = _plain(x, *parameters)
-    x = x.contiguous()
-    addresses = [_address(parameter) for parameter in parameters]
-    name = _NAMES[parameters[0].dtype]
-    if not on_device(x):
-        _core.segments_add(name, addresses, _address(table), len(table), alpha, _address(x))
-    elif len(table):
-        device = _device_of(x)
-        sizes = [parameter.numel() for parameter in parameters]
-        with device.guard():
-            device.module.cuda_segments_add(
-                name, addresses, sizes, _address(table), len(table), len(x), alpha, _address(x),
-                device.stream(),
-            )  # fmt: skip
-
-
-def _check_addition(parameters: list[Tensor], segments: Tensor, x: Tensor) -> None:
-    _check_stretches(parameters, segments)
-    if x.ndim != 1:
-        raise ValueError(f"x must have shape (size,); got {_shown(x)}")
-    _check_like("x", x, (x.shape[0],), "parameter 0", parameters[0])
-
-
-def _fake_segments_add_(
-    parameters: list[Tensor], segments: Tensor, x: Tensor, alpha: float
-) -> None:
-    _check_addition(parameters, segments, x)
 
 
 for _schema, _kernel, _fake in (
@@ -648,15 +447,5 @@ for _schema, _kernel, _fake in (
         _fake_softmax_rows_product,
     ),
     ("factored_gram(Tensor Delta, Tensor A) -> Tensor", _factored_gram, _fake_factored_gram),
-    (
-        "segments_gather(Tensor[] parameters, Tensor segments, SymInt size) -> Tensor",
-        _segments_gather,
-        _fake_segments_gather,
-    ),
-    (
-        "segments_add_(Tensor(a!)[] parameters, Tensor segments, Tensor x, float alpha) -> ()",
-        _segments_add_,
-        _fake_segments_add_,
-    ),
 ):
     register(_schema, _kernel, _fake)
