@@ -175,7 +175,7 @@ def test_preconditioning_lowers_iterations_of_a_badly_scaled_matrix(dtype, rtol)
 
 @pytest.mark.parametrize("method", [conjugate_gradient, minres])
 def test_a_restart_makes_the_tolerance_honest(method):
-    """The residual that the iteration goes by, is updated, and so keeps what a product got wrong."""
+    """The updated residual never learns what a product got wrong; the true one tells."""
     A, b = symmetric(logspaced(100)), normal(40)
     calls = 0
 
