@@ -116,9 +116,8 @@ def softmax_rows_product(
         A, float32 otherwise.
     V : Tensor of shape (r, D)
         Of the dtype of P.
-    weights : Tensor of shape (N,), optional
-        One for each sample, of the dtype of P. Ones by default.
-    damping : float, default 0.0
+    weights, damping
+        As for `masked_gram_product`, weights of the dtype of P.
 
     Returns
     -------
