@@ -1127,5 +1127,5 @@ def test_nothing_to_select(select):
     )
     assert codec(losses, activations[:, 0]) <= 0
     options = {"noise": 0.0} if select is select_lfoci else {}
-    with pytest.raises(ValueError, match=r"selects no unit|no unit has T.*Give more n_pert"):
+    with pytest.raises(ValueError, match=r"selects no unit|no unit has T.*Pass more n_pert"):
         select(recording, **options)
