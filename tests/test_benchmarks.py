@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import lcodec_ext
 from lcodec_ext import _threads
 from lcodec_ext._torch.samples import as_samples
-from lcodec_ext.unlearning.record.perturbation import perturbed, record
+from lcodec_ext.unlearning.record import perturbed, record
 from lcodec_ext.unlearning.select import find_candidates
 from lcodec_ext.unlearning.settings import Settings
 

@@ -1,5 +1,6 @@
 """The command line: unlearn, evaluate and report, with models and data by import path."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -384,13 +385,14 @@ def test_pending_samples_are_named_when_weights_are_written(run):
     build, load = (load_object(f"own_problem.py:{name}", "--model") for name in ("build", "load"))
     parts = load()
     with Unlearner.resume("run", build(), parts["train"], parts["loss_fn"]) as stream:
-        stream._settings = stream.settings.replace(
+        harmful = stream.settings.replace(
             update="gradient",
             learning_rate=1e4,
             output_damping=0.0,
             retries=0,
             weight_decay=0.0,
         )
+        stream._given = dataclasses.replace(stream._given, settings=harmful)
         with pytest.warns(UserWarning, match="was taken back"):
             stream.remove(range(10, 30))
         assert stream.pending

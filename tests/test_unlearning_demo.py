@@ -59,7 +59,7 @@ def test_small_run_and_again(demo, tmp_path, capsys, monkeypatch):
 
     written = json.loads((folder / "report.json").read_text())
     assert written["evaluations"][0] == json.loads(json.dumps(evaluation.to_dict()))
-    assert (folder / "figure_gap.png").stat().st_size > 10_000
+    assert (folder / "figure_losses.png").stat().st_size > 10_000
     shown = capsys.readouterr()
     for name in metrics:
         assert name in shown.out

@@ -17,7 +17,8 @@ from lcodec_ext.unlearning.stream.checkpoints import (
     state_of,
     with_state,
 )
-from lcodec_ext.unlearning.stream.ledger import FIRST, FORMAT, History, Ledger
+from lcodec_ext.unlearning.stream.history import History
+from lcodec_ext.unlearning.stream.ledger import FIRST, FORMAT, Ledger
 
 
 def write(path, n=4):
@@ -107,7 +108,7 @@ def test_a_request_cannot_name_a_sample_twice():
     written, so_far = history(9)
     record = {"ids": [3, 4, 3], "skipped": [], "hashes": ["a", "b", "a"]}
     entry = written.append("remove", record | counts(1, 2, "b" * 64), {})
-    with pytest.raises(LedgerError, match="line 2 .* removes sample 3, which is not there"):
+    with pytest.raises(LedgerError, match="line 2 .* removes sample 3, which is not retained"):
         so_far.add(entry)
 
 

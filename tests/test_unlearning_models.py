@@ -423,9 +423,8 @@ def test_wrong_labels_are_forgotten(kind, preset):
     [
         ("cheap", "secant", {"n_perturbations": 100, "n_units": 2}),
         ("gradient", "fisher", {"n_units": 3}),
-        ("fisher_ratio", "gauss_newton", {"max_parameters": 400}),
-        ("expected_decrease", "gauss_newton", {"max_parameters": 0.3, "update": "lbfgs"}),
-        ("last", "hessian", {}),
+        ("gradient", "gauss_newton", {"max_parameters": 400}),
+        ("random", "hessian", {"n_units": 2}),
         ("random", "gauss_newton", {"max_parameters": 0.5, "gradient": "residual", "steps": 2}),
     ],
 )
@@ -447,11 +446,6 @@ def test_other_selections_and_curvatures(kind, selection, curvature, options):
     assert_consistent(kind, result)
     most = options.get("max_parameters", 1.0)
     assert result.n_parameters <= most * (1 if most > 1 else result.n_trainable)
-    if selection == "last":
-        assert len(result.selection.units) == 1
-        layer = next(iter(result.selection.units))
-        heads = ("", "2", "9", "fc", "classifier", "ink")
-        assert layer in heads
     if options.get("gradient") != "residual":
         assert result.loss_forget.after > result.loss_forget.before
 

@@ -11,16 +11,15 @@ from torch import nn
 from lcodec_ext import codec
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature.selection import UnitSelection
-from lcodec_ext.unlearning.record import perturbation
-from lcodec_ext.unlearning.record.activations import Recorder, UnitCall, activation_units
-from lcodec_ext.unlearning.record.perturbation import (
+from lcodec_ext.unlearning.record import (
     Recording,
     TokenReplacement,
+    passes,
     perturbed,
     record,
-    select_cheap,
-    select_lfoci,
 )
+from lcodec_ext.unlearning.record.activations import Recorder, UnitCall
+from lcodec_ext.unlearning.select import select_cheap, select_lfoci
 
 CPU = torch.device("cpu")
 K = 7  # perturbations
@@ -370,16 +369,15 @@ def test_every_call_of_a_reused_module_has_its_columns():
         second = model.body(torch.tanh(first))
     np.testing.assert_allclose(recording.activations[0, :4], first.mean(0).numpy(), rtol=1e-12)
     np.testing.assert_allclose(recording.activations[0, 4:8], second.mean(0).numpy(), rtol=1e-12)
-    columns, without = activation_units(model, request.fetch([0]))
-    assert columns == recording.owners
-    assert without == recording.without == {"idle": "the forward pass does not call it"}
+    assert recording.without == {"idle": "the forward pass does not call it"}
 
 
 def test_layers_of_equal_description_are_told_apart():
     model = seeded(5, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)))
     assert len({str(module) for module in model}) == 1
-    columns, _ = activation_units(model, samples_of(normal(1, 3)).fetch([0]))
-    assert columns == [UnitCall(name, 0, unit) for name in "012" for unit in range(3)]
+    assert recorded(model, samples_of(normal(1, 3))).owners == [
+        UnitCall(name, 0, unit) for name in "012" for unit in range(3)
+    ]
 
 
 def test_layers_that_cannot_be_recorded_say_why():
@@ -461,7 +459,7 @@ def test_memory_limits_what_goes_together(monkeypatch):
     free = recorded(model, request)
     assert free.together == 128
     for most in (3, 1):
-        monkeypatch.setattr(perturbation, "_PASS_BYTES", most * 2 * 8 * 8 + 1)
+        monkeypatch.setattr(passes, "_PASS_BYTES", most * 2 * 8 * 8 + 1)
         limited = recorded(model, request)
         assert limited.together == most
         np.testing.assert_allclose(limited.activations, free.activations, rtol=1e-11)
@@ -498,7 +496,7 @@ def test_batch_size_changes_nothing(batch_size, rows, monkeypatch):
     expected = recorded(model, request, rows=rows)
     largest = 0
     seen = {}
-    original = perturbation.perturbed
+    original = perturbed
 
     def spy(batch, seed, index, **options):
         seen.setdefault(index, []).append(original(batch, seed, index, **options).args[0])
@@ -508,7 +506,7 @@ def test_batch_size_changes_nothing(batch_size, rows, monkeypatch):
         nonlocal largest
         largest = max(largest, len(inputs[0]))
 
-    monkeypatch.setattr(perturbation, "perturbed", spy)
+    monkeypatch.setattr("lcodec_ext.unlearning.record.recording.perturbed", spy)
     model[0].register_forward_pre_hook(count)
     got = recorded(model, request, rows=rows, batch_size=batch_size)
     assert largest <= batch_size

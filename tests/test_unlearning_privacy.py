@@ -438,7 +438,7 @@ def test_certified_noise_covers_the_true_distance(rng):
     ("change", "reason"),
     [
         ({"n_selected": 4}, "the step changed 4 of 5 trainable parameters"),
-        ({"update": "lbfgs"}, "update='lbfgs'"),
+        ({"update": "gradient"}, "update='gradient'"),
         ({"curvature": "gauss_newton"}, "curvature='gauss_newton'"),
         ({"damping": 1e-3}, "damping=0.001"),
         ({"steps": 2}, "steps=2"),

@@ -77,7 +77,7 @@ class Samples:
         resident: bool | None = None,
     ) -> None:
         self.resident = in_memory if resident is None else resident
-        self._n, self._fetch, self._device, self._dtype = n, fetch, device, dtype
+        self._n, self._fetch, self.device, self.dtype = n, fetch, device, dtype
         self.name, self.in_memory, self._source = name, in_memory, source
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class Samples:
         data = self._fetch([int(i) for i in indices])
 
         def move(tensor: Tensor) -> Tensor:
-            wanted = self._dtype if tensor.is_floating_point() else tensor.dtype
-            return tensor.detach().to(self._device, wanted)
+            wanted = self.dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.detach().to(self.device, wanted)
 
         return as_batch(map_tensors(move, data), len(indices), self.name)
 
@@ -120,8 +120,8 @@ class Samples:
         return Samples(
             len(kept),
             fetch,
-            self._device,
-            self._dtype,
+            self.device,
+            self.dtype,
             self.name,
             in_memory=self.in_memory,
             source=source,
@@ -136,8 +136,8 @@ class Samples:
         return Samples(
             self._n,
             lambda some: part_of(data, self._n, torch.as_tensor(some)),
-            self._device,
-            self._dtype,
+            self.device,
+            self.dtype,
             self.name,
             in_memory=True,
             source=self._source,
@@ -184,8 +184,8 @@ class Samples:
         return Samples(
             int(starts[-1]),
             fetch,
-            first._device,
-            first._dtype,
+            first.device,
+            first.dtype,
             first.name,
             in_memory=all(part.in_memory for part in parts),
         )
@@ -210,6 +210,12 @@ def outputs_of(model: nn.Module, batch: Batch) -> Any:
     """Call a model on a batch; of the outputs of transformers, the logits."""
     outputs = model(*batch.args, **batch.kwargs)
     return getattr(outputs, "logits", outputs)
+
+
+def working_dtype(model: nn.Module) -> torch.dtype:
+    """float64 for models with trainable parameters in it, else float32."""
+    double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+    return torch.float64 if double else torch.float32
 
 
 def _hashes(data: Any, n: int) -> Iterator[str]:

@@ -21,8 +21,8 @@ from lcodec_ext.unlearning import (
     unlearn,
 )
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, warn_of_noise
-from lcodec_ext.unlearning.record.perturbation import record, select_cheap, select_lfoci
-from lcodec_ext.unlearning.select import find_candidates, take
+from lcodec_ext.unlearning.record import record
+from lcodec_ext.unlearning.select import find_candidates, select_cheap, select_lfoci, take
 
 CURVATURES = {"FD": "secant", "Fisher": "fisher", "GaussNewton": "gauss_newton"}
 _BERT_UNCASED, _FIRST_WORD = 30522, 999  # before it: special and unused tokens, and characters

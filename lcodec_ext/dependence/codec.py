@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from lcodec_ext._arrays import array_module
 from lcodec_ext._checks import check_choice, check_seed
-from lcodec_ext._random import resolve_seed
+from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.exact import ResponseSums
@@ -211,7 +211,7 @@ def _coefficient(
     warn_underflow(columns, factors, given.label, stacklevel=3)
     R, L = backend.ranks(y)
     sums = ResponseSums(R, L)
-    engine = backend.engine(columns, factors, R, ties, resolve_seed(seed))
+    engine = backend.engine(columns, factors, R, ties, tie_seed(ties, seed))
     r, last = given.r, len(factors) - 1
     m_x = Fraction(0)
     for column in range(last):

@@ -72,7 +72,7 @@ def contenders(
 
 
 class ResponseSums:
-    """The sums over ranks (arrays or tensors) that a coefficient needs beside its neighbours'."""
+    """The sums over ranks, arrays or tensors, that a coefficient needs."""
 
     def __init__(self, R: Any, L: Any) -> None:
         n = len(R)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._random import resolve_seed
+from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Engine, Leaders, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
@@ -25,7 +25,7 @@ from lcodec_ext.dependence.scaling import (
     squared_spans,
     warn_underflow,
 )
-from lcodec_ext.dependence.table import Features, as_features, as_response, clean_rows
+from lcodec_ext.dependence.table import as_features, as_response, clean_rows
 
 StopReason = Literal["no_gain", "min_gain", "max_features", "exhausted", "constant_y"]
 
@@ -45,10 +45,9 @@ class FociResult:
         without preselected columns T(Y, X_l).
     base : float
         T(Y, X_S) of the preselected columns; 0.0 without any.
-    stop_reason : str
-        "no_gain": no further column raises T(Y, X_S). "min_gain": none raises it by more than
-        min_gain. "max_features": the cap is reached. "exhausted": every column is selected.
-        "constant_y": nothing to explain.
+    stop_reason : {"no_gain", "min_gain", "max_features", "exhausted", "constant_y"}
+        No column raises T, or none by more than min_gain; the cap is reached; every column is
+        selected; nothing to explain.
     names : list of str or None
         Names of the selected columns, if X has names.
     preselected : tuple of int
@@ -120,15 +119,14 @@ def foci(
     y : array_like of shape (n,) or (n, 1)
         Response. Only its order counts.
     stop : bool, default True
-        Stop when no column gains; False goes on to max_features or to the last column, as a
-        ranking of columns.
+        Stop when no column gains; False goes on to max_features or to the last column.
     max_features : int, optional
         Cap on the number of columns selected (preselected ones not counted).
     min_gain : float, default 0.0
         A step must raise the cumulative T by more than this. Needs stop=True.
     preselected : sequence of int or str, optional
-        Columns of X to condition on from the start, by position or by name (a str); not part of
-        the result's ordering. Distances add them up in the order given.
+        Columns of X to condition on from the start, by position or name, in the order in which
+        distances add them up; not part of the result's ordering.
     standardize : {"scale", "bounded", None}, default "scale"
         Divide distances along each column by its standard deviation (as R's FOCI does), by its
         range, or not at all. `codec` never does, so on raw columns its values can differ.
@@ -143,17 +141,9 @@ def foci(
 
     Raises
     ------
-    ValueError
-        For data or options that cannot be used; the message names argument, row and column.
-    TypeError
-        For options of the wrong type.
-    RuntimeError, torch.OutOfMemoryError
-        As `codec`.
-
-    Warns
-    -----
-    UserWarning
-        If y is constant (nothing is selected) or columns are constant.
+    ValueError, TypeError, RuntimeError, torch.OutOfMemoryError
+        As `codec`, and for options that cannot be used. A constant y, for which nothing is
+        selected, and constant columns get a warning.
 
     Notes
     -----
@@ -176,7 +166,7 @@ def foci(
     """
     chosen = resolve(backend, X=X, y=y)
     check_seed(seed)
-    task = _Task.prepare(
+    task = _Task(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
         progress,
     )  # fmt: skip
@@ -206,10 +196,9 @@ def lfoci(
 
     Parameters
     ----------
-    X, y, stop, max_features, min_gain, preselected, standardize, ties
+    X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, backend,
+    progress
         As in `foci`; the computation is in float64.
-    nan_policy, backend, progress
-        As in `foci`.
     noise : float, default 0.01
         Standard deviation of the noise, the paper's value (it uses 0 to 0.1). 0 adds none.
     noise_scale : {"absolute", "relative"}, default "absolute"
@@ -242,7 +231,7 @@ def lfoci(
     """
     chosen = resolve(backend, X=X, y=y)
     check_noise(noise, noise_scale, seed)
-    task = _Task.prepare(
+    task = _Task(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
         progress,
     )  # fmt: skip
@@ -291,23 +280,11 @@ def first_step_scores(X: Any, y: Any) -> NDArray[np.float64]:
     return (response.n * sums - response.sum_L2) / response.denominator
 
 
-@dataclass(frozen=True, eq=False)
 class _Task:
     """Validated arguments of one selection, and the FOCI loop over an engine."""
 
-    backend: Backend
-    features: Features
-    y: Any
-    preselected: tuple[int, ...]
-    stop: bool
-    cap: int
-    min_gain: float
-    standardize: Standardize | None
-    ties: Ties
-    progress: bool
-
-    @staticmethod
-    def prepare(
+    def __init__(
+        self,
         backend: Backend,
         X: Any,
         y: Any,
@@ -319,28 +296,26 @@ class _Task:
         ties: Ties,
         nan_policy: str,
         progress: object,
-    ) -> "_Task":
-        check_choice(ties, "ties", TIES)
-        check_choice(standardize, "standardize", STANDARDIZE)
-        stop = check_bool(stop, "stop")
-        gain = check_real(min_gain, "min_gain", 0)
-        if gain > 0 and not stop:
+    ) -> None:
+        self.backend = backend
+        self.ties = check_choice(ties, "ties", TIES)
+        self.standardize = check_choice(standardize, "standardize", STANDARDIZE)
+        self.progress = check_bool(progress, "progress")
+        self.stop = check_bool(stop, "stop")
+        self.min_gain = check_real(min_gain, "min_gain", 0)
+        if self.min_gain > 0 and not self.stop:
             raise ValueError(
-                f"min_gain={gain:g} needs stop=True: with stop=False nothing is left out"
+                f"min_gain={self.min_gain:g} needs stop=True: with stop=False nothing is left out"
             )
         features = as_features(X, "X", allow_1d=False, tensors=backend.tensors)
         p = features.values.shape[1]
-        given = _check_preselected(preselected, p, features.names)
-        cap = p - len(given)
+        self.preselected = _check_preselected(preselected, p, features.names)
+        self.cap = p - len(self.preselected)
         if max_features is not None:
-            cap = min(cap, check_integer(max_features, "max_features", 1))
+            self.cap = min(self.cap, check_integer(max_features, "max_features", 1))
         response = as_response(y, tensors=backend.tensors)
         clean = clean_rows({"X": features, "y": response}, nan_policy)
-        features = features._replace(values=clean["X"])
-        shown = check_bool(progress, "progress")
-        return _Task(
-            backend, features, clean["y"], given, stop, cap, gain, standardize, ties, shown
-        )
+        self.features, self.y = features._replace(values=clean["X"]), clean["y"]
 
     def lay_out(self) -> Columns:
         """The columns of X; warns the caller of foci or lfoci of constant ones."""
@@ -359,7 +334,7 @@ class _Task:
         factors = scale_factors(columns, self.standardize, label)
         warn_underflow(columns, factors, label, stacklevel=3)
         reach = _Reach(squared_spans(columns, factors), label)
-        engine = self.backend.engine(columns, factors, R, self.ties, resolve_seed(seed))
+        engine = self.backend.engine(columns, factors, R, self.ties, tie_seed(self.ties, seed))
         return self._search(engine, response, reach)
 
     def _search(self, engine: Engine, response: exact.ResponseSums, reach: "_Reach") -> FociResult:

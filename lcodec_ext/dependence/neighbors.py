@@ -3,7 +3,7 @@
 from typing import Any, Literal, overload
 
 from lcodec_ext._checks import check_choice, check_seed
-from lcodec_ext._random import resolve_seed
+from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.scaling import check_distances
 from lcodec_ext.dependence.table import as_features, clean_rows
@@ -76,4 +76,4 @@ def nearest_neighbors(
     check_distances(columns, features.label)
     if ties == "all":
         return chosen.nearest(columns, "average", 0)
-    return chosen.nearest(columns, ties, resolve_seed(seed))[1]
+    return chosen.nearest(columns, ties, tie_seed(ties, seed))[1]

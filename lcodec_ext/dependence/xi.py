@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lcodec_ext._checks import check_bool, check_choice, check_seed
-from lcodec_ext._random import resolve_seed
+from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.base import TIES, HostBackend, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.exact import ResponseSums
@@ -46,7 +46,7 @@ def _compute(
     if sums.constant:
         warnings.warn("y is constant, so xi is undefined: returning nan", stacklevel=3)
         return math.nan, 0, R
-    length = backend.path_length(columns["x"], R, ties, resolve_seed(seed))
+    length = backend.path_length(columns["x"], R, ties, tie_seed(ties, seed))
     value = 1 - Fraction(sums.n, 2 * sums.denominator) * length
     return float(value), sums.denominator, R
 
@@ -98,10 +98,6 @@ def xi(
         For NaN (unless omitted), infinity, fewer than 3 rows, lengths that differ, more than
         one column, or an unknown option.
 
-    See Also
-    --------
-    xi_test : the coefficient with its p-value.
-
     Notes
     -----
     O(n log n). S. Chatterjee, "A new coefficient of correlation", JASA 116 (2021), 2009-2022,
@@ -152,10 +148,8 @@ def xi_test(
 
     Raises
     ------
-    TypeError
-        If `y_continuous` is not a bool.
-    ValueError
-        As in :func:`xi`.
+    ValueError, TypeError
+        As :func:`xi`, and for a `y_continuous` that is not a bool.
 
     Notes
     -----

@@ -36,7 +36,7 @@ class ForwardPass:
         Those that depend on the displacement.
     displacements : list of Tensor
         Zeros that require gradients, one for each parameter.
-    added : list of RowsCall
+    calls : list of RowsCall
     layer_outputs : list of (Tensor, int)
         Of the calls of layers with rows, with their versions when these returned.
     """
@@ -44,7 +44,7 @@ class ForwardPass:
     outputs: Any
     values: list[Tensor]
     displacements: list[Tensor]
-    added: list[RowsCall]
+    calls: list[RowsCall]
     layer_outputs: list[tuple[Tensor, int]]
 
 
@@ -251,7 +251,7 @@ class MaskedModel:
             name: torch.zeros(e.shape, dtype=self.dtype, device=self.device, requires_grad=True)
             for name, e in self.entries.items()
         }
-        added: list[RowsCall] = []
+        calls: list[RowsCall] = []
         layer_outputs: list[tuple[Tensor, int]] = []
         watched: list[tuple[Tensor, str]] = []
         with ExitStack() as stack:
@@ -267,7 +267,7 @@ class MaskedModel:
             for module, groups in self._rows.items():
                 if groups:
                     given = {name: value for value, name in watched}
-                    forward = _forward(module, groups, given, displacements, added, layer_outputs)
+                    forward = _forward(module, groups, given, displacements, calls, layer_outputs)
                     stack.enter_context(_replaced(vars(module), "forward", forward))
             outputs = self.model(*batch.args, **batch.kwargs)
         logits = getattr(outputs, "logits", None)
@@ -284,7 +284,7 @@ class MaskedModel:
         elsewhere = {name for value, name in watched if id(value) in leaves}
         if elsewhere:
             raise _UsedElsewhereError(elsewhere)
-        return ForwardPass(outputs, values, list(displacements.values()), added, layer_outputs)
+        return ForwardPass(outputs, values, list(displacements.values()), calls, layer_outputs)
 
 
 def _place(layout: UnitLayout, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
@@ -349,7 +349,7 @@ def _forward(
     groups: list[list[LayerRows]],
     given: dict[str, Tensor],
     displacements: dict[str, Tensor],
-    added: list[RowsCall],
+    calls: list[RowsCall],
     layer_outputs: list[tuple[Tensor, int]],
 ) -> Callable[..., Tensor]:
     """The forward pass of a layer that adds its rows."""
@@ -378,7 +378,7 @@ def _forward(
                 value = rows.of(args, kwargs, displacements[rows.parameter], axis).expand(sizes)
                 if value.requires_grad:  # not under no_grad
                     versions = tuple(t._version for t in tensors_of([args, kwargs]))
-                    added.append(RowsCall(rows, args, kwargs, value, axis, versions))
+                    calls.append(RowsCall(rows, args, kwargs, value, axis, versions))
                 values.append(value)
             if not values:
                 continue

@@ -7,6 +7,7 @@ from lcodec_ext.curvature.operators.base import CurvatureOperator
 from lcodec_ext.curvature.operators.fisher import FisherOperator, RestrictedFisher
 from lcodec_ext.curvature.operators.gauss_newton import GaussNewtonOperator
 from lcodec_ext.curvature.operators.hessian import HessianOperator
+from lcodec_ext.curvature.operators.matrix import MatrixOperator
 from lcodec_ext.curvature.operators.secant import SecantOperator
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "FisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
+    "MatrixOperator",
     "RestrictedFisher",
     "SecantOperator",
 ]

@@ -14,15 +14,15 @@ from lcodec_ext._checks import check_choice, check_integer, check_real
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.routes.base import FEW_ROWS
-from lcodec_ext.curvature.routes.low_rank import LowRank
+from lcodec_ext.curvature.routes.low_rank import LowRank, StackedRows
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import SolveResult, cholesky, conjugate_gradient, minres, woodbury
 
 Method = Literal["auto", "cg", "minres", "cholesky", "woodbury"]
 
 
-#: Coordinates up to which `solve` forms the matrix: by p products, or from what is at hand.
-_SMALL, _SMALL_CHEAP = 256, 2048
+SMALL = 256  # coordinates up to which `solve` forms a matrix by p products
+SMALL_CHEAP = 2048  # and one that costs less
 
 
 _MAX_BYTES = 2**30
@@ -40,6 +40,11 @@ class CurvatureOperator(ABC):
     shape : tuple of int
     dtype : torch.dtype
     device : torch.device
+    selection : UnitSelection or None
+    shift : float
+        What is added to the diagonal: damping and weight decay.
+    formed_up_to : int
+        Coordinates up to which `solve` forms the matrix where the method is "auto".
     plan : str
         Which way products are computed, and why.
     """
@@ -48,18 +53,11 @@ class CurvatureOperator(ABC):
     dtype: torch.dtype
     device: torch.device
     selection: UnitSelection | None = None
+    shift: float
+    formed_up_to: int = SMALL
+    plan: str
     _kind = "matrix"
     _progress = False
-
-    @property
-    @abstractmethod
-    def plan(self) -> str:
-        """Which way products are computed, and why."""
-
-    @property
-    @abstractmethod
-    def _shift(self) -> float:
-        """What is added to the diagonal."""
 
     @abstractmethod
     def _product(self, V: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ class CurvatureOperator(ABC):
 
     def _describe(self) -> str:
         return (
-            f"the {self._kind} on {self.shape[0]:,} selected parameters, with {self._shift:g} on "
+            f"the {self._kind} on {self.shape[0]:,} selected parameters, with {self.shift:g} on "
             "its diagonal"
         )
 
@@ -114,7 +112,7 @@ class CurvatureOperator(ABC):
     def _times(self, V: Tensor) -> Tensor:
         if not V.shape[1]:
             return V.clone()
-        return self._product(V).add_(V, alpha=self._shift)
+        return self._product(V).add_(V, alpha=self.shift)
 
     @plain_arithmetic()
     def solve(
@@ -135,16 +133,16 @@ class CurvatureOperator(ABC):
             "cg": conjugate gradients. "cholesky" forms the matrix. "woodbury" solves in the rows
             of a matrix of low rank plus damping. "minres" also solves indefinite matrices. "auto"
             is "woodbury" where there is such a form with fewer rows than p and damping, else
-            "cholesky" for p up to 256 (2048 where the matrix is at hand), else "cg".
+            "cholesky" for p up to 256 (2048 where forming it is cheap), else "cg".
         rtol : float, optional
             |A x - b| / |b| at which iterations end, 1e-5 for float32 and 1e-10 for float64 by
             default.
         max_iterations : int, optional
             10 p, at most 1000, by default; reaching it warns.
         preconditioner : {"diagonal", None}, default None
-            Of "cg". The diagonal helps where parameters are of very different scale. It is not the
-            default: on small networks it took 1.2 to 3.3 times as many iterations as none. For a
-            Hessian it is that of the Gauss-Newton matrix, which is positive.
+            Of "cg". The diagonal helps where parameters are of very different scale; on small
+            networks it took 1.2 to 3.3 times as many iterations as none. For a Hessian it is that
+            of the Gauss-Newton matrix, which is positive.
 
         Returns
         -------
@@ -172,7 +170,7 @@ class CurvatureOperator(ABC):
         describe, advice = self._describe(), self._advice()
 
         low = None
-        if method == "woodbury" or (method == "auto" and self._shift > 0 and p > 1):
+        if method == "woodbury" or (method == "auto" and self.shift > 0 and p > 1):
             low = self._low_rank(FEW_ROWS if method == "woodbury" else min(FEW_ROWS, p - 1))
             if low is None and method == "woodbury":
                 raise ValueError(
@@ -183,7 +181,7 @@ class CurvatureOperator(ABC):
             result = woodbury(
                 low.gram(),
                 low.weights,
-                self._shift,
+                self.shift,
                 low.project,
                 low.lift,
                 b if b.ndim == 2 else b[:, None],
@@ -191,7 +189,7 @@ class CurvatureOperator(ABC):
                 describe=describe,
             )
             return replace(result, x=result.x.reshape(b.shape))
-        if method == "cholesky" or (method == "auto" and p <= self._small):
+        if method == "cholesky" or (method == "auto" and p <= self.formed_up_to):
             return cholesky(self.to_dense(), b, describe=describe, advice=advice)
 
         def product(v: Tensor) -> Tensor:
@@ -217,23 +215,19 @@ class CurvatureOperator(ABC):
             progress=self._progress,
         )
 
-    @property
-    def _small(self) -> int:
-        return _SMALL
-
     def _preconditioner(self) -> Tensor:
-        return _positive(self.diagonal())
+        return positive(self.diagonal())
 
     @plain_arithmetic()
     def diagonal(self) -> Tensor:
         """The diagonal, shape (p,).
 
-        Exact. From what is at hand for Fisher matrices and factored rows; by a backward pass for
-        each output for Gauss-Newton matrices of up to 64; by p products otherwise.
+        Exact. For Fisher matrices and factored rows from what they keep, for Gauss-Newton matrices
+        of up to 64 outputs by a backward pass for each, otherwise by p products.
         """
         diagonal = self._diagonal()
         if diagonal is not None:
-            return diagonal + self._shift
+            return diagonal + self.shift
         p = self.shape[0]
         out = torch.empty(p, dtype=self.dtype, device=self.device)
         for start, block in self._identity(p, "diagonal"):
@@ -268,7 +262,7 @@ class CurvatureOperator(ABC):
         formed = self._dense()
         if formed is not None:
             dense = formed
-            dense.diagonal().add_(self._shift)
+            dense.diagonal().add_(self.shift)
         else:
             dense = torch.empty(p, p, dtype=self.dtype, device=self.device)
             for start, block in self._identity(p, "matrix"):
@@ -367,17 +361,11 @@ class _Sum(CurvatureOperator):
         self.shape, self.device = first.shape, first.device
         self.dtype = first.dtype
         self.selection = next(iter(selections), None)
+        self.plan = " + ".join(f"{factor:g} * ({term.plan})" for factor, term in self._terms)
+        self.shift = math.fsum(factor * term.shift for factor, term in self._terms)
         for _, term in self._terms:
             self.dtype = torch.promote_types(self.dtype, term.dtype)
             self._progress |= term._progress
-
-    @property
-    def plan(self) -> str:
-        return " + ".join(f"{factor:g} * ({term.plan})" for factor, term in self._terms)
-
-    @property
-    def _shift(self) -> float:
-        return math.fsum(factor * term._shift for factor, term in self._terms)
 
     def _product(self, V: Tensor) -> Tensor:
         total = torch.zeros_like(V)
@@ -402,46 +390,13 @@ class _Sum(CurvatureOperator):
                 return None
             most -= len(low.weights)
             found.append((factor, low))
-        return _Stacked(found)
+        return StackedRows(found)
 
     def _advice(self) -> str | None:
         return next((a for _, term in self._terms if (a := term._advice())), None)
 
 
-class _Stacked(LowRank):
-    """A linear combination of matrices of low rank, their rows one after another."""
-
-    def __init__(self, terms: Sequence[tuple[float, LowRank]]) -> None:
-        self._lows = [low for _, low in terms]
-        self.weights = torch.cat([factor * low.weights for factor, low in terms])
-
-    def gram(self) -> Tensor:
-        blocks = [
-            [low.gram() if i == j else None for j, _ in enumerate(self._lows)]
-            for i, low in enumerate(self._lows)
-        ]
-        for j, right in enumerate(self._lows):
-            k = len(right.weights)
-            for i, left in enumerate(self._lows[:j]):
-                block = left.weights.new_empty(len(left.weights), k)
-                for start in range(0, k, 64):
-                    unit = block.new_zeros(k, min(64, k - start))
-                    unit[start:].fill_diagonal_(1)
-                    block[:, start : start + 64] = left.project(right.lift(unit))
-                blocks[i][j], blocks[j][i] = block, block.T
-        return torch.cat([torch.cat(row, 1) for row in blocks])  # type: ignore[arg-type]
-
-    def project(self, B: Tensor) -> Tensor:
-        return torch.cat([low.project(B) for low in self._lows])
-
-    def lift(self, C: Tensor) -> Tensor:
-        parts = torch.split(C, [len(low.weights) for low in self._lows])
-        return torch.stack(
-            [low.lift(part) for low, part in zip(self._lows, parts, strict=True)]
-        ).sum(0)
-
-
-def _positive(diagonal: Tensor) -> Tensor:
+def positive(diagonal: Tensor) -> Tensor:
     """A diagonal as a preconditioner: bounded away from zero."""
     least = diagonal.abs().max() * torch.finfo(diagonal.dtype).eps
     return diagonal.clamp(min=float(least) or 1.0)

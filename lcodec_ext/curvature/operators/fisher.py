@@ -10,8 +10,8 @@ from lcodec_ext._checks import check_choice
 from lcodec_ext._torch.loss import LossFunction, known_loss
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
-from lcodec_ext.curvature.operators.base import _SMALL_CHEAP, CurvatureOperator
-from lcodec_ext.curvature.operators.on_model import _head_or_delta, _OnModel
+from lcodec_ext.curvature.operators.base import SMALL_CHEAP, CurvatureOperator
+from lcodec_ext.curvature.operators.on_model import ModelOperator, head_or_delta
 from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import GaussNewtonForm
 from lcodec_ext.curvature.routes.fisher import FisherRoute, stored_product
@@ -19,7 +19,7 @@ from lcodec_ext.curvature.routes.low_rank import LowRank, StoredRows
 from lcodec_ext.curvature.selection import UnitSelection
 
 
-class FisherOperator(_OnModel):
+class FisherOperator(ModelOperator):
     """The Fisher matrix of a loss by the parameters of selected units.
 
     ::
@@ -95,7 +95,7 @@ class FisherOperator(_OnModel):
     def _choose(self, objective: Objective) -> Route:
         if self.kind == "empirical":
             return FisherRoute(objective)
-        return _head_or_delta(objective, GaussNewtonForm)
+        return head_or_delta(objective, GaussNewtonForm)
 
     def restrict(self, selection: UnitSelection) -> "RestrictedFisher":
         """The operator of fewer units, on the gradients that are stored for these.
@@ -145,22 +145,10 @@ class RestrictedFisher(CurvatureOperator):
         self._stored, self._columns = stored, columns
         self._segments = torch.stack([columns[starts], lengths], 1)
         self._share = whole._objective.sample_share
-        self._whole, self.selection = whole, selection
+        self.selection, self.shift, self.formed_up_to = selection, whole.shift, SMALL_CHEAP
+        self.plan = f"{len(self._segments)} segments of {whole.plan}"
         self.shape = (len(columns), len(columns))
         self.dtype, self.device = whole.dtype, whole.device
-
-    @property
-    def plan(self) -> str:
-        """Which way products are computed, and why."""
-        return f"{len(self._segments)} segments of {self._whole.plan}"
-
-    @property
-    def _shift(self) -> float:
-        return self._whole._shift
-
-    @property
-    def _small(self) -> int:
-        return _SMALL_CHEAP
 
     def _product(self, V: Tensor) -> Tensor:
         return stored_product(self._stored, V, self._segments, self._share)

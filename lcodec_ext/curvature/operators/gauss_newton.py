@@ -1,12 +1,12 @@
 """The generalised Gauss-Newton matrix."""
 
 from lcodec_ext.curvature.objective import Objective
-from lcodec_ext.curvature.operators.on_model import _head_or_delta, _OnModel
+from lcodec_ext.curvature.operators.on_model import ModelOperator, head_or_delta
 from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import GaussNewtonForm
 
 
-class GaussNewtonOperator(_OnModel):
+class GaussNewtonOperator(ModelOperator):
     """The generalised Gauss-Newton matrix of a loss by the parameters of selected units.
 
     ::
@@ -31,4 +31,4 @@ class GaussNewtonOperator(_OnModel):
     _kind = "gauss_newton matrix"
 
     def _choose(self, objective: Objective) -> Route:
-        return _head_or_delta(objective, GaussNewtonForm)
+        return head_or_delta(objective, GaussNewtonForm)

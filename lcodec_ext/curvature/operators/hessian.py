@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from lcodec_ext.curvature.objective import Objective
-from lcodec_ext.curvature.operators.base import _positive
-from lcodec_ext.curvature.operators.on_model import _head_or_delta, _OnModel
+from lcodec_ext.curvature.operators.base import positive
+from lcodec_ext.curvature.operators.on_model import ModelOperator, head_or_delta
 from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import DeltaRoute, HessianForm
 from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
 
 
-class HessianOperator(_OnModel):
+class HessianOperator(ModelOperator):
     """The Hessian of a loss by the parameters of selected units.
 
     ::
@@ -97,14 +97,14 @@ class HessianOperator(_OnModel):
     _scale: Tensor | None = None
 
     def _choose(self, objective: Objective) -> Route:
-        return _head_or_delta(objective, HessianForm)
+        return head_or_delta(objective, HessianForm)
 
     def _preconditioner(self) -> Tensor:
         if isinstance(self._route, DeltaRoute):
             if self._scale is None:
                 self._scale = gauss_newton_diagonal(self._objective)
             if self._scale is not None:
-                return _positive(self._scale + self._shift)
+                return positive(self._scale + self.shift)
         return super()._preconditioner()
 
     def _advice(self) -> str | None:

@@ -10,7 +10,7 @@ from lcodec_ext._checks import check_real
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
-from lcodec_ext.curvature.operators.base import _SMALL, _SMALL_CHEAP, CurvatureOperator
+from lcodec_ext.curvature.operators.base import SMALL, SMALL_CHEAP, CurvatureOperator
 from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import DeltaRoute, Form
 from lcodec_ext.curvature.routes.head import HeadRoute, NotAHeadError
@@ -18,7 +18,7 @@ from lcodec_ext.curvature.routes.low_rank import LowRank
 from lcodec_ext.curvature.selection import UnitSelection
 
 
-class _OnModel(CurvatureOperator):
+class ModelOperator(CurvatureOperator):
     """What the operators have in common that a model, a loss and data make."""
 
     @plain_arithmetic()
@@ -42,30 +42,17 @@ class _OnModel(CurvatureOperator):
         )
         self._progress = objective.progress
         self.selection = objective.selection
-        p = objective.masked.size
-        self.shape, self.dtype, self.device = (
-            (p, p),
-            objective.masked.dtype,
-            objective.masked.device,
-        )
+        masked = objective.masked
+        self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
         self._objective = objective
         self._route = self._choose(objective)
+        self.plan = self._route.plan
+        self.shift = self.damping + self.weight_decay
+        self.formed_up_to = SMALL if isinstance(self._route, DeltaRoute) else SMALL_CHEAP
 
     @abstractmethod
     def _choose(self, objective: Objective) -> Route:
         """The route for the case."""
-
-    @property
-    def plan(self) -> str:
-        return self._route.plan
-
-    @property
-    def _shift(self) -> float:
-        return self.damping + self.weight_decay
-
-    @property
-    def _small(self) -> int:
-        return _SMALL if isinstance(self._route, DeltaRoute) else _SMALL_CHEAP
 
     def _describe(self) -> str:
         return (
@@ -86,7 +73,8 @@ class _OnModel(CurvatureOperator):
         return self._route.dense()
 
 
-def _head_or_delta(objective: Objective, form: type[Form]) -> Route:
+def head_or_delta(objective: Objective, form: type[Form]) -> Route:
+    """Factored rows where the units are those of a head, else backward passes."""
     try:
         return HeadRoute(objective)
     except NotAHeadError as reason:

@@ -155,6 +155,7 @@ class SecantOperator(CurvatureOperator):
     ) -> None:
         self.damping = check_real(damping, "damping", 0)
         self.weight_decay = check_real(weight_decay, "weight_decay", 0)
+        self.shift = self.damping + self.weight_decay
         check_real(tolerance, "tolerance", 0)
         if not (torch.isfinite(S).all() and torch.isfinite(Y).all()):
             raise ValueError("the steps or the changes of the gradient hold NaN or infinity")
@@ -183,17 +184,8 @@ class SecantOperator(CurvatureOperator):
         self.rank = int(kept.sum())
         scaled = vectors[:, kept] / values[kept].sqrt()
         self._R = (unit_Y @ scaled).T.to(self.dtype).contiguous()  # (rank, p)
-
-    @property
-    def plan(self) -> str:
-        """Which way products are computed, and why."""
-        k = self.S.shape[1]
         left_out = f"; {len(self.skipped)} without positive curvature left out" * bool(self.skipped)
-        return f"low rank: {self.rank} of {k} pairs{left_out}"
-
-    @property
-    def _shift(self) -> float:
-        return self.damping + self.weight_decay
+        self.plan = f"low rank: {self.rank} of {S.shape[1]} pairs{left_out}"
 
     def _product(self, V: Tensor) -> Tensor:
         return self._R.T @ (self._R @ V)

@@ -9,8 +9,6 @@ from torch import Tensor
 from lcodec_ext.curvature.routes.low_rank import LowRank
 
 CACHE_BYTES = 2**29  # of what is kept from one product to the next
-
-
 FEW_ROWS = 2048  # of a matrix of low rank that is solved in its rows
 
 
@@ -36,7 +34,7 @@ class Route(ABC):
         return None
 
 
-def _pull(
+def pull(
     values: Sequence[Tensor], by: Sequence[Tensor], seeds: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     """sum seeds . d values / d by, keeping the graph; zeros where nothing depends."""
@@ -47,7 +45,8 @@ def _pull(
     return torch.autograd.grad(roots, by, seeds, retain_graph=True, materialize_grads=True)
 
 
-def _gradient(loss: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor]:
+def gradient_graph(loss: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradient by some tensors, with its graph; zeros where nothing depends."""
     if not loss.requires_grad:
         return [torch.zeros_like(t) for t in by]
     return torch.autograd.grad(loss, by, create_graph=True, materialize_grads=True)

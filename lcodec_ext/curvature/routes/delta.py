@@ -1,8 +1,7 @@
 """The delta hook: everything that autograd differentiates twice."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +10,15 @@ from lcodec_ext._torch.batches import Batch, map_tensors
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext.curvature.masked.model import ForwardPass, graph_nodes
 from lcodec_ext.curvature.objective import Objective
+from lcodec_ext.curvature.per_sample import SampleGradients
 from lcodec_ext.curvature.routes import base
-from lcodec_ext.curvature.routes.base import Route, _gradient, _pull
-from lcodec_ext.curvature.routes.gauss_newton import _gauss_newton_rows, gauss_newton_diagonal
-from lcodec_ext.curvature.routes.low_rank import LowRank, PlainRows, StoredRows
+from lcodec_ext.curvature.routes.base import Route, gradient_graph, pull
+from lcodec_ext.curvature.routes.gauss_newton import (
+    NoRowsError,
+    gauss_newton_diagonal,
+    gauss_newton_rows,
+)
+from lcodec_ext.curvature.routes.low_rank import KeptRows, LowRank
 
 
 class Form(ABC):
@@ -35,10 +39,10 @@ class HessianForm(Form):
     def __init__(self, objective: Objective, run: ForwardPass, batch: Batch) -> None:
         objective.check_cut(run.outputs, batch)
         self._by = run.displacements
-        self._gradient = _gradient(objective.loss(run.outputs, batch), self._by)
+        self._gradient = gradient_graph(objective.loss(run.outputs, batch), self._by)
 
     def product(self, d: Sequence[Tensor]) -> Sequence[Tensor]:
-        return _pull(self._gradient, self._by, d)
+        return pull(self._gradient, self._by, d)
 
     def roots(self) -> list[Tensor]:
         return list(self._gradient)
@@ -61,13 +65,13 @@ class GaussNewtonForm(Form):
         outputs = map_tensors(lambda t: leaf.get(id(t), t), run.outputs)
         loss = objective.loss(outputs, batch)
         objective.masked.check_loss(loss, run.displacements)
-        self._gradient = _gradient(loss, self._leaves)
+        self._gradient = gradient_graph(loss, self._leaves)
 
     def product(self, d: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self._values:
             return [torch.zeros_like(part) for part in d]
-        moved = _pull(self._pulled, self._u, d)
-        return _pull(self._values, self._by, _pull(self._gradient, self._leaves, moved))
+        moved = pull(self._pulled, self._u, d)
+        return pull(self._values, self._by, pull(self._gradient, self._leaves, moved))
 
     def roots(self) -> list[Tensor]:
         return [*self._pulled, *self._values, *self._gradient]
@@ -132,13 +136,13 @@ class DeltaRoute(Route):
             return None
         p = self._objective.masked.size
         total = self._objective.masked.theta.new_zeros(p, p)
-        for batch, blocks in _gauss_newton_rows(self._objective, what="matrix"):
-            if blocks is None:
-                return None
-            for values, gradients in blocks:
-                weights = values * self._objective.share(batch)
-                R = gradients.dense()
+        try:
+            for values, share, rows in gauss_newton_rows(self._objective, what="matrix"):
+                weights = values * share
+                R = rows.dense()
                 total.addmm_(R.T, R * weights[:, None])
+        except NoRowsError:
+            return None
         return total
 
     def low_rank(self, most: int) -> LowRank | None:
@@ -149,25 +153,20 @@ class DeltaRoute(Route):
         return self._rows[most]
 
     def _low_rank(self, most: int) -> LowRank | None:
-        kept: list[Any] = []
         weights: list[Tensor] = []
-        n_bytes = 0
-        plain: bool | None = None
-        for batch, blocks in _gauss_newton_rows(self._objective, most):
-            if blocks is None:
-                return None
-            for values, gradients in blocks:
-                plain = gradients.is_plain() if plain is None else plain
-                kept.append(gradients if plain else gradients.dense())
-                weights.append(values * self._objective.share(batch))
-                n_bytes += kept[-1].nbytes
-                if n_bytes > base.CACHE_BYTES:
-                    return None
-        if not kept:  # the loss is linear in the outputs
+
+        def chunks() -> Iterator[SampleGradients]:
+            for values, share, rows in gauss_newton_rows(self._objective, most):
+                weights.append(values * share)
+                yield rows
+
+        try:
+            kept = KeptRows(chunks(), base.CACHE_BYTES)
+        except NoRowsError:
             return None
-        if plain:
-            return PlainRows(kept, torch.cat(weights))
-        return StoredRows(tuple(kept), torch.cat(weights))
+        if not kept.complete or not weights:  # none: the loss is linear in the outputs
+            return None
+        return kept.low_rank(torch.cat(weights))
 
 
 def graph_bytes(roots: Sequence[Tensor], besides: set[int]) -> int:

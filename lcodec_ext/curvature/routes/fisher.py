@@ -1,7 +1,6 @@
 """The empirical Fisher matrix."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import MAX_BYTES, SampleGradients, chunks
 from lcodec_ext.curvature.routes import base
 from lcodec_ext.curvature.routes.base import Route
-from lcodec_ext.curvature.routes.low_rank import LowRank, PlainRows, StoredRows
+from lcodec_ext.curvature.routes.low_rank import KeptRows, LowRank, PlainRows, StoredRows
 
 
 class FisherRoute(Route):
@@ -19,53 +18,39 @@ class FisherRoute(Route):
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
-        self.stored: tuple[Tensor, ...] = ()
-        self._factors: tuple[SampleGradients, ...] = ()
-        n_bytes = 0
-        kept: list[Any] = []
-        mode = "stored"
-        for number, gradients in enumerate(self._chunks("gradients of samples")):
-            if number == 0 and gradients.is_plain():
-                mode = "plain"  # factors are smaller, and products with them cheaper
-            kept.append(gradients.dense() if mode == "stored" else gradients)
-            n_bytes += kept[-1].nbytes
-            if n_bytes > base.CACHE_BYTES:
-                break
-        else:
-            self._keep(mode, kept)
-            return
-        del kept[:]
-        if mode == "stored":
-            for gradients in self._chunks("factors of gradients"):
-                kept.append(gradients)
-                n_bytes = sum(each.nbytes for each in kept)
-                if n_bytes > base.CACHE_BYTES or not gradients.factors:
-                    break
-            else:
-                self._keep("positions", kept)
-                return
-        for _ in objective.passes():  # the first one that is complete counts the samples
-            pass
-        self.plan = (
-            f"gradients of {objective.n_samples} samples, formed again for every product: kept, "
-            f"they take more than {base.CACHE_BYTES >> 20} MiB"
-        )
-
-    def _keep(self, mode: str, kept: list[Any]) -> None:
-        n, p = self._objective.n_samples, self._objective.masked.size
-        if mode == "stored":
-            self.stored = tuple(kept)
+        kept = KeptRows(self._chunks("gradients of samples"), base.CACHE_BYTES)
+        self.stored = tuple(kept.stored)
+        self._factors = tuple(kept.factors)
+        if not kept.complete and not kept.plain:
+            self._factors = self._factors_within(base.CACHE_BYTES)
+        if not self.stored and not self._factors:
+            for _ in objective.passes():  # the first one that is complete counts the samples
+                pass
+        n, beyond = objective.n_samples, f"they take more than {base.CACHE_BYTES >> 20} MiB"
+        if self.stored:
+            p = objective.masked.size
             self.plan = (
                 f"stored gradients: {n} samples of {p} entries, one pass over them a product"
             )
-            return
-        self._factors = tuple(kept)
-        self.plan = f"factored rows: the gradients of {n} samples are outer products"
-        if mode == "positions":
+        elif kept.complete:
+            self.plan = f"factored rows: the gradients of {n} samples are outer products"
+        elif self._factors:
             self.plan = (
                 f"factored rows: the gradients of {n} samples are sums of outer products over "
-                f"positions; stored, they take more than {base.CACHE_BYTES >> 20} MiB"
+                f"positions; stored, {beyond}"
             )
+        else:
+            self.plan = f"gradients of {n} samples, formed again for every product: kept, {beyond}"
+
+    def _factors_within(self, max_bytes: int) -> tuple[SampleGradients, ...]:
+        """Factors of all gradients; none where some have none, or they take more memory."""
+        kept, n_bytes = [], 0
+        for gradients in self._chunks("factors of gradients"):
+            kept.append(gradients)
+            n_bytes += gradients.nbytes
+            if n_bytes > max_bytes or not gradients.factors:
+                return ()
+        return tuple(kept)
 
     def _chunks(self, what: str = "") -> Iterator[SampleGradients]:
         return chunks(self._objective, MAX_BYTES, what)

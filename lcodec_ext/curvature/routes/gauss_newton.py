@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.modes import twice_differentiable
-from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import (
     MAX_BYTES,
@@ -17,7 +16,7 @@ from lcodec_ext.curvature.per_sample import (
     has_factors,
     pieces,
 )
-from lcodec_ext.curvature.routes.base import _gradient, _pull
+from lcodec_ext.curvature.routes.base import gradient_graph, pull
 
 _FEW_OUTPUTS = 64  # whose second derivatives are formed for a diagonal
 
@@ -27,10 +26,10 @@ def output_hessians(objective: Objective, outputs: Tensor, batch: Batch) -> Tens
     z = outputs.detach().requires_grad_()
     n = batch.size
     loss = objective.loss(z, batch) * (n if objective.reduction == "mean" else 1)
-    (gradient,) = _gradient(loss, [z])
+    (gradient,) = gradient_graph(loss, [z])
     gradient = gradient.reshape(n, -1)
     rows = [
-        _pull([gradient[:, c].sum()], [z], [torch.ones_like(loss)])[0]
+        pull([gradient[:, c].sum()], [z], [torch.ones_like(loss)])[0]
         for c in range(gradient.shape[1])
     ]
     blocks = torch.stack([row.reshape(n, -1) for row in rows], 1)
@@ -39,15 +38,17 @@ def output_hessians(objective: Objective, outputs: Tensor, batch: Batch) -> Tens
     return blocks
 
 
-Blocks = Iterator[tuple[Tensor, SampleGradients]]
+class NoRowsError(Exception):
+    """Outputs are many or not by sample, or rows are more than were asked for."""
 
 
-def _gauss_newton_rows(
+def gauss_newton_rows(
     objective: Objective, most: float = math.inf, what: str = ""
-) -> Iterator[tuple[Batch, Blocks | None]]:
+) -> Iterator[tuple[Tensor, float, SampleGradients]]:
     """J_i^T e for every sample and every eigenvector e of its loss's second derivative.
 
-    Of every batch; None where outputs are many or not by sample, or rows are more than most.
+    Yields the eigenvalues and the share that they have in the objective, and these rows; raises
+    NoRowsError.
     """
     for key, batch in pieces(objective, MAX_BYTES, what):
         run = objective.run(batch)
@@ -62,33 +63,25 @@ def _gauss_newton_rows(
                 or not objective.is_plain(outputs, batch, key)
                 or not has_factors(objective, run, batch, key)
             ):
-                yield batch, None
-                return
+                raise NoRowsError
             values, vectors = torch.linalg.eigh(output_hessians(objective, outputs, batch).double())
             values, vectors = values.to(outputs.dtype), vectors.to(outputs.dtype)
-
-        def blocks(
-            run: ForwardPass = run, values: Tensor = values, vectors: Tensor = vectors, n: int = n
-        ) -> Blocks:
-            for c in range(values.shape[1]):
-                if values[:, c].any():
-                    seeds = vectors[:, :, c].reshape(run.outputs.shape)
-                    with twice_differentiable():
-                        gradients = gradients_by_seeds(
-                            objective.masked, run, [run.outputs], [seeds], n
-                        )
-                    # of the mean over the batch, as the share of the batch expects
-                    yield values[:, c] / (n if objective.reduction == "mean" else 1), gradients
-
-        yield batch, blocks()
+        for c in range(values.shape[1]):
+            if values[:, c].any():
+                seeds = vectors[:, :, c].reshape(outputs.shape)
+                with twice_differentiable():
+                    rows = gradients_by_seeds(objective.masked, run, [outputs], [seeds], n)
+                # of the mean over the batch, as the share of the batch expects
+                each = values[:, c] / (n if objective.reduction == "mean" else 1)
+                yield each, objective.share(batch), rows
 
 
 def gauss_newton_diagonal(objective: Objective) -> Tensor | None:
     """The diagonal of the Gauss-Newton matrix, where outputs are few: C backward passes."""
     total = torch.zeros_like(objective.masked.theta)
-    for batch, blocks in _gauss_newton_rows(objective, what="diagonal"):
-        if blocks is None:
-            return None
-        for weights, gradients in blocks:
-            total += gradients.combine_squares(weights) * objective.share(batch)
+    try:
+        for values, share, rows in gauss_newton_rows(objective, what="diagonal"):
+            total += rows.combine_squares(values) * share
+    except NoRowsError:
+        return None
     return total

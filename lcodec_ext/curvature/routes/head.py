@@ -15,7 +15,7 @@ from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.masked.rows import is_convolution, patches
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import MAX_BYTES
-from lcodec_ext.curvature.routes.base import Route, _gradient, _pull
+from lcodec_ext.curvature.routes.base import Route, gradient_graph, pull
 from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
 from lcodec_ext.curvature.routes.low_rank import FactoredRows, LowRank
 
@@ -37,7 +37,7 @@ def find_head(objective: Objective, run: ForwardPass) -> _Head | None:
         return None
     if not isinstance(z, Tensor) or len(run.values) != 1:
         return None
-    added, ((out, version),) = run.added[0], run.layer_outputs
+    added, ((out, version),) = run.calls[0], run.layer_outputs
     if out._version != version:  # changed in place: what the layer gave is not there any more
         return None
     module, axis, places = added.rows.module, added.axis, added.rows.places
@@ -50,7 +50,7 @@ def find_head(objective: Objective, run: ForwardPass) -> _Head | None:
         A, z = _mean_patches(module, x), z.detach().reshape(len(out), -1)
     else:
         return None
-    keys = {each.rows.key for each in run.added}
+    keys = {each.rows.key for each in run.calls}
     if "weight" not in keys:
         return None
     if "bias" in keys:
@@ -155,7 +155,7 @@ class HeadRoute(Route):
     def _loss_gradient(self, head: _Head, outputs: Tensor, batch: Batch) -> Any:
         with twice_differentiable():
             z = outputs.requires_grad_()
-            (gradient,) = _gradient(self._objective.loss(z, batch), [z])
+            (gradient,) = gradient_graph(self._objective.loss(z, batch), [z])
         return z, gradient, head.z.shape, self._objective.share(batch)
 
     def product(self, V: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class HeadRoute(Route):
                 moved[:, self._units] = U[start : start + len(moved)]
                 start += len(moved)
                 with twice_differentiable():
-                    (pulled,) = _pull([gradient], [z], [moved.reshape(z.shape)])
+                    (pulled,) = pull([gradient], [z], [moved.reshape(z.shape)])
                 Q.append(pulled.reshape(shape)[:, self._units] * share)
             columns.append((torch.cat(Q).T @ A).flatten())
         return torch.stack(columns, 1)

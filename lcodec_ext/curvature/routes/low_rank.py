@@ -1,7 +1,7 @@
 """Matrices of low rank: rows that are stored, or products of factors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,3 +99,73 @@ class PlainRows(LowRank):
             for out, column in zip(total.T, part.T, strict=True):
                 out += gradients.combine(column)
         return total
+
+
+class KeptRows:
+    """Gradients of samples as they are kept: as factors where these are plain, else stored.
+
+    Factors are smaller then, and products with them cheaper.
+
+    Attributes
+    ----------
+    plain : bool
+        Whether the first gradients are outer products.
+    complete : bool
+        Whether all of them take no more than max_bytes; else none is kept.
+    """
+
+    def __init__(self, chunks: Iterable[SampleGradients], max_bytes: int) -> None:
+        self.factors: list[SampleGradients] = []
+        self.stored: list[Tensor] = []
+        self.plain, self.complete = False, True
+        n_bytes = 0
+        for gradients in chunks:
+            self.plain = gradients.is_plain() if not n_bytes else self.plain
+            if self.plain:
+                self.factors.append(gradients)
+                n_bytes += gradients.nbytes
+            else:
+                self.stored.append(gradients.dense())
+                n_bytes += self.stored[-1].nbytes
+            if n_bytes > max_bytes:
+                self.factors, self.stored, self.complete = [], [], False
+                break
+
+    def low_rank(self, weights: Tensor) -> LowRank:
+        """The matrix of these rows with weights."""
+        if self.plain:
+            return PlainRows(self.factors, weights)
+        return StoredRows(tuple(self.stored), weights)
+
+
+class StackedRows(LowRank):
+    """A linear combination of matrices of low rank, their rows one after another."""
+
+    def __init__(self, terms: Sequence[tuple[float, LowRank]]) -> None:
+        self._lows = [low for _, low in terms]
+        self.weights = torch.cat([factor * low.weights for factor, low in terms])
+
+    def gram(self) -> Tensor:
+        blocks = [
+            [low.gram() if i == j else None for j, _ in enumerate(self._lows)]
+            for i, low in enumerate(self._lows)
+        ]
+        for j, right in enumerate(self._lows):
+            k = len(right.weights)
+            for i, left in enumerate(self._lows[:j]):
+                block = left.weights.new_empty(len(left.weights), k)
+                for start in range(0, k, 64):
+                    unit = block.new_zeros(k, min(64, k - start))
+                    unit[start:].fill_diagonal_(1)
+                    block[:, start : start + 64] = left.project(right.lift(unit))
+                blocks[i][j], blocks[j][i] = block, block.T
+        return torch.cat([torch.cat(row, 1) for row in blocks])  # type: ignore[arg-type]
+
+    def project(self, B: Tensor) -> Tensor:
+        return torch.cat([low.project(B) for low in self._lows])
+
+    def lift(self, C: Tensor) -> Tensor:
+        parts = torch.split(C, [len(low.weights) for low in self._lows])
+        return torch.stack(
+            [low.lift(part) for low, part in zip(self._lows, parts, strict=True)]
+        ).sum(0)

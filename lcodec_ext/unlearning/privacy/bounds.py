@@ -11,15 +11,7 @@ LOGISTIC_THIRD_DERIVATIVE = 1.0 / (6.0 * math.sqrt(3.0))
 
 
 class LossConstants(NamedTuple):
-    """Bounds on the derivatives of a sample's loss with respect to the weights.
-
-    Attributes
-    ----------
-    lipschitz : float
-        Of the norm of its gradient.
-    hessian_lipschitz : float
-        Of its Hessian's Lipschitz constant, in the spectral norm.
-    """
+    """Bounds on a sample's loss: its gradient's norm, its Hessian's Lipschitz constant."""
 
     lipschitz: float
     hessian_lipschitz: float
@@ -52,24 +44,12 @@ def logistic_constants(max_norm: float, n_outputs: int = 1) -> LossConstants:
 
 
 class RemovalBound(NamedTuple):
-    """A bound on the distance between a removal and retraining, in its parts.
+    """A bound on the distance between a removal and retraining, in its parts."""
 
-    Attributes
-    ----------
-    curvature : float
-        From the Hessian that changes along the step.
-    training : float
-        From a training gradient that is not zero.
-    solve : float
-        From a linear system that is not solved exactly.
-    retraining : float
-        From the retrained model's own gradient, which is not zero either.
-    """
-
-    curvature: float
-    training: float
-    solve: float
-    retraining: float
+    curvature: float  # from the Hessian that changes along the step
+    training: float  # from a training gradient that is not zero
+    solve: float  # from a linear system that is not solved exactly
+    retraining: float  # from the retrained model's own gradient
 
     @property
     def distance(self) -> float:
@@ -111,10 +91,9 @@ def removal_bound(
     ----------
     n, m : int
         Training samples, and how many of them are removed, all removals so far together.
-    lipschitz : float
-        L: bound on the gradient norm of every sample's loss, without the regulariser.
-    hessian_lipschitz : float
-        M: Lipschitz constant of every sample's Hessian.
+    lipschitz, hessian_lipschitz : float
+        L and M: bounds on the gradient norm and on the Hessian's Lipschitz constant of every
+        sample's loss, without the regulariser.
     strong_convexity : float
         c: the retained objective, with the regulariser, is c-strongly convex everywhere. With
         convex losses this is the weight decay.
@@ -169,14 +148,7 @@ def sekhari_sensitivity(
     It bounds the distance between an exact Newton removal from an exact minimiser and retraining.
     `removal_bound` does not need the two "exact".
 
-    Parameters
-    ----------
-    n, m : int
-        Training samples, and how many of them are removed.
-    lipschitz, hessian_lipschitz : float
-        L and M, of every sample's loss plus regulariser.
-    strong_convexity : float
-        c, of the same.
+    Arguments are those of `removal_bound`, L and M of every sample's loss plus regulariser.
     """
     n, m = check_removed(n, m)
     big_l = check_real(lipschitz, "lipschitz", 0.0)

@@ -45,17 +45,8 @@ class PrivacyBudget:
 
     Parameters
     ----------
-    epsilon : float
-        Positive.
-    delta : float
-        Between 0 and 1, both excluded.
-
-    Attributes
-    ----------
     epsilon, delta : float
-        The budget.
-    n_releases : int
-        Paid so far.
+        Positive, and delta below 1. Attributes have the same names; `n_releases` counts releases.
 
     Examples
     --------
@@ -96,14 +87,13 @@ class PrivacyBudget:
         epsilon, delta : float
             At least 0.
         ratio : float, optional
-            sensitivity / sigma of a release with Gaussian noise; it must give (epsilon, delta).
+            sensitivity / sigma of a release with Gaussian noise; ValueError if it does not give
+            (epsilon, delta).
 
         Raises
         ------
         PrivacyBudgetExceeded
             If it does not fit. Nothing is paid then.
-        ValueError
-            For arguments out of range, or a ratio that does not give (epsilon, delta).
         """
         epsilon, delta = check_real(epsilon, "epsilon", 0.0), check_real(delta, "delta", 0.0)
         square_sum = None

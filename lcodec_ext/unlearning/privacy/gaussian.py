@@ -29,8 +29,7 @@ def check_delta(delta: object) -> float:
 def delta_of_ratio(ratio: float, epsilon: float) -> float:
     """Compute delta of Gaussian noise whose sigma is sensitivity / ratio.
 
-    With a = ratio/2 - epsilon/ratio and b = ratio/2 + epsilon/ratio it is
-    Phi(a) - e^epsilon Phi(-b). Because epsilon - b^2/2 = -a^2/2, e^epsilon need not be formed.
+    It is Phi(a) - e^epsilon Phi(-b), and epsilon - b^2/2 = -a^2/2: e^epsilon need not be formed.
     """
     if ratio == 0.0:
         return 0.0
@@ -48,12 +47,9 @@ def gaussian_delta(sigma: float, sensitivity: float, epsilon: float) -> float:
 
     Parameters
     ----------
-    sigma : float
-        Standard deviation of the noise on each coordinate; 0 for a release without noise.
-    sensitivity : float
-        Largest Euclidean distance of the two vectors that must not be told apart.
-    epsilon : float
-        At least 0.
+    sigma, sensitivity, epsilon : float
+        Standard deviation of the noise on each coordinate; largest Euclidean distance of the two
+        vectors that must not be told apart; all at least 0.
 
     Returns
     -------

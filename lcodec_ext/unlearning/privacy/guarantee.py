@@ -1,4 +1,4 @@
-"""What a removal with noise guarantees, and why it is not more."""
+"""What a removal with noise guarantees, and what keeps it from being certified."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lcodec_ext._checks import check_real
+from lcodec_ext._files import json_ready
 from lcodec_ext.unlearning.privacy.bounds import (
     check_removed,
     removal_bound,
@@ -22,7 +23,7 @@ _PAPER_LIPSCHITZ = 1.0
 _PAPER_HESSIAN_LIPSCHITZ = 0.25
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # outputs linear in weight and bias
 _RESHAPES = (nn.Identity, nn.Flatten, nn.Unflatten)
-_STATEMENTS = {
+STATEMENTS = {  # assumptions that cannot be checked
     "convexity": "the retained objective is strongly convex: it is where the loss is convex in the "
     "outputs of the model and there is weight decay",
     "data": "the constants hold for every data set that could have been there, not only for this",
@@ -70,7 +71,7 @@ class Guarantee:
 
     def to_dict(self) -> dict[str, Any]:
         """Give all of it in types that JSON knows."""
-        return {**asdict(self), "reasons": list(self.reasons)}
+        return json_ready(asdict(self))
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "Guarantee":
@@ -118,31 +119,30 @@ def removal_guarantee(
 ) -> Guarantee:
     """Decide what a removal with noise guarantees, and how much noise it takes.
 
+    Certified is one undamped Newton step with the exact Hessian of all retained samples, from the
+    weights that training ended with, on all parameters, for all removals at once, with nothing
+    after it. docs/privacy.md lists the conditions.
+
     Parameters
     ----------
     model : nn.Module
-        The model after the update, without noise. Only float64 models whose outputs are linear in
-        the trainable parameters, by their structure, are certified: one linear or convolution
-        layer, behind modules without trainable parameters, in Sequentials.
+        The model after the update, without noise. To be certified it must be float64 and, by its
+        structure, linear in the trainable parameters: one linear or convolution layer, behind
+        modules without trainable parameters, in Sequentials.
     n, m : int
-        Training samples, and how many of them are removed, all removals since training together:
-        the step must start from the weights that training ended with.
+        Training samples, and how many of them are removed, all removals since training together.
     epsilon, delta : float or None
         What is asked for. None for both: no noise.
     n_selected : int
-        Trainable parameters that the step changed. Fewer than all: heuristic.
+        Trainable parameters that the step changed.
     weight_decay : float
         lambda of the objective.
-    training_gradient_norm : float
-        Measured |grad F| where training ended, F the mean loss plus (lambda/2) |w|^2.
-    solve_residual : float
-        Measured relative residual of the step's linear system.
-    parameter_norm : float
-        Measured |w| of all trainable parameters, the larger of before and after the step.
+    training_gradient_norm, solve_residual, parameter_norm : float
+        Measured: |grad F| where training ended, F the mean loss plus (lambda/2) |w|^2; the relative
+        residual of the step's linear system; |w| of all trainable parameters, the larger of before
+        and after the step.
     update, curvature, gradient, damping, steps, n_curvature, order, repair_epochs
-        How the removal was done, by the names of `lcodec_ext.unlearning.Settings`. Only one
-        undamped "newton" step with the exact "hessian" of all retained samples, taken for all
-        removals at once and followed by nothing, is certified.
+        How the removal was done, by the names of `lcodec_ext.unlearning.Settings`.
     lipschitz, hessian_lipschitz, strong_convexity, radius, gradient_bound, rtol : float or None
         As in `removal_bound`; radius may be infinite. If one is None, the noise is heuristic: it
         takes the paper's lipschitz 1 and hessian_lipschitz 0.25, and the weight decay for the
@@ -222,7 +222,7 @@ def _certified(
     assumptions: dict[str, Any] = {**constants, "weight_decay": decay, "n": n, "m": m}
     if constants["radius"] == math.inf:
         assumptions["radius"] = "everywhere"  # JSON has no infinity
-    assumptions |= _STATEMENTS
+    assumptions |= STATEMENTS
     return Guarantee("certified", epsilon, delta, sigma, bound.sensitivity, assumptions)
 
 

@@ -7,22 +7,22 @@ hides. docs/privacy.md has the derivation.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext._files import json_ready
 from lcodec_ext.dependence.table import as_features, as_response
 from lcodec_ext.unlearning.privacy.bounds import LOGISTIC_THIRD_DERIVATIVE
 from lcodec_ext.unlearning.privacy.budget import PrivacyBudgetExceeded
 from lcodec_ext.unlearning.privacy.gaussian import check_positive, gaussian_sigma
-from lcodec_ext.unlearning.privacy.guarantee import Guarantee
+from lcodec_ext.unlearning.privacy.guarantee import STATEMENTS, Guarantee
 from lcodec_ext.unlearning.privacy.noise import standard_normals
 
 _MAX_ITERATIONS = 100
@@ -37,19 +37,15 @@ class RemovalRecord:
 
     Attributes
     ----------
-    indices : tuple of int
-        Samples that were removed.
+    indices, n_retained : tuple of int, int
+        Samples that were removed, and how many are left.
     residual_bound : float
         Bound on the change of the retained objective's gradient by this removal.
-    residual : float
-        Measured norm of the retained objective's gradient afterwards, all removals and training
-        together. A removal is not decided by it.
-    spent : float
-        Bound on the same: what training and all removals so far took of the budget.
+    residual, spent : float
+        Norm of that gradient afterwards, all removals and training together: measured, and the
+        bound on it that is taken from the budget. Only the bound decides on a removal.
     budget : float
         What the random term hides.
-    n_retained : int
-        Samples that are left.
     """
 
     indices: tuple[int, ...]
@@ -66,24 +62,14 @@ class RemovalRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Give all of it in types that JSON knows."""
-        return {
-            **asdict(self),
-            "indices": list(self.indices),
-            "budget_left": self.budget_left,
-        }
+        return json_ready({**asdict(self), "budget_left": self.budget_left})
 
 
 @dataclass(frozen=True)
 class Objective:
     """The sum of one output's losses over samples, plus (decay/2) |w|^2.
 
-    Attributes
-    ----------
-    loss : {"logistic", "squared"}
-    x : Tensor, shape (n, d)
-    target : Tensor, shape (n,)
-        Real numbers, or 0 and 1.
-    decay : float
+    x has shape (n, d), target (n,): real numbers, or 0 and 1 for the logistic loss.
     """
 
     loss: str
@@ -124,10 +110,7 @@ class Objective:
 def minimise(objective: Objective, linear: Tensor, tolerance: float) -> Tensor:
     """Minimise an objective plus ``linear @ w`` by Newton's method with backtracking.
 
-    Raises
-    ------
-    RuntimeError
-        If rounding keeps the gradient's norm above the tolerance.
+    It ends at a gradient of at most the tolerance, or with a RuntimeError.
     """
 
     def value(w: Tensor) -> float:
@@ -278,14 +261,11 @@ class CertifiedLinear:
 
         Parameters
         ----------
-        X : array_like or Tensor, shape (n, n_features)
-        y : array_like or Tensor, shape (n,)
-            Labels 0 ... K-1, or real numbers for the squared loss.
+        X, y : array_like or Tensor, shapes (n, n_features) and (n,)
+            y has labels 0 ... K-1, or real numbers for the squared loss; ValueError for others.
 
         Raises
         ------
-        ValueError
-            If their rows differ in number, or y holds other labels.
         RuntimeError
             If rounding keeps the gradient above the tolerance.
         """
@@ -308,14 +288,10 @@ class CertifiedLinear:
             For numbers of samples that are not retained, or if no sample would be left.
         """
         x, target = self._fitted()
-        retained = self.retained
-        gone = _integers(without, "without", 0)
-        if len(gone):
-            keep = self._keep(self._positions(gone, "without")[1], "without")
-            x, target, retained = x[keep], target[keep], retained[keep]
+        _, keep = self._split(without, "without", 0)
         if self._seed is not None:
             self._seed = (self._seed + 1) % 2**64  # not the same b again
-        self._train(x, target, retained, self.weights.shape[1])
+        self._train(x[keep], target[keep], self.retained[keep], self.weights.shape[1])
         return self
 
     def _train(self, x: Tensor, target: Tensor, retained: Tensor, n_outputs: int) -> None:
@@ -336,14 +312,11 @@ class CertifiedLinear:
         self._left_by_output = [0.0] * n_outputs
         self.spent = self._spent(self._left_by_output)
 
-    def _objectives(self, x: Tensor, target: Tensor, n_outputs: int) -> list[Objective]:
+    def _objectives(self, x: Tensor, target: Tensor, n_outputs: int) -> Iterator[Objective]:
         """The objective of each output over some samples."""
-        if self.loss == "logistic":  # an output's own class is 1, the others 0
-            classes = range(n_outputs) if n_outputs > 1 else [1]
-            targets = [(target == k).double() for k in classes]
-        else:
-            targets = [target]
-        return [Objective(self.loss, x, one, self.weight_decay * len(x)) for one in targets]
+        for k in range(n_outputs) if n_outputs > 1 else [1]:
+            own = target if self.loss == "squared" else (target == k).double()
+            yield Objective(self.loss, x, own, self.weight_decay * len(x))
 
     # -- removal
 
@@ -367,15 +340,14 @@ class CertifiedLinear:
             For numbers of samples that are not retained, or if no sample would be left.
         """
         x, target = self._fitted()
-        numbers, gone = self._positions(_integers(indices, "indices", 1), "indices")
-        keep = self._keep(gone, "indices")
+        numbers, keep = self._split(indices, "indices", 1)
         rest, rest_target = x[keep], target[keep]
         weights, n_outputs = self.weights.clone(), self.weights.shape[1]
         left, bounds = list(self._left_by_output), []
-        removed = self._objectives(x[gone], target[gone], n_outputs)
+        removed = self._objectives(x[~keep], target[~keep], n_outputs)
         retained = self._objectives(rest, rest_target, n_outputs)
-        for k in range(n_outputs):
-            step, bound = self._step(self.weights[:, k], removed[k], retained[k])
+        for k, (gone, stays) in enumerate(zip(removed, retained, strict=True)):
+            step, bound = self._step(self.weights[:, k], gone, stays)
             weights[:, k] += step
             left[k] += bound
             bounds.append(bound)
@@ -415,26 +387,26 @@ class CertifiedLinear:
         columns = [each.gradient(self.weights[:, k]) for k, each in enumerate(objectives)]
         return float((torch.stack(columns, dim=1) + self._noise).norm())
 
-    def _keep(self, gone: Tensor, name: str) -> Tensor:
-        if len(gone) == len(self.retained):
-            raise ValueError(f"{name} must leave a sample; got all of them")
-        keep = torch.ones(len(self.retained), dtype=torch.bool, device=gone.device)
-        keep[gone] = False
-        return keep
-
-    def _positions(self, indices: NDArray, name: str) -> tuple[list[int], Tensor]:
-        """The numbers, ascending, and where they are among the retained."""
-        numbers = sorted(indices.tolist())
+    def _split(self, given: Any, name: str, least: int) -> tuple[list[int], Tensor]:
+        """The numbers to remove, ascending, and which of the retained samples stay."""
+        array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+        is_integer = array.dtype.kind in "iu" or array.shape == (0,)
+        if array.ndim != 1 or len(array) < least or not is_integer:
+            expected = "a sequence of at least one integer" if least else "a sequence of integers"
+            raise ValueError(
+                f"{name} must be {expected}; got shape {array.shape} and dtype {array.dtype}"
+            )
+        numbers = sorted(array.tolist())
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"{name} must not name a sample twice")
-        known = self.retained.cpu().numpy()
-        positions = np.searchsorted(known, numbers)
-        found = positions < len(known)
-        found[found] = known[positions[found]] == np.asarray(numbers)[found]
-        if not found.all():
-            first = numbers[int(np.argmin(found))]
-            raise ValueError(f"{name} has {first}, which is not among the retained samples")
-        return numbers, torch.as_tensor(positions, device=self.retained.device)
+        retained = self.retained.cpu().numpy()
+        missing = np.setdiff1d(numbers, retained)
+        if len(missing):
+            raise ValueError(f"{name} has {missing[0]}, which is not among the retained samples")
+        keep = np.isin(retained, numbers, invert=True)
+        if not keep.any():
+            raise ValueError(f"{name} must leave a sample; got all of them")
+        return numbers, torch.as_tensor(keep, device=self.retained.device)
 
     # -- what was passed in
 
@@ -474,12 +446,7 @@ class CertifiedLinear:
     # -- what comes out
 
     def predict(self, X: Any) -> Tensor:
-        """Predict labels, int64, or real values for the squared loss; shape (n,).
-
-        Parameters
-        ----------
-        X : array_like or Tensor, shape (n, n_features)
-        """
+        """Predict labels, int64, or real values for the squared loss; X (n, n_features) to (n,)."""
         self._fitted()
         x = self._inputs(X)
         if x.shape[1] != len(self.weights):
@@ -524,10 +491,8 @@ class CertifiedLinear:
             "loss": self.loss,
             "weight_decay": self.weight_decay,
             "gradient_bound": self.tolerance,
-            "retraining": "training again would end with a gradient of at most gradient_bound, too",
+            **{name: STATEMENTS[name] for name in ("retraining", "preprocessing", "requests")},
             "releases": "one release for each training: two models with the same b tell about it",
-            "preprocessing": "how X is scaled does not depend on samples that may be deleted",
-            "requests": "what is to be deleted was chosen without sight of earlier releases",
             "secrecy": "b, and so the state of this object, stays secret",
         }
         if self.loss == "logistic":
@@ -553,15 +518,10 @@ class CertifiedLinear:
         """
         x, target = self._fitted()
         n_outputs = self.weights.shape[1]
+        options = ("loss", "weight_decay", "epsilon", "delta", "noise_std", "bias", "tolerance")
         meta = {
-            "loss": self.loss,
-            "weight_decay": self.weight_decay,
-            "epsilon": self.epsilon,
-            "delta": self.delta,
-            "noise_std": self.noise_std,
-            "bias": self.bias,
+            **{name: getattr(self, name) for name in options},
             "n_classes": None if self.loss == "squared" else max(n_outputs, 2),
-            "tolerance": self.tolerance,
             "seeded": self._seeded,
             "left_by_output": list(self._left_by_output),
             "spectral_norm": self._spectral_norm,
@@ -575,19 +535,10 @@ class CertifiedLinear:
     def from_state(
         cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], X: Any, y: Any
     ) -> "CertifiedLinear":
-        """Make the model from `to_state`.
+        """Make the model from `to_state` and the samples that it was left with.
 
-        Parameters
-        ----------
-        meta : mapping
-        tensors : mapping
-        X, y : array_like or Tensor
-            The retained samples alone, in the order of ``tensors["retained"]``.
-
-        Raises
-        ------
-        ValueError
-            If these are not the samples that the model was left with.
+        X and y are the retained samples alone, in the order of ``tensors["retained"]``; ValueError
+        for others.
         """
         rest = dict(meta)
         left, norm = rest.pop("left_by_output"), rest.pop("spectral_norm")
@@ -608,18 +559,6 @@ class CertifiedLinear:
         model._spectral_norm = check_real(norm, "spectral_norm", 0.0)
         model.spent = model._spent(model._left_by_output)
         return model
-
-
-def _integers(given: Any, name: str, least: int) -> NDArray:
-    """A sequence of at least so many integers as an array."""
-    array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
-    is_integer = array.dtype.kind in "iu" or array.shape == (0,)
-    if array.ndim != 1 or len(array) < least or not is_integer:
-        expected = "a sequence of at least one integer" if least else "a sequence of integers"
-        raise ValueError(
-            f"{name} must be {expected}; got shape {array.shape} and dtype {array.dtype}"
-        )
-    return array
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
