@@ -856,6 +856,13 @@ def test_reid(data, stem, reference_bugs, selection):
         assert torch.equal(buffer, start.get_buffer(name))
 
 
+def test_device_may_be_named_with_or_without_its_number(data, stem):
+    model = train(Logistic(), data, stem)  # "cpu" and "cpu:0" differ as "cuda" and "cuda:0" do
+    for device in ("cpu", "cpu:0"):
+        params = parameters(selectionType="One", HessType="CR")
+        inp_perturb(copy.deepcopy(model), Subset(data, [1]), CE, params, None, device, stem)
+
+
 def test_vgg_takes_a_copy_of_the_model(data, stem):
     model = train(Logistic(), data, stem)
     other = copy.deepcopy(model)
