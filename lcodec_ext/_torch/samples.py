@@ -106,7 +106,7 @@ class Samples:
         return lambda: (batch.data for batch in self.batches(size))
 
     def subset(self, indices: Indices) -> "Samples":
-        """Some of the samples, in the order given, numbered anew."""
+        """Some of the samples, in the order given and numbered from 0."""
         numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
         kept = np.asarray(numbers, dtype=np.int64)
 

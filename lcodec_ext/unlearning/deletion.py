@@ -15,24 +15,12 @@ _ROUNDS = 100  # after which a repeated selection ends in any case; the paper ha
 
 @dataclass(frozen=True, eq=False)
 class Deletion:
-    """What was done to remove some samples at once.
+    """What was done to remove some samples at once."""
 
-    Attributes
-    ----------
-    numbers : list of int
-        Their positions in the request.
-    selection : UnitSelection
-        The units that were changed; where all was taken back, those that were tried.
-    choice : Choice
-        The last one.
-    rounds : tuple of tuple of Attempt
-        The attempts for each selection: one, or with "cheap" one for each unit.
-    """
-
-    numbers: list[int]
-    selection: UnitSelection
-    choice: Choice
-    rounds: tuple[tuple[Attempt, ...], ...]
+    numbers: list[int]  # their positions in the request
+    selection: UnitSelection  # units that were changed, or if all was taken back, that were tried
+    choice: Choice  # the last one
+    rounds: tuple[tuple[Attempt, ...], ...]  # attempts for each selection; with "cheap" several
 
     @property
     def skipped(self) -> bool:

@@ -18,19 +18,11 @@ _SHORT = 1.0  # relative residual of a step that falls short
 
 @dataclass(frozen=True, eq=False)
 class Guard:
-    """What is watched for harm, and its value at the start.
-
-    Attributes
-    ----------
-    samples : Samples
-    watched : str
-        What it is called.
-    before : float
-    """
+    """What is watched for harm, and its value at the start."""
 
     work: Workplace
     samples: Samples
-    watched: str
+    watched: str  # what it is called
     before: float
 
     @classmethod
@@ -60,17 +52,10 @@ class Guard:
 
 @dataclass(frozen=True, eq=False)
 class Watch:
-    """The guard of a deletion, and the samples on which a step may be lengthened.
-
-    Attributes
-    ----------
-    guard : Guard or None
-    unread : Samples or None
-        Retained samples that the step has not read.
-    """
+    """The guard of a deletion, and the samples on which a step may be lengthened."""
 
     guard: Guard | None
-    unread: Samples | None
+    unread: Samples | None  # retained samples that the step has not read
 
     @classmethod
     def of(cls, work: Workplace, request: Request) -> "Watch":
@@ -91,26 +76,13 @@ class Watch:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A step that was tried.
-
-    Attributes
-    ----------
-    damping : float
-    steps : Steps
-    length : float
-        What multiple of the step was taken.
-    repaired : bool
-    value : float
-        What the guard saw afterwards; nan without a guard.
-    accepted : bool
-        Whether it was left to stand.
-    """
+    """A step that was tried."""
 
     damping: float
     steps: Steps
-    length: float = 1.0
+    length: float = 1.0  # multiple of the step that was taken
     repaired: bool = False
-    value: float = math.nan
+    value: float = math.nan  # what the guard saw afterwards
     accepted: bool = True
 
 

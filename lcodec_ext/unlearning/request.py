@@ -61,20 +61,11 @@ class Retained(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The retained samples of a request, and the draws from them, each drawn and fetched once.
-
-    Attributes
-    ----------
-    all : Samples
-    read : Samples
-        Those that steps read.
-    monitored : Samples
-        Those of the latter on which losses and gradients are measured.
-    """
+    """The retained samples of a request, and the draws from them, each drawn and fetched once."""
 
     all: Samples
-    read: Samples
-    monitored: Samples
+    read: Samples  # by steps
+    monitored: Samples  # those of them that losses and gradients are measured on
     _settings: Settings
     _order: NDArray[np.int64]
 
@@ -96,7 +87,7 @@ class Kept:
         return _some(self.all, (unread if len(unread) else self._order)[:GUARD_SIZE])
 
     def with_samples(self, others: Samples) -> Retained:
-        """Retain others, too: those of a request whose turn comes later."""
+        """Retain also others, the samples of the request whose turn comes later."""
         n, m = len(self.all), len(others)
         if not m:
             return Retained(self.all, self.read)
@@ -124,44 +115,22 @@ def _some(samples: Samples, numbers: NDArray[np.int64]) -> Samples:
 
 
 class Part(NamedTuple):
-    """Samples that are removed at once: all of a request, or one of them.
+    """Samples that are removed at once: all of a request, or one of them."""
 
-    Attributes
-    ----------
-    numbers : list of int
-        Their positions in the request.
-    forget : Samples
-    retained : Retained or None
-    statistics : TrainingStatistics or None
-    n_retain : int
-    seed : list of int
-        Of random selections.
-    """
-
-    numbers: list[int]
+    numbers: list[int]  # their positions in the request
     forget: Samples
     retained: Retained | None
     statistics: TrainingStatistics | None
     n_retain: int
-    seed: list[int]
+    seed: list[int]  # of random selections
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Samples to remove, and the data that the deletion may look at; checked.
-
-    Attributes
-    ----------
-    forget : Samples
-    kept : Kept or None
-        None where statistics stand for the retained samples.
-    validation : Samples or None
-    statistics : TrainingStatistics or None
-    n_retain : int
-    """
+    """Samples to remove, and the data that the deletion may look at; all checked."""
 
     forget: Samples
-    kept: Kept | None
+    kept: Kept | None  # None where statistics stand for the retained samples
     validation: Samples | None
     statistics: TrainingStatistics | None
     n_retain: int

@@ -114,7 +114,7 @@ def take(
     if not ranked:
         raise ValueError(
             f"selection={settings.selection!r} finds no unit: the gradient of the removed samples "
-            "vanishes at all candidates"
+            "vanishes on all candidates"
         )
     sizes = dict(zip(candidates.units, candidates.sizes.tolist(), strict=True))
     left = settings.budget(n_trainable)
@@ -144,29 +144,14 @@ def take(
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What a rule selects from, and what it may look at.
+    """What a rule selects from, and what it may look at."""
 
-    Attributes
-    ----------
-    work : Workplace
-        Model, loss and settings.
-    candidates : Candidates
-    forget : Samples
-        The removed samples.
-    gradient : dict of str to Tensor
-        Of their objective, by parameter.
-    seed : list of int
-        For random choices.
-    taken : UnitSelection
-        What a repeated rule has selected before.
-    """
-
-    work: "Workplace"
+    work: "Workplace"  # model, loss and settings
     candidates: Candidates
     forget: Samples
-    gradient: Gradient
-    seed: list[int]
-    taken: UnitSelection
+    gradient: Gradient  # of the removed samples' objective, by parameter
+    seed: list[int]  # for random choices
+    taken: UnitSelection  # what a repeated rule has selected before
 
     def recorded(self) -> Recording:
         """Perturb the removed samples, and record units and loss."""
@@ -193,22 +178,11 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What a rule selected.
+    """What a rule selected."""
 
-    Attributes
-    ----------
-    selection : UnitSelection
-        Empty if a repeated rule finds nothing more.
-    n_units : int
-        Units that it could have selected.
-    n_dead : int
-        Of these, units that no perturbation moved.
-    foci : FociResult or None
-    """
-
-    selection: UnitSelection
-    n_units: int
-    n_dead: int = 0
+    selection: UnitSelection  # empty if a repeated rule finds nothing more
+    n_units: int  # that it could have selected
+    n_dead: int = 0  # of these, units that no perturbation moved
     foci: FociResult | None = None
 
 
@@ -216,14 +190,8 @@ class Choice:
 class Rule:
     """A way to select units.
 
-    Attributes
-    ----------
-    select : callable
-    size : {"given", "needed", "optional"}
-        Whether the rule fixes the number of units, needs n_units or max_parameters, or stops by
-        itself without them.
-    repeated : bool
-        Whether it selects again after every step.
+    `size` says whether the rule fixes the number of units, needs n_units or max_parameters, or
+    stops by itself without them; a repeated rule selects again after every step.
     """
 
     select: Callable[[Question], Choice]
@@ -337,7 +305,7 @@ def select_lfoci(
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[list[tuple[str, int]], FociResult]:
-    """Find the units on which the loss depends, by L-FOCI.
+    """Find the units on which the loss depends, by L-FOCI; ValueError if there are none.
 
     Dead units are left out beforehand. A unit is selected if any of its calls is.
 
@@ -347,14 +315,10 @@ def select_lfoci(
     noise : float, default 0.01
         Of L-FOCI, as a share of each column's standard deviation: means over a request vary by far
         less than the paper's absolute 0.01.
-    max_units : int, optional
-        A cap.
-    stop : bool, default True
-        Whether L-FOCI stops by its own rule, where no unit raises T.
-    seed : int, default 0
-        Of the noise.
-    progress : bool, default False
-        Show a progress bar for each step; needs tqdm.
+    max_units, stop
+        `max_features` and `stop` of `lfoci`.
+    seed, progress
+        Of the noise; for each step.
 
     Returns
     -------
@@ -362,12 +326,6 @@ def select_lfoci(
         Layer and unit, in the order of selection, each once.
     result : FociResult
         Its `ordering` are columns of the recording; `names` tell unit and call.
-
-    Raises
-    ------
-    ValueError
-        If nothing is selected, if the loss is constant, and for activations or losses that are
-        not finite.
     """
     alive = _alive(recording)
     result = lfoci(
@@ -397,11 +355,10 @@ def select_lfoci(
 def select_cheap(
     recording: Recording, *, max_units: int | None = 1, threshold: float = CHEAP_THRESHOLD
 ) -> tuple[list[tuple[str, int]], NDArray[np.float64]]:
-    """Take the units with the largest T(loss, activation), each looked at alone.
+    """Take the units with the largest T(loss, activation), each by itself; ValueError without any.
 
-    With max_units=1 this is the paper's cheap FOCI, which removes a sample with one unit, and then
-    anew at the changed weights for as long as the T of the unit exceeds 0.05; the repetition is
-    the caller's.
+    With max_units=1 this is the paper's cheap FOCI, which removes a sample with one unit, and again
+    with another one at the changed weights while T exceeds 0.05; the caller repeats it.
 
     Parameters
     ----------
@@ -409,21 +366,14 @@ def select_cheap(
     max_units : int, optional
         How many; 1 by default. None: all above the threshold.
     threshold : float, default 0.05
-        T that every unit after the first must exceed, the reference's. A unit with several calls
-        goes by the largest.
+        T that every unit after the first must exceed. Of the calls of a unit the largest counts.
 
     Returns
     -------
     units : list of (str, int)
-        Layer and unit, by decreasing T, on equality in the order of the recording.
+        Layer and unit, by decreasing T; ties stay in the order of the recording.
     values : ndarray of float64, shape (len(units),)
-        Their T, in full precision up to 1e-9.
-
-    Raises
-    ------
-    ValueError
-        If no unit has T > 0, if the loss is constant, and for activations or losses that are not
-        finite.
+        Their T, to within 1e-9.
     """
     if max_units is not None:
         check_integer(max_units, "max_units", 1)
@@ -445,7 +395,7 @@ def select_cheap(
 
 
 def _alive(recording: Recording) -> NDArray[np.int64]:
-    """The columns to select from; refuse a recording that nothing can be selected from."""
+    """The columns to select from; refuse recordings without any, or with a constant loss."""
     if not np.isfinite(recording.losses).all():
         raise ValueError("the loss of the perturbed request is NaN or infinite")
     for column in np.flatnonzero(~np.isfinite(recording.activations.sum(0)))[:1]:
@@ -460,12 +410,12 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
             "for the inputs, or perturb changes nothing"
         )
     if not len(recording.alive):
-        raise _nothing(recording, "no unit can be selected, all are dead")
+        raise _nothing(recording, "no unit can be selected because all are dead")
     return recording.alive
 
 
 def _nothing(recording: Recording, what: str) -> ValueError:
     return ValueError(
-        f"{what}, from {len(recording.losses)} rows: the loss depends on none measurably. Give "
-        "more n_perturbations, a larger noise_std or another perturb, or take selection='full'"
+        f"{what}: in {len(recording.losses)} rows the loss depends on no unit measurably. Pass "
+        "more n_perturbations, a larger noise_std or another perturb, or selection='full'"
     )

@@ -232,13 +232,13 @@ class GuardSettings:
     Attributes
     ----------
     max_drop : float, optional
-        Most that accuracy may fall (without one, that the mean loss may rise) before a step counts.
+        Most that accuracy may fall, or without one the mean loss may rise; past it, halve or undo.
     halvings : int
         How often a step past it is halved.
     lengthen : float, optional
         Lengthen a step that ended early until the retained loss rises by this a removed sample.
     retries : int
-        How often a step that is still past it is tried again, with ten times the damping.
+        How often a step still past it is tried again, with ten times the damping.
     """
 
     max_drop: float | None = _real(None)

@@ -35,30 +35,15 @@ _OPERATORS = {
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The parameters of the selected units, where they are, and what is to be removed from them.
-
-    Attributes
-    ----------
-    work : Workplace
-    part : Part
-        The samples that are removed, and those that stay.
-    selection : UnitSelection
-    layout : UnitLayout
-    start : Tensor, shape (p,)
-        The parameters before the step.
-    buffers : dict of str to Tensor
-        Those of the model, likewise.
-    removal : Tensor, shape (p,)
-        The removed samples' gradient, as a share of the retained objective.
-    """
+    """The parameters of the selected units, where they are, and what is to be removed from them."""
 
     work: Workplace
-    part: Part
+    part: Part  # the samples that are removed, and those that stay
     selection: UnitSelection
     layout: UnitLayout
-    start: Tensor
-    buffers: dict[str, Tensor]
-    removal: Tensor
+    start: Tensor  # (p,): the parameters before the step
+    buffers: dict[str, Tensor]  # of the model, before the step
+    removal: Tensor  # (p,): the removed samples' gradient, as a share of the retained objective
 
     @classmethod
     def of(
@@ -102,24 +87,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of an update that were taken.
+    """The steps of an update that were taken."""
 
-    Attributes
-    ----------
-    solves : tuple of SolveResult
-        Of Newton steps.
-    n_gradient : int
-        Gradient steps.
-    plan : str
-        How products with the last matrix were computed.
-    failure : NotFiniteError or None
-        What ended them early.
-    """
-
-    solves: tuple[SolveResult, ...] = ()
-    n_gradient: int = 0
-    plan: str = ""
-    failure: NotFiniteError | None = None
+    solves: tuple[SolveResult, ...] = ()  # of Newton steps
+    n_gradient: int = 0  # gradient steps
+    plan: str = ""  # how products with the last matrix were computed
+    failure: NotFiniteError | None = None  # what ended them early
 
 
 def take_steps(block: Block, damping: float, learning_rate: float) -> Steps:
@@ -142,7 +115,7 @@ def take_steps(block: Block, damping: float, learning_rate: float) -> Steps:
                 theta += learning_rate * direction
                 taken = Steps(n_gradient=taken.n_gradient + 1)
             elif settings.curvature == "secant" and not direction.any():
-                pass  # there is no line to compare gradients along
+                pass  # without a direction there are no gradients to compare
             else:
                 solution, plan = newton_step(block, direction, damping)
                 theta += solution.x
@@ -154,7 +127,7 @@ def take_steps(block: Block, damping: float, learning_rate: float) -> Steps:
 
 
 def newton_step(block: Block, direction: Tensor, damping: float) -> tuple[SolveResult, str]:
-    """Solve with the damped curvature; the plan of its products, too."""
+    """Solve with the damped curvature; return the solution and the plan of the products."""
     with block.work.timed("curvature"):
         operator = _operator(block, direction, damping)
     with block.work.timed("solve"):

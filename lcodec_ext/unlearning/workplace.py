@@ -57,28 +57,16 @@ class Clock:
 
 @dataclass(frozen=True, eq=False)
 class Workplace:
-    """A copy of the model in evaluation mode, and what all phases of a deletion share.
+    """A copy of the model in evaluation mode, and what all phases of a deletion share."""
 
-    Attributes
-    ----------
-    model : Module
-        The copy, whose weights the deletion moves.
-    loss_fn, settings, score, progress
-        As given; the loss in the dtype of the computation.
-    device, dtype
-    parameters : dict of str to Tensor
-        The trainable ones of the copy.
-    clock : Clock
-    """
-
-    model: nn.Module
-    loss_fn: LossFunction
+    model: nn.Module  # the copy, whose weights the deletion moves
+    loss_fn: LossFunction  # in the dtype of the computation
     settings: Settings
     score: Score | None
     progress: bool
     device: torch.device
     dtype: torch.dtype
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter]  # the trainable ones of the copy
     clock: Clock = field(default_factory=Clock)
 
     @classmethod

@@ -19,29 +19,24 @@ Perturb = Callable[[Any, np.random.Generator], Any]
 
 @dataclass(frozen=True)
 class TokenReplacement:
-    """Replace a few random tokens of every text by random other ones.
+    """Replace a few random tokens of every text by random other ones, for the option `perturb`.
 
-    Tokens that are masked out or special stay, and no token becomes a special one. A perturbation
-    for the option `perturb` of the unlearning.
+    Masked and special tokens stay, and no token becomes a special one.
 
     Parameters
     ----------
     vocab_size : int, optional
-        Replacements are drawn from the tokens 0 to vocab_size - 1, or from token_ids; one of the
-        two must be given.
+        Replacements are drawn from the tokens 0 to vocab_size - 1, or from token_ids; give one.
     token_ids : sequence of int, optional
         The tokens that replacements are drawn from.
     n_tokens : int, default 1
-        How many tokens of each sample are replaced, the paper's one; all of them in a sample that
-        has fewer which may be.
+        Tokens of each sample that are replaced, the paper's one; fewer if a sample has fewer.
     special_ids : sequence of int, default ()
         Special tokens: padding, beginning, separators and so on (``tokenizer.all_special_ids``).
     input_key : str or int, default "input_ids"
-        Where the inputs of the model have the tokens, if they are a dict (a name) or a tuple (a
-        position). Inputs that are one tensor are the tokens themselves.
+        Name of the tokens in a dict of inputs, or position in a tuple.
     mask_key : str or int, default "attention_mask"
-        Where the inputs have the mask of the tokens, 1 for those that count, of the same shape.
-        Inputs without it have no mask.
+        The same for their mask, 1 for tokens that count, of the same shape; it may be missing.
 
     Raises
     ------
@@ -85,7 +80,7 @@ class TokenReplacement:
                 raise TypeError(f"{name} must be a name or a position; got {key!r}")
         if len(self._vocabulary) < 2:
             raise ValueError(
-                "the vocabulary must have two tokens at least that are not special; it has "
+                "the vocabulary must have at least two tokens that are not special; it has "
                 f"{len(self._vocabulary)}"
             )
 
