@@ -483,6 +483,19 @@ def same_neighbors(ours: NDArray, theirs: NDArray, data: Data) -> dict[str, Any]
     }
 
 
+class NoInstrumentsError(RuntimeError):
+    """This build of the package counts nothing."""
+
+
+def check_instruments() -> None:
+    """Raise if the compiled module cannot say what its scans did."""
+    if not hasattr(_core.dependence, "saturate"):
+        raise NoInstrumentsError(
+            "this build of lcodec_ext has no instruments: build it with `make test`, or with "
+            "-C cmake.define.LCODEC_INSTRUMENTS=ON"
+        )
+
+
 def bound_of(instructions: int) -> float:
     """Thread-seconds that so many vector instructions of scans take at the least.
 
@@ -491,9 +504,10 @@ def bound_of(instructions: int) -> float:
     starting and ending a scan and waiting for memory cost is on top.
     """
     level = os.environ.get("LCODEC_SIMD") or "auto"
-    _core.saturate(level, 10**6)
+    check_instruments()
+    _core.dependence.saturate(level, 10**6)
     start = time.perf_counter()
-    issued = _core.saturate(level, 10**7)
+    issued = _core.dependence.saturate(level, 10**7)
     return instructions * (time.perf_counter() - start) / issued
 
 
@@ -503,12 +517,13 @@ def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
     The bound is that of a scan that compares all candidates of a tile until the last one stops;
     its own bound, that of what the scan does instead: the last ones go on by themselves.
     """
+    check_instruments()
     engine, candidates = CASES[name].data(size)["engine"]("cpu")
     spent = []
     for _ in range(5):
-        before = engine.scanned
+        before = engine.compiled.scanned
         engine.score(candidates)
-        comparisons, own, of_all, seconds = np.subtract(engine.scanned, before).tolist()
+        comparisons, own, of_all, seconds = np.subtract(engine.compiled.scanned, before).tolist()
         spent.append(seconds)
     seconds = statistics.median(spent)
     bound, own_bound = bound_of(of_all), bound_of(own)
@@ -523,10 +538,11 @@ def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
 
 
 def scanned(data: Data, floor: int | None) -> tuple[int, int, int, float]:
-    """What the scans of a FOCI run on raw columns do (`CpuEngine.scanned`).
+    """What the scans of a FOCI run on raw columns do (`scanned` of the compiled engine).
 
     With a floor of 0 candidates are left once they can no longer win; with None all are scored.
     """
+    check_instruments()
     X, left = data["X"], list(range(data["X"].shape[1]))
     ones = np.ones(len(left), X.dtype)
     engine = _engine.make_engine(_engine.lay_out("cpu", X), ones, ranks(data["y"])[0], "average", 0)
@@ -537,7 +553,7 @@ def scanned(data: Data, floor: int | None) -> tuple[int, int, int, float]:
         whole, _fraction = engine.score(np.array(left), floor)
         engine.select(left.pop(int(whole.argmax())))
     assert isinstance(engine, _native.CpuEngine)
-    return engine.scanned
+    return engine.compiled.scanned
 
 
 def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:

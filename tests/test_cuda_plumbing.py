@@ -39,19 +39,19 @@ class Kernels:
 
     def __init__(self):
         self.calls = []  # (name, stream)
-        self.CudaEngineFloat = self._engine(np.float32)
-        self.CudaEngineDouble = self._engine(np.float64)
+        self.EngineFloat = self._engine(np.float32)
+        self.EngineDouble = self._engine(np.float64)
 
-    def cuda_column_statistics(self, dtype, x, n, p, low, high, deviation, stream):
-        self.calls.append(("cuda_column_statistics", stream))
+    def column_statistics(self, stream, *, dtype, x, n, p, low, high, deviation):
+        self.calls.append(("column_statistics", stream))
         columns = ReferenceColumns(at(x, (n, p), dtype))
         at(low, (p,), dtype)[:] = columns.low
         at(high, (p,), dtype)[:] = columns.high
         with np.errstate(over="ignore", invalid="ignore"):
             at(deviation, (p,), np.float64)[:] = columns.standard_deviations()
 
-    def cuda_neighbors(self, dtype, columns, n, p, ties, seed, offset, count, indices, stream):
-        self.calls.append(("cuda_neighbors", stream))
+    def neighbors(self, stream, *, dtype, columns, n, p, ties, seed, offset, count, indices):
+        self.calls.append(("neighbors", stream))
         table = ReferenceColumns(at(columns, (p, n), dtype).T)
         indptr, found = reference.nearest(table, TIES[ties], seed)
         if indices:
@@ -70,7 +70,7 @@ class Kernels:
             def least_scratch(n):
                 return 48 * n
 
-            def __init__(self, x, n, p, factor, rank, ties, seed, workspace, scratch):
+            def __init__(self, *, x, n, p, factor, rank, ties, seed, workspace, scratch):
                 at(workspace, (Engine.workspace_bytes(n, p, scratch),), np.uint8)[:] = 0xA5
                 self._arguments = (
                     ReferenceColumns(at(x, (n, p), dtype)),
@@ -218,7 +218,7 @@ def test_nearest_neighbors(kernels, name, dtype):
         kernels.calls.clear()
         got = lcodec_ext.nearest_neighbors(torch.tensor(X), ties=ties, seed=9)
         # where a row uses one neighbour, nobody need count them
-        assert [name for name, _ in kernels.calls].count("cuda_neighbors") == 1 + (ties == "all")
+        assert [name for name, _ in kernels.calls].count("neighbors") == 1 + (ties == "all")
         expected = lcodec_ext.nearest_neighbors(X, ties=ties, seed=9, backend="reference")
         for a, b in zip(*((r if ties == "all" else [r]) for r in (got, expected)), strict=True):
             assert isinstance(a, torch.Tensor)
@@ -246,7 +246,7 @@ def test_columns_and_engine_equal_their_twins(kernels):
     np.testing.assert_array_equal(columns.low, cpu.low)
     np.testing.assert_array_equal(columns.high, cpu.high)
     np.testing.assert_array_equal(columns.standard_deviations(), cpu.standard_deviations())
-    assert kernels.calls == [("cuda_column_statistics", 0)]
+    assert kernels.calls == [("column_statistics", 0)]
     engines = [
         make_engine(columns, np.ones(6), torch.tensor(R), "average", 0),
         make_engine(cpu, np.ones(6), R, "average", 0),
@@ -324,8 +324,8 @@ def test_the_stream_is_read_at_each_call():
         lcodec_ext.nearest_neighbors(X)
         lcodec_ext.nearest_neighbors(X, ties="all")
     assert {name for name, _ in module.calls} == {
-        "cuda_column_statistics", "start", "score", "leaders", "row_sums", "select",
-        "cuda_neighbors",
+        "column_statistics", "start", "score", "leaders", "row_sums", "select",
+        "neighbors",
     }  # fmt: skip
     assert [stream for _, stream in module.calls] == list(range(100, 100 + len(module.calls)))
 
@@ -334,7 +334,7 @@ def test_a_failed_kernel_is_named(kernels, monkeypatch):
     def start(self, stream):
         raise RuntimeError("CUDA kernel sort_columns failed: an illegal memory access")
 
-    monkeypatch.setattr(kernels.CudaEngineDouble, "start", start)
+    monkeypatch.setattr(kernels.EngineDouble, "start", start)
     with pytest.raises(RuntimeError, match="CUDA kernel sort_columns failed: an illegal"):
         lcodec_ext.foci(*tensors(*table("continuous")))
 
@@ -358,7 +358,7 @@ class Memory:
 
 def test_scratch_is_halved_until_it_fits(kernels, monkeypatch):
     X, y = table("continuous")
-    fixed = kernels.CudaEngineDouble.workspace_bytes(40, 6, 0)
+    fixed = kernels.EngineDouble.workspace_bytes(40, 6, 0)
     memory = Memory(monkeypatch, fixed + 5000)
     got = lcodec_ext.foci(*tensors(X, y))
     assert memory.asked[0] == fixed + _cuda.SCRATCH == fixed + 2**28
@@ -369,7 +369,7 @@ def test_scratch_is_halved_until_it_fits(kernels, monkeypatch):
 
 def test_the_least_scratch_is_tried_last(kernels, monkeypatch):
     X, y = table("continuous")
-    fixed, least = 8 * 40 * 6, kernels.CudaEngineDouble.least_scratch(40)
+    fixed, least = 8 * 40 * 6, kernels.EngineDouble.least_scratch(40)
     memory = Memory(monkeypatch, fixed + least)
     same_result(lcodec_ext.foci(*tensors(X, y)), lcodec_ext.foci(X, y, backend="reference"))
     assert memory.asked[-1] == fixed + least
@@ -565,7 +565,7 @@ def test_data_are_not_copied_between_devices(kernels):
 
 
 def test_a_build_without_the_engine_says_so(monkeypatch):
-    monkeypatch.setattr(_cuda.Device, "module", object())
+    monkeypatch.setattr(_cuda.Device, "module", None)
     with pytest.raises(RuntimeError) as caught:
         _cuda.Device(torch.device("cuda:0"))
     assert "tensors on device 'cuda:0' need the CUDA backend" in str(caught.value)

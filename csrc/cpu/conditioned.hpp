@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/at.hpp"
 #include "cpu/coded_groups.hpp"
 #include "cpu/nearest.hpp"
 #include "cpu/pages.hpp"
@@ -84,10 +85,6 @@ struct Conditioned {
     for (std::size_t row = 0; row < order.size(); ++row) rank[row] = given_rank[order[row]];
   }
 
-  template <class I>
-  static std::size_t at(I index) {
-    return static_cast<std::size_t>(index);
-  }
   const Spatial<T>& space() const { return subspace.space; }
   std::size_t k() const { return selected.size(); }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/fixed_point.hpp"
+#include "cpu/at.hpp"
 #include "cpu/conditioned.hpp"
 #include "cpu/scanner.hpp"
 #include "cpu/sorted_groups.hpp"
@@ -32,8 +33,6 @@ constexpr std::array<double, 12> kDoubtLeft = {0.7,  0.6, 0.5,  0.42, 0.35, 0.3,
                                                0.25, 0.2, 0.15, 0.1,  0.05, 0.0};
 // Rows before and behind a row that tell what neighbours are like.
 constexpr std::int64_t kBeside = 8;
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 // A sum in fixed point whose parts may be added in any order.
 struct Total {

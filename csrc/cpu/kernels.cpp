@@ -16,6 +16,8 @@
 #include <type_traits>
 
 #include "common/fixed_point.hpp"
+#include "cpu/instruments.hpp"
+#include "cpu/simd.hpp"
 
 // Elements of a vector in another order; GCC has Clang's builtin from version 12 on.
 #if __has_builtin(__builtin_shufflevector)
@@ -24,19 +26,9 @@
 #define LCODEC_SHUFFLE(Int, vector, ...) __builtin_shuffle(vector, Int{__VA_ARGS__})
 #endif
 
-#define LCODEC_CONCAT2(a, b) a##b
-#define LCODEC_CONCAT(a, b) LCODEC_CONCAT2(a, b)
-
 namespace lcodec {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 // Side by side, to hide the latency of compare and blend, and to start fewer scans: as many as the
 // registers hold.
 #if defined(__AVX512F__)
@@ -45,23 +37,6 @@ constexpr int kVectors = 4;
 constexpr int kVectors = 2;
 #endif
 
-template <class T>
-struct Simd;
-template <>
-struct Simd<float> {
-  typedef float Value __attribute__((vector_size(kVectorBytes)));
-  typedef std::int32_t Int __attribute__((vector_size(kVectorBytes)));
-  using Lane = std::int32_t;
-};
-template <>
-struct Simd<double> {
-  typedef double Value __attribute__((vector_size(kVectorBytes)));
-  typedef std::int64_t Int __attribute__((vector_size(kVectorBytes)));
-  using Lane = std::int64_t;
-};
-
-template <class T>
-constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kLanes = kVectors * kWidth<T>;
 
@@ -559,41 +534,14 @@ void quotients(const std::int64_t* sum, std::int64_t size, std::int64_t count, s
   }
 }
 
-#if defined(__SSE2__)
-#define LCODEC_IN_REGISTER(vector) "+x"(vector)
-#elif defined(__aarch64__)
-#define LCODEC_IN_REGISTER(vector) "+w"(vector)
-#else
-#define LCODEC_IN_REGISTER(vector) "+m"(vector)
-#endif
-
-template <class T>
-std::int64_t saturate(std::int64_t rounds) {
-  using Value = typename Simd<T>::Value;
-  constexpr int chains = 8;
-  Value chain[chains];
-  for (int c = 0; c < chains; ++c) chain[c] = static_cast<T>(c) - Value{};
-  const Value factor = T{1} - Value{};
-  for (std::int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 8
-    for (int c = 0; c < chains; ++c) {
-      chain[c] = chain[c] * factor + factor;
-      __asm__ volatile("" : LCODEC_IN_REGISTER(chain[c]));
-    }
-  }
-  return rounds * chains * 2;
-}
-
 template <class T>
 constexpr Kernels<T> kernels() {
   return {kLanes<T>,     scan<T, false>, scan<T, true>, adjacent<T>, distances<T>, within<T>,
-          accumulate<T>, range<T>,       lane_sums<T>,  minimum<T>,  quotients,    saturate<T>};
+          accumulate<T>, range<T>,       lane_sums<T>,  minimum<T>,  quotients};
 }
 
 }  // namespace
 
-LevelKernels LCODEC_CONCAT(LCODEC_SIMD_LEVEL, _kernels)() {
-  return {kernels<float>(), kernels<double>()};
-}
+LevelKernels LCODEC_OF_LEVEL(kernels)() { return {kernels<float>(), kernels<double>()}; }
 
 }  // namespace lcodec

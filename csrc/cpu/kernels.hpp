@@ -95,9 +95,6 @@ struct Kernels {
   // Adds fixed_point(sum[t], count) of `size` sums. Sums below 2^53, counts below 2^20.
   void (*quotients)(const std::int64_t* sum, std::int64_t size, std::int64_t count,
                     std::int64_t* whole, std::int64_t* fraction);
-  // Issues `rounds` times 16 vector instructions that do not wait for each other, and returns how
-  // many: the rate that `scan` is measured against.
-  std::int64_t (*saturate)(std::int64_t rounds);
 };
 
 constexpr int kSumLanes = 64;

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <vector>
 
+#include "cpu/at.hpp"
 #include "cpu/conditioned.hpp"
 #include "cpu/lists.hpp"
 #include "cpu/pages.hpp"
@@ -140,11 +141,6 @@ class Scanner {
   // Costs in entries of a list: to finish one candidate, and to make a list longer.
   static constexpr std::int64_t kFinishCost = 16;
   static constexpr std::int64_t kExtendCost = 1024;
-
-  template <class I>
-  static std::size_t at(I index) {
-    return static_cast<std::size_t>(index);
-  }
 
   // What a thread needs to scan rows. What it learns is left to the scanner when it ends.
   struct Scratch {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/fixed_point.hpp"
+#include "cpu/at.hpp"
 #include "cpu/nearest.hpp"
 #include "cpu/spatial.hpp"
 
@@ -83,11 +84,6 @@ class SortedGroups {
   static constexpr std::size_t kBefore = 2;
   const T* value() const { return value_store_.data() + kBefore; }
   const std::int32_t* rank() const { return rank_store_.data() + kBefore; }
-
-  template <class I>
-  static std::size_t at(I index) {
-    return static_cast<std::size_t>(index);
-  }
 
   // Runs of equal value inside a point, and prefix sums of ranks: needed for rows in doubt only.
   void make_runs() {

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/at.hpp"
 #include "cpu/kernels.hpp"
 #include "lcodec/engine.hpp"
 
@@ -196,11 +197,6 @@ class Spatial {
     std::int32_t dim;    // split along this column
     T middle;
   };
-
-  template <class I>
-  static std::size_t at(I index) {
-    return static_cast<std::size_t>(index);
-  }
 
   std::int32_t split(const std::vector<T>& raw, std::vector<Index>& order, Index begin, Index end) {
     const auto id = static_cast<std::int32_t>(nodes_.size());

@@ -20,11 +20,11 @@ class Device:
         If this build or this machine cannot run the kernels.
     """
 
-    module: Any = _core
+    module: Any = getattr(_core, "cuda", None)  # None in a build without CUDA
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        if hasattr(self.module, "CudaEngineFloat"):
+        if self.module is not None:
             with self.guard():
                 if cuda_is_available():
                     return
