@@ -1,6 +1,6 @@
 """Types of the compiled module (csrc/bindings); its submodules are written as classes here."""
 
-from typing import TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class dependence:
     def saturate(level: str, rounds: int) -> int: ...
 
 # Matrices are addresses, 0 for none: NumPy has no bfloat16.
-class _RowsProduct(TypedDict):
+class RowsProduct(TypedDict):
     dtype: str
     x: int
     n: int
@@ -89,7 +89,7 @@ class _RowsProduct(TypedDict):
     damping: float
     out: int
 
-class _FactoredGram(TypedDict):
+class FactoredGram(TypedDict):
     dtype: str
     delta: int
     delta_stride: int
@@ -102,14 +102,14 @@ class _FactoredGram(TypedDict):
 
 class curvature:
     @staticmethod
-    def masked_gram_product(level: str, threads: int, **given: Unpack[_RowsProduct]) -> None: ...
+    def masked_gram_product(given: RowsProduct, level: str, threads: int) -> None: ...
     @staticmethod
-    def softmax_rows_product(level: str, threads: int, **given: Unpack[_RowsProduct]) -> None: ...
+    def softmax_rows_product(given: RowsProduct, level: str, threads: int) -> None: ...
     @staticmethod
-    def factored_gram(level: str, threads: int, **given: Unpack[_FactoredGram]) -> None: ...
+    def factored_gram(given: FactoredGram, level: str, threads: int) -> None: ...
 
 # Where CUDA was built. Arrays and streams are addresses, 0 for none.
-class _Statistics(TypedDict):
+class Statistics(TypedDict):
     dtype: str
     x: int
     n: int
@@ -118,7 +118,7 @@ class _Statistics(TypedDict):
     high: int
     deviation: int
 
-class _Neighbors(TypedDict):
+class Neighbors(TypedDict):
     dtype: str
     columns: int
     n: int
@@ -129,7 +129,7 @@ class _Neighbors(TypedDict):
     count: int
     indices: int
 
-class _Problem(TypedDict):
+class Problem(TypedDict):
     x: int
     n: int
     p: int
@@ -141,7 +141,7 @@ class _Problem(TypedDict):
     scratch: int
 
 class _CudaEngine:
-    def __init__(self, **given: Unpack[_Problem]) -> None: ...
+    def __init__(self, given: Problem) -> None: ...
     @staticmethod
     def workspace_bytes(n: int, p: int, scratch: int) -> int: ...
     @staticmethod
@@ -157,9 +157,9 @@ class cuda:
     class EngineDouble(_CudaEngine): ...
 
     @staticmethod
-    def column_statistics(stream: int, **given: Unpack[_Statistics]) -> None: ...
+    def column_statistics(given: Statistics, stream: int) -> None: ...
     @staticmethod
-    def neighbors(stream: int, **given: Unpack[_Neighbors]) -> None: ...
+    def neighbors(given: Neighbors, stream: int) -> None: ...
 
     CHUNK_BYTES: int
 
@@ -169,11 +169,11 @@ class cuda:
     def rows_product_bytes(n: int, size: int, m: int, itemsize: int, chunk_bytes: int) -> int: ...
     @staticmethod
     def masked_gram_product(
-        workspace: int, chunk_bytes: int, stream: int, **given: Unpack[_RowsProduct]
+        given: RowsProduct, workspace: int, chunk_bytes: int, stream: int
     ) -> None: ...
     @staticmethod
     def softmax_rows_product(
-        workspace: int, chunk_bytes: int, stream: int, **given: Unpack[_RowsProduct]
+        given: RowsProduct, workspace: int, chunk_bytes: int, stream: int
     ) -> None: ...
     @staticmethod
-    def factored_gram(stream: int, **given: Unpack[_FactoredGram]) -> None: ...
+    def factored_gram(given: FactoredGram, stream: int) -> None: ...

@@ -39,15 +39,17 @@ class DeviceEngine:
         self.held = [device.to_device(a) for a in (X, factors, R.astype(np.int32))]
         x, factor, rank = map(int, self.held)
         self.engine = make(
-            x=x,
-            n=self.n,
-            p=self.p,
-            factor=factor,
-            rank=rank,
-            ties=_native.TIES_CODES[ties],
-            seed=seed,
-            workspace=int(self.workspace),
-            scratch=scratch,
+            {
+                "x": x,
+                "n": self.n,
+                "p": self.p,
+                "factor": factor,
+                "rank": rank,
+                "ties": _native.TIES_CODES[ties],
+                "seed": seed,
+                "workspace": int(self.workspace),
+                "scratch": scratch,
+            }
         )
         self.engine.start(device.stream)
 
@@ -329,8 +331,8 @@ def test_arguments_that_engines_do_not_take(device, rng):
             engine.row_sums(column)
     given = {"x": 0, "n": 10, "p": 3, "factor": 0, "rank": 0, "ties": 0, "seed": 0}
     given |= {"workspace": int(engine.workspace), "scratch": 100}
-    little = device.module.EngineFloat(**given)
+    little = device.module.EngineFloat(given)
     with pytest.raises(RuntimeError, match="CUDA kernel start failed: invalid argument"):
         little.start(device.stream)
     with pytest.raises(ValueError, match="unknown tie rule"):
-        device.module.EngineFloat(**given | {"ties": 3})
+        device.module.EngineFloat(given | {"ties": 3})

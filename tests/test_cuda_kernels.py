@@ -94,7 +94,7 @@ def table(shape, n, p, dtype):
 def call_statistics(device, dtype, n, p, x=0, low=0, high=0, deviation=0):
     addresses = {"x": x, "low": low, "high": high, "deviation": deviation}
     addresses = {name: int(array) for name, array in addresses.items()}
-    device.module.column_statistics(device.stream, dtype=dtype, n=n, p=p, **addresses)
+    device.module.column_statistics({"dtype": dtype, "n": n, "p": p} | addresses, device.stream)
 
 
 def column_statistics(device, X):
@@ -159,16 +159,15 @@ def call_neighbors(device, X, ties, seed, **arrays):
     """``X`` may be a table by column on the device or 0; arrays that are not given are 0."""
     dtype, columns, n, p = X
     addresses = {name: int(arrays.get(name, 0)) for name in ("offset", "count", "indices")}
-    device.module.neighbors(
-        device.stream,
-        dtype=np.dtype(dtype).name,
-        columns=int(columns),
-        n=n,
-        p=p,
-        ties=TIES.get(ties, ties),
-        seed=seed,
-        **addresses,
-    )
+    given = {
+        "dtype": np.dtype(dtype).name,
+        "columns": int(columns),
+        "n": n,
+        "p": p,
+        "ties": TIES.get(ties, ties),
+        "seed": seed,
+    }
+    device.module.neighbors(given | addresses, device.stream)
 
 
 def check_neighbors(device, X, ties, expected, seed=SEED):

@@ -42,7 +42,10 @@ class Kernels:
         self.EngineFloat = self._engine(np.float32)
         self.EngineDouble = self._engine(np.float64)
 
-    def column_statistics(self, stream, *, dtype, x, n, p, low, high, deviation):
+    def column_statistics(self, given, stream):
+        dtype, x, n, p, low, high, deviation = map(
+            given.__getitem__, ["dtype", "x", "n", "p", "low", "high", "deviation"]
+        )
         self.calls.append(("column_statistics", stream))
         columns = ReferenceColumns(at(x, (n, p), dtype))
         at(low, (p,), dtype)[:] = columns.low
@@ -50,7 +53,11 @@ class Kernels:
         with np.errstate(over="ignore", invalid="ignore"):
             at(deviation, (p,), np.float64)[:] = columns.standard_deviations()
 
-    def neighbors(self, stream, *, dtype, columns, n, p, ties, seed, offset, count, indices):
+    def neighbors(self, given, stream):
+        dtype, columns, n, p, ties, seed, offset, count, indices = map(
+            given.__getitem__,
+            ["dtype", "columns", "n", "p", "ties", "seed", "offset", "count", "indices"],
+        )
         self.calls.append(("neighbors", stream))
         table = ReferenceColumns(at(columns, (p, n), dtype).T)
         indptr, found = reference.nearest(table, TIES[ties], seed)
@@ -70,7 +77,11 @@ class Kernels:
             def least_scratch(n):
                 return 48 * n
 
-            def __init__(self, *, x, n, p, factor, rank, ties, seed, workspace, scratch):
+            def __init__(self, given):
+                x, n, p, factor, rank, ties, seed, workspace, scratch = map(
+                    given.__getitem__,
+                    ["x", "n", "p", "factor", "rank", "ties", "seed", "workspace", "scratch"],
+                )
                 at(workspace, (Engine.workspace_bytes(n, p, scratch),), np.uint8)[:] = 0xA5
                 self._arguments = (
                     ReferenceColumns(at(x, (n, p), dtype)),

@@ -371,15 +371,11 @@ def test_workspace_is_what_is_used(rng):
     segments = np.array([[0, size]])
     need = _emulated.cuda.rows_product_bytes(n, size, m, 4, CHUNK_BYTES)
     workspace, out = np.full(need + 64, 0xA5, np.uint8), np.zeros(m * size + 16, np.float32)
-    _emulated.cuda.masked_gram_product(
-        workspace.ctypes.data,
-        CHUNK_BYTES,
-        0,
-        **product(
-            x=G.ctypes.data, n=n, d=size, stride=size, segments=segments.ctypes.data, count=1,
-            size=size, v=v.ctypes.data, m=m, out=out.ctypes.data,
-        ),
+    given = product(
+        x=G.ctypes.data, n=n, d=size, stride=size, segments=segments.ctypes.data, count=1,
+        size=size, v=v.ctypes.data, m=m, out=out.ctypes.data,
     )  # fmt: skip
+    _emulated.cuda.masked_gram_product(given, workspace.ctypes.data, CHUNK_BYTES, 0)
     assert (workspace[need:] == 0xA5).all()
     assert (out[m * size :] == 0).all()
     np.testing.assert_allclose(out[:size], G.sum(1) @ G / n, rtol=1e-3, atol=1e-3)
@@ -491,15 +487,15 @@ def test_bad_arguments(call, message):
 
 def test_module_refuses_what_is_no_segment():
     with pytest.raises(ValueError, match="segments do not fit"):
-        _core.curvature.masked_gram_product("auto", 1, **product(stride=1, size=1, m=1))
+        _core.curvature.masked_gram_product(product(stride=1, size=1, m=1), "auto", 1)
     with pytest.raises(ValueError, match="dtype must be"):
-        _core.curvature.masked_gram_product("auto", 1, **product(dtype="int8", m=1))
+        _core.curvature.masked_gram_product(product(dtype="int8", m=1), "auto", 1)
 
 
 def test_module_wants_every_argument_and_no_other():
     given = product()
     del given["weight"]
     with pytest.raises(TypeError, match="missing argument 'weight'"):
-        _core.curvature.masked_gram_product("auto", 1, **given)
+        _core.curvature.masked_gram_product(given, "auto", 1)
     with pytest.raises(TypeError, match="more arguments than are known"):
-        _core.curvature.softmax_rows_product("auto", 1, **product(y=0))
+        _core.curvature.softmax_rows_product(product(y=0), "auto", 1)

@@ -1,4 +1,5 @@
-// What Python passes: arguments by name, memory as addresses, types and tie rules as words.
+// What Python passes: arguments by name in a dict, memory as addresses, types and tie rules by
+// name.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,6 +8,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "common/bfloat16.hpp"
 #include "lcodec/engine.hpp"
@@ -25,17 +28,18 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A struct from keyword arguments. Struct::each(field) calls field("name", member) for all members:
-// each must be given, and nothing else.
+// A struct from a dict. Struct::each(field) calls field("name", member) for all members: each must
+// be given, and nothing else.
 template <class Struct>
-Struct named(const pybind11::kwargs& given) {
+Struct named(const pybind11::dict& given) {
+  static std::vector<PyObject*> names;  // as Python keeps them; guarded by the GIL
   Struct result;
   std::size_t fields = 0;
   result.each([&](const char* name, auto& member) {
-    PyObject* const value = PyDict_GetItemString(given.ptr(), name);
+    if (fields == names.size()) names.push_back(PyUnicode_InternFromString(name));
+    PyObject* const value = PyDict_GetItem(given.ptr(), names[fields++]);
     if (!value) throw pybind11::type_error(std::string("missing argument '") + name + "'");
     member = pybind11::cast<std::decay_t<decltype(member)>>(pybind11::handle(value));
-    ++fields;
   });
   if (given.size() != fields) throw pybind11::type_error("more arguments than are known");
   return result;

@@ -32,7 +32,7 @@ struct Statistics {
   }
 };
 
-void column_statistics(Address stream, const py::kwargs& given) {
+void column_statistics(const py::dict& given, Address stream) {
   const auto a = named<Statistics>(given);
   launched([&] {
     return with_type(a.dtype, [&](auto zero) {
@@ -66,7 +66,7 @@ struct Neighbors {
   }
 };
 
-void neighbors(Address stream, const py::kwargs& given) {
+void neighbors(const py::dict& given, Address stream) {
   const auto a = named<Neighbors>(given);
   const Ties rule = tie_rule(a.ties);
   launched([&] {
@@ -105,7 +105,7 @@ struct Problem {
 template <class T>
 class BoundEngine {
  public:
-  explicit BoundEngine(const py::kwargs& given) : BoundEngine(named<Problem>(given)) {}
+  explicit BoundEngine(const py::dict& given) : BoundEngine(named<Problem>(given)) {}
   explicit BoundEngine(const Problem& a)
       : engine_(pointer<const T>(a.x), a.n, a.p, pointer<const T>(a.factor),
                 pointer<const std::int32_t>(a.rank), tie_rule(a.ties), a.seed,
@@ -132,7 +132,7 @@ class BoundEngine {
   static void bind(py::module_& m, const char* name) {
     using Guard = py::call_guard<py::gil_scoped_release>;
     py::class_<BoundEngine>(m, name)
-        .def(py::init<const py::kwargs&>())
+        .def(py::init<const py::dict&>(), py::arg("given"))
         .def_static("workspace_bytes", &cuda::Engine<T>::workspace_bytes, py::arg("n"),
                     py::arg("p"), py::arg("scratch"))
         .def_static("least_scratch", &cuda::Engine<T>::least_scratch, py::arg("n"))
@@ -155,8 +155,8 @@ class BoundEngine {
 void register_cuda(py::module_ m) {
   BoundEngine<float>::bind(m, "EngineFloat");
   BoundEngine<double>::bind(m, "EngineDouble");
-  m.def("column_statistics", &column_statistics, py::arg("stream"));
-  m.def("neighbors", &neighbors, py::arg("stream"));
+  m.def("column_statistics", &column_statistics, py::arg("given"), py::arg("stream"));
+  m.def("neighbors", &neighbors, py::arg("given"), py::arg("stream"));
 }
 
 }  // namespace lcodec::bindings

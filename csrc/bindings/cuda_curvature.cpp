@@ -19,8 +19,8 @@ cuda::SelectedColumns<S> selected(const RowsProduct& a) {
   return {pointer<const S>(a.x), a.n, a.d, a.stride, segments, a.count, a.size};
 }
 
-void masked_gram_product(Address workspace, std::int64_t chunk_bytes, Address stream,
-                         const py::kwargs& given) {
+void masked_gram_product(const py::dict& given, Address workspace, std::int64_t chunk_bytes,
+                         Address stream) {
   const auto a = named<RowsProduct>(given);
   launched([&] {
     return with_storage(a.dtype, [&](auto stored, auto zero) {
@@ -34,8 +34,8 @@ void masked_gram_product(Address workspace, std::int64_t chunk_bytes, Address st
   });
 }
 
-void softmax_rows_product(Address workspace, std::int64_t chunk_bytes, Address stream,
-                          const py::kwargs& given) {
+void softmax_rows_product(const py::dict& given, Address workspace, std::int64_t chunk_bytes,
+                          Address stream) {
   const auto a = named<RowsProduct>(given);
   launched([&] {
     return with_storage(a.dtype, [&](auto stored, auto zero) {
@@ -49,7 +49,7 @@ void softmax_rows_product(Address workspace, std::int64_t chunk_bytes, Address s
   });
 }
 
-void factored_gram(Address stream, const py::kwargs& given) {
+void factored_gram(const py::dict& given, Address stream) {
   const auto a = named<FactoredGram>(given);
   launched([&] {
     return with_type(a.dtype, [&](auto zero) {
@@ -69,11 +69,11 @@ void register_cuda_curvature(py::module_ m) {
         py::arg("chunk_bytes"));
   m.def("rows_product_bytes", &cuda::rows_product_bytes, py::arg("n"), py::arg("size"),
         py::arg("m"), py::arg("itemsize"), py::arg("chunk_bytes"));
-  m.def("masked_gram_product", &masked_gram_product, py::arg("workspace"), py::arg("chunk_bytes"),
-        py::arg("stream"));
-  m.def("softmax_rows_product", &softmax_rows_product, py::arg("workspace"), py::arg("chunk_bytes"),
-        py::arg("stream"));
-  m.def("factored_gram", &factored_gram, py::arg("stream"));
+  m.def("masked_gram_product", &masked_gram_product, py::arg("given"), py::arg("workspace"),
+        py::arg("chunk_bytes"), py::arg("stream"));
+  m.def("softmax_rows_product", &softmax_rows_product, py::arg("given"), py::arg("workspace"),
+        py::arg("chunk_bytes"), py::arg("stream"));
+  m.def("factored_gram", &factored_gram, py::arg("given"), py::arg("stream"));
 }
 
 }  // namespace lcodec::bindings

@@ -28,7 +28,7 @@ const Segment* checked_segments(const RowsProduct& a) {
   return all;
 }
 
-void masked_gram_product(const std::string& level, int threads, const py::kwargs& given) {
+void masked_gram_product(const py::dict& given, const std::string& level, int threads) {
   const auto a = named<RowsProduct>(given);
   with_storage(a.dtype, [&](auto stored, auto zero) {
     using S = decltype(stored);
@@ -43,7 +43,7 @@ void masked_gram_product(const std::string& level, int threads, const py::kwargs
   });
 }
 
-void softmax_rows_product(const std::string& level, int threads, const py::kwargs& given) {
+void softmax_rows_product(const py::dict& given, const std::string& level, int threads) {
   const auto a = named<RowsProduct>(given);
   const Segment all{0, a.d};  // whatever the segments: they are on the device for CUDA
   with_storage(a.dtype, [&](auto stored, auto zero) {
@@ -58,7 +58,7 @@ void softmax_rows_product(const std::string& level, int threads, const py::kwarg
   });
 }
 
-void factored_gram(const std::string& level, int threads, const py::kwargs& given) {
+void factored_gram(const py::dict& given, const std::string& level, int threads) {
   const auto a = named<FactoredGram>(given);
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -73,9 +73,11 @@ void factored_gram(const std::string& level, int threads, const py::kwargs& give
 }  // namespace
 
 void register_curvature(py::module_ m) {
-  m.def("masked_gram_product", &masked_gram_product, py::arg("level"), py::arg("threads"));
-  m.def("softmax_rows_product", &softmax_rows_product, py::arg("level"), py::arg("threads"));
-  m.def("factored_gram", &factored_gram, py::arg("level"), py::arg("threads"));
+  m.def("masked_gram_product", &masked_gram_product, py::arg("given"), py::arg("level"),
+        py::arg("threads"));
+  m.def("softmax_rows_product", &softmax_rows_product, py::arg("given"), py::arg("level"),
+        py::arg("threads"));
+  m.def("factored_gram", &factored_gram, py::arg("given"), py::arg("level"), py::arg("threads"));
 }
 
 }  // namespace lcodec::bindings

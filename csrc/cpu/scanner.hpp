@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -12,6 +11,7 @@
 
 #include "cpu/at.hpp"
 #include "cpu/conditioned.hpp"
+#include "cpu/instruments.hpp"
 #include "cpu/lists.hpp"
 #include "cpu/pages.hpp"
 #include "cpu/parallel.hpp"
@@ -83,13 +83,7 @@ class Scanner {
               const Execution& execution, const MakeReport& make_report) {
     const Kernels<T> kernels = pick_kernels<T>(execution.level);
     const auto m = static_cast<std::int64_t>(candidate_.size());
-    std::vector<std::int64_t> tiles;
-    for (std::int64_t first = 0; first < m; first += lanes_) {
-      const auto begin = alive.begin() + first;
-      if (std::find(begin, begin + std::min(lanes_, m - first), 1) !=
-          begin + std::min(lanes_, m - first))
-        tiles.push_back(first / lanes_);
-    }
+    const std::vector<std::int64_t> tiles = live_tiles(alive);
     // A block's lists stay in the cache for all tiles, and so do the rows of a tile that they name.
     const auto rows = static_cast<std::int64_t>(positions.size());
     const std::int64_t share = rows / (2 * static_cast<std::int64_t>(execution.threads));
@@ -106,7 +100,7 @@ class Scanner {
         for (std::int64_t a = 0; a < size; a += kListBlock)
           s.maker.build(s.lists.data() + a, position + a, std::min(size - a, kListBlock), s.wanted);
         s.unlisted = 0;
-        const auto start = std::chrono::steady_clock::now();
+        const Stopwatch stopwatch(s.seconds);
         for (const std::int64_t tile : tiles)
           for (std::int64_t a = 0; a < size; ++a) {
             const std::int64_t used = std::min(lanes_, m - tile * lanes_);
@@ -114,15 +108,7 @@ class Scanner {
             report(tile * lanes_, used, given_.space().row(position[a]), s.sum.data(),
                    s.count.data(), unique);
           }
-        s.seconds +=
-            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        // Longer lists cost more to make, shorter ones leave more to be found without them.
-        const std::int64_t entries = size * s.wanted;
-        if (4 * s.unlisted > entries) {
-          s.wanted += s.wanted / 2;
-        } else if (8 * s.unlisted < entries) {
-          s.wanted = std::max<std::int64_t>(16, s.wanted - s.wanted / 8);
-        }
+        s.learn(size * s.wanted);
       };
     });
   }
@@ -168,6 +154,14 @@ class Scanner {
           maker(kernels, s.given_.space(), s.ranks_.data()),
           wanted(first_wanted) {}
     Scratch(Scratch&& other) = default;
+    // Longer lists cost more to make, shorter ones leave more to be found without them.
+    void learn(std::int64_t entries) {
+      if (4 * unlisted > entries) {
+        wanted += wanted / 2;
+      } else if (8 * unlisted < entries) {
+        wanted = std::max<std::int64_t>(16, wanted - wanted / 8);
+      }
+    }
     ~Scratch() {
       if (lists.empty()) return;  // moved from
       const std::lock_guard<std::mutex> lock(*mutex);
@@ -176,6 +170,18 @@ class Scanner {
       scanner->wanted_ = wanted;
     }
   };
+
+  // Tiles in which a candidate is alive.
+  std::vector<std::int64_t> live_tiles(const std::vector<std::uint8_t>& alive) const {
+    std::vector<std::int64_t> tiles;
+    const auto m = static_cast<std::int64_t>(candidate_.size());
+    for (std::int64_t first = 0; first < m; first += lanes_) {
+      const auto begin = alive.begin() + first;
+      const auto end = begin + std::min(lanes_, m - first);
+      if (std::find(begin, end, 1) != end) tiles.push_back(first / lanes_);
+    }
+    return tiles;
+  }
 
   // One row against one tile: sums and counts are left in the scratch. Whether all counts are 1.
   bool scan_row(const Kernels<T>& kernels, std::int64_t tile, std::int64_t used, Index position,

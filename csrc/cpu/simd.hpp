@@ -12,6 +12,9 @@
 #define LCODEC_CONCAT(a, b) LCODEC_CONCAT_EXPANDED(a, b)
 #define LCODEC_CONCAT_EXPANDED(a, b) a##b
 
+// For the parts of an inner loop, whose values are to stay in registers.
+#define LCODEC_INLINE inline __attribute__((always_inline))
+
 namespace lcodec {
 namespace {
 

@@ -94,11 +94,12 @@ class Engine {
   Status row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
                   const Execution& execution);
 
-  // For benchmarks.
+  // For benchmarks; zeros in a build without LCODEC_INSTRUMENTS.
   ScanWork scanned() const;
 
  private:
   struct State;
+  class Race;
   std::unique_ptr<State> state_;
 };
 

@@ -326,7 +326,7 @@ def _rows_product(
     damping: float,
     out: Tensor,
     p: Tensor | None = None,
-) -> Any:
+) -> "_core.RowsProduct":
     """What the compiled products take, by name; v and out have a row for each vector."""
     return {
         "dtype": _NAMES[x.dtype],
@@ -364,7 +364,7 @@ def _masked_gram_product(
         _check_order(table, d)
         if out.numel():
             given = _rows_product(G, table, size, vectors, weights, damping, out)
-            _core.curvature.masked_gram_product(*cpu_settings(), **given)
+            _core.curvature.masked_gram_product(given, *cpu_settings())
     elif out.numel():
         device = _device_of(G)
         if d == 0:
@@ -373,7 +373,7 @@ def _masked_gram_product(
             given = _rows_product(G, table, size, vectors, weights, damping, out)
             workspace = _workspace(device.module, G, size, given["m"])
             device.module.masked_gram_product(
-                _address(workspace), device.module.CHUNK_BYTES, device.stream(), **given
+                given, _address(workspace), device.module.CHUNK_BYTES, device.stream()
             )
     return out if v.ndim == 1 else out.t().contiguous()
 
@@ -414,7 +414,7 @@ def _softmax_rows_product(
         return out
     if not on_device(A):
         given = _rows_product(A, None, D, V, weights, damping, out, P)
-        _core.curvature.softmax_rows_product(*cpu_settings(), **given)
+        _core.curvature.softmax_rows_product(given, *cpu_settings())
         return out
     device = _device_of(A)
     with device.guard():
@@ -423,7 +423,7 @@ def _softmax_rows_product(
         workspace = _workspace(device.module, A, D, len(V))
         given = _rows_product(A, segments, D, V, weights, damping, out, P)
         device.module.softmax_rows_product(
-            _address(workspace), device.module.CHUNK_BYTES, device.stream(), **given
+            given, _address(workspace), device.module.CHUNK_BYTES, device.stream()
         )
     return out
 
@@ -440,7 +440,7 @@ def _factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
     Delta, A = _plain(Delta, A)
     N = len(A)
     out = A.new_empty((N, N))
-    given: Any = {
+    given: _core.FactoredGram = {
         "dtype": _NAMES[A.dtype],
         "delta": Delta.data_ptr(),
         "delta_stride": _row_stride(Delta),
@@ -452,11 +452,11 @@ def _factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
         "k": out.data_ptr(),
     }
     if not on_device(A):
-        _core.curvature.factored_gram(*cpu_settings(), **given)
+        _core.curvature.factored_gram(given, *cpu_settings())
         return out
     device = _device_of(A)
     with device.guard():
-        device.module.factored_gram(device.stream(), **given)
+        device.module.factored_gram(given, device.stream())
     return out
 
 

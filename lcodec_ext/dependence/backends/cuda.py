@@ -43,16 +43,16 @@ class CudaColumns:
         extremes = X.new_empty((2, p))
         deviation = X.new_empty(p, dtype=torch.float64)
         with device.guard():
-            device.module.column_statistics(
-                device.stream(),
-                dtype=_dtype_name(X),
-                x=X.data_ptr(),
-                n=n,
-                p=p,
-                low=extremes[0].data_ptr(),
-                high=extremes[1].data_ptr(),
-                deviation=deviation.data_ptr(),
-            )
+            given = {
+                "dtype": _dtype_name(X),
+                "x": X.data_ptr(),
+                "n": n,
+                "p": p,
+                "low": extremes[0].data_ptr(),
+                "high": extremes[1].data_ptr(),
+                "deviation": deviation.data_ptr(),
+            }
+            device.module.column_statistics(given, device.stream())
             return torch.cat([extremes.double(), deviation[None]]).cpu().numpy()
 
     @property
@@ -107,17 +107,18 @@ class CudaEngine:
             rank = R.to(torch.int32).contiguous()
             workspace, scratch = _workspace(make, X)
             self._held = (X, factor, rank, workspace)  # the engine keeps their addresses
-            self._engine = make(
-                x=X.data_ptr(),
-                n=n,
-                p=self._p,
-                factor=factor.data_ptr(),
-                rank=rank.data_ptr(),
-                ties=TIES_CODES[ties],
-                seed=seed,
-                workspace=workspace.data_ptr(),
-                scratch=scratch,
-            )
+            given = {
+                "x": X.data_ptr(),
+                "n": n,
+                "p": self._p,
+                "factor": factor.data_ptr(),
+                "rank": rank.data_ptr(),
+                "ties": TIES_CODES[ties],
+                "seed": seed,
+                "workspace": workspace.data_ptr(),
+                "scratch": scratch,
+            }
+            self._engine = make(given)
             self._engine.start(self._device.stream())
 
     def select(self, column: int) -> None:
@@ -185,18 +186,18 @@ def nearest(columns: CudaColumns, ties: str, seed: int) -> tuple[torch.Tensor, t
         count = X.new_ones(n, dtype=torch.int64)
 
         def run(offset: int, indices: int) -> None:
-            device.module.neighbors(
-                device.stream(),
-                dtype=_dtype_name(X),
-                columns=transposed.data_ptr(),
-                n=n,
-                p=p,
-                ties=TIES_CODES[ties],
-                seed=seed,
-                offset=offset,
-                count=count.data_ptr(),
-                indices=indices,
-            )
+            given = {
+                "dtype": _dtype_name(X),
+                "columns": transposed.data_ptr(),
+                "n": n,
+                "p": p,
+                "ties": TIES_CODES[ties],
+                "seed": seed,
+                "offset": offset,
+                "count": count.data_ptr(),
+                "indices": indices,
+            }
+            device.module.neighbors(given, device.stream())
 
         if ties == "average":  # otherwise each row uses one
             run(0, 0)
