@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const std::int64_t wholes = sum_of_warp(mean.whole);
   const std::int64_t fractions = sum_of_warp(mean.fraction);
   if (threadIdx.x % 32 == 0) {
-    if (wholes != 0) atomicAdd(whole + column, static_cast<unsigned long long>(wholes));
-    if (fractions != 0) atomicAdd(fraction + column, static_cast<unsigned long long>(fractions));
+    add_to(whole + column, wholes);
+    add_to(fraction + column, fractions);
   }
 }
 

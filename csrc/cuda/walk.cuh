@@ -44,6 +44,11 @@ __device__ __forceinline__ I sum_of_warp(I value) {
   return value;
 }
 
+// Adds to a total in memory. A sum of 0 costs nothing.
+__device__ __forceinline__ void add_to(unsigned long long* total, std::int64_t sum) {
+  if (sum != 0) atomicAdd(total, static_cast<unsigned long long>(sum));
+}
+
 // The nearest neighbours that the lanes of a warp have seen. Sum holds the ranks of all of them.
 template <class T, class Sum>
 struct Nearest {
