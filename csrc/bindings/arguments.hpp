@@ -32,7 +32,7 @@ T* pointer(Address address) {
 // be given, and nothing else.
 template <class Struct>
 Struct named(const pybind11::dict& given) {
-  static std::vector<PyObject*> names;  // as Python keeps them; guarded by the GIL
+  static std::vector<PyObject*> names;  // interned; the GIL guards them
   Struct result;
   std::size_t fields = 0;
   result.each([&](const char* name, auto& member) {

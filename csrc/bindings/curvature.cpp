@@ -45,7 +45,7 @@ void masked_gram_product(const py::dict& given, const std::string& level, int th
 
 void softmax_rows_product(const py::dict& given, const std::string& level, int threads) {
   const auto a = named<RowsProduct>(given);
-  const Segment all{0, a.d};  // whatever the segments: they are on the device for CUDA
+  const Segment all{0, a.d};  // all columns; the segments given are for CUDA
   with_storage(a.dtype, [&](auto stored, auto zero) {
     using S = decltype(stored);
     using T = decltype(zero);

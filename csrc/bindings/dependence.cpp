@@ -1,5 +1,5 @@
-// Bindings of the CPU engine. Arguments are validated by lcodec_ext/_native.py, the one caller;
-// here only shapes are checked, so that a slip there cannot read out of bounds.
+// Bindings of the CPU engine. Arguments are validated by lcodec_ext/dependence/backends/cpu.py, the
+// one caller; here only shapes are checked, so that a slip there cannot read out of bounds.
 #include <pybind11/numpy.h>
 
 #include <algorithm>

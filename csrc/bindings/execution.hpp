@@ -21,7 +21,7 @@ class Signals {
     if (now < next_) return false;
     next_ = now + std::chrono::milliseconds(100);
     const pybind11::gil_scoped_acquire gil;
-    return PyErr_CheckSignals() != 0;  // the Python error stays set for finish()
+    return PyErr_CheckSignals() != 0;  // the Python error stays set for run()
   }
 
  private:

@@ -13,7 +13,7 @@ namespace lcodec {
 namespace {
 
 constexpr std::int64_t kLeastRows = 32;          // of a chunk
-constexpr std::int64_t kMostChunks = 64;         // more would be much scratch
+constexpr std::int64_t kMostChunks = 64;         // more would take much scratch
 constexpr std::int64_t kTileBytes = 512 * 1024;  // half of a common second-level cache
 constexpr std::int64_t kLeastTileRows = 4;       // which share loads; 4 rows wider than that are
 constexpr std::int64_t kMostTileRows = 32;       // in the third-level cache
@@ -150,7 +150,7 @@ class RowsProduct {
                                                   kMostTileRows)),
         blocks_(x.segments, x.count, m >= kManyVectors ? kBlockBytes / kItemsize : x.size,
                 kLanes<T>) {
-    // A piece of work is a subtree of chunks, whose sums stay in the cache but for the last.
+    // A piece of work is a subtree of chunks. All its sums but the last stay in the cache.
     const std::int64_t wanted =
         std::max(kLeastPieces, kPiecesOfThread * std::int64_t{execution_.threads});
     for (; quotient_up(chunks_, 2 * piece_chunks_) >= wanted; ++levels_) piece_chunks_ *= 2;
@@ -302,7 +302,7 @@ Status factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, 
   constexpr std::int64_t kBlock = kBlockBytes / static_cast<std::int64_t>(sizeof(T));
   const Blocks delta_blocks(&all_delta, 1, kBlock, kLanes<T>);
   const Blocks a_blocks(&all_a, 1, kBlock, kLanes<T>);
-  // Few enough for pieces of work to go round.
+  // Few rows, so that every thread has pieces of work.
   const std::int64_t tile_rows =
       std::clamp(quotient_up(n, kMostChunks), kLeastTileRows, kMostGramRows);
   const std::int64_t pieces = quotient_up(n, tile_rows);

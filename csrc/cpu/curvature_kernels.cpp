@@ -38,8 +38,8 @@ inline void load(const Bfloat16* p, Simd<float>::Value& v) {
   __builtin_memcpy(&v, &word, sizeof v);
 }
 
-// The first `count` elements, one or more, and 0 behind them: a sum that began at 0 does not change
-// by 0.
+// The first `count` elements, one or more, followed by zeros: adding 0 leaves a sum that began at 0
+// as it is.
 template <class S, class V>
 inline void load_some(const S* p, std::int64_t count, V& v) {
   S buffer[sizeof(V) / sizeof(v[0])] = {};

@@ -25,13 +25,13 @@ constexpr std::int64_t kBigGroup = 64;
 constexpr std::int64_t kSortCost = 128;
 // Packed candidates in memory at a time.
 constexpr std::int64_t kPackedBytes = std::int64_t{1} << 28;
-// So few candidates are searched in a tree of their own: a tile costs as much for one as for all.
+// So few candidates are each searched in a tree: a tile costs as much for one as for all.
 constexpr std::int64_t kFewCandidates = 4;
-// Shares of all doubt (State::bands) that is left when candidates that can no longer win are left
-// out.
+// Shares of all doubt (State::bands) that are left each time the candidates that can no longer win
+// are left out.
 constexpr std::array<double, 12> kDoubtLeft = {0.7,  0.6, 0.5,  0.42, 0.35, 0.3,
                                                0.25, 0.2, 0.15, 0.1,  0.05, 0.0};
-// Rows before and behind a row that tell what neighbours are like.
+// Rows before and after a row that tell what its neighbours are like.
 constexpr std::int64_t kBeside = 8;
 
 // A sum in fixed point whose parts may be added in any order.
@@ -46,7 +46,7 @@ struct Total {
   std::int64_t floor() const { return whole + (fraction >> kFractionBits); }
 };
 
-// Positions that are scanned together, and how much doubt is left behind them, in ranks.
+// Positions that are scanned together, and how much doubt is left after them, in ranks.
 struct Band {
   std::vector<Index> positions;
   double doubt_left;
@@ -62,7 +62,7 @@ struct Engine<T>::State {
   bool sorting = false;          // big groups are scored by sorting
   int apart = -1;                // whether no two groups are at distance 0; -1: not known
   std::vector<Index> positions;  // of the other rows, by place in the tree
-  // The subspace with the column that was looked at last: when that is selected, it is there.
+  // The subspace with the column that was looked at last, kept in case that column is selected.
   std::int64_t ahead_column = -1;
   std::vector<T> ahead_values;
   Subspace<T> ahead;
@@ -79,7 +79,7 @@ struct Engine<T>::State {
   void look_ahead(std::int64_t column) {
     if (ahead_column == column) return;
     const DefaultFloats floats;
-    ahead_column = -1;  // should memory run out
+    ahead_column = -1;  // in case memory runs out
     ahead_values = given.values(column);
     ahead = given.with(column, ahead_values);
     ahead_column = column;
@@ -316,9 +316,9 @@ struct Engine<T>::State {
               std::int64_t& bar, Total* totals, const Execution& execution);
 
   // The scanned positions in bands of falling doubt, each in ascending order. A row adds at most
-  // its rank; it is expected to add what it would with the rows beside it in the tree, which are
-  // about as near as its neighbours will be. Their difference is the doubt, and where little of it
-  // is left, few candidates can still win.
+  // its rank; it is expected to add what it would add with the rows next to it in the tree, which
+  // are about as near as its neighbours will be. Their difference is the doubt, and where little of
+  // it is left, few candidates can still win.
   std::vector<Band> bands() const {
     const std::int64_t n = given.columns.n;
     std::vector<std::int32_t> rank(at(n));  // by position

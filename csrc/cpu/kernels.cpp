@@ -5,9 +5,8 @@
 // Why the scan is fast: candidates lie side by side in a packed tile, so that one neighbour j
 // serves a whole vector of them with contiguous loads; only minimum, count and rank sum are kept,
 // in registers; and it stops at the first chunk that lies farther than every lane's best. Of 64
-// candidates the one that wants most takes twice the neighbours of the next and four times those of
-// the sixth: where vectors are wide, the last few go on by themselves, several neighbours side by
-// side.
+// candidates the slowest one takes twice the neighbours of the next and four times those of the
+// sixth: where vectors are wide, the last few go on by themselves, several neighbours side by side.
 // It must not use fma, reassociate, or include anything with inline functions of external linkage:
 // the linker would keep one copy of those, possibly of a level that the CPU does not have.
 
@@ -82,8 +81,8 @@ inline V load(const T* p) {
   return v;
 }
 
-// Lanes that go on by themselves: with AVX-512 a chunk costs one about a twelfth of what it costs
-// 64 of float. None in narrow vectors.
+// Lanes that go on by themselves: with AVX-512 a chunk costs one lane about a twelfth of what it
+// costs 64 of float. In narrow vectors no lane does.
 template <class T>
 constexpr int kLastLanes = kLanes<T> / 12;
 
@@ -93,8 +92,8 @@ inline bool few(std::uint64_t lanes) {
   return lanes == 0;
 }
 
-// A bit for every lane of a comparison's result, whose type is an integer vector of 64 bytes at
-// most. Compilers take generic code for this apart into a move for each lane.
+// A bit for every lane of a comparison's result, an integer vector of 64 bytes at most. Built-in
+// functions, since compilers turn generic code into a move for each lane.
 template <class Int>
 inline std::uint64_t bits(const Int& mask) {
   constexpr int kBytes = static_cast<int>(sizeof(Int));
@@ -294,7 +293,7 @@ struct Lanes {
   }
 };
 
-// What a segment of the list came to, lane by lane.
+// The sums and counts of a segment of the list, lane by lane.
 template <class T>
 struct Segment {
   using Lane = typename Simd<T>::Lane;
@@ -325,8 +324,8 @@ LCODEC_INLINE void finish_alone(const ScanArgs<T>& a, std::uint64_t open, std::i
   __builtin_memcpy(lanes.best, bests, sizeof bests);
 }
 
-// Adds a segment to those before it, whose rows are forgotten where it has a nearer one. `start` is
-// the best before it. With counts, returns whether they are all known to be 1.
+// Adds a segment to those before it; where it has a nearer row, those are forgotten. `start` is the
+// best before it. With counts, returns whether they are all known to be 1.
 template <class T, bool kCount>
 LCODEC_INLINE bool add_segment(const ScanArgs<T>& a, bool first, const Segment<T>& segment,
                                const typename Simd<T>::Value (&start)[kVectors],

@@ -35,8 +35,8 @@ class Scanner {
       source_[at(position)] = given_.order[at(space.row(position))];
       ranks_[at(position)] = given_.rank[at(space.row(position))];
     }
-    // A scan takes about 2 n^(1/2) neighbours in one column and 3 n^(1/(k+1)) in k, and outliers
-    // more. Only where to start: threads learn.
+    // A scan takes about 2 n^(1/2) neighbours in one column and 3 n^(1/(k+1)) in k columns;
+    // outliers take more. Threads start from here and learn.
     const auto k = static_cast<double>(given_.k());
     wanted_ = 64 + static_cast<std::int64_t>(5 * std::pow(static_cast<double>(n), 1 / (k + 1)));
   }
@@ -48,7 +48,8 @@ class Scanner {
     const Columns<T>& columns = given_.columns;
     const std::int64_t n = columns.n;
     const std::int64_t tiles = (m + lanes_ - 1) / lanes_;
-    if (packed_size_ < at(tiles * n * lanes_)) {  // kept: a fresh one costs a page fault for 4 KiB
+    if (packed_size_ <
+        at(tiles * n * lanes_)) {  // kept: new memory costs a page fault for every 4 KiB
       packed_size_ = at(tiles * n * lanes_);
       packed_ = Pages<T>();  // before the larger one
       packed_ = Pages<T>(packed_size_);
@@ -63,7 +64,7 @@ class Scanner {
           factor_[at(tile * lanes_ + l)] = columns.factor[column];
           x[at(l)] = columns.x + column * n;
         }
-        // A cache line of lanes at a time: so many columns fit the second-level cache.
+        // A cache line of lanes at a time: that many columns fit the second-level cache.
         constexpr auto line = static_cast<std::int64_t>(64 / sizeof(T));
         for (std::int64_t first = 0; first < lanes_; first += line) {
           const std::int64_t last = std::min(lanes_, first + line);
@@ -75,7 +76,7 @@ class Scanner {
     });
   }
 
-  // Scans rows at ascending positions against the packed candidates, but tiles in which none is
+  // Scans rows at ascending positions against the packed candidates, except tiles in which none is
   // `alive` [m]. A block of rows against all tiles at a time; each thread calls make_report() for
   // its report(first candidate, candidates, row, sums, counts, whether all counts are 1).
   template <class MakeReport>
@@ -119,7 +120,7 @@ class Scanner {
   }
 
  private:
-  // Rows beside each other in the tree whose lists are made together, and of one thread at least.
+  // Neighbouring rows of the tree whose lists are made together, and the least that a thread takes.
   static constexpr std::int64_t kListBlock = 32;
   static constexpr std::int64_t kLeastBlock = 8;
   // Neighbours listed at a time on a thread: 12 or 16 bytes each, for the second-level cache.
@@ -128,7 +129,7 @@ class Scanner {
   static constexpr std::int64_t kFinishCost = 16;
   static constexpr std::int64_t kExtendCost = 1024;
 
-  // What a thread needs to scan rows. What it learns is left to the scanner when it ends.
+  // What a thread needs to scan rows. When it ends, the scanner keeps what it has learned.
   struct Scratch {
     Scanner* scanner;
     std::mutex* mutex;
@@ -213,8 +214,8 @@ class Scanner {
     return unique;
   }
 
-  // Lanes that the end of the list left open: a row that lies far out in the candidate has its
-  // neighbours along the candidate's own order. Says no where that would be long.
+  // Lanes that are open at the end of the list: a row that lies far out in the candidate has its
+  // neighbours along the candidate's own order. False where that would be long.
   bool finish(std::int64_t tile, std::int64_t used, Index position, T reach, Scratch& s,
               ScanResult& result) const {
     const Index own = given_.space().row(position);

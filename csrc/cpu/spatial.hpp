@@ -79,8 +79,8 @@ class Spatial {
   const std::vector<Index>& offsets() const { return offset_; }
 
   // Visits every point but `self` whose squared distance from it is at most `limit()`, which may
-  // fall meanwhile: visit(point, distance). Begins with the own leaf and the boxes beside it, so
-  // that a falling limit does so early.
+  // fall meanwhile: visit(point, distance). Begins with the own leaf and its neighbours, so that
+  // a falling limit falls early.
   template <class Limit, class Visit>
   void within(const Kernels<T>& kernels, Index self, const Limit& limit, const Visit& visit) const {
     const T* query = this->query(self);

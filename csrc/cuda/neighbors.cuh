@@ -11,7 +11,7 @@
 //            row, the same in all lanes, and a lane how many of its candidates are there and the
 //            first. Rows that use several neighbours, or not the first, take a second sweep: warps
 //            vote on a tile, a word for 32 candidates, and a row's words are written in order by
-//            one warp. A block without such rows ends before it, others when all is found.
+//            one warp. A block without such rows ends before it, others when all ties are found.
 // Arguments  columns [p][n], T float or double; offset, count [n] and indices of int64; all
 //            contiguous. 2 <= n < 2^31 - 512, p >= 1. indices == nullptr: count[i] = how many ties
 //            there are; otherwise row i's neighbours go to indices + offset[i], and count is unused
@@ -19,17 +19,19 @@
 //            and four words at a time from shared memory. Two columns take 216 instructions, 192 of
 //            them these (sm_90), with the loads of both on their way at a time. A block reads a
 //            column once for 16 rows, a quarter (float) or half (double) of a byte for a pair of
-//            rows. Beside that a pair takes 1.5 instructions (double: 2): comparisons with the
+//            rows. In addition a pair takes 1.5 instructions (double: 2): comparisons with the
 //            smallest distance so far, a vote and a branch for 32 lanes, which leave out the rest
 //            but where the warp finds a nearer or equal row: about ln(n / 128) times a row without
 //            ties. Floor of a sweep: n^2 (3 p + 1.5) instructions; n = 20 000, p = 4: 5.4e9, 0.18
 //            ms at the 30e12/s of an H100; n = 2000, p = 1000: 1.2e10, 0.41 ms; double is half as
 //            fast. Continuous data take a sweep to count and one to write, ties == first only the
 //            latter, tied data a further one.
-// Must not   use fma, matrix products or centred values, which round otherwise; keep j == i by
-//            luck of its distance 0: it is left out by its index; let the order of warps decide
-//            anything: minima, integer sums and words in order do not depend on it
-// Twin       lcodec_ext/reference/engine.py nearest; on the CPU cpu/nearest.hpp nearest_of_all
+// Must not   use fma, matrix products or centred values, which round otherwise; tell row i from its
+//            neighbours by its distance of 0, which others may share: it is left out by its index;
+//            let the order of warps decide anything: minima, integer sums and words in order do not
+//            depend on it
+// Twin       lcodec_ext/dependence/backends/reference.py, nearest; on the CPU cpu/nearest.hpp,
+//            nearest_of_all
 #pragma once
 
 #include <climits>
@@ -72,7 +74,7 @@ struct NeighborTile {
   using Distances = Values[held];
 };
 
-// Values of the block's rows in `size` columns; rows behind the last one repeat it.
+// Values of the block's rows in `size` columns; rows past the last one repeat it.
 template <class T>
 __device__ __forceinline__ void load_rows(const T* columns, int n, int first_row, int size,
                                           typename NeighborTile<T>::Own* own) {
@@ -85,7 +87,7 @@ __device__ __forceinline__ void load_rows(const T* columns, int n, int first_row
 }
 
 // Adds kColumns columns to a thread's distances, one after the other; x is its first candidate in
-// the first of them, of which `left` candidates are there. All loads come first.
+// the first of them, and `left` candidates exist from there on. All loads come first.
 template <class T, bool kWhole, int kColumns>
 __device__ __forceinline__ void add_columns(const T* x, int n, int left,
                                             const typename NeighborTile<T>::Own* own, int group,
@@ -122,7 +124,7 @@ __device__ __forceinline__ void add_chunk(const T* x, int n, int left, int size,
 }
 
 // Distances between a thread's rows and its candidates of the tile that begins at `base`; NaN where
-// there is no candidate, or it is the row itself. `own` holds all columns if they fit.
+// no candidate exists, or it is the row itself. `own` holds all columns if they fit.
 template <class T>
 __device__ __forceinline__ void tile_distances(const T* columns, int n, std::int64_t p,
                                                int first_row, int base,
@@ -173,7 +175,7 @@ struct WarpNearest {
     }
   }
 
-  // Looks at a thread's distances, the first of which is from candidate `first`.
+  // Takes a thread's distances, from candidate `first` on.
   __device__ __forceinline__ void look(const typename Tile::Distances& distance, int first) {
     for (int q = 0; q < Tile::held; ++q) {
       bool near = false;
@@ -239,8 +241,8 @@ struct BlockNearest {
   }
 };
 
-// What the second sweep looks for: a row's distance (NaN: nothing), which of its ties is taken, and
-// how many are to be passed.
+// What the second sweep looks for, by row: its distance (NaN: nothing), which of its ties is taken,
+// and after how many ties the row is done.
 template <class T>
 struct Sought {
   static constexpr int kAll = -1;
@@ -389,7 +391,7 @@ __global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
   }
 }
 
-// count[i] = 1: what a row uses that uses one neighbour. Written once, 8 n bytes.
+// count[i] = 1, for tie rules by which every row uses one neighbour. Written once, 8 n bytes.
 constexpr int kOneThreads = 256;
 
 __global__ void __launch_bounds__(kOneThreads)

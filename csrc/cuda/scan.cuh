@@ -3,24 +3,22 @@
 //   v(i, j) = D(i, j) + ((x_if - x_jf) c_f)^2, D from the lists; every operation rounded
 //   whole_f, fraction_f += S_i / c_i in fixed point, S_i and c_i as in walk.cuh
 //
-// Mapping    a block takes a tile of 32 candidates and every gridDim.y-th row in turn, a warp a
-// row,
-//            a lane a candidate. The tile lies in shared memory if it fits, 33 words to a row so
-//            that neither a row nor a column of it meets bank conflicts. The warp goes through the
-//            row's list; before every eight entries it votes which lanes may still gain.
-//            The last few lanes go on one by one, an entry to each lane of the warp: of 32
+// Mapping    a block takes a tile of 32 candidates and every gridDim.y-th row in turn, a warp takes
+//            a row and a lane a candidate. The tile lies in shared memory if it fits, 33 words to a
+//            row so that neither a row nor a column of it meets bank conflicts. The warp goes
+//            through the row's list; before every eight entries it votes which lanes may still
+//            gain. The last few lanes go on one by one, an entry to each lane of the warp: of 32
 //            candidates the one that needs most takes twice the neighbours of the next. Lanes that
 //            the end of a list leaves open go along the candidate's order.
-// Arguments  see engine.cu; whole and fraction are zero, or hold what other rows came to
+// Arguments  see engine.cu; whole and fraction are zero, or hold the sums over other rows
 // Fast       eight entries take 153 instructions (sm_90), nineteen each: a load of 16 bytes that
-// all
-//            lanes share and one of 4 bytes from shared memory, 2 for addresses, 4 of arithmetic, 2
-//            comparisons, 8 that select and add; the rest for bound and vote. Floor: 153 / 256
-//            instructions a distance. n = 1000, k = 1: about 70 entries a row and tile, and 4 lanes
-//            that go on alone for 2 rounds of some 30 instructions: 1.6e3 in all; p = 40 000: 2e9
-//            instructions of warps, 2.2 ms at 9e11 a second (132 multiprocessors, 4 a cycle, 1.7
-//            GHz), the longest step of all. Integer sums stay in registers and are added to memory
-//            once for a warp and tile.
+//            all lanes share and one of 4 bytes from shared memory, 2 for addresses, 4 of
+//            arithmetic, 2 comparisons, 8 that select and add; the rest for bound and vote. Floor:
+//            153 / 256 instructions a distance. n = 1000, k = 1: about 70 entries a row and tile,
+//            and 4 lanes that go on alone for 2 rounds of some 30 instructions: 1.6e3 in all; p =
+//            40 000: 2e9 instructions of warps, 2.2 ms at 9e11 a second (132 multiprocessors, 4 a
+//            cycle, 1.7 GHz), the longest step of all. Integer sums stay in registers and are added
+//            to memory once for a warp and tile.
 // Must not   use fma or reassociate; let the order of rows or warps decide anything: minima and
 //            integer sums do not depend on it
 // Twin       cpu/scanner.hpp
@@ -41,8 +39,8 @@ constexpr int kScanThreads = 32 * kScanWarps;
 constexpr int kTileStride = 33;  // words of a tile's row in shared memory
 constexpr int kLastLanes = 4;    // go on one by one
 
-// Values of a candidate, by given row: those of 32 beside each other in shared memory, or the
-// table.
+// Values of a candidate, by given row: from shared memory, where those of 32 candidates lie side by
+// side, or from the table.
 template <class T, bool kShared>
 struct Candidate {
   const T* x;
@@ -61,7 +59,7 @@ template <class T>
 using Found = Nearest<T, std::uint32_t>;
 
 // For a warp: goes on with one candidate from entry `at` of a list that ends at `last`. `found` is
-// what one lane has found so far, and in the others nothing as near as that.
+// what one lane has found so far; the other lanes have found nothing as near.
 template <class T, class CandidateOf>
 __device__ __forceinline__ void finish_alone(const CandidateOf& candidate, const Entry<T>* at,
                                              const Entry<T>* last, T x, T factor, Found<T>& found) {
@@ -154,7 +152,7 @@ __global__ void __launch_bounds__(kScanThreads, 1)
   const std::int64_t column = first + lane;
   const bool there = column < table.p;
   if constexpr (kShared) load_tile(table, column, shared);
-  const auto candidate_of = [&](int other) {  // lanes behind the last column look at the first
+  const auto candidate_of = [&](int other) {  // lanes past the last column look at the first
     if constexpr (kShared) {
       return Candidate<T, true>{shared + other, 0};
     } else {
@@ -204,7 +202,7 @@ __global__ void __launch_bounds__(kScanThreads, 1)
         count = sums.count;
       }
     });
-    // Lanes that went along the order have one.
+    // Lanes that went along the order have taken one already.
     const bool several = table.ties != Ties::average && count > 1;
     if (__any_sync(kFullWarp, several)) {
       const std::int64_t place = several ? place_taken(table, row, count) : 0;

@@ -1,4 +1,4 @@
-// Stored elements in the type that is computed in.
+// Stored elements as they are computed with.
 #pragma once
 
 #include <cstdint>
