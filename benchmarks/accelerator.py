@@ -1,6 +1,6 @@
-"""Data on a GPU, waiting for it, what it is and what it could do at most.
+"""Put data on a GPU, wait for it, describe it, and measure what it can do at most.
 
-"cpu" stands for no device: data stay NumPy arrays, and nothing is waited for.
+With "cpu" as the device, data stay NumPy arrays and there is nothing to wait for.
 """
 
 import statistics
@@ -16,7 +16,7 @@ SCHEDULERS = 4  # of a multiprocessor, on every GPU since Volta: each issues an 
 
 
 def place(data: Any, device: str) -> Any:
-    """The data with every array as a tensor on the device."""
+    """Return the data with every array as a tensor on the device."""
     if device == "cpu":
         return data
     if isinstance(data, dict):
@@ -29,7 +29,7 @@ def place(data: Any, device: str) -> Any:
 
 
 def fetch(array: Any) -> NDArray:
-    """An array or tensor as an array."""
+    """Return an array or tensor as an array."""
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
 
@@ -41,7 +41,7 @@ def wait(device: str) -> None:
 
 
 def wake(device: str, seconds: float = 0.02) -> None:
-    """Keep the device busy for a moment: an idle one has lowered its clock."""
+    """Keep the device busy for a moment, because an idle device lowers its clock."""
     if device == "cpu":
         return
     import torch
@@ -58,7 +58,7 @@ def description() -> dict[str, Any]:
     import torch
 
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    # by its identity, since nvidia-smi does not number devices as CUDA does
+    # by its UUID, because nvidia-smi and CUDA number devices differently
     which = f"GPU-{found.uuid}" if hasattr(found, "uuid") else None
     described = environment.nvidia("driver_version", "clocks.max.sm", which=which)
     driver, clock = described[0] if described else (None, None)
@@ -73,7 +73,7 @@ def description() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Of CUDA: what the package was compiled with, and what torch was."""
+    """Return the CUDA versions that the package and torch were compiled with."""
     import torch
 
     import lcodec_ext
@@ -82,11 +82,11 @@ def versions() -> dict[str, Any]:
 
 
 class Rates(NamedTuple):
-    """What floors are computed from.
+    """The rates from which floors are computed.
 
-    Bytes a second, read and written, of a large copy on the device: measured. Warp instructions a
-    second that all schedulers issue at the device's highest clock: computed, None where the clock
-    is not known.
+    copy_bytes_per_second is measured: bytes read and written by a large copy on the device.
+    warp_instructions_per_second is computed: what all schedulers issue at the device's highest
+    clock; None if the clock is unknown.
     """
 
     copy_bytes_per_second: float
@@ -102,7 +102,7 @@ def rates() -> Rates:
 
 
 def _copy_bandwidth() -> float:
-    """Of many times what the caches hold, and not of zeros."""
+    """Time copies of random numbers, many times as large as the caches."""
     import torch
 
     free, _total = torch.cuda.mem_get_info()

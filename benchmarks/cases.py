@@ -2,8 +2,8 @@
 
 A case runs this package and its peers on one size (a point) or on several (a sweep). Before
 anything is timed, the package must give the bits of its own reference on the case's `tiny` data, or
-agree with it where the case says so; then the answers of all that was timed are compared, each with
-what the package says. The cases here run on the CPU; those for a GPU are in gpu_cases.py.
+agree with it if the case says so. Then every peer's answer is compared with the package's. The
+cases here run on the CPU; cases for a GPU are in gpu_cases.py.
 """
 
 import copy
@@ -27,9 +27,8 @@ from peers import Selection
 import lcodec_ext
 from lcodec_ext import _core
 from lcodec_ext.curvature import reference as reference_curvature
-from lcodec_ext.dependence.backends import base as _engine
-from lcodec_ext.dependence.backends import cpu as _native
-from lcodec_ext.dependence.ranks import ranks
+from lcodec_ext.dependence.backends.cpu import CpuBackend
+from lcodec_ext.dependence.backends.resolve import resolve
 
 SEED = 20220619
 Data = dict[str, Any]
@@ -38,22 +37,24 @@ Size = dict[str, Any]
 
 @dataclass(frozen=True)
 class Peer:
-    """Something else that does the task.
+    """Another implementation of the task.
 
     Parameters
     ----------
     run : callable(data, threads)
-        Returns the answer. It is left out where it raises ImportError.
+        Returns the answer. The peer is left out if this raises ImportError.
     answers : {"identical", "asserted", "compared", "other"}
-        Whether its answer must be the package's, bit for bit; or agree with it; or may differ, and
-        whether it does is recorded; or is that of another task.
+        How the answer relates to the package's. "identical": it must be the same, bit for bit.
+        "asserted": it must agree. "compared": it may differ, and the verdict is recorded. "other":
+        it answers another task.
     part : int, optional
-        It is timed on the first `part` columns of X, and its time multiplied by p / part, in its
-        favour for a time that grows at least linearly in p.
+        The peer is timed on the first `part` columns of X, and the time multiplied by p / part.
+        This favours the peer if its time grows at least linearly in p.
     fits : callable(size), optional
-        Whether it takes part at a size; everywhere by default.
+        Whether the peer takes part at a size. By default it takes part at all sizes.
     on_device : bool, default False
-        In a run on a GPU, whether it is given tensors there, as the package is, or NumPy arrays.
+        In a run on a GPU, whether the peer is given tensors on the GPU, like the package, or NumPy
+        arrays.
     """
 
     name: str
@@ -82,21 +83,22 @@ class Case:
     title : str
         What is done, for tables; formatted with the size.
     make : callable(rng, **size)
-        Returns the data, the same for the same size.
+        Returns the data. The same size gives the same data.
     ours : callable(data, backend)
         Runs this package and returns its answer.
     compare : callable(ours, theirs, data)
         Returns whether a peer's answer agrees ("agrees") and how far it is off.
     full, quick : tuple of sizes
-        The points, and small ones that take a second together.
+        The points of a full run, and small points that take a second together.
     tiny : size
         Small enough for the package's pure Python reference.
     sweep : str, optional
         The size that varies from point to point.
     metrics : callable(size, seconds), optional
-        More to be recorded than the median time, as numbers by name.
+        Further numbers to record besides the median time, by name.
     exact : bool, default True
-        Whether the package must give its reference's bits, or agree with it as `compare` says.
+        True: the package must give the bits of its reference. False: it must agree with it, as
+        `compare` decides.
     needs : str, optional
         A module without which the case is left out.
     """
@@ -120,7 +122,7 @@ class Case:
         return self.make(np.random.default_rng(SEED), **size)
 
     def verify(self, device: str = "cpu") -> None:
-        """Raise AssertionError unless the package's answer on the tiny data is the reference's."""
+        """Raise AssertionError if package and reference give different answers on the tiny data."""
         data = self.data(self.tiny)
         placed = accelerator.place(data, device)
         got, expected = self.ours(placed, device), self.ours(data, "reference")
@@ -144,11 +146,11 @@ def first_columns(data: Data, count: int) -> Data:
 
 
 # --------------------------------------------------------------------------------------------
-# Data. The columns that matter come early, so that a peer timed on a part selects the same.
+# Data. The columns that matter come first, so that a peer timed on a part selects the same ones.
 
 
 def _response(columns: list[NDArray]) -> NDArray:
-    """A sum that FOCI takes apart in this order."""
+    """A response that is a sum; FOCI selects its columns in this order."""
     return sum(w * c.astype(np.float64) for w, c in zip((2, 1.4, 1, 0.7), columns, strict=True))
 
 
@@ -158,14 +160,14 @@ def continuous(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data
 
 
 def continuous_given(rng: np.random.Generator, n: int, p: int, k: int) -> Data:
-    """One step, with the first k of the columns that matter selected before."""
+    """One step after the first k of the columns that matter have been selected."""
     return continuous(rng, n, p, steps=1) | {"given": (7, 2, 9)[:k]}
 
 
 def prepared(rng: np.random.Generator, n: int, p: int, k: int) -> Data:
-    """One step as the engine sees it: k columns selected, the others candidates.
+    """One step as the engine sees it: k columns are selected, the others are candidates.
 
-    data["engine"](backend) gives the engine, made once, and the candidates.
+    data["engine"](backend) returns the engine, which is made once, and the candidates.
     """
     X, y = (continuous(rng, n, p)[key] for key in ("X", "y"))
     given = (7, 2, 9)[:k]
@@ -173,8 +175,9 @@ def prepared(rng: np.random.Generator, n: int, p: int, k: int) -> Data:
 
     @cache
     def engine(backend: str) -> tuple[Any, NDArray]:
-        columns = _engine.lay_out("reference" if backend == "reference" else "cpu", X)
-        made = _engine.make_engine(columns, np.ones(p, np.float32), ranks(y)[0], "average", 0)
+        chosen = resolve("reference" if backend == "reference" else "cpu")
+        ones = np.ones(p, np.float32)
+        made = chosen.engine(chosen.lay_out(X), ones, chosen.ranks(y)[0], "average", 0)
         for column in given:
             made.select(column)
         return made, candidates
@@ -183,12 +186,12 @@ def prepared(rng: np.random.Generator, n: int, p: int, k: int) -> Data:
 
 
 def independent(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
-    """y has nothing to do with X: no candidate is far behind another."""
+    """y is independent of X, so no candidate falls far behind another."""
     return continuous(rng, n, p, steps) | {"y": rng.standard_normal(n)}
 
 
 def heavy_tailed(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
-    """Cauchy columns: outliers in every one."""
+    """Cauchy columns, each with outliers."""
     X = rng.standard_cauchy((n, p)).astype(np.float32)
     y = _response([np.arctan(X[:, c]) for c in (7, 2, 9, 4)])
     return {"X": X, "y": y, "steps": steps}
@@ -205,7 +208,7 @@ def few(rng: np.random.Generator, n: int, p: int, steps: int = 2) -> Data:
 
 
 def binary(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
-    """Attributes that are there or not, each with its own frequency, and a binary response."""
+    """Binary attributes, each with its own frequency, and a binary response."""
     frequency = rng.uniform(0.1, 0.9, p)
     frequency[[7, 2, 9, 4]] = 0.5
     X = (rng.random((n, p)) < frequency).astype(np.float64)
@@ -214,7 +217,7 @@ def binary(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
 
 
 def mixed(rng: np.random.Generator, n: int, p: int, steps: int = 4) -> Data:
-    """Half of the columns of X binary, half continuous; "continuous" has none binary."""
+    """X has binary and continuous columns in turn; "continuous" has continuous columns only."""
     whole = rng.standard_normal((n, p), dtype=np.float32)
     X = whole.copy()
     X[:, ::2] = X[:, ::2] > 0
@@ -239,7 +242,7 @@ def pair(rng: np.random.Generator, n: int) -> Data:
 
 
 def stored_rows(rng: np.random.Generator, n: int, segments: int, length: int) -> Data:
-    """Rows of per-sample gradients, a fifth of whose columns are selected: stretches of them."""
+    """Rows of per-sample gradients. A fifth of the columns are selected, in segments."""
     columns = 5 * segments * length
     G = rng.standard_normal((n, columns), dtype=np.float32)
     table = np.array([(5 * k * length + length, length) for k in range(segments)])
@@ -259,7 +262,7 @@ def masked_curvature(
 ) -> Data:
     """A network, n samples, and a vector over some units of a layer.
 
-    data["build"]() gives a new operator of the package, data["operator"]() one that is kept.
+    data["build"]() returns a new operator of the package, data["operator"]() one that is kept.
     """
     import networks
     import torch
@@ -344,7 +347,7 @@ def gram_product(data: Data, backend: str) -> NDArray:
 
 
 def dense_curvature(data: Data) -> Any:
-    """In float64, damping included: for tiny networks."""
+    """The dense matrix in float64, with damping; for tiny networks."""
     import torch
 
     model, X = copy.deepcopy(data["model"]).double(), data["X"]
@@ -365,7 +368,7 @@ def curvature_product(data: Data, backend: str) -> NDArray:
 
 
 def curvature_solve(data: Data, backend: str) -> NDArray:
-    """The operator is built, too."""
+    """Build the operator and solve."""
     import torch
 
     v = torch.from_numpy(data["v"])
@@ -466,9 +469,9 @@ def same_vector(ours: NDArray, theirs: NDArray, data: Data, within: float = 1e-5
 
 
 def same_neighbors(ours: NDArray, theirs: NDArray, data: Data) -> dict[str, Any]:
-    """Neighbours equally far away, up to the rounding of X's own precision, and never the row.
+    """Neighbours at the same distance, up to rounding in X's precision, and never the row itself.
 
-    "off_by" is the share of rows with a neighbour that is farther away than ours.
+    "off_by" is the share of rows whose neighbour is farther away than ours.
     """
     X = data["X"].astype(np.float64)
     near, far = (np.square(X - X[index]).sum(axis=1) for index in (ours, theirs))
@@ -497,11 +500,11 @@ def check_instruments() -> None:
 
 
 def bound_of(instructions: int) -> float:
-    """Thread-seconds that so many vector instructions of scans take at the least.
+    """Thread-seconds that this number of vector instructions of scans takes at least.
 
-    Counted are those for each distance with a candidate (kernels.cpp says which); the rate is that
-    at which this machine issues independent multiplications and additions, measured here. What
-    starting and ending a scan and waiting for memory cost is on top.
+    The count has the instructions for each distance to a candidate (kernels.cpp names them). The
+    rate is measured here: how fast this machine issues independent multiplications and additions.
+    Starting and ending a scan and waiting for memory come on top.
     """
     level = os.environ.get("LCODEC_SIMD") or "auto"
     check_instruments()
@@ -514,8 +517,8 @@ def bound_of(instructions: int) -> float:
 def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
     """How the scans of one step compare with counted bounds.
 
-    The bound is that of a scan that compares all candidates of a tile until the last one stops;
-    its own bound, that of what the scan does instead: the last ones go on by themselves.
+    The first bound is that of a scan that compares all candidates of a tile until the last one
+    stops. The second is that of what the scan does instead: the last ones go on by themselves.
     """
     check_instruments()
     engine, candidates = CASES[name].data(size)["engine"]("cpu")
@@ -538,21 +541,21 @@ def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
 
 
 def scanned(data: Data, floor: int | None) -> tuple[int, int, int, float]:
-    """What the scans of a FOCI run on raw columns do (`scanned` of the compiled engine).
+    """Count what the scans of a FOCI run on raw columns do (`scanned` of the compiled engine).
 
-    With a floor of 0 candidates are left once they can no longer win; with None all are scored.
+    With a floor of 0, candidates that can no longer win are left out; with None all are scored.
     """
     check_instruments()
     X, left = data["X"], list(range(data["X"].shape[1]))
     ones = np.ones(len(left), X.dtype)
-    engine = _engine.make_engine(_engine.lay_out("cpu", X), ones, ranks(data["y"])[0], "average", 0)
+    cpu = CpuBackend()
+    engine = cpu.engine(cpu.lay_out(X), ones, cpu.ranks(data["y"])[0], "average", 0)
     for column in data.get("given", ()):
         engine.select(column)
         left.remove(column)
     for _ in range(data["steps"]):
         whole, _fraction = engine.score(np.array(left), floor)
         engine.select(left.pop(int(whole.argmax())))
-    assert isinstance(engine, _native.CpuEngine)
     return engine.compiled.scanned
 
 
@@ -564,7 +567,7 @@ def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:
 
 
 def share_compared(name: str, size: Size, seconds: float) -> dict[str, float]:
-    """Distances that a FOCI run on raw columns computes, of those without leaving out any."""
+    """Share of all distances that a FOCI run on raw columns computes."""
     data = CASES[name].data(size)
     share = scanned(data, floor=0)[0] / scanned(data, floor=None)[0]
     return {"share_of_distances": round(share, 3)}
@@ -588,7 +591,7 @@ def peak_memory(name: str, size: Size, seconds: float) -> dict[str, float]:
 
 
 def product_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
-    """Building an operator with a first product, and the counted operations of one product."""
+    """Time to build an operator with a first product, and counted operations of one product."""
     import flops
     import torch
 
@@ -596,7 +599,7 @@ def product_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
     v = torch.from_numpy(data["v"])
     start = time.perf_counter()
     operator = data["build"]()
-    operator @ v  # what it keeps may be computed when it is first needed
+    operator @ v  # the operator may compute what it keeps in the first product
     setup = time.perf_counter() - start
     ours = flops.count(lambda: operator @ v)
     full = flops.count(lambda: BY_TORCH_FUNC.run(data, torch.get_num_threads()))
@@ -671,7 +674,7 @@ def product_case(name: str, full: tuple[Size, ...], **options: Any) -> Case:
 def product_cases(
     name: str, size: Size, layers: tuple[str, ...], times: float, needs: str | None = None
 ) -> tuple[Case, ...]:
-    """Both matrices, so many times faster than by all parameters; and the Hessian elsewhere."""
+    """Cases of both matrices with a claimed ratio, and of the Hessian in other layers."""
     hessian, gauss_newton = size | {"kind": "Hessian"}, size | {"kind": "Gauss-Newton"}
     options: dict[str, Any] = {
         "peers": (BY_TORCH_FUNC, BY_CURVLINOPS),

@@ -1,10 +1,10 @@
-"""Compare two result files: what became slower, what faster.
+"""Compare two result files: say what became slower and what became faster.
 
     python benchmarks/compare.py OLD NEW [--threshold 1.2] [--across-machines]
 
-Only the package's own times can be regressions; those of its peers show how far the two runs can
-be compared at all. The exit status is 1 if there is a regression, 2 if the files do not compare.
-Nothing but the standard library is needed.
+Only the package's own times can be regressions. The times of its peers show how far the two runs
+can be compared at all. The exit status is 1 if there is a regression, 2 if the files cannot be
+compared. The script needs the standard library only.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from results import OURS, load
 
 
 class Change(NamedTuple):
-    """One time in both files; `ratio` is new over old."""
+    """One time in both files; `ratio` is new divided by old."""
 
     title: str
     size: dict[str, Any]
@@ -36,16 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument(
-        "--threshold", type=float, default=1.2, help="a regression is slower by this (default: 1.2)"
+        "--threshold",
+        type=float,
+        default=1.2,
+        help="ratio above which a time is a regression (default: 1.2)",
     )
-    parser.add_argument("--across-machines", action="store_true", help="compare all the same")
+    parser.add_argument(
+        "--across-machines", action="store_true", help="compare results of different machines"
+    )
     options = parser.parse_args(arguments)
     old, new = load(options.old), load(options.new)
     obstacles = differences(old, new)
     if options.across_machines:
         obstacles = [line for line in obstacles if not line.startswith("machine")]
     if obstacles:
-        print("these results do not compare:", *obstacles, sep="\n  ", file=sys.stderr)
+        print("these results cannot be compared:", *obstacles, sep="\n  ", file=sys.stderr)
         return 2
     found = list(changes(old, new))
     regressions = [c for c in found if c.name == OURS and c.ratio > options.threshold]
@@ -62,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Why two results cannot be compared, a line each."""
+    """Return why two results cannot be compared, one line per reason."""
     lines = [
         f"machine: {key}: {old['machine'].get(key)} and {new['machine'].get(key)}"
         for key in sorted(old["machine"].keys() | new["machine"].keys())
@@ -79,7 +84,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
-    """All times that are in both."""
+    """Yield all times that are in both files."""
     for name, case in new["cases"].items():
         before = {
             json.dumps(point["size"], sort_keys=True): point["results"]

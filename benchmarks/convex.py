@@ -1,11 +1,11 @@
-"""One Newton removal from regularised softmax regressions, beside dense algebra and retraining.
+"""Compare a Newton removal from regularised softmax regressions with dense algebra and retraining.
 
     python benchmarks/convex.py [--quick] [--output FILE]
 
-For each data set and number of removed samples: how far the step of `unlearn` is from the dense
-exact step, how far from the retrained weights, and after how many steps it reaches these; then
-the influence of single samples beside training without them. Fashion-MNIST is read from the
-Debian package dataset-fashion-mnist.
+For each data set and number of removed samples, the result says how far the step of `unlearn` is
+from the dense exact step, how far it is from the retrained weights, and after how many steps it
+reaches them. Then it compares the influence of single samples with training without them.
+Fashion-MNIST is read from the Debian package dataset-fashion-mnist.
 """
 
 import argparse
@@ -84,13 +84,13 @@ def data_sets(quick: bool) -> list[tuple[str, Any, Any, int]]:
 
 
 def fashion_mnist(n: int) -> tuple[Any, Any]:
-    """The first n training images, as rows of pixels from 0 to 1, and their labels."""
+    """Return the first n training images, as rows of pixels from 0 to 1, and their labels."""
     import numpy as np
 
     files = [FASHION / f"train-{kind}.gz" for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     if not all(file.exists() for file in files):
         raise SystemExit(
-            f"{files[0]} is not there: apt-get install dataset-fashion-mnist, or --quick"
+            f"{files[0]} was not found: apt-get install dataset-fashion-mnist, or use --quick"
         )
     images, labels = (gzip.decompress(file.read_bytes()) for file in files)
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 784)[:n] / 255.0
@@ -136,7 +136,7 @@ class Regression:
         return float(loss + LAMBDA / 2 * w.square().sum())
 
     def fit(self, some: Any, w: Any) -> Any:
-        """Newton's method to rounding."""
+        """Train by Newton's method, down to rounding."""
         import torch
 
         for _ in range(50):
@@ -216,7 +216,7 @@ def removal(regression: Regression, m: int) -> dict[str, Any]:
 
 
 def influence(regression: Regression, count: int = 60) -> dict[str, Any]:
-    """The change of a sample's own loss when it is left out, by a step and by training."""
+    """Change of a sample's own loss when it is left out: predicted by a step, and by training."""
     import numpy as np
     import torch
     import torch.nn.functional as F

@@ -1,14 +1,14 @@
-"""Time deletions with the paper's preset beside the published procedure, phase by phase.
+"""Time deletions with the paper's preset and the published procedure, phase by phase.
 
     python benchmarks/deletion.py [--quick] [--threads N] [--output FILE] [--state FILE]
 
-A ResNet-18 for images of 32 x 32 is trained for two epochs on 2000 images of Fashion-MNIST, and
-kept in the state file: a second run starts from there. Two epochs do not train it well; the times
+A ResNet-18 for images of 32 x 32 is trained for two epochs on 2000 images of Fashion-MNIST. It is
+kept in the state file, from which a second run starts. Two epochs do not train it well; the times
 depend on that only through what L-FOCI selects. Then single samples are removed, each from the
-trained network: by `unlearn` from the statistics of the two epochs, and by the published
-procedure for as many units, of which the search and the dense solve are timed in part and scaled.
-One sample is also removed with the retained samples instead of statistics. Fashion-MNIST is read
-from the Debian package dataset-fashion-mnist; --quick takes noise, and a tiny network.
+trained network: by `unlearn` from the statistics of the two epochs, and by the published procedure
+for the same number of units. The search and the dense solve of that procedure are timed in part and
+scaled. One sample is also removed with the retained samples instead of statistics. Fashion-MNIST is
+read from the Debian package dataset-fashion-mnist; --quick uses noise and a tiny network.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CLAIMS = ({"quantity": "ratio", "at_least": 20}, {"quantity": "selection_share",
 
 
 class Sizes(NamedTuple):
-    """How large a deletion is, and how much of the published procedure is timed."""
+    """The size of a deletion, and how much of the published procedure is timed."""
 
     tiny: bool
     n: int
@@ -49,12 +49,12 @@ QUICK = Sizes(True, 40, 60, 2, 10, 100)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny network: does it all run?")
+    parser.add_argument("--quick", action="store_true", help="a tiny network: does everything run?")
     parser.add_argument("--threads", type=int, default=environment.cores(), help="for everything")
     output = environment.ROOT / "benchmarks/output"
     parser.add_argument("--output", type=Path, default=output / "deletion.json")
     parser.add_argument(
-        "--state", type=Path, help="trained network (default: deletion.pt beside the output)"
+        "--state", type=Path, help="trained network (default: deletion.pt next to the output)"
     )
     options = parser.parse_args(arguments)
     environment.limit_threads(options.threads)
@@ -114,7 +114,7 @@ def samples(sizes: Sizes) -> tuple[Any, Any]:
 
 
 def trained(sizes: Sizes, state: Path | None) -> Trained:
-    """The network as it was kept in the state file, or trained now."""
+    """Return the network from the state file, or train it now."""
     import networks
     import torch
     import torch.nn.functional as F
@@ -159,7 +159,7 @@ def trained(sizes: Sizes, state: Path | None) -> Trained:
 
 
 def deletion(sizes: Sizes, state: Path | None) -> dict[str, Any]:
-    """Remove samples in all ways; return what is recorded of it."""
+    """Remove samples in all ways; return what to record."""
     import torch.nn.functional as F
 
     from lcodec_ext.unlearning import TrainingStatistics, unlearn
@@ -254,7 +254,7 @@ def without(tensor: Any, row: int) -> Any:
 
 
 def split(seconds: dict[str, float]) -> dict[str, float]:
-    """Seconds by phase, with what is in none of them."""
+    """Seconds by phase, and the rest that belongs to none of them."""
     phases = {phase: seconds.get(phase, 0.0) for phase in PHASES}
     return {**phases, "rest": seconds["total"] - sum(phases.values()), "total": seconds["total"]}
 
@@ -277,7 +277,7 @@ def print_split(name: str, phases: dict[str, float]) -> None:
 
 
 class Published:
-    """The published procedure, measured once: what it takes for a selection follows by scaling."""
+    """The published procedure, measured once; its time for a selection follows by scaling."""
 
     def __init__(self, given: Trained, sizes: Sizes) -> None:
         import peers
@@ -316,7 +316,7 @@ class Published:
         }
 
     def split(self, result: Any) -> dict[str, float]:
-        """Seconds by phase, for as many steps of the search and parameters as in the result."""
+        """Seconds by phase, for the steps of the search and the parameters of the result."""
         measured = self.measured
         steps = len(result.foci.ordering) + 1  # the last one finds that it must stop
         while len(measured["search"]) < steps:

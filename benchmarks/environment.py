@@ -1,7 +1,7 @@
-"""The machine, the software, and threads that leave one another alone.
+"""Describe the machine and the software, and keep threads from disturbing each other.
 
-Nothing but the standard library is imported here: `limit_threads` must come before NumPy, torch
-and the others, which read these variables when they are loaded.
+This module imports the standard library only. `limit_threads` must run before NumPy, torch and the
+others are loaded, because they read its variables then.
 """
 
 import os
@@ -26,8 +26,8 @@ PACKAGES = (
 def limit_threads(threads: int) -> None:
     """Give everything the same number of threads, and send idle ones to sleep.
 
-    OpenMP and OpenBLAS threads spin for a while after their work is done. What is timed next
-    would have to share the cores with them.
+    OpenMP and OpenBLAS threads spin for a while after their work is done, and would share the cores
+    with whatever is timed next.
     """
     count = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LCODEC_NUM_THREADS")
     os.environ.update(dict.fromkeys(count, str(threads)))
@@ -35,14 +35,14 @@ def limit_threads(threads: int) -> None:
 
 
 def cores() -> int:
-    """CPUs that this process may run on."""
+    """Return how many CPUs this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def machine() -> dict:
-    """What is needed to tell one machine from another, and nothing that names this one."""
+    """Describe the kind of machine, without anything that names this one."""
     import lcodec_ext
 
     simd = os.environ.get("LCODEC_SIMD") or lcodec_ext.build_info()["simd_supported"][-1]
@@ -59,7 +59,7 @@ def machine() -> dict:
 
 
 def versions() -> dict:
-    """Versions of Python, of the package with its compiler, and of whatever runs beside it."""
+    """Return versions of Python, of the package and its compiler, and of the peers."""
     import lcodec_ext
 
     build = lcodec_ext.build_info()
@@ -74,7 +74,7 @@ def versions() -> dict:
 
 
 def commit() -> dict:
-    """Commit of the working tree, and whether anything but recorded results differs from it."""
+    """Return the working tree's commit, and whether anything except recorded results differs."""
     try:
         head = _git("rev-parse", "HEAD")
         dirty = bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))
@@ -84,7 +84,7 @@ def commit() -> dict:
 
 
 def nvidia(*fields: str, which: str | None = None) -> list[list[str]]:
-    """Fields that nvidia-smi knows, of every device or of one; nothing where it does not run."""
+    """Ask nvidia-smi for fields of every device or of one; empty if it does not run."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     if which is not None:
         command.append(f"--id={which}")
@@ -108,7 +108,7 @@ def _git(*arguments: str) -> str:
 
 
 def _line(path: str, key: str) -> str:
-    """The value of the first "key : value" line of a file; empty where there is none."""
+    """Return the value of the first "key : value" line of a file; empty without such a line."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""Counted floating point operations: those of matrix products and convolutions.
+"""Count floating point operations of matrix products and convolutions.
 
-The formulas are PyTorch's (`torch.utils.flop_counter`), and those it lacks: products with a vector
-and this package's kernels. A multiplication and an addition are two operations. Elementwise work,
+The formulas are PyTorch's (`torch.utils.flop_counter`). This module adds products with a vector and
+the kernels of this package. A multiplication and an addition are two operations. Elementwise work,
 normalisation, softmax and sums are not counted.
 """
 
@@ -58,7 +58,7 @@ class _Counter(TorchDispatchMode):
 
 
 def count(function: Callable[[], Any]) -> int:
-    """Operations of a call."""
+    """Count the operations of a call."""
     with _Counter() as counter:
         function()
     return counter.flops

@@ -1,12 +1,12 @@
-"""Build, test, check and time the package on a machine with an NVIDIA GPU, and record all as JSON.
+"""Build, test, check and time the package on a machine with an NVIDIA GPU; record it as JSON.
 
     python benchmarks/gpu.py [--budget 540] [--stages build,tests,...] [--output FILE] [--dry-run]
 
-What is needed: the CUDA toolkit, PyTorch, the tests' packages and the build tools in this
-Python's environment, and no network. The package goes to build/gpu/site; nothing is installed
-elsewhere. Every stage is a process of its own with a time limit, its output is in build/gpu, and
-the result file is written after each. The exit status is 1 if a stage that was asked for did not
-pass, for whatever reason: a checker that is not there has not passed.
+The script needs the CUDA toolkit, and in this Python's environment PyTorch, the packages of the
+tests and the build tools. It needs no network. The package goes to build/gpu/site; nothing is
+installed elsewhere. Every stage is a process with its own time limit and leaves its output in
+build/gpu. The result file is written after each stage. The exit status is 1 if a stage that was
+asked for did not pass, for any reason: a checker that is not installed has not passed.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROOT = environment.ROOT
 WORK = ROOT / "build/gpu"
 SITE = WORK / "site"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-THREADS = 2  # of the CPU engine that stands beside
+THREADS = 2  # of the CPU engine that is timed for comparison
 TIMED = (
     "machine",
     "versions",
@@ -42,14 +42,14 @@ TIMED = (
     "rates",
     "cases",
     "broken",
-)  # what run.py's file knows better
+)  # the file of run.py has these as well, and better
 GRACE = 5  # seconds from the request to stop to the end
 DONE = "small calls gave the CPU's bits"  # what --sanitize-case says last
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a process ended: its exit status, None if its time ran out; and what it printed."""
+    """How a process ended: exit status (None if its time ran out) and output."""
 
     status: int | None
     text: str
@@ -57,7 +57,7 @@ class Finished:
 
 @dataclass
 class Verdict:
-    """What a stage came to: passed, failed, timed out, not found or not run."""
+    """The outcome of a stage: passed, failed, timed out, not found or not run."""
 
     status: str
     why: str = ""
@@ -71,10 +71,10 @@ class Stage:
     Parameters
     ----------
     limit, least : float
-        Seconds it may take, and what is kept for it while the stages before it run.
+        Seconds it may take, and seconds reserved for it while earlier stages run.
     judge : callable(finished)
-        Reads what it printed or wrote. The process failed or ran out of time if it did, whatever
-        else was found.
+        Reads what it printed or wrote. If the process failed or ran out of time, that is the
+        outcome, whatever the judge finds.
     """
 
     name: str
@@ -83,19 +83,25 @@ class Stage:
     least: float
     judge: Callable[[Finished], Verdict]
     variables: Mapping[str, str] = field(default_factory=dict)
-    missing: str = ""  # the program that is not there
+    missing: str = ""  # a program that was not found
     echo: bool = False  # whether to print what it printed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--budget", type=float, default=540, help="seconds in all (default: 540)")
-    parser.add_argument("--stages", help="names, separated by commas; all by default")
+    parser.add_argument("--stages", help="names, separated by commas (default: all)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
-    parser.add_argument("--commit", help="the commit, where the sources are a copy without git")
-    parser.add_argument("--quick", action="store_true", help="time small sizes: does it all run?")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
-    parser.add_argument("--sanitize-case", action="store_true", help="run what is to be checked")
+    parser.add_argument("--commit", help="the commit, if the sources are a copy without git")
+    parser.add_argument(
+        "--quick", action="store_true", help="time small sizes: does everything run?"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument(
+        "--sanitize-case",
+        action="store_true",
+        help="make the small calls that the sanitizers watch",
+    )
     options = parser.parse_args(arguments)
     if options.sanitize_case:
         return sanitize_case()
@@ -111,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_plan(stages, devices, options)
         return 0
     if not devices:
-        print("nvidia-smi shows no GPU here; --dry-run prints what would be run", file=sys.stderr)
+        print("nvidia-smi shows no GPU here; --dry-run prints what would run", file=sys.stderr)
         return 2
     return run_all(stages, options)
 
@@ -119,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
     """All stages, in order."""
     python = [sys.executable]
-    module = [*python, "-P", "-m"]  # the package in this folder is not the one that is built
+    module = [*python, "-P", "-m"]  # -P: import the built package, not the sources in this folder
     capabilities = sorted({device[2].replace(".", "") for device in devices})
     architectures = ";".join(f"{c}-real" for c in capabilities) or "native"
     build = [*module, "pip", "install", "-v", "--no-index", "--no-build-isolation"]
@@ -127,7 +133,7 @@ def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
     defined = {
         "CMAKE_CUDA_ARCHITECTURES": architectures,
         "CMAKE_CUDA_FLAGS": "-Xptxas=-v",
-        "LCODEC_EMULATE": "ON",  # tests of kernels import the emulator beside the device
+        "LCODEC_EMULATE": "ON",  # tests of kernels import the emulator as well
     }
     for name, value in defined.items():
         build += ["-C", f"cmake.define.{name}={value}"]
@@ -147,7 +153,7 @@ def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
 
 
 def cuda_test_files() -> list[Path]:
-    """Others are not collected: what they import may not be on this machine."""
+    """Return the files with CUDA tests; other files may import what this machine lacks."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
     return [
         file.relative_to(ROOT)
@@ -159,9 +165,9 @@ def cuda_test_files() -> list[Path]:
 def sanitizer(tool: str, variables: Mapping[str, str]) -> Stage:
     """A tool of compute-sanitizer over the small calls.
 
-    Without torch's cache every tensor is an allocation of its own, whose ends are watched. The
-    package's kernels alone are checked (kns: part of the name); of initcheck that cannot be asked,
-    which would take what other kernels have written for unwritten.
+    Without torch's cache every tensor is an allocation of its own, so the tool watches its ends.
+    Only the package's kernels are checked (kns: part of the name). initcheck has to check all
+    kernels: otherwise it would report memory that other kernels wrote as unwritten.
     """
     program = find_sanitizer()
     command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
@@ -181,7 +187,7 @@ def sanitizer(tool: str, variables: Mapping[str, str]) -> Stage:
 
 
 def find_sanitizer() -> str | None:
-    """On PATH, or beside nvcc."""
+    """Find compute-sanitizer on PATH, or in nvcc's folder."""
     nvcc = shutil.which("nvcc")
     beside = str(Path(nvcc).resolve().parent) if nvcc else None
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=beside)
@@ -205,11 +211,11 @@ def show_plan(stages: list[Stage], devices: list[list[str]], options: argparse.N
 
 
 def run_all(stages: list[Stage], options: argparse.Namespace) -> int:
-    """Run all in order within the budget; the result file is written after each."""
+    """Run all stages in order within the budget; write the result file after each."""
     started = time.monotonic()
     if any(
         stage.name == "build" for stage in stages
-    ):  # anew: the compiler reports what it compiles
+    ):  # a fresh build, because the compiler reports only what it compiles
         shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -243,14 +249,18 @@ def run_all(stages: list[Stage], options: argparse.Namespace) -> int:
 
 
 def limit_of(stage: Stage, later: Sequence[Stage], left: float) -> float:
-    """Its own limit, or what the later stages do not need of the time that is left."""
+    """Return the stage's limit, or the time left minus what later stages need, if less."""
     return max(0.0, min(stage.limit, left - sum(other.least for other in later)))
 
 
 def broken(checks: dict[str, Any]) -> str:
-    """The earlier stage without which nothing runs, if it left no package."""
+    """Say so if the build left no package, without which nothing runs."""
     built = checks.get("build")
-    return "" if built is None or built.get("installed") else "there is no package: build failed"
+    return (
+        ""
+        if built is None or built.get("installed")
+        else "the package is missing, because the build failed"
+    )
 
 
 def run_stage(stage: Stage, limit: float, broken: str = "") -> Verdict:
@@ -278,7 +288,7 @@ def run_stage(stage: Stage, limit: float, broken: str = "") -> Verdict:
 def run_process(
     command: Sequence[str | Path], log: Path, limit: float, variables: Mapping[str, str]
 ) -> Finished:
-    """Run a process and all that it starts, for so many seconds at the most."""
+    """Run a process and all that it starts, for at most this many seconds."""
     with log.open("w") as output:
         process = subprocess.Popen(
             [str(word) for word in command],
@@ -310,7 +320,7 @@ def run_process(
 
 
 def judge_build(finished: Finished) -> Verdict:
-    """Whether it is installed, and its scoring kernels keep everything in registers."""
+    """Check that the package is installed and its scoring kernels do not spill registers."""
     kernels = parse_ptxas(finished.text)
     installed = finished.status == 0
     found = {"installed": installed, "kernels": kernels}
@@ -366,7 +376,7 @@ def parse_ptxas(text: str) -> list[dict[str, Any]]:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """By c++filt or CUDA's own; as they are where there is neither."""
+    """Demangle by c++filt or CUDA's own tool; without either, return the names as they are."""
     program = shutil.which("c++filt") or shutil.which("cu++filt")
     if program is None or not names:
         return names
@@ -377,7 +387,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def short_name(name: str) -> str:
-    """A demangled kernel without return type and arguments; other libraries' without <...> too."""
+    """A demangled kernel without return type and arguments; of other libraries without <...>."""
     name = name.replace("(anonymous namespace)::", "")
     depth, end = 0, len(name)
     for k, letter in enumerate(name):
@@ -390,7 +400,7 @@ def short_name(name: str) -> str:
 
 
 def is_scan(name: str) -> bool:
-    """Whether it is one of this package's scans; CUB has kernels of that name, too."""
+    """Whether it is a scan of this package; CUB has kernels with that name as well."""
     return name.startswith(("lcodec::", "_ZN6lcodec")) and "scan" in name.partition("<")[0]
 
 
@@ -431,7 +441,7 @@ def parse_junit(text: str) -> dict[str, Any]:
 
 
 def judge_timings(finished: Finished, path: Path = WORK / "timings.json") -> Verdict:
-    """The cases that run.py finished; those that must agree and do not are in its exit status."""
+    """The cases that run.py finished. Its exit status tells of answers that had to agree."""
     try:
         timed = results.load(path)
     except OSError:
@@ -455,7 +465,7 @@ def judge_timings(finished: Finished, path: Path = WORK / "timings.json") -> Ver
 
 
 def sanitize_case() -> int:
-    """What a sanitizer watches: few small calls, each compared with the CPU."""
+    """Make the calls that a sanitizer watches: few and small, each compared with the CPU."""
     import gpu_cases
 
     print(f"{gpu_cases.check_small_calls('cuda')} {DONE}", flush=True)
@@ -463,19 +473,19 @@ def sanitize_case() -> int:
 
 
 def judge_sanitizer(finished: Finished) -> Verdict:
-    """Findings, and whether the calls were all made: no finding in a call not made says nothing."""
+    """Read the findings, and check that all calls were made; otherwise no finding means nothing."""
     found = parse_sanitizer(finished.text)
     if found["findings"]:
         return Verdict("failed", f"{found['findings']} findings", found)
     if found["findings"] is None:
         return Verdict("failed", found["trouble"] or "the tool wrote no summary", found)
     if DONE not in finished.text:
-        return Verdict("failed", "the calls did not come to their end", found)
+        return Verdict("failed", "the calls did not finish", found)
     return Verdict("passed", "", found)
 
 
 def parse_sanitizer(text: str) -> dict[str, Any]:
-    """Counts of the tool's summary lines; `findings` is None where there is none.
+    """Counts of the tool's summary lines; `findings` is None without such a line.
 
     "places" are the first kernels that reports name, "trouble" is what the tool says of itself.
     """

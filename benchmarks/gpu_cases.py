@@ -21,8 +21,8 @@ from cases import Case, Claim, Data, Peer, Size
 import lcodec_ext
 
 WARP = 32
-# Of a scan for a neighbour and a warp of candidates: what nvcc 13.0 makes of the loop for compute
-# capability 9.0, 153 for eight neighbours. What starts and ends a scan is not in it.
+# Instructions of a scan for one neighbour and a warp of candidates, as nvcc 13.0 compiles the loop
+# for compute capability 9.0: 153 for eight neighbours. Starting and ending a scan is not counted.
 SCAN_INSTRUCTIONS = 19
 COUNTED_COLUMNS = 2000
 
@@ -56,9 +56,9 @@ def on_device(peer: Peer) -> Peer:
 
 
 def floor_of(bytes_moved: float, instructions: float, seconds: float) -> dict[str, float]:
-    """Counted work as a time that it takes at least, and what the measured time is of it.
+    """Return the least time that the counted work takes, and the measured time divided by it.
 
-    instructions: a warp's, of the inner loops; the scheduler that issues them is the bound.
+    instructions: warp instructions of the inner loops, bounded by the schedulers that issue them.
     """
     rates = accelerator.rates()
     floor = bytes_moved / rates.copy_bytes_per_second
@@ -74,10 +74,10 @@ def floor_of(bytes_moved: float, instructions: float, seconds: float) -> dict[st
 
 
 def foci_work(data: Data) -> tuple[float, float]:
-    """Bytes: every column once a step. Instructions: those of the scans, sorting left out.
+    """Bytes: every column once per step. Instructions: those of the scans, without sorting.
 
-    The CPU engine counts the neighbours, on the first columns and on raw ones, in its tiles of at
-    most 16 candidates (AVX2, float32): a warp of 32 must scan at least as far.
+    The CPU engine counts the neighbours, on the first columns without standardisation, in its tiles
+    of at most 16 candidates (AVX2, float32). A warp of 32 must scan at least as far.
     """
     p = data["X"].shape[1]
     part = cases.first_columns(data, min(p, COUNTED_COLUMNS))
@@ -209,7 +209,7 @@ def small_calls() -> Iterator[tuple[str, Callable[[Data], Any], Data]]:
 
 
 def check_small_calls(device: str) -> int:
-    """How many there are, after each has given the CPU's bits on the device."""
+    """Run all calls; each must give the CPU's bits on the device. Return how many there are."""
     count = 0
     for name, call, data in small_calls():
         got, expected = call(accelerator.place(data, device)), call(data)

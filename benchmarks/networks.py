@@ -26,7 +26,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """In its form for images of 32 x 32: a stem of 3 x 3, four stages of two blocks."""
+    """The form for images of 32 x 32: a stem of 3 x 3, four stages of two blocks."""
 
     def __init__(self, widths: tuple[int, int, int, int], classes: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ResNet(nn.Module):
 
 
 def make(name: str, n: int, tiny: bool, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network in evaluation mode, n inputs and their labels; `tiny`, with very few parameters."""
+    """A network in evaluation mode, n inputs and their labels; `tiny`: with very few parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return {"ResNet-18": _resnet, "DistilBERT": _distilbert}[name](n, tiny)

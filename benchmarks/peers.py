@@ -1,11 +1,11 @@
-"""Other ways to the same answers, to be timed beside this package.
+"""Other implementations of the same tasks, which are timed for comparison.
 
 `published_*` is the algorithm of the paper's code: float32 distance matrices, `argmin`, and for
-T(Y, Z | X) both neighbour searches anew for every candidate. It runs where its data lie: NumPy
-arrays on the CPU, tensors on their device. `kdtree_*` is the algorithm of R's FOCI: a k-d tree
-for every candidate. `published_perturbations` and what follows it are
-the rest of a deletion by the paper's code. All are written afresh. Libraries are imported
-where they are used, so that a missing one costs only the comparison with it.
+T(Y, Z | X) both neighbour searches again for every candidate. It runs where its data are: NumPy
+arrays on the CPU, tensors on their device. `kdtree_*` is the algorithm of R's FOCI: a k-d tree for
+every candidate. `published_perturbations` and the functions after it are the rest of a deletion by
+the paper's code. All of this code was written for these benchmarks. Libraries are imported where
+they are used, so a missing one costs only the comparison with it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -90,7 +90,7 @@ def published_gains(
         else _published_codec2(X[:, c : c + 1], y, exact)
         for c in candidates
     ]
-    return torch.stack(gains).tolist()  # the step's one wait for a device
+    return torch.stack(gains).tolist()  # the only place where a step waits for a device
 
 
 def published_foci(X: Any, y: Any, steps: int, threads: int, exact: bool = False) -> Selection:
@@ -126,8 +126,8 @@ def published_neighbors(X: Any, threads: int) -> NDArray:
 
 
 # --------------------------------------------------------------------------------------------
-# The published deletion, without its defects where they change no cost. What it reads from files,
-# and the dicts by str(module) that it makes of all parameters, are left out in its favour.
+# The published deletion, without those defects that do not change its cost. In its favour, reading
+# files and making dicts of all parameters by str(module) are left out.
 
 
 def published_perturbations(
@@ -136,7 +136,7 @@ def published_perturbations(
     inputs: Iterable["torch.Tensor"],
     y: "torch.Tensor",
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Mean activations of linear layers and convolutions, and losses; one forward pass for each."""
+    """Mean activations of linear layers and convolutions, and losses; one forward pass per draw."""
     import torch
     from torch import nn
 
@@ -150,7 +150,7 @@ def published_perturbations(
     rows, losses = [], []
     for x in inputs:
         called.clear()
-        losses.append(loss_fn(model(x), y).detach())  # the graph is made, as there
+        losses.append(loss_fn(model(x), y).detach())  # makes the graph, as the published code does
         rows.append(torch.cat(called).detach())
     for hook in hooks:
         hook.remove()
@@ -163,7 +163,7 @@ def published_gradients(
     x: "torch.Tensor",
     y: "torch.Tensor",
 ) -> float:
-    """Loss of the sample, its gradient by all parameters, left in them, and the gradient's norm."""
+    """Loss of the sample and norm of its gradient, which is left in the parameters."""
     model.zero_grad()
     loss_fn(model(x), y).backward()
     return sum(float(p.grad.norm()) ** 2 for p in model.parameters()) ** 0.5
@@ -174,7 +174,7 @@ def published_matrix(
     sample: tuple["torch.Tensor", "torch.Tensor"],
     n: int,
 ) -> "torch.Tensor":
-    """(n H - h) / (n - 1), dense; H and h are of rank one, of (step, change of the gradient)."""
+    """(n H - h) / (n - 1), dense; H and h have rank one, from (step, change of the gradient)."""
     H, h = (change[:, None] * change / step.abs().sum() for step, change in (training, sample))
     return (n * H - h) / (n - 1)
 
@@ -200,7 +200,7 @@ def _ranks(y: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def _tree_query(X: NDArray, workers: int = 1) -> tuple[NDArray, NDArray]:
-    """Distances and indices of three rows nearest to each: a third one shows a tie."""
+    """Distances and indices of the three rows nearest to each row; the third shows a tie."""
     from scipy.spatial import cKDTree
 
     return cKDTree(X).query(X, k=3, workers=workers)
@@ -236,7 +236,7 @@ def minima_averaged(X: NDArray, group: NDArray, R: NDArray) -> NDArray:
     """Mean of min(R_i, R_j) over all nearest neighbours j of each row.
 
     `group` numbers the distinct rows of X. Duplicates are nearest to one another, and their mean
-    follows from sorted ranks; only rows without duplicates ask a tree, of the distinct rows.
+    follows from sorted ranks. Only rows without duplicates need a tree, of the distinct rows.
     """
     order = np.lexsort((R, group))
     sizes = np.bincount(group)
@@ -269,7 +269,7 @@ def _minima_of_single_rows(
     k = min(3, len(distinct))
     distance, index = cKDTree(distinct).query(distinct[single], k=k)
     near = index[:, 1]
-    minima[row] = np.minimum(R[row], R[order[starts[near]]])  # the nearest is one row, mostly
+    minima[row] = np.minimum(R[row], R[order[starts[near]]])  # usually a single row is nearest
     tied = distance[:, 2] <= distance[:, 1] * (1 + 1e-12) if k == 3 else np.zeros(len(row), bool)
     for s in np.flatnonzero(tied | (sizes[near] > 1)):
         groups = near[s : s + 1]
@@ -290,9 +290,9 @@ def kdtree_foci(
     scale: bool = True,
     given: Sequence[int] = (),
 ) -> Selection:
-    """R's FOCI, one thread for each of `threads` candidates; `scale` as R does by default.
+    """R's FOCI, with `threads` candidates at a time, one thread each; `scale` is R's default.
 
-    Ties are drawn at random as R does, or `averaged` exactly, in a way that suits discrete data.
+    Ties are drawn at random, as in R, or `averaged` exactly, in a way that suits discrete data.
     """
     columns = X.astype(np.float64)
     if scale:
@@ -300,7 +300,7 @@ def kdtree_foci(
     n, p = columns.shape
     R, L = _ranks(y)
     selected = list(given)
-    groups = np.zeros(n, dtype=np.int64)  # rows alike in the selected columns
+    groups = np.zeros(n, dtype=np.int64)  # rows that are equal in the selected columns
     codes = [np.unique(columns[:, c], return_inverse=True)[1] for c in range(p)] if averaged else []
 
     def joined(c: int) -> NDArray:
@@ -361,7 +361,7 @@ def scipy_xi(x: NDArray, y: NDArray, threads: int) -> float:
 
 
 def _second_unless_self(index: NDArray) -> NDArray:
-    """Of two neighbours for each row, the one that is not the row itself."""
+    """From two neighbours of each row, take the one that is not the row itself."""
     return np.where(index[:, 0] == np.arange(len(index)), index[:, 1], index[:, 0])
 
 
@@ -372,7 +372,7 @@ def scipy_neighbors(X: NDArray, threads: int) -> NDArray:
 
 
 def sklearn_neighbors(X: NDArray, threads: int) -> NDArray:
-    """A tree up to 15 columns; beyond, distances from a float64 matrix product."""
+    """A tree up to 15 columns; with more, distances from a float64 matrix product."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=1, n_jobs=threads).fit(X)
@@ -396,7 +396,7 @@ def faiss_neighbors(X: NDArray, threads: int) -> NDArray:
 def _torch_segments(
     G: NDArray, v: NDArray, segments: NDArray, threads: int
 ) -> tuple["torch.Tensor", "torch.Tensor", list["torch.Tensor"], list["torch.Tensor"]]:
-    """G and v, and of every segment its columns of G and its part of v."""
+    """G and v, and for every segment its columns of G and its part of v."""
     import torch
 
     torch.set_num_threads(threads)
@@ -408,7 +408,7 @@ def _torch_segments(
 def gather_then_gemv(
     G: NDArray, v: NDArray, segments: NDArray, damping: float, threads: int
 ) -> NDArray:
-    """A copy of the selected columns, made by concatenation: quicker than by index."""
+    """Copy the selected columns by concatenation, which is faster than by index."""
     import torch
 
     _, vector, columns, _ = _torch_segments(G, v, segments, threads)
@@ -449,8 +449,8 @@ def read_once(G: NDArray, v: NDArray, segments: NDArray, damping: float, threads
 
 
 # --------------------------------------------------------------------------------------------
-# Hessian or Gauss-Newton matrix of the mean loss by all parameters of a network, times a vector
-# that is zero outside of the selected units; then their part of the product.
+# The Hessian or Gauss-Newton matrix of the mean loss by all parameters of a network, times a vector
+# that is zero outside the selected units; then the part of the product that belongs to these units.
 
 
 def functional_product(
@@ -560,7 +560,7 @@ def dense_curvature(
 
 
 def _differentiable_attention() -> Any:
-    """Attention of plain operations: the fused one has no derivative of a derivative."""
+    """Use attention made of plain operations, because the fused one has no second derivative."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.MATH)

@@ -2,8 +2,8 @@
 
     python benchmarks/plots.py benchmarks/results/cpu.json
 
-The exponents in the legend are fitted to the upper half (on the logarithmic axis) of the sizes,
-where fixed costs no longer show. Needs Matplotlib.
+The exponents in the legend are fitted to the upper half of the sizes (on the logarithmic axis),
+where fixed costs no longer matter. The script needs Matplotlib.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def draw(result: dict[str, Any], output: Path) -> None:
 
 
 def add_line(axes: Axes, case: dict[str, Any], name: str, prefix: str, color: str) -> None:
-    """The times of one implementation over a sweep, if it took part."""
+    """Plot the times of one implementation over a sweep, if it took part."""
     taken = [
         (point["size"][case["sweep"]], point["results"][name]["seconds"])
         for point in case["points"]
@@ -77,7 +77,7 @@ def add_line(axes: Axes, case: dict[str, Any], name: str, prefix: str, color: st
 
 
 def add_bound(axes: Axes, case: dict[str, Any], prefix: str, color: str) -> None:
-    """The counted instructions of the scans, at the rate that the machine issued them."""
+    """Plot the counted instructions of the scans, at the rate at which the machine issues them."""
     sizes = [point["size"][case["sweep"]] for point in case["points"]]
     seconds = [point["metrics"]["scan_bound_seconds"] for point in case["points"]]
     label = f"{prefix}counted bound of the scans"
@@ -85,7 +85,7 @@ def add_bound(axes: Axes, case: dict[str, Any], prefix: str, color: str) -> None
 
 
 def exponent(sizes: np.ndarray, seconds: np.ndarray) -> float:
-    """Slope of the logarithms over the upper half of the sizes (at least two of them)."""
+    """Fit the slope of the logarithms over the upper half of the sizes (at least two)."""
     upper = sizes >= min(np.sqrt(sizes.min() * sizes.max()), np.sort(sizes)[-2])
     return float(np.polyfit(np.log(sizes[upper]), np.log(seconds[upper]), 1)[0])
 

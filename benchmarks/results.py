@@ -1,8 +1,8 @@
-"""The form of a result file. Nothing but the standard library is needed to read one.
+"""The format of a result file. Reading one needs the standard library only.
 
 schema, created, commit, dirty
 machine, versions, settings, load_before
-    machine has a `device` where a GPU was used
+    machine has a `device` if a GPU was used
 rates: of the GPU, from which floors are computed (accelerator.Rates)
 checks: by stage of gpu.py, if that made the file
     status: "passed", "failed", "timed out", "not found" or "not run"
@@ -12,7 +12,7 @@ checks: by stage of gpu.py, if that made the file
     tests: passed, failed, errors, skipped, not_passed: some names
     each sanitizer: findings, calls that were made, places, trouble: its own
 left_out: cases that need a module that is not installed, and why
-broken: errors by case, where there were
+broken: errors by case, if there were any
 cases: by name
     sweep: the size that varies from point to point, or null
     points: a list
@@ -21,8 +21,8 @@ cases: by name
             samples: seconds of each run
             seconds: their median, times `factor` if there is one
             ratio: seconds over this package's seconds
-            factor, measured_columns: if only some columns were measured
-            answers: "identical", "asserted", "compared" or "other"
+            factor, measured_columns: present if only some columns were measured
+            answers: "identical", "asserted", "compared" or "other"; see cases.Peer
             agrees, off_by, answer: how the answer compares with this package's
         left_out: reasons by implementation
         metrics: further numbers by name

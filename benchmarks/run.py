@@ -1,12 +1,12 @@
-"""Time the package beside its peers, side by side in one process, and record it as JSON.
+"""Time the package and its peers side by side in one process, and record it as JSON.
 
     python benchmarks/run.py [--quick] [--cases foci_wide,xi] [--device cuda] [--output FILE]
 
-Every implementation runs once to warm up; these answers are compared. Then all take turns, one
-sample each, until `--repeats` rounds are done; one whose samples add up to `--budget` seconds
-sits out the rest. Medians are reported, all samples recorded. The exit status is 1 if an answer
-that had to agree did not, or a case could not be run. The file is written after every case, so
-that a run that is stopped leaves those that it finished.
+Every implementation runs once to warm up, and these answers are compared. Then all take turns, one
+sample each, until `--repeats` rounds are done. An implementation whose samples add up to `--budget`
+seconds sits out the remaining rounds. Medians are reported, and all samples recorded. The exit
+status is 1 if an answer that had to agree did not, or if a case could not be run. The file is
+written after every case, so a run that is stopped leaves the cases that it finished.
 """
 
 import argparse
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it all run?")
-    parser.add_argument("--cases", help="names, separated by commas; all by default")
+    parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
+    parser.add_argument("--cases", help="names, separated by commas (default: all)")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
-    parser.add_argument("--repeats", type=int, help="samples of each (default: 7; quick: 1)")
+    parser.add_argument(
+        "--repeats", type=int, help="samples of each implementation (default: 7; quick: 1)"
+    )
     parser.add_argument(
         "--budget", type=float, default=20, help="seconds of samples for each (default: 20)"
     )
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="where the package's data lie; each has its own cases (default: cpu)",
+        help="device of the package's data; each device has its own cases (default: cpu)",
     )
     parser.add_argument(
         "--output",
@@ -111,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Write a result file at once: who reads it, or stops this, finds a whole one."""
+    """Write a result file atomically: a reader, also after an interruption, finds a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
@@ -190,7 +192,7 @@ def prepare(
     options: argparse.Namespace,
     answer: Any,
 ) -> tuple[Callable[[], Any], dict[str, Any], Any]:
-    """A peer's call, what is to be recorded of it, and the package's answer to the same."""
+    """A peer's call, what to record of it, and the package's answer to the same task."""
     import accelerator
     from cases import first_columns
 
@@ -207,7 +209,7 @@ def prepare(
 def take_turns(
     runs: dict[str, Callable[[], Any]], repeats: int, budget: float, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each sample, until the device is done; at least one of each."""
+    """Seconds of each sample, until the device has finished; at least one per implementation."""
     import accelerator
 
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -225,7 +227,7 @@ def take_turns(
 
 
 def judge(claim: "Claim", point: dict[str, Any]) -> dict[str, Any]:
-    """A claim beside what was measured; "met" is None where its peer was left out."""
+    """A claim and what was measured; "met" is None if its peer was left out."""
     entry = point["results"].get(claim.quantity)
     value = entry["ratio"] if entry else point["metrics"].get(claim.quantity)
     met = None if value is None else claim.at_least <= value <= claim.at_most

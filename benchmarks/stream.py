@@ -1,10 +1,11 @@
-"""A stream of deletion requests: memory, time for each, and being killed.
+"""Measure streams of deletion requests: memory, time per request, and killed processes.
 
     python benchmarks/stream.py [--requests 1000] [--kills 10] [--output FILE]
 
-A logistic regression and a small network on scikit-learn's digits have one sample after the other
-removed, with ledger and checkpoints: once in one go, and once by processes that are killed in
-requests drawn at random, each followed by one that resumes. Both must end in the same bits.
+One sample after the other is removed from a logistic regression and a small network on
+scikit-learn's digits, with ledger and checkpoints. The first stream runs in one go. The second runs
+in processes that are killed in requests drawn at random; after each, another process resumes. Both
+streams must end in the same bits.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def claims(streams: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def problem(kind: str) -> tuple[Any, tuple[Any, Any], float]:
-    """A trained model, its training samples and weight decay; the same in every process."""
+    """Return a trained model, its training samples and weight decay; equal in every process."""
     import torch
     from sklearn.datasets import load_digits
     from torch import nn
@@ -119,7 +120,7 @@ def opened(kind: str, folder: str) -> Any:
 
 
 def work(kind: str, folder: str, requests: int) -> None:
-    """Remove the samples 0, 1, 2, ... that are not removed yet; a line for each."""
+    """Remove the samples 0, 1, 2, ... that are still there; print a line for each."""
     unlearner = opened(kind, folder)
     for sample in range(len(unlearner.ledger) - 1, requests):
         begin = time.perf_counter()
@@ -140,9 +141,9 @@ def n_lines(ledger: Path) -> int:
 
 
 def kill(command: Sequence[str], ledger: Path, after: int, wait: float) -> bool:
-    """Kill a worker some time after its ledger has so many lines; False if it ended before.
+    """Kill a worker a while after its ledger has this many lines; False if it ended before that.
 
-    It has written a line itself by then, so that it is killed at work and not while it starts.
+    By then the worker has written a line itself, so it is killed at work and not while it starts.
     """
     after = max(after, n_lines(ledger) + 1)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -159,9 +160,9 @@ def kill(command: Sequence[str], ledger: Path, after: int, wait: float) -> bool:
 def interrupted(
     command: Sequence[str], folder: str, requests: int, kills: int, typical: float
 ) -> list[int]:
-    """A whole stream by workers that are killed; how many lines the ledger had each time.
+    """Run a stream by workers that are killed; return the ledger's lines at each kill.
 
-    `typical` is the time of a request, within which each is killed at a random moment.
+    `typical` is the time of a request. Each worker is killed at a random moment within it.
     """
     rng, killed, ledger = random.Random(0), [], Path(folder) / "ledger.jsonl"
     last = requests * 9 // 10  # so that the stream is not over before the kill

@@ -1,11 +1,11 @@
-"""Write the tables of the README and of docs from result files.
+"""Write the tables of the README and of the pages in docs/ from result files.
 
     python benchmarks/table.py benchmarks/results/cpu.json benchmarks/results/curvature.json \
         benchmarks/results/deletion.json
     python benchmarks/table.py --unlearning benchmarks/results/unlearning.json
 
-Each has its own table, since machines may differ. It replaces what stands between two HTML
-comments. Nothing but the standard library is needed.
+Each result file gets its own table, since machines may differ. A table replaces the text between
+two HTML comments. The script needs the standard library only.
 """
 
 import argparse
@@ -26,7 +26,7 @@ DELETION = "<!-- deletion:begin -->", "<!-- deletion:end -->"
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="*")
-    parser.add_argument("--unlearning", type=Path, help="of benchmarks/unlearning.py")
+    parser.add_argument("--unlearning", type=Path, help="result file of benchmarks/unlearning.py")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args(arguments)
@@ -59,7 +59,7 @@ def deletion_tables(results: Iterable[dict[str, Any]]) -> str:
 
 
 def replaced(text: str, content: str, first: str = BEGIN, last: str = END) -> str:
-    """The text with new content between two comments."""
+    """Return the text with new content between two comments."""
     before, begin, rest = text.partition(first)
     _, end, after = rest.partition(last)
     if not (begin and end):
@@ -68,11 +68,11 @@ def replaced(text: str, content: str, first: str = BEGIN, last: str = END) -> st
 
 
 def table(result: dict[str, Any]) -> str:
-    """A Markdown table of all cases that have peers, but the sweeps, and what it means."""
+    """Return a Markdown table of all cases with peers, without the sweeps, and its explanation."""
     if result["settings"]["quick"]:
-        raise ValueError("a quick run's times mean nothing; the table needs a full one")
+        raise ValueError("a quick run's times mean nothing; pass the result of a full run")
     lines = [
-        "| task | lcodec_ext | beside it | time | ratio | its answer |",
+        "| task | lcodec_ext | compared with | time | ratio | its answer |",
         "|---|--:|---|--:|--:|---|",
     ]
     for case in result["cases"].values():
@@ -83,18 +83,18 @@ def table(result: dict[str, Any]) -> str:
     machine, settings = result["machine"], result["settings"]
     lines += [
         "",
-        f"Medians of runs side by side with {settings['threads']} threads each on "
-        f"{machine['cores']} cores ({machine['cpu']}, {machine['simd']}). "
-        "Times with ~ are scaled linearly from fewer columns. The ratio is to lcodec_ext's time. "
-        "An answer is the same if it has the same columns in the same order (of as many columns as "
-        "were timed), the same coefficient to four digits, neighbours as near, or a vector that is "
-        "as near as float32 allows.",
+        f"The times are medians of runs side by side, with {settings['threads']} threads each on "
+        f"{machine['cores']} cores ({machine['cpu']}, {machine['simd']}). A time with ~ was "
+        "measured on fewer columns and scaled linearly. The ratio is that time divided by the time "
+        'of lcodec_ext. An answer counts as "same" if it has the same columns in the same order '
+        "(among the columns that were timed), the same coefficient to four digits, equally near "
+        "neighbours, or a vector that agrees as closely as float32 allows.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def curvature_table(result: dict[str, Any]) -> str:
-    """Markdown tables of masked products beside full ones, and of solves; empty without them."""
+    """Return Markdown tables of masked and full products, and of solves; empty without them."""
     points = [point for case in result["cases"].values() for point in case["points"]]
     products = [
         "| product | coordinates | first | lcodec_ext | all parameters | ratio | Gflop | ratio |",
@@ -111,7 +111,7 @@ def curvature_table(result: dict[str, Any]) -> str:
 
 
 def product_row(point: dict[str, Any]) -> str:
-    """Times, then counted operations; ratios are of all parameters, by torch.func, to the own."""
+    """Return times, then counted operations; a ratio is all parameters (torch.func) over ours."""
     metrics = point["metrics"]
     full = point["results"]["torch.func, all parameters"]
     cells = [
@@ -140,9 +140,9 @@ def solve_row(point: dict[str, Any]) -> str:
 
 
 def deletion_table(result: dict[str, Any]) -> str:
-    """Markdown tables of a deletion by phase, and of the single requests."""
+    """Return Markdown tables of a deletion by phase, and of the single requests."""
     if result["settings"]["quick"]:
-        raise ValueError("a quick run's times mean nothing; the table needs a full one")
+        raise ValueError("a quick run's times mean nothing; pass the result of a full run")
     found = result["deletion"]
     ours, published = found["mean"]["lcodec_ext"], found["mean"]["published"]
     lines = [
@@ -178,25 +178,26 @@ def deletion_table(result: dict[str, Any]) -> str:
     if "split" in again:
         phases = again["split"]
         took = (
-            f"takes {duration(phases['total'])}: {duration(phases['curvature'])} for their "
-            f"gradients along the step, {duration(phases['monitoring'])} for losses and gradient "
-            f"norms of {again['n_monitored']} of them before and after"
+            f"takes {duration(phases['total'])}: {duration(phases['curvature'])} for the gradients "
+            f"of these samples along the step, and {duration(phases['monitoring'])} for losses and "
+            f"gradient norms of {again['n_monitored']} of them before and after"
         )
     else:
-        took = "is refused, since the curvature along the step is not positive there"
+        took = "is refused, because the curvature along the step is not positive there"
     lines += [
         "",
-        f"Above the mean of {len(found['requests'])} requests of one sample, below each of them; "
-        f"{size['perturbations']} perturbations, {size['candidates']} units, "
-        f"{result['settings']['threads']} threads on {machine['cores']} cores ({machine['cpu']}, "
-        f"{machine['simd']}). Times with ~ are scaled. The first request with the {size['n'] - 1} "
-        f"retained samples instead of statistics {took}.",
+        f"The first table shows the mean of {len(found['requests'])} requests of one sample, the "
+        f"second one each request. Setting: {size['perturbations']} perturbations, "
+        f"{size['candidates']} units, {result['settings']['threads']} threads on "
+        f"{machine['cores']} cores ({machine['cpu']}, {machine['simd']}). Times with ~ are scaled. "
+        f"With the {size['n'] - 1} retained samples instead of statistics, the first request "
+        f"{took}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def rows(point: dict[str, Any]) -> list[str]:
-    """One line for each peer; task and own time stand in the first."""
+    """Return one line for each peer; the first one also names the task and our own time."""
     own = duration(point["results"][OURS]["seconds"])
     cells = [
         [
@@ -225,7 +226,7 @@ def multiple(ratio: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Two digits, or all before the point where there are more."""
+    """Write two digits, or all digits before the point if there are more."""
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 

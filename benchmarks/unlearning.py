@@ -1,13 +1,14 @@
-"""Deletion from networks beside retraining: the recommended preset, masks, the paper's, baselines.
+"""Compare deletions from networks with retraining: presets, masks and baselines.
 
     python benchmarks/unlearning.py [--models mlp,cnn,resnet] [--sets mislabelled,random]
         [--split 0] [--starts 3] [--cache FOLDER] [--output FILE]
 
-For each network and forget set, mislabelled samples or random ones: models trained on everything
-from three starts, models retrained without the forget set, and what every method leaves,
-measured by `lcodec_ext.unlearning.evaluate`. One thread; times are CPU seconds, as shares of those
-of retraining the same network, which are extrapolated from a tenth of a training just before.
-Trained networks are kept in the cache, so that a run that is stopped goes on.
+For each network and each forget set (mislabelled or random samples), models are trained on
+everything from three starts, and other models are retrained without the forget set.
+`lcodec_ext.unlearning.evaluate` measures what every method leaves. Everything runs on one thread.
+Times are CPU seconds, as a share of those of retraining the same network; these are extrapolated
+from a tenth of a training just before. Trained networks are kept in the cache, so a run that was
+stopped can go on.
 """
 
 import argparse
@@ -114,7 +115,7 @@ def recipe(given: Any) -> dict[str, Any]:
 
 
 def methods(epochs: int) -> dict[str, Any]:
-    """What is compared; the baselines' epochs are what the budget allows."""
+    """Return the methods to compare; the baselines have the epochs that the budget allows."""
     from lcodec_ext.evaluation.methods import fine_tune, gradient_ascent, lbfgs, neg_grad_plus
     from lcodec_ext.unlearning import Baseline
 
@@ -233,7 +234,7 @@ def show(run: Mapping[str, Any]) -> None:
 
 
 def mean(runs: Sequence[Mapping[str, Any]], method: str, *path: str) -> float | None:
-    """The mean over runs of one figure of a method; None where it is missing."""
+    """Return the mean over runs of one figure of a method; None if it is missing."""
     values = []
     for run in runs:
         value: Any = run["methods"].get(method)
@@ -246,14 +247,14 @@ def mean(runs: Sequence[Mapping[str, Any]], method: str, *path: str) -> float | 
 
 
 def claims(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What is aimed at, over the starts of each network and forget set."""
+    """Return the targets and what was reached, over the starts of each network and forget set."""
     found = []
     groups = dict.fromkeys((run["model"], run["forget"]) for run in runs)
     for name, which in groups:
         group = [run for run in runs if (run["model"], run["forget"]) == (name, which)]
 
         def gap(key: str, method: str = "recommended", group: Any = group) -> float:
-            """How far from retraining, on average over the starts."""
+            """Return the distance from retraining, on average over the starts."""
             return abs((mean(group, method, key) or 0) - (mean(group, "retrained", key) or 0))
 
         rows: list[tuple[str, float | None, str, float]] = [
@@ -303,7 +304,7 @@ def claims(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """A Markdown table for each network and forget set, means over the starts."""
+    """Return a Markdown table for each network and forget set, with means over the starts."""
     lines = []
     for name, which in dict.fromkeys((run["model"], run["forget"]) for run in result["runs"]):
         group = [r for r in result["runs"] if (r["model"], r["forget"]) == (name, which)]

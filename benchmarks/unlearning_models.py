@@ -1,7 +1,7 @@
-"""Data sets, networks and trainings of the unlearning experiment, and a cache of what was trained.
+"""Data sets, networks and trainings of the unlearning experiment, with a cache of trained models.
 
-A training is SGD with Nesterov momentum, coupled weight decay and a cosine schedule, as people
-train such networks. Retraining is the same training, without the forget set, from another seed.
+Networks are trained in a usual way: SGD with Nesterov momentum, coupled weight decay and a cosine
+schedule. Retraining is the same training, without the forget set, from another seed.
 """
 
 import gzip
@@ -84,13 +84,13 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Task:
-    """Data of one experiment: what a model was trained on, and what of it is to be forgotten."""
+    """Data of one experiment: the training samples, and which of them are to be forgotten."""
 
     X: Tensor
     y: Tensor
     forget: list[int]
     test: tuple[Tensor, Tensor]
-    true: Tensor  # labels before some were made wrong
+    true: Tensor  # the labels before some were changed
 
     def part(self, forget: bool) -> tuple[Tensor, Tensor]:
         wanted = torch.zeros(len(self.y), dtype=torch.bool)
@@ -178,7 +178,7 @@ def train(
 
 
 def retraining_seconds(name: str, X: Tensor, y: Tensor) -> float:
-    """CPU seconds of a training, from a tenth of it: all epochs cost the same."""
+    """Extrapolate the CPU seconds of a training from a tenth of it; all epochs cost the same."""
     epochs = RECIPES[name].epochs
     part = epochs // 10
     return train(name, X, y, 0, part)[1] * epochs / part
@@ -187,10 +187,10 @@ def retraining_seconds(name: str, X: Tensor, y: Tensor) -> float:
 def trained(
     cache: Path, name: str, which: str, seed: int, retrain: int | None, start: int = 0
 ) -> nn.Module:
-    """The model trained on everything (retrain None) or retrained without the forget set.
+    """Return a model trained on everything (retrain None) or retrained without the forget set.
 
-    From the cache, if this very training is in it. Of the models trained on everything there are
-    several, from different starts.
+    It comes from the cache if the cache has this very training. There are several models trained on
+    everything, from different starts.
     """
     recipe = asdict(RECIPES[name]) | {"network": str(RECIPES[name].network())}
     parts = [recipe, which, seed, retrain, torch.__version__, *([start] * (start > 0))]

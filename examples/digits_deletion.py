@@ -1,8 +1,9 @@
-"""Delete mislabelled training samples from a small network, and see what became of them.
+"""Delete mislabelled training samples from a small network, and see what the deletion did.
 
-A network learns scikit-learn's digits, some with a wrong label, until it has memorised those.
-They are then deleted on request, with a ledger, and the result is compared with other ways to
-delete and with training again without them. Prints a table and what it shows, and writes a report.
+A network learns scikit-learn's digits until it has memorised them, including some wrong labels.
+The mislabelled samples are then deleted on request, with a ledger. The result is compared with
+other ways to delete and with training again without these samples. The script prints a table and
+what it shows, and writes a report.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from lcodec_ext.evaluation import Baseline, evaluate, write_report
 from lcodec_ext.evaluation.methods import lbfgs
-from lcodec_ext.unlearning import Baseline, Unlearner, evaluate, write_report
+from lcodec_ext.unlearning import Unlearner
 
 WEIGHT_DECAY = 5e-4
-MARKER = "made_by_digits_deletion"  # in a folder that the next demonstration may delete
+MARKER = "made_by_digits_deletion"  # marks a folder that the next run may delete
 
 
 def main():
@@ -30,7 +32,9 @@ def main():
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="folder for the report"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of split, wrong labels and network")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the split, the wrong labels and the network"
+    )
     arguments = parser.parse_args()
     run(arguments.output, arguments.seed)
 
@@ -81,12 +85,12 @@ def run(output, seed, *, n_train=1200, n_wrong=40, epochs=200):
 
 
 def fresh_folder(folder):
-    """Make the folder, anew if an earlier demonstration made it; any other one is left alone."""
+    """Make an empty folder. Replace it only if an earlier run of this example made it."""
     if folder.is_symlink() or folder.exists():
         if folder.is_symlink() or not (folder / MARKER).is_file():
             raise SystemExit(
-                f"{folder} was not made by this demonstration, which would delete it: give another "
-                "--output, or move it away"
+                f"{folder} was not made by this example, which would delete it: choose "
+                "another --output, or move the folder away"
             )
         shutil.rmtree(folder)
     folder.mkdir(mode=0o700, parents=True)
@@ -95,7 +99,7 @@ def fresh_folder(folder):
 
 
 def data(seed, n_train, n_wrong):
-    """Digits in [0, 1]: training samples, which of them have a wrong label, and test samples."""
+    """Return digits in [0, 1]: training samples, which labels are wrong, and test samples."""
     pixels, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
@@ -109,7 +113,7 @@ def data(seed, n_train, n_wrong):
 
 
 def train(samples, seed, epochs, name):
-    """SGD with momentum, cosine steps and coupled weight decay."""
+    """Train by SGD with momentum, a cosine schedule and coupled weight decay."""
     inputs, targets = samples
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

@@ -7,9 +7,9 @@ try:
     from lcodec_ext import _core
 except ImportError as error:
     raise ImportError(
-        "lcodec_ext._core, the compiled module, is not beside lcodec_ext/__init__.py. In the root "
-        "of the repository Python finds the sources before the installed package: start it in "
-        "another folder, or with python -P. If the package is not installed: pip install ."
+        "lcodec_ext._core, the compiled module, is missing from the folder of lcodec_ext. In the "
+        "root of the repository Python finds the sources before the installed package: start it "
+        "in another folder, or with python -P. If the package is not installed: pip install ."
     ) from error
 
 __version__ = version("lcodec_ext")
@@ -43,30 +43,23 @@ def build_info() -> BuildInfo:
     dict
         A new dictionary, JSON serialisable, with the keys
 
-        ``version`` : str
-            Version of the package.
-        ``compiler`` : str
-            C++ compiler and its version, e.g. ``"GNU 12.2.0"``.
-        ``build_type`` : str
-            CMake's build type, ``"Release"`` unless asked otherwise.
+        ``version``, ``compiler``, ``build_type`` : str
+            For example ``"0.1.0"``, ``"GNU 12.2.0"`` and ``"Release"``.
         ``flags`` : str
-            Compiler flags that decide about speed and rounding; those of one instruction set and
-            the warnings are left out.
+            Compiler flags that decide about speed and rounding.
         ``sanitizers`` : list of str
-            Sanitizers compiled in, e.g. ``["address", "undefined"]``; empty in a normal build.
-        ``simd_compiled`` : list of str
-            Instruction sets the kernels were compiled for, slowest first. All give the same bits.
-        ``simd_supported`` : list of str
-            Those of them that this CPU runs. The last one is used unless told otherwise.
+            Sanitizers compiled in; empty in a normal build.
+        ``simd_compiled``, ``simd_supported`` : list of str
+            Instruction sets that the kernels were compiled for, slowest first, and those of them
+            that this CPU runs. The last of these is used. All give the same bits.
         ``hardware_threads`` : int
-            Hardware threads of the machine as the C++ library counts them; 0 when it cannot say.
+            Of the machine; 0 if the C++ library cannot tell.
         ``cuda`` : bool
-            Whether the CUDA part was compiled; not whether a GPU is there.
+            Whether the CUDA part was compiled, with or without a GPU in this machine.
         ``cuda_version`` : str or None
-            Version of nvcc, e.g. ``"13.0.88"``; None without the CUDA part.
+            Version of nvcc, None without the CUDA part.
         ``cuda_architectures`` : list of str
-            Architectures compiled for in CMake's spelling, e.g. ``"90-real"`` (machine code) or
-            ``"90-virtual"`` (PTX, for later GPUs); empty without the CUDA part.
+            For example ``"90-real"`` (machine code) or ``"90-virtual"`` (PTX, for later GPUs).
 
     Examples
     --------
@@ -93,16 +86,14 @@ def build_info() -> BuildInfo:
 def cuda_is_available() -> bool:
     """Say whether a CUDA kernel of this package ran, and ran right, on this machine.
 
-    The first call launches a probe kernel on the current device and compares its result, bit by
-    bit, with the CPU's; the answer is kept for the life of the process. Where the device has no
-    CUDA context yet in this process, that first call creates one (some 100 ms, and memory on the
-    device). Importing the package does not.
+    The first call in a process launches a probe kernel on the current device and compares its
+    result, bit by bit, with the CPU's. It creates the device's CUDA context if there is none yet
+    (some 100 ms, and memory on the device). Importing the package does not.
 
     Returns
     -------
     bool
-        True if the package was built with CUDA, a driver and a device are there and the probe
-        kernel gave the right result; False in every other case, never an exception.
+        False wherever something is missing or wrong; never an exception.
 
     See Also
     --------
@@ -114,13 +105,13 @@ def cuda_is_available() -> bool:
 def cuda_status() -> str:
     """Say in one sentence why CUDA is or is not used.
 
-    Runs the same probe, once a process, as :func:`cuda_is_available`.
+    Runs the probe of :func:`cuda_is_available`.
 
     Returns
     -------
     str
-        For example "CUDA is not used because no NVIDIA driver was found on this machine.", or, on
-        a GPU, which device ran the probe kernel and what runs on it in this version.
+        For example "CUDA is not used because no NVIDIA driver was found on this machine.", or
+        which device ran the probe kernel.
     """
     return _core.cuda_probe()[1]
 

@@ -1,0 +1,100 @@
+"""JSON values, and files that are written whole or not at all."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+Content = bytes | str | Callable[[IO[bytes]], object]
+
+
+def json_ready(value: Any, *, nonfinite: Callable[[float], Any] = lambda number: None) -> Any:
+    """Copy a value into the types that `json.dumps` takes with ``allow_nan=False``.
+
+    Parameters
+    ----------
+    value : object
+        Mappings get strings for keys. Tuples, sets, arrays and tensors become lists, their scalars
+        numbers. Objects with a `to_dict`, and dataclasses, become dicts. Anything else stays as it
+        is: `json.dumps` refuses it, or takes its `default` for it.
+    nonfinite : callable, default None for each
+        What NaN and infinity become.
+    """
+
+    def ready(value: Any) -> Any:
+        if value is None or isinstance(value, str | bool | int):
+            return value
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else nonfinite(value)
+        if isinstance(value, Mapping):
+            return {str(key): ready(part) for key, part in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [ready(part) for part in value]
+        if isinstance(value, type):
+            return value
+        if hasattr(value, "tolist"):  # arrays and scalars of NumPy, tensors
+            return ready(value.tolist())
+        if hasattr(value, "to_dict"):
+            return ready(value.to_dict())
+        if dataclasses.is_dataclass(value):
+            fields = dataclasses.fields(value)
+            return {field.name: ready(getattr(value, field.name)) for field in fields}
+        return value
+
+    return ready(value)
+
+
+def write_atomically(path: str | os.PathLike[str], content: Content) -> None:
+    """Write a file that is there whole, and on the disk, or not at all.
+
+    Parameters
+    ----------
+    path : str or path
+        An existing file is replaced at once: a reader finds the old one or the new one.
+    content : bytes, str (as UTF-8), or callable
+        A callable gets the open binary file and writes to it. The file has another name until it is
+        whole: ``.NAME.TOKEN.tmp`` in the same folder.
+    """
+    write_all_atomically({path: content})
+
+
+def write_all_atomically(files: Mapping[str | os.PathLike[str], Content]) -> None:
+    """Write several files; none is replaced before all are written.
+
+    They take their places in the order of the mapping, each at once.
+    """
+    written: dict[Path, Path] = {}
+    token = secrets.token_hex(4)
+    try:
+        for name, content in files.items():
+            path = Path(name)
+            written[path] = path.with_name(f".{path.name}.{token}.tmp")
+            with open(written[path], "xb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in list(written):
+            os.replace(written[path], path)
+            del written[path]
+    finally:
+        for temporary in written.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    for folder in {Path(name).parent for name in files}:
+        sync_folder(folder)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

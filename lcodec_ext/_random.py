@@ -32,18 +32,18 @@ def pick(word: int, count: int) -> int:
     return (int(word) * count) >> 64
 
 
-def resolve_seed(seed: int | None) -> int:
-    """The seed itself, or 64 fresh bits of the operating system's entropy for None."""
-    if seed is not None:
-        return seed
-    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+def tie_seed(ties: str, seed: int | None) -> int:
+    """The seed for a tie rule: for "random" and None fresh entropy of the operating system."""
+    if ties != "random":
+        return 0
+    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
 
 
 def gaussian_noise(n: int, sigmas: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     """n rows of independent N(0, sigma^2), one Philox stream per column.
 
     Column k draws from ``Generator(Philox(seed).jumped(k))``: 2**128 draws apart, and the same
-    noise for a column whatever stands beside it.
+    noise for a column whatever the other columns are.
     """
     noise = np.empty((n, len(sigmas)))
     philox = np.random.Philox(seed)

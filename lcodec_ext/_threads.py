@@ -39,7 +39,7 @@ def get_num_threads() -> int:
     Raises
     ------
     ValueError
-        If the environment variable is no number of threads.
+        If the environment variable does not hold a number from 1 to 1024.
     """
     if _threads is not None:
         return _threads

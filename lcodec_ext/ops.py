@@ -3,12 +3,12 @@
 Importing this module registers ``torch.ops.lcodec_ext.codec``, ``foci``, ``nearest_neighbors`` and
 ``score``; the functions here call them. They take CPU and CUDA tensors, all on one device, and
 return new tensors there, of sizes that depend on shapes and options alone: `torch.compile` traces
-them without a break of the graph. Values, and errors for bad data, are those of the functions of
-the same names in `lcodec_ext`; so are the warnings, whose place is then in this module. There are
-no gradients: results never require one.
+them without a break of the graph. Values, errors and warnings are those of the functions of the
+same names in `lcodec_ext`, and ``seed`` is in [0, 2^63). There are no gradients: results never
+require one.
 
 ``score`` waits for nothing on CUDA and can be captured in a CUDA graph; the others read from the
-device and cannot.
+device and cannot. ``docs/dependence.md`` has more.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lcodec_ext
-from lcodec_ext._arrays import on_device
+from lcodec_ext import dependence
 from lcodec_ext._checks import check_choice, check_integer, check_seed
 from lcodec_ext._torch.library import register
-from lcodec_ext.dependence.backends.base import TIES, lay_out, make_engine
+from lcodec_ext.dependence.backends.base import TIES, Backend
+from lcodec_ext.dependence.backends.resolve import resolve
 from lcodec_ext.dependence.table import MAX_ROWS
 
 __all__ = ["codec", "foci", "nearest_neighbors", "score"]
@@ -39,16 +39,11 @@ def codec(
         Of shapes (n,) or (n, 1), (n,) or (n, q), and (n,) or (n, r).
     ties : {"average", "random", "first"}
     seed : int
-        In [0, 2^63), for ties="random".
+        For ties="random".
 
     Returns
     -------
     Tensor of float64, shape ()
-
-    Raises
-    ------
-    ValueError, TypeError, RuntimeError
-        As `lcodec_ext.codec`.
 
     Examples
     --------
@@ -78,12 +73,8 @@ def foci(
         Of shapes (n, p) and (n,) or (n, 1).
     max_features : int
         The most columns to select, and the size of the results; it may exceed p.
-    stop : bool
-        Stop when no column gains.
-    standardize : {"scale", "bounded", None}
-    ties : {"average", "random", "first"}
-    seed : int
-        In [0, 2^63), for ties="random".
+    stop, standardize, ties, seed
+        As in `lcodec_ext.foci`.
 
     Returns
     -------
@@ -93,11 +84,6 @@ def foci(
         T(Y, X_S) after each step, then nan.
     count : Tensor of int64, shape ()
         How many columns are selected.
-
-    Raises
-    ------
-    ValueError, TypeError, RuntimeError
-        As `lcodec_ext.foci`.
 
     Examples
     --------
@@ -119,23 +105,11 @@ def nearest_neighbors(X: Tensor, ties: str = "first", seed: int = 0) -> Tensor:
     X : Tensor of shape (n,) or (n, d)
     ties : {"first", "random"}
     seed : int
-        In [0, 2^63), for ties="random".
+        For ties="random".
 
     Returns
     -------
     Tensor of int64, shape (n,)
-
-    Raises
-    ------
-    ValueError, TypeError, RuntimeError
-        As `lcodec_ext.nearest_neighbors`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from lcodec_ext import ops
-    >>> ops.nearest_neighbors(torch.tensor([0.0, 1.0, 3.0, 3.0]))
-    tensor([1, 0, 3, 2])
     """
     return torch.ops.lcodec_ext.nearest_neighbors(X, ties, seed)
 
@@ -150,38 +124,31 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Score all columns in one step of FOCI, given those that are selected.
 
-    For every column the sum over rows of m_i, the mean of min(R_i, R_j) over the nearest
-    neighbours j of row i in the selected columns and this one; the column with the largest sum is
-    the step's. In fixed point: a row's whole part, and its remainder in units of 2^-43 rounded
-    down, are added up apart.
+    A column's score is the sum over rows of m_i, the mean of min(R_i, R_j) over the nearest
+    neighbours j of row i in the selected columns and this one; the largest wins the step. It is in
+    fixed point: each row's whole part, and its remainder in units of 2^-43 rounded down, are
+    added up separately.
 
     Parameters
     ----------
     X : Tensor of float32 or float64, shape (n, p)
-        Finite; 3 <= n <= 10^6. On CUDA the values of the arguments are taken on trust, so that
+        Finite; 3 <= n <= 10^6. On CUDA the values of all arguments are taken on trust, so that
         nothing waits for the device.
     R : Tensor of int32 or int64, shape (n,)
         Max ranks of the response, #{j : y_j <= y_i}.
     selected : sequence of int
         Different columns, in the order in which distances add them up.
     factors : Tensor of shape (p,)
-        Of the dtype of X. Distances along a column are multiplied by its factor. Squared
-        distances must not overflow.
+        Of the dtype of X; multiply the distances along each column. Squared distances must not
+        overflow.
     ties : {"average", "random", "first"}
     seed : int
-        In [0, 2^63), for ties="random".
+        For ties="random".
 
     Returns
     -------
     whole, fraction : Tensor of int64, shape (p,)
         -1 for selected columns.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For arguments that are not as described.
-    RuntimeError
-        As `lcodec_ext.foci`.
 
     Examples
     --------
@@ -196,7 +163,7 @@ def score(
 
 
 def _codec(y: Tensor, z: Tensor, x: Tensor | None, ties: Any, seed: int) -> Tensor:
-    value = lcodec_ext.codec(y, z, x, ties=ties, seed=seed)
+    value = dependence.codec(y, z, x, ties=ties, seed=seed)
     return y.new_tensor(value, dtype=torch.float64)
 
 
@@ -207,15 +174,8 @@ def _fake_codec(y: Tensor, z: Tensor, x: Tensor | None, ties: str, seed: int) ->
 def _foci(
     X: Tensor, y: Tensor, max_features: int, stop: bool, standardize: Any, ties: Any, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result = lcodec_ext.foci(
-        X,
-        y,
-        max_features=max_features,
-        stop=stop,
-        standardize=standardize,
-        ties=ties,
-        seed=seed,
-    )
+    options = {"stop": stop, "standardize": standardize, "ties": ties, "seed": seed}
+    result = dependence.foci(X, y, max_features=max_features, **options)
     count = len(result.ordering)
     ordering = np.full(max_features, -1)
     ordering[:count] = result.ordering
@@ -241,7 +201,7 @@ def _fake_foci(
 
 def _nearest_neighbors(X: Tensor, ties: Any, seed: int) -> Tensor:
     check_choice(ties, "ties", ("first", "random"))
-    return torch.as_tensor(lcodec_ext.nearest_neighbors(X, ties=ties, seed=seed))
+    return torch.as_tensor(dependence.nearest_neighbors(X, ties=ties, seed=seed))
 
 
 def _fake_nearest_neighbors(X: Tensor, ties: str, seed: int) -> Tensor:
@@ -252,28 +212,36 @@ def _score(
     X: Tensor, R: Tensor, selected: list[int], factors: Tensor, ties: Any, seed: int
 ) -> tuple[Tensor, Tensor]:
     _check_step(X, R, selected, factors, ties, seed)
-    X, R, factors = (tensor.detach().resolve_neg() for tensor in (X, R, factors))
-    n, p = X.shape
-    if on_device(X):
-        # the kernels must not be led out of bounds by ranks that are none
-        engine = make_engine(lay_out("cuda", X), factors, R.clamp(1, n), ties, seed)
-        for column in selected:
-            engine.select(column)
-        whole, fraction = engine.score_all()  # type: ignore[attr-defined]
-        return whole, torch.where(whole < 0, whole, fraction)
-    for tensor, name in ((X, "X"), (factors, "factors")):
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} must be finite")
-    if R.min() < 1 or R.max() > n:
-        raise ValueError(f"R must hold max ranks, from 1 to {n}")
-    columns = lay_out("cpu", X.numpy())
-    engine = make_engine(columns, factors.numpy(), R.long().numpy(), ties, seed)
+    return _scored(resolve("auto", X=X), X, R, selected, factors, ties, seed)
+
+
+def _scored(
+    backend: Backend,
+    X: Tensor,
+    R: Tensor,
+    selected: list[int],
+    factors: Tensor,
+    ties: Any,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The step's scores by a backend; values are checked on the CPU only."""
+    n = len(X)
+    data: list[Any] = [tensor.detach().resolve_neg() for tensor in (X, R, factors)]
+    if backend.tensors:
+        data[1] = data[1].clamp(1, n)  # wrong ranks must not lead the kernels out of bounds
+    else:
+        for tensor, name in ((X, "X"), (factors, "factors")):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} must be finite")
+        if R.min() < 1 or R.max() > n:
+            raise ValueError(f"R must hold max ranks, from 1 to {n}")
+        data = [tensor.numpy() for tensor in data]
+    table, ranks, scales = data
+    engine = backend.engine(backend.lay_out(table), scales, ranks, ties, seed)
     for column in selected:
         engine.select(column)
-    candidates = np.setdiff1d(np.arange(p), selected)
-    scores = np.full((2, p), -1)
-    scores[:, candidates] = engine.score(candidates)
-    return torch.tensor(scores[0]), torch.tensor(scores[1])
+    whole, fraction = (torch.as_tensor(sums) for sums in engine.score_all())
+    return whole, torch.where(whole < 0, whole, fraction)
 
 
 def _fake_score(
@@ -291,23 +259,14 @@ def _check_step(
     check_choice(ties, "ties", TIES)
     check_seed(seed, optional=False)
     if X.dtype not in (torch.float32, torch.float64) or X.ndim != 2 or X.shape[1] == 0:
-        raise ValueError(
-            "X must be float32 or float64 of shape (n, p), p >= 1; got a tensor of "
-            f"{X.dtype}, shape {tuple(X.shape)}"
-        )
+        raise ValueError(f"X must be float32 or float64 of shape (n, p), p >= 1; got {_shown(X)}")
     n, p = X.shape
     if not 3 <= n <= MAX_ROWS:
         raise ValueError(f"X must have from 3 to {MAX_ROWS:,} rows; got {n}")
     if R.dtype not in (torch.int32, torch.int64) or R.shape != (n,):
-        raise ValueError(
-            f"R must be int32 or int64 of shape ({n},); got a tensor of {R.dtype}, "
-            f"shape {tuple(R.shape)}"
-        )
+        raise ValueError(f"R must be int32 or int64 of shape ({n},); got {_shown(R)}")
     if factors.dtype != X.dtype or factors.shape != (p,):
-        raise ValueError(
-            f"factors must be {X.dtype} of shape ({p},); got a tensor of {factors.dtype}, "
-            f"shape {tuple(factors.shape)}"
-        )
+        raise ValueError(f"factors must be {X.dtype} of shape ({p},); got {_shown(factors)}")
     for tensor, name in ((R, "R"), (factors, "factors")):
         if tensor.device != X.device:
             raise ValueError(
@@ -318,6 +277,10 @@ def _check_step(
         check_integer(column, "selected column", 0, p - 1)
     if len(set(selected)) < len(selected):
         raise ValueError(f"selected columns must differ; got {list(selected)}")
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"a tensor of {tensor.dtype}, shape {tuple(tensor.shape)}"
 
 
 for _schema, _kernel, _fake in (

@@ -17,7 +17,8 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
-torch.set_num_threads(1)  # small matrices; a second thread would spin beside other work
+# Small matrices: a second thread would only spin beside other work. `make check-paths` sets two.
+torch.set_num_threads(int(os.environ.get("LCODEC_TEST_TORCH_THREADS", "1")))
 
 CUDA = lcodec_ext.cuda_is_available() and torch.cuda.is_available()
 SIMD_LEVELS = lcodec_ext.build_info()["simd_supported"]
@@ -34,6 +35,8 @@ def pytest_report_header():
         f"CUDA kernels under test: {', '.join(device.name for device in DEVICES)}",
         lcodec_ext.cuda_status(),
         f"tests marked cuda: {cuda_tests()}",
+        f"torch on this CPU: {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads",
     ]
 
 

@@ -1,30 +1,21 @@
-"""How tests run lcodec_ext._cuda without a GPU: CPU tensors are taken for CUDA tensors."""
+"""A CUDA device whose memory is the CPU's, and the backend that computes on it."""
 
-from contextlib import contextmanager, nullcontext
-from unittest import mock
+from contextlib import nullcontext
 
-from lcodec_ext import _arrays
-from lcodec_ext._torch import device as _device
-from lcodec_ext.dependence.backends import cuda as _cuda
+from lcodec_ext._torch.device import Device
+from lcodec_ext.dependence.backends.cuda import CudaBackend
 
 
-@contextmanager
+class DeviceOnCpu(Device):
+    """CPU tensors lie on it; its kernels are those of a module."""
+
+    def __init__(self, module, stream=lambda: 0):
+        self.module, self.stream = module, stream
+
+    def guard(self):
+        return nullcontext()
+
+
 def cuda_on_cpu(module, stream=lambda: 0):
-    """Within it CPU tensors run on the CUDA backend, and module stands in for the kernels'."""
-
-    class Device:
-        def __init__(self, device):
-            self.module = module
-
-        def guard(self):
-            return nullcontext()
-
-        def stream(self):
-            return stream()
-
-    with (
-        mock.patch.object(_arrays, "DEVICE_TYPE", "cpu"),
-        mock.patch.object(_cuda, "Device", Device),
-        mock.patch.object(_device, "Device", Device),
-    ):
-        yield
+    """A backend for `backend=`, which takes CPU tensors for CUDA tensors."""
+    return CudaBackend(DeviceOnCpu(module, stream))

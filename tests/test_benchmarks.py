@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import lcodec_ext
 from lcodec_ext import _threads
 from lcodec_ext._torch.samples import as_samples
-from lcodec_ext.unlearning.record.perturbation import perturbed, record
+from lcodec_ext.unlearning.record import perturbed, record
 from lcodec_ext.unlearning.select import find_candidates
 from lcodec_ext.unlearning.settings import Settings
 
@@ -217,7 +217,7 @@ ALL_CASES = CASES | gpu_cases.CASES
 
 @pytest.fixture
 def rates(monkeypatch):
-    """What a GPU is asked for; the cases themselves run on the CPU, too."""
+    """What a GPU is asked for; the cases themselves also run on the CPU."""
     known = accelerator.Rates(copy_bytes_per_second=4e12, warp_instructions_per_second=1e12)
     monkeypatch.setattr(accelerator, "rates", lambda: known)
     return known
@@ -370,7 +370,7 @@ def test_the_work_of_a_foci_run_is_counted(monkeypatch):
     assert moved == 3 * 200 * 96 * 4
     neighbours = instructions / gpu_cases.SCAN_INSTRUCTIONS * gpu_cases.WARP / 200 / (95 + 94)
     assert 8 < neighbours < 100
-    monkeypatch.setattr(gpu_cases, "COUNTED_COLUMNS", 48)  # half of them stand for all
+    monkeypatch.setattr(gpu_cases, "COUNTED_COLUMNS", 48)  # the other half is like these
     assert gpu_cases.foci_work(data)[1] == pytest.approx(instructions, rel=0.2)
 
 

@@ -248,6 +248,20 @@ def test_calls_do_not_differ_from_one_another(rng):
         same(outcome(lambda: lcodec_ext.foci(X, y, stop=False, max_features=4)), first)
 
 
+def test_the_paper_codes_names(rng):
+    from lcodec_ext.compat import codec as compat
+
+    X, y = table_of("mixed", rng, 100, 5, np.float64)
+    ordering, values = compat.torch_foci(cuda(X), cuda(y))
+    assert (ordering, values) == compat.foci(X, y)
+    assert all(value.is_cuda for value in values)
+    assert compat.codec3(*map(cuda, (X[:, 0], y, X[:, 1]))) == compat.codec3(X[:, 0], y, X[:, 1])
+    found = compat.OneNN_Torch(cuda(X))
+    assert found.is_cuda
+    np.testing.assert_array_equal(found.cpu(), compat.OneNN_Scikit(X))
+    np.testing.assert_array_equal(compat.createFOCIGraph(cuda(X)), compat.createFOCIGraph(X))
+
+
 # What is refused
 
 

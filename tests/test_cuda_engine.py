@@ -12,12 +12,11 @@ import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
 from devices import PARAMETERS
 from lcodec_ext import _emulated
-from lcodec_ext.dependence import exact as _exact
-from lcodec_ext.dependence.backends import cpu as _native
-from lcodec_ext.dependence.backends.reference import ReferenceEngine
-from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
-from lcodec_ext.dependence.ranks import ranks
+from lcodec_ext.dependence import exact
+from lcodec_ext.dependence.backends.cpu import CpuBackend, CpuColumns, CpuEngine
+from lcodec_ext.dependence.backends.reference import ReferenceColumns, ReferenceEngine
 
+ranks = CpuBackend().ranks
 pytestmark = pytest.mark.native
 
 TIES = ("average", "random", "first")
@@ -45,7 +44,7 @@ class DeviceEngine:
                 "p": self.p,
                 "factor": factor,
                 "rank": rank,
-                "ties": _native.TIES_CODES[ties],
+                "ties": TIES.index(ties),
                 "seed": seed,
                 "workspace": int(self.workspace),
                 "scratch": scratch,
@@ -230,7 +229,7 @@ def assert_scores_equal_cpu(device, X, R, selected, ties="average"):
     """Against the CPU engine, where the reference would take too long."""
     factors = np.ones(X.shape[1], X.dtype)
     engine = DeviceEngine(device, X, factors, R, ties)
-    expected = _native.CpuEngine(_native.CpuColumns(X), factors, R, ties, 0)
+    expected = CpuEngine(CpuColumns(X), factors, R, ties, 0)
     for column in selected:
         engine.select(column)
         expected.select(column)
@@ -282,7 +281,7 @@ def test_leaders(device, p, rng):
         engine = DeviceEngine(device, X, np.ones(p, np.float32), np.arange(1, 4))
         count, found = engine.leaders(whole, fraction, candidate)
         columns = np.flatnonzero(candidate)
-        want = np.array(_exact.contenders(columns, whole[columns], fraction[columns]))
+        want = np.array(exact.contenders(columns, whole[columns], fraction[columns]))
         assert count == want.shape[1]
         if count <= MOST_LEADERS:
             np.testing.assert_array_equal(found[:, np.argsort(found[0])], want)
@@ -295,19 +294,19 @@ def test_functions_on_emulated_kernels(shape, ties, dtype, rng):
     """Validation, memory and the loop of FOCI around the kernels."""
     X = torch.from_numpy(shape(rng, 70, 6).astype(dtype))
     y = X[:, 0] * X[:, 3] + torch.from_numpy(rng.integers(0, 3, 70))
+    options = {"ties": ties, "seed": 4}
     calls = [
-        lambda: lcodec_ext.foci(X, y, ties=ties, seed=4, stop=False, max_features=4),
-        lambda: lcodec_ext.codec(y, X[:, :2], X[:, 2:4], ties=ties, seed=4),
-        lambda: lcodec_ext.lfoci(X, y, ties=ties, seed=4),
+        lambda where: lcodec_ext.foci(X, y, stop=False, max_features=4, **options, **where),
+        lambda where: lcodec_ext.codec(y, X[:, :2], X[:, 2:4], **options, **where),
+        lambda where: lcodec_ext.lfoci(X, y, **options, **where),
     ]
     if ties != "average":
-        calls.append(lambda: lcodec_ext.nearest_neighbors(X, ties=ties, seed=4).tolist())
+        calls.append(lambda where: lcodec_ext.nearest_neighbors(X, **options, **where).tolist())
     for call in calls:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # constant columns, underflow
-            expected = call()
-            with cuda_on_cpu(_emulated.cuda):
-                got = call()
+            expected = call({"backend": "cpu"})
+            got = call({"backend": cuda_on_cpu(_emulated.cuda)})
         assert str(got) == str(expected)
         if hasattr(got, "ordering"):
             np.testing.assert_array_equal(got.ordering, expected.ordering)

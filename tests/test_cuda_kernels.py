@@ -1,4 +1,4 @@
-"""The CUDA kernels against the reference, with ==: emulated, and on a GPU where there is one."""
+"""The CUDA kernels against the reference, with ==: emulated, and on a GPU if there is one."""
 
 import functools
 
@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices import DEVICES
-from lcodec_ext.dependence.backends.reference import nearest
-from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
+from lcodec_ext.dependence.backends.reference import ReferenceBackend, ReferenceColumns
 
 pytestmark = [
     pytest.mark.native,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # overflow is among the cases
 ]
 
+nearest = ReferenceBackend().nearest
 TIES = {"average": 0, "random": 1, "first": 2}
 SEED = 2**63 + 11
 

@@ -1,7 +1,6 @@
 """What surrounds the CUDA kernels: memory, streams, read-backs, and checks of CUDA tensors.
 
-CPU tensors stand in for CUDA tensors, and the reference behind the kernels' interface for the
-kernels.
+CPU tensors replace CUDA tensors, and the reference replaces the kernels, behind their interface.
 """
 
 import ctypes
@@ -9,6 +8,7 @@ import itertools
 import math
 import warnings
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -17,21 +17,30 @@ import torch
 import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
 from lcodec_ext import ops
-from lcodec_ext.dependence import exact as _exact
-from lcodec_ext.dependence.backends import cpu as _native
-from lcodec_ext.dependence.backends import cuda as _cuda
-from lcodec_ext.dependence.backends import reference
-from lcodec_ext.dependence.backends.base import lay_out, make_engine
-from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
-from lcodec_ext.dependence.ranks import ranks
+from lcodec_ext._torch.device import Device
+from lcodec_ext.dependence import exact
+from lcodec_ext.dependence.backends import cuda
+from lcodec_ext.dependence.backends.base import TIES
+from lcodec_ext.dependence.backends.cpu import CpuBackend, CpuEngine
+from lcodec_ext.dependence.backends.reference import (
+    ReferenceBackend,
+    ReferenceColumns,
+    ReferenceEngine,
+)
 
-TIES = ("average", "random", "first")
+CPU = CpuBackend()
 
 
 def at(pointer, shape, dtype):
     """The array at an address."""
     memory = (ctypes.c_byte * (math.prod(shape) * np.dtype(dtype).itemsize)).from_address(pointer)
     return np.frombuffer(memory, dtype).reshape(shape)
+
+
+# What the compiled functions take by name.
+STATISTICS = itemgetter("dtype", "x", "n", "p", "low", "high", "deviation")
+NEIGHBORS = itemgetter("dtype", "columns", "n", "p", "ties", "seed", "offset", "count", "indices")
+PROBLEM = itemgetter("x", "n", "p", "factor", "rank", "ties", "seed", "workspace", "scratch")
 
 
 class Kernels:
@@ -41,11 +50,10 @@ class Kernels:
         self.calls = []  # (name, stream)
         self.EngineFloat = self._engine(np.float32)
         self.EngineDouble = self._engine(np.float64)
+        self.backend = cuda_on_cpu(self)
 
     def column_statistics(self, given, stream):
-        dtype, x, n, p, low, high, deviation = map(
-            given.__getitem__, ["dtype", "x", "n", "p", "low", "high", "deviation"]
-        )
+        dtype, x, n, p, low, high, deviation = STATISTICS(given)
         self.calls.append(("column_statistics", stream))
         columns = ReferenceColumns(at(x, (n, p), dtype))
         at(low, (p,), dtype)[:] = columns.low
@@ -54,13 +62,10 @@ class Kernels:
             at(deviation, (p,), np.float64)[:] = columns.standard_deviations()
 
     def neighbors(self, given, stream):
-        dtype, columns, n, p, ties, seed, offset, count, indices = map(
-            given.__getitem__,
-            ["dtype", "columns", "n", "p", "ties", "seed", "offset", "count", "indices"],
-        )
+        dtype, columns, n, p, ties, seed, offset, count, indices = NEIGHBORS(given)
         self.calls.append(("neighbors", stream))
         table = ReferenceColumns(at(columns, (p, n), dtype).T)
-        indptr, found = reference.nearest(table, TIES[ties], seed)
+        indptr, found = ReferenceBackend().nearest(table, TIES[ties], seed)
         if indices:
             np.testing.assert_array_equal(at(offset, (n + 1,), np.int64), indptr)
             at(indices, (len(found),), np.int64)[:] = found
@@ -78,10 +83,7 @@ class Kernels:
                 return 48 * n
 
             def __init__(self, given):
-                x, n, p, factor, rank, ties, seed, workspace, scratch = map(
-                    given.__getitem__,
-                    ["x", "n", "p", "factor", "rank", "ties", "seed", "workspace", "scratch"],
-                )
+                x, n, p, factor, rank, ties, seed, workspace, scratch = PROBLEM(given)
                 at(workspace, (Engine.workspace_bytes(n, p, scratch),), np.uint8)[:] = 0xA5
                 self._arguments = (
                     ReferenceColumns(at(x, (n, p), dtype)),
@@ -95,9 +97,7 @@ class Kernels:
             def start(self, stream):
                 kernels.calls.append(("start", stream))
                 columns, factor, rank, *rest = self._arguments
-                self._twin = reference.ReferenceEngine(
-                    columns, factor, rank.astype(np.int64), *rest
-                )
+                self._twin = ReferenceEngine(columns, factor, rank.astype(np.int64), *rest)
 
             def select(self, column, stream):
                 kernels.calls.append(("select", stream))
@@ -115,7 +115,7 @@ class Kernels:
                 kernels.calls.append(("leaders", stream))
                 wanted = np.flatnonzero(at(candidate, (self._p,), np.uint8))
                 sums = (at(array, (self._p,), np.int64)[wanted] for array in (whole, fraction))
-                found = np.stack(_exact.contenders(wanted, *sums))[:, ::-1]
+                found = np.stack(exact.contenders(wanted, *sums))[:, ::-1]
                 words = at(out, (193,), np.int64)
                 words[:] = -77
                 words[0] = found.shape[1]
@@ -134,9 +134,7 @@ class Kernels:
 
 @pytest.fixture
 def kernels():
-    module = Kernels()
-    with cuda_on_cpu(module):
-        yield module
+    return Kernels()
 
 
 def table(name, n=40):
@@ -176,15 +174,14 @@ def tensors(*arrays):
         {"preselected": range(6)},
         {"min_gain": 0.2},
         {"progress": True},
-        {"backend": "cuda"},
     ],
 )
 def test_foci(kernels, name, dtype, options):
     X, y = table(name)
     X = X.astype(dtype)
-    got = lcodec_ext.foci(*tensors(X, y), **options)
+    got = lcodec_ext.foci(*tensors(X, y), backend=kernels.backend, **options)
     assert "start" in dict(kernels.calls)
-    same_result(got, lcodec_ext.foci(X, y, **{**options, "backend": "reference"}))
+    same_result(got, lcodec_ext.foci(X, y, backend="reference", **options))
 
 
 @pytest.mark.parametrize("options", [{}, {"ties": "random", "seed": 3}, {"ties": "first"}])
@@ -194,10 +191,12 @@ def test_codec(kernels, name, options):
     for z, x in ((X[:, 0], None), (X[:, :2], X[:, 4]), (X[:, :1], X[:, 3:])):
         given = [None if array is None else torch.tensor(array) for array in (y, z, x)]
         expected = lcodec_ext.codec(y, z, x, backend="reference", **options)
-        assert lcodec_ext.codec(*given, **options) == expected
+        assert lcodec_ext.codec(*given, backend=kernels.backend, **options) == expected
     assert "row_sums" in dict(kernels.calls)
-    mixed = lcodec_ext.codec(*tensors(y, X[:, 0].astype(np.float32), X[:, 1]))
-    assert mixed == lcodec_ext.codec(y, X[:, 0].astype(np.float32), X[:, 1])
+    mixed = tensors(y, X[:, 0].astype(np.float32), X[:, 1])
+    assert lcodec_ext.codec(*mixed, backend=kernels.backend) == lcodec_ext.codec(
+        y, X[:, 0].astype(np.float32), X[:, 1]
+    )
 
 
 @pytest.mark.parametrize("noise", [0, 0.05])
@@ -206,15 +205,16 @@ def test_noise_is_the_hosts(kernels, noise, noise_scale):
     X, y = table("ties")
     X = X.astype(np.float32)
     options = {"noise": noise, "noise_scale": noise_scale, "seed": 7}
-    got = lcodec_ext.lfoci(*tensors(X, y), **options)
+    got = lcodec_ext.lfoci(*tensors(X, y), backend=kernels.backend, **options)
     same_result(got, lcodec_ext.lfoci(X, y, backend="reference", **options))
-    got = lcodec_ext.lcodec(*tensors(y, X[:, 1:3], X[:, 4]), **options)
+    given = tensors(y, X[:, 1:3], X[:, 4])
+    got = lcodec_ext.lcodec(*given, backend=kernels.backend, **options)
     assert got == lcodec_ext.lcodec(y, X[:, 1:3], X[:, 4], backend="reference", **options)
 
 
 def test_dependence_graph(kernels):
     X, _ = table("ties")
-    got = lcodec_ext.dependence_graph(torch.tensor(X))
+    got = lcodec_ext.dependence_graph(torch.tensor(X), backend=kernels.backend)
     expected = lcodec_ext.dependence_graph(X, backend="reference")
     np.testing.assert_array_equal(got.weights, expected.weights)
     for pair in zip(got.results, expected.results, strict=True):
@@ -227,7 +227,9 @@ def test_nearest_neighbors(kernels, name, dtype):
     X = table(name)[0][:, :2].astype(dtype)
     for ties in ("first", "random", "all"):
         kernels.calls.clear()
-        got = lcodec_ext.nearest_neighbors(torch.tensor(X), ties=ties, seed=9)
+        got = lcodec_ext.nearest_neighbors(
+            torch.tensor(X), ties=ties, seed=9, backend=kernels.backend
+        )
         # where a row uses one neighbour, nobody need count them
         assert [name for name, _ in kernels.calls].count("neighbors") == 1 + (ties == "all")
         expected = lcodec_ext.nearest_neighbors(X, ties=ties, seed=9, backend="reference")
@@ -236,31 +238,18 @@ def test_nearest_neighbors(kernels, name, dtype):
             np.testing.assert_array_equal(a.numpy(), b, strict=True)
 
 
-def test_the_paper_codes_names(kernels):
-    from lcodec_ext.compat import codec as compat
-
-    X, y = table("ties")
-    expected = compat.torch_foci(X, y)
-    assert compat.torch_foci(*tensors(X, y)) == expected
-    assert compat.codec3(*tensors(X[:, 0], y, X[:, 1])) == compat.codec3(X[:, 0], y, X[:, 1])
-    np.testing.assert_array_equal(compat.OneNN_Torch(torch.tensor(X)), compat.OneNN_Scikit(X))
-    np.testing.assert_array_equal(
-        compat.createFOCIGraph(torch.tensor(X)), compat.createFOCIGraph(X)
-    )
-
-
 def test_columns_and_engine_equal_their_twins(kernels):
     X, y = table("ties")
-    R, _ = ranks(y)
-    columns = lay_out("cuda", torch.tensor(X))
-    cpu = lay_out("cpu", X)
+    R, _ = CPU.ranks(y)
+    columns = kernels.backend.lay_out(torch.tensor(X))
+    cpu = CPU.lay_out(X)
     np.testing.assert_array_equal(columns.low, cpu.low)
     np.testing.assert_array_equal(columns.high, cpu.high)
     np.testing.assert_array_equal(columns.standard_deviations(), cpu.standard_deviations())
     assert kernels.calls == [("column_statistics", 0)]
     engines = [
-        make_engine(columns, np.ones(6), torch.tensor(R), "average", 0),
-        make_engine(cpu, np.ones(6), R, "average", 0),
+        kernels.backend.engine(columns, np.ones(6), torch.tensor(R), "average", 0),
+        CPU.engine(cpu, np.ones(6), R, "average", 0),
     ]
     for engine in engines:
         engine.select(2)
@@ -274,7 +263,11 @@ def test_columns_and_engine_equal_their_twins(kernels):
         )
     for got, expected in zip(*(engine.row_sums(4) for engine in engines), strict=True):
         np.testing.assert_array_equal(got.numpy(), expected)
-    assert len({_exact.total(*engine.row_sums(4)) for engine in engines}) == 1
+    for got, expected in zip(*(engine.score_all() for engine in engines), strict=True):
+        left = [0, 1, 3, 4, 5]
+        np.testing.assert_array_equal(np.asarray(got)[left], expected[left])
+    assert engines[0].score_all()[0][2] == engines[1].score_all()[0][2] == -1
+    assert len({engine.exact_sum(4) for engine in engines}) == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,7 +279,7 @@ def test_more_leaders_than_the_device_lists(kernels, copies):
     X, y = table("ties", 20)
     X = np.hstack([X[:, :1], np.repeat(X[:, 1:2], copies, axis=1), X[:, 4:5]])
     options = {"stop": False, "max_features": 3, "standardize": None}
-    got = lcodec_ext.foci(*tensors(X, y), **options)
+    got = lcodec_ext.foci(*tensors(X, y), backend=kernels.backend, **options)
     expected = lcodec_ext.foci(X, y, backend="reference", **options)
     same_result(got, expected)
     assert 1 in expected.ordering
@@ -295,7 +288,8 @@ def test_more_leaders_than_the_device_lists(kernels, copies):
 def test_progress_asks_for_all_candidates_at_once(kernels):
     X, y = tensors(*table("continuous"))
     steps = 3
-    lcodec_ext.foci(X, y, stop=False, max_features=steps, progress=True)
+    options = {"stop": False, "max_features": steps, "progress": True}
+    lcodec_ext.foci(X, y, backend=kernels.backend, **options)
     assert [name for name, _ in kernels.calls].count("score") == steps
 
 
@@ -305,18 +299,18 @@ def test_progress_in_pieces_changes_nothing(monkeypatch):
     def leaders(engine, columns, floor=None):
         scores = engine.score(columns)
         for k, column in enumerate(columns):
-            if _exact.total(*engine.row_sums(column)) <= floor:
+            if exact.total(*engine.row_sums(column)) <= floor:
                 scores[0][k] = -1
-        return _exact.contenders(columns, *scores)
+        return exact.contenders(columns, *scores)
 
-    monkeypatch.setattr(reference.ReferenceEngine, "leaders", leaders)
+    monkeypatch.setattr(ReferenceEngine, "leaders", leaders)
     rng = np.random.default_rng(2)
     for n in [9] * 8 + [20]:  # few rows: sums that differ by less than 1
         X, y = rng.integers(0, 4, (n, 12)), rng.integers(0, n, n)
         options = {"stop": False, "max_features": 3, "progress": True}
         for backend, engine in (
-            ("reference", reference.ReferenceEngine),
-            ("cpu", _native.CpuEngine),
+            ("reference", ReferenceEngine),
+            ("cpu", CpuEngine),
         ):
             results = []
             for piece in (1024, 1, 5):
@@ -330,10 +324,10 @@ def test_the_stream_is_read_at_each_call():
     streams = itertools.count(100)
     module = Kernels()
     X, y = tensors(*table("ties"))
-    with cuda_on_cpu(module, stream=lambda: next(streams)):
-        lcodec_ext.foci(X, y, stop=False, max_features=2)
-        lcodec_ext.nearest_neighbors(X)
-        lcodec_ext.nearest_neighbors(X, ties="all")
+    backend = cuda_on_cpu(module, stream=lambda: next(streams))
+    lcodec_ext.foci(X, y, stop=False, max_features=2, backend=backend)
+    lcodec_ext.nearest_neighbors(X, backend=backend)
+    lcodec_ext.nearest_neighbors(X, ties="all", backend=backend)
     assert {name for name, _ in module.calls} == {
         "column_statistics", "start", "score", "leaders", "row_sums", "select",
         "neighbors",
@@ -347,11 +341,11 @@ def test_a_failed_kernel_is_named(kernels, monkeypatch):
 
     monkeypatch.setattr(kernels.EngineDouble, "start", start)
     with pytest.raises(RuntimeError, match="CUDA kernel sort_columns failed: an illegal"):
-        lcodec_ext.foci(*tensors(*table("continuous")))
+        lcodec_ext.foci(*tensors(*table("continuous")), backend=kernels.backend)
 
 
 class Memory:
-    """Stands in for Tensor.new_empty on a device that has so many bytes for one tensor."""
+    """Replaces Tensor.new_empty on a device with this many bytes for one tensor."""
 
     def __init__(self, monkeypatch, limit):
         self.asked = []
@@ -371,8 +365,8 @@ def test_scratch_is_halved_until_it_fits(kernels, monkeypatch):
     X, y = table("continuous")
     fixed = kernels.EngineDouble.workspace_bytes(40, 6, 0)
     memory = Memory(monkeypatch, fixed + 5000)
-    got = lcodec_ext.foci(*tensors(X, y))
-    assert memory.asked[0] == fixed + _cuda.SCRATCH == fixed + 2**28
+    got = lcodec_ext.foci(*tensors(X, y), backend=kernels.backend)
+    assert memory.asked[0] == fixed + cuda.SCRATCH == fixed + 2**28
     assert all(a - fixed == 2 * (b - fixed) for a, b in pairwise(memory.asked))
     assert memory.asked[-1] == fixed + 4096
     same_result(got, lcodec_ext.foci(X, y, backend="reference"))
@@ -382,7 +376,8 @@ def test_the_least_scratch_is_tried_last(kernels, monkeypatch):
     X, y = table("continuous")
     fixed, least = 8 * 40 * 6, kernels.EngineDouble.least_scratch(40)
     memory = Memory(monkeypatch, fixed + least)
-    same_result(lcodec_ext.foci(*tensors(X, y)), lcodec_ext.foci(X, y, backend="reference"))
+    got = lcodec_ext.foci(*tensors(X, y), backend=kernels.backend)
+    same_result(got, lcodec_ext.foci(X, y, backend="reference"))
     assert memory.asked[-1] == fixed + least
     Memory(monkeypatch, fixed + least - 1)
     with pytest.raises(
@@ -390,7 +385,7 @@ def test_the_least_scratch_is_tried_last(kernels, monkeypatch):
         match=r"^40 rows and 6 columns need a workspace of at least 3,840 bytes on device 'cpu'.*"
         r"float32, or compute on the CPU with .cpu\(\) \(CUDA out of memory",
     ):
-        lcodec_ext.foci(*tensors(X, y))
+        lcodec_ext.foci(*tensors(X, y), backend=kernels.backend)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -429,40 +424,39 @@ ODD_TENSORS = [
 def test_odd_tensors_just_work(name, odd):
     y = torch.tensor(Y0)
 
-    def results():
+    def results(backend):
+        where = {"backend": backend}
         return (
-            lcodec_ext.codec(y, odd),
-            lcodec_ext.codec(odd[:, :1], y),
-            lcodec_ext.codec(odd[:, 1], y, odd[:, 2]),
-            lcodec_ext.lcodec(odd[:, 1], y),
-            lcodec_ext.foci(odd, y, stop=False, max_features=2).cumulative.tolist(),
-            lcodec_ext.lfoci(odd, odd[:, 0], max_features=2).cumulative.tolist(),
+            lcodec_ext.codec(y, odd, **where),
+            lcodec_ext.codec(odd[:, :1], y, **where),
+            lcodec_ext.codec(odd[:, 1], y, odd[:, 2], **where),
+            lcodec_ext.lcodec(odd[:, 1], y, **where),
+            lcodec_ext.foci(odd, y, stop=False, max_features=2, **where).cumulative.tolist(),
+            lcodec_ext.lfoci(odd, odd[:, 0], max_features=2, **where).cumulative.tolist(),
         )
 
-    expected = results()
-    with cuda_on_cpu(Kernels()):
-        assert results() == expected
+    assert results(Kernels().backend) == results("auto")
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
 def test_the_response_is_compared_as_it_is(dtype):
-    """Integers beyond those of float64, and of int64."""
+    """Integers that float64 cannot hold, and integers that int64 cannot hold."""
     y = (np.rint(10 * Y0).astype(np.int64) + 2**62).astype(dtype)
     if dtype == np.uint64:
         y[y > 2**62] += np.uint64(2**63)
     expected = lcodec_ext.codec(Y0, X0)
     assert lcodec_ext.codec(y, X0) == expected
-    with cuda_on_cpu(Kernels()):
-        assert lcodec_ext.codec(torch.tensor(y), torch.tensor(X0)) == expected
-        same_result(lcodec_ext.foci(torch.tensor(X0), torch.tensor(y)), lcodec_ext.foci(X0, Y0))
+    backend = Kernels().backend
+    assert lcodec_ext.codec(torch.tensor(y), torch.tensor(X0), backend=backend) == expected
+    got = lcodec_ext.foci(torch.tensor(X0), torch.tensor(y), backend=backend)
+    same_result(got, lcodec_ext.foci(X0, Y0))
 
 
 def test_zeros_of_both_signs_are_equal():
     y = np.where(Y0 > 0, 0.0, -0.0)
     y[:9] = np.arange(9)
     expected = lcodec_ext.codec(y, X0)
-    with cuda_on_cpu(Kernels()):
-        assert lcodec_ext.codec(*tensors(y, X0)) == expected
+    assert lcodec_ext.codec(*tensors(y, X0), backend=Kernels().backend) == expected
 
 
 BAD_TENSORS = [
@@ -493,7 +487,6 @@ BAD_TENSORS = [
     {"X": torch.zeros(1_000_001, 1), "y": torch.zeros(1_000_001)},
     {"nan_policy": "drop"},
     {"ties": "mean"},
-    {"backend": "gpu"},
     {"seed": 1.5},
     {"y": changed(Y0, slice(2, None), np.nan), "nan_policy": "omit"},
 ]
@@ -505,24 +498,19 @@ def test_bad_tensors(function, bad):
     given = {"X": torch.tensor(X0), "y": torch.tensor(Y0), **bad}
     X, y = given.pop("X"), given.pop("y")
 
-    def message():
+    def message(backend):
         arguments = (y, X) if function == "codec" else (X, y)
         with pytest.raises((ValueError, TypeError)) as caught:
-            getattr(lcodec_ext, function)(*arguments, **given)
+            getattr(lcodec_ext, function)(*arguments, backend=backend, **given)
         return type(caught.value), str(caught.value)
 
-    expected = message()
-    with cuda_on_cpu(Kernels()):
-        assert message() == expected
+    assert message(Kernels().backend) == message("auto")
 
 
 def test_tensors_without_numbers():
     float8 = torch.zeros(N, 2, dtype=torch.float8_e4m3fn)
-    with (
-        cuda_on_cpu(Kernels()),
-        pytest.raises(ValueError, match="X must hold real numbers; got a tensor of torch.float8"),
-    ):
-        lcodec_ext.foci(float8, torch.tensor(Y0))
+    with pytest.raises(ValueError, match="X must hold real numbers; got a tensor of torch.float8"):
+        lcodec_ext.foci(float8, torch.tensor(Y0), backend=Kernels().backend)
 
 
 def test_missing_values_can_be_left_out():
@@ -532,8 +520,8 @@ def test_missing_values_can_be_left_out():
         options = {"nan_policy": "omit", "stop": False, **options}
         expected = lcodec_ext.foci(holes, y, **options)
         assert expected.n_samples == N - 3
-        with cuda_on_cpu(Kernels()):
-            same_result(lcodec_ext.foci(*tensors(holes, y), **options), expected)
+        got = lcodec_ext.foci(*tensors(holes, y), backend=Kernels().backend, **options)
+        same_result(got, expected)
 
 
 def test_large_float32_sums_are_no_infinities():
@@ -542,44 +530,63 @@ def test_large_float32_sums_are_no_infinities():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = lcodec_ext.foci(X, Y0)
-        with cuda_on_cpu(Kernels()):
-            same_result(lcodec_ext.foci(*tensors(X, Y0)), expected)
+        got = lcodec_ext.foci(*tensors(X, Y0), backend=Kernels().backend)
+    same_result(got, expected)
 
 
-def test_data_are_not_copied_between_devices(kernels):
-    X, y = tensors(X0, Y0)
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lies on a GPU; nothing must ask for its data."""
+
+    device = torch.device("cuda:0")
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        raise AssertionError(f"{function} was called")
+
+
+class Other(Elsewhere):
+    device = torch.device("cuda:1")
+
+
+def test_data_are_not_copied_between_devices():
+    X, y = (tensor.as_subclass(Elsewhere) for tensor in tensors(X0, Y0))
     for backend in ("cpu", "reference"):
         with pytest.raises(
             ValueError,
-            match=f"X is a tensor on device 'cpu', and backend='{backend}' computes on the CPU; "
+            match=f"X is a tensor on device 'cuda:0', and backend='{backend}' computes on the CPU; "
             r"data are not copied between devices unasked: pass X.cpu\(\)",
         ):
             lcodec_ext.foci(X, y, backend=backend)
-    with pytest.raises(ValueError, match=r"X is on 'cpu', y is not a tensor: pass torch.as_tensor"):
+    with pytest.raises(ValueError, match=r"X is on 'cuda:0', y is not a tensor: pass torch.as_t"):
         lcodec_ext.foci(X, Y0)
+    other = torch.tensor(Y0).as_subclass(Other)
+    for backend in ("auto", "cuda"):
+        with pytest.raises(
+            ValueError, match=r"X is on 'cuda:0', y is a tensor on device 'cuda:1': pass y.to\(X.d"
+        ):
+            lcodec_ext.foci(X, other, backend=backend)
     with pytest.raises(
-        ValueError, match=r"y is on 'cpu', x is a tensor on device 'meta': pass x.t"
+        ValueError, match=r"y is on 'cuda:0', x is a tensor on device 'meta': pass x.to\(y.device"
     ):
-        lcodec_ext.codec(y, X, X.to("meta"))
+        lcodec_ext.codec(y, X, torch.zeros(N, device="meta"))
     with pytest.raises(ValueError, match=r"X is not a tensor: pass torch.as_tensor\(X\).cuda\(\)"):
         lcodec_ext.foci(X0, y, backend="cuda")
     for call in (lcodec_ext.xi, lcodec_ext.xi_test):
-        with pytest.raises(ValueError, match="x is a tensor on device 'cpu', and xi computes on"):
+        message = f"x is a tensor on device 'cuda:0', and {call.__name__} computes on the CPU only"
+        with pytest.raises(ValueError, match=message):
             call(y, y)
     with pytest.raises(ValueError, match="X is a tensor .*, and FOCISelector computes on the CPU"):
         lcodec_ext.FOCISelector().fit(X, y)
-    with pytest.raises(ValueError, match="FOCISelector computes on the CPU only: backend='cuda'"):
+    with pytest.raises(
+        ValueError, match="FOCISelector computes on the CPU only; got backend='cuda'"
+    ):
         lcodec_ext.FOCISelector(backend="cuda").fit(X0, Y0)
-    assert kernels.calls == []
-    assert lcodec_ext.foci(X0, Y0).n_samples == N  # arrays go on running on the CPU
-    assert kernels.calls == []
 
 
-def test_a_build_without_the_engine_says_so(monkeypatch):
-    monkeypatch.setattr(_cuda.Device, "module", None)
+def test_a_build_without_the_engine_says_so():
     with pytest.raises(RuntimeError) as caught:
-        _cuda.Device(torch.device("cuda:0"))
-    assert "tensors on device 'cuda:0' need the CUDA backend" in str(caught.value)
+        Device(torch.device("cuda:0"), module=None)
+    assert "tensors on device 'cuda:0' need CUDA, which this build or" in str(caught.value)
     assert lcodec_ext.cuda_status() in str(caught.value)
 
 
@@ -588,22 +595,26 @@ def test_warnings_are_those_of_the_cpu():
     constant[:, 1] = 2.5
     x = np.repeat(np.arange(10), 3)
     calls = [
-        lambda given: lcodec_ext.foci(given(constant), given(Y0)),
-        lambda given: lcodec_ext.foci(given(X0), given(np.ones(N))),
-        lambda given: lcodec_ext.lfoci(given(constant), given(np.ones(N))),
-        lambda given: lcodec_ext.codec(given(Y0), given(constant), given(np.ones(N))),
-        lambda given: lcodec_ext.codec(given(np.ones(N)), given(X0)),
-        lambda given: lcodec_ext.codec(given(x**2), given(X0), given(x)),
-        lambda given: lcodec_ext.lcodec(given(np.ones(N)), given(constant)),
-        lambda given: lcodec_ext.codec(given(Y0), given((X0 * 1e-25).astype(np.float32))),
-        lambda given: lcodec_ext.dependence_graph(given(constant)),
+        lambda given, where: lcodec_ext.foci(given(constant), given(Y0), **where),
+        lambda given, where: lcodec_ext.foci(given(X0), given(np.ones(N)), **where),
+        lambda given, where: lcodec_ext.lfoci(given(constant), given(np.ones(N)), **where),
+        lambda given, where: lcodec_ext.codec(
+            given(Y0), given(constant), given(np.ones(N)), **where
+        ),
+        lambda given, where: lcodec_ext.codec(given(np.ones(N)), given(X0), **where),
+        lambda given, where: lcodec_ext.codec(given(x**2), given(X0), given(x), **where),
+        lambda given, where: lcodec_ext.lcodec(given(np.ones(N)), given(constant), **where),
+        lambda given, where: lcodec_ext.codec(
+            given(Y0), given((X0 * 1e-25).astype(np.float32)), **where
+        ),
+        lambda given, where: lcodec_ext.dependence_graph(given(constant), **where),
     ]
     for call in calls:
         told = []
-        for given in (np.asarray, torch.tensor):
-            with warnings.catch_warnings(record=True) as caught, cuda_on_cpu(Kernels()):
+        for given, backend in ((np.asarray, "cpu"), (torch.tensor, Kernels().backend)):
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                call(given)
+                call(given, {"backend": backend})
             assert {warning.filename for warning in caught} == {__file__}
             told.append([str(warning.message) for warning in caught])
         assert told[0] == told[1] != []
@@ -611,13 +622,11 @@ def test_warnings_are_those_of_the_cpu():
 
 def test_the_single_step_op_on_a_device(kernels):
     X, y = tensors(X0, Y0)
-    R, _ = ranks(y)
+    R, _ = kernels.backend.ranks(y)
     factors = torch.linspace(0.5, 2, 6, dtype=torch.float64)
-    got = ops.score(X, R, [4, 1], factors, "random", 5)
+    got = ops._scored(kernels.backend, X, R, [4, 1], factors, "random", 5)
     assert [name for name, _ in kernels.calls] == ["start", "select", "select", "score"]
-    engine = reference.ReferenceEngine(
-        ReferenceColumns(X0), factors.numpy(), R.numpy(), "random", 5
-    )
+    engine = ReferenceEngine(ReferenceColumns(X0), factors.numpy(), R.numpy(), "random", 5)
     for column in (4, 1):
         engine.select(column)
     expected = np.full((2, 6), -1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_on_cpu import cuda_on_cpu
+from cuda_on_cpu import DeviceOnCpu
 from devices import GPU, ORDERS
 from lcodec_ext import _core, _emulated
 from lcodec_ext.curvature import kernels, reference
@@ -41,7 +41,8 @@ class Emulated:
     def run(self, function, *arguments, **options):
         _emulated.configure(*self.order)
         try:
-            with pytest.MonkeyPatch.context() as patch, cuda_on_cpu(_emulated.cuda):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernels, "device_of", lambda tensor: DeviceOnCpu(_emulated.cuda))
                 patch.setattr(_emulated.cuda, "CHUNK_BYTES", CHUNK_BYTES)
                 return function(*arguments, **options)
         finally:

@@ -353,8 +353,8 @@ def test_woodbury_refines_where_that_helps(helps):
     result = woodbury(gram, torch.ones(6), damping, b=b, describe=WHERE, **functions)
     assert 2 <= len(seen) <= 3
     assert result.residual == pytest.approx(min(seen), rel=1e-3)
+    # Where it does not help, rounding of x makes the residual, which refinement may lower a little.
     assert (result.residual < seen[0] / 10) == helps
-    assert (min(seen) < seen[0]) == helps
 
 
 def test_woodbury_with_a_gram_that_rounding_made_indefinite():

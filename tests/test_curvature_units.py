@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from lcodec_ext.curvature import Segment, UnitSelection, n_units
-from lcodec_ext.curvature.selection import UnitLayout
 
 
 class Conv1D(nn.Module):
@@ -482,9 +481,6 @@ def test_a_tied_entry_is_one_coordinate():
     check_writing(selection, model)
     every = UnitSelection.all(model)
     assert every.size(model) == sum(p.numel() for p in model.parameters())
-    vector = torch.arange(float(every.size(model)), dtype=torch.float64)
-    layout = UnitLayout(every, model)
-    assert torch.equal(layout.gather(layout.substituted(vector)), vector)
 
 
 def test_the_head_may_own_the_padding_row():

@@ -14,11 +14,14 @@ import lcodec_ext
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {  # and how many examples each has
-    "README.md": 4,
+    "README.md": 2,
     "docs/curvature.md": 2,
+    "docs/dependence.md": 4,
+    "docs/evaluation.md": 1,
     "docs/privacy.md": 3,
     "docs/unlearning.md": 2,
 }
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 EXAMPLES = [
     (name, *example)
@@ -49,12 +52,22 @@ def test_examples(name):
             assert output.getvalue() == expected
 
 
-def test_readme_links_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", TEXTS["README.md"])
-    assert links
+def anchors(text):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     for link in links:
         if "://" not in link:
-            assert (ROOT / link).exists(), link
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 import lcodec_ext
-from lcodec_ext.dependence.backends import cpu as _native
-from lcodec_ext.dependence.backends.reference import ReferenceEngine
-from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
-from lcodec_ext.dependence.ranks import ranks
+from lcodec_ext.dependence.backends.cpu import CpuBackend, CpuColumns, CpuEngine
+from lcodec_ext.dependence.backends.reference import ReferenceColumns, ReferenceEngine
 
 pytestmark = pytest.mark.native
 
 RNG = np.random.default_rng(7)
+ranks = CpuBackend().ranks
 
 
 def continuous(n):
@@ -110,7 +109,7 @@ def test_engine_equals_reference(shape, dtype, ties):
         X = shape(n).astype(dtype)
         R, _ = ranks(RNG.integers(0, n, n))
         factors = np.array([1.0, 0.3, 2.0, 1.0, 1.7, 0.0], dtype=dtype)
-        cpu = _native.CpuEngine(_native.CpuColumns(X), factors, R, ties, 11)
+        cpu = CpuEngine(CpuColumns(X), factors, R, ties, 11)
         reference = ReferenceEngine(ReferenceColumns(X), factors, R, ties, 11)
         candidates = np.array([1, 2, 5]) if n > 300 else np.arange(6)
         for column in [*selections, None]:
@@ -148,7 +147,7 @@ def test_candidates_do_not_influence_each_other(shape):
     X = np.hstack([shape(150) for _ in range(11)]).astype(np.float32)
     R, _ = ranks(RNG.normal(size=150))
     factors = np.ones(66, dtype=np.float32)
-    engine = _native.CpuEngine(_native.CpuColumns(X), factors, R, "average", 0)
+    engine = CpuEngine(CpuColumns(X), factors, R, "average", 0)
     for column in (None, 4, 20):
         if column is not None:
             engine.select(column)
@@ -167,7 +166,7 @@ def depends_on(X, column):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
 def test_only_candidates_that_cannot_win_are_skipped(shape, ties):
     X = np.hstack([shape(300) for _ in range(8)])
-    engine = _native.CpuEngine(_native.CpuColumns(X), np.ones(48), depends_on(X, 20), ties, 5)
+    engine = CpuEngine(CpuColumns(X), np.ones(48), depends_on(X, 20), ties, 5)
     for selected in (None, 3, 20):
         if selected is not None:
             engine.select(selected)
@@ -186,7 +185,7 @@ def test_only_candidates_that_cannot_win_are_skipped(shape, ties):
 def test_most_candidates_are_skipped(k):
     """Where one column is best by far, and where none is above the floor."""
     X = RNG.normal(size=(600, 200))
-    engine = _native.CpuEngine(_native.CpuColumns(X), np.ones(200), depends_on(X, 150), "first", 0)
+    engine = CpuEngine(CpuColumns(X), np.ones(200), depends_on(X, 150), "first", 0)
     for column in range(k):
         engine.select(column)
     everything = np.arange(k, 200)
@@ -202,11 +201,11 @@ def test_most_candidates_are_skipped(k):
 
 
 def test_rows_of_many_columns_are_compared_with_all():
-    """Beyond the columns of a tree, and just below."""
+    """Around the largest number of columns for which a tree is used."""
     X = np.hstack([grid(90) for _ in range(3)])
     R, _ = ranks(RNG.integers(0, 9, 90))
     for ties in ("average", "random"):
-        cpu = _native.CpuEngine(_native.CpuColumns(X), np.ones(18), R, ties, 3)
+        cpu = CpuEngine(CpuColumns(X), np.ones(18), R, ties, 3)
         reference = ReferenceEngine(ReferenceColumns(X), np.ones(18), R, ties, 3)
         for column in range(14):
             cpu.select(column)

@@ -190,7 +190,7 @@ def test_timings_are_taken_over(tmp_path):
     assert gpu.judge_timings(finished(""), path).why == "a: b"
     entry["agrees"] = True
     path.write_text(json.dumps(content))
-    assert gpu.judge_timings(finished(""), path).status == "passed"  # a claim is no error
+    assert gpu.judge_timings(finished(""), path).status == "passed"  # a missed claim is allowed
 
 
 def test_nvidia_smi_is_read(monkeypatch):
@@ -342,7 +342,7 @@ def test_without_time_or_package_or_tool_nothing_is_run(go):
     checks = result["checks"]
     assert status == 1
     assert [check["status"] for check in checks.values()] == ["failed", "not run", "not found"]
-    assert checks["tests"]["why"] == "there is no package: build failed"
+    assert checks["tests"]["why"] == "the package is missing, because the build failed"
     assert checks["memcheck"]["why"] == "compute-sanitizer is not on this machine"
     assert not any("printed" in check for check in checks.values())
     status, result = go(stage("one", "print('ran')", least=5), budget=3)

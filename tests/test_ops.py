@@ -9,15 +9,15 @@ import torch
 
 import lcodec_ext
 from lcodec_ext import ops
-from lcodec_ext.dependence.backends.reference import ReferenceEngine
-from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
-from lcodec_ext.dependence.ranks import ranks
+from lcodec_ext.dependence.backends.cpu import CpuBackend
+from lcodec_ext.dependence.backends.reference import ReferenceColumns, ReferenceEngine
 
 N = 50
 generator = torch.Generator().manual_seed(4)
 X = torch.randn(N, 5, generator=generator)
 Y = X[:, 1] * X[:, 3]
 COARSE = (X * 2).round()
+ranks = CpuBackend().ranks
 R = torch.from_numpy(ranks(Y.numpy())[0])
 FACTORS = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.5])
 

@@ -35,7 +35,7 @@ def test_selects_the_markov_blanket(problem):
 
 
 def test_values_are_those_of_codec_on_standardised_columns(problem, rng):
-    """As the README says."""
+    """As docs/dependence.md says."""
     X, y = problem
     X = X * rng.permutation([0.01, 0.1, 0.5, 1.0, 2.0, 3.0, 10.0, 100.0])
     result = lcodec_ext.foci(X, y, stop=False, max_features=4)

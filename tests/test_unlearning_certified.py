@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lcodec_ext.unlearning import unlearn
 from lcodec_ext.unlearning.privacy import PrivacyBudgetExceeded, gaussian_delta
-from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
+from lcodec_ext.unlearning.privacy.linear import CertifiedLinear, minimise
 
 OPTIONS = {"weight_decay": 0.01, "epsilon": 1.0, "delta": 1e-4, "noise_std": 2.0}
 
@@ -31,7 +31,7 @@ def with_bias(model, x):
 
 
 def objective(model, x, y, weights):
-    """What is trained, all outputs, written down anew."""
+    """The training objective for all outputs, written again independently."""
     scores = with_bias(model, x) @ weights
     if model.loss == "squared":
         losses = (scores[:, 0] - y).square().sum() / 2
@@ -238,12 +238,12 @@ def pushed(model, x, y, index, grid):
     keep = torch.arange(len(x)) != index
     for b in grid:
         noise = torch.tensor([b], dtype=torch.float64)
-        w = model._minimise(x, y.double(), noise, 1)
-        removed, rest = (x[~keep], y[~keep].double()), (x[keep], y[keep].double())
+        ((all_of,), (removed,), (rest,)) = (
+            model._objectives(x[of], y[of], 1) for of in (slice(None), ~keep, keep)
+        )
+        w = minimise(all_of, noise, model.tolerance)
         step, _ = model._step(w, removed, rest)
-        slopes, _ = model._derivatives(rest[0] @ (w + step), rest[1])
-        decay = model.weight_decay * len(rest[0])
-        effective.append(-float(rest[0].T @ slopes + decay * (w + step)))
+        effective.append(-float(rest.gradient(w + step)))
     return np.array(effective)
 
 

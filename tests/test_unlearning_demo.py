@@ -32,7 +32,7 @@ def test_what_is_not_its_own_is_not_deleted(demo, tmp_path, what):
         own.mkdir()
         (own / ("ledger.jsonl" if what == "ledger" else "accounts")).write_text("mine")
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(SystemExit, match="ledger was not made by this demonstration"):
+    with pytest.raises(SystemExit, match="ledger was not made by this example"):
         demo.run(tmp_path, 1, n_train=300, n_wrong=12, epochs=1)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
@@ -59,7 +59,7 @@ def test_small_run_and_again(demo, tmp_path, capsys, monkeypatch):
 
     written = json.loads((folder / "report.json").read_text())
     assert written["evaluations"][0] == json.loads(json.dumps(evaluation.to_dict()))
-    assert (folder / "figure_gap.png").stat().st_size > 10_000
+    assert (folder / "figure_losses.png").stat().st_size > 10_000
     shown = capsys.readouterr()
     for name in metrics:
         assert name in shown.out

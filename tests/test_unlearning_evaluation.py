@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lcodec_ext.evaluation import metrics
-from lcodec_ext.evaluation.evaluate import BASELINES, Evaluation, evaluate, gap_closed
-from lcodec_ext.evaluation.methods import Baseline, fine_tune, gradient_ascent, lbfgs, neg_grad_plus
+from lcodec_ext.evaluation.evaluate import Evaluation, evaluate, gap_closed
+from lcodec_ext.evaluation.methods import (
+    BASELINES,
+    Baseline,
+    fine_tune,
+    gradient_ascent,
+    lbfgs,
+    neg_grad_plus,
+)
 from lcodec_ext.unlearning import unlearn
 
 DOUBLE = torch.float64
@@ -237,7 +245,7 @@ def test_methods_of_every_kind():
         methods={
             "model": RETRAINED[0],
             "result": result,
-            "options": {"selection": "last"},
+            "options": {"selection": "random", "n_units": 3},
             "baseline": Baseline(fine_tune, {"epochs": 1}),
             "partial": Baseline(functools.partial(fine_tune, epochs=1)),
             "function": by_hand,
@@ -258,7 +266,9 @@ def test_methods_of_every_kind():
         assert found.settings["methods"][name]["weight_decay"] == DECAY
         assert not found[name].skipped
     assert found["result"].units_per_layer == {"0": [6, 6], "3": [3, 3]}
-    assert found["options"].units_per_layer == {"0": [0, 6], "3": [3, 3]}
+    counts = found["options"].units_per_layer
+    assert counts.keys() == {"0", "3"}
+    assert sum(selected for selected, _ in counts.values()) == 3
     assert found.settings["methods"]["options"]["seed"] == 3
     assert found.settings["methods"]["baseline"] == {
         "baseline": "fine_tune",
@@ -371,7 +381,7 @@ def test_json_round_trip():
         *SETS,
         F.cross_entropy,
         retrained=RETRAINED,
-        methods={"options": {"selection": "last"}, "tuned": Baseline(lbfgs)},
+        methods={"options": {"selection": "random", "n_units": 3}, "tuned": Baseline(lbfgs)},
         weight_decay=DECAY,
     )
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -392,6 +402,42 @@ def test_json_round_trip():
     lines = repr(found).splitlines()
     assert lines[0].startswith("Evaluation: 10 samples removed, 50 retained, 30 for the test; 3")
     assert [line.split()[0] for line in lines[3:]] == ["no-op", "retrained", "options", "tuned"]
+
+
+def test_frame_has_a_row_for_each_method():
+    found = evaluate(
+        MODEL,
+        *SETS,
+        F.cross_entropy,
+        retrained=RETRAINED,
+        methods={"options": {"selection": "gradient", "n_units": 3}},
+        **QUICK,
+    )
+    frame = found.to_frame()
+    assert list(frame.index) == ["no-op", "retrained", "options"]
+    for method in found.methods:
+        row = frame.loc[method.name]
+        for name, value in method.metrics.items():
+            assert row[name] == value or (value is None and np.isnan(row[name]))
+    options = found["options"]
+    row = frame.loc["options"]
+    assert row["gap_closed_js_forget"] == options.gap_closed["js_forget"]
+    assert (row["units"], row["units_of"]) == (3, 9)
+    assert row["seconds_solve"] == options.phases["solve"]
+    assert frame.loc["retrained", "spread_loss_test"] == found["retrained"].spread["loss_test"]
+
+
+def test_frame_needs_pandas(monkeypatch):
+    found = evaluate(MODEL, *SETS, F.cross_entropy, retrained=RETRAINED, methods={}, **QUICK)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"to_frame needs pandas: pip install 'lcodec_ext\[eval"):
+        found.to_frame()
+
+
+def test_scikit_learn_is_missed_before_anything_is_trained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(ImportError, match="evaluate, needs scikit-learn"):
+        evaluate(MODEL, *SETS, F.cross_entropy, retrained=never)
 
 
 def test_at_most_1000_losses_are_kept():
@@ -583,7 +629,7 @@ def test_one_epoch_of_sgd_by_hand():
     expected = copy.deepcopy(MODEL)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.01, momentum=0.9, weight_decay=DECAY)
     order = np.random.default_rng(4).permutation(50)
-    for start in (0, 20):  # the last 10 are no full batch
+    for start in (0, 20):  # the last 10 do not fill a batch
         some = torch.as_tensor(order[start : start + 20])
         optimizer.zero_grad()
         F.cross_entropy(expected(RETAIN[0][some]), RETAIN[1][some]).backward()
@@ -630,7 +676,7 @@ def test_gradient_ascent_stops_before_it_harms():
     fast = gradient_ascent(MODEL, *SETS[:2], F.cross_entropy, learning_rate=0.3, epochs=200)
     limit = 1.5 * losses(MODEL)[1] + 0.05
     assert losses(MODEL)[1] < losses(fast)[1] <= limit
-    # the next step would have gone beyond
+    # the next step would have passed the limit
     step = copy.deepcopy(fast)
     optimizer = torch.optim.SGD(step.parameters(), lr=0.3, maximize=True)
     F.cross_entropy(step(FORGET[0]), FORGET[1]).backward()
@@ -722,7 +768,7 @@ def test_arguments_are_checked(options, error, message):
 
 
 def test_samples_and_loss_are_checked():
-    with pytest.raises(TypeError, match="loss_fn must be callable; got an object of type str"):
+    with pytest.raises(TypeError, match="loss_fn must be callable .* got an object of type str"):
         evaluate(MODEL, *SETS, "cross_entropy", retrained=never)
     few = (TEST[0][:3], TEST[1][:3])
     with pytest.raises(ValueError, match="test must have at least 4 samples"):
@@ -754,8 +800,6 @@ def test_all_baselines_in_one_call():
 
 
 def test_the_names_of_the_methods_are_documented():
-    page = (Path(__file__).parents[1] / "docs" / "unlearning.md").read_text(encoding="utf-8")
-    section = page.partition("## Evidence")[2].partition("\n## ")[0]
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    section = page.partition("## Methods")[2].partition("\n## ")[0]
     assert re.findall(r'^\| `"(.+?)"` \|', section, re.MULTILINE) == list(BASELINES)
-    listed = evaluate.__doc__.partition("by default all of them:")[2].partition("n_retrain")[0]
-    assert re.findall(r'"([^"]+)"(?=[,:])', listed) == list(BASELINES)

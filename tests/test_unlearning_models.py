@@ -1,6 +1,6 @@
-"""Deletions from models of many kinds: trained until they know wrong labels, then made to forget.
+"""Deletions from models of many kinds, which are trained until they know wrong labels.
 
-Of every kind one model is trained on samples of which some are mislabelled, and one without these.
+Of every kind, one model is trained with some mislabelled samples, and one without them.
 """
 
 import copy
@@ -135,7 +135,7 @@ PADDING, START, UNKNOWN, WORDS = 0, 1, 2, 300
 
 
 def texts():
-    """Windows of the help texts of Python: of which topic are they?"""
+    """Pieces of Python's help texts, to be classified by topic."""
     rng = np.random.default_rng(0)
     topics = ("specialnames", "assignment", "formatstrings")
     words = [re.findall(r"[a-z]+", pydoc_data.topics.topics[name].lower()) for name in topics]
@@ -338,7 +338,7 @@ STEP_ALONE = {
 
 
 def assert_consistent(kind, result, *, score=None):
-    """The fields of the result, computed anew."""
+    """The fields of the result, computed again independently."""
     before, after = kind.model, result.model
     changed = changed_coordinates(before, after)
     own = coordinates(result.selection, before)
@@ -384,7 +384,7 @@ def test_wrong_labels_are_forgotten(kind, preset):
     options = {"weight_decay": WEIGHT_DECAY, **kind.options}
     if preset == "paper":
         options |= {"damping": 0.01}
-    elif "perturb" in kind.options:  # text: SGD at 0.2 is no repair of a transformer
+    elif "perturb" in kind.options:  # text: SGD at 0.2 does not repair a transformer
         options |= STEP_ALONE | {"damping": 0.01, "n_curvature": None, "max_iterations": 50}
     if preset == "paper" and kind.loss_fn is composite:
         options["damping"] = 0.1
@@ -423,9 +423,8 @@ def test_wrong_labels_are_forgotten(kind, preset):
     [
         ("cheap", "secant", {"n_perturbations": 100, "n_units": 2}),
         ("gradient", "fisher", {"n_units": 3}),
-        ("fisher_ratio", "gauss_newton", {"max_parameters": 400}),
-        ("expected_decrease", "gauss_newton", {"max_parameters": 0.3, "update": "lbfgs"}),
-        ("last", "hessian", {}),
+        ("gradient", "gauss_newton", {"max_parameters": 400}),
+        ("random", "hessian", {"n_units": 2}),
         ("random", "gauss_newton", {"max_parameters": 0.5, "gradient": "residual", "steps": 2}),
     ],
 )
@@ -447,11 +446,6 @@ def test_other_selections_and_curvatures(kind, selection, curvature, options):
     assert_consistent(kind, result)
     most = options.get("max_parameters", 1.0)
     assert result.n_parameters <= most * (1 if most > 1 else result.n_trainable)
-    if selection == "last":
-        assert len(result.selection.units) == 1
-        layer = next(iter(result.selection.units))
-        heads = ("", "2", "9", "fc", "classifier", "ink")
-        assert layer in heads
     if options.get("gradient") != "residual":
         assert result.loss_forget.after > result.loss_forget.before
 

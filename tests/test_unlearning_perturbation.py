@@ -11,16 +11,15 @@ from torch import nn
 from lcodec_ext import codec
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature.selection import UnitSelection
-from lcodec_ext.unlearning.record import perturbation
-from lcodec_ext.unlearning.record.activations import Recorder, UnitCall, activation_units
-from lcodec_ext.unlearning.record.perturbation import (
+from lcodec_ext.unlearning.record import (
     Recording,
     TokenReplacement,
+    passes,
     perturbed,
     record,
-    select_cheap,
-    select_lfoci,
 )
+from lcodec_ext.unlearning.record.activations import Recorder, UnitCall
+from lcodec_ext.unlearning.select import select_cheap, select_lfoci
 
 CPU = torch.device("cpu")
 K = 7  # perturbations
@@ -370,16 +369,15 @@ def test_every_call_of_a_reused_module_has_its_columns():
         second = model.body(torch.tanh(first))
     np.testing.assert_allclose(recording.activations[0, :4], first.mean(0).numpy(), rtol=1e-12)
     np.testing.assert_allclose(recording.activations[0, 4:8], second.mean(0).numpy(), rtol=1e-12)
-    columns, without = activation_units(model, request.fetch([0]))
-    assert columns == recording.owners
-    assert without == recording.without == {"idle": "the forward pass does not call it"}
+    assert recording.without == {"idle": "the forward pass does not call it"}
 
 
 def test_layers_of_equal_description_are_told_apart():
     model = seeded(5, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)))
     assert len({str(module) for module in model}) == 1
-    columns, _ = activation_units(model, samples_of(normal(1, 3)).fetch([0]))
-    assert columns == [UnitCall(name, 0, unit) for name in "012" for unit in range(3)]
+    assert recorded(model, samples_of(normal(1, 3))).owners == [
+        UnitCall(name, 0, unit) for name in "012" for unit in range(3)
+    ]
 
 
 def test_layers_that_cannot_be_recorded_say_why():
@@ -461,7 +459,7 @@ def test_memory_limits_what_goes_together(monkeypatch):
     free = recorded(model, request)
     assert free.together == 128
     for most in (3, 1):
-        monkeypatch.setattr(perturbation, "_PASS_BYTES", most * 2 * 8 * 8 + 1)
+        monkeypatch.setattr(passes, "_PASS_BYTES", most * 2 * 8 * 8 + 1)
         limited = recorded(model, request)
         assert limited.together == most
         np.testing.assert_allclose(limited.activations, free.activations, rtol=1e-11)
@@ -498,7 +496,7 @@ def test_batch_size_changes_nothing(batch_size, rows, monkeypatch):
     expected = recorded(model, request, rows=rows)
     largest = 0
     seen = {}
-    original = perturbation.perturbed
+    original = perturbed
 
     def spy(batch, seed, index, **options):
         seen.setdefault(index, []).append(original(batch, seed, index, **options).args[0])
@@ -508,7 +506,7 @@ def test_batch_size_changes_nothing(batch_size, rows, monkeypatch):
         nonlocal largest
         largest = max(largest, len(inputs[0]))
 
-    monkeypatch.setattr(perturbation, "perturbed", spy)
+    monkeypatch.setattr("lcodec_ext.unlearning.record.recording.perturbed", spy)
     model[0].register_forward_pre_hook(count)
     got = recorded(model, request, rows=rows, batch_size=batch_size)
     assert largest <= batch_size
@@ -1008,21 +1006,67 @@ def test_dead_units_are_left_out_and_reported(planted, select):
     assert "2 dead units" in repr(recording)
 
 
-def test_rounding_of_float32_is_no_life():
-    class Bias(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.constant, self.layer = nn.Linear(64, 40), nn.Linear(4, 40)
-            self.head = nn.Linear(40, 3)
+class ConstantBranch(nn.Module):
+    """Two layers that see the same for every sample, whatever is perturbed, and one that does not.
 
-        def forward(self, x):
-            ones = torch.linspace(-1, 1, 64).expand(len(x), 64)
-            return self.head(torch.tanh(self.constant(ones) + self.layer(x)))
+    The constants cancel: what remains of a sum is far smaller than its terms and their rounding.
+    """
 
-    model = seeded(11, Bias()).float()
-    request = as_samples((normal(1, 4).float(), torch.zeros(1).long()), "f", CPU, torch.float32)
-    recording = recorded(model, request, n_perturbations=50, batch_size=13)
-    assert recording.dead == UnitSelection({"constant": range(40)})
+    def __init__(self, convolution):
+        super().__init__()
+        if convolution:
+            self.constant, self.deeper = nn.Conv2d(64, 40, 3), nn.Conv2d(40, 40, 1)
+            self.layer = nn.Conv2d(1, 40, 3)
+            constant = torch.linspace(-1, 1, 64)[:, None, None].expand(64, 6, 6)
+        else:
+            self.constant, self.deeper = nn.Linear(64, 40), nn.Linear(40, 40)
+            self.layer = nn.Linear(36, 40)
+            constant = torch.linspace(-1, 1, 64)
+        self.register_buffer("seen", constant)
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, x):
+        seen = self.seen.expand(len(x), *self.seen.shape)
+        hidden = self.deeper(torch.tanh(self.constant(seen)))
+        x = x if isinstance(self.layer, nn.Conv2d) else x.flatten(1)
+        hidden = torch.tanh(hidden + self.layer(x))
+        return self.head(hidden.flatten(2).mean(2) if hidden.ndim > 2 else hidden)
+
+
+@pytest.mark.parametrize("rows", ["batch", "samples"])
+@pytest.mark.parametrize("batch_size", [1, 2, 13, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("convolution", [False, True], ids=["linear", "convolution"])
+def test_rounding_is_no_life(convolution, dtype, batch_size, rows):
+    model = seeded(11, ConstantBranch(convolution)).to(dtype)
+    with torch.no_grad():  # the first unit cancels to nothing but rounding
+        model.constant.bias[0] -= model.constant(model.seen[None])[0, 0].mean()
+    inputs = normal(2, 1, 6, 6).to(dtype)
+    request = as_samples((inputs, torch.arange(2)), "f", CPU, dtype)
+    recording = recorded(model, request, n_perturbations=50, batch_size=batch_size, rows=rows)
+    assert recording.dead == UnitSelection({"constant": range(40), "deeper": range(40)})
+    # What moves is left alone: rounding is far below it.
+    differences = np.ptp(recording.activations, axis=0)
+    assert (recording.rounding[recording.alive] < 1e-3 * differences[recording.alive]).all()
+
+
+@pytest.mark.parametrize("batch_size", [13, 16, 50])
+def test_rounding_of_the_loss_is_no_life(batch_size):
+    """A small loss is the difference of logits that are far larger, and so is its rounding."""
+    model = seeded(11, ConstantBranch(False)).float()
+    with torch.no_grad():
+        model.layer.weight.zero_()  # but the table has a column that varies
+        model.layer.weight[0, 0] = 1
+        model.head.weight[:, 0] = 0
+        logits = model(torch.zeros(1, 1, 6, 6))[0]
+        model.head.bias += torch.tensor([12.0, 0, 0]) - logits
+    inputs = normal(1, 1, 6, 6).float()
+    request = as_samples((inputs, torch.zeros(1).long()), "f", CPU, torch.float32)
+    recording = recorded(model, request, n_perturbations=50, batch_size=batch_size)
+    assert 0 < recording.losses.max() < 1e-4
+    assert [recording.owners[k] for k in recording.alive] == [UnitCall("layer", 0, 0)]
+    with pytest.raises(ValueError, match="the same under all perturbations"):
+        select_lfoci(recording)
 
 
 def test_cheap_foci_takes_the_unit_with_the_largest_coefficient(rng):
@@ -1064,7 +1108,7 @@ def test_a_recording_is_selected_from():
     ("spoil", "message"),
     [
         (lambda a, y: (a, y * 0), "same under all perturbations: noise_std is too small"),
-        (lambda a, y: (a * 0, y), "all are dead, from 400 rows.*selection='full'"),
+        (lambda a, y: (a * 0, y), "all are dead: in 400 rows.*selection='full'"),
         (lambda a, y: (a, y + np.nan), "loss of the perturbed request is NaN"),
         (lambda a, y: (np.where(np.arange(8) == 6, np.inf, a), y), "unit 2 of layer 'fc'"),
     ],
@@ -1083,5 +1127,5 @@ def test_nothing_to_select(select):
     )
     assert codec(losses, activations[:, 0]) <= 0
     options = {"noise": 0.0} if select is select_lfoci else {}
-    with pytest.raises(ValueError, match=r"selects no unit|no unit has T.*Give more n_pert"):
+    with pytest.raises(ValueError, match=r"selects no unit|no unit has T.*Pass more n_pert"):
         select(recording, **options)

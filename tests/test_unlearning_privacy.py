@@ -225,7 +225,7 @@ def test_leaving_the_training_gradient_out_would_not_hold(rng):
 
 def test_a_removed_sample_may_pull_twice_as_much_as_its_loss():
     """Its gradient has the regulariser's part, which the others balance and it does not."""
-    # losses -L w, but for the removed sample +L w; F is minimal at w = (n - 2) L / (n decay)
+    # losses -L w, and +L w for the removed sample; F is minimal at w = (n - 2) L / (n decay)
     n, decay, lipschitz = 100, 0.5, 3.0
     w = (n - 2) * lipschitz / (n * decay)
     pull = lipschitz + decay * w
@@ -438,7 +438,7 @@ def test_certified_noise_covers_the_true_distance(rng):
     ("change", "reason"),
     [
         ({"n_selected": 4}, "the step changed 4 of 5 trainable parameters"),
-        ({"update": "lbfgs"}, "update='lbfgs'"),
+        ({"update": "gradient"}, "update='gradient'"),
         ({"curvature": "gauss_newton"}, "curvature='gauss_newton'"),
         ({"damping": 1e-3}, "damping=0.001"),
         ({"steps": 2}, "steps=2"),

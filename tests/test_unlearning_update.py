@@ -25,7 +25,7 @@ from lcodec_ext import unlearning
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature import ConvergenceWarning, GaussNewtonOperator
 from lcodec_ext.unlearning import BeforeAfter, IndefiniteCurvatureError, Settings, UnitSelection
-from lcodec_ext.unlearning.unlearn import _warn_of_overlap
+from lcodec_ext.unlearning.request import warn_of_overlap
 
 DOUBLE = torch.float64
 
@@ -201,7 +201,8 @@ def test_convex_removal_reaches_a_stationary_point(regressions):
     regression = regressions["breast cancer"]
     result, _ = regression.unlearn(1, curvature="hessian", weight_decay=LAMBDA, damping=0.0)
     assert result.gradient_norm.after < 0.01 * result.gradient_norm.before
-    assert result.gradient_norm == result.gradient_norm_selected  # all units, all parameters
+    # All units, all parameters: norms of the same numbers, which are added in another order.
+    assert result.gradient_norm == pytest.approx(result.gradient_norm_selected, rel=1e-12)
 
 
 @pytest.mark.parametrize("gradient", ["removal", "residual"])
@@ -213,20 +214,6 @@ def test_repeated_steps_reach_the_retrained_weights(regressions, data, m, gradie
     assert np.abs(weights - retrained).max() < 1e-8
     assert result.gradient_norm.after < 1e-8
     assert result.solve_residual <= 1e-10
-
-
-def test_lbfgs_reaches_the_retrained_weights(regressions):
-    _, retrained = regressions["wine"].exact_step(20)
-    for gradient in ("removal", "residual"):
-        _, weights = regressions["wine"].unlearn(
-            20,
-            update="lbfgs",
-            gradient=gradient,
-            max_iterations=500,
-            weight_decay=LAMBDA,
-            damping=0.0,
-        )
-        assert np.abs(weights - retrained).max() < 1e-4
 
 
 def test_influence_is_that_of_leaving_one_out(regressions):
@@ -468,8 +455,8 @@ def test_report(batch_size):
     text = repr(result)
     for part in (
         "9 of 80 samples",
-        "14 of 14, full (0: 6, 3: 5, 5: 3)",
-        "gauss_newton, weight decay 0.01, damping 0.05, cholesky, residual ",
+        "14 of 14, full (0: 6, 3: 5, 5: 3), ",
+        "gauss_newton, damping 0.05, cholesky, residual ",
     ):
         assert part in text
 
@@ -870,15 +857,19 @@ def refuse(error, match, **arguments):
             "a UnitSelection says",
         ),
         ({"selection": "random"}, ValueError, "needs n_units or max_parameters"),
-        ({"selection": "last", "max_parameters": 1.5}, ValueError, "share above 0 and up to 1"),
-        ({"selection": "last", "max_parameters": 3}, ValueError, "allows no unit.* has 5 param"),
-        ({"selection": "last", "max_parameters": 9, "n_units": 1}, ValueError, "cannot both"),
+        ({"selection": "gradient", "max_parameters": 1.5}, ValueError, "share above 0 and up to 1"),
+        (
+            {"selection": "gradient", "max_parameters": 3},
+            ValueError,
+            "allows no unit.* has 5 param",
+        ),
+        ({"selection": "gradient", "max_parameters": 9, "n_units": 1}, ValueError, "cannot both"),
         ({"epsilon": 0.1}, ValueError, "epsilon and delta belong together"),
         ({"epsilon": 0.1, "delta": 1.0}, ValueError, "delta must be between 0 and 1"),
         ({"perturb": 3}, TypeError, "perturb must be callable"),
         ({"dtype": torch.float16}, ValueError, "dtype must be torch.float32 or"),
         (
-            {"candidates": ("nothing*",), "selection": "last"},
+            {"candidates": ("nothing*",)},
             ValueError,
             "'nothing.' matches no layer",
         ),
@@ -1054,7 +1045,7 @@ def tokens(n, dtype=torch.int64):
     [
         torch.randn(60, 5, generator=torch.manual_seed(0)),
         torch.randn(60, 2, 3, dtype=DOUBLE, generator=torch.manual_seed(0)),
-        torch.arange(60 * 4).reshape(60, 4).double(),  # bits that are zero but for a few
+        torch.arange(60 * 4).reshape(60, 4).double(),  # bits, nearly all of them zero
         torch.arange(60.0),
         tokens(60),
         tokens(60, torch.uint8),
@@ -1076,7 +1067,7 @@ def test_overlap_is_found_wherever_it_is(inputs):
     def warnings_of(forget, retain):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _warn_of_overlap(forget, retain)
+            warn_of_overlap(forget, retain)
         return [str(warning.message) for warning in caught]
 
     forget = some(list(range(20)))

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcodec_ext import XiTestResult, xi, xi_test
-from lcodec_ext.dependence import xi_sums as _xi_sums
-from lcodec_ext.dependence.backends import reference_xi as reference
+from lcodec_ext.dependence.backends.cpu import CpuBackend
+from lcodec_ext.dependence.backends.reference import ReferenceBackend
 
+CPU = CpuBackend()
 backends = pytest.mark.parametrize("backend", ["cpu", "reference"])
 TIES = ["average", "random", "first"]
 
@@ -129,7 +130,7 @@ def test_a_million_rows_do_not_overflow(size):
     groups = n // size
     # within a group of consecutive ranks (s^2 - 1) / 3, from one to the next s
     expected = Fraction(groups * (size**2 - 1), 3) + (groups - 1) * size
-    assert _xi_sums.path_length(x, R, "average", 0) == expected
+    assert CPU.path_length(x, R, "average", 0) == expected
 
 
 def test_the_variance_of_a_million_rows_does_not_overflow():
@@ -140,14 +141,14 @@ def test_the_variance_of_a_million_rows_does_not_overflow():
     total = n * (n + 1) * (2 * n + 1) // 6
     expected = n * n * squares - 2 * n * rows + total**2
     R = np.random.default_rng(0).permutation(n) + 1
-    assert _xi_sums.null_variance(R) == expected
+    assert CPU.null_variance(R) == expected
     # the heaviest ranks there are: one row apart from the rest
     R = np.full(n, n)
     R[7] = 1
     squares = (2 * n - 1) + (n - 1) ** 2 * n * n
     rows = n * n + (n - 1) * (1 + (n - 1) * n) ** 2
     total = (2 * n - 1) + (n - 1) ** 2 * n
-    assert _xi_sums.null_variance(R) == n * n * squares - 2 * n * rows + total**2
+    assert CPU.null_variance(R) == n * n * squares - 2 * n * rows + total**2
 
 
 def test_a_million_rows_in_small_groups_take_seconds():
@@ -162,9 +163,9 @@ def test_sums_of_many_denominators_are_exact():
     rng = np.random.default_rng(2)
     sizes = rng.permutation(np.arange(1, 90))
     x = np.repeat(np.arange(len(sizes)), sizes)
-    R, _ = _xi_sums.ranks(rng.integers(0, 500, len(x)))
-    expected = reference.path_length(x, R, "average", 0)
-    assert _xi_sums.path_length(x, R, "average", 0) == expected
+    R, _ = CPU.ranks(rng.integers(0, 500, len(x)))
+    expected = ReferenceBackend().path_length(x, R, "average", 0)
+    assert CPU.path_length(x, R, "average", 0) == expected
 
 
 # --------------------------------------------------------------------------------------------
@@ -295,9 +296,7 @@ def test_bad_options():
         xi(x, y, ties="min")
     with pytest.raises(ValueError, match="backend must be one of"):
         xi(x, y, backend="gpu")
-    with pytest.raises(
-        ValueError, match="xi computes on the CPU only: backend='cuda' is not there"
-    ):
+    with pytest.raises(ValueError, match="xi computes on the CPU only; got backend='cuda'"):
         xi(x, y, backend="cuda")
     with pytest.raises(TypeError, match="seed"):
         xi(x, y, ties="random", seed=1.5)

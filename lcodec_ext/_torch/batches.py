@@ -1,6 +1,6 @@
-"""Batches of samples, whatever they were given as, and losses that are known by name."""
+"""Batches of samples: their forms, and how they are cut and joined."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,36 @@ _SHOWN = 4  # types in a message
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is called with, and what the loss is given beside its outputs."""
+    """What the model is called with, and the targets that the loss compares its outputs with."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Any
     size: int  # samples
+
+    def part(self, samples: slice) -> "Batch":
+        """Some samples of the batch."""
+        whole = (self.args, self.kwargs, self.targets)
+        args, kwargs, targets = part_of(whole, self.size, samples)
+        return Batch(args, kwargs, targets, len(range(self.size)[samples]))
+
+    @staticmethod
+    def joined(batches: "Sequence[Batch]") -> "Batch":
+        """The samples of several batches, one after the other."""
+        sizes = [batch.size for batch in batches]
+        trees = [(batch.args, batch.kwargs, batch.targets) for batch in batches]
+        args, kwargs, targets = joined(trees, sizes)
+        return Batch(args, kwargs, targets, sum(sizes))
+
+    @property
+    def data(self) -> tuple[Any, Any]:
+        """The batch as the operators of `lcodec_ext.curvature` take it."""
+        return (self.kwargs or self.args), self.targets
+
+    @property
+    def kinds(self) -> list[tuple[int, torch.dtype]]:
+        """Dimensions and dtype of each tensor."""
+        return [(t.ndim, t.dtype) for t in tensors_of((self.args, self.kwargs, self.targets))]
 
 
 class Batches:
@@ -61,7 +85,7 @@ class Batches:
             n = n_samples(data, "data")
             self._given = [(t, t._version) for t in tensors_of(data) if not t.is_inference()]
             self._read = lambda: (
-                sample_of(data, n, slice(k, k + SAMPLES)) for k in range(0, n, SAMPLES)
+                part_of(data, n, slice(k, k + SAMPLES)) for k in range(0, n, SAMPLES)
             )
         elif isinstance(data, Iterator):
             raise TypeError(
@@ -82,7 +106,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         if any(tensor._version != version for tensor, version in self._given):
             raise ValueError(
-                "data were changed in place since the operator was made, and it has to read them "
+                "data were changed in place after the operator was made, and it has to read them "
                 "again; make a new operator, or give it copies"
             )
         for number, batch in enumerate(self._read()):
@@ -115,7 +139,7 @@ def is_batch(data: Any) -> bool:
 
 
 def is_one_batch(data: Any) -> bool:
-    """Whether data is a batch, where it can be no collection of them: targets may be nested."""
+    """Whether data is a batch where only a batch is allowed: its targets may be nested."""
     return is_batch(data) or (
         isinstance(data, tuple | list)
         and len(data) > 1
@@ -191,9 +215,31 @@ def n_samples(batch: Any, name: str) -> int:
     return len(first)
 
 
-def sample_of(tree: Any, n: int, samples: slice) -> Any:
-    """Some samples of a batch of n: slices of tensors whose first axis has n entries."""
-    return map_tensors(lambda t: t[samples] if t.ndim and len(t) == n else t, tree)
+def part_of(tree: Any, n: int, samples: slice | Tensor) -> Any:
+    """Some of n samples: of each tensor whose first axis has n entries, a slice or the numbers."""
+
+    def part(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or len(tensor) != n:
+            return tensor
+        return tensor[samples if isinstance(samples, slice) else samples.to(tensor.device)]
+
+    return map_tensors(part, tree)
+
+
+def joined(trees: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """The samples of several trees of one structure, one after the other.
+
+    Tensors whose first axes are not the sizes are taken from the first tree.
+    """
+    columns = zip(*(list(tensors_of(tree)) for tree in trees), strict=True)
+
+    def join(tensor: Tensor) -> Tensor:
+        column = next(columns)
+        if all(t.ndim and len(t) == size for t, size in zip(column, sizes, strict=True)):
+            return torch.cat(column)
+        return tensor
+
+    return map_tensors(join, trees[0])
 
 
 def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -208,7 +254,7 @@ def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def described(value: Any) -> str:
-    """What a value is that is no batch, in a few words."""
+    """Describe in a few words what was given instead of a batch."""
     if isinstance(value, Tensor):
         return f"a single tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):

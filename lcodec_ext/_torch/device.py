@@ -8,11 +8,17 @@ import torch
 from lcodec_ext import _core
 from lcodec_ext._build import cuda_is_available, cuda_status
 
+_KERNELS = getattr(_core, "cuda", None)  # None in a build without CUDA
+
 
 class Device:
     """A CUDA device as the kernels see it: entry points, current stream, guard.
 
-    Tests put one in its place whose memory is the CPU's.
+    Parameters
+    ----------
+    device : torch.device
+    module
+        The kernels' entry points: those of the compiled module, unless a test brings others.
 
     Raises
     ------
@@ -20,16 +26,14 @@ class Device:
         If this build or this machine cannot run the kernels.
     """
 
-    module: Any = getattr(_core, "cuda", None)  # None in a build without CUDA
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if self.module is not None:
+    def __init__(self, device: torch.device, module: Any = _KERNELS) -> None:
+        self._device, self.module = device, module
+        if module is not None:
             with self.guard():
                 if cuda_is_available():
                     return
         raise RuntimeError(
-            f"tensors on device '{device}' need the CUDA backend, which is not there "
+            f"tensors on device '{device}' need CUDA, which this build or machine does not offer "
             f"({cuda_status()}) Pass CPU data instead, with .cpu()"
         )
 
@@ -40,3 +44,8 @@ class Device:
     def stream(self) -> int:
         """The device's current stream, a cudaStream_t."""
         return torch.cuda.current_stream(self._device).cuda_stream
+
+
+def device_of(tensor: torch.Tensor) -> Device | None:
+    """The CUDA device of a tensor, None for any other."""
+    return Device(tensor.device) if tensor.device.type == "cuda" else None

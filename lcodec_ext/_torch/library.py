@@ -11,8 +11,8 @@ _library: Any = torch.library.Library("lcodec_ext", "FRAGMENT")  # type: ignore[
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Add an operator to torch.ops.lcodec_ext.
 
-    The kernel serves CPU and CUDA tensors. Without one of its own autograd would warn of a backward
-    pass that does not exist.
+    The kernel serves CPU and CUDA tensors. A fallthrough is registered for autograd, which would
+    otherwise warn that the operator has no backward pass.
     """
     name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):

@@ -1,19 +1,26 @@
-"""Losses: which are known, their mean and their gradient over samples."""
+"""Losses: what is asked of them, which are known, their mean and gradient over samples."""
 
+import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._torch.batches import map_tensors, part_of
 from lcodec_ext._torch.modes import evaluating
 from lcodec_ext._torch.samples import Samples, outputs_of
 
-# ---------------------------------------------------------------------------------------------
-# Losses
+#: From outputs and targets of a batch to the loss of the batch.
+LossFunction = Callable[[Any, Any], Tensor]
+Gradient = dict[str, Tensor]
+
+
+class NotFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,94 @@ def known_loss(loss_fn: Any) -> KnownLoss | None:
     return KnownLoss(kind, reduction, options.get("ignore_index", -100))
 
 
-LossFunction = Callable[[Any, Any], Tensor]
+# ---------------------------------------------------------------------------------------------
+# What is asked of a loss
+
+
+def check_loss_fn(loss_fn: object) -> None:
+    """Refuse what is not callable on outputs and targets."""
+    if isinstance(loss_fn, type):
+        raise TypeError(
+            "loss_fn must be callable on outputs and targets; got the class "
+            f"{loss_fn.__name__}: pass an instance, {loss_fn.__name__}()"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            "loss_fn must be callable on outputs and targets; got an object of type "
+            f"{type(loss_fn).__name__}"
+        )
+
+
+def loss_in(dtype: torch.dtype, loss_fn: LossFunction) -> LossFunction:
+    """A loss for outputs of a dtype: of a module a copy in it."""
+    return copy.deepcopy(loss_fn).to(dtype) if isinstance(loss_fn, nn.Module) else loss_fn
+
+
+def scalar_loss(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
+    """The loss of a batch; refuse what is not a scalar tensor."""
+    loss = loss_fn(outputs, targets)
+    if not isinstance(loss, Tensor) or loss.ndim > 0:
+        given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
+    return loss
+
+
+def loss_in_parts(
+    loss_fn: LossFunction, outputs: Any, targets: Any, n: int, step: int, reduction: str = "mean"
+) -> Tensor:
+    """The mean (or sum) over n samples, from the losses of parts of at most step samples."""
+    total: Any = 0.0
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        loss = scalar_loss(loss_fn, part_of(outputs, n, part), part_of(targets, n, part))
+        total = total + loss * ((part.stop - part.start) / n if reduction == "mean" else 1)
+    return total
+
+
+def check_reduction(
+    whole: Tensor, of_parts: Tensor, n: int, *, reduction: str = "mean", why: str = ""
+) -> None:
+    """Refuse a loss of n samples that is not the mean (or sum) of the losses of its parts.
+
+    Rounding passes: a relative difference of 2e-5 in float32, or 1e-6 of losses near zero, and
+    1e-8 or 1e-12 in float64.
+    """
+    rtol, atol = (1e-8, 1e-12) if whole.dtype == torch.float64 else (2e-5, 1e-6)
+    if not torch.isclose(of_parts, whole, rtol=rtol, atol=atol):
+        raise ValueError(
+            f"loss_fn must be the plain {reduction} over the samples of a batch{why} "
+            f"(reduction={reduction!r}, no class weights, no ignored targets, no mean over tokens "
+            f"of samples of unequal length); on {n} samples it is {whole.item():.6g}, and the "
+            f"{reduction} of the losses of its parts is {of_parts.item():.6g}"
+        )
+
+
+def check_parts(
+    loss_fn: LossFunction,
+    outputs: Any,
+    targets: Any,
+    n: int,
+    step: int,
+    *,
+    reduction: str = "mean",
+    why: str = "",
+) -> None:
+    """`check_reduction` for the parts of at most step samples."""
+    if step >= n:
+        return
+    with torch.no_grad():
+        outputs = map_tensors(Tensor.detach, outputs)
+        whole = scalar_loss(loss_fn, outputs, targets)
+        total = loss_in_parts(loss_fn, outputs, targets, n, step, reduction)
+    check_reduction(whole, total, n, reduction=reduction, why=why)
+
+
+# ---------------------------------------------------------------------------------------------
+# Over samples
 
 
 def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int) -> float:
-    """Of samples, in evaluation mode, without the regulariser; NaN or infinity where it is."""
+    """Without the regulariser, in evaluation mode; NaN or infinite where the loss is."""
     total = 0.0
     with evaluating(model), torch.no_grad():
         for batch in samples.batches(batch_size):
@@ -86,8 +176,73 @@ def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_s
 
 
 def is_much_worse(before: float, after: float) -> bool:
-    """Whether a mean loss rose by as much as is warned of; NaN is worse, too."""
+    """Whether a mean loss rose by so much that a warning is due; NaN counts as worse."""
     return math.isfinite(before) and not after <= 1.5 * before + 0.05
+
+
+def mean_gradient(
+    model: nn.Module,
+    samples: Samples,
+    loss_fn: LossFunction,
+    parameters: Mapping[str, Tensor],
+    batch_size: int,
+    *,
+    weight_decay: float = 0.0,
+    dtype: torch.dtype | None = None,
+    check: bool = False,
+) -> tuple[float, Gradient]:
+    """Mean loss of samples, and the gradient of it plus (weight_decay / 2) |w|^2.
+
+    Parameters
+    ----------
+    model, samples, loss_fn
+        The model is called in the mode it is in.
+    parameters : mapping of str to Tensor
+        Of the model: the gradient is by these.
+    batch_size : int
+        Samples in a backward pass.
+    weight_decay : float, default 0.0
+    dtype : torch.dtype, optional
+        In which gradients are summed; by default each parameter's own.
+    check : bool, default False
+        Whether to refuse a loss that is not the mean over the samples of its batches.
+
+    Raises
+    ------
+    NotFiniteError
+        If the loss or the gradient is NaN or infinite.
+    ValueError
+        If the loss does not depend on the parameters of the model.
+    """
+    gradient = {k: weight_decay * p.detach().to(dtype or p.dtype) for k, p in parameters.items()}
+    total = 0.0
+    for batch in samples.batches(batch_size):
+        outputs = outputs_of(model, batch)
+        loss = finite_loss(loss_fn, outputs, batch.targets, samples.name)
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on the parameters of the model")
+        if check:
+            check_parts(loss_fn, outputs, batch.targets, batch.size, -(-batch.size // 2))
+        share = batch.size / len(samples)
+        total += loss.item() * share
+        parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for k, part in zip(parameters, parts, strict=True):
+            if part is not None:
+                gradient[k] += part * share
+    for k, g in gradient.items():
+        if not torch.isfinite(g).all():
+            raise NotFiniteError(
+                f"the gradient of the {samples.name} samples by {k!r} holds NaN or infinity"
+            )
+    return total, gradient
+
+
+def finite_loss(loss_fn: LossFunction, outputs: Any, targets: Any, name: str) -> Tensor:
+    """The loss of some samples of a set; refuse NaN and infinity."""
+    loss = loss_fn(outputs, targets)
+    if not torch.isfinite(loss):
+        raise NotFiniteError(f"the loss of the {name} samples is NaN or infinite")
+    return loss
 
 
 def objective(
@@ -97,20 +252,12 @@ def objective(
     weight_decay: float,
     batch_size: int,
 ) -> tuple[float, list[Tensor]]:
-    """Mean loss without, and its gradient with the regulariser, by every trainable parameter."""
-    weights = trainable(model)
-    gradient = [weight_decay * weight.detach().double() for weight in weights]
-    total = 0.0
-    for batch in samples.batches(batch_size):
-        loss = loss_fn(outputs_of(model, batch), batch.targets) * (batch.size / len(samples))
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss of the samples of {samples.name} is NaN or infinite")
-        total += loss.item()
-        parts = torch.autograd.grad(loss, weights, allow_unused=True)
-        for sum_, part in zip(gradient, parts, strict=True):
-            if part is not None:
-                sum_ += part
-    return total, gradient
+    """`mean_gradient` by every trainable parameter, summed in float64."""
+    weights = {str(k): weight for k, weight in enumerate(trainable(model))}
+    loss, gradient = mean_gradient(
+        model, samples, loss_fn, weights, batch_size, weight_decay=weight_decay, dtype=torch.float64
+    )
+    return loss, list(gradient.values())
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

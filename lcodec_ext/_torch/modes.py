@@ -1,4 +1,4 @@
-"""Modes of models and of autograd that are entered and left."""
+"""Modes of models and of torch's arithmetic that are entered and left."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """No gradients, no autocast, no inference mode, whatever the caller has."""
+    """No gradients, no autocast and no inference mode, whatever the caller has set."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -21,24 +21,27 @@ def plain_arithmetic() -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Gradients on, attention from operations that have second derivatives."""
+def hooked_arithmetic() -> Iterator[None]:
+    """Plain arithmetic, with attention computed by its layers: its fast path calls no hooks."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with plain_arithmetic(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with plain_arithmetic():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-# ---------------------------------------------------------------------------------------------
-# Leaving models as they were
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Gradients, with attention from operations that have second derivatives."""
+    with hooked_arithmetic(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every module back into its own mode at the end."""
+    """Evaluation mode; afterwards every module is back in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -50,7 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Let torch's random numbers start at a seed; outside they go on as if nothing had been."""
+    """Random numbers of torch from a seed; afterwards the caller's go on where they were."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -58,7 +61,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point type of a model."""
+    """Device and dtype of the first floating-point parameter of a model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     for parameter in model.parameters():
@@ -68,7 +71,7 @@ def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def clock(model: nn.Module) -> float:
-    """Seconds, once the model's device has done all its work."""
+    """Seconds, read after the model's device has finished its work."""
     device, _ = place(model)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,6 +1,5 @@
 """One pass of a model over samples."""
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.loss import LossFunction, check_reduction, loss_in, scalar_loss
 from lcodec_ext._torch.modes import evaluating, plain_arithmetic
 from lcodec_ext._torch.samples import Samples, outputs_of
 
 Score = Callable[[Any, Any], Tensor]
 
-# Their outputs are no logits, even where the targets are 0 and 1.
+# Their outputs are not logits, even where the targets are 0 and 1.
 _NOT_OF_LOGITS = (
     nn.MSELoss,
     nn.L1Loss,
@@ -32,18 +31,15 @@ _NOT_OF_LOGITS = (
     F.binary_cross_entropy,
 )
 
-# ---------------------------------------------------------------------------------------------
-# What is shared by the measures: one pass of a model over samples
 
-
-class Run(NamedTuple):
-    """One pass over n samples; all in float64, on the CPU.
+class Prediction(NamedTuple):
+    """What one pass over n samples gives; all in float64, on the CPU.
 
     Attributes
     ----------
     losses : Tensor, shape (n,)
     scores : Tensor, shape (n,), or None
-        1 for each sample that is classified rightly, or the caller's score.
+        1 for each sample that is classified correctly, or the caller's score.
     log_probabilities : Tensor, shape (n, C), or None
         None where the model does not classify; so are the labels.
     labels : Tensor of int64, shape (n,), or None
@@ -67,11 +63,10 @@ def predict(
     loss_fn: LossFunction,
     batch_size: int,
     score: Score | None = None,
-) -> Run:
+) -> Prediction:
     """Losses, scores and predicted distributions of all samples."""
     check_integer(batch_size, "batch_size", 1)
-    if isinstance(loss_fn, nn.Module):
-        loss_fn = copy.deepcopy(loss_fn).double()
+    loss_fn = loss_in(torch.float64, loss_fn)
     losses, scores, classified = [], [], []
     with evaluating(model):
         for batch in samples.batches(batch_size):
@@ -96,7 +91,7 @@ def predict(
         right = log_probabilities.argmax(1).eq(labels).double()
     else:
         right = None
-    return Run(torch.cat(losses), right, log_probabilities, labels)
+    return Prediction(torch.cat(losses), right, log_probabilities, labels)
 
 
 def _each_loss(
@@ -109,11 +104,7 @@ def _each_loss(
 
     def alone(*each: Tensor) -> Tensor:
         single = iter([t if d is None else t[None] for t, d in zip(each, dims, strict=True)])
-        loss = loss_fn(*map_tensors(lambda _: next(single), (outputs, targets)))
-        if not isinstance(loss, Tensor) or loss.ndim:
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
-            raise TypeError(f"loss_fn must return a scalar tensor, the mean loss; got {given}")
-        return loss
+        return scalar_loss(loss_fn, *map_tensors(lambda _: next(single), (outputs, targets)))
 
     try:
         with warnings.catch_warnings():
@@ -128,13 +119,8 @@ def _each_loss(
     losses = losses.double()
     if not torch.isfinite(losses).all():
         raise ValueError(f"the loss of a sample of {name} is NaN or infinite")
-    whole, mean = float(loss_fn(outputs, targets)), float(losses.mean())
-    if abs(whole - mean) > 1e-6 * abs(mean) + 1e-9:
-        raise ValueError(
-            "loss_fn must be the plain mean over the samples of a batch (reduction='mean', no "
-            f"class weights, no ignored targets); on {n} samples of {name} it is {whole:.6g} and "
-            f"the mean of their single losses {mean:.6g}"
-        )
+    whole = scalar_loss(loss_fn, outputs, targets)
+    check_reduction(whole, losses.mean().to(whole.dtype), n, why=f" of {name}")
     return losses
 
 
@@ -156,7 +142,7 @@ def _classes(outputs: Any, targets: Any, loss_fn: LossFunction) -> tuple[Tensor,
         return None
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None
-    log_probabilities = _log_probabilities(outputs)
+    log_probabilities = log_probabilities_of(outputs)
     if log_probabilities is None:
         return None
     if outputs.ndim == 2 and outputs.shape[1] > 1:
@@ -169,7 +155,8 @@ def _classes(outputs: Any, targets: Any, loss_fn: LossFunction) -> tuple[Tensor,
     return log_probabilities, targets.reshape(-1).long()
 
 
-def _log_probabilities(outputs: Tensor) -> Tensor | None:
+def log_probabilities_of(outputs: Tensor) -> Tensor | None:
+    """Of logits of shape (n, C), (n, 1) or (n,), shape (n, classes); None for other outputs."""
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         return outputs.double().log_softmax(1)
     if outputs.ndim == 1 or outputs.shape[1:] == (1,):

@@ -1,8 +1,9 @@
-"""Training samples by number, whatever they were given as, and which of them to delete."""
+"""Training samples by number, in whatever form they were given."""
 
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +26,10 @@ from lcodec_ext._torch.batches import (
     as_batch,
     described,
     is_one_batch,
+    joined,
     map_tensors,
     n_samples,
-    sample_of,
+    part_of,
     tensors_of,
 )
 
@@ -35,112 +37,118 @@ Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
 
 
-class Rows(NamedTuple):
-    """Samples before they are made a batch."""
+class _Source(NamedTuple):
+    """Where single samples come from, and what makes them a batch."""
 
     get: Callable[[int], Any]
     collate: Callable[[list[Any]], Any]
 
 
+@dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples that are fetched by number, on a device and in a floating-point type.
+    """Samples that are fetched by number, on a device and in a floating-point type."""
 
-    Parameters
-    ----------
-    n : int
-        Their number.
-    fetch : callable
-        From a list of numbers below n to a batch (inputs, ..., targets) or a dict with "labels".
-    device, dtype : torch.device, torch.dtype
-        Of what is fetched; dtype is that of floating-point tensors.
-    name : str
-        Of the argument they came from, for messages.
-    in_memory : bool
-        Whether fetching is only indexing.
-    rows : Rows, optional
-        Of a Dataset.
-    resident : bool, optional
-        Whether all samples are in memory, those of a Dataset too; by default in_memory.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        fetch: Callable[[list[int]], Any],
-        device: torch.device,
-        dtype: torch.dtype,
-        name: str,
-        *,
-        in_memory: bool,
-        rows: Rows | None = None,
-        resident: bool | None = None,
-    ) -> None:
-        self.resident = in_memory if resident is None else resident
-        self._n, self._fetch, self._device, self._dtype = n, fetch, device, dtype
-        self.name, self.in_memory, self._rows = name, in_memory, rows
+    n: int
+    get: Callable[[list[int]], Any]  # from numbers below n to a batch as the user gives it
+    device: torch.device
+    dtype: torch.dtype  # of floating-point tensors
+    name: str  # of the argument they came from, for messages
+    in_memory: bool  # fetching is only indexing
+    resident: bool  # all samples are in memory, those of a Dataset included
+    source: _Source | None = None  # of a Dataset
 
     def __len__(self) -> int:
-        return self._n
+        return self.n
 
     def fetch(self, indices: Indices) -> Batch:
         """Fetch some samples as one batch."""
         if isinstance(indices, slice):
-            indices = range(self._n)[indices]
-        data = self._fetch([int(i) for i in indices])
+            indices = range(self.n)[indices]
+        data = self.get([int(i) for i in indices])
 
         def move(tensor: Tensor) -> Tensor:
-            wanted = self._dtype if tensor.is_floating_point() else tensor.dtype
-            return tensor.detach().to(self._device, wanted)
+            wanted = self.dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.detach().to(self.device, wanted)
 
         return as_batch(map_tensors(move, data), len(indices), self.name)
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """Fetch all samples, or those of order, in batches of at most size."""
-        numbers: Sequence[int] = range(self._n) if order is None else order
+        numbers: Sequence[int] = range(self.n) if order is None else order
         for start in range(0, len(numbers), size):
             yield self.fetch(numbers[start : start + size])
 
     def data(self, size: int) -> Callable[[], Iterator[Any]]:
         """All samples as what the operators of `lcodec_ext.curvature` take for data."""
-        return lambda: (as_data(batch) for batch in self.batches(size))
+        return lambda: (batch.data for batch in self.batches(size))
 
     def subset(self, indices: Indices) -> "Samples":
-        """Some of the samples, in the order given, numbered anew."""
-        numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
+        """Some of the samples, in the order given and numbered from 0."""
+        numbers = range(self.n)[indices] if isinstance(indices, slice) else indices
         kept = np.asarray(numbers, dtype=np.int64)
 
         def fetch(some: list[int]) -> Any:
-            return self._fetch(kept[some].tolist())
+            return self.get(kept[some].tolist())
 
-        rows = self._rows
-        if rows is not None:
-            get = rows.get
-            rows = rows._replace(get=lambda i: get(int(kept[i])))
-        return Samples(
-            len(kept),
-            fetch,
-            self._device,
-            self._dtype,
-            self.name,
-            in_memory=self.in_memory,
-            rows=rows,
-            resident=self.resident,
-        )
+        source = self.source
+        if source is not None:
+            one = source.get
+            source = source._replace(get=lambda i: one(int(kept[i])))
+        return replace(self, n=len(kept), get=fetch, source=source)
 
     def loaded(self) -> "Samples":
         """The same samples in memory, where fetching them is more than indexing."""
         if self.in_memory:
             return self
-        batch = self.fetch(slice(None))
-        data = as_data(batch)
-        return Samples(
-            self._n,
-            lambda some: _rows(data, self._n, some),
-            self._device,
-            self._dtype,
-            self.name,
+        data = self.fetch(slice(None)).data
+        return replace(
+            self,
+            get=lambda some: part_of(data, self.n, torch.as_tensor(some)),
             in_memory=True,
-            rows=self._rows,
+            resident=True,
+        )
+
+    @staticmethod
+    def joined(parts: "Sequence[Samples]") -> "Samples":
+        """The samples of several sets, one after the other.
+
+        Samples of Datasets are collated together where their separate batches differ in shape,
+        as texts of unequal length do.
+        """
+        first = parts[0]
+        starts = np.cumsum([0, *map(len, parts)])
+
+        def fetch(some: list[int]) -> Any:
+            numbers = np.asarray(some)
+            owner = np.searchsorted(starts, numbers, side="right") - 1
+            within = numbers - starts[owner]
+            sizes = np.bincount(owner, minlength=len(parts))
+            pieces = [
+                parts[k].fetch(within[owner == k].tolist()).data
+                for k in np.flatnonzero(sizes).tolist()
+            ]
+            shapes = [[t.shape[1:] for t in tensors_of(piece)] for piece in pieces]
+            if all(shape == shapes[0] for shape in shapes):
+                back = np.argsort(np.argsort(owner, kind="stable"))
+                together = joined(pieces, sizes[sizes > 0].tolist())
+                return part_of(together, len(some), torch.from_numpy(back))
+            sources = [part.source for part in parts]
+            if sources[0] is None or None in sources:
+                names = " and ".join(dict.fromkeys(part.name for part in parts))
+                raise ValueError(
+                    f"samples of {names} must fit in one batch, and their tensors have the shapes "
+                    f"{shapes} (without the first axis); give tensors of one shape, or a "
+                    "DataLoader whose collate_fn pads"
+                )
+            data = sources[0].collate(
+                [sources[k].get(i) for k, i in zip(owner.tolist(), within.tolist(), strict=True)]
+            )
+            _check(data, first.name, len(some))
+            return data
+
+        memory = all(part.in_memory for part in parts)
+        return replace(
+            first, n=int(starts[-1]), get=fetch, source=None, in_memory=memory, resident=memory
         )
 
     def hashes(self, indices: Indices = slice(None)) -> list[str]:
@@ -149,65 +157,14 @@ class Samples:
 
     def each_hash(self, indices: Indices = slice(None)) -> Iterator[str]:
         """The same, one after the other: of any number of samples in little memory."""
-        numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
+        numbers = range(self.n)[indices] if isinstance(indices, slice) else indices
         size = 1
         if self.in_memory and len(numbers) > 1:  # a Dataset might collate several otherwise
-            one = self._fetch([int(numbers[0])])
+            one = self.get([int(numbers[0])])
             size = max(1, _HASHED // max(1, sum(t.nbytes for t in tensors_of(one))))
         for start in range(0, len(numbers), size):
             some = [int(i) for i in numbers[start : start + size]]
-            yield from _hashes(self._fetch(some), len(some))
-
-
-def joined(parts: Sequence[Samples]) -> Samples:
-    """The samples of several sets, one after the other.
-
-    Where they cannot be put in one batch as they were collated, texts of unequal length for
-    instance, those of Datasets are collated together.
-    """
-    first = parts[0]
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def fetch(some: list[int]) -> Any:
-        numbers = np.asarray(some)
-        owner = np.searchsorted(starts, numbers, side="right") - 1
-        within = numbers - starts[owner]
-        pieces = [
-            as_data(part.fetch(within[owner == k].tolist()))
-            for k, part in enumerate(parts)
-            if (owner == k).any()
-        ]
-        shapes = [[t.shape[1:] for t in tensors_of(piece)] for piece in pieces]
-        if all(shape == shapes[0] for shape in shapes):
-            back = np.argsort(np.argsort(owner, kind="stable")).tolist()
-            return _rows(_joined(pieces), len(some), back)
-        rows = [part._rows for part in parts]
-        if rows[0] is None or None in rows:
-            names = " and ".join(dict.fromkeys(part.name for part in parts))
-            raise ValueError(
-                f"samples of {names} must go together in a batch, and their tensors have shapes "
-                f"{shapes}, the first axis left out; give tensors of one shape, or a DataLoader "
-                "whose collate_fn pads"
-            )
-        data = rows[0].collate(
-            [rows[k].get(i) for k, i in zip(owner.tolist(), within.tolist(), strict=True)]
-        )
-        _check(data, first.name, len(some))
-        return data
-
-    return Samples(
-        int(starts[-1]),
-        fetch,
-        first._device,
-        first._dtype,
-        first.name,
-        in_memory=all(part.in_memory for part in parts),
-    )
-
-
-def as_data(batch: Batch) -> tuple[Any, Any]:
-    """A batch as the operators of `lcodec_ext.curvature` take it."""
-    return (batch.kwargs or batch.args), batch.targets
+            yield from _hashes(self.get(some), len(some))
 
 
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
@@ -216,9 +173,10 @@ def outputs_of(model: nn.Module, batch: Batch) -> Any:
     return getattr(outputs, "logits", outputs)
 
 
-def _rows(data: Any, n: int, some: list[int]) -> Any:
-    index = torch.as_tensor(some)
-    return map_tensors(lambda t: t[index.to(t.device)] if t.ndim and len(t) == n else t, data)
+def working_dtype(model: nn.Module) -> torch.dtype:
+    """float64 for models with trainable parameters in it, else float32."""
+    double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+    return torch.float64 if double else torch.float32
 
 
 def _hashes(data: Any, n: int) -> Iterator[str]:
@@ -303,7 +261,15 @@ def _in_memory(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinity")
     as_batch(data, n, name)  # its refusals
-    return Samples(n, lambda some: _rows(data, n, some), device, dtype, name, in_memory=True)
+    return Samples(
+        n,
+        lambda some: part_of(data, n, torch.as_tensor(some)),
+        device,
+        dtype,
+        name,
+        in_memory=True,
+        resident=True,
+    )
 
 
 def _from_dataset(
@@ -334,17 +300,9 @@ def _from_dataset(
             f"sample 0 of {name} differs when it is read again: give a Dataset without random "
             "augmentation"
         )
-    rows = Rows(dataset.__getitem__, collate)
-    return Samples(
-        n,
-        fetch,
-        device,
-        dtype,
-        name,
-        in_memory=False,
-        rows=rows,
-        resident=_is_resident(dataset),
-    )
+    source = _Source(dataset.__getitem__, collate)
+    resident = _is_resident(dataset)
+    return Samples(n, fetch, device, dtype, name, in_memory=False, resident=resident, source=source)
 
 
 def _is_resident(dataset: Any) -> bool:
@@ -361,12 +319,16 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
         if not batches:
             raise ValueError(f"{name} is empty")
         rows = [
-            sample_of(batch, n, slice(k, k + 1))
+            part_of(batch, n, slice(k, k + 1))
             for batch in batches
             for n in [n_samples(batch, name)]
             for k in range(n)
         ]
-        return _from_dataset(rows, _joined, name, device, dtype)
+
+        def collate(some: list[Any]) -> Any:
+            return joined(some, [1] * len(some))
+
+        return _from_dataset(rows, collate, name, device, dtype)
     if loader.batch_sampler is None:
         raise ValueError(
             f"{name} is a DataLoader with batch_size=None, which does not tell what is a sample; "
@@ -385,12 +347,6 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
             )
         dataset = Subset(dataset, [int(i) for i in indices])
     return _from_dataset(dataset, loader.collate_fn or default_collate, name, device, dtype)
-
-
-def _joined(rows: Sequence[Any]) -> Any:
-    columns = [list(tensors_of(row)) for row in rows]
-    parts = iter([torch.cat(column) for column in zip(*columns, strict=True)])
-    return map_tensors(lambda _: next(parts), rows[0])
 
 
 def _check(data: Any, name: str, n: int) -> None:

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lcodec_ext.cli import _dependence, _machine, _unlearning
-from lcodec_ext.cli._console import (
+from lcodec_ext.cli import dependence, evaluate, machine, report, unlearn
+from lcodec_ext.cli.console import (
     BAD_INPUT,
     FAILED,
     OK,
@@ -112,13 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         parser_class=CommandParser,
     )
-    _machine.add_info(commands)
-    _dependence.add_codec(commands)
-    _dependence.add_foci(commands)
-    _unlearning.add_unlearn(commands)
-    _unlearning.add_evaluate(commands)
-    _unlearning.add_report(commands)
-    _machine.add_bench(commands)
+    machine.add_info(commands)
+    dependence.add_codec(commands)
+    dependence.add_foci(commands)
+    unlearn.add_unlearn(commands)
+    evaluate.add_evaluate(commands)
+    report.add_report(commands)
+    machine.add_bench(commands)
     return parser
 
 

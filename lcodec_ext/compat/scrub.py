@@ -71,13 +71,8 @@ from lcodec_ext.unlearning import (
 )
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise
 from lcodec_ext.unlearning.privacy.noise import warn_of_noise
-from lcodec_ext.unlearning.record.perturbation import (
-    TokenReplacement,
-    record,
-    select_cheap,
-    select_lfoci,
-)
-from lcodec_ext.unlearning.select import find_candidates
+from lcodec_ext.unlearning.record import TokenReplacement, record
+from lcodec_ext.unlearning.select import find_candidates, select_cheap, select_lfoci
 
 _CURVATURES = {"FD": "secant", "Fisher": "fisher", "GaussNewton": "gauss_newton"}
 _BERT_UNCASED, _FIRST_WORD = 30522, 999  # before it are special and unused tokens and characters

@@ -12,6 +12,8 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.curvature needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+from lcodec_ext.curvature.layers import n_units
+from lcodec_ext.curvature.layout import Segment
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
@@ -20,7 +22,7 @@ from lcodec_ext.curvature.operators import (
     SecantOperator,
 )
 from lcodec_ext.curvature.per_sample import SampleGradients, per_sample_gradients
-from lcodec_ext.curvature.selection import Segment, UnitSelection, n_units
+from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import ConvergenceWarning, IndefiniteCurvatureError, SolveResult
 
 __all__ = [

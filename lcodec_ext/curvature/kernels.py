@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from lcodec_ext import _core
-from lcodec_ext._arrays import on_device
 from lcodec_ext._threads import cpu_settings
-from lcodec_ext._torch import device as _device
+from lcodec_ext._torch.device import device_of
 from lcodec_ext._torch.library import register
 
 __all__ = [
@@ -346,10 +345,6 @@ def _rows_product(
     }
 
 
-def _device_of(tensor: Tensor) -> Any:
-    return _device.Device(tensor.device)
-
-
 def _masked_gram_product(
     G: Tensor, v: Tensor, segments: Tensor, weights: Tensor | None, damping: float
 ) -> Tensor:
@@ -359,14 +354,14 @@ def _masked_gram_product(
     table, weights = segments.contiguous(), _contiguous(weights)
     vectors = (v if v.ndim == 1 else v.t()).contiguous()  # by vector
     out = torch.empty_like(vectors)
-    if not on_device(G):
+    device = device_of(G)
+    if device is None:
         _check_values(table, size)
         _check_order(table, d)
         if out.numel():
             given = _rows_product(G, table, size, vectors, weights, damping, out)
             _core.curvature.masked_gram_product(given, *cpu_settings())
     elif out.numel():
-        device = _device_of(G)
         if d == 0:
             raise ValueError(f"G must have columns where v has elements; got {_shown(G)}")
         with device.guard():
@@ -412,11 +407,11 @@ def _softmax_rows_product(
     out = torch.empty_like(V)
     if not out.numel():
         return out
-    if not on_device(A):
+    device = device_of(A)
+    if device is None:
         given = _rows_product(A, None, D, V, weights, damping, out, P)
         _core.curvature.softmax_rows_product(given, *cpu_settings())
         return out
-    device = _device_of(A)
     with device.guard():
         segments = torch.zeros(2, dtype=torch.int64, device=A.device)
         segments[1] = D
@@ -451,10 +446,10 @@ def _factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
         "n": N,
         "k": out.data_ptr(),
     }
-    if not on_device(A):
+    device = device_of(A)
+    if device is None:
         _core.curvature.factored_gram(given, *cpu_settings())
         return out
-    device = _device_of(A)
     with device.guard():
         device.module.factored_gram(given, device.stream())
     return out

@@ -1,8 +1,7 @@
 """The function whose curvature is taken: the loss on some data, by the selected parameters."""
 
-import copy
 from collections.abc import Container, Iterator, Sequence
-from types import TracebackType
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,18 +9,22 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_choice
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.batches import SAMPLES, Batch, Batches, map_tensors, sample_of, tensors_of
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.batches import SAMPLES, Batch, Batches, joined, map_tensors
+from lcodec_ext._torch.loss import (
+    LossFunction,
+    check_loss_fn,
+    check_reduction,
+    loss_in,
+    loss_in_parts,
+    scalar_loss,
+)
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
-from lcodec_ext.curvature.masked import MaskedModel, Run
+from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
 from lcodec_ext.curvature.selection import UnitSelection
 
 
 class _OwnRandom:
-    """While entered, torch's random numbers are its own; they start where the caller stands.
-
-    Those of generators, too, which loaders and samplers have.
-    """
+    """Random numbers of torch, and of generators, that start where the caller's stand."""
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         self._device = device if device.type == "cuda" else None
@@ -43,18 +46,16 @@ class _OwnRandom:
         """Begin the same random numbers again."""
         self._now = self._start
 
-    def __enter__(self) -> None:
-        self._outside = self._state()
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """While entered, these are drawn; the caller's stay as they were."""
+        outside = self._state()
         self._set(self._now)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._now = self._state()
-        self._set(self._outside)
+        try:
+            yield
+        finally:
+            self._now = self._state()
+            self._set(outside)
 
 
 class Objective:
@@ -84,20 +85,12 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-        if isinstance(loss_fn, type):
-            raise TypeError(
-                f"loss_fn must be callable on outputs and targets; got the class {loss_fn.__name__}"
-                ", of which it takes an instance"
-            )
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
+        check_loss_fn(loss_fn)
         self.reduction = check_choice(reduction, "reduction", ("mean", "sum"))
         self.progress = check_bool(progress, "progress")
         self.masked = MaskedModel(model, selection, dtype)
         self.selection = selection
-        if isinstance(loss_fn, nn.Module):
-            loss_fn = copy.deepcopy(loss_fn).to(self.masked.dtype)
-        self.loss_fn = loss_fn
+        self.loss_fn = loss_in(self.masked.dtype, loss_fn)
         self.batches = Batches(data, self.masked.device, self.masked.dtype)
         self._random = _OwnRandom(self.masked.device, self.batches.generators)
         self._sizes: list[int] = []
@@ -125,7 +118,7 @@ class Objective:
         """What the loss of a sample is multiplied with in the objective, where it is plain."""
         return 1 / self.n_samples if self.reduction == "mean" else 1.0
 
-    def sum_of_losses(self, run: Run, batch: Batch) -> Tensor:
+    def sum_of_losses(self, run: ForwardPass, batch: Batch) -> Tensor:
         """The sum of the losses of a batch's samples, of a loss that is plain."""
         loss = self.loss(run.outputs, batch)
         return loss * batch.size if self.reduction == "mean" else loss
@@ -135,11 +128,11 @@ class Objective:
         first = not self._sizes
         self._random.restart()
         with progress_bar(self.progress and bool(what), desc=what, unit="batch") as bar:
-            with self._random:
+            with self._random.drawn():
                 batches = iter(self.batches)
             sizes: list[int] = []
             while True:
-                with self._random:
+                with self._random.drawn():
                     batch = next(batches, None)
                 if batch is None:
                     break
@@ -159,9 +152,9 @@ class Objective:
                 f"{self._sizes[:8]} samples at first, and {sizes[:8]} later"
             )
 
-    def run(self, batch: Batch) -> Run:
+    def run(self, batch: Batch) -> ForwardPass:
         """Call the model, with random numbers of its own."""
-        with self._random, twice_differentiable():
+        with self._random.drawn(), twice_differentiable():
             return self.masked.run(batch)
 
     @plain_arithmetic()
@@ -172,19 +165,20 @@ class Objective:
             run = self.run(batch)
             with twice_differentiable():
                 self.check_cut(run.outputs, batch)
-                loss = self.loss(run.outputs, batch)
-                if loss.requires_grad:
-                    parts = torch.autograd.grad(loss, run.displacements, materialize_grads=True)
-                    size = batch.size if self.reduction == "mean" else 1
-                    total += self.masked.join(parts) * size
+                size = batch.size if self.reduction == "mean" else 1
+                total += self.derivative(self.loss(run.outputs, batch), run) * size
         return total / self.n_samples if self.reduction == "mean" else total
+
+    def derivative(self, loss: Tensor, run: ForwardPass) -> Tensor:
+        """The gradient of the loss of a run, shape (p,); zeros where nothing depends."""
+        if not loss.requires_grad:
+            return torch.zeros_like(self.masked.theta)
+        parts = torch.autograd.grad(loss, run.displacements, materialize_grads=True)
+        return self.masked.join(parts)
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Call the loss and check what it returns."""
-        loss = self.loss_fn(outputs, batch.targets)
-        if not isinstance(loss, Tensor) or loss.ndim > 0:
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
-            raise ValueError(f"loss_fn must return a scalar tensor; got {given}")
+        loss = scalar_loss(self.loss_fn, outputs, batch.targets)
         if not torch.isfinite(loss):
             raise ValueError("the loss is NaN or infinite")
         if loss.requires_grad:
@@ -203,17 +197,16 @@ class Objective:
         if not self.batches.cut_here:
             return
         why = f"since data is cut into batches of {SAMPLES}; or pass batches of your own"
-        outputs = map_tensors(torch.Tensor.detach, outputs)
+        outputs = map_tensors(Tensor.detach, outputs)
         if self._first is None:
             self._first = outputs, batch
             if batch.size == SAMPLES:
-                self.check_plain(outputs, batch, 2, why)
+                self.check_plain(outputs, batch, -(-batch.size // 2), why)
             return
         some, of = self._first
-        both = ((outputs, batch.targets), (some, of.targets))
-        joined, targets = _joined(*both, batch.size, of.size)
-        n = batch.size + of.size
-        self.check_plain(joined, Batch((), {}, targets, n), -(-n // batch.size), why, batch.size)
+        sizes = [batch.size, of.size]
+        both, targets = joined([(outputs, batch.targets), (some, of.targets)], sizes)
+        self.check_plain(both, Batch((), {}, targets, sum(sizes)), batch.size, why)
 
     def _check_reduction(self, outputs: Any, batch: Batch) -> None:
         """Refuse a loss that is a sum where a mean was said to be one, and the other way round."""
@@ -221,13 +214,11 @@ class Objective:
         if n < 2:
             return
         other = "sum" if self.reduction == "mean" else "mean"
-        with torch.no_grad():
-            outputs = map_tensors(torch.Tensor.detach, outputs)
-            try:
-                whole, total = self._in_parts(outputs, batch, -(-n // 2), other)
-            except (RuntimeError, ValueError, IndexError):  # it takes no half of a batch
-                return
-        if whole != 0 and torch.isclose(total, whole, rtol=_within(whole)):
+        try:
+            whole, total = self._in_parts(outputs, batch, -(-n // 2), other)
+        except (RuntimeError, ValueError, IndexError):  # it takes no half of a batch
+            return
+        if whole != 0 and torch.isclose(total, whole, rtol=1e-4 if whole.itemsize < 8 else 1e-8):
             raise ValueError(
                 f"loss_fn must be the {self.reduction} over the samples of a batch, as "
                 f"reduction={self.reduction!r} says; on a batch of {n} samples it is the {other} "
@@ -237,15 +228,12 @@ class Objective:
     def _in_parts(
         self, outputs: Any, batch: Batch, step: int, reduction: str
     ) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and the mean or sum of those of its parts."""
-        n = batch.size
-        whole = self.loss(outputs, batch)
-        total = torch.zeros_like(whole)
-        for start in range(0, n, step):
-            part = slice(start, min(start + step, n))
-            loss = self.loss_fn(sample_of(outputs, n, part), sample_of(batch.targets, n, part))
-            total += loss * ((part.stop - part.start) / n if reduction == "mean" else 1)
-        return whole, total
+        """The loss of a batch, and the mean or sum of those of parts of some samples."""
+        with torch.no_grad():
+            outputs = map_tensors(Tensor.detach, outputs)
+            whole = self.loss(outputs, batch)
+            n = batch.size
+            return whole, loss_in_parts(self.loss_fn, outputs, batch.targets, n, step, reduction)
 
     def is_plain(self, outputs: Any, batch: Batch, key: tuple[int, int]) -> bool:
         """Whether the loss of a batch is the mean, or sum, of the losses of its samples.
@@ -254,43 +242,15 @@ class Objective:
         """
         if key not in self._plain:
             try:
-                self.check_plain(outputs, batch, batch.size, "")
+                self.check_plain(outputs, batch, 1, "")
             except ValueError:
                 self._plain[key] = False
             else:
                 self._plain[key] = True
         return self._plain[key]
 
-    def check_plain(
-        self, outputs: Any, batch: Batch, parts: int, why: str, step: int | None = None
-    ) -> None:
-        """Refuse a loss of a batch that is not the mean, or sum, of the losses of its parts."""
-        n = batch.size
-        step = step or -(-n // min(parts, n))
-        with torch.no_grad():
-            outputs = map_tensors(torch.Tensor.detach, outputs)
-            whole, total = self._in_parts(outputs, batch, step, self.reduction)
-        if not torch.isclose(total, whole, rtol=_within(whole)):
-            raise ValueError(
-                f"loss_fn must be the plain {self.reduction} over the samples of a batch, {why} "
-                "(no class weights, no ignored targets, no mean over tokens of samples of unequal "
-                f"length); on {n} samples it is {whole.item():.6g}, and the {self.reduction} of "
-                f"the losses of its parts {total.item():.6g}"
-            )
-
-
-def _within(loss: Tensor) -> float:
-    return 1e-4 if loss.dtype == torch.float32 else 1e-8
-
-
-def _joined(a: Any, b: Any, n_a: int, n_b: int) -> Any:
-    """Nested tensors with the samples of both, those of a first."""
-    others = tensors_of(b)
-
-    def join(tensor: Tensor) -> Tensor:
-        other = next(others)
-        if tensor.ndim and len(tensor) == n_a and len(other) == n_b:
-            return torch.cat([tensor, other])
-        return tensor
-
-    return map_tensors(join, a)
+    def check_plain(self, outputs: Any, batch: Batch, step: int, why: str) -> None:
+        """Refuse a loss of a batch that is not the mean, or sum, of those of parts of it."""
+        whole, total = self._in_parts(outputs, batch, step, self.reduction)
+        why = f", {why}" if why else ""
+        check_reduction(whole, total, batch.size, reduction=self.reduction, why=why)

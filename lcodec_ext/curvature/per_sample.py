@@ -7,25 +7,20 @@ it, and sums of it, need no more than these two.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer
-from lcodec_ext._torch.batches import Batch, map_tensors, sample_of, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
-from lcodec_ext.curvature.masked import (
-    Added,
-    Entries,
-    MaskedModel,
-    Run,
-    is_convolution,
-    is_linear,
-    patches,
-)
+from lcodec_ext.curvature.layers import is_linear
+from lcodec_ext.curvature.masked.entries import ParameterEntries
+from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
+from lcodec_ext.curvature.masked.rows import RowsCall, is_convolution, patches
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.selection import UnitSelection
 
@@ -40,21 +35,21 @@ class Factors:
 
     Attributes
     ----------
-    added : Added
+    call : RowsCall
         The rows, and the layer's input.
     reached : Tensor
         Gradient of every sample's loss by what the rows add to the output.
-    entries : Entries
+    entries : ParameterEntries
         Of the parameter.
     """
 
-    added: Added
+    call: RowsCall
     reached: Tensor
-    entries: Entries
+    entries: ParameterEntries
 
     def _rows(self, displacement: Tensor) -> Tensor:
-        added = self.added
-        return added.rows.of(added.args, added.kwargs, displacement, added.axis)
+        call = self.call
+        return call.rows.of(call.args, call.kwargs, displacement, call.axis)
 
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of the gradients with a vector of all coordinates, shape (n,)."""
@@ -78,57 +73,54 @@ class Factors:
         reached = self.reached
         if reached.ndim != 2:
             return None
-        if self.added.rows.key == "bias":
+        if self.call.rows.key == "bias":
             return reached, reached.new_ones(len(reached), 1)
-        return (reached, self.added.input) if is_linear(self.added.rows.module) else None
+        return (reached, self.call.input) if is_linear(self.call.rows.module) else None
 
     def dense(self) -> Tensor:
         """The gradients, shape (n, entries * length), entry by entry."""
-        reached, added = self.reached, self.added
-        n, module = len(reached), added.rows.module
-        if len(self.entries.shape) == 1 and added.rows.key == "bias":
-            return reached.movedim(added.axis, 1).flatten(2).sum(2) if reached.ndim > 2 else reached
-        if len(self.entries.shape) == 1:  # the scale of a norm
+        reached, call, shape = self.reached, self.call, self.entries.shape
+        n, module = len(reached), call.rows.module
+        if len(shape) == 1 and call.rows.key == "bias":
+            return reached.movedim(call.axis, 1).flatten(2).sum(2) if reached.ndim > 2 else reached
+        if len(shape) == 1:  # the scale of a norm
             with torch.no_grad():
-                products = self._rows(reached.new_ones(self.entries.shape)) * reached
-            return products.movedim(added.axis, 1).reshape(n, self.entries.shape[0], -1).sum(2)
+                products = self._rows(reached.new_ones(shape)) * reached
+            return products.movedim(call.axis, 1).reshape(n, shape[0], -1).sum(2)
         if is_linear(module):
-            x = added.input
-            x = x.reshape(n, -1, x.shape[-1])
+            x = call.input.reshape(n, -1, call.input.shape[-1])
             each = reached.reshape(n, -1, reached.shape[-1]).transpose(1, 2) @ x
             return each.flatten(1)
         if isinstance(module, nn.Embedding):
-            place = added.rows.of.place[added.input].reshape(n, -1)  # type: ignore[attr-defined]
-            entries, length = self.entries.shape
+            place = call.rows.of.place[call.input].reshape(n, -1)  # type: ignore[attr-defined]
+            entries, length = shape
             row = (torch.arange(n, device=place.device)[:, None] * (entries + 1) + place).flatten()
             sums = reached.new_zeros(n * (entries + 1), length)
             sums.index_add_(0, row, reached.reshape(-1, length))
             return sums.reshape(n, entries + 1, length)[:, :-1].flatten(1)
         if is_convolution(module) and module.groups == 1:
-            x = added.input
             reached = reached.flatten(2)
-            per_sample = (
-                reached.shape[2] * math.prod(self.entries.shape[1:]) * reached.element_size()
-            )
+            per_sample = reached.shape[2] * math.prod(shape[1:]) * reached.element_size()
             step = max(1, MAX_BYTES // per_sample)
+            parts = zip(torch.split(reached, step), torch.split(call.input, step), strict=True)
             return torch.cat(
-                [
-                    (a @ patches(module, b).transpose(1, 2)).flatten(1)
-                    for a, b in zip(torch.split(reached, step), torch.split(x, step), strict=True)
-                ]
+                [(a @ patches(module, x).transpose(1, 2)).flatten(1) for a, x in parts]
             )
+        return self._one_by_one()
 
-        options = {key: value for key, value in added.kwargs.items() if key != "input"}
+    def _one_by_one(self) -> Tensor:
+        call = self.call
+        options = {key: value for key, value in call.kwargs.items() if key != "input"}
 
-        def one(x: Tensor, reached_one: Tensor) -> Tensor:
+        def one(x: Tensor, reached: Tensor) -> Tensor:
             def rows(d: Tensor) -> Tensor:
-                return added.rows.of((x[None], *added.args[1:]), options, d, added.axis)
+                return call.rows.of((x[None], *call.args[1:]), options, d, call.axis)
 
-            pull: Any = torch.func.vjp(rows, reached_one.new_zeros(self.entries.shape))[1]
-            (gradient,) = pull(reached_one[None])
+            pull: Any = torch.func.vjp(rows, reached.new_zeros(self.entries.shape))[1]
+            (gradient,) = pull(reached[None])
             return gradient
 
-        return torch.func.vmap(one)(added.input, reached).flatten(1)
+        return torch.func.vmap(one)(call.input, self.reached).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -159,14 +151,14 @@ class SampleGradients:
             return self._stored.nbytes
         kept: dict[int, int] = {}
         for factors in self.factors:
-            for t in (factors.reached, *tensors_of([factors.added.args, factors.added.kwargs])):
+            for t in (factors.reached, *tensors_of([factors.call.args, factors.call.kwargs])):
                 kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return sum(kept.values())
 
     def plain(self) -> list[tuple[Tensor, Tensor]]:
         """For each parameter (D, x), if gradients are outer products D_i x_i^T; else nothing."""
         pairs = [factors.plain() for factors in self.factors]
-        parameters = {factors.added.rows.parameter for factors in self.factors}
+        parameters = {factors.call.rows.parameter for factors in self.factors}
         if len(parameters) < len(pairs):
             return []
         found = [pair for pair in pairs if pair is not None]
@@ -216,36 +208,26 @@ class SampleGradients:
 
 
 def gradients_by_seeds(
-    masked: MaskedModel, run: Run, values: Sequence[Tensor], seeds: Sequence[Tensor], n: int
+    masked: MaskedModel, run: ForwardPass, values: Sequence[Tensor], seeds: Sequence[Tensor], n: int
 ) -> SampleGradients:
     """Factors of J_i^T seed_i for every sample i of a run whose layers take samples first."""
-    reached = torch.autograd.grad(
-        values,
-        [added.value for added in run.added],
-        seeds,
-        retain_graph=True,
-        materialize_grads=True,
-    )
-    return SampleGradients(
-        n,
-        masked.size,
-        tuple(
-            Factors(
-                _without_graph(added, d),
-                d,
-                masked.entries[added.rows.parameter],
-            )
-            for added, d in zip(run.added, reached, strict=True)
-        ),
-    )
+    factors = []
+    for call, reached in zip(run.calls, _reached(run, values, seeds), strict=True):
+        args, kwargs = map_tensors(Tensor.detach, (call.args, call.kwargs))
+        without_graph = replace(call, args=args, kwargs=kwargs, value=reached)
+        factors.append(Factors(without_graph, reached, masked.entries[call.rows.parameter]))
+    return SampleGradients(n, masked.size, tuple(factors))
 
 
-def _without_graph(added: Added, value: Tensor) -> Added:
-    args, kwargs = map_tensors(Tensor.detach, (added.args, added.kwargs))
-    return Added(added.rows, args, kwargs, value, added.axis, added.versions)
+def _reached(
+    run: ForwardPass, values: Sequence[Tensor], seeds: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """What reaches the rows of every call from values with seeds."""
+    at = [call.value for call in run.calls]
+    return torch.autograd.grad(values, at, seeds, retain_graph=True, materialize_grads=True)
 
 
-def has_factors(objective: Objective, run: Run, batch: Batch, key: Key) -> bool:
+def has_factors(objective: Objective, run: ForwardPass, batch: Batch, key: Key) -> bool:
     """Whether the layers with rows have samples along their first axis, each on its own.
 
     Found out once for each batch; key says which it is.
@@ -255,71 +237,55 @@ def has_factors(objective: Objective, run: Run, batch: Batch, key: Key) -> bool:
     return objective.factored[key] and _as_long_as_the_batch(objective, run, batch.size)
 
 
-def _as_long_as_the_batch(objective: Objective, run: Run, n: int) -> bool:
+def _as_long_as_the_batch(objective: Objective, run: ForwardPass, n: int) -> bool:
     if objective.masked.whole or any(value.ndim == 0 or len(value) != n for value in run.values):
         return False
-    for added in run.added:
-        if len(added.value) != n or isinstance(added.rows.module, nn.EmbeddingBag):
+    for call in run.calls:
+        if len(call.value) != n or isinstance(call.rows.module, nn.EmbeddingBag):
             return False
-        tensors = list(tensors_of([added.args, added.kwargs]))
+        tensors = list(tensors_of([call.args, call.kwargs]))
         if any(t.ndim == 0 or len(t) != n for t in tensors):
             return False
-        if tuple(t._version for t in tensors) != added.versions:
+        if tuple(t._version for t in tensors) != call.versions:
             return False  # changed in place since
     return True
 
 
-def _samples_come_first(objective: Objective, run: Run, batch: Batch) -> bool:
+def _samples_come_first(objective: Objective, run: ForwardPass, batch: Batch) -> bool:
     n = batch.size
     if not _as_long_as_the_batch(objective, run, n):
         return False
-    if n == 1 or not run.added or not run.values:
+    if n == 1 or not run.calls or not run.values:
         return True
     generator = torch.Generator(run.values[0].device).manual_seed(0)
     seeds = [
         torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
         for v in run.values
     ]
-    whole = _reached(run, seeds)
+    whole = _reached(run, run.values, seeds)
     tolerance = 1e-3 if objective.masked.dtype == torch.float32 else 1e-8
     # An axis of the same length is no proof: halves of the batch must give the same on their own.
-    for start, stop in ((0, n // 2), (n // 2, n)):
-        half = _samples_of(batch, start, stop)
+    for half in (slice(0, n // 2), slice(n // 2, n)):
+        samples = batch.part(half)
         try:
-            alone = objective.run(half)
-            parts = _reached(alone, [seed[start:stop] for seed in seeds])
+            alone = objective.run(samples)
+            parts = _reached(alone, alone.values, [seed[half] for seed in seeds])
         except (RuntimeError, ValueError, IndexError):  # it takes no such batch
             return False
-        if not _as_long_as_the_batch(objective, alone, half.size) or len(parts) != len(whole):
+        if not _as_long_as_the_batch(objective, alone, samples.size) or len(parts) != len(whole):
             return False
         for a, b in zip(whole, parts, strict=True):
-            a = a[start:stop]
+            a = a[half]
             if a.shape != b.shape or not (a - b).norm() <= tolerance * b.norm():
                 return False
     return True
-
-
-def _reached(run: Run, seeds: Sequence[Tensor]) -> Sequence[Tensor]:
-    at = [added.value for added in run.added]
-    return torch.autograd.grad(run.values, at, seeds, retain_graph=True, materialize_grads=True)
-
-
-def _samples_of(batch: Batch, start: int, stop: int) -> Batch:
-    """Consecutive samples of a batch."""
-    whole = (batch.args, batch.kwargs, batch.targets)
-    args, kwargs, targets = sample_of(whole, batch.size, slice(start, stop))
-    return Batch(args, kwargs, targets, stop - start)
 
 
 def gradient_of(objective: Objective, batch: Batch) -> Tensor:
     """The gradient of the sum of a batch's losses, shape (p,)."""
     run = objective.run(batch)
     with twice_differentiable():
-        total = objective.sum_of_losses(run, batch)
-        if not total.requires_grad:
-            return torch.zeros_like(objective.masked.theta)
-        gradients = torch.autograd.grad(total, run.displacements, materialize_grads=True)
-    return objective.masked.join(gradients)
+        return objective.derivative(objective.sum_of_losses(run, batch), run)
 
 
 def _gradients(objective: Objective, batch: Batch, key: Key) -> SampleGradients:
@@ -329,16 +295,15 @@ def _gradients(objective: Objective, batch: Batch, key: Key) -> SampleGradients:
         run = objective.run(batch)
         with twice_differentiable():
             if key not in objective.factored:
-                objective.check_plain(
-                    run.outputs, batch, n, "since gradients of single samples are taken"
-                )
+                why = "since gradients of single samples are taken"
+                objective.check_plain(run.outputs, batch, 1, why)
             if has_factors(objective, run, batch, key):
                 total = objective.sum_of_losses(run, batch)
                 if not total.requires_grad:  # the loss does not depend on these parameters
                     zeros = masked.theta.new_zeros(n, masked.size)
                     return SampleGradients(n, masked.size, (), zeros)
                 return gradients_by_seeds(masked, run, [total], [torch.ones_like(total)], n)
-    rows = [gradient_of(objective, _samples_of(batch, i, i + 1)) for i in range(n)]
+    rows = [gradient_of(objective, batch.part(slice(i, i + 1))) for i in range(n)]
     return SampleGradients(n, masked.size, (), torch.stack(rows))
 
 
@@ -363,16 +328,14 @@ def per_sample_gradients(
         Whether loss_fn is the mean or the sum of a batch's losses; gradients are of the losses of
         single samples in either case.
     max_bytes : int, default 2**27
-        Chunks are so large that the gradients of each, stored, take no more than this; at least one
-        sample.
-    progress : bool, default False
+        A chunk has as many samples as, stored, take no more than this; at least one.
 
     Yields
     ------
     SampleGradients
         Consecutive samples. Layers with samples along the first axis of their input give factors
-        (found out by halves of every batch, which must give the same on their own); others are
-        differentiated sample by sample, which is slow.
+        (halves of every batch must give the same on their own); others are differentiated sample by
+        sample, which is slow.
 
     Raises
     ------
@@ -385,13 +348,7 @@ def per_sample_gradients(
     parameters is formed.
     """
     objective = Objective(
-        model,
-        loss_fn,
-        data,
-        selection,
-        dtype=dtype,
-        reduction=reduction,
-        progress=progress,
+        model, loss_fn, data, selection, dtype=dtype, reduction=reduction, progress=progress
     )
     check_integer(max_bytes, "max_bytes", 1)
     return chunks(objective, max_bytes, "per-sample gradients")
@@ -411,4 +368,4 @@ def pieces(objective: Objective, max_bytes: int, what: str = "") -> Iterator[tup
             yield (number, 0), batch
             continue
         for start in range(0, batch.size, most):
-            yield (number, start), _samples_of(batch, start, min(start + most, batch.size))
+            yield (number, start), batch.part(slice(start, start + most))

@@ -1,7 +1,8 @@
 """Conditional dependence: CODEC and L-CODEC, xi, FOCI and L-FOCI, exact on every backend."""
 
 from lcodec_ext.dependence.codec import codec, lcodec
-from lcodec_ext.dependence.foci import DependenceGraph, FociResult, dependence_graph, foci, lfoci
+from lcodec_ext.dependence.foci import FociResult, first_step_scores, foci, lfoci
+from lcodec_ext.dependence.graph import DependenceGraph, dependence_graph
 from lcodec_ext.dependence.neighbors import nearest_neighbors
 from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
 
@@ -11,6 +12,7 @@ __all__ = [
     "XiTestResult",
     "codec",
     "dependence_graph",
+    "first_step_scores",
     "foci",
     "lcodec",
     "lfoci",

@@ -4,13 +4,12 @@ Backends deliver integers: for each row the sum ``S_i`` of ``min(R_i, R_j)`` ove
 tied neighbours. What is compared or reported is the rational ``sum_i S_i / c_i``.
 """
 
+import math
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from lcodec_ext._arrays import is_tensor
 
 FRACTION_BITS = 43  # n * 2**43 < 2**63 up to n = 2**20
 _HALF_BITS = 26
@@ -18,35 +17,23 @@ _HALF = (1 << _HALF_BITS) - 1
 MAX_ROUNDING = 1 << 20  # units of 2**-43 that a fixed-point sum can lie below its exact one
 
 
-def total(sums: Any, counts: Any) -> Fraction:
-    """``sum_i sums[i] / counts[i]`` exactly: rows of equal count are added as integers.
-
-    Of arrays, or of tensors on a device, which are added there.
-    """
-    if is_tensor(sums):
-        from lcodec_ext.dependence.backends import cuda as _cuda
-
-        used, of_used = _cuda.sums_by_count(sums, counts)
-    else:
-        used, of_used = _sums_by_count(sums, counts)
-    result = Fraction(0)
-    for count, of_count in zip(used.tolist(), of_used.tolist(), strict=True):
-        result += Fraction(of_count, count)
-    return result
+def sum_of_ratios(numerators: NDArray[np.int64], denominators: NDArray[np.int64]) -> Fraction:
+    """``sum_k numerators[k] / denominators[k]`` over a few positive denominators."""
+    common = math.lcm(*denominators.tolist())
+    shares = zip(numerators.tolist(), denominators.tolist(), strict=True)
+    return Fraction(sum(number * (common // share) for number, share in shares), common)
 
 
-def _sums_by_count(
-    sums: NDArray[np.int64], counts: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The counts that occur, and the total of the sums of each (at most 10**18).
+def total(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> Fraction:
+    """``sum_i sums[i] / counts[i]``: rows of equal count are added as integers.
 
     ``bincount`` adds doubles, exactly so here: the halves of a sum (below 2**40) are below 2**26,
-    and 10**6 of them below 2**53.
+    and 10**6 of them below 2**53. The sums of one count add up to 10**18 at most.
     """
     low = np.bincount(counts, weights=sums & _HALF).astype(np.int64)
     high = np.bincount(counts, weights=sums >> _HALF_BITS).astype(np.int64)
     used = np.flatnonzero(low + high)
-    return used, (high[used] << _HALF_BITS) + low[used]
+    return sum_of_ratios((high[used] << _HALF_BITS) + low[used], used)
 
 
 def fixed_point(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[int, int]:
@@ -85,7 +72,7 @@ def contenders(
 
 
 class ResponseSums:
-    """The sums over ranks (arrays or tensors) that a coefficient needs beside its neighbours'."""
+    """The sums over ranks, arrays or tensors, that a coefficient needs."""
 
     def __init__(self, R: Any, L: Any) -> None:
         n = len(R)
@@ -99,13 +86,11 @@ class ResponseSums:
         """Whether y is constant: the denominator of T(Y, Z) is 0."""
         return self.denominator == 0
 
-    def unconditional(self, m: Fraction) -> Fraction | None:
-        """T(Y, Z) from ``sum m_i``; None where the denominator is 0 (y constant).
+    def unconditional(self, m: Fraction) -> Fraction:
+        """T(Y, Z) from ``sum m_i``, of a y that is not constant.
 
         (n sum m_i - sum L_i^2) / sum L_i (n - L_i); Azadkia and Chatterjee 2021, section 2.
         """
-        if self.denominator == 0:
-            return None
         return (self.n * m - self.sum_L2) / self.denominator
 
     def conditional(self, m_w: Fraction, m_x: Fraction) -> Fraction | None:

@@ -1,7 +1,7 @@
-"""FOCI and L-FOCI: greedy selection of a Markov blanket, and the graph made of many."""
+"""FOCI and L-FOCI: greedy selection of the columns on which a response depends."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -11,29 +11,22 @@ from numpy.typing import NDArray
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
-from lcodec_ext.dependence import exact as _exact
-from lcodec_ext.dependence.backends.base import (
-    TIES,
-    Engine,
-    Ties,
-    constant_columns,
-    lay_out,
-    make_engine,
-    warn_constant_columns,
-)
-from lcodec_ext.dependence.backends.choice import Backend, resolve
-from lcodec_ext.dependence.codec import NoiseScale, check_noise, with_noise
-from lcodec_ext.dependence.ranks import ranks
+from lcodec_ext._random import tie_seed
+from lcodec_ext.dependence import exact
+from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Engine, Leaders, Ties
+from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
+from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import (
-    Columns,
+    STANDARDIZE,
+    Standardize,
     check_overflow,
+    constant_columns,
     scale_factors,
     squared_spans,
     warn_underflow,
 )
-from lcodec_ext.dependence.table import as_features, as_response, clean_rows, column_label
+from lcodec_ext.dependence.table import as_features, as_response, clean_rows
 
-Standardize = Literal["scale", "bounded"]
 StopReason = Literal["no_gain", "min_gain", "max_features", "exhausted", "constant_y"]
 
 
@@ -52,10 +45,9 @@ class FociResult:
         without preselected columns T(Y, X_l).
     base : float
         T(Y, X_S) of the preselected columns; 0.0 without any.
-    stop_reason : str
-        "no_gain": no further column raises T(Y, X_S). "min_gain": none raises it by more than
-        min_gain. "max_features": the cap is reached. "exhausted": every column is selected.
-        "constant_y": nothing to explain.
+    stop_reason : {"no_gain", "min_gain", "max_features", "exhausted", "constant_y"}
+        No column raises T, or none by more than min_gain; the cap is reached; every column is
+        selected; nothing to explain.
     names : list of str or None
         Names of the selected columns, if X has names.
     preselected : tuple of int
@@ -110,14 +102,14 @@ def foci(
     ties: Ties = "average",
     seed: int | None = None,
     nan_policy: Literal["raise", "omit"] = "raise",
-    backend: Backend = "auto",
+    backend: BackendLike = "auto",
     progress: bool = False,
 ) -> FociResult:
     """FOCI: forward selection of the columns on which y depends.
 
     Every step adds the column l that makes T(Y, X_S + l) largest, compared exactly; on equality
-    the lowest index wins. It stops by itself when no column raises T, which is no test: on noise
-    some columns do, a little. With y shuffled, T shows what is chance.
+    the lowest index wins. It stops by itself when no column raises T. That is not a test: on noise
+    some columns do, a little. ``docs/dependence.md`` says how to tell chance from dependence.
 
     Parameters
     ----------
@@ -127,15 +119,14 @@ def foci(
     y : array_like of shape (n,) or (n, 1)
         Response. Only its order counts.
     stop : bool, default True
-        Stop when no column gains; False goes on to max_features or to the last column, as a
-        ranking of columns.
+        Stop when no column gains; False goes on to max_features or to the last column.
     max_features : int, optional
         Cap on the number of columns selected (preselected ones not counted).
     min_gain : float, default 0.0
         A step must raise the cumulative T by more than this. Needs stop=True.
     preselected : sequence of int or str, optional
-        Columns of X to condition on from the start, by position or by name (a str); not part of
-        the result's ordering. Distances add them up in the order given.
+        Columns of X to condition on from the start, by position or name, in the order in which
+        distances add them up; not part of the result's ordering.
     standardize : {"scale", "bounded", None}, default "scale"
         Divide distances along each column by its standard deviation (as R's FOCI does), by its
         range, or not at all. `codec` never does, so on raw columns its values can differ.
@@ -150,27 +141,15 @@ def foci(
 
     Raises
     ------
-    ValueError
-        For data or options that cannot be used; the message names argument, row and column.
-    TypeError
-        For options of the wrong type.
-    RuntimeError, torch.OutOfMemoryError
-        As `codec`.
-
-    Warns
-    -----
-    UserWarning
-        If y is constant (nothing is selected) or columns are constant.
+    ValueError, TypeError, RuntimeError, torch.OutOfMemoryError
+        As `codec`, and for options that cannot be used. A constant y, for which nothing is
+        selected, and constant columns get a warning.
 
     Notes
     -----
-    A step with k columns selected compares a row with its nearest rows in these until none can be
-    nearest with a candidate: about n^(1/(k+1)) rows on continuous data, so O(p n^(1 + 1/(k+1)))
-    for the step. Rows that share their selected values with many others, and all rows in the
-    first step, are sorted instead: O(p n log n). O(p n^2) at worst, for rows that are outliers in
-    every respect. Memory: X three times over, and O(n) for each thread. On CUDA every column is
-    scored in every step, in a workspace that takes up to 256 MiB beside what X asks for, less where
-    the device is short of it.
+    A step with k columns selected takes O(p n^(1 + 1/(k+1))) on continuous data, O(p n log n)
+    where many rows share the selected values and in the first step, O(p n^2) at worst. Memory:
+    three times X and O(n) for each thread; on CUDA a workspace of up to 256 MiB more.
 
     References
     ----------
@@ -187,10 +166,11 @@ def foci(
     """
     chosen = resolve(backend, X=X, y=y)
     check_seed(seed)
-    task = _Task.prepare(
-        X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, progress
-    )
-    return task.run(task.lay_out(chosen), task.y, seed)
+    task = _Task(
+        chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
+        progress,
+    )  # fmt: skip
+    return task.run(task.lay_out(), task.y, seed)
 
 
 def lfoci(
@@ -207,7 +187,7 @@ def lfoci(
     standardize: Standardize | None = "scale",
     ties: Ties = "average",
     nan_policy: Literal["raise", "omit"] = "raise",
-    backend: Backend = "auto",
+    backend: BackendLike = "auto",
     progress: bool = False,
 ) -> FociResult:
     """L-FOCI: `foci` after a little Gaussian noise is added to y and to every column.
@@ -216,10 +196,9 @@ def lfoci(
 
     Parameters
     ----------
-    X, y, stop, max_features, min_gain, preselected, standardize, ties
+    X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, backend,
+    progress
         As in `foci`; the computation is in float64.
-    nan_policy, backend, progress
-        As in `foci`.
     noise : float, default 0.01
         Standard deviation of the noise, the paper's value (it uses 0 to 0.1). 0 adds none.
     noise_scale : {"absolute", "relative"}, default "absolute"
@@ -252,288 +231,186 @@ def lfoci(
     """
     chosen = resolve(backend, X=X, y=y)
     check_noise(noise, noise_scale, seed)
-    task = _Task.prepare(
-        X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, progress
-    )
-    columns, response = task.lay_out(chosen), task.y
+    task = _Task(
+        chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
+        progress,
+    )  # fmt: skip
+    columns, response = task.lay_out(), task.y
     if not (response == response[0]).all():  # the noise would make a response of nothing
-        response, noisy = with_noise(response, task.X, columns, noise, noise_scale, seed, chosen)
-        columns = lay_out(chosen, noisy)
+        response, noisy = with_noise(
+            chosen, response, task.features.values, columns, noise, noise_scale, seed
+        )
+        columns = chosen.lay_out(noisy)
     return task.run(columns, response, seed)
 
 
-@dataclass(frozen=True, eq=False)
-class DependenceGraph:
-    """Which columns FOCI selects for which.
-
-    Attributes
-    ----------
-    adjacency : ndarray of bool, shape (p, p)
-        ``adjacency[i, j]``: column j was selected for the response column i. Not symmetric.
-    weights : ndarray of float64, shape (p, p)
-        The conditional T with which it was selected; 0 elsewhere.
-    results : list of FociResult
-        One for each column as the response; their indices are those of X.
-    names : list of str or None
-        Column names of X.
-    """
-
-    adjacency: NDArray[np.bool_]
-    weights: NDArray[np.float64]
-    results: list[FociResult]
-    names: list[str] | None
-
-
-def dependence_graph(
-    X: Any,
-    *,
-    stop: bool = True,
-    max_features: int | None = None,
-    min_gain: float = 0.0,
-    standardize: Standardize | None = "scale",
-    ties: Ties = "average",
-    seed: int | None = None,
-    nan_policy: Literal["raise", "omit"] = "raise",
-    backend: Backend = "auto",
-    progress: bool = False,
-) -> DependenceGraph:
-    """Run `foci` with every column in turn as the response and the others as candidates.
+def first_step_scores(X: Any, y: Any) -> NDArray[np.float64]:
+    """T(y, column) of every column of X, as `foci` scores them in its first step.
 
     Parameters
     ----------
     X : array_like of shape (n, p)
-        At least two columns.
-    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress
-        As in `foci`. With nan_policy="omit" a row with a NaN in any column is left out for all.
+    y : array_like of shape (n,)
+        Not constant.
 
     Returns
     -------
-    DependenceGraph
+    ndarray of float64, shape (p,)
+        To within 1e-9; `foci` decides between nearly equal columns exactly.
 
     Raises
     ------
-    ValueError, TypeError, RuntimeError
-        As `foci`.
-
-    Notes
-    -----
-    p runs of `foci`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> a, b = np.random.default_rng(0).normal(size=(2, 400))
-    >>> graph = dependence_graph(np.column_stack([a, b, a * b]))
-    >>> graph.adjacency[2].tolist()
-    [True, True, False]
+    ValueError
+        As `foci`, and for a constant y.
     """
-    chosen = resolve(backend, X=X)
-    check_bool(progress, "progress")
-    features = as_features(X, "X", allow_1d=False)
-    p = features.values.shape[1]
-    if p < 2:
-        raise ValueError(f"X must have at least two columns for a graph; got {p}")
-    values = clean_rows({"X": features}, nan_policy)["X"]
-    columns = lay_out(chosen, values)
-    warn_constant_columns(constant_columns(columns), "X", features.names, stacklevel=2)
-    check_choice(standardize, "standardize", ("scale", "bounded", None))
-    spans = squared_spans(columns, scale_factors(columns, standardize, features.names))
-    check_overflow(spans, lambda k: f"{column_label(k, features.names)} of X")
-    adjacency = np.zeros((p, p), dtype=bool)
-    weights = np.zeros((p, p))
-    results = []
-    with progress_bar(progress, total=p, desc="columns", unit="column") as bar:
-        for i in range(p):
-            others = np.delete(np.arange(p), i)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* constant")  # said once above
-                result = foci(
-                    values[:, others],
-                    values[:, i],
-                    stop=stop,
-                    max_features=max_features,
-                    min_gain=min_gain,
-                    standardize=standardize,
-                    ties=ties,
-                    seed=seed,
-                    backend=backend,
-                )
-            selected = others[result.ordering]
-            adjacency[i, selected] = True
-            weights[i, selected] = result.conditional
-            results.append(_in_columns_of(result, selected, features.names, p))
-            bar.update()
-    return DependenceGraph(adjacency, weights, results, features.names)
+    backend = resolve("auto", X=X, y=y)
+    tensors = backend.tensors
+    features = as_features(X, "X", allow_1d=False, tensors=tensors)
+    clean = clean_rows({"X": features, "y": as_response(y, tensors=tensors)}, "raise")
+    columns = backend.lay_out(clean["X"])
+    R, L = backend.ranks(clean["y"])
+    response = exact.ResponseSums(R, L)
+    if response.constant:
+        raise ValueError("y is constant, so T(y, column) is undefined; pass a y that varies")
+    factors = scale_factors(columns, "scale", features.label)
+    check_overflow(squared_spans(columns, factors), features.label)
+    engine = backend.engine(columns, factors, R, "average", 0)
+    whole, fraction = engine.score(np.arange(len(factors)))
+    sums = whole + fraction / 2.0**exact.FRACTION_BITS
+    return (response.n * sums - response.sum_L2) / response.denominator
 
 
-def _in_columns_of(
-    result: FociResult, selected: NDArray[np.int64], names: list[str] | None, p: int
-) -> FociResult:
-    """A result on some of the columns, told in the indices of all."""
-    return FociResult(
-        ordering=selected,
-        cumulative=result.cumulative,
-        conditional=result.conditional,
-        base=result.base,
-        stop_reason=result.stop_reason,
-        names=None if names is None else [names[k] for k in selected],
-        preselected=result.preselected,
-        n_samples=result.n_samples,
-        n_features=p,
-    )
-
-
-@dataclass(frozen=True, eq=False)
 class _Task:
     """Validated arguments of one selection, and the FOCI loop over an engine."""
 
-    X: Any  # arrays, or tensors on one device
-    y: Any
-    names: list[str] | None
-    preselected: tuple[int, ...]
-    stop: bool
-    cap: int
-    min_gain: float
-    standardize: str | None
-    ties: str
-    progress: bool
-
-    @staticmethod
-    def prepare(
+    def __init__(
+        self,
+        backend: Backend,
         X: Any,
         y: Any,
         stop: object,
         max_features: object,
         min_gain: object,
         preselected: Sequence[int | str] | None,
-        standardize: str | None,
-        ties: str,
+        standardize: Standardize | None,
+        ties: Ties,
         nan_policy: str,
         progress: object,
-    ) -> "_Task":
-        check_choice(ties, "ties", TIES)
-        check_choice(standardize, "standardize", ("scale", "bounded", None))
-        stop = check_bool(stop, "stop")
-        gain = check_real(min_gain, "min_gain", 0)
-        if gain > 0 and not stop:
+    ) -> None:
+        self.backend = backend
+        self.ties = check_choice(ties, "ties", TIES)
+        self.standardize = check_choice(standardize, "standardize", STANDARDIZE)
+        self.progress = check_bool(progress, "progress")
+        self.stop = check_bool(stop, "stop")
+        self.min_gain = check_real(min_gain, "min_gain", 0)
+        if self.min_gain > 0 and not self.stop:
             raise ValueError(
-                f"min_gain={gain:g} needs stop=True: with stop=False nothing is left out"
+                f"min_gain={self.min_gain:g} needs stop=True: with stop=False nothing is left out"
             )
-        features = as_features(X, "X", allow_1d=False)
+        features = as_features(X, "X", allow_1d=False, tensors=backend.tensors)
         p = features.values.shape[1]
-        given = _check_preselected(preselected, p, features.names)
-        cap = p - len(given)
+        self.preselected = _check_preselected(preselected, p, features.names)
+        self.cap = p - len(self.preselected)
         if max_features is not None:
-            cap = min(cap, check_integer(max_features, "max_features", 1))
-        clean = clean_rows({"X": features, "y": as_response(y)}, nan_policy)
-        return _Task(
-            clean["X"],
-            clean["y"],
-            features.names,
-            given,
-            stop,
-            cap,
-            gain,
-            standardize,
-            ties,
-            check_bool(progress, "progress"),
-        )
+            self.cap = min(self.cap, check_integer(max_features, "max_features", 1))
+        response = as_response(y, tensors=backend.tensors)
+        clean = clean_rows({"X": features, "y": response}, nan_policy)
+        self.features, self.y = features._replace(values=clean["X"]), clean["y"]
 
-    def lay_out(self, backend: str) -> Columns:
-        """The columns of X; a warning says which are constant."""
-        columns = lay_out(backend, self.X)
-        warn_constant_columns(constant_columns(columns), "X", self.names, stacklevel=3)
+    def lay_out(self) -> Columns:
+        """The columns of X; warns the caller of foci or lfoci of constant ones."""
+        columns = self.backend.lay_out(self.features.values)
+        self.features.warn_constant(constant_columns(columns), stacklevel=3)
         return columns
 
     def run(self, columns: Columns, y: Any, seed: int | None) -> FociResult:
-        """The greedy loop: score all candidates, decide exactly, go on or stop."""
-        R, L = ranks(y)
-        sums = _exact.ResponseSums(R, L)
-        if sums.constant:
+        """Select from columns that are X, or X with noise."""
+        R, L = self.backend.ranks(y)
+        response = exact.ResponseSums(R, L)
+        if response.constant:
             warnings.warn("y is constant: nothing is selected", stacklevel=3)
-            return self._result([], [], [], 0.0, "constant_y")
-        factors = scale_factors(columns, self.standardize, self.names)
-        spans = squared_spans(columns, factors)
-        warn_underflow(
-            columns, factors, lambda k: f"{column_label(k, self.names)} of X", stacklevel=3
-        )
-        bound = factors.dtype.type(0)
-        engine = make_engine(columns, factors, R, self.ties, seed)
-        m = Fraction(sums.sum_L2, sums.n)  # no columns: T(Y, {}) = 0
-        base = 0.0
+            return self._result([], 0.0, "constant_y")
+        label = self.features.label
+        factors = scale_factors(columns, self.standardize, label)
+        warn_underflow(columns, factors, label, stacklevel=3)
+        reach = _Reach(squared_spans(columns, factors), label)
+        engine = self.backend.engine(columns, factors, R, self.ties, tie_seed(self.ties, seed))
+        return self._search(engine, response, reach)
+
+    def _search(self, engine: Engine, response: exact.ResponseSums, reach: "_Reach") -> FociResult:
+        """The greedy loop: score all candidates, decide exactly, go on or stop."""
+        m = Fraction(response.sum_L2, response.n)  # no columns: T(Y, {}) = 0
         for column in self.preselected:
-            bound = self._add_span(bound, spans[[column]], [column])[0]
+            reach.add(column)
             if column == self.preselected[-1]:
-                m = _exact.total(*engine.row_sums(column))
-                base = float(_defined(sums.unconditional(m)))
+                m = engine.exact_sum(column)
             engine.select(column)
+        base = float(response.unconditional(m))
         conditioned = bool(self.preselected)
-        candidates = sorted(set(range(len(factors))).difference(self.preselected))
-        ordering: list[int] = []
-        cumulative: list[float] = []
-        conditional: list[float] = []
+        candidates = sorted(set(range(reach.p)).difference(self.preselected))
+        steps: list[tuple[int, float, float]] = []
         reason: StopReason = "exhausted" if self.cap == len(candidates) else "max_features"
         with progress_bar(self.progress, total=len(candidates), unit="column") as bar:
-            while len(ordering) < self.cap:
-                bounds = self._add_span(bound, spans[candidates], candidates)
-                bar.set_description(f"FOCI step {len(ordering) + 1}")
+            while len(steps) < self.cap:
+                reach.check(candidates)
+                bar.set_description(f"FOCI step {len(steps) + 1}")
                 # columns that bring no gain are told from one another only if one must be taken
                 floor = int(m) if self.stop else 0
                 leaders = _leaders(engine, np.array(candidates), floor, self.progress, bar)
-                leader = _best(engine, *leaders)
-                best, m_best = leader if leader else (-1, m)
-                gain = Fraction(sums.n) * (m_best - m) / sums.denominator
+                best, m_best = _best(engine, *leaders) or (-1, m)
+                gain = Fraction(response.n) * (m_best - m) / response.denominator
                 if self.stop and gain <= Fraction(self.min_gain):
                     reason = "no_gain" if gain <= 0 else "min_gain"
                     break
-                step = sums.conditional(m_best, m) if conditioned else sums.unconditional(m_best)
+                T = response.unconditional(m_best)
+                step = response.conditional(m_best, m) if conditioned else T
                 if step is None:
                     warnings.warn(
                         "y is a function of the columns selected so far: the conditional "
                         "coefficient of this step is 1 by convention",
-                        stacklevel=3,
+                        stacklevel=4,
                     )
-                bound = bounds[candidates.index(best)]
+                steps.append((best, float(T), 1.0 if step is None else float(step)))
+                reach.add(best)
                 engine.select(best)
                 candidates.remove(best)
-                ordering.append(best)
-                cumulative.append(float(_defined(sums.unconditional(m_best))))
-                conditional.append(1.0 if step is None else float(step))
                 m, conditioned = m_best, True
-        return self._result(ordering, cumulative, conditional, base, reason)
-
-    def _add_span(self, bound: Any, spans: NDArray, columns: list[int]) -> NDArray:
-        """Bounds on the squared distances with each of the columns added; all must be finite."""
-        with np.errstate(over="ignore"):
-            bounds = bound + spans
-        check_overflow(bounds, lambda k: f"{column_label(columns[k], self.names)} of X")
-        return bounds
+        return self._result(steps, base, reason)
 
     def _result(
-        self,
-        ordering: list[int],
-        cumulative: list[float],
-        conditional: list[float],
-        base: float,
-        reason: StopReason,
+        self, steps: list[tuple[int, float, float]], base: float, reason: StopReason
     ) -> FociResult:
+        ordering = [column for column, _, _ in steps]
+        names = self.features.names
         return FociResult(
             ordering=np.array(ordering, dtype=np.int64),
-            cumulative=np.array(cumulative, dtype=np.float64),
-            conditional=np.array(conditional, dtype=np.float64),
+            cumulative=np.array([T for _, T, _ in steps], dtype=np.float64),
+            conditional=np.array([T for _, _, T in steps], dtype=np.float64),
             base=base,
             stop_reason=reason,
-            names=None if self.names is None else [self.names[f] for f in ordering],
+            names=None if names is None else [names[column] for column in ordering],
             preselected=self.preselected,
-            n_samples=self.X.shape[0],
-            n_features=self.X.shape[1],
+            n_samples=self.features.values.shape[0],
+            n_features=self.features.values.shape[1],
         )
 
 
-def _defined(value: Fraction | None) -> Fraction:
-    """T(Y, X_S), which exists whenever y is not constant."""
-    assert value is not None
-    return value
+class _Reach:
+    """A bound on squared distances in the columns selected so far; refuses what overflows."""
+
+    def __init__(self, spans: NDArray, label: Callable[[int], str]) -> None:
+        self.p = len(spans)
+        self._spans, self._label, self._bound = spans, label, spans.dtype.type(0)
+
+    def check(self, columns: list[int]) -> None:
+        """Refuse columns any of which would overflow beside those selected."""
+        with np.errstate(over="ignore"):
+            bounds = self._bound + self._spans[columns]
+        check_overflow(bounds, lambda k: self._label(columns[k]))
+
+    def add(self, column: int) -> None:
+        self.check([column])
+        self._bound = self._bound + self._spans[column]
 
 
 def _check_preselected(
@@ -568,7 +445,7 @@ def _check_preselected(
 
 def _leaders(
     engine: Engine, candidates: NDArray[np.int64], floor: int, progress: bool, bar: Any
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+) -> Leaders:
     """Those that may be the best and their scores, found in pieces where a bar shows them."""
     if not progress:
         return engine.leaders(candidates, floor)
@@ -581,7 +458,7 @@ def _leaders(
         floor = max(floor, int(found[-1][1].max(initial=0)) - 1)
         bar.update(len(piece))
     columns, whole, fraction = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return _exact.contenders(columns, whole, fraction)
+    return exact.contenders(columns, whole, fraction)
 
 
 def _best(
@@ -590,9 +467,9 @@ def _best(
     whole: NDArray[np.int64],
     fraction: NDArray[np.int64],
 ) -> tuple[int, Fraction] | None:
-    """The candidate with the largest exact sum, the lowest index on equality, and its sum.
+    """The leader with the largest exact sum, the lowest index on equality, and its sum.
 
-    Of those that an engine says may be it, by exact rationals; None if there are none.
+    None if there are no leaders.
     """
     if len(columns) == 0:
         return None
@@ -600,7 +477,7 @@ def _best(
         return int(columns.min()), Fraction(int(whole[0]))
     best, best_sum = -1, Fraction(-1)
     for column in np.sort(columns):
-        exact = _exact.total(*engine.row_sums(int(column)))
-        if exact > best_sum:
-            best, best_sum = int(column), exact
+        its_sum = engine.exact_sum(int(column))
+        if its_sum > best_sum:
+            best, best_sum = int(column), its_sum
     return best, best_sum

@@ -2,13 +2,11 @@
 
 from typing import Any, Literal, overload
 
-import numpy as np
-
 from lcodec_ext._checks import check_choice, check_seed
-from lcodec_ext.dependence.backends.base import lay_out, nearest
-from lcodec_ext.dependence.backends.choice import Backend, resolve
-from lcodec_ext.dependence.scaling import check_overflow, squared_spans
-from lcodec_ext.dependence.table import as_features, clean_rows, column_label
+from lcodec_ext._random import tie_seed
+from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
+from lcodec_ext.dependence.scaling import check_distances
+from lcodec_ext.dependence.table import as_features, clean_rows
 
 
 @overload
@@ -17,24 +15,23 @@ def nearest_neighbors(
     *,
     ties: Literal["first", "random"] = "first",
     seed: int | None = None,
-    backend: Backend = "auto",
+    backend: BackendLike = "auto",
 ) -> Any: ...
 @overload
 def nearest_neighbors(
-    X: Any, *, ties: Literal["all"], seed: int | None = None, backend: Backend = "auto"
+    X: Any, *, ties: Literal["all"], seed: int | None = None, backend: BackendLike = "auto"
 ) -> tuple[Any, Any]: ...
 def nearest_neighbors(
     X: Any,
     *,
     ties: Literal["first", "random", "all"] = "first",
     seed: int | None = None,
-    backend: Backend = "auto",
+    backend: BackendLike = "auto",
 ) -> Any:
     """Nearest other row of every row, by computed squared Euclidean distance.
 
-    A row is never its own neighbour, also not where it has duplicates. Distances are sums of
-    squared differences in column order, without the matrix-product shortcut, which picks wrong
-    neighbours once an offset is large beside the spread.
+    A row is never its own neighbour, even if it has duplicates. Distances are sums of squared
+    differences in column order; ``docs/dependence.md`` says why.
 
     Parameters
     ----------
@@ -63,8 +60,8 @@ def nearest_neighbors(
 
     Notes
     -----
-    On the CPU a k-d tree up to 12 columns, about O(n log n) in few of them; O(n^2 d) time beyond,
-    and on CUDA always. O(n d) memory beside the result.
+    On the CPU a k-d tree up to 12 columns, about O(n log n) in few of them; O(n^2 d) time with
+    more, and on CUDA. O(n d) memory on top of the result.
 
     Examples
     --------
@@ -74,11 +71,9 @@ def nearest_neighbors(
     chosen = resolve(backend, X=X)
     check_choice(ties, "ties", ("first", "random", "all"))
     check_seed(seed)
-    features = as_features(X, "X")
-    values = clean_rows({"X": features}, None, minimum=2)["X"]
-    columns = lay_out(chosen, values)
-    with np.errstate(over="ignore"):
-        bounds = np.add.accumulate(squared_spans(columns, np.ones_like(columns.low)))
-    check_overflow(bounds, lambda k: f"{column_label(k, features.names)} of X")
-    indptr, indices = nearest(columns, "average" if ties == "all" else ties, seed)
-    return (indptr, indices) if ties == "all" else indices
+    features = as_features(X, "X", tensors=chosen.tensors)
+    columns = chosen.lay_out(clean_rows({"X": features}, None, minimum=2)["X"])
+    check_distances(columns, features.label)
+    if ties == "all":
+        return chosen.nearest(columns, "average", 0)
+    return chosen.nearest(columns, ties, tie_seed(ties, seed))[1]

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lcodec_ext.dependence.backends.base import Ties
-from lcodec_ext.dependence.backends.choice import Backend, resolve_on_cpu
-from lcodec_ext.dependence.foci import Standardize, foci
+from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
+from lcodec_ext.dependence.foci import foci
+from lcodec_ext.dependence.scaling import Standardize
 
 try:
     from sklearn.base import BaseEstimator
@@ -21,31 +22,18 @@ except ImportError as error:
 
 
 class FOCISelector(SelectorMixin, BaseEstimator):
-    """Select features with FOCI: the Markov blanket of y, without a model or tuning parameter.
+    """Select features with FOCI: the columns on which y depends, without a model.
 
-    Columns are added greedily by the conditional dependence coefficient T (Azadkia and
-    Chatterjee 2021) until none adds to it. y is a number whose order means something; two
-    classes may carry any two numbers.
+    See `lcodec_ext.foci` for the method, its cost and conditioning columns, and
+    ``docs/dependence.md``. y is a number whose order means something; two classes may carry any
+    two numbers. Data are on the CPU.
 
     Parameters
     ----------
-    max_features : int or None
-        The most features to select; None (default) sets no limit.
-    min_gain : float
-        A feature must raise the cumulative T by more than this. Default 0.0: any gain is
-        enough, as in the paper.
-    stop : bool
-        If False, go on without a gain to `max_features`, or to all features.
-    standardize : {"scale", "bounded", None}
-        Divide columns by their standard deviation (default, as R's FOCI does), by their range,
-        or not at all.
-    ties : {"average", "random", "first"}
-        What is made of rows that tie as nearest neighbours. "average" (default) is
-        deterministic.
+    max_features, min_gain, stop, standardize, ties, backend
+        As in `lcodec_ext.foci`, with its defaults; backend "cuda" is refused.
     random_state : int, RandomState instance or None
         For ``ties="random"``.
-    backend : {"auto", "cpu", "reference"}
-        As in :func:`lcodec_ext.foci`; all select the same. Data are on the CPU.
 
     Attributes
     ----------
@@ -61,15 +49,6 @@ class FOCISelector(SelectorMixin, BaseEstimator):
     n_features_in_ : int
     feature_names_in_ : ndarray of str, shape (n_features_in_,)
         Only if X has column names that are all strings.
-
-    See Also
-    --------
-    lcodec_ext.foci : the function behind it, with its complexity and conditioning columns.
-
-    References
-    ----------
-    M. Azadkia, S. Chatterjee, "A simple measure of conditional dependence", Annals of
-    Statistics 49 (2021), section 5.
 
     Examples
     --------
@@ -90,7 +69,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         standardize: Standardize | None = "scale",
         ties: Ties = "average",
         random_state: int | np.random.RandomState | None = None,
-        backend: Backend = "auto",
+        backend: BackendLike = "auto",
     ) -> None:
         self.max_features = max_features
         self.min_gain = min_gain
@@ -101,20 +80,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         self.backend = backend
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "FOCISelector":
-        """Select features.
-
-        Parameters
-        ----------
-        X : array_like of shape (n_samples, n_features)
-            Numbers; float32 is computed in float32, everything else in float64.
-        y : array_like of shape (n_samples,)
-            Numbers; at least 3.
-
-        Returns
-        -------
-        FOCISelector
-            The fitted selector itself.
-        """
+        """Select features of X, of shape (n_samples, n_features), for at least 3 samples."""
         backend = resolve_on_cpu("FOCISelector", self.backend, X=X, y=y)
         X, y = validate_data(
             self, X, y, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3

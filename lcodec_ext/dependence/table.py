@@ -1,173 +1,61 @@
-"""What users pass in, made into arrays that the backends can trust.
+"""What users pass in, made into a response and features without missing values.
 
 CUDA tensors are checked and converted where they lie; nothing but verdicts is read from them.
 Every message names the argument, says what was given and what was expected.
 """
 
-import sys
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._arrays import array_module, is_tensor, on_device
+from lcodec_ext._arrays import array_module, as_array, beyond_float64, is_float, is_tensor
 from lcodec_ext._checks import check_choice
 
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
-_EXACT_INTEGER = 2**53
 
 
 class Features(NamedTuple):
     """Feature columns in the working precision.
 
     ``values`` is a C-contiguous (n, p) array, or CUDA tensor: float32 where the input was float32,
-    float16 or bfloat16, float64 for everything else. ``names`` are column names, None without any.
+    float16 or bfloat16, float64 for everything else. ``names`` are column names, None without any;
+    ``argument`` is what the user calls the table.
     """
 
     values: Any
     names: list[str] | None
+    argument: str
 
+    def label(self, k: int) -> str:
+        """A column in a message: "column 'age' (index 3) of X"."""
+        return f"{_column(k, self.names)} of {self.argument}"
 
-def _dense_tensor(tensor: Any, name: str) -> Any:
-    """A tensor of real numbers without its gradient; bfloat16 as float32, which holds it."""
-    if tensor.is_complex():
-        raise ValueError(f"{name} must be real; got a tensor of {tensor.dtype}")
-    if str(tensor.layout) != "torch.strided":
-        raise ValueError(f"{name} must be dense; got a tensor of layout {tensor.layout}")
-    tensor = tensor.detach().resolve_neg()
-    return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
-
-
-def _tensor_to_numpy(tensor: Any, name: str) -> NDArray:
-    tensor = _dense_tensor(tensor, name)
-    try:
-        return tensor.numpy()
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{name} cannot be made into an array from a tensor of {tensor.dtype}: {error}"
-        ) from None
-
-
-def _on_device(tensor: Any, name: str) -> Any:
-    """A CUDA tensor as one of a dtype that torch can sort and compare; and uint64."""
-    import torch
-
-    tensor = _dense_tensor(tensor, name)
-    wider = {
-        torch.bool: torch.uint8,
-        torch.float16: torch.float32,
-        torch.uint16: torch.int32,
-        torch.uint32: torch.int64,
-    }
-    dtype = wider.get(tensor.dtype, tensor.dtype)
-    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint64)
-    if dtype not in (torch.float32, torch.float64, *integers):
-        raise ValueError(f"{name} must hold real numbers; got a tensor of {tensor.dtype}")
-    return tensor.to(dtype)
-
-
-def _is_float(array: Any) -> bool:
-    return array.is_floating_point() if is_tensor(array) else array.dtype.kind == "f"
-
-
-def _is_integer(array: Any) -> bool:
-    if is_tensor(array):
-        return not array.is_floating_point()
-    return array.dtype.kind in "iu"
-
-
-def _beyond_exact(integers: Any) -> bool:
-    """Whether float64 would merge some of the integers."""
-    if str(integers.dtype) == "torch.uint64":  # torch knows no maximum of it
-        integers = integers.view(array_module(integers).int64)
-        if integers.min() < 0:  # 2**63 and more
-            return True
-    return max(int(integers.max()), -int(integers.min())) > _EXACT_INTEGER
-
-
-def _pandas_column(column: Any, label: str) -> NDArray:
-    """One pandas column as a NumPy array; missing values become NaN."""
-    dtype = column.dtype
-    if isinstance(dtype, np.dtype):
-        return column.to_numpy()
-    numpy_dtype = getattr(dtype, "numpy_dtype", None)
-    if numpy_dtype is None or numpy_dtype.kind not in "biuf":
-        kind = "categorical" if str(dtype) == "category" else str(dtype)
-        raise ValueError(
-            f"{label} is {kind}; expected numbers: encode it first, for instance with "
-            "pandas.get_dummies, or with its codes if the order of the categories is meant"
+    def warn_constant(self, flags: NDArray[np.bool_], stacklevel: int) -> None:
+        """One warning for all columns that are flagged as constant; it names the first five."""
+        constant = np.flatnonzero(flags)
+        if not len(constant):
+            return
+        shown = ", ".join(_column(int(k), self.names) for k in constant[:5])
+        more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
+        verb = "is" if len(constant) == 1 else "are"
+        warnings.warn(
+            f"{shown}{more} of {self.argument} {verb} constant and can tell nothing",
+            stacklevel=stacklevel + 1,
         )
-    if column.isna().any():
-        known = column.dropna()
-        if numpy_dtype.kind in "iu" and len(known) and _beyond_exact(known.to_numpy(numpy_dtype)):
-            raise ValueError(
-                f"{label} holds integers beyond 2**53 beside missing values; no float64 can tell "
-                "them apart: leave out the missing rows, or subtract an offset"
-            )
-        wide = numpy_dtype if numpy_dtype.kind == "f" else np.dtype(np.float64)
-        return column.to_numpy(dtype=wide, na_value=np.nan)
-    return column.to_numpy(dtype=numpy_dtype)
 
 
-def _as_array(value: Any, name: str) -> tuple[Any, list[str] | None]:
-    """Anything array-like as a NumPy array of real numbers, with column names if it has them.
+def _column(k: int, names: list[str] | None) -> str:
+    return f"column {k}" if names is None else f"column {names[k]!r} (index {k})"
 
-    CUDA tensors stay CUDA tensors.
+
+def as_response(y: Any, name: str = "y", *, tensors: bool | None = None) -> Any:
+    """A response as a 1-d array or tensor of its own dtype: ranks need no conversion.
+
+    Accepts shape (n,) or (n, 1). `tensors` as in `as_array`.
     """
-    if value is None:
-        raise ValueError(f"{name} must be an array of numbers; got None")
-    if on_device(value):
-        return _on_device(value, name), None
-    names = None
-    pandas = sys.modules.get("pandas")
-    if is_tensor(value):
-        array = _tensor_to_numpy(value, name)
-    elif pandas is not None and isinstance(value, pandas.DataFrame):
-        names = [str(column) for column in value.columns]
-        columns = []
-        for k, column in enumerate(names):
-            label = f"column {column!r} (index {k}) of {name}"
-            columns.append(_real(_pandas_column(value.iloc[:, k], label), label))
-        # column by column, because pandas makes bool beside float an object array
-        array = np.column_stack(columns) if columns else np.empty((len(value), 0))
-    elif pandas is not None and isinstance(value, pandas.Series | pandas.Index):
-        array = _pandas_column(value, name)
-    else:
-        if hasattr(value, "toarray") and hasattr(value, "nnz"):
-            raise ValueError(
-                f"{name} is sparse ({type(value).__name__}); expected a dense array: "
-                f"pass {name}.toarray()"
-            )
-        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-            value = np.ma.filled(value.astype(np.result_type(value.dtype, np.float32)), np.nan)
-        labels = getattr(value, "columns", None)
-        if isinstance(labels, list) and hasattr(value, "to_numpy"):  # polars and its like
-            names = [str(label) for label in labels]
-        try:
-            array = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be made into an array: {error}") from None
-    return _real(array, name), names
-
-
-def _real(array: NDArray, label: str) -> NDArray:
-    """array, if its dtype is one of real numbers; native byte order, float16 as float32."""
-    if array.dtype.kind not in "biuf":
-        what = {"c": "complex numbers", "U": "strings", "S": "strings", "O": "objects"}
-        given = what.get(array.dtype.kind, f"values of dtype {array.dtype}")
-        advice = "; encode categories as numbers first" if array.dtype.kind in "USO" else ""
-        raise ValueError(f"{label} must hold real numbers; got {given}{advice}")
-    if array.dtype == np.float16:
-        return array.astype(np.float32)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def as_response(y: Any, name: str = "y") -> Any:
-    """A response as a 1-d array, or CUDA tensor, of its own dtype (ranks need no conversion).
-
-    Accepts shape (n,) or (n, 1).
-    """
-    array, _ = _as_array(y, name)
+    array, _ = as_array(y, name, tensors=tensors)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
@@ -177,13 +65,14 @@ def as_response(y: Any, name: str = "y") -> Any:
     return array
 
 
-def as_features(X: Any, name: str, *, allow_1d: bool = True) -> Features:
-    """Feature columns as a C-contiguous (n, p) array, or CUDA tensor, of the working precision.
+def as_features(
+    X: Any, name: str, *, allow_1d: bool = True, tensors: bool | None = None
+) -> Features:
+    """Feature columns: a 1-d array is one column where ``allow_1d``; `tensors` as in `as_array`.
 
-    A 1-d array is one column where ``allow_1d``; p = 0 is an error, and so are integers that
-    float64 cannot hold.
+    p = 0 is an error, and so are integers that float64 cannot hold.
     """
-    array, names = _as_array(X, name)
+    array, names = as_array(X, name, tensors=tensors)
     if array.ndim == 1 and allow_1d:
         array = array[:, None]
         label = getattr(X, "name", None)
@@ -194,7 +83,7 @@ def as_features(X: Any, name: str, *, allow_1d: bool = True) -> Features:
         raise ValueError(f"{name} must have shape {shapes}; got shape {tuple(array.shape)}{hint}")
     if array.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(array.shape)}")
-    if _is_integer(array) and len(array) and _beyond_exact(array):
+    if beyond_float64(array):
         raise ValueError(
             f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
             "subtract an offset first"
@@ -202,27 +91,12 @@ def as_features(X: Any, name: str, *, allow_1d: bool = True) -> Features:
     xp = array_module(array)
     dtype = xp.float32 if array.dtype == xp.float32 else xp.float64
     if is_tensor(array):
-        return Features(array.to(dtype).contiguous(), names)
-    return Features(np.ascontiguousarray(array, dtype=dtype), names)
-
-
-def _where(name: str, array: Any, names: list[str] | None, flags: Any) -> str:
-    """'X has ... at row 3, column 'age' (index 2)' for the first flagged entry."""
-    xp = array_module(array)
-    first = xp.argwhere(flags)[0].tolist()
-    place = f"row {first[0]}"
-    if array.ndim == 2:
-        place += (
-            f", column {first[1]}"
-            if names is None
-            else (f", column {names[first[1]]!r} (index {first[1]})")
-        )
-    more = int(xp.count_nonzero(flags)) - 1
-    return f"{name} at {place}" + (f" and {more} more" if more else "")
+        return Features(array.to(dtype).contiguous(), names, name)
+    return Features(np.ascontiguousarray(array, dtype=dtype), names, name)
 
 
 def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3) -> dict[str, Any]:
-    """Arrays of equal length without NaN or infinity; or CUDA tensors, on one device.
+    """Arrays or tensors of equal length without NaN or infinity.
 
     Parameters
     ----------
@@ -244,32 +118,13 @@ def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3)
     if len(set(lengths.values())) > 1:
         given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"all arguments must have the same number of rows; {given}")
-    n = next(iter(lengths.values()))
-    xp = array_module(next(iter(values.values())))
     drop: Any = None
-    for name, array in values.items():
-        if not _is_float(array):
-            continue
-        source = arrays[name]
-        names = source.names if isinstance(source, Features) else None
-        with np.errstate(over="ignore", invalid="ignore"):
-            if xp.isfinite(array.sum()):  # one pass; the rare rest looks closer
-                continue
-        infinite = xp.isinf(array)
-        if infinite.any():
-            raise ValueError(
-                f"infinite values are not allowed; got {_where(name, array, names, infinite)}"
-            )
-        missing = xp.isnan(array)
-        if missing.any():
-            if nan_policy != "omit":
-                advice = "leave out the rows with missing values first"
-                if nan_policy == "raise":
-                    advice = "pass nan_policy='omit' to leave out rows with missing values"
-                raise ValueError(f"NaN in {_where(name, array, names, missing)}; {advice}")
-            rows = missing.any(axis=1) if array.ndim == 2 else missing
-            drop = rows if drop is None else drop | rows
-    remaining = n if drop is None else n - int(xp.count_nonzero(drop))
+    for name, array in arrays.items():
+        missing = _missing_rows(name, array, nan_policy)
+        if missing is not None:
+            drop = missing if drop is None else drop | missing
+    n = next(iter(lengths.values()))
+    remaining = n if drop is None else n - int(drop.sum())
     if remaining < minimum:
         left = f"{remaining} left after omitting NaN" if remaining < n else f"{n}"
         raise ValueError(f"{' and '.join(values)} must have at least {minimum} rows; got {left}")
@@ -283,12 +138,34 @@ def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3)
     return values
 
 
-def column_label(index: int, names: list[str] | None) -> str:
-    """A column in a message: its name and index, or its index."""
-    return f"column {index}" if names is None else f"column {names[index]!r} (index {index})"
+def _missing_rows(name: str, given: Any, nan_policy: str | None) -> Any:
+    """Which rows hold a NaN, None if none does; refuse infinity, and NaN unless omitted."""
+    array, names = (given.values, given.names) if isinstance(given, Features) else (given, None)
+    if not is_float(array):
+        return None
+    xp = array_module(array)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if xp.isfinite(array.sum()):  # one pass; the rare rest looks closer
+            return None
+    infinite = xp.isinf(array)
+    if infinite.any():
+        raise ValueError(
+            f"infinite values are not allowed; got {name} at {_where(infinite, names)}"
+        )
+    missing = xp.isnan(array)
+    if not missing.any():
+        return None
+    if nan_policy != "omit":
+        advice = "leave out the rows with missing values first"
+        if nan_policy == "raise":
+            advice = "pass nan_policy='omit' to leave out rows with missing values"
+        raise ValueError(f"NaN in {name} at {_where(missing, names)}; {advice}")
+    return missing.any(axis=1) if array.ndim == 2 else missing
 
 
-def column_list(indices: NDArray[np.intp], names: list[str] | None, most: int = 5) -> str:
-    """Several columns in a message, the first few of many."""
-    shown = ", ".join(column_label(int(k), names) for k in indices[:most])
-    return shown + (f" and {len(indices) - most} more" if len(indices) > most else "")
+def _where(flags: Any, names: list[str] | None) -> str:
+    """The first flagged entry: "row 3, column 'age' (index 2) and 4 more"."""
+    row, *columns = array_module(flags).argwhere(flags)[0].tolist()
+    place = ", ".join([f"row {row}", *(_column(k, names) for k in columns)])
+    more = int(flags.sum()) - 1
+    return place + (f" and {more} more" if more else "")

@@ -3,17 +3,17 @@
 import math
 import warnings
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lcodec_ext._checks import check_bool, check_choice, check_seed
-from lcodec_ext._random import resolve_seed
-from lcodec_ext.dependence import xi_sums as _xi_sums
-from lcodec_ext.dependence.backends.choice import Backend, resolve_on_cpu
+from lcodec_ext._random import tie_seed
+from lcodec_ext.dependence.backends.base import TIES, HostBackend, Ties
+from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
+from lcodec_ext.dependence.exact import ResponseSums
 from lcodec_ext.dependence.table import as_response, clean_rows
-
-Ties = Literal["average", "random", "first"]
 
 
 class XiTestResult(NamedTuple):
@@ -34,40 +34,21 @@ class XiTestResult(NamedTuple):
     sd: float
 
 
-class _Parts(NamedTuple):
-    """xi, the sum of L (n - L) below it, the max ranks of y, and the backend's sums."""
-
-    xi: float
-    denominator: int
-    R: NDArray[Any]
-    sums: Any
-
-
 def _compute(
-    x: ArrayLike,
-    y: ArrayLike,
-    ties: Ties,
-    seed: int | None,
-    nan_policy: Literal["raise", "omit"],
-    backend: Backend,
-) -> _Parts:
-    check_choice(ties, "ties", ("average", "random", "first"))
-    seed = check_seed(seed)
-    sums: Any = _xi_sums
-    if resolve_on_cpu("xi", backend, x=x, y=y) == "reference":
-        from lcodec_ext.dependence.backends import reference_xi as sums
+    backend: HostBackend, x: ArrayLike, y: ArrayLike, ties: Ties, seed: int | None, nan_policy: str
+) -> tuple[float, int, NDArray[np.int64]]:
+    """xi, the sum of L (n - L) below it, and the max ranks of y."""
+    check_choice(ties, "ties", TIES)
+    check_seed(seed)
     columns = clean_rows({"x": as_response(x, "x"), "y": as_response(y, "y")}, nan_policy)
-    R, L = sums.ranks(columns["y"])
-    n = len(R)
-    denominator = int((L * (n - L)).sum())
-    if denominator == 0:
+    R, L = backend.ranks(columns["y"])
+    sums = ResponseSums(R, L)
+    if sums.constant:
         warnings.warn("y is constant, so xi is undefined: returning nan", stacklevel=3)
-        return _Parts(math.nan, denominator, R, sums)
-    drawn = resolve_seed(seed) if ties == "random" else 0
-    length = sums.path_length(columns["x"], R, ties, drawn)
-    # the only rounding; both backends come through here with the same rational
-    value = float(1 - Fraction(n, 2 * denominator) * length)
-    return _Parts(value, denominator, R, sums)
+        return math.nan, 0, R
+    length = backend.path_length(columns["x"], R, ties, tie_seed(ties, seed))
+    value = 1 - Fraction(sums.n, 2 * sums.denominator) * length
+    return float(value), sums.denominator, R
 
 
 def xi(
@@ -77,7 +58,7 @@ def xi(
     ties: Ties = "average",
     seed: int | None = None,
     nan_policy: Literal["raise", "omit"] = "raise",
-    backend: Backend = "auto",
+    backend: BackendLike = "auto",
 ) -> float:
     """Chatterjee's coefficient xi of y on x.
 
@@ -87,8 +68,7 @@ def xi(
         xi = 1 - n sum |R_{i+1} - R_i| / (2 sum L_i (n - L_i)).
 
     It converges to 0 when y is independent of x and to 1 when y is a function of x; it is not
-    symmetric. In a sample it can be slightly negative, and is at most (n - 2) / (n + 1)
-    without ties.
+    symmetric. ``docs/dependence.md`` says how to read values.
 
     Parameters
     ----------
@@ -96,16 +76,15 @@ def xi(
         Real numbers of any dtype, 3 <= n <= 10^6. Only their order counts.
     ties : {"average", "random", "first"}
         How rows with equal x are ordered. "average" (default): the exact expectation over all
-        their orders, so that the result depends neither on a seed nor on the order of the
-        rows. "random": one order, drawn by `seed`, as in Chatterjee's paper and in R's XICOR;
-        its expectation is that of "average". "first": in the order of the rows.
+        their orders. "random": one order, drawn by `seed`, as in R's XICOR. "first": in the order
+        of the rows.
     seed : int in [0, 2**64) or None
         For ``ties="random"``; None (default) draws a fresh one.
     nan_policy : {"raise", "omit"}
         "omit" leaves out rows with a NaN.
     backend : {"auto", "cpu", "reference"}
-        All give the same bits. "auto" and "cpu" run vectorised NumPy, which is all that one
-        sort asks for; "reference" is O(n^2). Data are on the CPU.
+        All give the same bits. "auto" and "cpu" run vectorised NumPy; "reference" is O(n^2). Data
+        are on the CPU.
 
     Returns
     -------
@@ -118,10 +97,6 @@ def xi(
     ValueError
         For NaN (unless omitted), infinity, fewer than 3 rows, lengths that differ, more than
         one column, or an unknown option.
-
-    See Also
-    --------
-    xi_test : the coefficient with its p-value.
 
     Notes
     -----
@@ -136,7 +111,8 @@ def xi(
     >>> round(xi(x, x**2), 4), round(xi(x**2, x), 4)
     (0.7273, -0.125)
     """
-    return _compute(x, y, ties, seed, nan_policy, backend).xi
+    chosen = resolve_on_cpu("xi", backend, x=x, y=y)
+    return _compute(chosen, x, y, ties, seed, nan_policy)[0]
 
 
 def xi_test(
@@ -147,7 +123,7 @@ def xi_test(
     ties: Ties = "average",
     seed: int | None = None,
     nan_policy: Literal["raise", "omit"] = "raise",
-    backend: Backend = "auto",
+    backend: BackendLike = "auto",
 ) -> XiTestResult:
     """Test independence of x and y with Chatterjee's xi.
 
@@ -157,9 +133,8 @@ def xi_test(
     Parameters
     ----------
     x, y, ties, seed, nan_policy, backend
-        As in :func:`xi`. With tied x the sd is that of one random order (``ties="random"``);
-        the expectation over the orders varies less, so the p-values of "average" err on the
-        safe side, the more the heavier the ties.
+        As in :func:`xi`. With tied x the sd is that of ``ties="random"``; "average" varies less,
+        so its p-values are too large rather than too small.
     y_continuous : bool
         If True, sd = sqrt(2 / (5 n)), the limit for a continuous y (Theorem 2.1). If False
         (default), sd is estimated from the ranks of y (Theorem 2.2), which is right for a
@@ -173,24 +148,22 @@ def xi_test(
 
     Raises
     ------
-    TypeError
-        If `y_continuous` is not a bool.
-    ValueError
-        As in :func:`xi`.
+    ValueError, TypeError
+        As :func:`xi`, and for a `y_continuous` that is not a bool.
 
     Notes
     -----
     O(n log n). The normal limit serves from n of about 20 on (Chatterjee 2021); with fewer rows
-    use a permutation test. The estimated variance is an exact rational until
-    its one division and square root.
+    use a permutation test. The variance is exact until its one division and square root.
     """
     check_bool(y_continuous, "y_continuous")
-    value, denominator, R, sums = _compute(x, y, ties, seed, nan_policy, backend)
+    chosen = resolve_on_cpu("xi_test", backend, x=x, y=y)
+    value, denominator, R = _compute(chosen, x, y, ties, seed, nan_policy)
     n = len(R)
     if y_continuous:
         sd = math.sqrt(2 / (5 * n))
     elif denominator == 0:
         sd = math.nan
     else:
-        sd = math.sqrt(Fraction(sums.null_variance(R), n * denominator**2))
+        sd = math.sqrt(Fraction(chosen.null_variance(R), n * denominator**2))
     return XiTestResult(value, 0.5 * math.erfc(value / sd / math.sqrt(2)), sd)

@@ -1,14 +1,12 @@
 """Methods of deletion beside models that were retrained without the removed samples."""
 
-import copy
 import dataclasses
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,60 +15,31 @@ from torch import nn
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
-from lcodec_ext._torch.predict import Run, Score, predict
-from lcodec_ext._torch.samples import Samples, as_samples
+from lcodec_ext._torch.predict import Score
+from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature.selection import UnitSelection
-from lcodec_ext.evaluation import metrics
-from lcodec_ext.evaluation.methods import Baseline, fine_tune, gradient_ascent, lbfgs, neg_grad_plus
+from lcodec_ext.evaluation.methods import NO_OP, RETRAINED, Done, Method, carry_out, methods_of
+from lcodec_ext.evaluation.metrics import (
+    DISTANCES,
+    METRICS,
+    WITHOUT_GAP,
+    Measured,
+    Number,
+    Sets,
+    measure,
+    relearn_time,
+    scikit_learn,
+)
 from lcodec_ext.unlearning.request import random_samples
+from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.select import find_candidates
-from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.unlearn import UnlearnResult, unlearn
 
-NO_OP, RETRAINED = "no-op", "retrained"
-
-#: What `evaluate` compares unless it is told otherwise. Mappings are options of `unlearn`.
-BASELINES: Mapping[str, Baseline | Mapping[str, Any]] = MappingProxyType(
-    {
-        "recommended": {"preset": "recommended"},
-        "paper": {"preset": "paper"},
-        "all units": {"selection": "full"},
-        "random units": {"selection": "random", "max_parameters": 0.5},
-        "gradient units": {"selection": "gradient", "max_parameters": 0.5},
-        "gradient ascent": Baseline(gradient_ascent),
-        "NegGrad+": Baseline(neg_grad_plus),
-        "fine-tune SGD": Baseline(fine_tune, {"optimizer": "sgd"}),
-        "fine-tune Adam": Baseline(fine_tune, {"optimizer": "adam"}),
-        "L-BFGS": Baseline(lbfgs, {"iterations": 20}),
-    }
-)
-
-DISTANCES = ("js_forget", "js_test", "activation_forget", "activation_test", "weight_distance")
-_SCALARS = (
-    "accuracy_forget",
-    "accuracy_retain",
-    "accuracy_test",
-    "loss_forget",
-    "loss_retain",
-    "loss_test",
-    "mia_auc",
-    "mia_accuracy",
-    "relearn_steps",
-)
+FORMAT = 1
 _KEPT = 1000  # losses of either set that are kept for histograms
+_RELEARN: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 200}
 _TOLERANCE = 0.05  # of the gap in forget loss, at which the samples count as learnt again
-_FORMAT = 1
-
-Number = float | None
-Method = (
-    nn.Module
-    | UnlearnResult
-    | Baseline
-    | Mapping[str, Any]
-    | Callable[[nn.Module, Any, Any, LossFunction, int], nn.Module | UnlearnResult]
-)
 
 
 @dataclass(frozen=True)
@@ -105,12 +74,12 @@ class MethodEvaluation:
     seconds: Number
     metrics: dict[str, Number]
     gap_closed: dict[str, Number]
-    spread: dict[str, Number] | None
-    units_per_layer: dict[str, list[int]] | None
-    phases: dict[str, float] | None
-    skipped: bool
-    error: str | None
-    losses: dict[str, list[float]]
+    spread: dict[str, Number] | None = None
+    units_per_layer: dict[str, list[int]] | None = None
+    phases: dict[str, float] | None = None
+    skipped: bool = False
+    error: str | None = None
+    losses: dict[str, list[float]] = field(default_factory=lambda: {"forget": [], "test": []})
 
 
 @dataclass(frozen=True, repr=False)
@@ -154,7 +123,7 @@ class Evaluation:
         rest = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "methods"
         }
-        return {"format": _FORMAT, **rest, "methods": methods}
+        return {"format": FORMAT, **rest, "methods": methods}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Evaluation":
@@ -165,44 +134,92 @@ class Evaluation:
         ValueError
             If data have another format.
         """
-        if data.get("format") != _FORMAT:
+        if data.get("format") != FORMAT:
             raise ValueError(
-                f"data must be an evaluation of format {_FORMAT}; got format {data.get('format')!r}"
+                f"data must be an evaluation of format {FORMAT}; got format {data.get('format')!r}"
             )
-        methods = tuple(
-            MethodEvaluation(**{"spread": None, "error": None, **entry})
-            for entry in data["methods"]
-        )
+        methods = tuple(MethodEvaluation(**entry) for entry in data["methods"])
         rest = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "methods"}
         return cls(methods=methods, **rest)
 
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a row for each method, the columns of methods.csv.
+
+        Metrics have their names; "gap_closed_" and "spread_" stand before those of the gaps and
+        spreads, "seconds_" before phases. "units" of "units_of" were changed. NaN where a method
+        has no such number.
+
+        Raises
+        ------
+        ImportError
+            Without pandas, which the extra ``lcodec_ext[evaluation]`` installs.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "Evaluation.to_frame needs pandas: pip install 'lcodec_ext[evaluation]'"
+            ) from error
+        return pandas.DataFrame(method_rows(self.to_dict())).set_index("method")
+
     def __repr__(self) -> str:
         columns = (
-            ("", "seconds", ".2f", lambda m: m.seconds),
-            ("accuracy", "forget", ".1%", lambda m: m.metrics.get("accuracy_forget")),
-            ("", "retain", ".1%", lambda m: m.metrics.get("accuracy_retain")),
-            ("", "test", ".1%", lambda m: m.metrics.get("accuracy_test")),
-            ("loss", "forget", ".3f", lambda m: m.metrics.get("loss_forget")),
-            ("MIA", "AUC", ".3f", lambda m: m.metrics.get("mia_auc")),
-            ("JS", "forget", ".3f", lambda m: m.metrics.get("js_forget")),
-            ("", "test", ".3f", lambda m: m.metrics.get("js_test")),
-            ("closed", "JS", ".0%", lambda m: m.gap_closed.get("js_forget")),
-            ("", "loss", ".0%", lambda m: m.gap_closed.get("loss_forget")),
+            ("", "seconds", "seconds", ".2f"),
+            ("accuracy", "forget", "accuracy_forget", ".1%"),
+            ("", "retain", "accuracy_retain", ".1%"),
+            ("", "test", "accuracy_test", ".1%"),
+            ("loss", "forget", "loss_forget", ".3f"),
+            ("MIA", "AUC", "mia_auc", ".3f"),
+            ("JS", "forget", "js_forget", ".3f"),
+            ("", "test", "js_test", ".3f"),
+            ("closed", "JS", "gap_closed_js_forget", ".0%"),
+            ("", "loss", "gap_closed_loss_forget", ".0%"),
         )
         width = max(len(method.name) for method in self.methods) + 2
         lines = [
             f"Evaluation: {self.n_forget} samples removed, {self.n_retain} retained, "
             f"{self.n_test} for the test; {self.n_retrained} retrained models",
-            " " * width + "".join(f"{column[0]:>9}" for column in columns),
-            " " * width + "".join(f"{column[1]:>9}" for column in columns),
+            *(" " * width + "".join(f"{c[line]:>9}" for c in columns) for line in (0, 1)),
         ]
-        for method in self.methods:
-            cells = [(column[3](method), column[2]) for column in columns]
-            row = "".join(f"{'-' if v is None else format(v, form):>9}" for v, form in cells)
-            note = method.error or "taken back" * method.skipped
+        for row in method_rows(self.to_dict()):
+            cells = [(row.get(key), form) for _, _, key, form in columns]
+            numbers = "".join(f"{'-' if v is None else format(v, form):>9}" for v, form in cells)
+            note = row["error"] or "taken back" * row["skipped"]
             note = note if len(note) <= 60 else note[:57] + "..."
-            lines.append(f"{method.name:{width}}{row}  {note}".rstrip())
+            lines.append(f"{row['method']:{width}}{numbers}  {note}".rstrip())
         return "\n".join(lines)
+
+
+def method_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A flat row for each method of what `Evaluation.to_dict` returns."""
+    rows = []
+    for method in evaluation["methods"]:
+        units = (method.get("units_per_layer") or {}).values()
+        row = {
+            "method": method["name"],
+            "skipped": bool(method.get("skipped")),
+            "error": method.get("error"),
+            "seconds": method.get("seconds"),
+            "share_of_retraining": share_of_retraining(method, evaluation),
+            "units": sum(chosen for chosen, _ in units) if units else None,
+            "units_of": sum(of for _, of in units) if units else None,
+        }
+        for prefix, part in (
+            ("", "metrics"),
+            ("gap_closed_", "gap_closed"),
+            ("spread_", "spread"),
+            ("seconds_", "phases"),
+        ):
+            row |= {f"{prefix}{key}": value for key, value in (method.get(part) or {}).items()}
+        rows.append(row)
+    return rows
+
+
+def share_of_retraining(method: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Number:
+    """The method's time as a share of the time of retraining, where both were taken."""
+    whole = {each["name"]: each.get("seconds") for each in evaluation["methods"]}.get(RETRAINED)
+    seconds = method.get("seconds")
+    return seconds / whole if seconds is not None and whole else None
 
 
 def evaluate(
@@ -224,22 +241,21 @@ def evaluate(
 ) -> Evaluation:
     """Measure what methods of deletion leave, beside models retrained without the samples.
 
-    Every model is measured as `lcodec_ext.unlearning.metrics` defines it: accuracies and losses
-    on removed, retained and test samples; the distances of predictions (removed and test samples)
-    and of weights to each retrained model, averaged over those; membership inference; the
-    gradient norm of the retained objective; the time to learn the removed samples again.
+    Every model is measured by the functions of `lcodec_ext.evaluation.metrics`: accuracies and
+    losses on removed, retained and test samples; the distances of predictions (removed and test
+    samples) and of weights to the retrained models, their mean; membership inference; the gradient
+    norm of the retained objective; the time to learn the removed samples again.
 
-    Two retrained models differ, too. The *floor* of a metric is the mean distance of one
-    retrained model to another; for accuracies, losses, attacks and relearning the distance is the
-    absolute difference. With d the mean distance of a method to the retrained models,
+    With d the mean distance of a method to the retrained models in a metric, and *floor* that of
+    one retrained model to another,
 
     ::
 
         gap closed = 1 - (d - floor) / (d of the original - floor)
 
-    is 0 for the original model and on average exactly 1 for a retrained one. It is not clipped:
-    negative where a method leads away, above 1 where it is nearer to the retrained models than
-    these are to each other, and None where the original is no farther from them than that.
+    is 0 for the original model and on average exactly 1 for a retrained one. It is not clipped,
+    and None where the original is no farther from the retrained models than the floor. See
+    docs/evaluation.md.
 
     Parameters
     ----------
@@ -257,16 +273,7 @@ def evaluate(
         callable ``(model, forget, retain, loss_fn, seed)`` that returns a model or an
         `UnlearnResult`, given a copy of the model and the samples as they were passed in. Options
         and baselines get this function's weight_decay and seed unless they have their own. Or
-        names of `BASELINES`, by default all of them:
-
-        - "recommended", "paper": `unlearn` with that preset;
-        - "all units": the recommended preset with ``selection="full"``;
-        - "random units", "gradient units": the recommended preset on half the parameters, of units
-          drawn at random or of those of the largest gradient;
-        - "gradient ascent": SGD up the loss of the removed samples, until the retained suffer;
-        - "NegGrad+": SGD down the loss of the retained samples and up that of the removed ones;
-        - "fine-tune SGD", "fine-tune Adam": 5 epochs on the retained samples;
-        - "L-BFGS": 20 iterations of it on the retained objective.
+        names of `BASELINES`, by default all of them.
     n_retrain : int, default 3
         With a callable: how many models, from the seeds ``seed``, ``seed + 1``, ...
     weight_decay : float, default 0.0
@@ -293,6 +300,8 @@ def evaluate(
         that cannot be measured.
     TypeError
         For arguments of the wrong type.
+    ImportError
+        Without scikit-learn, before anything is trained.
 
     Warns
     -----
@@ -333,7 +342,7 @@ def evaluate(
     """
     device, dtype = place(model)
     defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
-    given = _methods(methods, defaults)
+    given = methods_of(methods, defaults)
     if isinstance(retrained, nn.ModuleList):  # which is callable, as all modules are
         retrained = list(retrained)
     _check_retrained(retrained)
@@ -343,19 +352,13 @@ def evaluate(
     check_integer(batch_size, "batch_size", 1)
     check_bool(relearn, "relearn")
     check_bool(progress, "progress")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable; got an object of type {type(loss_fn).__name__}")
-    removed = as_samples(forget, "forget", device, dtype).loaded()
-    judge = _Judge(
-        removed,
-        as_samples(retain, "retain", device, dtype),
-        as_samples(test, "test", device, dtype),
-        loss_fn,
-        score,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        seed=seed,
+    check_loss_fn(loss_fn)
+    scikit_learn()
+    removed, retained, unseen = (
+        as_samples(each, name, device, dtype)
+        for each, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
     )
+    sets = Sets(removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed)
     n_retrained = n_retrain if callable(retrained) else len(retrained)
     settings: dict[str, Any] = {
         "weight_decay": float(weight_decay),
@@ -367,115 +370,39 @@ def evaluate(
     }
     total = 1 + n_retrained + len(given)
     with progress_bar(progress, total=total, desc=NO_OP, unit="model") as bar:
-        original = judge.measure(model)
+        original = measure(model, sets)
         bar.update()
-        references, times = [], []
-        first: nn.Module | None = None
-        for k in range(n_retrained):
-            bar.set_description(RETRAINED)
-            reference = retrained[k] if not callable(retrained) else None
-            if callable(retrained):
-                begin = clock(model)
-                with seeded(seed + k):
-                    reference = retrained(seed + k)
-                times.append(clock(model) - begin)
-            if not isinstance(reference, nn.Module):
-                raise TypeError(
-                    "retrained must give models (torch.nn.Module); got an object of type "
-                    f"{type(reference).__name__}"
-                )
-            if k == 1 and callable(retrained) and _equal_weights(first, reference):
-                warnings.warn(
-                    f"retrained({seed}) and retrained({seed + 1}) have equal weights: where "
-                    "training draws anything at random, it must use its seed. What retrained "
-                    "models differ by is the floor of every comparison",
-                    stacklevel=2,
-                )
-            first = reference if first is None else first
-            references.append(judge.measure(reference))
-            bar.update()
-        level = _relearn_level(original, references) if relearn else None
-        scale = _Scale(original, references, judge, level)
-        if level is not None:
+        bar.set_description(RETRAINED)
+        references, seconds = _measure_retrained(retrained, n_retrained, sets, model, bar)
+        yardstick = _Yardstick(original, references, sets, relearn)
+        if relearn:
             settings["relearn"] = {
                 "optimizer": "Adam",
-                "learning_rate": 1e-3,
-                "max_steps": 200,
+                **_RELEARN,
                 "tolerance": _TOLERANCE,
-                "level": level,
+                "level": yardstick.level,
             }
-        entries = [
-            scale.entry(NO_OP, original),
-            scale.retrained_entry(float(np.mean(times)) if times else None),
-        ]
+        entries = [yardstick.entry(NO_OP, original), yardstick.retrained_entry(seconds)]
         for name, method in given.items():
             bar.set_description(name)
             try:
-                done = _carry_out(method, model, forget, retain, loss_fn, defaults)
-                entry = scale.entry(name, judge.measure(done.model), done)
+                done = carry_out(method, model, forget, retain, loss_fn, defaults)
+                entries.append(yardstick.entry(name, measure(done.model, sets), done))
                 settings["methods"][name] = done.settings
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
                 warnings.warn(f"method {name!r} failed. {message}", stacklevel=2)
-                entry = scale.failure(name, message)
-            entries.append(entry)
+                entries.append(yardstick.failure(name, message))
             bar.update()
     return Evaluation(
         methods=tuple(entries),
-        floor=scale.floor,
-        n_forget=len(removed),
-        n_retain=len(judge.retain),
-        n_test=len(judge.test),
+        floor=yardstick.floor,
+        n_forget=len(sets.forget),
+        n_retain=len(sets.retain),
+        n_test=len(sets.test),
         n_retrained=n_retrained,
         settings=settings,
     )
-
-
-def _methods(methods: Any, defaults: Mapping[str, Any]) -> dict[str, Method]:
-    """The methods by name, checked."""
-    if methods is None:
-        return dict(BASELINES)
-    if isinstance(methods, str) or not isinstance(methods, Mapping | Sequence):
-        raise TypeError(
-            "methods must be a mapping of names to methods, or a list of names of BASELINES; got "
-            f"an object of type {type(methods).__name__}"
-        )
-    if not isinstance(methods, Mapping):
-        for name in methods:
-            if name not in BASELINES:
-                known = ", ".join(map(repr, BASELINES))
-                raise ValueError(f"methods must be names of BASELINES ({known}); got {name!r}")
-        return {name: BASELINES[name] for name in methods}
-    for name, method in methods.items():
-        if not isinstance(name, str) or name in ("", NO_OP, RETRAINED):
-            raise ValueError(
-                f"the names of methods must be strings other than {NO_OP!r} and {RETRAINED!r}, "
-                f"which are always there; got {name!r}"
-            )
-        if not isinstance(method, UnlearnResult | Baseline | Mapping) and not callable(method):
-            raise TypeError(
-                f"method {name!r} must be a model, an UnlearnResult, a Baseline, a dict of options "
-                f"of unlearn or a callable; got an object of type {type(method).__name__}"
-            )
-        if isinstance(method, Mapping):
-            _check_options(name, {**defaults, **method})
-    return dict(methods)
-
-
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Refuse options of `unlearn` now, and not after the retraining."""
-    for key in ("validation", "statistics", "score", "progress"):
-        options.pop(key, None)
-    if options.pop("inplace", False):
-        raise ValueError(f"method {name!r} must not have inplace=True: others need the model")
-    preset = options.pop("preset", "recommended")
-    try:
-        if isinstance(preset, Settings):
-            dataclasses.replace(preset, **options)
-        else:
-            Settings.preset(preset, **options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"method {name!r}: {error}") from None
 
 
 def _check_retrained(retrained: Any) -> None:
@@ -517,205 +444,110 @@ def _equal_weights(one: Any, other: Any) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
     return one is other or (
         ours.keys() == theirs.keys()
-        and all(
-            isinstance(value, torch.Tensor)
-            and isinstance(theirs[name], torch.Tensor)
-            and torch.equal(value, theirs[name].to(value.device))
-            for name, value in ours.items()
-        )
+        and all(isinstance(each, torch.Tensor) for each in (*ours.values(), *theirs.values()))
+        and all(torch.equal(each, theirs[name].to(each.device)) for name, each in ours.items())
     )
 
 
-class _Done(NamedTuple):
-    """A method that was carried out."""
-
-    model: nn.Module
-    seconds: Number
-    result: UnlearnResult | None
-    settings: dict[str, Any]
-
-
-def _carry_out(
-    method: Method,
+def _measure_retrained(
+    retrained: Sequence[nn.Module] | Callable[[int], nn.Module],
+    n: int,
+    sets: Sets,
     model: nn.Module,
-    forget: Any,
-    retain: Any,
-    loss_fn: LossFunction,
-    defaults: Mapping[str, Any],
-) -> _Done:
-    settings: dict[str, Any] = {}
-    seconds: Number = None
-    made: Any = method
-    if not isinstance(method, nn.Module | UnlearnResult):
-        seed = defaults["seed"]
+    bar: Any,
+) -> tuple[list[Measured], Number]:
+    """Measure models that are given, or trained one by one; and the mean time of their training."""
+    found: list[Measured] = []
+    times: list[Number] = []
+    for k in range(n):
+        seed = sets.seed + k
         begin = clock(model)
         with seeded(seed):
-            if isinstance(method, Baseline):
-                options = {"weight_decay": defaults["weight_decay"], **method.options}
-                run = getattr(method.run, "func", method.run)  # of a partial
-                name = getattr(run, "__name__", type(run).__name__)
-                settings = {"baseline": name, **options}
-                made = method.run(model, forget, retain, loss_fn, seed, **options)
-            elif isinstance(method, Mapping):
-                made = unlearn(model, forget, retain, loss_fn, **{**defaults, **method})
-            else:
-                made = method(copy.deepcopy(model), forget, retain, loss_fn, seed)
-        seconds = clock(model) - begin
-    if isinstance(made, UnlearnResult):
-        if seconds is None:
-            seconds = made.seconds["total"]
-        return _Done(made.model, seconds, made, made.settings.to_dict())
-    if not isinstance(made, nn.Module):
-        raise TypeError(
-            f"a method must return a model or an UnlearnResult; got {type(made).__name__}"
-        )
-    return _Done(made, seconds, None, {k: _plain(v) for k, v in settings.items()})
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON can hold."""
-    if isinstance(value, UnitSelection):
-        return value.to_dict()
-    return value if isinstance(value, str | bool | int | float | None) else repr(value)
-
-
-class _Measured(NamedTuple):
-    """A model and what was measured on it alone."""
-
-    model: nn.Module
-    metrics: dict[str, Number]
-    forget: Run
-    test: Run
-
-
-class _Judge:
-    """Measures models, one by one, on the same samples."""
-
-    def __init__(
-        self,
-        forget: Samples,
-        retain: Samples,
-        test: Samples,
-        loss_fn: LossFunction,
-        score: Score | None,
-        *,
-        weight_decay: float,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.forget, self.retain, self.test, self.loss_fn = forget, retain, test, loss_fn
-        self._score, self._weight_decay, self.batch_size = score, weight_decay, batch_size
-        self._split = metrics.calibration_split(len(retain), len(test), seed)
-        self._kept = {
-            name: random_samples(len(samples), min(_KEPT, len(samples)), seed)
-            for name, samples in (("forget", forget), ("test", test))
-        }
-
-    def measure(self, model: nn.Module) -> _Measured:
-        runs = {
-            name: predict(model, samples, self.loss_fn, self.batch_size, self._score)
-            for name, samples in (
-                ("forget", self.forget),
-                ("retain", self.retain),
-                ("test", self.test),
+            reference = retrained(seed) if callable(retrained) else retrained[k]
+        times.append(clock(model) - begin if callable(retrained) else None)
+        if not isinstance(reference, nn.Module):
+            raise TypeError(
+                "retrained must give models (torch.nn.Module); got an object of type "
+                f"{type(reference).__name__}"
             )
-        }
-        split = self._split
-        attack = metrics.attack(
-            metrics.features(runs["forget"]),
-            metrics.features(runs["retain"], split.members),
-            metrics.features(runs["test"], split.calibration),
-            metrics.features(runs["test"], split.held_out),
-        )
-        found: dict[str, Number] = {f"accuracy_{name}": r.accuracy for name, r in runs.items()}
-        found |= {f"loss_{name}": float(r.losses.mean()) for name, r in runs.items()}
-        found |= {
-            "mia_auc": attack.auc,
-            "mia_accuracy": attack.accuracy,
-            "mia_member_share": attack.member_share,
-            "gradient_norm": metrics.gradient_norm(
-                model,
-                self.retain,
-                self.loss_fn,
-                weight_decay=self._weight_decay,
-                batch_size=self.batch_size,
-            ),
-        }
-        return _Measured(model, found, runs["forget"], runs["test"])
-
-    def relearn(self, model: nn.Module, level: float) -> dict[str, Number]:
-        found = metrics.relearn_time(
-            model, self.forget, self.loss_fn, level, batch_size=self.batch_size
-        )
-        return {
-            "relearn_steps": float(found.steps),
-            "relearn_seconds": found.seconds,
-            "relearn_reached": float(found.reached),
-        }
-
-    def losses(self, measured: _Measured) -> dict[str, list[float]]:
-        runs = {"forget": measured.forget, "test": measured.test}
-        return {name: run.losses[self._kept[name]].tolist() for name, run in runs.items()}
+        if k == 1 and callable(retrained) and _equal_weights(found[0].model, reference):
+            warnings.warn(
+                f"retrained({seed - 1}) and retrained({seed}) have equal weights: where "
+                "training draws anything at random, it must use its seed. What retrained "
+                "models differ by is the floor of every comparison",
+                stacklevel=3,
+            )
+        found.append(measure(reference, sets))
+        bar.update()
+    return found, _mean(times)
 
 
-class _Scale:
+class _Yardstick:
     """From the original model, 0, to the retrained ones, 1."""
 
     def __init__(
-        self,
-        original: _Measured,
-        references: list[_Measured],
-        judge: _Judge,
-        level: float | None,
+        self, original: Measured, references: list[Measured], sets: Sets, relearn: bool
     ) -> None:
-        self._references, self._judge, self._level = references, judge, level
-        self._reference_metrics = [self._all_metrics(each, k) for k, each in enumerate(references)]
+        self._sets, self._references = sets, references
+        self.level = _relearn_level(original, references) if relearn else None
+        self._kept = {
+            name: random_samples(len(samples), min(_KEPT, len(samples)), sets.seed)
+            for name, samples in (("forget", sets.forget), ("test", sets.test))
+        }
+        self._theirs = [self._metrics(each, k) for k, each in enumerate(references)]
+        pairs = list(itertools.combinations(self._theirs, 2))
         self.floor = {
             name: _mean(
-                None if a is None or b is None else abs(a - b)
-                for a, b in itertools.combinations(
-                    [each.get(name) for each in self._reference_metrics], 2
-                )
+                [each[name] for each in self._theirs]
+                if name in DISTANCES
+                else [_apart(one.get(name), other.get(name)) for one, other in pairs]
             )
-            for name in _SCALARS
+            for name in (*METRICS, "relearn_steps", *DISTANCES)
+            if name not in WITHOUT_GAP
         }
-        self.floor |= {
-            name: _mean(each[name] for each in self._reference_metrics) for name in DISTANCES
-        }
-        self._original_distances = self._distances_in_all(self._all_metrics(original))
+        self._start = self._to_references(self._metrics(original))
 
-    def _all_metrics(self, measured: _Measured, own: int | None = None) -> dict[str, Number]:
+    def _metrics(self, measured: Measured, own: int | None = None) -> dict[str, Number]:
         """Metrics of a model; distances are to the retrained models, without itself."""
-        found = dict(measured.metrics)
         others = [each for k, each in enumerate(self._references) if k != own]
-        between = [_distances(measured, other) for other in others]
-        found |= {name: _mean(each[name] for each in between) for name in DISTANCES}
-        relative = [_weight_distance(measured, other, relative=True) for other in others]
-        found["weight_distance_relative"] = _mean(relative)
-        if self._level is not None:
-            found |= self._judge.relearn(measured.model, self._level)
+        found = dict(measured.metrics)
+        for name, distance in DISTANCES.items():
+            found[name] = _mean([distance(measured, other) for other in others])
+        if self.level is not None:
+            sets = self._sets
+            learnt = relearn_time(
+                measured.model,
+                sets.forget,
+                sets.loss_fn,
+                self.level,
+                batch_size=sets.batch_size,
+                **_RELEARN,
+            )
+            for name, value in dataclasses.asdict(learnt).items():
+                found[f"relearn_{name}"] = float(value)
         return found
 
-    def _distances_in_all(self, found: dict[str, Number]) -> dict[str, Number]:
+    def _to_references(self, found: dict[str, Number]) -> dict[str, Number]:
         """Distance to the retrained models, in every metric that has a floor."""
-        distances = {name: found[name] for name in DISTANCES}
-        for name in _SCALARS:
-            value = found.get(name)
-            theirs = [each.get(name) for each in self._reference_metrics]
-            distances[name] = _mean(
-                None if value is None or each is None else abs(value - each) for each in theirs
-            )
-        return distances
-
-    def _gap_closed(self, found: dict[str, Number]) -> dict[str, Number]:
-        distances = self._distances_in_all(found)
         return {
-            name: gap_closed(distances[name], self._original_distances[name], floor)
+            name: found[name]
+            if name in DISTANCES
+            else _mean([_apart(found.get(name), each.get(name)) for each in self._theirs])
+            for name in self.floor
+        }
+
+    def _closed(self, distances: dict[str, Number]) -> dict[str, Number]:
+        return {
+            name: gap_closed(distances[name], self._start[name], floor)
             for name, floor in self.floor.items()
         }
 
-    def entry(self, name: str, measured: _Measured, done: _Done | None = None) -> MethodEvaluation:
-        found = self._all_metrics(measured)
+    def _losses(self, measured: Measured) -> dict[str, list[float]]:
+        runs = {"forget": measured.forget, "test": measured.test}
+        return {name: run.losses[self._kept[name]].tolist() for name, run in runs.items()}
+
+    def entry(self, name: str, measured: Measured, done: Done | None = None) -> MethodEvaluation:
+        found = self._metrics(measured)
         result = None if done is None else done.result
         phases = units = None
         if result is not None:
@@ -725,46 +557,31 @@ class _Scale:
             name=name,
             seconds=0.0 if done is None else done.seconds,
             metrics=found,
-            gap_closed=self._gap_closed(found),
-            spread=None,
+            gap_closed=self._closed(self._to_references(found)),
             units_per_layer=units,
             phases=phases,
             skipped=result is not None and bool(result.skipped),
-            error=None,
-            losses=self._judge.losses(measured),
+            losses=self._losses(measured),
         )
 
     def retrained_entry(self, seconds: Number) -> MethodEvaluation:
-        each = self._reference_metrics
-        names = each[0].keys()
+        columns = {name: [found[name] for found in self._theirs] for name in self._theirs[0]}
         return MethodEvaluation(
             name=RETRAINED,
             seconds=seconds,
-            metrics={name: _mean(found[name] for found in each) for name in names},
-            gap_closed={
-                name: gap_closed(floor, self._original_distances[name], floor)
-                for name, floor in self.floor.items()
-            },
-            spread={name: _spread([found[name] for found in each]) for name in names},
-            units_per_layer=None,
-            phases=None,
-            skipped=False,
-            error=None,
-            losses=self._judge.losses(self._references[0]),
+            metrics={name: _mean(values) for name, values in columns.items()},
+            gap_closed=self._closed(self.floor),
+            spread={name: _spread(values) for name, values in columns.items()},
+            losses=self._losses(self._references[0]),
         )
 
     def failure(self, name: str, message: str) -> MethodEvaluation:
         return MethodEvaluation(
             name=name,
             seconds=None,
-            metrics=dict.fromkeys(self._reference_metrics[0]),
+            metrics=dict.fromkeys(self._theirs[0]),
             gap_closed=dict.fromkeys(self.floor),
-            spread=None,
-            units_per_layer=None,
-            phases=None,
-            skipped=False,
             error=message,
-            losses={"forget": [], "test": []},
         )
 
 
@@ -789,30 +606,11 @@ def gap_closed(distance: Number, original: Number, floor: Number) -> Number:
     return 1 - (distance - floor) / (original - floor)
 
 
-def _distances(measured: _Measured, other: _Measured) -> dict[str, Number]:
-    found: dict[str, Number] = dict.fromkeys(DISTANCES)
-    for name, ours, theirs in (
-        ("forget", measured.forget.log_probabilities, other.forget.log_probabilities),
-        ("test", measured.test.log_probabilities, other.test.log_probabilities),
-    ):
-        if ours is not None and theirs is not None:
-            found[f"js_{name}"] = float(metrics.js_distances(ours, theirs).mean())
-            found[f"activation_{name}"] = float(metrics.activation_distances(ours, theirs).mean())
-    found["weight_distance"] = _weight_distance(measured, other)
-    return found
+def _apart(one: Number, other: Number) -> Number:
+    return None if one is None or other is None else abs(one - other)
 
 
-def _weight_distance(measured: _Measured, other: _Measured, *, relative: bool = False) -> Number:
-    ours, theirs = (
-        {name: parameter.shape for name, parameter in each.model.named_parameters()}
-        for each in (measured, other)
-    )
-    if ours != theirs:
-        return None
-    return metrics.weight_distance(measured.model, other.model, relative=relative)
-
-
-def _relearn_level(original: _Measured, references: list[_Measured]) -> float:
+def _relearn_level(original: Measured, references: list[Measured]) -> float:
     """The loss at which removed samples count as learnt again."""
     before = float(original.forget.losses.mean())
     after = float(np.mean([each.forget.losses.mean() for each in references]))
@@ -827,12 +625,10 @@ def _units_per_layer(model: nn.Module, result: UnlearnResult) -> dict[str, list[
     return {layer: [len(chosen.get(layer, ())), len(every[layer])] for layer in candidates}
 
 
-def _mean(values: Iterable[Number]) -> Number:
-    known = list(values)
-    numbers = [value for value in known if value is not None]
-    return float(np.mean(numbers)) if numbers and len(numbers) == len(known) else None
+def _mean(values: Sequence[Number]) -> Number:
+    """None if there is none, or one of them is None."""
+    return float(np.mean(values)) if values and None not in values else None  # type: ignore[arg-type]
 
 
 def _spread(values: list[Number]) -> Number:
-    numbers = [value for value in values if value is not None]
-    return float(np.std(numbers, ddof=1)) if len(numbers) == len(values) else None
+    return None if None in values else float(np.std(values, ddof=1))  # type: ignore[arg-type]

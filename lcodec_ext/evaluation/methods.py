@@ -1,14 +1,17 @@
-"""Simple ways to delete samples, which a method has to beat.
+"""Simple ways to delete samples, which a method has to beat, and how `evaluate` runs a method.
 
-All take ``(model, forget, retain, loss_fn, seed)`` and return a new model; budgets are fixed
-beforehand, and none looks at the accuracy on the removed samples. The objective that they fine-tune
-is the mean loss plus (weight_decay / 2) |w|^2 over all trainable parameters.
+Baselines take ``(model, forget, retain, loss_fn, seed)`` and return a new model. Their budgets are
+fixed beforehand, and none looks at the accuracy on the removed samples. The objective that they
+fine-tune is the mean loss plus (weight_decay / 2) |w|^2 over all trainable parameters.
+
+A new baseline is a function and an entry in `BASELINES`.
 """
 
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +19,16 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
 from lcodec_ext._torch.batches import Batch
-from lcodec_ext._torch.loss import LossFunction, objective, trainable
-from lcodec_ext._torch.modes import evaluating, place, plain_arithmetic, seeded
+from lcodec_ext._torch.loss import LossFunction, is_much_worse, mean_loss, objective, trainable
+from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic, seeded
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.request import random_samples
+from lcodec_ext.unlearning.result import UnlearnResult
+from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.unlearn import unlearn
 
+NO_OP, RETRAINED = "no-op", "retrained"
 _GUARD = 1000  # retained samples that tell gradient ascent when to stop
 
 
@@ -84,12 +92,8 @@ def fine_tune(
     _check_budget(seed, epochs, batch_size, weight_decay)
     samples = as_samples(retain, "retain", *place(model))
     tuned = copy.deepcopy(model).train()
-    steps: torch.optim.Optimizer
-    if optimizer == "sgd":
-        steps = torch.optim.SGD(
-            trainable(tuned), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
-        )
-    else:
+    steps = _sgd(tuned, learning_rate, weight_decay)
+    if optimizer == "adam":
         steps = torch.optim.Adam(trainable(tuned), lr=learning_rate, weight_decay=weight_decay)
     with seeded(seed), torch.enable_grad():
         for batch in _epochs(samples, epochs, batch_size, seed):
@@ -131,19 +135,18 @@ def gradient_ascent(
     _check_budget(seed, epochs, batch_size, weight_decay)
     removed = as_samples(forget, "forget", *place(model))
     retained = as_samples(retain, "retain", *place(model))
-    guard = retained.subset(
-        random_samples(len(retained), min(_GUARD, len(retained)), seed)
-    ).loaded()
+    guard = retained.subset(random_samples(len(retained), min(_GUARD, len(retained)), seed))
+    guard = guard.loaded()
     climber = copy.deepcopy(model)
     weights = trainable(climber)
     steps = torch.optim.SGD(weights, lr=learning_rate, weight_decay=weight_decay, maximize=True)
     with evaluating(climber):
-        limit = 1.5 * _mean_loss(climber, guard, loss_fn, batch_size) + 0.05
+        start = mean_loss(climber, guard, loss_fn, batch_size)
         for batch in _epochs(removed, epochs, batch_size, seed):
             before = [weight.clone() for weight in weights]
             with torch.enable_grad():
                 _step(steps, _loss(climber, batch, loss_fn))
-            if not _mean_loss(climber, guard, loss_fn, batch_size) <= limit:  # NaN, too
+            if is_much_worse(start, mean_loss(climber, guard, loss_fn, batch_size)):
                 for weight, each in zip(weights, before, strict=True):
                     weight.copy_(each)
                 break
@@ -194,9 +197,7 @@ def neg_grad_plus(
         for data, name in ((forget, "forget"), (retain, "retain"))
     )
     tuned = copy.deepcopy(model).train()
-    steps = torch.optim.SGD(
-        trainable(tuned), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
-    )
+    steps = _sgd(tuned, learning_rate, weight_decay)
     per_epoch = max(1, len(retained) // batch_size)
     rounds = -(-epochs * per_epoch // max(1, len(removed) // batch_size))
     climbing = _epochs(removed, rounds, batch_size, seed)
@@ -285,15 +286,14 @@ def _epochs(samples: Samples, epochs: int, batch_size: int, seed: int) -> Iterat
         yield from samples.batches(batch_size, order[: n // batch_size * batch_size or n])
 
 
+def _sgd(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        trainable(model), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
+    )
+
+
 def _loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> Tensor:
     return loss_fn(outputs_of(model, batch), batch.targets)
-
-
-def _mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int) -> float:
-    return sum(
-        float(_loss(model, batch, loss_fn)) * batch.size / len(samples)
-        for batch in samples.batches(batch_size)
-    )
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -308,3 +308,130 @@ def _finished(tuned: nn.Module, model: nn.Module) -> nn.Module:
     for new, old in zip(tuned.modules(), model.modules(), strict=True):
         new.training = old.training
     return tuned
+
+
+# ---------------------------------------------------------------------------------------------
+# What `evaluate` compares
+
+Method = (
+    nn.Module
+    | UnlearnResult
+    | Baseline
+    | Mapping[str, Any]
+    | Callable[[nn.Module, Any, Any, LossFunction, int], nn.Module | UnlearnResult]
+)
+
+#: What `evaluate` compares unless it is told otherwise. Mappings are options of `unlearn`.
+BASELINES: Mapping[str, Baseline | Mapping[str, Any]] = MappingProxyType(
+    {
+        "recommended": {"preset": "recommended"},
+        "paper": {"preset": "paper"},
+        "all units": {"selection": "full"},
+        "random units": {"selection": "random", "max_parameters": 0.5},
+        "gradient units": {"selection": "gradient", "max_parameters": 0.5},
+        "gradient ascent": Baseline(gradient_ascent),
+        "NegGrad+": Baseline(neg_grad_plus),
+        "fine-tune SGD": Baseline(fine_tune, {"optimizer": "sgd"}),
+        "fine-tune Adam": Baseline(fine_tune, {"optimizer": "adam"}),
+        "L-BFGS": Baseline(lbfgs, {"iterations": 20}),
+    }
+)
+
+
+def methods_of(methods: Any, defaults: Mapping[str, Any]) -> dict[str, Method]:
+    """The methods by name, checked before anything is trained."""
+    if methods is None:
+        return dict(BASELINES)
+    if isinstance(methods, str) or not isinstance(methods, Mapping | Sequence):
+        raise TypeError(
+            "methods must be a mapping of names to methods, or a list of names of BASELINES; got "
+            f"an object of type {type(methods).__name__}"
+        )
+    if not isinstance(methods, Mapping):
+        for name in methods:
+            if name not in BASELINES:
+                known = ", ".join(map(repr, BASELINES))
+                raise ValueError(f"methods must be names of BASELINES ({known}); got {name!r}")
+        return {name: BASELINES[name] for name in methods}
+    for name, method in methods.items():
+        if not isinstance(name, str) or name in ("", NO_OP, RETRAINED):
+            raise ValueError(
+                f"the names of methods must be strings other than {NO_OP!r} and {RETRAINED!r}, "
+                f"which are always there; got {name!r}"
+            )
+        if not isinstance(method, UnlearnResult | Baseline | Mapping) and not callable(method):
+            raise TypeError(
+                f"method {name!r} must be a model, an UnlearnResult, a Baseline, a dict of options "
+                f"of unlearn or a callable; got an object of type {type(method).__name__}"
+            )
+        if isinstance(method, Mapping):
+            _check_options(name, {**defaults, **method})
+    return dict(methods)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    for key in ("validation", "statistics", "score", "progress"):
+        options.pop(key, None)
+    if options.pop("inplace", False):
+        raise ValueError(f"method {name!r} must not have inplace=True: others need the model")
+    preset = options.pop("preset", "recommended")
+    try:
+        if isinstance(preset, Settings):
+            dataclasses.replace(preset, **options)
+        else:
+            Settings.preset(preset, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"method {name!r}: {error}") from None
+
+
+class Done(NamedTuple):
+    """A method that was carried out."""
+
+    model: nn.Module
+    seconds: float | None
+    result: UnlearnResult | None
+    settings: dict[str, Any]
+
+
+def carry_out(
+    method: Method,
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    loss_fn: LossFunction,
+    defaults: Mapping[str, Any],
+) -> Done:
+    """Delete by a method; models and results are taken as they are."""
+    settings: dict[str, Any] = {}
+    seconds: float | None = None
+    made: Any = method
+    if not isinstance(method, nn.Module | UnlearnResult):
+        seed = defaults["seed"]
+        begin = clock(model)
+        with seeded(seed):
+            if isinstance(method, Baseline):
+                options = {"weight_decay": defaults["weight_decay"], **method.options}
+                run = getattr(method.run, "func", method.run)  # of a partial
+                settings = {"baseline": getattr(run, "__name__", type(run).__name__), **options}
+                made = method.run(model, forget, retain, loss_fn, seed, **options)
+            elif isinstance(method, Mapping):
+                made = unlearn(model, forget, retain, loss_fn, **{**defaults, **method})
+            else:
+                made = method(copy.deepcopy(model), forget, retain, loss_fn, seed)
+        seconds = clock(model) - begin
+    if isinstance(made, UnlearnResult):
+        if seconds is None:
+            seconds = made.seconds["total"]
+        return Done(made.model, seconds, made, made.settings.to_dict())
+    if not isinstance(made, nn.Module):
+        raise TypeError(
+            f"a method must return a model or an UnlearnResult; got {type(made).__name__}"
+        )
+    return Done(made, seconds, None, {key: _plain(value) for key, value in settings.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold."""
+    if isinstance(value, UnitSelection):
+        return value.to_dict()
+    return value if isinstance(value, str | bool | int | float | None) else repr(value)

@@ -1,19 +1,22 @@
 """Measures of a deletion: what a model does, remembers and reveals beside retrained models.
 
-Models are called in evaluation mode, without autocast, and left as they were. What they put out is
-taken to float64 before anything is computed from it. ``data`` is what `unlearn` takes: tensors, a
-dict with "labels", a Dataset or a DataLoader. ``loss_fn(outputs, targets)`` is the mean loss of a
-batch.
+Models are called in evaluation mode, without autocast, and left as they were. Their outputs are
+converted to float64 first. ``data`` is what `unlearn` takes: tensors, a dict with "labels", a
+Dataset or a DataLoader. ``loss_fn(outputs, targets)`` is the mean loss of a batch.
 
 Where a predicted distribution is needed, outputs of shape (n, C) are logits of C >= 2 classes,
-with integer targets of shape (n,), and outputs of shape (n,) or (n, 1) are the logits of class 1,
-with targets 0 and 1.
+with integer targets of shape (n,). Outputs of shape (n,) or (n, 1) are the logits of class 1, with
+targets 0 and 1.
+
+`evaluate` reports what the tables `METRICS` and `DISTANCES`, at the end of this file, list. A new
+metric is a function and an entry there.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,13 +26,11 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._torch.loss import LossFunction, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
-from lcodec_ext._torch.predict import (
-    Run,
-    Score,
-    _log_probabilities,
-    predict,
-)
+from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, predict
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+
+Number = float | None
+Features = dict[str, NDArray[np.float64]]
 
 
 def accuracy(
@@ -40,9 +41,7 @@ def accuracy(
     score: Score | None = None,
     batch_size: int = 256,
 ) -> float | None:
-    """Share of samples whose class is predicted.
-
-    The class of the largest logit, or, of single logits, class 1 where it is positive.
+    """Share of samples whose class is predicted: the largest logit, or a single positive one.
 
     Parameters
     ----------
@@ -51,8 +50,8 @@ def accuracy(
     loss_fn : callable
         Tells regression, and losses of probabilities, from classification.
     score : callable, optional
-        ``score(outputs, targets)``, one number a sample, shape (n,), of which the mean is taken
-        instead: for models with several outputs, for instance.
+        ``score(outputs, targets)`` returns one number a sample, shape (n,); their mean takes the
+        place of the accuracy, for models with several outputs for instance.
     batch_size : int, default 256
 
     Returns
@@ -60,19 +59,13 @@ def accuracy(
     float or None
         None where outputs and targets are not those of a classification and there is no score.
     """
-    run = predict(model, _samples(model, data, "data"), loss_fn, batch_size, score)
-    return run.accuracy
+    return predict(model, _samples(model, data, "data"), loss_fn, batch_size, score).accuracy
 
 
 def sample_losses(
     model: nn.Module, data: Any, loss_fn: LossFunction, *, batch_size: int = 256
 ) -> Tensor:
-    """Loss of each sample alone.
-
-    Returns
-    -------
-    Tensor of float64, shape (n,), on the CPU
-        Their mean is the loss of the data.
+    """Loss of each sample alone: float64, shape (n,), on the CPU. Their mean is that of the data.
 
     Raises
     ------
@@ -86,9 +79,9 @@ def sample_losses(
 def js_distance(model: nn.Module, other: nn.Module, data: Any, *, batch_size: int = 256) -> float:
     """Jensen-Shannon distance of the distributions that two models predict, mean over samples.
 
-    Of a sample, the square root of the divergence to base 2, summed over the classes: from 0 for
-    the same distribution to 1 for disjoint ones. It is a metric. The divergence without the
-    root, or averaged over classes, is not comparable with it.
+    For a sample it is the square root of the divergence to base 2, summed over the classes: 0 for
+    the same distribution, 1 for disjoint ones. It is a metric. The divergence without the root, or
+    averaged over classes, is not comparable with it.
 
     References
     ----------
@@ -103,8 +96,8 @@ def activation_distance(
 ) -> float:
     """Euclidean distance of the probabilities that two models predict, mean over samples.
 
-    The "activations" are those of the last layer, after softmax, as in the references; from 0 to
-    sqrt(2).
+    From 0 to sqrt(2). The "activations" are those of the last layer, after softmax, as in the
+    references.
 
     References
     ----------
@@ -113,6 +106,58 @@ def activation_distance(
     Bad Teaching Induce Forgetting?", AAAI 2023.
     """
     return _distance(activation_distances, model, other, data, batch_size)
+
+
+def js_distances(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Jensen-Shannon distance of each row, shape (n,), of log-probabilities (n, C).
+
+    With m = (p + q) / 2 and d = (p - q) / (p + q) the divergence is the sum over classes of
+    m ((1 + d) log(1 + d) + (1 - d) log(1 - d)) / 2. These terms are not negative, so that small
+    distances do not cancel, as they do in `scipy.spatial.distance.jensenshannon`.
+    """
+    d = torch.where(log_p == log_q, 0.0, (log_p - log_q) / 2).tanh()
+    square = d.square()
+    series = square * (
+        1 + square * (1 / 6 + square * (1 / 15 + square * (1 / 28 + square * (1 / 45))))
+    )
+    direct = torch.special.xlog1py(1 + d, d) + torch.special.xlog1py(1 - d, -d)
+    term = torch.where(d.abs() < 0.03, series, direct)
+    middle = (log_p.exp() + log_q.exp()) / 2
+    return ((middle * term).sum(1) / (2 * np.log(2))).sqrt()
+
+
+def activation_distances(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Euclidean distance of the probabilities of each row, shape (n,)."""
+    return (log_p.exp() - log_q.exp()).norm(dim=1)
+
+
+def _distance(
+    distances: Callable[[Tensor, Tensor], Tensor],
+    model: nn.Module,
+    other: nn.Module,
+    data: Any,
+    batch_size: int,
+) -> float:
+    check_integer(batch_size, "batch_size", 1)
+    samples = _samples(model, data, "data")
+
+    def distribution(each: nn.Module, batch: Any) -> Tensor:
+        outputs = outputs_of(each, batch)
+        found = log_probabilities_of(outputs) if isinstance(outputs, Tensor) else None
+        if found is None:
+            given = (
+                f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs)
+            )
+            raise ValueError(
+                f"the models must return logits of shape (n, C), (n, 1) or (n,); got {given}"
+            )
+        return found
+
+    total = 0.0
+    with evaluating(model), evaluating(other), plain_arithmetic():
+        for batch in samples.batches(batch_size):
+            total += float(distances(distribution(model, batch), distribution(other, batch)).sum())
+    return total / len(samples)
 
 
 def weight_distance(model: nn.Module, other: nn.Module, *, relative: bool = False) -> float:
@@ -140,11 +185,11 @@ def weight_distance(model: nn.Module, other: nn.Module, *, relative: bool = Fals
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"model and other must have the same parameters; {name!r} has shape {shapes[0]} "
-                f"in model and {shapes[1]} in other (None: it is not there)"
+                f"in model and {shapes[1]} in other (None: it has no such parameter)"
             )
     difference = norm = 0.0
-    for name, theirs_each in theirs.items():
-        reference = theirs_each.detach().double()
+    for name, each in theirs.items():
+        reference = each.detach().double()
         difference += float((ours[name].detach().double() - reference).square().sum())
         norm += float(reference.square().sum())
     return (difference / norm if relative else difference) ** 0.5
@@ -160,8 +205,8 @@ def gradient_norm(
 ) -> float:
     """Euclidean norm of the gradient of the objective on all the data.
 
-    The objective is the mean loss plus (weight_decay / 2) |w|^2, w being all trainable parameters:
-    on the retained samples its gradient vanishes at what retraining converges to. The norm is
+    The objective is the mean loss plus (weight_decay / 2) |w|^2 over all trainable parameters w.
+    On the retained samples its gradient vanishes at what retraining converges to. The norm is
     that of the whole gradient; a mean over the norms of batches would be larger.
 
     Parameters
@@ -186,6 +231,23 @@ def gradient_norm(
     with evaluating(model), plain_arithmetic(), torch.enable_grad():
         _, gradient = objective(model, samples, loss_fn, weight_decay, batch_size)
     return float(sum(each.square().sum() for each in gradient)) ** 0.5
+
+
+# ---------------------------------------------------------------------------------------------
+# Membership inference
+
+
+def scikit_learn() -> tuple[Any, Any]:
+    """`LogisticRegression` and `roc_auc_score`, with a clear error where they are missing."""
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import roc_auc_score
+    except ImportError as error:
+        raise ImportError(
+            "membership inference, and so evaluate, needs scikit-learn: "
+            "pip install 'lcodec_ext[evaluation]'"
+        ) from error
+    return LogisticRegression, roc_auc_score
 
 
 def modified_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -228,16 +290,14 @@ def roc_auc(positives: Any, negatives: Any) -> float:
     Parameters
     ----------
     positives, negatives : array_like or Tensor, shapes (n,) and (m,)
-        Scores.
+        Scores. Both must hold finite numbers, at least one; else it is a ValueError.
     """
     scores = [np.asarray(each, dtype=np.float64).ravel() for each in (positives, negatives)]
     for name, each in zip(("positives", "negatives"), scores, strict=True):
         if not len(each) or not np.isfinite(each).all():
             raise ValueError(f"{name} must be finite numbers, at least one; got {len(each)}")
-    n, m = map(len, scores)
-    _, inverse, counts = np.unique(np.concatenate(scores), return_inverse=True, return_counts=True)
-    midranks = np.cumsum(counts) - (counts - 1) / 2
-    return float((midranks[inverse[:n]].sum() - n * (n + 1) / 2) / (n * m))
+    _, roc_auc_score = scikit_learn()
+    return float(roc_auc_score(np.repeat([1, 0], [*map(len, scores)]), np.concatenate(scores)))
 
 
 @dataclass(frozen=True)
@@ -288,7 +348,7 @@ def membership_inference(
     Half of the test samples, and as many retained ones, calibrate the attack. It is then tried on
     the removed samples and on the other half of the test samples, neither of which it has seen.
 
-    The calibrated attack is a logistic regression (L2 penalty 1, as scikit-learn's default) on
+    The calibrated attack is scikit-learn's logistic regression (L2 penalty 1, balanced classes) on
     loss, modified entropy and confidence, each as its quantile among the calibration samples;
     losses of trained networks span many orders of magnitude.
 
@@ -307,19 +367,93 @@ def membership_inference(
     S. Yeom, I. Giacomelli, M. Fredrikson and S. Jha, "Privacy Risk in Machine Learning", CSF
     2018 (loss). L. Song and P. Mittal, USENIX Security 2021 (modified entropy, confidence).
     """
-    sets = [
+    removed, retained, unseen = (
         _samples(model, each, name)
         for name, each in (("forget", forget), ("retain", retain), ("test", test))
-    ]
-    split = calibration_split(len(sets[1]), len(sets[2]), seed)
-    sets[1] = sets[1].subset(split.members.tolist())
-    runs = [predict(model, each, loss_fn, batch_size) for each in sets]
-    return attack(
-        features(runs[0]),
-        features(runs[1]),
-        features(runs[2], split.calibration),
-        features(runs[2], split.held_out),
     )
+    split = calibration_split(len(retained), len(unseen), seed)
+    members = predict(model, retained.subset(split.members.tolist()), loss_fn, batch_size)
+    runs = (predict(model, each, loss_fn, batch_size) for each in (removed, unseen))
+    return attack(next(runs), _features(members), next(runs), split)
+
+
+class CalibrationSplit(NamedTuple):
+    """Numbers of retained samples, and of test samples, for the attack."""
+
+    members: NDArray[np.intp]
+    calibration: NDArray[np.intp]
+    held_out: NDArray[np.intp]
+
+
+def calibration_split(n_retain: int, n_test: int, seed: int) -> CalibrationSplit:
+    """Draw the samples that calibrate an attack, and those held out."""
+    check_seed(seed, optional=False)
+    if n_test < 4:
+        raise ValueError(
+            f"test must have at least 4 samples, half of them to calibrate the attack; got {n_test}"
+        )
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(n_test)
+    half = n_test // 2
+    members = rng.choice(n_retain, min(half, n_retain), replace=False)
+    return CalibrationSplit(np.sort(members), np.sort(order[:half]), np.sort(order[half:]))
+
+
+def _features(run: Prediction, numbers: NDArray[np.intp] | slice = slice(None)) -> Features:
+    """What the attack sees of samples, larger for what looks more like a member."""
+    seen = {"loss": -run.losses}
+    if run.log_probabilities is not None and run.labels is not None:
+        seen["modified_entropy"] = -modified_entropy(run.log_probabilities, run.labels)
+        seen["confidence"] = run.log_probabilities.gather(1, run.labels[:, None])[:, 0]
+    return {name: values.numpy()[numbers] for name, values in seen.items()}
+
+
+def attack(
+    forget: Prediction, members: Features, test: Prediction, split: CalibrationSplit
+) -> MembershipInference:
+    """Calibrate on members and on non-members; try on the removed and on those held out."""
+    logistic_regression, _ = scikit_learn()
+    sets = (
+        _features(forget),
+        members,
+        _features(test, split.calibration),
+        _features(test, split.held_out),
+    )
+    names = [name for name in sets[0] if all(name in each for each in sets)]
+    pooled = {name: np.sort(np.concatenate([sets[1][name], sets[2][name]])) for name in names}
+
+    def quantiles(each: Features) -> NDArray[np.float64]:  # -1 to 1
+        below, above = (
+            np.stack([np.searchsorted(pooled[k], each[k], side) for k in names], 1)
+            for side in ("left", "right")
+        )
+        return (below + above) / len(pooled["loss"]) - 1
+
+    seen = [quantiles(each) for each in sets]
+    fitted = logistic_regression(
+        C=1.0, class_weight="balanced", solver="newton-cholesky", tol=1e-6
+    ).fit(np.concatenate(seen[1:3]), np.repeat([1, 0], [len(seen[1]), len(seen[2])]))
+    scores = [fitted.decision_function(each) for each in seen]
+    # A score of 0 is a guess, also where the fit has rounded it.
+    judged = [
+        float(np.heaviside(np.where(np.abs(score) < 1e-12, 0, score), 0.5).mean())
+        for score in scores
+    ]
+    auc = {name: roc_auc(sets[0][name], sets[3][name]) for name in names}
+    auc["calibrated"] = roc_auc(scores[0], scores[3])
+    return MembershipInference(
+        auc=auc["loss"],
+        auc_by_feature=auc,
+        accuracy=(judged[0] + 1 - judged[3]) / 2,
+        member_share=judged[0],
+        calibration_accuracy=(judged[1] + 1 - judged[2]) / 2,
+        n_calibration=len(seen[2]),
+        n_held_out=len(seen[3]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Relearning
 
 
 @dataclass(frozen=True)
@@ -384,9 +518,8 @@ def relearn_time(
         optimizer = torch.optim.Adam(weights, lr=learning_rate)
         steps, begin = 0, clock(model)
         while True:
-            last = steps == max_steps
             loss, gradient = objective(learner, samples, loss_fn, 0.0, batch_size)
-            if loss <= level or last:
+            if loss <= level or steps == max_steps:
                 return Relearning(steps, clock(model) - begin, loss <= level)
             for weight, each in zip(weights, gradient, strict=True):
                 weight.grad = each.to(weight.dtype)
@@ -394,155 +527,122 @@ def relearn_time(
             steps += 1
 
 
-def _distance(
-    distances: Callable[[Tensor, Tensor], Tensor],
-    model: nn.Module,
-    other: nn.Module,
-    data: Any,
-    batch_size: int,
-) -> float:
-    check_integer(batch_size, "batch_size", 1)
-    samples = _samples(model, data, "data")
-    total = 0.0
-    with evaluating(model), evaluating(other), plain_arithmetic():
-        for batch in samples.batches(batch_size):
-            pair = []
-            for each in (model, other):
-                outputs = outputs_of(each, batch)
-                logs = _log_probabilities(outputs) if isinstance(outputs, Tensor) else None
-                if logs is None:
-                    given = (
-                        f"shape {tuple(outputs.shape)}"
-                        if isinstance(outputs, Tensor)
-                        else type(outputs)
-                    )
-                    raise ValueError(
-                        "the models must return logits of shape (n, C), (n, 1) or (n,); got "
-                        f"{given}"
-                    )
-                pair.append(logs)
-            total += float(distances(*pair).sum())
-    return total / len(samples)
-
-
-def js_distances(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Jensen-Shannon distance of each row, shape (n,), of log-probabilities (n, C).
-
-    With m = (p + q) / 2 and d = (p - q) / (p + q) the divergence is the sum over classes of
-    m ((1 + d) log(1 + d) + (1 - d) log(1 - d)) / 2: terms that are not negative, so that small
-    distances do not cancel.
-    """
-    d = torch.where(log_p == log_q, 0.0, (log_p - log_q) / 2).tanh()
-    square = d.square()
-    series = square * (
-        1 + square * (1 / 6 + square * (1 / 15 + square * (1 / 28 + square * (1 / 45))))
-    )
-    direct = torch.special.xlog1py(1 + d, d) + torch.special.xlog1py(1 - d, -d)
-    term = torch.where(d.abs() < 0.03, series, direct)
-    middle = (log_p.exp() + log_q.exp()) / 2
-    return ((middle * term).sum(1) / (2 * np.log(2))).sqrt()
-
-
-def activation_distances(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Euclidean distance of the probabilities of each row, shape (n,)."""
-    return (log_p.exp() - log_q.exp()).norm(dim=1)
+def _samples(model: nn.Module, data: Any, name: str) -> Samples:
+    return as_samples(data, name, *place(model))
 
 
 # ---------------------------------------------------------------------------------------------
-# Membership inference
+# What `evaluate` reports
 
 
-class CalibrationSplit(NamedTuple):
-    """Numbers of retained samples, and of test samples, for the attack."""
+@dataclass(frozen=True)
+class Sets:
+    """The samples and the objective on which `evaluate` compares models."""
 
-    members: NDArray[np.intp]
-    calibration: NDArray[np.intp]
-    held_out: NDArray[np.intp]
-
-
-def calibration_split(n_retain: int, n_test: int, seed: int) -> CalibrationSplit:
-    """Draw the samples that calibrate an attack, and those held out."""
-    check_seed(seed, optional=False)
-    if n_test < 4:
-        raise ValueError(
-            f"test must have at least 4 samples, half of them to calibrate the attack; got {n_test}"
-        )
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(n_test)
-    half = n_test // 2
-    members = rng.choice(n_retain, min(half, n_retain), replace=False)
-    return CalibrationSplit(np.sort(members), np.sort(order[:half]), np.sort(order[half:]))
+    forget: Samples
+    retain: Samples
+    test: Samples
+    loss_fn: LossFunction
+    score: Score | None
+    weight_decay: float
+    batch_size: int
+    seed: int
 
 
-def features(run: Run, numbers: NDArray[np.intp] | None = None) -> dict[str, NDArray[np.float64]]:
-    """What the attack sees of samples, larger for what looks more like a member."""
-    seen = {"loss": -run.losses}
-    if run.log_probabilities is not None and run.labels is not None:
-        seen["modified_entropy"] = -modified_entropy(run.log_probabilities, run.labels)
-        seen["confidence"] = run.log_probabilities.gather(1, run.labels[:, None])[:, 0]
-    return {k: v.numpy() if numbers is None else v.numpy()[numbers] for k, v in seen.items()}
+@dataclass(frozen=True)
+class Seen:
+    """A model and one pass of it over each set: what metrics are computed from."""
+
+    model: nn.Module
+    sets: Sets
+    forget: Prediction
+    retain: Prediction
+    test: Prediction
+    attack: MembershipInference
 
 
-def attack(
-    forget: dict[str, NDArray[np.float64]],
-    members: dict[str, NDArray[np.float64]],
-    calibration: dict[str, NDArray[np.float64]],
-    held_out: dict[str, NDArray[np.float64]],
-) -> MembershipInference:
-    """Calibrate on members and on non-members; try on the removed and on those held out."""
-    sets = (forget, members, calibration, held_out)
-    names = [name for name in forget if all(name in each for each in sets)]
-    pooled = {k: np.sort(np.concatenate([members[k], calibration[k]])) for k in names}
+class Measured(NamedTuple):
+    """A model, its metrics, and what distances to other models are computed from."""
 
-    def quantiles(each: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-        columns = []
-        for k in names:
-            below = np.searchsorted(pooled[k], each[k], "left")
-            columns.append(below + np.searchsorted(pooled[k], each[k], "right"))
-        return np.stack(columns, 1) / len(pooled[names[0]]) - 1  # -1 to 1
+    model: nn.Module
+    metrics: dict[str, Number]
+    forget: Prediction
+    test: Prediction
 
-    seen = [quantiles(each) for each in sets]
-    weights = _logistic(seen[1], seen[2])
-    scores = [x @ weights[1:] + weights[0] for x in seen]
-    # A score of 0 is a guess.
-    judged = [float(np.heaviside(score, 0.5).mean()) for score in scores]
-    auc = {name: roc_auc(forget[name], held_out[name]) for name in names}
-    auc["calibrated"] = roc_auc(scores[0], scores[3])
-    return MembershipInference(
-        auc=auc["loss"],
-        auc_by_feature=auc,
-        accuracy=(judged[0] + 1 - judged[3]) / 2,
-        member_share=judged[0],
-        calibration_accuracy=(judged[1] + 1 - judged[2]) / 2,
-        n_calibration=len(seen[2]),
-        n_held_out=len(seen[3]),
+
+def measure(model: nn.Module, sets: Sets) -> Measured:
+    """See a model on all sets, and compute the metrics of it alone."""
+    forget, retain, test = (
+        predict(model, each, sets.loss_fn, sets.batch_size, sets.score)
+        for each in (sets.forget, sets.retain, sets.test)
+    )
+    split = calibration_split(len(sets.retain), len(sets.test), sets.seed)
+    found = attack(forget, _features(retain, split.members), test, split)
+    seen = Seen(model, sets, forget, retain, test, found)
+    return Measured(model, {name: metric(seen) for name, metric in METRICS.items()}, forget, test)
+
+
+def _objectives_gradient_norm(seen: Seen) -> float:
+    sets = seen.sets
+    return gradient_norm(
+        seen.model,
+        sets.retain,
+        sets.loss_fn,
+        weight_decay=sets.weight_decay,
+        batch_size=sets.batch_size,
     )
 
 
-def _logistic(
-    positives: NDArray[np.float64], negatives: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Intercept and weights of a logistic regression, by Newton's method.
+def _mean_distance(
+    distances: Callable[[Tensor, Tensor], Tensor], set_: Literal["forget", "test"]
+) -> Callable[[Measured, Measured], Number]:
+    def distance(one: Measured, other: Measured) -> Number:
+        ours, theirs = (getattr(each, set_).log_probabilities for each in (one, other))
+        return None if ours is None or theirs is None else float(distances(ours, theirs).mean())
 
-    Either class has half the weight; the penalty is |w|^2 / 2 without the intercept.
-    """
-    x = np.concatenate([positives, negatives])
-    x = np.column_stack([np.ones(len(x)), x])
-    y = np.repeat([1.0, 0.0], [len(positives), len(negatives)])
-    share = np.where(y == 1, len(y) / (2 * len(positives)), len(y) / (2 * len(negatives)))
-    penalty = np.eye(x.shape[1])
-    penalty[0, 0] = 0.0
-    weights = np.zeros(x.shape[1])
-    for _ in range(100):
-        p = 0.5 * (1 + np.tanh(x @ weights / 2))
-        gradient = x.T @ (share * (p - y)) + penalty @ weights
-        curvature = (x * (share * np.maximum(p * (1 - p), 1e-9))[:, None]).T @ x + penalty
-        step = np.linalg.solve(curvature, gradient)
-        weights = weights - step
-        if np.abs(step).max() < 1e-10:
-            break
-    return weights
+    return distance
 
 
-def _samples(model: nn.Module, data: Any, name: str) -> Samples:
-    return as_samples(data, name, *place(model))
+def _weights_apart(measured: Measured, other: Measured, *, relative: bool = False) -> Number:
+    try:
+        return weight_distance(measured.model, other.model, relative=relative)
+    except ValueError:  # models of different kinds
+        return None
+
+
+#: By name, the metrics of a model alone. The distance between two values is their difference.
+METRICS: Mapping[str, Callable[[Seen], Number]] = MappingProxyType(
+    {
+        "accuracy_forget": lambda seen: seen.forget.accuracy,
+        "accuracy_retain": lambda seen: seen.retain.accuracy,
+        "accuracy_test": lambda seen: seen.test.accuracy,
+        "loss_forget": lambda seen: float(seen.forget.losses.mean()),
+        "loss_retain": lambda seen: float(seen.retain.losses.mean()),
+        "loss_test": lambda seen: float(seen.test.losses.mean()),
+        "mia_auc": lambda seen: seen.attack.auc,
+        "mia_accuracy": lambda seen: seen.attack.accuracy,
+        "mia_member_share": lambda seen: seen.attack.member_share,
+        "gradient_norm": _objectives_gradient_norm,
+    }
+)
+
+#: By name, distances of one model to another.
+DISTANCES: Mapping[str, Callable[[Measured, Measured], Number]] = MappingProxyType(
+    {
+        "js_forget": _mean_distance(js_distances, "forget"),
+        "js_test": _mean_distance(js_distances, "test"),
+        "activation_forget": _mean_distance(activation_distances, "forget"),
+        "activation_test": _mean_distance(activation_distances, "test"),
+        "weight_distance": _weights_apart,
+        "weight_distance_relative": lambda one, other: _weights_apart(one, other, relative=True),
+    }
+)
+
+#: Metrics that are told without a floor and a closed gap.
+WITHOUT_GAP = {
+    "mia_member_share",
+    "gradient_norm",
+    "weight_distance_relative",
+    "relearn_seconds",
+    "relearn_reached",
+}

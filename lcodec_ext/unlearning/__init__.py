@@ -28,14 +28,19 @@ from lcodec_ext.unlearning.privacy import (
     removal_bound,
 )
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear, RemovalRecord
-from lcodec_ext.unlearning.record.perturbation import TokenReplacement
+from lcodec_ext.unlearning.record import TokenReplacement
 from lcodec_ext.unlearning.request import random_samples, samples_of
+from lcodec_ext.unlearning.result import BeforeAfter, UnlearnResult
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.stream.checkpoints import LedgerError
-from lcodec_ext.unlearning.stream.ledger import Ledger, Verification, verify_ledger
-from lcodec_ext.unlearning.stream.unlearner import Unlearner
-from lcodec_ext.unlearning.unlearn import BeforeAfter, UnlearnResult, unlearn
+from lcodec_ext.unlearning.stream import (
+    Ledger,
+    LedgerError,
+    Unlearner,
+    Verification,
+    verify_ledger,
+)
+from lcodec_ext.unlearning.unlearn import unlearn
 
 if TYPE_CHECKING:
     from lcodec_ext.evaluation import (

@@ -1,14 +1,27 @@
-"""Which samples to delete."""
+"""What is asked: which samples to delete, which stay, and what stands for those."""
 
-from typing import Any
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._checks import check_integer, check_seed
+from lcodec_ext._torch.batches import Batch, tensors_of
+from lcodec_ext._torch.loss import check_parts, scalar_loss
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.statistics import TrainingStatistics
+from lcodec_ext.unlearning.workplace import Workplace
 
-# ---------------------------------------------------------------------------------------------
-# Which samples to delete
+GUARD_SIZE = 1000  # retained samples on which harm is looked for
+_PROBE = 32  # samples on which model and loss are checked, of either set
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
 
 
 def random_samples(n: int, m: int, seed: int = 0) -> list[int]:
@@ -37,3 +50,310 @@ def samples_of(labels: Any, value: Any) -> list[int]:
     if not len(found):
         raise ValueError(f"no sample has the label {value!r}")
     return found.tolist()
+
+
+class Retained(NamedTuple):
+    """The samples that a deletion retains, and those of them that its step reads."""
+
+    all: Samples
+    read: Samples
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The retained samples of a request, and the draws from them, each drawn and fetched once."""
+
+    all: Samples
+    read: Samples  # by steps
+    monitored: Samples  # those of them that losses and gradients are measured on
+    _settings: Settings
+    _order: NDArray[np.int64]
+
+    @classmethod
+    def drawn(cls, samples: Samples, settings: Settings) -> "Kept":
+        """Draw those that are read and those that are measured."""
+        order = _rng(settings).permutation(len(samples))
+        most = settings.n_curvature
+        read = samples if most is None else _some(samples, order[:most])
+        monitored = read
+        if settings.n_monitor is not None and settings.n_monitor < len(read):
+            few = _rng(settings).permutation(len(read))[: settings.n_monitor]
+            monitored = _some(read, few)
+        return cls(samples, read, monitored, settings, order)
+
+    def unread(self) -> Samples:
+        """Samples that no step reads, or where all are read, of all."""
+        unread = self._order[len(self.read) :]
+        return _some(self.all, (unread if len(unread) else self._order)[:GUARD_SIZE])
+
+    def with_samples(self, others: Samples) -> Retained:
+        """Retain also others, the samples of the request whose turn comes later."""
+        n, m = len(self.all), len(others)
+        if not m:
+            return Retained(self.all, self.read)
+        both = Samples.joined([self.all, others])
+        if self._settings.n_curvature is None:
+            return Retained(both, both)
+        # A draw from both, of which the part from the retained ones was fetched before.
+        rng = _rng(self._settings, m)
+        size = min(self._settings.n_curvature, n + m)
+        few = int(rng.hypergeometric(m, n, size))
+        parts = [
+            _some(samples, rng.permutation(len(samples))[:count])
+            for samples, count in ((self.read, size - few), (others, few))
+            if count
+        ]
+        return Retained(both, Samples.joined(parts))
+
+
+def _rng(settings: Settings, *stream: int) -> np.random.Generator:
+    return np.random.default_rng([settings.seed, 0, *stream])
+
+
+def _some(samples: Samples, numbers: NDArray[np.int64]) -> Samples:
+    return samples.subset(np.sort(numbers).tolist()).loaded()
+
+
+class Part(NamedTuple):
+    """Samples that are removed at once: all of a request, or one of them."""
+
+    numbers: list[int]  # their positions in the request
+    forget: Samples
+    retained: Retained | None
+    statistics: TrainingStatistics | None
+    n_retain: int
+    seed: list[int]  # of random selections
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Samples to remove, and the data that the deletion may look at; all checked."""
+
+    forget: Samples
+    kept: Kept | None  # None where statistics stand for the retained samples
+    validation: Samples | None
+    statistics: TrainingStatistics | None
+    n_retain: int
+
+    @property
+    def m(self) -> int:
+        """Samples to remove."""
+        return len(self.forget)
+
+    @property
+    def monitored(self) -> Samples | None:
+        """Retained samples on which losses and gradients are measured."""
+        return None if self.kept is None else self.kept.monitored
+
+    def parts(self, work: Workplace) -> Iterator[Part]:
+        """The samples that are removed at once, one part after the other."""
+        sequential = work.settings.order == "sequential"
+        numbers = [[k] for k in range(self.m)] if sequential else [list(range(self.m))]
+        for count, part in enumerate(numbers):
+            rest = self.forget.subset(range(part[-1] + 1, self.m))
+            retained = None if self.kept is None else self.kept.with_samples(rest)
+            n_retain = self.n_retain if retained is None else len(retained.all)
+            # The statistics are at these weights for good: "cheap" steps more than once.
+            statistics = None if self.statistics is None else self.statistics.at(work.model)
+            seed = [work.settings.seed, 2, count]
+            yield Part(part, self.forget.subset(part), retained, statistics, n_retain, seed)
+
+
+def checked_request(
+    work: Workplace,
+    forget: Any,
+    retain: Any,
+    validation: Any,
+    statistics: TrainingStatistics | None,
+) -> Request:
+    """Take the samples as they were given; refuse what cannot be done with them."""
+    removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
+    kept, held = (
+        None if data is None else as_samples(data, name, work.device, work.dtype)
+        for data, name in ((retain, "retain"), (validation, "validation"))
+    )
+    _check_roles(work.settings, kept, held, statistics)
+    _probe(work, [samples for samples in (removed, kept, held) if samples is not None])
+    if kept is not None and kept.in_memory:
+        warn_of_overlap(removed, kept, stacklevel=4)  # behind unlearn and its decorator
+    m = len(removed)
+    if kept is not None:
+        n_retain = len(kept)
+    else:
+        assert statistics is not None
+        n_retain = statistics.n_left(m)
+    if statistics is not None and statistics.n != m + n_retain:
+        raise ValueError(
+            f"statistics are of {statistics.n} training samples; forget and retain have "
+            f"{m} + {n_retain}. retain must be all that stay, or None"
+        )
+    drawn = None
+    if kept is not None:
+        with work.timed("monitoring"):
+            drawn = Kept.drawn(kept, work.settings)
+    return Request(removed, drawn, held, statistics, n_retain)
+
+
+def _check_roles(
+    settings: Settings,
+    retain: Samples | None,
+    held: Samples | None,
+    statistics: TrainingStatistics | None,
+) -> None:
+    """Refuse what cannot be done with the data that are given."""
+    if statistics is not None:
+        _check_statistics(settings, statistics)
+    if retain is not None:
+        return
+    if statistics is None:
+        raise ValueError(
+            "retain is None: pass the retained training samples, or statistics that were saved "
+            "when the model was trained"
+        )
+    if held is None and (settings.max_drop is not None or settings.repair_drop is not None):
+        raise ValueError(
+            "the guard needs samples: pass validation, or max_drop=None and repair_drop=None to do "
+            "without a guard"
+        )
+    if settings.repair_epochs or settings.n_recalibrate or settings.lengthen is not None:
+        raise ValueError(
+            "repair_epochs, n_recalibrate and lengthen need retained samples, and retain is None"
+        )
+
+
+def _check_statistics(settings: Settings, statistics: object) -> None:
+    if not isinstance(statistics, TrainingStatistics):
+        raise TypeError(f"statistics must be TrainingStatistics; got {type(statistics).__name__}")
+    for refused, message in (
+        (
+            settings.update not in ("newton", "certified"),
+            f"statistics hold a curvature, which update={settings.update!r} does not use",
+        ),
+        (
+            (settings.order, settings.steps, settings.gradient) != ("batch", 1, "removal"),
+            "statistics are of the weights that training ended with: they serve one step, "
+            "order='batch', steps=1 and gradient='removal'",
+        ),
+        (
+            settings.output_damping > 0,
+            "statistics hold a curvature without output_damping; got "
+            f"output_damping={settings.output_damping:g}. Use damping",
+        ),
+        (
+            settings.curvature != statistics.kind,
+            f"the statistics are for curvature={statistics.kind!r}; got "
+            f"curvature={settings.curvature!r}",
+        ),
+    ):
+        if refused:
+            raise ValueError(message)
+
+
+def _probe(work: Workplace, sets: list[Samples]) -> None:
+    """Check model and loss on a few samples of each set, and that the sets are alike."""
+    known = None
+    for samples in sets:
+        step = max(1, len(samples) // _PROBE)
+        batch = samples.fetch(range(0, len(samples), step)[:_PROBE])
+        known = known or batch.kinds
+        if batch.kinds != known:
+            raise ValueError(
+                f"the samples of {sets[0].name} and {samples.name} must be alike; those of "
+                f"{sets[0].name} have tensors of (dimensions, dtype) {known}, of "
+                f"{samples.name} {batch.kinds}"
+            )
+        _check_loss(work, batch, _checked_outputs(work, batch, samples.name), samples.name)
+
+
+def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
+    """The model's outputs for a few samples, which must be theirs alone."""
+    try:
+        with torch.no_grad():
+            outputs = outputs_of(work.model, batch)
+            single = outputs_of(work.model, batch.part(slice(1)))
+    except _FAILURES as error:
+        raise ValueError(f"the model fails on samples of {name}: {error}") from error
+    tensors = list(tensors_of(outputs))
+    if not tensors:
+        raise ValueError(f"the model must return tensors; it returned {type(outputs).__name__}")
+    for tensor, alone in zip(tensors, tensors_of(single), strict=True):
+        if tensor.ndim == 0 or len(tensor) != batch.size:
+            raise ValueError(
+                "the model must return tensors with samples along their first axis; from "
+                f"{batch.size} samples it returned shape {tuple(tensor.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the outputs of the model for samples of {name} hold NaN or infinity")
+        scale = float(tensor.abs().max())
+        rtol, atol = (1e-6, 1e-9) if work.dtype == torch.float64 else (1e-3, 1e-4 * scale)
+        if not torch.allclose(alone, tensor[:1], rtol=rtol, atol=atol):
+            raise ValueError(
+                "the output of a sample changes with the other samples in its batch, or at "
+                "random; then the loss is not a mean over samples"
+            )
+    return outputs
+
+
+def _check_loss(work: Workplace, batch: Batch, outputs: Any, name: str) -> None:
+    """Refuse a loss that fails, is not finite, or is not the mean over the samples."""
+    try:
+        loss = scalar_loss(work.loss_fn, outputs, batch.targets)
+    except _FAILURES as error:
+        raise ValueError(
+            f"loss_fn fails on the model's outputs for samples of {name} and their targets: {error}"
+        ) from error
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss of the {name} samples is NaN or infinite")
+    check_parts(work.loss_fn, outputs, batch.targets, batch.size, 1)
+
+
+def warn_of_overlap(forget: Samples, retain: Samples, stacklevel: int = 2) -> None:
+    """Warn if half of the samples to delete, or more, are also among those to retain.
+
+    Fewer may be true duplicates. One pass over retain hashes the bits of every sample, and what
+    has the hash of a sample to delete is compared with it.
+    """
+
+    def columns(samples: Samples, indices: list[int]) -> list[Tensor]:
+        tensors = tensors_of(samples.fetch(indices).data)
+        return [t.reshape(len(indices), math.prod(t.shape[1:])).contiguous() for t in tensors]
+
+    widths = [t.shape[1] for t in columns(forget, [0])]
+    if widths != [t.shape[1] for t in columns(retain, [0])]:
+        return
+    rows = max(1, 2**18 // max(1, sum(widths)))  # at a time: what stays in the caches
+    rng = np.random.default_rng(0)
+    factors: dict[int, Tensor] = {}
+
+    def keys(samples: Samples) -> NDArray[np.int64]:
+        """The bits of each sample as integers of at most 32, times random ones, modulo 2^64."""
+        found = []
+        for start in range(0, len(samples), rows):
+            some = list(range(start, min(start + rows, len(samples))))
+            total = torch.zeros(len(some), dtype=torch.int64)
+            for k, column in enumerate(columns(samples, some)):
+                bits = column.view(torch.int32) if column.element_size() >= 4 else column
+                if k not in factors:
+                    drawn = rng.integers(-(2**63), 2**63, bits.shape[1])
+                    factors[k] = torch.from_numpy(drawn).to(bits.device)
+                total += (bits * factors[k]).sum(1).cpu()
+            found.append(total.numpy())
+        return np.concatenate(found)
+
+    known, first = np.unique(keys(retain), return_index=True)
+    wanted = keys(forget)
+    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    likely = np.flatnonzero(known[at] == wanted)
+    m, k = len(forget), 0
+    for start in range(0, len(likely), rows):
+        some = likely[start : start + rows]
+        pairs = zip(
+            columns(forget, some.tolist()), columns(retain, first[at[some]].tolist()), strict=True
+        )
+        k += int(torch.stack([(a == b).all(1) for a, b in pairs]).all(0).sum())
+    if 2 * k >= m:
+        warnings.warn(
+            f"{k:,} of {m:,} samples of forget are also among those of retain: pass as retain the "
+            "training samples that stay, without the deleted ones",
+            stacklevel=stacklevel + 1,
+        )

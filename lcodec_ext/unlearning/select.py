@@ -1,35 +1,33 @@
-"""Which units a step changes: rankings of units, and how many of them are taken."""
+"""Which units a step changes: a table of rules, and how many units are taken."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._checks import check_integer, check_real
+from lcodec_ext._torch.loss import Gradient
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.curvature.operators import FisherOperator, GaussNewtonOperator
-from lcodec_ext.curvature.routes import gauss_newton_diagonal
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
-from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature.layers import CONVOLUTIONS, TRANSPOSED, is_linear
+from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.dependence import FociResult, first_step_scores, lfoci
+from lcodec_ext.unlearning.record import Recording, record
+
+if TYPE_CHECKING:
+    from lcodec_ext.unlearning.settings import SelectSettings
+    from lcodec_ext.unlearning.workplace import Workplace
 
 Unit = tuple[str, int]
 
-# Layers whose weights map inputs to units; attention projections are found by their names.
-_WEIGHTS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_DIAGONAL_SAMPLES = 256  # retained ones on which a diagonal is taken
+CHEAP_THRESHOLD = 0.05  # of T, the reference's
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +60,7 @@ class Candidates:
         return total.index_add_(0, owner, vector.double()).cpu().numpy()
 
 
-def find_candidates(model: nn.Module, settings: Settings) -> Candidates:
+def find_candidates(model: nn.Module, settings: "SelectSettings") -> Candidates:
     """Find the units that `Settings.candidates` names, or that were given."""
     if isinstance(settings.selection, UnitSelection):
         selection = settings.selection
@@ -85,9 +83,9 @@ def find_candidates(model: nn.Module, settings: Settings) -> Candidates:
         )
     place: dict[Unit, int] = {}
     numbers, lengths = [], []
-    for run in UnitLayout(selection, model).runs:
-        numbers += [place.setdefault((run.module, unit), len(place)) for unit in run.units]
-        lengths += [run.width] * len(run.units)
+    for block in UnitLayout(selection, model).blocks:
+        numbers += [place.setdefault((block.module, unit), len(place)) for unit in block.units]
+        lengths += [block.width] * len(block.units)
     stretches = np.array(numbers, dtype=np.int64), np.array(lengths, dtype=np.int64)
     sizes = np.zeros(len(place), dtype=np.int64)
     np.add.at(sizes, *stretches)
@@ -98,11 +96,11 @@ def _has_weights(name: str, modules: dict[str, nn.Module]) -> bool:
     module = modules.get(name)
     if module is None:  # the input projections of an attention
         return True
-    return isinstance(module, _WEIGHTS) or type(module).__name__ == "Conv1D"
+    return is_linear(module) or isinstance(module, CONVOLUTIONS + TRANSPOSED)
 
 
 def take(
-    ranked: Sequence[Unit], candidates: Candidates, settings: Settings, n_trainable: int
+    ranked: Sequence[Unit], candidates: Candidates, settings: "SelectSettings", n_trainable: int
 ) -> UnitSelection:
     """Take units from the first on, up to the number or the parameters that are allowed.
 
@@ -116,7 +114,7 @@ def take(
     if not ranked:
         raise ValueError(
             f"selection={settings.selection!r} finds no unit: the gradient of the removed samples "
-            "vanishes at all candidates"
+            "vanishes on all candidates"
         )
     sizes = dict(zip(candidates.units, candidates.sizes.tolist(), strict=True))
     left = settings.budget(n_trainable)
@@ -140,82 +138,284 @@ def take(
     return UnitSelection({name: chosen[name] for name in sorted(chosen, key=order.__getitem__)})
 
 
-def rank_random(candidates: Candidates, seed: Sequence[int]) -> list[Unit]:
-    """All candidates in random order."""
-    order = np.random.default_rng(list(seed)).permutation(len(candidates.units))
-    return [candidates.units[k] for k in order]
+# ---------------------------------------------------------------------------------------------
+# Rules
 
 
-def rank_last(candidates: Candidates, settings: Settings, calls: Iterable[str]) -> list[Unit]:
-    """The candidates by layer from the output backwards; of one layer only, if no size is given.
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What a rule selects from, and what it may look at."""
 
-    Parameters
-    ----------
-    calls : iterable of str
-        Layers in the order in which the forward pass calls them, some of them several times. Those
-        that it does not call come last.
+    work: "Workplace"  # model, loss and settings
+    candidates: Candidates
+    forget: Samples
+    gradient: Gradient  # of the removed samples' objective, by parameter
+    seed: list[int]  # for random choices
+    taken: UnitSelection  # what a repeated rule has selected before
+
+    def recorded(self) -> Recording:
+        """Perturb the removed samples, and record units and loss."""
+        settings = self.work.settings
+        with self.work.timed("perturbation"):
+            return record(
+                self.work.model,
+                self.forget,
+                self.work.loss_fn,
+                n_perturbations=settings.n_perturbations,
+                noise_std=settings.noise_std,
+                perturb=settings.perturb,
+                rows=settings.foci_rows,
+                units=self.candidates.selection,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                progress=self.work.progress,
+            )
+
+    def take(self, ranked: Sequence[Unit]) -> UnitSelection:
+        """As many of the units, from the first on, as the settings allow."""
+        return take(ranked, self.candidates, self.work.settings, self.work.n_trainable)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a rule selected."""
+
+    selection: UnitSelection  # empty if a repeated rule finds nothing more
+    n_units: int  # that it could have selected
+    n_dead: int = 0  # of these, units that no perturbation moved
+    foci: FociResult | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to select units.
+
+    `size` says whether the rule fixes the number of units, needs n_units or max_parameters, or
+    stops by itself without them; a repeated rule selects again after every step.
     """
-    called = {name: k for k, name in enumerate(calls)}
-    layers = list(candidates.selection.units.items())[::-1]
-    layers.sort(key=lambda layer: -called.get(layer[0], -1))
-    if settings.n_units is None and settings.max_parameters is None:
-        layers = layers[:1]
-    return [(name, unit) for name, units in layers for unit in units]
+
+    select: Callable[[Question], Choice]
+    size: Literal["given", "needed", "optional"]
+    repeated: bool = False
 
 
-def rank_by_score(
-    model: nn.Module,
-    candidates: Candidates,
-    settings: Settings,
+def choose(
+    work: "Workplace",
     forget: Samples,
-    retain: Samples | None,
-    gradient: Tensor,
-    loss_fn: LossFunction,
-) -> list[Unit]:
-    """Rank units by what the removed samples' gradient says of their parameters.
+    gradient: Gradient,
+    seed: list[int],
+    taken: UnitSelection | None = None,
+) -> Choice:
+    """The units that a step changes, by the rule of the settings."""
+    with work.timed("selection"):
+        candidates = find_candidates(work.model, work.settings)
+        if isinstance(work.settings.selection, UnitSelection):
+            return Choice(candidates.selection, len(candidates.units))
+        question = Question(work, candidates, forget, gradient, seed, taken or UnitSelection({}))
+        return RULES[work.settings.selection].select(question)
 
-    Scores are sums over a unit's parameters. Where parameters are limited and not units, they
-    count per parameter: what is wanted is most for its price. Units with score 0, whose gradient
-    vanishes, are dead and left out.
 
-    Parameters
-    ----------
-    gradient : Tensor, shape (p,)
-        Of the removed samples, at the coordinates of the candidates.
+def _full(question: Question) -> Choice:
+    return Choice(question.candidates.selection, len(question.candidates.units))
+
+
+def _random(question: Question) -> Choice:
+    units = question.candidates.units
+    order = np.random.default_rng(question.seed).permutation(len(units))
+    return Choice(question.take([units[k] for k in order]), len(units))
+
+
+def _by_gradient(question: Question) -> Choice:
+    """The largest squared gradients, summed over a unit; per parameter where these are limited.
+
+    Units whose gradient vanishes are left out.
     """
-    name = settings.selection
-    if name != "gradient" and retain is None:
-        raise ValueError(f"selection={name!r} needs retained samples, and retain is None")
-    if name == "gradient":
-        score = candidates.sums(gradient.double().square())
-    else:
-        assert retain is not None
-        rng = np.random.default_rng([settings.seed, 1])
-        few = np.sort(rng.permutation(len(retain))[:_DIAGONAL_SAMPLES])
-        retained = retain.subset(few.tolist()).loaded().data(settings.batch_size)
-        options: dict[str, Any] = {"dtype": settings.dtype}
-        if name == "fisher_ratio":
-            removed = forget.data(settings.batch_size)
-            above, below = (
-                candidates.sums(
-                    FisherOperator(model, loss_fn, data, candidates.selection, **options).diagonal()
-                )
-                for data in (removed, retained)
-            )
-            score = above / (below + 1e-12 * max(below.max(), 1e-300))
-            score[above == 0] = 0
-        else:
-            operator = GaussNewtonOperator(
-                model, loss_fn, retained, candidates.selection, **options
-            )
-            diagonal = gauss_newton_diagonal(operator._objective)
-            if diagonal is None:  # too many outputs
-                diagonal = FisherOperator(
-                    model, loss_fn, retained, candidates.selection, **options
-                ).diagonal()
-            shift = max(settings.weight_decay + settings.damping, 1e-12)
-            score = candidates.sums(gradient.double().square() / (diagonal.double() + shift))
-    if settings.max_parameters is not None and name != "fisher_ratio":
+    candidates = question.candidates
+    at = UnitLayout(candidates.selection, question.work.model).gather(question.gradient)
+    score = candidates.sums(at.double().square())
+    if question.work.settings.max_parameters is not None:
         score = score / candidates.sizes
     order = np.argsort(-score, kind="stable")
-    return [candidates.units[k] for k in order if score[k] > 0]
+    ranked = [candidates.units[k] for k in order if score[k] > 0]
+    return Choice(question.take(ranked), len(candidates.units))
+
+
+def _by_lfoci(question: Question) -> Choice:
+    """A Markov blanket of the loss under perturbation, the paper's selection."""
+    work, settings, candidates = question.work, question.work.settings, question.candidates
+    recording = question.recorded()
+    most = settings.n_units
+    budget = settings.budget(work.n_trainable)
+    if budget < math.inf:
+        fit = np.searchsorted(np.cumsum(np.sort(candidates.sizes)), budget, side="right")
+        most = max(1, int(fit))
+    ranked, foci = select_lfoci(
+        recording,
+        max_units=most,
+        stop=most is None,
+        seed=settings.seed,
+        progress=work.progress,
+    )
+    return Choice(question.take(ranked), len(candidates.units), len(recording.dead), foci)
+
+
+def _by_cheap(question: Question) -> Choice:
+    """The unit with the largest T that the budget allows; nothing if a later T is too small."""
+    work, settings, taken = question.work, question.work.settings, question.taken
+    recording = question.recorded()
+    nothing = Choice(UnitSelection({}), len(question.candidates.units), len(recording.dead))
+    most = None if settings.max_parameters is not None else 1
+    try:
+        ranked, values = select_cheap(recording, max_units=most)
+    except ValueError:
+        if not taken or not recording.finite:
+            raise
+        return nothing  # the loss depends on no further unit
+    budget = settings.budget(work.n_trainable)
+    for (layer, unit), T in zip(ranked, values, strict=True):
+        chosen = UnitSelection({layer: [unit]})
+        fits = (taken | chosen).size(work.model) <= budget
+        if fits and (not taken or T > CHEAP_THRESHOLD):
+            return dataclasses.replace(nothing, selection=chosen)
+    if not taken:
+        question.take(ranked)  # its refusal
+    return nothing
+
+
+#: To add a rule, write a function and name it here.
+RULES: dict[str, Rule] = {
+    "full": Rule(_full, "given"),
+    "lfoci": Rule(_by_lfoci, "optional"),
+    "cheap": Rule(_by_cheap, "optional", repeated=True),
+    "gradient": Rule(_by_gradient, "needed"),
+    "random": Rule(_random, "needed"),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# From a recording
+
+
+def select_lfoci(
+    recording: Recording,
+    *,
+    noise: float = 0.01,
+    max_units: int | None = None,
+    stop: bool = True,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[list[tuple[str, int]], FociResult]:
+    """Find the units on which the loss depends, by L-FOCI; ValueError if there are none.
+
+    Dead units are left out beforehand. A unit is selected if any of its calls is.
+
+    Parameters
+    ----------
+    recording : Recording
+    noise : float, default 0.01
+        Of L-FOCI, as a share of each column's standard deviation: means over a request vary by far
+        less than the paper's absolute 0.01.
+    max_units, stop
+        `max_features` and `stop` of `lfoci`.
+    seed, progress
+        Of the noise; for each step.
+
+    Returns
+    -------
+    units : list of (str, int)
+        Layer and unit, in the order of selection, each once.
+    result : FociResult
+        Its `ordering` are columns of the recording; `names` tell unit and call.
+    """
+    alive = _alive(recording)
+    result = lfoci(
+        recording.activations[:, alive],
+        recording.losses,
+        noise=noise,
+        noise_scale="relative",
+        seed=seed,
+        max_features=max_units,
+        stop=stop,
+        progress=progress,
+    )
+    if not len(result.ordering):
+        raise _nothing(recording, "L-FOCI selects no unit")
+    columns = alive[result.ordering]
+    chosen = [recording.owners[column] for column in columns]
+    result = dataclasses.replace(
+        result,
+        ordering=columns,
+        names=[f"{owner.layer}[{owner.unit}] call {owner.call}" for owner in chosen],
+        n_features=len(recording.owners),
+    )
+    units = list(dict.fromkeys((owner.layer, owner.unit) for owner in chosen))
+    return units, result
+
+
+def select_cheap(
+    recording: Recording, *, max_units: int | None = 1, threshold: float = CHEAP_THRESHOLD
+) -> tuple[list[tuple[str, int]], NDArray[np.float64]]:
+    """Take the units with the largest T(loss, activation), each by itself; ValueError without any.
+
+    With max_units=1 this is the paper's cheap FOCI, which removes a sample with one unit, and again
+    with another one at the changed weights while T exceeds 0.05; the caller repeats it.
+
+    Parameters
+    ----------
+    recording : Recording
+    max_units : int, optional
+        How many; 1 by default. None: all above the threshold.
+    threshold : float, default 0.05
+        T that every unit after the first must exceed. Of the calls of a unit the largest counts.
+
+    Returns
+    -------
+    units : list of (str, int)
+        Layer and unit, by decreasing T; ties stay in the order of the recording.
+    values : ndarray of float64, shape (len(units),)
+        Their T, to within 1e-9.
+    """
+    if max_units is not None:
+        check_integer(max_units, "max_units", 1)
+    check_real(threshold, "threshold", -np.inf)
+    alive = _alive(recording)
+    values = first_step_scores(recording.activations[:, alive], recording.losses)
+    order = np.argsort(-values, kind="stable")
+    if values[order[0]] <= 0:
+        raise _nothing(recording, "no unit has T(loss, activation) > 0")
+    best: dict[tuple[str, int], float] = {}
+    for column in order:
+        if best and values[column] <= threshold:
+            break
+        owner = recording.owners[alive[column]]
+        best.setdefault((owner.layer, owner.unit), float(values[column]))
+        if len(best) == max_units:
+            break
+    return list(best), np.array(list(best.values()))
+
+
+def _alive(recording: Recording) -> NDArray[np.int64]:
+    """The columns to select from; refuse recordings without any, or with a constant loss."""
+    if not np.isfinite(recording.losses).all():
+        raise ValueError("the loss of the perturbed request is NaN or infinite")
+    for column in np.flatnonzero(~np.isfinite(recording.activations.sum(0)))[:1]:
+        owner = recording.owners[column]
+        raise ValueError(
+            f"unit {owner.unit} of layer {owner.layer!r} has activations NaN or infinite"
+        )
+    noise = recording.resolution * np.abs(recording.losses).max() + 2 * recording.loss_rounding
+    if np.ptp(recording.losses) <= noise:
+        raise ValueError(
+            "the loss of the request is the same under all perturbations: noise_std is too small "
+            "for the inputs, or perturb changes nothing"
+        )
+    if not len(recording.alive):
+        raise _nothing(recording, "no unit can be selected because all are dead")
+    return recording.alive
+
+
+def _nothing(recording: Recording, what: str) -> ValueError:
+    return ValueError(
+        f"{what}: in {len(recording.losses)} rows the loss depends on no unit measurably. Pass "
+        "more n_perturbations, a larger noise_std or another perturb, or selection='full'"
+    )

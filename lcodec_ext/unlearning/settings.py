@@ -4,271 +4,353 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
 from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.unlearning.record import TokenReplacement
+from lcodec_ext.unlearning.select import RULES
 
-SELECTIONS = (
-    "full",
-    "lfoci",
-    "cheap",
-    "gradient",
-    "fisher_ratio",
-    "expected_decrease",
-    "last",
-    "random",
-)
 CURVATURES = ("gauss_newton", "hessian", "fisher", "secant")
-UPDATES = ("newton", "gradient", "lbfgs", "certified")
+UPDATES = ("newton", "gradient", "certified")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+#: Values of earlier versions: ledgers that name them load and verify, new requests are refused.
+WITHDRAWN = {
+    "selection": dict.fromkeys(
+        ("last", "fisher_ratio", "expected_decrease"), 'selection="gradient"'
+    ),
+    "update": {"lbfgs": 'update="newton" with steps=..., or lcodec_ext.evaluation.methods.lbfgs'},
+}
+
+
+# Every field has a function check(value, name), which returns the value to be kept. None passes
+# where it is the default.
+
+
+def _integer(default: int | None, least: int) -> Any:
+    return field(
+        default=default,
+        metadata={"check": lambda value, name: check_integer(value, name, least)},
+    )
+
+
+def _real(default: float | None) -> Any:
+    return field(
+        default=default, metadata={"check": lambda value, name: check_real(value, name, 0)}
+    )
+
+
+def _choice(default: str, choices: tuple[str, ...]) -> Any:
+    return field(
+        default=default, metadata={"check": lambda value, name: _known(value, name, choices)}
+    )
+
+
+def _known(value: Any, name: str, choices: tuple[str, ...]) -> Any:
+    if isinstance(value, str) and value in WITHDRAWN.get(name, ()):
+        return value
+    return check_choice(value, name, choices)
+
+
+def _check_selection(value: Any, name: str) -> Any:
+    return value if isinstance(value, UnitSelection) else _known(value, name, tuple(RULES))
+
+
+def _check_candidates(value: Any, name: str) -> Any:
+    if not isinstance(value, tuple):
+        return check_choice(value, name, ("all", "weights"))
+    if not value or not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(
+            "candidates must be 'all', 'weights' or a tuple of patterns of layer names; got "
+            f"{value!r}"
+        )
+    return value
+
+
+def _check_share(value: Any, name: str) -> int | float:
+    if not isinstance(value, float):
+        return check_integer(value, name, 1)
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"{name} must be an integer, or a share above 0 and up to 1.0; got {value!r}"
+        )
+    return float(value)
+
+
+def _check_perturb(value: Any, name: str) -> Any:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable; got {type(value).__name__}")
+    return value
+
+
+def _check_radius(value: Any, name: str) -> float:
+    return math.inf if value == math.inf else check_real(value, name, 0)
+
+
+def _check_seed(value: Any, name: str) -> Any:
+    return check_seed(value, optional=False)
+
+
+def _check_dtype(value: Any, name: str) -> Any:
+    if value not in _DTYPES:
+        raise ValueError(f"{name} must be torch.float32 or torch.float64; got {value!r}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of a deletion.
-
-    ``Settings.preset("recommended", damping=0.1)`` makes one; `unlearn` and `Unlearner` take the
-    same names as keywords. Every option is a value: `to_dict` and `from_dict` go through JSON
-    (but for a `perturb` that is a function).
-
-    **Which units change**
+class SelectSettings:
+    """Which units change.
 
     Attributes
     ----------
-    selection : str or UnitSelection
-        "full": all units. "lfoci": the paper's, units that are a Markov blanket of the loss when
-        the inputs of the removed samples are perturbed. "cheap": the paper's cheap variant, of
-        which only the top unit counts, again and again. "gradient": largest removal gradient,
-        "fisher_ratio": largest quotient of the removed samples' Fisher diagonal and the retained
-        ones', "expected_decrease": largest decrease of the objective that a diagonal model of it
-        predicts; "last": from the output backwards; "random". Or the units themselves.
+    selection : {"full", "lfoci", "cheap", "gradient", "random"} or UnitSelection
+        The rule that selects units (docs/unlearning.md describes them), or the units.
     candidates : {"all", "weights"} or tuple of str
-        Units to select from: "all" kinds that `UnitSelection` knows, "weights" those of linear
-        and convolution layers and attention projections, as in the paper, or shell patterns of
-        layer names.
+        Units to select from: all, those of linear layers and convolutions, or layer name patterns.
     n_units : int, optional
-        How many units to select; with "cheap", at most, one in each round.
+        How many units to select; with "cheap", the most that are selected.
     max_parameters : int or float, optional
-        Instead: units are taken while their parameters stay within this number, or within this
-        share (a float up to 1) of the trainable ones. With neither, "lfoci" and "cheap" stop by
-        their own rule, "last" takes one layer, and the others need one of the two.
+        Instead: take units while their parameters stay within this number or share.
+    """
 
-    **Perturbation, for "lfoci" and "cheap"**
+    selection: str | UnitSelection = field(default="full", metadata={"check": _check_selection})
+    candidates: str | tuple[str, ...] = field(default="all", metadata={"check": _check_candidates})
+    n_units: int | None = _integer(None, 1)
+    max_parameters: int | float | None = field(default=None, metadata={"check": _check_share})
 
+    def budget(self, n_trainable: int) -> float:
+        """Most parameters that may be selected; infinite without a limit."""
+        if self.max_parameters is None:
+            return math.inf
+        if isinstance(self.max_parameters, float):
+            return self.max_parameters * n_trainable
+        return self.max_parameters
+
+    def _check_size(self) -> None:
+        sized = self.n_units is not None or self.max_parameters is not None
+        if self.n_units is not None and self.max_parameters is not None:
+            raise ValueError("n_units and max_parameters cannot both be given; give one of them")
+        given = isinstance(self.selection, UnitSelection)
+        name = "a UnitSelection" if given else repr(self.selection)
+        size = "given" if isinstance(self.selection, UnitSelection) else _size_of(self.selection)
+        if sized and size == "given":
+            raise ValueError(
+                f"selection={name} says how many units there are; n_units and max_parameters "
+                "belong to the other selections"
+            )
+        if not sized and size == "needed":
+            raise ValueError(
+                f"selection={name} needs n_units or max_parameters: a ranking has no end of its own"
+            )
+
+
+def _size_of(selection: str) -> str:
+    return RULES[selection].size if selection in RULES else "optional"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSettings:
+    """How the request is perturbed, for selection="lfoci" and "cheap".
+
+    Attributes
+    ----------
     n_perturbations : int
-        The paper's 1000.
+        Perturbations of the request; the paper's 1000.
     noise_std : float
-        Of the Gaussian noise on inputs; the paper's 0.1, for inputs scaled to about 1.
+        Standard deviation of the noise on inputs; the paper's 0.1, for inputs of size about 1.
     perturb : callable, optional
-        `TokenReplacement` for text, or ``perturb(inputs, rng)``.
+        Instead of noise: `TokenReplacement` for text, or ``perturb(inputs, rng)``.
     foci_rows : {"batch", "samples"}
-        A row of FOCI's table: a perturbation of the request, activations averaged over it, as in
-        the paper; or a perturbation of a single sample.
+        What a row of FOCI's table is: the mean of a perturbed request, or one perturbed sample.
+    """
 
-    **The step**
+    n_perturbations: int = _integer(1000, 3)
+    noise_std: float = _real(0.1)
+    perturb: Callable[..., Any] | None = field(default=None, metadata={"check": _check_perturb})
+    foci_rows: Literal["batch", "samples"] = _choice("batch", ("batch", "samples"))
 
-    update : {"newton", "gradient", "lbfgs", "certified"}
-        "newton": solve with the curvature. "gradient": steps of `learning_rate` along the gradient
-        (the paper's "BP"). "lbfgs": `max_iterations` of L-BFGS on the retained samples.
-        "certified": one Newton step with the exact Hessian and a guarantee, or an error that says
-        what it lacks; the options that it needs then are the presets' defaults.
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """The step.
+
+    Attributes
+    ----------
+    update : {"newton", "gradient", "certified"}
+        Solve with the curvature; or follow the gradient; or a Newton step with a guarantee.
     curvature : {"gauss_newton", "hessian", "fisher", "secant"}
-        "secant" compares gradients along the step, or takes the pairs of `statistics`.
+        The matrix; "secant" compares gradients along the step, or takes pairs of `statistics`.
     gradient : {"removal", "residual"}
-        What the step follows. "removal": the removed samples' gradient, the paper's, which takes
-        the training to have converged; further steps are Newton's on the retained objective, less
-        the gradient that training had left. "residual": the retained objective's own gradient.
+        Follow the removed samples' gradient, or that of the retained objective.
     weight_decay : float
-        lambda of the trained objective, (lambda / 2) |w|^2 over all trainable parameters.
+        lambda of the objective that was trained, (lambda / 2) |w|^2 over all trainable parameters.
     damping : float
-        Added to the curvature's diagonal.
+        Added to the diagonal of the curvature.
     output_damping : float
-        Of curvature="gauss_newton": added to the diagonal of the loss's second derivative by the
-        outputs of a sample. Where the model is sure, a loss is flat in the outputs, and nothing
-        else would hold them in place.
+        Added to the diagonal of the loss's second derivative by the outputs (Gauss-Newton only).
     n_curvature : int, optional
         Retained samples that the step reads, drawn at random; None for all.
     n_monitor : int, optional
-        Retained samples on which losses and gradient norms are measured before and after, at most
-        those that the step reads; None for all of these.
+        How many of these losses and gradient norms are measured on; None for all of them.
     steps : int
+        Steps of the update.
     rtol : float, optional
-        Relative residual at which conjugate gradients end; 1e-5 in float32 and 1e-10 in float64.
+        Relative residual that ends conjugate gradients; 1e-5 in float32, 1e-10 in float64.
     max_iterations : int, optional
-        Of conjugate gradients, or of L-BFGS (20 by default). Stopping early is regularisation
-        here, not an error: no warning is given where it is set.
+        Of conjugate gradients. Stopping early regularises, so it gives no warning where set.
     learning_rate : float
         Of update="gradient".
     order : {"batch", "sequential"}
-        All samples of the request at once, or one after the other, each with a selection of its
-        own.
+        Remove the samples of a request at once, or one by one, each with its own selection.
+    """
 
-    **Guard and repair**
+    update: Literal["newton", "gradient", "certified"] = _choice("newton", UPDATES)
+    curvature: Literal["gauss_newton", "hessian", "fisher", "secant"] = _choice(
+        "gauss_newton", CURVATURES
+    )
+    gradient: Literal["removal", "residual"] = _choice("removal", ("removal", "residual"))
+    weight_decay: float = _real(0.0)
+    damping: float = _real(1e-3)
+    output_damping: float = _real(0.0)
+    n_curvature: int | None = _integer(None, 1)
+    n_monitor: int | None = _integer(None, 1)
+    steps: int = _integer(1, 1)
+    rtol: float | None = _real(None)
+    max_iterations: int | None = _integer(None, 1)
+    learning_rate: float = _real(0.1)
+    order: Literal["batch", "sequential"] = _choice("batch", ("batch", "sequential"))
 
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """What is done about a step that does harm, or too little.
+
+    Attributes
+    ----------
     max_drop : float, optional
-        Most that accuracy on `validation` (without it, on retained samples that the step has not
-        read, if it has not read all) may fall. Where there is no accuracy, most that the mean loss
-        may rise. Past it the step is taken back.
+        Most that accuracy may fall, or without one the mean loss may rise; past it, halve or undo.
     halvings : int
-        How often the step is then halved, until it is within that.
+        How often a step past it is halved.
     lengthen : float, optional
-        A step by conjugate gradients that `max_iterations` ended while the residual was above
-        |gradient| falls short, and is lengthened, up to eightfold, until the mean loss of retained
-        samples that the step has not read (of others, where it has read all) has risen by this for
-        each removed sample. Not where it is repaired.
+        Lengthen a step that ended early until the retained loss rises by this a removed sample.
     retries : int
-        How often a step that still is past it is tried again, with ten times the damping. After
-        that the model is left as it was and `UnlearnResult.skipped` lists the samples: the
-        paper's validation-gap skip.
+        How often a step still past it is tried again, with ten times the damping.
+    """
+
+    max_drop: float | None = _real(None)
+    halvings: int = _integer(0, 0)
+    lengthen: float | None = _real(None)
+    retries: int = _integer(0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairSettings:
+    """What follows a step.
+
+    Attributes
+    ----------
     n_recalibrate : int, optional
-        Retained samples over which the running statistics of batch norms are taken anew after the
-        step: they belong to the old weights.
+        Retained samples over which the running statistics of batch norms are computed again.
     repair_epochs : int
-        Epochs of SGD on the retained samples afterwards, on the selected units, as networks are
-        trained: in training mode, with Nesterov momentum 0.9, a learning rate that rises to
-        `repair_learning_rate` in the first 30% and falls to 0 in a cosine.
+        Epochs of SGD on the retained samples, on the selected units.
     repair_drop : float, optional
-        Repair only where the step, before it was halved, made what the guard watches fall by more
-        than this; always, without it. (Where nothing is broken, repair only brings back what was
-        forgotten.) A repair that makes it fall, and past `max_drop`, is itself taken back.
+        Repair only if the step made what the guard watches fall by more; None: always.
     repair_learning_rate : float
-        Its peak, near that of training, for batches of this size: small ones repair little.
+        Its peak, near that of training, for batches of this size.
     repair_batch_size : int
+        Samples in a batch; small ones repair little.
+    """
 
-    **Privacy**
+    n_recalibrate: int | None = _integer(None, 1)
+    repair_epochs: int = _integer(0, 0)
+    repair_drop: float | None = _real(None)
+    repair_learning_rate: float = _real(0.2)
+    repair_batch_size: int = _integer(128, 1)
 
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """Noise on the result, and what a guarantee assumes (docs/privacy.md).
+
+    Attributes
+    ----------
     epsilon, delta : float, optional
-        Adds noise for (epsilon, delta) to every trainable parameter of the result; what that
-        guarantees is in `UnlearnResult.guarantee`.
+        Add noise for (epsilon, delta) to every trainable parameter of the result.
     lipschitz, hessian_lipschitz : float, optional
-        L and M: bounds on the gradient of a sample's loss, and on the change of its Hessian, for
-        every sample there could be (`logistic_constants`).
+        Bounds on the gradient of any sample's loss, and on the change of its Hessian.
     radius : float, optional
-        L and M hold for weights of at most this norm; infinity: for all.
+        Largest norm of weights for which these hold; infinity: for all weights.
     strong_convexity : float, optional
         Of the retained objective; with convex losses it is the weight decay.
     gradient_bound : float, optional
-        On the gradient norm that training ends with; its effect is part of the guarantee.
+        On the gradient norm that training ends with; the guarantee covers its effect.
+    """
 
-    **Computation**
+    epsilon: float | None = _real(None)
+    delta: float | None = _real(None)
+    lipschitz: float | None = _real(None)
+    hessian_lipschitz: float | None = _real(None)
+    radius: float | None = field(default=None, metadata={"check": _check_radius})
+    strong_convexity: float | None = _real(None)
+    gradient_bound: float | None = _real(None)
 
+    def _check_noise(self) -> None:
+        if (self.epsilon is None) != (self.delta is None):
+            raise ValueError("epsilon and delta belong together; got only one of them")
+        if self.epsilon is not None and self.epsilon <= 0:
+            raise ValueError(f"epsilon must be positive; got {self.epsilon!r}")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise ValueError(f"delta must be between 0 and 1; got {self.delta!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings:
+    """How all of it is computed.
+
+    Attributes
+    ----------
     batch_size : int
         Most samples in a forward pass.
     dtype : torch.float32 or torch.float64, optional
-        In which all is computed; by default float64 for models in float64, else float32.
+        Of all computations; by default float64 for models in float64, else float32.
     seed : int
         Of all draws but the privacy noise, whose seed nobody may know.
     """
 
-    selection: str | UnitSelection = "full"
-    candidates: str | tuple[str, ...] = "all"
-    n_units: int | None = None
-    max_parameters: int | float | None = None
-    n_perturbations: int = 1000
-    noise_std: float = 0.1
-    perturb: Callable[..., Any] | None = None
-    foci_rows: Literal["batch", "samples"] = "batch"
-    update: Literal["newton", "gradient", "lbfgs", "certified"] = "newton"
-    curvature: Literal["gauss_newton", "hessian", "fisher", "secant"] = "gauss_newton"
-    gradient: Literal["removal", "residual"] = "removal"
-    weight_decay: float = 0.0
-    damping: float = 1e-3
-    output_damping: float = 0.0
-    n_curvature: int | None = None
-    n_monitor: int | None = None
-    steps: int = 1
-    rtol: float | None = None
-    max_iterations: int | None = None
-    learning_rate: float = 0.1
-    order: Literal["batch", "sequential"] = "batch"
-    max_drop: float | None = None
-    halvings: int = 0
-    lengthen: float | None = None
-    retries: int = 0
-    n_recalibrate: int | None = None
-    repair_epochs: int = 0
-    repair_drop: float | None = None
-    repair_learning_rate: float = 0.2
-    repair_batch_size: int = 128
-    epsilon: float | None = None
-    delta: float | None = None
-    lipschitz: float | None = None
-    hessian_lipschitz: float | None = None
-    radius: float | None = None
-    strong_convexity: float | None = None
-    gradient_bound: float | None = None
-    batch_size: int = 256
-    dtype: torch.dtype | None = None
-    seed: int = 0
+    batch_size: int = _integer(256, 1)
+    dtype: torch.dtype | None = field(default=None, metadata={"check": _check_dtype})
+    seed: int = field(default=0, metadata={"check": _check_seed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(
+    ComputeSettings,
+    PrivacySettings,
+    RepairSettings,
+    GuardSettings,
+    StepSettings,
+    RecordSettings,
+    SelectSettings,
+):
+    """The options of a deletion, of all its phases.
+
+    ``Settings.preset("recommended", damping=0.1)`` makes one; `unlearn` and `Unlearner` take the
+    same names as keywords. Each phase has a class of its own, which describes its options:
+    `SelectSettings`, `RecordSettings`, `StepSettings`, `GuardSettings`, `RepairSettings`,
+    `PrivacySettings` and `ComputeSettings`. `to_dict` and `from_dict` go through JSON, all but a
+    `perturb` that is a function.
+    """
 
     def __post_init__(self) -> None:
-        if not isinstance(self.selection, UnitSelection):
-            check_choice(self.selection, "selection", SELECTIONS)
-        if not isinstance(self.candidates, tuple):
-            check_choice(self.candidates, "candidates", ("all", "weights"))
-        elif not self.candidates or not all(isinstance(p, str) for p in self.candidates):
-            raise TypeError(
-                "candidates must be 'all', 'weights' or a tuple of patterns of layer names; got "
-                f"{self.candidates!r}"
-            )
-        for name, choices in (
-            ("foci_rows", ("batch", "samples")),
-            ("update", UPDATES),
-            ("curvature", CURVATURES),
-            ("gradient", ("removal", "residual")),
-            ("order", ("batch", "sequential")),
-        ):
-            check_choice(getattr(self, name), name, choices)
-        checked: dict[str, Any] = {}  # NumPy's numbers as Python's, which JSON takes
-        for name, least in (
-            ("n_perturbations", 3),
-            ("steps", 1),
-            ("halvings", 0),
-            ("retries", 0),
-            ("repair_epochs", 0),
-            ("repair_batch_size", 1),
-            ("batch_size", 1),
-        ):
-            checked[name] = check_integer(getattr(self, name), name, least)
-        for name in ("n_units", "n_curvature", "n_monitor", "n_recalibrate", "max_iterations"):
-            if getattr(self, name) is not None:
-                checked[name] = check_integer(getattr(self, name), name, 1)
-        for name in (
-            "noise_std",
-            "weight_decay",
-            "damping",
-            "output_damping",
-            "learning_rate",
-            "repair_learning_rate",
-        ):
-            checked[name] = check_real(getattr(self, name), name, 0)
-        for name in (
-            "rtol",
-            "max_drop",
-            "lengthen",
-            "repair_drop",
-            "epsilon",
-            "delta",
-            "lipschitz",
-            "hessian_lipschitz",
-            "strong_convexity",
-            "gradient_bound",
-        ):
-            if getattr(self, name) is not None:
-                checked[name] = check_real(getattr(self, name), name, 0)
-        if self.radius is not None and self.radius != math.inf:
-            checked["radius"] = check_real(self.radius, "radius", 0)
-        checked["seed"] = check_seed(self.seed, optional=False)
-        if self.perturb is not None and not callable(self.perturb):
-            raise TypeError(f"perturb must be callable; got {type(self.perturb).__name__}")
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be torch.float32 or torch.float64; got {self.dtype!r}")
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if value is not None or each.default is not None:
+                # NumPy's numbers become Python's, which JSON takes.
+                object.__setattr__(self, each.name, each.metadata["check"](value, each.name))
         if self.output_damping and (self.update, self.curvature) != ("newton", "gauss_newton"):
             raise ValueError(
                 "output_damping belongs to update='newton' with curvature='gauss_newton'; got "
@@ -276,45 +358,9 @@ class Settings:
                 "output_damping=0"
             )
         self._check_size()
-        self._check_privacy()
-
-    def _check_size(self) -> None:
-        limit = self.max_parameters
-        if limit is not None:
-            if isinstance(limit, float):
-                if not 0 < limit <= 1:
-                    raise ValueError(
-                        "max_parameters must be an integer, or a share above 0 and up to 1.0; got "
-                        f"{limit!r}"
-                    )
-                limit = float(limit)
-            else:
-                limit = check_integer(limit, "max_parameters", 1)
-            object.__setattr__(self, "max_parameters", limit)
-        sized = self.n_units is not None or limit is not None
-        if self.n_units is not None and limit is not None:
-            raise ValueError("n_units and max_parameters cannot both be given")
-        name = "a UnitSelection" if isinstance(self.selection, UnitSelection) else self.selection
-        if sized and name in ("full", "a UnitSelection"):
-            raise ValueError(
-                f"selection={name if name[0] == 'a' else repr(name)} says how many units there "
-                "are; n_units and max_parameters belong to the other selections"
-            )
-        if not sized and name in ("gradient", "fisher_ratio", "expected_decrease", "random"):
-            raise ValueError(
-                f"selection={name!r} needs n_units or max_parameters: a ranking has no end of "
-                "its own"
-            )
-
-    def _check_privacy(self) -> None:
-        if (self.epsilon is None) != (self.delta is None):
-            raise ValueError("epsilon and delta belong together; got only one of them")
-        if self.epsilon is not None and self.epsilon <= 0:
-            raise ValueError(f"epsilon must be positive; got {self.epsilon!r}")
+        self._check_noise()
         if self.update == "certified" and self.epsilon is None:
             raise ValueError("update='certified' needs epsilon and delta: noise makes it private")
-        if self.delta is not None and not 0 < self.delta < 1:
-            raise ValueError(f"delta must be between 0 and 1; got {self.delta!r}")
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> "Settings":
@@ -325,14 +371,14 @@ class Settings:
         name : {"recommended", "paper"}
             "paper": Algorithm 1 of Mehta et al. (CVPR 2022) without the defects of its published
             code. "recommended": what closed most of the gap to retraining in the experiments of
-            docs/unlearning.md.
+            docs/evaluation.md.
         **options
             Attributes of the class.
 
         Raises
         ------
         ValueError, TypeError
-            For an unknown preset, and options that are unknown or cannot be.
+            For an unknown preset, and options that are unknown or not allowed.
         """
         check_choice(name, "preset", tuple(PRESETS))
         _check_names(options)
@@ -358,7 +404,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON takes them."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         if isinstance(self.selection, UnitSelection):
             values["selection"] = self.selection.to_dict()
         if self.dtype is not None:
@@ -368,9 +414,8 @@ class Settings:
         if self.perturb is not None:
             to_dict = getattr(self.perturb, "to_dict", None)
             values["perturb"] = to_dict() if to_dict else repr(self.perturb)
-        values["candidates"] = (
-            list(self.candidates) if isinstance(self.candidates, tuple) else self.candidates
-        )
+        if isinstance(self.candidates, tuple):
+            values["candidates"] = list(self.candidates)
         return values
 
     @classmethod
@@ -382,8 +427,6 @@ class Settings:
         ValueError
             For a `perturb` that was a function of the user's: only its name was kept.
         """
-        from lcodec_ext.unlearning.record.perturbation import TokenReplacement
-
         made = dict(values)
         if isinstance(made.get("selection"), Mapping):
             made["selection"] = UnitSelection.from_dict(made["selection"])
@@ -403,13 +446,13 @@ class Settings:
             )
         return cls(**made)
 
-    def budget(self, n_trainable: int) -> float:
-        """Most parameters that may be selected, infinite where nothing is said."""
-        if self.max_parameters is None:
-            return math.inf
-        if isinstance(self.max_parameters, float):
-            return self.max_parameters * n_trainable
-        return self.max_parameters
+    def __repr__(self) -> str:
+        changed = [
+            f"{each.name}={getattr(self, each.name)!r}"
+            for each in dataclasses.fields(self)
+            if getattr(self, each.name) != each.default
+        ]
+        return f"Settings({', '.join(changed)})"
 
 
 def resolve(
@@ -420,7 +463,7 @@ def resolve(
     validation: bool,
     statistics: bool = False,
 ) -> Settings:
-    """The settings that a preset and options make, with the data that are there.
+    """The settings that a preset and options make, with the data that are given.
 
     Without retained samples a preset's repair and recalibration are off, and without validation
     samples either its guard, unless they are asked for. Statistics hold a curvature without
@@ -444,7 +487,7 @@ def resolve(
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(Settings)]
+    known = [each.name for each in dataclasses.fields(Settings)]
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -453,12 +496,18 @@ def _check_names(options: Mapping[str, Any]) -> None:
 
 
 def _check_used(options: Mapping[str, Any], settings: Settings) -> None:
-    """Refuse options that were asked for and that the settings leave without effect."""
+    """Refuse what was withdrawn, and options that would have no effect."""
+    for name, instead in WITHDRAWN.items():
+        value = getattr(settings, name)
+        if isinstance(value, str) and value in instead:
+            raise ValueError(
+                f"{name}={value!r} was withdrawn: no recorded experiment speaks for it. Use "
+                f"{instead[value]}"
+            )
     update, guarded = settings.update, settings.max_drop is not None
     for names, used, owner in (
         (("learning_rate",), update == "gradient", f"update='gradient'; update is {update!r}"),
-        (("rtol",), update in ("newton", "certified"), f"update='newton'; update is {update!r}"),
-        (("steps",), update != "lbfgs", "the other updates; of L-BFGS it is max_iterations"),
+        (("rtol",), update != "gradient", f"update='newton'; update is {update!r}"),
         (("halvings", "retries"), guarded, "a guard, and max_drop is None"),
     ):
         for name in names:

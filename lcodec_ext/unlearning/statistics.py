@@ -1,4 +1,4 @@
-"""Curvature saved at training time, so that the training data need not be kept."""
+"""Curvature saved at training time: deletions then need no retained samples."""
 
 import copy
 import dataclasses
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.loss import LossFunction, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
     GaussNewtonOperator,
     HessianOperator,
+    MatrixOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.routes import LowRank
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection
+from lcodec_ext.curvature.selection import UnitSelection
 
 Tensors = dict[str, Tensor]
 
@@ -37,55 +38,19 @@ _BATCH = 256
 _FORMAT = 1
 
 
-class _MatrixOperator(CurvatureOperator):
-    """A matrix that is at hand."""
-
-    def __init__(self, matrix: Tensor, damping: float, weight_decay: float) -> None:
-        self._matrix, self._added = matrix, damping + weight_decay
-        self.shape = (len(matrix), len(matrix))
-        self.dtype, self.device = matrix.dtype, matrix.device
-
-    @property
-    def plan(self) -> str:
-        return f"{len(self._matrix)} x {len(self._matrix)} matrix saved at training time"
-
-    @property
-    def _shift(self) -> float:
-        return self._added
-
-    def _product(self, V: Tensor) -> Tensor:
-        return self._matrix @ V
-
-    def _diagonal(self) -> Tensor:
-        return self._matrix.diagonal()
-
-    def _low_rank(self, most: int) -> LowRank | None:
-        return None
-
-    def _dense(self) -> Tensor:
-        return self._matrix.clone()  # it is written to
-
-    @property
-    def _small(self) -> int:
-        return len(self._matrix)
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainingStatistics:
     """What is kept of the training data for deletions: curvature, or pairs that determine it.
 
-    `collect` keeps the matrix of a few thousand parameters: with it, the step for the first
-    request is exactly that with all retained data, from the removed samples and this alone.
-    `from_epochs` keeps steps of training and the changes of the gradient along them, for any
-    size: a secant matrix, which never is exact.
+    `collect` keeps the matrix of a few thousand parameters: the step for the first request is then
+    exactly that with all retained data. `from_epochs` keeps steps of training and the changes of
+    the gradient along them, for models of any size: a secant matrix, which is never exact.
 
-    What is exact and what is not: the matrix is of the weights at which it was collected, and these
-    weights are kept with it. The removed samples' part is always computed at them and taken out;
-    so after any requests it is the matrix of the samples that stay, at the old weights. The model
-    has moved then, the matrix has not followed it, and every further step is Newton's with an
-    older matrix. One step for a large request has no such error, many small ones in a row have. Of
-    losses whose curvature does not depend on the weights (squared error of a linear model) all are
-    exact. Only Newton steps can be made, and the guard needs validation samples.
+    The matrix belongs to the weights at which it was collected, and these are kept with it. The
+    removed samples' part is computed at the same weights and taken out. After a request the model
+    has moved and the matrix has not, so later steps are Newton steps with an older matrix; they
+    stay exact only for losses whose curvature does not depend on the weights. Only Newton steps can
+    be made, and the guard needs validation samples. docs/unlearning.md says more.
 
     Attributes
     ----------
@@ -93,15 +58,14 @@ class TrainingStatistics:
         Training samples.
     kind : {"gauss_newton", "hessian", "fisher", "secant"}
     selection : UnitSelection or None
-        The units that a matrix is of; pairs are of all trainable parameters.
+        The units of a matrix; pairs are of all trainable parameters.
     matrix : Tensor, shape (p, p), or None
         Mean over the training samples, without weight decay.
     steps, changes : list of dict of str to Tensor
         The pairs, by parameter name.
     weights : dict of str to Tensor or None
-        What the statistics are of: parameters and buffers of the model, by name; of pairs, the
-        parameters of the last snapshot. What is not here (files of earlier versions have none) is
-        that of the model that is given, until `at` fills it in.
+        Parameters and buffers that the statistics are of, by name; of pairs, the parameters of the
+        last snapshot. Those that are missing are taken from the given model, until `at` fills them.
     """
 
     n: int
@@ -136,6 +100,8 @@ class TrainingStatistics:
     ) -> "TrainingStatistics":
         """Form the matrix of a trained model on its training samples.
 
+        Time is p products with the matrix, memory p^2 numbers.
+
         Parameters
         ----------
         model, train, loss_fn
@@ -150,10 +116,6 @@ class TrainingStatistics:
         ------
         ValueError
             For more than 8192 parameters: select units, or use `from_epochs`.
-
-        Notes
-        -----
-        Time is p products with the matrix, memory p^2 numbers.
         """
         check_choice(curvature, "curvature", tuple(_KINDS))
         check_integer(batch_size, "batch_size", 1)
@@ -164,13 +126,20 @@ class TrainingStatistics:
                 f"the selection has {p:,} parameters and at most {_MOST:,} can be kept as a "
                 "matrix; select fewer units, or keep pairs: TrainingStatistics.from_epochs"
             )
-        dtype = _dtype_of(model) if dtype is None else dtype
-        samples = as_samples(train, "train", next(model.parameters()).device, dtype)
+        samples = _samples(model, train, "train", dtype)
         operator = _KINDS[curvature](
-            model, loss_fn, samples.data(batch_size), chosen, dtype=dtype, progress=progress
+            model, loss_fn, samples.data(batch_size), chosen, dtype=samples.dtype, progress=progress
         )
         matrix = operator.to_dense()
-        return cls(len(samples), curvature, chosen, matrix, [], [], _tensors_of(model))
+        return cls(
+            len(samples),
+            curvature,
+            chosen,
+            matrix,
+            [],
+            [],
+            {k: t.detach().clone() for k, t in _named(model)},
+        )
 
     @classmethod
     def from_epochs(
@@ -217,16 +186,16 @@ class TrainingStatistics:
 
         For `from_epochs`, at the end of an epoch. In evaluation mode, as deletions are.
         """
-        work = copy.deepcopy(model).to(_dtype_of(model)).eval()
+        work = copy.deepcopy(model).to(working_dtype(model)).eval()
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
-        samples = as_samples(train, "train", next(work.parameters()).device, _dtype_of(model))
+        samples = _samples(work, train, "train", None)
         return (
             {k: p.detach().clone() for k, p in parameters.items()},
-            _mean_gradient(work, parameters, samples, loss_fn, batch_size),
+            mean_gradient(work, samples, loss_fn, parameters, batch_size)[1],
         )
 
     def at(self, model: nn.Module) -> "TrainingStatistics":
-        """The same, to be taken at the weights of a model wherever they have none of their own."""
+        """The same statistics, with the weights of a model where they have none of their own."""
         own = self.weights or {}
         missing = {k: t for k, t in _named(model) if k not in own}
         if not missing:
@@ -265,22 +234,20 @@ class TrainingStatistics:
     ) -> CurvatureOperator:
         """The retained objective's curvature: (n H - sum of the removed samples' H) / (n - m).
 
-        All of it at the weights of the statistics, wherever the model is by now.
+        All of it is taken at the weights of the statistics.
 
         Parameters
         ----------
         model, loss_fn, forget, damping, weight_decay, batch_size, dtype
-            As `unlearn` takes them. The model's weights do not count where `weights` are there.
+            As `unlearn` takes them. The model's weights count only where `weights` lack them.
         selection : UnitSelection
             Part of the statistics' own.
         """
         check_real(damping, "damping", 0)
         check_real(weight_decay, "weight_decay", 0)
-        dtype = _dtype_of(model) if dtype is None else dtype
-        device = next(model.parameters()).device
-        samples = as_samples(forget, "forget", device, dtype)
-        n, m = self.n, len(samples)
-        self._check_left(m)
+        samples = _samples(model, forget, "forget", dtype)
+        n, m, left = self.n, len(samples), self.n_left(len(samples))
+        device, dtype = samples.device, samples.dtype
         layout = UnitLayout(selection, model)
         if self.matrix is not None:
             index = self._coordinates(model, layout, selection)
@@ -292,9 +259,9 @@ class TrainingStatistics:
                 selection,
                 dtype=dtype,
             ).to_dense()
-            return _MatrixOperator((n * whole - m * removed) / (n - m), damping, weight_decay)
-        steps = [_on(pair, device, dtype) for pair in self.steps]
-        changes = self._retained_changes(model, loss_fn, samples, steps, batch_size, dtype)
+            matrix = (n * whole - m * removed) / left
+            return MatrixOperator(matrix, damping + weight_decay, "saved at training time")
+        steps, changes = self._retained_pairs(model, loss_fn, samples, batch_size)
         S, Y = (torch.stack([layout.gather(one) for one in pairs], 1) for pairs in (steps, changes))
         whole_S, whole_Y = (
             torch.stack([torch.cat([t.flatten() for t in one.values()]) for one in pairs], 1)
@@ -304,37 +271,36 @@ class TrainingStatistics:
             S, Y, inner=whole_S.T @ whole_Y, damping=damping, weight_decay=weight_decay
         )
 
-    def _check_left(self, m: int) -> None:
+    def n_left(self, m: int) -> int:
+        """The number of samples without m of them, at least one."""
         if m >= self.n:
             raise ValueError(f"statistics are of {self.n} training samples, and forget has {m}")
+        return self.n - m
 
-    def _retained_changes(
-        self,
-        model: nn.Module,
-        loss_fn: LossFunction,
-        samples: Samples,
-        steps: Sequence[Tensors],
-        batch_size: int,
-        dtype: torch.dtype,
-    ) -> list[Tensors]:
-        """Changes of the retained gradient, from those of all and, along the steps, the removed."""
+    def _retained_pairs(
+        self, model: nn.Module, loss_fn: LossFunction, samples: Samples, batch_size: int
+    ) -> tuple[list[Tensors], list[Tensors]]:
+        """The steps, and the changes of the retained gradient along them.
+
+        From the changes of all, without those of the removed samples.
+        """
         n, m = self.n, len(samples)
-        work = self._placed(model, dtype)
+        steps = [{k: t.to(samples.device, samples.dtype) for k, t in s.items()} for s in self.steps]
+        work = self._placed(model, samples.dtype)
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         if parameters.keys() != steps[0].keys():
             raise ValueError(
-                "the statistics are of another model: they have parameters "
-                f"{sorted(steps[0].keys() ^ parameters.keys())[:4]} that this one has not, or the "
-                "other way round"
+                "the statistics are of another model: only one of the two has the parameters "
+                f"{sorted(steps[0].keys() ^ parameters.keys())[:4]}"
             )
-        end = _mean_gradient(work, parameters, samples, loss_fn, batch_size)
+        end = mean_gradient(work, samples, loss_fn, parameters, batch_size)[1]
         made: list[Tensors] = []
         # Back from where training ended: a pair ends where the one after it begins.
         for step, change in zip(reversed(steps), reversed(self.changes), strict=True):
             with torch.no_grad():
                 for k, p in parameters.items():
                     p.sub_(step[k])
-            begin = _mean_gradient(work, parameters, samples, loss_fn, batch_size)
+            begin = mean_gradient(work, samples, loss_fn, parameters, batch_size)[1]
             made.append(
                 {
                     k: (n * change[k].to(end[k]) - m * (end[k] - begin[k])) / (n - m)
@@ -342,8 +308,7 @@ class TrainingStatistics:
                 }
             )
             end = begin
-        made.reverse()
-        return made
+        return steps, made[::-1]
 
     def _coordinates(
         self, model: nn.Module, layout: UnitLayout, selection: UnitSelection
@@ -392,21 +357,17 @@ class TrainingStatistics:
         loss_fn, forget, batch_size, dtype
             As for `operator`.
         """
-        dtype = _dtype_of(model) if dtype is None else dtype
-        device = next(model.parameters()).device
-        samples = as_samples(forget, "forget", device, dtype)
-        self._check_left(len(samples))
-        left = self.n - len(samples)
+        samples = _samples(model, forget, "forget", dtype)
+        left = self.n_left(len(samples))
         if self.matrix is not None:
             assert self.selection is not None
             operator = self.operator(
                 model, loss_fn, samples, self.selection, batch_size=batch_size, dtype=dtype
             )
-            assert isinstance(operator, _MatrixOperator)
-            matrix = operator._matrix.to(self.matrix)
+            assert isinstance(operator, MatrixOperator)
+            matrix = operator.matrix.to(self.matrix)
             return dataclasses.replace(self, n=left, matrix=matrix)
-        steps = [_on(pair, device, dtype) for pair in self.steps]
-        changes = self._retained_changes(model, loss_fn, samples, steps, batch_size, dtype)
+        _, changes = self._retained_pairs(model, loss_fn, samples, batch_size)
         return dataclasses.replace(self, n=left, changes=changes)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -448,38 +409,12 @@ class TrainingStatistics:
         )
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-    return torch.float64 if double else torch.float32
-
-
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, each tensor once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def _tensors_of(model: nn.Module) -> Tensors:
-    return {k: t.detach().clone() for k, t in _named(model)}
-
-
-def _on(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Tensors:
-    return {k: t.to(device, dtype) for k, t in tensors.items()}
-
-
-def _mean_gradient(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    samples: Samples,
-    loss_fn: LossFunction,
-    batch_size: int,
-) -> Tensors:
-    total = {k: torch.zeros_like(p) for k, p in parameters.items()}
-    for batch in samples.batches(batch_size):
-        loss = loss_fn(outputs_of(model, batch), batch.targets)
-        parts = torch.autograd.grad(
-            loss, list(parameters.values()), allow_unused=True, materialize_grads=True
-        )
-        for k, part in zip(parameters, parts, strict=True):
-            total[k] += part * (batch.size / len(samples))
-    return total
+def _samples(model: nn.Module, data: Any, name: str, dtype: torch.dtype | None) -> Samples:
+    device = next(model.parameters()).device
+    return as_samples(data, name, device, working_dtype(model) if dtype is None else dtype)

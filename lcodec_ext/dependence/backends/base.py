@@ -1,101 +1,169 @@
-"""Engines of the backends, and the parts of a call that codec, foci and their kin share."""
+"""What a backend offers: a laid-out table, an engine for the FOCI loop, neighbours and ranks."""
 
-import warnings
+from abc import ABC, abstractmethod
+from fractions import Fraction
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._random import resolve_seed
-from lcodec_ext.dependence.backends import cpu as _native
-from lcodec_ext.dependence.backends import reference as _reference
-from lcodec_ext.dependence.backends.reference_columns import ReferenceColumns
-from lcodec_ext.dependence.scaling import Columns
-from lcodec_ext.dependence.table import column_list
+from lcodec_ext.dependence import exact
 
 Ties = Literal["average", "random", "first"]
-TIES = ("average", "random", "first")
+TIES: tuple[Ties, ...] = ("average", "random", "first")  # a rule's position is its number in _core
+
+Scores = tuple[NDArray[np.int64], NDArray[np.int64]]
+Leaders = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
-class Engine(Protocol):
-    """What a backend offers the FOCI loop: state and steps, so that the loop stays in Python."""
+class Columns(Protocol):
+    """A table as a backend lays it out."""
 
-    piece: int  # how many candidates are asked for at a time where a progress bar shows them
+    @property
+    def values(self) -> Any:
+        """The table: an array, or a tensor on a device."""
 
+    @property
+    def low(self) -> NDArray:
+        """Smallest value of every column."""
+
+    @property
+    def high(self) -> NDArray:
+        """Largest value of every column."""
+
+    def standard_deviations(self) -> NDArray[np.float64]:
+        """Standard deviations (n - 1) in double, the same bits on every backend."""
+
+
+class Engine(ABC):
+    """Scores candidate columns given the selected ones; the loop around it stays in Python."""
+
+    piece: int  # how many candidates are scored at a time where a progress bar shows them
+
+    @abstractmethod
     def select(self, column: int) -> None:
         """Add a column to the conditioning set, behind those already there."""
 
+    @abstractmethod
     def row_sums(self, column: int) -> tuple[Any, Any]:
         """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are.
+
+        The neighbours are those in the selected columns and ``column`` behind them. Arrays, or
+        tensors on the columns' device.
+        """
+
+    @abstractmethod
+    def exact_sum(self, column: int) -> Fraction:
+        """The total over rows of the mean of min(R_i, R_j)."""
+
+    @abstractmethod
+    def score(self, columns: NDArray[np.int64], floor: int | None = None) -> Scores:
+        """For every candidate `exact_sum` in fixed point, whole and fraction.
+
+        With a floor an engine may give -1 as the whole of any candidate that is not above it or
+        is below another one.
+        """
+
+    @abstractmethod
+    def score_all(self) -> tuple[Any, Any]:
+        """The scores of all p columns, -1 as the whole of selected ones.
 
         Arrays, or tensors on the columns' device.
         """
 
-    def score(
-        self, columns: NDArray[np.int64], floor: int | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For every candidate, the sum over rows in fixed point, whole and fraction.
-
-        With a floor only the largest sum and those above the floor are asked for: an engine may
-        give -1 as the whole of any other.
-        """
-
-    def leaders(
-        self, columns: NDArray[np.int64], floor: int | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    @abstractmethod
+    def leaders(self, columns: NDArray[np.int64], floor: int | None = None) -> Leaders:
         """The candidates that may have the largest exact sum, in any order, and their scores.
 
         At least those with the largest, unless it is not above the floor; seldom many more.
         """
 
 
-def lay_out(backend: str, X: Any) -> Columns:
-    """The columns of a clean (n, p) table, array or tensor, as a resolved backend wants them."""
-    if backend == "cuda":
-        from lcodec_ext.dependence.backends import cuda as _cuda
+class HostEngine(Engine):
+    """An engine whose sums are NumPy arrays."""
 
-        return _cuda.CudaColumns(X)
-    X = np.ascontiguousarray(X)
-    return ReferenceColumns(X) if backend == "reference" else _native.CpuColumns(X)
+    piece = 1024  # each piece looks up the rows' neighbours again, which must stay cheap
 
+    def __init__(self, p: int) -> None:
+        self._p = p
+        self._selected: list[int] = []
 
-def make_engine(columns: Columns, factors: Any, R: Any, ties: str, seed: int | None) -> Engine:
-    """The engine of the columns' backend, with the response's ranks."""
-    if isinstance(columns, ReferenceColumns):
-        return _reference.ReferenceEngine(columns, factors, R, ties, resolve_seed(seed))
-    if isinstance(columns, _native.CpuColumns):
-        return _native.CpuEngine(columns, factors, R, ties, resolve_seed(seed))
-    from lcodec_ext.dependence.backends import cuda as _cuda
+    def select(self, column: int) -> None:
+        self._selected.append(column)
 
-    assert isinstance(columns, _cuda.CudaColumns)
-    return _cuda.CudaEngine(columns, factors, R, ties, resolve_seed(seed))
+    def exact_sum(self, column: int) -> Fraction:
+        return exact.total(*self.row_sums(column))
 
+    def score_all(self) -> Scores:
+        left = np.setdiff1d(np.arange(self._p), self._selected)
+        scores = np.full((2, self._p), -1, dtype=np.int64)
+        scores[:, left] = self.score(left)
+        return scores[0], scores[1]
 
-def nearest(columns: Columns, ties: str, seed: int | None) -> tuple[Any, Any]:
-    """(indptr, indices) of the nearest other rows by the columns' backend."""
-    if isinstance(columns, ReferenceColumns):
-        return _reference.nearest(columns, ties, resolve_seed(seed))
-    if isinstance(columns, _native.CpuColumns):
-        return _native.nearest(columns, ties, resolve_seed(seed))
-    from lcodec_ext.dependence.backends import cuda as _cuda
-
-    assert isinstance(columns, _cuda.CudaColumns)
-    return _cuda.nearest(columns, ties, resolve_seed(seed))
+    def leaders(self, columns: NDArray[np.int64], floor: int | None = None) -> Leaders:
+        return exact.contenders(columns, *self.score(columns, floor))
 
 
-def constant_columns(columns: Columns) -> NDArray[np.bool_]:
-    """Which columns have one value only."""
-    return columns.low == columns.high
+class Backend(ABC):
+    """One execution of the dependence measures. All of them return the same bits."""
+
+    tensors: bool  # whether data stay tensors, or are made NumPy arrays
+
+    @abstractmethod
+    def lay_out(self, X: Any) -> Columns:
+        """The columns of a clean (n, p) table."""
+
+    @abstractmethod
+    def engine(self, columns: Any, factors: Any, R: Any, ties: Ties, seed: int) -> Engine:
+        """An engine for columns that this backend laid out.
+
+        Parameters
+        ----------
+        columns : Columns
+        factors : array of shape (p,)
+            Scaling factor of every column, in the columns' dtype.
+        R : integers of shape (n,)
+            Max ranks of the response, from 1 to n.
+        ties : {"average", "random", "first"}
+        seed : int
+            Used by ties="random".
+        """
+
+    @abstractmethod
+    def nearest(self, columns: Any, ties: Ties, seed: int) -> tuple[Any, Any]:
+        """(indptr, indices) of the nearest other rows that the tie rule uses."""
+
+    @abstractmethod
+    def ranks(self, y: Any) -> tuple[Any, Any]:
+        """Max ranks of a response: all that the coefficients know of y.
+
+        Parameters
+        ----------
+        y : array of shape (n,)
+            Finite numbers of any real dtype; compared as they are, never converted.
+
+        Returns
+        -------
+        R, L : int64 of shape (n,)
+            ``R[i] = #{j : y[j] <= y[i]}`` and ``L[i] = #{j : y[j] >= y[i]}``. Tied values share a
+            rank; an ordinal rank from ``argsort`` would jitter them (0.626 for 0.960 on three
+            classes).
+        """
 
 
-def warn_constant_columns(
-    flags: NDArray[np.bool_], name: str, names: list[str] | None, stacklevel: int
-) -> None:
-    """One warning for all columns of an argument that are flagged as constant."""
-    constant = np.flatnonzero(flags)
-    if len(constant):
-        verb = "is" if len(constant) == 1 else "are"
-        warnings.warn(
-            f"{column_list(constant, names)} of {name} {verb} constant and can tell nothing",
-            stacklevel=stacklevel + 1,
-        )
+class HostBackend(Backend):
+    """A backend on NumPy arrays, which also has the sums behind xi."""
+
+    tensors = False
+
+    @abstractmethod
+    def path_length(self, x: NDArray, R: NDArray[np.int64], ties: Ties, seed: int) -> Fraction:
+        """Sum of |R_(k+1) - R_(k)| in the order of x; with ties="average" its expectation."""
+
+    @abstractmethod
+    def null_variance(self, R: NDArray[np.int64]) -> int:
+        """n^6 (a - 2 b + c^2), the numerator of the variance in Chatterjee (2021), Theorem 2.2.
+
+        Over all pairs of k_ij = min(R_i, R_j): n^2 sum k_ij^2 - 2 n sum_i (sum_j k_ij)^2 +
+        (sum k_ij)^2. Positive unless y is constant.
+        """

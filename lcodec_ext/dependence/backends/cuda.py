@@ -1,11 +1,12 @@
-"""The dependence functions on CUDA tensors: memory, streams and read-backs around the kernels.
+"""The backend on CUDA tensors: memory, streams and read-backs around the kernels.
 
-Imported when a CUDA tensor is in play, and not before: it needs torch. The kernels' interface is
+It needs torch; `resolve` imports it when a CUDA tensor is in play. The kernels' interface is
 ``csrc/lcodec/cuda_engine.hpp``. Everything runs on the current stream of the tensors'
 device, read at each call. A step of FOCI reads back once, and more where tied rows leave fractions
 to be added up exactly, or many rows are alike.
 """
 
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from lcodec_ext._torch.device import Device
-from lcodec_ext.dependence import exact as _exact
-from lcodec_ext.dependence.backends.cpu import TIES_CODES
+from lcodec_ext.dependence import exact
+from lcodec_ext.dependence.backends.base import TIES, Backend, Engine, Leaders, Scores, Ties
 
 SCRATCH = 1 << 28  # bytes; kScratch of the engine
 _MOST_LEADERS = 64  # kMostLeaders of the engine
@@ -23,17 +24,11 @@ _LEADER_WORDS = 1 + 3 * _MOST_LEADERS
 
 
 class CudaColumns:
-    """A table on its device, and each column's range; twin of ``_native.CpuColumns``.
+    """A table on its device, and each column's range; copied only if not contiguous."""
 
-    Parameters
-    ----------
-    X : Tensor of shape (n, p), float32 or float64
-        Finite numbers. Kept, and copied only if not contiguous.
-    """
-
-    def __init__(self, X: torch.Tensor) -> None:
+    def __init__(self, X: torch.Tensor, device: Device) -> None:
         self.values = X.contiguous()
-        self.device = Device(X.device)
+        self.device = device
 
     @cached_property
     def _statistics(self) -> NDArray[np.float64]:
@@ -57,33 +52,18 @@ class CudaColumns:
 
     @property
     def low(self) -> NDArray:
-        """Smallest value of every column."""
         return self._statistics[0].astype(_dtype_name(self.values))
 
     @property
     def high(self) -> NDArray:
-        """Largest value of every column."""
         return self._statistics[1].astype(_dtype_name(self.values))
 
     def standard_deviations(self) -> NDArray[np.float64]:
-        """Standard deviations (n - 1) in double, added in the written order."""
         return self._statistics[2]
 
 
-class CudaEngine:
-    """Scores candidate columns given the selected ones, on the columns' device.
-
-    The interface of ``_native.CpuEngine`` and the same bits. Costs are in ``cuda_engine.hpp``.
-
-    Parameters
-    ----------
-    columns : CudaColumns
-    factors : ndarray or Tensor of shape (p,)
-        In the dtype of the columns.
-    R : Tensor of an integer dtype, shape (n,)
-        Max ranks of the response, from 1 to n.
-    ties : {"average", "random", "first"}
-    seed : int
+class CudaEngine(Engine):
+    """The kernels' engine. Costs are in ``cuda_engine.hpp``.
 
     Raises
     ------
@@ -96,7 +76,7 @@ class CudaEngine:
     piece = 1 << 62  # a step is short, and scores every column
 
     def __init__(
-        self, columns: CudaColumns, factors: Any, R: torch.Tensor, ties: str, seed: int
+        self, columns: CudaColumns, factors: Any, R: torch.Tensor, ties: Ties, seed: int
     ) -> None:
         X, self._device = columns.values, columns.device
         n, self._p = X.shape
@@ -113,7 +93,7 @@ class CudaEngine:
                 "p": self._p,
                 "factor": factor.data_ptr(),
                 "rank": rank.data_ptr(),
-                "ties": TIES_CODES[ties],
+                "ties": TIES.index(ties),
                 "seed": seed,
                 "workspace": workspace.data_ptr(),
                 "scratch": scratch,
@@ -122,12 +102,10 @@ class CudaEngine:
             self._engine.start(self._device.stream())
 
     def select(self, column: int) -> None:
-        """Add a column to the conditioning set, behind those already there."""
         with self._device.guard():
             self._engine.select(column, self._device.stream())
 
     def row_sums(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per row: sum of min(R_i, R_j) over the neighbours used, and how many they are."""
         X = self._held[0]
         sums, counts = (X.new_empty(len(X), dtype=torch.int64) for _ in range(2))
         with self._device.guard():
@@ -135,29 +113,25 @@ class CudaEngine:
         return sums, counts
 
     def score_all(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of all p columns in fixed point, on the device; -1 for selected columns.
-
-        Nothing waits for the device.
-        """
+        """See `Engine`; on the device, and nothing waits for it."""
         X = self._held[0]
         whole, fraction = (X.new_empty(self._p, dtype=torch.int64) for _ in range(2))
         with self._device.guard():
             self._engine.score(whole.data_ptr(), fraction.data_ptr(), self._device.stream())
         return whole, fraction
 
-    def score(
-        self, columns: NDArray[np.int64], floor: int | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The sums of some columns, read back. All of them are computed whatever the floor."""
+    def exact_sum(self, column: int) -> Fraction:
+        sums, counts = self.row_sums(column)
+        totals = sums.new_zeros(len(sums) + 1).index_add_(0, counts, sums)  # up to 10^18
+        used = totals.nonzero()[:, 0]
+        used, of_used = torch.stack([used, totals[used]]).cpu().numpy()
+        return exact.sum_of_ratios(of_used, used)
+
+    def score(self, columns: NDArray[np.int64], floor: int | None = None) -> Scores:
         return _read(columns, *self.score_all())
 
-    def leaders(
-        self, columns: NDArray[np.int64], floor: int | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The candidates that may have the largest exact sum, and their sums in fixed point.
-
-        Found on the device; if there are more than 64, all sums are read back.
-        """
+    def leaders(self, columns: NDArray[np.int64], floor: int | None = None) -> Leaders:
+        """See `Engine`; found on the device. If there are more than 64, all sums are read back."""
         X = self._held[0]
         whole, fraction = self.score_all()
         mask = np.zeros(self._p, dtype=np.uint8)
@@ -172,69 +146,72 @@ class CudaEngine:
             read = out.cpu().numpy()
         count = int(read[0])
         if count > _MOST_LEADERS:
-            return _exact.contenders(columns, *_read(columns, whole, fraction))
+            return exact.contenders(columns, *_read(columns, whole, fraction))
         found, *sums = read[1:].reshape(3, _MOST_LEADERS)[:, :count]
         return found, sums[0], sums[1]
 
 
-def nearest(columns: CudaColumns, ties: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(indptr, indices) of the nearest other rows; the twin of ``reference.engine.nearest``."""
-    X, device = columns.values, columns.device
-    n, p = X.shape
-    with device.guard():
-        transposed = X.t().contiguous()
-        count = X.new_ones(n, dtype=torch.int64)
+class CudaBackend(Backend):
+    """CUDA tensors, computed on where they lie."""
 
-        def run(offset: int, indices: int) -> None:
-            given = {
-                "dtype": _dtype_name(X),
-                "columns": transposed.data_ptr(),
-                "n": n,
-                "p": p,
-                "ties": TIES_CODES[ties],
-                "seed": seed,
-                "offset": offset,
-                "count": count.data_ptr(),
-                "indices": indices,
-            }
-            device.module.neighbors(given, device.stream())
+    tensors = True
 
-        if ties == "average":  # otherwise each row uses one
-            run(0, 0)
-        indptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        total = int(indptr[-1]) if ties == "average" else n
-        indices = X.new_empty(total, dtype=torch.int64)
-        run(indptr.data_ptr(), indices.data_ptr())
-    return indptr, indices
+    def __init__(self, device: Device) -> None:
+        self._device = device
 
+    def lay_out(self, X: torch.Tensor) -> CudaColumns:
+        return CudaColumns(X, self._device)
 
-def ranks(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Max ranks of a response, from below and from above; the twin of ``_ranks.ranks``."""
-    y = y.contiguous()
-    if y.dtype == torch.uint64:  # torch cannot sort it: int64 in the same order
-        y = y.view(torch.int64) ^ -(2**63)
-    ascending = y.sort().values
-    below = torch.searchsorted(ascending, y, right=True)
-    return below, len(y) - torch.searchsorted(ascending, y)
+    def engine(
+        self, columns: CudaColumns, factors: Any, R: torch.Tensor, ties: Ties, seed: int
+    ) -> CudaEngine:
+        return CudaEngine(columns, factors, R, ties, seed)
 
+    def nearest(
+        self, columns: CudaColumns, ties: Ties, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        X, device = columns.values, columns.device
+        n, p = X.shape
+        with device.guard():
+            transposed = X.t().contiguous()
+            count = X.new_ones(n, dtype=torch.int64)
 
-def sums_by_count(
-    sums: torch.Tensor, counts: torch.Tensor
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The counts that occur, and the total of the sums of each: up to 10^18, so int64 holds it."""
-    totals = sums.new_zeros(len(sums) + 1).index_add_(0, counts, sums)
-    used = totals.nonzero()[:, 0]
-    used, of_used = torch.stack([used, totals[used]]).cpu().numpy()
-    return used, of_used
+            def run(offset: int, indices: int) -> None:
+                given = {
+                    "dtype": _dtype_name(X),
+                    "columns": transposed.data_ptr(),
+                    "n": n,
+                    "p": p,
+                    "ties": TIES.index(ties),
+                    "seed": seed,
+                    "offset": offset,
+                    "count": count.data_ptr(),
+                    "indices": indices,
+                }
+                device.module.neighbors(given, device.stream())
+
+            if ties == "average":  # otherwise each row uses one
+                run(0, 0)
+            indptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
+            total = int(indptr[-1]) if ties == "average" else n
+            indices = X.new_empty(total, dtype=torch.int64)
+            run(indptr.data_ptr(), indices.data_ptr())
+        return indptr, indices
+
+    def ranks(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = y.contiguous()
+        if y.dtype == torch.uint64:  # torch cannot sort it: int64 in the same order
+            y = y.view(torch.int64) ^ -(2**63)
+        ascending = y.sort().values
+        below = torch.searchsorted(ascending, y, right=True)
+        return below, len(y) - torch.searchsorted(ascending, y)
 
 
 def _dtype_name(X: torch.Tensor) -> str:
     return "float32" if X.dtype == torch.float32 else "float64"
 
 
-def _read(
-    columns: NDArray[np.int64], whole: torch.Tensor, fraction: torch.Tensor
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _read(columns: NDArray[np.int64], whole: torch.Tensor, fraction: torch.Tensor) -> Scores:
     read = torch.stack([whole, fraction]).cpu().numpy()
     return read[0, columns], read[1, columns]
 

@@ -7,27 +7,26 @@ hides. docs/privacy.md has the derivation.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext._files import json_ready
 from lcodec_ext.dependence.table import as_features, as_response
-from lcodec_ext.unlearning.privacy import (
-    Guarantee,
-    PrivacyBudgetExceeded,
-    gaussian_sigma,
-    standard_normals,
-)
+from lcodec_ext.unlearning.privacy.bounds import LOGISTIC_THIRD_DERIVATIVE
+from lcodec_ext.unlearning.privacy.budget import PrivacyBudgetExceeded
+from lcodec_ext.unlearning.privacy.gaussian import check_positive, gaussian_sigma
+from lcodec_ext.unlearning.privacy.guarantee import STATEMENTS, Guarantee
+from lcodec_ext.unlearning.privacy.noise import standard_normals
 
 _MAX_ITERATIONS = 100
-_THIRD_DERIVATIVE = {"logistic": 1.0 / (6.0 * math.sqrt(3.0)), "squared": 0.0}
+_THIRD_DERIVATIVE = {"logistic": LOGISTIC_THIRD_DERIVATIVE, "squared": 0.0}
 _CHUNK = 1 << 22  # numbers of a weighted copy of X
 _SEEDED = "b came from a seed, and who has the seed has b"
 
@@ -38,19 +37,15 @@ class RemovalRecord:
 
     Attributes
     ----------
-    indices : tuple of int
-        Samples that were removed.
+    indices, n_retained : tuple of int, int
+        Samples that were removed, and how many are left.
     residual_bound : float
         Bound on the change of the retained objective's gradient by this removal.
-    residual : float
-        Measured norm of the retained objective's gradient afterwards, all removals and training
-        together. A removal is not decided by it.
-    spent : float
-        Bound on the same: what training and all removals so far took of the budget.
+    residual, spent : float
+        Norm of that gradient afterwards, all removals and training together: measured, and the
+        bound on it that is taken from the budget. Only the bound decides on a removal.
     budget : float
         What the random term hides.
-    n_retained : int
-        Samples that are left.
     """
 
     indices: tuple[int, ...]
@@ -67,22 +62,92 @@ class RemovalRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Give all of it in types that JSON knows."""
-        return {
-            **asdict(self),
-            "indices": list(self.indices),
-            "budget_left": self.budget_left,
-        }
+        return json_ready({**asdict(self), "budget_left": self.budget_left})
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The sum of one output's losses over samples, plus (decay/2) |w|^2.
+
+    x has shape (n, d), target (n,): real numbers, or 0 and 1 for the logistic loss.
+    """
+
+    loss: str
+    x: Tensor
+    target: Tensor
+    decay: float
+
+    def value(self, w: Tensor) -> Tensor:
+        """Compute it, 0-d."""
+        scores = self.x @ w
+        if self.loss == "squared":
+            losses = (scores - self.target).square() / 2
+        else:
+            losses = (1 - self.target) * scores - logsigmoid(scores)
+        return losses.sum() + self.decay / 2 * w @ w
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """Compute its gradient, shape (d,)."""
+        scores = self.x @ w
+        predicted = scores if self.loss == "squared" else torch.sigmoid(scores)
+        return self.x.T @ (predicted - self.target) + self.decay * w
+
+    def hessian(self, w: Tensor) -> Tensor:
+        """Compute its Hessian, shape (d, d)."""
+        scores = self.x @ w
+        if self.loss == "squared":
+            curvatures = torch.ones_like(scores)
+        else:
+            curvatures = torch.sigmoid(scores) * torch.sigmoid(-scores)
+        hessian = self.decay * torch.eye(len(w), dtype=w.dtype, device=w.device)
+        rows = max(1, _CHUNK // len(w))
+        for start in range(0, len(self.x), rows):
+            part = self.x[start : start + rows]
+            hessian += part.T @ (curvatures[start : start + rows, None] * part)
+        return hessian
+
+
+def minimise(objective: Objective, linear: Tensor, tolerance: float) -> Tensor:
+    """Minimise an objective plus ``linear @ w`` by Newton's method with backtracking.
+
+    It ends at a gradient of at most the tolerance, or with a RuntimeError.
+    """
+
+    def value(w: Tensor) -> float:
+        return float(objective.value(w) + linear @ w)
+
+    w = torch.zeros_like(linear)
+    now, previous = value(w), math.inf
+    for _ in range(_MAX_ITERATIONS):
+        gradient = objective.gradient(w) + linear
+        norm = float(gradient.norm())
+        if norm <= tolerance:
+            return w
+        step = -_solve(objective.hessian(w), gradient)
+        descent = -float(gradient @ step)
+        rounding = 1e-15 * abs(now)
+        if descent <= rounding and norm >= previous / 2:
+            break
+        length = 1.0
+        while value(w + length * step) > now - 1e-4 * length * descent + 10 * rounding:
+            length /= 2
+        w = w + length * step
+        now, previous = value(w), norm
+    raise RuntimeError(
+        f"training reached a gradient norm of {norm:.2g}, above the tolerance of {tolerance:.2g} "
+        "for each output; give a larger tolerance, or more noise_std, whose budget the tolerance "
+        "is taken from"
+    )
 
 
 class CertifiedLinear:
     """A linear model from which samples can be removed with a certificate.
 
-    Trained is, with n samples of features x_i,
+    Training minimises, for n samples of features x_i, in float64 and for each output separately,
 
-        sum_i l(w . x_i, y_i) + (lambda n / 2) |w|^2 + b . w,        b ~ N(0, noise_std^2 I),
+        sum_i l(w . x_i, y_i) + (lambda n / 2) |w|^2 + b . w,        b ~ N(0, noise_std^2 I).
 
-    in float64, for each output separately. A removal is one Newton step on the objective of the
-    retained samples, with their exact Hessian.
+    A removal is one Newton step on the objective of the retained samples, with their exact Hessian.
 
     Parameters
     ----------
@@ -95,20 +160,20 @@ class CertifiedLinear:
         Of the certificate: with or without the removed samples in training, no event's probability
         differs by more than a factor e^epsilon, apart from delta.
     noise_std : float
-        Standard deviation of each entry of b. More allows more removals and costs accuracy; the
-        term b . w stands beside a sum of n losses, so what is harmless grows with n.
+        Standard deviation of each entry of b. A larger one allows more removals and costs accuracy.
+        The sum of n losses outweighs the term b . w as n grows.
     bias : bool
         Append a constant 1 to the features. Its weight is regularised as the others are.
     n_classes : int, optional
-        K. By default the largest label plus one. The certificate takes K for public, so give it
-        where a removed sample may be the only one of its class.
+        K. By default the largest label plus one. The certificate takes K for public: give it if a
+        removed sample may be the only one of its class.
     tolerance : float, optional
         Norm of the gradient at which training ends. By default a thousandth of the budget: twice
         that is counted as spent, once for this training and once for the retraining it is
         compared with.
     seed : int, optional
-        Of b, for tests alone: who knows b sees what it hides, and `guarantee` is heuristic then.
-        By default b comes from the operating system's cryptographic generator.
+        Of b, for tests alone: `guarantee` is then heuristic, because whoever knows b sees what it
+        hides. By default b comes from the operating system's cryptographic generator.
 
     Attributes
     ----------
@@ -153,8 +218,8 @@ class CertifiedLinear:
         seed: int | None = None,
     ) -> None:
         self.loss: str = check_choice(loss, "loss", tuple(_THIRD_DERIVATIVE))
-        self.weight_decay = _positive(weight_decay, "weight_decay")
-        self.noise_std = _positive(noise_std, "noise_std")
+        self.weight_decay = check_positive(weight_decay, "weight_decay")
+        self.noise_std = check_positive(noise_std, "noise_std")
         self.bias = check_bool(bias, "bias")
         if n_classes is not None:
             if loss == "squared":
@@ -168,7 +233,7 @@ class CertifiedLinear:
         self.budget = self.noise_std / sigma
         if tolerance is None:
             tolerance = self.budget / 1000
-        self.tolerance = _positive(tolerance, "tolerance")
+        self.tolerance = check_positive(tolerance, "tolerance")
         if 2 * self.tolerance > self.budget:
             raise ValueError(
                 f"tolerance must be at most half the budget, {self.budget / 2:.3g}; got "
@@ -192,18 +257,15 @@ class CertifiedLinear:
         )
 
     def fit(self, X: Any, y: Any) -> "CertifiedLinear":
-        """Train, with a fresh b. Samples get their row for a number.
+        """Train, with a fresh b. A sample's number is its row.
 
         Parameters
         ----------
-        X : array_like or Tensor, shape (n, n_features)
-        y : array_like or Tensor, shape (n,)
-            Labels 0 ... K-1, or real numbers for the squared loss.
+        X, y : array_like or Tensor, shapes (n, n_features) and (n,)
+            y has labels 0 ... K-1, or real numbers for the squared loss; ValueError for others.
 
         Raises
         ------
-        ValueError
-            If they do not fit together, or are no such numbers.
         RuntimeError
             If rounding keeps the gradient above the tolerance.
         """
@@ -223,26 +285,23 @@ class CertifiedLinear:
         Raises
         ------
         ValueError
-            For numbers that are not there, or if nothing would be left.
+            For numbers of samples that are not retained, or if no sample would be left.
         """
         x, target = self._fitted()
-        retained = self.retained
-        gone = _integers(without, "without", 0)
-        if len(gone):
-            keep = self._keep(self._positions(gone, "without")[1], "without")
-            x, target, retained = x[keep], target[keep], retained[keep]
+        _, keep = self._split(without, "without", 0)
         if self._seed is not None:
             self._seed = (self._seed + 1) % 2**64  # not the same b again
-        self._train(x, target, retained, self.weights.shape[1])
+        self._train(x[keep], target[keep], self.retained[keep], self.weights.shape[1])
         return self
 
     def _train(self, x: Tensor, target: Tensor, retained: Tensor, n_outputs: int) -> None:
         like = x.new_empty(x.shape[1], n_outputs)
         noise = self.noise_std * standard_normals(like, self._seed)
         self._seeded = self._seed is not None
+        tolerance = self.tolerance / math.sqrt(n_outputs)
         columns = [
-            self._minimise(x, self._column(target, k, n_outputs), noise[:, k], n_outputs)
-            for k in range(n_outputs)
+            minimise(objective, noise[:, k], tolerance)
+            for k, objective in enumerate(self._objectives(x, target, n_outputs))
         ]
         self.weights, self._noise = torch.stack(columns, dim=1), noise
         self._data, self.retained = (x, target), retained
@@ -253,38 +312,11 @@ class CertifiedLinear:
         self._left_by_output = [0.0] * n_outputs
         self.spent = self._spent(self._left_by_output)
 
-    def _minimise(self, x: Tensor, target: Tensor, noise: Tensor, n_outputs: int) -> Tensor:
-        """Newton's method with backtracking for one output, to its share of the tolerance."""
-        decay = self.weight_decay * len(x)
-        tolerance = self.tolerance / math.sqrt(n_outputs)
-
-        def value(w: Tensor) -> float:
-            losses = self._losses(x @ w, target)
-            return float(losses.sum() + decay / 2 * w @ w + noise @ w)
-
-        w = torch.zeros_like(noise)
-        now, previous = value(w), math.inf
-        for _ in range(_MAX_ITERATIONS):
-            slopes, curvatures = self._derivatives(x @ w, target)
-            gradient = x.T @ slopes + decay * w + noise
-            norm = float(gradient.norm())
-            if norm <= tolerance:
-                return w
-            step = -_solve(_hessian(x, curvatures, decay), gradient)
-            descent = -float(gradient @ step)
-            rounding = 1e-15 * abs(now)
-            if descent <= rounding and norm >= previous / 2:
-                break
-            length = 1.0
-            while value(w + length * step) > now - 1e-4 * length * descent + 10 * rounding:
-                length /= 2
-            w = w + length * step
-            now, previous = value(w), norm
-        raise RuntimeError(
-            f"training reached a gradient norm of {norm:.2g}, above the tolerance of "
-            f"{tolerance:.2g} for each output; give a larger tolerance, or more noise_std, whose "
-            "budget the tolerance is taken from"
-        )
+    def _objectives(self, x: Tensor, target: Tensor, n_outputs: int) -> Iterator[Objective]:
+        """The objective of each output over some samples."""
+        for k in range(n_outputs) if n_outputs > 1 else [1]:
+            own = target if self.loss == "squared" else (target == k).double()
+            yield Objective(self.loss, x, own, self.weight_decay * len(x))
 
     # -- removal
 
@@ -296,8 +328,8 @@ class CertifiedLinear:
         Parameters
         ----------
         indices : sequence of int, array or Tensor
-            Numbers of samples that are still there. Alike samples in one call cost the square of
-            their number; in a call each they cost their number, and a solve each.
+            Numbers of retained samples. The budget that similar samples cost grows with the square
+            of their number in one call; in a call each it grows with their number.
 
         Raises
         ------
@@ -305,20 +337,17 @@ class CertifiedLinear:
             If b would not hide what the removal leaves. Nothing is changed then; `retrain` removes
             the samples, and gives a new budget.
         ValueError
-            For numbers that are not there, or if nothing would be left.
+            For numbers of samples that are not retained, or if no sample would be left.
         """
         x, target = self._fitted()
-        numbers, gone = self._positions(_integers(indices, "indices", 1), "indices")
-        keep = self._keep(gone, "indices")
+        numbers, keep = self._split(indices, "indices", 1)
         rest, rest_target = x[keep], target[keep]
-        weights = self.weights.clone()
+        weights, n_outputs = self.weights.clone(), self.weights.shape[1]
         left, bounds = list(self._left_by_output), []
-        for k in range(weights.shape[1]):
-            step, bound = self._step(
-                self.weights[:, k],
-                (x[gone], self._column(target[gone], k)),
-                (rest, self._column(rest_target, k)),
-            )
+        removed = self._objectives(x[~keep], target[~keep], n_outputs)
+        retained = self._objectives(rest, rest_target, n_outputs)
+        for k, (gone, stays) in enumerate(zip(removed, retained, strict=True)):
+            step, bound = self._step(self.weights[:, k], gone, stays)
             weights[:, k] += step
             left[k] += bound
             bounds.append(bound)
@@ -340,17 +369,11 @@ class CertifiedLinear:
             n_retained=len(rest),
         )
 
-    def _step(
-        self, w: Tensor, removed: tuple[Tensor, Tensor], rest: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, float]:
+    def _step(self, w: Tensor, removed: Objective, retained: Objective) -> tuple[Tensor, float]:
         """One output's step, and a bound on what it leaves of the gradient."""
-        (x_removed, target_removed), (x, target) = removed, rest
-        slopes, _ = self._derivatives(x_removed @ w, target_removed)
-        right = x_removed.T @ slopes + self.weight_decay * len(x_removed) * w
-        _, curvatures = self._derivatives(x @ w, target)
-        hessian = _hessian(x, curvatures, self.weight_decay * len(x))
+        right, hessian = removed.gradient(w), retained.hessian(w)
         step = _solve(hessian, right)
-        change = float((x @ step).square().norm())
+        change = float((retained.x @ step).square().norm())
         bound = _THIRD_DERIVATIVE[self.loss] / 2 * self._spectral_norm * change
         return step, bound + float((hessian @ step - right).norm())
 
@@ -360,55 +383,30 @@ class CertifiedLinear:
 
     def _residual(self) -> float:
         """Norm of the gradient of the retained objective, b included, over all outputs."""
-        x, target = self._fitted()
-        gradient = self.weight_decay * len(x) * self.weights + self._noise
-        for k in range(gradient.shape[1]):
-            slopes, _ = self._derivatives(x @ self.weights[:, k], self._column(target, k))
-            gradient[:, k] += x.T @ slopes
-        return float(gradient.norm())
+        objectives = self._objectives(*self._fitted(), self.weights.shape[1])
+        columns = [each.gradient(self.weights[:, k]) for k, each in enumerate(objectives)]
+        return float((torch.stack(columns, dim=1) + self._noise).norm())
 
-    def _keep(self, gone: Tensor, name: str) -> Tensor:
-        if len(gone) == len(self.retained):
-            raise ValueError(f"{name} must leave a sample; got all of them")
-        keep = torch.ones(len(self.retained), dtype=torch.bool, device=gone.device)
-        keep[gone] = False
-        return keep
-
-    def _positions(self, indices: NDArray, name: str) -> tuple[list[int], Tensor]:
-        """The numbers, ascending, and where they are among the retained."""
-        numbers = sorted(indices.tolist())
+    def _split(self, given: Any, name: str, least: int) -> tuple[list[int], Tensor]:
+        """The numbers to remove, ascending, and which of the retained samples stay."""
+        array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+        is_integer = array.dtype.kind in "iu" or array.shape == (0,)
+        if array.ndim != 1 or len(array) < least or not is_integer:
+            expected = "a sequence of at least one integer" if least else "a sequence of integers"
+            raise ValueError(
+                f"{name} must be {expected}; got shape {array.shape} and dtype {array.dtype}"
+            )
+        numbers = sorted(array.tolist())
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"{name} must not name a sample twice")
-        known = self.retained.cpu().numpy()
-        positions = np.searchsorted(known, numbers)
-        found = positions < len(known)
-        found[found] = known[positions[found]] == np.asarray(numbers)[found]
-        if not found.all():
-            first = numbers[int(np.argmin(found))]
-            raise ValueError(f"{name} has {first}, which is not among the retained samples")
-        return numbers, torch.as_tensor(positions, device=self.retained.device)
-
-    # -- the losses
-
-    def _losses(self, scores: Tensor, target: Tensor) -> Tensor:
-        if self.loss == "squared":
-            return (scores - target).square() / 2
-        return -logsigmoid(scores) + (1 - target) * scores
-
-    def _derivatives(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second derivatives of each sample's loss in its score."""
-        if self.loss == "squared":
-            return scores - target, torch.ones_like(scores)
-        probability = torch.sigmoid(scores)
-        return probability - target, probability * torch.sigmoid(-scores)
-
-    def _column(self, target: Tensor, k: int, n_outputs: int | None = None) -> Tensor:
-        """Targets of output k: real, or 1 for its class and 0 for the rest."""
-        if self.loss == "squared":
-            return target
-        if n_outputs is None:
-            n_outputs = self.weights.shape[1]
-        return (target == (k if n_outputs > 1 else 1)).double()
+        retained = self.retained.cpu().numpy()
+        missing = np.setdiff1d(numbers, retained)
+        if len(missing):
+            raise ValueError(f"{name} has {missing[0]}, which is not among the retained samples")
+        keep = np.isin(retained, numbers, invert=True)
+        if not keep.any():
+            raise ValueError(f"{name} must leave a sample; got all of them")
+        return numbers, torch.as_tensor(keep, device=self.retained.device)
 
     # -- what was passed in
 
@@ -448,12 +446,7 @@ class CertifiedLinear:
     # -- what comes out
 
     def predict(self, X: Any) -> Tensor:
-        """Predict labels, int64, or real values for the squared loss; shape (n,).
-
-        Parameters
-        ----------
-        X : array_like or Tensor, shape (n, n_features)
-        """
+        """Predict labels, int64, or real values for the squared loss; X (n, n_features) to (n,)."""
         self._fitted()
         x = self._inputs(X)
         if x.shape[1] != len(self.weights):
@@ -498,10 +491,8 @@ class CertifiedLinear:
             "loss": self.loss,
             "weight_decay": self.weight_decay,
             "gradient_bound": self.tolerance,
-            "retraining": "training again would end with a gradient of at most gradient_bound, too",
+            **{name: STATEMENTS[name] for name in ("retraining", "preprocessing", "requests")},
             "releases": "one release for each training: two models with the same b tell about it",
-            "preprocessing": "how X is scaled does not depend on samples that may be deleted",
-            "requests": "what is to be deleted was chosen without sight of earlier releases",
             "secrecy": "b, and so the state of this object, stays secret",
         }
         if self.loss == "logistic":
@@ -527,15 +518,10 @@ class CertifiedLinear:
         """
         x, target = self._fitted()
         n_outputs = self.weights.shape[1]
+        options = ("loss", "weight_decay", "epsilon", "delta", "noise_std", "bias", "tolerance")
         meta = {
-            "loss": self.loss,
-            "weight_decay": self.weight_decay,
-            "epsilon": self.epsilon,
-            "delta": self.delta,
-            "noise_std": self.noise_std,
-            "bias": self.bias,
+            **{name: getattr(self, name) for name in options},
             "n_classes": None if self.loss == "squared" else max(n_outputs, 2),
-            "tolerance": self.tolerance,
             "seeded": self._seeded,
             "left_by_output": list(self._left_by_output),
             "spectral_norm": self._spectral_norm,
@@ -549,19 +535,10 @@ class CertifiedLinear:
     def from_state(
         cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], X: Any, y: Any
     ) -> "CertifiedLinear":
-        """Make it again from `to_state`.
+        """Make the model from `to_state` and the samples that it was left with.
 
-        Parameters
-        ----------
-        meta : mapping
-        tensors : mapping
-        X, y : array_like or Tensor
-            The retained samples alone, in the order of ``tensors["retained"]``.
-
-        Raises
-        ------
-        ValueError
-            If these are not the samples that the model was left with.
+        X and y are the retained samples alone, in the order of ``tensors["retained"]``; ValueError
+        for others.
         """
         rest = dict(meta)
         left, norm = rest.pop("left_by_output"), rest.pop("spectral_norm")
@@ -582,35 +559,6 @@ class CertifiedLinear:
         model._spectral_norm = check_real(norm, "spectral_norm", 0.0)
         model.spent = model._spent(model._left_by_output)
         return model
-
-
-def _positive(value: object, name: str) -> float:
-    number = check_real(value, name, 0.0)
-    if number == 0.0:
-        raise ValueError(f"{name} must be positive; got {number!r}")
-    return number
-
-
-def _integers(given: Any, name: str, least: int) -> NDArray:
-    """A sequence of at least so many integers as an array."""
-    array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
-    is_integer = array.dtype.kind in "iu" or array.shape == (0,)
-    if array.ndim != 1 or len(array) < least or not is_integer:
-        expected = "a sequence of at least one integer" if least else "a sequence of integers"
-        raise ValueError(
-            f"{name} must be {expected}; got shape {array.shape} and dtype {array.dtype}"
-        )
-    return array
-
-
-def _hessian(x: Tensor, curvatures: Tensor, decay: float) -> Tensor:
-    """x^T diag(curvatures) x + decay I."""
-    hessian = decay * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    rows = max(1, _CHUNK // x.shape[1])
-    for start in range(0, len(x), rows):
-        part = x[start : start + rows]
-        hessian += part.T @ (curvatures[start : start + rows, None] * part)
-    return hessian
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
 """Where the activations of a model's units are in its forward pass.
 
-The activation of a unit is what it puts out, before any non-linearity, averaged over samples,
-positions and tokens (padding included: an attention mask is not looked at). For a row of an
-embedding it is the share of tokens that are that row. Every kind of layer that
-`lcodec_ext.curvature.units` lists is read.
+The activation of a unit is its output before any non-linearity, averaged over samples, positions
+and tokens (padding included: attention masks are ignored). For a row of an embedding it is the
+share of tokens that are that row.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -20,19 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lcodec_ext._torch.batches import Batch
-from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext._torch.modes import hooked_arithmetic
 from lcodec_ext._torch.samples import outputs_of
-from lcodec_ext.curvature.selection import UnitLayout, UnitSelection, find_unit_layers
+from lcodec_ext.curvature.layers import find_unit_layers, unit_axis
+from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature.selection import UnitSelection
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_INSTANCE_NORMS = {nn.InstanceNorm1d: -2, nn.InstanceNorm2d: -3, nn.InstanceNorm3d: -4}
 _PROJECTED = ("query", "key", "value")
 
 _Taken = TypeVar("_Taken")
@@ -62,10 +53,10 @@ class Shares(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Along which axis of a view the samples are.
+    """Along which axis of a view the samples are; None: it is the same for all samples.
 
-    axis None: along none, it is the same for all. outer = 1: sample by sample, each with its
-    positions in a row. outer > 1: that many positions, each with all samples in a row.
+    outer = 1: sample by sample, each with its positions in a row. outer > 1: that many positions,
+    each with all samples in a row.
     """
 
     axis: int | None
@@ -77,10 +68,7 @@ ALL = Layout(None)
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Reads the activations of a layer in the forward pass; this one from its output.
-
-    What it reads are views: tensors with the units along the last axis.
-    """
+    """Reads the activations of a layer from its output, as views with the units last."""
 
     name: str
     module: nn.Module
@@ -101,17 +89,8 @@ class Site:
         if not isinstance(output, Tensor):
             kind = type(output).__name__
             raise _UnreadableError(self.name, f"its output is not a tensor but a {kind}")
-        if isinstance(module, _CONVOLUTIONS):
-            view = output.movedim(-1 - len(module.kernel_size), -1)
-        elif isinstance(module, tuple(_INSTANCE_NORMS)):
-            axis = next(a for kind, a in _INSTANCE_NORMS.items() if isinstance(module, kind))
-            view = output.movedim(axis, -1)
-        elif isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
-            view = output.movedim(1, -1)
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            view = output.flatten(-len(module.normalized_shape))
-        else:
-            view = output
+        axis, merged = unit_axis(module)
+        view = output.flatten(-merged) if merged > 1 else output.movedim(axis, -1)
         if view.shape[-1:] != (self.n_units,):
             raise _UnreadableError(
                 self.name, f"its output has the unexpected shape {tuple(output.shape)}"
@@ -138,7 +117,7 @@ class Site:
 
 
 class _OutProjection(Site):
-    """The output projection of an attention, which is not called: it is what that puts out."""
+    """The output projection of an attention, which is not called: the attention's output is its."""
 
     def views(self, args: Any, kwargs: Any, output: Any) -> list[Tensor]:
         return [output[0] if isinstance(output, tuple) else output]
@@ -268,7 +247,7 @@ def _find_sites(
 
 
 class Recorder:
-    """Hooks on the sites of a model; a context manager, which removes them on the way out."""
+    """Hooks on the sites of a model, for the time that the context is entered."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self._sites = list(sites)
@@ -304,18 +283,6 @@ class Recorder:
         return outputs_of(model, batch), taken
 
 
-@contextmanager
-def recording_arithmetic() -> Iterator[None]:
-    """No gradients, no autocast, and no fused attention, which calls no hooks."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with plain_arithmetic():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 def find_calls(
     model: nn.Module, batch: Batch, units: UnitSelection | None
 ) -> tuple[dict[Call, Site], dict[str, str]]:
@@ -324,7 +291,7 @@ def find_calls(
     calls: dict[Call, Site] | None = None
     while calls is None:
         try:
-            with Recorder(sites.values()) as recorder, recording_arithmetic():
+            with Recorder(sites.values()) as recorder, hooked_arithmetic():
                 _, calls = recorder.run(model, batch, lambda call, site, views: site)
         except _UnreadableError as error:
             without[error.layer] = error.reason
@@ -337,37 +304,3 @@ def find_calls(
         reasons = "".join(f"; {name!r}: {reason}" for name, reason in without.items())
         raise ValueError(f"the model has no layer whose units can be recorded{reasons}")
     return calls, without
-
-
-def activation_units(
-    model: nn.Module, batch: Batch, units: UnitSelection | None = None
-) -> tuple[list[UnitCall], dict[str, str]]:
-    """List the units whose activations are recorded, by running the model once.
-
-    Parameters
-    ----------
-    model : Module
-        In evaluation mode.
-    batch : Batch
-        What it is called with; one sample is enough.
-    units : UnitSelection, optional
-        The units asked for; by default all that can be selected.
-
-    Returns
-    -------
-    columns : list of UnitCall
-        (layer, call, unit), in the order of the calls, the units of each ascending. The rows of
-        embeddings are all there, whether the batch has them or not.
-    without : dict of str to str
-        The layers whose units are not recorded, and why not.
-
-    Raises
-    ------
-    ValueError
-        If nothing can be recorded, and for what `UnitSelection` refuses in units.
-    """
-    calls, without = find_calls(model, batch, units)
-    columns = [
-        UnitCall(*call, unit) for call, site in calls.items() for unit in site.units.tolist()
-    ]
-    return columns, without

@@ -6,15 +6,16 @@ import hashlib
 import os
 import re
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._files import sync_folder, write_atomically
+
 _NAME = re.compile(r"\d{6,}\.pt")
-_TEMPORARY = re.compile(r"\.\d{6,}\.pt\.tmp")
+_TEMPORARY = re.compile(r"\.\d{6,}\.pt(\.\w+)?\.tmp")
 
 
 class LedgerError(ValueError):
@@ -127,30 +128,6 @@ def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
             f"{found}, not {sha256}"
         )
     return state
-
-
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Write a file that is there whole, and on the disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class DirectoryLock:

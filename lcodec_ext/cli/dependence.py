@@ -1,0 +1,452 @@
+"""``lcodec-ext codec`` and ``lcodec-ext foci``: tables in, dependence out."""
+
+import argparse
+import csv
+import difflib
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lcodec_ext._files import write_atomically
+from lcodec_ext.cli.console import (
+    OK,
+    Console,
+    InputError,
+    add_common,
+    add_threads,
+    dump,
+    integer,
+    number,
+    output_file,
+    seed,
+    timed,
+)
+
+if TYPE_CHECKING:
+    from lcodec_ext.cli.tables import Table
+    from lcodec_ext.dependence.foci import FociResult
+
+TABLES = """\
+tables:
+  CSV, TSV     one line for each row, names of the columns in the first (or --no-header)
+  NPZ          every 1-d array is a column; a 2-d array X is the columns X0, X1, ...
+  NPY          a 2-d array; its columns are named 0, 1, ...
+  Parquet      needs pyarrow
+  -            CSV from standard input
+Only the columns that are used must hold numbers. Empty cells, NA, NaN and null are missing; true
+and false are 1 and 0. Encode categories as numbers first.
+"""
+
+CODEC = """\
+The conditional dependence coefficient T(Y, Z) or T(Y, Z | X) of columns of a table.
+
+In the limit of many rows T is 0 if y is independent of z (given x), and 1 if y is a function of z
+(given x). On a finite sample it scatters around that, also below 0. Only the order of y counts.
+z and x are compared by Euclidean distance, so give their columns comparable units.
+"""
+
+CODEC_EXAMPLES = """\
+examples:
+  lcodec-ext codec table.csv --y target --z age,income
+  lcodec-ext codec table.csv --y target --z age --x income,region    # what age adds to those
+  zcat table.csv.gz | lcodec-ext codec - --y target --z age --json
+"""
+
+FOCI = """\
+Select the columns on which a column y depends: FOCI, forward selection by T(Y, X).
+
+It needs no model and no tuning. Each step adds the column that raises T(y, selected) most. The
+selection stops when no column raises it. T is the T(y, selected) reached: in the limit of many
+rows it is 0 for independence, and 1 where y is a function of the columns. conditional T is what
+the column tells given those before it.
+Stopping is not a test: where y depends on nothing, FOCI still selects a column or a few, with a
+small T. Shuffle y to see how large T gets by chance; --min-gain asks for more.
+"""
+
+FOCI_EXAMPLES = """\
+examples:
+  lcodec-ext foci table.csv --y target
+  lcodec-ext foci table.csv --y target --exclude id,date --max-features 10 --output chosen.csv
+  lcodec-ext foci data.npz --y y --json | python -m json.tool
+  lcodec-ext foci table.csv --y target --preselected age    # what helps beyond age?
+"""
+
+
+def add_codec(commands: Any) -> None:
+    """Add ``codec``."""
+    parser = commands.add_parser(
+        "codec",
+        help="how strongly y depends on z, given x",
+        description=CODEC,
+        epilog=TABLES + "\n" + CODEC_EXAMPLES,
+    )
+    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for CSV on stdin")
+    parser.add_argument("--y", required=True, metavar="COLUMN", help="the response")
+    parser.add_argument(
+        "--z", required=True, type=names, metavar="COLUMNS", help="names, separated by commas"
+    )
+    parser.add_argument("--x", type=names, default=[], metavar="COLUMNS", help="to condition on")
+    _add_dependence(parser)
+    parser.set_defaults(run=run_codec)
+
+
+def add_foci(commands: Any) -> None:
+    """Add ``foci``."""
+    parser = commands.add_parser(
+        "foci",
+        help="which columns y depends on",
+        description=FOCI,
+        epilog=TABLES + "\n" + FOCI_EXAMPLES,
+    )
+    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for CSV on stdin")
+    parser.add_argument("--y", required=True, metavar="COLUMN", help="the response")
+    candidates = parser.add_mutually_exclusive_group()
+    candidates.add_argument(
+        "--columns", type=names, metavar="NAMES", help="candidates (default: all but y)"
+    )
+    candidates.add_argument(
+        "--exclude", type=names, default=[], metavar="NAMES", help="all but y and these"
+    )
+    parser.add_argument(
+        "--preselected",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="condition on these from the start; the result does not list them",
+    )
+    parser.add_argument(
+        "--max-features", type=integer(1), metavar="N", help="select at most N columns"
+    )
+    parser.add_argument(
+        "--min-gain",
+        type=number(),
+        default=0.0,
+        metavar="T",
+        help="a step must raise T by more than this (default: 0)",
+    )
+    parser.add_argument(
+        "--no-stop",
+        action="store_true",
+        help="go on to --max-features, or rank all columns, even where none raises T",
+    )
+    parser.add_argument(
+        "--standardize",
+        choices=("scale", "bounded", "none"),
+        default="scale",
+        help="divide columns by their standard deviation, their range, or not (default: scale)",
+    )
+    parser.add_argument(
+        "--output",
+        type=output_file(".csv", ".json"),
+        metavar="FILE",
+        help="write the selection to a .csv or .json file too",
+    )
+    _add_dependence(parser)
+    parser.set_defaults(run=run_foci)
+
+
+def _add_dependence(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("computation")
+    group.add_argument(
+        "--ties",
+        choices=("average", "random", "first"),
+        default="average",
+        help="among equally near rows: their mean, one drawn at random, or the first "
+        "(default: average)",
+    )
+    group.add_argument(
+        "--noise",
+        type=number(),
+        metavar="SD",
+        help="L-CODEC and L-FOCI: add Gaussian noise of this standard deviation to every column "
+        "first (the paper: 0 to 0.1)",
+    )
+    group.add_argument(
+        "--noise-scale",
+        choices=("absolute", "relative"),
+        help="whether SD is in the units of each column, or a share of its standard deviation "
+        "(default: absolute)",
+    )
+    group.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="of --noise and --ties random (default: 0)",
+    )
+    group.add_argument(
+        "--nan-policy",
+        choices=("raise", "omit"),
+        default="raise",
+        help="rows with missing values: an error, or left out (default: raise)",
+    )
+    add_threads(group)
+    group = parser.add_argument_group("CSV and TSV")
+    group.add_argument(
+        "--no-header", action="store_true", help="no names in the first line: columns are 0, 1, ..."
+    )
+    group.add_argument(
+        "--delimiter",
+        type=_delimiter,
+        metavar="CHARACTER",
+        help="between cells, or the word tab (default: by the file's suffix)",
+    )
+    add_common(parser)
+
+
+def names(text: str) -> list[str]:
+    """Names of columns, separated by commas; quoted as in CSV where they have commas."""
+    found = [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
+    if not found or not all(found):
+        raise argparse.ArgumentTypeError(
+            f"expected names of columns, separated by commas; got {text!r}"
+        )
+    for name in found:
+        if found.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"names column {name!r} twice; got {text!r}")
+    return found
+
+
+def _delimiter(text: str) -> str:
+    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(text) != 1 or text in '"\r\n':
+        raise argparse.ArgumentTypeError(f"expected one character, or tab; got {text!r}")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+
+
+def run_codec(options: argparse.Namespace, console: Console) -> int:
+    """T(y, z | x) of a table's columns."""
+    from lcodec_ext import codec, lcodec
+
+    _check(options)
+    for name in options.z:
+        if name == options.y or name in options.x:
+            other = "--y" if name == options.y else "--x"
+            raise InputError(f"--z and {other} both name column {name!r}; expected different ones")
+    if options.y in options.x:
+        raise InputError(f"--x and --y both name column {options.y!r}; expected different ones")
+    seconds: dict[str, float] = {}
+    wanted = {"--y": [options.y], "--z": options.z, "--x": options.x}
+    table = _load(options, console, seconds, lambda known: _find(wanted, known))
+    y, z = table[options.y], table.select(options.z)
+    x = table.select(options.x) if options.x else None
+    settings: dict[str, Any] = {
+        "ties": options.ties,
+        "seed": options.seed,
+        "nan_policy": options.nan_policy,
+    }
+    with timed(seconds, "compute"):
+        if options.noise is None:
+            value = codec(y, z, x, **settings)
+        else:
+            value = lcodec(y, z, x, **settings, **_noise(options))
+    n = table.n_complete()
+    result = {
+        "table": options.table,
+        "y": options.y,
+        "z": options.z,
+        "x": options.x,
+        "T": value,
+        "n_samples": n,
+        "options": settings | _noise(options),
+        "seconds": seconds,
+    }
+    given = f" | {', '.join(options.x)}" if options.x else ""
+    what = f"T({options.y}, {', '.join(options.z)}{given})"
+    console.emit(result, f"{what} = {value:.6g}   ({n:,} rows)")
+    return OK
+
+
+def run_foci(options: argparse.Namespace, console: Console) -> int:
+    """Select the columns on which y depends."""
+    from lcodec_ext import foci, lfoci
+
+    _check(options)
+    if options.min_gain > 0 and options.no_stop:
+        raise InputError(
+            f"--min-gain {options.min_gain:g} goes without --no-stop: it is a rule for stopping"
+        )
+    for option in ("columns", "exclude", "preselected"):
+        if options.y in (getattr(options, option) or []):
+            raise InputError(f"--{option} names {options.y!r}, which is the response")
+    for name in options.preselected:
+        if name in options.exclude:
+            raise InputError(f"--preselected and --exclude both name column {name!r}")
+    seconds: dict[str, float] = {}
+    table = _load(options, console, seconds, lambda known: _candidates(options, known, console))
+    y, X = table[options.y], table.select([name for name in table.columns if name != options.y])
+    n = table.n_complete()
+    del table
+    settings = {
+        "stop": not options.no_stop,
+        "max_features": options.max_features,
+        "min_gain": options.min_gain,
+        "preselected": options.preselected or None,
+        "standardize": None if options.standardize == "none" else options.standardize,
+        "ties": options.ties,
+        "seed": options.seed,
+        "nan_policy": options.nan_policy,
+    }
+    with timed(seconds, "compute"):
+        if options.noise is None:
+            found = foci(X, y, progress=console.progress, **settings)
+        else:
+            found = lfoci(X, y, progress=console.progress, **settings, **_noise(options))
+    result = {
+        "table": options.table,
+        "y": options.y,
+        "selected": _steps(found),
+        "stop_reason": found.stop_reason,
+        "base_T": found.base,
+        "n_samples": n,
+        "n_features": found.n_features,
+        "options": settings | _noise(options),
+        "seconds": seconds,
+    }
+    if options.output:
+        if options.output.suffix.lower() == ".csv":
+            write_atomically(options.output, _as_csv(_steps(found)))
+        else:
+            write_atomically(options.output, dump(console.record(result)) + "\n")
+        console.note(f"wrote {options.output}")
+    console.emit(result, _describe(found, options))
+    return OK
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.noise_scale and options.noise is None:
+        raise InputError(f"--noise-scale {options.noise_scale} needs --noise SD")
+    if options.threads:
+        from lcodec_ext import set_num_threads
+
+        set_num_threads(options.threads)
+
+
+def _noise(options: argparse.Namespace) -> dict[str, Any]:
+    if options.noise is None:
+        return {}
+    return {"noise": options.noise, "noise_scale": options.noise_scale or "absolute"}
+
+
+def _load(
+    options: argparse.Namespace,
+    console: Console,
+    seconds: dict[str, float],
+    choose: Callable[[list[str]], list[str]],
+) -> "Table":
+    """The chosen columns; missing values only where they may be left out."""
+    from lcodec_ext.cli.tables import label_of, read_table
+
+    with timed(seconds, "read"):
+        table = read_table(
+            options.table, choose, header=not options.no_header, delimiter=options.delimiter
+        )
+    if seconds["read"] > 1:
+        console.note(f"read {len(table):,} rows in {seconds['read']:.1f} s")
+    if options.nan_policy == "raise" and (place := table.first(np.isnan)):
+        raise InputError(
+            f"{label_of(options.table)}, {place}: a missing value; pass --nan-policy omit to leave "
+            "out rows with missing values"
+        )
+    if place := table.first(np.isinf):
+        raise InputError(
+            f"{label_of(options.table)}, {place}: an infinite value; expected finite numbers"
+        )
+    return table
+
+
+def _find(wanted: dict[str, list[str]], known: Sequence[str]) -> list[str]:
+    """The wanted columns, if the table has them."""
+    for option, columns in wanted.items():
+        for name in columns:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+                shown = ", ".join(map(repr, near or known[:10]))
+                more = f", ... ({len(known)} in all)" if not near and len(known) > 10 else ""
+                which = "the nearest names are" if near else "its columns are"
+                raise InputError(
+                    f"{option} names column {name!r}, and the table has no such column; "
+                    f"{which} {shown}{more}"
+                )
+    return [name for columns in wanted.values() for name in columns]
+
+
+def _candidates(options: argparse.Namespace, known: Sequence[str], console: Console) -> list[str]:
+    """Candidates in the order of the table, or of --columns, and y."""
+    given = {
+        "--y": [options.y],
+        "--columns": options.columns or [],
+        "--exclude": options.exclude,
+        "--preselected": options.preselected,
+    }
+    _find(given, known)
+    if options.columns:
+        extra = [name for name in options.preselected if name not in options.columns]
+        return [*options.columns, *extra, options.y]
+    chosen = [name for name in known if name not in {options.y, *options.exclude}]
+    if not chosen:
+        raise InputError(
+            f"no candidate is left: the table has only --y {options.y} and the columns of --exclude"
+        )
+    unnamed = [name for k, name in enumerate(known) if name == f"column {k}" and name in chosen]
+    if unnamed:
+        console.warn(
+            f"{unnamed[0]} has no name in the header (row numbers, as pandas writes them?) and is "
+            f"a candidate; --exclude '{unnamed[0]}' leaves it out"
+        )
+    return [*chosen, options.y]
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+
+
+def _steps(found: "FociResult") -> list[dict[str, Any]]:
+    return [
+        {
+            "rank": k + 1,
+            "column": (found.names or [])[k],
+            "T": float(found.cumulative[k]),
+            "conditional_T": float(found.conditional[k]),
+        }
+        for k in range(len(found.ordering))
+    ]
+
+
+def _as_csv(steps: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["rank", "column", "T", "conditional_T"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(steps)
+    return text.getvalue()
+
+
+def _describe(found: "FociResult", options: argparse.Namespace) -> str:
+    reasons = {
+        "no_gain": "no further column raises T",
+        "min_gain": f"no further column raises T by more than {options.min_gain:g}",
+        "max_features": f"--max-features {options.max_features} is reached",
+        "exhausted": "no column is left",
+        "constant_y": f"{options.y} is constant",
+    }
+    n, p = found.n_samples, found.n_features - len(found.preselected)
+    lines = [
+        f"{len(found.ordering)} of {p:,} columns selected for {options.y} on {n:,} rows; "
+        f"{reasons[found.stop_reason]}"
+    ]
+    if found.preselected:
+        lines.append(f"given {', '.join(options.preselected)}: T = {found.base:.4f}")
+    if steps := _steps(found):
+        width = max(6, *(len(step["column"]) for step in steps))
+        lines.append(f"rank  {'column':<{width}}        T  conditional T")
+        lines += [
+            f"{s['rank']:4d}  {s['column']:<{width}}  {s['T']:7.4f}  {s['conditional_T']:13.4f}"
+            for s in steps
+        ]
+    return "\n".join(lines)

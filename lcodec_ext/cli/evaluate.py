@@ -1,0 +1,202 @@
+"""``lcodec-ext evaluate``: compare deletions with retraining."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from lcodec_ext._files import write_atomically
+from lcodec_ext.cli.console import (
+    FAILED,
+    OK,
+    Console,
+    InputError,
+    add_common,
+    dump,
+    integer,
+    number,
+    output_file,
+    seed,
+)
+from lcodec_ext.cli.problem import (
+    FORGET,
+    IMPORT_PATHS,
+    Problem,
+    add_problem,
+    check_ids,
+    n_samples,
+    need_torch,
+    note_weights,
+    parse_ids,
+)
+
+EVALUATE = """\
+Compare a model after deletion with models that were retrained without the samples.
+
+The data's "retrain" trains the retrained models, or --retrained gives their weights. At least 3 are
+needed: their distance from each other is the floor of all distances. --methods are run here and
+compared with them; so are weights that exist already (--candidate). No method sees the test
+samples.
+
+In the table, "closed" is the share of the gap to retraining that a method closes: 0% for the
+model as it was, 100% for one more retrained model, negative where the method moves away. "MIA AUC"
+is how well an attack tells removed samples from unseen ones: .5 is chance. It should be near that
+of the retrained models.
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  lcodec-ext evaluate --model net.py:build --weights net.pt --data data.py:load --forget 3,17 \\
+      --weight-decay 1e-3 --output evaluation.json
+  lcodec-ext evaluate --model net.py:build --weights net.pt --data data.py:load --forget 3,17 \\
+      --methods recommended,L-BFGS --candidate mine=new.pt --retrained r1.pt r2.pt r3.pt
+"""
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add ``evaluate``."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="compare deletions with retraining",
+        description=EVALUATE,
+        epilog="\n".join([IMPORT_PATHS, FORGET, EVALUATE_EXAMPLES]),
+    )
+    add_problem(parser)
+    parser.add_argument(
+        "--forget", required=True, metavar="IDS", help="numbers of the samples to delete"
+    )
+    parser.add_argument(
+        "--methods",
+        metavar="NAMES",
+        help="presets and baselines, separated by commas; 'none' for none (default: all there are)",
+    )
+    parser.add_argument(
+        "--candidate",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="weights to measure too, made by unlearn or anything else; repeat it",
+    )
+    parser.add_argument(
+        "--retrained",
+        nargs="+",
+        metavar="FILE",
+        help="weights of at least 3 retrained models (default: the data's retrain makes them)",
+    )
+    parser.add_argument(
+        "--n-retrain",
+        type=integer(3),
+        default=3,
+        metavar="N",
+        help="how many models to retrain, at least 3 (default: 3)",
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=number(),
+        default=0.0,
+        metavar="LAMBDA",
+        help="of training: its objective is the mean loss plus (LAMBDA / 2) |w|^2 (default: 0)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument(
+        "--no-relearn", action="store_true", help="do not measure the time to learn again"
+    )
+    parser.add_argument(
+        "--output", type=output_file(".json"), metavar="FILE", help="for report, a .json file"
+    )
+    add_common(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(options: argparse.Namespace, console: Console) -> int:
+    """Compare methods and given weights with retraining."""
+    if not options.model:
+        raise InputError("--model is needed")
+    ids = parse_ids(options.forget)
+    if options.retrained and len(options.retrained) < 3:
+        raise InputError(f"--retrained needs at least 3 files; got {len(options.retrained)}")
+    candidates = {}
+    for text in options.candidate:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file):
+            raise InputError(f"--candidate must be NAME=FILE; got {text!r}")
+        if name in candidates:
+            raise InputError(f"--candidate names {name!r} twice")
+        candidates[name] = file
+    need_torch()
+    from lcodec_ext.evaluation import BASELINES, evaluate
+
+    names = [] if options.methods == "none" else list(BASELINES)
+    if options.methods not in (None, "none"):
+        names = [name.strip() for name in options.methods.split(",")]
+        for name in names:
+            if name not in BASELINES:
+                known = ", ".join(BASELINES)
+                raise InputError(f"--methods names {name!r}; expected some of {known}")
+    problem = Problem(options.model, options.weights, options.data)
+    train = problem["train"]
+    note_weights(options, console)
+    n = n_samples(train, problem.model)
+    check_ids(ids, n)
+    forget, retain = split(train, ids, n)
+    methods: dict[str, Any] = {name: BASELINES[name] for name in names}
+    for name, file in candidates.items():
+        if name in methods:
+            raise InputError(f"--candidate {name!r} has the name of a method of --methods")
+        methods[name] = problem.with_weights(file, f"--candidate {name}")
+    if not methods:
+        raise InputError("--methods none leaves nothing to evaluate; give a --candidate")
+    retrained: Any
+    if options.retrained:
+        retrained = [problem.with_weights(file, "--retrained") for file in options.retrained]
+    else:
+        retrain = problem["retrain"]
+
+        def retrained(seed: int) -> Any:
+            return retrain(retain, seed)
+
+    evaluation = evaluate(
+        problem.model,
+        forget,
+        retain,
+        problem["test"],
+        problem["loss_fn"],
+        retrained=retrained,
+        methods=methods,
+        n_retrain=options.n_retrain,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        relearn=not options.no_relearn,
+        progress=console.progress,
+    )
+    document = evaluation.to_dict()
+    if options.output:
+        write_atomically(options.output, dump(document) + "\n")
+        console.note(f"wrote {options.output}")
+    console.emit(document, repr(evaluation))
+    return FAILED if any(method.error for method in evaluation.methods) else OK
+
+
+def split(train: Any, ids: list[int], n: int) -> tuple[Any, Any]:
+    """The removed and the retained ones of n samples, each of the kind of train."""
+    import numpy as np
+    import torch
+    from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+    if isinstance(train, DataLoader | IterableDataset) or not isinstance(
+        train, tuple | list | Mapping | Dataset
+    ):
+        raise InputError(
+            "to evaluate, train must be tensors, a dict of tensors or a Dataset; got an object of "
+            f"type {type(train).__name__}"
+        )
+    kept = np.delete(np.arange(n), ids)
+
+    def take(numbers: Any) -> Any:
+        if isinstance(train, Dataset):
+            return Subset(train, [int(i) for i in numbers])
+        index = torch.as_tensor(numbers)
+        if isinstance(train, Mapping):
+            return {key: part[index.to(part.device)] for key, part in train.items()}
+        return tuple(part[index.to(part.device)] for part in train)
+
+    return take(ids), take(kept)

@@ -1,0 +1,415 @@
+"""A copy of a model that is a function of the parameters of its selected units alone.
+
+The layers of selected units add what a displacement of these units' parameters would add to their
+outputs: layer(x; w + d) = layer(x; w) + layer(x; d), with only the selected rows of d. The
+displacement is zero, and everything is differentiated by it: autograd records nothing before the
+first selected layer, and forms the rows of the selected units only.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcodec_ext._torch.batches import Batch, tensors_of
+from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
+from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature.masked.entries import parameter_entries
+from lcodec_ext.curvature.masked.rows import LayerRows, RowsCall, row_module, rows_of
+from lcodec_ext.curvature.selection import UnitSelection
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A forward pass by the displaced parameters.
+
+    Attributes
+    ----------
+    outputs : tensor, or tuple, list or mapping of them
+        As the loss takes them.
+    values : list of Tensor
+        Those that depend on the displacement.
+    displacements : list of Tensor
+        Zeros that require gradients, one for each parameter.
+    calls : list of RowsCall
+    layer_outputs : list of (Tensor, int)
+        Of the calls of layers with rows, with their versions when these returned.
+    """
+
+    outputs: Any
+    values: list[Tensor]
+    displacements: list[Tensor]
+    calls: list[RowsCall]
+    layer_outputs: list[tuple[Tensor, int]]
+
+
+class _UsedElsewhereError(Exception):
+    """Parameters that something else than the forward pass of their layers computes with."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__(names)
+        self.names = names
+
+
+class MaskedModel:
+    """A copy of a model, in evaluation mode, as a function of its selected parameters.
+
+    It is a snapshot: what becomes of the model afterwards does not matter.
+
+    Parameters
+    ----------
+    model : Module
+    selection : UnitSelection
+    dtype : torch.dtype or None
+        In which to compute. By default the widest of the selected parameters', at least float32.
+
+    Attributes
+    ----------
+    size : int
+        Number p of coordinates.
+    whole : dict of str to str
+        Parameters whose whole gradient autograd forms, because their layers have no rows that
+        could be added, and why.
+    theta : Tensor, shape (p,)
+        The selected parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, selection: UnitSelection, dtype: torch.dtype | None
+    ) -> None:
+        if not isinstance(selection, UnitSelection):
+            raise TypeError(
+                f"selection must be a UnitSelection; got an object of type "
+                f"{type(selection).__name__}"
+            )
+        layout = UnitLayout(selection, model)
+        if not layout.size:
+            raise ValueError("the selection must have at least one unit; it is empty")
+        self.dtype, self.device = _place(layout, dtype)
+        self.size = layout.size
+        self.layout = layout
+        self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.model = _copy_of(model, layout).eval().requires_grad_(False)
+        self.model._apply(lambda t: _in_dtype(t, self.dtype))  # type: ignore[no-untyped-call]
+        self.entries = parameter_entries(layout, self.device)
+        self._base = {
+            name: parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if name in self.entries
+        }
+        self.theta = layout.gather(self._base)
+        # Parameters that nothing may compute with: a run replaces those of the copy.
+        self._outside: dict[int, tuple[weakref.ref[Tensor], str]] = {
+            id(p): (weakref.ref(p), name) for name, p in model.named_parameters()
+        }
+        self._watched: list[tuple[Tensor, str]] = []
+        self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
+        names = {}
+        for name in self.entries:
+            own = self.model.get_parameter(name).requires_grad_()
+            self._outside[id(own)] = weakref.ref(own), name
+            self._owners[name], names[id(own)] = [], name
+        for module in self.model.modules():
+            for key, parameter in module._parameters.items():
+                if id(parameter) in names:
+                    self._owners[names[id(parameter)]].append((module, key))
+        self.whole: dict[str, str] = {}
+        self._rows: dict[nn.Module, list[list[LayerRows]]] = {}
+        for name, owners in self._owners.items():
+            self._add_rows(name, owners)
+
+    def _add_rows(self, name: str, owners: list[tuple[nn.Module, str]]) -> None:
+        """Displace a parameter by rows of all its layers, or as a whole where one has none."""
+        found = []
+        for module, key in owners:
+            rows = self._find_rows(module, key, name)
+            if rows is None:
+                self._displace_whole(name, f"a {type(module).__name__} computes with it")
+            else:
+                found.append((module, rows))
+        if name in self.whole:
+            return
+        for module, rows in found:
+            groups = self._rows.setdefault(module, [])
+            for group in groups:  # what is added at the same places is added at once
+                if _at_the_same_places(group[0], rows):
+                    group.append(rows)
+                    break
+            else:
+                groups.append([rows])
+
+    def _displace_whole(self, name: str, why: str) -> None:
+        for module, _ in self._owners[name]:
+            if isinstance(module, nn.EmbeddingBag):
+                raise ValueError(
+                    f"units of an EmbeddingBag with mode={module.mode!r} whose weight {name!r} "
+                    f"has no rows that are added ({why}) cannot be differentiated twice"
+                )
+        self.whole[name] = why
+
+    def _find_rows(self, module: nn.Module, key: str, name: str) -> LayerRows | None:
+        entries = self.entries[name]
+        if not is_unit_layer(module) or isinstance(module, nn.MultiheadAttention):
+            return None
+        try:
+            ((_, _, attributes),) = unit_cuts(module)
+        except NoUnitsError:
+            return None
+        if key not in attributes or attributes[key][0] != entries.cut:
+            return None  # tied to a layer that cuts it in another way
+        return rows_of(module, key, name, entries.units)
+
+    # ------------------------------------------------------------------------------------------
+    # Vectors
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """The displacements of the parameters that a vector of coordinates is."""
+        return [entries.take(vector) for entries in self.entries.values()]
+
+    def join(self, displacements: Sequence[Tensor]) -> Tensor:
+        """The vector of displacements of the parameters; the reverse of `split`."""
+        out = displacements[0].new_zeros(self.size)
+        for entries, displacement in zip(self.entries.values(), displacements, strict=True):
+            entries.add_to(out, displacement)
+        return out
+
+    def columns(self, selection: UnitSelection) -> Tensor:
+        """The coordinates that the coordinates of a part of the selection are."""
+        before = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        for name, trainable in self._trainable.items():
+            self.model.get_parameter(name).requires_grad_(trainable)
+        layout = UnitLayout(selection, self.model)
+        for name, required in before.items():
+            self.model.get_parameter(name).requires_grad_(required)
+        out = torch.empty(layout.size, dtype=torch.int64, device=self.device)
+        for name, part in parameter_entries(layout, self.device).items():
+            whole = self.entries[name]
+            out[part.coordinates] = whole.coordinates[torch.searchsorted(whole.units, part.units)]
+        return out
+
+    @contextmanager
+    def moved(self, step: Tensor) -> Iterator[None]:
+        """While entered, the selected parameters are displaced by a vector."""
+        before = self._base
+        self._base = {
+            name: entries.displaced(before[name], part)
+            for (name, entries), part in zip(self.entries.items(), self.split(step), strict=True)
+        }
+        try:
+            yield
+        finally:
+            self._base = before
+
+    # ------------------------------------------------------------------------------------------
+    # The forward pass
+
+    def run(self, batch: Batch) -> ForwardPass:
+        """Call the model on a batch, differentiably by a displacement of zero."""
+        while True:
+            try:
+                return self._run(batch)
+            except _UsedElsewhereError as error:
+                for name in error.names:
+                    self._displace_whole(
+                        name, "it is used outside of its layer's forward pass, too"
+                    )
+                for module, groups in self._rows.items():
+                    kept = [[r for r in group if r.parameter not in self.whole] for group in groups]
+                    self._rows[module] = [group for group in kept if group]
+
+    def _check_outside(self, leaves: dict[int, Tensor], what: str) -> None:
+        for key, leaf in leaves.items():
+            reference, name = self._outside.get(key, (None, ""))
+            if reference is not None and reference() is leaf:
+                raise ValueError(
+                    f"{what} computes with parameter {name!r} in a way that a copy of the model "
+                    "does not follow: through a lambda, a closure, a bound method or a list that "
+                    "holds it, or as the parameter itself"
+                )
+
+    def check_loss(self, loss: Tensor, displacements: Sequence[Tensor] = ()) -> None:
+        """Refuse a loss that depends on parameters other than through the outputs that are seen.
+
+        The displacements are given where the loss is one of outputs without their graphs.
+        """
+        leaves = _leaves([loss])
+        self._check_outside(leaves, "the loss (weight_decay is an argument of its own)")
+        hidden = [value for value, _ in self._watched] + list(displacements)
+        if any(leaves.get(id(value)) is value for value in hidden):
+            raise ValueError(
+                "the loss must depend on the selected parameters through the tensors, tuples, "
+                "lists and dicts that the model returns, and through nothing else"
+            )
+
+    def _run(self, batch: Batch) -> ForwardPass:
+        displacements = {
+            name: torch.zeros(e.shape, dtype=self.dtype, device=self.device, requires_grad=True)
+            for name, e in self.entries.items()
+        }
+        calls: list[RowsCall] = []
+        layer_outputs: list[tuple[Tensor, int]] = []
+        watched: list[tuple[Tensor, str]] = []
+        with ExitStack() as stack:
+            for name, owners in self._owners.items():
+                value = self._base[name]
+                if name in self.whole:
+                    value = self.entries[name].displaced(value, displacements[name])
+                else:
+                    value = value.detach().requires_grad_()
+                    watched.append((value, name))
+                for module, key in owners:
+                    stack.enter_context(_replaced(module._parameters, key, value))
+            for module, groups in self._rows.items():
+                if groups:
+                    given = {name: value for value, name in watched}
+                    forward = _forward(module, groups, given, displacements, calls, layer_outputs)
+                    stack.enter_context(_replaced(vars(module), "forward", forward))
+            outputs = self.model(*batch.args, **batch.kwargs)
+        logits = getattr(outputs, "logits", None)
+        outputs = logits if isinstance(logits, Tensor) else outputs
+        if next(tensors_of(outputs), None) is None:
+            raise TypeError(
+                "the model must return a tensor, or tuples, lists or dicts of them; got an object "
+                f"of type {type(outputs).__name__}"
+            )
+        values = [t for t in tensors_of(outputs) if t.requires_grad]
+        leaves = _leaves(values)
+        self._check_outside(leaves, "the model")
+        self._watched = watched
+        elsewhere = {name for value, name in watched if id(value) in leaves}
+        if elsewhere:
+            raise _UsedElsewhereError(elsewhere)
+        return ForwardPass(outputs, values, list(displacements.values()), calls, layer_outputs)
+
+
+def _place(layout: UnitLayout, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
+    """In which dtype to compute, and where."""
+    dtypes = {parameter.dtype for parameter in layout.parameters.values()}
+    if dtype is None:
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32, torch.float64 or None; got {dtype}")
+    devices = {parameter.device for parameter in layout.parameters.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the selected units must be on one device; they are on "
+            f"{', '.join(sorted(map(str, devices)))}"
+        )
+    return dtype, devices.pop()
+
+
+def _copy_of(model: nn.Module, layout: UnitLayout) -> nn.Module:
+    memo: dict[int, Any] = {}
+    selected = {id(parameter): name for name, parameter in layout.parameters.items()}
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                for leaf in _leaves([value]):
+                    if leaf in selected:
+                        raise ValueError(
+                            f"attribute {key!r} of a {type(module).__name__} was computed from the "
+                            f"selected parameter {selected[leaf]!r} beforehand; compute it in the "
+                            "forward pass"
+                        )
+                memo[id(value)] = value.detach().clone()  # deepcopy refuses these
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"model cannot be copied by copy.deepcopy: {error}") from error
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex():
+        dtype = {torch.float32: torch.complex64, torch.float64: torch.complex128}[dtype]
+    elif not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
+
+
+@contextmanager
+def _replaced(values: dict[str, Any], key: str, value: Any) -> Iterator[None]:
+    had, before = key in values, values.get(key)
+    values[key] = value
+    try:
+        yield
+    finally:
+        if had:
+            values[key] = before
+        else:
+            del values[key]
+
+
+def _forward(
+    module: nn.Module,
+    groups: list[list[LayerRows]],
+    given: dict[str, Tensor],
+    displacements: dict[str, Tensor],
+    calls: list[RowsCall],
+    layer_outputs: list[tuple[Tensor, int]],
+) -> Callable[..., Tensor]:
+    """The forward pass of a layer that adds its rows."""
+    merged = groups[0][0].merged
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        # Parameters that are displaced as a whole are not leaves.
+        fixed = {
+            key: parameter.detach()
+            for key, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_leaf
+        }
+        out: Tensor = type(module).forward(row_module(module, fixed), *args, **kwargs)
+        shape = out.shape
+        if merged > 1:
+            out = out.flatten(-merged)
+        for group in groups:
+            values = []
+            for rows in group:
+                if module._parameters.get(rows.key) is not given[rows.parameter]:
+                    continue  # called with other parameters
+                axis = rows.axis if rows.axis < 0 else rows.axis - out.ndim
+                sizes = list(out.shape)
+                if rows.places is not None:
+                    sizes[axis] = len(rows.places)
+                value = rows.of(args, kwargs, displacements[rows.parameter], axis).expand(sizes)
+                if value.requires_grad:  # not under no_grad
+                    versions = tuple(t._version for t in tensors_of([args, kwargs]))
+                    calls.append(RowsCall(rows, args, kwargs, value, axis, versions))
+                values.append(value)
+            if not values:
+                continue
+            total = sum(values[1:], values[0])
+            places = group[0].places
+            out = out + total if places is None else out.index_add(axis, places, total)
+        out = out.reshape(shape)
+        layer_outputs.append((out, out._version))
+        return out
+
+    return forward
+
+
+def _at_the_same_places(a: LayerRows, b: LayerRows) -> bool:
+    return a.places is not None and b.places is not None and torch.equal(a.places, b.places)
+
+
+def graph_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph of some values, each once."""
+    seen = set()
+    waiting = [value.grad_fn for value in values]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(parent for parent, _ in node.next_functions)
+
+
+def _leaves(values: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The tensors, by id, at which the graph of some values ends."""
+    ends = [v for v in values if v.requires_grad and v.grad_fn is None]
+    nodes = (getattr(node, "variable", None) for node in graph_nodes(values))
+    return {id(leaf): leaf for leaf in (*ends, *nodes) if leaf is not None}

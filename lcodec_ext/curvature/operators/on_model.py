@@ -1,0 +1,81 @@
+"""What the operators have in common that a model, a loss and data make."""
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lcodec_ext._checks import check_real
+from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext.curvature.objective import Objective
+from lcodec_ext.curvature.operators.base import SMALL, SMALL_CHEAP, CurvatureOperator
+from lcodec_ext.curvature.routes.base import Route
+from lcodec_ext.curvature.routes.delta import DeltaRoute, Form
+from lcodec_ext.curvature.routes.head import HeadRoute, NotAHeadError
+from lcodec_ext.curvature.routes.low_rank import LowRank
+from lcodec_ext.curvature.selection import UnitSelection
+
+
+class ModelOperator(CurvatureOperator):
+    """What the operators have in common that a model, a loss and data make."""
+
+    @plain_arithmetic()
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        data: Any,
+        selection: UnitSelection,
+        *,
+        damping: float = 0.0,
+        weight_decay: float = 0.0,
+        reduction: Literal["mean", "sum"] = "mean",
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.damping = check_real(damping, "damping", 0)
+        self.weight_decay = check_real(weight_decay, "weight_decay", 0)
+        objective = Objective(
+            model, loss_fn, data, selection, dtype=dtype, reduction=reduction, progress=progress
+        )
+        self._progress = objective.progress
+        self.selection = objective.selection
+        masked = objective.masked
+        self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
+        self._objective = objective
+        self._route = self._choose(objective)
+        self.plan = self._route.plan
+        self.shift = self.damping + self.weight_decay
+        self.formed_up_to = SMALL if isinstance(self._route, DeltaRoute) else SMALL_CHEAP
+
+    @abstractmethod
+    def _choose(self, objective: Objective) -> Route:
+        """The route for the case."""
+
+    def _describe(self) -> str:
+        return (
+            f"the {self._kind} on {self.shape[0]:,} selected parameters, with weight_decay="
+            f"{self.weight_decay:g} and damping={self.damping:g} included"
+        )
+
+    def _product(self, V: Tensor) -> Tensor:
+        return self._route.product(V)
+
+    def _diagonal(self) -> Tensor | None:
+        return self._route.diagonal()
+
+    def _low_rank(self, most: int) -> LowRank | None:
+        return self._route.low_rank(most)
+
+    def _dense(self) -> Tensor | None:
+        return self._route.dense()
+
+
+def head_or_delta(objective: Objective, form: type[Form]) -> Route:
+    """Factored rows where the units are those of a head, else backward passes."""
+    try:
+        return HeadRoute(objective)
+    except NotAHeadError as reason:
+        return DeltaRoute(objective, form, str(reason))

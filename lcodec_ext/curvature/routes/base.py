@@ -1,0 +1,52 @@
+"""A way to multiply by the matrix of an objective."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lcodec_ext.curvature.routes.low_rank import LowRank
+
+CACHE_BYTES = 2**29  # of what is kept from one product to the next
+FEW_ROWS = 2048  # of a matrix of low rank that is solved in its rows
+
+
+class Route(ABC):
+    """A way to multiply by the matrix of an objective."""
+
+    plan: str  # which way and why, for people
+
+    @abstractmethod
+    def product(self, V: Tensor) -> Tensor:
+        """The matrix times the columns of V, shape (p, m)."""
+
+    def diagonal(self) -> Tensor | None:
+        """The diagonal, where it costs less than p products."""
+        return None
+
+    def low_rank(self, most: int) -> LowRank | None:
+        """The matrix by at most so many rows, where it has such a form."""
+        return None
+
+    def dense(self) -> Tensor | None:
+        """The matrix itself, where it costs less than p products."""
+        return None
+
+
+def pull(
+    values: Sequence[Tensor], by: Sequence[Tensor], seeds: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """sum seeds . d values / d by, keeping the graph; zeros where nothing depends."""
+    pairs = [(v, s) for v, s in zip(values, seeds, strict=True) if v.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(t) for t in by]
+    roots, seeds = zip(*pairs, strict=True)
+    return torch.autograd.grad(roots, by, seeds, retain_graph=True, materialize_grads=True)
+
+
+def gradient_graph(loss: Tensor, by: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradient by some tensors, with its graph; zeros where nothing depends."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(t) for t in by]
+    return torch.autograd.grad(loss, by, create_graph=True, materialize_grads=True)

@@ -1,0 +1,89 @@
+"""Which backend answers a call: the one place that decides it."""
+
+from typing import Any, Literal
+
+from lcodec_ext._arrays import is_tensor, on_cuda
+from lcodec_ext._checks import check_choice
+from lcodec_ext.dependence.backends.base import Backend, HostBackend
+from lcodec_ext.dependence.backends.cpu import CpuBackend
+from lcodec_ext.dependence.backends.reference import ReferenceBackend
+
+BackendName = Literal["auto", "cpu", "cuda", "reference"]
+BackendLike = BackendName | Backend
+_NAMES = ("auto", "cpu", "cuda", "reference")
+_CPU, _REFERENCE = CpuBackend(), ReferenceBackend()
+
+
+def resolve(backend: BackendLike, **arrays: Any) -> Backend:
+    """The backend to run, from the one that was asked for and where the data lie.
+
+    "auto" follows the data: NumPy arrays and CPU tensors run on the CPU, CUDA tensors on their
+    device. Data are never copied between devices unasked, and a backend that was named is never
+    replaced. A `Backend` is taken as it is: its arrays have been resolved.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, data on a device that the backend does not run on, or on several.
+    RuntimeError
+        If CUDA tensors are given and this build or machine cannot compute on them.
+    """
+    if isinstance(backend, Backend):
+        return backend
+    check_choice(backend, "backend", _NAMES)
+    given = {name: array for name, array in arrays.items() if array is not None}
+    first = next((name for name, array in given.items() if on_cuda(array)), None)
+    if backend == "cuda":
+        for name, array in given.items():
+            if not on_cuda(array):
+                raise ValueError(
+                    f"backend='cuda' computes on CUDA tensors, and {name} is {_place(array)}: "
+                    f"pass {_tensor(name, array)}.cuda()"
+                )
+    elif backend != "auto" or first is None:
+        where = "the CPU and on CUDA devices" if backend == "auto" else "the CPU"
+        _refuse_devices(given, f"backend={backend!r} computes on {where}")
+        return _REFERENCE if backend == "reference" else _CPU
+    if first is None:  # all arguments are None, which their own check refuses
+        return _CPU
+    device = given[first].device
+    for name, array in given.items():
+        if not is_tensor(array) or array.device != device:
+            raise ValueError(
+                f"all arguments must be on one device; {first} is on '{device}', {name} is "
+                f"{_place(array)}: pass {_tensor(name, array)}.to({first}.device)"
+            )
+    from lcodec_ext._torch.device import Device
+    from lcodec_ext.dependence.backends.cuda import CudaBackend  # needs torch
+
+    return CudaBackend(Device(device))
+
+
+def resolve_on_cpu(function: str, backend: BackendLike, **arrays: Any) -> HostBackend:
+    """`resolve` for a function that has no CUDA kernels."""
+    if isinstance(backend, HostBackend):
+        return backend
+    check_choice(backend, "backend", _NAMES)
+    if backend == "cuda":
+        raise ValueError(
+            f"{function} computes on the CPU only; got backend='cuda': pass backend='auto'"
+        )
+    _refuse_devices(arrays, f"{function} computes on the CPU only")
+    return _REFERENCE if backend == "reference" else _CPU
+
+
+def _refuse_devices(arrays: dict[str, Any], reason: str) -> None:
+    for name, array in arrays.items():
+        if is_tensor(array) and array.device.type != "cpu":
+            raise ValueError(
+                f"{name} is a tensor on device '{array.device}', and {reason}; data are not "
+                f"copied between devices unasked: pass {name}.cpu()"
+            )
+
+
+def _place(array: Any) -> str:
+    return f"a tensor on device '{array.device}'" if is_tensor(array) else "not a tensor"
+
+
+def _tensor(name: str, array: Any) -> str:
+    return name if is_tensor(array) else f"torch.as_tensor({name})"

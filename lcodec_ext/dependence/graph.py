@@ -1,0 +1,128 @@
+"""The graph of which columns FOCI selects for which."""
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcodec_ext._checks import check_bool, check_choice
+from lcodec_ext._progress import progress_bar
+from lcodec_ext.dependence.backends.base import Ties
+from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
+from lcodec_ext.dependence.foci import FociResult, foci
+from lcodec_ext.dependence.scaling import (
+    STANDARDIZE,
+    Standardize,
+    check_overflow,
+    constant_columns,
+    scale_factors,
+    squared_spans,
+)
+from lcodec_ext.dependence.table import as_features, clean_rows
+
+
+@dataclass(frozen=True, eq=False)
+class DependenceGraph:
+    """Which columns FOCI selects for which.
+
+    Attributes
+    ----------
+    adjacency : ndarray of bool, shape (p, p)
+        ``adjacency[i, j]``: column j was selected for the response column i. Not symmetric.
+    weights : ndarray of float64, shape (p, p)
+        The conditional T with which it was selected; 0 elsewhere.
+    results : list of FociResult
+        One for each column as the response; their indices are those of X.
+    names : list of str or None
+        Column names of X.
+    """
+
+    adjacency: NDArray[np.bool_]
+    weights: NDArray[np.float64]
+    results: list[FociResult]
+    names: list[str] | None
+
+
+def dependence_graph(
+    X: Any,
+    *,
+    stop: bool = True,
+    max_features: int | None = None,
+    min_gain: float = 0.0,
+    standardize: Standardize | None = "scale",
+    ties: Ties = "average",
+    seed: int | None = None,
+    nan_policy: Literal["raise", "omit"] = "raise",
+    backend: BackendLike = "auto",
+    progress: bool = False,
+) -> DependenceGraph:
+    """Run `foci` with every column in turn as the response and the others as candidates.
+
+    Parameters
+    ----------
+    X : array_like of shape (n, p)
+        At least two columns.
+    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress
+        As in `foci`. With nan_policy="omit" a row with a NaN in any column is left out for all.
+
+    Returns
+    -------
+    DependenceGraph
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        As `foci`.
+
+    Notes
+    -----
+    p runs of `foci`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = np.random.default_rng(0).normal(size=(2, 400))
+    >>> graph = dependence_graph(np.column_stack([a, b, a * b]))
+    >>> graph.adjacency[2].tolist()
+    [True, True, False]
+    """
+    chosen = resolve(backend, X=X)
+    check_bool(progress, "progress")
+    check_choice(standardize, "standardize", STANDARDIZE)
+    features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors)
+    p, names = features.values.shape[1], features.names
+    if p < 2:
+        raise ValueError(f"X must have at least two columns for a graph; got {p}")
+    values = clean_rows({"X": features}, nan_policy)["X"]
+    columns = chosen.lay_out(values)
+    features.warn_constant(constant_columns(columns), stacklevel=2)
+    spans = squared_spans(columns, scale_factors(columns, standardize, features.label))
+    check_overflow(spans, features.label)
+    adjacency = np.zeros((p, p), dtype=bool)
+    weights = np.zeros((p, p))
+    results = []
+    with progress_bar(progress, total=p, desc="columns", unit="column") as bar:
+        for i in range(p):
+            others = np.delete(np.arange(p), i)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* constant")  # said once above
+                result = foci(
+                    values[:, others],
+                    values[:, i],
+                    stop=stop,
+                    max_features=max_features,
+                    min_gain=min_gain,
+                    standardize=standardize,
+                    ties=ties,
+                    seed=seed,
+                    backend=chosen,
+                )
+            selected = others[result.ordering]
+            adjacency[i, selected] = True
+            weights[i, selected] = result.conditional
+            chosen_names = None if names is None else [names[k] for k in selected]
+            results.append(replace(result, ordering=selected, names=chosen_names, n_features=p))
+            bar.update()
+    return DependenceGraph(adjacency, weights, results, names)

@@ -1,0 +1,78 @@
+"""The removal of some samples at once: select, step, guard."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lcodec_ext.curvature import SolveResult, UnitSelection
+from lcodec_ext.unlearning.guard import Attempt, Watch, guarded_step
+from lcodec_ext.unlearning.request import Part
+from lcodec_ext.unlearning.select import RULES, Choice, choose
+from lcodec_ext.unlearning.step import Block
+from lcodec_ext.unlearning.workplace import Workplace
+
+_ROUNDS = 100  # after which a repeated selection ends in any case; the paper has no such end
+
+
+@dataclass(frozen=True, eq=False)
+class Deletion:
+    """What was done to remove some samples at once."""
+
+    numbers: list[int]  # their positions in the request
+    selection: UnitSelection  # units that were changed, or if all was taken back, that were tried
+    choice: Choice  # the last one
+    rounds: tuple[tuple[Attempt, ...], ...]  # attempts for each selection; with "cheap" several
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the removal was taken back; a later unit of "cheap" is taken back alone."""
+        return not self.rounds[0][-1].accepted
+
+    @property
+    def attempts(self) -> Iterator[Attempt]:
+        """All of them."""
+        return (attempt for attempts in self.rounds for attempt in attempts)
+
+    @property
+    def last(self) -> Attempt:
+        """The last one."""
+        return self.rounds[-1][-1]
+
+    @property
+    def solves(self) -> list[SolveResult]:
+        """Of the last attempt of every round."""
+        return [solve for attempts in self.rounds for solve in attempts[-1].steps.solves]
+
+    @property
+    def n_gradient(self) -> int:
+        """Gradient steps of the same."""
+        return sum(attempts[-1].steps.n_gradient for attempts in self.rounds)
+
+    @property
+    def plan(self) -> str:
+        """How products with the last matrix were computed."""
+        return next((a.steps.plan for a in reversed(list(self.attempts)) if a.steps.plan), "")
+
+
+def delete(work: Workplace, part: Part, watch: Watch) -> Deletion:
+    """Remove some samples from the model of the workplace.
+
+    With a repeated selection one unit is selected after the other, at the weights that the step
+    on the one before has left.
+    """
+    selection = work.settings.selection
+    repeated = isinstance(selection, str) and RULES[selection].repeated
+    taken, rounds = UnitSelection({}), []
+    for number in range(work.settings.n_units or _ROUNDS if repeated else 1):
+        with work.timed("gradients"):
+            gradient = work.gradient(part.forget)[1]
+        choice = choose(work, part.forget, gradient, part.seed, taken)
+        if number and not choice.selection:
+            break
+        block = Block.of(work, part, choice.selection, gradient)
+        rounds.append(guarded_step(block, watch))
+        accepted = rounds[-1][-1].accepted
+        if accepted or not number:
+            taken |= choice.selection
+        if not accepted:
+            break
+    return Deletion(part.numbers, taken, choice, tuple(rounds))

@@ -1,0 +1,196 @@
+"""The guard: whether a step did harm, and what is then done about it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lcodec_ext._torch.loss import NotFiniteError
+from lcodec_ext._torch.samples import Samples
+from lcodec_ext.unlearning.repair import recalibrate, repair
+from lcodec_ext.unlearning.request import Request
+from lcodec_ext.unlearning.step import Block, Steps, take_steps
+from lcodec_ext.unlearning.workplace import Workplace
+
+_LONGEST = 8.0  # multiple of a step, by lengthening it
+_LENGTHS = 6  # that are tried
+_SHORT = 1.0  # relative residual of a step that falls short
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """What is watched for harm, and its value at the start."""
+
+    work: Workplace
+    samples: Samples
+    watched: str  # what it is called
+    before: float
+
+    @classmethod
+    def of(cls, work: Workplace, samples: Samples) -> "Guard":
+        """Watch samples from the present weights on."""
+        with work.timed("guard"):
+            return cls(work, samples, *work.quality(samples))
+
+    def now(self) -> float:
+        """The present value, minus infinity where the outputs of the model are not finite."""
+        with self.work.timed("guard"):
+            try:
+                return self.work.quality(self.samples)[1]
+            except ValueError:  # anything else would have failed at the start
+                return -math.inf
+
+    @property
+    def most(self) -> float:
+        """How far it may fall."""
+        most = self.work.settings.max_drop
+        return math.inf if most is None else most
+
+    def allows(self, value: float) -> bool:
+        """Whether a value has fallen no further than it may; NaN has."""
+        return self.work.settings.max_drop is None or self.before - value <= self.most
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """The guard of a deletion, and the samples on which a step may be lengthened."""
+
+    guard: Guard | None
+    unread: Samples | None  # retained samples that the step has not read
+
+    @classmethod
+    def of(cls, work: Workplace, request: Request) -> "Watch":
+        """What the settings ask to watch, from the present weights on."""
+        settings, held = work.settings, request.validation
+        guarded = settings.max_drop is not None or settings.repair_drop is not None
+        unread = None
+        if request.kept is not None and (
+            settings.lengthen is not None or (guarded and held is None)
+        ):
+            unread = request.kept.unread()
+        held = unread if held is None else held
+        if not guarded:
+            return cls(None, unread)
+        assert held is not None  # requests without are refused beforehand
+        return cls(Guard.of(work, held), unread)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A step that was tried."""
+
+    damping: float
+    steps: Steps
+    length: float = 1.0  # multiple of the step that was taken
+    repaired: bool = False
+    value: float = math.nan  # what the guard saw afterwards
+    accepted: bool = True
+
+
+def guarded_step(block: Block, watch: Watch) -> tuple[Attempt, ...]:
+    """Step until the guard accepts it, with ten times the damping each time; else restore."""
+    settings = block.work.settings
+    damping, rate = settings.damping, settings.learning_rate
+    unread_loss = math.nan
+    if settings.lengthen is not None and watch.unread is not None:
+        unread_loss = block.work.mean_loss(watch.unread)
+    attempts: list[Attempt] = []
+    for _ in range(settings.retries + 1):
+        attempts.append(_attempt(block, watch, unread_loss, damping, rate))
+        if attempts[-1].accepted:
+            break
+        block.restore(block.start, block.buffers)
+        damping = max(10 * damping, 1e-4)
+        rate /= 10
+    return tuple(attempts)
+
+
+def _attempt(
+    block: Block, watch: Watch, unread_loss: float, damping: float, rate: float
+) -> Attempt:
+    guard = watch.guard
+    steps = take_steps(block, damping, rate)
+    if steps.failure is not None:
+        if guard is None:
+            raise steps.failure
+        return Attempt(damping, steps, value=-math.inf, accepted=False)
+    recalibrate(block)
+    length, harmed = _adjusted(block, watch, unread_loss, steps)
+    repaired = bool(block.work.settings.repair_epochs) and harmed and _repaired(block, guard)
+    if guard is None:
+        return Attempt(damping, steps, length, repaired)
+    value = guard.now()
+    return Attempt(damping, steps, length, repaired, value, guard.allows(value))
+
+
+def _adjusted(block: Block, watch: Watch, unread_loss: float, steps: Steps) -> tuple[float, bool]:
+    """Halve a step that does harm, lengthen one that does little; its length, whether to repair."""
+    settings, guard = block.work.settings, watch.guard
+    whole = block.now() - block.start
+
+    def take(length: float) -> None:
+        block.put(block.start + length * whole)
+        recalibrate(block)
+
+    def small() -> bool:
+        assert watch.unread is not None
+        assert settings.lengthen is not None
+        rise = block.work.mean_loss(watch.unread) - unread_loss
+        return rise <= settings.lengthen * len(block.part.forget)  # false for nan
+
+    short = bool(steps.solves) and steps.solves[-1].residual > _SHORT
+    lengthens = short and settings.lengthen is not None and watch.unread is not None
+    length = 1.0
+    if guard is None:
+        return (_lengthened(take, small, length) if lengthens else length), True
+    fall = guard.before - guard.now()
+    harmed = settings.repair_drop is None or fall > settings.repair_drop
+    for halving in range(1, settings.halvings + 1):
+        if fall <= guard.most:
+            break
+        length = 0.5**halving
+        take(length)
+        fall = guard.before - guard.now()
+    if lengthens and not harmed:
+        length = _lengthened(take, small, length)
+    return length, harmed
+
+
+def _lengthened(take: Callable[[float], None], small: Callable[[], bool], length: float) -> float:
+    """Lengthen a step that was ended early until the retained samples notice."""
+    low, high = 1.0, math.inf
+    if not small():
+        return length
+    for _ in range(_LENGTHS):
+        length = 2 * low if high == math.inf else (low + high) / 2
+        take(length)
+        low, high = (length, high) if small() else (low, length)
+        if low == _LONGEST:
+            return low
+    take(low)
+    return low
+
+
+def _repaired(block: Block, guard: Guard | None) -> bool:
+    """Repair; take that back if it does harm itself, as a large learning rate may.
+
+    Harm is a loss of some accuracy only past max_drop: on samples that the model knew by heart
+    any training costs a little.
+    """
+    theta = block.now()
+    buffers = {k: b.clone() for k, b in block.work.model.named_buffers()}
+    before = math.nan if guard is None else guard.now()
+    failed = False
+    with block.work.timed("repair"):
+        try:
+            repair(block)
+        except NotFiniteError:
+            if guard is None:
+                raise
+            failed = True
+    if guard is None:
+        return True
+    after = -math.inf if failed else guard.now()
+    if after < before and guard.before - after > (block.work.settings.max_drop or 0.0):
+        block.restore(theta, buffers)
+        return False
+    return True

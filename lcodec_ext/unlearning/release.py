@@ -1,0 +1,141 @@
+"""What the noise of the settings guarantees for the result of a deletion."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lcodec_ext.unlearning.deletion import Deletion
+from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
+from lcodec_ext.unlearning.request import Request
+from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.workplace import Measured, Workplace, norm
+
+GUARDED = "max_drop: a guard looks at the data and tells what it saw"
+
+
+def guarantee_of(
+    settings: Settings, model: nn.Module, *, damping: float, order: str, **measured: Any
+) -> Guarantee:
+    """What the noise of the settings guarantees for a deletion with them, guard and all.
+
+    Parameters
+    ----------
+    settings, model : Settings, Module
+    damping, order
+        As the step had them.
+    **measured
+        n, m, n_selected, training_gradient_norm, solve_residual and parameter_norm, as
+        `removal_guarantee` takes them.
+
+    Raises
+    ------
+    ValueError
+        If the settings ask for a certificate and there is none.
+    """
+    s = settings
+    guarantee = removal_guarantee(
+        model,
+        **measured,
+        epsilon=s.epsilon,
+        delta=s.delta,
+        weight_decay=s.weight_decay,
+        update="newton" if s.update == "certified" else s.update,
+        curvature=s.curvature,
+        gradient=s.gradient,
+        damping=damping,
+        steps=s.steps,
+        n_curvature=s.n_curvature,
+        order=order,
+        repair_epochs=s.repair_epochs,
+        lipschitz=s.lipschitz,
+        hessian_lipschitz=s.hessian_lipschitz,
+        strong_convexity=s.strong_convexity,
+        radius=s.radius,
+        gradient_bound=s.gradient_bound,
+        rtol=s.rtol,
+    )
+    reasons = guarantee.reasons
+    if s.max_drop is not None:
+        reasons = (*reasons, GUARDED)
+    if s.lengthen is not None:
+        reasons = (*reasons, "lengthen: the length of the step depends on the data")
+    if s.update == "certified" and reasons:
+        raise ValueError(
+            "update='certified' is not possible here: "
+            + "; ".join(reasons)
+            + ". Ask for update='newton' to get the same step with heuristic noise"
+        )
+    if guarantee.kind == "none" or not reasons:
+        return guarantee
+    return dataclasses.replace(guarantee, kind="heuristic", reasons=reasons)
+
+
+def check_certifiable(work: Workplace, model: nn.Module, request: Request) -> None:
+    """Refuse update="certified" where something is lacking, before anything is computed."""
+    if work.settings.update == "certified":
+        guarantee_of(
+            work.settings,
+            model,
+            n=request.m + request.n_retain,
+            m=request.m,
+            n_selected=work.n_trainable,
+            training_gradient_norm=0.0,
+            solve_residual=0.0,
+            parameter_norm=0.0,
+            damping=work.settings.damping,
+            order=work.settings.order,
+        )
+
+
+def guarantee_of_deletions(
+    work: Workplace,
+    model: nn.Module,
+    request: Request,
+    deletions: Sequence[Deletion],
+    before: Measured,
+    start_norm: float,
+    n_selected: int,
+) -> Guarantee:
+    """What noise the result of deletions takes, and what that guarantees."""
+    settings, monitored = work.settings, request.monitored
+    whole = monitored is not None and len(monitored) == request.n_retain
+    now = norm({k: p.detach() for k, p in work.parameters.items()})
+    guarantee = guarantee_of(
+        settings,
+        model,
+        n=request.m + request.n_retain,
+        m=request.m,
+        n_selected=n_selected,
+        training_gradient_norm=training_norm(before, request) if whole else math.nan,
+        solve_residual=max((v.residual for d in deletions for v in d.solves), default=math.nan),
+        parameter_norm=max(start_norm, now),
+        damping=deletions[-1].last.damping,
+        order=settings.order,
+    )
+    if guarantee.kind == "none" or not any(d.skipped for d in deletions):
+        return guarantee
+    why = "samples of the request were not removed: their removal was taken back"
+    return dataclasses.replace(guarantee, kind="heuristic", reasons=(*guarantee.reasons, why))
+
+
+def with_noise(work: Workplace, model: nn.Module, guarantee: Guarantee) -> nn.Module:
+    """A model with the noise of a guarantee, which the workplace takes over."""
+    if guarantee.sigma == 0:
+        return model
+    noisy = add_noise(model, guarantee.sigma)
+    work.take_over(noisy)
+    return noisy
+
+
+def training_norm(measured: Measured, request: Request) -> float:
+    """Gradient norm of the objective on removed and retained samples together."""
+    if measured.retained is None:
+        return math.nan
+    m, n_retain = request.m, request.n_retain
+    n = m + n_retain
+    return norm(
+        {k: (m * measured.forget[k] + n_retain * g) / n for k, g in measured.retained.items()}
+    )

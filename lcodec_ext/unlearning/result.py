@@ -1,0 +1,265 @@
+"""What `unlearn` returns."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.dependence import FociResult
+from lcodec_ext.unlearning.deletion import Deletion
+from lcodec_ext.unlearning.guard import Guard
+from lcodec_ext.unlearning.privacy import Guarantee
+from lcodec_ext.unlearning.release import training_norm
+from lcodec_ext.unlearning.request import Request
+from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.workplace import Measured, Workplace, norm
+
+_LAYERS = 6  # that a representation lists
+
+
+class BeforeAfter(NamedTuple):
+    """A quantity before and after the deletion."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class UnlearnResult:
+    """The model after `unlearn`, and what was done to it.
+
+    The retained objective is the mean loss of retained samples plus (weight_decay / 2) |w|^2, w
+    being all trainable parameters. What is said of it was measured on `n_monitored` of them, with
+    the model in evaluation mode.
+
+    Attributes
+    ----------
+    model : Module
+        A new model, or with inplace=True the one that was given.
+    settings : Settings
+        As used.
+    selection : UnitSelection
+        The units whose parameters were changed; where all was taken back, those that were tried.
+    foci : FociResult or None
+        The selection by L-FOCI: T of the loss, and in `names` the unit and call ("fc1[3] call 0")
+        of every step.
+    n_forget, n_retain, n_monitored : int
+        Samples removed and retained, and those of the latter that were measured.
+    n_parameters, n_trainable : int
+        Parameters of the selected units, and trainable ones of the model.
+    n_units : int
+        Units that could have been selected.
+    n_dead : int
+        Of these, units that no perturbation moved, left out by "lfoci" and "cheap".
+    skipped : tuple of int
+        Samples of the request, by position, whose removal did harm and was taken back: all of
+        them or none, but with order="sequential". They are still in the model, and need retraining.
+    attempts : int
+        Steps that were tried, the retries included.
+    length : float
+        What multiple of the step was taken in the last attempt, by `Settings.halvings` and
+        `Settings.lengthen`.
+    repaired : bool
+        Whether repair epochs followed a step.
+    damping : float
+        As used in the last attempt.
+    curvature_plan : str
+        Which way products with the matrix were computed, and why; empty for updates without one.
+    solve_method : str
+        "cholesky", "cg" or "woodbury": see `CurvatureOperator.solve`; else the update.
+    solve_iterations : int
+    solve_residual : float
+        |matrix @ step - gradient| / |gradient|, the largest of all steps; nan without a matrix.
+    step_norm : float
+        Euclidean norm of the change of the weights.
+    training_gradient_norm : float
+        Gradient norm, before, of the objective on removed and retained samples together; nan
+        without retained samples. The removal gradient takes it for zero: compare
+        `gradient_norm.before`.
+    gradient_norm, gradient_norm_selected : BeforeAfter
+        Of the retained objective, over all trainable parameters and over those selected.
+    loss_forget, loss_retain : BeforeAfter
+        Mean losses, without the regulariser.
+    guard : BeforeAfter
+        What the guard watched, of the given model and of the result before noise; nan where
+        `Settings.max_drop` is None.
+    watched : str
+        What that is: "accuracy", "the score" or, where there is neither, "minus the mean loss".
+    guarantee : Guarantee
+        What (epsilon, delta) mean for this result: certified, heuristic, or nothing.
+    seconds : dict of str to float
+        Time taken by each phase, and in "total".
+    """
+
+    model: nn.Module
+    settings: Settings
+    selection: UnitSelection
+    foci: FociResult | None
+    n_forget: int
+    n_retain: int
+    n_monitored: int
+    n_parameters: int
+    n_trainable: int
+    n_units: int
+    n_dead: int
+    skipped: tuple[int, ...]
+    attempts: int
+    length: float
+    repaired: bool
+    damping: float
+    curvature_plan: str
+    solve_method: str
+    solve_iterations: int
+    solve_residual: float
+    step_norm: float
+    training_gradient_norm: float
+    gradient_norm: BeforeAfter
+    gradient_norm_selected: BeforeAfter
+    loss_forget: BeforeAfter
+    loss_retain: BeforeAfter
+    guard: BeforeAfter
+    watched: str
+    guarantee: Guarantee
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the model, as JSON takes it; nan becomes None."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "model":
+                continue
+            if isinstance(value, Settings | UnitSelection | Guarantee):
+                value = value.to_dict()
+            elif isinstance(value, FociResult):
+                value = {"names": value.names, "T": [float(t) for t in value.cumulative]}
+            elif isinstance(value, BeforeAfter):
+                value = [_json(value.before), _json(value.after)]
+            elif isinstance(value, float):
+                value = _json(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            values[field.name] = value
+        return values
+
+    def __repr__(self) -> str:
+        def change(pair: BeforeAfter) -> str:
+            return f"{pair.before:.4g} -> {pair.after:.4g}"
+
+        s = self.settings
+        method = s.selection if isinstance(s.selection, str) else "given"
+        layers = [f"{name or '(model)'}: {len(u)}" for name, u in self.selection.units.items()]
+        if len(layers) > _LAYERS:
+            layers = [*layers[: _LAYERS - 1], f"{len(layers) - _LAYERS + 1} layers more"]
+        lines = [
+            f"UnlearnResult: {self.n_forget - len(self.skipped)} of "
+            f"{self.n_forget + self.n_retain} samples removed in {self.seconds['total']:.2f} s",
+            f"  units         {len(self.selection)} of {self.n_units}, {method} "
+            f"({', '.join(layers)}), {self.n_parameters:,} of {self.n_trainable:,} parameters",
+            f"  step          {self._step()}",
+            f"  forget loss   {change(self.loss_forget)}",
+            f"  retain loss   {change(self.loss_retain)}",
+            f"  gradient norm {change(self.gradient_norm)} retained",
+        ]
+        if s.max_drop is not None:
+            lines.append(
+                f"  guard         {self.watched} {change(self.guard)}, {self.attempts} attempt"
+                + "s" * (self.attempts > 1)
+                + ", repaired" * self.repaired
+            )
+        if self.guarantee.kind != "none":
+            privacy = str(self.guarantee).replace("\n  ", "\n" + " " * 16)
+            lines.append(f"  privacy       {privacy}")
+        if self.skipped:
+            lines.append(f"  TAKEN BACK    {len(self.skipped)} samples, which need retraining")
+        return "\n".join(lines)
+
+    def _step(self) -> str:
+        """How it was solved, in a few words."""
+        parts = [f"damping {self.damping:g}", self.solve_method]
+        if self.solve_iterations:
+            parts[1] += f" of {self.solve_iterations} iterations"
+        if self.curvature_plan:
+            parts.insert(0, self.settings.curvature)
+        if not math.isnan(self.solve_residual):
+            parts.append(f"residual {self.solve_residual:.1e}")
+        parts.append(f"norm {self.step_norm:.4g}")
+        if self.length != 1:
+            parts.append(f"{self.length:.3g} of the step")
+        return ", ".join(parts)
+
+
+class Outcome(NamedTuple):
+    """What was measured of deletions, and what their noise guarantees."""
+
+    before: Measured
+    after: Measured
+    selection: UnitSelection
+    step_norm: float
+    guarantee: Guarantee
+
+
+def result_of(
+    model: nn.Module,
+    work: Workplace,
+    request: Request,
+    deletions: Sequence[Deletion],
+    guard: Guard | None,
+    outcome: Outcome,
+) -> UnlearnResult:
+    """Put together what there is to say of deletions."""
+    before, after, selection, step_norm, guarantee = outcome
+    last = deletions[-1]
+    layout = UnitLayout(selection, work.model)
+    solves = [solve for deletion in deletions for solve in deletion.solves]
+    return UnlearnResult(
+        model=model,
+        settings=work.settings,
+        selection=selection,
+        foci=last.choice.foci,
+        n_forget=request.m,
+        n_retain=request.n_retain,
+        n_monitored=0 if request.monitored is None else len(request.monitored),
+        n_parameters=layout.size,
+        n_trainable=work.n_trainable,
+        n_units=last.choice.n_units,
+        n_dead=last.choice.n_dead,
+        skipped=tuple(k for d in deletions if d.skipped for k in d.numbers),
+        attempts=sum(1 for d in deletions for _ in d.attempts),
+        length=last.last.length,
+        repaired=any(d.last.repaired for d in deletions),
+        damping=last.last.damping,
+        curvature_plan=last.plan,
+        solve_method=solves[-1].method if solves else work.settings.update,
+        solve_iterations=sum(s.iterations for s in solves) if solves else last.n_gradient,
+        solve_residual=max((s.residual for s in solves), default=math.nan),
+        step_norm=step_norm,
+        training_gradient_norm=training_norm(before, request),
+        gradient_norm=BeforeAfter(norm(before.retained), norm(after.retained)),
+        gradient_norm_selected=BeforeAfter(
+            norm(before.retained, layout), norm(after.retained, layout)
+        ),
+        loss_forget=BeforeAfter(before.forget_loss, after.forget_loss),
+        loss_retain=BeforeAfter(before.retained_loss, after.retained_loss),
+        guard=_guarded(guard, deletions),
+        watched="" if guard is None else guard.watched,
+        guarantee=guarantee,
+        seconds=work.clock.seconds,
+    )
+
+
+def _guarded(guard: Guard | None, deletions: Sequence[Deletion]) -> BeforeAfter:
+    """What the guard watched, at the start and after the last step that it accepted."""
+    if guard is None:
+        return BeforeAfter(math.nan, math.nan)
+    values = [a.value for d in deletions for a in d.attempts if a.accepted]
+    return BeforeAfter(guard.before, values[-1] if values else guard.before)
+
+
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None

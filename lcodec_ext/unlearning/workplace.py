@@ -1,0 +1,201 @@
+"""Where a deletion is worked out: a copy of the model, its loss, the settings and a clock."""
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lcodec_ext._torch.loss import (
+    Gradient,
+    LossFunction,
+    check_loss_fn,
+    loss_in,
+    mean_gradient,
+    mean_loss,
+)
+from lcodec_ext._torch.predict import Score, predict
+from lcodec_ext._torch.samples import Samples, working_dtype
+from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
+from lcodec_ext.unlearning.settings import Settings
+
+
+class Measured(NamedTuple):
+    """Mean losses and gradients of removed and of retained samples; nan and None without these."""
+
+    forget_loss: float
+    forget: Gradient
+    retained_loss: float
+    retained: Gradient | None
+
+
+@dataclass(eq=False)
+class Clock:
+    """Seconds by phase; a phase within another one counts for itself only."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _within: float = 0.0
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add what happens meanwhile to a phase."""
+        begin, before, self._within = time.perf_counter(), self._within, 0.0
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent - self._within
+            self._within = before + spent
+
+
+@dataclass(frozen=True, eq=False)
+class Workplace:
+    """A copy of the model in evaluation mode, and what all phases of a deletion share."""
+
+    model: nn.Module  # the copy, whose weights the deletion moves
+    loss_fn: LossFunction  # in the dtype of the computation
+    settings: Settings
+    score: Score | None
+    progress: bool
+    device: torch.device
+    dtype: torch.dtype
+    parameters: dict[str, nn.Parameter]  # the trainable ones of the copy
+    clock: Clock = field(default_factory=Clock)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        settings: Settings,
+        score: Score | None,
+        progress: bool,
+    ) -> "Workplace":
+        """Check model, loss and score, and copy the model."""
+        device = _check_model(model)
+        check_loss_fn(loss_fn)
+        if score is not None and not callable(score):
+            raise TypeError(f"score must be callable; got {type(score).__name__}")
+        dtype = settings.dtype or working_dtype(model)
+        work = copy.deepcopy(model).to(dtype).eval()
+        parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
+        loss_fn = loss_in(dtype, loss_fn)
+        return cls(work, loss_fn, settings, score, progress, device, dtype, parameters)
+
+    @property
+    def n_trainable(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """As `Clock.timed`."""
+        return self.clock.timed(phase)
+
+    def weights(self) -> Gradient:
+        """A copy of the trainable parameters."""
+        return {k: p.detach().clone() for k, p in self.parameters.items()}
+
+    def gradient(
+        self, samples: Samples, parameters: Mapping[str, Tensor] | None = None
+    ) -> tuple[float, Gradient]:
+        """Mean loss, and the gradient of it and the regulariser by parameters (all by default)."""
+        return mean_gradient(
+            self.model,
+            samples,
+            self.loss_fn,
+            self.parameters if parameters is None else parameters,
+            self.settings.batch_size,
+            weight_decay=self.settings.weight_decay,
+            check=True,
+        )
+
+    def measure(self, forget: Samples, retained: Samples | None) -> Measured:
+        """Losses and gradients of both sets at the present weights."""
+        if retained is None:
+            return Measured(*self.gradient(forget), math.nan, None)
+        return Measured(*self.gradient(forget), *self.gradient(retained))
+
+    def mean_loss(self, samples: Samples) -> float:
+        """Without the regulariser; NaN or infinity where it is."""
+        return mean_loss(self.model, samples, self.loss_fn, self.settings.batch_size)
+
+    def quality(self, samples: Samples) -> tuple[str, float]:
+        """What the guard watches, accuracy, the score or minus the mean loss, and its value."""
+        found = predict(self.model, samples, self.loss_fn, self.settings.batch_size, self.score)
+        if found.accuracy is None:
+            return "minus the mean loss", -float(found.losses.mean())
+        return ("accuracy" if self.score is None else "the score"), found.accuracy
+
+    def handed_over(self, model: nn.Module, selection: UnitSelection) -> nn.Module:
+        """A copy of a model with the new weights of a selection, and the buffers.
+
+        The weights are taken back as the dtype of the model rounds them.
+        """
+        changed = copy.deepcopy(model)
+        if not selection:
+            return changed
+        if self.settings.n_recalibrate or self.settings.repair_epochs:
+            _copy(self.model.buffers(), changed.buffers())
+        selection.scatter_(changed, selection.gather(self.model).detach())
+        rounded = selection.gather(changed).detach()
+        if not torch.isfinite(rounded).all():
+            raise ValueError("the new weights overflow the dtype of the model")
+        selection.scatter_(self.model, rounded)
+        return changed
+
+    def take_over(self, model: nn.Module) -> None:
+        """Take the parameters of a model."""
+        _copy(model.parameters(), self.model.parameters())
+
+
+def copy_state(source: nn.Module, target: nn.Module) -> None:
+    """Write all parameters and buffers of a model to another one."""
+    _copy(source.parameters(), target.parameters())
+    _copy(source.buffers(), target.buffers())
+
+
+def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
+    with torch.no_grad():
+        for new, old in zip(source, target, strict=True):
+            old.copy_(new)
+
+
+def norm(gradient: Gradient | None, layout: UnitLayout | None = None) -> float:
+    """Euclidean norm of all of a gradient, or of what a layout selects of it; nan of None."""
+    if gradient is None:
+        return math.nan
+    if layout is not None:
+        return float(layout.gather(gradient).double().norm())
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+
+
+def _check_model(model: object) -> torch.device:
+    """Find the device of a model; refuse parameters that are missing or not finite."""
+    if isinstance(model, CertifiedLinear):
+        raise TypeError(
+            "model must be a torch.nn.Module; a CertifiedLinear removes samples by itself: "
+            "model.remove(indices)"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    devices = set()
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} is not initialised; run the model once")
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"parameter {name!r} of the model holds NaN or infinity")
+        devices.add(parameter.device)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no trainable parameter")
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model must be on one device; it is on {', '.join(sorted(map(str, devices)))}"
+        )
+    return devices.pop()
