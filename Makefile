@@ -136,4 +136,5 @@ $(VENV)/.tools: constraints.txt
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	$(PIP) install -c constraints.txt $(BUILD) -C build-dir=build/dev \
 	    -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch
 	touch $@

@@ -726,7 +726,7 @@ _ALL = (
         peers=(
             by_published(part=200),
             by_kdtree(scale=False, part=200),
-            by_pyfoci(scale=False, part=200),
+            by_pyfoci(scale=False, part=200, answers="asserted"),
         ),
         claims=(Claim("published algorithm", at_least=250),),
         metrics=partial(share_compared, "foci_wide"),

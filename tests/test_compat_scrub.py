@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
@@ -711,7 +712,6 @@ class Texts(nn.Module):
 
     def __init__(self, n_labels=5):
         super().__init__()
-        transformers = pytest.importorskip("transformers")
         config = transformers.DistilBertConfig(
             vocab_size=30522,
             dim=16,
