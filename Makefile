@@ -21,7 +21,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 # The build tools are in .venv, in their pinned versions, so that rebuilding is incremental;
 # `make check-wheel` builds in isolation, as a user's pip does.
-BUILD := --no-build-isolation -C cmake.define.LCODEC_WERROR=ON -C cmake.define.LCODEC_EMULATE=ON
+BUILD := --no-build-isolation -C cmake.define.LCODEC_WERROR=ON -C cmake.define.LCODEC_EMULATE=ON \
+    -C cmake.define.LCODEC_INSTRUMENTS=ON
 # Folders too: their time stamps tell of files that were added or removed.
 SOURCES := $(shell find csrc lcodec_ext tests/emulate -name __pycache__ -prune -o -print) \
     CMakeLists.txt pyproject.toml README.md LICENSE

@@ -289,6 +289,15 @@ def test_a_peer_that_must_agree_and_does_not_is_named():
     assert "liar" in line
 
 
+def test_a_build_without_instruments_is_timed_all_the_same(monkeypatch):
+    monkeypatch.delattr(lcodec_ext._core.dependence, "saturate")
+    case = cases.CASES["foci_independent"]
+    point = run.run_point(case, case.tiny, OPTIONS)
+    assert point["metrics"] == {}
+    assert "LCODEC_INSTRUMENTS=ON" in point["left_out"]["metrics"]
+    assert point["results"][run.OURS]["seconds"] > 0
+
+
 def test_a_missing_library_is_left_out():
     def absent(data, threads):
         import there_is_no_such_library  # noqa: F401

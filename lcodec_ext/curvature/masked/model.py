@@ -51,7 +51,7 @@ class ForwardPass:
 class _UsedElsewhereError(Exception):
     """Parameters that something else than the forward pass of their layers computes with."""
 
-    def __init__(self, names: set[str]) -> None:
+    def __init__(self, names: list[str]) -> None:
         super().__init__(names)
         self.names = names
 
@@ -281,7 +281,7 @@ class MaskedModel:
         leaves = _leaves(values)
         self._check_outside(leaves, "the model")
         self._watched = watched
-        elsewhere = {name for value, name in watched if id(value) in leaves}
+        elsewhere = [name for value, name in watched if id(value) in leaves]
         if elsewhere:
             raise _UsedElsewhereError(elsewhere)
         return ForwardPass(outputs, values, list(displacements.values()), calls, layer_outputs)
