@@ -486,6 +486,19 @@ def same_neighbors(ours: NDArray, theirs: NDArray, data: Data) -> dict[str, Any]
     }
 
 
+class NoInstrumentsError(RuntimeError):
+    """This build of the package counts nothing."""
+
+
+def check_instruments() -> None:
+    """Raise if the compiled module cannot say what its scans did."""
+    if not hasattr(_core.dependence, "saturate"):
+        raise NoInstrumentsError(
+            "this build of lcodec_ext has no instruments: build it with `make test`, or with "
+            "-C cmake.define.LCODEC_INSTRUMENTS=ON"
+        )
+
+
 def bound_of(instructions: int) -> float:
     """Thread-seconds that this number of vector instructions of scans takes at least.
 
@@ -494,9 +507,10 @@ def bound_of(instructions: int) -> float:
     Starting and ending a scan and waiting for memory come on top.
     """
     level = os.environ.get("LCODEC_SIMD") or "auto"
-    _core.saturate(level, 10**6)
+    check_instruments()
+    _core.dependence.saturate(level, 10**6)
     start = time.perf_counter()
-    issued = _core.saturate(level, 10**7)
+    issued = _core.dependence.saturate(level, 10**7)
     return instructions * (time.perf_counter() - start) / issued
 
 
@@ -506,12 +520,13 @@ def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
     The first bound is that of a scan that compares all candidates of a tile until the last one
     stops. The second is that of what the scan does instead: the last ones go on by themselves.
     """
+    check_instruments()
     engine, candidates = CASES[name].data(size)["engine"]("cpu")
     spent = []
     for _ in range(5):
-        before = engine.scanned
+        before = engine.compiled.scanned
         engine.score(candidates)
-        comparisons, own, of_all, seconds = np.subtract(engine.scanned, before).tolist()
+        comparisons, own, of_all, seconds = np.subtract(engine.compiled.scanned, before).tolist()
         spent.append(seconds)
     seconds = statistics.median(spent)
     bound, own_bound = bound_of(of_all), bound_of(own)
@@ -526,10 +541,11 @@ def scan_metrics(name: str, size: Size, seconds: float) -> dict[str, float]:
 
 
 def scanned(data: Data, floor: int | None) -> tuple[int, int, int, float]:
-    """Count what the scans of a FOCI run on raw columns do (`CpuEngine.scanned`).
+    """Count what the scans of a FOCI run on raw columns do (`scanned` of the compiled engine).
 
     With a floor of 0, candidates that can no longer win are left out; with None all are scored.
     """
+    check_instruments()
     X, left = data["X"], list(range(data["X"].shape[1]))
     ones = np.ones(len(left), X.dtype)
     cpu = CpuBackend()
@@ -540,7 +556,7 @@ def scanned(data: Data, floor: int | None) -> tuple[int, int, int, float]:
     for _ in range(data["steps"]):
         whole, _fraction = engine.score(np.array(left), floor)
         engine.select(left.pop(int(whole.argmax())))
-    return engine.scanned
+    return engine.compiled.scanned
 
 
 def foci_bound(name: str, size: Size, seconds: float) -> dict[str, float]:
@@ -710,7 +726,7 @@ _ALL = (
         peers=(
             by_published(part=200),
             by_kdtree(scale=False, part=200),
-            by_pyfoci(scale=False, part=200),
+            by_pyfoci(scale=False, part=200, answers="asserted"),
         ),
         claims=(Claim("published algorithm", at_least=250),),
         metrics=partial(share_compared, "foci_wide"),

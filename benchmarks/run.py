@@ -141,7 +141,7 @@ def run_case(case: "Case", options: argparse.Namespace) -> dict[str, Any]:
 def run_point(case: "Case", size: "Size", options: argparse.Namespace) -> dict[str, Any]:
     """Warm up, compare answers, and time everything in turns."""
     import accelerator
-    from cases import same_bits
+    from cases import NoInstrumentsError, same_bits
 
     data = case.data(size)
     placed = accelerator.place(data, options.device)
@@ -170,12 +170,17 @@ def run_point(case: "Case", size: "Size", options: argparse.Namespace) -> dict[s
         entry["seconds"] = statistics.median(samples[name]) * entry.get("factor", 1)
         entry["ratio"] = entry["seconds"] / results[OURS]["seconds"]
     seconds = results[OURS]["seconds"]
+    metrics: dict[str, float] = {}
+    try:
+        metrics = case.metrics(size, seconds) if case.metrics else {}
+    except NoInstrumentsError as error:
+        left_out["metrics"] = str(error)
     return {
         "title": case.title.format(**size),
         "size": size,
         "results": results,
         "left_out": left_out,
-        "metrics": case.metrics(size, seconds) if case.metrics else {},
+        "metrics": metrics,
     }
 
 

@@ -1,4 +1,4 @@
-"""Types of the compiled module (csrc/bindings)."""
+"""Types of the compiled module (csrc/bindings); its submodules are written as classes here."""
 
 from typing import TypedDict, TypeVar
 
@@ -29,166 +29,119 @@ class _Engine:
         self, candidates: _I64, floor: int, level: str, threads: int
     ) -> tuple[_I64, _I64]: ...
     def row_sums(self, candidate: int, level: str, threads: int) -> tuple[_I64, _I64]: ...
+    # With LCODEC_INSTRUMENTS: distances with a candidate; the vector instructions that these take
+    # at the least; those of scans that go on with all candidates until the last one stops;
+    # thread-seconds.
     @property
     def scanned(self) -> tuple[int, int, int, float]: ...
 
-class EngineFloat(_Engine):
-    def __init__(
-        self,
-        x: NDArray[np.float32],
-        factor: NDArray[np.float32],
-        rank: NDArray[np.int32],
-        ties: int,
-        seed: int,
-    ) -> None: ...
+class dependence:
+    class EngineFloat(_Engine):
+        def __init__(
+            self,
+            x: NDArray[np.float32],
+            factor: NDArray[np.float32],
+            rank: NDArray[np.int32],
+            ties: int,
+            seed: int,
+        ) -> None: ...
 
-class EngineDouble(_Engine):
-    def __init__(
-        self,
-        x: NDArray[np.float64],
-        factor: NDArray[np.float64],
-        rank: NDArray[np.int32],
-        ties: int,
-        seed: int,
-    ) -> None: ...
+    class EngineDouble(_Engine):
+        def __init__(
+            self,
+            x: NDArray[np.float64],
+            factor: NDArray[np.float64],
+            rank: NDArray[np.int32],
+            ties: int,
+            seed: int,
+        ) -> None: ...
 
-def lay_out(
-    x: NDArray[_F], level: str, threads: int
-) -> tuple[NDArray[_F], NDArray[_F], NDArray[_F]]: ...
-def standard_deviations(columns: NDArray[_F], level: str, threads: int) -> NDArray[np.float64]: ...
-def neighbors(
-    x: NDArray[_F], factor: NDArray[_F], ties: int, seed: int, level: str, threads: int
-) -> tuple[_I64, _I64]: ...
-def saturate(level: str, rounds: int) -> int: ...
+    @staticmethod
+    def lay_out(
+        x: NDArray[_F], level: str, threads: int
+    ) -> tuple[NDArray[_F], NDArray[_F], NDArray[_F]]: ...
+    @staticmethod
+    def standard_deviations(
+        columns: NDArray[_F], level: str, threads: int
+    ) -> NDArray[np.float64]: ...
+    @staticmethod
+    def neighbors(
+        x: NDArray[_F], factor: NDArray[_F], ties: int, seed: int, level: str, threads: int
+    ) -> tuple[_I64, _I64]: ...
+    # With LCODEC_INSTRUMENTS.
+    @staticmethod
+    def saturate(level: str, rounds: int) -> int: ...
 
-# Matrices are addresses, 0 for none; NumPy has no bfloat16.
-def masked_gram_product(
-    dtype: str,
-    g: int,
-    n: int,
-    stride: int,
-    segments: int,
-    count: int,
-    size: int,
-    weight: int,
-    v: int,
-    m: int,
-    damping: float,
-    out: int,
-    level: str,
-    threads: int,
-) -> None: ...
-def softmax_rows_product(
-    dtype: str,
-    a: int,
-    n: int,
-    stride: int,
-    d: int,
-    p: int,
-    weight: int,
-    v: int,
-    m: int,
-    damping: float,
-    out: int,
-    level: str,
-    threads: int,
-) -> None: ...
-def factored_gram(
-    dtype: str,
-    delta: int,
-    delta_stride: int,
-    r: int,
-    a: int,
-    a_stride: int,
-    d: int,
-    n: int,
-    k: int,
-    level: str,
-    threads: int,
-) -> None: ...
+# Matrices are addresses, 0 for none: NumPy has no bfloat16.
+class RowsProduct(TypedDict):
+    dtype: str
+    x: int
+    n: int
+    d: int
+    stride: int
+    segments: int
+    count: int
+    size: int
+    p: int
+    weight: int
+    v: int
+    m: int
+    damping: float
+    out: int
+
+class FactoredGram(TypedDict):
+    dtype: str
+    delta: int
+    delta_stride: int
+    r: int
+    a: int
+    a_stride: int
+    d: int
+    n: int
+    k: int
+
+class curvature:
+    @staticmethod
+    def masked_gram_product(given: RowsProduct, level: str, threads: int) -> None: ...
+    @staticmethod
+    def softmax_rows_product(given: RowsProduct, level: str, threads: int) -> None: ...
+    @staticmethod
+    def factored_gram(given: FactoredGram, level: str, threads: int) -> None: ...
 
 # Where CUDA was built. Arrays and streams are addresses, 0 for none.
-def cuda_column_statistics(
-    dtype: str, x: int, n: int, p: int, low: int, high: int, deviation: int, stream: int
-) -> None: ...
-def cuda_neighbors(
-    dtype: str,
-    columns: int,
-    n: int,
-    p: int,
-    ties: int,
-    seed: int,
-    offset: int,
-    count: int,
-    indices: int,
-    stream: int,
-) -> None: ...
+class Statistics(TypedDict):
+    dtype: str
+    x: int
+    n: int
+    p: int
+    low: int
+    high: int
+    deviation: int
 
-CUDA_CHUNK_BYTES: int
+class Neighbors(TypedDict):
+    dtype: str
+    columns: int
+    n: int
+    p: int
+    ties: int
+    seed: int
+    offset: int
+    count: int
+    indices: int
 
-def cuda_row_groups(n: int, size: int, itemsize: int, chunk_bytes: int) -> int: ...
-def cuda_rows_product_bytes(n: int, size: int, m: int, itemsize: int, chunk_bytes: int) -> int: ...
-def cuda_masked_gram_product(
-    dtype: str,
-    g: int,
-    n: int,
-    d: int,
-    stride: int,
-    segments: int,
-    count: int,
-    size: int,
-    weight: int,
-    v: int,
-    m: int,
-    damping: float,
-    out: int,
-    workspace: int,
-    chunk_bytes: int,
-    stream: int,
-) -> None: ...
-def cuda_softmax_rows_product(
-    dtype: str,
-    a: int,
-    n: int,
-    d: int,
-    stride: int,
-    segments: int,
-    p: int,
-    weight: int,
-    v: int,
-    m: int,
-    damping: float,
-    out: int,
-    workspace: int,
-    chunk_bytes: int,
-    stream: int,
-) -> None: ...
-def cuda_factored_gram(
-    dtype: str,
-    delta: int,
-    delta_stride: int,
-    r: int,
-    a: int,
-    a_stride: int,
-    d: int,
-    n: int,
-    k: int,
-    stream: int,
-) -> None: ...
+class Problem(TypedDict):
+    x: int
+    n: int
+    p: int
+    factor: int
+    rank: int
+    ties: int
+    seed: int
+    workspace: int
+    scratch: int
 
 class _CudaEngine:
-    def __init__(
-        self,
-        x: int,
-        n: int,
-        p: int,
-        factor: int,
-        rank: int,
-        ties: int,
-        seed: int,
-        workspace: int,
-        scratch: int,
-    ) -> None: ...
+    def __init__(self, given: Problem) -> None: ...
     @staticmethod
     def workspace_bytes(n: int, p: int, scratch: int) -> int: ...
     @staticmethod
@@ -199,5 +152,28 @@ class _CudaEngine:
     def leaders(self, whole: int, fraction: int, candidate: int, out: int, stream: int) -> None: ...
     def row_sums(self, column: int, sum: int, count: int, stream: int) -> None: ...
 
-class CudaEngineFloat(_CudaEngine): ...
-class CudaEngineDouble(_CudaEngine): ...
+class cuda:
+    class EngineFloat(_CudaEngine): ...
+    class EngineDouble(_CudaEngine): ...
+
+    @staticmethod
+    def column_statistics(given: Statistics, stream: int) -> None: ...
+    @staticmethod
+    def neighbors(given: Neighbors, stream: int) -> None: ...
+
+    CHUNK_BYTES: int
+
+    @staticmethod
+    def row_groups(n: int, size: int, itemsize: int, chunk_bytes: int) -> int: ...
+    @staticmethod
+    def rows_product_bytes(n: int, size: int, m: int, itemsize: int, chunk_bytes: int) -> int: ...
+    @staticmethod
+    def masked_gram_product(
+        given: RowsProduct, workspace: int, chunk_bytes: int, stream: int
+    ) -> None: ...
+    @staticmethod
+    def softmax_rows_product(
+        given: RowsProduct, workspace: int, chunk_bytes: int, stream: int
+    ) -> None: ...
+    @staticmethod
+    def factored_gram(given: FactoredGram, stream: int) -> None: ...

@@ -17,6 +17,9 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
+# Read when SciPy is first imported: scikit-learn's checks of estimators skip some without it.
+os.environ.setdefault("SCIPY_ARRAY_API", "1")
+
 # Small matrices: a second thread would only spin beside other work. `make check-paths` sets two.
 torch.set_num_threads(int(os.environ.get("LCODEC_TEST_TORCH_THREADS", "1")))
 

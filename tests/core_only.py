@@ -17,6 +17,7 @@ assert 0 < lcodec_ext.codec(y, X[:, 2]) < 1
 for name in ("torch", "sklearn", "pandas", "matplotlib", "tqdm", "scipy"):
     assert name not in sys.modules, name
 assert importlib.util.find_spec("lcodec_ext._emulated") is None, "for tests only"
+assert not hasattr(lcodec_ext._core.dependence, "saturate"), "for benchmarks only"
 
 print(lcodec_ext.build_info())
 print(lcodec_ext.cuda_status())

@@ -14,7 +14,7 @@ RUBBISH = 0xA5
 class Emulator:
     """Memory of the host, which under emulation is the device's."""
 
-    module = _emulated
+    module = _emulated.cuda
     stream = 0
     marks = ()
 
@@ -64,7 +64,7 @@ class Emulator:
 class Gpu(Emulator):
     """Memory of torch."""
 
-    module = _core
+    module = getattr(_core, "cuda", None)
     name = "cuda"
     marks = pytest.mark.cuda
 
@@ -105,12 +105,6 @@ class DeviceArray:
 
 ORDERS = [("forward", 0), ("reversed", 0), ("shuffled", 1)]
 EMULATED = [Emulator(*order) for order in ORDERS]
-GPU = (
-    [Gpu()]
-    if torch.cuda.is_available()
-    and lcodec_ext.cuda_is_available()
-    and hasattr(_core, "cuda_neighbors")
-    else []
-)
+GPU = [Gpu()] if torch.cuda.is_available() and lcodec_ext.cuda_is_available() else []
 DEVICES = EMULATED + GPU
 PARAMETERS = [pytest.param(device, marks=device.marks, id=device.name) for device in DEVICES]

@@ -130,21 +130,10 @@ def test_the_published_algorithm_takes_tensors(rng):
         assert cases.same_bits(call(data), call(tensors))
 
 
-def test_pyfoci_is_called_rightly(rng):
-    pytest.importorskip("pyFOCI", minversion="0.10")
-    X, y = table_of("continuous", rng)
-    expected = lcodec_ext.foci(X, y, stop=False, max_features=3)
-    got = peers.pyfoci(X, y, 3, threads=1)
-    assert list(got.ordering) == expected.ordering.tolist()
-    np.testing.assert_allclose(got.cumulative, expected.cumulative, atol=1e-12)
-
-
 @pytest.mark.parametrize("kind", ["Hessian", "Gauss-Newton"])
 @pytest.mark.parametrize("layer", ["conv1", "layer4.1.conv2", "fc"])
 @pytest.mark.parametrize("peer", [cases.BY_TORCH_FUNC, cases.BY_CURVLINOPS], ids=lambda p: p.name)
 def test_full_products_are_right(peer, kind, layer):
-    if peer is cases.BY_CURVLINOPS:
-        pytest.importorskip("curvlinops")
     size = CASES["hessian_resnet"].tiny | {"kind": kind, "layer": layer}
     data = CASES["hessian_resnet"].data(size)
     expected = cases.curvature_product(data, "reference")
@@ -299,6 +288,15 @@ def test_a_peer_that_must_agree_and_does_not_is_named():
     point = run.run_point(case, case.tiny, OPTIONS)
     (line,) = run.disagreements({"cases": {"xi": {"points": [point]}}})
     assert "liar" in line
+
+
+def test_a_build_without_instruments_is_timed_all_the_same(monkeypatch):
+    monkeypatch.delattr(lcodec_ext._core.dependence, "saturate")
+    case = cases.CASES["foci_independent"]
+    point = run.run_point(case, case.tiny, OPTIONS)
+    assert point["metrics"] == {}
+    assert "LCODEC_INSTRUMENTS=ON" in point["left_out"]["metrics"]
+    assert point["results"][run.OURS]["seconds"] > 0
 
 
 def test_a_missing_library_is_left_out():

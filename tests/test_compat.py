@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -292,7 +293,6 @@ def test_nearest_other_row(neighbours):
 
 
 def test_tensors():
-    torch = pytest.importorskip("torch")
     X, y = make()
     given = torch.tensor(X, requires_grad=True)
     response = torch.tensor(y, requires_grad=True)
@@ -322,7 +322,6 @@ def test_tensors():
 
 
 def test_float32_tensors_keep_their_precision():
-    torch = pytest.importorskip("torch")
     X, y = make()
     X, y = X.astype(np.float32), y.astype(np.float32)
     value = compat.torch_codec2(torch.from_numpy(X), torch.from_numpy(y))

@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import scrub_driver
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext.compat import scrub
+from lcodec_ext.compat.deletion import word_replacement
 from lcodec_ext.compat.scrub import do_epoch, inp_perturb, manual_seed, reid_inp_perturb
 
 CE = nn.CrossEntropyLoss()
@@ -710,7 +712,6 @@ class Texts(nn.Module):
 
     def __init__(self, n_labels=5):
         super().__init__()
-        transformers = pytest.importorskip("transformers")
         config = transformers.DistilBertConfig(
             vocab_size=30522,
             dim=16,
@@ -788,7 +789,7 @@ def test_words_are_replaced_by_words(texts, vocabulary, first):
     model = nn.ModuleList([nn.Embedding(12, 4), nn.Embedding(vocabulary, 4)])
     ids, mask, _, _ = texts[:]
     batch = Batch((), {"input_ids": ids, "attention_mask": mask}, None, len(ids))
-    replace = scrub._replacement(model, batch, 2)
+    replace = word_replacement(model, batch, 2)
     changed = replace(batch.kwargs, np.random.default_rng(0))["input_ids"]
     differs = changed != ids
     assert (differs.sum(1) == 2).all()
@@ -853,6 +854,13 @@ def test_reid(data, stem, reference_bugs, selection):
     assert not model._forward_pre_hooks
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, start.get_buffer(name))
+
+
+def test_device_may_be_named_with_or_without_its_number(data, stem):
+    model = train(Logistic(), data, stem)  # "cpu" and "cpu:0" differ as "cuda" and "cuda:0" do
+    for device in ("cpu", "cpu:0"):
+        params = parameters(selectionType="One", HessType="CR")
+        inp_perturb(copy.deepcopy(model), Subset(data, [1]), CE, params, None, device, stem)
 
 
 def test_vgg_takes_a_copy_of_the_model(data, stem):

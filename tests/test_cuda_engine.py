@@ -29,24 +29,26 @@ class DeviceEngine:
 
     def __init__(self, device, X, factors, R, ties="average", seed=0, scratch=1 << 28):
         self.device, (self.n, self.p) = device, X.shape
-        make = device.module.CudaEngineFloat
+        make = device.module.EngineFloat
         if X.dtype == np.float64:
-            make = device.module.CudaEngineDouble
+            make = device.module.EngineDouble
         scratch = max(scratch, make.least_scratch(self.n))
         size = make.workspace_bytes(self.n, self.p, scratch)
         self.workspace = device.empty(size, np.uint8)
         self.held = [device.to_device(a) for a in (X, factors, R.astype(np.int32))]
         x, factor, rank = map(int, self.held)
         self.engine = make(
-            x,
-            self.n,
-            self.p,
-            factor,
-            rank,
-            TIES.index(ties),
-            seed,
-            int(self.workspace),
-            scratch,
+            {
+                "x": x,
+                "n": self.n,
+                "p": self.p,
+                "factor": factor,
+                "rank": rank,
+                "ties": TIES.index(ties),
+                "seed": seed,
+                "workspace": int(self.workspace),
+                "scratch": scratch,
+            }
         )
         self.engine.start(device.stream)
 
@@ -304,7 +306,7 @@ def test_functions_on_emulated_kernels(shape, ties, dtype, rng):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # constant columns, underflow
             expected = call({"backend": "cpu"})
-            got = call({"backend": cuda_on_cpu(_emulated)})
+            got = call({"backend": cuda_on_cpu(_emulated.cuda)})
         assert str(got) == str(expected)
         if hasattr(got, "ordering"):
             np.testing.assert_array_equal(got.ordering, expected.ordering)
@@ -312,7 +314,7 @@ def test_functions_on_emulated_kernels(shape, ties, dtype, rng):
 
 
 def test_the_workspace_is_no_larger_than_the_table_needs(device):
-    for make in (device.module.CudaEngineFloat, device.module.CudaEngineDouble):
+    for make in (device.module.EngineFloat, device.module.EngineDouble):
         sizes = [make.workspace_bytes(100, 10, scratch) for scratch in (1 << 14, 1 << 28, 1 << 40)]
         assert sizes[0] < sizes[1] == sizes[2] < 1 << 25
         assert make.least_scratch(100) < make.least_scratch(10_000) < 1 << 24
@@ -326,8 +328,10 @@ def test_arguments_that_engines_do_not_take(device, rng):
             engine.select(column)
         with pytest.raises(RuntimeError, match="CUDA kernel row_sums failed: invalid argument"):
             engine.row_sums(column)
-    little = device.module.CudaEngineFloat(0, 10, 3, 0, 0, 0, 0, int(engine.workspace), 100)
+    given = {"x": 0, "n": 10, "p": 3, "factor": 0, "rank": 0, "ties": 0, "seed": 0}
+    given |= {"workspace": int(engine.workspace), "scratch": 100}
+    little = device.module.EngineFloat(given)
     with pytest.raises(RuntimeError, match="CUDA kernel start failed: invalid argument"):
         little.start(device.stream)
     with pytest.raises(ValueError, match="unknown tie rule"):
-        device.module.CudaEngineFloat(0, 3, 1, 0, 0, 3, 0, 0, 0)
+        device.module.EngineFloat(given | {"ties": 3})

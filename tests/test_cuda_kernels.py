@@ -91,14 +91,18 @@ def table(shape, n, p, dtype):
 # column_statistics
 
 
+def call_statistics(device, dtype, n, p, x=0, low=0, high=0, deviation=0):
+    addresses = {"x": x, "low": low, "high": high, "deviation": deviation}
+    addresses = {name: int(array) for name, array in addresses.items()}
+    device.module.column_statistics({"dtype": dtype, "n": n, "p": p} | addresses, device.stream)
+
+
 def column_statistics(device, X):
     n, p = X.shape
     x = device.to_device(X)
     low, high = device.empty(p, X.dtype), device.empty(p, X.dtype)
     deviation = device.empty(p, np.float64)
-    device.module.cuda_column_statistics(
-        X.dtype.name, int(x), n, p, int(low), int(high), int(deviation), device.stream
-    )
+    call_statistics(device, X.dtype.name, n, p, x, low, high, deviation)
     return [device.to_host(out) for out in (low, high, deviation)]
 
 
@@ -154,10 +158,16 @@ def expected_neighbors(shape, n, p, dtype, ties):
 def call_neighbors(device, X, ties, seed, **arrays):
     """``X`` may be a table by column on the device or 0; arrays that are not given are 0."""
     dtype, columns, n, p = X
-    device.module.cuda_neighbors(
-        np.dtype(dtype).name, int(columns), n, p, TIES[ties], seed,
-        *(int(arrays.get(name, 0)) for name in ("offset", "count", "indices")), device.stream,
-    )  # fmt: skip
+    addresses = {name: int(arrays.get(name, 0)) for name in ("offset", "count", "indices")}
+    given = {
+        "dtype": np.dtype(dtype).name,
+        "columns": int(columns),
+        "n": n,
+        "p": p,
+        "ties": TIES.get(ties, ties),
+        "seed": seed,
+    }
+    device.module.neighbors(given | addresses, device.stream)
 
 
 def check_neighbors(device, X, ties, expected, seed=SEED):
@@ -283,7 +293,7 @@ def test_sizes_that_kernels_do_not_take(device):
     failed = r"^CUDA kernel {} failed: invalid argument$"
     for n, p in [(1, 3), (0, 3), (3, 0), (-1, 3)]:
         with pytest.raises(RuntimeError, match=failed.format("column_statistics")):
-            device.module.cuda_column_statistics("float32", 0, n, p, 0, 0, 0, device.stream)
+            call_statistics(device, "float32", n, p)
         for ties in TIES:
             with pytest.raises(RuntimeError, match=failed.format("neighbors")):
                 call_neighbors(device, (np.float64, 0, n, p), ties, 0)
@@ -293,7 +303,7 @@ def test_sizes_that_kernels_do_not_take(device):
 
 def test_unknown_arguments(device):
     with pytest.raises(ValueError, match="dtype must be float32 or float64"):
-        device.module.cuda_column_statistics("float16", 0, 2, 2, 0, 0, 0, device.stream)
+        call_statistics(device, "float16", 2, 2)
     for ties in (-1, 3):
         with pytest.raises(ValueError, match="unknown tie rule"):
-            device.module.cuda_neighbors("float32", 0, 2, 2, ties, 0, 0, 0, 0, device.stream)
+            call_neighbors(device, (np.float32, 0, 2, 2), ties, 0)

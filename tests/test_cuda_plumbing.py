@@ -8,6 +8,7 @@ import itertools
 import math
 import warnings
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -36,25 +37,33 @@ def at(pointer, shape, dtype):
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
+# What the compiled functions take by name.
+STATISTICS = itemgetter("dtype", "x", "n", "p", "low", "high", "deviation")
+NEIGHBORS = itemgetter("dtype", "columns", "n", "p", "ties", "seed", "offset", "count", "indices")
+PROBLEM = itemgetter("x", "n", "p", "factor", "rank", "ties", "seed", "workspace", "scratch")
+
+
 class Kernels:
     """The functions and classes of cuda_engine.hpp, as the reference computes them."""
 
     def __init__(self):
         self.calls = []  # (name, stream)
-        self.CudaEngineFloat = self._engine(np.float32)
-        self.CudaEngineDouble = self._engine(np.float64)
+        self.EngineFloat = self._engine(np.float32)
+        self.EngineDouble = self._engine(np.float64)
         self.backend = cuda_on_cpu(self)
 
-    def cuda_column_statistics(self, dtype, x, n, p, low, high, deviation, stream):
-        self.calls.append(("cuda_column_statistics", stream))
+    def column_statistics(self, given, stream):
+        dtype, x, n, p, low, high, deviation = STATISTICS(given)
+        self.calls.append(("column_statistics", stream))
         columns = ReferenceColumns(at(x, (n, p), dtype))
         at(low, (p,), dtype)[:] = columns.low
         at(high, (p,), dtype)[:] = columns.high
         with np.errstate(over="ignore", invalid="ignore"):
             at(deviation, (p,), np.float64)[:] = columns.standard_deviations()
 
-    def cuda_neighbors(self, dtype, columns, n, p, ties, seed, offset, count, indices, stream):
-        self.calls.append(("cuda_neighbors", stream))
+    def neighbors(self, given, stream):
+        dtype, columns, n, p, ties, seed, offset, count, indices = NEIGHBORS(given)
+        self.calls.append(("neighbors", stream))
         table = ReferenceColumns(at(columns, (p, n), dtype).T)
         indptr, found = ReferenceBackend().nearest(table, TIES[ties], seed)
         if indices:
@@ -73,7 +82,8 @@ class Kernels:
             def least_scratch(n):
                 return 48 * n
 
-            def __init__(self, x, n, p, factor, rank, ties, seed, workspace, scratch):
+            def __init__(self, given):
+                x, n, p, factor, rank, ties, seed, workspace, scratch = PROBLEM(given)
                 at(workspace, (Engine.workspace_bytes(n, p, scratch),), np.uint8)[:] = 0xA5
                 self._arguments = (
                     ReferenceColumns(at(x, (n, p), dtype)),
@@ -221,7 +231,7 @@ def test_nearest_neighbors(kernels, name, dtype):
             torch.tensor(X), ties=ties, seed=9, backend=kernels.backend
         )
         # where a row uses one neighbour, nobody need count them
-        assert [name for name, _ in kernels.calls].count("cuda_neighbors") == 1 + (ties == "all")
+        assert [name for name, _ in kernels.calls].count("neighbors") == 1 + (ties == "all")
         expected = lcodec_ext.nearest_neighbors(X, ties=ties, seed=9, backend="reference")
         for a, b in zip(*((r if ties == "all" else [r]) for r in (got, expected)), strict=True):
             assert isinstance(a, torch.Tensor)
@@ -236,7 +246,7 @@ def test_columns_and_engine_equal_their_twins(kernels):
     np.testing.assert_array_equal(columns.low, cpu.low)
     np.testing.assert_array_equal(columns.high, cpu.high)
     np.testing.assert_array_equal(columns.standard_deviations(), cpu.standard_deviations())
-    assert kernels.calls == [("cuda_column_statistics", 0)]
+    assert kernels.calls == [("column_statistics", 0)]
     engines = [
         kernels.backend.engine(columns, np.ones(6), torch.tensor(R), "average", 0),
         CPU.engine(cpu, np.ones(6), R, "average", 0),
@@ -319,8 +329,8 @@ def test_the_stream_is_read_at_each_call():
     lcodec_ext.nearest_neighbors(X, backend=backend)
     lcodec_ext.nearest_neighbors(X, ties="all", backend=backend)
     assert {name for name, _ in module.calls} == {
-        "cuda_column_statistics", "start", "score", "leaders", "row_sums", "select",
-        "cuda_neighbors",
+        "column_statistics", "start", "score", "leaders", "row_sums", "select",
+        "neighbors",
     }  # fmt: skip
     assert [stream for _, stream in module.calls] == list(range(100, 100 + len(module.calls)))
 
@@ -329,7 +339,7 @@ def test_a_failed_kernel_is_named(kernels, monkeypatch):
     def start(self, stream):
         raise RuntimeError("CUDA kernel sort_columns failed: an illegal memory access")
 
-    monkeypatch.setattr(kernels.CudaEngineDouble, "start", start)
+    monkeypatch.setattr(kernels.EngineDouble, "start", start)
     with pytest.raises(RuntimeError, match="CUDA kernel sort_columns failed: an illegal"):
         lcodec_ext.foci(*tensors(*table("continuous")), backend=kernels.backend)
 
@@ -353,7 +363,7 @@ class Memory:
 
 def test_scratch_is_halved_until_it_fits(kernels, monkeypatch):
     X, y = table("continuous")
-    fixed = kernels.CudaEngineDouble.workspace_bytes(40, 6, 0)
+    fixed = kernels.EngineDouble.workspace_bytes(40, 6, 0)
     memory = Memory(monkeypatch, fixed + 5000)
     got = lcodec_ext.foci(*tensors(X, y), backend=kernels.backend)
     assert memory.asked[0] == fixed + cuda.SCRATCH == fixed + 2**28
@@ -364,7 +374,7 @@ def test_scratch_is_halved_until_it_fits(kernels, monkeypatch):
 
 def test_the_least_scratch_is_tried_last(kernels, monkeypatch):
     X, y = table("continuous")
-    fixed, least = 8 * 40 * 6, kernels.CudaEngineDouble.least_scratch(40)
+    fixed, least = 8 * 40 * 6, kernels.EngineDouble.least_scratch(40)
     memory = Memory(monkeypatch, fixed + least)
     got = lcodec_ext.foci(*tensors(X, y), backend=kernels.backend)
     same_result(got, lcodec_ext.foci(X, y, backend="reference"))
@@ -575,7 +585,7 @@ def test_data_are_not_copied_between_devices():
 
 def test_a_build_without_the_engine_says_so():
     with pytest.raises(RuntimeError) as caught:
-        Device(torch.device("cuda:0"), module=object())
+        Device(torch.device("cuda:0"), module=None)
     assert "tensors on device 'cuda:0' need CUDA, which this build or" in str(caught.value)
     assert lcodec_ext.cuda_status() in str(caught.value)
 

@@ -42,8 +42,8 @@ class Emulated:
         _emulated.configure(*self.order)
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kernels, "device_of", lambda tensor: DeviceOnCpu(_emulated))
-                patch.setattr(_emulated, "CUDA_CHUNK_BYTES", CHUNK_BYTES)
+                patch.setattr(kernels, "device_of", lambda tensor: DeviceOnCpu(_emulated.cuda))
+                patch.setattr(_emulated.cuda, "CHUNK_BYTES", CHUNK_BYTES)
                 return function(*arguments, **options)
         finally:
             _emulated.configure("forward")
@@ -60,7 +60,7 @@ class OnGpu(Emulated):
     def run(self, function, *arguments, **options):
         moved = [place(argument, "cuda") for argument in arguments]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_core, "CUDA_CHUNK_BYTES", CHUNK_BYTES)
+            patch.setattr(_core.cuda, "CHUNK_BYTES", CHUNK_BYTES)
             return place(function(*moved, **options), "cpu")
 
 
@@ -359,17 +359,24 @@ def test_wrong_segments_stay_within_the_arrays(order, rng):
         assert out.isfinite().all()
 
 
+def product(**given):
+    """Arguments of a compiled product: those given, and zeros for the others."""
+    names = "x n d stride segments count size p weight v m damping out"
+    return {"dtype": "float32"} | dict.fromkeys(names.split(), 0) | given
+
+
 def test_workspace_is_what_is_used(rng):
     """A product writes nothing behind its workspace or its output."""
     n, size, m = 70, 600, 3
     G, v = rng.normal(size=(n, size)).astype(np.float32), np.ones((m, size), np.float32)
     segments = np.array([[0, size]])
-    need = _emulated.cuda_rows_product_bytes(n, size, m, 4, CHUNK_BYTES)
+    need = _emulated.cuda.rows_product_bytes(n, size, m, 4, CHUNK_BYTES)
     workspace, out = np.full(need + 64, 0xA5, np.uint8), np.zeros(m * size + 16, np.float32)
-    _emulated.cuda_masked_gram_product(
-        "float32", G.ctypes.data, n, size, size, segments.ctypes.data, 1, size, 0, v.ctypes.data,
-        m, 0.0, out.ctypes.data, workspace.ctypes.data, CHUNK_BYTES, 0,
+    given = product(
+        x=G.ctypes.data, n=n, d=size, stride=size, segments=segments.ctypes.data, count=1,
+        size=size, v=v.ctypes.data, m=m, out=out.ctypes.data,
     )  # fmt: skip
+    _emulated.cuda.masked_gram_product(given, workspace.ctypes.data, CHUNK_BYTES, 0)
     assert (workspace[need:] == 0xA5).all()
     assert (out[m * size :] == 0).all()
     np.testing.assert_allclose(out[:size], G.sum(1) @ G / n, rtol=1e-3, atol=1e-3)
@@ -481,6 +488,15 @@ def test_bad_arguments(call, message):
 
 def test_module_refuses_what_is_no_segment():
     with pytest.raises(ValueError, match="segments do not fit"):
-        _core.masked_gram_product("float32", 0, 0, 1, 0, 0, 1, 0, 0, 1, 0.0, 0, "auto", 1)
+        _core.curvature.masked_gram_product(product(stride=1, size=1, m=1), "auto", 1)
     with pytest.raises(ValueError, match="dtype must be"):
-        _core.masked_gram_product("int8", 0, 0, 1, 0, 0, 0, 0, 0, 1, 0.0, 0, "auto", 1)
+        _core.curvature.masked_gram_product(product(dtype="int8", m=1), "auto", 1)
+
+
+def test_module_wants_every_argument_and_no_other():
+    given = product()
+    del given["weight"]
+    with pytest.raises(TypeError, match="missing argument 'weight'"):
+        _core.curvature.masked_gram_product(given, "auto", 1)
+    with pytest.raises(TypeError, match="more arguments than are known"):
+        _core.curvature.softmax_rows_product(product(y=0), "auto", 1)

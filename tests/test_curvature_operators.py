@@ -340,7 +340,7 @@ def test_block_of_the_whole_models_curvature(kind, case):
     assert off(A.to_dense(), expected) < WITHIN
     assert off(A.diagonal(), expected.diagonal()) < WITHIN
     assert A.trace() == pytest.approx(expected.trace().item(), rel=1e-11)
-    assert all(torch.equal((A @ V)[:, k], A @ V[:, k].clone()) for k in range(3))
+    assert off(torch.stack([A @ V[:, k] for k in range(3)], 1), A @ V) < WITHIN
 
 
 @pytest.mark.parametrize("case", ["mlp", "head", "convolutions", "block"])
@@ -561,7 +561,7 @@ def test_restricting_stored_gradients():
     assert off(A.to_dense(), B.to_dense()) < WITHIN
     assert off(A.diagonal(), B.diagonal()) < WITHIN
     assert off(A.solve(V).x, B.solve(V).x) < 1e-9
-    with pytest.raises(ValueError, match="part of the operator's; it has .*'last'"):
+    with pytest.raises(ValueError, match="part of the operator's; that lacks .*'last'"):
         whole.restrict(UnitSelection({"last": [0]}))
     with pytest.raises(ValueError, match="needs stored gradients"):
         operator("fisher", "mlp").restrict(UnitSelection({"0": [1]}))

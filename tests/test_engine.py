@@ -190,9 +190,9 @@ def test_most_candidates_are_skipped(k):
         engine.select(column)
     everything = np.arange(k, 200)
     whole, _ = engine.score(everything)
-    at_first = engine.scanned[0]
+    at_first = engine.compiled.scanned[0]
     some, _ = engine.score(everything, int(np.sort(whole)[-2]))
-    of_some = engine.scanned[0] - at_first
+    of_some = engine.compiled.scanned[0] - at_first
     assert some[150 - k] == whole[150 - k] == whole.max()
     assert np.count_nonzero(some < 0) > 150
     assert of_some < 0.9 * at_first

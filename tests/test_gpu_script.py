@@ -74,9 +74,6 @@ RACE = """\
 """
 
 
-needs_cxxfilt = pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt demangles")
-
-
 def finished(text, status=0):
     return gpu.Finished(status, text)
 
@@ -84,7 +81,6 @@ def finished(text, status=0):
 # Reading what the tools print
 
 
-@needs_cxxfilt
 def test_registers_and_spills_are_read():
     kernels = gpu.parse_ptxas(PTXAS + SCAN.format(stores=8, loads=12))
     assert [(k["name"], k["architecture"], k["registers"]) for k in kernels] == [
@@ -109,7 +105,6 @@ def test_registers_and_spills_are_read():
         (PTXAS + SCAN.format(stores=0, loads=0), 1, "failed", ""),
     ],
 )
-@needs_cxxfilt
 def test_scans_must_not_spill(text, status, verdict, why):
     got = gpu.judge_build(finished(text, status))
     assert got.status == verdict

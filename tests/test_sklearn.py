@@ -5,22 +5,17 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import lcodec_ext
-from lcodec_ext import foci
-
-pytest.importorskip("sklearn")
-pd = pytest.importorskip("pandas")
-
-from sklearn.base import clone  # noqa: E402
-from sklearn.exceptions import NotFittedError  # noqa: E402
-from sklearn.linear_model import LinearRegression  # noqa: E402
-from sklearn.model_selection import GridSearchCV  # noqa: E402
-from sklearn.pipeline import make_pipeline  # noqa: E402
-from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
-
-from lcodec_ext import FOCISelector  # noqa: E402
+from lcodec_ext import FOCISelector, foci
 
 NAMES = ["age", "sex", "bmi", "bp", "s1", "s2"]
 

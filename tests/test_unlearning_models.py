@@ -282,8 +282,8 @@ def text():
         texts(),
         F.cross_entropy,
         units,
-        steps=120,
-        rate=0.01,
+        steps=200,  # with fewer it is where rounding takes it, and not near a minimum
+        rate=0.005,
         perturb=TokenReplacement(WORDS, special_ids=(PADDING, START, UNKNOWN)),
     )
 
@@ -385,7 +385,7 @@ def test_wrong_labels_are_forgotten(kind, preset):
     if preset == "paper":
         options |= {"damping": 0.01}
     elif "perturb" in kind.options:  # text: SGD at 0.2 does not repair a transformer
-        options |= STEP_ALONE | {"damping": 0.01, "n_curvature": None, "max_iterations": 50}
+        options |= STEP_ALONE | {"damping": 0.003, "n_curvature": None, "max_iterations": 50}
     if preset == "paper" and kind.loss_fn is composite:
         options["damping"] = 0.1
     if preset == "paper":

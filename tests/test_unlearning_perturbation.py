@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from lcodec_ext import codec
@@ -266,7 +267,7 @@ def test_bags_of_different_sizes():
 
 
 def test_transformers_conv1d():
-    layer = pytest.importorskip("transformers.pytorch_utils").Conv1D(5, 4)
+    layer = transformers.pytorch_utils.Conv1D(5, 4)
     model = seeded(1, Head(layer, 15))
     request = samples_of(normal(2, 3, 4))
     recording = recorded(model, request)
@@ -904,7 +905,6 @@ def test_token_replacements_are_checked(make, error, message):
 
 
 def test_distilbert():
-    transformers = pytest.importorskip("transformers")
     config = transformers.DistilBertConfig(
         vocab_size=60, max_position_embeddings=12, n_layers=2, n_heads=2, dim=8, hidden_dim=16
     )
@@ -1127,5 +1127,5 @@ def test_nothing_to_select(select):
     )
     assert codec(losses, activations[:, 0]) <= 0
     options = {"noise": 0.0} if select is select_lfoci else {}
-    with pytest.raises(ValueError, match=r"selects no unit|no unit has T.*Give more n_pert"):
+    with pytest.raises(ValueError, match=r"selects no unit|no unit has T.*Pass more n_pert"):
         select(recording, **options)

@@ -207,6 +207,17 @@ def test_no_gradient_is_no_ranking(mlp):
         unlearn(mlp, FORGET, RETAIN, flat, selection="gradient", n_units=1, weight_decay=0.0)
 
 
+def test_a_new_rule_is_a_function_and_an_entry(mlp, monkeypatch):
+    def heads(question):
+        units = [unit for unit in question.candidates.units if unit[0] == "4"]
+        return select.Choice(question.take(units), len(question.candidates.units))
+
+    monkeypatch.setitem(select.RULES, "heads", select.Rule(heads, "optional"))
+    assert run(mlp, "heads").selection == UnitSelection({"4": range(3)})
+    assert run(mlp, "heads", n_units=2).selection == UnitSelection({"4": [0, 1]})
+    assert Settings.from_dict(Settings(selection="heads").to_dict()).selection == "heads"
+
+
 def test_candidates():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -1125,6 +1136,7 @@ def test_statistics_that_do_not_fit(linear, mlp, tmp_path):
         refuse("they serve one step", **options)
     refuse("update='gradient' does not use", update="gradient")
     refuse("the guard needs samples", max_drop=0.1)
+    refuse("the guard needs samples", repair_drop=0.1)
     refuse("n_recalibrate and lengthen need retained samples", repair_epochs=1)
     refuse("retain is None: pass the retained", statistics=None)
     refuse("no curvature of [0-9]+ of the [0-9]+ units that are asked for, in '", model=mlp)

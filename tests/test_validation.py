@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sparse
 import torch
 
 import lcodec_ext
@@ -254,7 +255,6 @@ def test_frames_of_mixed_dtypes():
 
 
 def test_sparse_matrices_are_refused():
-    sparse = pytest.importorskip("scipy.sparse")
     with pytest.raises(ValueError, match=r"X is sparse .*pass X.toarray\(\)"):
         lcodec_ext.foci(sparse.csr_array(X), Y)
 

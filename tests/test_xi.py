@@ -8,6 +8,7 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -253,7 +254,6 @@ def test_arrays_of_all_kinds():
 
 
 def test_tensors():
-    torch = pytest.importorskip("torch")
     x = torch.arange(20, dtype=torch.float64, requires_grad=True)
     y = (x - 7) ** 2
     expected = xi(x.detach().numpy(), y.detach().numpy())

@@ -1,14 +1,14 @@
-// The compiled module, lcodec_ext._core, one register_* function per topic.
+// The compiled module, lcodec_ext._core: a submodule for each topic, and one register_* function.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace lcodec::bindings {
 
-void register_build_info(pybind11::module_& m);      // build_info.cpp
-void register_dependence(pybind11::module_& m);      // dependence.cpp
-void register_curvature(pybind11::module_& m);       // curvature.cpp
-void register_cuda(pybind11::module_& m);            // cuda.cpp
-void register_cuda_curvature(pybind11::module_& m);  // cuda_curvature.cpp
+void register_build_info(pybind11::module_ m);      // build_info.cpp, _core itself
+void register_dependence(pybind11::module_ m);      // dependence.cpp, _core.dependence
+void register_curvature(pybind11::module_ m);       // curvature.cpp, _core.curvature
+void register_cuda(pybind11::module_ m);            // cuda.cpp, _core.cuda
+void register_cuda_curvature(pybind11::module_ m);  // cuda_curvature.cpp, _core.cuda
 
 }  // namespace lcodec::bindings

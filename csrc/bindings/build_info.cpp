@@ -39,7 +39,7 @@ py::tuple cuda_probe() {
 
 }  // namespace
 
-void register_build_info(py::module_& m) {
+void register_build_info(py::module_ m) {
   m.def("build_info", &build_info, "What was compiled, as strings; see lcodec_ext.build_info.");
   m.def("cuda_probe", &cuda_probe, "(usable, reason); see lcodec_ext.cuda_status.");
 }

@@ -1,6 +1,8 @@
 // Failed launches as Python exceptions.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +15,13 @@ inline void raise_if_failed(const cuda::Outcome& outcome) {
   if (outcome.ok()) return;
   throw std::runtime_error(std::string("CUDA kernel ") + (outcome.kernel ? outcome.kernel : "?") +
                            " failed: " + cuda::error_text(outcome.code));
+}
+
+// Raises what fails in call(), which runs without the GIL.
+template <class Call>
+void launched(const Call& call) {
+  const pybind11::gil_scoped_release release;
+  raise_if_failed(call());
 }
 
 }  // namespace lcodec::bindings

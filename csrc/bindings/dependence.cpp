@@ -1,15 +1,14 @@
-// Bindings of the CPU engine. Arguments are validated by lcodec_ext/_native.py, the one caller;
-// here only shapes are checked, so that a slip there cannot read out of bounds.
+// Bindings of the CPU engine. Arguments are validated by lcodec_ext/dependence/backends/cpu.py, the
+// one caller; here only shapes are checked, so that a slip there cannot read out of bounds.
 #include <pybind11/numpy.h>
-#include <pybind11/stl.h>
 
-#include <tuple>
+#include <algorithm>
 #include <utility>
 
+#include "bindings/arguments.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/execution.hpp"
-#include "cpu/kernels.hpp"
-#include "lcodec/dispatch.hpp"
+#include "cpu/instruments.hpp"
 #include "lcodec/engine.hpp"
 
 namespace py = pybind11;
@@ -26,11 +25,6 @@ Columns<T> columns(const Array<T>& x, const Array<T>& factor) {
   expect(x.ndim() == 2 && factor.ndim() == 1, "wrong number of dimensions");
   expect(x.shape(0) >= 1 && x.shape(1) >= 2 && factor.shape(0) == x.shape(0), "shapes do not fit");
   return {x.shape(1), x.shape(0), x.data(), factor.data()};
-}
-
-Ties tie_rule(int ties) {
-  expect(0 <= ties && ties <= 2, "unknown tie rule");
-  return static_cast<Ties>(ties);
 }
 
 // The engine and the arrays it points into. n, p >= 1 and the ranks are checked by the caller.
@@ -65,11 +59,6 @@ class BoundEngine {
     return py::make_tuple(whole, fraction);
   }
 
-  std::tuple<std::int64_t, std::int64_t, std::int64_t, double> scanned() const {
-    const ScanWork work = engine_.scanned();
-    return {work.comparisons, work.instructions, work.instructions_of_all, work.seconds};
-  }
-
   py::tuple row_sums(std::int64_t candidate, const std::string& level, int threads) {
     expect_column(candidate);
     Array<std::int64_t> sum(x_.shape(1));
@@ -80,6 +69,27 @@ class BoundEngine {
       return engine_.row_sums(candidate, sum_out, count_out, execution);
     });
     return py::make_tuple(sum, count);
+  }
+
+  static void bind(py::module_& m, const char* name) {
+    py::class_<BoundEngine> engine(m, name);
+    engine
+        .def(py::init<Array<T>, Array<T>, const Array<std::int32_t>&, int, std::uint64_t>(),
+             py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
+             py::arg("ties"), py::arg("seed"))
+        .def("select", &BoundEngine::select, py::arg("column"),
+             py::call_guard<py::gil_scoped_release>())
+        .def("score", &BoundEngine::score, py::arg("candidates").noconvert(), py::arg("floor"),
+             py::arg("level"), py::arg("threads"))
+        .def("row_sums", &BoundEngine::row_sums, py::arg("candidate"), py::arg("level"),
+             py::arg("threads"));
+#ifdef LCODEC_INSTRUMENTS
+    engine.def_property_readonly("scanned", [](const BoundEngine& self) {
+      const ScanWork work = self.engine_.scanned();
+      return py::make_tuple(work.comparisons, work.instructions, work.instructions_of_all,
+                            work.seconds);
+    });
+#endif
   }
 
  private:
@@ -97,88 +107,77 @@ class BoundEngine {
 };
 
 template <class T>
+py::tuple laid_out(const Array<T>& x, const std::string& level, int threads) {
+  expect(x.ndim() == 2 && x.shape(0) >= 1 && x.shape(1) >= 1, "shapes do not fit");
+  const std::int64_t n = x.shape(0);
+  const std::int64_t p = x.shape(1);
+  Array<T> columns({p, n});
+  Array<T> low(p);
+  Array<T> high(p);
+  T* columns_out = columns.mutable_data();
+  T* low_out = low.mutable_data();
+  T* high_out = high.mutable_data();
+  run(level, threads, [&](const Execution& execution) {
+    return lay_out(x.data(), n, p, columns_out, low_out, high_out, execution);
+  });
+  return py::make_tuple(columns, low, high);
+}
+
+template <class T>
+Array<double> deviations(const Array<T>& x, const std::string& level, int threads) {
+  expect(x.ndim() == 2 && x.shape(1) >= 2, "shapes do not fit");
+  Array<double> deviation(x.shape(0));
+  double* out = deviation.mutable_data();
+  run(level, threads, [&](const Execution& execution) {
+    return standard_deviations(x.data(), x.shape(1), x.shape(0), out, execution);
+  });
+  return deviation;
+}
+
+// (offset, indices): row i's neighbours are indices[offset[i]], ..., up to offset[i + 1].
+template <class T>
+py::tuple all_neighbors(const Array<T>& x, const Array<T>& factor, int ties, std::uint64_t seed,
+                        const std::string& level, int threads) {
+  const Columns<T> view = columns(x, factor);
+  const Ties rule = tie_rule(ties);
+  Array<std::int64_t> offset(view.n + 1);
+  std::int64_t* starts = offset.mutable_data();
+  starts[0] = 0;
+  if (rule == Ties::average) {
+    run(level, threads, [&](const Execution& execution) {
+      return neighbors(view, rule, seed, nullptr, starts + 1, nullptr, execution);
+    });
+  } else {
+    std::fill_n(starts + 1, view.n, 1);
+  }
+  for (std::int64_t i = 0; i < view.n; ++i) starts[i + 1] += starts[i];
+  Array<std::int64_t> indices(starts[view.n]);
+  std::int64_t* indices_out = indices.mutable_data();
+  run(level, threads, [&](const Execution& execution) {
+    return neighbors(view, rule, seed, starts, nullptr, indices_out, execution);
+  });
+  return py::make_tuple(offset, indices);
+}
+
+template <class T>
 void bind(py::module_& m, const char* engine_name) {
-  using Bound = BoundEngine<T>;
-  py::class_<Bound>(m, engine_name)
-      .def(py::init<Array<T>, Array<T>, const Array<std::int32_t>&, int, std::uint64_t>(),
-           py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
-           py::arg("ties"), py::arg("seed"))
-      .def("select", &Bound::select, py::arg("column"), py::call_guard<py::gil_scoped_release>())
-      .def("score", &Bound::score, py::arg("candidates").noconvert(), py::arg("floor"),
-           py::arg("level"), py::arg("threads"))
-      .def("row_sums", &Bound::row_sums, py::arg("candidate"), py::arg("level"), py::arg("threads"))
-      .def_property_readonly("scanned", &Bound::scanned);
-  m.def(
-      "lay_out",
-      [](const Array<T>& x, const std::string& level, int threads) {
-        expect(x.ndim() == 2 && x.shape(0) >= 1 && x.shape(1) >= 1, "shapes do not fit");
-        const std::int64_t n = x.shape(0);
-        const std::int64_t p = x.shape(1);
-        Array<T> columns({p, n});
-        Array<T> low(p);
-        Array<T> high(p);
-        T* columns_out = columns.mutable_data();
-        T* low_out = low.mutable_data();
-        T* high_out = high.mutable_data();
-        run(level, threads, [&](const Execution& execution) {
-          return lay_out(x.data(), n, p, columns_out, low_out, high_out, execution);
-        });
-        return py::make_tuple(columns, low, high);
-      },
-      py::arg("x").noconvert(), py::arg("level"), py::arg("threads"));
-  m.def(
-      "standard_deviations",
-      [](const Array<T>& x, const std::string& level, int threads) {
-        expect(x.ndim() == 2 && x.shape(1) >= 2, "shapes do not fit");
-        Array<double> deviation(x.shape(0));
-        double* out = deviation.mutable_data();
-        run(level, threads, [&](const Execution& execution) {
-          return standard_deviations(x.data(), x.shape(1), x.shape(0), out, execution);
-        });
-        return deviation;
-      },
-      py::arg("columns").noconvert(), py::arg("level"), py::arg("threads"));
-  m.def(
-      "neighbors",
-      [](const Array<T>& x, const Array<T>& factor, int ties, std::uint64_t seed,
-         const std::string& level, int threads) {
-        const Columns<T> view = columns(x, factor);
-        const Ties rule = tie_rule(ties);
-        Array<std::int64_t> offset(view.n + 1);
-        std::int64_t* starts = offset.mutable_data();
-        starts[0] = 0;
-        if (rule == Ties::average) {
-          run(level, threads, [&](const Execution& execution) {
-            return neighbors(view, rule, seed, nullptr, starts + 1, nullptr, execution);
-          });
-        } else {
-          std::fill_n(starts + 1, view.n, 1);
-        }
-        for (std::int64_t i = 0; i < view.n; ++i) starts[i + 1] += starts[i];
-        Array<std::int64_t> indices(starts[view.n]);
-        std::int64_t* indices_out = indices.mutable_data();
-        run(level, threads, [&](const Execution& execution) {
-          return neighbors(view, rule, seed, starts, nullptr, indices_out, execution);
-        });
-        return py::make_tuple(offset, indices);
-      },
-      py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("ties"), py::arg("seed"),
-      py::arg("level"), py::arg("threads"));
+  BoundEngine<T>::bind(m, engine_name);
+  m.def("lay_out", &laid_out<T>, py::arg("x").noconvert(), py::arg("level"), py::arg("threads"));
+  m.def("standard_deviations", &deviations<T>, py::arg("columns").noconvert(), py::arg("level"),
+        py::arg("threads"));
+  m.def("neighbors", &all_neighbors<T>, py::arg("x").noconvert(), py::arg("factor").noconvert(),
+        py::arg("ties"), py::arg("seed"), py::arg("level"), py::arg("threads"));
 }
 
 }  // namespace
 
-void register_dependence(py::module_& m) {
-  m.def(
-      "saturate",
-      [](const std::string& level, std::int64_t rounds) {
-        const Kernels<float> kernels = kernels_for(resolve_simd_level(level)).f32;
-        const py::gil_scoped_release release;
-        return kernels.saturate(rounds);
-      },
-      py::arg("level"), py::arg("rounds"));
+void register_dependence(py::module_ m) {
   bind<float>(m, "EngineFloat");
   bind<double>(m, "EngineDouble");
+#ifdef LCODEC_INSTRUMENTS
+  m.def("saturate", &saturate, py::arg("level"), py::arg("rounds"),
+        py::call_guard<py::gil_scoped_release>(), "Issues vector instructions; returns how many.");
+#endif
 }
 
 }  // namespace lcodec::bindings

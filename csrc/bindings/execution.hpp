@@ -4,17 +4,13 @@
 #include <pybind11/pybind11.h>
 
 #include <chrono>
-#include <stdexcept>
 #include <string>
 
+#include "bindings/arguments.hpp"
 #include "lcodec/dispatch.hpp"
 #include "lcodec/engine.hpp"
 
 namespace lcodec::bindings {
-
-inline void expect(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
-}
 
 // Lets Python see a pending Ctrl-C about ten times a second while the GIL is released.
 class Signals {
@@ -25,7 +21,7 @@ class Signals {
     if (now < next_) return false;
     next_ = now + std::chrono::milliseconds(100);
     const pybind11::gil_scoped_acquire gil;
-    return PyErr_CheckSignals() != 0;  // the Python error stays set for finish()
+    return PyErr_CheckSignals() != 0;  // the Python error stays set for run()
   }
 
  private:

@@ -1,12 +1,14 @@
 #include "bindings/bindings.hpp"
 
 PYBIND11_MODULE(_core, m) {
+  using namespace lcodec::bindings;
   m.doc() = "Compiled part of lcodec_ext. Private: use the functions of lcodec_ext itself.";
-  lcodec::bindings::register_build_info(m);
-  lcodec::bindings::register_dependence(m);
-  lcodec::bindings::register_curvature(m);
+  register_build_info(m);
+  register_dependence(m.def_submodule("dependence"));
+  register_curvature(m.def_submodule("curvature"));
 #ifdef LCODEC_HAVE_CUDA
-  lcodec::bindings::register_cuda(m);
-  lcodec::bindings::register_cuda_curvature(m);
+  const auto cuda = m.def_submodule("cuda");
+  register_cuda(cuda);
+  register_cuda_curvature(cuda);
 #endif
 }

@@ -16,7 +16,7 @@ struct FixedPoint {
 };
 
 // sum / count, rounded down to 2^-43. The fraction is 0 only where the division is exact, since
-// a remainder is at least 1 / count > 2^-43. Reference twin: lcodec_ext/_exact.py.
+// a remainder is at least 1 / count > 2^-43. Reference twin: lcodec_ext/dependence/exact.py.
 LCODEC_HOST_DEVICE static inline FixedPoint fixed_point(std::int64_t sum, std::int64_t count) {
   if (count == 1) return {sum, 0};
   const std::int64_t whole = sum / count;

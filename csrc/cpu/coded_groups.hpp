@@ -2,8 +2,8 @@
 //
 // Rows in one group of the conditioning set and of one value form a cell: they are at distance 0
 // from each other, and nearest. With rows in order of rank, a row's sum over the others of its cell
-// is that of the ranks seen there so far and its own rank for each that is still to come. A row
-// alone in its cell asks the tree, and the cells that are nearest to it for the same two numbers.
+// is the sum of the ranks seen there so far, plus its own rank for each row that is still to come.
+// A row alone in its cell asks the tree for the nearest cells, and these for the same two numbers.
 // O(n) for a candidate, about a nanosecond for each of three passes.
 #pragma once
 
@@ -42,7 +42,7 @@ struct Coded {
       if (std::find(seen.begin(), seen.begin() + different, x) == seen.begin() + different)
         seen[different++] = x;
     }
-    if (4 * different > 3 * sample) return {};  // many, by all signs
+    if (4 * different > 3 * sample) return {};  // most likely many
     struct Slot {
       Key key;
       std::uint16_t number;
@@ -125,8 +125,8 @@ class CodedGroups {
   // A search costs as much as so many rows that are not alone.
   static constexpr std::int64_t kSearchCost = 64;
 
-  // Rows are taken from several stretches of the order in turn: of few cells, the same one is
-  // otherwise wanted again before it is written.
+  // Rows are taken from several stretches of the order in turn: where cells are few, the next row
+  // would otherwise often wait for the same cell to be written.
   static constexpr std::size_t kStretches = 4;
   static constexpr std::size_t kFewCells = 256;
 
@@ -204,7 +204,7 @@ class CodedGroups {
     return scaled * scaled;
   }
 
-  // A row that is alone in its cell, where cells are as it finds them.
+  // A row that is alone in its cell; `now` are the cells of its stretch as of this row.
   FixedPoint search(const Cell* now, const Coded<T>& column, T factor, Index row) {
     const std::size_t levels = column.level.size();
     const Index self = point_[static_cast<std::size_t>(row)];

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/at.hpp"
 #include "cpu/coded_groups.hpp"
 #include "cpu/nearest.hpp"
 #include "cpu/pages.hpp"
@@ -27,7 +28,7 @@ struct Subspace {
   // All rows in one group.
   explicit Subspace(std::int64_t n) : groups(n) { space.build({}, {}, groups.of_row, 1); }
 
-  // That of one column more: `columns` [k + 1] are all of them, the new one last.
+  // The subspace with one more column: `columns` [k + 1] are all of them, the new one last.
   Subspace refined(const std::vector<const T*>& columns, const std::vector<T>& factors) const {
     Subspace finer(groups);
     finer.groups.refine(columns.back());
@@ -52,8 +53,9 @@ struct Conditioned {
 
   Columns<T> columns;
   TieRule rule;
-  // Rows are numbered anew: by rank where ties are averaged (rank sums of a run come from prefix
-  // sums then), as they were where a tied row is picked by its number.
+  // Rows are renumbered. Where ties are averaged, they are numbered by rank: the rank sum of a run
+  // then comes from prefix sums. Where a tied row is picked by its number, they keep the given
+  // ones.
   std::vector<Index> order;              // [n] given row of a row
   std::vector<std::int32_t> rank;        // [n]
   std::vector<std::vector<T>> selected;  // values of the conditioning columns
@@ -84,10 +86,6 @@ struct Conditioned {
     for (std::size_t row = 0; row < order.size(); ++row) rank[row] = given_rank[order[row]];
   }
 
-  template <class I>
-  static std::size_t at(I index) {
-    return static_cast<std::size_t>(index);
-  }
   const Spatial<T>& space() const { return subspace.space; }
   std::size_t k() const { return selected.size(); }
 
@@ -100,7 +98,7 @@ struct Conditioned {
     return x;
   }
 
-  // The subspace with one column more, its values by row in x.
+  // The subspace with one more column, whose values by row are x.
   Subspace<T> with(std::int64_t column, const std::vector<T>& x) const {
     std::vector<const T*> all;
     for (const auto& values_of : selected) all.push_back(values_of.data());
@@ -116,7 +114,7 @@ struct Conditioned {
     selected_factor.push_back(columns.factor[column]);
   }
 
-  // Those of some columns that are wanted, each once.
+  // The wanted ones of some columns, each once.
   template <class Wanted>
   static std::vector<std::int64_t> distinct(std::vector<std::int64_t> some, const Wanted& wanted) {
     std::erase_if(some, [&](std::int64_t column) { return !wanted(column); });
@@ -174,8 +172,9 @@ struct Conditioned {
     });
   }
 
-  // All rows nearest to one in the conditioning set and a sorted column, one of which is within
-  // `best`: along the column's order, until the column alone is farther. False beyond kAlong rows.
+  // All rows nearest to one in the conditioning set and a sorted column; the nearest is known to be
+  // within `best`. Goes along the column's order until the column alone is farther. False beyond
+  // kAlong rows.
   bool nearest_along(std::int64_t column, Index own, T best, std::vector<Index>& nearest) const {
     const Index* rows = sorted[at(column)].rows;
     const T* values = sorted[at(column)].values;

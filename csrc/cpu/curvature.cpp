@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/at.hpp"
 #include "cpu/curvature_kernels.hpp"
 #include "cpu/pages.hpp"
 #include "cpu/parallel.hpp"
@@ -12,7 +13,7 @@ namespace lcodec {
 namespace {
 
 constexpr std::int64_t kLeastRows = 32;          // of a chunk
-constexpr std::int64_t kMostChunks = 64;         // more would be much scratch
+constexpr std::int64_t kMostChunks = 64;         // more would take much scratch
 constexpr std::int64_t kTileBytes = 512 * 1024;  // half of a common second-level cache
 constexpr std::int64_t kLeastTileRows = 4;       // which share loads; 4 rows wider than that are
 constexpr std::int64_t kMostTileRows = 32;       // in the third-level cache
@@ -130,93 +131,137 @@ void tile_accumulate(const CurvatureKernels<S, T>& kernels, const SelectedColumn
 
 // out_j = (1/n) sum_i c_ij x_i + damping v_j, where factors(i, u) replaces u_j = x_i . v_j by c_ij.
 template <class S, class T, class Factors>
-Status rows_product(const SelectedColumns<S>& x, const T* v, std::int64_t m, T damping, T* out,
-                    const Execution& given, const Factors& factors) {
-  const std::int64_t n = x.rows;
-  const std::int64_t size = x.size * m;
-  const Execution execution =
-      with_threads_for(static_cast<double>(n) * static_cast<double>(size), given);
-  const auto kernels = pick<S, T>(execution.level);
-  if (size == 0) return Status::ok;
-  const std::int64_t chunk_rows = std::max(kLeastRows, quotient_up(n, kMostChunks));
-  const std::int64_t chunks = quotient_up(n, chunk_rows);
-  const std::int64_t itemsize = static_cast<std::int64_t>(sizeof(S));
-  const bool many = m >= kManyVectors;
-  const std::int64_t tile_rows =
-      many ? kMostTileRows
-           : std::clamp(kTileBytes / (x.size * itemsize), kLeastTileRows, kMostTileRows);
-  const Blocks blocks(x.segments, x.count, many ? kBlockBytes / itemsize : x.size, kLanes<T>);
+class RowsProduct {
+ public:
+  RowsProduct(const SelectedColumns<S>& x, const T* v, std::int64_t m, const Execution& given,
+              const Factors& factors)
+      : x_(x),
+        v_(v),
+        m_(m),
+        size_(x.size * m),
+        execution_(
+            with_threads_for(static_cast<double>(x.rows) * static_cast<double>(size_), given)),
+        kernels_(pick<S, T>(execution_.level)),
+        factors_(factors),
+        chunk_rows_(std::max(kLeastRows, quotient_up(x.rows, kMostChunks))),
+        chunks_(quotient_up(x.rows, chunk_rows_)),
+        tile_rows_(m >= kManyVectors ? kMostTileRows
+                                     : std::clamp(kTileBytes / (x.size * kItemsize), kLeastTileRows,
+                                                  kMostTileRows)),
+        blocks_(x.segments, x.count, m >= kManyVectors ? kBlockBytes / kItemsize : x.size,
+                kLanes<T>) {
+    // A piece of work is a subtree of chunks. All its sums but the last stay in the cache.
+    const std::int64_t wanted =
+        std::max(kLeastPieces, kPiecesOfThread * std::int64_t{execution_.threads});
+    for (; quotient_up(chunks_, 2 * piece_chunks_) >= wanted; ++levels_) piece_chunks_ *= 2;
+    pieces_ = quotient_up(chunks_, piece_chunks_);
+    partial_ = Pages<T>(at(pieces_ * size_));
+  }
 
-  // A piece of work is a subtree of chunks, whose sums stay in the cache but for the last.
-  const std::int64_t wanted =
-      std::max(kLeastPieces, kPiecesOfThread * std::int64_t{execution.threads});
-  std::int64_t piece_chunks = 1;
-  std::int64_t levels = 0;
-  for (; quotient_up(chunks, 2 * piece_chunks) >= wanted; ++levels) piece_chunks *= 2;
-  const std::int64_t pieces = quotient_up(chunks, piece_chunks);
-  const Pages<T> partial(static_cast<std::size_t>(pieces * size));
+  Status run(T damping, T* out) {
+    const Status status = parallel_for(pieces_, execution_, [&] {
+      return [&, work = Scratch(*this)](std::int64_t piece) mutable { add_piece(piece, work); };
+    });
+    return status == Status::ok ? finish(damping, out) : status;
+  }
 
-  const Status status = parallel_for(pieces, execution, [&] {
-    return [&, scratch = Pages<T>(static_cast<std::size_t>(levels * size)),
-            lane = std::vector<T>(static_cast<std::size_t>(m * tile_rows * kLanes<T>)),
-            dot = std::vector<T>(static_cast<std::size_t>(m * tile_rows)),
-            row = std::vector<T>(static_cast<std::size_t>(m))](std::int64_t piece) mutable {
-      const auto add_rows = [&](std::int64_t begin, std::int64_t end, T* sum) {
-        for (std::int64_t i = begin; i < end; i += tile_rows) {
-          SelectedColumns<S> tile = x;
-          tile.data = x.data + i * x.stride;
-          tile.rows = std::min(tile_rows, end - i);
-          tile_dots<S, T>(kernels, tile, blocks, {v, m, x.size}, lane.data(), dot.data());
-          const auto at = [&](std::int64_t j, std::int64_t r) -> T& {
-            return dot[static_cast<std::size_t>(j * tile.rows + r)];
-          };
-          for (std::int64_t r = 0; r < tile.rows; ++r) {
-            for (std::int64_t j = 0; j < m; ++j) row[static_cast<std::size_t>(j)] = at(j, r);
-            factors(i + r, row.data());
-            for (std::int64_t j = 0; j < m; ++j) at(j, r) = row[static_cast<std::size_t>(j)];
-          }
-          tile_accumulate<S, T>(kernels, tile, blocks, dot.data(), {sum, m, x.size});
+ private:
+  static constexpr auto kItemsize = static_cast<std::int64_t>(sizeof(S));
+
+  // What a thread needs.
+  struct Scratch {
+    Pages<T> sums;  // of subtrees
+    std::vector<T> lane, dot, row;
+
+    explicit Scratch(const RowsProduct& a)
+        : sums(at(a.levels_ * a.size_)),
+          lane(at(a.m_ * a.tile_rows_ * kLanes<T>)),
+          dot(at(a.m_ * a.tile_rows_)),
+          row(at(a.m_)) {}
+  };
+
+  // The sum over the chunks of a piece, in its place in partial_.
+  void add_piece(std::int64_t piece, Scratch& work) const {
+    // sums[0], ..., sums[depth - 1]: subtrees that are complete, from left to right
+    const auto sums = [&](std::int64_t depth) {
+      return depth == 0 ? partial_.data() + piece * size_ : work.sums.data() + (depth - 1) * size_;
+    };
+    std::int64_t depth = 0;
+    const auto join = [&] {
+      --depth;
+      add(sums(depth), size_, sums(depth - 1));
+    };
+    const std::int64_t first = piece * piece_chunks_;
+    for (std::int64_t c = 0; c < piece_chunks_ && first + c < chunks_; ++c) {
+      const std::int64_t begin = (first + c) * chunk_rows_;
+      std::fill_n(sums(depth), size_, T{0});
+      add_rows(begin, std::min(x_.rows, begin + chunk_rows_), sums(depth), work);
+      ++depth;
+      for (std::int64_t k = c + 1; k % 2 == 0; k /= 2) join();
+    }
+    while (depth > 1) join();
+  }
+
+  // sum_j += sum_i c_ij x_i over the rows [begin, end).
+  void add_rows(std::int64_t begin, std::int64_t end, T* sum, Scratch& work) const {
+    for (std::int64_t i = begin; i < end; i += tile_rows_) {
+      SelectedColumns<S> tile = x_;
+      tile.data = x_.data + i * x_.stride;
+      tile.rows = std::min(tile_rows_, end - i);
+      tile_dots<S, T>(kernels_, tile, blocks_, {v_, m_, x_.size}, work.lane.data(),
+                      work.dot.data());
+      const auto dot = [&](std::int64_t j, std::int64_t r) -> T& {
+        return work.dot[at(j * tile.rows + r)];
+      };
+      for (std::int64_t r = 0; r < tile.rows; ++r) {
+        for (std::int64_t j = 0; j < m_; ++j) work.row[at(j)] = dot(j, r);
+        factors_(i + r, work.row.data());
+        for (std::int64_t j = 0; j < m_; ++j) dot(j, r) = work.row[at(j)];
+      }
+      tile_accumulate<S, T>(kernels_, tile, blocks_, work.dot.data(), {sum, m_, x_.size});
+    }
+  }
+
+  // Adds up the pieces, divides and damps.
+  Status finish(T damping, T* out) const {
+    return parallel_for(quotient_up(size_, kReducedAtOnce), execution_, [&] {
+      return [&](std::int64_t part) {
+        const std::int64_t begin = part * kReducedAtOnce;
+        const std::int64_t end = std::min(size_, begin + kReducedAtOnce);
+        T* const sum = partial_.data();
+        for (std::int64_t step = 1; step < pieces_; step *= 2) {
+          for (std::int64_t p = 0; p + step < pieces_; p += 2 * step)
+            add(sum + (p + step) * size_ + begin, end - begin, sum + p * size_ + begin);
+        }
+        if (x_.rows == 0) {
+          for (std::int64_t k = begin; k < end; ++k) out[k] = damping * v_[k];
+        } else {
+          const T rows = static_cast<T>(x_.rows);
+          for (std::int64_t k = begin; k < end; ++k) out[k] = sum[k] / rows + damping * v_[k];
         }
       };
-      // sums[0], ..., sums[depth - 1]: subtrees that are complete, from left to right
-      const auto sums = [&](std::int64_t depth) {
-        return depth == 0 ? partial.data() + piece * size : scratch.data() + (depth - 1) * size;
-      };
-      std::int64_t depth = 0;
-      const auto join = [&] {
-        --depth;
-        add(sums(depth), size, sums(depth - 1));
-      };
-      const std::int64_t first = piece * piece_chunks;
-      for (std::int64_t c = 0; c < piece_chunks && first + c < chunks; ++c) {
-        const std::int64_t begin = (first + c) * chunk_rows;
-        std::fill_n(sums(depth), size, T{0});
-        add_rows(begin, std::min(n, begin + chunk_rows), sums(depth));
-        ++depth;
-        for (std::int64_t k = c + 1; k % 2 == 0; k /= 2) join();
-      }
-      while (depth > 1) join();
-    };
-  });
-  if (status != Status::ok) return status;
+    });
+  }
 
-  return parallel_for(quotient_up(size, kReducedAtOnce), execution, [&] {
-    return [&](std::int64_t part) {
-      const std::int64_t begin = part * kReducedAtOnce;
-      const std::int64_t end = std::min(size, begin + kReducedAtOnce);
-      T* const sum = partial.data();
-      for (std::int64_t step = 1; step < pieces; step *= 2) {
-        for (std::int64_t p = 0; p + step < pieces; p += 2 * step)
-          add(sum + (p + step) * size + begin, end - begin, sum + p * size + begin);
-      }
-      if (n == 0) {
-        for (std::int64_t k = begin; k < end; ++k) out[k] = damping * v[k];
-      } else {
-        const T rows = static_cast<T>(n);
-        for (std::int64_t k = begin; k < end; ++k) out[k] = sum[k] / rows + damping * v[k];
-      }
-    };
-  });
+  const SelectedColumns<S>& x_;
+  const T* v_;
+  const std::int64_t m_, size_;
+  const Execution execution_;
+  const CurvatureKernels<S, T> kernels_;
+  const Factors& factors_;
+  const std::int64_t chunk_rows_, chunks_, tile_rows_;
+  const Blocks blocks_;
+  std::int64_t piece_chunks_ = 1;
+  std::int64_t levels_ = 0;  // of subtrees in a piece
+  std::int64_t pieces_ = 0;
+  Pages<T> partial_;  // [piece][m][size]
+};
+
+template <class S, class T, class Factors>
+Status rows_product(const SelectedColumns<S>& x, const T* v, std::int64_t m, T damping, T* out,
+                    const Execution& execution, const Factors& factors) {
+  if (x.size * m == 0) return Status::ok;
+  return RowsProduct<S, T, Factors>(x, v, m, execution, factors).run(damping, out);
 }
 
 }  // namespace
@@ -257,14 +302,14 @@ Status factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, 
   constexpr std::int64_t kBlock = kBlockBytes / static_cast<std::int64_t>(sizeof(T));
   const Blocks delta_blocks(&all_delta, 1, kBlock, kLanes<T>);
   const Blocks a_blocks(&all_a, 1, kBlock, kLanes<T>);
-  // Few enough for pieces of work to go round.
+  // Few rows, so that every thread has pieces of work.
   const std::int64_t tile_rows =
       std::clamp(quotient_up(n, kMostChunks), kLeastTileRows, kMostGramRows);
   const std::int64_t pieces = quotient_up(n, tile_rows);
   return parallel_for(pieces, execution, [&] {
-    const std::size_t dots = static_cast<std::size_t>(tile_rows * kMostGramRows);
-    return [&, lane = std::vector<T>(dots * static_cast<std::size_t>(kLanes<T>)),
-            left = std::vector<T>(dots), right = std::vector<T>(dots)](std::int64_t piece) mutable {
+    const std::size_t dots = at(tile_rows * kMostGramRows);
+    return [&, lane = std::vector<T>(dots * at(kLanes<T>)), left = std::vector<T>(dots),
+            right = std::vector<T>(dots)](std::int64_t piece) mutable {
       // the longest first
       const std::int64_t i = (pieces - 1 - piece) * tile_rows;
       const std::int64_t rows = std::min(tile_rows, n - i);
@@ -280,8 +325,8 @@ Status factored_gram(const T* delta, std::int64_t delta_stride, std::int64_t r, 
         for (std::int64_t s = 0; s < others; ++s) {
           for (std::int64_t t = 0; t < rows; ++t) {
             if (j + s > i + t) continue;  // its mirror image is written elsewhere
-            const std::size_t at = static_cast<std::size_t>(s * rows + t);
-            k[(i + t) * n + j + s] = k[(j + s) * n + i + t] = left[at] * right[at];
+            const std::size_t pair = at(s * rows + t);
+            k[(i + t) * n + j + s] = k[(j + s) * n + i + t] = left[pair] * right[pair];
           }
         }
       }

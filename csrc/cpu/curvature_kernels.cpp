@@ -9,24 +9,16 @@
 
 #include <cstddef>
 
+#include "cpu/simd.hpp"
+
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #define LCODEC_MASKS
 #include <immintrin.h>
 #endif
 
-#define LCODEC_CONCAT2(a, b) a##b
-#define LCODEC_CONCAT(a, b) LCODEC_CONCAT2(a, b)
-
 namespace lcodec {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 constexpr int kVectors = kLaneBytes / kVectorBytes;  // of a dot
 constexpr int kDotRows = kVectorBytes / 16;          // 8 registers of sums for a vector v_j
 constexpr int kDotArrays = kVectorBytes / 64 + 1;    // 2 where there are 32 registers
@@ -34,24 +26,10 @@ constexpr int kSumArrays = 2;
 static_assert(kRowsAtOnce % kDotRows == 0);
 
 template <class T>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float Type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Vector<double> {
-  typedef double Type __attribute__((vector_size(kVectorBytes)));
-};
-
-template <class T>
-constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
-
-template <class T>
-inline void load(const T* p, typename Vector<T>::Type& v) {
+inline void load(const T* p, typename Simd<T>::Value& v) {
   __builtin_memcpy(&v, p, sizeof v);
 }
-inline void load(const Bfloat16* p, Vector<float>::Type& v) {
+inline void load(const Bfloat16* p, Simd<float>::Value& v) {
   typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   typedef std::uint32_t Word __attribute__((vector_size(kVectorBytes)));
   Half half;
@@ -60,8 +38,8 @@ inline void load(const Bfloat16* p, Vector<float>::Type& v) {
   __builtin_memcpy(&v, &word, sizeof v);
 }
 
-// The first `count` elements, one or more, and 0 behind them: a sum that began at 0 does not change
-// by 0.
+// The first `count` elements, one or more, followed by zeros: adding 0 leaves a sum that began at 0
+// as it is.
 template <class S, class V>
 inline void load_some(const S* p, std::int64_t count, V& v) {
   S buffer[sizeof(V) / sizeof(v[0])] = {};
@@ -93,18 +71,13 @@ template <class T>
 inline T widen(const T* p) {
   return *p;
 }
-inline float widen(const Bfloat16* p) {
-  const std::uint32_t word = static_cast<std::uint32_t>(p->bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &word, sizeof value);
-  return value;
-}
+inline float widen(const Bfloat16* p) { return lcodec::widen(*p); }
 #endif
 
 template <class S, class T, int kRows, int kArrays>
 void dots_of(const SelectedColumns<S>& g, const S* row, const T* v, std::int64_t v_stride, T* lane,
              std::int64_t lane_stride) {
-  using V = typename Vector<T>::Type;
+  using V = typename Simd<T>::Value;
   constexpr int W = kWidth<T>;
   constexpr std::int64_t L = kLanes<T>;
   V sum[std::size_t{kArrays}][std::size_t{kRows}][kVectors];
@@ -189,7 +162,7 @@ void fold(const T* lane, std::int64_t count, T* dot) {
 template <class S, class T, int kRows, int kArrays>
 void accumulate_of(const SelectedColumns<S>& g, const S* row, const T* factor,
                    std::int64_t factor_stride, T* out, std::int64_t out_stride) {
-  using V = typename Vector<T>::Type;
+  using V = typename Simd<T>::Value;
   constexpr int W = kWidth<T>;
   V factors[std::size_t{kArrays}][std::size_t{kRows}];
   for (int c = 0; c < kArrays; ++c)
@@ -257,7 +230,7 @@ void accumulate(const SelectedColumns<S>& g, const Arrays<const T>& factor, cons
 
 }  // namespace
 
-LevelCurvatureKernels LCODEC_CONCAT(LCODEC_SIMD_LEVEL, _curvature_kernels)() {
+LevelCurvatureKernels LCODEC_OF_LEVEL(curvature_kernels)() {
   return {{dots<float, float>, fold<float>, accumulate<float, float>},
           {dots<double, double>, fold<double>, accumulate<double, double>},
           {dots<Bfloat16, float>, fold<float>, accumulate<Bfloat16, float>}};

@@ -16,7 +16,7 @@ constexpr std::int64_t kLanes = kLaneBytes / static_cast<std::int64_t>(sizeof(T)
 // Rows side by side share the loads of v and of out.
 constexpr std::int64_t kRowsAtOnce = 8;
 
-// m arrays, each `stride` elements behind the one before.
+// m arrays, each `stride` elements after the one before.
 template <class T>
 struct Arrays {
   T* data;

@@ -3,45 +3,53 @@
 #include <stdexcept>
 
 #include "cpu/curvature_kernels.hpp"
+#include "cpu/instruments.hpp"
 #include "cpu/kernels.hpp"
 
 namespace lcodec {
 namespace {
 
-bool cpu_has(SimdLevel level) {
-#ifdef LCODEC_HAVE_X86_SIMD
-  __builtin_cpu_init();
-  switch (level) {
-    case SimdLevel::baseline:
-      return true;
-    case SimdLevel::avx2:
-      return __builtin_cpu_supports("avx2");
-    case SimdLevel::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
-  return false;
-#else
-  return level == SimdLevel::baseline;
-#endif
-}
+// A SIMD level of this binary, in rising order: place and SimdLevel are the same number.
+struct Level {
+  const char* name;
+  bool (*runs_here)();
+  LevelKernels (*kernels)();
+  LevelCurvatureKernels (*curvature_kernels)();
+};
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+constexpr Level kLevels[] = {
+    {"baseline", [] { return true; }, baseline_kernels, baseline_curvature_kernels},
+#ifdef LCODEC_HAVE_X86_SIMD
+    {"avx2",
+     [] {
+       __builtin_cpu_init();
+       return __builtin_cpu_supports("avx2") != 0;
+     },
+     avx2_kernels, avx2_curvature_kernels},
+    {"avx512",
+     [] {
+       __builtin_cpu_init();
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     avx512_kernels, avx512_curvature_kernels},
+#endif
+};
+
+const Level& entry(SimdLevel level) { return kLevels[static_cast<int>(level)]; }
 
 }  // namespace
 
 std::vector<std::string> compiled_simd_levels() {
-#ifdef LCODEC_HAVE_X86_SIMD
-  return {kNames[0], kNames[1], kNames[2]};
-#else
-  return {kNames[0]};
-#endif
+  std::vector<std::string> names;
+  for (const Level& level : kLevels) names.emplace_back(level.name);
+  return names;
 }
 
 std::vector<std::string> supported_simd_levels() {
   std::vector<std::string> names;
-  for (const auto level : {SimdLevel::baseline, SimdLevel::avx2, SimdLevel::avx512})
-    if (cpu_has(level)) names.emplace_back(kNames[static_cast<int>(level)]);
+  for (const Level& level : kLevels)
+    if (level.runs_here()) names.emplace_back(level.name);
   return names;
 }
 
@@ -50,29 +58,33 @@ SimdLevel resolve_simd_level(const std::string& name) {
   const std::string& wanted = name == "auto" ? supported.back() : name;
   std::string listed;
   for (const auto& level : supported) listed += ", " + level;
-  for (int k = 0; k < 3; ++k) {
-    if (wanted != kNames[k]) continue;
-    if (cpu_has(static_cast<SimdLevel>(k))) return static_cast<SimdLevel>(k);
+  for (const Level& level : kLevels) {
+    if (wanted != level.name) continue;
+    if (level.runs_here()) return static_cast<SimdLevel>(&level - kLevels);
     throw std::invalid_argument("SIMD level '" + name + "' cannot run here; expected auto" +
                                 listed);
   }
   throw std::invalid_argument("unknown SIMD level '" + name + "'; expected auto" + listed);
 }
 
-LevelKernels kernels_for([[maybe_unused]] SimdLevel level) {
-#ifdef LCODEC_HAVE_X86_SIMD
-  if (level == SimdLevel::avx512) return avx512_kernels();
-  if (level == SimdLevel::avx2) return avx2_kernels();
-#endif
-  return baseline_kernels();
+LevelKernels kernels_for(SimdLevel level) { return entry(level).kernels(); }
+
+LevelCurvatureKernels curvature_kernels_for(SimdLevel level) {
+  return entry(level).curvature_kernels();
 }
 
-LevelCurvatureKernels curvature_kernels_for([[maybe_unused]] SimdLevel level) {
+#ifdef LCODEC_INSTRUMENTS
+std::int64_t saturate(const std::string& level, std::int64_t rounds) {
+  using Saturate = std::int64_t(std::int64_t);
+  constexpr Saturate* kOfLevel[] = {
+      baseline_saturate,
 #ifdef LCODEC_HAVE_X86_SIMD
-  if (level == SimdLevel::avx512) return avx512_curvature_kernels();
-  if (level == SimdLevel::avx2) return avx2_curvature_kernels();
+      avx2_saturate,
+      avx512_saturate,
 #endif
-  return baseline_curvature_kernels();
+  };
+  return kOfLevel[static_cast<int>(resolve_simd_level(level))](rounds);
 }
+#endif
 
 }  // namespace lcodec

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/fixed_point.hpp"
+#include "cpu/at.hpp"
 #include "cpu/conditioned.hpp"
 #include "cpu/scanner.hpp"
 #include "cpu/sorted_groups.hpp"
@@ -24,16 +25,14 @@ constexpr std::int64_t kBigGroup = 64;
 constexpr std::int64_t kSortCost = 128;
 // Packed candidates in memory at a time.
 constexpr std::int64_t kPackedBytes = std::int64_t{1} << 28;
-// So few candidates are searched in a tree of their own: a tile costs as much for one as for all.
+// So few candidates are each searched in a tree: a tile costs as much for one as for all.
 constexpr std::int64_t kFewCandidates = 4;
-// Shares of all doubt (State::bands) that is left when candidates that can no longer win are left
-// out.
+// Shares of all doubt (State::bands) that are left each time the candidates that can no longer win
+// are left out.
 constexpr std::array<double, 12> kDoubtLeft = {0.7,  0.6, 0.5,  0.42, 0.35, 0.3,
                                                0.25, 0.2, 0.15, 0.1,  0.05, 0.0};
-// Rows before and behind a row that tell what neighbours are like.
+// Rows before and after a row that tell what its neighbours are like.
 constexpr std::int64_t kBeside = 8;
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 // A sum in fixed point whose parts may be added in any order.
 struct Total {
@@ -47,6 +46,12 @@ struct Total {
   std::int64_t floor() const { return whole + (fraction >> kFractionBits); }
 };
 
+// Positions that are scanned together, and how much doubt is left after them, in ranks.
+struct Band {
+  std::vector<Index> positions;
+  double doubt_left;
+};
+
 }  // namespace
 
 template <class T>
@@ -57,7 +62,7 @@ struct Engine<T>::State {
   bool sorting = false;          // big groups are scored by sorting
   int apart = -1;                // whether no two groups are at distance 0; -1: not known
   std::vector<Index> positions;  // of the other rows, by place in the tree
-  // The subspace with the column that was looked at last: when that is selected, it is there.
+  // The subspace with the column that was looked at last, kept in case that column is selected.
   std::int64_t ahead_column = -1;
   std::vector<T> ahead_values;
   Subspace<T> ahead;
@@ -74,7 +79,7 @@ struct Engine<T>::State {
   void look_ahead(std::int64_t column) {
     if (ahead_column == column) return;
     const DefaultFloats floats;
-    ahead_column = -1;  // should memory run out
+    ahead_column = -1;  // in case memory runs out
     ahead_values = given.values(column);
     ahead = given.with(column, ahead_values);
     ahead_column = column;
@@ -306,15 +311,14 @@ struct Engine<T>::State {
     return scan(positions, numbers, alive, totals, execution);
   }
 
-  struct Band {
-    std::vector<Index> positions;
-    double doubt_left;  // behind it, in ranks
-  };
+  // See Race.
+  Status race(const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
+              std::int64_t& bar, Total* totals, const Execution& execution);
 
   // The scanned positions in bands of falling doubt, each in ascending order. A row adds at most
-  // its rank; it is expected to add what it would with the rows beside it in the tree, which are
-  // about as near as its neighbours will be. Their difference is the doubt, and where little of it
-  // is left, few candidates can still win.
+  // its rank; it is expected to add what it would add with the rows next to it in the tree, which
+  // are about as near as its neighbours will be. Their difference is the doubt, and where little of
+  // it is left, few candidates can still win.
   std::vector<Band> bands() const {
     const std::int64_t n = given.columns.n;
     std::vector<std::int32_t> rank(at(n));  // by position
@@ -352,82 +356,132 @@ struct Engine<T>::State {
     }
     return result;
   }
-
-  // Completes the totals of candidates, or leaves out (-1) those whose sum cannot exceed `bar`,
-  // which rises to the largest complete one.
-  Status race(const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
-              std::int64_t& bar, Total* totals, const Execution& execution) {
-    std::int64_t left = 0;  // ranks of the rows to come
-    for (const Index position : positions) left += given.rank[at(space().row(position))];
-    std::vector<std::int64_t> running = numbers;  // those that may still win
-    std::vector<std::int64_t> packed;
-    std::vector<std::uint8_t> alive;
-    std::vector<std::pair<std::int64_t, Total>> complete;  // of running ones, their whole totals
-    const bool searchable = static_cast<std::int64_t>(given.k()) < kTreeColumns;
-    const auto is_complete = [&](std::int64_t c) {
-      return std::any_of(complete.begin(), complete.end(),
-                         [&](const auto& done) { return done.first == c; });
-    };
-    const auto search_whole = [&](std::int64_t c) {
-      complete.emplace_back(c, Total{});
-      Total& whole = complete.back().second;
-      const Status status = total(candidate[c], whole, execution);
-      bar = std::max(bar, whole.floor());
-      return status;
-    };
-    const auto drop = [&](std::int64_t c) {
-      // More than the exact sum can be: a fixed-point sum is less than one below it.
-      const bool hopeless = !is_complete(c) && totals[c].floor() + 2 + left <= bar;
-      if (hopeless) totals[c] = {-1, 0};
-      return hopeless;
-    };
-    const auto few = [&] {
-      return searchable && static_cast<std::int64_t>(running.size()) <= kFewCandidates;
-    };
-    const auto search_few = [&] {
-      for (const std::int64_t c : running)
-        if (!is_complete(c) && !drop(c) && search_whole(c) != Status::ok) return Status::cancelled;
-      return Status::ok;
-    };
-    const auto partial = [&](std::int64_t a, std::int64_t b) {
-      return totals[a].floor() < totals[b].floor();
-    };
-    const auto finish_with = [&](Status status) {
-      for (const auto& [c, whole] : complete) totals[c] = whole;
-      return status;
-    };
-    if (few()) return finish_with(search_few());
-    for (const auto& [band, doubt_left] : bands()) {
-      if (running.empty()) break;
-      if (few()) {
-        if (search_few() != Status::ok) return Status::cancelled;
-        break;
-      }
-      if (2 * running.size() <= packed.size() || packed.empty()) {
-        packed = running;
-        alive.assign(packed.size(), 1);
-        if (pack(candidate, packed, execution) != Status::ok) return Status::cancelled;
-      }
-      if (scan(band, packed, alive, totals, execution) != Status::ok) return Status::cancelled;
-      for (const Index position : band) left -= given.rank[at(space().row(position))];
-      if (left == 0) {
-        for (const std::int64_t c : running) bar = std::max(bar, totals[c].floor());
-        break;
-      }
-      // The leader is likely to win: the others must beat its whole sum. It is searched for where
-      // that is likely to leave out the last one.
-      const auto [last, leader] = std::minmax_element(running.begin(), running.end(), partial);
-      if (searchable && !is_complete(*leader) && totals[*leader].floor() + 2 + left > bar &&
-          static_cast<double>(totals[*leader].floor() - totals[*last].floor()) >= doubt_left &&
-          search_whole(*leader) != Status::ok)
-        return Status::cancelled;
-      for (std::size_t a = 0; a < packed.size(); ++a)
-        if (alive[a] && drop(packed[a])) alive[a] = 0;
-      std::erase_if(running, [&](std::int64_t c) { return totals[c].whole < 0; });
-    }
-    return finish_with(Status::ok);
-  }
 };
+
+// Candidates against each other: the totals of those that may have the largest sum are completed,
+// and the others are left out (-1) as soon as their sum cannot exceed the bar, which rises to the
+// largest complete one.
+template <class T>
+class Engine<T>::Race {
+ public:
+  Race(State& state, const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
+       std::int64_t& bar, Total* totals, const Execution& execution)
+      : state_(state),
+        candidate_(candidate),
+        running_(numbers),
+        bar_(bar),
+        totals_(totals),
+        execution_(execution),
+        searchable_(static_cast<std::int64_t>(state.given.k()) < kTreeColumns) {
+    for (const Index position : state_.positions) left_ += rank_at(position);
+  }
+
+  Status run() {
+    const Status status = few() ? search_few() : scan_bands();
+    if (status == Status::ok)
+      for (const auto& [c, whole] : complete_) totals_[c] = whole;
+    return status;
+  }
+
+ private:
+  std::int32_t rank_at(Index position) const {
+    return state_.given.rank[at(state_.space().row(position))];
+  }
+
+  bool is_complete(std::int64_t c) const {
+    return std::any_of(complete_.begin(), complete_.end(),
+                       [&](const auto& done) { return done.first == c; });
+  }
+
+  // So few candidates are left that each is searched for by itself.
+  bool few() const {
+    return searchable_ && static_cast<std::int64_t>(running_.size()) <= kFewCandidates;
+  }
+
+  // Whether the rows to come can lift a candidate above the bar. Their ranks are the most that they
+  // add, and a fixed-point sum is less than two below the exact one with its fraction cut off.
+  bool may_win(std::int64_t c) const { return totals_[c].floor() + 2 + left_ > bar_; }
+
+  // Leaves a candidate out if it can no longer win.
+  bool drop(std::int64_t c) {
+    if (is_complete(c) || may_win(c)) return false;
+    totals_[c] = {-1, 0};
+    return true;
+  }
+
+  Status search_whole(std::int64_t c) {
+    complete_.emplace_back(c, Total{});
+    Total& whole = complete_.back().second;
+    const Status status = state_.total(candidate_[c], whole, execution_);
+    bar_ = std::max(bar_, whole.floor());
+    return status;
+  }
+
+  Status search_few() {
+    for (const std::int64_t c : running_)
+      if (!is_complete(c) && !drop(c) && search_whole(c) != Status::ok) return Status::cancelled;
+    return Status::ok;
+  }
+
+  Status scan_bands() {
+    for (const Band& band : state_.bands()) {
+      if (running_.empty()) return Status::ok;
+      if (few()) return search_few();
+      if (pack_running() != Status::ok) return Status::cancelled;
+      if (state_.scan(band.positions, packed_, alive_, totals_, execution_) != Status::ok)
+        return Status::cancelled;
+      for (const Index position : band.positions) left_ -= rank_at(position);
+      if (left_ == 0) {
+        for (const std::int64_t c : running_) bar_ = std::max(bar_, totals_[c].floor());
+        return Status::ok;
+      }
+      if (search_leader(band.doubt_left) != Status::ok) return Status::cancelled;
+      for (std::size_t a = 0; a < packed_.size(); ++a)
+        if (alive_[a] && drop(packed_[a])) alive_[a] = 0;
+      std::erase_if(running_, [&](std::int64_t c) { return totals_[c].whole < 0; });
+    }
+    return Status::ok;
+  }
+
+  // Packs the running candidates, once half of those packed have dropped out.
+  Status pack_running() {
+    if (!packed_.empty() && 2 * running_.size() > packed_.size()) return Status::ok;
+    packed_ = running_;
+    alive_.assign(packed_.size(), 1);
+    return state_.pack(candidate_, packed_, execution_);
+  }
+
+  // The leader is likely to win: the others must beat its whole sum. That is searched for where it
+  // is likely to leave out the last one.
+  Status search_leader(double doubt_left) {
+    const auto [last, leader] = std::minmax_element(
+        running_.begin(), running_.end(),
+        [&](std::int64_t a, std::int64_t b) { return totals_[a].floor() < totals_[b].floor(); });
+    const auto lead = static_cast<double>(totals_[*leader].floor() - totals_[*last].floor());
+    if (!searchable_ || is_complete(*leader) || !may_win(*leader) || lead < doubt_left)
+      return Status::ok;
+    return search_whole(*leader);
+  }
+
+  State& state_;
+  const std::int64_t* candidate_;
+  std::vector<std::int64_t> running_;  // those that may still win
+  std::int64_t& bar_;
+  Total* totals_;
+  const Execution& execution_;
+  const bool searchable_;
+  std::int64_t left_ = 0;  // ranks of the rows to come
+  std::vector<std::int64_t> packed_;
+  std::vector<std::uint8_t> alive_;                       // of those packed
+  std::vector<std::pair<std::int64_t, Total>> complete_;  // whole totals, of running ones
+};
+
+template <class T>
+Status Engine<T>::State::race(const std::int64_t* candidate,
+                              const std::vector<std::int64_t>& numbers, std::int64_t& bar,
+                              Total* totals, const Execution& execution) {
+  return Race(*this, candidate, numbers, bar, totals, execution).run();
+}
 
 template <class T>
 Engine<T>::Engine(const Columns<T>& columns, const std::int32_t* rank, Ties ties,

@@ -5,9 +5,8 @@
 // Why the scan is fast: candidates lie side by side in a packed tile, so that one neighbour j
 // serves a whole vector of them with contiguous loads; only minimum, count and rank sum are kept,
 // in registers; and it stops at the first chunk that lies farther than every lane's best. Of 64
-// candidates the one that wants most takes twice the neighbours of the next and four times those of
-// the sixth: where vectors are wide, the last few go on by themselves, several neighbours side by
-// side.
+// candidates the slowest one takes twice the neighbours of the next and four times those of the
+// sixth: where vectors are wide, the last few go on by themselves, several neighbours side by side.
 // It must not use fma, reassociate, or include anything with inline functions of external linkage:
 // the linker would keep one copy of those, possibly of a level that the CPU does not have.
 
@@ -16,6 +15,8 @@
 #include <type_traits>
 
 #include "common/fixed_point.hpp"
+#include "cpu/instruments.hpp"
+#include "cpu/simd.hpp"
 
 // Elements of a vector in another order; GCC has Clang's builtin from version 12 on.
 #if __has_builtin(__builtin_shufflevector)
@@ -24,19 +25,9 @@
 #define LCODEC_SHUFFLE(Int, vector, ...) __builtin_shuffle(vector, Int{__VA_ARGS__})
 #endif
 
-#define LCODEC_CONCAT2(a, b) a##b
-#define LCODEC_CONCAT(a, b) LCODEC_CONCAT2(a, b)
-
 namespace lcodec {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 // Side by side, to hide the latency of compare and blend, and to start fewer scans: as many as the
 // registers hold.
 #if defined(__AVX512F__)
@@ -45,23 +36,6 @@ constexpr int kVectors = 4;
 constexpr int kVectors = 2;
 #endif
 
-template <class T>
-struct Simd;
-template <>
-struct Simd<float> {
-  typedef float Value __attribute__((vector_size(kVectorBytes)));
-  typedef std::int32_t Int __attribute__((vector_size(kVectorBytes)));
-  using Lane = std::int32_t;
-};
-template <>
-struct Simd<double> {
-  typedef double Value __attribute__((vector_size(kVectorBytes)));
-  typedef std::int64_t Int __attribute__((vector_size(kVectorBytes)));
-  using Lane = std::int64_t;
-};
-
-template <class T>
-constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kLanes = kVectors * kWidth<T>;
 
@@ -75,9 +49,24 @@ constexpr int kScanInstructions = 9;
 #else
 constexpr int kScanInstructions = 13;
 #endif
-// And for a chunk of neighbours and one lane by itself: eight as above, and eleven to gather
-// values.
+// For a chunk of neighbours and one lane by itself: eight as above, and eleven to gather values.
 constexpr int kLaneInstructions = 19;
+
+// Chunks that a scan compared, for benchmarks: all lanes together, lanes by themselves, and where
+// the last lane stopped.
+struct Compared {
+  std::int64_t together = 0;
+  std::int64_t alone = 0;
+  std::int64_t last = 0;
+
+  template <class T>
+  ScanCount count() const {
+    if constexpr (!kInstruments) return {};
+    constexpr std::int64_t kWhole = kChunk * kVectors * kScanInstructions;
+    return {(together * kLanes<T> + alone) * kChunk, together * kWhole + alone * kLaneInstructions,
+            last * kWhole};
+  }
+};
 
 // Rank sums of this many neighbours fit a 32-bit lane: 255 * 8 * 10^6 < 2^31.
 constexpr std::int64_t kSegment = 255;  // chunks
@@ -92,8 +81,8 @@ inline V load(const T* p) {
   return v;
 }
 
-// Lanes that go on by themselves: with AVX-512 a chunk costs one about a twelfth of what it costs
-// 64 of float. None in narrow vectors.
+// Lanes that go on by themselves: with AVX-512 a chunk costs one lane about a twelfth of what it
+// costs 64 of float. In narrow vectors no lane does.
 template <class T>
 constexpr int kLastLanes = kLanes<T> / 12;
 
@@ -103,8 +92,8 @@ inline bool few(std::uint64_t lanes) {
   return lanes == 0;
 }
 
-// A bit for every lane of a comparison's result, whose type is an integer vector of 64 bytes at
-// most. Compilers take generic code for this apart into a move for each lane.
+// A bit for every lane of a comparison's result, an integer vector of 64 bytes at most. Built-in
+// functions, since compilers turn generic code into a move for each lane.
 template <class Int>
 inline std::uint64_t bits(const Int& mask) {
   constexpr int kBytes = static_cast<int>(sizeof(Int));
@@ -247,132 +236,161 @@ inline std::int64_t scan_lane(const ScanArgs<T>& a, int lane, std::int64_t begin
   return c;
 }
 
+// A scan of all lanes side by side.
+template <class T>
+struct Lanes {
+  using Value = typename Simd<T>::Value;
+  using Int = typename Simd<T>::Int;
+  Value x[kVectors], factor[kVectors], best[kVectors];
+  Int count[kVectors], sum[kVectors];  // of a segment
+  Int tied{};                          // rows may be tied; where they are not counted
+
+  LCODEC_INLINE explicit Lanes(const ScanArgs<T>& a) {
+    for (int q = 0; q < kVectors; ++q) {
+      x[q] = load<Value>(a.own + q * kWidth<T>);
+      factor[q] = load<Value>(a.factor + q * kWidth<T>);
+      best[q] = kInfinity<T> - Value{};
+    }
+  }
+
+  LCODEC_INLINE void begin_segment() {
+    for (int q = 0; q < kVectors; ++q) count[q] = sum[q] = Int{};
+  }
+
+  // A bit for every lane whose best is not below a bound.
+  LCODEC_INLINE std::uint64_t open(T bound) const {
+    std::uint64_t lanes = 0;
+    for (int q = 0; q < kVectors; ++q) lanes |= bits<Int>(best[q] >= bound) << (q * kWidth<T>);
+    return lanes;
+  }
+
+  // The neighbours of chunk c.
+  template <bool kCount>
+  LCODEC_INLINE void compare(const ScanArgs<T>& a, std::int64_t c) {
+    const std::int32_t* index = a.list.index + c * kChunk;
+    const std::int32_t* ranks = a.list.rank + c * kChunk;
+    const T* distance = a.list.distance + c * kChunk;
+#pragma GCC unroll 8
+    for (int u = 0; u < kChunk; ++u) {
+      const T* row = a.tile + static_cast<std::int64_t>(index[u]) * kLanes<T>;
+      const auto rank = static_cast<typename Simd<T>::Lane>(ranks[u]);
+      for (int q = 0; q < kVectors; ++q) {
+        const Value scaled = (x[q] - load<Value>(row + q * kWidth<T>)) * factor[q];
+        const Value v = distance[u] + scaled * scaled;
+        const Int less = v < best[q];
+        if constexpr (kCount) {
+          const Int kept = v <= best[q];
+          count[q] = (count[q] & ~less) - kept;
+          sum[q] = (sum[q] & ~less) + (rank & kept);
+        } else {
+          // Also where a nearer one follows: that is rare, and the scan that counts finds it out.
+          note<Int>(v == best[q], tied);
+          sum[q] = less ? rank + Int{} : sum[q];
+        }
+        best[q] = less ? v : best[q];
+      }
+    }
+  }
+};
+
+// The sums and counts of a segment of the list, lane by lane.
+template <class T>
+struct Segment {
+  using Lane = typename Simd<T>::Lane;
+  Lane sum[kLanes<T>], count[kLanes<T>];
+};
+
+// The lanes that are open at chunk `begin` go on by themselves, up to `end`.
+template <class T, bool kCount>
+LCODEC_INLINE void finish_alone(const ScanArgs<T>& a, std::uint64_t open, std::int64_t begin,
+                                std::int64_t end, Lanes<T>& lanes, Segment<T>& segment, bool& tied,
+                                Compared& compared) {
+  T bests[kLanes<T>];
+  __builtin_memcpy(bests, lanes.best, sizeof bests);
+  for (; open != 0; open &= open - 1) {
+    const int l = __builtin_ctzll(open);
+    LastLane<T> lane{bests[l], 0, static_cast<std::int32_t>(segment.sum[l]), false};
+    if constexpr (kCount) lane.count = static_cast<std::int32_t>(segment.count[l]);
+    const std::int64_t stop = scan_lane<T, kCount>(a, l, begin, end, lane);
+    compared.alone += stop - begin;
+    compared.last = stop > compared.last ? stop : compared.last;
+    bests[l] = lane.best;
+    segment.sum[l] = lane.sum;
+    if constexpr (kCount)
+      segment.count[l] = lane.count;
+    else
+      tied |= lane.tied;
+  }
+  __builtin_memcpy(lanes.best, bests, sizeof bests);
+}
+
+// Adds a segment to those before it; where it has a nearer row, those are forgotten. `start` is the
+// best before it. With counts, returns whether they are all known to be 1.
+template <class T, bool kCount>
+LCODEC_INLINE bool add_segment(const ScanArgs<T>& a, bool first, const Segment<T>& segment,
+                               const typename Simd<T>::Value (&start)[kVectors],
+                               const typename Simd<T>::Value (&best)[kVectors]) {
+  if (first) {
+    bool several = false;
+    for (int l = 0; l < kLanes<T>; ++l) {
+      a.sum[l] = segment.sum[l];
+      if constexpr (kCount) {
+        a.count[l] = segment.count[l];
+        several |= segment.count[l] != 1;
+      }
+    }
+    return !several;
+  }
+  T now[kLanes<T>], before[kLanes<T>];
+  __builtin_memcpy(now, best, sizeof now);
+  __builtin_memcpy(before, start, sizeof before);
+  for (int l = 0; l < kLanes<T>; ++l) {
+    const bool lower = now[l] < before[l];
+    if constexpr (kCount) {
+      a.sum[l] = (lower ? 0 : a.sum[l]) + segment.sum[l];
+      a.count[l] = (lower ? 0 : a.count[l]) + segment.count[l];
+    } else {
+      if (lower) a.sum[l] = segment.sum[l];
+    }
+  }
+  return false;  // not worth a look for a list this long
+}
+
 template <class T, bool kCount>
 ScanResult scan(const ScanArgs<T>& a) {
   using Value = typename Simd<T>::Value;
-  using Int = typename Simd<T>::Int;
-  using Lane = typename Simd<T>::Lane;
-  Value x[kVectors], factor[kVectors], best[kVectors];
-  for (int q = 0; q < kVectors; ++q) {
-    x[q] = load<Value>(a.own + q * kWidth<T>);
-    factor[q] = load<Value>(a.factor + q * kWidth<T>);
-    best[q] = kInfinity<T> - Value{};
-  }
+  Lanes<T> lanes(a);
   bool stopped = false;
   bool unique = true;
-  std::int64_t compared = 0;  // chunks
-  std::int64_t alone = 0;     // chunks compared with a lane by itself, of all lanes
-  std::int64_t last = 0;      // where the last lane stopped
-  [[maybe_unused]] Int tied{};
-  [[maybe_unused]] bool tied_alone = false;
+  bool tied_alone = false;
+  Compared compared;
   for (std::int64_t begin = 0; begin < a.list.chunks && !stopped; begin += kSegment) {
     const std::int64_t end = begin + kSegment < a.list.chunks ? begin + kSegment : a.list.chunks;
     Value start[kVectors];
-    Int count[kVectors], sum[kVectors];
-    for (int q = 0; q < kVectors; ++q) {
-      start[q] = best[q];
-      count[q] = Int{};
-      sum[q] = Int{};
-    }
+    __builtin_memcpy(start, lanes.best, sizeof start);
+    lanes.begin_segment();
     std::uint64_t open = 0;
     std::int64_t c = begin;
     for (; c < end; ++c) {
-      open = 0;
-      for (int q = 0; q < kVectors; ++q)
-        open |= bits<Int>(best[q] >= a.list.bound[c]) << (q * kWidth<T>);
+      open = lanes.open(a.list.bound[c]);
       if (few<T>(open)) break;
-      const std::int32_t* index = a.list.index + c * kChunk;
-      const std::int32_t* ranks = a.list.rank + c * kChunk;
-      const T* distance = a.list.distance + c * kChunk;
-#pragma GCC unroll 8
-      for (int u = 0; u < kChunk; ++u) {
-        const T* row = a.tile + static_cast<std::int64_t>(index[u]) * kLanes<T>;
-        const auto rank = static_cast<Lane>(ranks[u]);
-        for (int q = 0; q < kVectors; ++q) {
-          const Value scaled = (x[q] - load<Value>(row + q * kWidth<T>)) * factor[q];
-          const Value v = distance[u] + scaled * scaled;
-          const Int less = v < best[q];
-          if constexpr (kCount) {
-            const Int kept = v <= best[q];
-            count[q] = (count[q] & ~less) - kept;
-            sum[q] = (sum[q] & ~less) + (rank & kept);
-          } else {
-            note<Int>(v == best[q],
-                      tied);  // also where a nearer one follows: rare, and counted then
-            sum[q] = less ? rank + Int{} : sum[q];
-          }
-          best[q] = less ? v : best[q];
-        }
-      }
+      lanes.template compare<kCount>(a, c);
     }
-    compared += c - begin;
-    if (c > begin) last = c;
+    compared.together += c - begin;
+    if (c > begin) compared.last = c;
     stopped = c < end && open == 0;
-    Lane sums[kLanes<T>], counts[kLanes<T>];
-    __builtin_memcpy(sums, sum, sizeof sum);
-    if constexpr (kCount) __builtin_memcpy(counts, count, sizeof count);
+    Segment<T> segment;
+    __builtin_memcpy(segment.sum, lanes.sum, sizeof lanes.sum);
+    if constexpr (kCount) __builtin_memcpy(segment.count, lanes.count, sizeof lanes.count);
     if constexpr (kLastLanes<T> > 0) {
-      if (c < end && open != 0) {
-        T bests[kLanes<T>];
-        __builtin_memcpy(bests, best, sizeof best);
-        for (; open != 0; open &= open - 1) {
-          const int l = __builtin_ctzll(open);
-          LastLane<T> lane{bests[l], 0, static_cast<std::int32_t>(sums[l]), false};
-          if constexpr (kCount) lane.count = static_cast<std::int32_t>(counts[l]);
-          const std::int64_t stop = scan_lane<T, kCount>(a, l, c, end, lane);
-          alone += stop - c;
-          last = stop > last ? stop : last;
-          bests[l] = lane.best;
-          sums[l] = lane.sum;
-          if constexpr (kCount)
-            counts[l] = lane.count;
-          else
-            tied_alone |= lane.tied;
-        }
-        __builtin_memcpy(best, bests, sizeof best);
-      }
+      if (c < end && open != 0)
+        finish_alone<T, kCount>(a, open, c, end, lanes, segment, tied_alone, compared);
     }
-    if constexpr (!kCount) {
-      if (begin == 0) {
-        for (int l = 0; l < kLanes<T>; ++l) a.sum[l] = sums[l];
-      } else {
-        T now[kLanes<T>], before[kLanes<T>];
-        __builtin_memcpy(now, best, sizeof best);
-        __builtin_memcpy(before, start, sizeof start);
-        for (int l = 0; l < kLanes<T>; ++l)
-          if (now[l] < before[l]) a.sum[l] = sums[l];
-      }
-      continue;
-    }
-    if (begin == 0) {
-      bool several = false;
-      for (int l = 0; l < kLanes<T>; ++l) several |= counts[l] != 1;
-      unique = !several;
-      for (int l = 0; l < kLanes<T>; ++l) {
-        a.sum[l] = sums[l];
-        a.count[l] = counts[l];
-      }
-      continue;
-    }
-    unique = false;  // not worth a look for a list this long
-    T now[kLanes<T>], before[kLanes<T>];
-    __builtin_memcpy(now, best, sizeof best);
-    __builtin_memcpy(before, start, sizeof start);
-    for (int l = 0; l < kLanes<T>; ++l) {
-      const bool lower = now[l] < before[l];
-      a.sum[l] = (lower ? 0 : a.sum[l]) + sums[l];
-      a.count[l] = (lower ? 0 : a.count[l]) + counts[l];
-    }
+    unique = add_segment<T, kCount>(a, begin == 0, segment, start, lanes.best);
   }
-  if constexpr (!kCount) unique = !any(tied) && !tied_alone;
-  Int open = best[0] >= a.list.reach;
-  for (int q = 1; q < kVectors; ++q) open |= best[q] >= a.list.reach;
-  __builtin_memcpy(a.best, best, sizeof best);
-  constexpr std::int64_t kWhole = kChunk * kVectors * kScanInstructions;
-  return {stopped || !any(open),
-          unique,
-          {(compared * kLanes<T> + alone) * kChunk, compared * kWhole + alone * kLaneInstructions,
-           last * kWhole}};
+  if constexpr (!kCount) unique = !any(lanes.tied) && !tied_alone;
+  __builtin_memcpy(a.best, lanes.best, sizeof lanes.best);
+  return {stopped || lanes.open(a.list.reach) == 0, unique, compared.template count<T>()};
 }
 
 template <class T>
@@ -559,41 +577,14 @@ void quotients(const std::int64_t* sum, std::int64_t size, std::int64_t count, s
   }
 }
 
-#if defined(__SSE2__)
-#define LCODEC_IN_REGISTER(vector) "+x"(vector)
-#elif defined(__aarch64__)
-#define LCODEC_IN_REGISTER(vector) "+w"(vector)
-#else
-#define LCODEC_IN_REGISTER(vector) "+m"(vector)
-#endif
-
-template <class T>
-std::int64_t saturate(std::int64_t rounds) {
-  using Value = typename Simd<T>::Value;
-  constexpr int chains = 8;
-  Value chain[chains];
-  for (int c = 0; c < chains; ++c) chain[c] = static_cast<T>(c) - Value{};
-  const Value factor = T{1} - Value{};
-  for (std::int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 8
-    for (int c = 0; c < chains; ++c) {
-      chain[c] = chain[c] * factor + factor;
-      __asm__ volatile("" : LCODEC_IN_REGISTER(chain[c]));
-    }
-  }
-  return rounds * chains * 2;
-}
-
 template <class T>
 constexpr Kernels<T> kernels() {
   return {kLanes<T>,     scan<T, false>, scan<T, true>, adjacent<T>, distances<T>, within<T>,
-          accumulate<T>, range<T>,       lane_sums<T>,  minimum<T>,  quotients,    saturate<T>};
+          accumulate<T>, range<T>,       lane_sums<T>,  minimum<T>,  quotients};
 }
 
 }  // namespace
 
-LevelKernels LCODEC_CONCAT(LCODEC_SIMD_LEVEL, _kernels)() {
-  return {kernels<float>(), kernels<double>()};
-}
+LevelKernels LCODEC_OF_LEVEL(kernels)() { return {kernels<float>(), kernels<double>()}; }
 
 }  // namespace lcodec

@@ -52,11 +52,11 @@ struct ScanCount {
 
 struct ScanResult {
   bool complete;  // no unlisted row can be nearest or tied, for any lane
-  bool unique;    // every count is 1; scan() writes no counts, and no sums of use where it is not
+  bool unique;  // every count is 1; if not, the sums of scan() are of no use. It writes no counts.
   ScanCount count;
 };
 
-// Rows of one group sorted by value, nearest neighbours beside each other: adds up
+// Rows of one group sorted by value, so that nearest neighbours are adjacent: adds up
 // min(rank_t, rank of the neighbour) for those t in [begin, end) that plainly have one nearest
 // neighbour within limit, and flags the others, which need a closer look. Reads value and rank from
 // begin - 2 to end + 1 and up to a vector beyond, and writes flags up to a vector beyond end.
@@ -95,9 +95,6 @@ struct Kernels {
   // Adds fixed_point(sum[t], count) of `size` sums. Sums below 2^53, counts below 2^20.
   void (*quotients)(const std::int64_t* sum, std::int64_t size, std::int64_t count,
                     std::int64_t* whole, std::int64_t* fraction);
-  // Issues `rounds` times 16 vector instructions that do not wait for each other, and returns how
-  // many: the rate that `scan` is measured against.
-  std::int64_t (*saturate)(std::int64_t rounds);
 };
 
 constexpr int kSumLanes = 64;

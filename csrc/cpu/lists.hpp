@@ -44,7 +44,7 @@ class RowList {
   std::int64_t size() const { return static_cast<std::int64_t>(rows_); }
   T radius() const { return radius_; }
 
-  // Lists at least `wanted` rows, or all, and few more, searching the tree. `radius` is a first
+  // Searches the tree and lists at least `wanted` rows, or all, and few more. `radius` is a first
   // guess.
   void search(const Kernels<T>& kernels, const Spatial<T>& space, const std::int32_t* ranks,
               std::int64_t position, std::int64_t wanted, T radius, Near<T>& near) {
@@ -67,7 +67,7 @@ class RowList {
     fill(space, ranks, position, near, radius, wanted + wanted / 4);
   }
 
-  // The same in one column, where rows stand in its order: value[position]. A chunk takes as many
+  // The same in one column, where rows are in its order: value[position]. A chunk takes as many
   // rows from the left as from the right.
   void along(const T* value, std::int64_t n, T factor, const std::int32_t* ranks,
              std::int64_t position, std::int64_t wanted) {
@@ -107,7 +107,7 @@ class RowList {
     radius_ = reach_;
   }
 
-  // Lists the rows of `near`, which are all within `radius` but the row itself; those beyond the
+  // Lists the rows of `near`: all rows within `radius` except the row itself. Those beyond the
   // `most` nearest ones may be left out.
   void fill(const Spatial<T>& space, const std::int32_t* ranks, std::int64_t position,
             Near<T>& near, T radius, std::int64_t most) {
@@ -206,8 +206,8 @@ class RowList {
   std::vector<T> distance_, bound_;
 };
 
-// Makes the lists of rows that stand beside each other in the tree: leaves near any of them are
-// found once, and their points compared with every row. One on every thread.
+// Makes the lists of neighbouring rows of the tree together: leaves near any of them are found
+// once, and their points are compared with every row. Each thread has one.
 template <class T>
 class ListMaker {
  public:
@@ -267,7 +267,7 @@ class ListMaker {
         for (const Index point : near_.point) near_rows += space_.rows_of(point);
       }
       found += near_rows;
-      if (2 * near_rows >= wanted) {  // the rest, should a scan want it, can be added
+      if (2 * near_rows >= wanted) {  // if a scan wants more, extend() adds it
         lists[a].fill(space_, ranks_, position[a], near_, radius_, wanted + wanted / 4);
       } else {  // in a thinner place than its neighbours
         lists[a].search(kernels_, space_, ranks_, position[a], wanted, 2 * radius_, near_);

@@ -101,7 +101,7 @@ struct TieRule {
   }
 };
 
-// The rows nearest to one: those in `ranges` of `rows`, but the row itself, which may be in them.
+// The rows nearest to one: those in `ranges` of `rows`, except the row itself if it is among them.
 struct Nearest {
   const std::int32_t* rows;
   const std::vector<Range>& ranges;
@@ -109,14 +109,14 @@ struct Nearest {
 };
 
 // Calls report(row, nearest) for every row, with a report = make_report() of each thread.
-// O(log n) a row or somewhat more, with outliers, too; O(n) at worst.
+// About O(log n) a row, also with outliers; O(n) at worst.
 template <class T, class MakeReport>
 Status nearest_by_tree(const Spatial<T>& space, const Kernels<T>& kernels,
                        const Execution& execution, const MakeReport& make_report) {
   constexpr std::int64_t block = 256;
   const std::int64_t n = space.rows_in_all();
-  // Rows with twins need no search where no other point can be at distance 0, which is worth
-  // knowing where points are few.
+  // Where no other point is at distance 0, rows with twins need no search. Where points are few, it
+  // pays to find out.
   bool apart = space.size() <= n / 16;
   if (apart) {
     const DefaultFloats floats;

@@ -12,8 +12,8 @@
 
 namespace lcodec {
 
-// Uninitialised memory, in huge pages where it is large and the system has them: a hundred
-// megabytes in small ones cost twenty thousand page faults.
+// Uninitialised memory, in huge pages where it is large and the system has them: in small pages, a
+// hundred megabytes cost more than twenty thousand page faults.
 template <class T>
 class Pages {
  public:
@@ -26,7 +26,7 @@ class Pages {
     data_.reset(static_cast<T*>(std::aligned_alloc(alignment, bytes)));
     if (!data_ && bytes > 0) throw std::bad_alloc();
 #ifdef __linux__
-    if (large) static_cast<void>(madvise(data_.get(), bytes, MADV_HUGEPAGE));  // a wish
+    if (large) static_cast<void>(madvise(data_.get(), bytes, MADV_HUGEPAGE));  // may be refused
 #endif
   }
   T* data() const { return data_.get(); }

@@ -63,7 +63,7 @@ Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeW
     threads.reserve(static_cast<std::size_t>(std::max<std::int64_t>(helpers, 0)));
     for (std::int64_t t = 0; t < helpers; ++t) threads.emplace_back(run, false);
   } catch (const std::exception&) {
-    // No further thread to be had, or no memory for one: those that run are enough.
+    // The system has no further thread, or no memory for one. Those that run are enough.
   }
   run(true);
   for (auto& thread : threads) thread.join();

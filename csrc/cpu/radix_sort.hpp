@@ -43,7 +43,7 @@ T sort_value(typename SortWord<T>::Key key) {
 }
 
 // Least-significant-digit radix sort of words by key, in digits of `kBits`; stable. The result is
-// left in `words`. Digits in which all keys agree cost nothing: discrete columns have few others.
+// left in `words`. Digits in which all keys agree cost nothing; discrete columns have few others.
 template <class T, int kBits>
 void radix_sort_by_digits(std::vector<SortWord<T>>& words, std::vector<SortWord<T>>& spare) {
   using Key = typename SortWord<T>::Key;

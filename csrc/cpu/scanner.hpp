@@ -3,14 +3,15 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <mutex>
 #include <vector>
 
+#include "cpu/at.hpp"
 #include "cpu/conditioned.hpp"
+#include "cpu/instruments.hpp"
 #include "cpu/lists.hpp"
 #include "cpu/pages.hpp"
 #include "cpu/parallel.hpp"
@@ -34,8 +35,8 @@ class Scanner {
       source_[at(position)] = given_.order[at(space.row(position))];
       ranks_[at(position)] = given_.rank[at(space.row(position))];
     }
-    // A scan takes about 2 n^(1/2) neighbours in one column and 3 n^(1/(k+1)) in k, and outliers
-    // more. Only where to start: threads learn.
+    // A scan takes about 2 n^(1/2) neighbours in one column and 3 n^(1/(k+1)) in k columns;
+    // outliers take more. Threads start from here and learn.
     const auto k = static_cast<double>(given_.k());
     wanted_ = 64 + static_cast<std::int64_t>(5 * std::pow(static_cast<double>(n), 1 / (k + 1)));
   }
@@ -47,7 +48,8 @@ class Scanner {
     const Columns<T>& columns = given_.columns;
     const std::int64_t n = columns.n;
     const std::int64_t tiles = (m + lanes_ - 1) / lanes_;
-    if (packed_size_ < at(tiles * n * lanes_)) {  // kept: a fresh one costs a page fault for 4 KiB
+    if (packed_size_ <
+        at(tiles * n * lanes_)) {  // kept: new memory costs a page fault for every 4 KiB
       packed_size_ = at(tiles * n * lanes_);
       packed_ = Pages<T>();  // before the larger one
       packed_ = Pages<T>(packed_size_);
@@ -62,7 +64,7 @@ class Scanner {
           factor_[at(tile * lanes_ + l)] = columns.factor[column];
           x[at(l)] = columns.x + column * n;
         }
-        // A cache line of lanes at a time: so many columns fit the second-level cache.
+        // A cache line of lanes at a time: that many columns fit the second-level cache.
         constexpr auto line = static_cast<std::int64_t>(64 / sizeof(T));
         for (std::int64_t first = 0; first < lanes_; first += line) {
           const std::int64_t last = std::min(lanes_, first + line);
@@ -74,7 +76,7 @@ class Scanner {
     });
   }
 
-  // Scans rows at ascending positions against the packed candidates, but tiles in which none is
+  // Scans rows at ascending positions against the packed candidates, except tiles in which none is
   // `alive` [m]. A block of rows against all tiles at a time; each thread calls make_report() for
   // its report(first candidate, candidates, row, sums, counts, whether all counts are 1).
   template <class MakeReport>
@@ -82,13 +84,7 @@ class Scanner {
               const Execution& execution, const MakeReport& make_report) {
     const Kernels<T> kernels = pick_kernels<T>(execution.level);
     const auto m = static_cast<std::int64_t>(candidate_.size());
-    std::vector<std::int64_t> tiles;
-    for (std::int64_t first = 0; first < m; first += lanes_) {
-      const auto begin = alive.begin() + first;
-      if (std::find(begin, begin + std::min(lanes_, m - first), 1) !=
-          begin + std::min(lanes_, m - first))
-        tiles.push_back(first / lanes_);
-    }
+    const std::vector<std::int64_t> tiles = live_tiles(alive);
     // A block's lists stay in the cache for all tiles, and so do the rows of a tile that they name.
     const auto rows = static_cast<std::int64_t>(positions.size());
     const std::int64_t share = rows / (2 * static_cast<std::int64_t>(execution.threads));
@@ -105,7 +101,7 @@ class Scanner {
         for (std::int64_t a = 0; a < size; a += kListBlock)
           s.maker.build(s.lists.data() + a, position + a, std::min(size - a, kListBlock), s.wanted);
         s.unlisted = 0;
-        const auto start = std::chrono::steady_clock::now();
+        const Stopwatch stopwatch(s.seconds);
         for (const std::int64_t tile : tiles)
           for (std::int64_t a = 0; a < size; ++a) {
             const std::int64_t used = std::min(lanes_, m - tile * lanes_);
@@ -113,15 +109,7 @@ class Scanner {
             report(tile * lanes_, used, given_.space().row(position[a]), s.sum.data(),
                    s.count.data(), unique);
           }
-        s.seconds +=
-            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        // Longer lists cost more to make, shorter ones leave more to be found without them.
-        const std::int64_t entries = size * s.wanted;
-        if (4 * s.unlisted > entries) {
-          s.wanted += s.wanted / 2;
-        } else if (8 * s.unlisted < entries) {
-          s.wanted = std::max<std::int64_t>(16, s.wanted - s.wanted / 8);
-        }
+        s.learn(size * s.wanted);
       };
     });
   }
@@ -132,7 +120,7 @@ class Scanner {
   }
 
  private:
-  // Rows beside each other in the tree whose lists are made together, and of one thread at least.
+  // Neighbouring rows of the tree whose lists are made together, and the least that a thread takes.
   static constexpr std::int64_t kListBlock = 32;
   static constexpr std::int64_t kLeastBlock = 8;
   // Neighbours listed at a time on a thread: 12 or 16 bytes each, for the second-level cache.
@@ -141,12 +129,7 @@ class Scanner {
   static constexpr std::int64_t kFinishCost = 16;
   static constexpr std::int64_t kExtendCost = 1024;
 
-  template <class I>
-  static std::size_t at(I index) {
-    return static_cast<std::size_t>(index);
-  }
-
-  // What a thread needs to scan rows. What it learns is left to the scanner when it ends.
+  // What a thread needs to scan rows. When it ends, the scanner keeps what it has learned.
   struct Scratch {
     Scanner* scanner;
     std::mutex* mutex;
@@ -172,6 +155,14 @@ class Scanner {
           maker(kernels, s.given_.space(), s.ranks_.data()),
           wanted(first_wanted) {}
     Scratch(Scratch&& other) = default;
+    // Longer lists cost more to make, shorter ones leave more to be found without them.
+    void learn(std::int64_t entries) {
+      if (4 * unlisted > entries) {
+        wanted += wanted / 2;
+      } else if (8 * unlisted < entries) {
+        wanted = std::max<std::int64_t>(16, wanted - wanted / 8);
+      }
+    }
     ~Scratch() {
       if (lists.empty()) return;  // moved from
       const std::lock_guard<std::mutex> lock(*mutex);
@@ -180,6 +171,18 @@ class Scanner {
       scanner->wanted_ = wanted;
     }
   };
+
+  // Tiles in which a candidate is alive.
+  std::vector<std::int64_t> live_tiles(const std::vector<std::uint8_t>& alive) const {
+    std::vector<std::int64_t> tiles;
+    const auto m = static_cast<std::int64_t>(candidate_.size());
+    for (std::int64_t first = 0; first < m; first += lanes_) {
+      const auto begin = alive.begin() + first;
+      const auto end = begin + std::min(lanes_, m - first);
+      if (std::find(begin, end, 1) != end) tiles.push_back(first / lanes_);
+    }
+    return tiles;
+  }
 
   // One row against one tile: sums and counts are left in the scratch. Whether all counts are 1.
   bool scan_row(const Kernels<T>& kernels, std::int64_t tile, std::int64_t used, Index position,
@@ -211,8 +214,8 @@ class Scanner {
     return unique;
   }
 
-  // Lanes that the end of the list left open: a row that lies far out in the candidate has its
-  // neighbours along the candidate's own order. Says no where that would be long.
+  // Lanes that are open at the end of the list: a row that lies far out in the candidate has its
+  // neighbours along the candidate's own order. False where that would be long.
   bool finish(std::int64_t tile, std::int64_t used, Index position, T reach, Scratch& s,
               ScanResult& result) const {
     const Index own = given_.space().row(position);

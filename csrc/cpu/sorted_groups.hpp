@@ -1,9 +1,9 @@
 // Scoring by sorting: for rows that share their values in the conditioning set with many others.
 //
-// Inside such a group a candidate's nearest neighbours stand beside each other in sorted order, and
-// the rank sum of a run of equal values comes from prefix sums. Rows of other groups matter only
+// Inside such a group a row's nearest neighbours are next to it in the candidate's order, and the
+// rank sum of a run of equal values comes from prefix sums. Rows of other groups matter only
 // where their group lies no farther than the best inside; they are found by the tree and by
-// bisection. O(n) for a candidate beside the sort, and O(log n) for each row in doubt.
+// bisection. O(n) for a candidate after the sort, and O(log n) for each row in doubt.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/fixed_point.hpp"
+#include "cpu/at.hpp"
 #include "cpu/nearest.hpp"
 #include "cpu/spatial.hpp"
 
@@ -26,14 +27,14 @@ class SortedGroups {
                TieRule rule)
       : kernels_(kernels), space_(space), rank_(rank), rule_(rule) {}
 
-  // Sorts all rows by (point, value of the candidate, row), given them by (value, row).
+  // Sorts all rows by (point, value of the candidate, row). They are given by (value, row).
   void sort(const Index* rows, const T* values, std::int64_t n, T factor) {
     factor_ = factor;
     row_.resize(at(n));
     value_store_.resize(at(n) + kBefore + kBeyond);
     rank_store_.resize(at(n) + kBefore + kBeyond);
     flag_.resize(at(n) + kBeyond);
-    // no neighbours at the ends of the column
+    // infinities: the ends of the column have no neighbours
     T* value_of = value_store_.data() + kBefore;
     std::int32_t* rank_of = rank_store_.data() + kBefore;
     std::fill(value_store_.begin(), value_store_.begin() + kBefore,
@@ -57,7 +58,7 @@ class SortedGroups {
   void score(Index point, T gap, const Add& add) {
     const std::int64_t begin = space_.begin(point);
     const std::int64_t end = space_.end(point);
-    // The first and the last two rows of a group have another group's beside them.
+    // Next to the first and the last two rows of a group are rows of other groups.
     const std::int64_t edge = space_.size() == 1 ? 0 : std::min<std::int64_t>(2, end - begin);
     if (end - begin > 2 * edge)
       add(FixedPoint{kernels_.adjacent(
@@ -83,11 +84,6 @@ class SortedGroups {
   static constexpr std::size_t kBefore = 2;
   const T* value() const { return value_store_.data() + kBefore; }
   const std::int32_t* rank() const { return rank_store_.data() + kBefore; }
-
-  template <class I>
-  static std::size_t at(I index) {
-    return static_cast<std::size_t>(index);
-  }
 
   // Runs of equal value inside a point, and prefix sums of ranks: needed for rows in doubt only.
   void make_runs() {

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/at.hpp"
 #include "cpu/kernels.hpp"
 #include "lcodec/engine.hpp"
 
@@ -78,8 +79,8 @@ class Spatial {
   const std::vector<Index>& offsets() const { return offset_; }
 
   // Visits every point but `self` whose squared distance from it is at most `limit()`, which may
-  // fall meanwhile: visit(point, distance). Begins with the own leaf and the boxes beside it, so
-  // that a falling limit does so early.
+  // fall meanwhile: visit(point, distance). Begins with the own leaf and its neighbours, so that
+  // a falling limit falls early.
   template <class Limit, class Visit>
   void within(const Kernels<T>& kernels, Index self, const Limit& limit, const Visit& visit) const {
     const T* query = this->query(self);
@@ -196,11 +197,6 @@ class Spatial {
     std::int32_t dim;    // split along this column
     T middle;
   };
-
-  template <class I>
-  static std::size_t at(I index) {
-    return static_cast<std::size_t>(index);
-  }
 
   std::int32_t split(const std::vector<T>& raw, std::vector<Index>& order, Index begin, Index end) {
     const auto id = static_cast<std::int32_t>(nodes_.size());

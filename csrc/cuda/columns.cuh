@@ -1,7 +1,7 @@
 // Range and standard deviation of every column of a table by row.
 //
-//   low = min x_i   high = max x_i   mean = sum x_i / n   deviation = sqrt(sum (x_i - mean)^2 / (n
-//   - 1))
+//   low = min x_i         mean = sum x_i / n
+//   high = max x_i        deviation = sqrt(sum (x_i - mean)^2 / (n - 1))
 //
 // in double, every operation rounded. A sum is added in one written order: lane l of 64 takes rows
 // l, l + 64, ..., then lanes 32..63 are added to 0..31, 16..31 to 0..15, and so on.
@@ -17,11 +17,11 @@
 //            takes 17 instructions in both passes together (sm_90): 2 loads, 4 for their addresses,
 //            4 for the range, 2 conversions and 4 operations in double; of double 2 more for the
 //            range and no conversion. n = 1000, p = 40 000 in float: 320 MB, 0.10 ms at 3.3 TB/s,
-//            beside 0.02 ms of 7e8 instructions at 30e12/s. One column alone is bound by latency:
+//            against 0.02 ms of 7e8 instructions at 30e12/s. One column alone is bound by latency:
 //            n / 64 additions a lane, one after another.
 // Must not   fuse, reassociate, or split a lane over threads: another order is another result. Rows
 //            that do not exist are not added, not even as 0.
-// Twin       lcodec_ext/reference/columns.py; on the CPU cpu/columns.cpp
+// Twin       lcodec_ext/dependence/backends/reference_columns.py; on the CPU cpu/columns.cpp
 #pragma once
 
 #include <cmath>
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Tile::threads)
   const int c = static_cast<int>(threadIdx.x);
   const int y = static_cast<int>(threadIdx.y);
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * Tile::columns + c;
-  // Threads behind the last column repeat it: they are needed at the barriers.
+  // Threads past the last column repeat it, since the barriers need them.
   const T* own = x + (column < p ? column : p - 1);
 
   double lane[Tile::lanes];

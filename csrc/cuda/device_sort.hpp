@@ -13,7 +13,7 @@
 
 namespace lcodec::cuda {
 
-// Sorts `segments` runs of n pairs each, which lie one behind the other, every run by bits
+// Sorts `segments` runs of n pairs each, which lie one after another, every run by bits
 // [begin_bit, end_bit) of its keys; pairs whose bits are equal stay in order. Key is std::uint32_t
 // or std::uint64_t; n and segments are below 2^31. The outputs overlap neither the inputs nor each
 // other.

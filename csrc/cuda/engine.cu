@@ -21,7 +21,8 @@
   if (const cudaError_t error_ = (__VA_ARGS__); error_ != cudaSuccess) return outcome(error_, name)
 #define LCODEC_TRY_RUN(...) \
   if (const Outcome outcome_ = run(__VA_ARGS__); !outcome_.ok()) return outcome_
-// What CUB asks for need not rise with the size: never write behind the workspace.
+// CUB need not ask for more memory where there is more to do: check, and never write past the
+// scratch.
 #define LCODEC_TRY_FIT(bytes) \
   if ((bytes) > scratch_bytes) return outcome(cudaErrorMemoryAllocation, "scratch")
 
@@ -29,7 +30,7 @@ namespace lcodec::cuda {
 
 constexpr std::int64_t kMostRows = std::int64_t{1} << 20;  // of the fixed-point sums
 
-// Arrays one behind the other in a piece of memory, or how large that must be.
+// Arrays one after another in a piece of memory, or how large it must be.
 class Layout {
  public:
   explicit Layout(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
@@ -52,7 +53,7 @@ class Layout {
 template <class T>
 using Key = typename Table<T>::Key;
 
-// What is kept between calls.
+// What the engine keeps between calls.
 template <class T>
 struct Kept {
   std::int32_t *order, *rank, *sorted_rows, *run, *selected, *group_of, *group_begin;
@@ -145,8 +146,8 @@ Lists<T> lay_out_lists(Layout layout, std::int64_t rows, std::int64_t stride, st
   return lists;
 }
 
-// Entries of a list, in whole chunks, when there is room: all rows of a small table; else what most
-// scans need, about n^(1 / (k + 1)) in k columns of continuous data, several times over.
+// Entries of a list, in whole chunks, where there is room: all rows of a small table; else what
+// most scans need, about n^(1 / (k + 1)) in k columns of continuous data, several times over.
 static std::int64_t list_length(std::int64_t n, int k) {
   constexpr std::int64_t kAlways = 1024;
   const double share = std::pow(static_cast<double>(n), 1.0 / (k + 1));

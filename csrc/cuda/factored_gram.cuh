@@ -10,7 +10,7 @@
 //            memory, 7e7 of a warp.
 // Must not   store the two products, or give k_ij and k_ji different bits: both are added in the
 //            same order.
-// Twin       lcodec_ext/reference/curvature.py; cpu/curvature.cpp, with its own tree
+// Twin       lcodec_ext/curvature/reference.py; cpu/curvature.cpp, with its own tree
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ constexpr int kGramTile = 32;
 constexpr int kGramThreads = 16;  // squared
 
 // dot[a][b] = x_i . x_j for this thread's rows i = first_i + y + 16 a and j = first_j + x + 16 b,
-// where threadIdx is (x, y). Rows behind the last one are 0.
+// where threadIdx is (x, y). Rows past the last one are 0.
 template <class T>
 __device__ __forceinline__ void tile_dots(const T* data, std::int64_t stride, std::int64_t columns,
                                           std::int64_t n, std::int64_t first_i,

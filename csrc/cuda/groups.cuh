@@ -1,9 +1,9 @@
 // Rows that share their values in the selected columns, and scoring by sorting for those that share
 // them with many others.
 //
-// In such a group the rows nearest to one stand beside it in the order of the candidate, and the
-// rank sum of a run of equal values comes from prefix sums. Other groups matter only where they are
-// no farther than the best inside. With nothing selected all rows are one group: the first step.
+// In such a group the rows nearest to a row are next to it in the candidate's order, and the rank
+// sum of a run of equal values comes from prefix sums. Other groups matter only where they are no
+// farther than the best inside. With nothing selected all rows are one group: the first step.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// What is sorted to order the rows of columns [first, ...) by (group, value): the group of the row
-// at a place of a column's order, and that place.
+// Keys and values of the sort of a column's rows by (group, value): the group of the row at a place
+// of the column's order, and that place.
 __global__ void __launch_bounds__(kThreads)
     group_keys_kernel(const std::int32_t* sorted_rows, const std::int32_t* of, std::int64_t n,
                       std::int64_t size, std::uint32_t* keys, std::int32_t* places) {
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads)
   if (t == n - 1) begin[group + 1] = static_cast<std::int32_t>(n);
 }
 
-// Distances between big groups and their nearest other ones, and whether there are any. A warp
-// takes a row, and has something to do where a big group begins with it. O(n k) a big group.
+// Distances between big groups and the nearest other group, and whether there are big groups at
+// all. A warp takes a row and works only if a big group begins with that row. O(n k) a big group.
 template <class T>
 __global__ void __launch_bounds__(32 * kWalkWarps)
     group_gaps_kernel(Table<T> table, const std::int32_t* of, const std::int32_t* begin,
@@ -123,7 +123,7 @@ struct Ordered {
   const std::int64_t* prefix;  // [columns n] ranks added up to and with an element, through columns
 };
 
-// One row's neighbours inside its group, which stand around its place t in [begin, end): sum and
+// One row's neighbours inside its group, which are around its place t in [begin, end): sum and
 // count, and in `best` how far they are.
 template <class T>
 __device__ __forceinline__ Sums nearest_inside(const Table<T>& table, const Ordered<T>& ordered,
@@ -194,7 +194,7 @@ __device__ __forceinline__ Sums nearest_inside(const Table<T>& table, const Orde
 //            by its warp, one after the other
 // Fast       a row without ties reads 5 values and 3 ranks, mostly the same as its neighbours, and
 //            takes about 60 instructions; n = 1000, p = 40 000: 4e7 rows, 0.3 GB, 0.1 ms at 3.3
-//            TB/s beside 0.08 ms of instructions at 30e12/s
+//            TB/s, against 0.08 ms of instructions at 30e12/s
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     ordered_kernel(Table<T> table, Groups<T> groups, Ordered<T> ordered, unsigned long long* whole,
@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const std::int64_t wholes = sum_of_warp(mean.whole);
   const std::int64_t fractions = sum_of_warp(mean.fraction);
   if (threadIdx.x % 32 == 0) {
-    if (wholes != 0) atomicAdd(whole + column, static_cast<unsigned long long>(wholes));
-    if (fractions != 0) atomicAdd(fraction + column, static_cast<unsigned long long>(fractions));
+    add_to(whole + column, wholes);
+    add_to(fraction + column, fractions);
   }
 }
 

@@ -5,7 +5,7 @@
 //
 // Mapping    one block goes over all columns twice: for the largest score, then for those near it
 // Fast       bound by latency: 2 p / 1024 rounds; p = 40 000: 80 rounds, about 0.05 ms
-// Twin       lcodec_ext/_exact.py contenders
+// Twin       lcodec_ext/dependence/exact.py contenders
 #pragma once
 
 #include <cstdint>

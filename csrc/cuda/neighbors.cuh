@@ -11,7 +11,7 @@
 //            row, the same in all lanes, and a lane how many of its candidates are there and the
 //            first. Rows that use several neighbours, or not the first, take a second sweep: warps
 //            vote on a tile, a word for 32 candidates, and a row's words are written in order by
-//            one warp. A block without such rows ends before it, others when all is found.
+//            one warp. A block without such rows ends before it, others when all ties are found.
 // Arguments  columns [p][n], T float or double; offset, count [n] and indices of int64; all
 //            contiguous. 2 <= n < 2^31 - 512, p >= 1. indices == nullptr: count[i] = how many ties
 //            there are; otherwise row i's neighbours go to indices + offset[i], and count is unused
@@ -19,17 +19,19 @@
 //            and four words at a time from shared memory. Two columns take 216 instructions, 192 of
 //            them these (sm_90), with the loads of both on their way at a time. A block reads a
 //            column once for 16 rows, a quarter (float) or half (double) of a byte for a pair of
-//            rows. Beside that a pair takes 1.5 instructions (double: 2): comparisons with the
+//            rows. In addition a pair takes 1.5 instructions (double: 2): comparisons with the
 //            smallest distance so far, a vote and a branch for 32 lanes, which leave out the rest
 //            but where the warp finds a nearer or equal row: about ln(n / 128) times a row without
 //            ties. Floor of a sweep: n^2 (3 p + 1.5) instructions; n = 20 000, p = 4: 5.4e9, 0.18
 //            ms at the 30e12/s of an H100; n = 2000, p = 1000: 1.2e10, 0.41 ms; double is half as
 //            fast. Continuous data take a sweep to count and one to write, ties == first only the
 //            latter, tied data a further one.
-// Must not   use fma, matrix products or centred values, which round otherwise; keep j == i by
-//            luck of its distance 0: it is left out by its index; let the order of warps decide
-//            anything: minima, integer sums and words in order do not depend on it
-// Twin       lcodec_ext/reference/engine.py nearest; on the CPU cpu/nearest.hpp nearest_of_all
+// Must not   use fma, matrix products or centred values, which round otherwise; tell row i from its
+//            neighbours by its distance of 0, which others may share: it is left out by its index;
+//            let the order of warps decide anything: minima, integer sums and words in order do not
+//            depend on it
+// Twin       lcodec_ext/dependence/backends/reference.py, nearest; on the CPU cpu/nearest.hpp,
+//            nearest_of_all
 #pragma once
 
 #include <climits>
@@ -42,6 +44,8 @@
 #include "lcodec/engine.hpp"  // Ties
 
 namespace lcodec::cuda {
+
+constexpr unsigned kWholeWarp = 0xffffffff;
 
 template <class T>
 struct NeighborTile {
@@ -70,7 +74,7 @@ struct NeighborTile {
   using Distances = Values[held];
 };
 
-// Values of the block's rows in `size` columns; rows behind the last one repeat it.
+// Values of the block's rows in `size` columns; rows past the last one repeat it.
 template <class T>
 __device__ __forceinline__ void load_rows(const T* columns, int n, int first_row, int size,
                                           typename NeighborTile<T>::Own* own) {
@@ -83,7 +87,7 @@ __device__ __forceinline__ void load_rows(const T* columns, int n, int first_row
 }
 
 // Adds kColumns columns to a thread's distances, one after the other; x is its first candidate in
-// the first of them, of which `left` candidates are there. All loads come first.
+// the first of them, and `left` candidates exist from there on. All loads come first.
 template <class T, bool kWhole, int kColumns>
 __device__ __forceinline__ void add_columns(const T* x, int n, int left,
                                             const typename NeighborTile<T>::Own* own, int group,
@@ -120,7 +124,7 @@ __device__ __forceinline__ void add_chunk(const T* x, int n, int left, int size,
 }
 
 // Distances between a thread's rows and its candidates of the tile that begins at `base`; NaN where
-// there is no candidate, or it is the row itself. `own` holds all columns if they fit.
+// no candidate exists, or it is the row itself. `own` holds all columns if they fit.
 template <class T>
 __device__ __forceinline__ void tile_distances(const T* columns, int n, std::int64_t p,
                                                int first_row, int base,
@@ -155,60 +159,35 @@ __device__ __forceinline__ void tile_distances(const T* columns, int n, std::int
   }
 }
 
+// The smallest distances that a warp has seen from its rows, how many there are and the first.
 template <class T>
-__global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
-    neighbors_kernel(const T* columns, int n, std::int64_t p, Ties ties, std::uint64_t seed,
-                     const std::int64_t* offset, std::int64_t* count, std::int64_t* indices) {
+struct WarpNearest {
   using Tile = NeighborTile<T>;
-  using Own = typename Tile::Own;
-  using Parts = T[Tile::across];
-  using Numbers = int[Tile::across];
-  using Words = unsigned[Tile::rows][Tile::words];
-  LCODEC_SHARED_ARRAY(Own, own, Tile::chunk);
-  LCODEC_SHARED_ARRAY(Parts, best_of, Tile::rows);  // of warps
-  LCODEC_SHARED_ARRAY(Numbers, count_of, Tile::rows);
-  LCODEC_SHARED_ARRAY(Numbers, first_of, Tile::rows);
-  LCODEC_SHARED_ARRAY(T, sought, Tile::rows);
-  LCODEC_SHARED_ARRAY(int, taken, Tile::rows);
-  LCODEC_SHARED_ARRAY(int, needed, Tile::rows);
-  LCODEC_SHARED_ARRAY(Words, votes, 2);
-  constexpr unsigned kFull = 0xffffffff;
-  constexpr int kAll = -1;
-
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  const int warp = thread / 32;
-  const int group = warp / Tile::across;
-  const int first_row = static_cast<int>(blockIdx.x) * Tile::rows;
-  if (p <= Tile::chunk) {
-    load_rows(columns, n, first_row, static_cast<int>(p), own);
-    __syncthreads();
-  }
-  typename Tile::Distances distance;
-
-  // The smallest distances, how many there are and the first.
   T best[Tile::held];     // of the warp
   int tied[Tile::held];   // of the lane, at the warp's best
   int place[Tile::held];  // the first of these
-  for (int q = 0; q < Tile::held; ++q) {
-    best[q] = Tile::far;
-    tied[q] = 0;
-    place[q] = INT_MAX;
+
+  __device__ __forceinline__ WarpNearest() {
+    for (int q = 0; q < Tile::held; ++q) {
+      best[q] = Tile::far;
+      tied[q] = 0;
+      place[q] = INT_MAX;
+    }
   }
-  for (int base = 0; base < n; base += Tile::size) {
-    tile_distances(columns, n, p, first_row, base, own, group, distance);
-    const int first = base + thread % Tile::stride;
+
+  // Takes a thread's distances, from candidate `first` on.
+  __device__ __forceinline__ void look(const typename Tile::Distances& distance, int first) {
     for (int q = 0; q < Tile::held; ++q) {
       bool near = false;
       for (int k = 0; k < Tile::candidates; ++k) near = near || distance[q][k] <= best[q];
-      if (!__any_sync(kFull, near)) continue;
+      if (!__any_sync(kWholeWarp, near)) continue;
       T least = best[q];
       for (int k = 0; k < Tile::candidates; ++k) {
         least = distance[q][k] < least ? distance[q][k] : least;
       }
-      if (__any_sync(kFull, least < best[q])) {
+      if (__any_sync(kWholeWarp, least < best[q])) {
         for (int step = 16; step > 0; step /= 2) {
-          const T other = __shfl_xor_sync(kFull, least, step);
+          const T other = __shfl_xor_sync(kWholeWarp, least, step);
           least = other < least ? other : least;
         }
         best[q] = least;
@@ -223,47 +202,168 @@ __global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
       }
     }
   }
-  for (int q = 0; q < Tile::held; ++q) {
-    for (int step = 16; step > 0; step /= 2) {
-      tied[q] += __shfl_xor_sync(kFull, tied[q], step);
-      place[q] = min(place[q], __shfl_xor_sync(kFull, place[q], step));
+
+  // Counts and first places of all lanes.
+  __device__ __forceinline__ void add_lanes() {
+    for (int q = 0; q < Tile::held; ++q) {
+      for (int step = 16; step > 0; step /= 2) {
+        tied[q] += __shfl_xor_sync(kWholeWarp, tied[q], step);
+        place[q] = min(place[q], __shfl_xor_sync(kWholeWarp, place[q], step));
+      }
     }
-    if (lane == 0) {
-      best_of[group * Tile::held + q][warp % Tile::across] = best[q];
-      count_of[group * Tile::held + q][warp % Tile::across] = tied[q];
-      first_of[group * Tile::held + q][warp % Tile::across] = place[q];
+  }
+};
+
+// What the warps of a block know of its rows: smallest distance, count and first place.
+template <class T>
+struct BlockNearest {
+  using Tile = NeighborTile<T>;
+  using Parts = T[Tile::across];
+  using Numbers = int[Tile::across];
+  Parts* best;
+  Numbers* count;
+  Numbers* first;
+
+  // Of all warps, for one row.
+  __device__ __forceinline__ void of_row(int row, T& nearest, int& all, int& lowest) const {
+    nearest = best[row][0];
+    for (int w = 1; w < Tile::across; ++w) {
+      nearest = best[row][w] < nearest ? best[row][w] : nearest;
+    }
+    all = 0;
+    lowest = INT_MAX;
+    for (int w = 0; w < Tile::across; ++w) {
+      if (best[row][w] == nearest) {
+        all += count[row][w];
+        lowest = min(lowest, first[row][w]);
+      }
+    }
+  }
+};
+
+// What the second sweep looks for, by row: its distance (NaN: nothing), which of its ties is taken,
+// and after how many ties the row is done.
+template <class T>
+struct Sought {
+  static constexpr int kAll = -1;
+  T* distance;
+  int* taken;
+  int* needed;
+};
+
+// For a thread with a row of its own: writes what is known after the first sweep, and says whether
+// the row needs a second one.
+template <class T>
+__device__ __forceinline__ bool settle(const BlockNearest<T>& block, int n, int first_row,
+                                       Ties ties, std::uint64_t seed, const std::int64_t* offset,
+                                       std::int64_t* count, std::int64_t* indices,
+                                       const Sought<T>& sought) {
+  const int thread = static_cast<int>(threadIdx.x);
+  T nearest;
+  int all;
+  int lowest;
+  block.of_row(thread, nearest, all, lowest);
+  const std::int64_t i = std::int64_t{first_row} + thread;
+  int take = Sought<T>::kAll;
+  bool open = false;
+  if (i < n && !indices) count[i] = all;
+  if (i < n && indices) {
+    if (ties != Ties::average) {
+      take = ties == Ties::first ? 0 : static_cast<int>(pick(tie_hash(seed, i), all));
+    }
+    open = all > 1 && take != 0;
+    if (all > 0 && !open) indices[offset[i]] = lowest;
+  }
+  sought.distance[thread] = open ? nearest : NeighborTile<T>::none;
+  sought.taken[thread] = take;
+  sought.needed[thread] = !open ? 0 : take == Sought<T>::kAll ? all : take + 1;
+  return open;
+}
+
+// A warp's votes on a tile: which of its rows' distances are those sought.
+template <class T>
+__device__ __forceinline__ void vote(const typename NeighborTile<T>::Distances& distance,
+                                     const T (&goal)[NeighborTile<T>::held], int group,
+                                     unsigned (*votes)[NeighborTile<T>::words]) {
+  using Tile = NeighborTile<T>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  unsigned word = 0;  // lane q * candidates + k has the vote on candidates k for row q
+  for (int q = 0; q < Tile::held; ++q) {
+    for (int k = 0; k < Tile::candidates; ++k) {
+      const unsigned found = __ballot_sync(kWholeWarp, distance[q][k] == goal[q]);
+      if (lane == q * Tile::candidates + k) word = found;
+    }
+  }
+  if (lane < Tile::held * Tile::candidates) {
+    const int q = lane / Tile::candidates;
+    const int k = lane % Tile::candidates;
+    votes[group * Tile::held + q][k * Tile::across + warp % Tile::across] = word;
+  }
+}
+
+// For a warp: writes the ties that a tile's votes name to `out`, all of them or the one taken.
+template <class T>
+__device__ __forceinline__ void write_ties(const unsigned (&votes)[NeighborTile<T>::words],
+                                           int base, int take, std::int64_t* out, int& found) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int w = 0; w < NeighborTile<T>::words; ++w) {
+    const unsigned vote = votes[w];
+    if (vote == 0) continue;
+    const int rank = found + __popc(vote & ((1u << lane) - 1));
+    if ((vote >> lane & 1u) != 0 && (take == Sought<T>::kAll || take == rank)) {
+      out[take == Sought<T>::kAll ? rank : 0] = base + 32 * w + lane;
+    }
+    found += __popc(vote);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
+    neighbors_kernel(const T* columns, int n, std::int64_t p, Ties ties, std::uint64_t seed,
+                     const std::int64_t* offset, std::int64_t* count, std::int64_t* indices) {
+  using Tile = NeighborTile<T>;
+  using Own = typename Tile::Own;
+  using Parts = typename BlockNearest<T>::Parts;
+  using Numbers = typename BlockNearest<T>::Numbers;
+  using Words = unsigned[Tile::rows][Tile::words];
+  LCODEC_SHARED_ARRAY(Own, own, Tile::chunk);
+  LCODEC_SHARED_ARRAY(Parts, best_of, Tile::rows);  // of warps
+  LCODEC_SHARED_ARRAY(Numbers, count_of, Tile::rows);
+  LCODEC_SHARED_ARRAY(Numbers, first_of, Tile::rows);
+  LCODEC_SHARED_ARRAY(T, sought, Tile::rows);
+  LCODEC_SHARED_ARRAY(int, taken, Tile::rows);
+  LCODEC_SHARED_ARRAY(int, needed, Tile::rows);
+  LCODEC_SHARED_ARRAY(Words, votes, 2);
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
+  const int group = warp / Tile::across;
+  const int first_row = static_cast<int>(blockIdx.x) * Tile::rows;
+  if (p <= Tile::chunk) {
+    load_rows(columns, n, first_row, static_cast<int>(p), own);
+    __syncthreads();
+  }
+  typename Tile::Distances distance;
+
+  WarpNearest<T> nearest;
+  for (int base = 0; base < n; base += Tile::size) {
+    tile_distances(columns, n, p, first_row, base, own, group, distance);
+    nearest.look(distance, base + thread % Tile::stride);
+  }
+  nearest.add_lanes();
+  if (thread % 32 == 0) {
+    for (int q = 0; q < Tile::held; ++q) {
+      best_of[group * Tile::held + q][warp % Tile::across] = nearest.best[q];
+      count_of[group * Tile::held + q][warp % Tile::across] = nearest.tied[q];
+      first_of[group * Tile::held + q][warp % Tile::across] = nearest.place[q];
     }
   }
   __syncthreads();
-
-  // Of all warps. What is known now is written.
   bool open = false;
   if (thread < Tile::rows) {
-    T nearest = best_of[thread][0];
-    for (int w = 1; w < Tile::across; ++w) {
-      nearest = best_of[thread][w] < nearest ? best_of[thread][w] : nearest;
-    }
-    int all = 0;
-    int lowest = INT_MAX;
-    for (int w = 0; w < Tile::across; ++w) {
-      if (best_of[thread][w] == nearest) {
-        all += count_of[thread][w];
-        lowest = min(lowest, first_of[thread][w]);
-      }
-    }
-    const std::int64_t i = std::int64_t{first_row} + thread;
-    int take = kAll;
-    if (i < n && !indices) count[i] = all;
-    if (i < n && indices) {
-      if (ties != Ties::average) {
-        take = ties == Ties::first ? 0 : static_cast<int>(pick(tie_hash(seed, i), all));
-      }
-      open = all > 1 && take != 0;
-      if (all > 0 && !open) indices[offset[i]] = lowest;
-    }
-    sought[thread] = open ? nearest : Tile::none;
-    taken[thread] = take;
-    needed[thread] = !open ? 0 : take == kAll ? all : take + 1;
+    open = settle<T>({best_of, count_of, first_of}, n, first_row, ties, seed, offset, count,
+                     indices, {sought, taken, needed});
   }
   if (!__syncthreads_or(open)) return;
 
@@ -275,18 +375,7 @@ __global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
   int side = 0;  // of votes: while one is read, the other one is written
   for (int base = 0; base < n; base += Tile::size) {
     tile_distances(columns, n, p, first_row, base, own, group, distance);
-    unsigned word = 0;  // lane q * candidates + k has the vote on candidates k for row q
-    for (int q = 0; q < Tile::held; ++q) {
-      for (int k = 0; k < Tile::candidates; ++k) {
-        const unsigned vote = __ballot_sync(kFull, distance[q][k] == goal[q]);
-        if (lane == q * Tile::candidates + k) word = vote;
-      }
-    }
-    if (lane < Tile::held * Tile::candidates) {
-      const int q = lane / Tile::candidates;
-      const int k = lane % Tile::candidates;
-      votes[side][group * Tile::held + q][k * Tile::across + warp % Tile::across] = word;
-    }
+    vote<T>(distance, goal, group, votes[side]);
     open = false;
     for (int r = 0; r < Tile::owned; ++r) {
       open = open || found[r] < needed[warp * Tile::owned + r];
@@ -295,23 +384,14 @@ __global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
     for (int r = 0; r < Tile::owned; ++r) {
       const int row = warp * Tile::owned + r;
       if (found[r] >= needed[row]) continue;
-      std::int64_t* out = indices + offset[first_row + row];
-      const int take = taken[row];
-      for (int w = 0; w < Tile::words; ++w) {
-        const unsigned vote = votes[side][row][w];
-        if (vote == 0) continue;
-        const int rank = found[r] + __popc(vote & ((1u << lane) - 1));
-        if ((vote >> lane & 1u) != 0 && (take == kAll || take == rank)) {
-          out[take == kAll ? rank : 0] = base + 32 * w + lane;
-        }
-        found[r] += __popc(vote);
-      }
+      write_ties<T>(votes[side][row], base, taken[row], indices + offset[first_row + row],
+                    found[r]);
     }
     side = 1 - side;
   }
 }
 
-// count[i] = 1: what a row uses that uses one neighbour. Written once, 8 n bytes.
+// count[i] = 1, for tie rules by which every row uses one neighbour. Written once, 8 n bytes.
 constexpr int kOneThreads = 256;
 
 __global__ void __launch_bounds__(kOneThreads)

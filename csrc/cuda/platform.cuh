@@ -29,9 +29,9 @@
   static_assert(alignof(T) <= 16, "dynamic shared memory is less aligned"); \
   T* const name = reinterpret_cast<T*>(lcodec_dynamic_shared)
 
-// Before a loop that is not to be unrolled: for the registers.
+// Before a loop that must stay one, to save registers.
 #define LCODEC_NO_UNROLL _Pragma("unroll 1")
-// Before a loop that must be: where arrays are to stay in registers.
+// Before a loop that must be unrolled, so that arrays stay in registers.
 #define LCODEC_UNROLL _Pragma("unroll")
 
 #elif defined(LCODEC_EMULATE)

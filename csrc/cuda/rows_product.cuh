@@ -15,11 +15,11 @@
 //            float. An element and vector takes 2 multiplications and 2 additions; an element 2
 //            loads, of whole sectors where segments are long, and their addresses; 16 elements of 8
 //            rows 40 shuffles and as many additions: about 12 for an element and one vector.
-//            n = 1000, size = 46 000 in float: 184 MB, 0.06 ms at 3.3 TB/s, beside 0.02 ms of
+//            n = 1000, size = 46 000 in float: 184 MB, 0.06 ms at 3.3 TB/s, against 0.02 ms of
 //            5.5e8 / 32 instructions of a warp, and 19 launches, of 12 MB each.
 // Must not   gather x into a copy, add with atomics, or let a sum depend on the grid. Rows that do
 //            not exist are not added; NaN in columns that are not selected is not read.
-// Twin       lcodec_ext/reference/curvature.py CudaTree; cpu/curvature.cpp, with its own tree
+// Twin       lcodec_ext/curvature/reference.py CudaTree; cpu/curvature.cpp, with its own tree
 #pragma once
 
 #include <cstddef>
@@ -83,7 +83,7 @@ __device__ __forceinline__ void take_dots(const RowsProduct<S, T>& a, std::int64
     T value[kDotRows];
     LCODEC_UNROLL
     for (int r = 0; r < kDotRows; ++r) {
-      // Rows behind the last one repeat it: their dots are not kept.
+      // Rows past the last one repeat it; their dots are not kept.
       value[r] = load(x + (row + r < a.n ? row + r : a.n - 1) * a.stride);
     }
     LCODEC_UNROLL

@@ -1,4 +1,4 @@
-// Stored elements in the type that is computed in.
+// Stored elements as they are computed with.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace lcodec::cuda {
 __device__ __forceinline__ float load(const float* p) { return __ldg(p); }
 __device__ __forceinline__ double load(const double* p) { return __ldg(p); }
 __device__ __forceinline__ float load(const Bfloat16* p) {
-  return __uint_as_float(static_cast<unsigned>(__ldg(&p->bits)) << 16);
+  return widen(Bfloat16{__ldg(&p->bits)});
 }
 
 }  // namespace lcodec::cuda

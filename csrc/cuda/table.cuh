@@ -1,7 +1,8 @@
 // A table on the device as the engine's kernels see it, and its columns in sorted order.
 //
-// Rows have new numbers: by rank where ties are averaged, so that the ranks of rows of equal value
-// ascend and their sums come from prefix sums; as they were where a tied row is picked by number.
+// Rows are renumbered. Where ties are averaged, they are numbered by rank: the ranks of rows of
+// equal value then ascend, and their sums come from prefix sums. Where a tied row is picked by its
+// number, they keep the given numbers.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +74,7 @@ __device__ __forceinline__ double sort_value(std::uint64_t key) {
   return __longlong_as_double(static_cast<long long>((key & sign) != 0 ? key & ~sign : ~key));
 }
 
-// First place of [begin, end) where a predicate holds that stays once it does.
+// First place of [begin, end) where a predicate holds, which then holds at all later places.
 template <class Holds>
 __device__ __forceinline__ std::int64_t first_place(std::int64_t begin, std::int64_t end,
                                                     const Holds& holds) {
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Sums of selected columns are none.
+// Marks the sums of selected columns: -1.
 __global__ void __launch_bounds__(kThreads)
     leave_out_kernel(const std::int32_t* selected, int k, std::int64_t* whole,
                      std::int64_t* fraction) {

@@ -3,12 +3,12 @@
 //   D(i, j) = sum over selected columns d, in order, of ((x_id - x_jd) c_d)^2   every operation
 //   v(i, j) = D(i, j) + ((x_if - x_jf) c_f)^2                                  rounded
 //   sum = sum of min(R_i, R_j) over the j != i with the smallest v, count = how many they are;
-//   of one of them, in increasing order, where a tie rule takes one
+//   where a tie rule takes one of them: of that one, and 1
 //
 // Mapping    a warp takes one row and candidate, a lane one neighbour at a time, from both sides of
 //            the row outwards; a side ends where the candidate alone is farther than the best
 // Cost       with r the distance found, all rows within r in the candidate: 3 k + 4 loads and
-//            7 k + 20 instructions for 32 of them, and 30 for what the lanes have in common
+//            7 k + 20 instructions for 32 of them, and 30 that the lanes share
 #pragma once
 
 #include <cstdint>
@@ -44,6 +44,11 @@ __device__ __forceinline__ I sum_of_warp(I value) {
   return value;
 }
 
+// Adds to a total in memory. A sum of 0 costs nothing.
+__device__ __forceinline__ void add_to(unsigned long long* total, std::int64_t sum) {
+  if (sum != 0) atomicAdd(total, static_cast<unsigned long long>(sum));
+}
+
 // The nearest neighbours that the lanes of a warp have seen. Sum holds the ranks of all of them.
 template <class T, class Sum>
 struct Nearest {
@@ -51,7 +56,7 @@ struct Nearest {
   int count = 0;
   Sum sum = 0;
 
-  // NaN is no distance.
+  // A distance of NaN is never taken.
   __device__ __forceinline__ void offer(T distance, Sum rank) {
     if (distance < best) {
       best = distance;
@@ -93,7 +98,7 @@ __device__ __forceinline__ int row_at(std::int64_t place, std::int64_t n, const 
 }
 
 // look(row j, part), part being the candidate's part of v, for the rows whose part is at most
-// limit(), which may fall when all lanes have looked; all lanes call, with -1 where there is none.
+// limit(), which may fall when all lanes have looked; all lanes call, with -1 for no row.
 template <class T, class Limit, class Look>
 __device__ __forceinline__ void along(const Table<T>& table, int row, std::int64_t column,
                                       const Limit& limit, const Look& look) {

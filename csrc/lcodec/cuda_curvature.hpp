@@ -1,11 +1,10 @@
 // Products with curvature matrices restricted to selected parameters, on CUDA: entry points. Plain
 // C++: no CUDA header, no torch.
 //
-// What is computed is in lcodec/curvature.hpp, and S and T are as there. Everything is queued on a
-// stream; nothing is allocated and nothing waits. Pointers are to memory of the device unless said
-// otherwise. Segments are taken on trust, and the kernels stay within the arrays whatever they
-// hold. Sums are added in one written tree, so that no order of blocks changes a bit; it is not the
-// CPU's.
+// lcodec/curvature.hpp says what is computed, and what S and T are. Everything is queued on a
+// stream; nothing is allocated and nothing waits. Pointers are to memory of the device. Segments
+// are taken on trust, and the kernels stay within the arrays whatever they hold. Sums are added in
+// one written tree, other than the CPU's: the order of blocks does not change a bit.
 //
 // The tree of the two products:
 //   dot     tiles of 4096 selected columns. In a tile lane l of 256 takes l, l + 256, ...; then
@@ -28,7 +27,7 @@
 
 namespace lcodec::cuda {
 
-// A matrix by row, of which the columns of `segments` are read: `size` of them.
+// A matrix by row, and the columns of it that are read: those of `segments`, `size` in all.
 template <class S>
 struct SelectedColumns {
   const S* data;

@@ -17,7 +17,7 @@ namespace lcodec::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// How a call came out: code is a cudaError_t, 0 for success; kernel says where it failed.
+// The outcome of a call: code is a cudaError_t, 0 for success; kernel says where it failed.
 struct Outcome {
   int code = 0;
   const char* kernel = nullptr;
@@ -28,24 +28,25 @@ struct Outcome {
 const char* error_text(int code);
 
 // Of every column of x [n][p], by row: smallest and largest value, and the standard deviation
-// (n - 1) in double, added in the order of lcodec_ext/reference/columns.py. O(n p), two passes.
+// (n - 1) in double, added in the order of lcodec_ext/dependence/backends/reference_columns.py.
+// O(n p), two passes.
 template <class T>
 Outcome column_statistics(const T* x, std::int64_t n, std::int64_t p, T* low, T* high,
                           double* deviation, Stream stream);
 
-// What a step came to, to be read back as one array of kLeaderWords words: how many columns may
-// have the largest exact sum, and of kMostLeaders of them column, whole and fraction, in any order.
+// The result of a step, read back as one array of kLeaderWords words: how many columns may have the
+// largest exact sum, then column, whole and fraction of up to kMostLeaders of them, in any order.
 constexpr int kMostLeaders = 64;
 constexpr int kLeaderWords = 1 + 3 * kMostLeaders;
 
-// Scores candidate columns given a conditioning set that grows step by step; lcodec/engine.hpp says
-// what. All p columns are scored but those selected.
+// Scores candidate columns given a conditioning set that grows step by step, as lcodec/engine.hpp
+// defines it: all p columns except those selected.
 template <class T>
 class Engine {
  public:
-  // Bytes of device memory for a table, beside x, factor and rank. `scratch` is for what can be
-  // done piece by piece: neighbour lists, keys to be sorted, prefix sums; more is faster, up to
-  // what the table can use, beyond which it is not counted.
+  // Bytes of device memory for a table, in addition to x, factor and rank. `scratch` is for what
+  // can be done piece by piece: neighbour lists, keys to be sorted, prefix sums; more is faster, up
+  // to what the table can use, beyond which it is not counted.
   static std::size_t workspace_bytes(std::int64_t n, std::int64_t p, std::size_t scratch);
   static constexpr std::size_t kScratch = std::size_t{1} << 28;  // a good size
   static std::size_t least_scratch(std::int64_t n);              // what one row or column takes
@@ -59,10 +60,10 @@ class Engine {
 
   // Numbers rows by rank, sorts every column. To be called first. O(n p).
   Outcome start(Stream stream);
-  // Adds a column to the conditioning set, behind those already there. O(n), and O(n k) for each
-  // group of 64 rows and more alike. What is to be done depends on how many rows are alike: the
-  // first call reads back the longest runs of equal values of all columns, and while groups may be
-  // large, every call whether any is.
+  // Adds a column to the conditioning set, after those already there. O(n), and O(n k) for each
+  // group of 64 or more rows alike. What it does depends on how many rows are alike: the first call
+  // reads back the longest run of equal values of every column; and while groups may be large,
+  // every call reads back whether any is.
   Outcome select(std::int64_t column, Stream stream);
   // whole[p] and fraction[p] (device) of every column, -1 for selected ones.
   Outcome score(std::int64_t* whole, std::int64_t* fraction, Stream stream);

@@ -1,6 +1,6 @@
 // What this build and this machine offer in CUDA. Plain C++: no CUDA type crosses this header, and
-// both functions exist in every build (csrc/cuda/device_info.cu, or device_info_stub.cpp where the
-// CUDA part was left out).
+// every build has what it declares (csrc/cuda/device_info.cu, or device_info_stub.cpp in a build
+// without CUDA).
 #pragma once
 
 #include <string>

@@ -39,7 +39,8 @@ struct Segment {
   std::int64_t start, length;
 };
 
-// A matrix by row, of which the columns of `segments` are read, in their order: `size` of them.
+// A matrix by row, and the columns of it that are read: those of `segments`, in their order, `size`
+// in all.
 template <class S>
 struct SelectedColumns {
   const S* data;
@@ -55,8 +56,8 @@ struct SelectedColumns {
 //
 // The selected columns are read once from memory: a tile of rows stays in the cache between its two
 // products (with 5 vectors and more, whose own elements weigh more, in the third-level cache).
-// 4 n m size operations. Scratch: m size elements of T for every piece of work, of which there are
-// 4 a thread, from 8 to 64, and 3 times that for every thread.
+// 4 n m size operations. Scratch: m size elements of T for every piece of work (4 for each thread,
+// from 8 to 64 in all), and 3 times that for every thread.
 template <class S, class T>
 Status masked_gram_product(const SelectedColumns<S>& g, const T* weight, const T* v, std::int64_t m,
                            T damping, T* out, const Execution& execution);

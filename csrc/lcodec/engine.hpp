@@ -42,7 +42,7 @@ Status lay_out(const T* x, std::int64_t n, std::int64_t p, T* columns, T* low, T
 // Standard deviations (n - 1) of columns [p][n], in double. Sums are added in one written order:
 // lane l of 64 takes rows l, l + 64, ..., then lanes 32..63 are added to 0..31, 16..31 to 0..15,
 // and so on; the deviations from the mean in a second pass. Reference twin:
-// lcodec_ext/reference/columns.py.
+// lcodec_ext/dependence/backends/reference_columns.py.
 template <class T>
 Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, double* deviation,
                            const Execution& execution);
@@ -71,20 +71,20 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Adds a column to the conditioning set, behind those already there. O(n).
+  // Adds a column to the conditioning set, after those already there. O(n).
   void select(std::int64_t column);
 
   // For each of m candidates the sum over rows of S_i / c_i in fixed point; whole[m] and
   // fraction[m] are overwritten.
   //
-  // With floor >= 0 only the largest sum and those above floor are asked for: whole is -1 for a
-  // candidate whose sum is known to be at most floor, or less than another's.
+  // With floor >= 0 only the largest sum and the sums above floor are wanted: whole is -1 for a
+  // candidate whose sum is found to be at most floor, or less than another one.
   //
   // With k columns selected a row is compared with its neighbours in these, nearest first, until
   // none can be nearest with the candidate: about n^(1/(k+1)) of them on continuous data. Rows
   // that share their values in the conditioning set with many others are instead sorted by the
-  // candidate, O(log n) each. Memory: a packed copy of the candidates, each
-  // column sorted, and O(n) for each thread.
+  // candidate, O(log n) each. Memory: a packed copy of the candidates, each column sorted, and O(n)
+  // for each thread.
   Status score(const std::int64_t* candidate, std::int64_t m, std::int64_t floor,
                std::int64_t* whole, std::int64_t* fraction, const Execution& execution);
   static constexpr std::int64_t kNoFloor = -1;
@@ -94,11 +94,12 @@ class Engine {
   Status row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
                   const Execution& execution);
 
-  // For benchmarks.
+  // For benchmarks; zeros in a build without LCODEC_INSTRUMENTS.
   ScanWork scanned() const;
 
  private:
   struct State;
+  class Race;
   std::unique_ptr<State> state_;
 };
 

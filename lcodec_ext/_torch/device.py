@@ -8,6 +8,8 @@ import torch
 from lcodec_ext import _core
 from lcodec_ext._build import cuda_is_available, cuda_status
 
+_KERNELS = getattr(_core, "cuda", None)  # None in a build without CUDA
+
 
 class Device:
     """A CUDA device as the kernels see it: entry points, current stream, guard.
@@ -24,9 +26,9 @@ class Device:
         If this build or this machine cannot run the kernels.
     """
 
-    def __init__(self, device: torch.device, module: Any = _core) -> None:
+    def __init__(self, device: torch.device, module: Any = _KERNELS) -> None:
         self._device, self.module = device, module
-        if hasattr(module, "CudaEngineFloat"):
+        if module is not None:
             with self.guard():
                 if cuda_is_available():
                     return

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,51 +44,27 @@ class _Source(NamedTuple):
     collate: Callable[[list[Any]], Any]
 
 
+@dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples that are fetched by number, on a device and in a floating-point type.
+    """Samples that are fetched by number, on a device and in a floating-point type."""
 
-    Parameters
-    ----------
-    n : int
-        Their number.
-    fetch : callable
-        From a list of numbers below n to a batch (inputs, ..., targets) or a dict with "labels".
-    device, dtype : torch.device, torch.dtype
-        Of what is fetched; dtype is that of floating-point tensors.
-    name : str
-        Of the argument they came from, for messages.
-    in_memory : bool
-        Whether fetching is only indexing.
-    source : optional
-        Of a Dataset: its single samples.
-    resident : bool, optional
-        Whether all samples are in memory, those of a Dataset too; by default in_memory.
-    """
-
-    def __init__(
-        self,
-        n: int,
-        fetch: Callable[[list[int]], Any],
-        device: torch.device,
-        dtype: torch.dtype,
-        name: str,
-        *,
-        in_memory: bool,
-        source: _Source | None = None,
-        resident: bool | None = None,
-    ) -> None:
-        self.resident = in_memory if resident is None else resident
-        self._n, self._fetch, self.device, self.dtype = n, fetch, device, dtype
-        self.name, self.in_memory, self._source = name, in_memory, source
+    n: int
+    get: Callable[[list[int]], Any]  # from numbers below n to a batch as the user gives it
+    device: torch.device
+    dtype: torch.dtype  # of floating-point tensors
+    name: str  # of the argument they came from, for messages
+    in_memory: bool  # fetching is only indexing
+    resident: bool  # all samples are in memory, those of a Dataset included
+    source: _Source | None = None  # of a Dataset
 
     def __len__(self) -> int:
-        return self._n
+        return self.n
 
     def fetch(self, indices: Indices) -> Batch:
         """Fetch some samples as one batch."""
         if isinstance(indices, slice):
-            indices = range(self._n)[indices]
-        data = self._fetch([int(i) for i in indices])
+            indices = range(self.n)[indices]
+        data = self.get([int(i) for i in indices])
 
         def move(tensor: Tensor) -> Tensor:
             wanted = self.dtype if tensor.is_floating_point() else tensor.dtype
@@ -97,7 +74,7 @@ class Samples:
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """Fetch all samples, or those of order, in batches of at most size."""
-        numbers: Sequence[int] = range(self._n) if order is None else order
+        numbers: Sequence[int] = range(self.n) if order is None else order
         for start in range(0, len(numbers), size):
             yield self.fetch(numbers[start : start + size])
 
@@ -107,40 +84,28 @@ class Samples:
 
     def subset(self, indices: Indices) -> "Samples":
         """Some of the samples, in the order given and numbered from 0."""
-        numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
+        numbers = range(self.n)[indices] if isinstance(indices, slice) else indices
         kept = np.asarray(numbers, dtype=np.int64)
 
         def fetch(some: list[int]) -> Any:
-            return self._fetch(kept[some].tolist())
+            return self.get(kept[some].tolist())
 
-        source = self._source
+        source = self.source
         if source is not None:
-            get = source.get
-            source = source._replace(get=lambda i: get(int(kept[i])))
-        return Samples(
-            len(kept),
-            fetch,
-            self.device,
-            self.dtype,
-            self.name,
-            in_memory=self.in_memory,
-            source=source,
-            resident=self.resident,
-        )
+            one = source.get
+            source = source._replace(get=lambda i: one(int(kept[i])))
+        return replace(self, n=len(kept), get=fetch, source=source)
 
     def loaded(self) -> "Samples":
         """The same samples in memory, where fetching them is more than indexing."""
         if self.in_memory:
             return self
         data = self.fetch(slice(None)).data
-        return Samples(
-            self._n,
-            lambda some: part_of(data, self._n, torch.as_tensor(some)),
-            self.device,
-            self.dtype,
-            self.name,
+        return replace(
+            self,
+            get=lambda some: part_of(data, self.n, torch.as_tensor(some)),
             in_memory=True,
-            source=self._source,
+            resident=True,
         )
 
     @staticmethod
@@ -167,7 +132,7 @@ class Samples:
                 back = np.argsort(np.argsort(owner, kind="stable"))
                 together = joined(pieces, sizes[sizes > 0].tolist())
                 return part_of(together, len(some), torch.from_numpy(back))
-            sources = [part._source for part in parts]
+            sources = [part.source for part in parts]
             if sources[0] is None or None in sources:
                 names = " and ".join(dict.fromkeys(part.name for part in parts))
                 raise ValueError(
@@ -181,13 +146,9 @@ class Samples:
             _check(data, first.name, len(some))
             return data
 
-        return Samples(
-            int(starts[-1]),
-            fetch,
-            first.device,
-            first.dtype,
-            first.name,
-            in_memory=all(part.in_memory for part in parts),
+        memory = all(part.in_memory for part in parts)
+        return replace(
+            first, n=int(starts[-1]), get=fetch, source=None, in_memory=memory, resident=memory
         )
 
     def hashes(self, indices: Indices = slice(None)) -> list[str]:
@@ -196,14 +157,14 @@ class Samples:
 
     def each_hash(self, indices: Indices = slice(None)) -> Iterator[str]:
         """The same, one after the other: of any number of samples in little memory."""
-        numbers = range(self._n)[indices] if isinstance(indices, slice) else indices
+        numbers = range(self.n)[indices] if isinstance(indices, slice) else indices
         size = 1
         if self.in_memory and len(numbers) > 1:  # a Dataset might collate several otherwise
-            one = self._fetch([int(numbers[0])])
+            one = self.get([int(numbers[0])])
             size = max(1, _HASHED // max(1, sum(t.nbytes for t in tensors_of(one))))
         for start in range(0, len(numbers), size):
             some = [int(i) for i in numbers[start : start + size]]
-            yield from _hashes(self._fetch(some), len(some))
+            yield from _hashes(self.get(some), len(some))
 
 
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
@@ -301,7 +262,13 @@ def _in_memory(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
             raise ValueError(f"{name} holds NaN or infinity")
     as_batch(data, n, name)  # its refusals
     return Samples(
-        n, lambda some: part_of(data, n, torch.as_tensor(some)), device, dtype, name, in_memory=True
+        n,
+        lambda some: part_of(data, n, torch.as_tensor(some)),
+        device,
+        dtype,
+        name,
+        in_memory=True,
+        resident=True,
     )
 
 
@@ -334,16 +301,8 @@ def _from_dataset(
             "augmentation"
         )
     source = _Source(dataset.__getitem__, collate)
-    return Samples(
-        n,
-        fetch,
-        device,
-        dtype,
-        name,
-        in_memory=False,
-        source=source,
-        resident=_is_resident(dataset),
-    )
+    resident = _is_resident(dataset)
+    return Samples(n, fetch, device, dtype, name, in_memory=False, resident=resident, source=source)
 
 
 def _is_resident(dataset: Any) -> bool:

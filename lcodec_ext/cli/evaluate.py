@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lcodec_ext._files import write_atomically
@@ -32,10 +33,10 @@ from lcodec_ext.cli.problem import (
 EVALUATE = """\
 Compare a model after deletion with models that were retrained without the samples.
 
-The data's "retrain" trains the retrained models, or --retrained gives their weights. At least 3 are
-needed: their distance from each other is the floor of all distances. --methods are run here and
-compared with them; so are weights that exist already (--candidate). No method sees the test
-samples.
+The data's "retrain" trains the retrained models, or --retrained names files with their weights. At
+least 3 are needed: how far they are from each other is the measure for all other distances. The
+command runs --methods and compares the results with the retrained models; --candidate adds weights
+that exist already. No method sees the test samples.
 
 In the table, "closed" is the share of the gap to retraining that a method closes: 0% for the
 model as it was, 100% for one more retrained model, negative where the method moves away. "MIA AUC"
@@ -61,49 +62,45 @@ def add_evaluate(commands: Any) -> None:
         epilog="\n".join([IMPORT_PATHS, FORGET, EVALUATE_EXAMPLES]),
     )
     add_problem(parser)
-    parser.add_argument(
-        "--forget", required=True, metavar="IDS", help="numbers of the samples to delete"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--forget", required=True, metavar="IDS", help="numbers of the samples to delete")
+    add(
         "--methods",
         metavar="NAMES",
         help="presets, baselines and methods of the literature, separated by commas; 'none' for "
         "none (default: all presets and baselines)",
     )
-    parser.add_argument(
+    add(
         "--candidate",
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="weights to measure too, made by unlearn or anything else; repeat it",
+        help="weights to measure too, made by unlearn or anything else; may be repeated",
     )
-    parser.add_argument(
+    add(
         "--retrained",
         nargs="+",
         metavar="FILE",
         help="weights of at least 3 retrained models (default: the data's retrain makes them)",
     )
-    parser.add_argument(
+    add(
         "--n-retrain",
         type=integer(3),
         default=3,
         metavar="N",
         help="how many models to retrain, at least 3 (default: 3)",
     )
-    parser.add_argument(
+    add(
         "--weight-decay",
         type=number(),
         default=0.0,
         metavar="LAMBDA",
-        help="of training: its objective is the mean loss plus (LAMBDA / 2) |w|^2 (default: 0)",
+        help="of the training, whose objective is the mean loss plus (LAMBDA / 2) |w|^2 "
+        "(default: 0)",
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
-    parser.add_argument(
-        "--no-relearn", action="store_true", help="do not measure the time to learn again"
-    )
-    parser.add_argument(
-        "--output", type=output_file(".json"), metavar="FILE", help="for report, a .json file"
-    )
+    add("--seed", type=seed, default=0, metavar="N", help="of all random draws (default: 0)")
+    add("--no-relearn", action="store_true", help="do not measure the time to learn again")
+    add("--output", type=output_file(".json"), metavar="FILE", help="for report, a .json file")
     add_common(parser)
     parser.set_defaults(run=run_evaluate)
 
@@ -115,46 +112,27 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
     ids = parse_ids(options.forget)
     if options.retrained and len(options.retrained) < 3:
         raise InputError(f"--retrained needs at least 3 files; got {len(options.retrained)}")
-    candidates = {}
-    for text in options.candidate:
-        name, equals, file = text.partition("=")
-        if not (name and equals and file):
-            raise InputError(f"--candidate must be NAME=FILE; got {text!r}")
-        if name in candidates:
-            raise InputError(f"--candidate names {name!r} twice")
-        candidates[name] = file
+    candidates = _candidates(options)
     need_torch()
-    from lcodec_ext.evaluation import BASELINES, LITERATURE, evaluate
+    from lcodec_ext.evaluation import evaluate
 
-    known = {**BASELINES, **LITERATURE}
-    names = [] if options.methods == "none" else list(BASELINES)
-    if options.methods not in (None, "none"):
-        names = [name.strip() for name in options.methods.split(",")]
-        for name in names:
-            if name not in known:
-                raise InputError(f"--methods names {name!r}; expected some of {', '.join(known)}")
+    methods = _methods(options)
     problem = Problem(options.model, options.weights, options.data)
     train = problem["train"]
     note_weights(options, console)
     n = n_samples(train, problem.model)
     check_ids(ids, n)
     forget, retain = split(train, ids, n)
-    methods: dict[str, Any] = {name: known[name] for name in names}
     for name, file in candidates.items():
         if name in methods:
             raise InputError(f"--candidate {name!r} has the name of a method of --methods")
         methods[name] = problem.with_weights(file, f"--candidate {name}")
     if not methods:
         raise InputError("--methods none leaves nothing to evaluate; give a --candidate")
-    retrained: Any
     if options.retrained:
-        retrained = [problem.with_weights(file, "--retrained") for file in options.retrained]
+        retrained: Any = [problem.with_weights(file, "--retrained") for file in options.retrained]
     else:
-        retrain = problem["retrain"]
-
-        def retrained(seed: int) -> Any:
-            return retrain(retain, seed)
-
+        retrained = partial(problem["retrain"], retain)
     evaluation = evaluate(
         problem.model,
         forget,
@@ -177,8 +155,37 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
     return FAILED if any(method.error for method in evaluation.methods) else OK
 
 
+def _candidates(options: argparse.Namespace) -> dict[str, str]:
+    """Files by the names that --candidate gives them."""
+    found: dict[str, str] = {}
+    for text in options.candidate:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file):
+            raise InputError(f"--candidate must be NAME=FILE; got {text!r}")
+        if name in found:
+            raise InputError(f"--candidate names {name!r} twice")
+        found[name] = file
+    return found
+
+
+def _methods(options: argparse.Namespace) -> dict[str, Any]:
+    """The methods that --methods names."""
+    from lcodec_ext.evaluation import BASELINES, LITERATURE
+
+    if options.methods == "none":
+        return {}
+    if options.methods is None:
+        return dict(BASELINES)
+    names = [name.strip() for name in options.methods.split(",")]
+    known = {**BASELINES, **LITERATURE}
+    for name in names:
+        if name not in known:
+            raise InputError(f"--methods names {name!r}; expected some of {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
 def split(train: Any, ids: list[int], n: int) -> tuple[Any, Any]:
-    """The removed and the retained ones of n samples, each of the kind of train."""
+    """The removed and the retained ones of n samples, in the form of train."""
     import numpy as np
     from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -191,6 +198,5 @@ def split(train: Any, ids: list[int], n: int) -> tuple[Any, Any]:
             "to evaluate, train must be tensors, a dict of tensors or a Dataset; got an object of "
             f"type {type(train).__name__}"
         )
-    kept = np.delete(np.arange(n), ids)
 
-    return take(train, ids), take(train, kept.tolist())
+    return take(train, ids), take(train, np.delete(np.arange(n), ids).tolist())

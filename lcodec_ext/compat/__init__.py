@@ -1,1 +1,1 @@
-"""The names and argument orders of the code published with the paper."""
+"""The names and argument orders of the code published with the paper: `codec` and `scrub`."""

@@ -1,13 +1,12 @@
 """Drop-in for the ``codec`` package of the repository vsingh-group/LCODEC-deep-unlearning.
 
-Names, argument orders, return types and the rules of selection are that package's; the values
-are those of :mod:`lcodec_ext`, which differ where its arithmetic was at fault. The differences
-are tabulated in ``docs/compat.md``. ``n_jobs`` is accepted and has no effect: the number of
-threads is set by the environment variable ``LCODEC_NUM_THREADS``.
+Names, argument orders, return types and the rules of selection are those of that package. The
+values are those of :mod:`lcodec_ext`; ``docs/compat.md`` lists where and why they differ. `n_jobs`
+is accepted and has no effect: the environment variable ``LCODEC_NUM_THREADS`` sets the threads.
 
-Everywhere, X and Z are array_like or tensors of shape (n, q) (Z and the conditioning X also
-(n,)), Y of shape (n,) or (n, 1), 3 <= n <= 10^6. Rows that tie as nearest neighbours are
-averaged over. Bad input raises ValueError, as in the functions of :mod:`lcodec_ext`.
+Everywhere, X and Z are array_like or tensors of shape (n, q), or (n,) for Z and the conditioning X;
+Y has shape (n,) or (n, 1), and 3 <= n <= 10^6. Nearest neighbours that tie are averaged over. Bad
+input raises ValueError, as in the functions of :mod:`lcodec_ext`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ __all__ = [
 
 
 def _like(value: Any, given: Any) -> "torch.Tensor":
-    """Tensor of value on the device of what the user gave."""
+    """A tensor of value, on the device of what the user gave."""
     import torch
 
     return torch.as_tensor(value, device=given.device if torch.is_tensor(given) else None)
@@ -75,17 +74,13 @@ def torch_codec3(Z: Any, Y: Any, X: Any) -> "torch.Tensor":
     return _scalars([codec3(Z, Y, X)], Z)[0]
 
 
-def _print_step(step: int, ordering: list[int], values: list[float]) -> None:
-    print(f"step {step + 1}: column {ordering[step]}, T = {values[step]:.6g}", flush=True)
-
-
 def foci(
     X: Any, Y: Any, earlyStop: bool = True, verbose: bool = False, n_jobs: Any = None
 ) -> tuple[list[int], list[float]]:
-    """Order the columns of X by what they add to the dependence of Y, on raw columns.
+    """Order the columns of X by what they add to the dependence of Y, without standardising them.
 
-    The best single column comes first and is kept even if its T is negative; then columns are
-    added while the best conditional T is positive.
+    The best single column comes first, even if its T is negative. Then columns are added while the
+    best conditional T is positive.
 
     Parameters
     ----------
@@ -94,7 +89,7 @@ def foci(
     earlyStop : bool
         If False, all p columns are ordered.
     verbose : bool
-        Print a line for each column taken.
+        Print a line for each selected column.
     n_jobs : object
         Ignored.
 
@@ -103,23 +98,21 @@ def foci(
     ordering : list of int
         Column indices in the order of selection.
     codecVals : list of float
-        T(Y, Z) of the first, T(Y, Z | those before) of every later one. Both lists are empty,
-        with a warning, for a constant Y.
+        T(Y, Z) of the first column, T(Y, Z | those before) of every later one. Both lists are
+        empty, with a warning, for a constant Y.
 
     Notes
     -----
-    ``lcodec_ext.foci`` with ``standardize=None``, the first column apart; its complexity.
+    But for the first column, this is ``lcodec_ext.foci`` with ``standardize=None``, at its cost.
     """
     ordering, values = cheap_foci(X, Y)
-    if verbose and ordering:
-        _print_step(0, ordering, values)
     if ordering:
         rest = lcodec_ext.foci(X, Y, stop=bool(earlyStop), preselected=ordering, standardize=None)
         ordering += rest.ordering.tolist()
         values += rest.conditional.tolist()
     if verbose:
-        for step in range(1, len(ordering)):
-            _print_step(step, ordering, values)
+        for step, (column, T) in enumerate(zip(ordering, values, strict=True), 1):
+            print(f"step {step}: column {column}, T = {T:.6g}", flush=True)
     return ordering, values
 
 
@@ -181,7 +174,7 @@ def OneNN_Scikit(X: Any, p: int = 2) -> Any:
     ----------
     X : array_like of shape (n, q)
     p : int
-        Order of the norm; only 2, the Euclidean, is there.
+        Order of the norm; must be 2, the Euclidean.
 
     Returns
     -------
@@ -189,7 +182,7 @@ def OneNN_Scikit(X: Any, p: int = 2) -> Any:
         A CUDA tensor for a CUDA tensor.
     """
     if p != 2:
-        raise ValueError(f"p must be 2, the Euclidean norm that CODEC is defined with; got {p!r}")
+        raise ValueError(f"p must be 2: CODEC is defined with the Euclidean norm; got {p!r}")
     return lcodec_ext.nearest_neighbors(X, ties="first")
 
 

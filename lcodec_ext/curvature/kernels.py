@@ -4,9 +4,9 @@ Importing this module registers ``torch.ops.lcodec_ext.masked_gram_product``,
 ``softmax_rows_product`` and ``factored_gram``; the functions here call them. Sums are added in one
 written order (``lcodec/curvature.hpp`` and ``lcodec/cuda_curvature.hpp`` in ``csrc``): the bits of
 a result do not depend on the number of threads, the SIMD level or the order in which a GPU runs its
-blocks. Those of CPU and CUDA
-differ, within the error bounds stated there. Nothing waits for a CUDA device, and with segments
-that are tensors there, all of it can be captured in a CUDA graph. There are no gradients.
+blocks. Those of CPU and CUDA differ, within the error bounds stated there. Nothing waits for a CUDA
+device, and with segments that are tensors there, all of it can be captured in a CUDA graph. There
+are no gradients.
 
 Segments on the CPU are checked. On CUDA their values are taken on trust, so that nothing waits for
 the device: wrong ones give wrong results, and never reach memory outside of the arguments.
@@ -116,9 +116,8 @@ def softmax_rows_product(
         A, float32 otherwise.
     V : Tensor of shape (r, D)
         Of the dtype of P.
-    weights : Tensor of shape (N,), optional
-        One for each sample, of the dtype of P. Ones by default.
-    damping : float, default 0.0
+    weights, damping
+        As for `masked_gram_product`, weights of the dtype of P.
 
     Returns
     -------
@@ -310,10 +309,39 @@ def _row_stride(matrix: Tensor) -> int:
 
 
 def _workspace(module: Any, matrix: Tensor, size: int, m: int) -> Tensor:
-    number = module.cuda_rows_product_bytes(
-        matrix.shape[0], size, m, matrix.element_size(), module.CUDA_CHUNK_BYTES
+    number = module.rows_product_bytes(
+        matrix.shape[0], size, m, matrix.element_size(), module.CHUNK_BYTES
     )
     return matrix.new_empty(number, dtype=torch.uint8)
+
+
+def _rows_product(
+    x: Tensor,
+    segments: Tensor | None,
+    size: int,
+    v: Tensor,
+    weights: Tensor | None,
+    damping: float,
+    out: Tensor,
+    p: Tensor | None = None,
+) -> "_core.RowsProduct":
+    """What the compiled products take, by name; v and out have a row for each vector."""
+    return {
+        "dtype": _NAMES[x.dtype],
+        "x": x.data_ptr(),
+        "n": x.shape[0],
+        "d": x.shape[1],
+        "stride": _row_stride(x),
+        "segments": _address(segments),
+        "count": 1 if segments is None else segments.numel() // 2,
+        "size": size,
+        "p": _address(p),
+        "weight": _address(weights),
+        "v": v.data_ptr(),
+        "m": v.numel() // size,
+        "damping": damping,
+        "out": out.data_ptr(),
+    }
 
 
 def _masked_gram_product(
@@ -321,31 +349,26 @@ def _masked_gram_product(
 ) -> Tensor:
     _check_gram(G, v, segments, weights)
     G, v, segments, weights = _plain(G, v, segments, weights)
-    N, d = G.shape
-    size, m = v.shape[0], 1 if v.ndim == 1 else v.shape[1]
+    d, size = G.shape[1], v.shape[0]
     table, weights = segments.contiguous(), _contiguous(weights)
     vectors = (v if v.ndim == 1 else v.t()).contiguous()  # by vector
     out = torch.empty_like(vectors)
-    name, stride = _NAMES[G.dtype], _row_stride(G)
     device = device_of(G)
     if device is None:
         _check_values(table, size)
         _check_order(table, d)
         if out.numel():
-            _core.masked_gram_product(
-                name, _address(G), N, stride, _address(table), len(table), size, _address(weights),
-                _address(vectors), m, damping, _address(out), *cpu_settings(),
-            )  # fmt: skip
+            given = _rows_product(G, table, size, vectors, weights, damping, out)
+            _core.curvature.masked_gram_product(given, *cpu_settings())
     elif out.numel():
         if d == 0:
             raise ValueError(f"G must have columns where v has elements; got {_shown(G)}")
         with device.guard():
-            workspace = _workspace(device.module, G, size, m)
-            device.module.cuda_masked_gram_product(
-                name, _address(G), N, d, stride, _address(table), len(table), size,
-                _address(weights), _address(vectors), m, damping, _address(out),
-                _address(workspace), device.module.CUDA_CHUNK_BYTES, device.stream(),
-            )  # fmt: skip
+            given = _rows_product(G, table, size, vectors, weights, damping, out)
+            workspace = _workspace(device.module, G, size, given["m"])
+            device.module.masked_gram_product(
+                given, _address(workspace), device.module.CHUNK_BYTES, device.stream()
+            )
     return out if v.ndim == 1 else out.t().contiguous()
 
 
@@ -378,28 +401,24 @@ def _softmax_rows_product(
 ) -> Tensor:
     _check_softmax(A, P, V, weights)
     A, P, V, weights = _plain(A, P, V, weights)
-    (N, D), m = A.shape, len(V)
+    D = A.shape[1]
     P, V, weights = P.contiguous(), V.contiguous(), _contiguous(weights)
     out = torch.empty_like(V)
     if not out.numel():
         return out
-    name, stride = _NAMES[A.dtype], _row_stride(A)
     device = device_of(A)
     if device is None:
-        _core.softmax_rows_product(
-            name, _address(A), N, stride, D, _address(P), _address(weights), _address(V), m,
-            damping, _address(out), *cpu_settings(),
-        )  # fmt: skip
+        given = _rows_product(A, None, D, V, weights, damping, out, P)
+        _core.curvature.softmax_rows_product(given, *cpu_settings())
         return out
     with device.guard():
         segments = torch.zeros(2, dtype=torch.int64, device=A.device)
         segments[1] = D
-        workspace = _workspace(device.module, A, D, m)
-        device.module.cuda_softmax_rows_product(
-            name, _address(A), N, D, stride, _address(segments), _address(P), _address(weights),
-            _address(V), m, damping, _address(out), _address(workspace),
-            device.module.CUDA_CHUNK_BYTES, device.stream(),
-        )  # fmt: skip
+        workspace = _workspace(device.module, A, D, len(V))
+        given = _rows_product(A, segments, D, V, weights, damping, out, P)
+        device.module.softmax_rows_product(
+            given, _address(workspace), device.module.CHUNK_BYTES, device.stream()
+        )
     return out
 
 
@@ -415,16 +434,23 @@ def _factored_gram(Delta: Tensor, A: Tensor) -> Tensor:
     Delta, A = _plain(Delta, A)
     N = len(A)
     out = A.new_empty((N, N))
-    arguments = (
-        _NAMES[A.dtype], _address(Delta), _row_stride(Delta), Delta.shape[1], _address(A),
-        _row_stride(A), A.shape[1], N, _address(out),
-    )  # fmt: skip
+    given: _core.FactoredGram = {
+        "dtype": _NAMES[A.dtype],
+        "delta": Delta.data_ptr(),
+        "delta_stride": _row_stride(Delta),
+        "r": Delta.shape[1],
+        "a": A.data_ptr(),
+        "a_stride": _row_stride(A),
+        "d": A.shape[1],
+        "n": N,
+        "k": out.data_ptr(),
+    }
     device = device_of(A)
     if device is None:
-        _core.factored_gram(*arguments, *cpu_settings())
+        _core.curvature.factored_gram(given, *cpu_settings())
         return out
     with device.guard():
-        device.module.cuda_factored_gram(*arguments, device.stream())
+        device.module.factored_gram(given, device.stream())
     return out
 
 

@@ -165,12 +165,16 @@ class Objective:
             run = self.run(batch)
             with twice_differentiable():
                 self.check_cut(run.outputs, batch)
-                loss = self.loss(run.outputs, batch)
-                if loss.requires_grad:
-                    parts = torch.autograd.grad(loss, run.displacements, materialize_grads=True)
-                    size = batch.size if self.reduction == "mean" else 1
-                    total += self.masked.join(parts) * size
+                size = batch.size if self.reduction == "mean" else 1
+                total += self.derivative(self.loss(run.outputs, batch), run) * size
         return total / self.n_samples if self.reduction == "mean" else total
+
+    def derivative(self, loss: Tensor, run: ForwardPass) -> Tensor:
+        """The gradient of the loss of a run, shape (p,); zeros where nothing depends."""
+        if not loss.requires_grad:
+            return torch.zeros_like(self.masked.theta)
+        parts = torch.autograd.grad(loss, run.displacements, materialize_grads=True)
+        return self.masked.join(parts)
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Call the loss and check what it returns."""

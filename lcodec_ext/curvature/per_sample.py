@@ -285,11 +285,7 @@ def gradient_of(objective: Objective, batch: Batch) -> Tensor:
     """The gradient of the sum of a batch's losses, shape (p,)."""
     run = objective.run(batch)
     with twice_differentiable():
-        total = objective.sum_of_losses(run, batch)
-        if not total.requires_grad:
-            return torch.zeros_like(objective.masked.theta)
-        gradients = torch.autograd.grad(total, run.displacements, materialize_grads=True)
-    return objective.masked.join(gradients)
+        return objective.derivative(objective.sum_of_losses(run, batch), run)
 
 
 def _gradients(objective: Objective, batch: Batch, key: Key) -> SampleGradients:
@@ -332,16 +328,14 @@ def per_sample_gradients(
         Whether loss_fn is the mean or the sum of a batch's losses; gradients are of the losses of
         single samples in either case.
     max_bytes : int, default 2**27
-        Chunks are so large that the gradients of each, stored, take no more than this; at least one
-        sample.
-    progress : bool, default False
+        A chunk has as many samples as, stored, take no more than this; at least one.
 
     Yields
     ------
     SampleGradients
         Consecutive samples. Layers with samples along the first axis of their input give factors
-        (found out by halves of every batch, which must give the same on their own); others are
-        differentiated sample by sample, which is slow.
+        (halves of every batch must give the same on their own); others are differentiated sample by
+        sample, which is slow.
 
     Raises
     ------
@@ -354,13 +348,7 @@ def per_sample_gradients(
     parameters is formed.
     """
     objective = Objective(
-        model,
-        loss_fn,
-        data,
-        selection,
-        dtype=dtype,
-        reduction=reduction,
-        progress=progress,
+        model, loss_fn, data, selection, dtype=dtype, reduction=reduction, progress=progress
     )
     check_integer(max_bytes, "max_bytes", 1)
     return chunks(objective, max_bytes, "per-sample gradients")

@@ -43,7 +43,6 @@ class CpuTree:
         self.lanes = 128 // itemsize
 
     def dots(self, x: NDArray, v: NDArray, segments: Segments) -> NDArray:
-        """As `Tree.dots`."""
         lanes = np.zeros((self.lanes, len(x)), v.dtype)
         offset = 0
         for start, length in segments:
@@ -52,7 +51,6 @@ class CpuTree:
         return _halves(lanes)
 
     def sum(self, columns: NDArray, factors: NDArray) -> NDArray:
-        """As `Tree.sum`."""
         rows = self._chunk_rows(len(columns))
         zero = np.zeros(columns.shape[1], columns.dtype)
         chunks = [
@@ -67,7 +65,6 @@ class CpuTree:
         return chunks[0]
 
     def roundings(self, n: int, segments: Segments) -> int:
-        """As `Tree.roundings`."""
         in_lane = sum(_quotient_up(length, self.lanes) for _, length in segments)
         chunks = _quotient_up(n, self._chunk_rows(n))
         in_dot = 1 + in_lane + _levels(self.lanes)
@@ -92,7 +89,6 @@ class CudaTree:
         self.itemsize, self.chunk_bytes = itemsize, chunk_bytes
 
     def dots(self, x: NDArray, v: NDArray, segments: Segments) -> NDArray:
-        """As `Tree.dots`."""
         products = select(x, segments) * v
         tiles = []
         for start in range(0, max(products.shape[1], 1), 4096):
@@ -102,7 +98,6 @@ class CudaTree:
         return _in_order(tiles)
 
     def sum(self, columns: NDArray, factors: NDArray) -> NDArray:
-        """As `Tree.sum`."""
         groups = self._groups(*columns.shape)
         zero = np.zeros(columns.shape[1], columns.dtype)
         partial: list[NDArray] = []
@@ -116,7 +111,6 @@ class CudaTree:
         return _halves(np.stack([_in_order([zero, *partial[lane::8]]) for lane in range(8)]))
 
     def roundings(self, n: int, segments: Segments) -> int:
-        """As `Tree.roundings`."""
         size = sum(length for _, length in segments)
         groups = self._groups(n, size)
         in_dot = 9 + min(16, _quotient_up(size, 256)) + _quotient_up(size, 4096)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lcodec_ext._checks import check_integer, check_real, check_seed
-from lcodec_ext._torch.batches import Batch, described, n_samples, tensors_of
+from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
 from lcodec_ext._torch.loss import LossFunction, trainable
 from lcodec_ext._torch.samples import Samples, outputs_of
 
@@ -32,10 +32,7 @@ def take(data: Any, numbers: Sequence[int]) -> Any:
     """Some samples, of the kind of the data: tensors, a dict of tensors, or a Subset."""
     if isinstance(data, Dataset):
         return Subset(data, [int(i) for i in numbers])
-    index = torch.as_tensor(np.asarray(numbers, dtype=np.int64))
-    if isinstance(data, Mapping):
-        return {key: part[index.to(part.device)] for key, part in data.items()}
-    return tuple(part[index.to(part.device)] for part in data)
+    return part_of(data, count(data), torch.as_tensor(np.asarray(numbers, dtype=np.int64)))
 
 
 def check_numbers(numbers: Any, name: str, n: int) -> list[int]:

@@ -202,29 +202,7 @@ def _check_roles(
 ) -> None:
     """Refuse what cannot be done with the data that are given."""
     if statistics is not None:
-        if not isinstance(statistics, TrainingStatistics):
-            raise TypeError(
-                f"statistics must be TrainingStatistics; got {type(statistics).__name__}"
-            )
-        if settings.update not in ("newton", "certified"):
-            raise ValueError(
-                f"statistics hold a curvature, which update={settings.update!r} does not use"
-            )
-        if settings.order == "sequential" or settings.steps > 1 or settings.gradient != "removal":
-            raise ValueError(
-                "statistics are of the weights that training ended with: they serve one step, "
-                "order='batch', steps=1 and gradient='removal'"
-            )
-        if settings.output_damping:
-            raise ValueError(
-                "statistics hold a curvature without output_damping; got "
-                f"output_damping={settings.output_damping:g}. Use damping"
-            )
-        if settings.curvature != statistics.kind:
-            raise ValueError(
-                f"the statistics are for curvature={statistics.kind!r}; got "
-                f"curvature={settings.curvature!r}"
-            )
+        _check_statistics(settings, statistics)
     if retain is not None:
         return
     if statistics is None:
@@ -232,14 +210,43 @@ def _check_roles(
             "retain is None: pass the retained training samples, or statistics that were saved "
             "when the model was trained"
         )
-    if settings.max_drop is not None and held is None:
+    if held is None and (settings.max_drop is not None or settings.repair_drop is not None):
         raise ValueError(
-            "the guard needs samples: pass validation, or max_drop=None to do without a guard"
+            "the guard needs samples: pass validation, or max_drop=None and repair_drop=None to do "
+            "without a guard"
         )
     if settings.repair_epochs or settings.n_recalibrate or settings.lengthen is not None:
         raise ValueError(
             "repair_epochs, n_recalibrate and lengthen need retained samples, and retain is None"
         )
+
+
+def _check_statistics(settings: Settings, statistics: object) -> None:
+    if not isinstance(statistics, TrainingStatistics):
+        raise TypeError(f"statistics must be TrainingStatistics; got {type(statistics).__name__}")
+    for refused, message in (
+        (
+            settings.update not in ("newton", "certified"),
+            f"statistics hold a curvature, which update={settings.update!r} does not use",
+        ),
+        (
+            (settings.order, settings.steps, settings.gradient) != ("batch", 1, "removal"),
+            "statistics are of the weights that training ended with: they serve one step, "
+            "order='batch', steps=1 and gradient='removal'",
+        ),
+        (
+            settings.output_damping > 0,
+            "statistics hold a curvature without output_damping; got "
+            f"output_damping={settings.output_damping:g}. Use damping",
+        ),
+        (
+            settings.curvature != statistics.kind,
+            f"the statistics are for curvature={statistics.kind!r}; got "
+            f"curvature={settings.curvature!r}",
+        ),
+    ):
+        if refused:
+            raise ValueError(message)
 
 
 def _probe(work: Workplace, sets: list[Samples]) -> None:

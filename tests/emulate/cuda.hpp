@@ -1,16 +1,16 @@
 // The part of CUDA that this project's sources use, for a C++ compiler. cuda/platform.cuh includes
-// it in nvcc's stead, and nothing else does.
+// it in place of nvcc's header, and nothing else does.
 //
 // A block's threads are fibers of one OS thread, each of which runs until it waits or ends, in an
 // order that the tests choose: where a barrier is missing, some order should give a wrong result.
 // Mistakes that a GPU may let pass raise std::runtime_error with kernel, block, thread, file and
 // line: a thread that ends before a barrier of its block, or waits elsewhere than those that wait
 // for it; a warp operation with lanes in its mask that have ended or do not exist, or by a lane
-// outside it; a shuffle from outside it; a write just behind a shared array (without a line).
+// outside it; a shuffle from outside it; a write just past a shared array (without a line).
 //
 // Shared memory and what cudaMalloc returns are of their exact size, so that ASan sees the byte
-// behind, and filled with 0xA5. Blocks run one after another, launches and copies at once, and
-// streams are all the same. One launch at a time: a second OS thread waits.
+// past the end, and filled with 0xA5. Blocks run one after another, launches and copies at once,
+// and streams are all the same. One launch at a time: a second OS thread waits.
 //
 // Left out on purpose: __shared__ (LCODEC_SHARED_ARRAY is checked and filled), __activemask and
 // anything else whose result a GPU does not promise. Not seen: an update that should be atomic (a

@@ -213,8 +213,9 @@ PYBIND11_MODULE(_emulated, m) {
   m.def("sums", &sums<std::int32_t>);
   m.def("sums", &sums<std::int64_t>);
 
-  lcodec::bindings::register_cuda(m);
-  lcodec::bindings::register_cuda_curvature(m);
+  const auto cuda = m.def_submodule("cuda");  // as _core.cuda
+  lcodec::bindings::register_cuda(cuda);
+  lcodec::bindings::register_cuda_curvature(cuda);
 
   py::enum_<Bug>(m, "Bug")
       .value("none", Bug::none)

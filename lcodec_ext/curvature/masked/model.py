@@ -51,7 +51,7 @@ class ForwardPass:
 class _UsedElsewhereError(Exception):
     """Parameters that something else than the forward pass of their layers computes with."""
 
-    def __init__(self, names: set[str]) -> None:
+    def __init__(self, names: list[str]) -> None:
         super().__init__(names)
         self.names = names
 
@@ -73,8 +73,8 @@ class MaskedModel:
     size : int
         Number p of coordinates.
     whole : dict of str to str
-        Parameters that are displaced as a whole, since there are no rows for them, and why:
-        autograd forms their whole gradient.
+        Parameters whose whole gradient autograd forms, because their layers have no rows that
+        could be added, and why.
     theta : Tensor, shape (p,)
         The selected parameters.
     """
@@ -281,7 +281,7 @@ class MaskedModel:
         leaves = _leaves(values)
         self._check_outside(leaves, "the model")
         self._watched = watched
-        elsewhere = {name for value, name in watched if id(value) in leaves}
+        elsewhere = [name for value, name in watched if id(value) in leaves]
         if elsewhere:
             raise _UsedElsewhereError(elsewhere)
         return ForwardPass(outputs, values, list(displacements.values()), calls, layer_outputs)
@@ -356,7 +356,7 @@ def _forward(
     merged = groups[0][0].merged
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        # But for parameters that are displaced as a whole: these are no leaves.
+        # Parameters that are displaced as a whole are not leaves.
         fixed = {
             key: parameter.detach()
             for key, parameter in module._parameters.items()

@@ -20,11 +20,8 @@ from lcodec_ext.curvature.solvers import SolveResult, cholesky, conjugate_gradie
 
 Method = Literal["auto", "cg", "minres", "cholesky", "woodbury"]
 
-
 SMALL = 256  # coordinates up to which `solve` forms a matrix by p products
 SMALL_CHEAP = 2048  # and one that costs less
-
-
 _MAX_BYTES = 2**30
 
 
@@ -192,28 +189,16 @@ class CurvatureOperator(ABC):
         if method == "cholesky" or (method == "auto" and p <= self.formed_up_to):
             return cholesky(self.to_dense(), b, describe=describe, advice=advice)
 
-        def product(v: Tensor) -> Tensor:
-            return self @ v
-
+        options: dict[str, Any] = {
+            "rtol": rtol,
+            "max_iterations": max_iterations,
+            "describe": describe,
+            "progress": self._progress,
+        }
         if method == "minres":
-            return minres(
-                product,
-                b,
-                rtol=rtol,
-                max_iterations=max_iterations,
-                describe=describe,
-                progress=self._progress,
-            )
-        return conjugate_gradient(
-            product,
-            b,
-            diagonal=None if preconditioner is None else self._preconditioner(),
-            rtol=rtol,
-            max_iterations=max_iterations,
-            describe=describe,
-            advice=advice,
-            progress=self._progress,
-        )
+            return minres(self.__matmul__, b, **options)
+        diagonal = None if preconditioner is None else self._preconditioner()
+        return conjugate_gradient(self.__matmul__, b, diagonal=diagonal, advice=advice, **options)
 
     def _preconditioner(self) -> Tensor:
         return positive(self.diagonal())
@@ -257,11 +242,10 @@ class CurvatureOperator(ABC):
         if needed > max_bytes:
             raise ValueError(
                 f"the dense matrix of {p:,} selected parameters takes {needed:,} bytes, more than "
-                f"max_bytes={max_bytes:,}; products and solve() do without it"
+                f"max_bytes={max_bytes:,}; products and solve() do not need it"
             )
-        formed = self._dense()
-        if formed is not None:
-            dense = formed
+        dense = self._dense()
+        if dense is not None:
             dense.diagonal().add_(self.shift)
         else:
             dense = torch.empty(p, p, dtype=self.dtype, device=self.device)
@@ -291,14 +275,8 @@ class CurvatureOperator(ABC):
             V = torch.as_tensor(x, dtype=self.dtype, device=self.device)
             return (self @ V).cpu().numpy()
 
-        return LinearOperator(
-            self.shape,
-            matvec=product,
-            rmatvec=product,
-            matmat=product,
-            rmatmat=product,
-            dtype=str(self.dtype).removeprefix("torch."),
-        )
+        products = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), product)
+        return LinearOperator(self.shape, dtype=str(self.dtype).removeprefix("torch."), **products)
 
     # ------------------------------------------------------------------------------------------
 
@@ -313,7 +291,7 @@ class CurvatureOperator(ABC):
         return _Sum([(1.0, self), (-1.0, other)])
 
     def __mul__(self, factor: Any) -> "CurvatureOperator":
-        if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+        if not _is_number(factor):
             return NotImplemented
         if not math.isfinite(factor):
             raise ValueError(f"the factor of an operator must be finite; got {factor}")
@@ -322,7 +300,7 @@ class CurvatureOperator(ABC):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> "CurvatureOperator":
-        if isinstance(divisor, bool) or not isinstance(divisor, numbers.Real):
+        if not _is_number(divisor):
             return NotImplemented
         if divisor == 0:
             raise ValueError("an operator cannot be divided by 0")
@@ -334,6 +312,10 @@ class CurvatureOperator(ABC):
     def __repr__(self) -> str:
         p = self.shape[0]
         return f"{type(self).__name__}({p} x {p}, {self.dtype}, {self.device}: {self.plan})"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class _Sum(CurvatureOperator):

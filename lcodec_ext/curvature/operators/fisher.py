@@ -27,9 +27,9 @@ class FisherOperator(ModelOperator):
         kind="empirical":  F = (1/N) sum_i g_i g_i^T + (weight_decay + damping) I
         kind="model":      the same with the expectation over targets that the model predicts
 
-    where g_i is the gradient of sample i's loss. The model's Fisher matrix is the Gauss-Newton
-    matrix of the losses that are negative log likelihoods in their natural parameter; these are
-    accepted: softmax cross-entropy, BCE with logits, squared error.
+    where g_i is the gradient of sample i's loss. For kind="model" the loss must be a negative log
+    likelihood in its natural parameter: softmax cross-entropy, BCE with logits or squared error.
+    The matrix then is the Gauss-Newton matrix.
 
     Parameters
     ----------
@@ -40,15 +40,15 @@ class FisherOperator(ModelOperator):
     Raises
     ------
     ValueError, TypeError
-        As `HessianOperator`, for a loss that is no plain mean or sum, and for kind="model" with a
+        As `HessianOperator`; for a loss other than a plain mean or sum; for kind="model" with a
         loss other than these.
 
     Notes
     -----
     Gradients of samples are kept: as factors where they are outer products (a Linear layer without
-    positions), else stored, N p numbers read once by a product; above 512 MiB as factors by
-    position, or they are formed again for every product. Up to 2048 samples are solved in
-    their rows, with an N x N matrix.
+    positions), else stored, N p numbers that a product reads once. Above 512 MiB they are kept as
+    factors by position, or formed again for every product. Up to 2048 samples are solved in their
+    rows, with an N x N matrix.
 
     References
     ----------
@@ -98,9 +98,7 @@ class FisherOperator(ModelOperator):
         return head_or_delta(objective, GaussNewtonForm)
 
     def restrict(self, selection: UnitSelection) -> "RestrictedFisher":
-        """The operator of fewer units, on the gradients that are stored for these.
-
-        Nothing is copied: a product reads the columns of the selected units where they lie.
+        """The operator of fewer units, on the same stored gradients, of which none is copied.
 
         Parameters
         ----------
@@ -133,7 +131,7 @@ class RestrictedFisher(CurvatureOperator):
             )
         others = selection - whole._objective.selection
         if others:
-            raise ValueError(f"selection must be part of the operator's; it has {others} besides")
+            raise ValueError(f"selection must be part of the operator's; that lacks {others}")
         columns = whole._objective.masked.columns(selection)
         breaks = (columns.diff() != 1).nonzero()[:, 0] + 1
         starts = torch.cat([breaks.new_zeros(1), breaks])

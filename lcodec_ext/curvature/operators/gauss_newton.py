@@ -17,10 +17,9 @@ class GaussNewtonOperator(ModelOperator):
     loss is convex in the outputs, as cross-entropy and squared error are, and the Hessian where the
     outputs are linear in the parameters.
 
-    Parameters, errors and routes are those of `HessianOperator`. A product on kept graphs is
-    two backward passes. Where loss_fn is a plain mean or sum and a sample has at most 64 outputs,
-    the diagonal takes a backward pass for each of them, and few samples are solved in the rows
-    of J ("woodbury").
+    Parameters, errors and cost are those of `HessianOperator`. Where loss_fn is a plain mean or sum
+    and a sample has at most 64 outputs, the diagonal takes a backward pass for each of them, and
+    few samples are solved in the rows of J ("woodbury").
 
     References
     ----------

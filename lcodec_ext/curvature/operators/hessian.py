@@ -23,18 +23,19 @@ class HessianOperator(ModelOperator):
     Parameters
     ----------
     model : Module
-        Any that PyTorch differentiates twice; evaluated in evaluation mode. The operator keeps a
-        copy: the model is left as it is, and may change afterwards without changing the operator.
+        Any that PyTorch differentiates twice. The operator keeps a copy, in evaluation mode: the
+        model is left as it is, and may change afterwards without changing the operator.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, a scalar tensor. Of outputs with `logits`, as the models of
         transformers return them, it is given these.
     data : tensors, Dataset, DataLoader, iterable of batches, or callable
         A batch is (inputs, ..., targets), with the last entry for the loss and the others for the
         model (a tuple or dict of inputs is unpacked), or a dict of the model's keywords with the
-        targets as "labels". Tensors are one such batch, cut into batches of 128, as a Dataset is;
-        the loss must then be a plain mean, or sum, over samples. A callable returns an iterable of
-        batches, each time anew. What is read must be the same every time; torch's random numbers
-        are, and are left to the caller as they were. Tensors are moved to the model's device.
+        targets as "labels". A Dataset, or tensors that are one such batch, is cut into batches of
+        128; the loss must then be a plain mean, or sum, over samples. A callable returns an
+        iterable of batches. Data are read several times and must be the same each time; torch's
+        random numbers are repeated, and left to the caller as they were. Tensors are moved to the
+        model's device.
     selection : UnitSelection
         The coordinates, in its order.
     damping, weight_decay : float, default 0.0
@@ -42,17 +43,10 @@ class HessianOperator(ModelOperator):
     reduction : {"mean", "sum"}, default "mean"
         Of loss_fn, and of the matrix.
     dtype : torch.float32 or torch.float64, optional
-        In which model and data are converted and all is computed. By default float64 where a
-        selected parameter is, float32 otherwise, as for bfloat16 weights.
+        To which model and data are converted. By default float64 where a selected parameter is,
+        float32 otherwise, as for bfloat16 weights.
     progress : bool, default False
         Show progress bars; needs tqdm.
-
-    Attributes
-    ----------
-    shape, dtype, device, plan
-        As for every `CurvatureOperator`.
-    selection, damping, weight_decay
-        As given.
 
     Raises
     ------
@@ -62,12 +56,11 @@ class HessianOperator(ModelOperator):
 
     Notes
     -----
-    Two ways, both exact; `plan` says which. If the units are of one layer whose outputs are the
-    model's (a Linear, or a convolution under global average pooling), its inputs are kept, and a
-    product is two matrix products of N x r x D. Otherwise the rows are displaced by zero and the
-    gradient's graph is kept for up to 512 MiB; a product is two passes from the loss back to the
-    first selected layer, whatever comes before it. Attention is computed from elementary
-    operations, since fused ones have no second derivatives.
+    If the units are of one layer whose outputs are the model's (a Linear, or a convolution under
+    global average pooling), its inputs are kept, and a product is two matrix products of N x r x D.
+    Otherwise the gradient's graph is kept for up to 512 MiB, and a product is two passes from the
+    loss back to the first selected layer. Both are exact; `plan` says which, and docs/curvature.md
+    how they work.
 
     The Hessian of a network is usually indefinite, and `solve` then raises
     `IndefiniteCurvatureError`: see `GaussNewtonOperator`. Its diagonal takes p products.
@@ -108,4 +101,4 @@ class HessianOperator(ModelOperator):
         return super()._preconditioner()
 
     def _advice(self) -> str | None:
-        return "GaussNewtonOperator, which never is indefinite for a convex loss"
+        return "GaussNewtonOperator, which is never indefinite for a convex loss"

@@ -24,8 +24,7 @@ class SecantOperator(CurvatureOperator):
         B = Y M^-1 Y^T + (weight_decay + damping) I,   M = (S^T Y + Y^T S) / 2
 
     where the columns of S are steps of the selected parameters and those of Y the changes of the
-    gradient along them: ``B S = Y`` where S^T Y is symmetric, as it is for a quadratic loss. For
-    one pair it is y y^T / (y^T s), of rank one.
+    gradient along them: ``B S = Y`` where S^T Y is symmetric, as it is for a quadratic loss.
 
     It is kept positive: pairs without positive curvature, ``s.y <= tolerance |s| |y|``, are left
     out, and so are combinations of the others in which M is not positive by as much.
@@ -110,16 +109,16 @@ class SecantOperator(CurvatureOperator):
         damping: float = 0.0,
         weight_decay: float = 0.0,
     ) -> "SecantOperator":
-        """Make the operator of pairs that are at hand, from training for instance.
+        """Make the operator from given pairs, of training for instance.
 
         Parameters
         ----------
         S, Y : Tensor of float32 or float64, shape (p,) or (p, k)
             Steps, and changes of the gradient without weight decay.
         inner : Tensor, shape (k, k), optional
-            S^T Y of whole pairs, where S and Y are only their rows of some parameters: the operator
-            is then the block of the whole matrix. Steps that moved other parameters, too, are no
-            steps of these alone, and their own S^T Y is no curvature.
+            S^T Y of whole pairs, where S and Y are their rows of some parameters only: the operator
+            is then that block of the whole matrix. (These rows' own S^T Y is not a curvature where
+            the steps moved other parameters, too.)
         tolerance, damping, weight_decay
             As for the class.
         """
@@ -173,7 +172,7 @@ class SecantOperator(CurvatureOperator):
                 "weights and the change y of the gradient along it, and s.y is "
                 f"{curvature.max().item():.3g} at most. Damping does not help: it is added to "
                 "what the pairs give. Use curvature='gauss_newton', the GaussNewtonOperator, which "
-                "never is indefinite for a loss that is convex in the outputs, or other steps",
+                "is never indefinite for a loss that is convex in the outputs, or other steps",
                 quotients.max().item() if inner is None else math.nan,
             )
         scale = (lengths if inner is None else curvature.sqrt())[good]

@@ -169,8 +169,8 @@ class DeltaRoute(Route):
         return kept.low_rank(torch.cat(weights))
 
 
-def graph_bytes(roots: Sequence[Tensor], besides: set[int]) -> int:
-    """Memory that a graph keeps, in tensors whose storages are not among those besides."""
+def graph_bytes(roots: Sequence[Tensor], others: set[int]) -> int:
+    """Memory that a graph keeps, without the storages of others."""
     storages: dict[int, int] = {}
     for node in graph_nodes(roots):
         if node.name().endswith("::Error"):
@@ -183,7 +183,7 @@ def graph_bytes(roots: Sequence[Tensor], besides: set[int]) -> int:
                 if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
-    return sum(n for address, n in storages.items() if address not in besides)
+    return sum(n for address, n in storages.items() if address not in others)
 
 
 _SAVED: dict[type, list[str]] = {}

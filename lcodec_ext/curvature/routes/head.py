@@ -38,7 +38,7 @@ def find_head(objective: Objective, run: ForwardPass) -> _Head | None:
     if not isinstance(z, Tensor) or len(run.values) != 1:
         return None
     added, ((out, version),) = run.calls[0], run.layer_outputs
-    if out._version != version:  # changed in place: what the layer gave is not there any more
+    if out._version != version:  # changed in place: the layer's own output is lost
         return None
     module, axis, places = added.rows.module, added.axis, added.rows.places
     if places is None:
@@ -59,8 +59,6 @@ def find_head(objective: Objective, run: ForwardPass) -> _Head | None:
 
 
 _VIEWS = ("ViewBackward", "UnsafeViewBackward", "SqueezeBackward", "UnsqueezeBackward")
-
-
 _MEANS = ("MeanBackward", *_VIEWS)
 
 

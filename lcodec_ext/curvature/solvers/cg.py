@@ -32,10 +32,9 @@ def conjugate_gradient(
 ) -> SolveResult:
     """Solve with a positive definite matrix by (preconditioned) conjugate gradients.
 
-    Columns run in lock-step, one product for all of them; one that has converged takes no further
-    part. Where the true residual is above rtol although the recurrence's is at rtol, or below the
-    rounding errors of A x, the iteration is restarted from x, as long as that halves the true
-    residual, at most three times.
+    Columns run in lock-step, one product for all of them, until each has converged. Where the true
+    residual is still above rtol then, the iteration is restarted from x, at most three times, as
+    long as that halves the true residual.
 
     Parameters
     ----------
@@ -59,11 +58,10 @@ def conjugate_gradient(
     ------
     IndefiniteCurvatureError
         If a direction d has d^T A d <= 16 eps ||A|| d^T d, in the norm of the preconditioner and
-        with ||A|| the largest ||A d|| / ||d|| so far, and the residual is no rounding error. Not
-        every indefinite matrix is found out: b may have no part in its negative directions.
+        with ||A|| the largest ||A d|| / ||d|| so far, and the residual is more than rounding.
+        Some indefinite matrices pass: b may have no part in their negative directions.
     ValueError
-        For a diagonal that is not positive, arguments of wrong shapes, NaN or infinity in them or
-        in a product.
+        For a diagonal that is not positive, wrong shapes, and NaN or infinity.
 
     Warns
     -----

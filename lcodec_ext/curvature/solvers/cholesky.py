@@ -24,7 +24,7 @@ def cholesky(matrix: Tensor, b: Tensor, *, describe: str, advice: str | None = N
         If the smallest eigenvalue is at most p eps times the largest (with the eps of float64; for
         float32, whose entries resolve no more, at least eps of float32 times the largest).
     ValueError
-        For arguments of wrong shapes or dtypes, NaN or infinity in them.
+        For wrong shapes or dtypes, and NaN or infinity.
 
     Notes
     -----

@@ -15,8 +15,8 @@ class IndefiniteCurvatureError(ValueError):
         d^T A d / d^T d of a direction d that was found, not positive beyond rounding; the smallest
         eigenvalue where eigenvalues were computed.
     least_damping : float or None
-        Damping to add so that this quotient is no longer negative; where it is no eigenvalue,
-        others may take more. None for a matrix that is singular within rounding.
+        Damping to add so that this quotient is no longer negative; unless it is an eigenvalue,
+        other directions may take more. None for a matrix that is singular within rounding.
     """
 
     def __init__(

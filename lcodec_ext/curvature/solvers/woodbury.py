@@ -47,8 +47,7 @@ def woodbury(
         For weights of both signs, if damping plus the smallest eigenvalue of C K is at most k eps
         times the largest in size: these are the eigenvalues of A, but for damping itself.
     ValueError
-        For damping that is not positive, arguments of wrong shapes, NaN or infinity in them or in
-        what a function returns.
+        For damping that is not positive, wrong shapes, and NaN or infinity.
 
     Notes
     -----

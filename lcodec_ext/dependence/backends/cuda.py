@@ -38,10 +38,16 @@ class CudaColumns:
         extremes = X.new_empty((2, p))
         deviation = X.new_empty(p, dtype=torch.float64)
         with device.guard():
-            device.module.cuda_column_statistics(
-                _dtype_name(X), X.data_ptr(), n, p, extremes[0].data_ptr(), extremes[1].data_ptr(),
-                deviation.data_ptr(), device.stream(),
-            )  # fmt: skip
+            given = {
+                "dtype": _dtype_name(X),
+                "x": X.data_ptr(),
+                "n": n,
+                "p": p,
+                "low": extremes[0].data_ptr(),
+                "high": extremes[1].data_ptr(),
+                "deviation": deviation.data_ptr(),
+            }
+            device.module.column_statistics(given, device.stream())
             return torch.cat([extremes.double(), deviation[None]]).cpu().numpy()
 
     @property
@@ -75,16 +81,24 @@ class CudaEngine(Engine):
         X, self._device = columns.values, columns.device
         n, self._p = X.shape
         module = self._device.module
-        make = module.CudaEngineFloat if X.dtype == torch.float32 else module.CudaEngineDouble
+        make = module.EngineFloat if X.dtype == torch.float32 else module.EngineDouble
         with self._device.guard():
             factor = torch.as_tensor(factors, dtype=X.dtype, device=X.device).contiguous()
             rank = R.to(torch.int32).contiguous()
             workspace, scratch = _workspace(make, X)
             self._held = (X, factor, rank, workspace)  # the engine keeps their addresses
-            self._engine = make(
-                X.data_ptr(), n, self._p, factor.data_ptr(), rank.data_ptr(), TIES.index(ties),
-                seed, workspace.data_ptr(), scratch,
-            )  # fmt: skip
+            given = {
+                "x": X.data_ptr(),
+                "n": n,
+                "p": self._p,
+                "factor": factor.data_ptr(),
+                "rank": rank.data_ptr(),
+                "ties": TIES.index(ties),
+                "seed": seed,
+                "workspace": workspace.data_ptr(),
+                "scratch": scratch,
+            }
+            self._engine = make(given)
             self._engine.start(self._device.stream())
 
     def select(self, column: int) -> None:
@@ -163,10 +177,18 @@ class CudaBackend(Backend):
             count = X.new_ones(n, dtype=torch.int64)
 
             def run(offset: int, indices: int) -> None:
-                device.module.cuda_neighbors(
-                    _dtype_name(X), transposed.data_ptr(), n, p, TIES.index(ties), seed, offset,
-                    count.data_ptr(), indices, device.stream(),
-                )  # fmt: skip
+                given = {
+                    "dtype": _dtype_name(X),
+                    "columns": transposed.data_ptr(),
+                    "n": n,
+                    "p": p,
+                    "ties": TIES.index(ties),
+                    "seed": seed,
+                    "offset": offset,
+                    "count": count.data_ptr(),
+                    "indices": indices,
+                }
+                device.module.neighbors(given, device.stream())
 
             if ties == "average":  # otherwise each row uses one
                 run(0, 0)

@@ -1,8 +1,8 @@
-"""The parameters and gradients of the last two epochs, in the published code's files.
+"""Gradients and parameters under the published code's keys, and its files of the last two epochs.
 
-A file is a dict from (str(module), parameter name) to a tensor, for every module and every
-parameter below it. Modules that look alike have the same key there, and the last one's tensors; the
-entries of the root, whose names are qualified, are whole.
+Keys are (str(module), parameter name), for every module and every parameter below it. Modules that
+print the same share their keys, and the last one's tensors are kept. Only the entries of the root
+are complete: their names are qualified. ``docs/compat.md`` describes the files.
 """
 
 import errno
@@ -18,16 +18,11 @@ Bank = dict[tuple[str, str], Any]  # to a tensor, or None for a parameter withou
 def getGradObjs(model: nn.Module) -> tuple[Bank, Bank]:
     """Collect the gradients and the parameters of a model by (str(module), parameter name).
 
-    Parameters
-    ----------
-    model : Module
-
     Returns
     -------
     grad_objs, param_objs : dict
-        What ``.grad`` (None where there is none) and ``.data`` refer to, not copies. Modules that
-        look alike have the same key: of these the last one's is kept. The entries of the model
-        itself, under qualified names, are complete.
+        To ``.grad`` (None where there is none) and ``.data``, not to copies. Of modules that print
+        the same, the last one counts. The entries of the model itself are complete.
     """
     gradients: Bank = {}
     parameters: Bank = {}
@@ -39,16 +34,24 @@ def getGradObjs(model: nn.Module) -> tuple[Bank, Bank]:
 
 
 def gradNorm(model: nn.Module) -> float:
-    """Euclidean norm of all gradients of a model; those that are None count as zero."""
+    """Euclidean norm of all gradients of a model; a gradient that is None counts as zero."""
     squares = [float(p.grad.double().norm()) ** 2 for p in model.parameters() if p.grad is not None]
     return float(sum(squares)) ** 0.5
 
 
+def backward(loss: Tensor, model: nn.Module) -> tuple[Tensor, float]:
+    """Add the gradient of a loss to the parameters' own; return the loss and their norm."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach(), gradNorm(model)
+
+
 def file_name(stem: str, epoch: int, what: str) -> str:
+    """Of the file of an epoch with "grads" or "params"."""
     return f"{stem}_epoch_{epoch}_{what}.pt"
 
 
 def write_epoch(stem: str, epoch: int, gradients: Bank, parameters: Bank) -> None:
+    """Write both files of an epoch."""
     torch.save(parameters, file_name(stem, epoch, "params"))
     torch.save(gradients, file_name(stem, epoch, "grads"))
 
@@ -73,30 +76,25 @@ def read_epoch(stem: str, epoch: int, device: torch.device) -> tuple[Bank, Bank]
 
 
 def of_root(bank: Bank, model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Take the entries of the model itself, by qualified name: those that cannot collide.
+    """Take the entries of the model itself by qualified name; None becomes zeros.
 
-    The root is found by its string, or, where another version of PyTorch prints it differently, by
-    the names and shapes of its parameters.
+    The root is found by its string. Another version of PyTorch may print it differently; then the
+    names and shapes of its parameters tell.
     """
-    shapes = {key: p.shape for key, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     by_module: dict[str, dict[str, Any]] = {}
     for module, key in bank:
         by_module.setdefault(module, {})[key] = bank[module, key]
-
-    def fits(entries: dict[str, Any]) -> bool:
-        return entries.keys() == shapes.keys() and all(
-            entries[key] is None or entries[key].shape == shape for key, shape in shapes.items()
-        )
-
     for module in (str(model), *by_module):
-        if module in by_module and fits(by_module[module]):
+        entries = by_module.get(module, {})
+        if entries.keys() == parameters.keys() and all(
+            entries[key] is None or entries[key].shape == p.shape for key, p in parameters.items()
+        ):
             return {
-                key: torch.zeros_like(p)
-                if by_module[module][key] is None
-                else by_module[module][key]
-                for key, p in model.named_parameters()
+                key: torch.zeros_like(p) if entries[key] is None else entries[key]
+                for key, p in parameters.items()
             }
     raise ValueError(
-        f"{name} must be a file of this model: it has no module with the model's "
-        f"{len(shapes)} parameters, of their names and shapes"
+        f"{name} must be a file of this model: none of its modules has the model's "
+        f"{len(parameters)} parameters, with their names and shapes"
     )

@@ -1,10 +1,10 @@
-"""The published code's deletion step with its defects, for ``reference_bugs=True``.
+"""The published code with its defects, for ``reference_bugs=True``.
 
-Here on purpose: layers and files by ``str(module)``, activations by order of registration, a sample
-Hessian of the difference of a gradient with itself, a secant divided by the 1-norm of the step, a
-gradient without the regulariser's, noise on the selected weights for one sample, samples beyond
-the first (or the first batch) left out. What the code does on PyTorch 2 is what is done; only where
-it always ends in an exception is the evident intention taken. ``docs/compat.md`` tells which.
+Everything here is on purpose: layers and files by ``str(module)``, activations in the order of
+registration, a sample Hessian of the difference of a gradient with itself, a secant divided by the
+1-norm of the step, no gradient of the regulariser, noise for one sample on the selected weights, a
+request cut to its first sample or batch. ``docs/compat.md`` has the list. It does what that code
+does on PyTorch 2; where that always ends in an exception, it does what is evidently intended.
 """
 
 import math
@@ -16,16 +16,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext.compat._scrub_files import getGradObjs, gradNorm, read_epoch
+from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext.compat.codec import cheap_torch_foci, torch_foci
+from lcodec_ext.compat.epoch_files import Bank, backward, getGradObjs, read_epoch, write_epoch
 
 Slices = list[tuple[nn.Module, int]]
 Places = dict[tuple[str, str, int], tuple[slice, nn.Parameter]]
 _TOKENS = (999, 30521)  # of DistilBERT's uncased vocabulary, whatever the model's is
 
 
+class GradientBank:
+    """The gradients that training adds up: each batch's once for every key of its parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._bank: Bank = {}
+
+    def add(self) -> None:
+        """Add the gradients that the model has now."""
+        of_batch = getGradObjs(self._model)[0]
+        if not self._bank:
+            self._bank = of_batch
+            return
+        for key in self._bank:
+            self._bank[key] += of_batch[key]  # in place, and keys share their tensors
+
+    def write(self, stem: str, epoch: int, n: int) -> None:
+        """Write the sums over n samples, and the parameters."""
+        means = {key: g / n for key, g in self._bank.items()}
+        write_epoch(stem, epoch, means, getGradObjs(self._model)[1])
+
+
 def disable_batch_norm(model: nn.Module) -> None:
-    """Put all below the model in evaluation mode, but what an attribute calls BatchNorm."""
+    """Put all children in evaluation mode, except those that an attribute calls BatchNorm."""
     for name, child in model.named_children():
         if "BatchNorm" not in name:
             child.eval()
@@ -35,7 +58,7 @@ def disable_batch_norm(model: nn.Module) -> None:
 def step(
     model: nn.Module,
     request: Any,
-    loss_fn: Callable[[Any, Tensor], Tensor],
+    loss_fn: LossFunction,
     params: Any,
     zero_grad: Callable[[], object],
     stem: str,
@@ -44,17 +67,9 @@ def step(
 ) -> tuple[Tensor, Tensor, float, float]:
     """Change a model in place; return losses and gradient norms of the request, before and after.
 
-    Parameters
-    ----------
-    request : tuple or dict
-        (inputs, targets), or for text a dict with "input_ids", "attention_mask" and "labels".
-    zero_grad : callable
-        The optimizer's.
-    stem : str
-        Of the file names of the training's last two epochs.
-    reid : bool
-        As for re-identification: activations are taken with the root in training mode, and
-        "Random" takes 10 units.
+    The request is a batch (inputs, targets), or a dict of tensors with "labels". `zero_grad` is the
+    optimizer's. `reid` means re-identification: activations are recorded with the root in training
+    mode, and "Random" takes 10 units.
     """
     if isinstance(request, dict):
         inputs: Any = {key: value for key, value in request.items() if key != "labels"}
@@ -66,23 +81,18 @@ def step(
         outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
         return loss_fn(getattr(outputs, "logits", outputs), targets)
 
+    def measure() -> tuple[Tensor, float]:
+        zero_grad()
+        return backward(loss_of(inputs), model)
+
+    model.train(reid)
     if reid:
-        model.train()
         disable_batch_norm(model)
-    else:
-        model.eval()
     layers, activations, losses = _record(model, inputs, loss_of, params)
     slices = _slices(_select(activations, losses, params, 10 if reid else None), layers)
 
     model.train()
     disable_batch_norm(model)
-
-    def measure() -> tuple[Tensor, float]:
-        zero_grad()
-        loss = loss_of(inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), gradNorm(model)
-
     loss_before, norm_before = measure()
     gradient, weights, places = _vectors(getGradObjs(model)[0], slices)
     model.zero_grad()
@@ -114,7 +124,7 @@ def _draws(inputs: Any, params: Any) -> Iterator[Any]:
 def _record(
     model: nn.Module, inputs: Any, loss_of: Callable[[Any], Tensor], params: Any
 ) -> tuple[list[nn.Module], Tensor, Tensor]:
-    """Find the layers, in order of registration, and activations, in order of the calls."""
+    """Layers in the order of registration; activations in the order of calls; losses."""
     text = not isinstance(inputs, Tensor)
     kinds = (nn.Linear,) if text else (nn.Linear, nn.Conv2d)
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, kinds)]
@@ -154,23 +164,20 @@ def _select(activations: Tensor, losses: Tensor, params: Any, n_random: int | No
 
 
 def _slices(selected: list[int], layers: list[nn.Module]) -> Slices:
-    ends = np.cumsum([len(layer.weight) for layer in layers])  # type: ignore[arg-type]
-    found = []
+    units: Slices = [(layer, k) for layer in layers for k in range(len(layer.weight))]  # type: ignore[arg-type]
     for column in selected:
-        layer = int(np.searchsorted(ends, column, side="right"))
-        if layer == len(layers):
+        if column >= len(units):
             raise IndexError(
-                f"column {column} of the activations is beyond the {ends[-1]} units of the layers: "
-                "a layer is called more than once, and the published code ends here"
+                f"column {column} of the activations is beyond the {len(units)} units of the "
+                "layers: a layer is called more than once, and the published code ends here"
             )
-        found.append((layers[layer], column - int(ends[layer] - len(layers[layer].weight))))  # type: ignore[arg-type]
-    return found
+    return [units[column] for column in selected]
 
 
 def _vectors(
     gradients: dict, slices: Slices, parameters: dict | None = None
 ) -> tuple[Tensor, Tensor, Places]:
-    """Collect gradients and weights under str(layer); of slices that collide the last one stays."""
+    """Collect gradients and weights under str(layer); where slices collide, the last one stays."""
     gradient, weights = [], []
     places: Places = {}
     start = 0
@@ -194,15 +201,8 @@ def _hessian(g: Tensor, g2: Tensor, w: Tensor, w2: Tensor, params: Any) -> Tenso
     return torch.outer(g - g2, g - g2) / length
 
 
-def _newton(
-    gradient: Tensor,
-    weights: Tensor,
-    slices: Slices,
-    params: Any,
-    stem: str,
-) -> Tensor:
+def _newton(gradient: Tensor, weights: Tensor, slices: Slices, params: Any, stem: str) -> Tensor:
     device = torch.device(params.hessian_device)
-
     g, w = gradient.to(device), weights.to(device)
     n = params.orig_trainset_size
     matrix = _hessian(g, g, w, w, params)  # zero for "FD"
@@ -217,15 +217,8 @@ def _newton(
         scale = 1 / (n - 1)
     matrix = matrix + params.l2_reg * torch.eye(len(matrix), device=device)
     changed = weights + scale * torch.linalg.solve(matrix, g).to(weights.device)
-    if params.HessType == "Sekhari":
-        sigma = noise_std(1, n, params.l2_reg, params.epsilon, params.delta)
+    if params.HessType == "Sekhari":  # for one sample, with L = 1 and M = 0.25
+        gamma = 2 * 0.25 / (n**2 * params.l2_reg**3)
+        sigma = gamma / params.epsilon * math.sqrt(2 * math.log(1.25 / params.delta))
         changed = changed + torch.normal(torch.zeros(len(changed)), sigma).to(changed.device)
     return changed
-
-
-def noise_std(
-    m: int, n: int, l2_reg: float, epsilon: float, delta: float, M: float = 0.25, L: float = 1.0
-) -> float:
-    """Standard deviation of the noise of Sekhari et al. (2021), by the Gaussian mechanism."""
-    gamma = 2 * M * L**2 * m**2 / (n**2 * l2_reg**3)
-    return gamma / epsilon * math.sqrt(2 * math.log(1.25 / delta))
