@@ -399,9 +399,31 @@ def test_tuning_draws_from_larger_grids_and_takes_own_methods():
     )
     counts = Counter(t.name for t in found.trials)
     assert counts == {"mine": 3, "step": 2}
+    assert "epochs" not in found.methods["mine"].options
     assert found.methods["mine"].options["n_samples"] == 20
     assert found.methods["step"]["selection"] == "full"
     assert found.settings["n_control"] == 12
+
+
+def test_tuning_gives_all_methods_the_same_epochs():
+    found = tune(
+        fit,
+        (X, Y),
+        10,
+        F.cross_entropy,
+        methods={
+            "open": Baseline(fine_tune),
+            "own": Baseline(fine_tune, {"epochs": 4}),
+            "in the grid": Baseline(fine_tune),
+        },
+        grids={
+            "open": {"learning_rate": [0.01]},
+            "own": {"learning_rate": [0.01]},
+            "in the grid": {"epochs": [1]},
+        },
+        epochs=2,
+    )
+    assert [method.options["epochs"] for method in found.methods.values()] == [2, 4, 1]
 
 
 def test_tuning_without_classes_compares_losses():
@@ -450,6 +472,7 @@ def test_a_method_that_fails_everywhere_is_an_error():
         ({"control": 57}, ValueError, "data has 60 samples and control takes 57: too few are left"),
         ({"validation": 1.0}, ValueError, "validation must be between 0 and 1, a share; got 1.0"),
         ({"n_settings": 0}, ValueError, "n_settings must be an integer >= 1; got 0"),
+        ({"epochs": -1}, ValueError, "epochs must be an integer >= 0; got -1"),
         ({"n_retrain": 2}, ValueError, "n_retrain must be an integer >= 3; got 2"),
         ({"methods": ["SISA"]}, ValueError, "methods must be names among .*; got 'SISA'"),
         ({"methods": "SCRUB"}, TypeError, "methods must be a mapping of names"),

@@ -1,5 +1,6 @@
 """Settings of methods of deletion, chosen by the same small search for each."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,24 +22,24 @@ from lcodec_ext.unlearning.request import random_samples
 
 Grid = Mapping[str, Sequence[Any]]
 
-_RATES = (0.003, 0.01, 0.03, 0.1)
+_RATES = (0.01, 0.03, 0.1, 0.3)
 
 #: By name of a method, the values that `tune` tries for its options: 8 settings each.
 GRIDS: Mapping[str, Grid] = MappingProxyType(
     {
-        "gradient ascent": {"learning_rate": (0.001, 0.003, 0.01, 0.03), "epochs": (5, 20)},
-        "NegGrad+": {"retain_weight": (0.999, 0.99, 0.95, 0.9), "learning_rate": (0.01, 0.03)},
-        "fine-tune SGD": {"learning_rate": _RATES, "epochs": (2, 5)},
-        "fine-tune Adam": {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2), "epochs": (2, 5)},
+        "gradient ascent": {"learning_rate": (0.003, 0.01, 0.03, 0.1), "epochs": (5, 20)},
+        "NegGrad+": {"retain_weight": (0.99, 0.95, 0.9, 0.8), "learning_rate": (0.03, 0.1)},
+        "fine-tune SGD": {"learning_rate": _RATES, "batch_size": (32, 128)},
+        "fine-tune Adam": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "batch_size": (32, 128)},
         "L-BFGS": {"iterations": (5, 10, 15, 20, 25, 30, 40, 50)},
-        "SCRUB": {"learning_rate": (5e-4, 2e-3), "ascents": (1, 3), "alpha": (0.1, 1.0)},
-        "SSD": {"alpha": (5.0, 10.0, 25.0, 50.0), "dampening": (0.1, 1.0)},
-        "SalUn": {"learning_rate": _RATES, "share": (0.3, 0.5)},
-        "random labels": {"learning_rate": _RATES, "epochs": (2, 5)},
-        "bad teacher": {"learning_rate": (1e-4, 3e-4, 1e-3, 3e-3), "epochs": (1, 3)},
+        "SCRUB": {"learning_rate": (1e-3, 5e-3), "ascents": (1, 3), "alpha": (0.1, 1.0)},
+        "SSD": {"alpha": (5.0, 10.0, 20.0, 50.0), "dampening": (1.0, 5.0)},
+        "SalUn": {"learning_rate": _RATES, "batch_size": (32, 128)},
+        "random labels": {"learning_rate": _RATES, "batch_size": (32, 128)},
+        "bad teacher": {"learning_rate": (1e-4, 3e-4, 1e-3, 3e-3), "retain_share": (0.3, 1.0)},
         "CF-k": {"layers": (1, 2), "learning_rate": _RATES},
         "EU-k": {"layers": (1, 2), "learning_rate": _RATES},
-        "L1-sparse": {"gamma": (1e-5, 1e-4, 5e-4, 1e-3), "learning_rate": (0.01, 0.03)},
+        "L1-sparse": {"gamma": (1e-5, 1e-4), "learning_rate": _RATES},
     }
 )
 
@@ -130,6 +131,7 @@ def tune(
     methods: Mapping[str, Method] | Sequence[str] | None = None,
     grids: Mapping[str, Grid] | None = None,
     n_settings: int = 8,
+    epochs: int = 5,
     validation: float = 0.2,
     n_retrain: int = 3,
     weight_decay: float = 0.0,
@@ -169,6 +171,9 @@ def tune(
         up the grid.
     n_settings : int, default 8
         Most settings for a method; of larger grids so many are drawn.
+    epochs : int, default 5
+        Passes over the samples that a method may take: the option of that name, for baselines whose
+        options and grid leave it open. 5 is 5% of a training of 100 epochs.
     validation : float, default 0.2
         Share of the samples outside control that are held out.
     n_retrain : int, default 3
@@ -192,7 +197,8 @@ def tune(
     It costs 1 + n_retrain trainings, and the deletions. Training options are those of `train`, and
     none of the methods' settings depends on the time it takes; `Trial.seconds` has it.
     """
-    chosen = _methods(methods, grids)
+    check_integer(epochs, "epochs", 0)
+    chosen = _methods(methods, grids, epochs)
     check_integer(n_settings, "n_settings", 1)
     if not 0 < check_real(validation, "validation", 0) < 1:
         raise ValueError(f"validation must be between 0 and 1, a share; got {validation}")
@@ -246,6 +252,7 @@ def tune(
             "n_control": len(removed),
             "n_validation": len(held),
             "n_settings": n_settings,
+            "epochs": epochs,
             "n_retrain": n_retrain,
             "weight_decay": weight_decay,
             "seed": seed,
@@ -257,7 +264,9 @@ def tune(
     return found
 
 
-def _methods(methods: Any, grids: Mapping[str, Grid] | None) -> dict[str, tuple[Any, Grid]]:
+def _methods(
+    methods: Any, grids: Mapping[str, Grid] | None, epochs: int
+) -> dict[str, tuple[Any, Grid]]:
     """Each method with its grid."""
     known = {**BASELINES, **LITERATURE}
     if methods is None:
@@ -291,6 +300,8 @@ def _methods(methods: Any, grids: Mapping[str, Grid] | None) -> dict[str, tuple[
                 f"grids[{name!r}] must map options to sequences of values, at least one; got "
                 f"{dict(grid)!r}"
             )
+        if isinstance(method, Baseline) and "epochs" in inspect.signature(method.run).parameters:
+            method = Baseline(method.run, {"epochs": epochs, **method.options})
         found[name] = (method, grid)
     return found
 
