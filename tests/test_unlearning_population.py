@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lcodec_ext.evaluation import PopulationEvaluation, evaluate_population
 from lcodec_ext.evaluation.methods import Baseline, fine_tune, lbfgs
 from lcodec_ext.evaluation.metrics import roc_auc
-from lcodec_ext.evaluation.population import margins
 from lcodec_ext.evaluation.scores import (
     by_chance,
     forgetting_quality,
@@ -27,6 +26,7 @@ from lcodec_ext.evaluation.scores import (
     privacy_degrees,
     ulira,
 )
+from lcodec_ext.evaluation.seeds import margins
 from lcodec_ext.unlearning import unlearn
 from test_unlearning_evaluation import DECAY, FORGET, RETAIN, TEST, mlp, train
 

@@ -20,7 +20,15 @@ from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature.selection import UnitSelection
-from lcodec_ext.evaluation.methods import NO_OP, RETRAINED, Done, Method, carry_out, methods_of
+from lcodec_ext.evaluation.methods import (
+    NO_OP,
+    RETRAINED,
+    Done,
+    Method,
+    carry_out,
+    find_method,
+    methods_of,
+)
 from lcodec_ext.evaluation.metrics import (
     DISTANCES,
     METRICS,
@@ -106,11 +114,7 @@ class Evaluation:
     settings: dict[str, Any]
 
     def __getitem__(self, name: str) -> MethodEvaluation:
-        for method in self.methods:
-            if method.name == name:
-                return method
-        known = ", ".join(repr(method.name) for method in self.methods)
-        raise KeyError(f"no method {name!r}; there are {known}")
+        return find_method(self.methods, name)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, for JSON."""

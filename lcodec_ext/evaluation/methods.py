@@ -376,6 +376,15 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
         raise type(error)(f"method {name!r}: {error}") from None
 
 
+def find_method(methods: Sequence[Any], name: str) -> Any:
+    """The entry of that name; a KeyError tells which there are."""
+    for method in methods:
+        if method.name == name:
+            return method
+    known = ", ".join(repr(method.name) for method in methods)
+    raise KeyError(f"no method {name!r}; there are {known}")
+
+
 class Done(NamedTuple):
     """A method that was carried out."""
 

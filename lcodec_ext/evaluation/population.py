@@ -1,45 +1,28 @@
 """Deletions judged over a population of models: originals, what a method makes of them, retrained.
 
 One model shows what a method did to one start. The scores of the field ask whether the
-*distribution* of unlearned models is that of retrained ones: see scores.py.
+*distribution* of unlearned models is that of retrained ones: see scores.py. seeds.py makes the
+models.
 """
 
-import dataclasses
-import hashlib
 import inspect
-import io
-import json
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
-from lcodec_ext._files import json_ready, write_atomically
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
-from lcodec_ext._torch.modes import clock, place, seeded
-from lcodec_ext._torch.predict import Prediction, predict
-from lcodec_ext._torch.samples import Samples, as_samples
-from lcodec_ext.evaluation.methods import (
-    NO_OP,
-    NOT_SETTINGS,
-    RETRAINED,
-    Baseline,
-    Method,
-    carry_out,
-    methods_of,
-)
+from lcodec_ext.evaluation.methods import NO_OP, RETRAINED, Method, methods_of
 from lcodec_ext.evaluation.metrics import Number, scikit_learn
+from lcodec_ext.evaluation.population_result import PopulationEvaluation, PopulationMethod
 from lcodec_ext.evaluation.scores import (
     Floats,
     by_chance,
@@ -48,187 +31,19 @@ from lcodec_ext.evaluation.scores import (
     privacy_degrees,
     ulira,
 )
-from lcodec_ext.evaluation.training import check_numbers, count, take
-from lcodec_ext.unlearning.request import random_samples
-from lcodec_ext.unlearning.result import UnlearnResult
-from lcodec_ext.unlearning.settings import Settings
-
-FORMAT = 1
-CPU = torch.device("cpu")
-PARTS = ("forget", "retain", "test")
-_SETTINGS_FILE = "population.json"
-_STATISTICS = tuple(f"{what}_{part}" for what in ("accuracy", "loss") for part in PARTS)
-
-Unlearn = Callable[..., nn.Module | UnlearnResult]
-
-
-@dataclass(frozen=True)
-class PopulationMethod:
-    """One method in a `PopulationEvaluation`.
-
-    Attributes
-    ----------
-    name : str
-    seconds : float or None
-        Mean time of a deletion; of "retrained", of a training.
-    scores : dict of str to float or None
-        See `evaluate_population`. Of "retrained" the accuracies and losses only.
-    chance : dict of str to [float, float]
-        For the scores that compare populations: mean and standard deviation of what two halves of
-        one shuffled population score.
-    examples : dict of str to list
-        Of each removed sample: "number", "auc", "tpr", "klom", "epsilon".
-    error : str or None
-        Why there is nothing to score.
-    """
-
-    name: str
-    seconds: Number
-    scores: dict[str, Number]
-    chance: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    examples: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    error: str | None = None
-
-
-_COLUMNS = (
-    ("U-LiRA", "AUC", "ulira_auc", ".3f"),
-    ("TPR at", "1% FPR", "ulira_tpr", ".1%"),
-    ("KLoM", "forget", "klom_forget", ".2f"),
-    ("", "retain", "klom_retain", ".2f"),
-    ("", "test", "klom_test", ".2f"),
-    ("epsilon", "(median)", "epsilon", ".2f"),
-    ("forgetting", "quality", "forgetting_quality", ".3f"),
-    ("challenge", "score", "challenge_score", ".3f"),
-    ("accuracy", "forget", "accuracy_forget", ".1%"),
-    ("", "retain", "accuracy_retain", ".1%"),
-    ("", "test", "accuracy_test", ".1%"),
+from lcodec_ext.evaluation.seeds import (
+    PARTS,
+    STATISTICS,
+    Found,
+    Seeded,
+    Store,
+    Unlearn,
+    Work,
+    carried_out,
+    method_described,
 )
-
-
-@dataclass(frozen=True, repr=False)
-class PopulationEvaluation:
-    """What `evaluate_population` found; its repr is a table.
-
-    Attributes
-    ----------
-    methods : tuple of PopulationMethod
-        "no-op", "retrained", and the methods in their order. ``evaluation["mine"]`` is one.
-    n_models : int
-        Of each population.
-    n_forget, n_retain, n_test : int
-        Samples that were removed, and those of the others that were measured.
-    settings : dict
-    """
-
-    methods: tuple[PopulationMethod, ...]
-    n_models: int
-    n_forget: int
-    n_retain: int
-    n_test: int
-    settings: dict[str, Any]
-
-    def __getitem__(self, name: str) -> PopulationMethod:
-        for method in self.methods:
-            if method.name == name:
-                return method
-        known = ", ".join(repr(method.name) for method in self.methods)
-        raise KeyError(f"no method {name!r}; there are {known}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists and dicts, for JSON; infinity is None."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"format": FORMAT, **json_ready(values)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "PopulationEvaluation":
-        """The evaluation that `to_dict` wrote.
-
-        Raises
-        ------
-        ValueError
-            If data have another format.
-        """
-        if data.get("format") != FORMAT:
-            raise ValueError(
-                f"data must be a population evaluation of format {FORMAT}; got format "
-                f"{data.get('format')!r}"
-            )
-        methods = []
-        for entry in data["methods"]:
-            found = {**entry, "scores": dict(entry["scores"]), "examples": dict(entry["examples"])}
-            if found["examples"]:
-                values = [math.inf if e is None else e for e in found["examples"]["epsilon"]]
-                found["examples"]["epsilon"] = values
-                if found["scores"]["epsilon"] is None:
-                    found["scores"]["epsilon"] = math.inf
-            found["chance"] = {
-                name: [math.inf if mean is None else mean, math.nan if sd is None else sd]
-                for name, (mean, sd) in entry["chance"].items()
-            }
-            methods.append(PopulationMethod(**found))
-        rest = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "methods"}
-        return cls(methods=tuple(methods), **rest)
-
-    def to_frame(self, *, examples: bool = False) -> Any:
-        """A pandas DataFrame with a row for each method.
-
-        Columns are the scores; "chance_" stands before what they are by chance.
-
-        Parameters
-        ----------
-        examples : bool, default False
-            A row for each method and removed sample instead, with its scores.
-
-        Raises
-        ------
-        ImportError
-            Without pandas, which the extra ``lcodec_ext[evaluation]`` installs.
-        """
-        check_bool(examples, "examples")
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(
-                "PopulationEvaluation.to_frame needs pandas: pip install 'lcodec_ext[evaluation]'"
-            ) from error
-        if examples:
-            parts = [pandas.DataFrame(m.examples).assign(method=m.name) for m in self.methods]
-            return pandas.concat(parts).set_index(["method", "number"])
-        rows = [
-            {"method": m.name, "seconds": m.seconds, "error": m.error, **m.scores}
-            | {f"chance_{name}": mean for name, (mean, _) in m.chance.items()}
-            for m in self.methods
-        ]
-        return pandas.DataFrame(rows).set_index("method")
-
-    def __repr__(self) -> str:
-        rows = [["", *(c[line] for c in _COLUMNS), ""] for line in (0, 1)]
-        for method in self.methods:
-            cells = []
-            for _, _, key, form in _COLUMNS:
-                value, chance = method.scores.get(key), method.chance.get(key)
-                cell = "-" if value is None else format(value, form)
-                cells.append(cell + (f" ({format(chance[0], form)})" if chance else ""))
-            note = method.error or ""
-            rows.append([method.name, *cells, note if len(note) <= 60 else note[:57] + "..."])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            [
-                f"Population of {self.n_models} models: {self.n_forget} samples removed; measured "
-                f"on them, on {self.n_retain} retained and {self.n_test} test samples",
-                *(
-                    "  ".join(
-                        [
-                            f"{row[0]:{widths[0]}}",
-                            *(f"{c:>{w}}" for c, w in zip(row[1:-1], widths[1:-1], strict=True)),
-                            row[-1],
-                        ]
-                    ).rstrip()
-                    for row in rows
-                ),
-                "In brackets: what two halves of one population of so many models score.",
-            ]
-        )
+from lcodec_ext.evaluation.training import check_numbers, count
+from lcodec_ext.unlearning.result import UnlearnResult
 
 
 def evaluate_population(
@@ -360,16 +175,16 @@ def evaluate_population(
     check_loss_fn(loss_fn)
     scikit_learn()
     kept = np.setdiff1d(np.arange(n), removed).tolist()
-    work = _Work(
+    work = Work(
         train, methods, data, removed, kept, test, loss_fn, weight_decay, max_samples, seed,
         batch_size,
     )  # fmt: skip
-    store = _Store(directory, work)
+    store = Store(directory, work)
     store.found |= {k: store.read(k) for k in range(n_models) if store.has(k)}
     todo = [k for k in range(n_models) if k not in store.found]
     with progress_bar(progress, total=n_models, desc="population", unit="seed") as bar:
         bar.update(len(store.found))
-        for k, found in _carried_out(work, todo, processes, store.folder):
+        for k, found in carried_out(work, todo, processes, store.folder):
             store.found[k] = found
             bar.update()
     return _scored([store.found[k] for k in range(n_models)], work, draws)
@@ -413,263 +228,17 @@ def _methods(unlearn: Any, weight_decay: float, seed: int) -> dict[str, Method]:
                     f"{type(method).__name__}"
                 )
         return {
-            name: _Seeded(method) if callable(method) else method
-            for name, method in methods.items()
+            name: Seeded(method) if callable(method) else method for name, method in methods.items()
         }
     name = getattr(unlearn, "__name__", "unlearn")
-    return {"unlearn" if name in ("<lambda>", NO_OP, RETRAINED) else name: _Seeded(unlearn)}
-
-
-class _Seeded:
-    """A callable (model, forget, retain, loss_fn), given the seed where it asks for it.
-
-    It does by a parameter of that name, or by a fifth one that must be given.
-    """
-
-    def __init__(self, unlearn: Unlearn) -> None:
-        self.unlearn = unlearn
-        try:
-            parameters = dict(inspect.signature(unlearn).parameters)
-        except ValueError:  # one that does not tell its arguments
-            parameters = {}
-        fifth = next(iter(list(parameters.values())[4:]), None)
-        self.asks = "seed" in parameters
-        self.fifth = (
-            fifth is not None
-            and fifth.kind in (fifth.POSITIONAL_ONLY, fifth.POSITIONAL_OR_KEYWORD)
-            and (fifth.name == "seed" or fifth.default is fifth.empty)
-        )
-
-    def __call__(self, model: nn.Module, forget: Any, retain: Any, loss_fn: Any, seed: int) -> Any:
-        positional = [seed] if self.fifth else []
-        named = {"seed": seed} if self.asks and not self.fifth else {}
-        return self.unlearn(model, forget, retain, loss_fn, *positional, **named)
-
-
-# ---------------------------------------------------------------------------------------------
-# One seed
-
-#: Of one seed, by "WHO/PART" the margins, by "WHO/statistics" what `_STATISTICS` names and the
-#: seconds; by "WHO/error" why there are none.
-Found = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What is done for every seed."""
-
-    train: Callable[[Any, int], nn.Module]
-    methods: dict[str, Method]
-    data: Any
-    removed: list[int]
-    kept: list[int]
-    test: Any
-    loss_fn: LossFunction
-    weight_decay: float
-    max_samples: int
-    seed: int
-    batch_size: int
-
-    def for_seed(self, k: int) -> Found:
-        """Train, delete, train again, and measure; on one thread."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return self._for_seed(k)
-        finally:
-            torch.set_num_threads(threads)
-
-    def _for_seed(self, k: int) -> Found:
-        first, second = np.random.SeedSequence([self.seed, k]).generate_state(2).tolist()
-        retain = take(self.data, self.kept)
-        forget = take(self.data, self.removed)
-        original, _ = self._trained(self.data, first)
-        again, seconds = self._trained(retain, second)
-        found = self._measured(NO_OP, original, 0.0) | self._measured(RETRAINED, again, seconds)
-        defaults = {"weight_decay": self.weight_decay, "seed": first, "score": None}
-        for name, method in self.methods.items():
-            try:
-                done = carry_out(method, original, forget, retain, self.loss_fn, defaults)
-                found |= self._measured(name, done.model, done.seconds or 0.0)
-            except Exception as error:
-                found[f"{name}/error"] = f"{type(error).__name__}: {error}"
-        return found
-
-    def _trained(self, samples: Any, seed: int) -> tuple[nn.Module, float]:
-        with seeded(seed):
-            begin = time.perf_counter()
-            model = self.train(samples, seed)
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"train must return a model (torch.nn.Module); got {type(model).__name__}"
-            )
-        return model, clock(model) - begin
-
-    def _measured(self, name: str, model: nn.Module, seconds: float) -> Found:
-        found: Found = {}
-        runs = {}
-        for part, numbers in self.parts().items():
-            data = self.test if part == "test" else self.data
-            samples = as_samples(data, "test" if part == "test" else "data", *place(model))
-            if numbers is not None:
-                samples = samples.subset(numbers)
-            runs[part] = predict(model, samples, self.loss_fn, self.batch_size)
-            found[f"{name}/{part}"] = margins(runs[part]).numpy()
-        values = [runs[part].accuracy for part in PARTS]
-        values += [float(runs[part].losses.mean()) for part in PARTS]
-        numbers_ = [math.nan if value is None else value for value in values]
-        found[f"{name}/statistics"] = np.array([*numbers_, seconds])
-        return found
-
-    def parts(self) -> dict[str, list[int] | None]:
-        """Numbers of the samples that are measured: of the data, and of the test samples."""
-        n_test = len(_in_place(self.test, "test"))
-        return {
-            "forget": self._some(self.removed),
-            "retain": self._some(self.kept),
-            "test": self._some(list(range(n_test))) if n_test > self.max_samples else None,
-        }
-
-    def _some(self, numbers: list[int]) -> list[int]:
-        if len(numbers) <= self.max_samples:
-            return numbers
-        return [numbers[k] for k in random_samples(len(numbers), self.max_samples, self.seed)]
-
-
-def margins(run: Prediction) -> Tensor:
-    """Log-odds of the right class of each sample; minus the loss where there are no classes."""
-    if run.log_probabilities is None or run.labels is None:
-        return -run.losses
-    right = run.labels[:, None]
-    others = run.log_probabilities.scatter(1, right, -torch.inf).logsumexp(1)
-    return run.log_probabilities.gather(1, right)[:, 0] - others
-
-
-def _carried_out(
-    work: _Work, seeds: list[int], processes: int, folder: Path | None
-) -> Iterator[tuple[int, Found]]:
-    """What is found for each seed, in any order; written to the folder as soon as it is there."""
-    if processes == 1 or len(seeds) < 2:
-        for k in seeds:
-            yield _one(work, k, folder)
-        return
-    from joblib import Parallel, delayed, parallel_config
-
-    with parallel_config(backend="loky", inner_max_num_threads=1):
-        pool = Parallel(n_jobs=processes, return_as="generator_unordered", pre_dispatch=processes)
-        yield from pool(delayed(_one)(work, k, folder) for k in seeds)
-
-
-def _one(work: _Work, k: int, folder: Path | None) -> tuple[int, Found]:
-    found = work.for_seed(k)
-    if folder is not None:
-        content = io.BytesIO()
-        np.savez(content, **found)
-        write_atomically(folder / _name(k), content.getvalue())
-    return k, found
-
-
-def _name(k: int) -> str:
-    return f"seed-{k:05d}.npz"
-
-
-class _Store:
-    """The folder with what was found for each seed, if there is one."""
-
-    def __init__(self, directory: str | Path | None, work: _Work) -> None:
-        self.found: dict[int, Found] = {}
-        self.folder = None if directory is None else Path(directory)
-        if self.folder is None:
-            return
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"directory must be a folder; {self.folder} is a file")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        ours = _described(work)
-        file = self.folder / _SETTINGS_FILE
-        if file.exists():
-            theirs = json.loads(file.read_text(encoding="utf-8"))
-            other = [key for key in ours if theirs.get(key) != ours[key]]
-            if other:
-                raise ValueError(
-                    f"directory holds models of another evaluation, which differs in "
-                    f"{', '.join(other)}; choose another directory than {self.folder}"
-                )
-        write_atomically(file, json.dumps(ours, indent=1) + "\n")
-
-    def has(self, k: int) -> bool:
-        """Whether a seed is done."""
-        return self.folder is not None and (self.folder / _name(k)).is_file()
-
-    def read(self, k: int) -> Found:
-        """What was found for a seed."""
-        assert self.folder is not None
-        with np.load(self.folder / _name(k)) as file:
-            return {
-                key: str(file[key]) if key.endswith("/error") else file[key] for key in file.files
-            }
-
-
-def _described(work: _Work) -> dict[str, Any]:
-    """What tells one evaluation from another."""
-
-    def digest(data: Any, name: str) -> str:
-        whole = hashlib.sha256()
-        for each in _in_place(data, name).each_hash():
-            whole.update(each.encode())
-        return whole.hexdigest()
-
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "data": digest(work.data, "data"),
-        "test": digest(work.test, "test"),
-        "forget": work.removed,
-        "train": _called(work.train),
-        "loss_fn": _called(work.loss_fn),
-        "methods": {name: _method_described(method) for name, method in work.methods.items()},
-        "weight_decay": work.weight_decay,
-        "max_samples": work.max_samples,
-        "seed": work.seed,
-    }
-
-
-def _in_place(data: Any, name: str) -> Samples:
-    """Samples where they are, before there is a model."""
-    parts = data if isinstance(data, tuple | list | Mapping) else ()
-    first = next(tensors_of(parts), None)
-    return as_samples(data, name, first.device if first is not None else CPU, torch.float32)
-
-
-def _called(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _method_described(method: Any) -> Any:
-    if isinstance(method, _Seeded):
-        return _called(method.unlearn)
-    if isinstance(method, Baseline):
-        return {"baseline": _called(method.run), **_options(method.options)}
-    if not isinstance(method, Mapping):
-        return _called(method)
-    options = {k: v for k, v in method.items() if k not in NOT_SETTINGS}
-    preset = options.pop("preset", "recommended")
-    if isinstance(preset, Settings):
-        settings = dataclasses.replace(preset, **options)
-    else:
-        settings = Settings.preset(preset, **options)
-    return settings.to_dict()  # whole, so that changed defaults are told
-
-
-def _options(options: Mapping[str, Any]) -> dict[str, Any]:
-    plain = json_ready(options)
-    return {key: json.loads(json.dumps(value, default=repr)) for key, value in plain.items()}
+    return {"unlearn" if name in ("<lambda>", NO_OP, RETRAINED) else name: Seeded(unlearn)}
 
 
 # ---------------------------------------------------------------------------------------------
 # Scores
 
 
-def _scored(found: list[Found], work: _Work, draws: int) -> PopulationEvaluation:
+def _scored(found: list[Found], work: Work, draws: int) -> PopulationEvaluation:
     def population(name: str) -> dict[str, Floats]:
         keys = (*PARTS, "statistics")
         return {key: np.stack([each[f"{name}/{key}"] for each in found]) for key in keys}
@@ -709,17 +278,17 @@ def _scored(found: list[Found], work: _Work, draws: int) -> PopulationEvaluation
             "seed": work.seed,
             "max_samples": work.max_samples,
             "draws": draws,
-            "methods": {name: _method_described(method) for name, method in work.methods.items()},
+            "methods": {name: method_described(method) for name, method in work.methods.items()},
             "versions": {"lcodec_ext": __version__, "torch": torch.__version__},
         },
     )
 
 
 def _statistics(population: Mapping[str, Floats]) -> dict[str, Number]:
-    means = population["statistics"].mean(0)[: len(_STATISTICS)]
+    means = population["statistics"].mean(0)[: len(STATISTICS)]
     return {
         name: None if math.isnan(value) else float(value)
-        for name, value in zip(_STATISTICS, means, strict=True)
+        for name, value in zip(STATISTICS, means, strict=True)
     }
 
 

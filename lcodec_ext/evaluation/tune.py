@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,14 @@ from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.evaluation.evaluate import Evaluation, evaluate
-from lcodec_ext.evaluation.methods import BASELINES, LITERATURE, RETRAINED, Baseline, Method
+from lcodec_ext.evaluation.methods import (
+    BASELINES,
+    LITERATURE,
+    NO_OP,
+    RETRAINED,
+    Baseline,
+    Method,
+)
 from lcodec_ext.evaluation.training import check_numbers, count, take
 from lcodec_ext.unlearning.request import random_samples
 
@@ -91,10 +98,7 @@ class Tuned:
 
     def best(self, name: str) -> Trial:
         """The chosen trial of a method: the nearest to retraining, of equal ones the first."""
-        found = [t for t in self.trials if t.name == name and t.distance is not None]
-        if not found:
-            raise KeyError(f"no setting of {name!r} was measured")
-        return min(found, key=lambda trial: trial.distance or 0.0)
+        return _nearest(self.trials, name)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings, trials and choices, for JSON."""
@@ -235,18 +239,12 @@ def tune(
         relearn=False,
         progress=progress,
     )
-    trials = []
-    for name, settings in tried.items():
-        for k, options in enumerate(settings):
-            entry = evaluation[f"{name} {k}"]
-            distance = _distance(evaluation, entry.name)
-            trials.append(Trial(name, options, distance, entry.seconds, entry.error))
-        if all(trial.distance is None for trial in trials if trial.name == name):
-            raise ValueError(f"all settings of {name!r} failed. {trials[-1].error}")
-    found = Tuned(
-        methods={},
-        trials=tuple(trials),
-        original=_distance(evaluation, "no-op"),
+    trials = tuple(_trials(evaluation, tried))
+    best = {name: _nearest(trials, name).options for name in chosen}
+    return Tuned(
+        methods={name: _with_options(chosen[name][0], best[name]) for name in chosen},
+        trials=trials,
+        original=_distance(evaluation, NO_OP),
         floor=_distance(evaluation, RETRAINED),
         settings={
             "n_control": len(removed),
@@ -259,9 +257,27 @@ def tune(
             "grids": {name: dict(grid) for name, (_, grid) in chosen.items()},
         },
     )
-    for name, (method, _) in chosen.items():
-        found.methods[name] = _with_options(method, found.best(name).options)
-    return found
+
+
+def _trials(
+    evaluation: Evaluation, tried: Mapping[str, Sequence[dict[str, Any]]]
+) -> Iterator[Trial]:
+    for name, settings in tried.items():
+        errors = []
+        for k, options in enumerate(settings):
+            entry = evaluation[f"{name} {k}"]
+            distance = _distance(evaluation, entry.name)
+            errors += [entry.error] if distance is None else []
+            yield Trial(name, options, distance, entry.seconds, entry.error)
+        if len(errors) == len(settings):
+            raise ValueError(f"all settings of {name!r} failed. {errors[-1]}")
+
+
+def _nearest(trials: Sequence[Trial], name: str) -> Trial:
+    found = [t for t in trials if t.name == name and t.distance is not None]
+    if not found:
+        raise KeyError(f"no setting of {name!r} was measured")
+    return min(found, key=lambda trial: trial.distance or 0.0)
 
 
 def _methods(
