@@ -131,7 +131,7 @@ COLUMNS = (
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Return a Markdown table for each forget set; by chance in brackets."""
+    """Return a Markdown table for each forget set."""
     lines = []
     for run in result["runs"]:
         lines += [
@@ -142,21 +142,15 @@ def tables(result: dict[str, Any]) -> str:
             f"|---|{'--:|' * len(COLUMNS)}",
         ]
         for method in run["methods"]:
-            cells = []
-            for _, key, form in COLUMNS:
-                chance = method["chance"].get(key)
-                cell = shown(method["scores"], key, form)
-                cells.append(f"{cell} ({shown(chance, 0, form)})" if chance else cell)
+            cells = [shown(method["scores"][key], form) for _, key, form in COLUMNS]
             lines.append(f"| {method['name']} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def shown(values: Any, key: Any, form: str) -> str:
+def shown(value: float | None, form: str) -> str:
     """Return a number; infinite ones are null in a file."""
-    if isinstance(values, dict) and key not in values:
-        return ""
-    return "infinite" if values[key] is None else format(values[key], form)
+    return "infinite" if value is None else format(value, form)
 
 
 if __name__ == "__main__":

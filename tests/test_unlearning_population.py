@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lcodec_ext.evaluation import PopulationEvaluation, evaluate_population
 from lcodec_ext.evaluation.methods import Baseline, fine_tune, lbfgs
 from lcodec_ext.evaluation.metrics import roc_auc
+from lcodec_ext.evaluation.population import SCORES
 from lcodec_ext.evaluation.scores import (
-    by_chance,
     forgetting_quality,
     klom,
+    of_retraining,
     privacy_degrees,
     ulira,
 )
@@ -160,19 +161,44 @@ def test_forgetting_quality_is_by_bins():
         forgetting_quality([-1.0])
 
 
-def test_chance_is_what_two_alike_populations_score():
+SUMMARIES = {
+    "auc": (lambda a, b: float(ulira(a, b).auc.mean())),
+    "klom": (lambda a, b: float(klom(a, b).mean())),
+    "quality": (lambda a, b: forgetting_quality(privacy_degrees(a, b))),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_scores_of_retraining_are_those_of_fresh_populations(name):
+    fresh = [
+        SUMMARIES[name](normal(64, 50, seed=2 * k), normal(64, 50, seed=2 * k + 1))
+        for k in range(10)
+    ]
+    mean, spread = of_retraining(SUMMARIES[name], normal(64, 50, seed=90))
+    assert abs(mean - np.mean(fresh)) < 2 * max(spread, np.std(fresh))
+
+
+def test_scores_of_retraining_repeat_and_keep_mean_and_variance():
+    seen = []
+
     def score(ours, theirs):
-        return float(klom(ours, theirs).mean())
+        seen.append(ours)
+        return float(theirs.mean())
 
-    alike = [score(normal(64, 50, seed=2 * k), normal(64, 50, seed=2 * k + 1)) for k in range(5)]
-    mean, spread = by_chance(score, normal(64, 50, seed=90), normal(64, 50, seed=91))
-    assert abs(mean - np.mean(alike)) < 4 * (spread + np.std(alike))
-    assert by_chance(score, *[normal(8, 3)] * 2) == by_chance(score, *[normal(8, 3)] * 2)
+    given = normal(200, 3, shift=5.0, scale=2.0)
+    found = of_retraining(score, given, draws=200, seed=1)
+    assert found == of_retraining(score, given, draws=200, seed=1)
+    assert found != of_retraining(score, given, draws=200, seed=2)
+    drawn = np.stack(seen[:200])
+    # standard errors of 2 sqrt(1 / 40000) and 2 sqrt(2 / 40000), and the kernel's little bias
+    assert np.abs(drawn.mean((0, 1)) - given.mean(0)).max() < 0.05
+    assert np.abs(drawn.std((0, 1)) / given.std(0) - 1).max() < 0.02
 
 
-def test_a_chance_that_is_infinite_says_so():
-    few = [normal(2, 9, seed=k) for k in range(2)]
-    mean, spread = by_chance(lambda a, b: float(privacy_degrees(a, b).max()), *few)
+def test_a_score_of_retraining_that_is_infinite_says_so():
+    mean, spread = of_retraining(
+        lambda a, b: float(privacy_degrees(a, b).max()), normal(2, 9), draws=20
+    )
     assert mean == math.inf
     assert math.isnan(spread)
 
@@ -201,7 +227,7 @@ def test_options_of_scores_are_checked():
     with pytest.raises(ValueError, match="delta must be from 0 to below 1; got 1"):
         privacy_degrees(*pair, delta=1)
     with pytest.raises(ValueError, match="draws must be an integer >= 2; got 1"):
-        by_chance(lambda a, b: 0.0, *pair, draws=1)
+        of_retraining(lambda a, b: 0.0, pair[0], draws=1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,7 +250,7 @@ def nothing(model, forget, retain, loss_fn):
 
 
 SETS = ((X, Y), WRONG, TEST)
-run = functools.partial(evaluate_population, loss_fn=F.cross_entropy, draws=5)
+run = functools.partial(evaluate_population, loss_fn=F.cross_entropy)
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +261,10 @@ def population():
 
 def test_retraining_cannot_be_told_from_retraining(population):
     found = population["retrain"]
+    expected = population["retrained"]
     for name in ("ulira_auc", "klom_forget", "klom_retain", "klom_test", "forgetting_quality"):
-        mean, spread = found.chance[name]
-        assert abs(found.scores[name] - mean) < 5 * spread + 0.02, name
+        distance = abs(found.scores[name] - expected.scores[name])
+        assert distance < 5 * expected.spread[name] + 0.02, name
     assert abs(found.scores["ulira_auc"] - 0.5) < 0.12
     assert found.scores["forgetting_quality"] > 0.1
     assert found.scores["ulira_tpr"] < 0.2
@@ -248,7 +275,7 @@ def test_nothing_deleted_is_told(population):
     assert found.scores == no_op.scores
     assert found.examples == no_op.examples
     assert found.scores["ulira_auc"] > 0.95
-    assert found.scores["klom_forget"] > 5 * found.chance["klom_forget"][0]
+    assert found.scores["klom_forget"] > 3 * population["retrained"].scores["klom_forget"]
     assert found.scores["klom_test"] < found.scores["klom_forget"]
     assert found.scores["forgetting_quality"] < population["retrain"].scores["forgetting_quality"]
     assert found.scores["accuracy_forget"] > population["retrained"].scores["accuracy_forget"]
@@ -256,9 +283,12 @@ def test_nothing_deleted_is_told(population):
 
 def test_scores_stand_in_the_result(population):
     retrained = population["retrained"]
-    assert set(retrained.scores) == {
+    assert retrained.scores.keys() == population["L-BFGS"].scores.keys()
+    assert retrained.spread.keys() == SCORES.keys()
+    assert retrained.scores.keys() - SCORES.keys() == {"challenge_score"} | {
         f"{a}_{b}" for a in ("accuracy", "loss") for b in ("forget", "retain", "test")
     }
+    assert retrained.scores["challenge_score"] == retrained.scores["forgetting_quality"]
     assert (population.n_models, population.n_forget) == (24, 10)
     assert (population.n_retain, population.n_test) == (50, 30)
     mine = population["L-BFGS"]
@@ -287,7 +317,8 @@ def test_json_frame_and_repr(population):
     frame = population.to_frame()
     assert list(frame.index) == ["no-op", "retrained", "retrain", "nothing", "L-BFGS"]
     assert frame.loc["retrain", "ulira_auc"] == population["retrain"].scores["ulira_auc"]
-    assert frame.loc["retrain", "chance_klom_test"] == population["retrain"].chance["klom_test"][0]
+    spread = population["retrained"].spread["klom_test"]
+    assert frame.loc["retrained", "spread_klom_test"] == spread
     examples = population.to_frame(examples=True)
     assert examples.loc[("nothing", 3), "auc"] == population["nothing"].examples["auc"][3]
     lines = repr(population).splitlines()
@@ -298,9 +329,9 @@ def test_json_frame_and_repr(population):
     names = [line.split()[0] for line in lines[3:-1]]
     assert names == ["no-op", "retrained", "retrain", "nothing", "L-BFGS"]
     auc = population["nothing"].scores["ulira_auc"]
-    assert f"{auc:.3f} (" in lines[6]
-    assert max(map(len, lines)) < 180
-    assert lines[-1].startswith("In brackets:")
+    assert lines[6].split()[1] == f"{auc:.3f}"
+    assert max(map(len, lines)) < 140
+    assert lines[-1] == 'Row "retrained": what as many more retrained models would score.'
 
 
 def test_frame_needs_pandas(population, monkeypatch):
@@ -406,7 +437,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     found = run(fit_rest, {"mine": nothing}, *SETS, n_models=6, directory=folder)
     assert len(seen) == 6
     for a, b in zip(expected.methods, found.methods, strict=True):
-        assert (a.name, a.scores, a.chance, a.examples) == (b.name, b.scores, b.chance, b.examples)
+        assert (a.name, a.scores, a.spread, a.examples) == (b.name, b.scores, b.spread, b.examples)
     seen.clear()
     more = run(fit_rest, {"mine": nothing}, *SETS, n_models=7, directory=folder)
     assert (len(seen), more.n_models) == (2, 7)

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from lcodec_ext.evaluation.metrics import Number, scikit_learn
 from lcodec_ext.evaluation.population_result import PopulationEvaluation, PopulationMethod
 from lcodec_ext.evaluation.scores import (
     Floats,
-    by_chance,
     forgetting_quality,
     klom,
+    of_retraining,
     privacy_degrees,
     ulira,
 )
@@ -80,6 +81,9 @@ def evaluate_population(
       challenge.
     - accuracies and mean losses on removed, retained and test samples.
 
+    Two populations of retrained models differ, too. What a second one would score stands under
+    "retrained"; compare with that, and not with 0.
+
     Parameters
     ----------
     train : callable
@@ -108,7 +112,7 @@ def evaluate_population(
     max_samples : int, default 1000
         Most samples of each set that are measured; of larger ones so many are drawn.
     draws : int, default 20
-        Shuffles for what scores are by chance.
+        Pairs of populations that are drawn for the scores of "retrained".
     seed : int, default 0
         All seeds follow from it. Numbers do not depend on the processes.
     batch_size : int, default 256
@@ -254,19 +258,27 @@ def _scored(found: list[Found], work: Work, draws: int) -> PopulationEvaluation:
             methods.append(PopulationMethod(name, None, {}, error=error))
             continue
         ours = population(name)
-        seconds = float(ours["statistics"][:, -1].mean())
-        if name == RETRAINED:
-            methods.append(PopulationMethod(name, seconds, yardstick))
-            continue
-        scores, chance, examples = _compared(ours, retrained, draws, work.seed)
-        examples["number"] = list(work.parts()["forget"] or ())
         own = _statistics(ours)
-        ratio = 1.0
-        for part in ("retain", "test"):
-            one, other = own[f"accuracy_{part}"], yardstick[f"accuracy_{part}"]
-            ratio *= one / other if one is not None and other else 1.0
+        ratio = math.prod(
+            (own[key] or 0.0) / (yardstick[key] or math.inf)
+            for key in ("accuracy_retain", "accuracy_test")
+            if own[key] is not None
+        )
+        spread: dict[str, Number] = {}
+        if name == RETRAINED:
+            scores, spread = _of_retraining(retrained, draws, work.seed)
+        else:
+            scores = {key: score(ours, retrained) for key, score in SCORES.items()}
         scores["challenge_score"] = (scores["forgetting_quality"] or 0.0) * ratio
-        methods.append(PopulationMethod(name, seconds, scores | own, chance, examples))
+        methods.append(
+            PopulationMethod(
+                name,
+                float(ours["statistics"][:, -1].mean()),
+                scores | own,
+                spread,
+                {} if name == RETRAINED else _examples(ours, retrained, work),
+            )
+        )
     return PopulationEvaluation(
         methods=tuple(methods),
         n_models=len(found),
@@ -292,39 +304,57 @@ def _statistics(population: Mapping[str, Floats]) -> dict[str, Number]:
     }
 
 
-def _compared(
-    ours: Mapping[str, Floats], theirs: Mapping[str, Floats], draws: int, seed: int
-) -> tuple[dict[str, Number], dict[str, list[float]], dict[str, list[Any]]]:
-    """Scores of two populations, what they are by chance, and those of single removed samples."""
+Margins = Mapping[str, Floats]  # of a population, by the set of samples
+
+
+def _klom(part: str) -> Callable[[Margins, Margins], float]:
+    return lambda ours, theirs: float(klom(ours[part], theirs[part]).mean())
+
+
+def _epsilons(ours: Margins, theirs: Margins) -> Floats:
+    return privacy_degrees(ours["forget"], theirs["forget"])
+
+
+#: By name, what compares unlearned and retrained models.
+SCORES: Mapping[str, Callable[[Margins, Margins], float]] = MappingProxyType(
+    {
+        "ulira_auc": lambda a, b: float(ulira(a["forget"], b["forget"]).auc.mean()),
+        "ulira_auc_pooled": lambda a, b: ulira(a["forget"], b["forget"]).pooled_auc,
+        "ulira_tpr": lambda a, b: ulira(a["forget"], b["forget"]).pooled_tpr,
+        **{f"klom_{part}": _klom(part) for part in PARTS},
+        "klom_forget_95": lambda a, b: float(np.quantile(klom(a["forget"], b["forget"]), 0.95)),
+        "epsilon": lambda a, b: float(np.median(_epsilons(a, b))),
+        "forgetting_quality": lambda a, b: forgetting_quality(_epsilons(a, b)),
+    }
+)
+
+
+def _of_retraining(
+    retrained: Margins, draws: int, seed: int
+) -> tuple[dict[str, Number], dict[str, Number]]:
+    """The scores of two populations like that of the retrained models: means, deviations."""
+    scores: dict[str, Number] = {}
+    spread: dict[str, Number] = {}
+    for name, score in SCORES.items():
+        part = name.removeprefix("klom_") if name.removeprefix("klom_") in PARTS else "forget"
+        scores[name], deviation = of_retraining(
+            lambda a, b, part=part, score=score: score({part: a}, {part: b}),  # type: ignore[misc]
+            retrained[part],
+            draws=draws,
+            seed=seed,
+        )
+        spread[name] = None if math.isnan(deviation) else deviation
+    return scores, spread
+
+
+def _examples(ours: Margins, theirs: Margins, work: Work) -> dict[str, list[Any]]:
+    """The scores of single removed samples."""
     pair = ours["forget"], theirs["forget"]
-    attack, apart, epsilons = ulira(*pair), klom(*pair), privacy_degrees(*pair)
-    scores: dict[str, Number] = {
-        "ulira_auc": float(attack.auc.mean()),
-        "ulira_auc_pooled": attack.pooled_auc,
-        "ulira_tpr": attack.pooled_tpr,
-        "klom_forget": float(apart.mean()),
-        "klom_forget_95": float(np.quantile(apart, 0.95)),
-        "klom_retain": float(klom(ours["retain"], theirs["retain"]).mean()),
-        "klom_test": float(klom(ours["test"], theirs["test"]).mean()),
-        "epsilon": float(np.median(epsilons)),
-        "forgetting_quality": forgetting_quality(epsilons),
-    }
-    judged: dict[str, tuple[str, Callable[[Floats, Floats], float]]] = {
-        "ulira_auc": ("forget", lambda a, b: float(ulira(a, b).auc.mean())),
-        "ulira_tpr": ("forget", lambda a, b: ulira(a, b).pooled_tpr),
-        "epsilon": ("forget", lambda a, b: float(np.median(privacy_degrees(a, b)))),
-        "forgetting_quality": ("forget", lambda a, b: forgetting_quality(privacy_degrees(a, b))),
-        **{f"klom_{part}": (part, lambda a, b: float(klom(a, b).mean())) for part in PARTS},
-    }
-    chance = {
-        name: list(by_chance(score, ours[part], theirs[part], draws=draws, seed=seed))
-        for name, (part, score) in judged.items()
-    }
-    examples = {
-        "number": [],
+    attack = ulira(*pair)
+    return {
+        "number": list(work.parts()["forget"] or ()),
         "auc": attack.auc.tolist(),
         "tpr": attack.tpr.tolist(),
-        "klom": apart.tolist(),
-        "epsilon": epsilons.tolist(),
+        "klom": klom(*pair).tolist(),
+        "epsilon": _epsilons(ours, theirs).tolist(),
     }
-    return scores, chance, examples

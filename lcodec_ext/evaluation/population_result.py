@@ -24,10 +24,10 @@ class PopulationMethod:
     seconds : float or None
         Mean time of a deletion; of "retrained", of a training.
     scores : dict of str to float or None
-        See `evaluate_population`. Of "retrained" the accuracies and losses only.
-    chance : dict of str to [float, float]
-        For the scores that compare populations: mean and standard deviation of what two halves of
-        one shuffled population score.
+        See `evaluate_population`. Of "retrained": what a second population of retrained models
+        would score, which is what a deletion can reach.
+    spread : dict of str to float or None
+        Of the scores of "retrained" that compare populations: their standard deviation.
     examples : dict of str to list
         Of each removed sample: "number", "auc", "tpr", "klom", "epsilon".
     error : str or None
@@ -37,7 +37,7 @@ class PopulationMethod:
     name: str
     seconds: Number
     scores: dict[str, Number]
-    chance: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    spread: dict[str, Number] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     error: str | None = None
 
@@ -104,15 +104,11 @@ class PopulationEvaluation:
         methods = []
         for entry in data["methods"]:
             found = {**entry, "scores": dict(entry["scores"]), "examples": dict(entry["examples"])}
+            if "epsilon" in found["scores"] and found["scores"]["epsilon"] is None:
+                found["scores"]["epsilon"] = math.inf
             if found["examples"]:
-                values = [math.inf if e is None else e for e in found["examples"]["epsilon"]]
-                found["examples"]["epsilon"] = values
-                if found["scores"]["epsilon"] is None:
-                    found["scores"]["epsilon"] = math.inf
-            found["chance"] = {
-                name: [math.inf if mean is None else mean, math.nan if sd is None else sd]
-                for name, (mean, sd) in entry["chance"].items()
-            }
+                values = found["examples"]["epsilon"]
+                found["examples"]["epsilon"] = [math.inf if e is None else e for e in values]
             methods.append(PopulationMethod(**found))
         rest = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "methods"}
         return cls(methods=tuple(methods), **rest)
@@ -120,7 +116,7 @@ class PopulationEvaluation:
     def to_frame(self, *, examples: bool = False) -> Any:
         """A pandas DataFrame with a row for each method.
 
-        Columns are the scores; "chance_" stands before what they are by chance.
+        Columns are the scores; "spread_" stands before their standard deviations.
 
         Parameters
         ----------
@@ -144,7 +140,7 @@ class PopulationEvaluation:
             return pandas.concat(parts).set_index(["method", "number"])
         rows = [
             {"method": m.name, "seconds": m.seconds, "error": m.error, **m.scores}
-            | {f"chance_{name}": mean for name, (mean, _) in m.chance.items()}
+            | {f"spread_{name}": value for name, value in m.spread.items()}
             for m in self.methods
         ]
         return pandas.DataFrame(rows).set_index("method")
@@ -154,9 +150,8 @@ class PopulationEvaluation:
         for method in self.methods:
             cells = []
             for _, _, key, form in _COLUMNS:
-                value, chance = method.scores.get(key), method.chance.get(key)
-                cell = "-" if value is None else format(value, form)
-                cells.append(cell + (f" ({format(chance[0], form)})" if chance else ""))
+                value = method.scores.get(key)
+                cells.append("-" if value is None else format(value, form))
             note = method.error or ""
             rows.append([method.name, *cells, note if len(note) <= 60 else note[:57] + "..."])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -174,6 +169,6 @@ class PopulationEvaluation:
                     ).rstrip()
                     for row in rows
                 ),
-                "In brackets: what two halves of one population of so many models score.",
+                'Row "retrained": what as many more retrained models would score.',
             ]
         )

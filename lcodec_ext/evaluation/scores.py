@@ -4,8 +4,8 @@ All take two arrays of shape (N, n): one number for each of N models and n sampl
 margin of the right class. The models of a population differ in seed. An attacker sees one number
 and tells from which population it is; if he cannot, the sample is forgotten.
 
-Scores of few models are biased upward: two samples from one population differ. `by_chance` tells
-by how much.
+Scores of few models are biased upward: two samples from one population differ. `of_retraining`
+tells what a second population of retrained models would score.
 """
 
 from collections.abc import Callable
@@ -204,36 +204,42 @@ def forgetting_quality(epsilons: Any) -> float:
     return float((2.0 / 2.0 ** np.digitize(values, np.arange(_BINS) * _WIDTH)).mean())
 
 
-def by_chance(
-    score: Callable[[Floats, Floats], float],
-    unlearned: Any,
-    retrained: Any,
-    *,
-    draws: int = 20,
-    seed: int = 0,
+def of_retraining(
+    score: Callable[[Floats, Floats], float], retrained: Any, *, draws: int = 20, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and standard deviation of a score if unlearned and retrained models were alike.
+    """Mean and standard deviation of a score between two populations of retrained models.
 
-    The models of both populations are shuffled, and the score of the halves is computed. The
+    A pair of populations is drawn by the smoothed bootstrap: so many models with replacement, and
+    normal noise of Silverman's width on each number, scaled so that the variance stays. The
     deviation is NaN where a score is infinite.
 
     Parameters
     ----------
     score : callable
         ``score(one, other)`` of two arrays of shape (N, n).
-    unlearned, retrained : array_like, shape (N, n)
+    retrained : array_like, shape (N, n)
     draws : int, default 20
+        Pairs.
     seed : int, default 0
+
+    References
+    ----------
+    B. W. Silverman, "Density Estimation for Statistics and Data Analysis", 1986, section 6.4.1.
     """
     check_integer(draws, "draws", 2)
     check_seed(seed, optional=False)
-    ours, theirs = _populations(unlearned, retrained, 1)
-    both = np.concatenate([ours, theirs])
+    given, _ = _populations(retrained, retrained, 2)
+    n = len(given)
+    mean, deviation = given.mean(0), given.std(0, ddof=1)
+    width = 1.06 * n**-0.2  # in standard deviations
     rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(draws):
-        order = rng.permutation(len(both))
-        found.append(score(both[order[: len(ours)]], both[order[len(ours) :]]))
+
+    def population() -> Floats:
+        drawn = given[rng.integers(0, n, n)]
+        noise = width * deviation * rng.standard_normal(drawn.shape)
+        return np.asarray(mean + (drawn - mean + noise) / np.sqrt(1 + width**2))
+
+    found = [score(population(), population()) for _ in range(draws)]
     finite = bool(np.isfinite(found).all())
     return float(np.mean(found)), float(np.std(found, ddof=1)) if finite else float("nan")
 
