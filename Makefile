@@ -123,17 +123,18 @@ check-sanitize: $(VENV)/.installed ## Part of check: native tests on an ASan + U
 check-long: $(VENV)/.installed ## Part of check: tests of properties with the long Hypothesis profile
 	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(ARGS) $$(grep -l 'from hypothesis' tests/test_*.py)
 
-# Other CPUs round otherwise: they have other vectors, MKL has other kernels for AMD, sums are split
-# among threads. The first run takes the least that torch, MKL and oneDNN know, the second AVX2 and two
-# threads. Left out are tests of what has no torch arithmetic in it: dependence, which is exact on any
-# path, the kernels (`make check-sanitize`), streams with a stand-in for the step, reports, the command
-# line, and torch.compile, which does not work with ATEN_CPU_CAPABILITY.
+# Another CPU rounds otherwise: its vectors are of another length, MKL takes other kernels on AMD, and
+# threads split sums. The first run takes the least that torch, MKL and oneDNN offer. The second takes
+# AVX2 and two threads, which sleep while they wait: spinning is slow where both cores are busy.
+# The files are those in which torch's arithmetic decides. The others test dependence (exact on every
+# path), kernels (`make check-sanitize`), ledgers, reports, the command line, and torch.compile, which
+# does not work under ATEN_CPU_CAPABILITY.
 PATHS_TESTS = $(filter-out %_report.py %_ledger.py,$(wildcard tests/test_before_redesign.py \
     tests/test_compat_scrub.py tests/test_curvature_*.py tests/test_docs.py tests/test_unlearning_*.py))
 check-paths: $(VENV)/.installed ## Part of check: tests of torch arithmetic on other CPU code paths
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
 	    HYPOTHESIS_PROFILE=short $(BIN)/pytest -m 'not native' $(PATHS_TESTS)
-	ATEN_CPU_CAPABILITY=avx2 LCODEC_TEST_TORCH_THREADS=2 \
+	ATEN_CPU_CAPABILITY=avx2 LCODEC_TEST_TORCH_THREADS=2 OMP_WAIT_POLICY=passive \
 	    HYPOTHESIS_PROFILE=short $(BIN)/pytest -m 'not native' $(PATHS_TESTS)
 
 # --------------------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
         "CMAKE_CUDA_ARCHITECTURES": architectures,
         "CMAKE_CUDA_FLAGS": "-Xptxas=-v",
         "LCODEC_EMULATE": "ON",  # tests of kernels import the emulator as well
+        "LCODEC_INSTRUMENTS": "ON",  # the floors of timings come from counted scans
     }
     for name, value in defined.items():
         build += ["-C", f"cmake.define.{name}={value}"]

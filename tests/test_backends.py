@@ -16,6 +16,7 @@ from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import HostEngine
 from lcodec_ext.dependence.backends.cpu import CpuBackend, CpuColumns, CpuEngine
 from lcodec_ext.dependence.backends.reference import ReferenceColumns, ReferenceEngine
+from lcodec_ext.dependence.backends.resolve import HOST
 
 ranks = CpuBackend().ranks
 pytestmark = pytest.mark.native
@@ -90,7 +91,7 @@ def test_foci_equals_reference(table, ties, seed, standardize, stop):
     options = {"ties": ties, "seed": seed, "standardize": standardize, "stop": stop}
     options["max_features"] = 4
     results = []
-    for backend in ("cpu", "reference"):
+    for backend in HOST:
         try:
             results.append(lcodec_ext.foci(X, y, backend=backend, **options))
         except ValueError as error:  # a spread beyond float32: both must refuse it alike
@@ -109,8 +110,7 @@ def test_codec_equals_reference(table, ties, seed):
     split = X.shape[1] // 2
     for z, x in [(X, None), (X[:, split:], X[:, :split] if split else None)]:
         values = [
-            lcodec_ext.codec(y, z, x, ties=ties, seed=seed, backend=backend)
-            for backend in ("cpu", "reference")
+            lcodec_ext.codec(y, z, x, ties=ties, seed=seed, backend=backend) for backend in HOST
         ]
         assert values[0] == values[1]
 
@@ -140,8 +140,7 @@ def test_columns_of_many_rows_equal_reference(n, rng, simd_level):
 def test_neighbors_equal_reference(table, ties, seed):
     X, _ = table
     cpu, reference = (
-        lcodec_ext.nearest_neighbors(X, ties=ties, seed=seed, backend=backend)
-        for backend in ("cpu", "reference")
+        lcodec_ext.nearest_neighbors(X, ties=ties, seed=seed, backend=backend) for backend in HOST
     )
     for a, b in zip(*((r if ties == "all" else (r,)) for r in (cpu, reference)), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -332,12 +332,11 @@ LCODEC_INLINE bool add_segment(const ScanArgs<T>& a, bool first, const Segment<T
                                const typename Simd<T>::Value (&best)[kVectors]) {
   if (first) {
     bool several = false;
+    if constexpr (kCount)
+      for (int l = 0; l < kLanes<T>; ++l) several |= segment.count[l] != 1;
     for (int l = 0; l < kLanes<T>; ++l) {
       a.sum[l] = segment.sum[l];
-      if constexpr (kCount) {
-        a.count[l] = segment.count[l];
-        several |= segment.count[l] != 1;
-      }
+      if constexpr (kCount) a.count[l] = segment.count[l];
     }
     return !several;
   }
@@ -367,7 +366,7 @@ ScanResult scan(const ScanArgs<T>& a) {
   for (std::int64_t begin = 0; begin < a.list.chunks && !stopped; begin += kSegment) {
     const std::int64_t end = begin + kSegment < a.list.chunks ? begin + kSegment : a.list.chunks;
     Value start[kVectors];
-    __builtin_memcpy(start, lanes.best, sizeof start);
+    for (int q = 0; q < kVectors; ++q) start[q] = lanes.best[q];
     lanes.begin_segment();
     std::uint64_t open = 0;
     std::int64_t c = begin;

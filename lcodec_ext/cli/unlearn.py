@@ -110,8 +110,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add(
         "--selection",
         metavar="HOW",
-        help="the units to change: full, lfoci, cheap, gradient, random, or a .json file of "
-        "UnitSelection.to_dict()",
+        help="the units to change: the name of a rule (docs/unlearning.md lists them), or a .json "
+        "file of UnitSelection.to_dict()",
     )
     add("--curvature", metavar="KIND", help="gauss_newton, hessian, fisher or secant")
     add("--damping", type=number(), metavar="X", help="added to the curvature's diagonal")

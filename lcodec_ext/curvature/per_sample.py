@@ -328,7 +328,7 @@ def per_sample_gradients(
         Whether loss_fn is the mean or the sum of a batch's losses; gradients are of the losses of
         single samples in either case.
     max_bytes : int, default 2**27
-        A chunk has as many samples as, stored, take no more than this; at least one.
+        Upper limit on the memory of a chunk's stored gradients. A chunk has at least one sample.
 
     Yields
     ------

@@ -635,7 +635,7 @@ def _relearn_level(original: Measured, references: list[Measured]) -> float:
     """The loss at which removed samples count as learnt again."""
     before = float(original.forget.losses.mean())
     after = float(np.mean([each.forget.losses.mean() for each in references]))
-    # The losses are compared across dtypes: the original model, too, must be seen to be there.
+    # The last term allows for rounding between dtypes: the original model reaches the level itself.
     return before + _TOLERANCE * max(after - before, 0.0) + 1e-6 * abs(before)
 
 

@@ -18,12 +18,12 @@ _SHORT = 1.0  # relative residual of a step that falls short
 
 @dataclass(frozen=True, eq=False)
 class Guard:
-    """What is watched for harm, and its value at the start."""
+    """Watches one number for harm; larger is better."""
 
     work: Workplace
     samples: Samples
-    watched: str  # what it is called
-    before: float
+    watched: str  # the name of the number
+    before: float  # its value at the start
 
     @classmethod
     def of(cls, work: Workplace, samples: Samples) -> "Guard":
@@ -41,12 +41,12 @@ class Guard:
 
     @property
     def most(self) -> float:
-        """How far it may fall."""
+        """The largest fall that is allowed."""
         most = self.work.settings.max_drop
         return math.inf if most is None else most
 
     def allows(self, value: float) -> bool:
-        """Whether a value has fallen no further than it may; NaN has."""
+        """Whether the fall since the start is within max_drop. NaN is refused."""
         return self.work.settings.max_drop is None or self.before - value <= self.most
 
 

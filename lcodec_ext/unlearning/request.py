@@ -1,4 +1,4 @@
-"""What is asked: which samples to delete, which stay, and what stands for those."""
+"""What is asked: the samples to delete, those that stay, and the statistics that replace these."""
 
 import math
 import warnings
@@ -153,7 +153,7 @@ class Request:
             rest = self.forget.subset(range(part[-1] + 1, self.m))
             retained = None if self.kept is None else self.kept.with_samples(rest)
             n_retain = self.n_retain if retained is None else len(retained.all)
-            # The statistics are at these weights for good: "cheap" steps more than once.
+            # at these weights: "cheap" changes the model's before its next step
             statistics = None if self.statistics is None else self.statistics.at(work.model)
             seed = [work.settings.seed, 2, count]
             yield Part(part, self.forget.subset(part), retained, statistics, n_retain, seed)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Unit = tuple[str, int]
 
-CHEAP_THRESHOLD = 0.05  # of T, the reference's
+CHEAP_THRESHOLD = 0.05  # the T below which "cheap" stops, as in the published code
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +112,7 @@ def take(
         If no unit is ranked, or none fits.
     """
     if not ranked:
-        raise ValueError(
-            f"selection={settings.selection!r} finds no unit: the gradient of the removed samples "
-            "vanishes on all candidates"
-        )
+        raise ValueError(f"selection={settings.selection!r} finds no unit to change")
     sizes = dict(zip(candidates.units, candidates.sizes.tolist(), strict=True))
     left = settings.budget(n_trainable)
     most = settings.n_units or len(candidates.units)
@@ -190,8 +187,9 @@ class Choice:
 class Rule:
     """A way to select units.
 
-    `size` says whether the rule fixes the number of units, needs n_units or max_parameters, or
-    stops by itself without them; a repeated rule selects again after every step.
+    `size` is "given" if the rule fixes the number of units, "needed" if it needs n_units or
+    max_parameters, and "optional" if it stops by itself without them. A repeated rule selects again
+    after every step.
     """
 
     select: Callable[[Question], Choice]
@@ -237,6 +235,11 @@ def _by_gradient(question: Question) -> Choice:
         score = score / candidates.sizes
     order = np.argsort(-score, kind="stable")
     ranked = [candidates.units[k] for k in order if score[k] > 0]
+    if not ranked:
+        raise ValueError(
+            "selection='gradient' finds no unit: the gradient of the removed samples vanishes on "
+            "all candidates"
+        )
     return Choice(question.take(ranked), len(candidates.units))
 
 
@@ -278,7 +281,7 @@ def _by_cheap(question: Question) -> Choice:
         if fits and (not taken or T > CHEAP_THRESHOLD):
             return dataclasses.replace(nothing, selection=chosen)
     if not taken:
-        question.take(ranked)  # its refusal
+        question.take(ranked)  # raises the error that says what does not fit
     return nothing
 
 

@@ -107,8 +107,8 @@ class SelectSettings:
 
     Attributes
     ----------
-    selection : {"full", "lfoci", "cheap", "gradient", "random"} or UnitSelection
-        The rule that selects units (docs/unlearning.md describes them), or the units.
+    selection : str or UnitSelection
+        The units, or the name of a rule that selects them: docs/unlearning.md lists the rules.
     candidates : {"all", "weights"} or tuple of str
         Units to select from: all, those of linear layers and convolutions, or layer name patterns.
     n_units : int, optional

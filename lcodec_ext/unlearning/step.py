@@ -211,7 +211,7 @@ def _solve(
         advice = f"damping above {factor * (damping + least):.2g}"
         if curvature in ("hessian", "secant"):
             advice = (
-                "curvature='gauss_newton', which never is indefinite for a loss that is convex in "
+                "curvature='gauss_newton', which is never indefinite for a loss that is convex in "
                 f"the outputs, or {advice}"
             )
         else:

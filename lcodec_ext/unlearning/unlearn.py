@@ -19,6 +19,7 @@ from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
+from lcodec_ext.unlearning.select import RULES
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.workplace import Measured, Workplace, copy_state, norm
@@ -205,7 +206,9 @@ def _warn_of_skipped(
             stacklevel=4,  # behind unlearn and its decorator
         )
     fewest = min(len(d.selection) for d in deletions)
-    if settings.selection != "cheap" and settings.n_units is not None and fewest < settings.n_units:
+    rule = RULES.get(settings.selection) if isinstance(settings.selection, str) else None
+    repeated = rule is not None and rule.repeated
+    if not repeated and settings.n_units is not None and fewest < settings.n_units:
         warnings.warn(
             f"n_units is {settings.n_units}, and only {fewest} units can be ranked: the others are "
             "dead, or there are no more",

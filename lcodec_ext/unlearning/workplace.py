@@ -123,7 +123,7 @@ class Workplace:
         return Measured(*self.gradient(forget), *self.gradient(retained))
 
     def mean_loss(self, samples: Samples) -> float:
-        """Without the regulariser; NaN or infinity where it is."""
+        """Mean loss without the regulariser. It may be NaN or infinite."""
         return mean_loss(self.model, samples, self.loss_fn, self.settings.batch_size)
 
     def quality(self, samples: Samples) -> tuple[str, float]:
@@ -136,7 +136,7 @@ class Workplace:
     def handed_over(self, model: nn.Module, selection: UnitSelection) -> nn.Module:
         """A copy of a model with the new weights of a selection, and the buffers.
 
-        The weights are taken back as the dtype of the model rounds them.
+        Casting to the model's dtype rounds the weights; the rounded values are copied back.
         """
         changed = copy.deepcopy(model)
         if not selection:

@@ -168,7 +168,7 @@ class MaskedModel:
     # Vectors
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """The displacements of the parameters that a vector of coordinates is."""
+        """Split a vector of coordinates into one displacement per parameter."""
         return [entries.take(vector) for entries in self.entries.values()]
 
     def join(self, displacements: Sequence[Tensor]) -> Tensor:
@@ -179,7 +179,7 @@ class MaskedModel:
         return out
 
     def columns(self, selection: UnitSelection) -> Tensor:
-        """The coordinates that the coordinates of a part of the selection are."""
+        """For each coordinate of a smaller selection, its index among ours."""
         before = {name: p.requires_grad for name, p in self.model.named_parameters()}
         for name, trainable in self._trainable.items():
             self.model.get_parameter(name).requires_grad_(trainable)

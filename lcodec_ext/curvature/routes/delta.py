@@ -1,4 +1,8 @@
-"""The delta hook: everything that autograd differentiates twice."""
+"""Products by two backward passes through the delta hook.
+
+The hook adds layer(x; d), with d = 0, to the output of a selected layer. Autograd differentiates by
+d alone (docs/curvature.md).
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence

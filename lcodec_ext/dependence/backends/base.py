@@ -60,8 +60,8 @@ class Engine(ABC):
     def score(self, columns: NDArray[np.int64], floor: int | None = None) -> Scores:
         """For every candidate `exact_sum` in fixed point, whole and fraction.
 
-        With a floor an engine may give -1 as the whole of any candidate that is not above it or
-        is below another one.
+        With a floor, an engine may report -1 as the whole of a candidate that cannot win: one that
+        is not above the floor, or is below another candidate.
         """
 
     @abstractmethod
@@ -75,7 +75,8 @@ class Engine(ABC):
     def leaders(self, columns: NDArray[np.int64], floor: int | None = None) -> Leaders:
         """The candidates that may have the largest exact sum, in any order, and their scores.
 
-        At least those with the largest, unless it is not above the floor; seldom many more.
+        All candidates with the largest sum are among them, and possibly a few others. The result
+        may be empty if no sum exceeds the floor.
         """
 
 

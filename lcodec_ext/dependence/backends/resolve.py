@@ -10,8 +10,10 @@ from lcodec_ext.dependence.backends.reference import ReferenceBackend
 
 BackendName = Literal["auto", "cpu", "cuda", "reference"]
 BackendLike = BackendName | Backend
-_NAMES = ("auto", "cpu", "cuda", "reference")
-_CPU, _REFERENCE = CpuBackend(), ReferenceBackend()
+
+#: Backends on NumPy arrays. To add one, name it here and in `BackendName`.
+HOST: dict[str, HostBackend] = {"cpu": CpuBackend(), "reference": ReferenceBackend()}
+_NAMES = ("auto", "cuda", *HOST)
 
 
 def resolve(backend: BackendLike, **arrays: Any) -> Backend:
@@ -43,9 +45,9 @@ def resolve(backend: BackendLike, **arrays: Any) -> Backend:
     elif backend != "auto" or first is None:
         where = "the CPU and on CUDA devices" if backend == "auto" else "the CPU"
         _refuse_devices(given, f"backend={backend!r} computes on {where}")
-        return _REFERENCE if backend == "reference" else _CPU
+        return HOST["cpu" if backend == "auto" else backend]
     if first is None:  # all arguments are None, which their own check refuses
-        return _CPU
+        return HOST["cpu"]
     device = given[first].device
     for name, array in given.items():
         if not is_tensor(array) or array.device != device:
@@ -63,13 +65,13 @@ def resolve_on_cpu(function: str, backend: BackendLike, **arrays: Any) -> HostBa
     """`resolve` for a function that has no CUDA kernels."""
     if isinstance(backend, HostBackend):
         return backend
-    check_choice(backend, "backend", _NAMES)
-    if backend == "cuda":
+    name: str = check_choice(backend, "backend", _NAMES)
+    if name == "cuda":
         raise ValueError(
             f"{function} computes on the CPU only; got backend='cuda': pass backend='auto'"
         )
     _refuse_devices(arrays, f"{function} computes on the CPU only")
-    return _REFERENCE if backend == "reference" else _CPU
+    return HOST["cpu" if name == "auto" else name]
 
 
 def _refuse_devices(arrays: dict[str, Any], reason: str) -> None:

@@ -36,8 +36,8 @@ from lcodec_ext.unlearning.record.perturb import Perturb, perturbed
 
 Rows = Literal["batch", "samples"]
 
-_DOUBTFUL = 1e3  # times the resolution: a spread that rounding may have made
-_COPIES = 4  # of a perturbation, at least, from which that is told
+_DOUBTFUL = 1e3  # a spread below this multiple of the resolution may be rounding alone
+_COPIES = 4  # how often, at least, a perturbation is run again to measure rounding
 _MAX_VALUES = 2**31  # activations in memory: 16 GiB
 
 
