@@ -213,6 +213,16 @@ def n_units(module: nn.Module) -> int:
         raise ValueError(f"this {type(module).__name__} has no units: {error}") from None
 
 
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """List for every parameter, by id, the names it has in the modules that own it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(_join(name, key))
+    return owners
+
+
 def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, str]]:
     """Find the layers with units that can be selected, and for other layers the reason why not.
 
@@ -220,11 +230,7 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
     projections, under its name with ".in_proj".
     """
     _check_module(model)
-    owners: dict[int, list[str]] = {}  # of every parameter, by id: its names in all modules
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(_join(name, key))
+    owners = parameter_owners(model)
     layers: dict[str, UnitLayer] = {}
     without: dict[str, str] = {}
     for name, module in model.named_modules():
