@@ -467,7 +467,7 @@ ROWS = torch.ones(2, 6)
         (lambda: gram(G, V, [(1, 2), (4,)]), r"a sequence of 2 integers each; got \[\(1, 2"),
         (lambda: gram(G, V, [(1.5, 2), (4, 1)]), r"a sequence of 2 integers each; got"),
         (lambda: gram(G, V, [1, 2]), r"a sequence of 2 integers each; got \[1, 2\]"),
-        (lambda: gram(G, V, [(2**63 - 1, 3)]), "segment 0 ends at 9223372036854775810, behind"),
+        (lambda: gram(G, V, [(2**63 - 1, 3)]), "segment 0 ends at 9223372036854775810, and"),
         (lambda: gram(G, V, [(0, 2**62)] * 4 + [(0, 3)]), "segment 0 ends at 46.*, and G has 6"),
         (lambda: gram(G, V, SEGMENTS, torch.ones(3)), r"weights must be .*shape \(4,\)"),
         (lambda: gram(G, V.to("meta"), SEGMENTS), "one device; G is on 'cpu', v is on 'meta'"),
