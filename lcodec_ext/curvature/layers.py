@@ -60,7 +60,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class UnitParameter:
-    """A parameter of which every unit of a range owns a slice."""
+    """A parameter in which every unit of a range owns a slice."""
 
     name: str  # as named_parameters lists it
     shape: tuple[int, ...]
@@ -150,7 +150,7 @@ def unit_cuts(module: nn.Module) -> list[tuple[int, int, Cuts]]:
         if module.max_norm is not None:
             raise NoUnitsError("max_norm: its forward pass overwrites its weight")
         if module.scale_grad_by_freq:
-            raise NoUnitsError("scale_grad_by_freq: its gradients are no derivatives of the loss")
+            raise NoUnitsError("scale_grad_by_freq: its gradients are not derivatives of the loss")
     found: list[tuple[int, int, Cuts]] = []
     first = 0
     for key in weights:
