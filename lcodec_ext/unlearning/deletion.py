@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from lcodec_ext.curvature import SolveResult, UnitSelection
 from lcodec_ext.unlearning.guard import Attempt, Watch, guarded_step
 from lcodec_ext.unlearning.request import Part
-from lcodec_ext.unlearning.select import RULES, Choice, choose
+from lcodec_ext.unlearning.rules import RULES
+from lcodec_ext.unlearning.select import Choice, choose
 from lcodec_ext.unlearning.step import Block
 from lcodec_ext.unlearning.workplace import Workplace
 

@@ -12,7 +12,7 @@ import torch
 from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.record import TokenReplacement
-from lcodec_ext.unlearning.select import RULES
+from lcodec_ext.unlearning.rules import RULES
 
 CURVATURES = ("gauss_newton", "hessian", "fisher", "secant")
 UPDATES = ("newton", "gradient", "certified")

@@ -19,7 +19,7 @@ from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
-from lcodec_ext.unlearning.select import RULES
+from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.workplace import Measured, Workplace, copy_state, norm
