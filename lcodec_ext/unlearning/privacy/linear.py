@@ -66,7 +66,7 @@ class RemovalRecord:
 
 
 @dataclass(frozen=True)
-class Objective:
+class LinearObjective:
     """The sum of one output's losses over samples, plus (decay/2) |w|^2.
 
     x has shape (n, d), target (n,): real numbers, or 0 and 1 for the logistic loss.
@@ -107,7 +107,7 @@ class Objective:
         return hessian
 
 
-def minimise(objective: Objective, linear: Tensor, tolerance: float) -> Tensor:
+def minimise(objective: LinearObjective, linear: Tensor, tolerance: float) -> Tensor:
     """Minimise an objective plus ``linear @ w`` by Newton's method with backtracking.
 
     It ends at a gradient of at most the tolerance, or with a RuntimeError.
@@ -240,8 +240,13 @@ class CertifiedLinear:
                 f"{self.tolerance!r}"
             )
         self._seed = check_seed(seed)
+        # Of a trained model; weights, retained and spent come with it.
         self._data: tuple[Tensor, Tensor] | None = None  # of the retained samples
         self._n: int | None = None  # of fit; unknown in states of earlier versions
+        self._noise = torch.empty(0)  # b of each output
+        self._seeded = False
+        self._spectral_norm = 0.0  # at least that of the retained samples' inputs
+        self._left_by_output: list[float] = []  # bounds on what removals left of the gradient
 
     def __repr__(self) -> str:
         head = f"CertifiedLinear({self.loss!r}, weight_decay={self.weight_decay:g}"
@@ -312,11 +317,11 @@ class CertifiedLinear:
         self._left_by_output = [0.0] * n_outputs
         self.spent = self._spent(self._left_by_output)
 
-    def _objectives(self, x: Tensor, target: Tensor, n_outputs: int) -> Iterator[Objective]:
+    def _objectives(self, x: Tensor, target: Tensor, n_outputs: int) -> Iterator[LinearObjective]:
         """The objective of each output over some samples."""
         for k in range(n_outputs) if n_outputs > 1 else [1]:
             own = target if self.loss == "squared" else (target == k).double()
-            yield Objective(self.loss, x, own, self.weight_decay * len(x))
+            yield LinearObjective(self.loss, x, own, self.weight_decay * len(x))
 
     # -- removal
 
@@ -369,7 +374,9 @@ class CertifiedLinear:
             n_retained=len(rest),
         )
 
-    def _step(self, w: Tensor, removed: Objective, retained: Objective) -> tuple[Tensor, float]:
+    def _step(
+        self, w: Tensor, removed: LinearObjective, retained: LinearObjective
+    ) -> tuple[Tensor, float]:
         """One output's step, and a bound on what it leaves of the gradient."""
         right, hessian = removed.gradient(w), retained.hessian(w)
         step = _solve(hessian, right)
