@@ -222,15 +222,15 @@ def test_a_dataset_is_fetched_by_number(folder):
         ([], ValueError, "ids must have at least one sample"),
         (40, ValueError, r"ids\[0\] must be an integer from 0 to 39; got 40"),
         ([1, -1], ValueError, r"ids\[1\] must be an integer from 0 to 39; got -1"),
-        ([1, 2, 1, 2], ValueError, "ids must differ; 1, 2 is there more than once"),
-        ([4, 3], ValueError, "ids must be samples that are not removed; 3 already is"),
+        ([1, 2, 1, 2], ValueError, "ids must differ; given more than once: 1, 2$"),
+        ([4, 3], ValueError, "ids must be samples that are not removed; removed already: 3$"),
         (torch.arange(5) > 3, TypeError, "got a mask of bool: pass its nonzero"),
         (np.arange(5) > 3, TypeError, "got a mask of bool: pass its nonzero"),
         (1.0, TypeError, r"ids\[0\] must be an integer"),
         ("1", TypeError, r"ids\[0\] must be an integer"),
         (None, TypeError, r"ids\[0\] must be an integer"),
         ([True], TypeError, r"ids\[0\] must be an integer"),
-        ([0, 1, 2, *range(4, N)], ValueError, "ids must leave at least one sample"),
+        ([0, 1, 2, *range(4, N)], ValueError, "ids name all remaining samples; leave at least one"),
     ],
 )
 def test_wrong_ids_change_nothing(ids, error, message):

@@ -530,7 +530,7 @@ def overridden():
         ),
         (
             nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))),
-            r"4 modules .*\('0', '1', '2', ...\)",
+            r"4 modules .*\('0', '1', '2' and 1 more\)",
         ),
         (
             nn.Sequential(nn.Linear(4, 1), nn.Sequential(nn.Tanh())),

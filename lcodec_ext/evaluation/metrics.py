@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
-from lcodec_ext._torch.loss import LossFunction, objective, trainable
+from lcodec_ext._torch.loss import LossFunction, euclidean_norm, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
 from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, predict
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
@@ -230,7 +230,7 @@ def gradient_norm(
     samples = _samples(model, data, "data")
     with evaluating(model), plain_arithmetic(), torch.enable_grad():
         _, gradient = objective(model, samples, loss_fn, weight_decay, batch_size)
-    return float(sum(each.square().sum() for each in gradient)) ** 0.5
+    return euclidean_norm(gradient)
 
 
 # ---------------------------------------------------------------------------------------------

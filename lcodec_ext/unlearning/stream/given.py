@@ -13,9 +13,10 @@ from torch import nn
 
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.loss import LossFunction, check_loss_fn
+from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score
-from lcodec_ext._torch.samples import Samples, as_samples
+from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream.checkpoints import state_hash
@@ -55,7 +56,7 @@ class Given:
         )
 
 
-def take(
+def receive(
     model: nn.Module,
     train: Any,
     loss_fn: LossFunction,
@@ -66,15 +67,12 @@ def take(
     settings: Settings,
 ) -> Given:
     """Check what is given."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
+    check_module(model)
+    check_loss_fn(loss_fn)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("the model has no parameter")
-    double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-    dtype = settings.dtype or (torch.float64 if double else torch.float32)
+    dtype = settings.dtype or working_dtype(model)
     samples = as_samples(train, "train", parameter.device, dtype)
     if validation is not None:
         validation = as_samples(validation, "validation", parameter.device, dtype)

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_integer
-from lcodec_ext._torch.loss import mean_loss
+from lcodec_ext._checks import check_integer, first_few
+from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.privacy import Guarantee
@@ -44,18 +44,15 @@ def check_ids(ids: Any, n: int, removed: Mapping[int, Any]) -> list[int]:
         raise ValueError("ids must have at least one sample; got none")
     twice = sorted(i for i, times in Counter(numbers).items() if times > 1)
     if twice:
-        raise ValueError(f"ids must differ; {_list(twice)} is there more than once")
+        raise ValueError(f"ids must differ; given more than once: {first_few(twice, _LISTED)}")
     gone = [i for i in numbers if i in removed]
     if gone:
-        raise ValueError(f"ids must be samples that are not removed; {_list(gone)} already is")
+        raise ValueError(
+            "ids must be samples that are not removed; removed already: " + first_few(gone, _LISTED)
+        )
     if len(removed) + len(numbers) == n:
-        raise ValueError("ids must leave at least one sample; these are all that there are")
+        raise ValueError("ids name all remaining samples; leave at least one")
     return numbers
-
-
-def _list(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
-    return ", ".join(map(str, numbers[:_LISTED])) + more
 
 
 def check_note(note: object) -> str | None:
@@ -159,15 +156,10 @@ def guarantee_after(
         n_selected=result.n_parameters,
         training_gradient_norm=math.nan if gradient_norm is None else gradient_norm,
         solve_residual=result.solve_residual,
-        parameter_norm=max(_norm(original), _norm(result.model)),
+        parameter_norm=max(euclidean_norm(trainable(each)) for each in (original, result.model)),
         damping=result.damping,
         order="sequential" if steps else given.settings.order,
     )
-
-
-def _norm(model: nn.Module) -> float:
-    squares = [p.detach().double().square().sum() for p in model.parameters() if p.requires_grad]
-    return float(sum(squares)) ** 0.5
 
 
 def statistics_after(

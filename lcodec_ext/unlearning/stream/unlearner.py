@@ -27,9 +27,9 @@ from lcodec_ext.unlearning.stream.checkpoints import (
 from lcodec_ext.unlearning.stream.given import (
     check_given,
     circumstances,
+    receive,
     settings_on_record,
     start_record,
-    take,
 )
 from lcodec_ext.unlearning.stream.history import spend
 from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE, Ledger
@@ -137,13 +137,14 @@ class Unlearner:
         if settings.update == "certified" and settings.max_drop is not None:
             raise ValueError(f"update='certified' is not possible here: {GUARDED}")
         budget = _budget(settings, epsilon_budget, delta_budget)
-        given = take(model, train, loss_fn, validation, statistics, score, progress, settings)
+        given = receive(model, train, loss_fn, validation, statistics, score, progress, settings)
         state = state_of(model)
         self._model, self._closed = copy.deepcopy(model), False
         folder = None if directory is None else Path(directory)
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._given = given.with_statistics_at(model)
+        self._statistics = self._given.statistics
         self._store = Store(folder)
         with self._store.closed_on_failure():
             _check_new(self._store, directory)
@@ -209,7 +210,9 @@ class Unlearner:
                     "Unlearner(..., directory=...)"
                 )
             settings = settings_on_record(store.history, perturb)
-            given = take(model, train, loss_fn, validation, statistics, score, progress, settings)
+            given = receive(
+                model, train, loss_fn, validation, statistics, score, progress, settings
+            )
             check_given(given, model, store.history)
             self._model = with_state(model, store.state(-1))
             if statistics is not None:
