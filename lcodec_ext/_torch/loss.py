@@ -25,7 +25,7 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class KnownLoss:
-    """A loss whose second derivative by the outputs is written down.
+    """A loss whose second derivative by the outputs has a known formula.
 
     Attributes
     ----------
@@ -171,7 +171,7 @@ def check_parts(
 
 
 def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int) -> float:
-    """Without the regulariser, in evaluation mode; NaN or infinite where the loss is."""
+    """Mean loss without the regulariser, in evaluation mode; it may be NaN or infinite."""
     total = 0.0
     with evaluating(model), torch.no_grad():
         for batch in samples.batches(batch_size):
@@ -266,7 +266,7 @@ def objective(
 
 
 def euclidean_norm(tensors: Iterable[Tensor]) -> float:
-    """Of all entries together, summed in float64."""
+    """Euclidean norm of all entries together, summed in float64."""
     return math.sqrt(sum(float(each.detach().double().square().sum()) for each in tensors))
 
 

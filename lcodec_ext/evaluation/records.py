@@ -31,7 +31,7 @@ class Stat:
 class CombinedMethod:
     """A method, its numbers combined over evaluations; what is not finite is left out.
 
-    `share_of_retraining` is of the time; `units_per_layer` has (selected, of); `not_finite` names
+    `share_of_retraining` refers to time; `units_per_layer` has (selected, of); `not_finite` names
     what was infinite or NaN somewhere.
     """
 
@@ -70,7 +70,7 @@ def _finite(values: Iterable[object]) -> list[float]:
 
 
 def _stat(values: Iterable[object], sd: object = None) -> Stat | None:
-    """Of the finite values; `sd` is what a single value has already."""
+    """Statistics of the finite values; a single value keeps its `sd`."""
     found = _finite(values)
     if not found:
         return None
@@ -81,7 +81,7 @@ def _stat(values: Iterable[object], sd: object = None) -> Stat | None:
 def stats(
     parts: Sequence[Mapping[str, Any]], spread: Mapping[str, Any] | None = None
 ) -> dict[str, Stat]:
-    """Of each quantity that at least one of the parts has."""
+    """Statistics of each quantity that at least one of the parts has."""
     keys = dict.fromkeys(key for part in parts for key in part)
     found = {key: _stat((p.get(key) for p in parts), (spread or {}).get(key)) for key in keys}
     return {key: stat for key, stat in found.items() if stat is not None}

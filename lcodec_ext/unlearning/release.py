@@ -24,7 +24,7 @@ GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 def guarantee_of(
     settings: Settings, model: nn.Module, *, damping: float, order: str, **measured: Any
 ) -> Guarantee:
-    """What the noise of the settings guarantees for a deletion with them, guard and all.
+    """What the noise of the settings guarantees for a deletion with them, the guard included.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def guarantee_of(
 
 
 def check_certifiable(work: Workplace, model: nn.Module, request: Request) -> None:
-    """Refuse update="certified" where something is lacking, before anything is computed."""
+    """Refuse update="certified" where a condition is not met, before anything is computed."""
     if work.settings.update == "certified":
         guarantee_of(
             work.settings,

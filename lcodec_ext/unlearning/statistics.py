@@ -159,7 +159,8 @@ class TrainingStatistics:
         check_integer(n, "n", 1)
         if len(snapshots) < 2:
             raise ValueError(
-                f"snapshots must be at least two, whose differences are taken; got {len(snapshots)}"
+                "pass at least two snapshots, because their differences are used; got "
+                f"{len(snapshots)}"
             )
 
         def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensors:
@@ -215,7 +216,7 @@ class TrainingStatistics:
                 if weights[name].shape != tensor.shape:
                     raise ValueError(
                         f"the statistics are of another model: their {name!r} has shape "
-                        f"{tuple(weights[name].shape)}, in this one {tuple(tensor.shape)}"
+                        f"{tuple(weights[name].shape)}; in this model it is {tuple(tensor.shape)}"
                     )
                 tensor.copy_(weights[name])
         return placed
@@ -329,7 +330,7 @@ class TrainingStatistics:
         if own.size != len(self.matrix):
             raise ValueError(
                 f"the statistics are of another model: their units have {len(self.matrix):,} "
-                f"parameters, in this one {own.size:,}"
+                f"parameters; this model has {own.size:,}"
             )
         places = {
             k: torch.full(p.shape, -1, dtype=torch.float64, device=self.matrix.device)

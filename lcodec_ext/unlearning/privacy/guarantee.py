@@ -310,8 +310,8 @@ def _not_linear(model: nn.Module) -> str | None:
     own = dict(layer.named_parameters(recurse=False)).keys()
     if type(layer) not in _LINEAR or not own <= {"weight", "bias"} or _hooked(layer):
         return (
-            f"{seems} no plain Linear or convolution layer but {type(layer).__name__} with "
-            f"{', '.join(sorted(own))}"
+            f"{seems} a {type(layer).__name__} with {', '.join(sorted(own))}, "
+            "not a plain Linear or convolution layer"
         )
     behind = False
     for found, module in _in_order(model):

@@ -78,7 +78,7 @@ class LinearObjective:
     decay: float
 
     def value(self, w: Tensor) -> Tensor:
-        """Compute it, 0-d."""
+        """Compute the sum, a 0-d tensor."""
         scores = self.x @ w
         if self.loss == "squared":
             losses = (scores - self.target).square() / 2
@@ -87,13 +87,13 @@ class LinearObjective:
         return losses.sum() + self.decay / 2 * w @ w
 
     def gradient(self, w: Tensor) -> Tensor:
-        """Compute its gradient, shape (d,)."""
+        """Compute the gradient, shape (d,)."""
         scores = self.x @ w
         predicted = scores if self.loss == "squared" else torch.sigmoid(scores)
         return self.x.T @ (predicted - self.target) + self.decay * w
 
     def hessian(self, w: Tensor) -> Tensor:
-        """Compute its Hessian, shape (d, d)."""
+        """Compute the Hessian, shape (d, d)."""
         scores = self.x @ w
         if self.loss == "squared":
             curvatures = torch.ones_like(scores)
@@ -135,8 +135,8 @@ def minimise(objective: LinearObjective, linear: Tensor, tolerance: float) -> Te
         now, previous = value(w), norm
     raise RuntimeError(
         f"training reached a gradient norm of {norm:.2g}, above the tolerance of {tolerance:.2g} "
-        "for each output; give a larger tolerance, or more noise_std, whose budget the tolerance "
-        "is taken from"
+        "for each output; give a larger tolerance, or more noise_std: the tolerance is taken from "
+        "its budget"
     )
 
 
@@ -385,7 +385,7 @@ class CertifiedLinear:
         return step, bound + float((hessian @ step - right).norm())
 
     def _spent(self, left: list[float]) -> float:
-        """Training counts twice: here, and where the comparison is trained."""
+        """Training error counts twice: in this model and in the retrained one."""
         return 2 * self.tolerance + math.hypot(*left)
 
     def _residual(self) -> float:

@@ -1,4 +1,4 @@
-"""What a user gives to a stream and a ledger cannot hold; how both are compared."""
+"""What a user gives to a stream, and how it is compared with the ledger."""
 
 import functools
 import platform
@@ -66,7 +66,7 @@ def receive(
     progress: bool,
     settings: Settings,
 ) -> Given:
-    """Check what is given."""
+    """Check what a user gives to a stream."""
     check_module(model)
     check_loss_fn(loss_fn)
     parameter = next(model.parameters(), None)
@@ -107,7 +107,7 @@ def start_record(given: Given, model: nn.Module) -> dict[str, Any]:
 
 
 def check_given(given: Given, model: nn.Module, history: History) -> None:
-    """Refuse what is not as it was at the start; ValueError names it."""
+    """Refuse what differs from the start; ValueError names it."""
     start = history.start
     _check_function("loss_fn", given.loss_fn, start)
     _check_function("score", given.score, start)
@@ -160,7 +160,7 @@ def name_of(value: Any) -> str:
 
 
 def _options_of(value: Any) -> dict[str, Any]:
-    """What is easily told of a function besides its name: a partial's arguments, torch's losses."""
+    """What identifies a function besides its name: a partial's arguments, options of torch's."""
     if isinstance(value, functools.partial):
         given = {str(k): v for k, v in enumerate(value.args)} | value.keywords
         return {"function": name_of(value.func)} | _simple(given)

@@ -1,4 +1,4 @@
-"""One request of a stream: which samples, its seed, its step, and what that is worth."""
+"""One request of a stream: which samples, its seed, its step and its guarantee."""
 
 import math
 from collections import Counter
@@ -83,7 +83,7 @@ def take_step(
     retain: NDArray[np.int64],
     **changed: Any,
 ) -> UnlearnResult:
-    """Remove samples from a model by the settings of a stream, but for what is changed of them.
+    """Remove samples with the settings of a stream; `changed` overrides some.
 
     The result has no noise, which is for releases.
     """
@@ -105,16 +105,17 @@ def take_step(
 
 
 def _watched(given: Given, retain: NDArray[np.int64]) -> Samples:
-    """Retained samples for the guard: the same in all requests, but for those removed since."""
+    """Retained samples for the guard: the same in all requests, except those removed since."""
     order = np.random.default_rng([given.settings.seed, 5]).permutation(len(given.train))
     kept = np.isin(order, retain)
     return given.train.subset(np.sort(order[kept][:GUARD_SIZE]).tolist())
 
 
 def allowed_drops(settings: Settings, ledger: Ledger, steps: Sequence[int]) -> dict[str, float]:
-    """How far the next request may let fall what the guard watches: all together, the settings.
+    """How far the next request may lower the watched value.
 
-    steps are the entries whose steps led to the present weights.
+    All requests together stay within the settings. `steps` are the entries whose steps led to the
+    present weights.
     """
     if not steps:
         return {}
@@ -165,7 +166,7 @@ def guarantee_after(
 def statistics_after(
     given: Given, history: History, number: int, original: nn.Module
 ) -> TrainingStatistics | None:
-    """Those without what was removed up to an entry, to the bit as the requests left them."""
+    """The statistics after an entry, bit for bit as the requests left them."""
     statistics = given.statistics
     if statistics is not None:
         for k in history.steps(number):
@@ -188,11 +189,11 @@ def losses_around_noise(
 
 
 # ---------------------------------------------------------------------------------------------
-# What a ledger says of it
+# What a ledger records of it
 
 
 def result_record(result: UnlearnResult) -> dict[str, Any]:
-    """A result without what is on record elsewhere, and without what the time decides."""
+    """A result without what is on record elsewhere, and without times."""
     elsewhere = ("settings", "selection", "seconds", "skipped", "guarantee")
     return {key: value for key, value in result.to_dict().items() if key not in elsewhere}
 

@@ -81,8 +81,8 @@ class Unlearner:
         What all releases together may spend, by default what one of them takes: the options
         `epsilon` and `delta`.
     keep : int, default 5
-        How many of the newest checkpoints are kept, the present one included: so far back
-        `rollback` goes. The original weights are always kept. Each takes the space of the model.
+        How many of the newest checkpoints are kept, the present one included. This limits
+        `rollback`. The original weights are always kept. Each takes the space of the model.
     progress : bool, default False
         Show progress bars; needs tqdm.
     **options
@@ -228,7 +228,7 @@ class Unlearner:
 
     @property
     def model(self) -> nn.Module:
-        """The model without the removed samples: a copy, without noise, not to be given away."""
+        """A copy of the model without the removed samples. It has no noise: do not give it away."""
         return copy.deepcopy(self._model)
 
     @property
@@ -238,7 +238,7 @@ class Unlearner:
 
     @property
     def pending(self) -> tuple[int, ...]:
-        """Numbers of the samples asked for whose removal the guard took back: retrain for them."""
+        """Numbers of the samples whose removal the guard took back: retrain to remove them."""
         return tuple(self._store.history.pending)
 
     @property
@@ -283,7 +283,7 @@ class Unlearner:
         Returns
         -------
         UnlearnResult
-            The samples that the guard did not let go, `skipped`, are pending.
+            Samples whose removal the guard took back, `skipped`, are pending.
 
         Raises
         ------
@@ -347,7 +347,7 @@ class Unlearner:
         if to is None:
             to = history.before_last_request()
         if len(history.points) < 2:
-            raise ValueError("there is no entry to roll back to but the present one")
+            raise ValueError("nothing to roll back: the present entry is the only one")
         check_integer(to, "to", 0, len(history.points) - 2)
         history.check_kept(to)
         state = self._store.state(to)
@@ -420,7 +420,7 @@ class Unlearner:
         return released
 
     def close(self) -> None:
-        """Let go of the directory; no request is taken afterwards."""
+        """Release the directory; no request is taken afterwards."""
         self._closed = True
         self._store.close()
 
