@@ -16,6 +16,12 @@ def _describe(value: object) -> str:
     return f"{text} ({type(value).__name__})"
 
 
+def first_few(items: Sequence[object], most: int, between: str = ", ") -> str:
+    """The first few of many items, and how many more there are."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return between.join(map(str, items[:most])) + more
+
+
 def check_choice(value: object, name: str, choices: Sequence[str | None]) -> Any:
     """value, if it is one of the choices."""
     if not isinstance(value, str | None) or value not in choices:

@@ -327,7 +327,7 @@ def test_accuracy_by_kind():
 
 
 def test_score_must_be_one_number_a_sample():
-    with pytest.raises(ValueError, match=r"score must return one number a sample.*\(50,\)"):
+    with pytest.raises(ValueError, match=r"score must return one number per sample.*\(50,\)"):
         accuracy(mlp(), samples(), F.cross_entropy, score=lambda o, t: o)
 
 

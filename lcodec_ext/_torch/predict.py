@@ -136,7 +136,7 @@ def _scores(score: Score, outputs: Any, targets: Any, n: int) -> Tensor:
     if not isinstance(each, Tensor) or each.shape != (n,):
         given = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each)
         raise ValueError(
-            f"score must return one number a sample, a tensor of shape ({n},); got {given}"
+            f"score must return one number per sample, a tensor of shape ({n},); got {given}"
         )
     return each.double().cpu()
 

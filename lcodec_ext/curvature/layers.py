@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from lcodec_ext._checks import first_few
+from lcodec_ext._torch.modes import check_module
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -204,7 +207,7 @@ def n_units(module: nn.Module) -> int:
     >>> n_units(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
     6
     """
-    _check_module(module)
+    check_module(module)
     if not is_unit_layer(module):
         raise ValueError(f"a module of type {type(module).__name__} has no units")
     try:
@@ -229,7 +232,7 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
     Layers are in the order of `named_modules`. A `MultiheadAttention` stands as its input
     projections, under its name with ".in_proj".
     """
-    _check_module(model)
+    check_module(model)
     owners = parameter_owners(model)
     layers: dict[str, UnitLayer] = {}
     without: dict[str, str] = {}
@@ -272,20 +275,13 @@ def _unit_layer(module: nn.Module, owners: dict[int, list[str]]) -> UnitLayer:
     return UnitLayer(module, n, tuple(ranges), refused)
 
 
-def _check_module(module: object) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(module).__name__}")
-
-
 def _join(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
 def listed(layers: Iterable[str]) -> str:
     """The layers with units, as the end of an error message."""
-    names = list(layers)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"layers with units: {', '.join(map(repr, names[:_LISTED])) or 'none'}{more}"
+    return f"layers with units: {first_few([*map(repr, layers)], _LISTED) or 'none'}"
 
 
 def why_not(name: str, model: nn.Module, layers: Iterable[str], without: dict[str, str]) -> str:
