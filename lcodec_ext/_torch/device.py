@@ -34,7 +34,7 @@ class Device:
                     return
         raise RuntimeError(
             f"tensors on device '{device}' need CUDA, which this build or machine does not offer "
-            f"({cuda_status()}) Pass CPU data instead, with .cpu()"
+            f"({cuda_status().removesuffix('.')}). Pass CPU data instead, with .cpu()"
         )
 
     def guard(self) -> AbstractContextManager[None]:

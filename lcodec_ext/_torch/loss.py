@@ -258,6 +258,7 @@ def objective(
     batch_size: int,
 ) -> tuple[float, list[Tensor]]:
     """`mean_gradient` by every trainable parameter, summed in float64."""
+    check_loss_fn(loss_fn)
     weights = {str(k): weight for k, weight in enumerate(trainable(model))}
     loss, gradient = mean_gradient(
         model, samples, loss_fn, weights, batch_size, weight_decay=weight_decay, dtype=torch.float64

@@ -37,7 +37,7 @@ Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """Where single samples come from, and what makes them a batch."""
 
     get: Callable[[int], Any]
@@ -55,7 +55,7 @@ class Samples:
     name: str  # of the argument they came from, for messages
     in_memory: bool  # fetching is only indexing
     resident: bool  # all samples are in memory, those of a Dataset included
-    source: _Source | None = None  # of a Dataset
+    source: Source | None = None  # of a Dataset
 
     def __len__(self) -> int:
         return self.n
@@ -300,7 +300,7 @@ def _from_dataset(
             f"sample 0 of {name} differs when it is read again: give a Dataset without random "
             "augmentation"
         )
-    source = _Source(dataset.__getitem__, collate)
+    source = Source(dataset.__getitem__, collate)
     resident = _is_resident(dataset)
     return Samples(n, fetch, device, dtype, name, in_memory=False, resident=resident, source=source)
 

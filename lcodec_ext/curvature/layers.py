@@ -63,7 +63,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class UnitParameter:
-    """A parameter of which every unit of a range owns a slice."""
+    """A parameter in which every unit of a range owns a slice."""
 
     name: str  # as named_parameters lists it
     shape: tuple[int, ...]
@@ -153,7 +153,7 @@ def unit_cuts(module: nn.Module) -> list[tuple[int, int, Cuts]]:
         if module.max_norm is not None:
             raise NoUnitsError("max_norm: its forward pass overwrites its weight")
         if module.scale_grad_by_freq:
-            raise NoUnitsError("scale_grad_by_freq: its gradients are no derivatives of the loss")
+            raise NoUnitsError("scale_grad_by_freq: its gradients are not derivatives of the loss")
     found: list[tuple[int, int, Cuts]] = []
     first = 0
     for key in weights:
@@ -216,6 +216,16 @@ def n_units(module: nn.Module) -> int:
         raise ValueError(f"this {type(module).__name__} has no units: {error}") from None
 
 
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """List for every parameter, by id, the names it has in the modules that own it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(_join(name, key))
+    return owners
+
+
 def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, str]]:
     """Find the layers with units that can be selected, and for other layers the reason why not.
 
@@ -223,11 +233,7 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
     projections, under its name with ".in_proj".
     """
     check_module(model)
-    owners: dict[int, list[str]] = {}  # of every parameter, by id: its names in all modules
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(_join(name, key))
+    owners = parameter_owners(model)
     layers: dict[str, UnitLayer] = {}
     without: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -124,7 +124,7 @@ class Objective:
         return loss * batch.size if self.reduction == "mean" else loss
 
     def passes(self, what: str = "", skip: Container[int] = ()) -> Iterator[tuple[int, Batch]]:
-        """Go through the numbered batches, but for some; the same ones every time."""
+        """Iterate over the numbered batches, the same ones every time, without those to skip."""
         first = not self._sizes
         self._random.restart()
         with progress_bar(self.progress and bool(what), desc=what, unit="batch") as bar:

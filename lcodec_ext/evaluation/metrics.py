@@ -374,7 +374,7 @@ def membership_inference(
     split = calibration_split(len(retained), len(unseen), seed)
     members = predict(model, retained.subset(split.members.tolist()), loss_fn, batch_size)
     runs = (predict(model, each, loss_fn, batch_size) for each in (removed, unseen))
-    return attack(next(runs), _features(members), next(runs), split)
+    return attack(next(runs), features_of(members), next(runs), split)
 
 
 class CalibrationSplit(NamedTuple):
@@ -399,7 +399,7 @@ def calibration_split(n_retain: int, n_test: int, seed: int) -> CalibrationSplit
     return CalibrationSplit(np.sort(members), np.sort(order[:half]), np.sort(order[half:]))
 
 
-def _features(run: Prediction, numbers: NDArray[np.intp] | slice = slice(None)) -> Features:
+def features_of(run: Prediction, numbers: NDArray[np.intp] | slice = slice(None)) -> Features:
     """What the attack sees of samples, larger for what looks more like a member."""
     seen = {"loss": -run.losses}
     if run.log_probabilities is not None and run.labels is not None:
@@ -414,10 +414,10 @@ def attack(
     """Calibrate on members and on non-members; try on the removed and on those held out."""
     logistic_regression, _ = scikit_learn()
     sets = (
-        _features(forget),
+        features_of(forget),
         members,
-        _features(test, split.calibration),
-        _features(test, split.held_out),
+        features_of(test, split.calibration),
+        features_of(test, split.held_out),
     )
     names = [name for name in sets[0] if all(name in each for each in sets)]
     pooled = {name: np.sort(np.concatenate([sets[1][name], sets[2][name]])) for name in names}
@@ -577,7 +577,7 @@ def measure(model: nn.Module, sets: Sets) -> Measured:
         for each in (sets.forget, sets.retain, sets.test)
     )
     split = calibration_split(len(sets.retain), len(sets.test), sets.seed)
-    found = attack(forget, _features(retain, split.members), test, split)
+    found = attack(forget, features_of(retain, split.members), test, split)
     seen = Seen(model, sets, forget, retain, test, found)
     return Measured(model, {name: metric(seen) for name, metric in METRICS.items()}, forget, test)
 

@@ -30,7 +30,7 @@ from lcodec_ext.evaluation.records import (
     watched,
 )
 
-_FORMAT = 1
+_FORMAT = 2
 _LISTED = 10  # names in a sentence
 _TABLE_ROWS = 30  # requests in the table of report.md
 _FIGURES = {
