@@ -701,12 +701,16 @@ class TestRecorded:
         assert recorded["claims"] == unlearning.claims(recorded["runs"])
 
     def test_the_documentation_shows_the_populations(self):
+        """Once they are recorded; until then it says that they are not."""
         page = (ROOT / "docs/evaluation.md").read_text()
-        recorded = json.loads((ROOT / "benchmarks/results/population.json").read_text())
+        path = ROOT / "benchmarks/results/population.json"
+        recorded = json.loads(path.read_text()) if path.exists() else {"runs": []}
         assert page == table.replaced(page, population.tables(recorded))
-        assert recorded["dirty"] is False
-        assert [run["forget"] for run in recorded["runs"]] == ["mislabelled", "random"]
-        assert {run["n_models"] for run in recorded["runs"]} == {64}
+        assert ("run is recorded yet" in page) == (not recorded["runs"])
+        if recorded["runs"]:
+            assert recorded["dirty"] is False
+            assert [run["forget"] for run in recorded["runs"]] == ["mislabelled", "random"]
+            assert {run["n_models"] for run in recorded["runs"]} == {64}
 
     def test_claims_on_another_draw_are_those_of_its_runs(self):
         recorded = json.loads((ROOT / "benchmarks/results/unlearning_split1.json").read_text())

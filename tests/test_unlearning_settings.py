@@ -982,6 +982,22 @@ def test_a_second_request_is_exact_for_squared_errors_only(linear):
     assert 1e-6 * step < error < 0.5 * step
 
 
+def test_statistics_are_saved_whole_or_not_at_all(mlp, tmp_path, monkeypatch):
+    kept = TrainingStatistics.collect(mlp, TRAIN, F.cross_entropy)
+    kept.save(tmp_path / "statistics.pt")
+
+    def cut_short(state, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(OSError, match="no space left"):
+        kept.save(tmp_path / "statistics.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.pt"]
+    loaded = TrainingStatistics.load(tmp_path / "statistics.pt")
+    torch.testing.assert_close(loaded.matrix, kept.matrix, rtol=0, atol=0)
+
+
 def test_pairs_of_the_last_epochs(tmp_path):
     model = untrained()
     snapshots = []
@@ -1150,7 +1166,7 @@ def test_statistics_that_do_not_fit(linear, mlp, tmp_path):
             TrainingStatistics.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         TrainingStatistics.load(tmp_path / "nothing.pt")
-    with pytest.raises(ValueError, match="snapshots must be at least two"):
+    with pytest.raises(ValueError, match="at least two snapshots"):
         TrainingStatistics.from_epochs([], 80)
     with pytest.raises(ValueError, match="has 10,005 parameters and at most 8,192"):
         TrainingStatistics.collect(nn.Linear(2000, 5), TRAIN, F.cross_entropy)
@@ -1302,7 +1318,7 @@ def test_settings_that_cannot_be_read():
         Settings.from_dict({"dtype": "float16"})
     with pytest.raises(ValueError, match="preset must be one of 'recommended', 'paper'"):
         Settings.preset("best")
-    with pytest.raises(TypeError, match="no option 'dampening'; is it 'damping'"):
+    with pytest.raises(TypeError, match="unknown option 'dampening'; is it 'damping'"):
         Settings().replace(dampening=1)
 
 
@@ -1335,7 +1351,7 @@ def test_sets_of_samples():
     assert samples_of(["ann", "bob", "ann"], "ann") == [0, 2]  # an identity
     with pytest.raises(ValueError, match="no sample has the label 3"):
         samples_of(labels, 3)
-    with pytest.raises(ValueError, match="one entry a sample; got shape .2, 2."):
+    with pytest.raises(ValueError, match="one entry per sample; got shape .2, 2."):
         samples_of([[1, 2], [3, 4]], 1)
 
 

@@ -66,6 +66,7 @@ class Seeded:
         )
 
     def __call__(self, model: nn.Module, forget: Any, retain: Any, loss_fn: Any, seed: int) -> Any:
+        """Delete as the callable does."""
         positional = [seed] if self.fifth else []
         named = {"seed": seed} if self.asks and not self.fifth else {}
         return self.unlearn(model, forget, retain, loss_fn, *positional, **named)
@@ -267,6 +268,7 @@ def _called(function: Any) -> str:
 
 
 def method_described(method: Any) -> Any:
+    """A method as JSON: its options, or the name of the function."""
     if isinstance(method, Seeded):
         return _called(method.unlearn)
     if isinstance(method, Baseline):

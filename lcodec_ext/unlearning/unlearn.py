@@ -1,6 +1,5 @@
 """The deletion: which units, which step, whether it did harm, and what came of it."""
 
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.loss import Gradient, LossFunction, is_much_worse
+from lcodec_ext._torch.loss import LossFunction, euclidean_norm, is_much_worse
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import UnitSelection
@@ -19,10 +18,10 @@ from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
-from lcodec_ext.unlearning.select import RULES
+from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.workplace import Measured, Workplace, copy_state, norm
+from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, copy_state, norm
 
 
 @twice_differentiable()
@@ -77,7 +76,7 @@ def unlearn(
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
     score : callable, optional
-        ``score(outputs, targets)``, one number a sample, whose mean the guard takes for accuracy.
+        ``score(outputs, targets)``, one number per sample, whose mean the guard takes for accuracy.
         By default whether the largest output is the target.
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
@@ -154,7 +153,9 @@ def unlearn(
     deletions = [delete(work, part, watch) for part in request.parts(work)]
     _warn_of_skipped(deletions, watch.guard, settings, request.m)
     applied, selection = _selections(deletions)
-    step_norm = _distance(start, work)
+    step_norm = euclidean_norm(
+        p.detach().double() - start[k].double() for k, p in work.parameters.items()
+    )
     with work.timed("monitoring"):
         # Into a copy first, also in place: the given model changes only when all has gone well.
         changed = work.handed_over(model, applied)
@@ -182,16 +183,6 @@ def _selections(deletions: Sequence[Deletion]) -> tuple[UnitSelection, UnitSelec
     return applied, applied or tried
 
 
-def _distance(start: Gradient, work: Workplace) -> float:
-    """Euclidean distance of the present weights from those at the start."""
-    return math.sqrt(
-        sum(
-            float((p.detach().double() - start[k].double()).square().sum())
-            for k, p in work.parameters.items()
-        )
-    )
-
-
 def _warn_of_skipped(
     deletions: Sequence[Deletion], guard: Guard | None, settings: Settings, m: int
 ) -> None:
@@ -216,7 +207,9 @@ def _warn_of_skipped(
         )
 
 
-def _warn_of_harm(before: Measured, after: Measured, guarantee: Guarantee, damping: float) -> None:
+def _warn_of_harm(
+    before: LossesAndGradients, after: LossesAndGradients, guarantee: Guarantee, damping: float
+) -> None:
     """Warn if the retained loss rose by much."""
     if not is_much_worse(before.retained_loss, after.retained_loss):
         return

@@ -16,11 +16,13 @@ from lcodec_ext.curvature.solvers.result import (
     IndefiniteCurvatureError,
     SolveResult,
 )
+from lcodec_ext.curvature.solvers.system import Product
 from lcodec_ext.curvature.solvers.woodbury import woodbury
 
 __all__ = [
     "ConvergenceWarning",
     "IndefiniteCurvatureError",
+    "Product",
     "SolveResult",
     "cholesky",
     "conjugate_gradient",
