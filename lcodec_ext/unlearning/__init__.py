@@ -17,6 +17,7 @@ except ImportError as error:  # the core package does without it
 
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
+from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
     PrivacyBudget,
@@ -57,6 +58,7 @@ __all__ = [
     "BASELINES",
     "Baseline",
     "BeforeAfter",
+    "Calibration",
     "CertifiedLinear",
     "Evaluation",
     "Guarantee",
