@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, calibrated
@@ -15,6 +17,8 @@ from lcodec_ext.unlearning.workplace import Workplace
 
 _LONGEST = 8.0  # multiple of a step, by lengthening it
 _LENGTHS = 6  # that are tried
+_ERRORS = 2.0  # standard errors that a rise of losses may be chance
+_CLASSIFIED = 0.01  # rise of a classifier's mean loss that is no harm
 _SHORT = 1.0  # relative residual of a step that falls short
 
 
@@ -26,6 +30,7 @@ class Guard:
     samples: Samples
     watched: str  # the name of the number
     before: float  # its value at the start
+    losses: Tensor  # (n,): of the samples, at the start
 
     @classmethod
     def of(cls, work: Workplace, samples: Samples) -> "Guard":
@@ -40,6 +45,21 @@ class Guard:
                 return self.work.quality(self.samples)[1]
             except ValueError:  # anything else would have failed at the start
                 return -math.inf
+
+    def harm(self) -> str:
+        """How the samples' mean loss rose, if it did by more than half and more than by chance.
+
+        In the losses' own scale, for any task: accuracy may stay at 1 while losses multiply.
+        Where accuracy is watched, a rise of 0.01 passes.
+        """
+        with self.work.timed("guard"):
+            rise = self.work.quality(self.samples)[2] - self.losses
+        mean, before = float(rise.mean()), float(self.losses.mean())
+        chance = _ERRORS * float(rise.std(correction=0)) / math.sqrt(len(rise))
+        floor = _CLASSIFIED if self.watched == "accuracy" else 0.0
+        if mean <= abs(before) / 2 + chance + floor:
+            return ""
+        return f"the samples that the guard watches from {before:.3g} to {before + mean:.3g}"
 
     @property
     def most(self) -> float:
