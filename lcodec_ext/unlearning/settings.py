@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -531,8 +532,17 @@ def resolve(
             defaults |= {"max_drop": None}
     if statistics and PRESETS.get(preset, {}).get("output_damping"):
         defaults |= PLAIN_DAMPING
-    if retained and validation and not statistics and _calibrates(preset, options):
-        defaults |= CALIBRATED
+    if retained and not statistics and _calibrates(preset, options):
+        if validation:
+            defaults |= CALIBRATED
+        else:
+            defaults |= UNCALIBRATED
+            warnings.warn(
+                "this deletion is not calibrated: its damping is a cautious constant, which "
+                "forgets too little on many networks. Pass validation, samples that the model was "
+                "not trained on, or a damping of your own",
+                stacklevel=4,
+            )
     return Settings.preset(preset, **(defaults | dict(options)))
 
 
@@ -610,6 +620,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 #: Of a preset, where there is no output_damping.
 PLAIN_DAMPING: dict[str, Any] = {"output_damping": 0.0, "damping": 2e-4}
+
+#: Of "recommended", where there are none and no strength is given.
+UNCALIBRATED: dict[str, Any] = {"damping": 1e-2, "output_damping": 0.0}
 
 #: Of "recommended", where there are validation samples to find the strength by.
 CALIBRATED: dict[str, Any] = {
