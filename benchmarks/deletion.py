@@ -184,21 +184,7 @@ def deletion(sizes: Sizes, state: Path | None) -> dict[str, Any]:
     ours(0, statistics=saved)  # warms up
     results = [ours(sample, statistics=saved) for sample in range(sizes.requests)]
     published = Published(given, sizes)
-    requests = [
-        {
-            "sample": sample,
-            "units": len(result.selection),
-            "steps": len(result.foci.ordering),
-            "parameters": result.n_parameters,
-            "matrix_gb": 4e-9 * result.n_parameters**2,  # one dense matrix of the procedure
-            "lcodec_ext": split(result.seconds),
-            "published": published.split(result),
-        }
-        for sample, result in enumerate(results)
-    ]
-    for request in requests:
-        totals = [request[name]["total"] for name in NAMES]
-        request["ratio"] = totals[1] / totals[0]
+    requests = [request_of(sample, result, published) for sample, result in enumerate(results)]
     both = {
         name: {
             phase: statistics.fmean(request[name][phase] for request in requests)
@@ -206,17 +192,6 @@ def deletion(sizes: Sizes, state: Path | None) -> dict[str, Any]:
         }
         for name in NAMES
     }
-    retained: dict[str, Any]
-    try:
-        again = ours(0)
-        retained = {
-            "units": len(again.selection),
-            "parameters": again.n_parameters,
-            "n_monitored": again.n_monitored,
-            "split": split(again.seconds),
-        }
-    except ValueError as error:  # far from a minimum the curvature along the step may be negative
-        retained = {"refused": str(error)}
     found = {
         "size": {
             "pixels": given.x.shape[-1],
@@ -229,13 +204,48 @@ def deletion(sizes: Sizes, state: Path | None) -> dict[str, Any]:
         "requests": requests,
         "mean": both,
         "measured": published.measured,
-        "from_retained": retained,
+        "from_retained": from_retained(lambda: ours(0)),
         "ratio": both["published"]["total"] / both["lcodec_ext"]["total"],
         "selection_share": both["lcodec_ext"]["selection"] / both["lcodec_ext"]["total"],
     }
     found["claims"] = [] if sizes.tiny else [judged(claim, found) for claim in CLAIMS]
+    show(found)
+    return found
+
+
+def request_of(sample: int, result: Any, published: "Published") -> dict[str, Any]:
+    """One request, by both."""
+    request = {
+        "sample": sample,
+        "units": len(result.selection),
+        "steps": len(result.foci.ordering),
+        "parameters": result.n_parameters,
+        "matrix_gb": 4e-9 * result.n_parameters**2,  # one dense matrix of the procedure
+        "lcodec_ext": split(result.seconds),
+        "published": published.split(result),
+    }
+    request["ratio"] = request["published"]["total"] / request["lcodec_ext"]["total"]
+    return request
+
+
+def from_retained(remove: Callable[[], Any]) -> dict[str, Any]:
+    """A deletion from the retained samples, or why it is refused."""
+    try:
+        result = remove()
+    except ValueError as error:  # far from a minimum the curvature along the step may be negative
+        return {"refused": str(error)}
+    return {
+        "units": len(result.selection),
+        "parameters": result.n_parameters,
+        "n_monitored": result.n_monitored,
+        "split": split(result.seconds),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    requests, retained = found["requests"], found["from_retained"]
     for name in NAMES:
-        print_split(f"{name}, mean of {len(requests)}", both[name])
+        print_split(f"{name}, mean of {len(requests)}", found["mean"][name])
     if "split" in retained:
         print_split("lcodec_ext, from the retained samples", retained["split"])
     else:
@@ -244,7 +254,6 @@ def deletion(sizes: Sizes, state: Path | None) -> dict[str, Any]:
         print({key: value for key, value in request.items() if key not in NAMES})
     for claim in found["claims"]:
         print(claim)
-    return found
 
 
 def without(tensor: Any, row: int) -> Any:

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lcodec_ext import _renamed  # noqa: F401  old module names
 from lcodec_ext._build import __version__ as __version__
 from lcodec_ext._build import build_info, cuda_is_available, cuda_status
+from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext._threads import get_num_threads, set_num_threads
 from lcodec_ext.dependence import (
     DependenceGraph,
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
         from lcodec_ext.dependence.sklearn import FOCISelector
 
         return FOCISelector
-    raise AttributeError(f"module 'lcodec_ext' has no attribute {name!r}")
+    return _renamed_module("lcodec_ext", name)
 
 
 def __dir__() -> list[str]:

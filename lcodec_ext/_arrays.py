@@ -1,6 +1,6 @@
-"""NumPy arrays and torch tensors told apart, and anything array-like made into one of them.
+"""Tell NumPy arrays from tensors, and convert anything array-like.
 
-torch and pandas are looked up among the loaded modules, never imported.
+torch and pandas are used only if they are loaded already.
 """
 
 import sys
@@ -122,8 +122,8 @@ def _pandas_column(column: Any, label: str) -> NDArray:
         return column.to_numpy(dtype=numpy_dtype)
     if beyond_float64(column.dropna().to_numpy(numpy_dtype)):
         raise ValueError(
-            f"{label} holds integers beyond 2**53 beside missing values; no float64 can tell "
-            "them apart: leave out the missing rows, or subtract an offset"
+            f"{label} holds integers beyond 2**53 and missing values; float64 cannot hold "
+            "both: leave out the missing rows, or subtract an offset"
         )
     wide = numpy_dtype if numpy_dtype.kind == "f" else np.dtype(np.float64)
     return column.to_numpy(dtype=wide, na_value=np.nan)

@@ -9,11 +9,17 @@ import numpy as np
 
 
 def _describe(value: object) -> str:
-    """A value in an error message: short, and with its type where that is the news."""
+    """A value in an error message: short, and with its type."""
     text = repr(value)
     if len(text) > 60:
         text = text[:57] + "..."
     return f"{text} ({type(value).__name__})"
+
+
+def first_few(items: Sequence[object], most: int, between: str = ", ") -> str:
+    """The first few of many items, and how many more there are."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return between.join(map(str, items[:most])) + more
 
 
 def check_choice(value: object, name: str, choices: Sequence[str | None]) -> Any:
@@ -32,7 +38,7 @@ def check_bool(value: object, name: str) -> bool:
 
 
 def check_integer(value: object, name: str, minimum: int, maximum: int | None = None) -> int:
-    """value as an int, if it is an integer (no bool, no float) in the range."""
+    """value as an int, if it is an integer (not a bool or a float) in the range."""
     expected = (
         f"an integer >= {minimum}"
         if maximum is None

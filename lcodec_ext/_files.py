@@ -12,17 +12,23 @@ from typing import IO, Any
 Content = bytes | str | Callable[[IO[bytes]], object]
 
 
-def json_ready(value: Any, *, nonfinite: Callable[[float], Any] = lambda number: None) -> Any:
+def json_ready(
+    value: Any,
+    *,
+    nonfinite: Callable[[float], Any] = lambda number: None,
+    other: Callable[[Any], Any] = lambda value: value,
+) -> Any:
     """Copy a value into the types that `json.dumps` takes with ``allow_nan=False``.
 
     Parameters
     ----------
     value : object
         Mappings get strings for keys. Tuples, sets, arrays and tensors become lists, their scalars
-        numbers. Objects with a `to_dict`, and dataclasses, become dicts. Anything else stays as it
-        is: `json.dumps` refuses it, or takes its `default` for it.
+        numbers. Objects with a `to_dict`, and dataclasses, become dicts.
     nonfinite : callable, default None for each
         What NaN and infinity become.
+    other : callable, by default what leaves it as it is
+        What anything else becomes. `json.dumps` refuses what stays, or takes its `default` for it.
     """
 
     def ready(value: Any) -> Any:
@@ -35,7 +41,7 @@ def json_ready(value: Any, *, nonfinite: Callable[[float], Any] = lambda number:
         if isinstance(value, list | tuple | set | frozenset):
             return [ready(part) for part in value]
         if isinstance(value, type):
-            return value
+            return other(value)
         if hasattr(value, "tolist"):  # arrays and scalars of NumPy, tensors
             return ready(value.tolist())
         if hasattr(value, "to_dict"):
@@ -43,7 +49,7 @@ def json_ready(value: Any, *, nonfinite: Callable[[float], Any] = lambda number:
         if dataclasses.is_dataclass(value):
             fields = dataclasses.fields(value)
             return {field.name: ready(getattr(value, field.name)) for field in fields}
-        return value
+        return other(value)
 
     return ready(value)
 

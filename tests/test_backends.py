@@ -231,7 +231,7 @@ def test_ctrl_c_ends_a_long_call(rng):
     assert time.perf_counter() - started < 20
 
 
-def testexact_ties_between_candidates_take_the_lowest_index(rng):
+def test_exact_ties_between_candidates_take_the_lowest_index(rng):
     X = rng.integers(0, 3, (60, 4)).astype(float)
     X = np.hstack([X[:, [3]] * 2 - 1, X, X[:, ::-1] * 3])  # the same columns, told differently
     y = X[:, 4] * X[:, 3]

@@ -437,7 +437,9 @@ def test_no_header():
         ("a,b\n,1\n-9007199254740993,\n", "row 2, column 'a': -9007199254740993 is beyond 2"),
         ("a\n1\n18446744073709551617\n", "row 2, column 'a': 18446744073709551617 is beyond 2"),
         ("a\n1\n2020-01-01\n", "row 2, column 'a': '2020-01-01' is not a number"),
-        ("a\n2020-01-01\n", "column 'a' is of type date"),
+        ("a\n2020-01-01\n", "row 1, column 'a': '2020-01-01' is not a number"),
+        ("a,b\n1,2\n3,0x10\n", "row 2, column 'b': '0x10' is not a number"),
+        ('a,b\n1,2\n3,"4\n5,6\n7,8\n', "row 2: 1 cells|a quote is not closed|cannot be read"),
     ],
 )
 def test_text_that_is_no_table(text, message):
@@ -451,9 +453,10 @@ def test_large_integers_that_are_exact():
 
 
 def test_not_utf8():
-    Path("a.csv").write_bytes("a,größe\n1,2\n".encode("latin1"))
-    with pytest.raises(tables.TableError, match="not UTF-8.*iconv"):
-        read("a.csv")
+    for text in ("a,größe\n1,2\n", "a\ngröße\n"):
+        Path("a.csv").write_bytes(text.encode("latin1"))
+        with pytest.raises(tables.TableError, match="not UTF-8.*iconv"):
+            read("a.csv")
 
 
 def test_stdin(run, table, data, monkeypatch):

@@ -650,7 +650,7 @@ REFUSALS = {
     ),
     "scale_grad_by_freq": (
         one_layer(lambda: nn.EmbeddingBag(3, 3, scale_grad_by_freq=True)),
-        "scale_grad_by_freq: its gradients are no derivatives of the loss",
+        "scale_grad_by_freq: its gradients are not derivatives of the loss",
         True,
     ),
     "padding only": (one_layer(lambda: nn.Embedding(1, 3, padding_idx=0)), "it is padding", True),

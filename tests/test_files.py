@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lcodec_ext._files import json_ready, write_all_atomically, write_atomically
 
@@ -54,7 +55,6 @@ def test_json_ready_leaves_the_rest_to_json():
 
 
 def test_json_ready_takes_tensors():
-    torch = pytest.importorskip("torch")
     assert json_ready({"t": torch.tensor([1, 2]), "s": torch.tensor(0.5)}) == {
         "t": [1, 2],
         "s": 0.5,

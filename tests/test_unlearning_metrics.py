@@ -291,6 +291,21 @@ def test_losses_must_be_scalars_and_finite():
         sample_losses(model, samples(), F.cross_entropy)
 
 
+@pytest.mark.parametrize(
+    "measure",
+    [
+        accuracy,
+        sample_losses,
+        gradient_norm,
+        lambda model, data, loss_fn: membership_inference(model, data, data, data, loss_fn),
+        functools.partial(relearn_time, level=1.0),
+    ],
+)
+def test_a_class_of_losses_is_refused(measure):
+    with pytest.raises(TypeError, match=r"got the class MSELoss: pass an instance, MSELoss\(\)"):
+        measure(mlp(), samples(), nn.MSELoss)
+
+
 def test_accuracy_by_kind():
     z = logits(classes=1)
     x = torch.arange(len(z))
@@ -312,7 +327,7 @@ def test_accuracy_by_kind():
 
 
 def test_score_must_be_one_number_a_sample():
-    with pytest.raises(ValueError, match=r"score must return one number a sample.*\(50,\)"):
+    with pytest.raises(ValueError, match=r"score must return one number per sample.*\(50,\)"):
         accuracy(mlp(), samples(), F.cross_entropy, score=lambda o, t: o)
 
 

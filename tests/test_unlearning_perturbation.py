@@ -239,8 +239,9 @@ def test_tokens_that_the_model_has_not(kind, batch_size):
         assert isinstance(caught.value.__cause__, IndexError | RuntimeError)
         return str(caught.value)
 
-    assert "model has not: vocab_size=1000; rows of the model's embeddings: 'words' 10" in message(
-        TokenReplacement(1000)
+    assert (
+        "model does not have: vocab_size=1000; rows of the model's embeddings: 'words' 10"
+        in message(TokenReplacement(1000))
     )
     assert "tokens up to 900 in token_ids" in message(TokenReplacement(token_ids=[899, 900]))
     assert "perturb must return inputs that it takes" in message(lambda x, rng: x + 500)

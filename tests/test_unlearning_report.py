@@ -204,6 +204,7 @@ def test_json_has_everything(tmp_path):
     given, entries = evaluation(), Stream().request([1]).entries
     report = write_report(tmp_path, evaluation=given, ledger=entries, figures=False)
     content = json.loads(report.files["report.json"].read_text())
+    assert content["format"] == 2
     assert content["evaluations"] == [given]
     assert content["ledgers"] == [entries]
     assert content["summary"] == list(report.summary)

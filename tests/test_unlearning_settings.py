@@ -1150,7 +1150,7 @@ def test_statistics_that_do_not_fit(linear, mlp, tmp_path):
             TrainingStatistics.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         TrainingStatistics.load(tmp_path / "nothing.pt")
-    with pytest.raises(ValueError, match="snapshots must be at least two"):
+    with pytest.raises(ValueError, match="at least two snapshots"):
         TrainingStatistics.from_epochs([], 80)
     with pytest.raises(ValueError, match="has 10,005 parameters and at most 8,192"):
         TrainingStatistics.collect(nn.Linear(2000, 5), TRAIN, F.cross_entropy)
@@ -1302,7 +1302,7 @@ def test_settings_that_cannot_be_read():
         Settings.from_dict({"dtype": "float16"})
     with pytest.raises(ValueError, match="preset must be one of 'recommended', 'paper'"):
         Settings.preset("best")
-    with pytest.raises(TypeError, match="no option 'dampening'; is it 'damping'"):
+    with pytest.raises(TypeError, match="unknown option 'dampening'; is it 'damping'"):
         Settings().replace(dampening=1)
 
 
@@ -1335,7 +1335,7 @@ def test_sets_of_samples():
     assert samples_of(["ann", "bob", "ann"], "ann") == [0, 2]  # an identity
     with pytest.raises(ValueError, match="no sample has the label 3"):
         samples_of(labels, 3)
-    with pytest.raises(ValueError, match="one entry a sample; got shape .2, 2."):
+    with pytest.raises(ValueError, match="one entry per sample; got shape .2, 2."):
         samples_of([[1, 2], [3, 4]], 1)
 
 

@@ -829,7 +829,7 @@ def refuse(error, match, **arguments):
     [
         ({"selection": "foci"}, ValueError, "selection must be one of 'full', 'lfoci'"),
         ({"selection": {"0": [1]}}, ValueError, "selection must be one of"),
-        ({"slection": "full"}, TypeError, "no option 'slection'; is it 'selection'"),
+        ({"slection": "full"}, TypeError, "unknown option 'slection'; is it 'selection'"),
         ({"selection": None}, ValueError, "selection must be"),
         ({"curvature": "kfac"}, ValueError, "curvature must be one of"),
         ({"damping": -1.0}, ValueError, "damping must be a finite number >= 0"),

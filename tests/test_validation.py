@@ -62,7 +62,7 @@ BAD_DATA = [
     ({"nan_policy": "drop"}, ValueError, "nan_policy must be one of 'raise', 'omit'; got 'drop'"),
     ({"ties": "mean"}, ValueError, "ties must be one of .*; got 'mean'"),
     ({"ties": None}, ValueError, "ties must be one of .*; got None"),
-    ({"backend": "gpu"}, ValueError, "one of 'auto', 'cpu', 'cuda', 'reference'; got 'gpu'"),
+    ({"backend": "gpu"}, ValueError, "one of 'auto', 'cpu', 'reference', 'cuda'; got 'gpu'"),
     ({"backend": 3}, ValueError, "backend must be one of .*; got 3"),
     (
         {"backend": "cuda"},

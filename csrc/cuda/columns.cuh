@@ -21,7 +21,7 @@
 //            n / 64 additions a lane, one after another.
 // Must not   fuse, reassociate, or split a lane over threads: another order is another result. Rows
 //            that do not exist are not added, not even as 0.
-// Twin       lcodec_ext/dependence/backends/reference_columns.py; on the CPU cpu/columns.cpp
+// Twin       lcodec_ext/dependence/backends/reference.py; on the CPU cpu/columns.cpp
 #pragma once
 
 #include <cmath>

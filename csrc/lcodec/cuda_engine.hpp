@@ -28,7 +28,7 @@ struct Outcome {
 const char* error_text(int code);
 
 // Of every column of x [n][p], by row: smallest and largest value, and the standard deviation
-// (n - 1) in double, added in the order of lcodec_ext/dependence/backends/reference_columns.py.
+// (n - 1) in double, added in the order of lcodec_ext/dependence/backends/reference.py.
 // O(n p), two passes.
 template <class T>
 Outcome column_statistics(const T* x, std::int64_t n, std::int64_t p, T* low, T* high,

@@ -42,7 +42,7 @@ Status lay_out(const T* x, std::int64_t n, std::int64_t p, T* columns, T* low, T
 // Standard deviations (n - 1) of columns [p][n], in double. Sums are added in one written order:
 // lane l of 64 takes rows l, l + 64, ..., then lanes 32..63 are added to 0..31, 16..31 to 0..15,
 // and so on; the deviations from the mean in a second pass. Reference twin:
-// lcodec_ext/dependence/backends/reference_columns.py.
+// lcodec_ext/dependence/backends/reference.py.
 template <class T>
 Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, double* deviation,
                            const Execution& execution);

@@ -179,7 +179,7 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The same nested tuples, lists and mappings with function of every tensor."""
+    """Apply a function to every tensor in nested tuples, lists and mappings."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):

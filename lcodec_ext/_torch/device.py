@@ -33,8 +33,8 @@ class Device:
                 if cuda_is_available():
                     return
         raise RuntimeError(
-            f"tensors on device '{device}' need CUDA, which this build or machine does not offer "
-            f"({cuda_status()}) Pass CPU data instead, with .cpu()"
+            f"tensors on device '{device}' need CUDA, which this build or machine does not offer. "
+            f"{cuda_status()} Pass CPU data instead, with .cpu()"
         )
 
     def guard(self) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class KnownLoss:
-    """A loss whose second derivative by the outputs is written down.
+    """A loss whose second derivative by the outputs has a known formula.
 
     Attributes
     ----------
@@ -123,16 +123,21 @@ def loss_in_parts(
     return total
 
 
+def same_loss(of_parts: Tensor, whole: Tensor) -> bool:
+    """Whether two ways to a loss agree up to rounding.
+
+    In float32 a relative difference of 2e-5 passes, or 1e-6 of losses near zero; in float64 1e-8,
+    or 1e-12.
+    """
+    rtol, atol = (1e-8, 1e-12) if whole.dtype == torch.float64 else (2e-5, 1e-6)
+    return bool(torch.isclose(of_parts, whole, rtol=rtol, atol=atol))
+
+
 def check_reduction(
     whole: Tensor, of_parts: Tensor, n: int, *, reduction: str = "mean", why: str = ""
 ) -> None:
-    """Refuse a loss of n samples that is not the mean (or sum) of the losses of its parts.
-
-    Rounding passes: a relative difference of 2e-5 in float32, or 1e-6 of losses near zero, and
-    1e-8 or 1e-12 in float64.
-    """
-    rtol, atol = (1e-8, 1e-12) if whole.dtype == torch.float64 else (2e-5, 1e-6)
-    if not torch.isclose(of_parts, whole, rtol=rtol, atol=atol):
+    """Refuse a loss of n samples that is not the mean (or sum) of the losses of its parts."""
+    if not same_loss(of_parts, whole):
         raise ValueError(
             f"loss_fn must be the plain {reduction} over the samples of a batch{why} "
             f"(reduction={reduction!r}, no class weights, no ignored targets, no mean over tokens "
@@ -166,7 +171,7 @@ def check_parts(
 
 
 def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int) -> float:
-    """Without the regulariser, in evaluation mode; NaN or infinite where the loss is."""
+    """Mean loss without the regulariser, in evaluation mode; it may be NaN or infinite."""
     total = 0.0
     with evaluating(model), torch.no_grad():
         for batch in samples.batches(batch_size):
@@ -253,11 +258,17 @@ def objective(
     batch_size: int,
 ) -> tuple[float, list[Tensor]]:
     """`mean_gradient` by every trainable parameter, summed in float64."""
+    check_loss_fn(loss_fn)
     weights = {str(k): weight for k, weight in enumerate(trainable(model))}
     loss, gradient = mean_gradient(
         model, samples, loss_fn, weights, batch_size, weight_decay=weight_decay, dtype=torch.float64
     )
     return loss, list(gradient.values())
+
+
+def euclidean_norm(tensors: Iterable[Tensor]) -> float:
+    """Euclidean norm of all entries together, summed in float64."""
+    return math.sqrt(sum(float(each.detach().double().square().sum()) for each in tensors))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

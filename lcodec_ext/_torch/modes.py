@@ -60,10 +60,15 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the first floating-point parameter of a model."""
+def check_module(model: object) -> None:
+    """Refuse what is not a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+
+
+def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first floating-point parameter of a model."""
+    check_module(model)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
-from lcodec_ext._torch.loss import LossFunction, check_reduction, loss_in, scalar_loss
+from lcodec_ext._torch.loss import (
+    LossFunction,
+    check_loss_fn,
+    check_reduction,
+    loss_in,
+    scalar_loss,
+)
 from lcodec_ext._torch.modes import evaluating, plain_arithmetic
 from lcodec_ext._torch.samples import Samples, outputs_of
 
@@ -66,6 +72,7 @@ def predict(
 ) -> Prediction:
     """Losses, scores and predicted distributions of all samples."""
     check_integer(batch_size, "batch_size", 1)
+    check_loss_fn(loss_fn)
     loss_fn = loss_in(torch.float64, loss_fn)
     losses, scores, classified = [], [], []
     with evaluating(model):
@@ -129,7 +136,7 @@ def _scores(score: Score, outputs: Any, targets: Any, n: int) -> Tensor:
     if not isinstance(each, Tensor) or each.shape != (n,):
         given = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each)
         raise ValueError(
-            f"score must return one number a sample, a tensor of shape ({n},); got {given}"
+            f"score must return one number per sample, a tensor of shape ({n},); got {given}"
         )
     return each.double().cpu()
 

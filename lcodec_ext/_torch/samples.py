@@ -37,7 +37,7 @@ Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """Where single samples come from, and what makes them a batch."""
 
     get: Callable[[int], Any]
@@ -55,7 +55,7 @@ class Samples:
     name: str  # of the argument they came from, for messages
     in_memory: bool  # fetching is only indexing
     resident: bool  # all samples are in memory, those of a Dataset included
-    source: _Source | None = None  # of a Dataset
+    source: Source | None = None  # of a Dataset
 
     def __len__(self) -> int:
         return self.n
@@ -156,7 +156,7 @@ class Samples:
         return list(self.each_hash(indices))
 
     def each_hash(self, indices: Indices = slice(None)) -> Iterator[str]:
-        """The same, one after the other: of any number of samples in little memory."""
+        """`hashes` of any number of samples, one at a time, in little memory."""
         numbers = range(self.n)[indices] if isinstance(indices, slice) else indices
         size = 1
         if self.in_memory and len(numbers) > 1:  # a Dataset might collate several otherwise
@@ -202,8 +202,8 @@ def as_samples(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
     ----------
     data : tensors, Dataset or DataLoader
         (inputs, targets), (input, ..., input, targets), a dict of tensors with "labels", a Dataset
-        of such samples, or a DataLoader, of whose Dataset every sample is taken once, collated as
-        the loader does.
+        of such samples, or a DataLoader: every sample of its Dataset is taken once, collated as the
+        loader does.
     name : str
         Of the argument, for messages.
     device : torch.device
@@ -290,7 +290,7 @@ def _from_dataset(
         if not is_one_batch(data):
             raise TypeError(
                 f"{name} must be a Dataset of pairs (input, target), or of dicts with 'labels'; "
-                f"samples 0 and on give an object of type {type(data).__name__}"
+                f"sample {some[0]} is an object of type {type(data).__name__}"
             )
         _check(data, name, len(some))
         return data
@@ -300,7 +300,7 @@ def _from_dataset(
             f"sample 0 of {name} differs when it is read again: give a Dataset without random "
             "augmentation"
         )
-    source = _Source(dataset.__getitem__, collate)
+    source = Source(dataset.__getitem__, collate)
     resident = _is_resident(dataset)
     return Samples(n, fetch, device, dtype, name, in_memory=False, resident=resident, source=source)
 
@@ -331,7 +331,7 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
         return _from_dataset(rows, collate, name, device, dtype)
     if loader.batch_sampler is None:
         raise ValueError(
-            f"{name} is a DataLoader with batch_size=None, which does not tell what is a sample; "
+            f"{name} is a DataLoader with batch_size=None, so single samples cannot be identified; "
             "pass a Dataset of samples, or a DataLoader with a batch_size"
         )
     sampler = loader.batch_sampler

@@ -347,7 +347,7 @@ def _load(
         table = read_table(
             options.table, choose, header=not options.no_header, delimiter=options.delimiter
         )
-    if seconds["read"] > 1:
+    if seconds["read"] > 1 and len(table) > 100_000:
         console.note(f"read {len(table):,} rows in {seconds['read']:.1f} s")
     if options.nan_policy == "raise" and (place := table.first(np.isnan)):
         raise InputError(

@@ -152,25 +152,27 @@ class _Text:
         given, names = self._names()
         wanted = choose(names)
         places = dict(zip(names, given, strict=True))
-        table = self._table(include_columns=[places[name] for name in wanted])
-        arrays = []
-        for name in wanted:
-            where = f"{self._label}, {{row}}column {name!r}"
-            column = table.column(places[name])
-            if _is_text(self._arrow, column.type):
-                arrays.append(self._numbers(column, where))
-                continue
-            values = _as_array(self._arrow, column, where)
-            if values.dtype.kind == "f" and np.nanmax(np.abs(values), initial=0) >= _EXACT_INTEGER:
-                self._check_integers(places[name], where)
-            arrays.append(values)
+        columns = [places[name] for name in wanted]
+        try:
+            table = self._table(columns, self._arrow.float64())
+        except self._arrow.ArrowInvalid:  # words among the numbers, or a mistake
+            table = None
+        else:
+            arrays = [table.column(column).to_numpy() for column in columns]
+            suspects = [k for k, values in enumerate(arrays) if _beyond(values)]
+        if table is None:
+            suspects = list(range(len(columns)))
+            arrays = [np.empty(0)] * len(columns)
+        for k in suspects:  # column by column, to keep little text in memory
+            text = self._text(columns[k])
+            arrays[k] = self._numbers(text, f"column {wanted[k]!r}")
         return Table(wanted, arrays)
 
     def _names(self) -> tuple[list[str], list[str]]:
         """The columns' names as pyarrow has them, and as the user has them."""
         csv = self._arrow.csv
         try:
-            with csv.open_csv(self._open(), *self._options()) as reader:
+            with csv.open_csv(self._open(), *self._options(use_threads=False)) as reader:
                 given = reader.schema.names
         except self._arrow.ArrowInvalid as error:
             if "empty" in str(error).lower():
@@ -209,17 +211,20 @@ class _Text:
             csv.ConvertOptions(null_values=[*words, "NaN", "N/A"], **conversion),
         )
 
-    def _table(self, **conversion: Any) -> Any:
-        try:
-            return self._arrow.csv.read_csv(self._open(), *self._options(**conversion))
-        except self._arrow.ArrowInvalid:
-            pass
+    def _table(self, columns: list[str], kind: Any, **options: Any) -> Any:
+        types = dict.fromkeys(columns, kind)
+        return self._arrow.csv.read_csv(
+            self._open(), *self._options(include_columns=columns, column_types=types, **options)
+        )
+
+    def _text(self, column: str) -> list[str | None]:
+        """The cells of a column as they are written; None where one is missing."""
+        string = self._arrow.string()
         try:  # one thread knows the row of a mistake
-            return self._arrow.csv.read_csv(
-                self._open(), *self._options(use_threads=False, **conversion)
-            )
+            table = self._table([column], string, use_threads=False, strings_can_be_null=True)
         except (self._arrow.ArrowInvalid, UnicodeDecodeError) as error:
             raise self._refusal(error) from None
+        return table.column(column).to_pylist()
 
     def _refusal(self, error: Exception) -> TableError:
         text = str(error)
@@ -240,36 +245,40 @@ class _Text:
             f"first line{advice}"
         )
 
-    def _numbers(self, column: Any, where: str) -> NDArray[np.float64]:
-        """A column of text: words for missing and truth in any case, or a refusal with its row."""
-        numbers = np.empty(len(column))
-        for row, cell in enumerate(column.to_pylist()):
+    def _numbers(self, cells: list[str | None], name: str) -> NDArray[np.float64]:
+        """A column of text as numbers, or a refusal that says where."""
+        numbers = np.empty(len(cells))
+        for row, cell in enumerate(cells):
+            where = f"{self._label}, row {row + 1}, {name}"
             try:
                 numbers[row] = math.nan if cell is None else _number(cell)
             except ValueError:
-                shown = cell if len(cell) <= 40 else cell[:37] + "..."
-                advice = _ENCODE
-                if _DECIMAL_COMMA.fullmatch(cell.strip()):
-                    advice = "decimals need a point"
-                elif row == 0 and not self._header:
-                    advice = "a header? then leave out --no-header"
                 raise TableError(
-                    f"{_at(where, row)}: {shown!r} is not a number; {advice}"
+                    f"{where}: {_shown(cell)} is not a number; {self._advice(cell or '', row)}"
                 ) from None
+            digits = (cell or "").strip().lstrip("+-")
+            if len(digits) > 15 and digits.isdecimal() and int(digits) != float(digits):
+                raise TableError(_rounded(where, cell))
         return numbers
 
-    def _check_integers(self, name: str, where: str) -> None:
-        """Refuse integers too long for int64 that float64 has rounded."""
-        text = {name: self._arrow.string()}
-        cells = self._table(include_columns=[name], column_types=text).column(name)
-        for row, cell in enumerate(cells.to_pylist()):
-            digits = (cell or "").strip().lstrip("+-")
-            if digits.isdecimal() and int(digits) != float(digits):
-                raise TableError(_rounded(_at(where, row), cell))
+    def _advice(self, cell: str, row: int) -> str:
+        if "\n" in cell:
+            return "perhaps a quote is not closed"
+        if _DECIMAL_COMMA.fullmatch(cell.strip()):
+            return "decimals need a point"
+        if row == 0 and not self._header:
+            return "a header? then leave out --no-header"
+        return _ENCODE
 
 
-def _at(where: str, row: int) -> str:
-    return where.format(row=f"row {row + 1}, ")
+def _shown(cell: str | None) -> str:
+    text = repr(cell)
+    return text if len(text) <= 40 else text[:36] + "...'"
+
+
+def _beyond(values: NDArray) -> bool:
+    """Whether a column has numbers that may be integers which float64 has rounded."""
+    return bool(np.nanmax(np.abs(values), initial=0) >= _EXACT_INTEGER)
 
 
 def _number(cell: str) -> float:
@@ -291,25 +300,21 @@ def _rounded(where: str, cell: object) -> str:
     )
 
 
-def _is_text(pyarrow: Any, kind: Any) -> bool:
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-
-
-def _as_array(pyarrow: Any, column: Any, where: str) -> NDArray:
-    """A column of numbers as an array, with NaN where a value is missing."""
+def _as_array(pyarrow: Any, column: Any, path: str, name: str) -> NDArray:
+    """A column of a Parquet file as an array, with NaN where a value is missing."""
     types, kind = pyarrow.types, column.type
     if types.is_null(kind):
         return np.full(len(column), math.nan)
     if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
-        raise TableError(f"{where.format(row='')} is of type {kind}; expected numbers: {_ENCODE}")
+        raise TableError(f"{path}: column {name!r} is of type {kind}; expected numbers: {_ENCODE}")
     if types.is_boolean(kind):
         column = column.cast(pyarrow.uint8())
     if types.is_integer(kind):
         present = column.drop_null().to_numpy()
         for k in np.flatnonzero((present > _EXACT_INTEGER) | (present < -_EXACT_INTEGER)):
             if int(present[k]) != int(float(present[k])):
-                row = column.to_pylist().index(int(present[k]))
-                raise TableError(_rounded(_at(where, row), present[k]))
+                row = column.to_pylist().index(int(present[k])) + 1
+                raise TableError(_rounded(f"{path}, row {row}, column {name!r}", present[k]))
     if column.null_count and not types.is_floating(kind):
         column = column.cast(pyarrow.float64(), safe=False)
     values: NDArray = column.to_numpy()
@@ -324,8 +329,8 @@ def _read_parquet(path: str, choose: Choose) -> Table:
         table = file.read(columns=wanted)
     except (pyarrow.ArrowException, OSError) as error:
         raise TableError(f"{path} cannot be read as Parquet: {error}") from None
-    where = {name: f"{path}, {{row}}column {name!r}" for name in wanted}
-    return Table(wanted, [_as_array(pyarrow, table.column(n), where[n]) for n in wanted])
+    arrays = [_as_array(pyarrow, table.column(name), path, name) for name in wanted]
+    return Table(wanted, arrays)
 
 
 # ---------------------------------------------------------------------------------------------

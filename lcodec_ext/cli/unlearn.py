@@ -328,7 +328,7 @@ def _write(
         console.note("the release is on record and paid for, but could not be written")
         raise
     if paid:
-        console.warn(f"{before}, so this is one more release, which is paid for too")
+        console.warn(f"{before}, so this counts as one more release and is charged to the budget")
     release: dict[str, Any] = unlearner.ledger[-1].record["guarantee"]
     return release
 

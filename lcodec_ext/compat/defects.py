@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext.compat.codec import cheap_torch_foci, torch_foci
-from lcodec_ext.compat.epoch_files import Bank, backward, getGradObjs, read_epoch, write_epoch
+from lcodec_ext.compat.epoch_files import (
+    Bank,
+    Measured,
+    backward,
+    getGradObjs,
+    read_epoch,
+    write_epoch,
+)
 
 Slices = list[tuple[nn.Module, int]]
 Places = dict[tuple[str, str, int], tuple[slice, nn.Parameter]]
@@ -64,7 +71,7 @@ def step(
     stem: str,
     *,
     reid: bool = False,
-) -> tuple[Tensor, Tensor, float, float]:
+) -> Measured:
     """Change a model in place; return losses and gradient norms of the request, before and after.
 
     The request is a batch (inputs, targets), or a dict of tensors with "labels". `zero_grad` is the

@@ -12,7 +12,7 @@ from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import LossFunction, mean_loss
 from lcodec_ext._torch.modes import evaluating, place
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
-from lcodec_ext.compat.epoch_files import backward, file_name, of_root, read_epoch
+from lcodec_ext.compat.epoch_files import Measured, backward, file_name, of_root, read_epoch
 from lcodec_ext.unlearning import (
     Settings,
     TokenReplacement,
@@ -30,7 +30,7 @@ _BERT_UNCASED, _FIRST_WORD = 30522, 999  # before it: special and unused tokens,
 
 def step(
     model: nn.Module, request: Any, retained: Any, loss_fn: LossFunction, params: Any, stem: str
-) -> tuple[Tensor, Tensor, float, float]:
+) -> Measured:
     """Change a model in place; return losses and gradient norms of the request, before and after.
 
     The request is a batch (inputs, targets), or a dict of tensors with "labels". "Fisher" and

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Bank = dict[tuple[str, str], Any]  # to a tensor, or None for a parameter without a gradient
+Measured = tuple[Tensor, Tensor, float, float]  # loss before and after, gradient norm likewise
 
 
 def getGradObjs(model: nn.Module) -> tuple[Bank, Bank]:

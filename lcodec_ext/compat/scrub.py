@@ -44,6 +44,7 @@ from lcodec_ext._checks import check_bool, check_choice, check_integer
 from lcodec_ext._torch.batches import map_tensors
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext.compat import defects, deletion
+from lcodec_ext.compat.epoch_files import Measured as Measured
 from lcodec_ext.compat.epoch_files import getGradObjs, gradNorm
 from lcodec_ext.compat.training import (
     DisableBatchNorm,

@@ -153,7 +153,7 @@ def _one_pass(
     device: Any,
     after: Callable[[Tensor, int], None],
 ) -> list[tuple[int, float, int]]:
-    """Size, mean loss and number of correct predictions of each batch, of which `after` is told."""
+    """Size, mean loss and number of correct predictions of each batch; `after` gets its loss."""
     batches = []
     for x, y in dataloader:
         x, y = x.to(device), y.to(device)

@@ -12,6 +12,9 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.curvature needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+from types import ModuleType as _ModuleType
+
+from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext.curvature.layers import n_units
 from lcodec_ext.curvature.layout import Segment
 from lcodec_ext.curvature.operators import (
@@ -40,3 +43,8 @@ __all__ = [
     "n_units",
     "per_sample_gradients",
 ]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """Modules of earlier versions."""
+    return _renamed_module("lcodec_ext.curvature", name)

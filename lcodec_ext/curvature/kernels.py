@@ -5,8 +5,8 @@ Importing this module registers ``torch.ops.lcodec_ext.masked_gram_product``,
 written order (``lcodec/curvature.hpp`` and ``lcodec/cuda_curvature.hpp`` in ``csrc``): the bits of
 a result do not depend on the number of threads, the SIMD level or the order in which a GPU runs its
 blocks. Those of CPU and CUDA differ, within the error bounds stated there. Nothing waits for a CUDA
-device, and with segments that are tensors there, all of it can be captured in a CUDA graph. There
-are no gradients.
+device, and with segments that are tensors there, all of it can be captured in a CUDA graph.
+Gradients are not available.
 
 Segments on the CPU are checked. On CUDA their values are taken on trust, so that nothing waits for
 the device: wrong ones give wrong results, and never reach memory outside of the arguments.
@@ -378,7 +378,7 @@ def _check_order(segments: Tensor, d: int) -> None:
     if wrong:
         k = wrong[0]
         last = int(start[k]) + int(length[k])
-        raise ValueError(f"segment {k} ends at {last}, behind the {d} of G")
+        raise ValueError(f"segment {k} ends at {last}, and G has {d} columns")
     end = start + length
     wrong = (start[1:] < end[:-1]).nonzero()[:, 0].tolist()
     if wrong:

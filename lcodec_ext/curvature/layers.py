@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from lcodec_ext._checks import first_few
+from lcodec_ext._torch.modes import check_module
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -60,7 +63,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class UnitParameter:
-    """A parameter of which every unit of a range owns a slice."""
+    """A parameter in which every unit of a range owns a slice."""
 
     name: str  # as named_parameters lists it
     shape: tuple[int, ...]
@@ -150,7 +153,7 @@ def unit_cuts(module: nn.Module) -> list[tuple[int, int, Cuts]]:
         if module.max_norm is not None:
             raise NoUnitsError("max_norm: its forward pass overwrites its weight")
         if module.scale_grad_by_freq:
-            raise NoUnitsError("scale_grad_by_freq: its gradients are no derivatives of the loss")
+            raise NoUnitsError("scale_grad_by_freq: its gradients are not derivatives of the loss")
     found: list[tuple[int, int, Cuts]] = []
     first = 0
     for key in weights:
@@ -204,7 +207,7 @@ def n_units(module: nn.Module) -> int:
     >>> n_units(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
     6
     """
-    _check_module(module)
+    check_module(module)
     if not is_unit_layer(module):
         raise ValueError(f"a module of type {type(module).__name__} has no units")
     try:
@@ -213,18 +216,24 @@ def n_units(module: nn.Module) -> int:
         raise ValueError(f"this {type(module).__name__} has no units: {error}") from None
 
 
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """List for every parameter, by id, the names it has in the modules that own it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(_join(name, key))
+    return owners
+
+
 def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, str]]:
     """Find the layers with units that can be selected, and for other layers the reason why not.
 
     Layers are in the order of `named_modules`. A `MultiheadAttention` stands as its input
     projections, under its name with ".in_proj".
     """
-    _check_module(model)
-    owners: dict[int, list[str]] = {}  # of every parameter, by id: its names in all modules
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(_join(name, key))
+    check_module(model)
+    owners = parameter_owners(model)
     layers: dict[str, UnitLayer] = {}
     without: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -266,20 +275,13 @@ def _unit_layer(module: nn.Module, owners: dict[int, list[str]]) -> UnitLayer:
     return UnitLayer(module, n, tuple(ranges), refused)
 
 
-def _check_module(module: object) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(module).__name__}")
-
-
 def _join(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
 def listed(layers: Iterable[str]) -> str:
     """The layers with units, as the end of an error message."""
-    names = list(layers)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"layers with units: {', '.join(map(repr, names[:_LISTED])) or 'none'}{more}"
+    return f"layers with units: {first_few([*map(repr, layers)], _LISTED) or 'none'}"
 
 
 def why_not(name: str, model: nn.Module, layers: Iterable[str], without: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 from lcodec_ext.curvature.layers import Cut, UnitParameter, UnitRange, find_unit_layers, why_not
 
-if TYPE_CHECKING:
-    from lcodec_ext.curvature.selection import UnitSelection
+
+class Units(Protocol):
+    """Units by layer, ascending: what a layout needs of a `UnitSelection`."""
+
+    @property
+    def units(self) -> Mapping[str, tuple[int, ...]]:
+        """For each layer its selected units."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class UnitLayout:
         For what `UnitSelection` refuses.
     """
 
-    def __init__(self, selection: "UnitSelection", model: nn.Module) -> None:
+    def __init__(self, selection: Units, model: nn.Module) -> None:
         layers, without = find_unit_layers(model)
         chosen = selection.units
         for name, units in chosen.items():

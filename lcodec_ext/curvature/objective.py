@@ -16,9 +16,10 @@ from lcodec_ext._torch.loss import (
     check_reduction,
     loss_in,
     loss_in_parts,
+    same_loss,
     scalar_loss,
 )
-from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
+from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
 from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
 from lcodec_ext.curvature.selection import UnitSelection
 
@@ -83,8 +84,7 @@ class Objective:
         reduction: str,
         progress: bool,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        check_module(model)
         check_loss_fn(loss_fn)
         self.reduction = check_choice(reduction, "reduction", ("mean", "sum"))
         self.progress = check_bool(progress, "progress")
@@ -124,7 +124,7 @@ class Objective:
         return loss * batch.size if self.reduction == "mean" else loss
 
     def passes(self, what: str = "", skip: Container[int] = ()) -> Iterator[tuple[int, Batch]]:
-        """Go through the numbered batches, but for some; the same ones every time."""
+        """Iterate over the numbered batches, the same ones every time, without those to skip."""
         first = not self._sizes
         self._random.restart()
         with progress_bar(self.progress and bool(what), desc=what, unit="batch") as bar:
@@ -218,7 +218,10 @@ class Objective:
             whole, total = self._in_parts(outputs, batch, -(-n // 2), other)
         except (RuntimeError, ValueError, IndexError):  # it takes no half of a batch
             return
-        if whole != 0 and torch.isclose(total, whole, rtol=1e-4 if whole.itemsize < 8 else 1e-8):
+        # A loss near zero is both up to rounding.
+        if same_loss(total, whole) and not same_loss(
+            self._in_parts(outputs, batch, -(-n // 2), self.reduction)[1], whole
+        ):
             raise ValueError(
                 f"loss_fn must be the {self.reduction} over the samples of a batch, as "
                 f"reduction={self.reduction!r} says; on a batch of {n} samples it is the {other} "

@@ -264,7 +264,7 @@ def _samples_come_first(objective: Objective, run: ForwardPass, batch: Batch) ->
     ]
     whole = _reached(run, run.values, seeds)
     tolerance = 1e-3 if objective.masked.dtype == torch.float32 else 1e-8
-    # An axis of the same length is no proof: halves of the batch must give the same on their own.
+    # The length of an axis proves nothing: halves of the batch must give the same on their own.
     for half in (slice(0, n // 2), slice(n // 2, n)):
         samples = batch.part(half)
         try:

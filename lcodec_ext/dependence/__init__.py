@@ -4,12 +4,15 @@ from lcodec_ext.dependence.codec import codec, lcodec
 from lcodec_ext.dependence.foci import FociResult, first_step_scores, foci, lfoci
 from lcodec_ext.dependence.graph import DependenceGraph, dependence_graph
 from lcodec_ext.dependence.neighbors import nearest_neighbors
+from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
 
 __all__ = [
     "DependenceGraph",
     "FociResult",
+    "NoiseScale",
     "XiTestResult",
+    "check_noise",
     "codec",
     "dependence_graph",
     "first_step_scores",
@@ -17,6 +20,7 @@ __all__ = [
     "lcodec",
     "lfoci",
     "nearest_neighbors",
+    "with_noise",
     "xi",
     "xi_test",
 ]

@@ -236,7 +236,7 @@ def lfoci(
         progress,
     )  # fmt: skip
     columns, response = task.lay_out(), task.y
-    if not (response == response[0]).all():  # the noise would make a response of nothing
+    if not (response == response[0]).all():  # noise would turn a constant into a response
         response, noisy = with_noise(
             chosen, response, task.features.values, columns, noise, noise_scale, seed
         )
@@ -354,7 +354,7 @@ class _Task:
             while len(steps) < self.cap:
                 reach.check(candidates)
                 bar.set_description(f"FOCI step {len(steps) + 1}")
-                # columns that bring no gain are told from one another only if one must be taken
+                # columns without a gain are compared only if one of them must be taken
                 floor = int(m) if self.stop else 0
                 leaders = _leaders(engine, np.array(candidates), floor, self.progress, bar)
                 best, m_best = _best(engine, *leaders) or (-1, m)
@@ -454,7 +454,7 @@ def _leaders(
     for start in range(0, len(candidates), engine.piece):
         piece = candidates[start : start + engine.piece]
         found.append(engine.leaders(piece, floor))
-        # one that is equal is still wanted
+        # a candidate with an equal sum is still wanted
         floor = max(floor, int(found[-1][1].max(initial=0)) - 1)
         bar.update(len(piece))
     columns, whole, fraction = (np.concatenate(parts) for parts in zip(*found, strict=True))

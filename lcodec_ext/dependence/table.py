@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, as_array, beyond_float64, is_float, is_tensor
-from lcodec_ext._checks import check_choice
+from lcodec_ext._checks import check_choice, first_few
 
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
 
@@ -37,11 +37,10 @@ class Features(NamedTuple):
         constant = np.flatnonzero(flags)
         if not len(constant):
             return
-        shown = ", ".join(_column(int(k), self.names) for k in constant[:5])
-        more = f" and {len(constant) - 5} more" if len(constant) > 5 else ""
+        shown = first_few([_column(int(k), self.names) for k in constant], 5)
         verb = "is" if len(constant) == 1 else "are"
         warnings.warn(
-            f"{shown}{more} of {self.argument} {verb} constant and can tell nothing",
+            f"{shown} of {self.argument} {verb} constant and can tell nothing",
             stacklevel=stacklevel + 1,
         )
 

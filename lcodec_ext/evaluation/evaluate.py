@@ -1,4 +1,4 @@
-"""Methods of deletion beside models that were retrained without the removed samples."""
+"""Methods of deletion compared with models that were retrained without the removed samples."""
 
 import dataclasses
 import inspect
@@ -145,9 +145,8 @@ class Evaluation:
     def to_frame(self) -> Any:
         """A pandas DataFrame with a row for each method, the columns of methods.csv.
 
-        Metrics have their names; "gap_closed_" and "spread_" stand before those of the gaps and
-        spreads, "seconds_" before phases. "units" of "units_of" were changed. NaN where a method
-        has no such number.
+        Metrics have their names. Gaps have the prefix gap_closed_, spreads spread_, phases
+        seconds_. "units" of "units_of" were changed. NaN where a method has no such number.
 
         Raises
         ------
@@ -240,7 +239,7 @@ def evaluate(
     relearn: bool = True,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure what methods of deletion leave, beside models retrained without the samples.
+    """Measure what methods of deletion leave, compared with models retrained without the samples.
 
     Every model is measured by the functions of `lcodec_ext.evaluation.metrics`: accuracies and
     losses on removed, retained and test samples; the distances of predictions (removed and test
@@ -283,7 +282,7 @@ def evaluate(
     batch_size : int, default 256
         Most samples in one pass of the measurements.
     score : callable, optional
-        ``score(outputs, targets)``, one number a sample, in the place of accuracy.
+        ``score(outputs, targets)``, one number per sample, in the place of accuracy.
     validation : tuple of tensors, dict of tensors, Dataset or DataLoader, optional
         Never-seen samples for `unlearn`, other ones than test.
     relearn : bool, default True
@@ -631,7 +630,7 @@ def _units_per_layer(model: nn.Module, result: UnlearnResult) -> dict[str, list[
 
 
 def _mean(values: Sequence[Number]) -> Number:
-    """None if there is none, or one of them is None."""
+    """None if a value is missing."""
     return float(np.mean(values)) if values and None not in values else None  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED
-from lcodec_ext.evaluation.records import CombinedMethod, Request, curve, watched
+from lcodec_ext.evaluation.records import CombinedMethod, ReportEntry, curve, watched
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -51,7 +51,7 @@ _MAX_PANELS = 12  # methods with a histogram
 
 
 def draw_all(
-    methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[Request]]
+    methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[ReportEntry]]
 ) -> dict[str, bytes]:
     """PNG files by name, of those figures for which there are data."""
     with style():
@@ -98,7 +98,7 @@ def _short(text: str, most: int) -> str:
 # Removals
 
 
-def removals(ledgers: Sequence[Sequence[Request]]) -> Figure | None:
+def removals(ledgers: Sequence[Sequence[ReportEntry]]) -> Figure | None:
     """Accuracy (or what the guard watched) and gradient norm against removed samples."""
     seen = watched(ledgers)
     panels = {"Mean loss on retained samples": "loss_retain"}
@@ -152,7 +152,7 @@ def band(curves: Sequence[Mapping[int, float]]) -> dict[int, tuple[float, float,
     return found
 
 
-def _mark_events(axes: Axes, ledgers: Sequence[Sequence[Request]]) -> None:
+def _mark_events(axes: Axes, ledgers: Sequence[Sequence[ReportEntry]]) -> None:
     every = [request for requests in ledgers for request in requests]
     marks = {
         "skipped by the guard": ("X", RED, {r.n_removed for r in every if r.skipped}),
@@ -237,7 +237,9 @@ def _bins(values: Sequence[float]) -> tuple[np.ndarray, str]:
 # Units
 
 
-def units(methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[Request]]) -> Figure | None:
+def units(
+    methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[ReportEntry]]
+) -> Figure | None:
     """A map of layers: the share of units that masked methods change; the number, of requests."""
     masked = [method for method in methods if method.is_masked]
     changed = _changed_units(ledgers)
@@ -272,7 +274,7 @@ def units(methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[Request]
     return figure
 
 
-def _changed_units(ledgers: Sequence[Sequence[Request]]) -> dict[str, float]:
+def _changed_units(ledgers: Sequence[Sequence[ReportEntry]]) -> dict[str, float]:
     """How many units of each layer requests have changed; empty if all have changed all."""
     removals = [(k, r) for k, one in enumerate(ledgers) for r in one if r.kind == "remove"]
     found: dict[str, set[tuple[int, int]]] = {}
@@ -309,7 +311,9 @@ def _tail(name: str, most: int) -> str:
 # Time
 
 
-def time(methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[Request]]) -> Figure | None:
+def time(
+    methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[ReportEntry]]
+) -> Figure | None:
     """How the time of each method, and of the requests of each ledger, divides among phases."""
     splits = {_short(m.name, 32): m.phases for m in methods if m.name not in (NO_OP, RETRAINED)}
     for k, requests in enumerate(ledgers):

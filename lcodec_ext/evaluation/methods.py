@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
+from lcodec_ext._files import json_ready
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import LossFunction, is_much_worse, mean_loss, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic, seeded
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
-from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.settings import Settings
@@ -427,11 +427,4 @@ def carry_out(
         raise TypeError(
             f"a method must return a model or an UnlearnResult; got {type(made).__name__}"
         )
-    return Done(made, seconds, None, {key: _plain(value) for key, value in settings.items()})
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON can hold."""
-    if isinstance(value, UnitSelection):
-        return value.to_dict()
-    return value if isinstance(value, str | bool | int | float | None) else repr(value)
+    return Done(made, seconds, None, json_ready(settings, nonfinite=float, other=repr))

@@ -1,4 +1,4 @@
-"""Measures of a deletion: what a model does, remembers and reveals beside retrained models.
+"""Measures of a deletion: what a model does, remembers and reveals, compared with retrained models.
 
 Models are called in evaluation mode, without autocast, and left as they were. Their outputs are
 converted to float64 first. ``data`` is what `unlearn` takes: tensors, a dict with "labels", a
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
-from lcodec_ext._torch.loss import LossFunction, objective, trainable
+from lcodec_ext._torch.loss import LossFunction, euclidean_norm, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
 from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, predict
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
@@ -50,7 +50,7 @@ def accuracy(
     loss_fn : callable
         Tells regression, and losses of probabilities, from classification.
     score : callable, optional
-        ``score(outputs, targets)`` returns one number a sample, shape (n,); their mean takes the
+        ``score(outputs, targets)`` returns one number per sample, shape (n,); their mean takes the
         place of the accuracy, for models with several outputs for instance.
     batch_size : int, default 256
 
@@ -230,7 +230,7 @@ def gradient_norm(
     samples = _samples(model, data, "data")
     with evaluating(model), plain_arithmetic(), torch.enable_grad():
         _, gradient = objective(model, samples, loss_fn, weight_decay, batch_size)
-    return float(sum(each.square().sum() for each in gradient)) ** 0.5
+    return euclidean_norm(gradient)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ class MembershipInference:
     accuracy : float
         Of the calibrated attack, on removed and held-out samples with equal weight; 0.5 by chance.
     member_share : float
-        Of the removed samples, which it takes for members.
+        Share of removed samples that the attack takes for members.
     calibration_accuracy : float
         Of the same attack on the samples on which it was calibrated.
     n_calibration, n_held_out : int
@@ -374,7 +374,7 @@ def membership_inference(
     split = calibration_split(len(retained), len(unseen), seed)
     members = predict(model, retained.subset(split.members.tolist()), loss_fn, batch_size)
     runs = (predict(model, each, loss_fn, batch_size) for each in (removed, unseen))
-    return attack(next(runs), _features(members), next(runs), split)
+    return attack(next(runs), features_of(members), next(runs), split)
 
 
 class CalibrationSplit(NamedTuple):
@@ -399,7 +399,7 @@ def calibration_split(n_retain: int, n_test: int, seed: int) -> CalibrationSplit
     return CalibrationSplit(np.sort(members), np.sort(order[:half]), np.sort(order[half:]))
 
 
-def _features(run: Prediction, numbers: NDArray[np.intp] | slice = slice(None)) -> Features:
+def features_of(run: Prediction, numbers: NDArray[np.intp] | slice = slice(None)) -> Features:
     """What the attack sees of samples, larger for what looks more like a member."""
     seen = {"loss": -run.losses}
     if run.log_probabilities is not None and run.labels is not None:
@@ -414,10 +414,10 @@ def attack(
     """Calibrate on members and on non-members; try on the removed and on those held out."""
     logistic_regression, _ = scikit_learn()
     sets = (
-        _features(forget),
+        features_of(forget),
         members,
-        _features(test, split.calibration),
-        _features(test, split.held_out),
+        features_of(test, split.calibration),
+        features_of(test, split.held_out),
     )
     names = [name for name in sets[0] if all(name in each for each in sets)]
     pooled = {name: np.sort(np.concatenate([sets[1][name], sets[2][name]])) for name in names}
@@ -463,10 +463,10 @@ class Relearning:
     Attributes
     ----------
     steps : int
-        Taken until the loss was down; where it was not, all that were allowed.
+        Taken until the loss reached the level; where it did not, all that were allowed.
     seconds : float
     reached : bool
-        Whether it was.
+        Whether it did.
     """
 
     steps: int
@@ -487,8 +487,8 @@ def relearn_time(
     """Count the steps of fine-tuning on the removed samples until their loss is at a level.
 
     A copy of the model takes steps of Adam on the mean loss of all removed samples, in evaluation
-    mode, so that nothing is random. Few steps, beside a retrained model, show that the samples
-    were hidden rather than forgotten.
+    mode, so that nothing is random. Few steps, compared with a retrained model, show that the
+    samples were hidden rather than forgotten.
 
     Parameters
     ----------
@@ -571,13 +571,13 @@ class Measured(NamedTuple):
 
 
 def measure(model: nn.Module, sets: Sets) -> Measured:
-    """See a model on all sets, and compute the metrics of it alone."""
+    """Run a model on all sets, and compute the metrics of it alone."""
     forget, retain, test = (
         predict(model, each, sets.loss_fn, sets.batch_size, sets.score)
         for each in (sets.forget, sets.retain, sets.test)
     )
     split = calibration_split(len(sets.retain), len(sets.test), sets.seed)
-    found = attack(forget, _features(retain, split.members), test, split)
+    found = attack(forget, features_of(retain, split.members), test, split)
     seen = Seen(model, sets, forget, retain, test, found)
     return Measured(model, {name: metric(seen) for name, metric in METRICS.items()}, forget, test)
 
@@ -638,7 +638,7 @@ DISTANCES: Mapping[str, Callable[[Measured, Measured], Number]] = MappingProxyTy
     }
 )
 
-#: Metrics that are told without a floor and a closed gap.
+#: Metrics that are reported without a floor and a closed gap.
 WITHOUT_GAP = {
     "mia_member_share",
     "gradient_norm",

@@ -31,7 +31,7 @@ class Stat:
 class CombinedMethod:
     """A method, its numbers combined over evaluations; what is not finite is left out.
 
-    `share_of_retraining` is of the time; `units_per_layer` has (selected, of); `not_finite` names
+    `share_of_retraining` refers to time; `units_per_layer` has (selected, of); `not_finite` names
     what was infinite or NaN somewhere.
     """
 
@@ -70,7 +70,7 @@ def _finite(values: Iterable[object]) -> list[float]:
 
 
 def _stat(values: Iterable[object], sd: object = None) -> Stat | None:
-    """Of the finite values; `sd` is what a single value has already."""
+    """Statistics of the finite values; a single value keeps its `sd`."""
     found = _finite(values)
     if not found:
         return None
@@ -81,7 +81,7 @@ def _stat(values: Iterable[object], sd: object = None) -> Stat | None:
 def stats(
     parts: Sequence[Mapping[str, Any]], spread: Mapping[str, Any] | None = None
 ) -> dict[str, Stat]:
-    """Of each quantity that at least one of the parts has."""
+    """Statistics of each quantity that at least one of the parts has."""
     keys = dict.fromkeys(key for part in parts for key in part)
     found = {key: _stat((p.get(key) for p in parts), (spread or {}).get(key)) for key in keys}
     return {key: stat for key, stat in found.items() if stat is not None}
@@ -199,7 +199,7 @@ def _read_evaluation(value: Any, name: str) -> dict[str, Any]:
 # Ledgers
 
 
-class Request:
+class ReportEntry:
     """An entry of a ledger, with what a report needs of it; None for what it does not have."""
 
     def __init__(self, entry: Mapping[str, Any]) -> None:
@@ -259,7 +259,7 @@ def _numbers(ranges: str | Iterable[int]) -> set[int]:
     return numbers
 
 
-def read_ledgers(value: object) -> list[list[Request]]:
+def read_ledgers(value: object) -> list[list[ReportEntry]]:
     """One ledger or several, each its entries, an `Unlearner`, its folder, or the file in it."""
     if value is None:
         return []
@@ -278,7 +278,7 @@ def _fields(entry: object) -> Mapping[str, Any] | None:
     return entry if {"number", "kind", "record"} <= entry.keys() else None
 
 
-def _read_ledger(value: Any, name: str) -> list[Request]:
+def _read_ledger(value: Any, name: str) -> list[ReportEntry]:
     entries = getattr(value, "ledger", value)
     if isinstance(entries, (str, Path)):
         entries = _read_lines(Path(entries), name)
@@ -298,7 +298,7 @@ def _read_ledger(value: Any, name: str) -> list[Request]:
                 f"{name} must be a whole ledger, with entries 0, 1, 2, ...; entry {number} has "
                 f"the number {found['number']!r}"
             )
-        requests.append(Request(found))
+        requests.append(ReportEntry(found))
     return requests
 
 
@@ -319,7 +319,7 @@ def _read_lines(path: Path, name: str) -> list[Any]:
     return entries
 
 
-def standing(requests: Sequence[Request]) -> list[Request]:
+def standing(requests: Sequence[ReportEntry]) -> list[ReportEntry]:
     """The entries that led to the present weights: without those that were rolled back."""
     path = []
     number = len(requests) - 1
@@ -330,7 +330,7 @@ def standing(requests: Sequence[Request]) -> list[Request]:
     return path[::-1]
 
 
-def pending(requests: Sequence[Request]) -> list[int]:
+def pending(requests: Sequence[ReportEntry]) -> list[int]:
     """Samples whose removal was asked for and taken back by the guard, and not granted since."""
     waiting: dict[int, None] = {}
     for request in standing(requests):
@@ -343,7 +343,7 @@ def pending(requests: Sequence[Request]) -> list[int]:
     return list(waiting)
 
 
-def watched(ledgers: Sequence[Sequence[Request]]) -> tuple[str, str] | None:
+def watched(ledgers: Sequence[Sequence[ReportEntry]]) -> tuple[str, str] | None:
     """What the guards watched, and on which samples; None if not all watched the same."""
     what = {
         str(request.result["watched"])
@@ -359,7 +359,7 @@ def watched(ledgers: Sequence[Sequence[Request]]) -> tuple[str, str] | None:
     return what.pop().replace(_MINUS_LOSS, "mean loss"), " or ".join(sorted(where))
 
 
-def curve(requests: Sequence[Request], name: str) -> dict[int, float]:
+def curve(requests: Sequence[ReportEntry], name: str) -> dict[int, float]:
     """A quantity of the model, by the number of samples that were removed from it.
 
     It is of the entries that stand; skipped requests left the model as it was.

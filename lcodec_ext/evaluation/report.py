@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lcodec_ext._build import __version__
-from lcodec_ext._checks import check_bool
+from lcodec_ext._checks import check_bool, first_few
 from lcodec_ext._files import json_ready, write_all_atomically
 from lcodec_ext.evaluation.evaluate import method_rows
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED
 from lcodec_ext.evaluation.records import (
     CombinedMethod,
-    Request,
+    ReportEntry,
     Stat,
     as_number,
     combine,
@@ -30,7 +30,8 @@ from lcodec_ext.evaluation.records import (
     watched,
 )
 
-_FORMAT = 1
+_FORMAT = 2
+_LISTED = 10  # names in a sentence
 _TABLE_ROWS = 30  # requests in the table of report.md
 _FIGURES = {
     "figure_removals.png": (
@@ -208,7 +209,7 @@ def write_report(
 
 
 def _draw(
-    methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[Request]]
+    methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[ReportEntry]]
 ) -> dict[str, bytes]:
     try:
         from lcodec_ext.evaluation.figures import draw_all
@@ -243,7 +244,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _request_row(request: Request) -> dict[str, Any]:
+def _request_row(request: ReportEntry) -> dict[str, Any]:
     row = {
         "number": request.number,
         "kind": request.kind,
@@ -306,17 +307,11 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _listed(items: Sequence[str], most: int = 10, between: str = ", ") -> str:
-    """The first few of many items, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return between.join(items[:most]) + more
-
-
 # ---------------------------------------------------------------------------------------------
 # Findings, one a line
 
 
-def _findings(requests: Sequence[Request]) -> dict[str, str]:
+def _findings(requests: Sequence[ReportEntry]) -> dict[str, str]:
     """What a ledger says, by what it is about."""
     path, last = standing(requests), requests[-1]
     total = "" if last.n_retained is None else f" of {last.n_retained + last.n_removed}"
@@ -328,8 +323,10 @@ def _findings(requests: Sequence[Request]) -> dict[str, str]:
     skipped = [str(request.number) for request in path if request.skipped]
     if skipped:
         waiting = [str(sample) for sample in pending(requests)]
-        found["SKIPPED by the guard, at least in part"] = f"entries {_listed(skipped)}"
-        found["Still in the model"] = _listed(waiting) or "none, removed by later requests"
+        found["SKIPPED by the guard, at least in part"] = f"entries {first_few(skipped, _LISTED)}"
+        found["Still in the model"] = (
+            first_few(waiting, _LISTED) or "none, removed by later requests"
+        )
     found |= _on_privacy([request for request in requests if request.kind == "release"])
     names = {"Gradient norm of the retained objective": "gradient_norm"}
     if seen := watched([requests]):
@@ -352,7 +349,7 @@ def _findings(requests: Sequence[Request]) -> dict[str, str]:
     return found
 
 
-def _on_privacy(releases: Sequence[Request]) -> dict[str, str]:
+def _on_privacy(releases: Sequence[ReportEntry]) -> dict[str, str]:
     if not releases:
         return {"Guarantee": "none, the deletion is heuristic; no model was released with noise"}
     guarantees = [request.guarantee for request in releases]
@@ -371,7 +368,7 @@ def _on_privacy(releases: Sequence[Request]) -> dict[str, str]:
         found["Noise of the newest release"] = ", ".join(f"{k} {newest[k]:.3g}" for k in terms)
     reasons = dict.fromkeys(str(reason) for one in others for reason in one.get("reasons") or ())
     if reasons:
-        found["Heuristic because"] = _listed(list(reasons), 4, "; ")
+        found["Heuristic because"] = first_few(list(reasons), 4, "; ")
     if as_number(budget.get("epsilon_sum")) is not None:
         found["Privacy budget"] = ", ".join(
             f"{k} {budget[f'{k}_sum']:.3g} of {budget[k]:.3g}" for k in ("epsilon", "delta")
@@ -390,7 +387,7 @@ def _on_evaluations(
     }
     if evaluations:
         n = _count(len(evaluations), "evaluation")
-        lines.append(f"Compared: {_listed(sorted(counts), 3, '; ')}; {n}")
+        lines.append(f"Compared: {first_few(sorted(counts), 3, '; ')}; {n}")
     for method in methods:
         lines += [f"FAILED: {method.name}: {error}" for error in method.errors]
         if method.n_skipped:
@@ -409,7 +406,7 @@ def _on_evaluations(
         closed.sort(key=lambda pair: -pair[0].mean)
         if closed:
             parts = [f"{name} {_cell(stat, _percent)}" for stat, name in closed]
-            lines.append(f"Gap closed, {metric}: {_listed(parts)}")
+            lines.append(f"Gap closed, {metric}: {first_few(parts, _LISTED)}")
     return lines
 
 
@@ -471,14 +468,14 @@ def _method_table(methods: Sequence[CombinedMethod], floor: Mapping[str, Stat]) 
     return _table(["method", *(name for name, _, _ in columns)], rows)
 
 
-def _request_part(ledgers: Sequence[Sequence[Request]]) -> list[str]:
+def _request_part(ledgers: Sequence[Sequence[ReportEntry]]) -> list[str]:
     parts = ["## Requests"]
     for k, requests in enumerate(ledgers):
         parts += [f"Ledger {k}:"] * (len(ledgers) > 1) + _request_table(requests)
     return [*parts, _OF_REQUESTS]
 
 
-def _request_table(requests: Sequence[Request]) -> list[str]:
+def _request_table(requests: Sequence[ReportEntry]) -> list[str]:
     parts = []
     shown = list(requests)
     if len(shown) > _TABLE_ROWS:
@@ -502,7 +499,7 @@ def _request_table(requests: Sequence[Request]) -> list[str]:
                 str(request.number),
                 kind + " (rolled back)" * (request.number not in stands),
                 (request.time or "-")[:19].replace("T", " "),
-                _listed(row["ids"].split(), 3) or "-",
+                first_few(row["ids"].split(), 3) or "-",
                 *(str(row[name]) for name in ("n_removed", "n_pending")),
                 *(
                     _change(request, name)
@@ -515,7 +512,7 @@ def _request_table(requests: Sequence[Request]) -> list[str]:
     return [*parts, _table(head, rows)]
 
 
-def _change(request: Request, name: str) -> str:
+def _change(request: ReportEntry, name: str) -> str:
     pair = request.change(name)
     return "-" if pair == (None, None) else " → ".join(map(_number, pair))
 

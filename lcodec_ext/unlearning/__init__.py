@@ -15,6 +15,7 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.unlearning needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
@@ -102,10 +103,10 @@ _OF_EVALUATION = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names of `lcodec_ext.evaluation`, which users of earlier versions import from here."""
+    """What earlier versions had here: names of `lcodec_ext.evaluation`, and modules."""
     if name in _OF_EVALUATION:
         return getattr(importlib.import_module("lcodec_ext.evaluation"), name)
-    raise AttributeError(f"module 'lcodec_ext.unlearning' has no attribute {name!r}")
+    return _renamed_module("lcodec_ext.unlearning", name)
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lcodec_ext._files import json_ready
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
@@ -78,14 +79,8 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it; what is not finite becomes None."""
-        return {
-            name: list(value)
-            if isinstance(value, tuple)
-            else None
-            if isinstance(value, float) and not math.isfinite(value)
-            else value
-            for name, value in asdict(self).items()
-        }
+        found: dict[str, Any] = json_ready(asdict(self))
+        return found
 
     def __str__(self) -> str:
         before = robust_mean(self.control_before)[0]

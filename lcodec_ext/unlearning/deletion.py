@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from lcodec_ext.curvature import SolveResult, UnitSelection
 from lcodec_ext.unlearning.guard import Attempt, Watch, guarded_step
 from lcodec_ext.unlearning.request import Part
-from lcodec_ext.unlearning.select import RULES, Choice, choose
+from lcodec_ext.unlearning.rules import RULES
+from lcodec_ext.unlearning.select import Choice, choose
 from lcodec_ext.unlearning.step import Block
 from lcodec_ext.unlearning.workplace import Workplace
 
@@ -29,22 +30,22 @@ class Deletion:
 
     @property
     def attempts(self) -> Iterator[Attempt]:
-        """All of them."""
+        """The attempts of all rounds."""
         return (attempt for attempts in self.rounds for attempt in attempts)
 
     @property
     def last(self) -> Attempt:
-        """The last one."""
+        """The last attempt."""
         return self.rounds[-1][-1]
 
     @property
     def solves(self) -> list[SolveResult]:
-        """Of the last attempt of every round."""
+        """Solves of each round's last attempt."""
         return [solve for attempts in self.rounds for solve in attempts[-1].steps.solves]
 
     @property
     def n_gradient(self) -> int:
-        """Gradient steps of the same."""
+        """Gradient steps of these attempts."""
         return sum(attempts[-1].steps.n_gradient for attempts in self.rounds)
 
     @property

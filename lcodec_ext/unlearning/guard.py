@@ -206,7 +206,7 @@ def _adjusted(block: Block, watch: Watch, unread_loss: float, steps: Steps) -> t
 
 
 def _lengthened(take: Callable[[float], None], small: Callable[[], bool], length: float) -> float:
-    """Lengthen a step that was ended early until the retained samples notice."""
+    """Lengthen a step that ended early, until the retained loss has risen enough."""
     low, high = 1.0, math.inf
     if not small():
         return length
@@ -223,7 +223,7 @@ def _lengthened(take: Callable[[float], None], small: Callable[[], bool], length
 def _repaired(block: Block, guard: Guard | None) -> bool:
     """Repair; take that back if it does harm itself, as a large learning rate may.
 
-    Harm is a loss of some accuracy only past max_drop: on samples that the model knew by heart
+    Harm is a loss of some accuracy only past max_drop: on samples that the model has memorised
     any training costs a little.
     """
     theta = block.now()

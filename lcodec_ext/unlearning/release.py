@@ -1,6 +1,7 @@
 """What the noise of the settings guarantees for the result of a deletion."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,15 +12,19 @@ from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import Measured, Workplace, norm
+from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, norm
 
+#: What `removal_guarantee` asks of the settings.
+_OPTIONS = {each.name for each in dataclasses.fields(Settings)} & {
+    *inspect.signature(removal_guarantee).parameters
+}
 GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 
 
 def guarantee_of(
     settings: Settings, model: nn.Module, *, damping: float, order: str, **measured: Any
 ) -> Guarantee:
-    """What the noise of the settings guarantees for a deletion with them, guard and all.
+    """What the noise of the settings guarantees for a deletion with them, the guard included.
 
     Parameters
     ----------
@@ -35,34 +40,18 @@ def guarantee_of(
     ValueError
         If the settings ask for a certificate and there is none.
     """
-    s = settings
+    options = {name: getattr(settings, name) for name in _OPTIONS}
+    if settings.update == "certified":  # a Newton step, whose conditions are then demanded
+        options["update"] = "newton"
     guarantee = removal_guarantee(
-        model,
-        **measured,
-        epsilon=s.epsilon,
-        delta=s.delta,
-        weight_decay=s.weight_decay,
-        update="newton" if s.update == "certified" else s.update,
-        curvature=s.curvature,
-        gradient=s.gradient,
-        damping=damping,
-        steps=s.steps,
-        n_curvature=s.n_curvature,
-        order=order,
-        repair_epochs=s.repair_epochs,
-        lipschitz=s.lipschitz,
-        hessian_lipschitz=s.hessian_lipschitz,
-        strong_convexity=s.strong_convexity,
-        radius=s.radius,
-        gradient_bound=s.gradient_bound,
-        rtol=s.rtol,
+        model, **options | {"damping": damping, "order": order} | measured
     )
     reasons = guarantee.reasons
-    if s.max_drop is not None:
+    if settings.max_drop is not None:
         reasons = (*reasons, GUARDED)
-    if s.lengthen is not None:
+    if settings.lengthen is not None:
         reasons = (*reasons, "lengthen: the length of the step depends on the data")
-    if s.update == "certified" and reasons:
+    if settings.update == "certified" and reasons:
         raise ValueError(
             "update='certified' is not possible here: "
             + "; ".join(reasons)
@@ -74,7 +63,7 @@ def guarantee_of(
 
 
 def check_certifiable(work: Workplace, model: nn.Module, request: Request) -> None:
-    """Refuse update="certified" where something is lacking, before anything is computed."""
+    """Refuse update="certified" where a condition is not met, before anything is computed."""
     if work.settings.update == "certified":
         guarantee_of(
             work.settings,
@@ -95,7 +84,7 @@ def guarantee_of_deletions(
     model: nn.Module,
     request: Request,
     deletions: Sequence[Deletion],
-    before: Measured,
+    before: LossesAndGradients,
     start_norm: float,
     n_selected: int,
 ) -> Guarantee:
@@ -130,7 +119,7 @@ def with_noise(work: Workplace, model: nn.Module, guarantee: Guarantee) -> nn.Mo
     return noisy
 
 
-def training_norm(measured: Measured, request: Request) -> float:
+def training_norm(measured: LossesAndGradients, request: Request) -> float:
     """Gradient norm of the objective on removed and retained samples together."""
     if measured.retained is None:
         return math.nan

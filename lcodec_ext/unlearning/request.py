@@ -45,7 +45,7 @@ def samples_of(labels: Any, value: Any) -> list[int]:
     """
     array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if array.ndim != 1:
-        raise ValueError(f"labels must have one entry a sample; got shape {array.shape}")
+        raise ValueError(f"labels must have one entry per sample; got shape {array.shape}")
     found = np.flatnonzero(array == value)
     if not len(found):
         raise ValueError(f"no sample has the label {value!r}")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lcodec_ext._files import json_ready
 from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.dependence import FociResult
@@ -18,7 +19,7 @@ from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import training_norm
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import Measured, Workplace, norm
+from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, norm
 
 _LAYERS = 6  # that a representation lists
 
@@ -133,23 +134,11 @@ class UnlearnResult:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model, as JSON takes it; nan becomes None."""
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "model":
-                continue
-            if isinstance(value, Settings | UnitSelection | Guarantee | Calibration):
-                value = value.to_dict()
-            elif isinstance(value, FociResult):
-                value = {"names": value.names, "T": [float(t) for t in value.cumulative]}
-            elif isinstance(value, BeforeAfter):
-                value = [_json(value.before), _json(value.after)]
-            elif isinstance(value, float):
-                value = _json(value)
-            elif isinstance(value, tuple):
-                value = list(value)
-            values[field.name] = value
-        return values
+        fields = [each.name for each in dataclasses.fields(self) if each.name != "model"]
+        values = {name: getattr(self, name) for name in fields}
+        if self.foci is not None:
+            values["foci"] = {"names": self.foci.names, "T": self.foci.cumulative}
+        return json_ready(values)
 
     def __repr__(self) -> str:
         def change(pair: BeforeAfter) -> str:
@@ -203,8 +192,8 @@ class UnlearnResult:
 class Outcome(NamedTuple):
     """What was measured of deletions, and what their noise guarantees."""
 
-    before: Measured
-    after: Measured
+    before: LossesAndGradients
+    after: LossesAndGradients
     selection: UnitSelection
     step_norm: float
     guarantee: Guarantee
@@ -266,7 +255,3 @@ def _guarded(guard: Guard | None, deletions: Sequence[Deletion]) -> BeforeAfter:
         return BeforeAfter(math.nan, math.nan)
     values = [a.value for d in deletions for a in d.attempts if a.accepted]
     return BeforeAfter(guard.before, values[-1] if values else guard.before)
-
-
-def _json(value: float) -> float | None:
-    return value if math.isfinite(value) else None

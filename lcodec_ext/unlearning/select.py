@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -20,10 +19,9 @@ from lcodec_ext.curvature.layers import CONVOLUTIONS, TRANSPOSED, is_linear
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.dependence import FociResult, first_step_scores, lfoci
 from lcodec_ext.unlearning.record import Recording, record
-
-if TYPE_CHECKING:
-    from lcodec_ext.unlearning.settings import SelectSettings
-    from lcodec_ext.unlearning.workplace import Workplace
+from lcodec_ext.unlearning.rules import RULES, Rule
+from lcodec_ext.unlearning.settings import SelectSettings
+from lcodec_ext.unlearning.workplace import Workplace
 
 Unit = tuple[str, int]
 
@@ -60,7 +58,7 @@ class Candidates:
         return total.index_add_(0, owner, vector.double()).cpu().numpy()
 
 
-def find_candidates(model: nn.Module, settings: "SelectSettings") -> Candidates:
+def find_candidates(model: nn.Module, settings: SelectSettings) -> Candidates:
     """Find the units that `Settings.candidates` names, or that were given."""
     if isinstance(settings.selection, UnitSelection):
         selection = settings.selection
@@ -100,7 +98,7 @@ def _has_weights(name: str, modules: dict[str, nn.Module]) -> bool:
 
 
 def take(
-    ranked: Sequence[Unit], candidates: Candidates, settings: "SelectSettings", n_trainable: int
+    ranked: Sequence[Unit], candidates: Candidates, settings: SelectSettings, n_trainable: int
 ) -> UnitSelection:
     """Take units from the first on, up to the number or the parameters that are allowed.
 
@@ -143,7 +141,7 @@ def take(
 class Question:
     """What a rule selects from, and what it may look at."""
 
-    work: "Workplace"  # model, loss and settings
+    work: Workplace  # model, loss and settings
     candidates: Candidates
     forget: Samples
     gradient: Gradient  # of the removed samples' objective, by parameter
@@ -183,22 +181,8 @@ class Choice:
     foci: FociResult | None = None
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A way to select units.
-
-    `size` is "given" if the rule fixes the number of units, "needed" if it needs n_units or
-    max_parameters, and "optional" if it stops by itself without them. A repeated rule selects again
-    after every step.
-    """
-
-    select: Callable[[Question], Choice]
-    size: Literal["given", "needed", "optional"]
-    repeated: bool = False
-
-
 def choose(
-    work: "Workplace",
+    work: Workplace,
     forget: Samples,
     gradient: Gradient,
     seed: list[int],
@@ -286,13 +270,15 @@ def _by_cheap(question: Question) -> Choice:
 
 
 #: To add a rule, write a function and name it here.
-RULES: dict[str, Rule] = {
-    "full": Rule(_full, "given"),
-    "lfoci": Rule(_by_lfoci, "optional"),
-    "cheap": Rule(_by_cheap, "optional", repeated=True),
-    "gradient": Rule(_by_gradient, "needed"),
-    "random": Rule(_random, "needed"),
-}
+RULES.update(
+    {
+        "full": Rule(_full, "given"),
+        "lfoci": Rule(_by_lfoci, "optional"),
+        "cheap": Rule(_by_cheap, "optional", repeated=True),
+        "gradient": Rule(_by_gradient, "needed"),
+        "random": Rule(_random, "needed"),
+    }
+)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.record import TokenReplacement
-from lcodec_ext.unlearning.select import RULES
+from lcodec_ext.unlearning.rules import RULES
 
 CURVATURES = ("gauss_newton", "hessian", "fisher", "secant")
 UPDATES = ("newton", "gradient", "certified")
@@ -145,7 +145,8 @@ class SelectSettings:
             )
         if not sized and size == "needed":
             raise ValueError(
-                f"selection={name} needs n_units or max_parameters: a ranking has no end of its own"
+                f"selection={name} needs n_units or max_parameters: this rule ranks units and does "
+                "not stop by itself"
             )
 
 
@@ -273,18 +274,20 @@ CALIBRATABLE: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSettings:
-    """What is done about a step that does harm, or too little.
+    """What is done about a step that does harm, or does too little.
 
     Attributes
     ----------
     max_drop : float, optional
-        Most that accuracy may fall, or without one the mean loss may rise; past it, halve or undo.
+        How far accuracy may fall, or without one the mean loss may rise; beyond it, the step is
+        halved or undone.
     halvings : int
-        How often a step past it is halved.
+        How often a step beyond max_drop is halved.
     lengthen : float, optional
-        Lengthen a step that ended early until the retained loss rises by this a removed sample.
+        Lengthen a step that ended early, until the retained loss has risen by this much per removed
+        sample.
     retries : int
-        How often a step still past it is tried again, with ten times the damping.
+        How often a step that is still beyond it is tried again, with ten times the damping.
     """
 
     max_drop: float | None = _real(None)
@@ -561,7 +564,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; is it {near[0]!r}?" if near else f"; options are {', '.join(known)}"
-            raise TypeError(f"there is no option {key!r}{hint}")
+            raise TypeError(f"unknown option {key!r}{hint}")
 
 
 def _check_used(options: Mapping[str, Any], settings: Settings) -> None:

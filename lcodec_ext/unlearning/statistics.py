@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_choice, check_integer, check_real
+from lcodec_ext._checks import check_choice, check_integer, check_real, first_few
+from lcodec_ext._files import write_atomically
 from lcodec_ext._torch.loss import LossFunction, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
@@ -158,7 +159,8 @@ class TrainingStatistics:
         check_integer(n, "n", 1)
         if len(snapshots) < 2:
             raise ValueError(
-                f"snapshots must be at least two, whose differences are taken; got {len(snapshots)}"
+                "pass at least two snapshots, because their differences are used; got "
+                f"{len(snapshots)}"
             )
 
         def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensors:
@@ -214,7 +216,7 @@ class TrainingStatistics:
                 if weights[name].shape != tensor.shape:
                     raise ValueError(
                         f"the statistics are of another model: their {name!r} has shape "
-                        f"{tuple(weights[name].shape)}, in this one {tuple(tensor.shape)}"
+                        f"{tuple(weights[name].shape)}; in this model it is {tuple(tensor.shape)}"
                     )
                 tensor.copy_(weights[name])
         return placed
@@ -318,18 +320,17 @@ class TrainingStatistics:
         assert self.matrix is not None
         others = selection - self.selection
         if others:
-            layers = [repr(name) for name in others.units]
-            more = f" and {len(layers) - 3:,} more" if len(layers) > 3 else ""
+            layers = first_few([*map(repr, others.units)], 3)
             raise ValueError(
                 "the statistics are of another model or of another selection: they have no "
                 f"curvature of {len(others):,} of the {len(selection):,} units that are asked for, "
-                f"in {', '.join(layers[:3])}{more}; collect them with these units"
+                f"in {layers}; collect them with these units"
             )
         own = UnitLayout(self.selection, model)
         if own.size != len(self.matrix):
             raise ValueError(
                 f"the statistics are of another model: their units have {len(self.matrix):,} "
-                f"parameters, in this one {own.size:,}"
+                f"parameters; this model has {own.size:,}"
             )
         places = {
             k: torch.full(p.shape, -1, dtype=torch.float64, device=self.matrix.device)
@@ -372,19 +373,17 @@ class TrainingStatistics:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a file that `load` reads, with `torch.load(weights_only=True)`."""
-        torch.save(
-            {
-                "format": _FORMAT,
-                "n": self.n,
-                "kind": self.kind,
-                "selection": None if self.selection is None else self.selection.to_dict(),
-                "matrix": self.matrix,
-                "steps": self.steps,
-                "changes": self.changes,
-                "weights": self.weights,
-            },
-            path,
-        )
+        state = {
+            "format": _FORMAT,
+            "n": self.n,
+            "kind": self.kind,
+            "selection": None if self.selection is None else self.selection.to_dict(),
+            "matrix": self.matrix,
+            "steps": self.steps,
+            "changes": self.changes,
+            "weights": self.weights,
+        }
+        write_atomically(path, lambda file: torch.save(state, file))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "TrainingStatistics":

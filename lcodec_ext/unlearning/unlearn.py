@@ -1,6 +1,5 @@
 """The deletion: which units, which step, whether it did harm, and what came of it."""
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.loss import Gradient, LossFunction
+from lcodec_ext._torch.loss import LossFunction, euclidean_norm
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import UnitSelection
@@ -75,7 +74,7 @@ def unlearn(
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
     score : callable, optional
-        ``score(outputs, targets)``, one number a sample, whose mean the guard takes for accuracy.
+        ``score(outputs, targets)``, one number per sample, whose mean the guard takes for accuracy.
         By default whether the largest output is the target.
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
@@ -152,7 +151,9 @@ def unlearn(
     deletions = [delete(work, part, watch) for part in request.parts(work)]
     warn_of_skipped(deletions, watch.guard, settings, request.m)
     applied, selection = _selections(deletions)
-    step_norm = _distance(start, work)
+    step_norm = euclidean_norm(
+        p.detach().double() - start[k].double() for k, p in work.parameters.items()
+    )
     with work.timed("monitoring"):
         # Into a copy first, also in place: the given model changes only when all has gone well.
         changed = work.handed_over(model, applied)
@@ -178,13 +179,3 @@ def _selections(deletions: Sequence[Deletion]) -> tuple[UnitSelection, UnitSelec
         if not deletion.skipped:
             applied |= deletion.selection
     return applied, applied or tried
-
-
-def _distance(start: Gradient, work: Workplace) -> float:
-    """Euclidean distance of the present weights from those at the start."""
-    return math.sqrt(
-        sum(
-            float((p.detach().double() - start[k].double()).square().sum())
-            for k, p in work.parameters.items()
-        )
-    )

@@ -8,9 +8,9 @@ from lcodec_ext.unlearning.calibrate import RISE
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.privacy import Guarantee
-from lcodec_ext.unlearning.select import RULES
+from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import Measured
+from lcodec_ext.unlearning.workplace import LossesAndGradients
 
 
 def warn_of_skipped(
@@ -52,8 +52,8 @@ def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Setti
 
 
 def warn_of_harm(
-    before: Measured,
-    after: Measured,
+    before: LossesAndGradients,
+    after: LossesAndGradients,
     guarantee: Guarantee,
     deletions: Sequence[Deletion],
     guard: Guard | None,

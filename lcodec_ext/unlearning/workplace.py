@@ -15,10 +15,12 @@ from lcodec_ext._torch.loss import (
     Gradient,
     LossFunction,
     check_loss_fn,
+    euclidean_norm,
     loss_in,
     mean_gradient,
     mean_loss,
 )
+from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score, predict
 from lcodec_ext._torch.samples import Samples, working_dtype
 from lcodec_ext.curvature import UnitSelection
@@ -27,7 +29,7 @@ from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
 from lcodec_ext.unlearning.settings import Settings
 
 
-class Measured(NamedTuple):
+class LossesAndGradients(NamedTuple):
     """Mean losses and gradients of removed and of retained samples; nan and None without these."""
 
     forget_loss: float
@@ -116,11 +118,11 @@ class Workplace:
             check=True,
         )
 
-    def measure(self, forget: Samples, retained: Samples | None) -> Measured:
+    def measure(self, forget: Samples, retained: Samples | None) -> LossesAndGradients:
         """Losses and gradients of both sets at the present weights."""
         if retained is None:
-            return Measured(*self.gradient(forget), math.nan, None)
-        return Measured(*self.gradient(forget), *self.gradient(retained))
+            return LossesAndGradients(*self.gradient(forget), math.nan, None)
+        return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
 
     def mean_loss(self, samples: Samples) -> float:
         """Mean loss without the regulariser. It may be NaN or infinite."""
@@ -173,18 +175,17 @@ def norm(gradient: Gradient | None, layout: UnitLayout | None = None) -> float:
         return math.nan
     if layout is not None:
         return float(layout.gather(gradient).double().norm())
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+    return euclidean_norm(gradient.values())
 
 
-def _check_model(model: object) -> torch.device:
+def _check_model(model: nn.Module) -> torch.device:
     """Find the device of a model; refuse parameters that are missing or not finite."""
     if isinstance(model, CertifiedLinear):
         raise TypeError(
             "model must be a torch.nn.Module; a CertifiedLinear removes samples by itself: "
             "model.remove(indices)"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    check_module(model)
     devices = set()
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):

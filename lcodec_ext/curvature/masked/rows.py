@@ -30,7 +30,7 @@ class LayerRows:
         The layer.
     key : {"weight", "bias"}
     parameter : str
-        The name of the parameter, of which the entries are.
+        The name of the parameter that the entries belong to.
     axis, merged : int
         Where the output has the units, as `unit_axis` says.
     places : Tensor of int64 or None
@@ -252,7 +252,7 @@ def patches(module: Any, x: Tensor) -> Tensor:
 
 
 def rows_of(module: Any, key: str, parameter: str, units: Tensor) -> LayerRows | None:
-    """The rows that entries of a parameter have in a layer; None where there is no such form."""
+    """The rows of a layer for entries of a parameter; None if the layer has no such form."""
     of: Callable[..., Tensor]
     if not _keeps_forward(module):
         return None

@@ -3,7 +3,7 @@
 Nothing here forms a matrix of the whole model, or pays for parameters outside of the selection.
 """
 
-from lcodec_ext.curvature.operators.base import CurvatureOperator
+from lcodec_ext.curvature.operators.base import CurvatureOperator, Method
 from lcodec_ext.curvature.operators.fisher import FisherOperator, RestrictedFisher
 from lcodec_ext.curvature.operators.gauss_newton import GaussNewtonOperator
 from lcodec_ext.curvature.operators.hessian import HessianOperator
@@ -16,6 +16,7 @@ __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "MatrixOperator",
+    "Method",
     "RestrictedFisher",
     "SecantOperator",
 ]

@@ -62,18 +62,18 @@ class CurvatureOperator(ABC):
 
     @abstractmethod
     def _diagonal(self) -> Tensor | None:
-        """Its diagonal without the shift, where it costs less than p products."""
+        """The diagonal without the shift, or None if it costs as much as p products."""
 
     @abstractmethod
     def _low_rank(self, most: int) -> LowRank | None:
-        """Itself without the shift, by at most so many rows."""
+        """The matrix without the shift, as at most so many rows; None if it takes more."""
 
     def _advice(self) -> str | None:
-        """What else to do where it is indefinite."""
+        """Advice for the case that the matrix is indefinite."""
         return None
 
     def _dense(self) -> Tensor | None:
-        """Itself without the shift as a matrix, where that costs less than p products."""
+        """The dense matrix without the shift, or None if it costs as much as p products."""
         return None
 
     def _describe(self) -> str:

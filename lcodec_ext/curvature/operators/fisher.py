@@ -98,7 +98,7 @@ class FisherOperator(ModelOperator):
         return head_or_delta(objective, GaussNewtonForm)
 
     def restrict(self, selection: UnitSelection) -> "RestrictedFisher":
-        """The operator of fewer units, on the same stored gradients, of which none is copied.
+        """The operator of fewer units, on the same stored gradients, without a copy.
 
         Parameters
         ----------

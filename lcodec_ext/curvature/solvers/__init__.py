@@ -17,12 +17,14 @@ from lcodec_ext.curvature.solvers.result import (
     IndefiniteCurvatureError,
     SolveResult,
 )
+from lcodec_ext.curvature.solvers.system import Product
 from lcodec_ext.curvature.solvers.woodbury import woodbury
 
 __all__ = [
     "ConvergenceWarning",
     "IndefiniteCurvatureError",
     "Krylov",
+    "Product",
     "SolveResult",
     "cholesky",
     "conjugate_gradient",

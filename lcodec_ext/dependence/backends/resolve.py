@@ -13,7 +13,7 @@ BackendLike = BackendName | Backend
 
 #: Backends on NumPy arrays. To add one, name it here and in `BackendName`.
 HOST: dict[str, HostBackend] = {"cpu": CpuBackend(), "reference": ReferenceBackend()}
-_NAMES = ("auto", "cuda", *HOST)
+_NAMES = ("auto", *HOST, "cuda")
 
 
 def resolve(backend: BackendLike, **arrays: Any) -> Backend:

@@ -124,7 +124,7 @@ class PrivacyBudget:
         self.n_releases += 1
 
     def _needed(self, epsilon: float, delta: float, square_sum: float | None) -> str:
-        """What all releases and one more would take, by each measure there is of it."""
+        """What all releases and one more would take, by each theorem that applies."""
         sums = f"with it the sums are epsilon={epsilon:.4g}, delta={delta:.4g}"
         if square_sum is None:
             return sums
@@ -135,7 +135,7 @@ class PrivacyBudget:
         )
 
     def _taken(self) -> str:
-        """What was spent, by the measure by which it fits."""
+        """What was spent, by the theorem under which it fits."""
         if not self.n_releases:
             return "of which nothing is spent"
         taken = f"of which {self.n_releases} release" + "s" * (self.n_releases > 1) + " so far took"

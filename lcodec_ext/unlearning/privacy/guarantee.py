@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lcodec_ext._checks import check_real
+from lcodec_ext._checks import check_real, first_few
 from lcodec_ext._files import json_ready
 from lcodec_ext.unlearning.privacy.bounds import (
     check_removed,
@@ -303,16 +303,15 @@ def _not_linear(model: nn.Module) -> str | None:
         if any(p.requires_grad for p in module.parameters(recurse=False))
     ]
     if len(holders) != 1:
-        names = ", ".join(repr(name) for name, _ in holders[:3])
-        more = ", ..." if len(holders) > 3 else ""
-        return f": {len(holders)} modules have some ({names}{more})"
+        names = first_few([repr(name) for name, _ in holders], 3)
+        return f": {len(holders)} modules have some ({names})"
     name, layer = holders[0]
     seems = f", as far as can be told: {name!r} is"
     own = dict(layer.named_parameters(recurse=False)).keys()
     if type(layer) not in _LINEAR or not own <= {"weight", "bias"} or _hooked(layer):
         return (
-            f"{seems} no plain Linear or convolution layer but {type(layer).__name__} with "
-            f"{', '.join(sorted(own))}"
+            f"{seems} a {type(layer).__name__} with {', '.join(sorted(own))}, "
+            "not a plain Linear or convolution layer"
         )
     behind = False
     for found, module in _in_order(model):

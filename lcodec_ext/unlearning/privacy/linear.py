@@ -66,7 +66,7 @@ class RemovalRecord:
 
 
 @dataclass(frozen=True)
-class Objective:
+class LinearObjective:
     """The sum of one output's losses over samples, plus (decay/2) |w|^2.
 
     x has shape (n, d), target (n,): real numbers, or 0 and 1 for the logistic loss.
@@ -78,7 +78,7 @@ class Objective:
     decay: float
 
     def value(self, w: Tensor) -> Tensor:
-        """Compute it, 0-d."""
+        """Compute the sum, a 0-d tensor."""
         scores = self.x @ w
         if self.loss == "squared":
             losses = (scores - self.target).square() / 2
@@ -87,13 +87,13 @@ class Objective:
         return losses.sum() + self.decay / 2 * w @ w
 
     def gradient(self, w: Tensor) -> Tensor:
-        """Compute its gradient, shape (d,)."""
+        """Compute the gradient, shape (d,)."""
         scores = self.x @ w
         predicted = scores if self.loss == "squared" else torch.sigmoid(scores)
         return self.x.T @ (predicted - self.target) + self.decay * w
 
     def hessian(self, w: Tensor) -> Tensor:
-        """Compute its Hessian, shape (d, d)."""
+        """Compute the Hessian, shape (d, d)."""
         scores = self.x @ w
         if self.loss == "squared":
             curvatures = torch.ones_like(scores)
@@ -107,7 +107,7 @@ class Objective:
         return hessian
 
 
-def minimise(objective: Objective, linear: Tensor, tolerance: float) -> Tensor:
+def minimise(objective: LinearObjective, linear: Tensor, tolerance: float) -> Tensor:
     """Minimise an objective plus ``linear @ w`` by Newton's method with backtracking.
 
     It ends at a gradient of at most the tolerance, or with a RuntimeError.
@@ -135,8 +135,8 @@ def minimise(objective: Objective, linear: Tensor, tolerance: float) -> Tensor:
         now, previous = value(w), norm
     raise RuntimeError(
         f"training reached a gradient norm of {norm:.2g}, above the tolerance of {tolerance:.2g} "
-        "for each output; give a larger tolerance, or more noise_std, whose budget the tolerance "
-        "is taken from"
+        "for each output; give a larger tolerance, or more noise_std: the tolerance is taken from "
+        "its budget"
     )
 
 
@@ -240,8 +240,13 @@ class CertifiedLinear:
                 f"{self.tolerance!r}"
             )
         self._seed = check_seed(seed)
+        # Of a trained model; weights, retained and spent come with it.
         self._data: tuple[Tensor, Tensor] | None = None  # of the retained samples
         self._n: int | None = None  # of fit; unknown in states of earlier versions
+        self._noise = torch.empty(0)  # b of each output
+        self._seeded = False
+        self._spectral_norm = 0.0  # at least that of the retained samples' inputs
+        self._left_by_output: list[float] = []  # bounds on what removals left of the gradient
 
     def __repr__(self) -> str:
         head = f"CertifiedLinear({self.loss!r}, weight_decay={self.weight_decay:g}"
@@ -312,11 +317,11 @@ class CertifiedLinear:
         self._left_by_output = [0.0] * n_outputs
         self.spent = self._spent(self._left_by_output)
 
-    def _objectives(self, x: Tensor, target: Tensor, n_outputs: int) -> Iterator[Objective]:
+    def _objectives(self, x: Tensor, target: Tensor, n_outputs: int) -> Iterator[LinearObjective]:
         """The objective of each output over some samples."""
         for k in range(n_outputs) if n_outputs > 1 else [1]:
             own = target if self.loss == "squared" else (target == k).double()
-            yield Objective(self.loss, x, own, self.weight_decay * len(x))
+            yield LinearObjective(self.loss, x, own, self.weight_decay * len(x))
 
     # -- removal
 
@@ -369,7 +374,9 @@ class CertifiedLinear:
             n_retained=len(rest),
         )
 
-    def _step(self, w: Tensor, removed: Objective, retained: Objective) -> tuple[Tensor, float]:
+    def _step(
+        self, w: Tensor, removed: LinearObjective, retained: LinearObjective
+    ) -> tuple[Tensor, float]:
         """One output's step, and a bound on what it leaves of the gradient."""
         right, hessian = removed.gradient(w), retained.hessian(w)
         step = _solve(hessian, right)
@@ -378,7 +385,7 @@ class CertifiedLinear:
         return step, bound + float((hessian @ step - right).norm())
 
     def _spent(self, left: list[float]) -> float:
-        """Training counts twice: here, and where the comparison is trained."""
+        """Training error counts twice: in this model and in the retrained one."""
         return 2 * self.tolerance + math.hypot(*left)
 
     def _residual(self) -> float:

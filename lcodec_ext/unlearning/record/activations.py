@@ -84,7 +84,7 @@ class Site:
         return self.module.register_forward_hook(after, with_kwargs=True)
 
     def views(self, args: Any, kwargs: Any, output: Any) -> list[Tensor]:
-        """What is averaged, of one call."""
+        """What is averaged of one call."""
         module = self.module
         if not isinstance(output, Tensor):
             kind = type(output).__name__
@@ -111,20 +111,20 @@ class Site:
         return means
 
     def finish(self, means: list[Any]) -> Any:
-        """Make the means of the views of a call those of the recorded units."""
+        """Turn the means of the views of a call into those of the recorded units."""
         (mean,) = means
         return mean if len(self.units) == self.n_units else mean[:, self.units]
 
 
 class _OutProjection(Site):
-    """The output projection of an attention, which is not called: the attention's output is its."""
+    """The output projection of an attention. It is not called; its output is the attention's."""
 
     def views(self, args: Any, kwargs: Any, output: Any) -> list[Tensor]:
         return [output[0] if isinstance(output, tuple) else output]
 
 
 class _InProjections(Site):
-    """The input projections of an attention, which are not called.
+    """The input projections of an attention. They are not called.
 
     The mean of a projection is the projection of the mean.
     """
@@ -247,7 +247,7 @@ def _find_sites(
 
 
 class Recorder:
-    """Hooks on the sites of a model, for the time that the context is entered."""
+    """Hooks on the sites of a model, while the context is entered."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self._sites = list(sites)

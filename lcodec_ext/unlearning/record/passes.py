@@ -20,8 +20,8 @@ _PASS_BYTES = 2**24
 class Passes:
     """Forward passes over groups of samples that follow each other in a batch.
 
-    Of every group they give the mean activations and the loss, as if it had gone alone. Whether
-    that can be done for several groups at once, a probe finds out.
+    They give the mean activations and the loss of every group, as if it had gone alone. A probe
+    finds out whether several groups can go at once.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Passes:
             if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         ]
         known = f"; rows of the model's embeddings: {', '.join(rows[:4])}" if rows else ""
-        return f"TokenReplacement may draw tokens that the model has not: {given}{known}"
+        return f"TokenReplacement may draw tokens that the model does not have: {given}{known}"
 
     def _losses(self, outputs: Any, batch: Batch, groups: int) -> Tensor:
         if groups == 1:
@@ -177,7 +177,7 @@ class Passes:
 
 
 def _layouts(alone: Sequence[int], both: Sequence[int], size: int) -> list[Layout]:
-    """How the samples may lie in a view whose shape is known of size samples and of twice those."""
+    """Possible sample layouts of a view, from its shapes for `size` and 2 `size` samples."""
     if len(alone) != len(both):
         return []
     grown = [axis for axis in range(len(alone) - 1) if alone[axis] != both[axis]]

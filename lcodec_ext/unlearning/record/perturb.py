@@ -90,7 +90,7 @@ class TokenReplacement:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "TokenReplacement":
-        """Make it again from what `to_dict` wrote."""
+        """Make the object that `to_dict` wrote."""
         return cls(**options)
 
     @cached_property

@@ -126,7 +126,7 @@ class _Table:
             )
 
     def add(self, first: int, means: dict[Call, Any], weight: float) -> None:
-        """Add to the rows from first on."""
+        """Add weighted means to the rows from `first` on."""
         for call, mean in means.items():
             if isinstance(mean, Shares):
                 group, unit, share = mean
@@ -136,7 +136,7 @@ class _Table:
                 values += weight * mean.cpu().double().numpy()
 
     def may_be_rounding(self, share: float) -> bool:
-        """Whether a column varies, but by less than a share of what the layer puts out."""
+        """Whether a column varies, but by less than a share of the layer's largest activation."""
         for columns in self._columns.values():
             values = self._values[:, columns]
             spread = np.ptp(values, axis=0)
@@ -153,7 +153,7 @@ class _Table:
         return differences
 
     def finished(self) -> tuple[NDArray[np.float64], list[UnitCall]]:
-        """The activations and whose they are."""
+        """The activations, and the units that the columns belong to."""
         blocks, owners = [self._values], list(self._owners)
         for call, parts in self._shares.items():
             group, unit, share = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -237,7 +237,7 @@ def record(
     if n_perturbations * each > MAX_ROWS:
         raise ValueError(
             f"rows='samples' makes {n_perturbations * each:,} rows of {m:,} samples and "
-            f"{n_perturbations:,} perturbations, and may make {MAX_ROWS:,}: take "
+            f"{n_perturbations:,} perturbations; the limit is {MAX_ROWS:,}: take "
             f"n_perturbations={MAX_ROWS // m} or rows='batch'"
         )
     batch = request.fetch(slice(None))
@@ -296,9 +296,9 @@ def _fill(
     chunks: list[int],
     draw: Callable[[int], Batch],
 ) -> tuple[_Table, NDArray[np.float64]]:
-    """Activations and losses of perturbations 0, 1, ..., so many of them together as chunks say.
+    """Activations and losses of perturbations 0, 1, ...; chunks says how many go together.
 
-    Each makes so many rows; at most so many samples go in a forward pass.
+    A perturbation makes `each` rows; a forward pass takes at most `most` samples.
     """
     table = _Table(sites, sum(chunks) * each)
     losses = np.zeros(sum(chunks) * each)

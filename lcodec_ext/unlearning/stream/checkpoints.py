@@ -133,7 +133,7 @@ def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
 class DirectoryLock:
     """Keeps other processes, and other objects of this one, out of a directory.
 
-    The kernel lets go of it when the process ends, however it ends.
+    The kernel releases it when the process ends, however it ends.
     """
 
     def __init__(self, directory: Path) -> None:

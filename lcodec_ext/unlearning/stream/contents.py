@@ -1,4 +1,4 @@
-"""Hashes of the contents of data sets, by which they are known again."""
+"""Hashes of the contents of data sets, by which they are recognised."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,7 +53,7 @@ def has_contents(
 
 
 def _hashes_of(n: int, hashes: Iterable[str]) -> tuple[str, str]:
-    """Over the probe, and over all."""
+    """Hashes over the probe, and over all samples."""
     probe, some = set(_probe(n)), []
     digest = hashlib.sha256()
     for k, sha256 in enumerate(hashes):

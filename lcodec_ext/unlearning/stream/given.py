@@ -1,4 +1,4 @@
-"""What a user gives to a stream and a ledger cannot hold; how both are compared."""
+"""What a user gives to a stream, and how it is compared with the ledger."""
 
 import functools
 import platform
@@ -13,9 +13,10 @@ from torch import nn
 
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.loss import LossFunction, check_loss_fn
+from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score
-from lcodec_ext._torch.samples import Samples, as_samples
+from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream.checkpoints import state_hash
@@ -55,7 +56,7 @@ class Given:
         )
 
 
-def take(
+def receive(
     model: nn.Module,
     train: Any,
     loss_fn: LossFunction,
@@ -65,16 +66,13 @@ def take(
     progress: bool,
     settings: Settings,
 ) -> Given:
-    """Check what is given."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
+    """Check what a user gives to a stream."""
+    check_module(model)
+    check_loss_fn(loss_fn)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("the model has no parameter")
-    double = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-    dtype = settings.dtype or (torch.float64 if double else torch.float32)
+    dtype = settings.dtype or working_dtype(model)
     samples = as_samples(train, "train", parameter.device, dtype)
     if validation is not None:
         validation = as_samples(validation, "validation", parameter.device, dtype)
@@ -109,7 +107,7 @@ def start_record(given: Given, model: nn.Module) -> dict[str, Any]:
 
 
 def check_given(given: Given, model: nn.Module, history: History) -> None:
-    """Refuse what is not as it was at the start; ValueError names it."""
+    """Refuse what differs from the start; ValueError names it."""
     start = history.start
     _check_function("loss_fn", given.loss_fn, start)
     _check_function("score", given.score, start)
@@ -162,7 +160,7 @@ def name_of(value: Any) -> str:
 
 
 def _options_of(value: Any) -> dict[str, Any]:
-    """What is easily told of a function besides its name: a partial's arguments, torch's losses."""
+    """What identifies a function besides its name: a partial's arguments, options of torch's."""
     if isinstance(value, functools.partial):
         given = {str(k): v for k, v in enumerate(value.args)} | value.keywords
         return {"function": name_of(value.func)} | _simple(given)

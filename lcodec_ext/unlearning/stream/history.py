@@ -1,4 +1,4 @@
-"""What the entries of a ledger amount to: which samples are removed, what can be restored."""
+"""What the entries of a ledger add up to: which samples are removed, what can be restored."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Point:
 
 
 class History:
-    """What the entries so far amount to."""
+    """What the entries so far add up to."""
 
     def __init__(self) -> None:
         self.start: dict[str, Any] = {}  # the record of the first entry
@@ -65,7 +65,7 @@ class History:
         removed, skipped = self._asked_for(entry)
         parent = record["to"] if entry.kind == "rollback" else number - 1
         if entry.kind == "rollback" and not 0 <= parent < number:
-            raise LedgerError(f"it goes back to entry {parent}, which is not before it")
+            raise LedgerError(f"it goes back to entry {parent}, which does not precede it")
         if entry.kind == "release":
             self._pay(record)
         checkpoint = record["checkpoint"]
@@ -98,7 +98,7 @@ class History:
         if entry.kind in ("remove", "skip"):
             ids, skipped = tuple(record["ids"]), tuple(record["skipped"])
             if not set(skipped) <= set(ids) or (entry.kind == "skip") != (len(skipped) == len(ids)):
-                raise LedgerError(f"of its samples {ids} it cannot have skipped {skipped}")
+                raise LedgerError(f"it lists {skipped} as skipped, but asked for {ids}")
         times, stay = Counter(ids), set(skipped)
         for i, sha256 in zip(ids, record.get("hashes", ()), strict=True):
             if not 0 <= i < self.start["train"]["n"] or i in self.removed or times[i] > 1:
@@ -121,9 +121,9 @@ class History:
             raise LedgerError(f"it cannot have the checkpoint {point.checkpoint!r}")
         same = entry.kind not in ("start", "remove")
         if same and point.sha256 != self.points[point.parent].sha256:
-            raise LedgerError(f"its weights must be those of entry {point.parent}, and are not")
+            raise LedgerError(f"its weights differ from those of entry {point.parent}")
 
-    # -- what they amount to
+    # -- what they add up to
 
     def _path(self, number: int) -> list[int]:
         """An entry and those it builds on, the first one first."""

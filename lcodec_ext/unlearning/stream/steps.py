@@ -1,4 +1,4 @@
-"""One request of a stream: which samples, its seed, its step, and what that is worth."""
+"""One request of a stream: which samples, its seed, its step and its guarantee."""
 
 import math
 from collections import Counter
@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_integer
-from lcodec_ext._torch.loss import mean_loss
+from lcodec_ext._checks import check_integer, first_few
+from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.privacy import Guarantee
@@ -44,18 +44,15 @@ def check_ids(ids: Any, n: int, removed: Mapping[int, Any]) -> list[int]:
         raise ValueError("ids must have at least one sample; got none")
     twice = sorted(i for i, times in Counter(numbers).items() if times > 1)
     if twice:
-        raise ValueError(f"ids must differ; {_list(twice)} is there more than once")
+        raise ValueError(f"ids must differ; given more than once: {first_few(twice, _LISTED)}")
     gone = [i for i in numbers if i in removed]
     if gone:
-        raise ValueError(f"ids must be samples that are not removed; {_list(gone)} already is")
+        raise ValueError(
+            "ids must be samples that are not removed; removed already: " + first_few(gone, _LISTED)
+        )
     if len(removed) + len(numbers) == n:
-        raise ValueError("ids must leave at least one sample; these are all that there are")
+        raise ValueError("ids name all remaining samples; leave at least one")
     return numbers
-
-
-def _list(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
-    return ", ".join(map(str, numbers[:_LISTED])) + more
 
 
 def check_note(note: object) -> str | None:
@@ -86,7 +83,7 @@ def take_step(
     retain: NDArray[np.int64],
     **changed: Any,
 ) -> UnlearnResult:
-    """Remove samples from a model by the settings of a stream, but for what is changed of them.
+    """Remove samples with the settings of a stream; `changed` overrides some.
 
     The result has no noise, which is for releases.
     """
@@ -108,16 +105,17 @@ def take_step(
 
 
 def _watched(given: Given, retain: NDArray[np.int64]) -> Samples:
-    """Retained samples for the guard: the same in all requests, but for those removed since."""
+    """Retained samples for the guard: the same in all requests, except those removed since."""
     order = np.random.default_rng([given.settings.seed, 5]).permutation(len(given.train))
     kept = np.isin(order, retain)
     return given.train.subset(np.sort(order[kept][:GUARD_SIZE]).tolist())
 
 
 def allowed_drops(settings: Settings, ledger: Ledger, steps: Sequence[int]) -> dict[str, float]:
-    """How far the next request may let fall what the guard watches: all together, the settings.
+    """How far the next request may lower the watched value.
 
-    steps are the entries whose steps led to the present weights.
+    All requests together stay within the settings. `steps` are the entries whose steps led to the
+    present weights.
     """
     if not steps:
         return {}
@@ -159,21 +157,16 @@ def guarantee_after(
         n_selected=result.n_parameters,
         training_gradient_norm=math.nan if gradient_norm is None else gradient_norm,
         solve_residual=result.solve_residual,
-        parameter_norm=max(_norm(original), _norm(result.model)),
+        parameter_norm=max(euclidean_norm(trainable(each)) for each in (original, result.model)),
         damping=result.damping,
         order="sequential" if steps else given.settings.order,
     )
 
 
-def _norm(model: nn.Module) -> float:
-    squares = [p.detach().double().square().sum() for p in model.parameters() if p.requires_grad]
-    return float(sum(squares)) ** 0.5
-
-
 def statistics_after(
     given: Given, history: History, number: int, original: nn.Module
 ) -> TrainingStatistics | None:
-    """Those without what was removed up to an entry, to the bit as the requests left them."""
+    """The statistics after an entry, bit for bit as the requests left them."""
     statistics = given.statistics
     if statistics is not None:
         for k in history.steps(number):
@@ -196,11 +189,11 @@ def losses_around_noise(
 
 
 # ---------------------------------------------------------------------------------------------
-# What a ledger says of it
+# What a ledger records of it
 
 
 def result_record(result: UnlearnResult) -> dict[str, Any]:
-    """A result without what is on record elsewhere, and without what the time decides."""
+    """A result without what is on record elsewhere, and without times."""
     elsewhere = ("settings", "selection", "seconds", "skipped", "guarantee")
     return {key: value for key, value in result.to_dict().items() if key not in elsewhere}
 

@@ -1,4 +1,4 @@
-"""The ledger, what it amounts to, and the checkpoints: in one directory, or in memory."""
+"""The ledger, what it adds up to, and the checkpoints: in one directory, or in memory."""
 
 import signal
 import threading
@@ -37,7 +37,7 @@ class Store:
 
     @contextmanager
     def closed_on_failure(self) -> Iterator[None]:
-        """Let go of the directory if the block fails."""
+        """Release the directory if the block fails."""
         try:
             yield
         except BaseException:
@@ -45,7 +45,7 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Release the directory."""
         if self._lock is not None:
             self._lock.release()
 

@@ -27,9 +27,9 @@ from lcodec_ext.unlearning.stream.checkpoints import (
 from lcodec_ext.unlearning.stream.given import (
     check_given,
     circumstances,
+    receive,
     settings_on_record,
     start_record,
-    take,
 )
 from lcodec_ext.unlearning.stream.history import spend
 from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE, Ledger
@@ -81,8 +81,8 @@ class Unlearner:
         What all releases together may spend, by default what one of them takes: the options
         `epsilon` and `delta`.
     keep : int, default 5
-        How many of the newest checkpoints are kept, the present one included: so far back
-        `rollback` goes. The original weights are always kept. Each takes the space of the model.
+        How many of the newest checkpoints are kept, the present one included. This limits
+        `rollback`. The original weights are always kept. Each takes the space of the model.
     progress : bool, default False
         Show progress bars; needs tqdm.
     **options
@@ -137,13 +137,14 @@ class Unlearner:
         if settings.update == "certified" and settings.max_drop is not None:
             raise ValueError(f"update='certified' is not possible here: {GUARDED}")
         budget = _budget(settings, epsilon_budget, delta_budget)
-        given = take(model, train, loss_fn, validation, statistics, score, progress, settings)
+        given = receive(model, train, loss_fn, validation, statistics, score, progress, settings)
         state = state_of(model)
         self._model, self._closed = copy.deepcopy(model), False
         folder = None if directory is None else Path(directory)
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._given = given.with_statistics_at(model)
+        self._statistics = self._given.statistics
         self._store = Store(folder)
         with self._store.closed_on_failure():
             _check_new(self._store, directory)
@@ -209,7 +210,9 @@ class Unlearner:
                     "Unlearner(..., directory=...)"
                 )
             settings = settings_on_record(store.history, perturb)
-            given = take(model, train, loss_fn, validation, statistics, score, progress, settings)
+            given = receive(
+                model, train, loss_fn, validation, statistics, score, progress, settings
+            )
             check_given(given, model, store.history)
             self._model = with_state(model, store.state(-1))
             if statistics is not None:
@@ -225,7 +228,7 @@ class Unlearner:
 
     @property
     def model(self) -> nn.Module:
-        """The model without the removed samples: a copy, without noise, not to be given away."""
+        """A copy of the model without the removed samples. It has no noise: do not give it away."""
         return copy.deepcopy(self._model)
 
     @property
@@ -235,7 +238,7 @@ class Unlearner:
 
     @property
     def pending(self) -> tuple[int, ...]:
-        """Numbers of the samples asked for whose removal the guard took back: retrain for them."""
+        """Numbers of the samples whose removal the guard took back: retrain to remove them."""
         return tuple(self._store.history.pending)
 
     @property
@@ -280,7 +283,7 @@ class Unlearner:
         Returns
         -------
         UnlearnResult
-            The samples that the guard did not let go, `skipped`, are pending.
+            Samples whose removal the guard took back, `skipped`, are pending.
 
         Raises
         ------
@@ -344,7 +347,7 @@ class Unlearner:
         if to is None:
             to = history.before_last_request()
         if len(history.points) < 2:
-            raise ValueError("there is no entry to roll back to but the present one")
+            raise ValueError("nothing to roll back: the present entry is the only one")
         check_integer(to, "to", 0, len(history.points) - 2)
         history.check_kept(to)
         state = self._store.state(to)
@@ -417,7 +420,7 @@ class Unlearner:
         return released
 
     def close(self) -> None:
-        """Let go of the directory; no request is taken afterwards."""
+        """Release the directory; no request is taken afterwards."""
         self._closed = True
         self._store.close()
 
