@@ -256,6 +256,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     score: Score | None = None,
+    validation: Any = None,
     relearn: bool = True,
     progress: bool = False,
 ) -> Evaluation:
@@ -303,6 +304,8 @@ def evaluate(
         Most samples in one pass of the measurements.
     score : callable, optional
         ``score(outputs, targets)``, one number per sample, in the place of accuracy.
+    validation : tuple of tensors, dict of tensors, Dataset or DataLoader, optional
+        Never-seen samples for `unlearn`, other ones than test.
     relearn : bool, default True
         Whether to measure the time to learn again: at most 200 steps of Adam over the removed
         samples for every model, until 5% of the gap in loss to the retrained models are left.
@@ -362,6 +365,8 @@ def evaluate(
     """
     device, dtype = place(model)
     defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
+    if validation is not None:
+        defaults["validation"] = validation
     given = methods_of(methods, defaults)
     if isinstance(retrained, nn.ModuleList):  # which is callable, as all modules are
         retrained = list(retrained)

@@ -18,6 +18,7 @@ except ImportError as error:  # the core package does without it
 from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
+from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
     PrivacyBudget,
@@ -58,6 +59,7 @@ __all__ = [
     "BASELINES",
     "Baseline",
     "BeforeAfter",
+    "Calibration",
     "CertifiedLinear",
     "Evaluation",
     "Guarantee",

@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.samples import Samples
+from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, calibrated
+from lcodec_ext.unlearning.finish import finish
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.step import Block, Steps, take_steps
@@ -13,6 +17,8 @@ from lcodec_ext.unlearning.workplace import Workplace
 
 _LONGEST = 8.0  # multiple of a step, by lengthening it
 _LENGTHS = 6  # that are tried
+_ERRORS = 2.0  # standard errors that a rise of losses may be chance
+_CLASSIFIED = 0.01  # rise of a classifier's mean loss that is no harm
 _SHORT = 1.0  # relative residual of a step that falls short
 
 
@@ -24,6 +30,7 @@ class Guard:
     samples: Samples
     watched: str  # the name of the number
     before: float  # its value at the start
+    losses: Tensor  # (n,): of the samples, at the start
 
     @classmethod
     def of(cls, work: Workplace, samples: Samples) -> "Guard":
@@ -38,6 +45,21 @@ class Guard:
                 return self.work.quality(self.samples)[1]
             except ValueError:  # anything else would have failed at the start
                 return -math.inf
+
+    def harm(self) -> str:
+        """How the samples' mean loss rose, if it did by more than half and more than by chance.
+
+        In the losses' own scale, for any task: accuracy may stay at 1 while losses multiply.
+        Where accuracy is watched, a rise of 0.01 passes.
+        """
+        with self.work.timed("guard"):
+            rise = self.work.quality(self.samples)[2] - self.losses
+        mean, before = float(rise.mean()), float(self.losses.mean())
+        chance = _ERRORS * float(rise.std(correction=0)) / math.sqrt(len(rise))
+        floor = _CLASSIFIED if self.watched == "accuracy" else 0.0
+        if mean <= abs(before) / 2 + chance + floor:
+            return ""
+        return f"the samples that the guard watches from {before:.3g} to {before + mean:.3g}"
 
     @property
     def most(self) -> float:
@@ -56,6 +78,7 @@ class Watch:
 
     guard: Guard | None
     unread: Samples | None  # retained samples that the step has not read
+    validation: Samples | None  # to calibrate by
 
     @classmethod
     def of(cls, work: Workplace, request: Request) -> "Watch":
@@ -69,9 +92,9 @@ class Watch:
             unread = request.kept.unread()
         held = unread if held is None else held
         if not guarded:
-            return cls(None, unread)
+            return cls(None, unread, request.validation)
         assert held is not None  # requests without are refused beforehand
-        return cls(Guard.of(work, held), unread)
+        return cls(Guard.of(work, held), unread, request.validation)
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,7 @@ class Attempt:
     repaired: bool = False
     value: float = math.nan  # what the guard saw afterwards
     accepted: bool = True
+    calibration: Calibration | None = None
 
 
 def guarded_step(block: Block, watch: Watch) -> tuple[Attempt, ...]:
@@ -94,8 +118,16 @@ def guarded_step(block: Block, watch: Watch) -> tuple[Attempt, ...]:
     if settings.lengthen is not None and watch.unread is not None:
         unread_loss = block.work.mean_loss(watch.unread)
     attempts: list[Attempt] = []
+    found = None
+    if settings.calibrate:
+        assert watch.validation is not None  # requests without are refused beforehand
+        found = calibrated(block, watch.validation)
+        damping = found.found.strength
     for _ in range(settings.retries + 1):
-        attempts.append(_attempt(block, watch, unread_loss, damping, rate))
+        if found is None:
+            attempts.append(_attempt(block, watch, unread_loss, damping, rate))
+        else:
+            attempts.append(_calibrated_attempt(block, watch.guard, found, damping))
         if attempts[-1].accepted:
             break
         block.restore(block.start, block.buffers)
@@ -120,6 +152,24 @@ def _attempt(
         return Attempt(damping, steps, length, repaired)
     value = guard.now()
     return Attempt(damping, steps, length, repaired, value, guard.allows(value))
+
+
+def _calibrated_attempt(
+    block: Block, guard: Guard | None, calibrated: Calibrated, damping: float
+) -> Attempt:
+    """A step of a damping, and the finish where the request is of outliers.
+
+    It is refused if the validation loss does not hold, whatever the guard's accuracy says.
+    """
+    steps = calibrated.step(damping)
+    iterations = 0
+    if block.work.settings.finish and calibrated.found.outliers:
+        iterations = finish(block, calibrated.validation)
+    loss = calibrated.validation_loss()
+    value = math.nan if guard is None else guard.now()
+    accepted = loss <= calibrated.limit and (guard is None or guard.allows(value))
+    found = replace(calibrated.found, strength=damping, validation_after=loss, finish=iterations)
+    return Attempt(damping, steps, value=value, accepted=accepted, calibration=found)
 
 
 def _adjusted(block: Block, watch: Watch, unread_loss: float, steps: Steps) -> tuple[float, bool]:

@@ -57,6 +57,7 @@ class Retained(NamedTuple):
 
     all: Samples
     read: Samples
+    pool: Samples | None = None  # of control groups; none of them is read
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,20 +67,26 @@ class Kept:
     all: Samples
     read: Samples  # by steps
     monitored: Samples  # those of them that losses and gradients are measured on
+    pool: Samples | None  # for control groups
     _settings: Settings
     _order: NDArray[np.int64]
 
     @classmethod
-    def drawn(cls, samples: Samples, settings: Settings) -> "Kept":
-        """Draw those that are read and those that are measured."""
-        order = _rng(settings).permutation(len(samples))
-        most = settings.n_curvature
+    def drawn(cls, samples: Samples, settings: Settings, m: int) -> "Kept":
+        """Draw those that are read, those that are measured, and a pool of control groups of m."""
+        n = len(samples)
+        order = _rng(settings).permutation(n)
+        most, pool = settings.n_curvature, None
+        if settings.calibrate:
+            size = control_pool(n, m, settings.control_groups)
+            most = min(n - size, most or n)
+            pool = samples.subset(np.sort(order[n - size :]).tolist())
         read = samples if most is None else _some(samples, order[:most])
         monitored = read
         if settings.n_monitor is not None and settings.n_monitor < len(read):
             few = _rng(settings).permutation(len(read))[: settings.n_monitor]
             monitored = _some(read, few)
-        return cls(samples, read, monitored, settings, order)
+        return cls(samples, read, monitored, pool, settings, order)
 
     def unread(self) -> Samples:
         """Samples that no step reads, or where all are read, of all."""
@@ -90,7 +97,7 @@ class Kept:
         """Retain also others, the samples of the request whose turn comes later."""
         n, m = len(self.all), len(others)
         if not m:
-            return Retained(self.all, self.read)
+            return Retained(self.all, self.read, self.pool)
         both = Samples.joined([self.all, others])
         if self._settings.n_curvature is None:
             return Retained(both, both)
@@ -104,6 +111,11 @@ class Kept:
             if count
         ]
         return Retained(both, Samples.joined(parts))
+
+
+def control_pool(n: int, m: int, groups: int) -> int:
+    """How many of n retained samples are kept for control groups of m: at most half of them."""
+    return min(n // 2, 2 * groups * m + 200)
 
 
 def _rng(settings: Settings, *stream: int) -> np.random.Generator:
@@ -190,7 +202,7 @@ def checked_request(
     drawn = None
     if kept is not None:
         with work.timed("monitoring"):
-            drawn = Kept.drawn(kept, work.settings)
+            drawn = Kept.drawn(kept, work.settings, m)
     return Request(removed, drawn, held, statistics, n_retain)
 
 
@@ -203,6 +215,10 @@ def _check_roles(
     """Refuse what cannot be done with the data that are given."""
     if statistics is not None:
         _check_statistics(settings, statistics)
+    if settings.calibrate and (held is None or retain is None):
+        raise ValueError(
+            "calibrate=True needs retain and validation: samples that the model was not trained on"
+        )
     if retain is not None:
         return
     if statistics is None:

@@ -12,6 +12,7 @@ from lcodec_ext._files import json_ready
 from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.dependence import FociResult
+from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.privacy import Guarantee
@@ -91,6 +92,8 @@ class UnlearnResult:
         `Settings.max_drop` is None.
     watched : str
         What that is: "accuracy", "the score" or, where there is neither, "minus the mean loss".
+    calibration : Calibration or None
+        How the strength was found with control groups; None where it was not.
     guarantee : Guarantee
         What (epsilon, delta) mean for this result: certified, heuristic, or nothing.
     seconds : dict of str to float
@@ -125,6 +128,7 @@ class UnlearnResult:
     loss_retain: BeforeAfter
     guard: BeforeAfter
     watched: str
+    calibration: Calibration | None
     guarantee: Guarantee
     seconds: dict[str, float]
 
@@ -161,6 +165,8 @@ class UnlearnResult:
                 + "s" * (self.attempts > 1)
                 + ", repaired" * self.repaired
             )
+        if self.calibration is not None:
+            lines.append(f"  calibration   {self.calibration}")
         if self.guarantee.kind != "none":
             privacy = str(self.guarantee).replace("\n  ", "\n" + " " * 16)
             lines.append(f"  privacy       {privacy}")
@@ -237,6 +243,7 @@ def result_of(
         loss_retain=BeforeAfter(before.retained_loss, after.retained_loss),
         guard=_guarded(guard, deletions),
         watched="" if guard is None else guard.watched,
+        calibration=last.last.calibration,
         guarantee=guarantee,
         seconds=work.clock.seconds,
     )

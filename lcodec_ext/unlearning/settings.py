@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
+from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.unlearning.record import TokenReplacement
 from lcodec_ext.unlearning.rules import RULES
@@ -227,6 +228,51 @@ class StepSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrateSettings:
+    """How the strength of the step is found, and what follows it (docs/unlearning.md).
+
+    Attributes
+    ----------
+    calibrate : bool
+        Instead of `damping`, take the one after which control groups of retained samples, deleted
+        in the same way, have the mean loss of the validation samples.
+    control_groups : int
+        How many, each as large as the request; at least four.
+    finish : int
+        Most iterations of L-BFGS on the retained objective that follow the step, where the request
+        turns out to be outliers.
+    """
+
+    calibrate: bool = field(default=False, metadata={"check": check_bool})
+    control_groups: int = _integer(8, 4)
+    finish: int = _integer(0, 0)
+
+    def _check_calibrated(self: Any) -> None:
+        """Refuse what has no single strength."""
+        if not self.calibrate:
+            return
+        for name, value in CALIBRATABLE.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"calibrate=True belongs to {name}={value!r}; got {getattr(self, name)!r}"
+                )
+        if self.curvature == "secant":
+            raise ValueError(
+                "calibrate=True belongs to curvature='gauss_newton', 'hessian' or 'fisher'; got "
+                "'secant'"
+            )
+
+
+#: What a step must be like to be calibrated: one solve.
+CALIBRATABLE: dict[str, Any] = {
+    "update": "newton",
+    "gradient": "removal",
+    "steps": 1,
+    "order": "batch",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuardSettings:
     """What is done about a step that does harm, or does too little.
 
@@ -335,6 +381,7 @@ class Settings(
     PrivacySettings,
     RepairSettings,
     GuardSettings,
+    CalibrateSettings,
     StepSettings,
     RecordSettings,
     SelectSettings,
@@ -343,9 +390,9 @@ class Settings(
 
     ``Settings.preset("recommended", damping=0.1)`` makes one; `unlearn` and `Unlearner` take the
     same names as keywords. Each phase has a class of its own, which describes its options:
-    `SelectSettings`, `RecordSettings`, `StepSettings`, `GuardSettings`, `RepairSettings`,
-    `PrivacySettings` and `ComputeSettings`. `to_dict` and `from_dict` go through JSON, all but a
-    `perturb` that is a function.
+    `SelectSettings`, `RecordSettings`, `StepSettings`, `CalibrateSettings`, `GuardSettings`,
+    `RepairSettings`, `PrivacySettings` and `ComputeSettings`. `to_dict` and `from_dict` go through
+    JSON, all but a `perturb` that is a function.
     """
 
     def __post_init__(self) -> None:
@@ -361,6 +408,7 @@ class Settings(
                 "output_damping=0"
             )
         self._check_size()
+        self._check_calibrated()
         self._check_noise()
         if self.update == "certified" and self.epsilon is None:
             raise ValueError("update='certified' needs epsilon and delta: noise makes it private")
@@ -470,7 +518,8 @@ def resolve(
 
     Without retained samples a preset's repair and recalibration are off, and without validation
     samples either its guard, unless they are asked for. Statistics hold a curvature without
-    output_damping.
+    output_damping. With both kinds of samples "recommended" calibrates its step, unless the
+    options say how strong it is.
     """
     if isinstance(preset, Settings):
         return preset.replace(**options)
@@ -486,7 +535,27 @@ def resolve(
             defaults |= {"max_drop": None}
     if statistics and PRESETS.get(preset, {}).get("output_damping"):
         defaults |= PLAIN_DAMPING
+    if retained and not statistics and _calibrates(preset, options):
+        if validation:
+            defaults |= CALIBRATED
+        else:
+            defaults |= UNCALIBRATED
+            warnings.warn(
+                "this deletion is not calibrated: its damping is a cautious constant, which "
+                "forgets too little on many networks. Pass validation, samples that the model was "
+                "not trained on, or a damping of your own",
+                stacklevel=4,
+            )
     return Settings.preset(preset, **(defaults | dict(options)))
+
+
+def _calibrates(preset: str, options: Mapping[str, Any]) -> bool:
+    """Whether a preset finds its strength itself, with these options."""
+    made = {"calibrate": preset == "recommended", **options}
+    single = all(made.get(name, value) == value for name, value in CALIBRATABLE.items())
+    strength = {"damping", "output_damping", "lengthen"} & options.keys()
+    secant = made.get("curvature") == "secant" or made.get("selection") == "cheap"
+    return bool(made["calibrate"]) and single and not strength and not secant
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -554,6 +623,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 #: Of a preset, where there is no output_damping.
 PLAIN_DAMPING: dict[str, Any] = {"output_damping": 0.0, "damping": 2e-4}
+
+#: Of "recommended", where there are none and no strength is given: weaker than the best strength
+#: was on every network trained by AdamW in the experiments that constants were chosen on.
+UNCALIBRATED: dict[str, Any] = {"damping": 3e-2, "output_damping": 0.0}
+
+#: Of "recommended", where there are validation samples to find the strength by.
+CALIBRATED: dict[str, Any] = {
+    "calibrate": True,
+    "output_damping": 0.0,
+    "lengthen": None,
+    "n_recalibrate": None,
+    "repair_epochs": 0,
+    "repair_drop": None,
+    "finish": 20,
+}
 
 #: Defaults of a preset with update="certified": what a guarantee needs.
 CERTIFIED: dict[str, Any] = {

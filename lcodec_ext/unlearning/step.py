@@ -129,13 +129,14 @@ def take_steps(block: Block, damping: float, learning_rate: float) -> Steps:
 def newton_step(block: Block, direction: Tensor, damping: float) -> tuple[SolveResult, str]:
     """Solve with the damped curvature; return the solution and the plan of the products."""
     with block.work.timed("curvature"):
-        operator = _operator(block, direction, damping)
+        operator = operator_of(block, direction, damping)
     with block.work.timed("solve"):
         solution = _solve(operator, direction, block.work.settings, damping)
     return solution, operator.plan
 
 
-def _operator(block: Block, direction: Tensor, damping: float) -> CurvatureOperator:
+def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOperator:
+    """The damped curvature that a direction is solved with."""
     work, settings, statistics = block.work, block.work.settings, block.part.statistics
     common: dict[str, Any] = {
         "damping": damping,

@@ -1,27 +1,25 @@
 """The deletion: which units, which step, whether it did harm, and what came of it."""
 
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.loss import LossFunction, euclidean_norm, is_much_worse
+from lcodec_ext._torch.loss import LossFunction, euclidean_norm
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
-from lcodec_ext.unlearning.guard import Guard, Watch
-from lcodec_ext.unlearning.privacy import Guarantee
+from lcodec_ext.unlearning.guard import Watch
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
-from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, copy_state, norm
+from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_skipped
+from lcodec_ext.unlearning.workplace import Workplace, copy_state, norm
 
 
 @twice_differentiable()
@@ -151,7 +149,7 @@ def unlearn(
     watch = Watch.of(work, request)
     # Each part: perturb and record, select, step, guard.
     deletions = [delete(work, part, watch) for part in request.parts(work)]
-    _warn_of_skipped(deletions, watch.guard, settings, request.m)
+    warn_of_skipped(deletions, watch.guard, settings, request.m)
     applied, selection = _selections(deletions)
     step_norm = euclidean_norm(
         p.detach().double() - start[k].double() for k, p in work.parameters.items()
@@ -164,7 +162,7 @@ def unlearn(
         )
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
-    _warn_of_harm(before, after, guarantee, deletions[-1].last.damping)
+    warn_of_harm(before, after, guarantee, deletions, watch.guard)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
         changed = model
@@ -181,51 +179,3 @@ def _selections(deletions: Sequence[Deletion]) -> tuple[UnitSelection, UnitSelec
         if not deletion.skipped:
             applied |= deletion.selection
     return applied, applied or tried
-
-
-def _warn_of_skipped(
-    deletions: Sequence[Deletion], guard: Guard | None, settings: Settings, m: int
-) -> None:
-    """Warn of steps that were taken back, and of fewer units than were asked for."""
-    skipped = sum(len(d.numbers) for d in deletions if d.skipped)
-    if guard is not None and skipped:
-        refused = [a.value for d in deletions for a in d.attempts if not a.accepted]
-        warnings.warn(
-            f"the removal of {skipped} of {m} samples was taken back: in every attempt it changed "
-            f"{guard.watched} by more than max_drop={settings.max_drop:g} allows, in the last one "
-            f"by {refused[-1] - guard.before:.3g}. These samples need retraining",
-            stacklevel=4,  # behind unlearn and its decorator
-        )
-    fewest = min(len(d.selection) for d in deletions)
-    rule = RULES.get(settings.selection) if isinstance(settings.selection, str) else None
-    repeated = rule is not None and rule.repeated
-    if not repeated and settings.n_units is not None and fewest < settings.n_units:
-        warnings.warn(
-            f"n_units is {settings.n_units}, and only {fewest} units can be ranked: the others are "
-            "dead, or there are no more",
-            stacklevel=4,
-        )
-
-
-def _warn_of_harm(
-    before: LossesAndGradients, after: LossesAndGradients, guarantee: Guarantee, damping: float
-) -> None:
-    """Warn if the retained loss rose by much."""
-    if not is_much_worse(before.retained_loss, after.retained_loss):
-        return
-    if guarantee.sigma > 0:
-        why = (
-            f". This includes the noise for epsilon={guarantee.epsilon:g}, whose standard "
-            f"deviation is {guarantee.sigma:.3g}; a larger epsilon or weight decay takes less noise"
-        )
-    else:
-        why = (
-            ". It went too far, as happens where training did not end at a stationary point. Take "
-            f"a larger damping (it was {damping:.3g}); 10 to 1000 times as much is common for "
-            "networks"
-        )
-    warnings.warn(
-        "the step raised the mean loss of the retained samples from "
-        f"{before.retained_loss:.3g} to {after.retained_loss:.3g}{why}",
-        stacklevel=4,
-    )

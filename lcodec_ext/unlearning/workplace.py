@@ -128,12 +128,12 @@ class Workplace:
         """Mean loss without the regulariser. It may be NaN or infinite."""
         return mean_loss(self.model, samples, self.loss_fn, self.settings.batch_size)
 
-    def quality(self, samples: Samples) -> tuple[str, float]:
-        """What the guard watches, accuracy, the score or minus the mean loss, and its value."""
+    def quality(self, samples: Samples) -> tuple[str, float, Tensor]:
+        """What the guard watches, accuracy, the score or minus the mean loss, its value; losses."""
         found = predict(self.model, samples, self.loss_fn, self.settings.batch_size, self.score)
         if found.accuracy is None:
-            return "minus the mean loss", -float(found.losses.mean())
-        return ("accuracy" if self.score is None else "the score"), found.accuracy
+            return "minus the mean loss", -float(found.losses.mean()), found.losses
+        return ("accuracy" if self.score is None else "the score"), found.accuracy, found.losses
 
     def handed_over(self, model: nn.Module, selection: UnitSelection) -> nn.Module:
         """A copy of a model with the new weights of a selection, and the buffers.

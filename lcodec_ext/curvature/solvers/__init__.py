@@ -10,6 +10,7 @@ parameters, with damping=0.001 included".
 
 from lcodec_ext.curvature.solvers.cg import conjugate_gradient
 from lcodec_ext.curvature.solvers.cholesky import cholesky
+from lcodec_ext.curvature.solvers.krylov import Krylov
 from lcodec_ext.curvature.solvers.minres import minres
 from lcodec_ext.curvature.solvers.result import (
     ConvergenceWarning,
@@ -22,6 +23,7 @@ from lcodec_ext.curvature.solvers.woodbury import woodbury
 __all__ = [
     "ConvergenceWarning",
     "IndefiniteCurvatureError",
+    "Krylov",
     "Product",
     "SolveResult",
     "cholesky",

@@ -1,0 +1,335 @@
+"""The strength of a step, found by deleting control groups of retained samples in the same way."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lcodec_ext._files import json_ready
+from lcodec_ext._torch.samples import Samples
+from lcodec_ext.curvature import CurvatureOperator, SolveResult
+from lcodec_ext.curvature.solvers import Krylov
+from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.step import Block, Steps, operator_of
+
+RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
+OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
+_BASIS_BYTES = 2**31  # of the Krylov spaces, all together
+_DECADES = 10  # of dampings, from ten times the largest curvature downwards
+_BISECTIONS = 4  # of a decade: the damping is found to within 15%
+_FEWEST = 4  # control groups
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the strength of a deletion was found, and on what evidence.
+
+    Control groups are retained samples, each as many as the request has, that were deleted
+    virtually by the same step. The strength is the largest after which their mean loss is at most
+    that of validation samples, and the validation loss still holds after the request's own step.
+
+    Attributes
+    ----------
+    strength : float
+        The damping of the step; less is stronger.
+    stopped_by : str
+        What a stronger step would have met: "control", the control groups reach the validation
+        loss; "validation", the validation loss rises by more than 10%; "residual", the solution is
+        worse than none; "curvature", the matrix is indefinite; "range", nothing.
+    control_before, control_after : tuple of float
+        Mean loss of each control group, before and after its own virtual deletion.
+    control : float
+        Mean over groups of the latter, the highest and the lowest left out where there are six.
+    spread : float
+        Its standard error.
+    validation_before, validation_after : float
+        Mean loss of the validation samples, before and after the deletion.
+    outliers : bool
+        Whether the request loses more than three times what control groups and validation do,
+        before they reach the validation loss, as samples with wrong labels do.
+    finish : int
+        Iterations of the finish that followed.
+    group_size : int
+        Samples in a group.
+    n_validation : int
+        Validation samples that were used.
+    products : int
+        Products with the curvature that the step and its control took, with all columns at once.
+    """
+
+    strength: float
+    stopped_by: str
+    control_before: tuple[float, ...]
+    control_after: tuple[float, ...]
+    control: float
+    spread: float
+    validation_before: float
+    validation_after: float
+    outliers: bool
+    finish: int
+    group_size: int
+    n_validation: int
+    products: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON takes it; what is not finite becomes None."""
+        found: dict[str, Any] = json_ready(asdict(self))
+        return found
+
+    def __str__(self) -> str:
+        before = robust_mean(self.control_before)[0]
+        return (
+            f"{len(self.control_after)} control groups of {self.group_size}: loss {before:.3g} -> "
+            f"{self.control:.3g} +- {self.spread:.2g}, validation {self.validation_before:.3g} -> "
+            f"{self.validation_after:.3g}, stopped by {self.stopped_by}"
+            + f", finish {self.finish}"
+            * bool(self.finish)
+        )
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What a damping does to control groups and, with the request, to validation samples."""
+
+    damping: float
+    control: tuple[float, ...]
+    validation: float
+    residual: float
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """Steps of any damping for a request, and what was found of the right one."""
+
+    block: Block
+    operator: CurvatureOperator
+    space: Krylov
+    direction: Tensor
+    validation: Samples
+    limit: float  # of the validation loss
+    found: Calibration
+
+    def step(self, damping: float) -> Steps:
+        """Take the step of a damping from where the block starts."""
+        x = self.space.solve(damping, 0)
+        product = (self.operator @ x).add_(x, alpha=damping)
+        size = float(self.direction.norm())
+        residual = float((product - self.direction).norm()) / size if size else 0.0
+        self.block.put(self.block.start + x)
+        solve = SolveResult(x, residual, self.space.products, "lanczos")
+        return Steps((solve,), plan=self.operator.plan)
+
+    def validation_loss(self) -> float:
+        """At the present weights."""
+        return self.block.work.mean_loss(self.validation)
+
+
+def calibrated(block: Block, held: Samples) -> Calibrated:
+    """Find the strength of the step for a block's request, with samples nobody has trained on."""
+    work, settings = block.work, block.work.settings
+    with work.timed("calibration"):
+        rng = np.random.default_rng([settings.seed, 6])
+        validation = _known_classes(held, block, rng)
+        groups = control_groups(block, rng)
+        directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
+        operator = operator_of(block, directions[:, 0], 0.0)
+        space = Krylov(lambda V: operator @ V, directions, settings.max_iterations or 30)
+        before = tuple(work.mean_loss(each) for each in groups)
+        trial = _Trial(block, space, groups, validation, before, work.mean_loss(validation))
+        chosen, reason = trial.search()
+        loss = _request_loss(block, space, chosen)
+        control, spread = robust_mean(chosen.control)
+        level = max(trial.target, *chosen.control)
+        found = Calibration(
+            strength=chosen.damping,
+            stopped_by=reason,
+            control_before=before,
+            control_after=chosen.control,
+            control=control,
+            spread=spread,
+            validation_before=trial.validation_before,
+            validation_after=chosen.validation,
+            outliers=reason == "validation" and loss > OUTLIERS * level,
+            finish=0,
+            group_size=len(groups[0]),
+            n_validation=len(validation),
+            products=space.products,
+        )
+    direction = directions[:, 0]
+    return Calibrated(block, operator, space, direction, validation, trial.limit, found)
+
+
+class _Trial:
+    """Dampings that are tried, from weak steps to strong ones."""
+
+    def __init__(
+        self,
+        block: Block,
+        space: Krylov,
+        groups: Sequence[Samples],
+        validation: Samples,
+        before: tuple[float, ...],
+        validation_before: float,
+    ) -> None:
+        self.block, self.space, self.groups, self.validation = block, space, groups, validation
+        self.validation_before = self._least = validation_before
+        # Where validation samples lose no more than trained ones there is no gap to go by.
+        self.target = max(validation_before, (1 + RISE) * robust_mean(before)[0])
+
+    @property
+    def limit(self) -> float:
+        """Of the validation loss: what a step has gained is not given away."""
+        return (1 + RISE) * self._least
+
+    def search(self) -> tuple[_Tried, str]:
+        """The least damping that passes, and why less does not: down by tens, then bisected."""
+        top = 10 * self.space.largest or 1.0
+        good = self._try(top)
+        for decade in range(1, _DECADES):
+            tried = self._try(top / 10**decade)
+            reason = self._objection(tried)
+            if reason:
+                return self._bisected(good, tried, reason)
+            good = self._accept(tried)
+        return good, "range"
+
+    def _bisected(self, good: _Tried, bad: _Tried, reason: str) -> tuple[_Tried, str]:
+        for _ in range(_BISECTIONS):
+            tried = self._try(math.sqrt(good.damping * bad.damping))
+            objection = self._objection(tried)
+            if objection:
+                bad, reason = tried, objection
+            else:
+                good = self._accept(tried)
+        return good, reason
+
+    def _accept(self, tried: _Tried) -> _Tried:
+        self._least = min(self._least, tried.validation)
+        return tried
+
+    def _try(self, damping: float) -> _Tried:
+        block, losses = self.block, []
+        for column, samples in enumerate([self.validation, *self.groups]):
+            block.put(block.start + self.space.solve(damping, column))
+            losses.append(block.work.mean_loss(samples))
+        block.put(block.start)
+        columns = range(len(self.groups) + 1)
+        residual = max(self.space.residual(damping, column) for column in columns)
+        return _Tried(damping, tuple(losses[1:]), losses[0], residual)
+
+    def _objection(self, tried: _Tried) -> str:
+        """What speaks against a damping; NaN does."""
+        if self.space.least + tried.damping <= 0:
+            return "curvature"
+        if not tried.validation <= self.limit:
+            return "validation"
+        if not robust_mean(tried.control)[0] <= self.target:
+            return "control"
+        return "residual" if tried.residual > 1 else ""
+
+
+def _request_loss(block: Block, space: Krylov, tried: _Tried) -> float:
+    block.put(block.start + space.solve(tried.damping, 0))
+    loss = block.work.mean_loss(block.part.forget)
+    block.put(block.start)
+    return loss
+
+
+def robust_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error, of six or more without the highest and the lowest.
+
+    Losses of groups have a heavy tail: one sample in a thousand may carry the mean of its group.
+    """
+    kept = sorted(values)[1:-1] if len(values) >= 6 else list(values)
+    return float(np.mean(kept)), float(np.std(kept) / math.sqrt(max(1, len(kept) - 1)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Who is in a control group
+
+
+def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
+    """Groups of retained samples as the request: as many, and of each label as many if there are.
+
+    They are drawn from samples whose curvature the step does not read. Groups share samples only
+    where the pool has too few for all of them.
+    """
+    work, forget = block.work, block.part.forget
+    pool = block.retained.pool
+    assert pool is not None  # settings that calibrate have one
+    size = min(len(forget), len(pool))
+    count = max(_FEWEST, work.settings.control_groups)
+    each = (
+        block.start.numel()
+        * block.start.element_size()
+        * ((work.settings.max_iterations or 30) + 1)
+    )
+    count = max(_FEWEST, min(count, _BASIS_BYTES // each - 1))
+    labels, wanted = labels_of(pool), labels_of(forget)
+    free: list[int] = []
+    groups = []
+    for _ in range(count):
+        if len(free) < size:
+            free = rng.permutation(len(pool)).tolist()
+        group = _drawn(free, labels, wanted, size)
+        taken = set(group)
+        free = [i for i in free if i not in taken]
+        groups.append(pool.subset(sorted(group)).loaded())
+    return groups
+
+
+def _drawn(
+    free: Sequence[int],
+    labels: NDArray[np.int64] | None,
+    wanted: NDArray[np.int64] | None,
+    size: int,
+) -> list[int]:
+    """The first of free that have the labels wanted, and the first of all for what is lacking."""
+    group: list[int] = []
+    if labels is not None and wanted is not None:
+        left = Counter(wanted.tolist())
+        for i in free:
+            if left[int(labels[i])] > 0:
+                left[int(labels[i])] -= 1
+                group.append(i)
+    group = group[:size]
+    taken = set(group)
+    return group + [i for i in free if i not in taken][: size - len(group)]
+
+
+def _known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samples:
+    """At most 1000 validation samples, none of a class that is deleted as a whole."""
+    numbers = rng.permutation(len(held))[:GUARD_SIZE]
+    some = held.subset(np.sort(numbers).tolist()).loaded()
+    pool = block.retained.pool
+    assert pool is not None
+    here, kept, gone = labels_of(some), labels_of(pool), labels_of(block.part.forget)
+    if here is None or kept is None or gone is None:
+        return some
+    known = ~np.isin(here, np.setdiff1d(gone, kept))
+    return some.subset(np.flatnonzero(known).tolist()) if known.any() else some
+
+
+def labels_of(samples: Samples) -> NDArray[np.int64] | None:
+    """The classes of samples, where the targets are one integer each."""
+    found = []
+    for batch in samples.batches(GUARD_SIZE):
+        targets = batch.targets
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
+            return None
+        found.append(targets.cpu().numpy().astype(np.int64))
+    return np.concatenate(found)
+
+
+def _direction(block: Block, group: Samples) -> Tensor:
+    """What removing a control group would start from, as `Block.removal` is for the request."""
+    parameters = {k: block.work.parameters[k] for k in block.layout.parameters}
+    _, gradient = block.work.gradient(group, parameters)
+    # As large as the request: where the pool has fewer samples their mean stands for all of it.
+    return block.layout.gather(gradient) * (len(block.part.forget) / block.part.n_retain)

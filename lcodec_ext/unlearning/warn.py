@@ -1,0 +1,90 @@
+"""What a deletion warns of."""
+
+import warnings
+from collections.abc import Sequence
+
+from lcodec_ext._torch.loss import is_much_worse
+from lcodec_ext.unlearning.calibrate import RISE
+from lcodec_ext.unlearning.deletion import Deletion
+from lcodec_ext.unlearning.guard import Guard
+from lcodec_ext.unlearning.privacy import Guarantee
+from lcodec_ext.unlearning.rules import RULES
+from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.workplace import LossesAndGradients
+
+
+def warn_of_skipped(
+    deletions: Sequence[Deletion], guard: Guard | None, settings: Settings, m: int
+) -> None:
+    """Warn of steps that were taken back, and of fewer units than were asked for."""
+    skipped = sum(len(d.numbers) for d in deletions if d.skipped)
+    if skipped:
+        warnings.warn(
+            f"the removal of {skipped} of {m} samples was taken back: in every attempt it changed "
+            f"{_refusal(deletions, guard, settings)}. These samples need retraining",
+            stacklevel=4,  # behind unlearn and its decorator
+        )
+    fewest = min(len(d.selection) for d in deletions)
+    rule = RULES.get(settings.selection) if isinstance(settings.selection, str) else None
+    repeated = rule is not None and rule.repeated
+    if not repeated and settings.n_units is not None and fewest < settings.n_units:
+        warnings.warn(
+            f"n_units is {settings.n_units}, and only {fewest} units can be ranked: the others are "
+            "dead, or there are no more",
+            stacklevel=4,
+        )
+
+
+def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Settings) -> str:
+    """What the last attempt that was refused had changed."""
+    refused = [a for d in deletions for a in d.attempts if not a.accepted][-1]
+    found = refused.calibration
+    if found is not None and (guard is None or guard.allows(refused.value)):
+        return (
+            f"the validation loss by more than {RISE:.0%}, in the last one from "
+            f"{found.validation_before:.3g} to {found.validation_after:.3g}"
+        )
+    assert guard is not None  # nothing else takes back
+    return (
+        f"{guard.watched} by more than max_drop={settings.max_drop:g} allows, in the last one by "
+        f"{refused.value - guard.before:.3g}"
+    )
+
+
+def warn_of_harm(
+    before: LossesAndGradients,
+    after: LossesAndGradients,
+    guarantee: Guarantee,
+    deletions: Sequence[Deletion],
+    guard: Guard | None,
+) -> None:
+    """Warn if losses rose by much, and of a solution that is worse than none."""
+    last = deletions[-1].last
+    residual = max((solve.residual for solve in last.steps.solves), default=0.0)
+    if last.accepted and residual > 1:
+        warnings.warn(
+            f"the step does not solve its system: the relative residual is {residual:.2g}, and "
+            "that of no step is 1. Take a larger damping or more max_iterations",
+            stacklevel=4,
+        )
+    if is_much_worse(before.retained_loss, after.retained_loss):
+        found = f"the retained samples from {before.retained_loss:.3g} to {after.retained_loss:.3g}"
+    else:
+        found = guard.harm() if guard is not None and guarantee.sigma == 0 else ""
+    if not found:
+        return
+    if guarantee.sigma > 0:
+        why = (
+            f". This includes the noise for epsilon={guarantee.epsilon:g}, whose standard "
+            f"deviation is {guarantee.sigma:.3g}; a larger epsilon or weight decay takes less noise"
+        )
+    else:
+        why = (
+            ". It went too far, as happens where training did not end at a stationary point. Take "
+            f"a larger damping (it was {last.damping:.3g}); 10 to 1000 times as much is common for "
+            "networks"
+        )
+    warnings.warn(
+        f"the step raised the mean loss of {found}{why}",
+        stacklevel=4,
+    )

@@ -1,0 +1,423 @@
+"""Control groups find the strength of a deletion; what they find is reported and held to."""
+
+import copy
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lcodec_ext._torch.samples import as_samples
+from lcodec_ext.curvature.solvers import Krylov, conjugate_gradient
+from lcodec_ext.unlearning import Settings, Unlearner, unlearn, verify_ledger
+from lcodec_ext.unlearning import calibrate as calibrating
+from lcodec_ext.unlearning.calibrate import labels_of, robust_mean
+from lcodec_ext.unlearning.settings import resolve
+from lcodec_ext.unlearning.stream.steps import result_record
+
+BEFORE = {"damping": 1e-5, "output_damping": 2e-3}  # constants of earlier versions
+
+
+# ---------------------------------------------------------------------------------------------
+# Krylov spaces
+
+
+def symmetric(p, seed, least=0.0):
+    """A matrix with eigenvalues from least to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float64))
+    return q * torch.linspace(least, 1.0, p, dtype=torch.float64) @ q.T
+
+
+@pytest.mark.parametrize("shift", [1.0, 1e-2, 1e-4])
+def test_one_space_solves_for_every_shift(shift):
+    """In all of its dimensions the solution is that of the dense system."""
+    A, b = symmetric(12, 0), torch.randn(12, 3, generator=torch.manual_seed(1)).double()
+    space = Krylov(lambda V: A @ V, b, 12)
+    expected = torch.linalg.solve(A + shift * torch.eye(12, dtype=torch.float64), b)
+    for column in range(3):
+        x = space.solve(shift, column)
+        # Orthogonal to rounding, the error is that of the dense solution: its condition number
+        # times a few hundred units of rounding.
+        bound = 1e-13 * (1 + 1 / shift) * float(expected[:, column].norm())
+        assert float((x - expected[:, column]).norm()) <= bound
+        assert space.residual(shift, column) <= 1e-12 * (1 + 1 / shift)
+
+
+def test_fewer_iterations_are_those_of_conjugate_gradients():
+    A, b = symmetric(60, 2), torch.randn(60, 2, generator=torch.manual_seed(3)).double()
+    space = Krylov(lambda V: A @ V, b, 8)
+    assert space.products == 8
+    damped = A + 0.01 * torch.eye(60, dtype=torch.float64)
+    for column in range(2):
+        with pytest.warns(UserWarning, match="max_iterations=8"):
+            known = conjugate_gradient(
+                lambda v: damped @ v, b[:, column], rtol=0.0, max_iterations=8, describe="A"
+            )
+        x = space.solve(0.01, column)
+        assert torch.allclose(x, known.x, rtol=1e-8, atol=1e-10)
+        true = float((damped @ x - b[:, column]).norm() / b[:, column].norm())
+        assert space.residual(0.01, column) == pytest.approx(true, rel=1e-8)
+
+
+def test_spaces_that_end_early():
+    """A column of zeros, an eigenvector, and one of both parts of a matrix of two eigenvalues."""
+    A = torch.diag(torch.tensor([1.0, 1.0, 3.0, 3.0], dtype=torch.float64))
+    b = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 2, 3, 4]], dtype=torch.float64).T
+    space = Krylov(lambda V: A @ V, b, 4)
+    assert space.products == 2
+    for column in range(3):
+        expected = b[:, column] / (A.diagonal() + 0.5)
+        assert torch.allclose(space.solve(0.5, column), expected, rtol=1e-14, atol=1e-15)
+        assert space.residual(0.5, column) <= 1e-14
+    assert (space.least, space.largest) == pytest.approx((1.0, 3.0), rel=1e-14)
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+
+
+def digits(seed, kind, m=30):
+    """Training samples, which are deleted, and validation; deleted ones may have wrong labels."""
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
+    users = torch.arange(len(y)) // 12
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=generator)
+    train, held = order[:1000], order[1000:1300]
+    y_train = y[train].clone()
+    if kind == "users":
+        some = torch.randperm(int(users.max()) + 1, generator=generator)[: 3 + seed % 3]
+        forget = torch.isin(users[train], some)
+    else:
+        forget = torch.zeros(1000, dtype=torch.bool)
+        forget[torch.randperm(1000, generator=generator)[:m]] = True
+    if kind == "wrong":
+        y_train[forget] = (y_train[forget] + 1) % 10
+    return (x[train], y_train), forget, (x[held], y[held])
+
+
+def parts(data, forget):
+    return tuple(tuple(t[mask] for t in data) for mask in (forget, ~forget))
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.25),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Dropout(0.25),
+        nn.Linear(64, 10),
+    )
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def fit(make, data, seed, epochs, optimizer):
+    torch.manual_seed(seed)
+    model, generator = make(), torch.Generator().manual_seed(seed)
+    steps = optimizer(model.parameters())
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data[1]), generator=generator).split(32):
+            steps.zero_grad()
+            cross_entropy(model(data[0][batch]), data[1][batch]).backward()
+            steps.step()
+    return model.eval()
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-2)
+
+
+@torch.no_grad()
+def loss_on(model, data):
+    return cross_entropy(model(data[0]), data[1]).item()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A perceptron that knows thirty samples with wrong labels by heart."""
+    data, forget, held = digits(0, "wrong")
+    return fit(mlp, data, 0, 80, sgd), *parts(data, forget), held
+
+
+def run(case, **options):
+    model, forget, retain, held = case
+    return unlearn(
+        model, forget, retain, cross_entropy, **{"validation": held, "weight_decay": 5e-4} | options
+    )
+
+
+def test_as_near_to_retraining_as_trained_by_adamw():
+    """Means over two trainings of the ratio of losses: batch norm, dropout, AdamW, few epochs."""
+    ratios = {"calibrated": [], "before": []}
+    for seed in (0, 1):
+        data, wanted, held = digits(seed, "users")
+        forget, retain = parts(data, wanted)
+        model = fit(cnn, data, 1000 * seed, 12, adamw)
+        retrained = [fit(cnn, retain, 1000 * seed + 1 + k, 12, adamw) for k in range(2)]
+        expected = np.mean([loss_on(each, forget) for each in retrained])
+        result = unlearn(model, forget, retain, cross_entropy, validation=held)
+        ratios["calibrated"].append(loss_on(result.model, forget) / expected)
+        found = result.calibration
+        assert found.validation_after <= 1.1 * found.validation_before
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of harm, which may or may not be seen
+            result = unlearn(model, forget, retain, cross_entropy, **BEFORE)
+        ratios["before"].append(loss_on(result.model, forget) / expected)
+    means = {name: math.exp(np.mean(np.log(each))) for name, each in ratios.items()}
+    assert 0.4 < means["calibrated"] < 2.5
+    assert max(ratios["before"]) > 10
+
+
+def test_on_a_convex_model_the_strength_is_that_of_no_damping():
+    """A softmax regression: the step is the undamped one, and so is everything else."""
+    data, wanted, held = digits(3, "random", 30)
+    data, held = ((x.double(), y) for x, y in (data, held))
+    forget, retain = parts(data, wanted)
+    torch.manual_seed(0)
+    model = nn.Linear(64, 10).double()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        square = sum(p.square().sum() for p in model.parameters())
+        loss = cross_entropy(model(data[0]), data[1]) + 0.005 * square
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    options = {"weight_decay": 0.01, "n_curvature": None, "max_iterations": 120}
+    result = unlearn(model, forget, retain, cross_entropy, validation=held, **options)
+    found = result.calibration
+    assert found.stopped_by == "range"
+    assert not found.outliers
+    assert found.finish == 0
+    assert result.damping < 1e-6
+    settings = result.settings.replace(calibrate=False, damping=0.0, finish=0)
+    plain = unlearn(model, forget, retain, cross_entropy, validation=held, preset=settings)
+    moved, expected = (
+        torch.cat([(a - b).detach().flatten() for a, b in zip(*each, strict=True)])
+        for each in ((r.model.parameters(), model.parameters()) for r in (result, plain))
+    )
+    # The undamped step reads all retained samples, the calibrated one those that are not kept for
+    # control groups: half as many, whose curvature differs by sampling.
+    assert float((moved - expected).norm()) < 0.3 * float(expected.norm())
+    assert float(moved @ expected) > 0.95 * float(moved.norm() * expected.norm())
+
+
+def test_outliers_are_finished(trained):
+    """Wrong labels: control groups bound the step, and iterations on the rest do what is left."""
+    model, forget, _, held = trained
+    result = run(trained)
+    found = result.calibration
+    assert found.stopped_by == "validation"
+    assert found.outliers
+    assert 1 <= found.finish <= 20
+    assert loss_on(result.model, forget) > 5 * loss_on(model, forget)
+    assert (result.model(forget[0]).argmax(1) == forget[1]).double().mean() < 0.1
+    assert loss_on(result.model, held) < loss_on(model, held)
+    assert found.validation_after == pytest.approx(loss_on(result.model, held), rel=1e-5)
+    without = run(trained, finish=0).calibration
+    assert (without.finish, without.strength) == (0, found.strength)
+
+
+def test_what_was_found_is_reported(trained):
+    result = run(trained, finish=0)
+    found = result.calibration
+    assert len(found.control_before) == len(found.control_after) == 8
+    assert (found.group_size, found.n_validation, found.products) == (30, 300, 30)
+    assert (found.control, found.spread) == robust_mean(found.control_after)
+    assert found.strength == result.damping
+    assert result.solve_method == "lanczos"
+    assert result.solve_residual <= 1
+    assert "8 control groups of 30" in repr(result)
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))["calibration"]
+    assert written == found.to_dict()
+    assert written["control_after"] == list(found.control_after)
+    assert result_record(result)["calibration"] == written
+    assert run(trained, damping=0.1).to_dict()["calibration"] is None
+
+
+def test_the_guard_takes_back_harm(trained, monkeypatch):
+    """In the losses' own scale: whatever is found, the validation loss holds."""
+    monkeypatch.setattr(calibrating._Trial, "_objection", lambda self, tried: "")
+    model, forget, _, _ = trained
+    with pytest.warns(UserWarning, match="taken back: .* the validation loss by more than 10%"):
+        result = run(trained, retries=0, max_drop=None, halvings=0)
+    assert len(result.skipped) == len(forget[1])
+    assert result.calibration.validation_after > 1.1 * result.calibration.validation_before
+    for new, old in zip(result.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(new, old)
+    with pytest.warns(UserWarning, match="taken back"):
+        assert run(trained, retries=1).attempts == 2
+
+
+def test_without_validation_a_deletion_warns(trained):
+    model, forget, retain, _ = trained
+    arguments = model, forget, retain, cross_entropy
+    with pytest.warns(UserWarning, match="not calibrated: .* Pass validation"):
+        result = unlearn(*arguments, weight_decay=5e-4, repair_epochs=0)
+    assert result.damping == 0.03
+    assert result.calibration is None
+    with pytest.warns(UserWarning, match="not calibrated"):
+        Unlearner(model, retain, cross_entropy, weight_decay=5e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlearn(*arguments, damping=0.1, weight_decay=5e-4, repair_epochs=0)
+        unlearn(*arguments, preset=Settings(damping=0.1, weight_decay=5e-4))
+
+
+def test_harm_is_told_in_the_losses_own_scale():
+    """Most of one class goes: accuracy stays at 1, and the losses of the others nearly double."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 2, generator=generator, dtype=torch.float64) / 2 + 2.0
+    x[::2] -= 4.0
+    y = torch.arange(200) % 2
+
+    def slow(parameters):
+        return torch.optim.SGD(parameters, lr=0.05)
+
+    model = fit(lambda: nn.Linear(2, 2).double(), (x, y), 0, 2, slow)
+    wanted = (torch.arange(200) < 160) & (y == 0)
+    options = {"n_curvature": 4, "repair_epochs": 0, "repair_drop": None, "lengthen": None}
+    with pytest.warns(UserWarning, match="mean loss of the samples that the guard watches"):
+        result = unlearn(model, *parts((x, y), wanted), cross_entropy, damping=1.0, **options)
+    assert result.guard == (1, 1)
+    unlearn(model, *parts((x, y), wanted), cross_entropy, damping=0.03, **options)
+
+
+def test_a_residual_above_one_is_told(trained):
+    """Iterations that end far from a solution; calibrated steps stop before."""
+    model, forget, retain, _ = trained
+    options = {"max_iterations": 3, "repair_epochs": 0, "lengthen": None}
+    with pytest.warns(UserWarning, match="relative residual is [1-9].*that of no step is 1"):
+        result = unlearn(
+            model, forget, retain, cross_entropy, damping=1e-9, output_damping=0.0, **options
+        )
+    assert result.solve_residual > 1
+    assert run(trained, max_iterations=3).solve_residual <= 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Who is in a control group
+
+
+class Kept:
+    """What `control_groups` reads of a block."""
+
+    def __init__(self, pool, forget, groups):
+        place = torch.device("cpu"), torch.float32
+        self.retained = self.part = self.work = self
+        self.pool, self.forget = (as_samples(each, "x", *place) for each in (pool, forget))
+        self.settings = Settings(control_groups=groups)
+        self.start = torch.zeros(10)
+
+
+def labelled(labels):
+    return torch.arange(len(labels)).float()[:, None], torch.tensor(labels)
+
+
+def numbers(samples):
+    return [int(i) for batch in samples.batches(1000) for i in batch.args[0][:, 0]]
+
+
+def test_groups_have_the_labels_of_the_request():
+    pool = labelled([0] * 50 + [1] * 50 + [2] * 20)
+    block = Kept(pool, labelled([1, 1, 1, 2, 0]), 6)
+    groups = calibrating.control_groups(block, np.random.default_rng(0))
+    assert len(groups) == 6
+    for group in groups:
+        assert sorted(labels_of(group)) == [0, 1, 1, 1, 2]
+    everyone = [i for group in groups for i in numbers(group)]
+    assert len(set(everyone)) == 30
+
+
+def test_a_class_that_is_gone_has_groups_of_others_and_no_validation():
+    block = Kept(labelled([0] * 20 + [1] * 20), labelled([2] * 5), 4)
+    rng = np.random.default_rng(0)
+    groups = calibrating.control_groups(block, rng)
+    assert [len(group) for group in groups] == [5] * 4
+    held = as_samples(labelled([0, 1, 2, 2, 1]), "x", torch.device("cpu"), torch.float32)
+    assert sorted(labels_of(calibrating._known_classes(held, block, rng))) == [0, 1, 1]
+
+
+def test_small_pools_are_drawn_from_again():
+    block = Kept((torch.randn(7, 1), torch.randn(7)), (torch.randn(5, 1), torch.randn(5)), 4)
+    groups = calibrating.control_groups(block, np.random.default_rng(0))
+    assert [len(group) for group in groups] == [5] * 4
+    block = Kept((torch.randn(3, 1), torch.randn(3)), (torch.randn(5, 1), torch.randn(5)), 4)
+    assert [len(g) for g in calibrating.control_groups(block, np.random.default_rng(0))] == [3] * 4
+
+
+def test_one_group_may_be_far_off():
+    assert robust_mean([1, 2, 3, 4, 5, 1000]) == (3.5, pytest.approx(1.25**0.5 / 3**0.5))
+    assert robust_mean([1.0, 3.0]) == (2.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings and streams
+
+
+def test_what_cannot_be_calibrated_is_refused(trained):
+    model, forget, retain, _ = trained
+    with pytest.raises(ValueError, match=r"calibrate=True needs retain and validation"):
+        unlearn(model, forget, retain, cross_entropy, calibrate=True)
+    with pytest.raises(ValueError, match=r"calibrate=True belongs to order='batch'"):
+        Settings(calibrate=True, order="sequential")
+    with pytest.raises(ValueError, match=r"calibrate=True belongs to curvature='gauss_newton'"):
+        Settings(calibrate=True, curvature="secant")
+    with pytest.raises(ValueError, match="control_groups"):
+        Settings(control_groups=3)
+    given = {"retained": True, "validation": True}
+    for options in ({"order": "sequential"}, {"damping": 0.1}, {"curvature": "secant"}):
+        assert not resolve("recommended", options, **given).calibrate
+    assert not resolve("paper", {}, **given).calibrate
+    assert resolve("recommended", {"seed": 3}, **given).calibrate
+
+
+def test_a_stream_goes_on_with_the_same_bits(trained, tmp_path):
+    model, _, _, held = trained
+    (x, y), wanted, _ = digits(0, "wrong")
+    ids = torch.nonzero(wanted).flatten().tolist()
+    options = {"validation": held, "weight_decay": 5e-4}
+
+    def weights(stream):
+        return [p.clone() for p in stream.model.parameters()]
+
+    with Unlearner(model, (x, y), cross_entropy, directory=tmp_path / "a", **options) as whole:
+        whole.remove(ids[:12])
+        whole.remove(ids[12:])
+        expected = weights(whole)
+    with Unlearner(model, (x, y), cross_entropy, directory=tmp_path / "b", **options) as begun:
+        begun.remove(ids[:12])
+    resumed = Unlearner.resume(
+        tmp_path / "b", copy.deepcopy(model), (x, y), cross_entropy, validation=held
+    )
+    with resumed:
+        result = resumed.remove(ids[12:])
+        for new, old in zip(weights(resumed), expected, strict=True):
+            assert torch.equal(new, old)
+        on_record = resumed.ledger[-1].record["result"]["calibration"]
+        assert on_record == result.calibration.to_dict()
+    assert verify_ledger(tmp_path / "b", train=(x, y)).ok
