@@ -267,6 +267,8 @@ def _request_row(request: ReportEntry) -> dict[str, Any]:
     }
     solve = ("attempts", "damping", "solve_method", "solve_iterations", "solve_residual")
     row |= {name: result.get(name) for name in solve}
+    calibration = result.get("calibration") or {}
+    row |= {f"calibration_{name}": calibration.get(name) for name in CALIBRATED}
     row |= {
         "guarantee": guarantee.get("kind"),
         **{name: guarantee.get(name) for name in ("epsilon", "delta", "sigma")},
@@ -310,6 +312,20 @@ def _count(n: int, noun: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # Findings, one a line
 
+#: Of a calibration, in the table of requests.
+CALIBRATED = (
+    "stopped_by",
+    "control",
+    "spread",
+    "validation_before",
+    "validation_after",
+    "finish",
+)
+
+
+def _is_calibrated(request: ReportEntry) -> bool:
+    return isinstance(request.result.get("calibration"), Mapping)
+
 
 def _findings(requests: Sequence[ReportEntry]) -> dict[str, str]:
     """What a ledger says, by what it is about."""
@@ -326,6 +342,16 @@ def _findings(requests: Sequence[ReportEntry]) -> dict[str, str]:
         found["SKIPPED by the guard, at least in part"] = f"entries {first_few(skipped, _LISTED)}"
         found["Still in the model"] = (
             first_few(waiting, _LISTED) or "none, removed by later requests"
+        )
+    calibrated = [request.result["calibration"] for request in path if _is_calibrated(request)]
+    if calibrated:
+        control, spread, unseen = (
+            _number(as_number(calibrated[-1].get(name)))
+            for name in ("control", "spread", "validation_before")
+        )
+        found["Strength found with control groups"] = (
+            f"in {_count(len(calibrated), 'request')}; in the last one retained samples that were "
+            f"deleted on trial then lost {control} ± {spread}, samples never seen {unseen}"
         )
     found |= _on_privacy([request for request in requests if request.kind == "release"])
     names = {"Gradient norm of the retained objective": "gradient_norm"}
