@@ -3,6 +3,7 @@
     python benchmarks/table.py benchmarks/results/cpu.json benchmarks/results/curvature.json \
         benchmarks/results/deletion.json
     python benchmarks/table.py --unlearning benchmarks/results/unlearning.json
+    python benchmarks/table.py --population benchmarks/results/population.json
 
 Each result file gets its own table, since machines may differ. A table replaces the text between
 two HTML comments. The script needs the standard library only.
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import population
 import unlearning
 from results import OURS, load
 
@@ -27,13 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="*")
     parser.add_argument("--unlearning", type=Path, help="result file of benchmarks/unlearning.py")
+    parser.add_argument("--population", type=Path, help="result file of benchmarks/population.py")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/benchmarks.md")
     options = parser.parse_args(arguments)
-    if options.unlearning:
-        text = unlearning.tables(json.loads(options.unlearning.read_text()))
-        page = ROOT / "docs/unlearning.md"
-        page.write_text(replaced(page.read_text(), text))
+    for path, maker, name in (
+        (options.unlearning, unlearning, "unlearning"),
+        (options.population, population, "evaluation"),
+    ):
+        if path:
+            page = ROOT / f"docs/{name}.md"
+            text = maker.tables(json.loads(path.read_text()))
+            page.write_text(replaced(page.read_text(), text))
     results = [load(path) for path in options.results]
     if not results:
         return 0

@@ -32,6 +32,7 @@ import gpu_cases  # noqa: E402
 import networks  # noqa: E402
 import peers  # noqa: E402
 import plots  # noqa: E402
+import population  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
 import stream  # noqa: E402
@@ -652,6 +653,28 @@ def test_the_figure_is_drawn(tmp_path):
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
+# Populations
+
+
+def test_populations_are_compared_and_shown(tmp_path):
+    output = tmp_path / "population.json"
+    command = [sys.executable, ROOT / "benchmarks/population.py", "--models", "4", "--epochs", "2"]
+    options = ["--sets", "mislabelled", "--folder", tmp_path / "seeds", "--output", output]
+    done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    assert "Population of 4 models: 40 samples removed" in done.stdout
+    result = json.loads(output.read_text())
+    assert result["settings"]["epochs"] == 2
+    assert result["settings"]["models"] == 4
+    names = ["no-op", "retrained", "recommended", "L-BFGS"]
+    assert [method["name"] for method in result["runs"][0]["methods"]] == names
+    lines = population.tables(result).splitlines()
+    assert "40 mislabelled samples deleted, populations of 4 models" in lines[0]
+    assert [line.split(" | ")[0] for line in lines[4:]] == [f"| {name}" for name in names]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    folder = next((tmp_path / "seeds").iterdir())
+    assert len(list(folder.glob("seed-*.npz"))) == 4
+
+
 # What is recorded in the repository
 
 
@@ -677,6 +700,18 @@ class TestRecorded:
         recorded = json.loads((ROOT / "benchmarks/results/unlearning.json").read_text())
         assert page == table.replaced(page, unlearning.tables(recorded))
         assert recorded["claims"] == unlearning.claims(recorded["runs"])
+
+    def test_the_documentation_shows_the_populations(self):
+        """Once they are recorded; until then it says that they are not."""
+        page = (ROOT / "docs/evaluation.md").read_text()
+        path = ROOT / "benchmarks/results/population.json"
+        recorded = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        assert page == table.replaced(page, population.tables(recorded))
+        assert ("run is recorded yet" in page) == (not recorded["runs"])
+        if recorded["runs"]:
+            assert recorded["dirty"] is False
+            assert [run["forget"] for run in recorded["runs"]] == ["mislabelled", "random"]
+            assert {run["n_models"] for run in recorded["runs"]} == {64}
 
     def test_claims_on_another_draw_are_those_of_its_runs(self):
         recorded = json.loads((ROOT / "benchmarks/results/unlearning_split1.json").read_text())

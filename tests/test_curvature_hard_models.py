@@ -541,6 +541,16 @@ def test_a_sum_is_not_taken_for_a_mean(kind, selection):
     kind(Plain(), summed, batches, selection, reduction="sum")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_near_zero_is_not_taken_for_the_other_reduction(reduction):
+    X, y = plain(10)
+
+    def tiny(outputs, targets):
+        return 1e-14 * F.cross_entropy(outputs, targets, reduction=reduction)
+
+    HessianOperator(Plain(), tiny, [(X[:6], y[:6]), (X[6:], y[6:])], HEAD, reduction=reduction)
+
+
 def test_a_class_for_a_loss_and_arrays_for_data():
     X, y = plain()
     with pytest.raises(TypeError, match="got the class CrossEntropyLoss: pass an instance"):

@@ -17,7 +17,7 @@ DOCUMENTS = {  # and how many examples each has
     "README.md": 2,
     "docs/curvature.md": 2,
     "docs/dependence.md": 4,
-    "docs/evaluation.md": 1,
+    "docs/evaluation.md": 3,
     "docs/privacy.md": 3,
     "docs/unlearning.md": 2,
 }

@@ -1398,15 +1398,15 @@ def rewrite(folder, change):
         (lambda e: e[2].update(kind="thing"), "an entry 2 cannot be of kind 'thing'"),
         (lambda e: e[0].update(kind="remove"), "an entry 0 cannot be of kind 'remove'"),
         (lambda e: e[0]["record"].update(format=9), "its format is 9; this version reads 1"),
-        (lambda e: e[4]["record"].update(to=4), "it goes back to entry 4, which is not before"),
-        (lambda e: e[4]["record"].update(to=0), "its weights must be those of entry 0"),
+        (lambda e: e[4]["record"].update(to=4), "it goes back to entry 4, which does not precede"),
+        (lambda e: e[4]["record"].update(to=0), "its weights differ from those of entry 0"),
         (
             lambda e: e[2]["record"]["checkpoint"].update(file="000001.pt"),
             "it cannot have the checkpoint '000001.pt'",
         ),
         (
             lambda e: e[3]["record"]["checkpoint"].update(sha256=""),
-            "its weights must be those of entry 2",
+            "its weights differ from those of entry 2",
         ),
         (
             lambda e: e[3]["record"]["guarantee"].update(epsilon=0.4),

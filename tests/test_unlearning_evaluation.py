@@ -140,6 +140,7 @@ def test_numbers_by_hand():
         "loss_forget": lambda m: metrics.sample_losses(m, FORGET, F.cross_entropy).mean().item(),
         "loss_retain": lambda m: metrics.sample_losses(m, RETAIN, F.cross_entropy).mean().item(),
         "mia_auc": lambda m: metrics.membership_inference(m, *SETS, F.cross_entropy).auc,
+        "mia_tpr": lambda m: metrics.membership_inference(m, *SETS, F.cross_entropy).tpr,
         "mia_accuracy": lambda m: metrics.membership_inference(m, *SETS, F.cross_entropy).accuracy,
     }
     for name, measure in scalars.items():
@@ -154,6 +155,12 @@ def test_numbers_by_hand():
         assert found["tuned"].gap_closed[name] == (
             None if expected is None else pytest.approx(expected)
         ), name
+    accuracies = [
+        [metrics.accuracy(m, part, F.cross_entropy) for part in SETS] for m in (tuned, *RETRAINED)
+    ]
+    tow = np.mean([np.prod(1 - np.abs(np.subtract(accuracies[0], a))) for a in accuracies[1:]])
+    assert found["tuned"].metrics["tow"] == pytest.approx(tow)
+    assert "tow" not in found["tuned"].gap_closed
     norm = metrics.gradient_norm(tuned, RETAIN, F.cross_entropy, weight_decay=DECAY)
     assert found["tuned"].metrics["gradient_norm"] == pytest.approx(norm)
     relative = np.mean([metrics.weight_distance(tuned, r, relative=True) for r in RETRAINED])
@@ -216,6 +223,15 @@ def test_a_model_within_the_floor_has_no_gap():
         RETRAINED[0], *SETS, F.cross_entropy, retrained=RETRAINED, methods={}, **QUICK
     )
     assert set(found_same["no-op"].gap_closed.values()) == {None}
+    assert "No gap" not in repr(found)
+    told = repr(found_same).splitlines()[-3:]
+    raw, floor = found_same["no-op"].metrics["js_forget"], found_same.floor["js_forget"]
+    assert told[0] == (
+        f"No gap in JS to close: the original is {raw:.3f} from the retrained models, which are "
+        f"{floor:.3f} from each other (the floor)."
+    )
+    assert told[1].split() == ["no-op", "JS", f"{raw:.3f},", "floor", f"{raw - floor:+.3f}"]
+    assert told[2].split() == ["retrained", "JS", f"{floor:.3f},", "floor", "+0.000"]
     assert found["tuned"].metrics["js_forget"] > found.floor["js_forget"]
 
 
@@ -748,7 +764,11 @@ def never(seed):
         ({"retrained": None}, TypeError, "retrained must be a list"),
         ({"retrained": [*RETRAINED, None]}, TypeError, "retrained must give models.*NoneType"),
         ({"n_retrain": 2}, ValueError, "n_retrain must be an integer >= 3; got 2"),
-        ({"methods": ["SISA"]}, ValueError, "names of BASELINES .*'L-BFGS'.*; got 'SISA'"),
+        (
+            {"methods": ["SISA"]},
+            ValueError,
+            "names of BASELINES or LITERATURE .*'L-BFGS'.*; got 'SISA'",
+        ),
         ({"methods": "L-BFGS"}, TypeError, "methods must be a mapping"),
         ({"methods": {"no-op": MODEL}}, ValueError, "names of methods must be strings other"),
         ({"methods": {"x": 3}}, TypeError, "method 'x' must be a model.*of type int"),
@@ -801,5 +821,5 @@ def test_all_baselines_in_one_call():
 
 def test_the_names_of_the_methods_are_documented():
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    section = page.partition("## Methods")[2].partition("\n## ")[0]
+    section = page.partition("\n## Methods")[2].partition("\n### ")[0]
     assert re.findall(r'^\| `"(.+?)"` \|', section, re.MULTILINE) == list(BASELINES)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.special import expit, log_expit, softmax
 from sklearn.metrics import roc_auc_score
@@ -24,6 +26,8 @@ from lcodec_ext.evaluation.metrics import (
     relearn_time,
     roc_auc,
     sample_losses,
+    tpr_at_fpr,
+    tug_of_war,
     weight_distance,
 )
 
@@ -367,6 +371,40 @@ def test_roc_auc_is_the_share_of_pairs_in_order(levels, rng):
     for bad in ([], [np.nan]):
         with pytest.raises(ValueError, match="negatives must be finite"):
             roc_auc([1.0], bad)
+
+
+@given(
+    st.integers(1, 300), st.integers(1, 40), st.integers(0, 99), st.randoms(use_true_random=False)
+)
+def test_tpr_at_fpr_is_the_best_threshold_that_is_allowed(m, n, percent, rng):
+    negatives = np.array([rng.randrange(30) for _ in range(m)])
+    positives = np.array([rng.randrange(30) for _ in range(n)])
+    expected = max(
+        (positives > t).mean()
+        for t in range(-1, 31)
+        if (negatives > t).sum() * 100 <= percent * m  # in whole numbers
+    )
+    assert tpr_at_fpr(positives, negatives, percent / 100) == expected
+
+
+def test_tpr_at_fpr_by_hand():
+    negatives = np.arange(200)
+    assert tpr_at_fpr([500, 198, 197, -1], negatives) == 0.5  # above 197: two of 200
+    assert tpr_at_fpr([500, 199, 198], negatives, 0.0) == 1 / 3
+    assert tpr_at_fpr(negatives, negatives) == 0.01
+    with pytest.raises(ValueError, match="fpr must be from 0 to below 1; got 1"):
+        tpr_at_fpr([1], [0], 1)
+    with pytest.raises(ValueError, match="negatives must be finite numbers, at least one; got 0"):
+        tpr_at_fpr([1], [])
+
+
+def test_tug_of_war():
+    ours = {"accuracy_forget": 0.5, "accuracy_retain": 1.0, "accuracy_test": 0.9}
+    theirs = {"accuracy_forget": 0.25, "accuracy_retain": 0.9, "accuracy_test": 0.95}
+    assert tug_of_war(ours, ours) == 1
+    assert tug_of_war(ours, theirs) == pytest.approx(0.75 * 0.9 * 0.95)
+    assert tug_of_war(ours, theirs) == tug_of_war(theirs, ours)
+    assert tug_of_war(ours, {**theirs, "accuracy_test": None}) is None
 
 
 def test_the_attack_needs_scikit_learn(monkeypatch):

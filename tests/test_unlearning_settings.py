@@ -983,6 +983,22 @@ def test_a_second_request_is_exact_for_squared_errors_only(linear):
     assert 1e-6 * step < error < 0.5 * step
 
 
+def test_statistics_are_saved_whole_or_not_at_all(mlp, tmp_path, monkeypatch):
+    kept = TrainingStatistics.collect(mlp, TRAIN, F.cross_entropy)
+    kept.save(tmp_path / "statistics.pt")
+
+    def cut_short(state, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(OSError, match="no space left"):
+        kept.save(tmp_path / "statistics.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.pt"]
+    loaded = TrainingStatistics.load(tmp_path / "statistics.pt")
+    torch.testing.assert_close(loaded.matrix, kept.matrix, rtol=0, atol=0)
+
+
 def test_pairs_of_the_last_epochs(tmp_path):
     model = untrained()
     snapshots = []

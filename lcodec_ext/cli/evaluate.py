@@ -67,7 +67,8 @@ def add_evaluate(commands: Any) -> None:
     add(
         "--methods",
         metavar="NAMES",
-        help="presets and baselines, separated by commas, or 'none' (default: all)",
+        help="presets, baselines and methods of the literature, separated by commas; 'none' for "
+        "none (default: all presets and baselines)",
     )
     add(
         "--candidate",
@@ -170,27 +171,26 @@ def _candidates(options: argparse.Namespace) -> dict[str, str]:
 
 def _methods(options: argparse.Namespace) -> dict[str, Any]:
     """The methods that --methods names."""
-    from lcodec_ext.evaluation import BASELINES
+    from lcodec_ext.evaluation import BASELINES, LITERATURE
 
     if options.methods == "none":
         return {}
     if options.methods is None:
         return dict(BASELINES)
     names = [name.strip() for name in options.methods.split(",")]
+    known = {**BASELINES, **LITERATURE}
     for name in names:
-        if name not in BASELINES:
-            known = ", ".join(BASELINES)
-            raise InputError(f"--methods names {name!r}; expected some of {known}")
-    return {name: BASELINES[name] for name in names}
+        if name not in known:
+            raise InputError(f"--methods names {name!r}; expected some of {', '.join(known)}")
+    return {name: known[name] for name in names}
 
 
 def split(train: Any, ids: list[int], n: int) -> tuple[Any, Any]:
     """The removed and the retained ones of n samples, in the form of train."""
     import numpy as np
-    import torch
-    from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+    from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-    from lcodec_ext._torch.batches import part_of
+    from lcodec_ext.evaluation.training import take
 
     if isinstance(train, DataLoader | IterableDataset) or not isinstance(
         train, tuple | list | Mapping | Dataset
@@ -200,9 +200,4 @@ def split(train: Any, ids: list[int], n: int) -> tuple[Any, Any]:
             f"type {type(train).__name__}"
         )
 
-    def take(numbers: Any) -> Any:
-        if isinstance(train, Dataset):
-            return Subset(train, [int(i) for i in numbers])
-        return part_of(train, n, torch.as_tensor(numbers))
-
-    return take(ids), take(np.delete(np.arange(n), ids))
+    return take(train, ids), take(train, np.delete(np.arange(n), ids).tolist())

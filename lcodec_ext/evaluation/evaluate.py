@@ -20,7 +20,15 @@ from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature.selection import UnitSelection
-from lcodec_ext.evaluation.methods import NO_OP, RETRAINED, Done, Method, carry_out, methods_of
+from lcodec_ext.evaluation.methods import (
+    NO_OP,
+    RETRAINED,
+    Done,
+    Method,
+    carry_out,
+    find_method,
+    methods_of,
+)
 from lcodec_ext.evaluation.metrics import (
     DISTANCES,
     METRICS,
@@ -106,11 +114,7 @@ class Evaluation:
     settings: dict[str, Any]
 
     def __getitem__(self, name: str) -> MethodEvaluation:
-        for method in self.methods:
-            if method.name == name:
-                return method
-        known = ", ".join(repr(method.name) for method in self.methods)
-        raise KeyError(f"no method {name!r}; there are {known}")
+        return find_method(self.methods, name)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, for JSON."""
@@ -169,6 +173,8 @@ class Evaluation:
             ("", "test", "accuracy_test", ".1%"),
             ("loss", "forget", "loss_forget", ".3f"),
             ("MIA", "AUC", "mia_auc", ".3f"),
+            ("TPR at", "1% FPR", "mia_tpr", ".1%"),
+            ("", "ToW", "tow", ".3f"),
             ("JS", "forget", "js_forget", ".3f"),
             ("", "test", "js_test", ".3f"),
             ("closed", "JS", "gap_closed_js_forget", ".0%"),
@@ -186,7 +192,22 @@ class Evaluation:
             note = row["error"] or "taken back" * row["skipped"]
             note = note if len(note) <= 60 else note[:57] + "..."
             lines.append(f"{row['method']:{width}}{numbers}  {note}".rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._without_gap(width)])
+
+    def _without_gap(self, width: int) -> list[str]:
+        """Where the original is within the floor: that, and each method's distance."""
+        floor, before = self.floor.get("js_forget"), self.methods[0]
+        start = before.metrics.get("js_forget")
+        if floor is None or start is None or before.gap_closed.get("js_forget") is not None:
+            return []
+        lines = [
+            f"No gap in JS to close: the original is {start:.3f} from the retrained models, which "
+            f"are {floor:.3f} from each other (the floor)."
+        ]
+        for method in self.methods:
+            if (found := method.metrics.get("js_forget")) is not None:
+                lines.append(f"{method.name:{width}}JS {found:.3f}, floor {found - floor:+.3f}")
+        return lines
 
 
 def method_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -273,7 +294,7 @@ def evaluate(
         callable ``(model, forget, retain, loss_fn, seed)`` that returns a model or an
         `UnlearnResult`, given a copy of the model and the samples as they were passed in. Options
         and baselines get this function's weight_decay and seed unless they have their own. Or
-        names of `BASELINES`, by default all of them.
+        names of `BASELINES` and `LITERATURE`, by default all of the former.
     n_retrain : int, default 3
         With a callable: how many models, from the seeds ``seed``, ``seed + 1``, ...
     weight_decay : float, default 0.0

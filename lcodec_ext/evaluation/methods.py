@@ -4,31 +4,50 @@ Baselines take ``(model, forget, retain, loss_fn, seed)`` and return a new model
 fixed beforehand, and none looks at the accuracy on the removed samples. The objective that they
 fine-tune is the mean loss plus (weight_decay / 2) |w|^2 over all trainable parameters.
 
-A new baseline is a function and an entry in `BASELINES`.
+A new baseline is a function and an entry in `BASELINES`. `LITERATURE` has the methods of
+literature.py.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
+from lcodec_ext._checks import check_choice, check_integer, check_real
 from lcodec_ext._files import json_ready
-from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import LossFunction, is_much_worse, mean_loss, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic, seeded
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.samples import as_samples
+from lcodec_ext.evaluation.literature import (
+    bad_teacher,
+    cf_k,
+    eu_k,
+    l1_sparse,
+    random_labels,
+    salun,
+    scrub,
+    selective_dampening,
+)
+from lcodec_ext.evaluation.training import (
+    adam,
+    batch_loss,
+    check_budget,
+    epochs_of,
+    finished,
+    sgd,
+    take_step,
+)
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.unlearn import unlearn
 
 NO_OP, RETRAINED = "no-op", "retrained"
+NOT_SETTINGS = ("validation", "statistics", "score", "progress")  # other options of `unlearn`
 _GUARD = 1000  # retained samples that tell gradient ascent when to stop
 
 
@@ -89,16 +108,14 @@ def fine_tune(
     if learning_rate is None:
         learning_rate = 0.01 if optimizer == "sgd" else 0.001
     check_real(learning_rate, "learning_rate", 0)
-    _check_budget(seed, epochs, batch_size, weight_decay)
+    check_budget(seed, epochs, batch_size, weight_decay)
     samples = as_samples(retain, "retain", *place(model))
     tuned = copy.deepcopy(model).train()
-    steps = _sgd(tuned, learning_rate, weight_decay)
-    if optimizer == "adam":
-        steps = torch.optim.Adam(trainable(tuned), lr=learning_rate, weight_decay=weight_decay)
+    steps = (sgd if optimizer == "sgd" else adam)(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
-        for batch in _epochs(samples, epochs, batch_size, seed):
-            _step(steps, _loss(tuned, batch, loss_fn))
-    return _finished(tuned, model)
+        for batch in epochs_of(samples, epochs, batch_size, seed):
+            take_step(steps, batch_loss(tuned, batch, loss_fn))
+    return finished(tuned, model)
 
 
 @plain_arithmetic()
@@ -132,7 +149,7 @@ def gradient_ascent(
     batch_size : int, default 128
     """
     check_real(learning_rate, "learning_rate", 0)
-    _check_budget(seed, epochs, batch_size, weight_decay)
+    check_budget(seed, epochs, batch_size, weight_decay)
     removed = as_samples(forget, "forget", *place(model))
     retained = as_samples(retain, "retain", *place(model))
     guard = retained.subset(random_samples(len(retained), min(_GUARD, len(retained)), seed))
@@ -142,15 +159,15 @@ def gradient_ascent(
     steps = torch.optim.SGD(weights, lr=learning_rate, weight_decay=weight_decay, maximize=True)
     with evaluating(climber):
         start = mean_loss(climber, guard, loss_fn, batch_size)
-        for batch in _epochs(removed, epochs, batch_size, seed):
+        for batch in epochs_of(removed, epochs, batch_size, seed):
             before = [weight.clone() for weight in weights]
             with torch.enable_grad():
-                _step(steps, _loss(climber, batch, loss_fn))
+                take_step(steps, batch_loss(climber, batch, loss_fn))
             if is_much_worse(start, mean_loss(climber, guard, loss_fn, batch_size)):
                 for weight, each in zip(weights, before, strict=True):
                     weight.copy_(each)
                 break
-    return _finished(climber, model)
+    return finished(climber, model)
 
 
 @plain_arithmetic()
@@ -191,21 +208,21 @@ def neg_grad_plus(
     check_real(learning_rate, "learning_rate", 0)
     if not 0 <= check_real(retain_weight, "retain_weight", 0) <= 1:
         raise ValueError(f"retain_weight must be between 0 and 1; got {retain_weight}")
-    _check_budget(seed, epochs, batch_size, weight_decay)
+    check_budget(seed, epochs, batch_size, weight_decay)
     removed, retained = (
         as_samples(data, name, *place(model))
         for data, name in ((forget, "forget"), (retain, "retain"))
     )
     tuned = copy.deepcopy(model).train()
-    steps = _sgd(tuned, learning_rate, weight_decay)
+    steps = sgd(tuned, learning_rate, weight_decay)
     per_epoch = max(1, len(retained) // batch_size)
     rounds = -(-epochs * per_epoch // max(1, len(removed) // batch_size))
-    climbing = _epochs(removed, rounds, batch_size, seed)
+    climbing = epochs_of(removed, rounds, batch_size, seed)
     with seeded(seed), torch.enable_grad():
-        for batch in _epochs(retained, epochs, batch_size, seed):
-            down, up = (_loss(tuned, each, loss_fn) for each in (batch, next(climbing)))
-            _step(steps, retain_weight * down - (1 - retain_weight) * up)
-    return _finished(tuned, model)
+        for batch in epochs_of(retained, epochs, batch_size, seed):
+            down, up = (batch_loss(tuned, each, loss_fn) for each in (batch, next(climbing)))
+            take_step(steps, retain_weight * down - (1 - retain_weight) * up)
+    return finished(tuned, model)
 
 
 @plain_arithmetic()
@@ -239,7 +256,7 @@ def lbfgs(
         Bounds the memory and changes nothing else.
     """
     check_integer(iterations, "iterations", 0)
-    _check_budget(seed, 0, batch_size, weight_decay)
+    check_budget(seed, 0, batch_size, weight_decay)
     samples = as_samples(retain, "retain", *place(model))
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < len(samples):
         samples = samples.subset(random_samples(len(samples), n_samples, seed)).loaded()
@@ -264,50 +281,7 @@ def lbfgs(
     with evaluating(tuned), torch.enable_grad():
         if iterations:
             steps.step(closure)  # type: ignore[no-untyped-call]
-    return _finished(tuned, model)
-
-
-# ---------------------------------------------------------------------------------------------
-
-
-def _check_budget(seed: int, epochs: int, batch_size: int, weight_decay: float) -> None:
-    check_seed(seed, optional=False)
-    check_integer(epochs, "epochs", 0)
-    check_integer(batch_size, "batch_size", 1)
-    check_real(weight_decay, "weight_decay", 0)
-
-
-def _epochs(samples: Samples, epochs: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches of so many epochs, shuffled; full ones where there are as many samples."""
-    rng = np.random.default_rng(seed)
-    n = len(samples)
-    for _ in range(epochs):
-        order: Sequence[int] = rng.permutation(n).tolist()
-        yield from samples.batches(batch_size, order[: n // batch_size * batch_size or n])
-
-
-def _sgd(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        trainable(model), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
-    )
-
-
-def _loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> Tensor:
-    return loss_fn(outputs_of(model, batch), batch.targets)
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-
-
-def _finished(tuned: nn.Module, model: nn.Module) -> nn.Module:
-    """The new model without gradients, in the modes of the given one."""
-    tuned.zero_grad()
-    for new, old in zip(tuned.modules(), model.modules(), strict=True):
-        new.training = old.training
-    return tuned
+    return finished(tuned, model)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,6 +311,20 @@ BASELINES: Mapping[str, Baseline | Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+#: Methods from the literature, which `evaluate` runs where they are asked for by name.
+LITERATURE: Mapping[str, Baseline] = MappingProxyType(
+    {
+        "SCRUB": Baseline(scrub),
+        "SSD": Baseline(selective_dampening),
+        "SalUn": Baseline(salun),
+        "random labels": Baseline(random_labels),
+        "bad teacher": Baseline(bad_teacher),
+        "CF-k": Baseline(cf_k),
+        "EU-k": Baseline(eu_k),
+        "L1-sparse": Baseline(l1_sparse),
+    }
+)
+
 
 def methods_of(methods: Any, defaults: Mapping[str, Any]) -> dict[str, Method]:
     """The methods by name, checked before anything is trained."""
@@ -344,15 +332,19 @@ def methods_of(methods: Any, defaults: Mapping[str, Any]) -> dict[str, Method]:
         return dict(BASELINES)
     if isinstance(methods, str) or not isinstance(methods, Mapping | Sequence):
         raise TypeError(
-            "methods must be a mapping of names to methods, or a list of names of BASELINES; got "
+            "methods must be a mapping of names to methods, or a list of names of BASELINES or "
+            "LITERATURE; got "
             f"an object of type {type(methods).__name__}"
         )
     if not isinstance(methods, Mapping):
+        every = {**BASELINES, **LITERATURE}
         for name in methods:
-            if name not in BASELINES:
-                known = ", ".join(map(repr, BASELINES))
-                raise ValueError(f"methods must be names of BASELINES ({known}); got {name!r}")
-        return {name: BASELINES[name] for name in methods}
+            if name not in every:
+                known = ", ".join(map(repr, every))
+                raise ValueError(
+                    f"methods must be names of BASELINES or LITERATURE ({known}); got {name!r}"
+                )
+        return {name: every[name] for name in methods}
     for name, method in methods.items():
         if not isinstance(name, str) or name in ("", NO_OP, RETRAINED):
             raise ValueError(
@@ -370,7 +362,7 @@ def methods_of(methods: Any, defaults: Mapping[str, Any]) -> dict[str, Method]:
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
-    for key in ("validation", "statistics", "score", "progress"):
+    for key in NOT_SETTINGS:
         options.pop(key, None)
     if options.pop("inplace", False):
         raise ValueError(f"method {name!r} must not have inplace=True: others need the model")
@@ -382,6 +374,15 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
             Settings.preset(preset, **options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"method {name!r}: {error}") from None
+
+
+def find_method(methods: Sequence[Any], name: str) -> Any:
+    """The entry of that name; a KeyError tells which there are."""
+    for method in methods:
+        if method.name == name:
+            return method
+    known = ", ".join(repr(method.name) for method in methods)
+    raise KeyError(f"no method {name!r}; there are {known}")
 
 
 class Done(NamedTuple):

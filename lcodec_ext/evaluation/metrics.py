@@ -292,12 +292,45 @@ def roc_auc(positives: Any, negatives: Any) -> float:
     positives, negatives : array_like or Tensor, shapes (n,) and (m,)
         Scores. Both must hold finite numbers, at least one; else it is a ValueError.
     """
+    scores = _scores(positives, negatives)
+    _, roc_auc_score = scikit_learn()
+    return float(roc_auc_score(np.repeat([1, 0], [*map(len, scores)]), np.concatenate(scores)))
+
+
+def tpr_at_fpr(positives: Any, negatives: Any, fpr: float = 0.01) -> float:
+    """Share of positives that an attack finds while it accuses at most a share of the negatives.
+
+    A sample is accused if its score is above a threshold, the lowest that at most
+    ``floor(fpr * m)`` of the negatives exceed. Chance is fpr or less: with fewer than ``1 / fpr``
+    negatives none may be accused.
+
+    Parameters
+    ----------
+    positives, negatives : array_like or Tensor, shapes (n,) and (m,)
+        Scores, larger for what looks more like a positive; finite, at least one of either.
+    fpr : float, default 0.01
+        False-positive rate, from 0 to below 1.
+
+    References
+    ----------
+    N. Carlini, S. Chien, M. Nasr, S. Song, A. Terzis and F. Tramer, "Membership Inference Attacks
+    From First Principles", IEEE S&P 2022: why a mean, such as the AUC, hides a few samples that
+    are surely known.
+    """
+    if not check_real(fpr, "fpr", 0) < 1:
+        raise ValueError(f"fpr must be from 0 to below 1; got {fpr}")
+    found, others = _scores(positives, negatives)
+    allowed = int(fpr * len(others) * (1 + 1e-12))  # 0.29 * 100 is 28.999...
+    threshold = np.sort(others)[len(others) - 1 - allowed]
+    return float((found > threshold).mean())
+
+
+def _scores(positives: Any, negatives: Any) -> list[NDArray[np.float64]]:
     scores = [np.asarray(each, dtype=np.float64).ravel() for each in (positives, negatives)]
     for name, each in zip(("positives", "negatives"), scores, strict=True):
         if not len(each) or not np.isfinite(each).all():
             raise ValueError(f"{name} must be finite numbers, at least one; got {len(each)}")
-    _, roc_auc_score = scikit_learn()
-    return float(roc_auc_score(np.repeat([1, 0], [*map(len, scores)]), np.concatenate(scores)))
+    return scores
 
 
 @dataclass(frozen=True)
@@ -311,6 +344,9 @@ class MembershipInference:
         test sample, ties counting half. 0.5 where they cannot be told apart. For removed samples
         unlike the others, mislabelled ones for instance, it is not 0.5 after retraining either:
         compare with that.
+    tpr : float
+        Of the same attack: the share of removed samples that it finds while it accuses at most 1%
+        of the held-out test samples (`tpr_at_fpr`).
     auc_by_feature : dict of str to float
         The same for "loss", "modified_entropy", "confidence" (of the right class; these two for
         classification) and "calibrated", the attack that combines them.
@@ -325,6 +361,7 @@ class MembershipInference:
     """
 
     auc: float
+    tpr: float
     auc_by_feature: dict[str, float]
     accuracy: float
     member_share: float
@@ -443,6 +480,7 @@ def attack(
     auc["calibrated"] = roc_auc(scores[0], scores[3])
     return MembershipInference(
         auc=auc["loss"],
+        tpr=tpr_at_fpr(sets[0]["loss"], sets[3]["loss"]),
         auc_by_feature=auc,
         accuracy=(judged[0] + 1 - judged[3]) / 2,
         member_share=judged[0],
@@ -561,6 +599,26 @@ class Seen:
     attack: MembershipInference
 
 
+def tug_of_war(ours: Mapping[str, Number], theirs: Mapping[str, Number]) -> Number:
+    """ToW of the accuracies of a model and of a retrained one, as `METRICS` names them.
+
+    The product over removed, retained and test samples of ``1 - |difference of accuracies|``: 1
+    where all three agree, and small where one is far off. None without accuracies.
+
+    References
+    ----------
+    K. Zhao, M. Kurmanji, G.-O. Barbulescu, E. Triantafillou and P. Triantafillou, "What Makes
+    Unlearning Hard and What to Do About It", NeurIPS 2024.
+    """
+    product = 1.0
+    for part in ("forget", "retain", "test"):
+        one, other = (each.get(f"accuracy_{part}") for each in (ours, theirs))
+        if one is None or other is None:
+            return None
+        product *= 1 - abs(one - other)
+    return product
+
+
 class Measured(NamedTuple):
     """A model, its metrics, and what distances to other models are computed from."""
 
@@ -620,15 +678,17 @@ METRICS: Mapping[str, Callable[[Seen], Number]] = MappingProxyType(
         "loss_retain": lambda seen: float(seen.retain.losses.mean()),
         "loss_test": lambda seen: float(seen.test.losses.mean()),
         "mia_auc": lambda seen: seen.attack.auc,
+        "mia_tpr": lambda seen: seen.attack.tpr,
         "mia_accuracy": lambda seen: seen.attack.accuracy,
         "mia_member_share": lambda seen: seen.attack.member_share,
         "gradient_norm": _objectives_gradient_norm,
     }
 )
 
-#: By name, distances of one model to another.
+#: By name, distances of one model to another, and ToW, which is 1 at no distance.
 DISTANCES: Mapping[str, Callable[[Measured, Measured], Number]] = MappingProxyType(
     {
+        "tow": lambda one, other: tug_of_war(one.metrics, other.metrics),
         "js_forget": _mean_distance(js_distances, "forget"),
         "js_test": _mean_distance(js_distances, "test"),
         "activation_forget": _mean_distance(activation_distances, "forget"),
@@ -641,6 +701,7 @@ DISTANCES: Mapping[str, Callable[[Measured, Measured], Number]] = MappingProxyTy
 #: Metrics that are reported without a floor and a closed gap.
 WITHOUT_GAP = {
     "mia_member_share",
+    "tow",
     "gradient_norm",
     "weight_distance_relative",
     "relearn_seconds",

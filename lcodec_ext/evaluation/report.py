@@ -183,7 +183,7 @@ def write_report(
         for k, requests in enumerate(ledgers)
         for what, found in _findings(requests).items()
     ]
-    summary += _on_evaluations(evaluations, methods)
+    summary += _on_evaluations(evaluations, methods, floor)
     content = {
         "format": _FORMAT,
         "title": title,
@@ -403,7 +403,9 @@ def _on_privacy(releases: Sequence[ReportEntry]) -> dict[str, str]:
 
 
 def _on_evaluations(
-    evaluations: Sequence[Mapping[str, Any]], methods: Sequence[CombinedMethod]
+    evaluations: Sequence[Mapping[str, Any]],
+    methods: Sequence[CombinedMethod],
+    floor: Mapping[str, Stat],
 ) -> list[str]:
     lines = []
     counts = {
@@ -433,6 +435,13 @@ def _on_evaluations(
         if closed:
             parts = [f"{name} {_cell(stat, _percent)}" for stat, name in closed]
             lines.append(f"Gap closed, {metric}: {first_few(parts, _LISTED)}")
+    raw = [(m.metrics["js_forget"], m.name) for m in methods if "js_forget" in m.metrics]
+    if raw and "js_forget" in floor and not any("js_forget" in m.gap_closed for m in methods):
+        parts = [f"{name} {_cell(stat, '{:.3f}'.format)}" for stat, name in raw]
+        level = _cell(floor["js_forget"], "{:.3f}".format)
+        lines.append(
+            f"No gap to close, js_forget, with a floor of {level}: {first_few(parts, _LISTED)}"
+        )
     return lines
 
 
@@ -465,6 +474,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss retain", "metrics.loss_retain", _number),
     ("loss test", "metrics.loss_test", _number),
     ("MIA AUC", "metrics.mia_auc", "{:.3f}".format),
+    ("MIA TPR at 1% FPR", "metrics.mia_tpr", "{:.1%}".format),
+    ("ToW", "metrics.tow", "{:.3f}".format),
     ("JS forget", "metrics.js_forget", "{:.3f}".format),
     ("JS test", "metrics.js_test", "{:.3f}".format),
     ("closed, JS forget", "gap_closed.js_forget", _percent),

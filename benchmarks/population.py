@@ -1,0 +1,157 @@
+"""Compare populations of unlearned and retrained models: U-LiRA, KLoM, the challenge's epsilon.
+
+    python benchmarks/population.py [--models 64] [--sets mislabelled,random] [--split 2]
+        [--processes 1] [--folder FOLDER] [--output FILE]
+
+The network is the digits MLP of unlearning.py, on a draw of samples and forget sets that no setting
+was chosen with. For each seed it is trained on everything and again without the forget set;
+"recommended" and L-BFGS (20 iterations) delete from the former, and "no-op" leaves it. Each process
+uses one thread. What each seed gave is kept in the folder, by commit: a run that was stopped goes
+on.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import environment
+
+NAME = "mlp"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", type=int, default=64, help="seeds of each population")
+    parser.add_argument("--sets", default="mislabelled,random", help="separated by commas")
+    parser.add_argument(
+        "--split",
+        type=int,
+        default=2,
+        help="draw of samples and forget sets; 0 and 1 chose settings",
+    )
+    parser.add_argument("--epochs", type=int, help="of training (default: those of the recipe)")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--folder", type=Path, default=environment.ROOT / "benchmarks/output/population"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=environment.ROOT / "benchmarks/output/population.json"
+    )
+    options = parser.parse_args(arguments)
+    environment.limit_threads(1)
+    import unlearning
+    from unlearning_models import RECIPES
+
+    recipe = RECIPES[NAME]
+    result: dict[str, Any] = {
+        "schema": "population-1",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment.commit(),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "load_before": environment.load(),
+        "settings": {
+            "threads": 1,
+            "split": options.split,
+            "models": options.models,
+            "processes": options.processes,
+            "epochs": options.epochs or recipe.epochs,
+            "recommended": unlearning.recommended(),
+            "recipe": unlearning.recipe(recipe),
+        },
+        "runs": [],
+    }
+    for which in options.sets.split(","):
+        result["runs"].append(measure(which, options))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def train(samples: Any, seed: int, epochs: int | None = None) -> Any:
+    """Train the network as in unlearning.py."""
+    import unlearning_models
+
+    model, _ = unlearning_models.train(NAME, *samples, seed, epochs)
+    return model
+
+
+def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Compare the populations of one forget set, print the table, and return its numbers."""
+    from torch.nn.functional import cross_entropy
+    from unlearning_models import RECIPES, task
+
+    from lcodec_ext.evaluation import evaluate_population
+
+    known = environment.commit()
+    parts = [NAME, which, options.split, options.epochs or "all", str(known["commit"])[:10]]
+    parts += ["changed"] * bool(known["dirty"])
+    # Draws of the digits in unlearning.py have the seeds 3 split + start.
+    data = task(NAME, which, 3 * options.split)
+    begin = time.perf_counter()
+    found = evaluate_population(
+        functools.partial(train, epochs=options.epochs),
+        ["recommended", "L-BFGS"],
+        (data.X, data.y),
+        data.forget,
+        data.test,
+        cross_entropy,
+        n_models=options.models,
+        processes=options.processes,
+        directory=options.folder / "-".join(map(str, parts)),
+        weight_decay=RECIPES[NAME].weight_decay,
+    )
+    print(f"{NAME}, {which}\n{found}", flush=True)
+    return {
+        "model": NAME,
+        "forget": which,
+        "seconds": time.perf_counter() - begin,
+        **found.to_dict(),
+    }
+
+
+COLUMNS = (
+    ("U-LiRA AUC", "ulira_auc", ".3f"),
+    ("TPR at 1% FPR", "ulira_tpr", ".1%"),
+    ("KLoM, deleted", "klom_forget", ".2f"),
+    ("KLoM, retained", "klom_retain", ".2f"),
+    ("KLoM, test", "klom_test", ".2f"),
+    ("median epsilon", "epsilon", ".2f"),
+    ("forgetting quality", "forgetting_quality", ".3f"),
+    ("challenge score", "challenge_score", ".3f"),
+    ("accuracy, deleted", "accuracy_forget", ".1%"),
+    ("test", "accuracy_test", ".1%"),
+)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Return a Markdown table for each forget set."""
+    lines = []
+    for run in result["runs"]:
+        lines += [
+            f"**Digits MLP, {run['n_forget']} {run['forget']} samples deleted, populations of "
+            f"{run['n_models']} models**",
+            "",
+            f"| | {' | '.join(name for name, _, _ in COLUMNS)} |",
+            f"|---|{'--:|' * len(COLUMNS)}",
+        ]
+        for method in run["methods"]:
+            cells = [shown(method["scores"][key], form) for _, key, form in COLUMNS]
+            lines.append(f"| {method['name']} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def shown(value: float | None, form: str) -> str:
+    """Return a number; infinite ones are null in a file."""
+    return "infinite" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What baselines train with: parts of data, batches of epochs, steps, and copies of models."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from lcodec_ext._checks import check_integer, check_real, check_seed
+from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
+from lcodec_ext._torch.loss import LossFunction, trainable
+from lcodec_ext._torch.samples import Samples, outputs_of
+
+
+def count(data: Any, name: str = "data") -> int:
+    """How many samples tensors, a dict of tensors or a Dataset hold; refuse anything else."""
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return len(data)  # type: ignore[arg-type]
+    if isinstance(data, Mapping) or (
+        isinstance(data, tuple | list) and next(tensors_of(data), None) is not None
+    ):
+        return n_samples(data, name)
+    raise TypeError(
+        f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels' or a "
+        f"Dataset with a length; got {described(data)}"
+    )
+
+
+def take(data: Any, numbers: Sequence[int]) -> Any:
+    """Some samples, of the kind of the data: tensors, a dict of tensors, or a Subset."""
+    if isinstance(data, Dataset):
+        return Subset(data, [int(i) for i in numbers])
+    return part_of(data, count(data), torch.as_tensor(np.asarray(numbers, dtype=np.int64)))
+
+
+def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
+    """Numbers of some of n samples, ascending; refuse none, all, repeated ones and others."""
+    try:
+        found = sorted(check_integer(number, name, 0, n - 1) for number in numbers)
+    except TypeError:
+        raise TypeError(f"{name} must be numbers of samples, integers; got {numbers!r}") from None
+    if not found or len(set(found)) < len(found) or len(found) == n:
+        raise ValueError(
+            f"{name} must be different numbers of some of the {n} samples, at least one and not "
+            f"all; got {len(found)} numbers, {len(set(found))} different ones"
+        )
+    return found
+
+
+def check_budget(seed: int, epochs: int, batch_size: int, weight_decay: float) -> None:
+    """Refuse what no baseline can do."""
+    check_seed(seed, optional=False)
+    check_integer(epochs, "epochs", 0)
+    check_integer(batch_size, "batch_size", 1)
+    check_real(weight_decay, "weight_decay", 0)
+
+
+def epochs_of(
+    samples: Samples, epochs: int, batch_size: int, seed: int | Sequence[int]
+) -> Iterator[Batch]:
+    """Batches of so many epochs, shuffled; full ones where there are as many samples."""
+    rng = np.random.default_rng(seed)
+    n = len(samples)
+    for _ in range(epochs):
+        order: Sequence[int] = rng.permutation(n).tolist()
+        yield from samples.batches(batch_size, order[: n // batch_size * batch_size or n])
+
+
+def sgd(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9."""
+    return torch.optim.SGD(
+        trainable(model), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
+    )
+
+
+def adam(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Adam, with weight decay in the gradient."""
+    return torch.optim.Adam(trainable(model), lr=learning_rate, weight_decay=weight_decay)
+
+
+def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> Tensor:
+    """The loss of a batch."""
+    return loss_fn(outputs_of(model, batch), batch.targets)
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down a loss."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def finished(tuned: nn.Module, model: nn.Module) -> nn.Module:
+    """The new model without gradients, in the modes of the given one."""
+    tuned.zero_grad()
+    for new, old in zip(tuned.modules(), model.modules(), strict=True):
+        new.training = old.training
+    return tuned
+
+
+@torch.no_grad()
+def start_again(module: nn.Module) -> None:
+    """Draw the parameters of a layer and of all in it at random, as before a training.
+
+    Layers do it by their `reset_parameters`. The entries of other parameters are shuffled: that
+    keeps their size and loses what they have learnt.
+    """
+    for part in module.modules():
+        reset = getattr(part, "reset_parameters", getattr(part, "_reset_parameters", None))
+        if callable(reset):
+            reset()
+            continue
+        for parameter in part.parameters(recurse=False):
+            order = torch.randperm(parameter.numel()).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
