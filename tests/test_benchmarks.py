@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accelerator  # noqa: E402
+import calibration  # noqa: E402
 import cases  # noqa: E402
 import compare  # noqa: E402
 import deletion  # noqa: E402
@@ -771,3 +772,20 @@ with open(path, "a", buffering=1) as file:
             with pytest.raises(SystemExit):
                 stream.main(given)
             assert "--kills must be from 3 to half of the" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# Calibrated deletions
+
+
+def test_the_guide_has_the_recorded_calibrations():
+    path = ROOT / "benchmarks/results/calibration.json"
+    found = results.load(path)["calibration"]
+    assert set(found) == set(calibration.CASES)
+    text = (ROOT / "docs/unlearning.md").read_text(encoding="utf-8")
+    assert calibration.table(found) in text
+    for case in found.values():
+        assert case["summary"] == calibration.summary(case["points"])
+        calibrated = case["summary"]["calibrated"]
+        assert 0.4 < calibrated["loss_ratio"] < 2.5
+        assert calibrated["accuracy_test_worst"] >= -0.0101  # a point, of 497 samples

@@ -365,12 +365,9 @@ def evaluate(
     """
     device, dtype = place(model)
     defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
-    if validation is not None:
-        defaults["validation"] = validation
+    defaults |= {"validation": validation}
     given = methods_of(methods, defaults)
-    if isinstance(retrained, nn.ModuleList):  # which is callable, as all modules are
-        retrained = list(retrained)
-    _check_retrained(retrained)
+    retrained = _checked_retrained(retrained)
     check_integer(n_retrain, "n_retrain", 3)
     check_real(weight_decay, "weight_decay", 0)
     check_seed(seed, optional=False)
@@ -430,7 +427,9 @@ def evaluate(
     )
 
 
-def _check_retrained(retrained: Any) -> None:
+def _checked_retrained(retrained: Any) -> Any:
+    if isinstance(retrained, nn.ModuleList):  # which is callable, as all modules are
+        retrained = list(retrained)
     models = isinstance(retrained, Sequence) and not isinstance(retrained, str)
     if models and len(retrained) < 3:
         raise ValueError(
@@ -451,7 +450,7 @@ def _check_retrained(retrained: Any) -> None:
                     f"retrained[{i}] and retrained[{j}] {what}. What two of them differ by is the "
                     "floor of every comparison"
                 )
-        return
+        return retrained
     try:
         inspect.signature(retrained).bind(0)
     except TypeError:
@@ -461,6 +460,7 @@ def _check_retrained(retrained: Any) -> None:
         ) from None
     except ValueError:  # one that does not tell its arguments
         pass
+    return retrained
 
 
 def _equal_weights(one: Any, other: Any) -> bool:

@@ -66,7 +66,7 @@ class Kept:
 
     all: Samples
     read: Samples  # by steps
-    monitored: Samples  # those of them that losses and gradients are measured on
+    monitored: Samples  # that losses and gradients are measured on; of those, if there is no pool
     pool: Samples | None  # for control groups
     _settings: Settings
     _order: NDArray[np.int64]
@@ -82,10 +82,10 @@ class Kept:
             most = min(n - size, most or n)
             pool = samples.subset(np.sort(order[n - size :]).tolist())
         read = samples if most is None else _some(samples, order[:most])
-        monitored = read
-        if settings.n_monitor is not None and settings.n_monitor < len(read):
-            few = _rng(settings).permutation(len(read))[: settings.n_monitor]
-            monitored = _some(read, few)
+        monitored = read if pool is None else samples
+        if settings.n_monitor is not None and settings.n_monitor < len(monitored):
+            few = _rng(settings).permutation(len(monitored))[: settings.n_monitor]
+            monitored = _some(monitored, few)
         return cls(samples, read, monitored, pool, settings, order)
 
     def unread(self) -> Samples:
