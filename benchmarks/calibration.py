@@ -5,10 +5,10 @@
 Small networks learn scikit-learn's digits: a convolutional one with batch norm and dropout by
 AdamW, a small vision transformer by AdamW, a perceptron by SGD with coupled weight decay. The
 samples of a few pseudo-users (runs of twelve in the data set, which is in the order of its
-writers), random ones, or ones with wrong labels are deleted: with the
-constants of "recommended" ("before"), with a cautious constant ("uncalibrated"), and calibrated by 300 validation samples. Each case is compared with three
-retrained networks. Constants of the procedure were chosen on seeds 0 to 2; seeds from 10 on judge
-it.
+writers), random ones, or ones with wrong labels are deleted: with the constants of "recommended"
+("before"), with a cautious constant ("uncalibrated"), and calibrated by 300 validation samples.
+Each case is compared with three retrained networks. Constants of the procedure were chosen on seeds
+0 to 2; seeds from 10 on judge it.
 """
 
 import argparse
