@@ -6,6 +6,7 @@ import math
 import re
 import sys
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -353,6 +354,8 @@ def test_margins_are_the_log_odds_of_the_right_class():
 
 
 def test_processes_give_the_same_numbers_and_take_local_functions():
+    for name in (__name__, train.__module__):  # no process can import tests
+        cloudpickle.register_pickle_by_value(sys.modules[name])
     shift = 0.0
 
     def local(samples, seed):
