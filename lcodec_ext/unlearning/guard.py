@@ -18,7 +18,7 @@ from lcodec_ext.unlearning.workplace import Workplace
 _LONGEST = 8.0  # multiple of a step, by lengthening it
 _LENGTHS = 6  # that are tried
 _ERRORS = 2.0  # standard errors that a rise of losses may be chance
-_CLASSIFIED = 0.01  # rise of a classifier's mean loss that is no harm
+_CLASSIFIED = 0.01  # a rise of a classifier's mean loss up to this does no harm
 _SHORT = 1.0  # relative residual of a step that falls short
 
 
