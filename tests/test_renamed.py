@@ -57,7 +57,7 @@ def test_old_modules_are_attributes_of_their_packages(package):
     code = f"import {package} as p\nfor name in {names}: assert getattr(p, name).__all__"
     if package == "lcodec_ext":
         code = code.replace("__all__", "__name__")  # one is a package that holds nothing
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_pickles_of_old_classes_load():
@@ -76,7 +76,7 @@ def test_finding_a_module_does_not_import_it():
         "assert importlib.util.find_spec('lcodec_ext._sklearn')\n"
         "assert not {'sklearn', 'lcodec_ext._sklearn'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_unknown_names_are_refused():
