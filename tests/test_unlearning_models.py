@@ -353,7 +353,6 @@ def assert_consistent(kind, result, *, score=None):
     assert result.skipped == ()
     old, new = (nn.utils.parameters_to_vector(m.parameters()).double() for m in (before, after))
     assert result.step_norm == pytest.approx((new - old).norm().item(), rel=1e-4)
-    watched = kind.retain if result.calibration is None else kind.test  # which is then validation
     for data, losses in ((kind.forget, result.loss_forget), (kind.retain, result.loss_retain)):
         expected = [kind.loss(model, data) for model in (before, after)]
         assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -361,9 +360,9 @@ def assert_consistent(kind, result, *, score=None):
     assert result.gradient_norm == pytest.approx(expected, rel=1e-2, abs=1e-5)
     assert result.gradient_norm_selected.after <= result.gradient_norm.after * (1 + 1e-6)
     if score is None and kind.loss_fn is composite:
-        expected = [-kind.loss(model, watched) for model in (before, after)]
+        expected = [-kind.loss(model, kind.retain) for model in (before, after)]
     else:
-        expected = [kind.accuracy(model, watched) for model in (before, after)]
+        expected = [kind.accuracy(model, kind.retain) for model in (before, after)]
     if result.settings.max_drop is not None:
         assert result.guard == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert result.guard.before - result.guard.after <= result.settings.max_drop
@@ -385,8 +384,8 @@ def test_wrong_labels_are_forgotten(kind, preset):
     options = {"weight_decay": WEIGHT_DECAY, **kind.options}
     if preset == "paper":
         options |= {"damping": 0.01}
-    else:
-        options["validation"] = kind.test
+    elif "perturb" in kind.options:  # text: SGD at 0.2 does not repair a transformer
+        options |= STEP_ALONE | {"damping": 0.003, "n_curvature": None, "max_iterations": 50}
     if preset == "paper" and kind.loss_fn is composite:
         options["damping"] = 0.1
     if preset == "paper":
@@ -406,8 +405,7 @@ def test_wrong_labels_are_forgotten(kind, preset):
     assert before < after
     if preset == "recommended":
         assert abs(after - retrained) < 0.96 * (retrained - before)  # it may overshoot, too
-        assert result.solve_method == "lanczos"
-        assert result.calibration.validation_after <= 1.1 * result.calibration.validation_before
+        assert result.solve_method in ("cg", "cholesky", "woodbury")
         assert result.selection == UnitSelection.all(kind.model)
     else:
         # How much is not promised: FOCI's own stop may leave a single unit.
