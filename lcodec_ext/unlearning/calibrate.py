@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._files import json_ready
+from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
@@ -40,7 +41,9 @@ class Calibration:
         The damping of the step; less is stronger.
     stopped_by : str
         What a stronger step would have met: "control", the control groups reach the validation
-        loss; "validation", the validation loss rises by more than 10%; "residual", the solution is
+        loss; "validation", the validation loss rises by more than 10%; "retained", the retained
+        loss rises by more than a tenth of what it is below validation, or so much that a warning
+        would be due; "residual", the solution is
         worse than none; "curvature", the matrix is indefinite; "range", nothing.
     control_before, control_after : tuple of float
         Mean loss of each control group, before and after its own virtual deletion.
@@ -50,6 +53,8 @@ class Calibration:
         Its standard error.
     validation_before, validation_after : float
         Mean loss of the validation samples, before and after the deletion.
+    retained_before, retained_after : float
+        The same of retained samples that the step does not read.
     outliers : bool
         Whether the request loses more than three times what control groups and validation do,
         before they reach the validation loss, as samples with wrong labels do.
@@ -71,6 +76,8 @@ class Calibration:
     spread: float
     validation_before: float
     validation_after: float
+    retained_before: float
+    retained_after: float
     outliers: bool
     finish: int
     group_size: int
@@ -100,6 +107,7 @@ class _Tried:
     damping: float
     control: tuple[float, ...]
     validation: float
+    retained: float
     residual: float
 
 
@@ -111,8 +119,7 @@ class Calibrated:
     operator: CurvatureOperator
     space: Krylov
     direction: Tensor
-    validation: Samples
-    limit: float  # of the validation loss
+    harm: "Harm"
     found: Calibration
 
     def step(self, damping: float) -> Steps:
@@ -125,9 +132,15 @@ class Calibrated:
         solve = SolveResult(x, residual, self.space.products, "lanczos")
         return Steps((solve,), plan=self.operator.plan)
 
-    def validation_loss(self) -> float:
-        """At the present weights."""
-        return self.block.work.mean_loss(self.validation)
+    @property
+    def validation(self) -> Samples:
+        """Samples that were not trained on."""
+        return self.harm.validation
+
+    def losses(self) -> tuple[float, float]:
+        """Of validation and retained samples, at the present weights."""
+        work = self.block.work
+        return work.mean_loss(self.harm.validation), work.mean_loss(self.harm.retained)
 
 
 def calibrated(block: Block, held: Samples) -> Calibrated:
@@ -141,7 +154,8 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
         operator = operator_of(block, directions[:, 0], 0.0)
         space = Krylov(lambda V: operator @ V, directions, settings.max_iterations or 30)
         before = tuple(work.mean_loss(each) for each in groups)
-        trial = _Trial(block, space, groups, validation, before, work.mean_loss(validation))
+        harm = Harm.of(block, validation, _some_of_pool(block, rng))
+        trial = _Trial(block, space, groups, before, harm)
         chosen, reason = trial.search()
         loss = _request_loss(block, space, chosen)
         control, spread = robust_mean(chosen.control)
@@ -153,16 +167,55 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
             control_after=chosen.control,
             control=control,
             spread=spread,
-            validation_before=trial.validation_before,
+            validation_before=harm.validation_before,
             validation_after=chosen.validation,
-            outliers=reason == "validation" and loss > OUTLIERS * level,
+            retained_before=harm.retained_before,
+            retained_after=chosen.retained,
+            outliers=reason in ("validation", "retained") and loss > OUTLIERS * level,
             finish=0,
             group_size=len(groups[0]),
             n_validation=len(validation),
             products=space.products,
         )
-    direction = directions[:, 0]
-    return Calibrated(block, operator, space, direction, validation, trial.limit, found)
+    return Calibrated(block, operator, space, directions[:, 0], harm, found)
+
+
+class Harm:
+    """What losses of validation and retained samples may become."""
+
+    def __init__(
+        self,
+        validation: Samples,
+        retained: Samples,
+        validation_before: float,
+        retained_before: float,
+    ) -> None:
+        self.validation, self.retained = validation, retained
+        self.validation_before = self._least = validation_before
+        self.retained_before = retained_before
+
+    @classmethod
+    def of(cls, block: Block, validation: Samples, retained: Samples) -> "Harm":
+        """Measured from the present weights on."""
+        work = block.work
+        return cls(validation, retained, work.mean_loss(validation), work.mean_loss(retained))
+
+    def accept(self, validation: float) -> None:
+        """Take note of a loss that was reached: what was gained is not given away."""
+        self._least = min(self._least, validation)
+
+    def broken(self, validation: float, retained: float) -> str:
+        """Which losses do not hold; NaN does not.
+
+        Validation alone would not do: where a network knows its samples by heart, it loses more on
+        validation samples than by guessing, and any damage lowers that.
+        """
+        if not validation <= (1 + RISE) * self._least:
+            return "validation"
+        gap = max(self.validation_before - self.retained_before, self.retained_before)
+        if not retained <= self.retained_before + RISE * gap:
+            return "retained"
+        return "retained" if is_much_worse(self.retained_before, retained) else ""
 
 
 class _Trial:
@@ -173,19 +226,12 @@ class _Trial:
         block: Block,
         space: Krylov,
         groups: Sequence[Samples],
-        validation: Samples,
         before: tuple[float, ...],
-        validation_before: float,
+        harm: Harm,
     ) -> None:
-        self.block, self.space, self.groups, self.validation = block, space, groups, validation
-        self.validation_before = self._least = validation_before
+        self.block, self.space, self.groups, self.harm = block, space, groups, harm
         # Where validation samples lose no more than trained ones there is no gap to go by.
-        self.target = max(validation_before, (1 + RISE) * robust_mean(before)[0])
-
-    @property
-    def limit(self) -> float:
-        """Of the validation loss: what a step has gained is not given away."""
-        return (1 + RISE) * self._least
+        self.target = max(harm.validation_before, (1 + RISE) * robust_mean(before)[0])
 
     def search(self) -> tuple[_Tried, str]:
         """The least damping that passes, and why less does not: down by tens, then bisected."""
@@ -210,25 +256,31 @@ class _Trial:
         return good, reason
 
     def _accept(self, tried: _Tried) -> _Tried:
-        self._least = min(self._least, tried.validation)
+        self.harm.accept(tried.validation)
         return tried
 
     def _try(self, damping: float) -> _Tried:
         block, losses = self.block, []
-        for column, samples in enumerate([self.validation, *self.groups]):
+        # The request's own step, and what it does to others; then each group's, to itself.
+        for column, some in enumerate([[self.harm.validation, self.harm.retained], *self._own]):
             block.put(block.start + self.space.solve(damping, column))
-            losses.append(block.work.mean_loss(samples))
+            losses += [block.work.mean_loss(samples) for samples in some]
         block.put(block.start)
         columns = range(len(self.groups) + 1)
         residual = max(self.space.residual(damping, column) for column in columns)
-        return _Tried(damping, tuple(losses[1:]), losses[0], residual)
+        return _Tried(damping, tuple(losses[2:]), losses[0], losses[1], residual)
+
+    @property
+    def _own(self) -> list[list[Samples]]:
+        return [[group] for group in self.groups]
 
     def _objection(self, tried: _Tried) -> str:
         """What speaks against a damping; NaN does."""
         if self.space.least + tried.damping <= 0:
             return "curvature"
-        if not tried.validation <= self.limit:
-            return "validation"
+        harmed = self.harm.broken(tried.validation, tried.retained)
+        if harmed:
+            return harmed
         if not robust_mean(tried.control)[0] <= self.target:
             return "control"
         return "residual" if tried.residual > 1 else ""
@@ -325,6 +377,13 @@ def labels_of(samples: Samples) -> NDArray[np.int64] | None:
             return None
         found.append(targets.cpu().numpy().astype(np.int64))
     return np.concatenate(found)
+
+
+def _some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
+    """At most 1000 retained samples that the step does not read."""
+    pool = block.retained.pool
+    assert pool is not None
+    return pool.subset(np.sort(rng.permutation(len(pool))[:GUARD_SIZE]).tolist()).loaded()
 
 
 def _direction(block: Block, group: Samples) -> Tensor:

@@ -157,19 +157,33 @@ def _attempt(
 def _calibrated_attempt(
     block: Block, guard: Guard | None, calibrated: Calibrated, damping: float
 ) -> Attempt:
-    """A step of a damping, and the finish where the request is of outliers.
+    """A step of a damping, and the finish where the request is of outliers and that does no harm.
 
-    It is refused if the validation loss does not hold, whatever the guard's accuracy says.
+    It is refused if validation or retained losses do not hold, whatever the guard's accuracy says.
     """
+
+    def attempt(iterations: int) -> Attempt:
+        validation, retained = calibrated.losses()
+        value = math.nan if guard is None else guard.now()
+        holds = not calibrated.harm.broken(validation, retained)
+        found = replace(
+            calibrated.found,
+            strength=damping,
+            validation_after=validation,
+            retained_after=retained,
+            finish=iterations,
+        )
+        accepted = holds and (guard is None or guard.allows(value))
+        return Attempt(damping, steps, value=value, accepted=accepted, calibration=found)
+
     steps = calibrated.step(damping)
-    iterations = 0
     if block.work.settings.finish and calibrated.found.outliers:
-        iterations = finish(block, calibrated.validation)
-    loss = calibrated.validation_loss()
-    value = math.nan if guard is None else guard.now()
-    accepted = loss <= calibrated.limit and (guard is None or guard.allows(value))
-    found = replace(calibrated.found, strength=damping, validation_after=loss, finish=iterations)
-    return Attempt(damping, steps, value=value, accepted=accepted, calibration=found)
+        theta = block.now()
+        finished = attempt(finish(block, calibrated.validation))
+        if finished.accepted:
+            return finished
+        block.put(theta)
+    return attempt(0)
 
 
 def _adjusted(block: Block, watch: Watch, unread_loss: float, steps: Steps) -> tuple[float, bool]:
