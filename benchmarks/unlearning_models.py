@@ -19,6 +19,7 @@ from networks import BasicBlock
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+VALIDATION = 1000  # samples, or what the data set leaves
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
 
 
@@ -76,9 +77,9 @@ class Recipe:
 
 
 RECIPES = {
-    "mlp": Recipe(mlp, "digits", 1297, 40, 100, 300, 32, 0.1, 5e-4),
-    "cnn": Recipe(cnn, "fashion_mnist", 20_000, 400, 100, 80, 128, 0.1, 5e-4),
-    "resnet": Recipe(resnet, "fashion_mnist", 20_000, 400, 100, 80, 128, 0.1, 5e-4),
+    "mlp": Recipe(mlp, "digits", 1197, 40, 100, 300, 32, 0.1, 5e-4),
+    "cnn": Recipe(cnn, "fashion_mnist", 20_000, 400, 400, 80, 128, 0.1, 5e-4),
+    "resnet": Recipe(resnet, "fashion_mnist", 20_000, 400, 400, 80, 128, 0.1, 5e-4),
 }
 
 
@@ -89,6 +90,7 @@ class Task:
     X: Tensor
     y: Tensor
     forget: list[int]
+    validation: tuple[Tensor, Tensor]  # neither trained on nor tested with
     test: tuple[Tensor, Tensor]
     true: Tensor  # the labels before some were changed
 
@@ -124,7 +126,7 @@ def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     X, y = load_digits(return_X_y=True)
     X, y = torch.tensor(X, dtype=torch.float32) / 16, torch.tensor(y)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    train, test = order[:-500], order[-500:]
+    train, test = order[:-400], order[-400:]
     return X[train], y[train], X[test], y[test]
 
 
@@ -135,7 +137,9 @@ def task(name: str, which: str, seed: int) -> Task:
     else:
         X, y, *test = _fashion_mnist()
     generator = torch.Generator().manual_seed(10 + seed)
-    kept = torch.randperm(len(y), generator=generator)[: recipe.n]
+    order = torch.randperm(len(y), generator=generator)
+    kept, held = order[: recipe.n], order[recipe.n :][:VALIDATION]
+    validation = X[held], y[held]
     X, y = X[kept], y[kept]
     true = y.clone()
     m = getattr(recipe, which)
@@ -143,7 +147,7 @@ def task(name: str, which: str, seed: int) -> Task:
     if which == "mislabelled":
         shift = torch.randint(1, 10, (m,), generator=generator)
         y[forget] = (y[forget] + shift) % 10
-    return Task(X, y, forget.tolist(), (test[0], test[1]), true)
+    return Task(X, y, forget.tolist(), validation, (test[0], test[1]), true)
 
 
 def train(
