@@ -22,6 +22,7 @@ from lcodec_ext.evaluation.methods import lbfgs
 from lcodec_ext.unlearning import Unlearner
 
 WEIGHT_DECAY = 5e-4
+HALVES = slice(0, None, 2), slice(1, None, 2)
 MARKER = "made_by_digits_deletion"  # marks a folder that the next run may delete
 
 
@@ -43,7 +44,8 @@ def run(output, seed, *, n_train=1200, n_wrong=40, epochs=200):
     """Train, delete, compare; returns the evaluation and the report."""
     ledger = fresh_folder(output / "ledger")
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
-    train_set, wrong, test = data(seed, n_train, n_wrong)
+    train_set, wrong, unseen = data(seed, n_train, n_wrong)
+    validation, test = (tuple(tensor[part] for tensor in unseen) for part in HALVES)
     forget = tuple(tensor[wrong] for tensor in train_set)
     retain = tuple(tensor[~wrong] for tensor in train_set)
     model = train(train_set, seed, epochs, "training")
@@ -53,6 +55,7 @@ def run(output, seed, *, n_train=1200, n_wrong=40, epochs=200):
         train_set,
         cross_entropy,
         directory=ledger,
+        validation=validation,
         weight_decay=WEIGHT_DECAY,
         seed=seed,
         progress=True,
@@ -75,6 +78,7 @@ def run(output, seed, *, n_train=1200, n_wrong=40, epochs=200):
             },
             weight_decay=WEIGHT_DECAY,
             seed=seed,
+            validation=validation,
             progress=True,
         )
         report = write_report(

@@ -80,6 +80,7 @@ MODEL = ["--model", "own_problem.py:build"]
 DATA = ["--data", "own_problem.py:load"]
 WEIGHTS = ["--weights", "net.pt"]
 DECAY = ["--weight-decay", "0.01"]
+STRENGTH = ["--damping", "1e-3"]
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +168,7 @@ def test_unlearn_is_unlearn(run, problem):
 
 
 def test_unlearn_says_what_it_did(run):
-    command = ["unlearn", "--model", "own_problem.py:with_data", *WEIGHTS, *DECAY]
+    command = ["unlearn", "--model", "own_problem.py:with_data", *WEIGHTS, *DECAY, *STRENGTH]
     status, out, err = run(*command, "--forget", "3", "--output", "new.safetensors")
     assert (status, err) == (0, "")
     assert out.startswith("UnlearnResult: 1 of 60 samples removed")
@@ -313,7 +314,7 @@ def test_a_model_without_weights_is_pointed_out(capsys):
 
 def test_a_release_says_what_is_written(run, problem):
     command = ["unlearn", *MODEL, *DATA, *WEIGHTS, *DECAY, "--forget", "3", "--output", "new.pt"]
-    privacy = ["--delta", "1e-5", "--set", "lipschitz=2", "--set", "hessian_lipschitz=1"]
+    privacy = [*STRENGTH, "--delta", "1e-5", "--set", "lipschitz=2", "--set", "hessian_lipschitz=1"]
     x, y = problem.train
     stays = [i for i in range(60) if i != 3]
 
@@ -347,7 +348,7 @@ def kinds():
 
 
 def test_weights_are_written_after_a_removal_without_output(run, refused):
-    status, out, err = run(*RUN, *WEIGHTS, *DECAY, "--forget", "3,17", "--json")
+    status, out, err = run(*RUN, *WEIGHTS, *DECAY, *STRENGTH, "--forget", "3,17", "--json")
     assert (status, err) == (0, "")
     assert json.loads(out)["output"] is None
     before = Path("run/ledger.jsonl").read_bytes()

@@ -164,8 +164,9 @@ def trained():
 
 def run(case, **options):
     model, forget, retain, held = case
-    given = {"validation": held, "weight_decay": 5e-4, "calibrate": "damping" not in options}
-    return unlearn(model, forget, retain, cross_entropy, **given | options)
+    return unlearn(
+        model, forget, retain, cross_entropy, **{"validation": held, "weight_decay": 5e-4} | options
+    )
 
 
 def test_as_near_to_retraining_as_trained_by_adamw():
@@ -177,7 +178,7 @@ def test_as_near_to_retraining_as_trained_by_adamw():
         model = fit(cnn, data, 1000 * seed, 12, adamw)
         retrained = [fit(cnn, retain, 1000 * seed + 1 + k, 12, adamw) for k in range(2)]
         expected = np.mean([loss_on(each, forget) for each in retrained])
-        result = run((model, forget, retain, held), weight_decay=0.0)
+        result = unlearn(model, forget, retain, cross_entropy, validation=held)
         ratios["calibrated"].append(loss_on(result.model, forget) / expected)
         found = result.calibration
         assert found.validation_after <= 1.1 * found.validation_before
@@ -213,7 +214,7 @@ def test_on_a_convex_model_the_strength_is_that_of_no_damping():
 
     optimizer.step(closure)
     options = {"weight_decay": 0.01, "n_curvature": None, "max_iterations": 120}
-    result = run((model, forget, retain, held), **options)
+    result = unlearn(model, forget, retain, cross_entropy, validation=held, **options)
     found = result.calibration
     assert found.stopped_by == "range"
     assert not found.outliers
@@ -327,6 +328,21 @@ def test_the_guard_takes_back_harm(trained, monkeypatch):
         assert run(trained, retries=1).attempts == 2
 
 
+def test_without_validation_a_deletion_warns(trained):
+    model, forget, retain, _ = trained
+    arguments = model, forget, retain, cross_entropy
+    with pytest.warns(UserWarning, match="not calibrated: .* Pass validation"):
+        result = unlearn(*arguments, weight_decay=5e-4, repair_epochs=0)
+    assert result.damping == 0.03
+    assert result.calibration is None
+    with pytest.warns(UserWarning, match="not calibrated"):
+        Unlearner(model, retain, cross_entropy, weight_decay=5e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlearn(*arguments, damping=0.1, weight_decay=5e-4, repair_epochs=0)
+        unlearn(*arguments, preset=Settings(damping=0.1, weight_decay=5e-4))
+
+
 def test_harm_is_told_in_the_losses_own_scale():
     """Most of one class goes: accuracy stays at 1, and the losses of the others nearly double."""
     generator = torch.Generator().manual_seed(0)
@@ -417,16 +433,17 @@ def test_what_cannot_be_calibrated_is_refused(trained):
     with pytest.raises(ValueError, match="control_groups"):
         Settings(control_groups=3)
     given = {"retained": True, "validation": True}
-    assert not resolve("recommended", {}, **given).calibrate
-    found = resolve("recommended", {"calibrate": True, "finish": 3}, **given)
-    assert (found.calibrate, found.finish, found.repair_epochs) == (True, 3, 0)
+    for options in ({"order": "sequential"}, {"damping": 0.1}, {"curvature": "secant"}):
+        assert not resolve("recommended", options, **given).calibrate
+    assert not resolve("paper", {}, **given).calibrate
+    assert resolve("recommended", {"seed": 3}, **given).calibrate
 
 
 def test_a_stream_goes_on_with_the_same_bits(trained, tmp_path):
     model, _, _, held = trained
     (x, y), wanted, _ = digits(0, "wrong")
     ids = torch.nonzero(wanted).flatten().tolist()
-    options = {"validation": held, "weight_decay": 5e-4, "calibrate": True}
+    options = {"validation": held, "weight_decay": 5e-4}
 
     def weights(stream):
         return [p.clone() for p in stream.model.parameters()]

@@ -145,6 +145,7 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
         weight_decay=options.weight_decay,
         seed=options.seed,
         relearn=not options.no_relearn,
+        validation=problem.get("validation"),
         progress=console.progress,
     )
     document = evaluation.to_dict()

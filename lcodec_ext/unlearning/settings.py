@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -517,7 +518,8 @@ def resolve(
 
     Without retained samples a preset's repair and recalibration are off, and without validation
     samples either its guard, unless they are asked for. Statistics hold a curvature without
-    output_damping. With calibrate=True a preset's other means of finding a strength are off.
+    output_damping. With both kinds of samples "recommended" calibrates its step, unless the
+    options say how strong it is.
     """
     if isinstance(preset, Settings):
         return preset.replace(**options)
@@ -533,9 +535,27 @@ def resolve(
             defaults |= {"max_drop": None}
     if statistics and PRESETS.get(preset, {}).get("output_damping"):
         defaults |= PLAIN_DAMPING
-    if options.get("calibrate") is True:
-        defaults |= CALIBRATED
+    if retained and not statistics and _calibrates(preset, options):
+        if validation:
+            defaults |= CALIBRATED
+        else:
+            defaults |= UNCALIBRATED
+            warnings.warn(
+                "this deletion is not calibrated: its damping is a cautious constant, which "
+                "forgets too little on many networks. Pass validation, samples that the model was "
+                "not trained on, or a damping of your own",
+                stacklevel=4,
+            )
     return Settings.preset(preset, **(defaults | dict(options)))
+
+
+def _calibrates(preset: str, options: Mapping[str, Any]) -> bool:
+    """Whether a preset finds its strength itself, with these options."""
+    made = {"calibrate": preset == "recommended", **options}
+    single = all(made.get(name, value) == value for name, value in CALIBRATABLE.items())
+    strength = {"damping", "output_damping", "lengthen"} & options.keys()
+    secant = made.get("curvature") == "secant" or made.get("selection") == "cheap"
+    return bool(made["calibrate"]) and single and not strength and not secant
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -604,7 +624,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: Of a preset, where there is no output_damping.
 PLAIN_DAMPING: dict[str, Any] = {"output_damping": 0.0, "damping": 2e-4}
 
-#: Of a preset with calibrate=True: control groups find what these would adjust.
+#: Of "recommended", where there are none and no strength is given: weaker than the best strength
+#: was on every network trained by AdamW in the experiments that constants were chosen on.
+UNCALIBRATED: dict[str, Any] = {"damping": 3e-2, "output_damping": 0.0}
+
+#: Of "recommended", where there are validation samples to find the strength by.
 CALIBRATED: dict[str, Any] = {
     "calibrate": True,
     "output_damping": 0.0,
