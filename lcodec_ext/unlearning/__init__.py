@@ -19,6 +19,7 @@ from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
+from lcodec_ext.unlearning.estimate import Estimate, estimate
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
     PrivacyBudget,
@@ -61,6 +62,7 @@ __all__ = [
     "BeforeAfter",
     "Calibration",
     "CertifiedLinear",
+    "Estimate",
     "Evaluation",
     "Guarantee",
     "IndefiniteCurvatureError",
@@ -79,6 +81,7 @@ __all__ = [
     "Unlearner",
     "Verification",
     "add_noise",
+    "estimate",
     "evaluate",
     "gaussian_delta",
     "gaussian_sigma",

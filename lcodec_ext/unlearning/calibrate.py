@@ -17,6 +17,7 @@ from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
@@ -25,6 +26,7 @@ _BASIS_BYTES = 2**31  # of the Krylov spaces, all together
 _DECADES = 10  # of dampings, from ten times the largest curvature downwards
 _BISECTIONS = 4  # of a decade: the damping is found to within 15%
 _FEWEST = 4  # control groups
+TRIALS = _DECADES - 1 + _BISECTIONS  # dampings after the first one, at most
 
 
 @dataclass(frozen=True)
@@ -316,13 +318,7 @@ def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
     pool = block.retained.pool
     assert pool is not None  # settings that calibrate have one
     size = min(len(forget), len(pool))
-    count = max(_FEWEST, work.settings.control_groups)
-    each = (
-        block.start.numel()
-        * block.start.element_size()
-        * ((work.settings.max_iterations or 30) + 1)
-    )
-    count = max(_FEWEST, min(count, _BASIS_BYTES // each - 1))
+    count = columns_that_fit(work.settings, block.start.nbytes)
     labels, wanted = labels_of(pool), labels_of(forget)
     free: list[int] = []
     groups = []
@@ -334,6 +330,12 @@ def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
         free = [i for i in free if i not in taken]
         groups.append(pool.subset(sorted(group)).loaded())
     return groups
+
+
+def columns_that_fit(settings: Settings, vector_bytes: int) -> int:
+    """How many control groups: as asked for, or fewer where their Krylov spaces are too large."""
+    each = vector_bytes * ((settings.max_iterations or 30) + 1)
+    return max(_FEWEST, min(settings.control_groups, _BASIS_BYTES // each - 1))
 
 
 def _drawn(
@@ -383,7 +385,8 @@ def _some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
     """At most 1000 retained samples that the step does not read."""
     pool = block.retained.pool
     assert pool is not None
-    return pool.subset(np.sort(rng.permutation(len(pool))[:GUARD_SIZE]).tolist()).loaded()
+    most = min(GUARD_SIZE, block.work.settings.n_guard or GUARD_SIZE)
+    return pool.subset(np.sort(rng.permutation(len(pool))[:most]).tolist()).loaded()
 
 
 def _direction(block: Block, group: Samples) -> Tensor:

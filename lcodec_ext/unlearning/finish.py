@@ -8,7 +8,7 @@ from lcodec_ext._torch.loss import NotFiniteError, mean_gradient
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.step import Block
 
-_MOST = 10_000  # retained samples; more do not change the direction by much
+MOST = 10_000  # retained samples; more do not change the direction by much
 _SLACK = 1.1  # times the least validation loss, up to which an iterate is as good
 _PATIENCE = 8  # iterations without a gain that end it
 
@@ -73,7 +73,7 @@ def finish(block: Block, validation: Samples) -> int:
 def _some(block: Block) -> Samples:
     """The retained samples, or a draw from very many."""
     retained = block.retained.all
-    if len(retained) <= _MOST:
+    if len(retained) <= MOST:
         return retained
     order = np.random.default_rng([block.work.settings.seed, 7]).permutation(len(retained))
-    return retained.subset(np.sort(order[:_MOST]).tolist()).loaded()
+    return retained.subset(np.sort(order[:MOST]).tolist()).loaded()

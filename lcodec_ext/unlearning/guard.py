@@ -16,7 +16,7 @@ from lcodec_ext.unlearning.step import Block, Steps, take_steps
 from lcodec_ext.unlearning.workplace import Workplace
 
 _LONGEST = 8.0  # multiple of a step, by lengthening it
-_LENGTHS = 6  # that are tried
+LENGTHS = 6  # that are tried
 _ERRORS = 2.0  # standard errors that a rise of losses may be chance
 _CLASSIFIED = 0.01  # a rise of a classifier's mean loss up to this does no harm
 _SHORT = 1.0  # relative residual of a step that falls short
@@ -224,7 +224,7 @@ def _lengthened(take: Callable[[float], None], small: Callable[[], bool], length
     low, high = 1.0, math.inf
     if not small():
         return length
-    for _ in range(_LENGTHS):
+    for _ in range(LENGTHS):
         length = 2 * low if high == math.inf else (low + high) / 2
         take(length)
         low, high = (length, high) if small() else (low, length)

@@ -14,6 +14,7 @@ from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.deletion import Deletion
+from lcodec_ext.unlearning.estimate import Estimate
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import training_norm
@@ -98,6 +99,10 @@ class UnlearnResult:
         What (epsilon, delta) mean for this result: certified, heuristic, or nothing.
     seconds : dict of str to float
         Time taken by each phase, and in "total".
+    chosen : dict of str to Any
+        Settings that `max_seconds`, `budget` and `max_memory` lowered; `settings` has them too.
+    estimate : Estimate or None
+        What was expected beforehand, with these options or progress=True.
     """
 
     model: nn.Module
@@ -131,6 +136,8 @@ class UnlearnResult:
     calibration: Calibration | None
     guarantee: Guarantee
     seconds: dict[str, float]
+    chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    estimate: Estimate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model, as JSON takes it; nan becomes None."""
@@ -138,6 +145,8 @@ class UnlearnResult:
         values = {name: getattr(self, name) for name in fields}
         if self.foci is not None:
             values["foci"] = {"names": self.foci.names, "T": self.foci.cumulative}
+        if self.estimate is not None:
+            values["estimate"] = self.estimate.to_dict()
         return json_ready(values)
 
     def __repr__(self) -> str:
@@ -165,6 +174,8 @@ class UnlearnResult:
                 + "s" * (self.attempts > 1)
                 + ", repaired" * self.repaired
             )
+        if self.estimate is not None and self.settings.bounded:
+            lines.append(f"  cost          {self.estimate.line()} expected")
         if self.calibration is not None:
             lines.append(f"  calibration   {self.calibration}")
         if self.guarantee.kind != "none":
@@ -197,6 +208,7 @@ class Outcome(NamedTuple):
     selection: UnitSelection
     step_norm: float
     guarantee: Guarantee
+    estimate: Estimate | None = None
 
 
 def result_of(
@@ -208,7 +220,7 @@ def result_of(
     outcome: Outcome,
 ) -> UnlearnResult:
     """Put together what there is to say of deletions."""
-    before, after, selection, step_norm, guarantee = outcome
+    before, after, selection, step_norm, guarantee, cost = outcome
     last = deletions[-1]
     layout = UnitLayout(selection, work.model)
     solves = [solve for deletion in deletions for solve in deletion.solves]
@@ -246,6 +258,8 @@ def result_of(
         calibration=last.last.calibration,
         guarantee=guarantee,
         seconds=work.clock.seconds,
+        chosen={} if cost is None else cost.chosen,
+        estimate=cost,
     )
 
 

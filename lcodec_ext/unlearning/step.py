@@ -26,7 +26,7 @@ from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.workplace import Workplace
 
-_OPERATORS = {
+OPERATORS = {
     "gauss_newton": GaussNewtonOperator,
     "hessian": HessianOperator,
     "fisher": FisherOperator,
@@ -163,7 +163,8 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         length = 0.01 * float(block.start.norm()) or 0.01
         steps = direction * (length / float(direction.norm()))
         return SecantOperator(*arguments, steps=steps, progress=work.progress, **common)
-    return _OPERATORS[settings.curvature](*arguments, progress=work.progress, **common)
+    common["cache_bytes"] = settings.cache_bytes
+    return OPERATORS[settings.curvature](*arguments, progress=work.progress, **common)
 
 
 def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:
