@@ -191,7 +191,7 @@ def estimate(
     )
     work = Workplace.of(model, loss_fn, settings, score, False)
     request = checked_request(work, forget, retain, validation, statistics)
-    return _estimated(work, request, time.perf_counter() - begin)
+    return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
 
 
 def planned(
@@ -204,7 +204,7 @@ def planned(
     if not (work.progress or work.settings.bounded):
         return work, request, None
     with work.timed("estimate"):
-        found = _estimated(work, request, setup)
+        found = _estimated(work, request, setup, True)
     progress_line(work.progress, f"unlearn: {found.line()}")
     if found.chosen:
         work = replace(work, settings=found.settings)
@@ -212,7 +212,7 @@ def planned(
     return work, request, found
 
 
-def _estimated(work: Workplace, request: Request, setup: float) -> Estimate:
+def _estimated(work: Workplace, request: Request, setup: float, planning: bool) -> Estimate:
     begin = time.perf_counter()
     selection = _stand_in(work, request)
     sizes = _sizes(work, request, selection)
@@ -220,7 +220,8 @@ def _estimated(work: Workplace, request: Request, setup: float) -> Estimate:
         warnings.simplefilter("ignore")
         source = request.forget if request.kept is None else request.kept.all
         rates = timed(work, selection, source, request.forget)
-    setup += time.perf_counter() - begin
+    if planning:
+        setup += time.perf_counter() - begin
     for settings in _plans(work.settings):
         found = _of(settings, sizes, rates, setup)
         if fits(found):
@@ -254,7 +255,7 @@ def _plans(settings: Settings) -> Iterator[Settings]:
 
 def _capped(settings: Settings, caps: Mapping[str, int]) -> Settings:
     """Lower what is larger than its cap; None counts as large where it means all."""
-    lowered: dict[str, int] = {}
+    lowered: dict[str, Any] = {}
     for name, cap in caps.items():
         value = getattr(settings, name)
         if (value is None and name in _ALL) or (value is not None and value > cap):

@@ -141,6 +141,7 @@ def _attempt(
 ) -> Attempt:
     guard = watch.guard
     steps = take_steps(block, damping, rate)
+    damping = damping if steps.damping is None else steps.damping
     if steps.failure is not None:
         if guard is None:
             raise steps.failure
@@ -173,7 +174,8 @@ def _calibrated_attempt(
             retained_after=retained,
             finish=iterations,
         )
-        accepted = holds and (guard is None or guard.allows(value))
+        solved = steps.residual <= _SHORT  # by products, where the search went by the recurrence
+        accepted = solved and holds and (guard is None or guard.allows(value))
         return Attempt(damping, steps, value=value, accepted=accepted, calibration=found)
 
     steps = calibrated.step(damping)

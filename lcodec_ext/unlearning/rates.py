@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +13,17 @@ from lcodec_ext._torch.modes import clock
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.curvature.layout import UnitLayout
-from lcodec_ext.curvature.operators import ModelOperator
 from lcodec_ext.curvature.solvers import Krylov, conjugate_gradient
 from lcodec_ext.dependence import lfoci
 from lcodec_ext.unlearning.record import record
-from lcodec_ext.unlearning.step import OPERATORS
+from lcodec_ext.unlearning.step import OPERATORS, in_krylov_space
 from lcodec_ext.unlearning.workload import Graphs, Phase, Workload
 from lcodec_ext.unlearning.workplace import Workplace
 
-_ENOUGH = 0.03  # seconds of a run, after which no more samples are taken
+_ENOUGH = 0.02  # seconds of a run, after which no more samples are taken
 _GROWTH = 4  # of the samples from one run to the next
-_LONG = 0.1  # seconds, after which a run is not repeated
+_LONG, _VERY_LONG = 0.05, 1.0  # seconds, after which a run is repeated once, and never
 _FEW = 16  # samples of a run, fewer of which count only where they are slow
-_REPEATS = 4  # of a run, of which the fastest counts
 _COORDINATES = 16_000  # of vectors that are timed, at most
 _TIMED_ITERATIONS = 8
 _TRIED = 16  # samples and perturbations that are recorded, units that are selected from
@@ -94,9 +93,9 @@ def timed(work: Workplace, selection: UnitSelection, source: Samples, request: S
 
 
 def _fastest(work: Workplace, call: Callable[[], object]) -> float:
-    """Seconds of a call: of the fastest of up to four, of which more are made of short ones."""
+    """Seconds of the fastest of two or three calls: the first one of a shape sets things up."""
     found: list[float] = []
-    while not found or (sum(found) < _LONG and len(found) < _REPEATS):
+    while not found or (sum(found) < _VERY_LONG and len(found) < (2 if sum(found) > _LONG else 3)):
         begin = clock(work.model)
         call()
         found.append(clock(work.model) - begin)
@@ -108,15 +107,12 @@ def _fitted(
 ) -> list[Rate]:
     """Seconds of a batch and of a sample in it, from the least and the most that were tried."""
     found: list[tuple[int, list[float]]] = []
-    size = 1
+    size = min(_GROWTH, len(samples))
     while True:
         tried = calls(samples.subset(range(size)).loaded())
-        if not found:
-            for call in tried:
-                call()  # the first time sets things up
         found.append((size, [_fastest(work, call) for call in tried]))
         last = sum(found[-1][1])
-        if size == len(samples) or (last > _ENOUGH and size >= _FEW) or (last > _LONG and size > 1):
+        if size == len(samples) or last > (_ENOUGH if size >= _FEW else _VERY_LONG):
             break
         size = min(_GROWTH * size, len(samples))
     if len(found) == 1:
@@ -134,9 +130,9 @@ class _Built:
         self._vector: Tensor | None = None
         self.n_bytes: dict[int, int] = {}
 
-    def _operator(self, samples: Samples) -> ModelOperator:
+    def _operator(self, samples: Samples) -> Any:
         settings = self._work.settings
-        operator: ModelOperator = OPERATORS[settings.curvature](
+        operator: Any = OPERATORS[settings.curvature](
             self._work.model,
             self._work.loss_fn,
             samples.data(settings.batch_size),
@@ -148,7 +144,7 @@ class _Built:
 
     def calls(self, samples: Samples) -> list[Callable[[], object]]:
         """To build one, and to multiply with it."""
-        made: list[ModelOperator] = []
+        made: list[Any] = []
 
         def build() -> None:
             made[:] = [self._operator(samples)]
@@ -195,7 +191,7 @@ def _activations(work: Workplace, samples: Samples) -> Graphs:
 def _solve_rate(work: Workplace, p: int) -> Rate:
     """What an iteration costs beside its product, and each coordinate, column and vector in it."""
     settings, found = work.settings, []
-    krylov = settings.calibrate or settings.bounded
+    krylov = settings.calibrate or in_krylov_space(settings, False)
     columns = 1 + settings.control_groups if settings.calibrate else 1
     iterations = min(settings.max_iterations or 30, _TIMED_ITERATIONS if krylov else 4)
     generator = torch.Generator().manual_seed(0)
@@ -207,7 +203,7 @@ def _solve_rate(work: Workplace, p: int) -> Rate:
             if krylov:
                 Krylov(lambda V: scale * V, b, iterations)
                 return
-            options = {"rtol": 0.0, "max_iterations": iterations, "describe": ""}
+            options: dict[str, Any] = {"rtol": 0.0, "max_iterations": iterations, "describe": ""}
             conjugate_gradient(lambda V: scale[:, 0] * V, b[:, 0], **options)
 
         solve()

@@ -3,19 +3,22 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from lcodec_ext.unlearning.calibrate import TRIALS, columns_that_fit
+from lcodec_ext.unlearning.calibrate import TRIALS
+from lcodec_ext.unlearning.control import groups_that_fit
 from lcodec_ext.unlearning.finish import MOST
 from lcodec_ext.unlearning.guard import LENGTHS
 from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.step import in_krylov_space
 
 FEW_ROWS = 2048  # of a matrix of low rank, which is solved in its rows
 FORMED = 256  # coordinates up to which a matrix is formed
 FORMED_FEW_OUTPUTS = 2048  # and one of which that costs less
 _LIKELY_TRIALS = 10  # dampings whose losses are measured, of TRIALS + 1
-_LIKELY_CG = 60  # iterations to the relative residual that is the default
+_LIKELY_CG = 40  # iterations to the relative residual that is the default
 _CG_VECTORS = 14  # of its iteration, and of a product
 _KRYLOV_VECTORS = 6  # of every column, beside the basis
 
@@ -142,7 +145,7 @@ class Workload:
         if not self.settings.calibrate:
             return 1
         s = self.settings
-        return 1 + columns_that_fit(s, self.sizes.p * self.sizes.bytes_each)
+        return 1 + groups_that_fit(s, self.sizes.p * self.sizes.bytes_each)
 
     @property
     def method(self) -> str:
@@ -150,7 +153,7 @@ class Workload:
         s, p = self.settings, self.sizes.p
         if not self.newton:
             return "none"
-        if s.calibrate or (s.bounded and not self.from_statistics and s.curvature != "secant"):
+        if s.calibrate or in_krylov_space(s, self.from_statistics):
             return "lanczos"
         if s.curvature == "secant":
             return "secant"
@@ -214,7 +217,7 @@ class Workload:
             return ((rounds * s.steps, self.n_curvature),)
         return ((rounds * s.steps, self.n_curvature),) if s.steps > 1 else ()
 
-    def _products(self, n: int, columns: int) -> dict[str, tuple[Pass, ...]]:
+    def _products(self, n: int, columns: int) -> dict[str, Any]:
         """n products with all columns: what they run forward again, and multiply."""
         size, total = self.settings.batch_size, self.n_curvature
         left = max(0, total - self.kept * size)
@@ -226,11 +229,13 @@ class Workload:
         if method == "secant":
             yield Phase("curvature", gradient=((2 * count, self.n_curvature),))
         elif method in ("woodbury", "formed"):
-            rows = self.sizes.n_outputs if s.curvature != "fisher" else 1
+            rows = self.sizes.n_outputs
             if method == "formed" and (s.curvature == "hessian" or z.head):
                 yield Phase("solve", **_times(count, self._products(z.p, 1)))
             else:
-                yield Phase("solve", gradient=((count * (rows + 1), self.n_curvature),))
+                built = self._products(0, 1)["graphs"]
+                found = ((count * rows, self.n_curvature),) if s.curvature != "fisher" else ()
+                yield Phase("solve", gradient=found, graphs=built)
         elif method != "none":
             likely = self.iterations if s.max_iterations else min(self.iterations, _LIKELY_CG)
             solve = _times(count, self._products(likely + 1, 1))
@@ -338,5 +343,5 @@ class Workload:
         return _CG_VECTORS if self.method == "cg" else 4
 
 
-def _times(count: int, passes: dict[str, tuple[Pass, ...]]) -> dict[str, tuple[Pass, ...]]:
+def _times(count: int, passes: dict[str, Any]) -> dict[str, Any]:
     return {kind: tuple((count * t, n) for t, n in some) for kind, some in passes.items()}

@@ -8,7 +8,6 @@ from lcodec_ext.curvature.operators.fisher import FisherOperator, RestrictedFish
 from lcodec_ext.curvature.operators.gauss_newton import GaussNewtonOperator
 from lcodec_ext.curvature.operators.hessian import HessianOperator
 from lcodec_ext.curvature.operators.matrix import MatrixOperator
-from lcodec_ext.curvature.operators.on_model import ModelOperator
 from lcodec_ext.curvature.operators.secant import SecantOperator
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "HessianOperator",
     "MatrixOperator",
     "Method",
-    "ModelOperator",
     "RestrictedFisher",
     "SecantOperator",
 ]
