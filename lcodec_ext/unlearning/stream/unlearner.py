@@ -40,6 +40,7 @@ from lcodec_ext.unlearning.stream.steps import (
     check_note,
     compact,
     guarantee_after,
+    heard,
     losses_around_noise,
     request_seed,
     result_record,
@@ -296,7 +297,8 @@ class Unlearner:
         numbers = check_ids(ids, n, history.removed)
         note = check_note(note)
         seed = request_seed(self.settings.seed, len(self.ledger))
-        result = self._step(numbers, all_but(n, [*history.removed, *numbers]), seed)
+        with heard() as texts:
+            result = self._step(numbers, all_but(n, [*history.removed, *numbers]), seed)
         skipped = [numbers[k] for k in result.skipped]
         gone = [i for i in numbers if i not in skipped]
         removed = [*history.removed, *gone]
@@ -311,7 +313,7 @@ class Unlearner:
             "result": result_record(result),
         }
         if not gone:
-            self._commit("skip", record, seconds=result.seconds)
+            self._commit("skip", record, seconds=result.seconds, warnings=texts)
             return result
         guarantee = self._guarantee(result, len(removed))
         record["guarantee"] = guarantee and guarantee.to_dict()
@@ -320,7 +322,8 @@ class Unlearner:
             statistics = self._given.without(statistics, self._original(), gone)
         model = copy.deepcopy(result.model)
         state = state_of(model)
-        self._commit("remove", record, model, state, statistics, seconds=result.seconds)
+        environment = {"seconds": result.seconds, "warnings": texts}
+        self._commit("remove", record, model, state, statistics, **environment)
         return result
 
     def rollback(self, to: int | None = None, *, note: str | None = None) -> None:
