@@ -114,8 +114,8 @@ class Groups:
         if type(one) is not type(self.ids[0]):
             kind = "integers" if isinstance(self.ids[0], int) else "strings"
             message += f"; the ids of this data are {kind}, as {self.ids[0]!r}"
-        names = {str(each): each for each in self.ids[:_COMPARED]}
-        close = difflib.get_close_matches(str(one), names, 3)
+        names = {str(each).casefold(): each for each in self.ids[:_COMPARED]}
+        close = difflib.get_close_matches(str(one).casefold(), names, 3)
         if close:
             return f"{message}; close to it: {', '.join(repr(names[each]) for each in close)}"
         return f"{message}. There are {len(self):,}: {first_few([*map(repr, self.ids)], _LISTED)}"
@@ -138,7 +138,7 @@ def _listed(given: Any) -> list[Any]:
 def _checked(value: object, name: str) -> Id:
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, numbers.Integral) and type(value) not in (bool, np.bool_):
+    if type(value) is not bool and isinstance(value, numbers.Integral):
         return int(value)
     advice = "; give every sample an id" if value is None or value != value else ""
     raise TypeError(
