@@ -148,7 +148,10 @@ def verify_ledger(
             data_problems, twins = _verify_data(train, history)
             problems += data_problems
             notes += twins
-        problems += [] if groups is None else _group_problems(groups, history)
+        if groups is not None and history.start.get("groups") is None:
+            notes.append("the stream has no groups on record; those given are not compared")
+        elif groups is not None:
+            problems += _group_problems(groups, history)
     return Verification(
         tuple(problems),
         tuple(notes),
