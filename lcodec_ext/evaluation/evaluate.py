@@ -401,12 +401,8 @@ def evaluate(
         references, seconds = _measure_retrained(retrained, n_retrained, sets, model, bar)
         yardstick = _Yardstick(original, references, sets, relearn)
         if relearn:
-            settings["relearn"] = {
-                "optimizer": "Adam",
-                **_RELEARN,
-                "tolerance": _TOLERANCE,
-                "level": yardstick.level,
-            }
+            until = {"tolerance": _TOLERANCE, "level": yardstick.level}
+            settings["relearn"] = {"optimizer": "Adam", **_RELEARN, **until}
         entries = [yardstick.entry(NO_OP, original), yardstick.retrained_entry(seconds)]
         for name, method in given.items():
             bar.set_description(name)
