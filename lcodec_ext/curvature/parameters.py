@@ -322,7 +322,7 @@ class ParameterSelection(Coordinates):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file: for each parameter its indices, int64, by its name."""
-        tensors = {name: torch.from_numpy(_array(each)) for name, each in self._indices.items()}
+        tensors = {name: torch.tensor(_array(each)) for name, each in self._indices.items()}
         write_tensors(path, tensors, {"format": _FORMAT})
 
     @classmethod
