@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lcodec_ext._files import json_ready
-from lcodec_ext.curvature import UnitSelection
-from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature import ParameterSelection, Selection
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.deletion import Deletion
@@ -45,17 +44,18 @@ class UnlearnResult:
         A new model, or with inplace=True the one that was given.
     settings : Settings
         As used.
-    selection : UnitSelection
-        The units whose parameters were changed; where all was taken back, those that were tried.
+    selection : UnitSelection or ParameterSelection
+        The units, or single parameters, that were changed; where all was taken back, those that
+        were tried.
     foci : FociResult or None
         The selection by L-FOCI: T of the loss, and in `names` the unit and call ("fc1[3] call 0")
         of every step.
     n_forget, n_retain, n_monitored : int
         Samples removed and retained, and those of the latter that were measured.
     n_parameters, n_trainable : int
-        Parameters of the selected units, and trainable ones of the model.
+        Selected parameters, and trainable ones of the model.
     n_units : int
-        Units that could have been selected.
+        Units, or single parameters, that could have been selected.
     n_dead : int
         Of these, units that no perturbation moved, left out by "lfoci" and "cheap".
     skipped : tuple of int
@@ -102,7 +102,7 @@ class UnlearnResult:
 
     model: nn.Module
     settings: Settings
-    selection: UnitSelection
+    selection: Selection
     foci: FociResult | None
     n_forget: int
     n_retain: int
@@ -146,14 +146,21 @@ class UnlearnResult:
 
         s = self.settings
         method = s.selection if isinstance(s.selection, str) else "given"
-        layers = [f"{name or '(model)'}: {len(u)}" for name, u in self.selection.units.items()]
+        masked = isinstance(self.selection, ParameterSelection)
+        counts = _counts(self.selection)
+        layers = [f"{name or '(model)'}: {count:,}" for name, count in counts.items()]
         if len(layers) > _LAYERS:
             layers = [*layers[: _LAYERS - 1], f"{len(layers) - _LAYERS + 1} layers more"]
         lines = [
             f"UnlearnResult: {self.n_forget - len(self.skipped)} of "
             f"{self.n_forget + self.n_retain} samples removed in {self.seconds['total']:.2f} s",
-            f"  units         {len(self.selection)} of {self.n_units}, {method} "
-            f"({', '.join(layers)}), {self.n_parameters:,} of {self.n_trainable:,} parameters",
+            (
+                f"  parameters    {self.n_parameters:,} of {self.n_trainable:,}, {method} "
+                f"({', '.join(layers)})"
+                if masked
+                else f"  units         {len(self.selection)} of {self.n_units}, {method} "
+                f"({', '.join(layers)}), {self.n_parameters:,} of {self.n_trainable:,} parameters"
+            ),
             f"  step          {self._step()}",
             f"  forget loss   {change(self.loss_forget)}",
             f"  retain loss   {change(self.loss_retain)}",
@@ -189,12 +196,19 @@ class UnlearnResult:
         return ", ".join(parts)
 
 
+def _counts(selection: Selection) -> dict[str, int]:
+    """How many are selected of each layer, or of each parameter."""
+    if isinstance(selection, ParameterSelection):
+        return selection.counts
+    return {name: len(units) for name, units in selection.units.items()}
+
+
 class Outcome(NamedTuple):
     """What was measured of deletions, and what their noise guarantees."""
 
     before: LossesAndGradients
     after: LossesAndGradients
-    selection: UnitSelection
+    selection: Selection
     step_norm: float
     guarantee: Guarantee
 
@@ -210,7 +224,7 @@ def result_of(
     """Put together what there is to say of deletions."""
     before, after, selection, step_norm, guarantee = outcome
     last = deletions[-1]
-    layout = UnitLayout(selection, work.model)
+    layout = selection.layout(work.model)
     solves = [solve for deletion in deletions for solve in deletion.solves]
     return UnlearnResult(
         model=model,

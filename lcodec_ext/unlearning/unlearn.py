@@ -10,12 +10,13 @@ from lcodec_ext._checks import check_bool
 from lcodec_ext._torch.loss import LossFunction, euclidean_norm
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
-from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
 from lcodec_ext.unlearning.guard import Watch
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
+from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_skipped
@@ -171,11 +172,13 @@ def unlearn(
     return result_of(changed, work, request, deletions, watch.guard, measured)
 
 
-def _selections(deletions: Sequence[Deletion]) -> tuple[UnitSelection, UnitSelection]:
-    """The units that were changed, and these or, where all was taken back, those tried."""
-    applied, tried = UnitSelection({}), UnitSelection({})
+def _selections(deletions: Sequence[Deletion]) -> tuple[Selection, Selection]:
+    """What was changed, and this or, where all was taken back, what was tried."""
+    applied: Selection | None = None
+    tried: Selection | None = None
     for deletion in deletions:
-        tried |= deletion.selection
+        tried = joined(tried, deletion.selection)
         if not deletion.skipped:
-            applied |= deletion.selection
-    return applied, applied or tried
+            applied = joined(applied, deletion.selection)
+    assert tried is not None  # there is at least one deletion
+    return applied or UnitSelection({}), applied or tried

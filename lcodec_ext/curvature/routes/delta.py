@@ -45,8 +45,8 @@ class HessianForm(Form):
         if any(node.name().startswith("WeightNormInterface") for node in graph_nodes(run.values)):
             raise ValueError(
                 "the selected parameters are those of a weight norm, whose second derivatives "
-                "PyTorch computes wrongly; take the GaussNewtonOperator or FisherOperator, or other "
-                "parameters"
+                "PyTorch computes wrongly; take the GaussNewtonOperator or the FisherOperator, or "
+                "other parameters"
             )
         self._by = run.displacements
         self._gradient = gradient_graph(objective.loss(run.outputs, batch), self._by)
