@@ -14,6 +14,7 @@ from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
+from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import training_norm
 from lcodec_ext.unlearning.request import Request
@@ -131,10 +132,27 @@ class UnlearnResult:
     calibration: Calibration | None
     guarantee: Guarantee
     seconds: dict[str, float]
+    _patch: WeightPatch | None = None
+
+    def patch(self) -> WeightPatch:
+        """What the deletion changed, to be saved and applied to other copies of the given model.
+
+        Raises
+        ------
+        ValueError
+            For a model whose state holds more than dense tensors.
+        """
+        if self._patch is None:
+            raise ValueError(
+                "the state_dict of the model holds what is not a dense tensor; there is no patch"
+            )
+        return self._patch
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model, as JSON takes it; nan becomes None."""
-        fields = [each.name for each in dataclasses.fields(self) if each.name != "model"]
+        fields = [
+            each.name for each in dataclasses.fields(self) if each.name not in ("model", "_patch")
+        ]
         values = {name: getattr(self, name) for name in fields}
         if self.foci is not None:
             values["foci"] = {"names": self.foci.names, "T": self.foci.cumulative}
@@ -211,6 +229,7 @@ class Outcome(NamedTuple):
     selection: Selection
     step_norm: float
     guarantee: Guarantee
+    patch: WeightPatch | None
 
 
 def result_of(
@@ -222,7 +241,7 @@ def result_of(
     outcome: Outcome,
 ) -> UnlearnResult:
     """Put together what there is to say of deletions."""
-    before, after, selection, step_norm, guarantee = outcome
+    before, after, selection, step_norm, guarantee, patch = outcome
     last = deletions[-1]
     layout = selection.layout(work.model)
     solves = [solve for deletion in deletions for solve in deletion.solves]
@@ -260,6 +279,7 @@ def result_of(
         calibration=last.last.calibration,
         guarantee=guarantee,
         seconds=work.clock.seconds,
+        _patch=patch,
     )
 
 

@@ -13,6 +13,7 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
 from lcodec_ext.unlearning.guard import Watch
+from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
@@ -164,12 +165,20 @@ def unlearn(
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
+    patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
         changed = model
     work.clock.seconds["total"] = time.perf_counter() - begin
-    measured = Outcome(before, after, selection, step_norm, guarantee)
+    measured = Outcome(before, after, selection, step_norm, guarantee, patch)
     return result_of(changed, work, request, deletions, watch.guard, measured)
+
+
+def _patch_of(before: nn.Module, after: nn.Module) -> WeightPatch | None:
+    try:
+        return WeightPatch.between(before, after)
+    except TypeError:  # a state that holds more than dense tensors
+        return None
 
 
 def _selections(deletions: Sequence[Deletion]) -> tuple[Selection, Selection]:
