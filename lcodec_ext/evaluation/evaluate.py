@@ -658,6 +658,8 @@ def _relearn_level(original: Measured, references: list[Measured]) -> float:
 
 def _units_per_layer(model: nn.Module, result: UnlearnResult) -> dict[str, list[int]]:
     """Of every layer with candidates: how many units were selected, and how many it has."""
+    if not isinstance(result.selection, UnitSelection):
+        return {}
     candidates = find_candidates(model, result.settings).selection.units
     chosen, every = result.selection.units, UnitSelection.all(model).units
     return {layer: [len(chosen.get(layer, ())), len(every[layer])] for layer in candidates}

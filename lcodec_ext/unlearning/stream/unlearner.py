@@ -13,17 +13,13 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
+from lcodec_ext._torch.states import state_hash, state_of
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, warn_of_noise
 from lcodec_ext.unlearning.release import GUARDED
 from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.stream.checkpoints import (
-    checkpoint_name,
-    state_hash,
-    state_of,
-    with_state,
-)
+from lcodec_ext.unlearning.stream.checkpoints import checkpoint_name, with_state
 from lcodec_ext.unlearning.stream.given import (
     check_given,
     circumstances,
