@@ -748,7 +748,7 @@ def test_the_delivered_model_is_known_by_its_weights(tmp_path):
     assert report.delivered == "mine"
     assert 'The delivered model is "mine" of the evaluation: it has the weights of the led' in text
     near, every = tables_of(text)[1:3]
-    assert [list(row) for row in near][0] == ["", "before", "delivered", "retrained"]
+    assert list(near[0]) == ["", "before", "delivered", "retrained"]
     by_name = {row[""]: row for row in near}
     assert by_name["JS"] == {
         "": "JS",

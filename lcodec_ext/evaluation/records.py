@@ -220,7 +220,8 @@ class ReportEntry:
         self.weights: str | None = (self.record.get("checkpoint") or {}).get("sha256")
         self.calibration: Mapping[str, Any] = self.result.get("calibration") or {}
         self.ids: list[int] = list(self.record.get("ids") or ())
-        self.groups = [str(group.get("id")) for group in self.record.get("groups") or ()]
+        named = self.record.get("groups") or () if self.asks else ()
+        self.groups = [str(group["id"]) for group in named]
         self.skipped = list(self.record.get("skipped", self.ids if self.kind == "skip" else ()))
         self.n_removed: int = self.record.get("n_removed", 0)
         self.n_pending: int = self.record.get("n_pending", 0)
