@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lcodec_ext import _files
+from lcodec_ext._torch.states import state_hash, state_of
 from lcodec_ext.evaluation import BASELINES, evaluate, figures
 from lcodec_ext.evaluation import records as data
 from lcodec_ext.evaluation.report import write_report
 from lcodec_ext.unlearning import Unlearner
-from lcodec_ext.unlearning.stream.checkpoints import state_hash, state_of
 
 STYLED = pytest.mark.usefixtures("styled")
 LAYERS = {"fc1": 16, "fc2": 8, "head": 4}

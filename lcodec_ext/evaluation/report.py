@@ -23,7 +23,7 @@ from lcodec_ext.evaluation.records import (
     as_number,
     combine,
     delivered_of,
-    numbers_of,
+    finite_of,
     pending,
     read_evaluations,
     read_ledgers,
@@ -635,7 +635,7 @@ def _strength_part(ledgers: Sequence[ReportLedger]) -> list[str]:
 def _calibration(request: ReportEntry) -> Iterator[str]:
     """What control groups of a request have shown."""
     found = request.calibration
-    reason, before = str(found.get("stopped_by")), numbers_of(found.get("control_before"))
+    reason, before = str(found.get("stopped_by")), finite_of(found.get("control_before"))
     stopped = _STOPPED.get(reason, f"The search was stopped by: {reason}.")
     n = len(found.get("control_after") or ())
     yield _STRENGTH.format(n=n, size=found.get("group_size"), stopped=stopped)
