@@ -19,6 +19,7 @@ from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
+from lcodec_ext.unlearning.groups import samples_of
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
     PrivacyBudget,
@@ -31,7 +32,7 @@ from lcodec_ext.unlearning.privacy import (
 )
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear, RemovalRecord
 from lcodec_ext.unlearning.record import TokenReplacement
-from lcodec_ext.unlearning.request import random_samples, samples_of
+from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import BeforeAfter, UnlearnResult
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics

@@ -27,7 +27,7 @@ _BISECTIONS = 4  # of a decade: the damping is found to within 15%
 class Calibration:
     """How the strength of a deletion was found, and on what evidence.
 
-    Control groups are retained samples, each as many as the request has, that were deleted
+    Control groups are retained samples, each about as many as the request has, that were deleted
     virtually by the same step. The strength is the largest after which their mean loss is at most
     that of validation samples, and the validation loss still holds after the request's own step.
 
@@ -57,7 +57,11 @@ class Calibration:
     finish : int
         Iterations of the finish that followed.
     group_size : int
-        Samples in a group.
+        Samples in a group; of groups of users the mean, rounded.
+    groups_of : str
+        "users": other whole users, by the ids in `groups`; "samples": random samples with the
+        labels of the request, also where there were too few users; "classes": random samples of
+        other classes, where no retained sample has a label of the request.
     n_validation : int
         Validation samples that were used.
     products : int
@@ -77,6 +81,7 @@ class Calibration:
     outliers: bool
     finish: int
     group_size: int
+    groups_of: str
     n_validation: int
     products: int
 
@@ -88,7 +93,9 @@ class Calibration:
     def __str__(self) -> str:
         before = robust_mean(self.control_before)[0]
         return (
-            f"{len(self.control_after)} control groups of {self.group_size}: loss {before:.3g} -> "
+            f"{len(self.control_after)} control groups of {self.group_size}"
+            + " samples of other users" * (self.groups_of == "users")
+            + f": loss {before:.3g} -> "
             f"{self.control:.3g} +- {self.spread:.2g}, validation {self.validation_before:.3g} -> "
             f"{self.validation_after:.3g}, stopped by {self.stopped_by}"
             + f", finish {self.finish}"
@@ -145,7 +152,8 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
         validation = known_classes(held, block, rng)
-        groups = control_groups(block, rng)
+        control = control_groups(block, rng)
+        groups = control.groups
         directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
         operator = operator_of(block, directions[:, 0], 0.0)
         space = Krylov(lambda V: operator @ V, directions, settings.max_iterations or 30)
@@ -154,14 +162,14 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
         trial = _Trial(block, space, groups, before, harm)
         chosen, reason = trial.search()
         loss = _request_loss(block, space, chosen)
-        control, spread = robust_mean(chosen.control)
+        mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
             stopped_by=reason,
             control_before=before,
             control_after=chosen.control,
-            control=control,
+            control=mean,
             spread=spread,
             validation_before=harm.validation_before,
             validation_after=chosen.validation,
@@ -169,7 +177,8 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
             retained_after=chosen.retained,
             outliers=reason in ("validation", "retained") and loss > OUTLIERS * level,
             finish=0,
-            group_size=len(groups[0]),
+            group_size=control.size,
+            groups_of=control.of,
             n_validation=len(validation),
             products=space.products,
         )

@@ -2,36 +2,52 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._torch.samples import Samples
+from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.step import Block
 
 _BASIS_BYTES = 2**31  # of the Krylov spaces, all together
-_FEWEST = 4  # control groups
 
 
-def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
-    """Groups of retained samples as the request: as many, and of each label as many if there are.
+class Control(NamedTuple):
+    """Groups of retained samples that are deleted virtually."""
 
-    They are drawn from samples whose curvature the step does not read. Groups share samples only
-    where the pool has too few for all of them.
+    groups: list[Samples]
+    of: Literal["users", "samples", "classes"]  # what the groups are of
+
+    @property
+    def size(self) -> int:
+        """Samples in a group, of groups of users in the mean."""
+        return round(sum(map(len, self.groups)) / len(self.groups))
+
+
+def control_groups(block: Block, rng: np.random.Generator) -> Control:
+    """Groups of retained samples as the request, of samples whose curvature the step does not read.
+
+    Where the request came with groups, and there are enough of them, these are other whole users
+    with about as many samples (`draw_users`). Else they are random samples, as many as the request
+    and of each label as many if there are; they share samples only where the pool has too few for
+    all of them. A class that is deleted as a whole has groups of samples of other classes.
     """
     work, forget = block.work, block.part.forget
     pool = block.retained.pool
     assert pool is not None  # settings that calibrate have one
-    size = min(len(forget), len(pool))
-    count = max(_FEWEST, work.settings.control_groups)
     each = (
         block.start.numel()
         * block.start.element_size()
         * ((work.settings.max_iterations or 30) + 1)
     )
-    count = max(_FEWEST, min(count, _BASIS_BYTES // each - 1))
+    count = max(FEWEST, min(work.settings.control_groups, _BASIS_BYTES // each - 1))
+    if block.retained.users is not None:
+        return Control([pool.subset(own).loaded() for own in block.retained.users[:count]], "users")
+    size = min(len(forget), len(pool))
     labels, wanted = labels_of(pool), labels_of(forget)
     free: list[int] = []
     groups = []
@@ -42,7 +58,8 @@ def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
         taken = set(group)
         free = [i for i in free if i not in taken]
         groups.append(pool.subset(sorted(group)).loaded())
-    return groups
+    gone = labels is not None and wanted is not None and not np.isin(wanted, labels).any()
+    return Control(groups, "classes" if gone else "samples")
 
 
 def _drawn(

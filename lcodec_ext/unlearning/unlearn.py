@@ -32,6 +32,7 @@ def unlearn(
     *,
     preset: str | Settings = "recommended",
     validation: Any = None,
+    groups: Any = None,
     statistics: TrainingStatistics | None = None,
     score: Score | None = None,
     inplace: bool = False,
@@ -71,6 +72,10 @@ def unlearn(
     validation : tensors, Dataset or DataLoader, optional
         What the guard watches accuracy on, with `max_drop`; by default retained samples that the
         step has not read, if it has not read all.
+    groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
+        Where forget has all samples of one user or of several: the id of each retained sample's
+        user. The control groups of a calibrated step are then other users, with about as many
+        samples together (`Calibration.groups_of`).
     statistics : TrainingStatistics, optional
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
@@ -144,7 +149,7 @@ def unlearn(
         statistics=statistics is not None,
     )
     work = Workplace.of(model, loss_fn, settings, score, progress)
-    request = checked_request(work, forget, retain, validation, statistics)
+    request = checked_request(work, forget, retain, validation, statistics, groups)
     check_certifiable(work, model, request)
     with work.timed("monitoring"):
         before = work.measure(request.forget, request.monitored)
