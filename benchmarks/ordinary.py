@@ -4,12 +4,12 @@
 
 Five networks (`ordinary_models.py`) learn from four draws of their data; from each training five
 requests are deleted, each from the trained network: two of users, two of random samples, one of
-wrong labels, of 5 to 40 samples. `unlearn` is called as a user would who has validation samples:
-no other option. Each is compared with three networks trained without the request (of the larger
+wrong labels, of 5 to 40 samples. An `Unlearner` gets validation samples, the users' ids and no
+option. Each deletion is compared with three networks trained without the request (of the larger
 data sets: without all five requests of a training, at most 4% of the samples).
 
-What counts as harm is said in `harms`. Where a deletion did harm, it is asked for again through an
-`Unlearner` with warnings as errors: a ledger that gets a line then did silent harm. Settings were
+What counts as harm is said in `harms`. Where a deletion did harm, it is asked for again with
+warnings as errors: a ledger that gets a line then did silent harm. Settings were
 chosen on other networks, and while these were looked at with seeds 0 to 2; seeds from 10 on judge.
 A record that was stopped goes on with the trainings it lacks.
 """
@@ -38,7 +38,7 @@ from run import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lcodec_ext.unlearning import Unlearner, UnlearnResult, unlearn
+from lcodec_ext.unlearning import Unlearner, UnlearnResult
 
 RETRAINED = 3
 FACTOR = 2.0  # of the retrained networks' mean
@@ -98,25 +98,27 @@ def harms(point: dict[str, Any]) -> list[str]:
 
 
 def delete(
-    model: nn.Module, work: Task, request: Request
-) -> tuple[UnlearnResult, list[str], float]:
-    """One request; the result, warnings, and CPU seconds."""
-    forget, retain = work.parts(request.numbers)
-    begin = time.process_time()
+    model: nn.Module, work: Task, request: Request, action: str = "always"
+) -> tuple[UnlearnResult | None, list[str], float]:
+    """One request to a new stream: the result if the ledger has it, warnings, CPU seconds.
+
+    Where warnings are errors (action "error") nothing is to be written.
+    """
+    begin, result = time.process_time(), None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = unlearn(model, forget, retain, cross_entropy, validation=work.validation)
-    return result, [str(each.message) for each in caught], time.process_time() - begin
-
-
-def silent(model: nn.Module, work: Task, request: Request) -> bool:
-    """Whether a ledger gets a line for the request where warnings are errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        stream = Unlearner(model, work.data, cross_entropy, validation=work.validation)
+        stream = Unlearner(
+            model, work.data, cross_entropy, validation=work.validation, groups=work.users
+        )
+        warnings.simplefilter(action)
         with contextlib.suppress(UserWarning):
-            stream.remove(request.numbers)
-        return len(stream.ledger) > 1
+            if request.users:
+                result = stream.remove(groups=request.users)
+            else:
+                result = stream.remove(request.numbers)
+    if len(stream.ledger) != (1 if result is None else 2):
+        raise AssertionError("the ledger has a line for a request that failed, or lacks one")
+    return result, [str(each.message) for each in caught], time.process_time() - begin
 
 
 def record(name: str, seed: int, epochs: int | None = None) -> dict[str, Any]:
@@ -147,6 +149,7 @@ def record(name: str, seed: int, epochs: int | None = None) -> dict[str, Any]:
         forget, retain = work.parts(request.numbers)
         before = measured(model, forget, retain, work.test)
         result, told, seconds = delete(model, work, request)
+        assert result is not None
         after = measured(result.model, forget, retain, work.test)
         moved, error = change(before["right"], after["right"])
         point = {
@@ -169,7 +172,9 @@ def record(name: str, seed: int, epochs: int | None = None) -> dict[str, Any]:
             "ratio_before": before["loss_forget"] / mean,
         }
         point["harm"] = harms(point)
-        point["silent"] = bool(point["harm"]) and silent(model, work, request)
+        point["silent"] = (
+            bool(point["harm"]) and delete(model, work, request, "error")[0] is not None
+        )
         found["requests"].append(point)
         show(name, seed, point)
     return found

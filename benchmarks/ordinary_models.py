@@ -264,6 +264,7 @@ class Request:
 
     kind: str
     numbers: list[int]
+    users: tuple[int, ...] = ()  # all of whose samples these are
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ def task(name: str, seed: int) -> Task:
     train, validation, rest = order.split([recipe.n, held, len(y) - recipe.n - held])
     test = all_of_it.test or (x[rest], y[rest])
     targets, users = y[train].clone(), all_of_it.users[train]
-    requests = [Request("user", numbers) for numbers in _some_users(users, generator)]
+    requests = [Request("user", *found) for found in _some_users(users, generator)]
     taken = {i for request in requests for i in request.numbers}
     free = [i for i in torch.randperm(recipe.n, generator=generator).tolist() if i not in taken]
     sizes = (5, 10, 20, 40) if seed % 2 else (8, 15, 30, 40)
@@ -314,11 +315,16 @@ def task(name: str, seed: int) -> Task:
     return Task((x[train], targets), users, requests, (x[validation], y[validation]), test)
 
 
-def _some_users(users: Tensor, generator: torch.Generator) -> list[list[int]]:
+def _some_users(
+    users: Tensor, generator: torch.Generator
+) -> list[tuple[list[int], tuple[int, ...]]]:
     """Samples of two users who have from 5 to 40; of the digits' small users several together."""
     names, counts = users.unique(return_counts=True)
     drawn = names[(counts >= 5) & (counts <= 40)]
     drawn = drawn[torch.randperm(len(drawn), generator=generator)].tolist()
     few = int(counts.max()) <= 12
-    groups = (drawn[:1], drawn[1:4]) if few else (drawn[:1], drawn[1:2])
-    return [torch.isin(users, torch.tensor(g)).nonzero().flatten().tolist() for g in groups]
+    found = (drawn[:1], drawn[1:4]) if few else (drawn[:1], drawn[1:2])
+    return [
+        (torch.isin(users, torch.tensor(some)).nonzero().flatten().tolist(), tuple(some))
+        for some in found
+    ]

@@ -82,7 +82,7 @@ def _unlike(some: Samples, request: Request, guard: Guard | None) -> Iterator[st
     assert request.kept is not None
     read = request.kept.read
     read = read.subset(range(min(len(read), GUARD_SIZE)))
-    advice = "the strength found by them may be wrong. Pass samples from where the training ones are"
+    advice = "the strength found by them may be wrong. Pass samples like those"
     known, here, gone = labels_of(read), labels_of(some), labels_of(request.forget)
     if known is not None and here is not None and gone is not None:
         shares = _shares(known, here, gone, request.m / (request.m + request.n_retain))
