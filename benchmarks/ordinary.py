@@ -15,6 +15,7 @@ A record that was stopped goes on with the trainings it lacks.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -30,7 +31,6 @@ import environment
 if __name__ == "__main__":
     environment.limit_threads(1)
 
-import contextlib
 
 import torch
 from ordinary_models import RECIPES, Data, Request, Task, fit, task

@@ -169,6 +169,12 @@ def warn_of_shortfall(
             f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "
             f"{target:.3g}. A stronger step was stopped by {_REASONS[found.stopped_by]}"
         )
+    if found.groups_of == "classes" and not found.finish:
+        told.append(
+            "a class was deleted as a whole: groups of other classes, which the strength was found "
+            f"by, cannot tell how far that has to go. The deleted samples lose {after.forget_loss:.3g} "
+            "now; a model that never saw their class would hardly recognise any"
+        )
     level = max(target, *found.control_after)
     if before.forget_loss <= target and after.forget_loss > OUTLIERS * level and level > 0:
         told.append(
