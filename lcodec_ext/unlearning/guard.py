@@ -9,6 +9,7 @@ from torch import Tensor
 from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, calibrated
+from lcodec_ext.unlearning.control import of_classes_that_stay
 from lcodec_ext.unlearning.finish import finish
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
@@ -94,6 +95,8 @@ class Watch:
         if not guarded:
             return cls(None, unread, request.validation)
         assert held is not None  # requests without are refused beforehand
+        if request.kept is not None and request.kept.pool is not None:
+            held = of_classes_that_stay(held, request.kept.pool, request.forget)
         return cls(Guard.of(work, held), unread, request.validation)
 
 
