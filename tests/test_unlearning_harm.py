@@ -120,7 +120,9 @@ def test_chosen_validation_samples_are_warned_of(known):
 def test_trained_validation_samples_are_warned_of(known, share):
     model, train, validation, _ = known
     k = round(share * 200)
-    mixed = tuple(torch.cat([t[50 : 50 + k], v[: 200 - k]]) for t, v in zip(train, validation))
+    mixed = tuple(
+        torch.cat([t[50 : 50 + k], v[: 200 - k]]) for t, v in zip(train, validation, strict=True)
+    )
     _, told = deleted(model, train, mixed)
     assert any(f"{k} of 200 validation samples are training samples" in each for each in told)
     _, told = deleted(model, train, tuple(t[:M] for t in train))
