@@ -6,7 +6,8 @@ Small networks learn scikit-learn's digits: a convolutional one with batch norm 
 AdamW, a small vision transformer by AdamW, a perceptron by SGD with coupled weight decay. The
 samples of a few pseudo-users (runs of twelve in the data set, which is in the order of its
 writers), random ones, or ones with wrong labels are deleted: with the constants of "recommended"
-("before"), with a cautious constant ("uncalibrated"), and calibrated by 300 validation samples.
+("before"), with a cautious constant ("uncalibrated"), and calibrated by 300 validation samples; for
+users' samples also with control groups of other users ("calibrated by users").
 Each case is compared with three retrained networks. Constants of the procedure were chosen on seeds
 0 to 2; seeds from 10 on judge it.
 """
@@ -16,6 +17,7 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ WAYS = {
     "uncalibrated": {"damping": 0.03, "output_damping": 0.0},
     "calibrated": {"calibrate": True, "validation": None},  # filled in
 }
+BY_USERS = "calibrated by users"  # the same with control groups of other users
 
 
 def cnn() -> nn.Module:
@@ -106,8 +109,8 @@ CASES = ("cnn users", "cnn wrong", "mlp random", "mlp wrong", "vit 15", "vit 40"
 Data = tuple[Tensor, Tensor]
 
 
-def task(name: str, seed: int) -> tuple[Data, Tensor, Data, Data]:
-    """Training samples, which of them are deleted, validation and test samples."""
+def task(name: str, seed: int) -> tuple[Data, Tensor, Tensor, Data, Data]:
+    """Training samples, their users, which of them are deleted, validation and test samples."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -128,7 +131,8 @@ def task(name: str, seed: int) -> tuple[Data, Tensor, Data, Data]:
         if kind == "wrong":
             shift = torch.randint(1, 10, (m,), generator=generator)
             targets[drawn] = (targets[drawn] + shift) % 10
-    return (x[train], targets), forget, (x[validation], y[validation]), (x[test], y[test])
+    held, unseen = ((x[some], y[some]) for some in (validation, test))
+    return (x[train], targets), users[train], forget, held, unseen
 
 
 def fit(network: str, data: Data, seed: int, epochs: int) -> nn.Module:
@@ -179,7 +183,7 @@ def _js(a: nn.Module, b: nn.Module, x: Tensor) -> float:
 def record(name: str, seed: int, epochs: int | None) -> dict[str, Any]:
     """Train, retrain, and delete in each way."""
     network = name.split()[0]
-    data, wanted, validation, test = task(name, seed)
+    data, users, wanted, validation, test = task(name, seed)
     forget, retain = (tuple(t[mask] for t in data) for mask in (wanted, ~wanted))
     epochs = epochs or EPOCHS[network]
     begin = time.process_time()
@@ -193,29 +197,47 @@ def record(name: str, seed: int, epochs: int | None) -> dict[str, Any]:
         "no-op": measured(model, forget, test, peers),
         "retrained": [measured(peer, forget, test, peers) for peer in peers],
     }
-    for way, options in WAYS.items():
+    ways = dict(WAYS)
+    if name.endswith("users"):
+        ways[BY_USERS] = WAYS["calibrated"] | {"groups": users[~wanted]}
+    for way, options in ways.items():
         given = {key: validation if value is None else value for key, value in options.items()}
-        begin = time.process_time()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            result = unlearn(
-                model, forget, retain, cross_entropy, weight_decay=WEIGHT_DECAY[network], **given
-            )
-        spent = time.process_time() - begin
-        found[way] = measured(result.model, forget, test, peers) | {
-            "seconds": spent,
-            "damping": result.damping,
-            "skipped": len(result.skipped),
-            "calibration": result.calibration and result.calibration.to_dict(),
-            "warnings": [str(each.message)[:80] for each in caught],
-        }
+        given["weight_decay"] = WEIGHT_DECAY[network]
+        found[way] = deletion(model, forget, retain, test, peers, given)
     return found
 
 
-def summary(points: list[dict[str, Any]]) -> dict[str, Any]:
+def deletion(
+    model: nn.Module,
+    forget: Data,
+    retain: Data,
+    test: Data,
+    peers: list[nn.Module],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Delete with options of `unlearn`, and measure."""
+    begin = time.process_time()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = unlearn(model, forget, retain, cross_entropy, **options)
+    spent = time.process_time() - begin
+    return measured(result.model, forget, test, peers) | {
+        "seconds": spent,
+        "damping": result.damping,
+        "skipped": len(result.skipped),
+        "calibration": result.calibration and result.calibration.to_dict(),
+        "warnings": [str(each.message)[:80] for each in caught],
+    }
+
+
+def summary(
+    points: list[dict[str, Any]], ways: Iterable[str] = ("no-op", *WAYS, BY_USERS)
+) -> dict[str, Any]:
     """Geometric means over seeds of deleted loss over retrained, and arithmetic ones of others."""
     found: dict[str, Any] = {}
-    for way in ("no-op", *WAYS):
+    for way in ways:
+        if way not in points[0]:
+            continue
         ratios, drops, gaps = [], [], []
         for point in points:
             loss = statistics.fmean(each["loss_forget"] for each in point["retrained"])
@@ -256,6 +278,21 @@ def table(cases: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def begun(settings: dict[str, Any]) -> dict[str, Any]:
+    """The head of a result file."""
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment.commit(),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "settings": settings,
+        "load_before": environment.load(),
+        "cases": {},
+        "calibration": {},
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs")
@@ -267,17 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds, epochs = (options.seeds[:1], 2) if options.quick else (options.seeds, None)
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
-        "settings": {"quick": options.quick, "seeds": seeds, "retrained": RETRAINED},
-        "load_before": environment.load(),
-        "cases": {},
-        "calibration": {},
-    }
+    result = begun({"quick": options.quick, "seeds": seeds, "retrained": RETRAINED})
     for name in options.cases:
         points = []
         for seed in seeds:
@@ -285,7 +312,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(
                 name,
                 seed,
-                {way: round(points[-1][way]["loss_forget"], 4) for way in WAYS},
+                {
+                    way: round(points[-1][way]["loss_forget"], 4)
+                    for way in (*WAYS, BY_USERS)
+                    if way in points[-1]
+                },
                 flush=True,
             )
         result["calibration"][name] = {"points": points, "summary": summary(points)}

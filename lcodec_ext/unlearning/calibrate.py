@@ -28,7 +28,7 @@ TRIALS = _DECADES - 1 + _BISECTIONS  # dampings after the first one, at most
 class Calibration:
     """How the strength of a deletion was found, and on what evidence.
 
-    Control groups are retained samples, each as many as the request has, that were deleted
+    Control groups are retained samples, each about as many as the request has, that were deleted
     virtually by the same step. The strength is the largest after which their mean loss is at most
     that of validation samples, and the validation loss still holds after the request's own step.
 
@@ -41,7 +41,8 @@ class Calibration:
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
         would be due; "residual", the solution is
-        worse than none; "curvature", the matrix is indefinite; "range", nothing.
+        worse than none; "curvature", the matrix is indefinite; "range", nothing; "outliers", there
+        was no step.
     control_before, control_after : tuple of float
         Mean loss of each control group, before and after its own virtual deletion.
     control : float
@@ -53,12 +54,22 @@ class Calibration:
     retained_before, retained_after : float
         The same of retained samples that the step does not read.
     outliers : bool
-        Whether the request loses more than three times what control groups and validation do,
-        before they reach the validation loss, as samples with wrong labels do.
+        Whether the request is unlike other samples, as ones with wrong labels are: there was no
+        step then, only a finish, and nothing after it in `control_after`. Or whether after the step
+        it loses more than three times what control groups and validation do.
+    unlike : float
+        How often a removed sample loses more than a retained one, before: 0.5 for samples like any
+        other, 0.9 and more for outliers; nan without a finish.
     finish : int
-        Iterations of the finish that followed.
+        Iterations or batches of the finish that followed.
+    finish_by : str
+        What finished, and why that.
     group_size : int
-        Samples in a group.
+        Samples in a group; of groups of users the mean, rounded.
+    groups_of : str
+        "users": other whole users, by the ids in `groups`; "samples": random samples with the
+        labels of the request, also where there were too few users; "classes": random samples of
+        other classes, where no retained sample has a label of the request.
     n_validation : int
         Validation samples that were used.
     products : int
@@ -76,10 +87,37 @@ class Calibration:
     retained_before: float
     retained_after: float
     outliers: bool
+    unlike: float
     finish: int
+    finish_by: str
     group_size: int
+    groups_of: str
     n_validation: int
     products: int
+
+    @classmethod
+    def without_a_step(cls, harm: "Harm", unlike: float) -> "Calibration":
+        """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
+        return cls(
+            strength=math.inf,
+            stopped_by="outliers",
+            control_before=(),
+            control_after=(),
+            control=math.nan,
+            spread=math.nan,
+            validation_before=harm.validation_before,
+            validation_after=math.nan,
+            retained_before=harm.retained_before,
+            retained_after=math.nan,
+            outliers=True,
+            unlike=unlike,
+            finish=0,
+            finish_by="",
+            group_size=0,
+            groups_of="samples",
+            n_validation=len(harm.validation),
+            products=0,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it; what is not finite becomes None."""
@@ -87,13 +125,20 @@ class Calibration:
         return found
 
     def __str__(self) -> str:
+        finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
+        if not self.control_after:
+            return (
+                f"outliers, no step: a removed sample loses more than a retained one in "
+                f"{self.unlike:.0%} of pairs, validation {self.validation_before:.3g} -> "
+                f"{self.validation_after:.3g}{finish}"
+            )
         before = robust_mean(self.control_before)[0]
         return (
-            f"{len(self.control_after)} control groups of {self.group_size}: loss {before:.3g} -> "
+            f"{len(self.control_after)} control groups of {self.group_size}"
+            + " samples of other users" * (self.groups_of == "users")
+            + f": loss {before:.3g} -> "
             f"{self.control:.3g} +- {self.spread:.2g}, validation {self.validation_before:.3g} -> "
-            f"{self.validation_after:.3g}, stopped by {self.stopped_by}"
-            + f", finish {self.finish}"
-            * bool(self.finish)
+            f"{self.validation_after:.3g}, stopped by {self.stopped_by}" + finish
         )
 
 
@@ -146,7 +191,8 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
         validation = known_classes(held, block, rng)
-        groups = control_groups(block, rng)
+        control = control_groups(block, rng)
+        groups = control.groups
         directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
         operator = operator_of(block, directions[:, 0], 0.0)
         space = Krylov(lambda V: operator @ V, directions, settings.max_iterations or 30)
@@ -155,22 +201,25 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
         trial = _Trial(block, space, groups, before, harm)
         chosen, reason = trial.search()
         loss = _request_loss(block, space, chosen)
-        control, spread = robust_mean(chosen.control)
+        mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
             stopped_by=reason,
             control_before=before,
             control_after=chosen.control,
-            control=control,
+            control=mean,
             spread=spread,
             validation_before=harm.validation_before,
             validation_after=chosen.validation,
             retained_before=harm.retained_before,
             retained_after=chosen.retained,
             outliers=reason in ("validation", "retained") and loss > OUTLIERS * level,
+            unlike=math.nan,
             finish=0,
-            group_size=len(groups[0]),
+            finish_by="",
+            group_size=control.size,
+            groups_of=control.of,
             n_validation=len(validation),
             products=space.products,
         )

@@ -2,31 +2,48 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._torch.samples import Samples
+from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.step import Block
 
 _BASIS_BYTES = 2**31  # of the Krylov spaces, all together
-_FEWEST = 4  # control groups
 
 
-def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
-    """Groups of retained samples as the request: as many, and of each label as many if there are.
+class Control(NamedTuple):
+    """Groups of retained samples that are deleted virtually."""
 
-    They are drawn from samples whose curvature the step does not read. Groups share samples only
-    where the pool has too few for all of them.
+    groups: list[Samples]
+    of: Literal["users", "samples", "classes"]  # what the groups are of
+
+    @property
+    def size(self) -> int:
+        """Samples in a group, of groups of users in the mean."""
+        return round(sum(map(len, self.groups)) / len(self.groups))
+
+
+def control_groups(block: Block, rng: np.random.Generator) -> Control:
+    """Groups of retained samples as the request, of samples whose curvature the step does not read.
+
+    Where the request came with groups, and there are enough of them, these are other whole users
+    with about as many samples (`draw_users`). Else they are random samples, as many as the request
+    and of each label as many if there are; they share samples only where the pool has too few for
+    all of them. A class that is deleted as a whole has groups of samples of other classes.
     """
     work, forget = block.work, block.part.forget
     pool = block.retained.pool
     assert pool is not None  # settings that calibrate have one
-    size = min(len(forget), len(pool))
     count = groups_that_fit(work.settings, block.start.nbytes)
+    if block.retained.users is not None:
+        return Control([pool.subset(own).loaded() for own in block.retained.users[:count]], "users")
+    size = min(len(forget), len(pool))
     labels, wanted = labels_of(pool), labels_of(forget)
     free: list[int] = []
     groups = []
@@ -37,13 +54,14 @@ def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
         taken = set(group)
         free = [i for i in free if i not in taken]
         groups.append(pool.subset(sorted(group)).loaded())
-    return groups
+    gone = labels is not None and wanted is not None and not np.isin(wanted, labels).any()
+    return Control(groups, "classes" if gone else "samples")
 
 
 def groups_that_fit(settings: Settings, vector_bytes: int) -> int:
     """How many control groups: as asked for, or fewer where their Krylov spaces are too large."""
     each = vector_bytes * ((settings.max_iterations or 30) + 1)
-    return max(_FEWEST, min(settings.control_groups, _BASIS_BYTES // each - 1))
+    return max(FEWEST, min(settings.control_groups, _BASIS_BYTES // each - 1))
 
 
 def _drawn(
@@ -71,11 +89,16 @@ def known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samp
     some = held.subset(np.sort(numbers).tolist()).loaded()
     pool = block.retained.pool
     assert pool is not None
-    here, kept, gone = labels_of(some), labels_of(pool), labels_of(block.part.forget)
+    return of_classes_that_stay(some, pool, block.part.forget)
+
+
+def of_classes_that_stay(held: Samples, pool: Samples, forget: Samples) -> Samples:
+    """Those of validation samples whose class is not deleted as a whole; all if none is left."""
+    here, kept, gone = labels_of(held), labels_of(pool), labels_of(forget)
     if here is None or kept is None or gone is None:
-        return some
+        return held
     known = ~np.isin(here, np.setdiff1d(gone, kept))
-    return some.subset(np.flatnonzero(known).tolist()) if known.any() else some
+    return held.subset(np.flatnonzero(known).tolist()) if known.any() else held
 
 
 def labels_of(samples: Samples) -> NDArray[np.int64] | None:

@@ -19,9 +19,9 @@ from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
-from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
-from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
 from lcodec_ext.unlearning.rates import Rates, timed
 from lcodec_ext.unlearning.request import Request, checked_request
 from lcodec_ext.unlearning.rules import RULES
@@ -142,6 +142,7 @@ def estimate(
     validation: Any = None,
     statistics: TrainingStatistics | None = None,
     score: Score | None = None,
+    groups: Any = None,
     **options: Any,
 ) -> Estimate:
     """Say what `unlearn` will cost with the same arguments, without changing anything.
@@ -151,7 +152,7 @@ def estimate(
 
     Parameters
     ----------
-    model, forget, retain, loss_fn, preset, validation, statistics, score, **options
+    model, forget, retain, loss_fn, preset, validation, statistics, score, groups, **options
         As `unlearn` takes them.
 
     Returns
@@ -190,7 +191,7 @@ def estimate(
         statistics=statistics is not None,
     )
     work = Workplace.of(model, loss_fn, settings, score, False)
-    request = checked_request(work, forget, retain, validation, statistics)
+    request = checked_request(work, forget, retain, validation, statistics, groups)
     return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
 
 
@@ -214,7 +215,7 @@ def planned(
 
 def _estimated(work: Workplace, request: Request, setup: float, planning: bool) -> Estimate:
     begin = time.perf_counter()
-    selection = _stand_in(work, request)
+    selection = _stand_in(work)
     sizes = _sizes(work, request, selection)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -222,7 +223,7 @@ def _estimated(work: Workplace, request: Request, setup: float, planning: bool) 
         rates = timed(work, selection, source, request.forget)
     if planning:
         setup += time.perf_counter() - begin
-    for settings in _plans(work.settings):
+    for settings in _plans(work.settings, sizes):
         found = _of(settings, sizes, rates, setup)
         if fits(found):
             return replace(found, chosen=_changed(work.settings, settings), notes=_notes(settings))
@@ -235,7 +236,7 @@ def fits(found: Estimate) -> bool:
     return found.most_seconds <= allowed and (most is None or found.memory["peak"] <= most)
 
 
-def _plans(settings: Settings) -> Iterator[Settings]:
+def _plans(settings: Settings, sizes: Sizes) -> Iterator[Settings]:
     """The settings, and lowered ones where they are limited."""
     if not settings.bounded:
         yield settings
@@ -243,21 +244,23 @@ def _plans(settings: Settings) -> Iterator[Settings]:
     caps: dict[str, int] = {}
     for sacrifice in ({}, *SACRIFICES):
         caps |= sacrifice
-        lowered = _capped(settings, caps)
-        sizes = [n for n in _BATCHES if n < settings.batch_size]
-        sizes = [settings.batch_size, *(sizes if settings.max_memory is not None else [])]
+        lowered = _capped(settings, caps, sizes)
+        batches = [n for n in _BATCHES if n < settings.batch_size]
+        batches = [settings.batch_size, *(batches if settings.max_memory is not None else [])]
         kept = [n for n in _CACHES if n < settings.cache_bytes]
         kept = [settings.cache_bytes, *(kept if settings.max_memory is not None else [])]
-        for size in sizes:
+        for size in batches:
             for cache in kept:
                 yield replace(lowered, batch_size=size, cache_bytes=cache)
 
 
-def _capped(settings: Settings, caps: Mapping[str, int]) -> Settings:
+def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settings:
     """Lower what is larger than its cap; None counts as large where it means all."""
     lowered: dict[str, Any] = {}
     for name, cap in caps.items():
         value = getattr(settings, name)
+        if name == "finish" and value is None:  # mini-batches are not made shorter
+            value = 0 if sizes.n_retain >= BATCHED and cap else ITERATIONS
         if (value is None and name in _ALL) or (value is not None and value > cap):
             lowered[name] = cap
     if settings.update == "gradient":
@@ -290,6 +293,8 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     selection = settings.selection
     if not isinstance(selection, str) or RULES[selection].size == "given":
         return ()
+    if selection == "step":
+        return ("selection='step': the step on all candidates, and one as long on those it takes",)
     if RULES[selection].repeated:
         rounds = "n_units rounds" if settings.n_units else "one round; every further one costs more"
         return (f"selection={selection!r}: {rounds}",)
@@ -319,12 +324,20 @@ def _refusal(settings: Settings, least: Estimate) -> str:
     )
 
 
-def _stand_in(work: Workplace, request: Request) -> UnitSelection:
-    """The units that a step changes, or as many at random where a rule selects them."""
-    settings, candidates = work.settings, find_candidates(work.model, work.settings)
-    selection = settings.selection
+def _stand_in(work: Workplace) -> Selection:
+    """What a step changes, or as many random units where a rule selects them."""
+    settings, selection = work.settings, work.settings.selection
+    if isinstance(selection, ParameterSelection):
+        return selection
+    if (
+        isinstance(selection, str)
+        and selection in ("full", "step")
+        and settings.candidates == "all"
+    ):
+        return all_trainable(work.model)
+    candidates = find_candidates(work.model, settings)
     sized = settings.n_units is not None or settings.max_parameters is not None
-    if not isinstance(selection, str) or RULES[selection].size == "given" or not sized:
+    if not isinstance(selection, str) or not sized or RULES[selection].size == "given":
         return candidates.selection
     order = np.random.default_rng(0).permutation(len(candidates.units))
     ranked = [candidates.units[k] for k in order]
@@ -333,12 +346,13 @@ def _stand_in(work: Workplace, request: Request) -> UnitSelection:
     return take(ranked, candidates, settings, work.n_trainable)
 
 
-def _sizes(work: Workplace, request: Request, selection: UnitSelection) -> Sizes:
+def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
     samples = request.forget if request.kept is None else request.kept.all
     with torch.no_grad():
         outputs = [*tensors_of(outputs_of(work.model, samples.fetch([0])))]
     modules = dict(work.model.named_modules())
-    layers = [modules.get(name) for name in selection.units]
+    units = selection.units if isinstance(selection, UnitSelection) else {}
+    layers = [modules.get(name) for name in units]
     tensors = [*work.model.parameters(), *work.model.buffers()]
     statistics = request.statistics
     matrix = 0 if statistics is None or statistics.matrix is None else len(statistics.matrix)
@@ -347,10 +361,9 @@ def _sizes(work: Workplace, request: Request, selection: UnitSelection) -> Sizes
         n_retain=request.n_retain,
         n_held=None if request.validation is None else len(request.validation),
         n_outputs=sum(t.numel() for t in outputs),
-        p=UnitLayout(selection, work.model).size,
+        p=selection.layout(work.model).size,
         n_trainable=work.n_trainable,
         n_parameters=sum(t.numel() for t in tensors),
-        n_units=len(selection),
         bytes_each=torch.finfo(work.dtype).bits // 8,
         batch_norm=any(isinstance(module, _BatchNorm) for module in modules.values()),
         retained=request.kept is not None,

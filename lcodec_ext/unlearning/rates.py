@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lcodec_ext._torch.modes import clock
 from lcodec_ext._torch.samples import Samples, outputs_of
-from lcodec_ext.curvature import UnitSelection
-from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.curvature.solvers import Krylov, conjugate_gradient
 from lcodec_ext.dependence import lfoci
 from lcodec_ext.unlearning.record import record
@@ -72,7 +71,7 @@ class Rates:
         return total + phase.selections * self.selection
 
 
-def timed(work: Workplace, selection: UnitSelection, source: Samples, request: Samples) -> Rates:
+def timed(work: Workplace, selection: Selection, source: Samples, request: Samples) -> Rates:
     """Time passes over the first samples of a source, and what the settings select by."""
     settings = work.settings
     most = min(len(source), settings.batch_size)
@@ -85,7 +84,7 @@ def timed(work: Workplace, selection: UnitSelection, source: Samples, request: S
         built = _Built(work, selection)
         passes["graphs"], passes["products"] = _fitted(work, some, built.calls)
         graphs = _line(built.n_bytes)
-    p = UnitLayout(selection, work.model).size
+    p = selection.layout(work.model).size
     rates = Rates(passes, _solve_rate(work, p), graphs, _activations(work, some))
     if settings.selection in ("lfoci", "cheap"):
         rates = replace(rates, perturbation=_recorded(work, request), selection=_selected(work))
@@ -125,7 +124,7 @@ def _fitted(
 class _Built:
     """Operators of a few samples, and the memory of their graphs."""
 
-    def __init__(self, work: Workplace, selection: UnitSelection) -> None:
+    def __init__(self, work: Workplace, selection: Selection) -> None:
         self._work, self._selection = work, selection
         self._vector: Tensor | None = None
         self.n_bytes: dict[int, int] = {}
@@ -217,8 +216,8 @@ def _recorded(work: Workplace, request: Samples) -> Rate:
     settings = work.settings
     some = request.subset(range(min(len(request), _TRIED)))
 
-    def run(count: int) -> Callable[[], object]:
-        return lambda: record(
+    def run() -> object:
+        return record(
             work.model,
             some,
             work.loss_fn,
@@ -230,8 +229,9 @@ def _recorded(work: Workplace, request: Samples) -> Rate:
             seed=settings.seed,
         )
 
-    few, many = (_fastest(work, run(count)) for count in (3, 3 + _TRIED))
-    return Rate(0.0, max(0.0, many - few) / (_TRIED * len(some)))
+    count = max(3, min(settings.n_perturbations, -(-settings.batch_size // len(some))))
+    seconds = _fastest(work, run)
+    return Rate(0.0, seconds / (count * len(some)))
 
 
 def _selected(work: Workplace) -> float:

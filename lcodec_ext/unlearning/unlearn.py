@@ -10,13 +10,16 @@ from lcodec_ext._checks import check_bool
 from lcodec_ext._torch.loss import LossFunction, euclidean_norm
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
-from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
+from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall
 from lcodec_ext.unlearning.estimate import planned
 from lcodec_ext.unlearning.guard import Watch
+from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
+from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_skipped
@@ -32,6 +35,7 @@ def unlearn(
     *,
     preset: str | Settings = "recommended",
     validation: Any = None,
+    groups: Any = None,
     statistics: TrainingStatistics | None = None,
     score: Score | None = None,
     inplace: bool = False,
@@ -71,6 +75,10 @@ def unlearn(
     validation : tensors, Dataset or DataLoader, optional
         What the guard watches accuracy on, with `max_drop`; by default retained samples that the
         step has not read, if it has not read all.
+    groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
+        Where forget has all samples of one user or of several: the id of each retained sample's
+        user. The control groups of a calibrated step are then other users, with about as many
+        samples together (`Calibration.groups_of`).
     statistics : TrainingStatistics, optional
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
@@ -106,7 +114,9 @@ def unlearn(
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
         If the step was taken back; if it raises the retained loss by much; if half of the removed
-        samples or more are also retained; if there are fewer units than `n_units`.
+        samples or more are also retained; if there are fewer units than `n_units`; if validation
+        samples are few, unlike the training ones or among them; if a calibrated step stayed far
+        from its aim or cost accuracy.
 
     Notes
     -----
@@ -142,13 +152,14 @@ def unlearn(
         statistics=statistics is not None,
     )
     work = Workplace.of(model, loss_fn, settings, score, progress)
-    request = checked_request(work, forget, retain, validation, statistics)
+    request = checked_request(work, forget, retain, validation, statistics, groups)
     check_certifiable(work, model, request)
     work, request, cost = planned(work, request, time.perf_counter() - begin)
     with work.timed("monitoring"):
         before = work.measure(request.forget, request.monitored)
     start = work.weights()
     watch = Watch.of(work, request)
+    warn_of_doubts(request, watch.guard, settings)
     # Each part: perturb and record, select, step, guard.
     deletions = [delete(work, part, watch) for part in request.parts(work)]
     warn_of_skipped(deletions, watch.guard, work.settings, request.m)
@@ -165,19 +176,30 @@ def unlearn(
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
+    warn_of_shortfall(before, after, deletions, watch.guard)
+    patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
         changed = model
     work.clock.seconds["total"] = time.perf_counter() - begin
-    measured = Outcome(before, after, selection, step_norm, guarantee, cost)
+    measured = Outcome(before, after, selection, step_norm, guarantee, patch, cost)
     return result_of(changed, work, request, deletions, watch.guard, measured)
 
 
-def _selections(deletions: Sequence[Deletion]) -> tuple[UnitSelection, UnitSelection]:
-    """The units that were changed, and these or, where all was taken back, those tried."""
-    applied, tried = UnitSelection({}), UnitSelection({})
+def _patch_of(before: nn.Module, after: nn.Module) -> WeightPatch | None:
+    try:
+        return WeightPatch.between(before, after)
+    except TypeError:  # a state that holds more than dense tensors
+        return None
+
+
+def _selections(deletions: Sequence[Deletion]) -> tuple[Selection, Selection]:
+    """What was changed, and this or, where all was taken back, what was tried."""
+    applied: Selection | None = None
+    tried: Selection | None = None
     for deletion in deletions:
-        tried |= deletion.selection
+        tried = joined(tried, deletion.selection)
         if not deletion.skipped:
-            applied |= deletion.selection
-    return applied, applied or tried
+            applied = joined(applied, deletion.selection)
+    assert tried is not None  # there is at least one deletion
+    return applied or UnitSelection({}), applied or tried

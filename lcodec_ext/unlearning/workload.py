@@ -7,7 +7,8 @@ from typing import Any
 
 from lcodec_ext.unlearning.calibrate import TRIALS
 from lcodec_ext.unlearning.control import groups_that_fit
-from lcodec_ext.unlearning.finish import MOST
+from lcodec_ext.unlearning.distil import BATCH, COPY, FOLLOW, HOLD
+from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS, MOST
 from lcodec_ext.unlearning.guard import LENGTHS
 from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
 from lcodec_ext.unlearning.rules import RULES
@@ -34,7 +35,6 @@ class Sizes:
     p: int  # selected parameters
     n_trainable: int
     n_parameters: int  # with buffers
-    n_units: int
     bytes_each: int  # of a number
     batch_norm: bool
     retained: bool = True  # whether there are retained samples
@@ -206,8 +206,10 @@ class Workload:
 
     @property
     def rounds(self) -> int:
-        """Selections of a repeated rule."""
+        """Selections of a repeated rule; the two steps of "step"."""
         selection = self.settings.selection
+        if selection == "step":
+            return 2
         repeated = isinstance(selection, str) and RULES[selection].repeated
         return self.settings.n_units or 1 if repeated else 1
 
@@ -269,14 +271,25 @@ class Workload:
         )
         more = TRIALS + 1 - _LIKELY_TRIALS
         yield Phase("more dampings", forward=losses(more), certain=False)
-        if s.finish:
-            passes = (round(1.25 * s.finish), min(MOST, self.sizes.n_retain))
-            yield Phase(
-                "finish",
-                gradient=(passes,),
-                forward=((s.finish + 2, held), (1, kept)),
-                certain=False,
+        yield from self._finish(held, kept)
+
+    def _finish(self, held: int, kept: int) -> Iterator[Phase]:
+        """What follows a calibrated step; more where the request is of outliers."""
+        s, n = self.settings, self.sizes.n_retain
+        if s.finish == 0:
+            return
+        yield Phase("finish", forward=((1, self.sizes.m), (2, held), (2, kept)))
+        if s.finish is None and n >= BATCHED:
+            held_back, led = (
+                sum(each.batches(n) for each in some) * (BATCH + BATCH // 4)
+                for some in ((HOLD,), (COPY, FOLLOW))
             )
+            yield Phase("finish", gradient=((1, held_back),), batch_size=BATCH)
+            yield Phase("finish", gradient=((1, led),), batch_size=BATCH, certain=False)
+            return
+        count = s.finish or ITERATIONS
+        passes = ((round(1.25 * count), min(MOST, n)),)
+        yield Phase("finish", gradient=passes, forward=((count, held),), certain=False)
 
     def _further(self, rounds: int) -> Iterator[Phase]:
         s, z = self.settings, self.sizes
@@ -308,7 +321,7 @@ class Workload:
         model = z.n_parameters * z.bytes_each
         copies = model + whole  # the copy that moves, and where it started
         gradients = 2 * whole  # measured at the start
-        largest = max(z.m, self.n_monitored, MOST if s.finish else 0)
+        largest = max(z.m, self.n_monitored, z.n_retain if s.finish != 0 else 0)
         batch = activations.of(min(s.batch_size, max(1, largest)))
         backward = {
             "model": copies + model,
