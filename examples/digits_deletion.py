@@ -1,8 +1,8 @@
 """Delete samples from a small network on request, and see what the deletions did.
 
 A convolutional network learns scikit-learn's digits as people train one: with batch norm, dropout
-and AdamW. Two requests arrive: forty samples with wrong labels, and the samples of one user. Each is
-deleted with a ledger and compared with training again without the samples, and with two plain
+and AdamW. Two requests arrive: forty samples with wrong labels, and the samples of one user. Each
+is deleted with a ledger, and compared with training again without the samples and with two plain
 tools. The script prints a table for each request, and writes a report.
 """
 
