@@ -19,7 +19,7 @@ from lcodec_ext.unlearning.step import Block, Steps, take_steps
 from lcodec_ext.unlearning.workplace import Workplace
 
 _LONGEST = 8.0  # multiple of a step, by lengthening it
-_LENGTHS = 6  # that are tried
+LENGTHS = 6  # that are tried
 _ERRORS = 2.0  # standard errors that a rise of losses may be chance
 _CLASSIFIED = 0.01  # a rise of a classifier's mean loss up to this does no harm
 _SHORT = 1.0  # relative residual of a step that falls short
@@ -163,6 +163,7 @@ def _attempt(
 ) -> Attempt:
     guard = watch.guard
     steps = take_steps(block, damping, rate)
+    damping = damping if steps.damping is None else steps.damping
     if steps.failure is not None:
         if guard is None:
             raise steps.failure
@@ -240,7 +241,8 @@ def _finished(
         finish_by=done.by,
     )
     holds = not harm.broken(validation, retained)
-    accepted = holds and (guard is None or guard.allows(value))
+    solved = steps.residual <= _SHORT  # by products, where the search went by the recurrence
+    accepted = solved and holds and (guard is None or guard.allows(value))
     return Attempt(found.strength, steps, value=value, accepted=accepted, calibration=found)
 
 
@@ -282,7 +284,7 @@ def _lengthened(take: Callable[[float], None], small: Callable[[], bool], length
     low, high = 1.0, math.inf
     if not small():
         return length
-    for _ in range(_LENGTHS):
+    for _ in range(LENGTHS):
         length = 2 * low if high == math.inf else (low + high) / 2
         take(length)
         low, high = (length, high) if small() else (low, length)

@@ -291,7 +291,7 @@ def losses_around_noise(
 
 def result_record(result: UnlearnResult) -> dict[str, Any]:
     """A result without what is on record elsewhere, and without times."""
-    elsewhere = ("settings", "selection", "seconds", "skipped", "guarantee")
+    elsewhere = ("settings", "selection", "seconds", "skipped", "guarantee", "estimate")
     return {key: value for key, value in result.to_dict().items() if key not in elsewhere}
 
 
