@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from lcodec_ext._torch.loss import NotFiniteError
+from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
 from lcodec_ext.unlearning.control import known_classes, of_classes_that_stay, some_of_pool
@@ -65,13 +66,26 @@ class Guard:
 
     @property
     def most(self) -> float:
-        """The largest fall that is allowed."""
+        """The largest fall that is allowed; of losses above 1, as a share of them."""
         most = self.work.settings.max_drop
-        return math.inf if most is None else most
+        return math.inf if most is None else most * self.unit
+
+    @property
+    def unit(self) -> float:
+        """What falls are counted in."""
+        return drop_unit(self.before, self.work.score)
 
     def allows(self, value: float) -> bool:
         """Whether the fall since the start is within max_drop. NaN is refused."""
         return self.work.settings.max_drop is None or self.before - value <= self.most
+
+
+def drop_unit(before: float, score: Score | None) -> float:
+    """What max_drop counts in: 1, or where losses above 1 are watched, their size.
+
+    They may be of any scale; accuracy is at most 1.
+    """
+    return max(1.0, abs(before)) if score is None else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +267,7 @@ def _adjusted(block: Block, watch: Watch, unread_loss: float, steps: Steps) -> t
     if guard is None:
         return (_lengthened(take, small, length) if lengthens else length), True
     fall = guard.before - guard.now()
-    harmed = settings.repair_drop is None or fall > settings.repair_drop
+    harmed = settings.repair_drop is None or fall > settings.repair_drop * guard.unit
     for halving in range(1, settings.halvings + 1):
         if fall <= guard.most:
             break

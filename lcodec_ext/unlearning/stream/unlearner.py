@@ -527,7 +527,7 @@ class Unlearner:
             original, statistics = self._original(), self._given.statistics
             options: dict[str, Any] = {"seed": seed, "update": "newton"}
             return take_step(self._given, original, statistics, every, retain, do=do, **options)
-        allowed = allowed_drops(self.settings, self.ledger, self._steps())
+        allowed = allowed_drops(self.settings, self.ledger, self._steps(), self._given.score)
         return take_step(
             self._given,
             self._model,
