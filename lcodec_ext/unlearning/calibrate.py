@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,17 +13,25 @@ from torch import Tensor
 
 from lcodec_ext._files import json_ready
 from lcodec_ext._torch.loss import is_much_worse
-from lcodec_ext._torch.samples import Samples
+from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
+from lcodec_ext.unlearning.workplace import Workplace
+
+_Measured = TypeVar("_Measured")
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
-_BASIS_BYTES = 2**31  # of the Krylov spaces, all together
-_DECADES = 10  # of dampings, from ten times the largest curvature downwards
-_BISECTIONS = 4  # of a decade: the damping is found to within 15%
+MEASURED = 1000  # validation samples, and samples of all control groups, whose loss is taken
+STEPS = 8  # blocks of the Krylov space
+MAX_BYTES = 2**30  # of what the Krylov space takes
+_FEWEST_STEPS = 2
+_START = 1e-2  # of the largest curvature: the damping that is tried first
+_DECADES = 8  # below, to which dampings are tried
+_BISECTIONS = 4  # of a decade, at most
+_NEAR = 0.9  # of the target, from which the control groups have reached it
 _FEWEST = 4  # control groups
 
 
@@ -55,6 +63,11 @@ class Calibration:
         Mean loss of the validation samples, before and after the deletion.
     retained_before, retained_after : float
         The same of retained samples that the step does not read.
+    attack_before, attack_after : float
+        How well losses tell members from others, before and after: the AUC of control groups, after
+        their own virtual deletions, against validation samples, after the request's. 0.5 is not at
+        all. It is a check and steers nothing: most samples of a group lose little at any strength,
+        so it hardly moves while the mean multiplies.
     outliers : bool
         Whether the request loses more than three times what control groups and validation do,
         before they reach the validation loss, as samples with wrong labels do.
@@ -65,7 +78,9 @@ class Calibration:
     n_validation : int
         Validation samples that were used.
     products : int
-        Products with the curvature that the step and its control took, with all columns at once.
+        Products of the curvature with a vector that the step and its control took.
+    tried : int
+        Dampings that were tried.
     """
 
     strength: float
@@ -78,11 +93,14 @@ class Calibration:
     validation_after: float
     retained_before: float
     retained_after: float
+    attack_before: float
+    attack_after: float
     outliers: bool
     finish: int
     group_size: int
     n_validation: int
     products: int
+    tried: int
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it; what is not finite becomes None."""
@@ -100,15 +118,48 @@ class Calibration:
         )
 
 
+class Plan(NamedTuple):
+    """The size of a Krylov space."""
+
+    groups: int  # control groups: columns besides the request's
+    steps: int
+    at_once: int  # vectors that are multiplied at once
+    bytes: int
+
+
+def planned(
+    p: int, itemsize: int, groups: int, steps: int = STEPS, max_bytes: int = MAX_BYTES
+) -> Plan:
+    """The Krylov space for p parameters of itemsize bytes that fits in max_bytes.
+
+    One vector is multiplied at a time where a block would take too much, then there are fewer
+    groups, at least four, then fewer steps, at least two. That least is taken in any case.
+    """
+    given = groups
+    for groups in dict.fromkeys((given, min(given, _FEWEST))):
+        for at_once in (groups + 1, 1):
+            plan = Plan(
+                groups,
+                steps,
+                at_once,
+                Krylov.bytes_of(p, groups + 1, steps, at_once, itemsize),
+            )
+            if plan.bytes <= max_bytes:
+                return plan
+    if steps > _FEWEST_STEPS:
+        return planned(p, itemsize, groups, steps - 1, max_bytes)
+    return plan
+
+
 @dataclass(frozen=True)
 class _Tried:
     """What a damping does to control groups and, with the request, to validation samples."""
 
     damping: float
     control: tuple[float, ...]
-    validation: float
+    validation: float  # nan where control groups go too far, which decides
     retained: float
-    residual: float
+    objection: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,52 +169,87 @@ class Calibrated:
     block: Block
     operator: CurvatureOperator
     space: Krylov
-    direction: Tensor
     harm: "Harm"
     found: Calibration
 
     def step(self, damping: float) -> Steps:
         """Take the step of a damping from where the block starts."""
-        x = self.space.solve(damping, 0)
-        product = (self.operator @ x).add_(x, alpha=damping)
-        size = float(self.direction.norm())
-        residual = float((product - self.direction).norm()) / size if size else 0.0
+        x = self.space.solve(damping)[:, 0]
         self.block.put(self.block.start + x)
+        residual = float(self.space.residuals(damping)[0])
         solve = SolveResult(x, residual, self.space.products, "lanczos")
         return Steps((solve,), plan=self.operator.plan)
 
     @property
     def validation(self) -> Samples:
         """Samples that were not trained on."""
-        return self.harm.validation
+        return self.harm.validation.samples
 
     def losses(self) -> tuple[float, float]:
         """Of validation and retained samples, at the present weights."""
-        work = self.block.work
-        return work.mean_loss(self.harm.validation), work.mean_loss(self.harm.retained)
+        return self.harm.validation.loss(), self.harm.retained.loss()
+
+
+class Fetched:
+    """Samples whose loss is taken again and again, in batches that are kept."""
+
+    def __init__(self, work: Workplace, samples: Samples) -> None:
+        self.samples, self._work = samples, work
+        self._batches = list(samples.batches(work.settings.batch_size))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean loss at the present weights; it may be NaN or infinite."""
+        work, total = self._work, 0.0
+        for batch in self._batches:
+            total += float(work.loss_fn(outputs_of(work.model, batch), batch.targets)) * batch.size
+        return total / len(self)
+
+    def losses(self) -> Tensor:
+        """Of each sample, shape (n,); NaN where one is not finite."""
+        try:
+            return self._work.quality(self.samples)[2]
+        except ValueError:
+            return torch.full((len(self),), math.nan)
 
 
 def calibrated(block: Block, held: Samples) -> Calibrated:
-    """Find the strength of the step for a block's request, with samples nobody has trained on."""
+    """Find the strength of the step for a block's request, with samples nobody has trained on.
+
+    With four control groups it takes 40 products of the curvature with a vector (`STEPS` for the
+    request and each group), which eight to twelve solves of single requests would; a gradient of
+    each group; and the loss of 1000 samples of control groups, 1000 validation and 500 retained
+    samples at about six dampings. Memory: `planned`.
+    """
     work, settings = block.work, block.work.settings
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
-        validation = _known_classes(held, block, rng)
-        groups = control_groups(block, rng)
+        validation = Fetched(work, _known_classes(held, block, rng))
+        steps = settings.max_iterations or STEPS
+        plan = planned(
+            block.start.numel(), block.start.element_size(), settings.control_groups, steps
+        )
+        groups = control_groups(block, rng, plan.groups)
         directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
         operator = operator_of(block, directions[:, 0], 0.0)
-        space = Krylov(lambda V: operator @ V, directions, settings.max_iterations or 30)
-        before = tuple(work.mean_loss(each) for each in groups)
-        harm = Harm.of(block, validation, _some_of_pool(block, rng))
-        trial = _Trial(block, space, groups, before, harm)
+        space = Krylov(lambda V: operator @ V, directions, plan.steps, plan.at_once)
+        del directions
+        some = [Fetched(work, _few(each, rng, MEASURED // len(groups))) for each in groups]
+        before = [each.losses() for each in some]
+        harm = Harm.of(validation, Fetched(work, _some_of_pool(block, rng)), settings.max_rise)
+        trial = _Trial(block, space, some, tuple(float(each.mean()) for each in before), harm)
+        attack = _attack(before, validation.losses())
         chosen, reason = trial.search()
-        loss = _request_loss(block, space, chosen)
+        after, others, own = trial.losses(chosen.damping, _few(block.part.forget, rng, MEASURED))
         control, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
             stopped_by=reason,
-            control_before=before,
+            control_before=trial.before,
             control_after=chosen.control,
             control=control,
             spread=spread,
@@ -171,13 +257,16 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
             validation_after=chosen.validation,
             retained_before=harm.retained_before,
             retained_after=chosen.retained,
-            outliers=reason in ("validation", "retained") and loss > OUTLIERS * level,
+            attack_before=attack,
+            attack_after=_attack(after, others),
+            outliers=reason in ("validation", "retained") and own > OUTLIERS * level,
             finish=0,
             group_size=len(groups[0]),
             n_validation=len(validation),
             products=space.products,
+            tried=trial.tried,
         )
-    return Calibrated(block, operator, space, directions[:, 0], harm, found)
+    return Calibrated(block, operator, space, harm, found)
 
 
 class Harm:
@@ -185,20 +274,20 @@ class Harm:
 
     def __init__(
         self,
-        validation: Samples,
-        retained: Samples,
+        validation: Fetched,
+        retained: Fetched,
         validation_before: float,
         retained_before: float,
+        rise: float = RISE,
     ) -> None:
-        self.validation, self.retained = validation, retained
+        self.validation, self.retained, self._rise = validation, retained, rise
         self.validation_before = self._least = validation_before
         self.retained_before = retained_before
 
     @classmethod
-    def of(cls, block: Block, validation: Samples, retained: Samples) -> "Harm":
+    def of(cls, validation: Fetched, retained: Fetched, rise: float) -> "Harm":
         """Measured from the present weights on."""
-        work = block.work
-        return cls(validation, retained, work.mean_loss(validation), work.mean_loss(retained))
+        return cls(validation, retained, validation.loss(), retained.loss(), rise)
 
     def accept(self, validation: float) -> None:
         """Take note of a loss that was reached: what was gained is not given away."""
@@ -210,87 +299,113 @@ class Harm:
         Validation alone would not do: where a network knows its samples by heart, it loses more on
         validation samples than by guessing, and any damage lowers that.
         """
-        if not validation <= (1 + RISE) * self._least:
+        if not validation <= (1 + self._rise) * self._least:
             return "validation"
         gap = max(self.validation_before - self.retained_before, self.retained_before)
-        if not retained <= self.retained_before + RISE * gap:
+        if not retained <= self.retained_before + self._rise * gap:
             return "retained"
         return "retained" if is_much_worse(self.retained_before, retained) else ""
 
 
 class _Trial:
-    """Dampings that are tried, from weak steps to strong ones."""
+    """Dampings that are tried."""
 
     def __init__(
         self,
         block: Block,
         space: Krylov,
-        groups: Sequence[Samples],
+        groups: Sequence[Fetched],
         before: tuple[float, ...],
         harm: Harm,
     ) -> None:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
+        self.before, self.tried = before, 0
         # Where validation samples lose no more than trained ones there is no gap to go by.
         self.target = max(harm.validation_before, (1 + RISE) * robust_mean(before)[0])
 
     def search(self) -> tuple[_Tried, str]:
-        """The least damping that passes, and why less does not: down by tens, then bisected."""
-        top = 10 * self.space.largest or 1.0
-        good = self._try(top)
-        for decade in range(1, _DECADES):
-            tried = self._try(top / 10**decade)
-            reason = self._objection(tried)
-            if reason:
-                return self._bisected(good, tried, reason)
-            good = self._accept(tried)
-        return good, "range"
+        """The least damping that passes, and why less does not: by tens, then bisected."""
+        start = _START * self.space.largest or 1.0
+        tried = self._try(start)
+        if tried.objection:
+            for decade in (1, 2, 3):
+                bad, tried = tried, self._try(start * 10**decade)
+                if not tried.objection:
+                    return self._bisected(tried, bad)
+            return tried, tried.objection
+        for decade in range(1, _DECADES + 1):
+            good, tried = tried, self._try(start / 10**decade)
+            if tried.objection:
+                return self._bisected(good, tried)
+        return tried, "range"
 
-    def _bisected(self, good: _Tried, bad: _Tried, reason: str) -> tuple[_Tried, str]:
+    def _bisected(self, good: _Tried, bad: _Tried) -> tuple[_Tried, str]:
         for _ in range(_BISECTIONS):
-            tried = self._try(math.sqrt(good.damping * bad.damping))
-            objection = self._objection(tried)
-            if objection:
-                bad, reason = tried, objection
+            if bad.objection == "control" and robust_mean(good.control)[0] >= _NEAR * self.target:
+                break
+            share = self._share(good, bad)
+            tried = self._try(good.damping ** (1 - share) * bad.damping**share)
+            if tried.objection:
+                bad = tried
             else:
-                good = self._accept(tried)
-        return good, reason
+                good = tried
+        return good, bad.objection
 
-    def _accept(self, tried: _Tried) -> _Tried:
-        self.harm.accept(tried.validation)
-        return tried
+    def _share(self, good: _Tried, bad: _Tried) -> float:
+        """Where to try between two dampings: where the control groups would reach the target."""
+        if bad.objection != "control":
+            return 0.5
+        low, high = (robust_mean(each.control)[0] for each in (good, bad))
+        if not 0 < low < self.target < high < math.inf:
+            return 0.5
+        share = math.log(0.97 * self.target / low) / math.log(high / low)
+        return min(max(share, 0.1), 0.9)
 
     def _try(self, damping: float) -> _Tried:
-        block, losses = self.block, []
-        # The request's own step, and what it does to others; then each group's, to itself.
-        for column, some in enumerate([[self.harm.validation, self.harm.retained], *self._own]):
-            block.put(block.start + self.space.solve(damping, column))
-            losses += [block.work.mean_loss(samples) for samples in some]
-        block.put(block.start)
-        columns = range(len(self.groups) + 1)
-        residual = max(self.space.residual(damping, column) for column in columns)
-        return _Tried(damping, tuple(losses[2:]), losses[0], losses[1], residual)
+        """What a damping does: to each group its own step, to others the request's."""
+        self.tried += 1
+        if self.space.least + damping <= 0:
+            return _Tried(damping, self.before, math.nan, math.nan, "curvature")
+        steps = self.space.solve(damping)
+        control = tuple(
+            self._at(steps[:, k], group.loss) for k, group in enumerate(self.groups, start=1)
+        )
+        if not robust_mean(control)[0] <= self.target:
+            return _Tried(damping, control, math.nan, math.nan, "control")
+        harm = self.harm
+        validation, retained = self._at(
+            steps[:, 0], lambda: (harm.validation.loss(), harm.retained.loss())
+        )
+        objection = harm.broken(validation, retained)
+        if not objection and self.space.residuals(damping).max() > 1:
+            objection = "residual"
+        if not objection:
+            harm.accept(validation)
+        return _Tried(damping, control, validation, retained, objection)
 
-    @property
-    def _own(self) -> list[list[Samples]]:
-        return [[group] for group in self.groups]
+    def _at(self, step: Tensor, measure: Callable[[], _Measured]) -> _Measured:
+        """What is measured after a step, which is then undone."""
+        self.block.put(self.block.start + step)
+        try:
+            return measure()
+        finally:
+            self.block.put(self.block.start)
 
-    def _objection(self, tried: _Tried) -> str:
-        """What speaks against a damping; NaN does."""
-        if self.space.least + tried.damping <= 0:
-            return "curvature"
-        harmed = self.harm.broken(tried.validation, tried.retained)
-        if harmed:
-            return harmed
-        if not robust_mean(tried.control)[0] <= self.target:
-            return "control"
-        return "residual" if tried.residual > 1 else ""
+    def losses(self, damping: float, forget: Samples) -> tuple[list[Tensor], Tensor, float]:
+        """Of control samples after their steps, of validation ones after the request's; its own."""
+        steps, own = self.space.solve(damping), Fetched(self.block.work, forget)
+        control = [self._at(steps[:, k], each.losses) for k, each in enumerate(self.groups, 1)]
+        others, loss = self._at(steps[:, 0], lambda: (self.harm.validation.losses(), own.loss()))
+        return control, others, loss
 
 
-def _request_loss(block: Block, space: Krylov, tried: _Tried) -> float:
-    block.put(block.start + space.solve(tried.damping, 0))
-    loss = block.work.mean_loss(block.part.forget)
-    block.put(block.start)
-    return loss
+def _attack(control: Sequence[Tensor], others: Tensor) -> float:
+    """The chance that a control sample loses less than another, ties half: the AUC of losses."""
+    values, ranked = torch.cat(list(control)), others.sort().values
+    if not bool(torch.isfinite(values).all() & torch.isfinite(ranked).all()):
+        return math.nan
+    below = torch.searchsorted(ranked, values) + torch.searchsorted(ranked, values, right=True)
+    return 1 - float(below.double().mean()) / (2 * len(ranked))
 
 
 def robust_mean(values: Sequence[float]) -> tuple[float, float]:
@@ -306,23 +421,15 @@ def robust_mean(values: Sequence[float]) -> tuple[float, float]:
 # Who is in a control group
 
 
-def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
+def control_groups(block: Block, rng: np.random.Generator, count: int) -> list[Samples]:
     """Groups of retained samples as the request: as many, and of each label as many if there are.
 
     They are drawn from samples whose curvature the step does not read. Groups share samples only
     where the pool has too few for all of them.
     """
-    work, forget = block.work, block.part.forget
-    pool = block.retained.pool
+    forget, pool = block.part.forget, block.retained.pool
     assert pool is not None  # settings that calibrate have one
     size = min(len(forget), len(pool))
-    count = max(_FEWEST, work.settings.control_groups)
-    each = (
-        block.start.numel()
-        * block.start.element_size()
-        * ((work.settings.max_iterations or 30) + 1)
-    )
-    count = max(_FEWEST, min(count, _BASIS_BYTES // each - 1))
     labels, wanted = labels_of(pool), labels_of(forget)
     free: list[int] = []
     groups = []
@@ -356,16 +463,22 @@ def _drawn(
 
 
 def _known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samples:
-    """At most 1000 validation samples, none of a class that is deleted as a whole."""
-    numbers = rng.permutation(len(held))[:GUARD_SIZE]
-    some = held.subset(np.sort(numbers).tolist()).loaded()
+    """At most 1000 validation samples, of classes of which samples are retained if there are."""
+    some = _few(held, rng, MEASURED)
     pool = block.retained.pool
     assert pool is not None
-    here, kept, gone = labels_of(some), labels_of(pool), labels_of(block.part.forget)
-    if here is None or kept is None or gone is None:
+    here, kept = labels_of(some), labels_of(pool)
+    if here is None or kept is None:
         return some
-    known = ~np.isin(here, np.setdiff1d(gone, kept))
+    known = np.isin(here, kept)
     return some.subset(np.flatnonzero(known).tolist()) if known.any() else some
+
+
+def _few(samples: Samples, rng: np.random.Generator, most: int) -> Samples:
+    """All samples, or a draw of at most so many, in memory."""
+    if len(samples) <= most:
+        return samples.loaded()
+    return samples.subset(np.sort(rng.permutation(len(samples))[:most]).tolist()).loaded()
 
 
 def labels_of(samples: Samples) -> NDArray[np.int64] | None:
@@ -380,10 +493,10 @@ def labels_of(samples: Samples) -> NDArray[np.int64] | None:
 
 
 def _some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
-    """At most 1000 retained samples that the step does not read."""
+    """At most 500 retained samples that the step does not read."""
     pool = block.retained.pool
     assert pool is not None
-    return pool.subset(np.sort(rng.permutation(len(pool))[:GUARD_SIZE]).tolist()).loaded()
+    return _few(pool, rng, MEASURED // 2)
 
 
 def _direction(block: Block, group: Samples) -> Tensor:

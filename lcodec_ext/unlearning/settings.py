@@ -238,13 +238,17 @@ class CalibrateSettings:
         in the same way, have the mean loss of the validation samples.
     control_groups : int
         How many, each as large as the request; at least four.
+    max_rise : float
+        How far the validation loss may rise, as a share of it. With an `Unlearner`, that of all
+        requests together.
     finish : int
         Most iterations of L-BFGS on the retained objective that follow the step, where the request
         turns out to be outliers.
     """
 
     calibrate: bool = field(default=False, metadata={"check": check_bool})
-    control_groups: int = _integer(8, 4)
+    control_groups: int = _integer(4, 4)
+    max_rise: float = _real(0.1)
     finish: int = _integer(0, 0)
 
     def _check_calibrated(self: Any) -> None:
@@ -631,6 +635,7 @@ UNCALIBRATED: dict[str, Any] = {"damping": 3e-2, "output_damping": 0.0}
 #: Of "recommended", where there are validation samples to find the strength by.
 CALIBRATED: dict[str, Any] = {
     "calibrate": True,
+    "max_iterations": 8,
     "output_damping": 0.0,
     "lengthen": None,
     "n_recalibrate": None,
