@@ -43,6 +43,7 @@ from lcodec_ext.evaluation.metrics import (
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.select import find_candidates
+from lcodec_ext.unlearning.stream.checkpoints import state_hash, state_of
 
 FORMAT = 1
 _KEPT = 1000  # losses of either set that are kept for histograms
@@ -76,6 +77,9 @@ class MethodEvaluation:
     losses : dict of str to list of float
         Of at most 1000 removed ("forget") and "test" samples, the same ones for all methods; of
         "retrained", those of the first model.
+    sha256 : str or None
+        Of the model's weights and buffers, as a ledger has it of its checkpoints; None of
+        "retrained".
     """
 
     name: str
@@ -88,6 +92,7 @@ class MethodEvaluation:
     skipped: bool = False
     error: str | None = None
     losses: dict[str, list[float]] = field(default_factory=lambda: {"forget": [], "test": []})
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -257,6 +262,7 @@ def evaluate(
     batch_size: int = 256,
     score: Score | None = None,
     validation: Any = None,
+    groups: Any = None,
     relearn: bool = True,
     progress: bool = False,
 ) -> Evaluation:
@@ -306,6 +312,8 @@ def evaluate(
         ``score(outputs, targets)``, one number per sample, in the place of accuracy.
     validation : tuple of tensors, dict of tensors, Dataset or DataLoader, optional
         Never-seen samples for `unlearn`, other ones than test.
+    groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
+        For `unlearn`, where whole users are removed: whom each retained sample belongs to.
     relearn : bool, default True
         Whether to measure the time to learn again: at most 200 steps of Adam over the removed
         samples for every model, until 5% of the gap in loss to the retrained models are left.
@@ -365,7 +373,7 @@ def evaluate(
     """
     device, dtype = place(model)
     defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
-    defaults |= {"validation": validation}
+    defaults |= {"validation": validation, "groups": groups}
     given = methods_of(methods, defaults)
     retrained = _checked_retrained(retrained)
     check_integer(n_retrain, "n_retrain", 3)
@@ -398,12 +406,8 @@ def evaluate(
         references, seconds = _measure_retrained(retrained, n_retrained, sets, model, bar)
         yardstick = _Yardstick(original, references, sets, relearn)
         if relearn:
-            settings["relearn"] = {
-                "optimizer": "Adam",
-                **_RELEARN,
-                "tolerance": _TOLERANCE,
-                "level": yardstick.level,
-            }
+            until = {"tolerance": _TOLERANCE, "level": yardstick.level}
+            settings["relearn"] = {"optimizer": "Adam", **_RELEARN, **until}
         entries = [yardstick.entry(NO_OP, original), yardstick.retrained_entry(seconds)]
         for name, method in given.items():
             bar.set_description(name)
@@ -587,6 +591,7 @@ class _Yardstick:
             phases=phases,
             skipped=result is not None and bool(result.skipped),
             losses=self._losses(measured),
+            sha256=_hash(measured.model),
         )
 
     def retrained_entry(self, seconds: Number) -> MethodEvaluation:
@@ -608,6 +613,14 @@ class _Yardstick:
             gap_closed=dict.fromkeys(self.floor),
             error=message,
         )
+
+
+def _hash(model: nn.Module) -> str | None:
+    """Of its state; None of one that no checkpoint could have."""
+    try:
+        return state_hash(state_of(model))
+    except TypeError:
+        return None
 
 
 def gap_closed(distance: Number, original: Number, floor: Number) -> Number:
@@ -645,6 +658,8 @@ def _relearn_level(original: Measured, references: list[Measured]) -> float:
 
 def _units_per_layer(model: nn.Module, result: UnlearnResult) -> dict[str, list[int]]:
     """Of every layer with candidates: how many units were selected, and how many it has."""
+    if not isinstance(result.selection, UnitSelection):
+        return {}
     candidates = find_candidates(model, result.settings).selection.units
     chosen, every = result.selection.units, UnitSelection.all(model).units
     return {layer: [len(chosen.get(layer, ())), len(every[layer])] for layer in candidates}

@@ -1,14 +1,12 @@
 """The strength of a step, found by deleting control groups of retained samples in the same way."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._files import json_ready
@@ -16,7 +14,8 @@ from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
-from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.control import MEASURED, control_groups, few, known_classes, some_of_pool
+from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
 from lcodec_ext.unlearning.workplace import Workplace
 
@@ -24,7 +23,6 @@ _Measured = TypeVar("_Measured")
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
-MEASURED = 1000  # validation samples, and samples of all control groups, whose loss is taken
 STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
 _FEWEST_STEPS = 2
@@ -32,14 +30,13 @@ _START = 1e-2  # of the largest curvature: the damping that is tried first
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
 _NEAR = 0.9  # of the target, from which the control groups have reached it
-_FEWEST = 4  # control groups
 
 
 @dataclass(frozen=True)
 class Calibration:
     """How the strength of a deletion was found, and on what evidence.
 
-    Control groups are retained samples, each as many as the request has, that were deleted
+    Control groups are retained samples, each about as many as the request has, that were deleted
     virtually by the same step. The strength is the largest after which their mean loss is at most
     that of validation samples, and the validation loss still holds after the request's own step.
 
@@ -74,7 +71,11 @@ class Calibration:
     finish : int
         Iterations of the finish that followed.
     group_size : int
-        Samples in a group.
+        Samples in a group; of groups of users the mean, rounded.
+    groups_of : str
+        "users": other whole users, by the ids in `groups`; "samples": random samples with the
+        labels of the request, also where there were too few users; "classes": random samples of
+        other classes, where no retained sample has a label of the request.
     n_validation : int
         Validation samples that were used.
     products : int
@@ -98,6 +99,7 @@ class Calibration:
     outliers: bool
     finish: int
     group_size: int
+    groups_of: str
     n_validation: int
     products: int
     tried: int
@@ -110,7 +112,9 @@ class Calibration:
     def __str__(self) -> str:
         before = robust_mean(self.control_before)[0]
         return (
-            f"{len(self.control_after)} control groups of {self.group_size}: loss {before:.3g} -> "
+            f"{len(self.control_after)} control groups of {self.group_size}"
+            + " samples of other users" * (self.groups_of == "users")
+            + f": loss {before:.3g} -> "
             f"{self.control:.3g} +- {self.spread:.2g}, validation {self.validation_before:.3g} -> "
             f"{self.validation_after:.3g}, stopped by {self.stopped_by}"
             + f", finish {self.finish}"
@@ -136,7 +140,7 @@ def planned(
     groups, at least four, then fewer steps, at least two. That least is taken in any case.
     """
     given = groups
-    for groups in dict.fromkeys((given, min(given, _FEWEST))):
+    for groups in dict.fromkeys((given, min(given, FEWEST))):
         for at_once in (groups + 1, 1):
             plan = Plan(
                 groups,
@@ -227,31 +231,32 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
     work, settings = block.work, block.work.settings
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
-        validation = Fetched(work, _known_classes(held, block, rng))
+        validation = Fetched(work, known_classes(held, block, rng))
         steps = settings.max_iterations or STEPS
         plan = planned(
             block.start.numel(), block.start.element_size(), settings.control_groups, steps
         )
-        groups = control_groups(block, rng, plan.groups)
+        control = control_groups(block, rng, plan.groups)
+        groups = control.groups
         directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
         operator = operator_of(block, directions[:, 0], 0.0)
         space = Krylov(lambda V: operator @ V, directions, plan.steps, plan.at_once)
         del directions
-        some = [Fetched(work, _few(each, rng, MEASURED // len(groups))) for each in groups]
+        some = [Fetched(work, few(each, rng, MEASURED // len(groups))) for each in groups]
         before = [each.losses() for each in some]
-        harm = Harm.of(validation, Fetched(work, _some_of_pool(block, rng)), settings.max_rise)
+        harm = Harm.of(validation, Fetched(work, some_of_pool(block, rng)), settings.max_rise)
         trial = _Trial(block, space, some, tuple(float(each.mean()) for each in before), harm)
         attack = _attack(before, validation.losses())
         chosen, reason = trial.search()
-        after, others, own = trial.losses(chosen.damping, _few(block.part.forget, rng, MEASURED))
-        control, spread = robust_mean(chosen.control)
+        after, others, own = trial.losses(chosen.damping, few(block.part.forget, rng, MEASURED))
+        mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
             stopped_by=reason,
             control_before=trial.before,
             control_after=chosen.control,
-            control=control,
+            control=mean,
             spread=spread,
             validation_before=harm.validation_before,
             validation_after=chosen.validation,
@@ -261,7 +266,8 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
             attack_after=_attack(after, others),
             outliers=reason in ("validation", "retained") and own > OUTLIERS * level,
             finish=0,
-            group_size=len(groups[0]),
+            group_size=control.size,
+            groups_of=control.of,
             n_validation=len(validation),
             products=space.products,
             tried=trial.tried,
@@ -415,88 +421,6 @@ def robust_mean(values: Sequence[float]) -> tuple[float, float]:
     """
     kept = sorted(values)[1:-1] if len(values) >= 6 else list(values)
     return float(np.mean(kept)), float(np.std(kept) / math.sqrt(max(1, len(kept) - 1)))
-
-
-# ---------------------------------------------------------------------------------------------
-# Who is in a control group
-
-
-def control_groups(block: Block, rng: np.random.Generator, count: int) -> list[Samples]:
-    """Groups of retained samples as the request: as many, and of each label as many if there are.
-
-    They are drawn from samples whose curvature the step does not read. Groups share samples only
-    where the pool has too few for all of them.
-    """
-    forget, pool = block.part.forget, block.retained.pool
-    assert pool is not None  # settings that calibrate have one
-    size = min(len(forget), len(pool))
-    labels, wanted = labels_of(pool), labels_of(forget)
-    free: list[int] = []
-    groups = []
-    for _ in range(count):
-        if len(free) < size:
-            free = rng.permutation(len(pool)).tolist()
-        group = _drawn(free, labels, wanted, size)
-        taken = set(group)
-        free = [i for i in free if i not in taken]
-        groups.append(pool.subset(sorted(group)).loaded())
-    return groups
-
-
-def _drawn(
-    free: Sequence[int],
-    labels: NDArray[np.int64] | None,
-    wanted: NDArray[np.int64] | None,
-    size: int,
-) -> list[int]:
-    """The first of free that have the labels wanted, and the first of all for what is lacking."""
-    group: list[int] = []
-    if labels is not None and wanted is not None:
-        left = Counter(wanted.tolist())
-        for i in free:
-            if left[int(labels[i])] > 0:
-                left[int(labels[i])] -= 1
-                group.append(i)
-    group = group[:size]
-    taken = set(group)
-    return group + [i for i in free if i not in taken][: size - len(group)]
-
-
-def _known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samples:
-    """At most 1000 validation samples, of classes of which samples are retained if there are."""
-    some = _few(held, rng, MEASURED)
-    pool = block.retained.pool
-    assert pool is not None
-    here, kept = labels_of(some), labels_of(pool)
-    if here is None or kept is None:
-        return some
-    known = np.isin(here, kept)
-    return some.subset(np.flatnonzero(known).tolist()) if known.any() else some
-
-
-def _few(samples: Samples, rng: np.random.Generator, most: int) -> Samples:
-    """All samples, or a draw of at most so many, in memory."""
-    if len(samples) <= most:
-        return samples.loaded()
-    return samples.subset(np.sort(rng.permutation(len(samples))[:most]).tolist()).loaded()
-
-
-def labels_of(samples: Samples) -> NDArray[np.int64] | None:
-    """The classes of samples, where the targets are one integer each."""
-    found = []
-    for batch in samples.batches(GUARD_SIZE):
-        targets = batch.targets
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
-            return None
-        found.append(targets.cpu().numpy().astype(np.int64))
-    return np.concatenate(found)
-
-
-def _some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
-    """At most 500 retained samples that the step does not read."""
-    pool = block.retained.pool
-    assert pool is not None
-    return _few(pool, rng, MEASURED // 2)
 
 
 def _direction(block: Block, group: Samples) -> Tensor:

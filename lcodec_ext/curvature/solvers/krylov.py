@@ -58,7 +58,7 @@ class Krylov:
         while width:
             new = slice(self._size - width, self._size)
             block = self._basis[new]
-            W = torch.cat([product(part.T).T for part in block.split(at_once or q)])
+            W = torch.cat([product(part.T).T for part in torch.split(block, at_once or q)])
             self.products += width
             sizes = torch.linalg.vector_norm(W, dim=1, dtype=torch.float64)
             parts = self._basis[: self._size] @ W.T

@@ -7,8 +7,8 @@ ASCII) with
 ``number``      0, 1, 2, ...
 ``kind``        "start", "remove", "skip", "release" or "rollback"
 ``record``      what happened, see `Unlearner`: nothing of it depends on the time or the host
-``environment`` when and where: time (UTC), seconds taken, versions; what a release gave away, and
-                what its noise did
+``environment`` when and where: time (UTC), seconds taken, versions; what a removal warned of; what a
+                release gave away, and what its noise did
 ``previous``    ``hash`` of the entry before; 64 zeros for the first one
 ``hash``        SHA-256 of the line without it
 ==============  ==============================================================================
@@ -48,8 +48,8 @@ class Entry:
     record : dict
         What happened. The same requests on the same machine give the same record.
     environment : dict
-        "time" (UTC, ISO 8601) and "versions"; of a removal "seconds", of a release "released", the
-        SHA-256 of the tensors that were given away.
+        "time" (UTC, ISO 8601) and "versions"; of a removal "seconds" and the texts of "warnings",
+        of a release "released", the SHA-256 of the tensors that were given away.
     previous, hash : str
         SHA-256, of the entry before and of this one.
     """
@@ -67,7 +67,7 @@ class Entry:
 
 
 _COLUMNS = [
-    *("kind", "time", "note", "ids", "skipped", "seconds", "forget_loss_before"),
+    *("kind", "time", "note", "ids", "groups", "skipped", "seconds", "forget_loss_before"),
     *("forget_loss_after", "retain_loss_before", "retain_loss_after", "to", "guarantee"),
     *("epsilon", "delta", "sigma", "n_removed", "n_pending", "n_retained", "hash"),
 ]
@@ -78,6 +78,10 @@ def _row(entry: Entry) -> dict[str, Any]:
     record, environment = entry.record, entry.environment
     result, guarantee = record.get("result") or {}, record.get("guarantee") or {}
     row = {**vars(entry), **record, **environment, **guarantee, "guarantee": guarantee.get("kind")}
+    if "ids" in record:
+        row["groups"] = [each["id"] for each in record.get("groups", ())]
+    else:
+        row.pop("groups", None)  # what the start says of all of them
     row |= {"kind": entry.kind, "seconds": (environment.get("seconds") or {}).get("total")}
     for name in ("forget", "retain"):
         pair = result.get(f"loss_{name}") or (None, None)
@@ -180,6 +184,11 @@ class Ledger(Sequence[Entry]):
                 self._ends.append(self._ends[-1] + len(line))
                 self.head = found.hash
 
+    @property
+    def path(self) -> Path | None:
+        """The file; None in memory."""
+        return self._path
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -205,9 +214,9 @@ class Ledger(Sequence[Entry]):
     def to_frame(self) -> Any:
         """Make a `pandas.DataFrame` with a row for each entry, by number.
 
-        Columns: "kind", "time", "note"; of a request "ids", "skipped", "seconds", and the mean
-        losses of the removed and the retained samples before and after it; of a rollback "to"; of a
-        request or release "guarantee", "epsilon", "delta" and "sigma"; of all the numbers of
+        Columns: "kind", "time", "note"; of a request "ids", "groups", "skipped", "seconds", and the
+        mean losses of the removed and the retained samples before and after it; of a rollback "to";
+        of a request or release "guarantee", "epsilon", "delta" and "sigma"; of all the numbers of
         samples removed, pending and retained, and "hash". What an entry does not have is missing.
         `Entry.record` has the rest. ImportError without pandas.
         """
