@@ -52,28 +52,36 @@ class Krylov:
         self._size = 0
         scaled = b.T / self._norms.clamp_min(1e-300).to(b.dtype)[:, None]
         width = self._append(scaled, torch.ones(q, dtype=torch.float64))
-        start = self._basis[:width].double() @ scaled.double().T  # (width, q)
+        start = (self._basis[:width] @ scaled.T).double().cpu()  # (width, q)
+        del scaled
         T = torch.zeros(len(self._basis), len(self._basis), dtype=torch.float64)
         self._left = torch.zeros(0, 0, dtype=torch.float64)
         while width:
             new = slice(self._size - width, self._size)
-            block = self._basis[new]
-            W = torch.cat([product(part.T).T for part in torch.split(block, at_once or q)])
-            self.products += width
-            sizes = torch.linalg.vector_norm(W, dim=1, dtype=torch.float64)
+            W = self._products(product, self._basis[new], at_once or q)
+            sizes = torch.tensor([float(torch.linalg.vector_norm(row)) for row in W])
             parts = self._basis[: self._size] @ W.T
-            T[: self._size, new] = parts.double().cpu()
-            T[new, : self._size] = T[: self._size, new].T
-            W = W - parts.T @ self._basis[: self._size]
+            upper = parts.double().cpu()
+            T[: self._size, new], T[new, : self._size] = upper, upper.T
+            W.addmm_(parts.T, self._basis[: self._size], alpha=-1)
             self._left = (W @ W.T).double().cpu()
             if self._size + min(width, p - self._size) > len(self._basis):
                 break
             width = self._append(W, sizes)
+            del W
         self._basis = self._basis[: self._size]
         self._values, self._vectors = torch.linalg.eigh(T[: self._size, : self._size])
-        self._rotated = self._vectors[: len(start)].T @ start.cpu()  # (k, q)
+        self._rotated = self._vectors[: len(start)].T @ start  # (k, q)
         self.largest = float(self._values[-1]) if self._size else 0.0
         self.least = float(self._values[0]) if self._size else 0.0
+
+    def _products(self, product: Product, block: Tensor, at_once: int) -> Tensor:
+        """The matrix times the rows of a block."""
+        W = torch.empty_like(block)
+        for k in range(0, len(block), at_once):
+            W[k : k + at_once] = product(block[k : k + at_once].T).T
+        self.products += len(block)
+        return W
 
     def _append(self, rows: Tensor, scales: Tensor) -> int:
         """Add what vectors have outside of the space to its basis; how many that were."""
