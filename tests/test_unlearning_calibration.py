@@ -138,8 +138,8 @@ def test_every_matrix_is_solved_as_densely(kind):
 def test_memory_is_planned():
     """Fewer vectors at once, then fewer groups, then fewer steps; what it says is what it takes."""
     small = calibrating.planned(10_000, 4, 8)
-    assert small == (8, 8, 9, 4 * 10_000 * (72 + 18 + 27))
-    assert calibrating.planned(10**6, 4, 4) == (4, 8, 5, 4 * 10**6 * (40 + 10 + 15))
+    assert small == (8, 8, 9, 4 * 10_000 * (72 + 18 + 36))
+    assert calibrating.planned(10**6, 4, 4) == (4, 8, 5, 4 * 10**6 * (40 + 10 + 20))
     assert calibrating.planned(5 * 10**6, 4, 4)[:3] == (4, 8, 1)
     assert calibrating.planned(5 * 10**6, 4, 8)[:3] == (4, 8, 1)
     large = calibrating.planned(11_000_000, 4, 4)

@@ -6,7 +6,7 @@ from torch import Tensor
 from lcodec_ext.curvature.solvers.system import Product
 
 _BREAKDOWN = 10  # units of rounding of |A v|: what is below adds no dimension
-_WORKING = 3  # vectors for each that is multiplied: its parts, their sums, what is joined of them
+_WORKING = 4  # vectors for each that is multiplied: its parts, their sums, what they are joined to
 _AGAIN = 0.5  # of a vector that has to be left by the space, else it is made orthogonal again
 
 
