@@ -1,8 +1,8 @@
 """Delete samples from a small network on request, and see what the deletions did.
 
 A convolutional network learns scikit-learn's digits as people train one: with batch norm, dropout
-and AdamW. Two requests arrive: forty samples with wrong labels, and the samples of one user. Each is
-deleted with a ledger and compared with training again without the samples, and with two plain
+and AdamW. Two requests arrive: forty samples with wrong labels, and the samples of one user. Each
+is deleted with a ledger, and compared with training again without the samples and with two plain
 tools. The script prints a table for each request, and writes a report.
 """
 
@@ -26,6 +26,7 @@ REQUESTS = {
     "wrong labels": "forty samples with wrong labels",
     "a user": "the samples of one user (a run of the data, which is in the order of its writers)",
 }
+USER = 40  # samples of a user, and wrong labels
 MARKER = "made_by_digits_deletion"  # marks a folder that the next run may delete
 COLUMNS = {
     "loss": "mean loss of the deleted samples: retraining is the aim, lower is remembered, higher "
@@ -79,14 +80,23 @@ def run(output, seed, *, n_train=1000, epochs=12):
 
 def one_request(name, ledger, seed, n_train, epochs):
     """Train, delete, compare, report."""
-    train_set, asked, validation, test = data(name, seed, n_train)
+    train_set, owners, asked, validation, test = data(name, seed, n_train)
     forget = tuple(tensor[asked] for tensor in train_set)
     retain = tuple(tensor[~asked] for tensor in train_set)
     model = train(train_set, seed, epochs, "training")
     with Unlearner(
-        model, train_set, cross_entropy, directory=ledger, validation=validation, seed=seed
+        model,
+        train_set,
+        cross_entropy,
+        directory=ledger,
+        validation=validation,
+        groups=owners,
+        seed=seed,
     ) as unlearner:
-        result = unlearner.remove(torch.nonzero(asked).flatten().tolist(), note=name)
+        if name == "a user":
+            result = unlearner.remove(groups=owners[0], note="user, by e-mail")
+        else:
+            result = unlearner.remove(range(USER), note="quality check of the labels")
         evaluation = evaluate(
             model,
             forget,
@@ -149,28 +159,25 @@ def fresh_folder(folder):
 
 
 def data(name, seed, n_train):
-    """Return digits in [0, 1]: training samples, which are asked for, validation and test samples.
+    """Return digits in [0, 1], whose they are, and which are to be deleted.
 
-    Of a user all samples are asked for, so none is left for validation and test.
+    These are training samples, owners, deleted or not, validation and test samples. The data set is
+    in the order of its writers and does not name them: 40 samples in a row count as one user's.
     """
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
     rng = np.random.default_rng(seed)
-    users = np.arange(len(y)) // 40  # the data set does not name its writers
-    user = rng.integers(users.max())
-    order = rng.permutation(np.flatnonzero(users != user))
-    asked = torch.zeros(n_train, dtype=torch.bool)
-    if name == "a user":
-        order = np.concatenate([np.flatnonzero(users == user), order])
-        asked[:40] = True
-    else:
-        asked[rng.choice(n_train, 40, replace=False)] = True
-    mine, others = order[:n_train], order[n_train:]
-    targets = y[mine].clone()
+    users = np.arange(len(y)) // USER
+    order = rng.permutation(len(y))
+    if name == "a user":  # who has sent no validation or test samples
+        order = order[np.argsort(users[order] != rng.integers(users.max()), kind="stable")]
+    train, validation, test = order[:n_train], order[n_train::2], order[n_train + 1 :: 2]
+    targets = y[train].clone()
+    asked = torch.arange(n_train) < USER
     if name == "wrong labels":
-        targets[asked] = (targets[asked] + torch.tensor(rng.integers(1, 10, 40))) % 10
-    validation, test = (others[k::2] for k in (0, 1))
-    return (x[mine], targets), asked, (x[validation], y[validation]), (x[test], y[test])
+        targets[asked] = (targets[asked] + torch.tensor(rng.integers(1, 10, USER))) % 10
+    sets = ((x[some], y[some]) for some in (validation, test))
+    return (x[train], targets), users[train], asked, *sets
 
 
 def network():

@@ -19,6 +19,7 @@ from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
+from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.evaluation.methods import (
     NO_OP,
@@ -43,7 +44,6 @@ from lcodec_ext.evaluation.metrics import (
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.select import find_candidates
-from lcodec_ext.unlearning.stream.checkpoints import state_hash, state_of
 
 FORMAT = 1
 _KEPT = 1000  # losses of either set that are kept for histograms
@@ -618,7 +618,7 @@ class _Yardstick:
 def _hash(model: nn.Module) -> str | None:
     """Of its state; None of one that no checkpoint could have."""
     try:
-        return state_hash(state_of(model))
+        return state_hash(tensors_of_state(model))
     except TypeError:
         return None
 

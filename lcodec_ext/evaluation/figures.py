@@ -21,7 +21,7 @@ from lcodec_ext.evaluation.records import (
     ReportLedger,
     as_number,
     curve,
-    numbers_of,
+    finite_of,
     standing,
     watched,
 )
@@ -182,7 +182,7 @@ def losses(
         rows = [m for m in rows if m.name in (NO_OP, delivered, RETRAINED)]
     rows = rows if len(rows) <= _MAX_PANELS else [*rows[: _MAX_PANELS - 1], rows[-1]]
     found = _calibration(ledgers)
-    control = [numbers_of(found.get(f"control_{when}")) for when in ("before", "after")]
+    control = [finite_of(found.get(f"control_{when}")) for when in ("before", "after")]
     n = len(rows) + any(control)
     if not n:
         return None

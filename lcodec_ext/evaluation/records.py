@@ -67,7 +67,7 @@ def as_number(value: object) -> float | None:
         return None
 
 
-def numbers_of(values: Iterable[object] | None) -> list[float]:
+def finite_of(values: Iterable[object] | None) -> list[float]:
     """Those of the values that are finite numbers."""
     numbers = [as_number(value) for value in values or ()]
     return [value for value in numbers if value is not None and math.isfinite(value)]
@@ -75,7 +75,7 @@ def numbers_of(values: Iterable[object] | None) -> list[float]:
 
 def _stat(values: Iterable[object], sd: object = None) -> Stat | None:
     """Statistics of the finite values; a single value keeps its `sd`."""
-    found = numbers_of(values)
+    found = finite_of(values)
     if not found:
         return None
     spread = statistics.stdev(found) if len(found) > 1 else as_number(sd)
@@ -117,8 +117,8 @@ def _combine_method(
     not_finite = set()
     for part in parts("losses"):
         for key, values in part.items():
-            losses.setdefault(key, []).extend(numbers_of(values))
-            if len(numbers_of(values)) < len(values):
+            losses.setdefault(key, []).extend(finite_of(values))
+            if len(finite_of(values)) < len(values):
                 not_finite.add(f"losses of {key} samples")
     for part in parts("metrics"):
         numbers = {key: as_number(value) for key, value in part.items()}
@@ -145,7 +145,7 @@ def _combine_method(
 
 def without_total(phases: Mapping[str, Any]) -> dict[str, float]:
     """The phases of a time split; what "total" has beyond their sum is "other"."""
-    split = {key: found[0] for key, value in phases.items() if (found := numbers_of([value]))}
+    split = {key: found[0] for key, value in phases.items() if (found := finite_of([value]))}
     total = split.pop("total", 0.0)
     rest = total - sum(split.values())
     if rest > 0.01 * total:
@@ -220,6 +220,8 @@ class ReportEntry:
         self.weights: str | None = (self.record.get("checkpoint") or {}).get("sha256")
         self.calibration: Mapping[str, Any] = self.result.get("calibration") or {}
         self.ids: list[int] = list(self.record.get("ids") or ())
+        named = self.record.get("groups") or () if self.asks else ()
+        self.groups = [str(group["id"]) for group in named]
         self.skipped = list(self.record.get("skipped", self.ids if self.kind == "skip" else ()))
         self.n_removed: int = self.record.get("n_removed", 0)
         self.n_pending: int = self.record.get("n_pending", 0)
@@ -411,9 +413,9 @@ def curve(requests: Sequence[ReportEntry], name: str) -> dict[int, float]:
     for request in standing(requests):
         if request.kind == "remove":
             before, after = request.change(name)
-            if numbers_of([before]):
+            if finite_of([before]):
                 points.setdefault(removed, before)  # type: ignore[arg-type]
-            if numbers_of([after]):
+            if finite_of([after]):
                 points[request.n_removed] = after  # type: ignore[assignment]
         removed = request.n_removed
     return points

@@ -23,7 +23,7 @@ from lcodec_ext.evaluation.records import (
     as_number,
     combine,
     delivered_of,
-    numbers_of,
+    finite_of,
     pending,
     read_evaluations,
     read_ledgers,
@@ -309,6 +309,7 @@ def _request_row(request: ReportEntry) -> dict[str, Any]:
         "time": request.time,
         "n_ids": len(request.ids),
         "ids": " ".join(map(str, request.ids)),
+        "groups": "; ".join(request.groups),
         "skipped": " ".join(map(str, request.skipped)),
         "n_removed": request.n_removed,
         "n_pending": request.n_pending,
@@ -426,14 +427,13 @@ def _facts(requests: ReportLedger, measured: bool) -> dict[str, str]:
         done = done if verified.ok else f"THE LEDGER DOES NOT VERIFY: do not rely on it. {done}"
     notes = [f"{r.record['note']} (entry {r.number})" for r in asked if r.record.get("note")]
     ids = [str(i) for request in path for i in request.ids if i not in set(request.skipped)]
-    users = [str(group.get("id")) for r in asked for group in r.record.get("groups") or ()]
     times = [_moment(request.time) for request in asked if request.time]
     spent = [r.seconds for r in requests if r.asks and r.seconds is not None]
     back = sum(request.kind == "rollback" for request in requests)
     found = {
         "In short": done,
         "Asked for by": first_few(notes, 5, "; ") or "not recorded: no request has a note",
-        "Groups": first_few(users, 10),
+        "Groups": first_few([group for r in asked for group in r.groups], 10),
         "Samples": f"numbers {first_few(ids, 10)}" if ids else "none",
         "Still in the model": first_few(list(map(str, waiting)), 10),
         "Rolled back": f"{_count(back, 'time')}; what only those requests deleted is back"
@@ -635,7 +635,7 @@ def _strength_part(ledgers: Sequence[ReportLedger]) -> list[str]:
 def _calibration(request: ReportEntry) -> Iterator[str]:
     """What control groups of a request have shown."""
     found = request.calibration
-    reason, before = str(found.get("stopped_by")), numbers_of(found.get("control_before"))
+    reason, before = str(found.get("stopped_by")), finite_of(found.get("control_before"))
     stopped = _STOPPED.get(reason, f"The search was stopped by: {reason}.")
     n = len(found.get("control_after") or ())
     yield _STRENGTH.format(n=n, size=found.get("group_size"), stopped=stopped)

@@ -14,8 +14,9 @@ from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
-from lcodec_ext.unlearning.control import MEASURED, control_groups, few, known_classes, some_of_pool
+from lcodec_ext.unlearning.control import control_groups, few, known_classes, measured, some_of_pool
 from lcodec_ext.unlearning.groups import FEWEST
+from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
 from lcodec_ext.unlearning.workplace import Workplace
 
@@ -30,6 +31,7 @@ _START = 1e-2  # of the largest curvature: the damping that is tried first
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
 _NEAR = 0.9  # of the target, from which the control groups have reached it
+TRIALS = _DECADES + _BISECTIONS  # dampings after the first one, at most
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Calibration:
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
         would be due; "residual", the solution is
-        worse than none; "curvature", the matrix is indefinite; "range", nothing.
+        worse than none; "curvature", the matrix is indefinite; "range", nothing; "outliers", there
+        was no step.
     control_before, control_after : tuple of float
         Mean loss of each control group, before and after its own virtual deletion.
     control : float
@@ -66,10 +69,16 @@ class Calibration:
         all. It is a check and steers nothing: most samples of a group lose little at any strength,
         so it hardly moves while the mean multiplies.
     outliers : bool
-        Whether the request loses more than three times what control groups and validation do,
-        before they reach the validation loss, as samples with wrong labels do.
+        Whether the request is unlike other samples, as ones with wrong labels are: there was no
+        step then, only a finish, and nothing after it in `control_after`. Or whether after the step
+        it loses more than three times what control groups and validation do.
+    unlike : float
+        How often a removed sample loses more than a retained one, before: 0.5 for samples like any
+        other, 0.9 and more for outliers; nan without a finish.
     finish : int
-        Iterations of the finish that followed.
+        Iterations or batches of the finish that followed.
+    finish_by : str
+        What finished, and why that.
     group_size : int
         Samples in a group; of groups of users the mean, rounded.
     groups_of : str
@@ -97,12 +106,41 @@ class Calibration:
     attack_before: float
     attack_after: float
     outliers: bool
+    unlike: float
     finish: int
+    finish_by: str
     group_size: int
     groups_of: str
     n_validation: int
     products: int
     tried: int
+
+    @classmethod
+    def without_a_step(cls, harm: "Harm", unlike: float) -> "Calibration":
+        """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
+        return cls(
+            strength=math.inf,
+            stopped_by="outliers",
+            control_before=(),
+            control_after=(),
+            control=math.nan,
+            spread=math.nan,
+            validation_before=harm.validation_before,
+            validation_after=math.nan,
+            retained_before=harm.retained_before,
+            retained_after=math.nan,
+            outliers=True,
+            unlike=unlike,
+            finish=0,
+            finish_by="",
+            group_size=0,
+            groups_of="samples",
+            n_validation=len(harm.validation),
+            products=0,
+            attack_before=math.nan,
+            attack_after=math.nan,
+            tried=0,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it; what is not finite becomes None."""
@@ -110,15 +148,20 @@ class Calibration:
         return found
 
     def __str__(self) -> str:
+        finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
+        if not self.control_after:
+            return (
+                f"outliers, no step: a removed sample loses more than a retained one in "
+                f"{self.unlike:.0%} of pairs, validation {self.validation_before:.3g} -> "
+                f"{self.validation_after:.3g}{finish}"
+            )
         before = robust_mean(self.control_before)[0]
         return (
             f"{len(self.control_after)} control groups of {self.group_size}"
             + " samples of other users" * (self.groups_of == "users")
             + f": loss {before:.3g} -> "
             f"{self.control:.3g} +- {self.spread:.2g}, validation {self.validation_before:.3g} -> "
-            f"{self.validation_after:.3g}, stopped by {self.stopped_by}"
-            + f", finish {self.finish}"
-            * bool(self.finish)
+            f"{self.validation_after:.3g}, stopped by {self.stopped_by}" + finish
         )
 
 
@@ -155,6 +198,12 @@ def planned(
     return plan
 
 
+def plan_of(settings: Settings, p: int, itemsize: int) -> Plan:
+    """The Krylov space of settings, within half of the memory that they allow."""
+    most = MAX_BYTES if settings.max_memory is None else min(MAX_BYTES, settings.max_memory // 2)
+    return planned(p, itemsize, settings.control_groups, settings.max_iterations or STEPS, most)
+
+
 @dataclass(frozen=True)
 class _Tried:
     """What a damping does to control groups and, with the request, to validation samples."""
@@ -173,25 +222,19 @@ class Calibrated:
     block: Block
     operator: CurvatureOperator
     space: Krylov
+    direction: Tensor
     harm: "Harm"
     found: Calibration
 
     def step(self, damping: float) -> Steps:
         """Take the step of a damping from where the block starts."""
         x = self.space.solve(damping)[:, 0]
+        product = (self.operator @ x).add_(x, alpha=damping)
+        size = float(self.direction.norm())
+        residual = float((product - self.direction).norm()) / size if size else 0.0
         self.block.put(self.block.start + x)
-        residual = float(self.space.residuals(damping)[0])
         solve = SolveResult(x, residual, self.space.products, "lanczos")
         return Steps((solve,), plan=self.operator.plan)
-
-    @property
-    def validation(self) -> Samples:
-        """Samples that were not trained on."""
-        return self.harm.validation.samples
-
-    def losses(self) -> tuple[float, float]:
-        """Of validation and retained samples, at the present weights."""
-        return self.harm.validation.loss(), self.harm.retained.loss()
 
 
 class Fetched:
@@ -220,35 +263,31 @@ class Fetched:
             return torch.full((len(self),), math.nan)
 
 
-def calibrated(block: Block, held: Samples) -> Calibrated:
+def calibrated(block: Block, harm: "Harm") -> Calibrated:
     """Find the strength of the step for a block's request, with samples nobody has trained on.
 
-    With four control groups it takes 40 products of the curvature with a vector (`STEPS` for the
-    request and each group), which eight to twelve solves of single requests would; a gradient of
-    each group; and the loss of 1000 samples of control groups, 1000 validation and 500 retained
-    samples at about six dampings. Memory: `planned`.
+    With four control groups it takes 40 products of the curvature with a vector: `STEPS` for the
+    request and for each group, which thirty iterations of one solve would come near. Beside them a
+    gradient of each group, and the losses of 1000 samples of control groups, 1000 validation and
+    500 retained samples at two to nine dampings, most often five or six. Memory: `planned`.
     """
     work, settings = block.work, block.work.settings
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
-        validation = Fetched(work, known_classes(held, block, rng))
-        steps = settings.max_iterations or STEPS
-        plan = planned(
-            block.start.numel(), block.start.element_size(), settings.control_groups, steps
-        )
+        plan = plan_of(settings, block.start.numel(), block.start.element_size())
         control = control_groups(block, rng, plan.groups)
         groups = control.groups
         directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
         operator = operator_of(block, directions[:, 0], 0.0)
         space = Krylov(lambda V: operator @ V, directions, plan.steps, plan.at_once)
         del directions
-        some = [Fetched(work, few(each, rng, MEASURED // len(groups))) for each in groups]
+        most = measured(settings)
+        some = [Fetched(work, few(each, rng, max(1, most // len(groups)))) for each in groups]
         before = [each.losses() for each in some]
-        harm = Harm.of(validation, Fetched(work, some_of_pool(block, rng)), settings.max_rise)
         trial = _Trial(block, space, some, tuple(float(each.mean()) for each in before), harm)
-        attack = _attack(before, validation.losses())
+        attack = _attack(before, harm.each())
         chosen, reason = trial.search()
-        after, others, own = trial.losses(chosen.damping, few(block.part.forget, rng, MEASURED))
+        after, others, own = trial.losses(chosen.damping, few(block.part.forget, rng, most))
         mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
@@ -265,14 +304,16 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
             attack_before=attack,
             attack_after=_attack(after, others),
             outliers=reason in ("validation", "retained") and own > OUTLIERS * level,
+            unlike=math.nan,
             finish=0,
+            finish_by="",
             group_size=control.size,
             groups_of=control.of,
-            n_validation=len(validation),
+            n_validation=len(harm.validation),
             products=space.products,
             tried=trial.tried,
         )
-    return Calibrated(block, operator, space, harm, found)
+    return Calibrated(block, operator, space, block.removal, harm, found)
 
 
 class Harm:
@@ -280,20 +321,43 @@ class Harm:
 
     def __init__(
         self,
-        validation: Fetched,
-        retained: Fetched,
+        validation: "Fetched",
+        retained: "Fetched",
         validation_before: float,
         retained_before: float,
         rise: float = RISE,
     ) -> None:
-        self.validation, self.retained, self._rise = validation, retained, rise
+        self._held, self._kept, self._rise = validation, retained, rise
         self.validation_before = self._least = validation_before
         self.retained_before = retained_before
 
     @classmethod
-    def of(cls, validation: Fetched, retained: Fetched, rise: float) -> "Harm":
-        """Measured from the present weights on."""
-        return cls(validation, retained, validation.loss(), retained.loss(), rise)
+    def of(cls, block: Block, held: Samples) -> "Harm":
+        """Measured from the present weights on, on draws from validation and retained samples."""
+        work, settings = block.work, block.work.settings
+        with work.timed("calibration"):
+            rng = np.random.default_rng([settings.seed, 12])
+            both = known_classes(held, block, rng), some_of_pool(block, rng)
+            validation, retained = (Fetched(work, each) for each in both)
+            return cls(validation, retained, validation.loss(), retained.loss(), settings.max_rise)
+
+    @property
+    def validation(self) -> Samples:
+        """Samples that were not trained on."""
+        return self._held.samples
+
+    @property
+    def retained(self) -> Samples:
+        """Retained samples that the step does not read."""
+        return self._kept.samples
+
+    def now(self) -> tuple[float, float]:
+        """Mean losses of validation and retained samples, at the present weights."""
+        return self._held.loss(), self._kept.loss()
+
+    def each(self) -> Tensor:
+        """The loss of each validation sample, at the present weights."""
+        return self._held.losses()
 
     def accept(self, validation: float) -> None:
         """Take note of a loss that was reached: what was gained is not given away."""
@@ -379,9 +443,7 @@ class _Trial:
         if not robust_mean(control)[0] <= self.target:
             return _Tried(damping, control, math.nan, math.nan, "control")
         harm = self.harm
-        validation, retained = self._at(
-            steps[:, 0], lambda: (harm.validation.loss(), harm.retained.loss())
-        )
+        validation, retained = self._at(steps[:, 0], harm.now)
         objection = harm.broken(validation, retained)
         if not objection and self.space.residuals(damping).max() > 1:
             objection = "residual"
@@ -401,7 +463,7 @@ class _Trial:
         """Of control samples after their steps, of validation ones after the request's; its own."""
         steps, own = self.space.solve(damping), Fetched(self.block.work, forget)
         control = [self._at(steps[:, k], each.losses) for k, each in enumerate(self.groups, 1)]
-        others, loss = self._at(steps[:, 0], lambda: (self.harm.validation.losses(), own.loss()))
+        others, loss = self._at(steps[:, 0], lambda: (self.harm.each(), own.loss()))
         return control, others, loss
 
 

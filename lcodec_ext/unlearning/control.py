@@ -10,9 +10,15 @@ from torch import Tensor
 
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.step import Block
 
-MEASURED = 1000  # validation samples, and samples of all control groups, whose loss is taken
+MEASURED = 1000  # samples of a set whose loss is taken, at most
+
+
+def measured(settings: Settings) -> int:
+    """Validation samples, and samples of all control groups, whose loss is taken."""
+    return MEASURED if settings.n_guard is None else min(MEASURED, settings.n_guard)
 
 
 class Control(NamedTuple):
@@ -75,14 +81,22 @@ def _drawn(
 
 def known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samples:
     """At most 1000 validation samples, of classes of which samples are retained if there are."""
-    some = few(held, rng, MEASURED)
+    some = few(held, rng, measured(block.work.settings))
     pool = block.retained.pool
     assert pool is not None
-    here, kept = labels_of(some), labels_of(pool)
+    return of_classes_that_stay(some, pool)
+
+
+def of_classes_that_stay(held: Samples, pool: Samples) -> Samples:
+    """Those of validation samples of whose class samples are retained; all if there are none.
+
+    The others may have been deleted, now or in a request before.
+    """
+    here, kept = labels_of(held), labels_of(pool)
     if here is None or kept is None:
-        return some
+        return held
     known = np.isin(here, kept)
-    return some.subset(np.flatnonzero(known).tolist()) if known.any() else some
+    return held.subset(np.flatnonzero(known).tolist()) if known.any() else held
 
 
 def few(samples: Samples, rng: np.random.Generator, most: int) -> Samples:
@@ -107,4 +121,4 @@ def some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
     """At most 500 retained samples that the step does not read."""
     pool = block.retained.pool
     assert pool is not None
-    return few(pool, rng, MEASURED // 2)
+    return few(pool, rng, max(1, measured(block.work.settings) // 2))

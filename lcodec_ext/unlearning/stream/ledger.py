@@ -7,8 +7,8 @@ ASCII) with
 ``number``      0, 1, 2, ...
 ``kind``        "start", "remove", "skip", "release" or "rollback"
 ``record``      what happened, see `Unlearner`: nothing of it depends on the time or the host
-``environment`` when and where: time (UTC), seconds taken, versions; what a removal warned of; what a
-                release gave away, and what its noise did
+``environment`` when and where: time (UTC), seconds taken, versions; what a removal warned of; what
+                a release gave away, and what its noise did
 ``previous``    ``hash`` of the entry before; 64 zeros for the first one
 ``hash``        SHA-256 of the line without it
 ==============  ==============================================================================
