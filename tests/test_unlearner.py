@@ -25,12 +25,13 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import unlearner_process
 from lcodec_ext import _files
+from lcodec_ext._torch.states import state_hash, state_of
 from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.unlearning.privacy import PrivacyBudget, PrivacyBudgetExceeded
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream import checkpoints, ledger, steps, verify_ledger
-from lcodec_ext.unlearning.stream.checkpoints import LedgerError, state_hash, state_of
+from lcodec_ext.unlearning.stream.checkpoints import LedgerError
 from lcodec_ext.unlearning.stream.ledger import Ledger
 from lcodec_ext.unlearning.stream.steps import compact, request_seed
 from lcodec_ext.unlearning.stream.unlearner import Unlearner

@@ -120,8 +120,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add(
         "--selection",
         metavar="HOW",
-        help="the units to change: the name of a rule (docs/unlearning.md lists them), or a .json "
-        "file of UnitSelection.to_dict()",
+        help="what to change: the name of a rule (docs/unlearning.md lists them), or a .json file "
+        "of UnitSelection.to_dict() or ParameterSelection.to_dict()",
     )
     add("--curvature", metavar="KIND", help="gauss_newton, hessian, fisher or secant")
     add("--damping", type=number(), metavar="X", help="added to the curvature's diagonal")
@@ -182,13 +182,14 @@ def parse_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_selection(file: str) -> Any:
-    from lcodec_ext.curvature import UnitSelection
+    from lcodec_ext.curvature import selection_from_dict
 
     try:
-        return UnitSelection.from_json(Path(file).read_text(encoding="utf-8"))
+        return selection_from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"--selection {file} must be the JSON of UnitSelection.to_dict(): {error}"
+            f"--selection {file} must be the JSON of UnitSelection.to_dict() or "
+            f"ParameterSelection.to_dict(): {error}"
         ) from None
 
 

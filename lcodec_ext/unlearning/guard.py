@@ -10,7 +10,7 @@ from torch import Tensor
 from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
-from lcodec_ext.unlearning.control import known_classes, some_of_pool
+from lcodec_ext.unlearning.control import known_classes, of_classes_that_stay, some_of_pool
 from lcodec_ext.unlearning.finish import UNLIKE, Finish, finish_outliers, finish_step, unlikeness
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
@@ -96,6 +96,8 @@ class Watch:
         if not guarded:
             return cls(None, unread, request.validation)
         assert held is not None  # requests without are refused beforehand
+        if request.kept is not None and request.kept.pool is not None:
+            held = of_classes_that_stay(held, request.kept.pool, request.forget)
         return cls(Guard.of(work, held), unread, request.validation)
 
 

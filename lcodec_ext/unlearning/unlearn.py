@@ -10,12 +10,15 @@ from lcodec_ext._checks import check_bool
 from lcodec_ext._torch.loss import LossFunction, euclidean_norm
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
-from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
+from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall
 from lcodec_ext.unlearning.guard import Watch
+from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
+from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_skipped
@@ -110,7 +113,9 @@ def unlearn(
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
         If the step was taken back; if it raises the retained loss by much; if half of the removed
-        samples or more are also retained; if there are fewer units than `n_units`.
+        samples or more are also retained; if there are fewer units than `n_units`; if validation
+        samples are few, unlike the training ones or among them; if a calibrated step stayed far
+        from its aim or cost accuracy.
 
     Notes
     -----
@@ -152,6 +157,7 @@ def unlearn(
         before = work.measure(request.forget, request.monitored)
     start = work.weights()
     watch = Watch.of(work, request)
+    warn_of_doubts(request, watch.guard, settings)
     # Each part: perturb and record, select, step, guard.
     deletions = [delete(work, part, watch) for part in request.parts(work)]
     warn_of_skipped(deletions, watch.guard, settings, request.m)
@@ -168,19 +174,30 @@ def unlearn(
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
+    warn_of_shortfall(before, after, deletions, watch.guard)
+    patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
         changed = model
     work.clock.seconds["total"] = time.perf_counter() - begin
-    measured = Outcome(before, after, selection, step_norm, guarantee)
+    measured = Outcome(before, after, selection, step_norm, guarantee, patch)
     return result_of(changed, work, request, deletions, watch.guard, measured)
 
 
-def _selections(deletions: Sequence[Deletion]) -> tuple[UnitSelection, UnitSelection]:
-    """The units that were changed, and these or, where all was taken back, those tried."""
-    applied, tried = UnitSelection({}), UnitSelection({})
+def _patch_of(before: nn.Module, after: nn.Module) -> WeightPatch | None:
+    try:
+        return WeightPatch.between(before, after)
+    except TypeError:  # a state that holds more than dense tensors
+        return None
+
+
+def _selections(deletions: Sequence[Deletion]) -> tuple[Selection, Selection]:
+    """What was changed, and this or, where all was taken back, what was tried."""
+    applied: Selection | None = None
+    tried: Selection | None = None
     for deletion in deletions:
-        tried |= deletion.selection
+        tried = joined(tried, deletion.selection)
         if not deletion.skipped:
-            applied |= deletion.selection
-    return applied, applied or tried
+            applied = joined(applied, deletion.selection)
+    assert tried is not None  # there is at least one deletion
+    return applied or UnitSelection({}), applied or tried

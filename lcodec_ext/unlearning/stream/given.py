@@ -17,10 +17,10 @@ from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext._torch.states import state_hash
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.stream.checkpoints import state_hash
 from lcodec_ext.unlearning.stream.contents import data_record, is_data
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import FORMAT, recordable

@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, first_few
+from lcodec_ext._files import ranges_of
 from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.curvature import ParameterSelection, Selection
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import guarantee_of
@@ -202,6 +204,25 @@ def allowed_drops(settings: Settings, ledger: Ledger, steps: Sequence[int]) -> d
     }
 
 
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """The texts of what the block warns of; at its end the warnings go on to whoever listens.
+
+    Also those that filters would hide: a ledger has them all. Filters that make errors of warnings
+    raise them at the end.
+    """
+    texts: list[str] = []
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield texts
+    finally:
+        texts += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+        for each in caught:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
 def guarantee_after(
     given: Given,
     result: UnlearnResult,
@@ -270,14 +291,10 @@ def result_record(result: UnlearnResult) -> dict[str, Any]:
     return {key: value for key, value in result.to_dict().items() if key not in elsewhere}
 
 
-def compact(selection: UnitSelection | None) -> dict[str, str] | None:
-    """The units of each layer as ranges, "0-15,17"."""
+def compact(selection: Selection | None) -> dict[str, Any] | None:
+    """The units of each layer as ranges, "0-15,17"; single parameters as `to_dict` has them."""
     if selection is None:
         return None
-    return {layer: _ranges(units) for layer, units in selection.units.items()}
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    array = np.asarray(numbers)
-    runs = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
-    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
+    if isinstance(selection, ParameterSelection):
+        return selection.to_dict()
+    return {layer: ranges_of(units) for layer, units in selection.units.items()}

@@ -10,13 +10,9 @@ import torch
 from torch import nn
 
 from lcodec_ext._torch.samples import as_samples
+from lcodec_ext._torch.states import state_hash, state_of
 from lcodec_ext.unlearning.groups import Groups
-from lcodec_ext.unlearning.stream.checkpoints import (
-    LedgerError,
-    read_checkpoint,
-    state_hash,
-    state_of,
-)
+from lcodec_ext.unlearning.stream.checkpoints import LedgerError, read_checkpoint
 from lcodec_ext.unlearning.stream.given import check_groups
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import CHECKPOINT_FOLDER, FIRST, LEDGER_FILE, scan
