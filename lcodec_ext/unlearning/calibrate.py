@@ -14,7 +14,7 @@ from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
-from lcodec_ext.unlearning.control import control_groups, known_classes, some_of_pool
+from lcodec_ext.unlearning.control import Control, control_groups, known_classes, some_of_pool
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
@@ -95,12 +95,14 @@ class Calibration:
     products: int
 
     @classmethod
-    def without_a_step(cls, harm: "Harm", unlike: float) -> "Calibration":
+    def without_a_step(
+        cls, harm: "Harm", control: Control, before: tuple[float, ...], unlike: float
+    ) -> "Calibration":
         """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
         return cls(
             strength=math.inf,
             stopped_by="outliers",
-            control_before=(),
+            control_before=before,
             control_after=(),
             control=math.nan,
             spread=math.nan,
@@ -112,8 +114,8 @@ class Calibration:
             unlike=unlike,
             finish=0,
             finish_by="",
-            group_size=0,
-            groups_of="samples",
+            group_size=control.size,
+            groups_of=control.of,
             n_validation=len(harm.validation),
             products=0,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
-from lcodec_ext.unlearning.control import known_classes, of_classes_that_stay, some_of_pool
+from lcodec_ext.unlearning.control import control_groups, known_classes, some_of_pool
 from lcodec_ext.unlearning.finish import UNLIKE, Finish, finish_outliers, finish_step, unlikeness
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
@@ -177,10 +177,14 @@ def _instead_of_a_step(
         validation = known_classes(held, block, rng)
         harm = Harm.of(block, validation, some_of_pool(block, rng))
         unlike = unlikeness(block, harm.retained)
-    done = finish_outliers(block, harm, known=False) if unlike >= UNLIKE else None
+        if not unlike >= UNLIKE:
+            return None, unlike
+        control = control_groups(block, rng)
+        before = tuple(block.work.mean_loss(each) for each in control.groups)
+    done = finish_outliers(block, harm, known=False)
     if done is None:
         return None, unlike
-    found = Calibration.without_a_step(harm, unlike)
+    found = Calibration.without_a_step(harm, control, before, unlike)
     attempt = _finished(block, guard, harm, found, Steps(), done)
     if attempt.accepted:
         return attempt, unlike
