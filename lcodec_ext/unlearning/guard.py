@@ -10,7 +10,12 @@ from torch import Tensor
 from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
-from lcodec_ext.unlearning.control import control_groups, known_classes, some_of_pool
+from lcodec_ext.unlearning.control import (
+    control_groups,
+    known_classes,
+    of_classes_that_stay,
+    some_of_pool,
+)
 from lcodec_ext.unlearning.finish import UNLIKE, Finish, finish_outliers, finish_step, unlikeness
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
