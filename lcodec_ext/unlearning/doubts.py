@@ -176,7 +176,7 @@ def warn_of_shortfall(
             f"{after.forget_loss:.3g} now; a model that never saw their class would "
             "hardly recognise any"
         )
-    level = max(target, *found.control_after)
+    level = max([target, *found.control_after])
     far = after.forget_loss > OUTLIERS * level > 0
     if before.forget_loss <= target and far and not found.outliers:
         told.append(
