@@ -29,7 +29,6 @@ _CONFIDENCE = (
     1.1  # the copy's logits on removed samples, as a share of the model's on retained ones
 )
 _MEASURED = 1000  # retained samples whose logits are measured, and that batch norms are set by
-_FEWEST = 150  # batches, in any case
 
 _EACH: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": F.cross_entropy,
@@ -45,16 +44,17 @@ class Pass:
     epochs: float
     rate: float
     warm: float  # share of the batches in which the rate rises
+    least: int  # batches, in any case
     stream: int  # of random numbers
 
     def batches(self, n: int) -> int:
         """How many of n samples it takes."""
-        return max(_FEWEST, math.ceil(self.epochs * n / _BATCH))
+        return max(self.least, math.ceil(self.epochs * n / _BATCH))
 
 
-COPY = Pass(epochs=1.3, rate=0.1, warm=0.2, stream=8)
-FOLLOW = Pass(epochs=1.25, rate=0.03, warm=0.1, stream=9)  # the copy
-HOLD = Pass(epochs=0.5, rate=0.01, warm=0.1, stream=10)  # what a step left
+COPY = Pass(epochs=1.3, rate=0.1, warm=0.2, least=150, stream=8)
+FOLLOW = Pass(epochs=1.25, rate=0.03, warm=0.1, least=150, stream=9)  # the copy
+HOLD = Pass(epochs=0.5, rate=0.01, warm=0.1, least=75, stream=10)  # what a step left
 
 
 class NotTrainedError(ValueError):
