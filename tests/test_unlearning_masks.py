@@ -146,7 +146,9 @@ def step_by_hand(model, chosen):
     )
     share = len(FORGET[1]) / len(RETAIN[1])
     removal = (gradient + DECAY * w)[chosen] * share
-    return torch.linalg.solve(matrix + DECAY * torch.eye(len(removal)), removal)
+    return torch.linalg.solve(
+        matrix + DECAY * torch.eye(len(removal), dtype=torch.float64), removal
+    )
 
 
 def flat_indices(model, selection):
