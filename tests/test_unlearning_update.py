@@ -653,8 +653,8 @@ def test_recurrent_layers_without_noise(curvature):
     data = samples(40, shape=(6, 3))
     options = {"curvature": curvature, "damping": 1.0}
     result = unlearn(model, *data, F.cross_entropy, selection="full", **options)
-    assert result.n_units == 4 + 3
-    assert result.solve_residual < 1e-12
+    assert result.n_parameters == result.n_trainable  # those of the GRU, which has no units, too
+    assert result.solve_residual < 1e-9  # by conjugate gradients, to rtol 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
