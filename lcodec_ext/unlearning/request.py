@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,7 @@ class Kept:
     users: list[list[int]] | None  # groups of whole users in the pool
     _settings: Settings
     _order: NDArray[np.int64]
+    _groups: Groups | None
 
     @classmethod
     def drawn(
@@ -81,12 +82,17 @@ class Kept:
         if settings.n_monitor is not None and settings.n_monitor < len(monitored):
             few = _rng(settings).permutation(len(monitored))[: settings.n_monitor]
             monitored = _some(monitored, few)
-        return cls(samples, read, monitored, pool, users, settings, order)
+        return cls(samples, read, monitored, pool, users, settings, order, groups)
+
+    def drawn_again(self, settings: Settings, m: int) -> "Kept":
+        """The same samples, drawn from as other settings say."""
+        return Kept.drawn(self.all, settings, m, self._groups)
 
     def unread(self) -> Samples:
         """Samples that no step reads, or where all are read, of all."""
         unread = self._order[len(self.read) :]
-        return _some(self.all, (unread if len(unread) else self._order)[:GUARD_SIZE])
+        most = min(GUARD_SIZE, self._settings.n_guard or GUARD_SIZE)
+        return _some(self.all, (unread if len(unread) else self._order)[:most])
 
     def with_samples(self, others: Samples) -> Retained:
         """Retain also others, the samples of the request whose turn comes later."""
@@ -147,6 +153,11 @@ class Request:
         """Samples to remove."""
         return len(self.forget)
 
+    def drawn_again(self, settings: Settings) -> "Request":
+        """The same request, its samples drawn as other settings say."""
+        kept = self.kept and self.kept.drawn_again(settings, self.m)
+        return replace(self, kept=kept, validation=_at_most(self.validation, settings))
+
     @property
     def monitored(self) -> Samples | None:
         """Retained samples on which losses and gradients are measured."""
@@ -203,7 +214,15 @@ def checked_request(
     if kept is not None:
         with work.timed("monitoring"):
             drawn = Kept.drawn(kept, work.settings, m, groups)
-    return Request(removed, drawn, held, statistics, n_retain)
+    return Request(removed, drawn, _at_most(held, work.settings), statistics, n_retain)
+
+
+def _at_most(held: Samples | None, settings: Settings) -> Samples | None:
+    """Validation samples, drawn from where there are more than the settings allow."""
+    if held is None or settings.n_guard is None or len(held) <= settings.n_guard:
+        return held
+    order = np.random.default_rng([settings.seed, 8]).permutation(len(held))
+    return _some(held, order[: settings.n_guard])
 
 
 def _check_roles(
@@ -326,17 +345,31 @@ def _check_loss(work: Workplace, batch: Batch, outputs: Any, name: str) -> None:
 def warn_of_overlap(forget: Samples, retain: Samples, stacklevel: int = 2) -> None:
     """Warn if half of the samples to delete, or more, are also among those to retain.
 
-    Fewer may be true duplicates. One pass over retain hashes the bits of every sample, and what
-    has the hash of a sample to delete is compared with it.
+    Fewer may be true duplicates.
+    """
+    m, k = len(forget), n_shared(forget, retain)
+    if 2 * k >= m:
+        warnings.warn(
+            f"{k:,} of {m:,} samples of forget are also among those of retain: pass as retain the "
+            "training samples that stay, without the deleted ones",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def n_shared(few: Samples, many: Samples) -> int:
+    """How many of a few samples are also among many.
+
+    One pass over the many hashes the bits of every sample, and what has the hash of one of the few
+    is compared with it.
     """
 
     def columns(samples: Samples, indices: list[int]) -> list[Tensor]:
         tensors = tensors_of(samples.fetch(indices).data)
         return [t.reshape(len(indices), math.prod(t.shape[1:])).contiguous() for t in tensors]
 
-    widths = [t.shape[1] for t in columns(forget, [0])]
-    if widths != [t.shape[1] for t in columns(retain, [0])]:
-        return
+    widths = [t.shape[1] for t in columns(few, [0])]
+    if widths != [t.shape[1] for t in columns(many, [0])]:
+        return 0
     rows = max(1, 2**18 // max(1, sum(widths)))  # at a time: what stays in the caches
     rng = np.random.default_rng(0)
     factors: dict[int, Tensor] = {}
@@ -356,20 +389,15 @@ def warn_of_overlap(forget: Samples, retain: Samples, stacklevel: int = 2) -> No
             found.append(total.numpy())
         return np.concatenate(found)
 
-    known, first = np.unique(keys(retain), return_index=True)
-    wanted = keys(forget)
+    known, first = np.unique(keys(many), return_index=True)
+    wanted = keys(few)
     at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     likely = np.flatnonzero(known[at] == wanted)
-    m, k = len(forget), 0
+    found = 0
     for start in range(0, len(likely), rows):
         some = likely[start : start + rows]
         pairs = zip(
-            columns(forget, some.tolist()), columns(retain, first[at[some]].tolist()), strict=True
+            columns(few, some.tolist()), columns(many, first[at[some]].tolist()), strict=True
         )
-        k += int(torch.stack([(a == b).all(1) for a, b in pairs]).all(0).sum())
-    if 2 * k >= m:
-        warnings.warn(
-            f"{k:,} of {m:,} samples of forget are also among those of retain: pass as retain the "
-            "training samples that stay, without the deleted ones",
-            stacklevel=stacklevel + 1,
-        )
+        found += int(torch.stack([(a == b).all(1) for a, b in pairs]).all(0).sum())
+    return found

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lcodec_ext._files import json_ready
-from lcodec_ext.curvature import ParameterSelection, Selection
+from lcodec_ext.curvature import ParameterSelection, Selection, SolveResult
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.deletion import Deletion
+from lcodec_ext.unlearning.estimate import Estimate
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.privacy import Guarantee
@@ -74,7 +75,8 @@ class UnlearnResult:
     curvature_plan : str
         Which way products with the matrix were computed, and why; empty for updates without one.
     solve_method : str
-        "cholesky", "cg" or "woodbury": see `CurvatureOperator.solve`; else the update.
+        "cholesky", "cg" or "woodbury": see `CurvatureOperator.solve`; "none" for outliers, which a
+        finish deletes; else the update.
     solve_iterations : int
     solve_residual : float
         |matrix @ step - gradient| / |gradient|, the largest of all steps; nan without a matrix.
@@ -99,6 +101,10 @@ class UnlearnResult:
         What (epsilon, delta) mean for this result: certified, heuristic, or nothing.
     seconds : dict of str to float
         Time taken by each phase, and in "total".
+    chosen : dict of str to Any
+        Settings that `max_seconds`, `budget` and `max_memory` lowered; `settings` has them too.
+    estimate : Estimate or None
+        What was expected beforehand, with these options or progress=True.
     """
 
     model: nn.Module
@@ -132,6 +138,8 @@ class UnlearnResult:
     calibration: Calibration | None
     guarantee: Guarantee
     seconds: dict[str, float]
+    chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    estimate: Estimate | None = None
     _patch: WeightPatch | None = None
 
     def patch(self) -> WeightPatch:
@@ -156,6 +164,8 @@ class UnlearnResult:
         values = {name: getattr(self, name) for name in fields}
         if self.foci is not None:
             values["foci"] = {"names": self.foci.names, "T": self.foci.cumulative}
+        if self.estimate is not None:
+            values["estimate"] = self.estimate.to_dict()
         return json_ready(values)
 
     def __repr__(self) -> str:
@@ -190,6 +200,8 @@ class UnlearnResult:
                 + "s" * (self.attempts > 1)
                 + ", repaired" * self.repaired
             )
+        if self.estimate is not None and self.settings.bounded:
+            lines.append(f"  cost          {self.estimate.line()} expected")
         if self.calibration is not None:
             lines.append(f"  calibration   {self.calibration}")
         if self.guarantee.kind != "none":
@@ -230,6 +242,7 @@ class Outcome(NamedTuple):
     step_norm: float
     guarantee: Guarantee
     patch: WeightPatch | None
+    estimate: Estimate | None
 
 
 def result_of(
@@ -241,7 +254,7 @@ def result_of(
     outcome: Outcome,
 ) -> UnlearnResult:
     """Put together what there is to say of deletions."""
-    before, after, selection, step_norm, guarantee, patch = outcome
+    before, after, selection, step_norm, guarantee, patch, cost = outcome
     last = deletions[-1]
     layout = selection.layout(work.model)
     solves = [solve for deletion in deletions for solve in deletion.solves]
@@ -263,7 +276,7 @@ def result_of(
         repaired=any(d.last.repaired for d in deletions),
         damping=last.last.damping,
         curvature_plan=last.plan,
-        solve_method=solves[-1].method if solves else work.settings.update,
+        solve_method=_method(last, solves, work.settings),
         solve_iterations=sum(s.iterations for s in solves) if solves else last.n_gradient,
         solve_residual=max((s.residual for s in solves), default=math.nan),
         step_norm=step_norm,
@@ -279,8 +292,18 @@ def result_of(
         calibration=last.last.calibration,
         guarantee=guarantee,
         seconds=work.clock.seconds,
+        chosen={} if cost is None else cost.chosen,
+        estimate=cost,
         _patch=patch,
     )
+
+
+def _method(deletion: Deletion, solves: Sequence[SolveResult], settings: Settings) -> str:
+    """How the step was solved; that there was none, for outliers."""
+    if solves:
+        return solves[-1].method
+    found = deletion.last.calibration
+    return settings.update if found is None or math.isfinite(found.strength) else "none"
 
 
 def _guarded(guard: Guard | None, deletions: Sequence[Deletion]) -> BeforeAfter:
