@@ -38,6 +38,7 @@ import run  # noqa: E402
 import stream  # noqa: E402
 import table  # noqa: E402
 import unlearning  # noqa: E402
+import users  # noqa: E402
 from cases import CASES  # noqa: E402
 
 # torch's own, when forward mode is first used
@@ -789,3 +790,27 @@ def test_the_guide_has_the_recorded_calibrations():
         calibrated = case["summary"]["calibrated"]
         assert 0.4 < calibrated["loss_ratio"] < 2.5
         assert calibrated["accuracy_test_worst"] >= -0.0101  # a point, of 497 samples
+
+
+def test_the_guide_has_the_recorded_users():
+    found = results.load(ROOT / "benchmarks/results/users.json")["calibration"]
+    assert set(found) == set(users.CASES)
+    text = (ROOT / "docs/unlearning.md").read_text(encoding="utf-8")
+    assert users.table(found) in text
+    for case in found.values():
+        assert case["summary"] == users.summary(case["points"])
+        for point in case["points"]:
+            for way, (of, _) in users.ways(("known", "unseen")).items():
+                if way in point:
+                    assert point[way]["calibration"]["groups_of"] == of
+
+
+def test_users_with_habits():
+    task = users.habits(3)
+    assert task.users.max() < users.TRAINED
+    gone = task.users[task.forget].unique()
+    assert len(gone) == 2
+    assert not torch.isin(task.users[~task.forget], gone).any()
+    sizes = [len(data[1]) for data in task.validation.values()]
+    assert sizes[1] == users.HELD * users.SIZE
+    assert len(task.data[1]) + sizes[0] < users.TRAINED * users.SIZE  # without the deleted users'
