@@ -160,7 +160,8 @@ def warn_of_shortfall(
     if found is None or not last.accepted:
         return
     told = []
-    start, target = robust_mean(found.control_before)[0], found.validation_before
+    target = found.validation_before
+    start = robust_mean(found.control_before)[0] if found.control_before else target
     gap = target - start
     reached = (found.control - start) / gap if gap > _GAP * abs(target) else 1.0
     if reached < _LITTLE and found.stopped_by != "control" and not found.finish:
@@ -175,7 +176,7 @@ def warn_of_shortfall(
             "by, cannot tell how far that has to go. The deleted samples lose "
             f"{after.forget_loss:.3g} now; a model that never saw their class would hardly recognise any"
         )
-    level = max(target, *found.control_after)
+    level = max([target, *found.control_after])  # without groups where there was no step
     if before.forget_loss <= target and after.forget_loss > OUTLIERS * level and level > 0:
         told.append(
             f"the deleted samples lose {after.forget_loss:.3g} now, more than {OUTLIERS:g} times "
