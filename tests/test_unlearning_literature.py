@@ -361,7 +361,7 @@ def test_tuning_chooses_the_nearest_to_retraining_and_trains_on_no_validation_sa
     assert rows[0] - rows[1] == {tuple(row.tolist()) for row in X[CONTROL]}
     for name in methods:
         trials = [t for t in found.trials if t.name == name]
-        assert len(trials) == 8
+        assert len(trials) == 12
         best = found.best(name)
         assert best.distance == min(t.distance for t in trials)
         assert best.options in [t.options for t in trials]
@@ -374,9 +374,9 @@ def test_tuning_chooses_the_nearest_to_retraining_and_trains_on_no_validation_sa
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["chosen"]["L-BFGS"] == found.best("L-BFGS").options
     assert values["settings"]["n_control"] == 10
-    assert len(values["trials"]) == 16
+    assert len(values["trials"]) == 24
     lines = repr(found).splitlines()
-    assert lines[0] == "Tuned on 10 control samples and 10 for validation, 8 settings each"
+    assert lines[0] == "Tuned on 10 control samples and 10 for validation, at most 12 settings each"
     assert lines[2].startswith("L-BFGS")
     assert "iterations=" in lines[2]
     evaluated = evaluate(
