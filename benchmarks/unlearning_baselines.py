@@ -97,14 +97,8 @@ def tuned(name: str, which: str, path: Path = RESULTS) -> dict[str, Any]:
     known: Mapping[str, Any] = {**BASELINES, **LITERATURE}
     found = {}
     for method in NAMES:
-        own = {"epochs": allowed_epochs(RECIPES[name])} if _has_epochs(known[method].run) else {}
-        found[method] = Baseline(
-            known[method].run, {**known[method].options, **own, **chosen[method]}
-        )
+        run, options = known[method].run, dict(known[method].options)
+        if "epochs" in inspect.signature(run).parameters:
+            options["epochs"] = allowed_epochs(RECIPES[name])
+        found[method] = Baseline(run, {**options, **chosen[method]})
     return found
-
-
-def _has_epochs(run: Any) -> bool:
-    import inspect
-
-    return "epochs" in inspect.signature(run).parameters

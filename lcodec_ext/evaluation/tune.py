@@ -161,8 +161,8 @@ def tune(
     held out for *validation*. One model is trained on all but the latter, and a few on all but
     both; these are the yardstick. Every method deletes the control samples with at most n_settings
     settings from its grid, and the one nearest to retraining is chosen. Half of the settings are
-    drawn from the grid; the others are neighbours of the best one so far. A grid with no more than
-    n_settings is tried as a whole.
+    drawn from the grid, then neighbours of the best one so far follow, and more draws where all of
+    these were tried. A grid with no more than n_settings is tried as a whole.
 
     The distance is a mean of three, each as a share of what it was before the deletion, or of the
     distance of one retrained model from another where that is larger: the Jensen-Shannon distance
@@ -285,15 +285,19 @@ def tune(
 
 
 class _Search:
-    """The settings of one method: half of them drawn, the others beside the best so far."""
+    """The settings of one method: half of them drawn, then those beside the best so far.
+
+    Where all beside the best one were tried, half of what is left is drawn again.
+    """
 
     def __init__(self, name: str, grid: Grid, most: int, rng: np.random.Generator) -> None:
         self.name, self.trials = name, list[Trial]()
         self._options, self._values, self._most = list(grid), list(grid.values()), most
         every = list(itertools.product(*(range(len(values)) for values in self._values)))
         first = len(every) if len(every) <= most else max(1, most // 2)
-        drawn = np.sort(rng.choice(len(every), first, replace=False))
-        self._todo = [every[k] for k in drawn]
+        order = rng.permutation(len(every)).tolist()
+        self._todo = [every[k] for k in sorted(order[:first])]
+        self._others = [every[k] for k in order[first:]]
         self._tried: list[tuple[int, ...]] = []
 
     @property
@@ -323,8 +327,11 @@ class _Search:
             for step in (1, -1)
             if 0 <= at[axis] + step < len(self._values[axis])
         ]
-        new = [place for place in beside if place not in self._tried]
-        return new[: self._most - len(self._tried)]
+        left = self._most - len(self._tried)
+        if new := [place for place in beside if place not in self._tried]:
+            return new[:left]
+        others = [place for place in self._others if place not in self._tried]
+        return others[: -(-left // 2)]
 
 
 def _trials(
