@@ -8,14 +8,16 @@ For each network and each forget set (mislabelled or random samples), models are
 everything from three starts, and other models are retrained without the forget set.
 `lcodec_ext.unlearning.evaluate` measures what every method leaves. Everything runs on one thread.
 Times are CPU seconds, as a share of those of retraining the same network; these are extrapolated
-from a tenth of a training just before. Trained networks are kept in the cache, so a run that was
-stopped can go on.
+from a tenth of a training just before. Trained networks are kept in the cache, and so is what each
+baseline gave, by its options: a run that was stopped goes on, and one with another version of the
+package compares it with the same baselines.
 
 Split 0 is for development: settings of the package were chosen on its draws of samples, and --tune
 chooses those of the baselines there (unlearning_baselines.py). Split 1 judges.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--starts", type=int, default=3, help="models trained on everything")
     parser.add_argument("--tune", action="store_true", help="choose the baselines' options")
+    parser.add_argument("--skip-package", action="store_true", help="baselines alone, to keep them")
     parser.add_argument("--settings", type=int, default=12, help="of each baseline, with --tune")
     parser.add_argument("--tuned", type=Path, default=unlearning_baselines.RESULTS)
     parser.add_argument(
@@ -116,14 +119,15 @@ def judge(pairs: Sequence[tuple[str, str]], options: argparse.Namespace) -> int:
             "threads": 1,
             "split": options.split,
             "recommended": recommended(),
-            "recipes": {name: recipe(RECIPES[name]) for name, _ in pairs},
+            "recipes": {name: recipe_of(RECIPES[name]) for name, _ in pairs},
         },
         "runs": [],
     }
     for name, which in pairs:
         baselines = unlearning_baselines.tuned(name, which, options.tuned)
+        ours = {} if options.skip_package else OURS
         for start in range(options.starts):
-            run = measure(name, which, start, options.split, options.cache, baselines)
+            run = measure(name, which, start, options.split, options.cache, baselines, ours)
             result["runs"].append(run)
             show(run)
             result["claims"] = claims(result["runs"])
@@ -140,7 +144,7 @@ def recommended() -> dict[str, Any]:
     return resolve("recommended", {}, retained=True, validation=True).to_dict()
 
 
-def recipe(given: Any) -> dict[str, Any]:
+def recipe_of(given: Any) -> dict[str, Any]:
     network = given.network()
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -173,13 +177,20 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 
 
 def measure(
-    name: str, which: str, start: int, split: int, cache: Path, baselines: Mapping[str, Any]
+    name: str,
+    which: str,
+    start: int,
+    split: int,
+    cache: Path,
+    baselines: Mapping[str, Any],
+    ours: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """Run what was not kept on one model, and measure it."""
     import torch
     from torch.nn.functional import cross_entropy
     from unlearning_models import RECIPES, retraining_seconds, task, trained
 
-    from lcodec_ext.unlearning import Baseline, evaluate, unlearn
+    from lcodec_ext.unlearning import evaluate, unlearn
 
     recipe = RECIPES[name]
     # The small network has its own split and forget set from each start; the others share one,
@@ -189,31 +200,30 @@ def measure(
     forget, retain = data.part(True), data.part(False)
     model = trained(cache, name, which, seed, None, own)
     again = [trained(cache, name, which, seed, k) for k in range(3)]
+    kept = Kept(cache / "baselines", (name, which, seed, start), recipe_of(recipe), baselines)
     few = [tuple(t[:40] for t in part) for part in (forget, retain)]
     unlearn(model, *few, cross_entropy, damping=1.0)  # imports, and first calls
     retraining = retraining_seconds(name, *retain)
     made: dict[str, Any] = {}
-    cpu: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    warned: dict[str, list[str]] = {}
-    for method, how in {**OURS, **baselines}.items():
+    about: dict[str, dict[str, Any]] = {}
+    for method, how in {**ours, **baselines}.items():
+        if method in kept.rows:
+            continue
         torch.manual_seed(start)
         begin = time.process_time()
-        try:
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always", UserWarning)
-                if isinstance(how, Baseline):
-                    options = {"weight_decay": recipe.weight_decay, **how.options}
-                    made[method] = how.run(model, forget, retain, cross_entropy, start, **options)
-                else:
-                    options = {"weight_decay": recipe.weight_decay, "seed": start, **how}
-                    if options.pop("validation", False):
-                        options["validation"] = data.validation
-                    made[method] = unlearn(model, forget, retain, cross_entropy, **options)
-            warned[method] = [str(each.message) for each in found]
-        except (ValueError, RuntimeError) as error:
-            failed[method] = f"{type(error).__name__}: {error}"
-        cpu[method] = time.process_time() - begin
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", UserWarning)
+            error = None
+            try:
+                made[method] = carried_out(how, model, data, recipe.weight_decay, start)
+            except (ValueError, RuntimeError) as caught:
+                error = f"{type(caught).__name__}: {caught}"
+        about[method] = {
+            "time": (time.process_time() - begin) / retraining,
+            **deletion(made.get(method)),
+            "warned": [str(each.message) for each in found],
+            "error": error,
+        }
     evaluation = evaluate(
         model,
         forget,
@@ -226,17 +236,19 @@ def measure(
         seed=start,
         relearn=False,
     )
-    rows = {}
-    for entry in evaluation.methods:
-        result = made.get(entry.name)
-        rows[entry.name] = {
+    measured = {
+        entry.name: {
             **{key: entry.metrics.get(key) for key in KEYS},
             "closed": {key: entry.gap_closed.get(key) for key in GAPS},
-            "time": cpu[entry.name] / retraining if entry.name in cpu else None,
-            **deletion(result),
-            "warned": warned.get(entry.name, []),
+            "time": None,
             "error": entry.error,
+            **about.get(entry.name, {}),
         }
+        for entry in evaluation.methods
+    }
+    failed = {method: row for method, row in about.items() if row["error"]}
+    kept.take(measured | failed)
+    order = ("no-op", "retrained", *ours, *baselines)
     return {
         "model": name,
         "forget": which,
@@ -246,9 +258,49 @@ def measure(
         "retraining_cpu_seconds": retraining,
         "retrained": len(again),
         "floor": {key: evaluation.floor.get(key) for key in GAPS},
-        "methods": rows,
-        "failed": failed,
+        "methods": {each: (failed | measured | kept.rows)[each] for each in order},
     }
+
+
+def carried_out(how: Any, model: Any, data: Any, weight_decay: float, seed: int) -> Any:
+    """Return what a baseline or options of `unlearn` make of a model."""
+    from torch.nn.functional import cross_entropy
+
+    from lcodec_ext.unlearning import Baseline, unlearn
+
+    forget, retain = data.part(True), data.part(False)
+    if isinstance(how, Baseline):
+        options = {"weight_decay": weight_decay, **how.options}
+        return how.run(model, forget, retain, cross_entropy, seed, **options)
+    options = {"weight_decay": weight_decay, "seed": seed, **how}
+    if options.pop("validation", False):
+        options["validation"] = data.validation
+    return unlearn(model, forget, retain, cross_entropy, **options)
+
+
+class Kept:
+    """What each baseline gave on one model, in files that have its options in their names."""
+
+    def __init__(
+        self, folder: Path, where: Sequence[Any], recipe: Any, baselines: Mapping[str, Any]
+    ) -> None:
+        self._paths = {}
+        for name, how in baselines.items():
+            what = json.dumps([*where, name, how.options, recipe], sort_keys=True, default=list)
+            stem = "-".join(map(str, where)) + f"-{name.replace(' ', '_')}"
+            digest = hashlib.sha256(what.encode()).hexdigest()[:8]
+            self._paths[name] = folder / f"{stem}-{digest}.json"
+        self.rows: dict[str, Any] = {
+            name: json.loads(path.read_text())
+            for name, path in self._paths.items()
+            if path.exists()
+        }
+
+    def take(self, rows: Mapping[str, Any]) -> None:
+        """Keep the new rows of baselines, with the commit that they come from."""
+        for name in self._paths.keys() & rows.keys() - self.rows.keys():
+            self.rows[name] = {**rows[name], **environment.commit()}
+            written(self._paths[name], self.rows[name])
 
 
 def deletion(result: Any) -> dict[str, Any]:
@@ -269,16 +321,18 @@ def deletion(result: Any) -> dict[str, Any]:
 def show(run: Mapping[str, Any]) -> None:
     print(f"{run['model']}, {run['forget']}, start {run['start']}")
     for name, row in run["methods"].items():
+        if row.get("closed") is None or row["accuracy_test"] is None:
+            print(f"  {name:34s} failed: {str(row['error'])[:90]}")
+            continue
         closed = [row["closed"][key] for key in ("js_forget", "loss_forget")]
         shares = " ".join("    -" if v is None else f"{v:5.2f}" for v in closed)
         spent = "     -" if row["time"] is None else f"{row['time']:6.1%}"
         print(
-            f"  {name:34s} closed JS, loss {shares}  test {row['accuracy_test']:.4f}  "
-            f"retain {row['accuracy_retain']:.4f}  AUC {row['mia_auc']:.3f}  time {spent}",
+            f"  {name:34s} JS {row['js_forget']:.3f} closed JS, loss {shares}  "
+            f"test {row['accuracy_test']:.4f}  retain {row['accuracy_retain']:.4f}  "
+            f"AUC {row['mia_auc']:.3f}  time {spent}",
             flush=True,
         )
-    for name, why in run["failed"].items():
-        print(f"  {name:34s} failed: {why[:90]}")
 
 
 def mean(runs: Sequence[Mapping[str, Any]], method: str, *path: str) -> float | None:
@@ -287,7 +341,7 @@ def mean(runs: Sequence[Mapping[str, Any]], method: str, *path: str) -> float | 
     for run in runs:
         value: Any = run["methods"].get(method)
         for key in path:
-            value = None if value is None else value[key]
+            value = None if value is None else value.get(key)
         if value is None:
             return None
         values.append(float(value))
