@@ -29,30 +29,30 @@ from lcodec_ext.unlearning.request import random_samples
 
 Grid = Mapping[str, Sequence[Any]]
 
-_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-_ADAM = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_ADAM = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 _BATCHES = (32, 128)
 
 #: By name of a method, the values that `tune` tries for its options, in ascending order. They reach
 #: far, so that the best one lies inside; `tune` tries some of the combinations.
 GRIDS: Mapping[str, Grid] = MappingProxyType(
     {
-        "gradient ascent": {"learning_rate": _RATES, "epochs": (2, 5, 20, 50)},
+        "gradient ascent": {"learning_rate": _RATES, "epochs": (5, 20, 50)},
         "NegGrad+": {
-            "retain_weight": (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999),
-            "learning_rate": _RATES,
+            "retain_weight": (0.9, 0.97, 0.99, 0.997, 0.999, 0.9997),
+            "learning_rate": (0.01, 0.03, 0.1, 0.3),
         },
         "fine-tune SGD": {"learning_rate": _RATES, "batch_size": _BATCHES},
         "fine-tune Adam": {"learning_rate": _ADAM, "batch_size": _BATCHES},
         "L-BFGS": {"iterations": (2, 5, 10, 15, 20, 25, 30, 40, 50, 70, 100, 150)},
-        "SCRUB": {"learning_rate": _ADAM, "ascents": (1, 2, 3, 5), "alpha": (0.0, 0.01, 0.1, 1.0)},
+        "SCRUB": {"learning_rate": _ADAM, "ascents": (1, 2, 3), "alpha": (0.0, 0.1, 1.0)},
         "SSD": {"alpha": (1.5, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0), "dampening": (0.1, 0.3, 1, 3)},
         "SalUn": {"learning_rate": _RATES, "batch_size": _BATCHES, "share": (0.2, 0.5, 0.8)},
         "random labels": {"learning_rate": _RATES, "batch_size": _BATCHES},
         "bad teacher": {"learning_rate": _ADAM, "retain_share": (0.3, 1.0)},
         "CF-k": {"layers": (1, 2, 3), "learning_rate": _RATES},
         "EU-k": {"layers": (1, 2, 3), "learning_rate": _RATES},
-        "L1-sparse": {"gamma": (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2), "learning_rate": _RATES},
+        "L1-sparse": {"gamma": (1e-5, 1e-4, 1e-3, 3e-3), "learning_rate": _RATES},
     }
 )
 
