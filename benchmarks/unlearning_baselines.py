@@ -87,18 +87,28 @@ def search(name: str, which: str, cache: Path, n_settings: int = 12) -> dict[str
     return found.to_dict()
 
 
-def tuned(name: str, which: str, path: Path = RESULTS) -> dict[str, Any]:
-    """Return the methods with the options that the search chose for a network."""
+def tuned(name: str, which: str, path: Path = RESULTS, best: int | None = None) -> dict[str, Any]:
+    """Return the methods with the options that the search chose for a network.
+
+    With `best` only so many: those that came nearest to retraining in the search.
+    """
     from unlearning_models import RECIPES
 
     from lcodec_ext.evaluation.methods import BASELINES, LITERATURE, Baseline
 
-    chosen = json.loads(path.read_text())["searches"][TUNED_ON[name]][which]["chosen"]
+    found = json.loads(path.read_text())["searches"][TUNED_ON[name]][which]
+    chosen = found["chosen"]
+    nearest = {
+        method: min(t["distance"] for t in found["trials"] if t["name"] == method and t["distance"])
+        for method in NAMES
+        if best is not None
+    }
+    names = sorted(sorted(nearest, key=nearest.__getitem__)[:best], key=NAMES.index) or NAMES
     known: Mapping[str, Any] = {**BASELINES, **LITERATURE}
-    found = {}
-    for method in NAMES:
+    methods = {}
+    for method in names:
         run, options = known[method].run, dict(known[method].options)
         if "epochs" in inspect.signature(run).parameters:
             options["epochs"] = allowed_epochs(RECIPES[name])
-        found[method] = Baseline(run, {**options, **chosen[method]})
-    return found
+        methods[method] = Baseline(run, {**options, **chosen[method]})
+    return methods

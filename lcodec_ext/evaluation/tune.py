@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -12,18 +13,19 @@ from torch import nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._files import json_ready
+from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
-from lcodec_ext._torch.modes import seeded
-from lcodec_ext._torch.predict import Score
-from lcodec_ext.evaluation.evaluate import Evaluation, evaluate
+from lcodec_ext._torch.modes import place, seeded
+from lcodec_ext._torch.predict import Prediction, Score, predict
+from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.evaluation.methods import (
     BASELINES,
     LITERATURE,
-    NO_OP,
-    RETRAINED,
     Baseline,
     Method,
+    carry_out,
 )
+from lcodec_ext.evaluation.metrics import js_distances
 from lcodec_ext.evaluation.training import check_numbers, count, take
 from lcodec_ext.unlearning.request import random_samples
 
@@ -241,36 +243,26 @@ def tune(
         name: _Search(name, grid, n_settings, np.random.default_rng([seed, k]))
         for k, (name, (_, grid)) in enumerate(chosen.items())
     }
-    while tried := {name: todo for name, search in searches.items() if (todo := search.next())}:
-        evaluation = evaluate(
-            model,
-            take(data, removed),
-            take(data, rest),
-            unseen,
-            loss_fn,
-            retrained=again,
-            methods={
-                f"{name} {k}": _with_options(chosen[name][0], options)
-                for name, settings in tried.items()
-                for k, options in enumerate(settings)
-            },
-            weight_decay=weight_decay,
-            seed=seed,
-            batch_size=batch_size,
-            score=score,
-            relearn=False,
-            progress=progress,
-        )
-        for name, settings in tried.items():
-            searches[name].trials += _trials(evaluation, name, settings)
+    yardstick = _Yardstick(
+        model, again, (take(data, removed), take(data, rest), unseen), loss_fn, batch_size,
+        {"weight_decay": weight_decay, "seed": seed, "score": score},
+    )  # fmt: skip
+    most = len(searches) * n_settings
+    with progress_bar(progress, total=most, desc="tune", unit="setting") as bar:
+        for name, search in searches.items():
+            while todo := search.next():
+                for options in todo:
+                    method = _with_options(chosen[name][0], options)
+                    search.trials.append(yardstick.trial(name, options, method))
+                    bar.update()
     return Tuned(
         methods={
             name: _with_options(method, searches[name].best.options)
             for name, (method, _) in chosen.items()
         },
         trials=tuple(trial for search in searches.values() for trial in search.trials),
-        original=_distance(evaluation, NO_OP)[0],
-        floor=_distance(evaluation, RETRAINED)[0],
+        original=yardstick.distance(yardstick.original),
+        floor=yardstick.distance(yardstick.floor),
         settings={
             "n_control": len(removed),
             "n_validation": len(held) if n_held is None else n_held,
@@ -334,13 +326,85 @@ class _Search:
         return others[: -(-left // 2)]
 
 
-def _trials(
-    evaluation: Evaluation, name: str, settings: Sequence[dict[str, Any]]
-) -> Iterator[Trial]:
-    for k, options in enumerate(settings):
-        entry = evaluation[f"{name} {k}"]
-        distance, parts = _distance(evaluation, entry.name)
-        yield Trial(name, options, distance, parts, entry.seconds, entry.error)
+class _Yardstick:
+    """How far a method's model is from the retrained ones, on control and validation samples."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        retrained: Sequence[nn.Module],
+        sets: tuple[Any, Any, Any],
+        loss_fn: LossFunction,
+        batch_size: int,
+        defaults: Mapping[str, Any],
+    ) -> None:
+        for each in (model, *retrained):
+            if not isinstance(each, nn.Module):
+                raise TypeError(
+                    "train must return a model (torch.nn.Module); got an object of type "
+                    f"{type(each).__name__}"
+                )
+        control, self._retain, validation = sets
+        self._model, self._control = model, control
+        self._loss_fn, self._batch_size, self._defaults = loss_fn, batch_size, defaults
+        self._measured = {
+            part: as_samples(each, name, *place(model)).loaded()
+            for part, name, each in (
+                ("forget", "control", control),
+                ("test", "validation", validation),
+            )
+        }
+        self._theirs = [self._run(each) for each in retrained]
+        runs = [run for each in self._theirs for run in each.values()]
+        self._keys: tuple[str, ...] = ("loss_forget", "loss_test")
+        if all(run.log_probabilities is not None for run in runs):
+            self._keys = ("js_forget", "loss_forget", "js_test")
+        self.original = self._apart(self._run(model))
+        pairs = list(itertools.combinations(self._theirs, 2))
+        self.floor = {
+            key: float(np.mean([_between(key, *pair) for pair in pairs])) for key in self._keys
+        }
+
+    def _run(self, model: nn.Module) -> dict[str, Prediction]:
+        return {
+            part: predict(model, samples, self._loss_fn, self._batch_size)
+            for part, samples in self._measured.items()
+        }
+
+    def _apart(self, ours: Mapping[str, Prediction]) -> dict[str, float]:
+        """The mean distances to the retrained models."""
+        return {
+            key: float(np.mean([_between(key, ours, each) for each in self._theirs]))
+            for key in self._keys
+        }
+
+    def distance(self, parts: Mapping[str, float]) -> float:
+        """The one number that settings are compared by."""
+        scales = {key: max(self.original[key], self.floor[key]) or 1.0 for key in self._keys}
+        return float(np.mean([parts[key] / scales[key] for key in self._keys]))
+
+    def trial(self, name: str, options: dict[str, Any], method: Method) -> Trial:
+        """Delete the control samples, and measure; or the error."""
+        try:
+            done = carry_out(
+                method, self._model, self._control, self._retain, self._loss_fn, self._defaults
+            )
+            parts = self._apart(self._run(done.model))
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            warnings.warn(f"method {name!r} failed with {options}. {message}", stacklevel=3)
+            return Trial(name, options, None, {}, None, message)
+        return Trial(name, options, self.distance(parts), parts, done.seconds)
+
+
+def _between(key: str, one: Mapping[str, Prediction], other: Mapping[str, Prediction]) -> float:
+    """A distance of two models: the mean over samples of JS, or of the mean losses."""
+    measure, _, part = key.partition("_")
+    ours, theirs = one[part], other[part]
+    if measure == "loss":
+        return abs(float(ours.losses.mean() - theirs.losses.mean()))
+    pair = ours.log_probabilities, theirs.log_probabilities
+    return float(js_distances(*pair).mean())  # type: ignore[arg-type]
 
 
 def _nearest(trials: Sequence[Trial], name: str) -> Trial:
@@ -418,29 +482,3 @@ def _split(
         )
     order = np.random.default_rng([seed, 1]).permutation(others)
     return removed, np.sort(order[:few]).tolist(), np.sort(order[few:]).tolist()
-
-
-def _distance(evaluation: Evaluation, name: str) -> tuple[float | None, dict[str, float]]:
-    """From the retrained models, on control and validation samples; None where it failed."""
-    classes = evaluation[RETRAINED].metrics.get("js_forget") is not None
-    keys = ("js_forget", "loss_forget", "js_test") if classes else ("loss_forget", "loss_test")
-    ours, before, floor = (_apart(evaluation, each, keys) for each in (name, NO_OP, RETRAINED))
-    if len(ours) < len(keys):
-        return None, {}
-    shares = [ours[key] / (max(before[key], floor[key]) or 1.0) for key in keys]
-    return float(np.mean(shares)), ours
-
-
-def _apart(evaluation: Evaluation, name: str, keys: Sequence[str]) -> dict[str, float]:
-    """The distances of a method from the retrained models; of these, that among themselves."""
-    found = {}
-    for key in keys:
-        value = evaluation[name].metrics.get(key)
-        theirs = evaluation[RETRAINED].metrics[key]
-        if name == RETRAINED:
-            value = evaluation.floor[key]
-        elif key.startswith("loss") and value is not None:
-            value = abs(value - theirs) if theirs is not None else None
-        if value is not None:
-            found[key] = float(value)
-    return found
