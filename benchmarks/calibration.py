@@ -6,7 +6,8 @@ Small networks learn scikit-learn's digits: a convolutional one with batch norm 
 AdamW, a small vision transformer by AdamW, a perceptron by SGD with coupled weight decay. The
 samples of a few pseudo-users (runs of twelve in the data set, which is in the order of its
 writers), random ones, or ones with wrong labels are deleted: with the constants of "recommended"
-("before"), with a cautious constant ("uncalibrated"), and calibrated by 300 validation samples.
+("before"), with a cautious constant ("uncalibrated"), and calibrated by 300 validation samples; for
+users' samples also with control groups of other users ("calibrated by users").
 Each case is compared with three retrained networks. Constants of the procedure were chosen on seeds
 0 to 2; seeds from 10 on judge it.
 """
@@ -40,6 +41,7 @@ WAYS = {
     "uncalibrated": {"damping": 0.03, "output_damping": 0.0},
     "calibrated": {"calibrate": True, "validation": None},  # filled in
 }
+BY_USERS = "calibrated by users"  # the same with control groups of other users
 
 
 def cnn() -> nn.Module:
@@ -106,8 +108,8 @@ CASES = ("cnn users", "cnn wrong", "mlp random", "mlp wrong", "vit 15", "vit 40"
 Data = tuple[Tensor, Tensor]
 
 
-def task(name: str, seed: int) -> tuple[Data, Tensor, Data, Data]:
-    """Training samples, which of them are deleted, validation and test samples."""
+def task(name: str, seed: int) -> tuple[Data, Tensor, Tensor, Data, Data]:
+    """Training samples, their users, which of them are deleted, validation and test samples."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -128,7 +130,8 @@ def task(name: str, seed: int) -> tuple[Data, Tensor, Data, Data]:
         if kind == "wrong":
             shift = torch.randint(1, 10, (m,), generator=generator)
             targets[drawn] = (targets[drawn] + shift) % 10
-    return (x[train], targets), forget, (x[validation], y[validation]), (x[test], y[test])
+    held, unseen = ((x[some], y[some]) for some in (validation, test))
+    return (x[train], targets), users[train], forget, held, unseen
 
 
 def fit(network: str, data: Data, seed: int, epochs: int) -> nn.Module:
@@ -179,7 +182,7 @@ def _js(a: nn.Module, b: nn.Module, x: Tensor) -> float:
 def record(name: str, seed: int, epochs: int | None) -> dict[str, Any]:
     """Train, retrain, and delete in each way."""
     network = name.split()[0]
-    data, wanted, validation, test = task(name, seed)
+    data, users, wanted, validation, test = task(name, seed)
     forget, retain = (tuple(t[mask] for t in data) for mask in (wanted, ~wanted))
     epochs = epochs or EPOCHS[network]
     begin = time.process_time()
@@ -193,7 +196,10 @@ def record(name: str, seed: int, epochs: int | None) -> dict[str, Any]:
         "no-op": measured(model, forget, test, peers),
         "retrained": [measured(peer, forget, test, peers) for peer in peers],
     }
-    for way, options in WAYS.items():
+    ways = dict(WAYS)
+    if name.endswith("users"):
+        ways[BY_USERS] = WAYS["calibrated"] | {"groups": users[~wanted]}
+    for way, options in ways.items():
         given = {key: validation if value is None else value for key, value in options.items()}
         begin = time.process_time()
         with warnings.catch_warnings(record=True) as caught:
@@ -215,7 +221,9 @@ def record(name: str, seed: int, epochs: int | None) -> dict[str, Any]:
 def summary(points: list[dict[str, Any]]) -> dict[str, Any]:
     """Geometric means over seeds of deleted loss over retrained, and arithmetic ones of others."""
     found: dict[str, Any] = {}
-    for way in ("no-op", *WAYS):
+    for way in ("no-op", *WAYS, BY_USERS):
+        if way not in points[0]:
+            continue
         ratios, drops, gaps = [], [], []
         for point in points:
             loss = statistics.fmean(each["loss_forget"] for each in point["retrained"])
@@ -285,7 +293,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(
                 name,
                 seed,
-                {way: round(points[-1][way]["loss_forget"], 4) for way in WAYS},
+                {
+                    way: round(points[-1][way]["loss_forget"], 4)
+                    for way in (*WAYS, BY_USERS)
+                    if way in points[-1]
+                },
                 flush=True,
             )
         result["calibration"][name] = {"points": points, "summary": summary(points)}

@@ -174,8 +174,8 @@ def interrupted(
 
 
 def measure(kind: str, requests: int, kills: int) -> dict[str, Any]:
+    from lcodec_ext._torch.states import state_hash, state_of
     from lcodec_ext.unlearning import verify_ledger
-    from lcodec_ext.unlearning.stream.checkpoints import state_hash, state_of
 
     command = [sys.executable, __file__, "--requests", str(requests), "--worker", kind]
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as broken:

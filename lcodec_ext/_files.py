@@ -5,9 +5,12 @@ import dataclasses
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 Content = bytes | str | Callable[[IO[bytes]], object]
 
@@ -52,6 +55,28 @@ def json_ready(
         return other(value)
 
     return ready(value)
+
+
+def ranges_of(numbers: Sequence[int] | NDArray[np.int64]) -> str:
+    """Write ascending numbers as ranges, "0-15,17"."""
+    if isinstance(numbers, range):
+        runs = [(numbers.start, numbers.stop - 1)]
+    else:
+        array = np.asarray(numbers)
+        ends = np.flatnonzero(np.diff(array) != 1)
+        first = array[np.concatenate([[0], ends + 1])].tolist()
+        last = array[np.concatenate([ends, [len(array) - 1]])].tolist()
+        runs = list(zip(first, last, strict=True))
+    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
+
+
+def numbers_of(ranges: str) -> range | NDArray[np.int64]:
+    """Read what `ranges_of` wrote; ValueError for other texts."""
+    runs = [part.partition("-") for part in ranges.split(",")]
+    spans = [range(int(a), int(b or a) + 1) for a, _, b in runs]
+    if len(spans) == 1:
+        return spans[0]
+    return np.concatenate([np.arange(each.start, each.stop) for each in spans])
 
 
 def write_atomically(path: str | os.PathLike[str], content: Content) -> None:

@@ -49,7 +49,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
         "_torch.loss",
     ),
     "unlearning.report": ("evaluation.report",),
-    "unlearning.samples": ("unlearning.request", "_torch.samples"),
+    "unlearning.samples": ("unlearning.request", "unlearning.groups", "_torch.samples"),
     "unlearning.selection": ("unlearning.select",),
     "unlearning.unlearner": ("unlearning.stream.unlearner", "unlearning.stream.steps"),
     "unlearning.update": (

@@ -15,6 +15,7 @@ from lcodec_ext.cli import main
 from lcodec_ext.cli.import_path import load_object
 from lcodec_ext.cli.problem import parse_ids
 from lcodec_ext.cli.unlearn import PRESETS
+from lcodec_ext.evaluation import methods
 from lcodec_ext.unlearning import UnitSelection, unlearn
 from lcodec_ext.unlearning.settings import PRESETS as KNOWN_PRESETS
 
@@ -50,6 +51,12 @@ def fit(samples, seed):
 
 def load():
     return {"train": train, "test": test, "loss_fn": cross_entropy, "retrain": fit}
+
+def with_users():
+    return load() | {"groups": [f"user {k % 12}" for k in range(60)]}
+
+def with_numbers():
+    return load() | {"groups": [k % 12 for k in range(60)]}
 
 def with_data():
     return build(), load()
@@ -241,6 +248,53 @@ def test_ledger_resume_and_verify(run, refused):
     status, out, _ = run("unlearn", "--verify", "--directory", "run")
     assert status == 1
     assert "does NOT verify" in out
+
+
+def test_whole_groups(run, refused):
+    users = ["--data", "own_problem.py:with_users"]
+    command = ["unlearn", *MODEL, *users, "--directory", "run", "--json"]
+    wrong = refused(*command, *WEIGHTS, "--forget-group", "user 12")
+    assert "--forget-group: no sample is of group 'user 12'; close to it: 'user 2'" in wrong
+    assert not Path("run").exists()
+    status, out, err = run(*command, *WEIGHTS, *DECAY, "--forget-group", "user 3, user 4")
+    assert (status, err.count("warning")) == (0, 1), err  # that it is not calibrated
+    found = json.loads(out)
+    three, four = ([k + 12 * j for j in range(5)] for k in (3, 4))
+    assert found["ids"] == sorted([*three, *four])
+    assert found["groups"] == [
+        {"id": "user 3", "samples": three, "before": []},
+        {"id": "user 4", "samples": four, "before": []},
+    ]
+    again = refused(*command, "--resume", "--forget-group", "user 3")
+    assert "--forget-group names group 'user 3', which is removed already" in again
+    Path("who.txt").write_text("user 7\n\nuser 8 \n", encoding="utf-8")
+    Path("who.json").write_text('["user 9"]', encoding="utf-8")
+    command = [*command, "--resume"]
+    status, out, err = run(*command, "--forget", "8,1", "--forget-group", "@who.txt")
+    assert status == 0, err
+    found = json.loads(out)
+    assert [each["id"] for each in found["groups"]] == ["user 7", "user 8"]
+    assert (found["n_removed"], len(found["ids"])) == (21, 11)
+    status, out, err = run(*command[:-2], "--resume", "--forget-group", "who.json")
+    assert "  groups        'user 9' (5 samples)" in out
+    status, out, err = run(*command, "--forget-group", "user 1")
+    assert "1 of the 5 samples of group 'user 1' were removed by earlier requests" in err
+    assert refused("unlearn", *MODEL, *DATA, *command[5:], "--forget", "0").count("groups must be")
+    verify = ["unlearn", "--verify", "--directory", "run"]
+    assert run(*verify, *users)[0] == 0
+    status, out, _ = run(*verify, "--data", "own_problem.py:with_numbers")
+    assert (status, out.count("groups must be what was given at the start")) == (1, 1)
+
+
+def test_groups_by_integers(run, refused):
+    command = ["unlearn", *MODEL, *WEIGHTS, "--data", "own_problem.py:with_numbers", *STRENGTH]
+    status, out, _ = run(*command, "--forget-group", "11", "--output", "new.pt", "--json")
+    assert (status, json.loads(out)["ids"]) == (0, [11, 23, 35, 47, 59])
+    message = refused(*command, "--forget-group", "u1", "--output", "new.pt")
+    assert "no sample is of group 'u1'; the ids of this data are integers, as 0" in message
+    every = ",".join(map(str, range(12)))
+    message = refused(*command, "--forget-group", every, "--output", "new.pt")
+    assert "the request names all remaining samples" in message
 
 
 def test_a_step_that_is_taken_back(run):
@@ -521,7 +575,12 @@ def test_requests(text, ids):
         ("--forget 1 --selection some", "selection must be one of"),
         ("--forget 1 --resume", "--resume needs --directory"),
         ("--forget 1 --head a", "--head belongs to --verify"),
-        ("", "--forget is needed"),
+        ("", "--forget or --forget-group is needed"),
+        ("--forget-group u1", "--data own_problem.py:load must give 'groups'"),
+        ("--forget-group @none.txt", "none.txt does not exist"),
+        ("--forget-group bad.json", "bad.json must be a list of integers or strings"),
+        ("--forget-group ,", "--forget-group , names no group"),
+        ("--verify --directory a --forget-group u1", "--forget-group does not go with --verify"),
         ("--resume --directory a", "a has no ledger to --resume"),
         ("--verify", "--verify needs --directory"),
         ("--verify --directory a --forget 1", "--forget does not go with --verify"),
@@ -656,6 +715,30 @@ def test_evaluate_with_retrained_weights(run, refused, problem):
     assert out.startswith("Evaluation: 5 samples removed, 55 retained, 30 for the test; 3 retr")
     assert "same" in out
     assert "at least 3 files; got 2" in refused(*evaluate, "--retrained", "r0.pt", "r1.pt")
+
+
+def test_evaluate_whole_groups(run, refused, monkeypatch):
+    calls = []
+
+    def record(*arguments, **options):
+        calls.append(options)
+        return unlearn(*arguments, **options)
+
+    monkeypatch.setattr(methods, "unlearn", record)
+    evaluate = ["evaluate", *MODEL, *WEIGHTS, *DECAY, "--methods", "recommended", "--no-relearn"]
+    users = ["--data", "own_problem.py:with_users"]
+    status, out, err = run(*evaluate, *users, "--forget-group", "user 3", "--json")
+    assert status == 0, err
+    assert json.loads(out)["n_forget"] == 5
+    (options,) = calls
+    groups = options["groups"]
+    assert [groups.ids[k] for k in groups.members] == [
+        f"user {k % 12}" for k in range(60) if k % 12 != 3
+    ]
+    message = "one of --forget and --forget-group is needed"
+    assert message in refused(*evaluate, *users)
+    assert message in refused(*evaluate, *users, "--forget", "1", "--forget-group", "user 3")
+    assert "must give 'groups'" in refused(*evaluate, *DATA, "--forget-group", "user 3")
 
 
 @pytest.mark.parametrize(

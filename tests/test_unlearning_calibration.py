@@ -17,7 +17,8 @@ from lcodec_ext.curvature.solvers import Krylov, conjugate_gradient
 from lcodec_ext.unlearning import Settings, Unlearner, unlearn, verify_ledger
 from lcodec_ext.unlearning import calibrate as calibrating
 from lcodec_ext.unlearning import guard as guarding
-from lcodec_ext.unlearning.calibrate import labels_of, robust_mean
+from lcodec_ext.unlearning.calibrate import robust_mean
+from lcodec_ext.unlearning.control import control_groups, known_classes, labels_of
 from lcodec_ext.unlearning.settings import resolve
 from lcodec_ext.unlearning.stream.steps import result_record
 
@@ -372,6 +373,7 @@ class Kept:
     def __init__(self, pool, forget, groups):
         place = torch.device("cpu"), torch.float32
         self.retained = self.part = self.work = self
+        self.users = None
         self.pool, self.forget = (as_samples(each, "x", *place) for each in (pool, forget))
         self.settings = Settings(control_groups=groups)
         self.start = torch.zeros(10)
@@ -388,7 +390,7 @@ def numbers(samples):
 def test_groups_have_the_labels_of_the_request():
     pool = labelled([0] * 50 + [1] * 50 + [2] * 20)
     block = Kept(pool, labelled([1, 1, 1, 2, 0]), 6)
-    groups = calibrating.control_groups(block, np.random.default_rng(0))
+    groups = control_groups(block, np.random.default_rng(0)).groups
     assert len(groups) == 6
     for group in groups:
         assert sorted(labels_of(group)) == [0, 1, 1, 1, 2]
@@ -399,18 +401,18 @@ def test_groups_have_the_labels_of_the_request():
 def test_a_class_that_is_gone_has_groups_of_others_and_no_validation():
     block = Kept(labelled([0] * 20 + [1] * 20), labelled([2] * 5), 4)
     rng = np.random.default_rng(0)
-    groups = calibrating.control_groups(block, rng)
+    groups = control_groups(block, rng).groups
     assert [len(group) for group in groups] == [5] * 4
     held = as_samples(labelled([0, 1, 2, 2, 1]), "x", torch.device("cpu"), torch.float32)
-    assert sorted(labels_of(calibrating._known_classes(held, block, rng))) == [0, 1, 1]
+    assert sorted(labels_of(known_classes(held, block, rng))) == [0, 1, 1]
 
 
 def test_small_pools_are_drawn_from_again():
     block = Kept((torch.randn(7, 1), torch.randn(7)), (torch.randn(5, 1), torch.randn(5)), 4)
-    groups = calibrating.control_groups(block, np.random.default_rng(0))
+    groups = control_groups(block, np.random.default_rng(0)).groups
     assert [len(group) for group in groups] == [5] * 4
     block = Kept((torch.randn(3, 1), torch.randn(3)), (torch.randn(5, 1), torch.randn(5)), 4)
-    assert [len(g) for g in calibrating.control_groups(block, np.random.default_rng(0))] == [3] * 4
+    assert [len(g) for g in control_groups(block, np.random.default_rng(0)).groups] == [3] * 4
 
 
 def test_one_group_may_be_far_off():

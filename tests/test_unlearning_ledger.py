@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from lcodec_ext._torch.states import state_hash, state_of
 from lcodec_ext.unlearning.stream import checkpoints, ledger
 from lcodec_ext.unlearning.stream.checkpoints import (
     Checkpoints,
     LedgerError,
     checkpoint_name,
-    state_hash,
-    state_of,
     with_state,
 )
 from lcodec_ext.unlearning.stream.history import History

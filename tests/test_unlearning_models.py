@@ -386,6 +386,8 @@ def test_wrong_labels_are_forgotten(kind, preset):
         options |= {"damping": 0.01}
     elif "perturb" in kind.options:  # text: SGD at 0.2 does not repair a transformer
         options |= STEP_ALONE | {"damping": 0.003, "n_curvature": None, "max_iterations": 50}
+    else:
+        options |= {"damping": 1e-5, "output_damping": 2e-3}
     if preset == "paper" and kind.loss_fn is composite:
         options["damping"] = 0.1
     if preset == "paper":

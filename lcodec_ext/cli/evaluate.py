@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcodec_ext._files import write_atomically
 from lcodec_ext.cli.console import (
@@ -23,12 +23,18 @@ from lcodec_ext.cli.problem import (
     IMPORT_PATHS,
     Problem,
     add_problem,
+    as_groups,
     check_ids,
+    known_groups,
     n_samples,
     need_torch,
     note_weights,
+    parse_groups,
     parse_ids,
 )
+
+if TYPE_CHECKING:
+    from lcodec_ext.unlearning.groups import Groups
 
 EVALUATE = """\
 Compare a model after deletion with models that were retrained without the samples.
@@ -63,7 +69,8 @@ def add_evaluate(commands: Any) -> None:
     )
     add_problem(parser)
     add = parser.add_argument
-    add("--forget", required=True, metavar="IDS", help="numbers of the samples to delete")
+    add("--forget", metavar="IDS", help="numbers of the samples to delete")
+    add("--forget-group", metavar="IDS", help="or ids of the groups to delete")
     add(
         "--methods",
         metavar="NAMES",
@@ -109,7 +116,8 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
     """Compare methods and given weights with retraining."""
     if not options.model:
         raise InputError("--model is needed")
-    ids = parse_ids(options.forget)
+    if (options.forget is None) == (options.forget_group is None):
+        raise InputError("one of --forget and --forget-group is needed")
     if options.retrained and len(options.retrained) < 3:
         raise InputError(f"--retrained needs at least 3 files; got {len(options.retrained)}")
     candidates = _candidates(options)
@@ -121,7 +129,7 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
     train = problem["train"]
     note_weights(options, console)
     n = n_samples(train, problem.model)
-    check_ids(ids, n)
+    ids, groups = _asked_for(options, problem, n)
     forget, retain = split(train, ids, n)
     for name, file in candidates.items():
         if name in methods:
@@ -146,6 +154,7 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
         seed=options.seed,
         relearn=not options.no_relearn,
         validation=problem.get("validation"),
+        groups=groups,
         progress=console.progress,
     )
     document = evaluation.to_dict()
@@ -154,6 +163,21 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
         console.note(f"wrote {options.output}")
     console.emit(document, repr(evaluation))
     return FAILED if any(method.error for method in evaluation.methods) else OK
+
+
+def _asked_for(
+    options: argparse.Namespace, problem: Problem, n: int
+) -> tuple[list[int], "Groups | None"]:
+    """The samples to delete; where groups are, whom the others belong to."""
+    if options.forget is not None:
+        ids = parse_ids(options.forget)
+        check_ids(ids, n)
+        return ids, None
+    groups = as_groups(problem.get("groups"), n, problem.source)
+    named = known_groups(groups, parse_groups(options.forget_group))
+    ids = sorted(i for one in named for i in groups.samples(one))
+    check_ids(ids, n, "--forget-group")
+    return ids, groups.subset([i for i in range(n) if i not in set(ids)])
 
 
 def _candidates(options: argparse.Namespace) -> dict[str, str]:

@@ -15,7 +15,9 @@ from lcodec_ext.cli.weights import read_weights
 if TYPE_CHECKING:
     from torch import nn
 
-PARTS = ("train", "test", "validation", "loss_fn", "retrain")
+    from lcodec_ext.unlearning.groups import Groups
+
+PARTS = ("train", "test", "validation", "groups", "loss_fn", "retrain")
 IMPORT_PATHS = """\
 models and data:
   --model and --data each name a function of yours, as path/to/file.py:name or
@@ -25,6 +27,7 @@ models and data:
     train       (inputs, targets), a dict of tensors with "labels", or a Dataset
     loss_fn     loss_fn(outputs, targets), the mean loss of a batch
     validation  optional: samples that the guard watches
+    groups      optional: for each sample of train, whom it belongs to, an integer or a string
     test        for evaluate: samples that training has not seen
     retrain     for evaluate: retrain(retained, seed) trains a model from scratch
   Samples are named by their number in train, counted from 0.
@@ -35,6 +38,9 @@ requests:
   --forget 3,17,20-40      numbers of samples, and ranges, which include both ends
   --forget @ids.txt        the same in a file, separated by commas, spaces or line breaks
   --forget ids.json        a JSON list of integers
+  --forget-group u17,u18   all samples of groups, users for instance, by the ids in "groups"
+  --forget-group @who.txt  the same in a file, one id on each line
+  --forget-group who.json  a JSON list of ids
 """
 
 
@@ -62,6 +68,11 @@ class Problem:
         File.
     data : str or None
         Import path. Without one, the function of the model must give the parts too.
+
+    Attributes
+    ----------
+    source : str
+        The option that the parts come from.
     """
 
     def __init__(self, model: str, weights: str | None, data: str | None) -> None:
@@ -80,14 +91,14 @@ class Problem:
         self._parts = {} if parts is None else parts_of(parts, f"--model {model}")
         if data is not None:
             self._parts |= parts_of(call(data, "--data"), f"--data {data}")
-        self._source = f"--data {data}" if data else f"--model {model}"
+        self.source = f"--data {data}" if data else f"--model {model}"
         if weights is not None:
             self.model = self.with_weights(weights, "--weights")
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._parts:
             given = ", ".join(self._parts) or "none of the parts"
-            raise InputError(f"{self._source} must give {name!r}; it gives {given}")
+            raise InputError(f"{self.source} must give {name!r}; it gives {given}")
         return self._parts[name]
 
     def get(self, name: str) -> Any:
@@ -167,6 +178,55 @@ def _written(content: str, source: str) -> list[int]:
     return ids
 
 
+def parse_groups(text: str) -> list[str | int]:
+    """The ids of the groups in a request, as they are written."""
+    source = f"--forget-group {text}"
+    if text.startswith("@") or text.endswith(".json"):
+        path = Path(text.removeprefix("@"))
+        if not path.is_file():
+            raise InputError(f"{source}: {path} does not exist")
+        content = path.read_text(encoding="utf-8")
+        ids = _json_ids(content, source) if text.endswith(".json") else content.splitlines()
+    else:
+        ids = text.split(",")
+    found = [each.strip() if isinstance(each, str) else each for each in ids]
+    found = [each for each in found if each != ""]
+    if not found:
+        raise InputError(f"{source} names no group")
+    return found
+
+
+def _json_ids(content: str, source: str) -> list[str | int]:
+    try:
+        ids = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{source} is not JSON: {error}") from None
+    if not isinstance(ids, list) or not all(type(each) in (str, int) for each in ids):
+        raise InputError(f"{source} must be a list of integers or strings")
+    return ids
+
+
+def as_groups(given: Any, n: int, source: str) -> "Groups":
+    """The ids of the n samples of train."""
+    from lcodec_ext.unlearning.groups import Groups
+
+    if given is None:
+        raise InputError(
+            f"--forget-group needs the ids of all samples: {source} must give 'groups'"
+        )
+    return Groups.of(given, n, "train")
+
+
+def known_groups(groups: "Groups", wanted: list[str | int]) -> list[str | int]:
+    """The ids of a request as the data have them: text may be written for integers."""
+    if all(isinstance(each, int) for each in groups.ids):
+        wanted = [int(each) if str(each).lstrip("-").isdecimal() else each for each in wanted]
+    try:
+        return groups.named(wanted)
+    except ValueError as error:
+        raise InputError(f"--forget-group: {error}") from None
+
+
 def n_samples(train: Any, model: "nn.Module") -> int:
     """How many samples train has, in any form that `unlearn` takes."""
     import torch
@@ -183,9 +243,9 @@ def note_weights(options: argparse.Namespace, console: Console) -> None:
         console.note(f"no --weights: the model as {options.model} makes it")
 
 
-def check_ids(ids: list[int], n: int) -> None:
+def check_ids(ids: list[int], n: int, option: str = "--forget") -> None:
     """Refuse a request that names samples beyond the n, or all of them; ids ascend."""
     if ids[-1] >= n:
         raise InputError(f"--forget names sample {ids[-1]}; train has the numbers 0 to {n - 1}")
     if len(ids) == n:
-        raise InputError("--forget must leave at least one sample; it names all of train")
+        raise InputError(f"{option} must leave at least one sample; it names all of train")

@@ -22,10 +22,13 @@ from lcodec_ext.cli.problem import (
     IMPORT_PATHS,
     Problem,
     add_problem,
+    as_groups,
     check_ids,
+    known_groups,
     n_samples,
     need_torch,
     note_weights,
+    parse_groups,
     parse_ids,
     parts_of,
 )
@@ -66,6 +69,8 @@ examples:
   lcodec-ext unlearn --model net.py:build --weights net.pt --data data.py:load \\
       --forget @ids.txt --directory run --output new.pt
   lcodec-ext unlearn --model net.py:build --data data.py:load --forget 99 --directory run --resume
+  lcodec-ext unlearn --model net.py:build --data data.py:load --forget-group u17,u18 \\
+      --directory run --resume
   lcodec-ext unlearn --model net.py:build --data data.py:load --directory run --resume \\
       --output new.pt
   lcodec-ext unlearn --verify --directory run --data data.py:load --model net.py:build \\
@@ -87,6 +92,11 @@ def add_unlearn(commands: Any) -> None:
     add_problem(parser)
     add = parser.add_argument_group("request").add_argument
     add("--forget", metavar="IDS", help="numbers of the samples to delete")
+    add(
+        "--forget-group",
+        metavar="IDS",
+        help="ids of the groups whose samples to delete, such as users; with --forget, both",
+    )
     add("--note", metavar="TEXT", help="for the ledger, for example who asked")
     add(
         "--output",
@@ -110,8 +120,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add(
         "--selection",
         metavar="HOW",
-        help="the units to change: the name of a rule (docs/unlearning.md lists them), or a .json "
-        "file of UnitSelection.to_dict()",
+        help="what to change: the name of a rule (docs/unlearning.md lists them), or a .json file "
+        "of UnitSelection.to_dict() or ParameterSelection.to_dict()",
     )
     add("--curvature", metavar="KIND", help="gauss_newton, hessian, fisher or secant")
     add("--damping", type=number(), metavar="X", help="added to the curvature's diagonal")
@@ -172,13 +182,14 @@ def parse_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_selection(file: str) -> Any:
-    from lcodec_ext.curvature import UnitSelection
+    from lcodec_ext.curvature import selection_from_dict
 
     try:
-        return UnitSelection.from_json(Path(file).read_text(encoding="utf-8"))
+        return selection_from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"--selection {file} must be the JSON of UnitSelection.to_dict(): {error}"
+            f"--selection {file} must be the JSON of UnitSelection.to_dict() or "
+            f"ParameterSelection.to_dict(): {error}"
         ) from None
 
 
@@ -186,10 +197,10 @@ def _check_request(options: argparse.Namespace) -> None:
     """Refuse combinations of options that make no request."""
     if not options.model:
         raise InputError("--model is needed (or --verify, with --directory)")
-    if options.forget is None and not (options.resume and options.output):
+    if not _asks(options) and not (options.resume and options.output):
         raise InputError(
-            "--forget is needed (or --resume with --output, to write the weights on record, or "
-            "--verify, with --directory)"
+            "--forget or --forget-group is needed (or --resume with --output, to write the weights "
+            "on record, or --verify, with --directory)"
         )
     if options.head:
         raise InputError("--head belongs to --verify")
@@ -205,6 +216,11 @@ def _check_request(options: argparse.Namespace) -> None:
         raise InputError(
             f"--directory {options.directory} has a ledger already: --resume goes on with it"
         )
+
+
+def _asks(options: argparse.Namespace) -> bool:
+    """Whether samples are to be deleted."""
+    return options.forget is not None or options.forget_group is not None
 
 
 def _has_ledger(options: argparse.Namespace) -> bool:
@@ -231,6 +247,7 @@ class _Outcome(NamedTuple):
     """What a command did."""
 
     ids: list[int]
+    groups: list[dict[str, Any]]  # as on record
     refused: list[int]  # of these: the guard took their removal back
     result: "UnlearnResult | None"
     written: bool
@@ -243,20 +260,34 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
         return _verify(options, console)
     _check_request(options)
     ids = [] if options.forget is None else parse_ids(options.forget)
+    named = [] if options.forget_group is None else parse_groups(options.forget_group)
     need_torch()
-    with _open(options, ids, console) as unlearner:
+    unlearner, named = _open(options, ids, named, console)
+    with unlearner:
         if again := sorted(set(ids) & set(unlearner.removed)):
             raise InputError(f"--forget names sample {again[0]}, which is removed already")
-        result = _remove(unlearner, ids, options, console) if ids else None
+        if gone := set(unlearner.removed_groups).intersection(named):
+            one = next(each for each in named if each in gone)
+            raise InputError(f"--forget-group names group {one!r}, which is removed already")
+        result, groups = None, []
+        if ids or named:
+            result = _remove(unlearner, ids, named, options, console)
+            ids = sorted(unlearner.ledger[-1].record["ids"])
+            groups = unlearner.ledger[-1].record.get("groups", [])
         refused = sorted(set(ids) - set(unlearner.removed))
         writes = bool(options.output) and (not ids or len(refused) < len(ids))
         release = _write(unlearner, options, console) if writes else None
-        outcome = _Outcome(ids, refused, result, writes, release)
+        outcome = _Outcome(ids, groups, refused, result, writes, release)
         return _tell(unlearner, outcome, options, console)
 
 
-def _open(options: argparse.Namespace, ids: list[int], console: Console) -> "Unlearner":
-    """Start or resume a stream of requests, after checking everything that can be checked."""
+def _open(
+    options: argparse.Namespace, ids: list[int], named: list[int | str], console: Console
+) -> tuple["Unlearner", list[int | str]]:
+    """Start or resume a stream of requests, after checking everything that can be checked.
+
+    Also returned are the groups of the request, with ids as the data have them.
+    """
     from lcodec_ext.unlearning import Settings, Unlearner
 
     settings, preset = parse_settings(options), options.preset or "recommended"
@@ -268,23 +299,33 @@ def _open(options: argparse.Namespace, ids: list[int], console: Console) -> "Unl
         note_weights(options, console)
     if ids:
         check_ids(ids, n_samples(train, model))
+    groups = problem.get("groups")
+    if named:
+        groups = as_groups(groups, n_samples(train, model), problem.source)
+        named = known_groups(groups, named)
     if options.output:
         check_writable(options.output, model)
-    more: dict[str, Any] = {"validation": problem.get("validation"), "progress": console.progress}
+    more: dict[str, Any] = {"validation": problem.get("validation"), "groups": groups}
+    more |= {"progress": console.progress}
     if options.resume:
         more |= {key: settings[key] for key in ("perturb",) if key in settings}
-        return Unlearner.resume(options.directory, model, train, loss_fn, **more)
+        return Unlearner.resume(options.directory, model, train, loss_fn, **more), named
     budget = {"epsilon_budget": options.epsilon_budget, "delta_budget": options.delta_budget}
     more |= {"directory": options.directory, "preset": preset} | budget | settings
-    return Unlearner(model, train, loss_fn, **more)
+    return Unlearner(model, train, loss_fn, **more), named
 
 
 def _remove(
-    unlearner: "Unlearner", ids: list[int], options: argparse.Namespace, console: Console
+    unlearner: "Unlearner",
+    ids: list[int],
+    named: list[int | str],
+    options: argparse.Namespace,
+    console: Console,
 ) -> "UnlearnResult":
-    console.note(f"deleting {len(ids)} samples ...")
+    both = [f"{len(ids)} samples"] * bool(ids) + [f"{len(named)} groups"] * bool(named)
+    console.note(f"deleting {' and '.join(both)} ...")
     try:
-        return unlearner.remove(ids, note=options.note)
+        return unlearner.remove(ids or None, groups=named or None, note=options.note)
     except Exception:
         if options.directory and not options.resume:
             console.note(
@@ -301,7 +342,7 @@ def _write(
     if not unlearner.removed:
         raise InputError("this ledger has no removal yet: its weights are those it began with")
     if unlearner.budget is None:
-        if options.note and options.forget is None:
+        if options.note and not _asks(options):
             raise InputError("--note goes into the ledger, with --forget or a release")
         write_weights(options.output, unlearner.model)
         return None
@@ -317,7 +358,7 @@ def _write(
     try:
         model = unlearner.release(note=options.note)
     except Exception:
-        if options.directory and options.forget:
+        if options.directory and _asks(options):
             console.note("the samples are removed, and that is on record")
         if paid:
             console.note(before)
@@ -339,8 +380,11 @@ def _tell(
     """Print what was done; return the exit status."""
     from lcodec_ext.unlearning import Guarantee
 
-    ids, refused, result, written, release = outcome
+    ids, groups, refused, result, written, release = outcome
     lines = [repr(result or unlearner)]
+    if groups:
+        each = (f"{one['id']!r} ({len(one['samples'])} samples)" for one in groups)
+        lines.append(f"  groups        {', '.join(each)}")
     loss = None
     if release:
         lines.append(str(Guarantee.from_dict(release)))
@@ -363,6 +407,7 @@ def _tell(
         )
     document = {
         "ids": ids,
+        "groups": groups,
         "not_removed": refused,
         "n_removed": len(unlearner.removed),
         "pending": list(unlearner.pending),
@@ -384,23 +429,25 @@ def _tell(
 def _verify(options: argparse.Namespace, console: Console) -> int:
     if not options.directory:
         raise InputError("--verify needs --directory, the folder of the ledger")
-    for name in ("forget", "output", "resume", "note"):
+    for name in ("forget", "forget_group", "output", "resume", "note"):
         if getattr(options, name):
-            raise InputError(f"--{name} does not go with --verify")
+            raise InputError(f"--{name.replace('_', '-')} does not go with --verify")
     if bool(options.model) != bool(options.weights):
         raise InputError("to verify a model, --verify needs both --model and --weights")
     need_torch()
     from lcodec_ext.unlearning import verify_ledger
 
-    model = train = None
+    model, parts = None, {}
     if options.model:
         problem = Problem(options.model, options.weights, options.data)
-        model, train = problem.model, problem.get("train")
+        model = problem.model
+        parts = {name: problem.get(name) for name in ("train", "groups")}
     elif options.data:
-        train = parts_of(call(options.data, "--data"), f"--data {options.data}").get("train")
+        parts = parts_of(call(options.data, "--data"), f"--data {options.data}")
+    train, groups = parts.get("train"), parts.get("groups")
     if options.data and train is None:
         raise InputError(f"--data {options.data} must give 'train'")
-    found = verify_ledger(options.directory, model, train, head=options.head)
+    found = verify_ledger(options.directory, model, train, head=options.head, groups=groups)
     names = ("ok", "problems", "notes", "entries", "head", "removed", "pending", "counted")
     document = {"directory": options.directory} | {name: getattr(found, name) for name in names}
     console.emit(document, str(found))

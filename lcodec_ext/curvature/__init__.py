@@ -1,8 +1,8 @@
-"""Curvature restricted to a few units of a PyTorch model.
+"""Curvature restricted to a few parameters of a PyTorch model.
 
-`UnitSelection` says which units, and in which order their parameters are the coordinates of
-vectors and matrices. The operators multiply and solve with matrices of second derivatives
-restricted to them, without forming those of the whole model.
+`UnitSelection` says which units, `ParameterSelection` which single parameters, and in which order
+these are the coordinates of vectors and matrices. The operators multiply and solve with matrices
+of second derivatives restricted to them, without forming those of the whole model.
 """
 
 try:
@@ -24,6 +24,12 @@ from lcodec_ext.curvature.operators import (
     HessianOperator,
     SecantOperator,
 )
+from lcodec_ext.curvature.parameters import (
+    ParameterSelection,
+    Selection,
+    all_trainable,
+    selection_from_dict,
+)
 from lcodec_ext.curvature.per_sample import SampleGradients, per_sample_gradients
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import ConvergenceWarning, IndefiniteCurvatureError, SolveResult
@@ -35,13 +41,17 @@ __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "IndefiniteCurvatureError",
+    "ParameterSelection",
     "SampleGradients",
     "SecantOperator",
     "Segment",
+    "Selection",
     "SolveResult",
     "UnitSelection",
+    "all_trainable",
     "n_units",
     "per_sample_gradients",
+    "selection_from_dict",
 ]
 
 

@@ -149,11 +149,9 @@ def unit_cuts(module: nn.Module) -> list[tuple[int, int, Cuts]]:
         weights, bias = ["in_proj_weight"], "in_proj_bias"
         if not module.embed_dim == module.kdim == module.vdim:
             weights = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    if isinstance(module, EMBEDDINGS):
-        if module.max_norm is not None:
-            raise NoUnitsError("max_norm: its forward pass overwrites its weight")
-        if module.scale_grad_by_freq:
-            raise NoUnitsError("scale_grad_by_freq: its gradients are not derivatives of the loss")
+    problem = not_differentiable(module)
+    if problem:
+        raise NoUnitsError(problem)
     found: list[tuple[int, int, Cuts]] = []
     first = 0
     for key in weights:
@@ -175,6 +173,15 @@ def unit_cuts(module: nn.Module) -> list[tuple[int, int, Cuts]]:
         found.append((first, stop, cuts))
         first = stop
     return found
+
+
+def not_differentiable(module: nn.Module) -> str:
+    """Why the gradients of a layer's weight are no derivatives; empty if they are."""
+    if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
+        return "max_norm: its forward pass overwrites its weight"
+    if isinstance(module, EMBEDDINGS) and module.scale_grad_by_freq:
+        return "scale_grad_by_freq: its gradients are not derivatives of the loss"
+    return ""
 
 
 def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:

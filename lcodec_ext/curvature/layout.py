@@ -2,7 +2,8 @@
 
 import dataclasses
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -81,11 +82,119 @@ class _Taken:
     entries: set[int]
 
 
-class UnitLayout:
+class Layout(ABC):
     """A selection laid out on a model: which coordinate is which entry of which parameter.
 
-    The methods of `UnitSelection` make one for each call; keep one to use it often. It is out of
-    date once modules or parameters of the model are replaced, or their `requires_grad` is.
+    The methods of a selection make one for each call; keep one to use it often. It is out of date
+    once modules or parameters of the model are replaced, or their `requires_grad` is.
+
+    Attributes
+    ----------
+    size : int
+        Number of coordinates.
+    parameters : dict of str to Parameter
+        Those with coordinates.
+    """
+
+    size: int
+    parameters: dict[str, nn.Parameter]
+    _empty: Tensor  # what an empty selection gathers
+
+    @abstractmethod
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Copies of the selected entries, piece by piece."""
+
+    @abstractmethod
+    def _overwrite(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
+        """Write a vector to the selected entries."""
+
+    @abstractmethod
+    def _increase(self, tensors: Mapping[str, Tensor], vector: Tensor, alpha: float) -> None:
+        """Add a multiple of a vector to the selected entries."""
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As the selection's `gather`, from tensors by name."""
+        self._check(tensors, "source")
+        pieces = self._gathered(tensors)
+        return torch.cat([*pieces]) if pieces else self._empty.clone()
+
+    def scatter_(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
+        """As the selection's `scatter_`, to tensors by name."""
+        self._check_target(tensors, vector)
+        with torch.no_grad():
+            self._overwrite(tensors, vector)
+
+    def add_(self, tensors: Mapping[str, Tensor], vector: Tensor, alpha: float = 1) -> None:
+        """As the selection's `add_`, to tensors by name."""
+        _check_alpha(alpha)
+        self._check_target(tensors, vector)
+        with torch.no_grad():
+            self._increase(tensors, vector, alpha)
+
+    def numbers_in(self, whole: "Layout") -> Tensor:
+        """For each coordinate its number among those of another layout; -1 where it has none.
+
+        int64, shape (size,), on the device of the parameters.
+        """
+        places = {
+            name: torch.full(p.shape, -1, dtype=torch.float64, device=p.device)
+            for name, p in (self.parameters | whole.parameters).items()
+        }
+        whole.scatter_(places, torch.arange(whole.size, dtype=torch.float64))
+        return self.gather(places).long()
+
+    def _check(self, tensors: Mapping[str, Tensor], argument: str) -> None:
+        devices = set()
+        for name, parameter in self.parameters.items():
+            if name not in tensors:
+                raise ValueError(
+                    f"{argument} must have a tensor for parameter {name!r}, as named_parameters "
+                    "lists it; it has none"
+                )
+            tensor = tensors[name]
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{argument}[{name!r}] must be a tensor; got an object of type "
+                    f"{type(tensor).__name__}"
+                )
+            if tensor.shape != parameter.shape or tensor.layout != torch.strided:
+                raise ValueError(
+                    f"{argument}[{name!r}] must be a dense tensor of the parameter's shape "
+                    f"{tuple(parameter.shape)}; got shape {tuple(tensor.shape)}, {tensor.layout}"
+                )
+            devices.add(tensor.device)
+        if len(devices) > 1 and argument == "source":
+            raise ValueError(
+                "source must have the selected parameters on one device; they are on "
+                + ", ".join(sorted(map(str, devices)))
+            )
+
+    def _check_target(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
+        self._check(tensors, "target")
+        if not isinstance(vector, Tensor):
+            raise TypeError(
+                f"vector must be a tensor; got an object of type {type(vector).__name__}"
+            )
+        if vector.shape != (self.size,):
+            raise ValueError(
+                f"vector must have one entry for each coordinate, shape ({self.size},); got shape "
+                f"{tuple(vector.shape)}"
+            )
+        for name in self.parameters:
+            tensor = tensors[name]
+            if not torch.can_cast(vector.dtype, tensor.dtype):
+                raise TypeError(
+                    f"vector must convert to {tensor.dtype}, the dtype of target[{name!r}]; got "
+                    f"{vector.dtype}"
+                )
+            if _is_expanded(tensor):
+                raise ValueError(
+                    f"target[{name!r}] is expanded: several entries share one place in memory"
+                )
+
+
+class UnitLayout(Layout):
+    """A selection of units laid out on a model; see `Layout`.
 
     Parameters
     ----------
@@ -94,12 +203,8 @@ class UnitLayout:
 
     Attributes
     ----------
-    size : int
-        Number of coordinates.
     blocks : list of CoordinateBlock
         In the order of the coordinates.
-    parameters : dict of str to Parameter
-        Those with coordinates.
 
     Raises
     ------
@@ -136,7 +241,7 @@ class UnitLayout:
         self.parameters = {p.name: every[p.name] for block in self.blocks for p in block.parameters}
         first = next(iter(every.values()), torch.empty(0))
         self._empty = torch.empty(0, dtype=first.dtype, device=first.device)
-        _check_memory(self.parameters, every)
+        check_memory(self.parameters, every)
 
     def _place(
         self, module: str, within: UnitRange, units: Iterable[int], taken: dict[str, _Taken]
@@ -201,9 +306,7 @@ class UnitLayout:
                 yield parameter, block.entries(parameter), first + np.arange(parameter.length)
                 first = first + parameter.length
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """As `UnitSelection.gather`, from tensors by name."""
-        self._check(tensors, "source")
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         pieces = []
         for block in self.blocks:
             columns = []
@@ -212,23 +315,16 @@ class UnitLayout:
                 entries = p.cut.view(tensor)[self._positions(block, p, tensor.device)]
                 columns.append(entries.reshape(len(block.units), p.length))
             pieces.append((torch.cat(columns, 1) if len(columns) > 1 else columns[0]).flatten())
-        return torch.cat(pieces) if pieces else self._empty.clone()
+        return pieces
 
-    def scatter_(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
-        """As `UnitSelection.scatter_`, to tensors by name."""
-        self._check_target(tensors, vector)
-        with torch.no_grad():
-            for view, positions, entries in self._split(tensors, vector):
-                view.index_put_(positions, entries.to(view))
+    def _overwrite(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
+        for view, positions, entries in self._split(tensors, vector):
+            view.index_put_(positions, entries.to(view))
 
-    def add_(self, tensors: Mapping[str, Tensor], vector: Tensor, alpha: float = 1) -> None:
-        """As `UnitSelection.add_`, to tensors by name."""
-        _check_alpha(alpha)
-        self._check_target(tensors, vector)
-        with torch.no_grad():
-            for view, positions, entries in self._split(tensors, vector):
-                total = view[positions].add(entries.to(view.device), alpha=alpha)
-                view.index_put_(positions, total.to(view.dtype))
+    def _increase(self, tensors: Mapping[str, Tensor], vector: Tensor, alpha: float) -> None:
+        for view, positions, entries in self._split(tensors, vector):
+            total = view[positions].add(entries.to(view.device), alpha=alpha)
+            view.index_put_(positions, total.to(view.dtype))
 
     def _split(
         self, tensors: Mapping[str, Tensor], vector: Tensor
@@ -256,55 +352,6 @@ class UnitLayout:
             )
         return self._on_device[key]
 
-    def _check(self, tensors: Mapping[str, Tensor], argument: str) -> None:
-        devices = set()
-        for name, parameter in self.parameters.items():
-            if name not in tensors:
-                raise ValueError(
-                    f"{argument} must have a tensor for parameter {name!r}, as named_parameters "
-                    "lists it; it has none"
-                )
-            tensor = tensors[name]
-            if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"{argument}[{name!r}] must be a tensor; got an object of type "
-                    f"{type(tensor).__name__}"
-                )
-            if tensor.shape != parameter.shape or tensor.layout != torch.strided:
-                raise ValueError(
-                    f"{argument}[{name!r}] must be a dense tensor of the parameter's shape "
-                    f"{tuple(parameter.shape)}; got shape {tuple(tensor.shape)}, {tensor.layout}"
-                )
-            devices.add(tensor.device)
-        if len(devices) > 1 and argument == "source":
-            raise ValueError(
-                "source must have the selected parameters on one device; they are on "
-                + ", ".join(sorted(map(str, devices)))
-            )
-
-    def _check_target(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
-        self._check(tensors, "target")
-        if not isinstance(vector, Tensor):
-            raise TypeError(
-                f"vector must be a tensor; got an object of type {type(vector).__name__}"
-            )
-        if vector.shape != (self.size,):
-            raise ValueError(
-                f"vector must have one entry for each coordinate, shape ({self.size},); got shape "
-                f"{tuple(vector.shape)}"
-            )
-        for name in self.parameters:
-            tensor = tensors[name]
-            if not torch.can_cast(vector.dtype, tensor.dtype):
-                raise TypeError(
-                    f"vector must convert to {tensor.dtype}, the dtype of target[{name!r}]; got "
-                    f"{vector.dtype}"
-                )
-            if _is_expanded(tensor):
-                raise ValueError(
-                    f"target[{name!r}] is expanded: several entries share one place in memory"
-                )
-
 
 def _check_alpha(alpha: object) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
@@ -318,7 +365,7 @@ def _is_expanded(tensor: Tensor) -> bool:
     )
 
 
-def _check_memory(selected: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> None:
+def check_memory(selected: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> None:
     """Refuse parameters that cannot be written to without changing others."""
     for name, parameter in selected.items():
         if _is_expanded(parameter):

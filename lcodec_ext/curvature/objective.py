@@ -21,7 +21,7 @@ from lcodec_ext._torch.loss import (
 )
 from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
 from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
-from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.curvature.parameters import Selection
 
 
 class _OwnRandom:
@@ -78,7 +78,7 @@ class Objective:
         model: nn.Module,
         loss_fn: LossFunction,
         data: Any,
-        selection: UnitSelection,
+        selection: Selection,
         *,
         dtype: torch.dtype | None,
         reduction: str,

@@ -18,11 +18,11 @@ from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
 from lcodec_ext.curvature.layers import is_linear
-from lcodec_ext.curvature.masked.entries import ParameterEntries
+from lcodec_ext.curvature.masked.entries import Entries
 from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
 from lcodec_ext.curvature.masked.rows import RowsCall, is_convolution, patches
 from lcodec_ext.curvature.objective import Objective
-from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.curvature.parameters import Selection
 
 MAX_BYTES = 2**27  # of the gradients of a chunk of samples
 
@@ -39,13 +39,13 @@ class Factors:
         The rows, and the layer's input.
     reached : Tensor
         Gradient of every sample's loss by what the rows add to the output.
-    entries : ParameterEntries
+    entries : Entries
         Of the parameter.
     """
 
     call: RowsCall
     reached: Tensor
-    entries: ParameterEntries
+    entries: Entries
 
     def _rows(self, displacement: Tensor) -> Tensor:
         call = self.call
@@ -157,6 +157,12 @@ class SampleGradients:
 
     def plain(self) -> list[tuple[Tensor, Tensor]]:
         """For each parameter (D, x), if gradients are outer products D_i x_i^T; else nothing."""
+        if not all(factors.entries.complete for factors in self.factors):
+            return []
+        return self._products()
+
+    def _products(self) -> list[tuple[Tensor, Tensor]]:
+        """As `plain`, of the rows that have the selected entries."""
         pairs = [factors.plain() for factors in self.factors]
         parameters = {factors.call.rows.parameter for factors in self.factors}
         if len(parameters) < len(pairs):
@@ -175,7 +181,11 @@ class SampleGradients:
             return self._stored
         out = self.factors[0].reached.new_zeros(self.n, self.size)
         for factors in self.factors:
-            factors.entries.add_to(out, factors.dense())
+            pair = None if factors.entries.complete else factors.plain()
+            if pair is None:
+                factors.entries.add_to(out, factors.dense())
+            else:
+                factors.entries.add_products(out, *pair)
         return out
 
     @plain_arithmetic()
@@ -198,7 +208,7 @@ class SampleGradients:
     @plain_arithmetic()
     def combine_squares(self, weights: Tensor) -> Tensor:
         """sum_i weights_i gradient_i^2, entry by entry, shape (p,)."""
-        pairs = self.plain()
+        pairs = self._products()
         if not pairs:
             return weights @ self.dense().square()
         out = weights.new_zeros(self.size)
@@ -311,14 +321,14 @@ def per_sample_gradients(
     model: nn.Module,
     loss_fn: LossFunction,
     data: Any,
-    selection: UnitSelection,
+    selection: Selection,
     *,
     reduction: str = "mean",
     dtype: torch.dtype | None = None,
     max_bytes: int = MAX_BYTES,
     progress: bool = False,
 ) -> Iterator[SampleGradients]:
-    """Gradients of every sample's loss by the parameters of the selected units.
+    """Gradients of every sample's loss by the selected parameters.
 
     Parameters
     ----------
@@ -362,7 +372,7 @@ def chunks(objective: Objective, max_bytes: int, what: str) -> Iterator[SampleGr
 
 def pieces(objective: Objective, max_bytes: int, what: str = "") -> Iterator[tuple[Key, Batch]]:
     """The batches, cut where their gradients would take more than max_bytes, and their names."""
-    most = max(1, max_bytes // objective.masked.theta.nbytes)
+    most = max(1, max_bytes // objective.masked.row_bytes)
     for number, batch in objective.passes(what):
         if batch.size <= most:
             yield (number, 0), batch

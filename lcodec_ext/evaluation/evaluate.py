@@ -257,6 +257,7 @@ def evaluate(
     batch_size: int = 256,
     score: Score | None = None,
     validation: Any = None,
+    groups: Any = None,
     relearn: bool = True,
     progress: bool = False,
 ) -> Evaluation:
@@ -306,6 +307,8 @@ def evaluate(
         ``score(outputs, targets)``, one number per sample, in the place of accuracy.
     validation : tuple of tensors, dict of tensors, Dataset or DataLoader, optional
         Never-seen samples for `unlearn`, other ones than test.
+    groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
+        For `unlearn`, where whole users are removed: whom each retained sample belongs to.
     relearn : bool, default True
         Whether to measure the time to learn again: at most 200 steps of Adam over the removed
         samples for every model, until 5% of the gap in loss to the retrained models are left.
@@ -365,7 +368,7 @@ def evaluate(
     """
     device, dtype = place(model)
     defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
-    defaults |= {"validation": validation}
+    defaults |= {"validation": validation, "groups": groups}
     given = methods_of(methods, defaults)
     retrained = _checked_retrained(retrained)
     check_integer(n_retrain, "n_retrain", 3)
@@ -398,12 +401,8 @@ def evaluate(
         references, seconds = _measure_retrained(retrained, n_retrained, sets, model, bar)
         yardstick = _Yardstick(original, references, sets, relearn)
         if relearn:
-            settings["relearn"] = {
-                "optimizer": "Adam",
-                **_RELEARN,
-                "tolerance": _TOLERANCE,
-                "level": yardstick.level,
-            }
+            until = {"tolerance": _TOLERANCE, "level": yardstick.level}
+            settings["relearn"] = {"optimizer": "Adam", **_RELEARN, **until}
         entries = [yardstick.entry(NO_OP, original), yardstick.retrained_entry(seconds)]
         for name, method in given.items():
             bar.set_description(name)
@@ -645,6 +644,8 @@ def _relearn_level(original: Measured, references: list[Measured]) -> float:
 
 def _units_per_layer(model: nn.Module, result: UnlearnResult) -> dict[str, list[int]]:
     """Of every layer with candidates: how many units were selected, and how many it has."""
+    if not isinstance(result.selection, UnitSelection):
+        return {}
     candidates = find_candidates(model, result.settings).selection.units
     chosen, every = result.selection.units, UnitSelection.all(model).units
     return {layer: [len(chosen.get(layer, ())), len(every[layer])] for layer in candidates}

@@ -49,7 +49,7 @@ from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.unlearn import unlearn
 
 NO_OP, RETRAINED = "no-op", "retrained"
-NOT_SETTINGS = ("validation", "statistics", "score", "progress")  # other options of `unlearn`
+NOT_SETTINGS = ("validation", "groups", "statistics", "score", "progress")  # of `unlearn`
 _GUARD = 1000  # retained samples that tell gradient ascent when to stop
 
 

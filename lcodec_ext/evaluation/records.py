@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcodec_ext._files import numbers_of
 from lcodec_ext.evaluation.evaluate import FORMAT, share_of_retraining
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED
 from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE
@@ -252,11 +253,7 @@ def _numbers(ranges: str | Iterable[int]) -> set[int]:
     """The numbers that "0-15,17" stands for."""
     if not isinstance(ranges, str):
         return set(ranges)
-    numbers: set[int] = set()
-    for part in filter(None, ranges.split(",")):
-        first, _, last = part.partition("-")
-        numbers.update(range(int(first), int(last or first) + 1))
-    return numbers
+    return set(map(int, numbers_of(ranges))) if ranges else set()
 
 
 def read_ledgers(value: object) -> list[list[ReportEntry]]:

@@ -1,4 +1,4 @@
-"""Delete training samples from a trained PyTorch model by a Newton step on selected units.
+"""Delete training samples from a trained PyTorch model by a Newton step on selected parameters.
 
 `unlearn` perturbs the samples to delete, records the activation of every unit, selects the units
 on which the loss depends (`lcodec_ext.lfoci`), and steps their parameters towards the weights
@@ -16,9 +16,11 @@ except ImportError as error:  # the core package does without it
     ) from error
 
 from lcodec_ext._renamed import renamed_module as _renamed_module
-from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.curvature import ParameterSelection, UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
+from lcodec_ext.unlearning.groups import samples_of
+from lcodec_ext.unlearning.patch import PatchedTensor, WeightPatch
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
     PrivacyBudget,
@@ -31,7 +33,7 @@ from lcodec_ext.unlearning.privacy import (
 )
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear, RemovalRecord
 from lcodec_ext.unlearning.record import TokenReplacement
-from lcodec_ext.unlearning.request import random_samples, samples_of
+from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import BeforeAfter, UnlearnResult
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -67,6 +69,8 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "MethodEvaluation",
+    "ParameterSelection",
+    "PatchedTensor",
     "PrivacyBudget",
     "PrivacyBudgetExceeded",
     "RemovalRecord",
@@ -78,6 +82,7 @@ __all__ = [
     "UnlearnResult",
     "Unlearner",
     "Verification",
+    "WeightPatch",
     "add_noise",
     "evaluate",
     "gaussian_delta",

@@ -1,14 +1,12 @@
 """The strength of a step, found by deleting control groups of retained samples in the same way."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._files import json_ready
@@ -16,22 +14,20 @@ from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
-from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.control import control_groups, known_classes, some_of_pool
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
-_BASIS_BYTES = 2**31  # of the Krylov spaces, all together
 _DECADES = 10  # of dampings, from ten times the largest curvature downwards
 _BISECTIONS = 4  # of a decade: the damping is found to within 15%
-_FEWEST = 4  # control groups
 
 
 @dataclass(frozen=True)
 class Calibration:
     """How the strength of a deletion was found, and on what evidence.
 
-    Control groups are retained samples, each as many as the request has, that were deleted
+    Control groups are retained samples, each about as many as the request has, that were deleted
     virtually by the same step. The strength is the largest after which their mean loss is at most
     that of validation samples, and the validation loss still holds after the request's own step.
 
@@ -61,7 +57,11 @@ class Calibration:
     finish : int
         Iterations of the finish that followed.
     group_size : int
-        Samples in a group.
+        Samples in a group; of groups of users the mean, rounded.
+    groups_of : str
+        "users": other whole users, by the ids in `groups`; "samples": random samples with the
+        labels of the request, also where there were too few users; "classes": random samples of
+        other classes, where no retained sample has a label of the request.
     n_validation : int
         Validation samples that were used.
     products : int
@@ -81,6 +81,7 @@ class Calibration:
     outliers: bool
     finish: int
     group_size: int
+    groups_of: str
     n_validation: int
     products: int
 
@@ -92,7 +93,9 @@ class Calibration:
     def __str__(self) -> str:
         before = robust_mean(self.control_before)[0]
         return (
-            f"{len(self.control_after)} control groups of {self.group_size}: loss {before:.3g} -> "
+            f"{len(self.control_after)} control groups of {self.group_size}"
+            + " samples of other users" * (self.groups_of == "users")
+            + f": loss {before:.3g} -> "
             f"{self.control:.3g} +- {self.spread:.2g}, validation {self.validation_before:.3g} -> "
             f"{self.validation_after:.3g}, stopped by {self.stopped_by}"
             + f", finish {self.finish}"
@@ -148,24 +151,25 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
     work, settings = block.work, block.work.settings
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
-        validation = _known_classes(held, block, rng)
-        groups = control_groups(block, rng)
+        validation = known_classes(held, block, rng)
+        control = control_groups(block, rng)
+        groups = control.groups
         directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
         operator = operator_of(block, directions[:, 0], 0.0)
         space = Krylov(lambda V: operator @ V, directions, settings.max_iterations or 30)
         before = tuple(work.mean_loss(each) for each in groups)
-        harm = Harm.of(block, validation, _some_of_pool(block, rng))
+        harm = Harm.of(block, validation, some_of_pool(block, rng))
         trial = _Trial(block, space, groups, before, harm)
         chosen, reason = trial.search()
         loss = _request_loss(block, space, chosen)
-        control, spread = robust_mean(chosen.control)
+        mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
             stopped_by=reason,
             control_before=before,
             control_after=chosen.control,
-            control=control,
+            control=mean,
             spread=spread,
             validation_before=harm.validation_before,
             validation_after=chosen.validation,
@@ -173,7 +177,8 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
             retained_after=chosen.retained,
             outliers=reason in ("validation", "retained") and loss > OUTLIERS * level,
             finish=0,
-            group_size=len(groups[0]),
+            group_size=control.size,
+            groups_of=control.of,
             n_validation=len(validation),
             products=space.products,
         )
@@ -300,90 +305,6 @@ def robust_mean(values: Sequence[float]) -> tuple[float, float]:
     """
     kept = sorted(values)[1:-1] if len(values) >= 6 else list(values)
     return float(np.mean(kept)), float(np.std(kept) / math.sqrt(max(1, len(kept) - 1)))
-
-
-# ---------------------------------------------------------------------------------------------
-# Who is in a control group
-
-
-def control_groups(block: Block, rng: np.random.Generator) -> list[Samples]:
-    """Groups of retained samples as the request: as many, and of each label as many if there are.
-
-    They are drawn from samples whose curvature the step does not read. Groups share samples only
-    where the pool has too few for all of them.
-    """
-    work, forget = block.work, block.part.forget
-    pool = block.retained.pool
-    assert pool is not None  # settings that calibrate have one
-    size = min(len(forget), len(pool))
-    count = max(_FEWEST, work.settings.control_groups)
-    each = (
-        block.start.numel()
-        * block.start.element_size()
-        * ((work.settings.max_iterations or 30) + 1)
-    )
-    count = max(_FEWEST, min(count, _BASIS_BYTES // each - 1))
-    labels, wanted = labels_of(pool), labels_of(forget)
-    free: list[int] = []
-    groups = []
-    for _ in range(count):
-        if len(free) < size:
-            free = rng.permutation(len(pool)).tolist()
-        group = _drawn(free, labels, wanted, size)
-        taken = set(group)
-        free = [i for i in free if i not in taken]
-        groups.append(pool.subset(sorted(group)).loaded())
-    return groups
-
-
-def _drawn(
-    free: Sequence[int],
-    labels: NDArray[np.int64] | None,
-    wanted: NDArray[np.int64] | None,
-    size: int,
-) -> list[int]:
-    """The first of free that have the labels wanted, and the first of all for what is lacking."""
-    group: list[int] = []
-    if labels is not None and wanted is not None:
-        left = Counter(wanted.tolist())
-        for i in free:
-            if left[int(labels[i])] > 0:
-                left[int(labels[i])] -= 1
-                group.append(i)
-    group = group[:size]
-    taken = set(group)
-    return group + [i for i in free if i not in taken][: size - len(group)]
-
-
-def _known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samples:
-    """At most 1000 validation samples, none of a class that is deleted as a whole."""
-    numbers = rng.permutation(len(held))[:GUARD_SIZE]
-    some = held.subset(np.sort(numbers).tolist()).loaded()
-    pool = block.retained.pool
-    assert pool is not None
-    here, kept, gone = labels_of(some), labels_of(pool), labels_of(block.part.forget)
-    if here is None or kept is None or gone is None:
-        return some
-    known = ~np.isin(here, np.setdiff1d(gone, kept))
-    return some.subset(np.flatnonzero(known).tolist()) if known.any() else some
-
-
-def labels_of(samples: Samples) -> NDArray[np.int64] | None:
-    """The classes of samples, where the targets are one integer each."""
-    found = []
-    for batch in samples.batches(GUARD_SIZE):
-        targets = batch.targets
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
-            return None
-        found.append(targets.cpu().numpy().astype(np.int64))
-    return np.concatenate(found)
-
-
-def _some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
-    """At most 1000 retained samples that the step does not read."""
-    pool = block.retained.pool
-    assert pool is not None
-    return pool.subset(np.sort(rng.permutation(len(pool))[:GUARD_SIZE]).tolist()).loaded()
 
 
 def _direction(block: Block, group: Samples) -> Tensor:

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lcodec_ext.curvature import SolveResult, UnitSelection
+from lcodec_ext.curvature import Selection, SolveResult
 from lcodec_ext.unlearning.guard import Attempt, Watch, guarded_step
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.rules import RULES
-from lcodec_ext.unlearning.select import Choice, choose
+from lcodec_ext.unlearning.select import Choice, choose, joined
 from lcodec_ext.unlearning.step import Block
 from lcodec_ext.unlearning.workplace import Workplace
 
@@ -19,7 +19,7 @@ class Deletion:
     """What was done to remove some samples at once."""
 
     numbers: list[int]  # their positions in the request
-    selection: UnitSelection  # units that were changed, or if all was taken back, that were tried
+    selection: Selection  # what was changed, or if all was taken back, what was tried
     choice: Choice  # the last one
     rounds: tuple[tuple[Attempt, ...], ...]  # attempts for each selection; with "cheap" several
 
@@ -62,18 +62,20 @@ def delete(work: Workplace, part: Part, watch: Watch) -> Deletion:
     """
     selection = work.settings.selection
     repeated = isinstance(selection, str) and RULES[selection].repeated
-    taken, rounds = UnitSelection({}), []
+    taken: Selection | None = None
+    rounds: list[tuple[Attempt, ...]] = []
     for number in range(work.settings.n_units or _ROUNDS if repeated else 1):
         with work.timed("gradients"):
             gradient = work.gradient(part.forget)[1]
-        choice = choose(work, part.forget, gradient, part.seed, taken)
+        choice = choose(work, part, gradient, taken)
         if number and not choice.selection:
             break
         block = Block.of(work, part, choice.selection, gradient)
         rounds.append(guarded_step(block, watch))
         accepted = rounds[-1][-1].accepted
         if accepted or not number:
-            taken |= choice.selection
+            taken = joined(taken, choice.selection)
         if not accepted:
             break
+    assert taken is not None  # the first round is always taken
     return Deletion(part.numbers, taken, choice, tuple(rounds))

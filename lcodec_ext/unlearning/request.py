@@ -15,6 +15,7 @@ from lcodec_ext._checks import check_integer, check_seed
 from lcodec_ext._torch.batches import Batch, tensors_of
 from lcodec_ext._torch.loss import check_parts, scalar_loss
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.workplace import Workplace
@@ -33,31 +34,13 @@ def random_samples(n: int, m: int, seed: int = 0) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(n, m, replace=False).tolist())
 
 
-def samples_of(labels: Any, value: Any) -> list[int]:
-    """The numbers of the samples that have a label: all of a class, or of one identity.
-
-    Parameters
-    ----------
-    labels : array_like or Tensor, shape (n,)
-        Of every training sample: its class, the person it shows, the user it came from.
-    value : object
-        The one to delete.
-    """
-    array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if array.ndim != 1:
-        raise ValueError(f"labels must have one entry per sample; got shape {array.shape}")
-    found = np.flatnonzero(array == value)
-    if not len(found):
-        raise ValueError(f"no sample has the label {value!r}")
-    return found.tolist()
-
-
 class Retained(NamedTuple):
     """The samples that a deletion retains, and those of them that its step reads."""
 
     all: Samples
     read: Samples
     pool: Samples | None = None  # of control groups; none of them is read
+    users: list[list[int]] | None = None  # groups of whole users in the pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +51,29 @@ class Kept:
     read: Samples  # by steps
     monitored: Samples  # that losses and gradients are measured on; of those, if there is no pool
     pool: Samples | None  # for control groups
+    users: list[list[int]] | None  # groups of whole users in the pool
     _settings: Settings
     _order: NDArray[np.int64]
 
     @classmethod
-    def drawn(cls, samples: Samples, settings: Settings, m: int) -> "Kept":
-        """Draw those that are read, those that are measured, and a pool of control groups of m."""
+    def drawn(
+        cls, samples: Samples, settings: Settings, m: int, groups: Groups | None = None
+    ) -> "Kept":
+        """Draw those that are read, those that are measured, and a pool of control groups of m.
+
+        With groups the pool has whole users, if there are enough of them.
+        """
         n = len(samples)
         order = _rng(settings).permutation(n)
-        most, pool = settings.n_curvature, None
+        most, pool, users = settings.n_curvature, None, None
         if settings.calibrate:
             size = control_pool(n, m, settings.control_groups)
+            rng = np.random.default_rng([settings.seed, 7])
+            count = settings.control_groups
+            drawn = None if groups is None else draw_users(groups, m, count, size, n // 2, rng)
+            if drawn is not None:
+                size, users = len(drawn.pool), drawn.places()
+                order = np.concatenate([order[~np.isin(order, drawn.pool)], drawn.pool])
             most = min(n - size, most or n)
             pool = samples.subset(np.sort(order[n - size :]).tolist())
         read = samples if most is None else _some(samples, order[:most])
@@ -86,7 +81,7 @@ class Kept:
         if settings.n_monitor is not None and settings.n_monitor < len(monitored):
             few = _rng(settings).permutation(len(monitored))[: settings.n_monitor]
             monitored = _some(monitored, few)
-        return cls(samples, read, monitored, pool, settings, order)
+        return cls(samples, read, monitored, pool, users, settings, order)
 
     def unread(self) -> Samples:
         """Samples that no step reads, or where all are read, of all."""
@@ -97,7 +92,7 @@ class Kept:
         """Retain also others, the samples of the request whose turn comes later."""
         n, m = len(self.all), len(others)
         if not m:
-            return Retained(self.all, self.read, self.pool)
+            return Retained(self.all, self.read, self.pool, self.users)
         both = Samples.joined([self.all, others])
         if self._settings.n_curvature is None:
             return Retained(both, both)
@@ -177,6 +172,7 @@ def checked_request(
     retain: Any,
     validation: Any,
     statistics: TrainingStatistics | None,
+    groups: Any,
 ) -> Request:
     """Take the samples as they were given; refuse what cannot be done with them."""
     removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
@@ -199,10 +195,14 @@ def checked_request(
             f"statistics are of {statistics.n} training samples; forget and retain have "
             f"{m} + {n_retain}. retain must be all that stay, or None"
         )
+    if groups is not None:
+        if kept is None:
+            raise ValueError("groups are ids of the retained samples, and retain is None")
+        groups = Groups.of(groups, len(kept), "retain")
     drawn = None
     if kept is not None:
         with work.timed("monitoring"):
-            drawn = Kept.drawn(kept, work.settings, m)
+            drawn = Kept.drawn(kept, work.settings, m, groups)
     return Request(removed, drawn, held, statistics, n_retain)
 
 

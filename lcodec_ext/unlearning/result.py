@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lcodec_ext._files import json_ready
-from lcodec_ext.curvature import UnitSelection
-from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature import ParameterSelection, Selection
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
+from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import training_norm
 from lcodec_ext.unlearning.request import Request
@@ -45,17 +45,18 @@ class UnlearnResult:
         A new model, or with inplace=True the one that was given.
     settings : Settings
         As used.
-    selection : UnitSelection
-        The units whose parameters were changed; where all was taken back, those that were tried.
+    selection : UnitSelection or ParameterSelection
+        The units, or single parameters, that were changed; where all was taken back, those that
+        were tried.
     foci : FociResult or None
         The selection by L-FOCI: T of the loss, and in `names` the unit and call ("fc1[3] call 0")
         of every step.
     n_forget, n_retain, n_monitored : int
         Samples removed and retained, and those of the latter that were measured.
     n_parameters, n_trainable : int
-        Parameters of the selected units, and trainable ones of the model.
+        Selected parameters, and trainable ones of the model.
     n_units : int
-        Units that could have been selected.
+        Units, or single parameters, that could have been selected.
     n_dead : int
         Of these, units that no perturbation moved, left out by "lfoci" and "cheap".
     skipped : tuple of int
@@ -102,7 +103,7 @@ class UnlearnResult:
 
     model: nn.Module
     settings: Settings
-    selection: UnitSelection
+    selection: Selection
     foci: FociResult | None
     n_forget: int
     n_retain: int
@@ -131,10 +132,27 @@ class UnlearnResult:
     calibration: Calibration | None
     guarantee: Guarantee
     seconds: dict[str, float]
+    _patch: WeightPatch | None = None
+
+    def patch(self) -> WeightPatch:
+        """What the deletion changed, to be saved and applied to other copies of the given model.
+
+        Raises
+        ------
+        ValueError
+            For a model whose state holds more than dense tensors.
+        """
+        if self._patch is None:
+            raise ValueError(
+                "the state_dict of the model holds what is not a dense tensor; there is no patch"
+            )
+        return self._patch
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model, as JSON takes it; nan becomes None."""
-        fields = [each.name for each in dataclasses.fields(self) if each.name != "model"]
+        fields = [
+            each.name for each in dataclasses.fields(self) if each.name not in ("model", "_patch")
+        ]
         values = {name: getattr(self, name) for name in fields}
         if self.foci is not None:
             values["foci"] = {"names": self.foci.names, "T": self.foci.cumulative}
@@ -146,14 +164,21 @@ class UnlearnResult:
 
         s = self.settings
         method = s.selection if isinstance(s.selection, str) else "given"
-        layers = [f"{name or '(model)'}: {len(u)}" for name, u in self.selection.units.items()]
+        masked = isinstance(self.selection, ParameterSelection)
+        counts = _counts(self.selection)
+        layers = [f"{name or '(model)'}: {count:,}" for name, count in counts.items()]
         if len(layers) > _LAYERS:
             layers = [*layers[: _LAYERS - 1], f"{len(layers) - _LAYERS + 1} layers more"]
         lines = [
             f"UnlearnResult: {self.n_forget - len(self.skipped)} of "
             f"{self.n_forget + self.n_retain} samples removed in {self.seconds['total']:.2f} s",
-            f"  units         {len(self.selection)} of {self.n_units}, {method} "
-            f"({', '.join(layers)}), {self.n_parameters:,} of {self.n_trainable:,} parameters",
+            (
+                f"  parameters    {self.n_parameters:,} of {self.n_trainable:,}, {method} "
+                f"({', '.join(layers)})"
+                if masked
+                else f"  units         {len(self.selection)} of {self.n_units}, {method} "
+                f"({', '.join(layers)}), {self.n_parameters:,} of {self.n_trainable:,} parameters"
+            ),
             f"  step          {self._step()}",
             f"  forget loss   {change(self.loss_forget)}",
             f"  retain loss   {change(self.loss_retain)}",
@@ -189,14 +214,22 @@ class UnlearnResult:
         return ", ".join(parts)
 
 
+def _counts(selection: Selection) -> dict[str, int]:
+    """How many are selected of each layer, or of each parameter."""
+    if isinstance(selection, ParameterSelection):
+        return selection.counts
+    return {name: len(units) for name, units in selection.units.items()}
+
+
 class Outcome(NamedTuple):
     """What was measured of deletions, and what their noise guarantees."""
 
     before: LossesAndGradients
     after: LossesAndGradients
-    selection: UnitSelection
+    selection: Selection
     step_norm: float
     guarantee: Guarantee
+    patch: WeightPatch | None
 
 
 def result_of(
@@ -208,9 +241,9 @@ def result_of(
     outcome: Outcome,
 ) -> UnlearnResult:
     """Put together what there is to say of deletions."""
-    before, after, selection, step_norm, guarantee = outcome
+    before, after, selection, step_norm, guarantee, patch = outcome
     last = deletions[-1]
-    layout = UnitLayout(selection, work.model)
+    layout = selection.layout(work.model)
     solves = [solve for deletion in deletions for solve in deletion.solves]
     return UnlearnResult(
         model=model,
@@ -246,6 +279,7 @@ def result_of(
         calibration=last.last.calibration,
         guarantee=guarantee,
         seconds=work.clock.seconds,
+        _patch=patch,
     )
 
 

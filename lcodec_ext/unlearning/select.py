@@ -1,4 +1,4 @@
-"""Which units a step changes: a table of rules, and how many units are taken."""
+"""Which parameters a step changes: a table of rules, and how many units are taken."""
 
 import dataclasses
 import math
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.loss import Gradient
-from lcodec_ext._torch.samples import Samples
-from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import CONVOLUTIONS, TRANSPOSED, is_linear
 from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.dependence import FociResult, first_step_scores, lfoci
 from lcodec_ext.unlearning.record import Recording, record
+from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.rules import RULES, Rule
 from lcodec_ext.unlearning.settings import SelectSettings
+from lcodec_ext.unlearning.step import Block, take_steps
 from lcodec_ext.unlearning.workplace import Workplace
 
 Unit = tuple[str, int]
@@ -142,11 +143,14 @@ class Question:
     """What a rule selects from, and what it may look at."""
 
     work: Workplace  # model, loss and settings
-    candidates: Candidates
-    forget: Samples
+    part: Part  # the samples that are removed, and those that stay
     gradient: Gradient  # of the removed samples' objective, by parameter
-    seed: list[int]  # for random choices
     taken: UnitSelection  # what a repeated rule has selected before
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The units to select from."""
+        return find_candidates(self.work.model, self.work.settings)
 
     def recorded(self) -> Recording:
         """Perturb the removed samples, and record units and loss."""
@@ -154,7 +158,7 @@ class Question:
         with self.work.timed("perturbation"):
             return record(
                 self.work.model,
-                self.forget,
+                self.part.forget,
                 self.work.loss_fn,
                 n_perturbations=settings.n_perturbations,
                 noise_std=settings.noise_std,
@@ -175,35 +179,96 @@ class Question:
 class Choice:
     """What a rule selected."""
 
-    selection: UnitSelection  # empty if a repeated rule finds nothing more
-    n_units: int  # that it could have selected
+    selection: Selection  # empty if a repeated rule finds nothing more
+    n_units: int  # or single parameters, that it could have selected
     n_dead: int = 0  # of these, units that no perturbation moved
     foci: FociResult | None = None
 
 
 def choose(
-    work: Workplace,
-    forget: Samples,
-    gradient: Gradient,
-    seed: list[int],
-    taken: UnitSelection | None = None,
+    work: Workplace, part: Part, gradient: Gradient, taken: Selection | None = None
 ) -> Choice:
-    """The units that a step changes, by the rule of the settings."""
+    """What a step changes, by the rule of the settings."""
     with work.timed("selection"):
-        candidates = find_candidates(work.model, work.settings)
-        if isinstance(work.settings.selection, UnitSelection):
+        selection = work.settings.selection
+        if isinstance(selection, ParameterSelection):
+            return Choice(selection, work.n_trainable)
+        if isinstance(selection, UnitSelection):
+            candidates = find_candidates(work.model, work.settings)
             return Choice(candidates.selection, len(candidates.units))
-        question = Question(work, candidates, forget, gradient, seed, taken or UnitSelection({}))
-        return RULES[work.settings.selection].select(question)
+        before = taken if isinstance(taken, UnitSelection) else UnitSelection({})
+        return RULES[selection].select(Question(work, part, gradient, before))
+
+
+def joined(one: Selection | None, other: Selection) -> Selection:
+    """Both selections, which are of one kind."""
+    if isinstance(one, UnitSelection) and isinstance(other, UnitSelection):
+        return one | other
+    if isinstance(one, ParameterSelection) and isinstance(other, ParameterSelection):
+        return one | other
+    return other
 
 
 def _full(question: Question) -> Choice:
+    """All trainable parameters, or the units among candidates that are given."""
+    if question.work.settings.candidates == "all":
+        every = all_trainable(question.work.model)
+        if isinstance(every, ParameterSelection):
+            return Choice(every, len(every))
     return Choice(question.candidates.selection, len(question.candidates.units))
+
+
+def _step(question: Question, selection: Selection) -> tuple[Block, Tensor]:
+    """The step on a selection, and where it would go; the weights stay."""
+    work, settings = question.work, question.work.settings
+    block = Block.of(work, question.part, selection, question.gradient)
+    steps = take_steps(block, settings.damping, settings.learning_rate)
+    if steps.failure is not None:
+        raise steps.failure
+    moved = block.now() - block.start
+    block.restore(block.start, block.buffers)
+    return block, moved
+
+
+def _by_step(question: Question) -> Choice:
+    """The single parameters that the step on all candidates moves most.
+
+    The step is solved again on them: what the others would have done is made up for. Parameters
+    that it does not move are left out.
+    """
+    settings = question.work.settings
+    if settings.candidates == "all":
+        every = all_trainable(question.work.model)
+    else:
+        every = question.candidates.selection
+    block, moved = _step(question, every)
+    most = int(settings.budget(question.work.n_trainable))
+    count = min(most, int(torch.count_nonzero(moved)))
+    if not count:
+        raise ValueError(
+            f"max_parameters={settings.max_parameters!r} allows no parameter, of "
+            f"{question.work.n_trainable:,} trainable ones"
+            if not most
+            else "selection='step' finds no parameter: the step on all candidates is zero"
+        )
+    sizes = {k: torch.zeros_like(p) for k, p in block.layout.parameters.items()}
+    block.layout.scatter_(sizes, moved)
+    return Choice(ParameterSelection.top(sizes, count), block.layout.size)
+
+
+def _by_step_units(question: Question) -> Choice:
+    """The units that the step on all candidates moves most per parameter, in squares."""
+    candidates = question.candidates
+    _, moved = _step(question, candidates.selection)
+    score = candidates.sums(moved.double().square()) / candidates.sizes
+    order = np.argsort(-score, kind="stable")
+    ranked = [candidates.units[k] for k in order if score[k] > 0]
+    return Choice(question.take(ranked), len(candidates.units))
 
 
 def _random(question: Question) -> Choice:
     units = question.candidates.units
-    order = np.random.default_rng(question.seed).permutation(len(units))
+    order = np.random.default_rng(question.part.seed).permutation(len(units))
     return Choice(question.take([units[k] for k in order]), len(units))
 
 
@@ -277,6 +342,8 @@ RULES.update(
         "cheap": Rule(_by_cheap, "optional", repeated=True),
         "gradient": Rule(_by_gradient, "needed"),
         "random": Rule(_random, "needed"),
+        "step": Rule(_by_step, "share"),
+        "step_units": Rule(_by_step_units, "needed"),
     }
 )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
-from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, selection_from_dict
 from lcodec_ext.unlearning.record import TokenReplacement
 from lcodec_ext.unlearning.rules import RULES
 
@@ -58,7 +58,8 @@ def _known(value: Any, name: str, choices: tuple[str, ...]) -> Any:
 
 
 def _check_selection(value: Any, name: str) -> Any:
-    return value if isinstance(value, UnitSelection) else _known(value, name, tuple(RULES))
+    given = isinstance(value, UnitSelection | ParameterSelection)
+    return value if given else _known(value, name, tuple(RULES))
 
 
 def _check_candidates(value: Any, name: str) -> Any:
@@ -104,21 +105,23 @@ def _check_dtype(value: Any, name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectSettings:
-    """Which units change.
+    """Which parameters change.
 
     Attributes
     ----------
-    selection : str or UnitSelection
-        The units, or the name of a rule that selects them: docs/unlearning.md lists the rules.
+    selection : str, UnitSelection or ParameterSelection
+        The units, the single parameters, or the name of a rule that selects them:
+        docs/unlearning.md lists the rules.
     candidates : {"all", "weights"} or tuple of str
         Units to select from: all, those of linear layers and convolutions, or layer name patterns.
     n_units : int, optional
         How many units to select; with "cheap", the most that are selected.
     max_parameters : int or float, optional
-        Instead: take units while their parameters stay within this number or share.
+        Instead: take units while their parameters stay within this number or share; with "step",
+        how many single parameters.
     """
 
-    selection: str | UnitSelection = field(default="full", metadata={"check": _check_selection})
+    selection: str | Selection = field(default="full", metadata={"check": _check_selection})
     candidates: str | tuple[str, ...] = field(default="all", metadata={"check": _check_candidates})
     n_units: int | None = _integer(None, 1)
     max_parameters: int | float | None = field(default=None, metadata={"check": _check_share})
@@ -135,9 +138,19 @@ class SelectSettings:
         sized = self.n_units is not None or self.max_parameters is not None
         if self.n_units is not None and self.max_parameters is not None:
             raise ValueError("n_units and max_parameters cannot both be given; give one of them")
-        given = isinstance(self.selection, UnitSelection)
-        name = "a UnitSelection" if given else repr(self.selection)
-        size = "given" if isinstance(self.selection, UnitSelection) else _size_of(self.selection)
+        named = isinstance(self.selection, str)
+        name = repr(self.selection) if named else f"a {type(self.selection).__name__}"
+        size = _size_of(self.selection) if isinstance(self.selection, str) else "given"
+        if self.n_units is not None and size == "share":
+            raise ValueError(
+                f"selection={name} selects single parameters, not units: give max_parameters in "
+                "place of n_units"
+            )
+        if not sized and size == "share":
+            raise ValueError(
+                f"selection={name} needs max_parameters, for instance 0.1: how many single "
+                "parameters change"
+            )
         if sized and size == "given":
             raise ValueError(
                 f"selection={name} says how many units there are; n_units and max_parameters "
@@ -456,7 +469,7 @@ class Settings(
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON takes them."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        if isinstance(self.selection, UnitSelection):
+        if not isinstance(self.selection, str):
             values["selection"] = self.selection.to_dict()
         if self.dtype is not None:
             values["dtype"] = _DTYPES[self.dtype]
@@ -480,7 +493,7 @@ class Settings(
         """
         made = dict(values)
         if isinstance(made.get("selection"), Mapping):
-            made["selection"] = UnitSelection.from_dict(made["selection"])
+            made["selection"] = selection_from_dict(made["selection"])
         if isinstance(made.get("candidates"), list):
             made["candidates"] = tuple(made["candidates"])
         if made.get("radius") == "inf":

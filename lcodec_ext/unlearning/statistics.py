@@ -16,7 +16,8 @@ from lcodec_ext._files import write_atomically
 from lcodec_ext._torch.loss import LossFunction, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
-from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature import Selection, UnitSelection, all_trainable, selection_from_dict
+from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
     FisherOperator,
@@ -25,7 +26,6 @@ from lcodec_ext.curvature.operators import (
     MatrixOperator,
     SecantOperator,
 )
-from lcodec_ext.curvature.selection import UnitSelection
 
 Tensors = dict[str, Tensor]
 
@@ -58,8 +58,8 @@ class TrainingStatistics:
     n : int
         Training samples.
     kind : {"gauss_newton", "hessian", "fisher", "secant"}
-    selection : UnitSelection or None
-        The units of a matrix; pairs are of all trainable parameters.
+    selection : UnitSelection, ParameterSelection or None
+        The parameters of a matrix; pairs are of all trainable parameters.
     matrix : Tensor, shape (p, p), or None
         Mean over the training samples, without weight decay.
     steps, changes : list of dict of str to Tensor
@@ -71,7 +71,7 @@ class TrainingStatistics:
 
     n: int
     kind: Literal["gauss_newton", "hessian", "fisher", "secant"]
-    selection: UnitSelection | None
+    selection: Selection | None
     matrix: Tensor | None
     steps: list[Tensors]
     changes: list[Tensors]
@@ -94,7 +94,7 @@ class TrainingStatistics:
         loss_fn: LossFunction,
         *,
         curvature: Literal["gauss_newton", "hessian", "fisher"] = "gauss_newton",
-        selection: UnitSelection | None = None,
+        selection: Selection | None = None,
         batch_size: int = _BATCH,
         dtype: torch.dtype | None = None,
         progress: bool = False,
@@ -108,8 +108,8 @@ class TrainingStatistics:
         model, train, loss_fn
             As `unlearn` takes model, retain and loss_fn.
         curvature : {"gauss_newton", "hessian", "fisher"}, default "gauss_newton"
-        selection : UnitSelection, optional
-            Units that may be asked for later; all by default.
+        selection : UnitSelection or ParameterSelection, optional
+            What may be asked for later; all trainable parameters by default.
         batch_size, dtype, progress
             As `unlearn` takes them.
 
@@ -120,8 +120,8 @@ class TrainingStatistics:
         """
         check_choice(curvature, "curvature", tuple(_KINDS))
         check_integer(batch_size, "batch_size", 1)
-        chosen = UnitSelection.all(model) if selection is None else selection
-        p = UnitLayout(chosen, model).size
+        chosen = all_trainable(model) if selection is None else selection
+        p = chosen.size(model)
         if p > _MOST:
             raise ValueError(
                 f"the selection has {p:,} parameters and at most {_MOST:,} can be kept as a "
@@ -227,7 +227,7 @@ class TrainingStatistics:
         model: nn.Module,
         loss_fn: LossFunction,
         forget: Any,
-        selection: UnitSelection,
+        selection: Selection,
         *,
         damping: float = 0.0,
         weight_decay: float = 0.0,
@@ -242,7 +242,7 @@ class TrainingStatistics:
         ----------
         model, loss_fn, forget, damping, weight_decay, batch_size, dtype
             As `unlearn` takes them. The model's weights count only where `weights` lack them.
-        selection : UnitSelection
+        selection : UnitSelection or ParameterSelection
             Part of the statistics' own.
         """
         check_real(damping, "damping", 0)
@@ -250,7 +250,7 @@ class TrainingStatistics:
         samples = _samples(model, forget, "forget", dtype)
         n, m, left = self.n, len(samples), self.n_left(len(samples))
         device, dtype = samples.device, samples.dtype
-        layout = UnitLayout(selection, model)
+        layout = selection.layout(model)
         if self.matrix is not None:
             index = self._coordinates(model, layout, selection)
             whole = self.matrix.to(device, dtype)[index][:, index]
@@ -312,13 +312,14 @@ class TrainingStatistics:
             end = begin
         return steps, made[::-1]
 
-    def _coordinates(
-        self, model: nn.Module, layout: UnitLayout, selection: UnitSelection
-    ) -> Tensor:
+    def _coordinates(self, model: nn.Module, layout: Layout, selection: Selection) -> Tensor:
         """Where the coordinates of a selection are among those of the matrix."""
         assert self.selection is not None
         assert self.matrix is not None
-        others = selection - self.selection
+        if isinstance(selection, UnitSelection) and isinstance(self.selection, UnitSelection):
+            others = selection - self.selection
+        else:
+            others = UnitSelection({})
         if others:
             layers = first_few([*map(repr, others.units)], 3)
             raise ValueError(
@@ -326,18 +327,19 @@ class TrainingStatistics:
                 f"curvature of {len(others):,} of the {len(selection):,} units that are asked for, "
                 f"in {layers}; collect them with these units"
             )
-        own = UnitLayout(self.selection, model)
+        own = self.selection.layout(model)
         if own.size != len(self.matrix):
             raise ValueError(
                 f"the statistics are of another model: their units have {len(self.matrix):,} "
                 f"parameters; this model has {own.size:,}"
             )
-        places = {
-            k: torch.full(p.shape, -1, dtype=torch.float64, device=self.matrix.device)
-            for k, p in own.parameters.items()
-        }
-        own.scatter_(places, torch.arange(own.size, dtype=torch.float64, device=self.matrix.device))
-        return layout.gather(places).long()
+        numbers = layout.numbers_in(own)
+        if (numbers < 0).any():
+            raise ValueError(
+                f"the statistics have no curvature of {int((numbers < 0).sum()):,} of the "
+                f"{len(numbers):,} parameters that are asked for; collect them with these"
+            )
+        return numbers.to(self.matrix.device)
 
     @twice_differentiable()
     def without(
@@ -400,7 +402,7 @@ class TrainingStatistics:
         return cls(
             state["n"],
             state["kind"],
-            None if selection is None else UnitSelection.from_dict(selection),
+            None if selection is None else selection_from_dict(selection),
             state["matrix"],
             state["steps"],
             state["changes"],

@@ -18,10 +18,10 @@ from lcodec_ext.curvature import (
     HessianOperator,
     IndefiniteCurvatureError,
     SecantOperator,
+    Selection,
     SolveResult,
-    UnitSelection,
 )
-from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.workplace import Workplace
@@ -35,22 +35,20 @@ _OPERATORS = {
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The parameters of the selected units, where they are, and what is to be removed from them."""
+    """The selected parameters, where they are, and what is to be removed from them."""
 
     work: Workplace
     part: Part  # the samples that are removed, and those that stay
-    selection: UnitSelection
-    layout: UnitLayout
+    selection: Selection
+    layout: Layout
     start: Tensor  # (p,): the parameters before the step
     buffers: dict[str, Tensor]  # of the model, before the step
     removal: Tensor  # (p,): the removed samples' gradient, as a share of the retained objective
 
     @classmethod
-    def of(
-        cls, work: Workplace, part: Part, selection: UnitSelection, gradient: Gradient
-    ) -> "Block":
+    def of(cls, work: Workplace, part: Part, selection: Selection, gradient: Gradient) -> "Block":
         """The block of a selection at the present weights."""
-        layout = UnitLayout(selection, work.model)
+        layout = selection.layout(work.model)
         share = len(part.forget) / part.n_retain
         removal = layout.gather(gradient) * share
         start = layout.gather(work.parameters).detach().clone()

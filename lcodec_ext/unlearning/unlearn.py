@@ -10,12 +10,14 @@ from lcodec_ext._checks import check_bool
 from lcodec_ext._torch.loss import LossFunction, euclidean_norm
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
-from lcodec_ext.curvature import UnitSelection
+from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
 from lcodec_ext.unlearning.guard import Watch
+from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
+from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_skipped
@@ -31,6 +33,7 @@ def unlearn(
     *,
     preset: str | Settings = "recommended",
     validation: Any = None,
+    groups: Any = None,
     statistics: TrainingStatistics | None = None,
     score: Score | None = None,
     inplace: bool = False,
@@ -70,6 +73,10 @@ def unlearn(
     validation : tensors, Dataset or DataLoader, optional
         What the guard watches accuracy on, with `max_drop`; by default retained samples that the
         step has not read, if it has not read all.
+    groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
+        Where forget has all samples of one user or of several: the id of each retained sample's
+        user. The control groups of a calibrated step are then other users, with about as many
+        samples together (`Calibration.groups_of`).
     statistics : TrainingStatistics, optional
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
@@ -141,7 +148,7 @@ def unlearn(
         statistics=statistics is not None,
     )
     work = Workplace.of(model, loss_fn, settings, score, progress)
-    request = checked_request(work, forget, retain, validation, statistics)
+    request = checked_request(work, forget, retain, validation, statistics, groups)
     check_certifiable(work, model, request)
     with work.timed("monitoring"):
         before = work.measure(request.forget, request.monitored)
@@ -163,19 +170,29 @@ def unlearn(
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
+    patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
         changed = model
     work.clock.seconds["total"] = time.perf_counter() - begin
-    measured = Outcome(before, after, selection, step_norm, guarantee)
+    measured = Outcome(before, after, selection, step_norm, guarantee, patch)
     return result_of(changed, work, request, deletions, watch.guard, measured)
 
 
-def _selections(deletions: Sequence[Deletion]) -> tuple[UnitSelection, UnitSelection]:
-    """The units that were changed, and these or, where all was taken back, those tried."""
-    applied, tried = UnitSelection({}), UnitSelection({})
+def _patch_of(before: nn.Module, after: nn.Module) -> WeightPatch | None:
+    try:
+        return WeightPatch.between(before, after)
+    except TypeError:  # a state that holds more than dense tensors
+        return None
+
+
+def _selections(deletions: Sequence[Deletion]) -> tuple[Selection, Selection]:
+    """What was changed, and this or, where all was taken back, what was tried."""
+    applied: Selection | None = None
+    tried: Selection | None = None
     for deletion in deletions:
-        tried |= deletion.selection
+        tried = joined(tried, deletion.selection)
         if not deletion.skipped:
-            applied |= deletion.selection
-    return applied, applied or tried
+            applied = joined(applied, deletion.selection)
+    assert tried is not None  # there is at least one deletion
+    return applied or UnitSelection({}), applied or tried

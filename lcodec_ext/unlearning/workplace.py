@@ -23,8 +23,8 @@ from lcodec_ext._torch.loss import (
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score, predict
 from lcodec_ext._torch.samples import Samples, working_dtype
-from lcodec_ext.curvature import UnitSelection
-from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature import Selection
+from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
 from lcodec_ext.unlearning.settings import Settings
 
@@ -135,7 +135,7 @@ class Workplace:
             return "minus the mean loss", -float(found.losses.mean()), found.losses
         return ("accuracy" if self.score is None else "the score"), found.accuracy, found.losses
 
-    def handed_over(self, model: nn.Module, selection: UnitSelection) -> nn.Module:
+    def handed_over(self, model: nn.Module, selection: Selection) -> nn.Module:
         """A copy of a model with the new weights of a selection, and the buffers.
 
         Casting to the model's dtype rounds the weights; the rounded values are copied back.
@@ -169,7 +169,7 @@ def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
             old.copy_(new)
 
 
-def norm(gradient: Gradient | None, layout: UnitLayout | None = None) -> float:
+def norm(gradient: Gradient | None, layout: Layout | None = None) -> float:
     """Euclidean norm of all of a gradient, or of what a layout selects of it; nan of None."""
     if gradient is None:
         return math.nan

@@ -1,4 +1,4 @@
-"""A copy of a model that is a function of the parameters of its selected units alone.
+"""A copy of a model that is a function of the parameters of its selected parameters alone.
 
 The layers of selected units add what a displacement of these units' parameters would add to their
 outputs: layer(x; w + d) = layer(x; w) + layer(x; d), with only the selected rows of d. The
@@ -7,6 +7,7 @@ first selected layer, and forms the rows of the selected units only.
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from lcodec_ext._torch.batches import Batch, tensors_of
 from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
-from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.curvature.masked.entries import parameter_entries
 from lcodec_ext.curvature.masked.rows import LayerRows, RowsCall, row_module, rows_of
+from lcodec_ext.curvature.parameters import ParameterSelection, Selection
 from lcodec_ext.curvature.selection import UnitSelection
 
 
@@ -64,7 +66,7 @@ class MaskedModel:
     Parameters
     ----------
     model : Module
-    selection : UnitSelection
+    selection : UnitSelection or ParameterSelection
     dtype : torch.dtype or None
         In which to compute. By default the widest of the selected parameters', at least float32.
 
@@ -79,17 +81,16 @@ class MaskedModel:
         The selected parameters.
     """
 
-    def __init__(
-        self, model: nn.Module, selection: UnitSelection, dtype: torch.dtype | None
-    ) -> None:
-        if not isinstance(selection, UnitSelection):
+    def __init__(self, model: nn.Module, selection: Selection, dtype: torch.dtype | None) -> None:
+        if not isinstance(selection, UnitSelection | ParameterSelection):
             raise TypeError(
-                f"selection must be a UnitSelection; got an object of type "
+                f"selection must be a UnitSelection or ParameterSelection; got an object of type "
                 f"{type(selection).__name__}"
             )
-        layout = UnitLayout(selection, model)
+        layout = selection.layout(model)
         if not layout.size:
-            raise ValueError("the selection must have at least one unit; it is empty")
+            kind = "unit" if isinstance(selection, UnitSelection) else "parameter"
+            raise ValueError(f"the selection must have at least one {kind}; it is empty")
         self.dtype, self.device = _place(layout, dtype)
         self.size = layout.size
         self.layout = layout
@@ -103,6 +104,10 @@ class MaskedModel:
             if name in self.entries
         }
         self.theta = layout.gather(self._base)
+        #: Of the gradient of a sample while it is formed, in bytes.
+        self.row_bytes = self.theta.element_size() * sum(
+            math.prod(each.shape) for each in self.entries.values()
+        )
         # Parameters that nothing may compute with: a run replaces those of the copy.
         self._outside: dict[int, tuple[weakref.ref[Tensor], str]] = {
             id(p): (weakref.ref(p), name) for name, p in model.named_parameters()
@@ -178,19 +183,15 @@ class MaskedModel:
             entries.add_to(out, displacement)
         return out
 
-    def columns(self, selection: UnitSelection) -> Tensor:
-        """For each coordinate of a smaller selection, its index among ours."""
+    def columns(self, selection: Selection) -> Tensor:
+        """For each coordinate of another selection, its index among ours; -1 where it has none."""
         before = {name: p.requires_grad for name, p in self.model.named_parameters()}
         for name, trainable in self._trainable.items():
             self.model.get_parameter(name).requires_grad_(trainable)
-        layout = UnitLayout(selection, self.model)
+        layout = selection.layout(self.model)
         for name, required in before.items():
             self.model.get_parameter(name).requires_grad_(required)
-        out = torch.empty(layout.size, dtype=torch.int64, device=self.device)
-        for name, part in parameter_entries(layout, self.device).items():
-            whole = self.entries[name]
-            out[part.coordinates] = whole.coordinates[torch.searchsorted(whole.units, part.units)]
-        return out
+        return layout.numbers_in(self.layout)
 
     @contextmanager
     def moved(self, step: Tensor) -> Iterator[None]:
@@ -287,7 +288,7 @@ class MaskedModel:
         return ForwardPass(outputs, values, list(displacements.values()), calls, layer_outputs)
 
 
-def _place(layout: UnitLayout, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
+def _place(layout: Layout, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
     """In which dtype to compute, and where."""
     dtypes = {parameter.dtype for parameter in layout.parameters.values()}
     if dtype is None:
@@ -303,7 +304,7 @@ def _place(layout: UnitLayout, dtype: torch.dtype | None) -> tuple[torch.dtype, 
     return dtype, devices.pop()
 
 
-def _copy_of(model: nn.Module, layout: UnitLayout) -> nn.Module:
+def _copy_of(model: nn.Module, layout: Layout) -> nn.Module:
     memo: dict[int, Any] = {}
     selected = {id(parameter): name for name, parameter in layout.parameters.items()}
     for module in model.modules():

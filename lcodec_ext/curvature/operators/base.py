@@ -13,9 +13,9 @@ from torch import Tensor
 from lcodec_ext._checks import check_choice, check_integer, check_real
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.base import FEW_ROWS
 from lcodec_ext.curvature.routes.low_rank import LowRank, StackedRows
-from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import SolveResult, cholesky, conjugate_gradient, minres, woodbury
 
 Method = Literal["auto", "cg", "minres", "cholesky", "woodbury"]
@@ -37,7 +37,7 @@ class CurvatureOperator(ABC):
     shape : tuple of int
     dtype : torch.dtype
     device : torch.device
-    selection : UnitSelection or None
+    selection : UnitSelection, ParameterSelection or None
     shift : float
         What is added to the diagonal: damping and weight decay.
     formed_up_to : int
@@ -49,7 +49,7 @@ class CurvatureOperator(ABC):
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    selection: UnitSelection | None = None
+    selection: Selection | None = None
     shift: float
     formed_up_to: int = SMALL
     plan: str

@@ -12,11 +12,14 @@ from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import SMALL_CHEAP, CurvatureOperator
 from lcodec_ext.curvature.operators.on_model import ModelOperator, head_or_delta
+from lcodec_ext.curvature.parameters import ParameterSelection, Selection
 from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import GaussNewtonForm
 from lcodec_ext.curvature.routes.fisher import FisherRoute, stored_product
 from lcodec_ext.curvature.routes.low_rank import LowRank, StoredRows
 from lcodec_ext.curvature.selection import UnitSelection
+
+_LEAST_RUN = 8  # coordinates in a segment, on average, below which columns are copied
 
 
 class FisherOperator(ModelOperator):
@@ -63,7 +66,7 @@ class FisherOperator(ModelOperator):
         model: nn.Module,
         loss_fn: LossFunction,
         data: Any,
-        selection: UnitSelection,
+        selection: Selection,
         *,
         kind: Literal["empirical", "model"] = "empirical",
         damping: float = 0.0,
@@ -97,12 +100,14 @@ class FisherOperator(ModelOperator):
             return FisherRoute(objective)
         return head_or_delta(objective, GaussNewtonForm)
 
-    def restrict(self, selection: UnitSelection) -> "RestrictedFisher":
-        """The operator of fewer units, on the same stored gradients, without a copy.
+    def restrict(self, selection: Selection) -> "RestrictedFisher":
+        """The operator of fewer parameters, on the same stored gradients.
+
+        Without a copy of them, but for scattered single parameters.
 
         Parameters
         ----------
-        selection : UnitSelection
+        selection : UnitSelection or ParameterSelection
             Part of the operator's own.
 
         Raises
@@ -123,20 +128,29 @@ class RestrictedFisher(CurvatureOperator):
     _kind = "Fisher matrix"
 
     def __init__(
-        self, whole: FisherOperator, selection: UnitSelection, stored: Sequence[Tensor]
+        self, whole: FisherOperator, selection: Selection, stored: Sequence[Tensor]
     ) -> None:
-        if not isinstance(selection, UnitSelection) or not selection:
+        if not isinstance(selection, UnitSelection | ParameterSelection) or not selection:
             raise ValueError(
-                f"selection must be a UnitSelection of at least one unit; got {selection!r}"
+                "selection must be a UnitSelection or ParameterSelection with at least one entry; "
+                f"got {selection!r}"
             )
-        others = selection - whole._objective.selection
-        if others:
-            raise ValueError(f"selection must be part of the operator's; that lacks {others}")
+        own = whole._objective.selection
+        if isinstance(selection, UnitSelection) and isinstance(own, UnitSelection):
+            others = selection - own
+            if others:
+                raise ValueError(f"selection must be part of the operator's; that lacks {others}")
         columns = whole._objective.masked.columns(selection)
+        if (columns < 0).any():
+            raise ValueError(
+                "selection must be part of the operator's; that lacks "
+                f"{int((columns < 0).sum()):,} of its {len(columns):,} parameters"
+            )
         breaks = (columns.diff() != 1).nonzero()[:, 0] + 1
         starts = torch.cat([breaks.new_zeros(1), breaks])
         lengths = torch.cat([breaks, breaks.new_tensor([len(columns)])]) - starts
-        if (columns.diff() <= 0).any():  # tied parameters that come in another order
+        # In another order, as tied parameters may be, or scattered: the kernel takes long runs.
+        if (columns.diff() <= 0).any() or len(columns) < _LEAST_RUN * len(starts):
             stored = [G[:, columns] for G in stored]
             columns, starts = torch.arange(len(columns), device=columns.device), starts[:1]
             lengths = lengths.new_tensor([len(columns)])

@@ -36,7 +36,7 @@ class HessianOperator(ModelOperator):
         iterable of batches. Data are read several times and must be the same each time; torch's
         random numbers are repeated, and left to the caller as they were. Tensors are moved to the
         model's device.
-    selection : UnitSelection
+    selection : UnitSelection or ParameterSelection
         The coordinates, in its order.
     damping, weight_decay : float, default 0.0
         Added to the diagonal: damping, and lambda of the objective's (lambda / 2) |w|^2.

@@ -11,11 +11,11 @@ from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import SMALL, SMALL_CHEAP, CurvatureOperator
+from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import DeltaRoute, Form
 from lcodec_ext.curvature.routes.head import HeadRoute, NotAHeadError
 from lcodec_ext.curvature.routes.low_rank import LowRank
-from lcodec_ext.curvature.selection import UnitSelection
 
 
 class ModelOperator(CurvatureOperator):
@@ -27,7 +27,7 @@ class ModelOperator(CurvatureOperator):
         model: nn.Module,
         loss_fn: LossFunction,
         data: Any,
-        selection: UnitSelection,
+        selection: Selection,
         *,
         damping: float = 0.0,
         weight_decay: float = 0.0,

@@ -11,8 +11,8 @@ from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import CurvatureOperator
+from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.low_rank import LowRank, StoredRows
-from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 
 
@@ -134,7 +134,7 @@ class SecantOperator(_PairsOperator):
         model: nn.Module,
         loss_fn: LossFunction,
         data: Any,
-        selection: UnitSelection,
+        selection: Selection,
         *,
         steps: Tensor,
         tolerance: float = 1e-8,

@@ -42,6 +42,12 @@ class HessianForm(Form):
 
     def __init__(self, objective: Objective, run: ForwardPass, batch: Batch) -> None:
         objective.check_cut(run.outputs, batch)
+        if any(node.name().startswith("WeightNormInterface") for node in graph_nodes(run.values)):
+            raise ValueError(
+                "the selected parameters are those of a weight norm, whose second derivatives "
+                "PyTorch computes wrongly; take the GaussNewtonOperator or the FisherOperator, or "
+                "other parameters"
+            )
         self._by = run.displacements
         self._gradient = gradient_graph(objective.loss(run.outputs, batch), self._by)
 

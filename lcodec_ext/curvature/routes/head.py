@@ -11,6 +11,7 @@ from lcodec_ext._torch.loss import known_loss
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext.curvature.kernels import softmax_rows_product
 from lcodec_ext.curvature.layers import is_linear
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.masked.rows import is_convolution, patches
 from lcodec_ext.curvature.objective import Objective
@@ -31,9 +32,11 @@ class _Head:
 
 def find_head(objective: Objective, run: ForwardPass) -> _Head | None:
     """The head, if all selected units are of one layer whose outputs, or their means, are z."""
-    blocks = objective.masked.layout.blocks
+    layout = objective.masked.layout
     z = run.outputs
-    if len(blocks) > 1 or objective.masked.whole or len(run.layer_outputs) != 1:
+    if not isinstance(layout, UnitLayout) or len(layout.blocks) > 1:
+        return None
+    if objective.masked.whole or len(run.layer_outputs) != 1:
         return None
     if not isinstance(z, Tensor) or len(run.values) != 1:
         return None

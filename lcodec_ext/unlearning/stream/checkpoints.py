@@ -2,7 +2,6 @@
 
 import copy
 import fcntl
-import hashlib
 import os
 import re
 import weakref
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._files import sync_folder, write_atomically
+from lcodec_ext._torch.states import state_hash
 
 _NAME = re.compile(r"\d{6,}\.pt")
 _TEMPORARY = re.compile(r"\.\d{6,}\.pt(\.\w+)?\.tmp")
@@ -25,32 +25,6 @@ class LedgerError(ValueError):
 def checkpoint_name(number: int) -> str:
     """The file with the weights that entry `number` left."""
     return f"{number:06d}.pt"
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of all tensors of a model's state, by name; others are refused."""
-    state = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"the state of model must be tensors, to be saved; {name!r} is of type "
-                f"{type(value).__name__}"
-            )
-        if value.layout != torch.strided or value.is_quantized:
-            raise TypeError(f"{name!r} of model must be a dense tensor; it is {value.layout}")
-        # Not a view: torch.save writes the whole storage of one.
-        state[name] = value.detach().to("cpu", copy=True).contiguous()
-    return state
-
-
-def state_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors: of name, dtype, shape and bytes of each, by increasing name."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -17,9 +17,10 @@ from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext._torch.states import state_hash
+from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.stream.checkpoints import state_hash
 from lcodec_ext.unlearning.stream.contents import data_record, is_data
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import FORMAT, recordable
@@ -36,6 +37,7 @@ class Given:
     statistics: TrainingStatistics | None
     progress: bool
     settings: Settings
+    groups: Groups | None = None
 
     def with_statistics_at(self, original: nn.Module) -> "Given":
         """The same with statistics at the original weights: the model moves, they do not."""
@@ -65,6 +67,7 @@ def receive(
     score: Score | None,
     progress: bool,
     settings: Settings,
+    groups: Any,
 ) -> Given:
     """Check what a user gives to a stream."""
     check_module(model)
@@ -82,7 +85,9 @@ def receive(
             f"{statistics.n}"
         )
     check_bool(progress, "progress")
-    return Given(samples, validation, loss_fn, score, statistics, progress, settings)
+    if groups is not None:
+        groups = Groups.of(groups, len(samples), "train")
+    return Given(samples, validation, loss_fn, score, statistics, progress, settings, groups)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ def start_record(given: Given, model: nn.Module) -> dict[str, Any]:
         "train": data_record(given.train, read=statistics is None, progress=progress),
         "validation": given.validation and data_record(given.validation, progress=progress),
         "statistics": statistics and _statistics_record(statistics),
+        "groups": given.groups and _groups_record(given.groups),
     }
 
 
@@ -120,6 +126,7 @@ def check_given(given: Given, model: nn.Module, history: History) -> None:
         )
     if (given.statistics and _statistics_record(given.statistics)) != start["statistics"]:
         raise ValueError("statistics must be what was given at the start")
+    check_groups(given.groups, start.get("groups"))
     trainable = _trainable(model)
     if trainable != start["trainable"]:
         changed = sorted(set(trainable) ^ set(start["trainable"]))
@@ -127,6 +134,18 @@ def check_given(given: Given, model: nn.Module, history: History) -> None:
             "model must have the same parameters that require gradients as at the start; "
             f"another one is {(changed or trainable)[0]!r}"
         )
+
+
+def check_groups(groups: Groups | None, known: Mapping[str, Any] | None) -> None:
+    """Refuse groups that are not those on record."""
+    if groups is None and known is not None:
+        raise ValueError(
+            f"groups must be what was given at the start, ids of {known['n']} groups; got None"
+        )
+    if groups is not None and known is None:
+        raise ValueError("groups must be what was given at the start: none were; leave them out")
+    if groups is not None and _groups_record(groups) != known:
+        raise ValueError("groups must be what was given at the start: these are other ids")
 
 
 def settings_on_record(history: History, perturb: Any) -> Settings:
@@ -139,6 +158,10 @@ def settings_on_record(history: History, perturb: Any) -> Settings:
 
 def _trainable(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _groups_record(groups: Groups) -> dict[str, Any]:
+    return {"n": len(groups), "sha256": groups.sha256()}
 
 
 def _statistics_record(statistics: TrainingStatistics) -> dict[str, Any]:

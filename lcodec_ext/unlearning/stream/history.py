@@ -39,6 +39,8 @@ class History:
         self.start: dict[str, Any] = {}  # the record of the first entry
         self.points: list[Point] = []  # one for each entry
         self.hashes: dict[int, str] = {}  # of the samples that were ever asked for
+        self.groups: list[tuple[int, dict[str, Any]]] = []  # asked for, and by which entry
+        self._owners: dict[int, int | str] = {}  # the groups of their samples
         self.removed: dict[int, None] = {}  # in the order of the requests
         self.pending: dict[int, None] = {}  # asked for and not removed
         self.budget: PrivacyBudget | None = None  # a rollback brings nothing back
@@ -105,7 +107,26 @@ class History:
                 raise LedgerError(f"it removes sample {i}, which is not retained")
             if self.hashes.setdefault(i, sha256) != sha256:
                 raise LedgerError(f"sample {i} has another content than in an entry before")
+        if ids:
+            self._check_groups(entry.number, record.get("groups", ()), times)
         return tuple(i for i in ids if i not in stay), skipped
+
+    def _check_groups(self, number: int, groups: Sequence[Any], asked: Counter[int]) -> None:
+        """Take note of the groups that an entry names; only `verify_ledger` knows all of one."""
+        if groups and self.start.get("groups") is None:
+            raise LedgerError("it names groups, and the stream has none")
+        seen: set[int] = set()
+        for each in groups:
+            one, samples, before = each["id"], each["samples"], each["before"]
+            if not samples or not all(i in asked for i in samples) or seen & set(samples):
+                raise LedgerError(f"group {one!r} has {samples}, which it does not ask for once")
+            if not all(i in self.removed for i in before):
+                raise LedgerError(f"of group {one!r}, {before} were not removed before")
+            for i in (*samples, *before):
+                if self._owners.setdefault(i, one) != one:
+                    raise LedgerError(f"sample {i} is of another group than in an entry before")
+            seen |= set(samples)
+            self.groups.append((number, each))
 
     def _pay(self, record: dict[str, Any]) -> None:
         if self.budget is None:

@@ -67,7 +67,7 @@ class Entry:
 
 
 _COLUMNS = [
-    *("kind", "time", "note", "ids", "skipped", "seconds", "forget_loss_before"),
+    *("kind", "time", "note", "ids", "groups", "skipped", "seconds", "forget_loss_before"),
     *("forget_loss_after", "retain_loss_before", "retain_loss_after", "to", "guarantee"),
     *("epsilon", "delta", "sigma", "n_removed", "n_pending", "n_retained", "hash"),
 ]
@@ -78,6 +78,10 @@ def _row(entry: Entry) -> dict[str, Any]:
     record, environment = entry.record, entry.environment
     result, guarantee = record.get("result") or {}, record.get("guarantee") or {}
     row = {**vars(entry), **record, **environment, **guarantee, "guarantee": guarantee.get("kind")}
+    if "ids" in record:
+        row["groups"] = [each["id"] for each in record.get("groups", ())]
+    else:
+        row.pop("groups", None)  # what the start says of all of them
     row |= {"kind": entry.kind, "seconds": (environment.get("seconds") or {}).get("total")}
     for name in ("forget", "retain"):
         pair = result.get(f"loss_{name}") or (None, None)
@@ -205,9 +209,9 @@ class Ledger(Sequence[Entry]):
     def to_frame(self) -> Any:
         """Make a `pandas.DataFrame` with a row for each entry, by number.
 
-        Columns: "kind", "time", "note"; of a request "ids", "skipped", "seconds", and the mean
-        losses of the removed and the retained samples before and after it; of a rollback "to"; of a
-        request or release "guarantee", "epsilon", "delta" and "sigma"; of all the numbers of
+        Columns: "kind", "time", "note"; of a request "ids", "groups", "skipped", "seconds", and the
+        mean losses of the removed and the retained samples before and after it; of a rollback "to";
+        of a request or release "guarantee", "epsilon", "delta" and "sigma"; of all the numbers of
         samples removed, pending and retained, and "hash". What an entry does not have is missing.
         `Entry.record` has the rest. ImportError without pandas.
         """

@@ -1,9 +1,10 @@
 """One request of a stream: which samples, its seed, its step and its guarantee."""
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, first_few
+from lcodec_ext._files import ranges_of
 from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.curvature import ParameterSelection, Selection
+from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import guarantee_of
 from lcodec_ext.unlearning.request import GUARD_SIZE
@@ -29,8 +32,38 @@ _LISTED = 10  # sample numbers in an error message
 _MEASURED = 256  # retained samples on which the noise of a release is measured, unless n_monitor
 
 
-def check_ids(ids: Any, n: int, removed: Mapping[int, Any]) -> list[int]:
-    """The numbers of a request, if they are those of samples that are not removed."""
+class Asked(NamedTuple):
+    """What a request asks for."""
+
+    numbers: list[int]  # those that were given first, then those of groups
+    groups: list[dict[str, Any]]  # of each group named: its id, its samples, those removed before
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the ledger says of it."""
+        return {"ids": self.numbers} | ({"groups": self.groups} if self.groups else {})
+
+
+def check_request(ids: Any, groups: Any, given: Given, removed: Mapping[int, Any]) -> Asked:
+    """What a request asks for, if samples are left to remove and some stay."""
+    if ids is None and groups is None:
+        raise TypeError("remove needs ids, numbers of samples, or groups; got neither")
+    n = len(given.train)
+    numbers = [] if ids is None else _check_numbers(ids, n, removed, given.groups)
+    named = [] if groups is None else _check_named(groups, given.groups, removed)
+    every = list(dict.fromkeys([*numbers, *(i for each in named for i in each["samples"])]))
+    if len(removed) + len(every) == n:
+        what = "ids" if groups is None else "the request"
+        raise ValueError(
+            f"{what} name{'s' * bool(named)} all remaining samples; leave at least one"
+        )
+    _tell_of_rest(named)
+    return Asked(every, named)
+
+
+def _check_numbers(
+    ids: Any, n: int, removed: Mapping[int, Any], groups: Groups | None
+) -> list[int]:
     if isinstance(ids, Tensor | np.ndarray):
         if ids.dtype in (torch.bool, np.dtype(bool)):
             raise TypeError(
@@ -39,6 +72,9 @@ def check_ids(ids: Any, n: int, removed: Mapping[int, Any]) -> list[int]:
         ids = ids.tolist()
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         ids = [ids]
+    ids = list(ids)
+    if groups is not None and any(isinstance(i, str) for i in ids):
+        raise TypeError(f"ids must be numbers of samples; got {ids[0]!r}: pass it as groups=")
     numbers = [check_integer(i, f"ids[{k}]", 0, n - 1) for k, i in enumerate(ids)]
     if not numbers:
         raise ValueError("ids must have at least one sample; got none")
@@ -50,9 +86,41 @@ def check_ids(ids: Any, n: int, removed: Mapping[int, Any]) -> list[int]:
         raise ValueError(
             "ids must be samples that are not removed; removed already: " + first_few(gone, _LISTED)
         )
-    if len(removed) + len(numbers) == n:
-        raise ValueError("ids name all remaining samples; leave at least one")
     return numbers
+
+
+def _check_named(
+    given: Any, groups: Groups | None, removed: Mapping[int, Any]
+) -> list[dict[str, Any]]:
+    """Of each group that is named: its id, its samples that stay, and those removed before."""
+    if groups is None:
+        raise ValueError(
+            "requests by group need the ids of all samples: give groups= to Unlearner, or to "
+            "Unlearner.resume if the stream has had them from the start"
+        )
+    named = []
+    for one in groups.named(given):
+        own = groups.samples(one)
+        stay, before = ([i for i in own if (i in removed) == gone] for gone in (False, True))
+        named.append({"id": one, "samples": stay, "before": before})
+    gone = [repr(each["id"]) for each in named if not each["samples"]]
+    if gone:
+        raise ValueError(
+            "groups must have samples that are not removed; removed already: "
+            + first_few(gone, _LISTED)
+        )
+    return named
+
+
+def _tell_of_rest(named: Sequence[Mapping[str, Any]]) -> None:
+    for each in named:
+        k, rest = len(each["before"]), len(each["samples"])
+        if k:
+            warnings.warn(
+                f"{k:,} of the {k + rest:,} samples of group {each['id']!r} were removed by "
+                f"earlier requests; this one removes the other {rest:,}",
+                stacklevel=4,
+            )
 
 
 def check_note(note: object) -> str | None:
@@ -81,16 +149,20 @@ def take_step(
     statistics: TrainingStatistics | None,
     numbers: Sequence[int],
     retain: NDArray[np.int64],
+    *,
+    by_group: bool = False,
     **changed: Any,
 ) -> UnlearnResult:
     """Remove samples with the settings of a stream; `changed` overrides some.
 
-    The result has no noise, which is for releases.
+    Where whole groups are asked for, `by_group`, groups are what the request is compared with. The
+    result has no noise, which is for releases.
     """
     settings, validation = given.settings, given.validation
     guarded = settings.max_drop is not None or settings.repair_drop is not None
     if guarded and validation is None and statistics is None:
         validation = _watched(given, retain)
+    groups = given.groups if by_group and statistics is None else None
     return unlearn(
         model,
         given.train.subset(numbers),
@@ -98,6 +170,7 @@ def take_step(
         given.loss_fn,
         preset=settings.replace(**changed, epsilon=None, delta=None),
         validation=validation,
+        groups=None if groups is None else groups.subset(retain),
         statistics=statistics,
         score=given.score,
         progress=given.progress,
@@ -198,14 +271,10 @@ def result_record(result: UnlearnResult) -> dict[str, Any]:
     return {key: value for key, value in result.to_dict().items() if key not in elsewhere}
 
 
-def compact(selection: UnitSelection | None) -> dict[str, str] | None:
-    """The units of each layer as ranges, "0-15,17"."""
+def compact(selection: Selection | None) -> dict[str, Any] | None:
+    """The units of each layer as ranges, "0-15,17"; single parameters as `to_dict` has them."""
     if selection is None:
         return None
-    return {layer: _ranges(units) for layer, units in selection.units.items()}
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    array = np.asarray(numbers)
-    runs = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
-    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
+    if isinstance(selection, ParameterSelection):
+        return selection.to_dict()
+    return {layer: ranges_of(units) for layer, units in selection.units.items()}

@@ -9,12 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lcodec_ext.unlearning.stream.checkpoints import (
-    Checkpoints,
-    DirectoryLock,
-    checkpoint_name,
-    state_hash,
-)
+from lcodec_ext._torch.states import state_hash
+from lcodec_ext.unlearning.stream.checkpoints import Checkpoints, DirectoryLock, checkpoint_name
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import CHECKPOINT_FOLDER, LEDGER_FILE, Ledger
 

@@ -13,17 +13,13 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
+from lcodec_ext._torch.states import state_hash, state_of
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, warn_of_noise
 from lcodec_ext.unlearning.release import GUARDED
 from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.stream.checkpoints import (
-    checkpoint_name,
-    state_hash,
-    state_of,
-    with_state,
-)
+from lcodec_ext.unlearning.stream.checkpoints import checkpoint_name, with_state
 from lcodec_ext.unlearning.stream.given import (
     check_given,
     circumstances,
@@ -34,10 +30,11 @@ from lcodec_ext.unlearning.stream.given import (
 from lcodec_ext.unlearning.stream.history import spend
 from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE, Ledger
 from lcodec_ext.unlearning.stream.steps import (
+    Asked,
     all_but,
     allowed_drops,
-    check_ids,
     check_note,
+    check_request,
     compact,
     guarantee_after,
     losses_around_noise,
@@ -71,6 +68,10 @@ class Unlearner:
         memory and end with the process.
     validation : tensors, Dataset or DataLoader, optional
         For the guard of `max_drop`.
+    groups : array_like, Series or Tensor of int or str, shape (n,), optional
+        Whom each sample belongs to, a user for instance: `remove` then takes these ids, too. The
+        ledger has the ids of those who were deleted as they are given here: give pseudonyms if it
+        should not tell who they are.
     statistics : TrainingStatistics, optional
         Curvature saved at training time: only the samples to delete are then read, and taken out
         of the statistics at the weights that they belong to (their own, else those of model).
@@ -117,6 +118,7 @@ class Unlearner:
         *,
         directory: str | os.PathLike[str] | None = None,
         validation: Any = None,
+        groups: Any = None,
         statistics: TrainingStatistics | None = None,
         score: Score | None = None,
         preset: str | Settings = "recommended",
@@ -137,7 +139,9 @@ class Unlearner:
         if settings.update == "certified" and settings.max_drop is not None:
             raise ValueError(f"update='certified' is not possible here: {GUARDED}")
         budget = _budget(settings, epsilon_budget, delta_budget)
-        given = receive(model, train, loss_fn, validation, statistics, score, progress, settings)
+        given = receive(
+            model, train, loss_fn, validation, statistics, score, progress, settings, groups
+        )
         state = state_of(model)
         self._model, self._closed = copy.deepcopy(model), False
         folder = None if directory is None else Path(directory)
@@ -162,6 +166,7 @@ class Unlearner:
         loss_fn: LossFunction,
         *,
         validation: Any = None,
+        groups: Any = None,
         statistics: TrainingStatistics | None = None,
         score: Score | None = None,
         progress: bool = False,
@@ -177,7 +182,7 @@ class Unlearner:
         directory : str or path
         model : Module
             A model of the same architecture and types; its weights do not count.
-        train, loss_fn, validation, statistics, score
+        train, loss_fn, validation, groups, statistics, score
             As they were given at the start. loss_fn and score are compared by their names and the
             options of torch's loss modules and of partials, tensors and TensorDatasets by all
             contents. Other Datasets and DataLoaders may take long to read: of them only 64 samples
@@ -211,7 +216,7 @@ class Unlearner:
                 )
             settings = settings_on_record(store.history, perturb)
             given = receive(
-                model, train, loss_fn, validation, statistics, score, progress, settings
+                model, train, loss_fn, validation, statistics, score, progress, settings, groups
             )
             check_given(given, model, store.history)
             self._model = with_state(model, store.state(-1))
@@ -235,6 +240,12 @@ class Unlearner:
     def removed(self) -> tuple[int, ...]:
         """Numbers of the samples that are removed, in the order of the requests."""
         return tuple(self._store.history.removed)
+
+    @property
+    def removed_groups(self) -> tuple[int | str, ...]:
+        """The groups all of whose samples are removed; none without `groups`."""
+        groups = self._given.groups
+        return () if groups is None else groups.gone(self._store.history.removed)
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -270,13 +281,22 @@ class Unlearner:
     # -----------------------------------------------------------------------------------------
     # Requests
 
-    def remove(self, ids: int | Iterable[int], *, note: str | None = None) -> UnlearnResult:
-        """Delete samples from the model.
+    def remove(
+        self,
+        ids: int | Iterable[int] | None = None,
+        *,
+        groups: int | str | Iterable[int | str] | None = None,
+        note: str | None = None,
+    ) -> UnlearnResult:
+        """Delete samples from the model: by their numbers, by whom they belong to, or both.
 
         Parameters
         ----------
-        ids : int or iterable of int
+        ids : int or iterable of int, optional
             Numbers of training samples, at least one, none of them removed already.
+        groups : int, str or iterable of these, optional
+            Ids of groups, as in `Unlearner(..., groups=)`: all of their samples are deleted that
+            are not removed already. The control groups of such a request are other groups.
         note : str, optional
             Goes into the ledger: who asked for it, for instance.
 
@@ -288,20 +308,28 @@ class Unlearner:
         Raises
         ------
         ValueError, TypeError
-            For numbers that are not those of samples, repeated or removed already, and whatever
-            `unlearn` raises. Then nothing has changed.
+            For numbers that are not those of samples, repeated or removed already, for groups that
+            do not exist or are removed already, and whatever `unlearn` raises. Then nothing has
+            changed.
+
+        Warns
+        -----
+        UserWarning
+            If some samples of a group were removed earlier, and what `unlearn` warns about.
         """
         self._check_open()
         history, n = self._store.history, len(self._given.train)
-        numbers = check_ids(ids, n, history.removed)
+        asked = check_request(ids, groups, self._given, history.removed)
+        numbers = asked.numbers
         note = check_note(note)
         seed = request_seed(self.settings.seed, len(self.ledger))
-        result = self._step(numbers, all_but(n, [*history.removed, *numbers]), seed)
+        retain = all_but(n, [*history.removed, *numbers])
+        result = self._step(asked, retain, seed)
         skipped = [numbers[k] for k in result.skipped]
         gone = [i for i in numbers if i not in skipped]
         removed = [*history.removed, *gone]
         record: dict[str, Any] = {
-            "ids": numbers,
+            **asked.record,
             "hashes": self._given.train.hashes(numbers),
             "skipped": skipped,
             "note": note,
@@ -457,16 +485,23 @@ class Unlearner:
             return []
         return self._store.history.steps(len(self.ledger) - 1)
 
-    def _step(self, numbers: list[int], retain: NDArray[np.int64], seed: int) -> UnlearnResult:
+    def _step(self, asked: Asked, retain: NDArray[np.int64], seed: int) -> UnlearnResult:
         if self.settings.update == "certified":  # noise is for releases
-            every = [*self._store.history.removed, *numbers]
+            every = [*self._store.history.removed, *asked.numbers]
             original, statistics = self._original(), self._given.statistics
             return take_step(
                 self._given, original, statistics, every, retain, seed=seed, update="newton"
             )
         allowed = allowed_drops(self.settings, self.ledger, self._steps())
         return take_step(
-            self._given, self._model, self._statistics, numbers, retain, seed=seed, **allowed
+            self._given,
+            self._model,
+            self._statistics,
+            asked.numbers,
+            retain,
+            by_group=bool(asked.groups),
+            seed=seed,
+            **allowed,
         )
 
     def _guarantee(self, result: UnlearnResult, n_removed: int) -> Guarantee | None:

@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from lcodec_ext._torch.samples import as_samples
-from lcodec_ext.unlearning.stream.checkpoints import (
-    LedgerError,
-    read_checkpoint,
-    state_hash,
-    state_of,
-)
+from lcodec_ext._torch.states import state_hash, state_of
+from lcodec_ext.unlearning.groups import Groups
+from lcodec_ext.unlearning.stream.checkpoints import LedgerError, read_checkpoint
+from lcodec_ext.unlearning.stream.given import check_groups
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import CHECKPOINT_FOLDER, FIRST, LEDGER_FILE, scan
 
@@ -72,6 +70,7 @@ def verify_ledger(
     train: Any = None,
     *,
     head: str | None = None,
+    groups: Any = None,
 ) -> Verification:
     """Check the ledger of an `Unlearner`, its checkpoints, and a model and data against it.
 
@@ -93,6 +92,9 @@ def verify_ledger(
     head : str, optional
         Hash of an entry, noted earlier and kept elsewhere (`Ledger.head`). It must still be in the
         ledger: this reveals a ledger that was rewritten, or cut short.
+    groups : array_like, Series or Tensor of int or str, optional
+        Whom each training sample belongs to, as given to `Unlearner`. Every request for a group
+        must have asked for all its samples that were not removed before.
 
     Returns
     -------
@@ -142,6 +144,10 @@ def verify_ledger(
             data_problems, twins = _verify_data(train, history)
             problems += data_problems
             notes += twins
+        if groups is not None and history.start.get("groups") is None:
+            notes.append("the stream has no groups on record; those given are not compared")
+        elif groups is not None:
+            problems += _group_problems(groups, history)
     return Verification(
         tuple(problems),
         tuple(notes),
@@ -193,6 +199,21 @@ def _verify_data(train: Any, history: History) -> tuple[list[str], list[str]]:
         f"sample {i} is retained and has the content of sample {contents[sha256]}, which is removed"
         for i, sha256 in enumerate(hashes)
         if i not in history.removed and sha256 in contents
+    ]
+
+
+def _group_problems(given: Any, history: History) -> list[str]:
+    try:
+        groups = Groups.of(given, int(history.start["train"]["n"]), "train")
+        check_groups(groups, history.start.get("groups"))
+    except (TypeError, ValueError) as error:
+        return [str(error)]
+    return [
+        f"entry {number} asks for samples {each['samples']} of group {each['id']!r}, of which "
+        f"{each['before']} were removed before; the group has {own}"
+        for number, each in history.groups
+        for own in [groups.samples(each["id"]) if each["id"] in groups.ids else []]
+        if sorted([*each["samples"], *each["before"]]) != own
     ]
 
 

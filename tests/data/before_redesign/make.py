@@ -77,12 +77,14 @@ GOLDEN = [
     )
     for dtype in DTYPES
 ]
+CONSTANTS = {"damping": 1e-5, "output_damping": 2e-3}  # of "recommended" in that version
 OPTIONS = {"wide": {"repair_drop": None}}  # repairs, whatever the step did
 # Name: model, options of the stream, requests. All in float64. "guarded" takes back a request.
 STREAMS = {
     "recommended": (
         "cnn",
-        {"epsilon": 50.0, "delta": 1e-3, "epsilon_budget": 150.0, "delta_budget": 0.1, "keep": 3},
+        {"epsilon": 50.0, "delta": 1e-3, "epsilon_budget": 150.0, "delta_budget": 0.1, "keep": 3}
+        | CONSTANTS,
         [
             lambda u: u.remove([5, 2], note="first"),
             lambda u: u.remove(8),
@@ -105,7 +107,8 @@ STREAMS = {
     ),
     "guarded": (
         "mlp",
-        {"max_drop": 0.0, "repair_epochs": 0, "repair_drop": None, "retries": 1, "halvings": 1},
+        {"max_drop": 0.0, "repair_epochs": 0, "repair_drop": None, "retries": 1, "halvings": 1}
+        | CONSTANTS,
         [
             lambda u: u.remove([4]),
             lambda u: u.remove(range(100, 180)),
@@ -164,6 +167,7 @@ def golden(inputs, preset, model, dtype):
         preset=preset,
         weight_decay=WEIGHT_DECAY[model],
         seed=4,
+        **(CONSTANTS if preset == "recommended" else {}),
         **OPTIONS.get(model, {}),
     )
 

@@ -1,0 +1,112 @@
+"""Who is in a control group, and which samples harm is looked for on."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lcodec_ext._torch.samples import Samples
+from lcodec_ext.unlearning.groups import FEWEST
+from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.step import Block
+
+_BASIS_BYTES = 2**31  # of the Krylov spaces, all together
+
+
+class Control(NamedTuple):
+    """Groups of retained samples that are deleted virtually."""
+
+    groups: list[Samples]
+    of: Literal["users", "samples", "classes"]  # what the groups are of
+
+    @property
+    def size(self) -> int:
+        """Samples in a group, of groups of users in the mean."""
+        return round(sum(map(len, self.groups)) / len(self.groups))
+
+
+def control_groups(block: Block, rng: np.random.Generator) -> Control:
+    """Groups of retained samples as the request, of samples whose curvature the step does not read.
+
+    Where the request came with groups, and there are enough of them, these are other whole users
+    with about as many samples (`draw_users`). Else they are random samples, as many as the request
+    and of each label as many if there are; they share samples only where the pool has too few for
+    all of them. A class that is deleted as a whole has groups of samples of other classes.
+    """
+    work, forget = block.work, block.part.forget
+    pool = block.retained.pool
+    assert pool is not None  # settings that calibrate have one
+    each = (
+        block.start.numel()
+        * block.start.element_size()
+        * ((work.settings.max_iterations or 30) + 1)
+    )
+    count = max(FEWEST, min(work.settings.control_groups, _BASIS_BYTES // each - 1))
+    if block.retained.users is not None:
+        return Control([pool.subset(own).loaded() for own in block.retained.users[:count]], "users")
+    size = min(len(forget), len(pool))
+    labels, wanted = labels_of(pool), labels_of(forget)
+    free: list[int] = []
+    groups = []
+    for _ in range(count):
+        if len(free) < size:
+            free = rng.permutation(len(pool)).tolist()
+        group = _drawn(free, labels, wanted, size)
+        taken = set(group)
+        free = [i for i in free if i not in taken]
+        groups.append(pool.subset(sorted(group)).loaded())
+    gone = labels is not None and wanted is not None and not np.isin(wanted, labels).any()
+    return Control(groups, "classes" if gone else "samples")
+
+
+def _drawn(
+    free: Sequence[int],
+    labels: NDArray[np.int64] | None,
+    wanted: NDArray[np.int64] | None,
+    size: int,
+) -> list[int]:
+    """The first of free that have the labels wanted, and the first of all for what is lacking."""
+    group: list[int] = []
+    if labels is not None and wanted is not None:
+        left = Counter(wanted.tolist())
+        for i in free:
+            if left[int(labels[i])] > 0:
+                left[int(labels[i])] -= 1
+                group.append(i)
+    group = group[:size]
+    taken = set(group)
+    return group + [i for i in free if i not in taken][: size - len(group)]
+
+
+def known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samples:
+    """At most 1000 validation samples, none of a class that is deleted as a whole."""
+    numbers = rng.permutation(len(held))[:GUARD_SIZE]
+    some = held.subset(np.sort(numbers).tolist()).loaded()
+    pool = block.retained.pool
+    assert pool is not None
+    here, kept, gone = labels_of(some), labels_of(pool), labels_of(block.part.forget)
+    if here is None or kept is None or gone is None:
+        return some
+    known = ~np.isin(here, np.setdiff1d(gone, kept))
+    return some.subset(np.flatnonzero(known).tolist()) if known.any() else some
+
+
+def labels_of(samples: Samples) -> NDArray[np.int64] | None:
+    """The classes of samples, where the targets are one integer each."""
+    found = []
+    for batch in samples.batches(GUARD_SIZE):
+        targets = batch.targets
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
+            return None
+        found.append(targets.cpu().numpy().astype(np.int64))
+    return np.concatenate(found)
+
+
+def some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
+    """At most 1000 retained samples that the step does not read."""
+    pool = block.retained.pool
+    assert pool is not None
+    return pool.subset(np.sort(rng.permutation(len(pool))[:GUARD_SIZE]).tolist()).loaded()
