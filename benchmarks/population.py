@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,6 +131,7 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, Any]:
     # Draws of the digits in unlearning.py have the seeds 3 split + start.
     data = task(NAME, which, 3 * options.split)
     begin = time.perf_counter()
+    warnings.simplefilter("ignore", UserWarning)  # that a deletion is not calibrated
     found = evaluate_population(
         functools.partial(train, epochs=options.epochs, folder=options.folder / "trained"),
         methods(which, data.validation, options.tuned),

@@ -167,10 +167,10 @@ OURS: Mapping[str, Mapping[str, Any]] = {
         "selection": "gradient",
         "max_parameters": 0.5,
     },
-    "half the parameters, at random": {
+    "a tenth of the parameters, by step": {
         "validation": True,
-        "selection": "random",
-        "max_parameters": 0.5,
+        "selection": "step",
+        "max_parameters": 0.1,
     },
     "the paper's preset": {"preset": "paper"},
 }
