@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -201,27 +202,40 @@ def record(name: str, seed: int, epochs: int | None) -> dict[str, Any]:
         ways[BY_USERS] = WAYS["calibrated"] | {"groups": users[~wanted]}
     for way, options in ways.items():
         given = {key: validation if value is None else value for key, value in options.items()}
-        begin = time.process_time()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            result = unlearn(
-                model, forget, retain, cross_entropy, weight_decay=WEIGHT_DECAY[network], **given
-            )
-        spent = time.process_time() - begin
-        found[way] = measured(result.model, forget, test, peers) | {
-            "seconds": spent,
-            "damping": result.damping,
-            "skipped": len(result.skipped),
-            "calibration": result.calibration and result.calibration.to_dict(),
-            "warnings": [str(each.message)[:80] for each in caught],
-        }
+        given["weight_decay"] = WEIGHT_DECAY[network]
+        found[way] = deletion(model, forget, retain, test, peers, given)
     return found
 
 
-def summary(points: list[dict[str, Any]]) -> dict[str, Any]:
+def deletion(
+    model: nn.Module,
+    forget: Data,
+    retain: Data,
+    test: Data,
+    peers: list[nn.Module],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Delete with options of `unlearn`, and measure."""
+    begin = time.process_time()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = unlearn(model, forget, retain, cross_entropy, **options)
+    spent = time.process_time() - begin
+    return measured(result.model, forget, test, peers) | {
+        "seconds": spent,
+        "damping": result.damping,
+        "skipped": len(result.skipped),
+        "calibration": result.calibration and result.calibration.to_dict(),
+        "warnings": [str(each.message)[:80] for each in caught],
+    }
+
+
+def summary(
+    points: list[dict[str, Any]], ways: Iterable[str] = ("no-op", *WAYS, BY_USERS)
+) -> dict[str, Any]:
     """Geometric means over seeds of deleted loss over retrained, and arithmetic ones of others."""
     found: dict[str, Any] = {}
-    for way in ("no-op", *WAYS, BY_USERS):
+    for way in ways:
         if way not in points[0]:
             continue
         ratios, drops, gaps = [], [], []
@@ -264,6 +278,21 @@ def table(cases: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def begun(settings: dict[str, Any]) -> dict[str, Any]:
+    """The head of a result file."""
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment.commit(),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "settings": settings,
+        "load_before": environment.load(),
+        "cases": {},
+        "calibration": {},
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs")
@@ -275,17 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds, epochs = (options.seeds[:1], 2) if options.quick else (options.seeds, None)
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
-        "settings": {"quick": options.quick, "seeds": seeds, "retrained": RETRAINED},
-        "load_before": environment.load(),
-        "cases": {},
-        "calibration": {},
-    }
+    result = begun({"quick": options.quick, "seeds": seeds, "retrained": RETRAINED})
     for name in options.cases:
         points = []
         for seed in seeds:

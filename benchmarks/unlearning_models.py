@@ -120,7 +120,7 @@ class Task:
         return self.X[wanted], self.y[wanted]
 
 
-def _fashion_mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fashion_mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def read(name: str) -> Tensor:
         with gzip.open(FASHION_MNIST / f"{name}.gz") as file:
             raw = bytearray(file.read())
@@ -154,7 +154,7 @@ def task(name: str, which: str, seed: int) -> Task:
     if recipe.data == "digits":
         X, y, *test = _digits(seed)
     else:
-        X, y, *test = _fashion_mnist()
+        X, y, *test = fashion_mnist()
     generator = torch.Generator().manual_seed(10 + seed)
     order = torch.randperm(len(y), generator=generator)
     kept, held = order[: recipe.n], order[recipe.n :][:VALIDATION]

@@ -182,7 +182,7 @@ def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_s
 
 def is_much_worse(before: float, after: float) -> bool:
     """Whether a mean loss rose by so much that a warning is due; NaN counts as worse."""
-    return math.isfinite(before) and not after <= 1.5 * before + 0.05
+    return math.isfinite(before) and not after <= before + abs(before) / 2 + 0.05
 
 
 def mean_gradient(

@@ -19,6 +19,7 @@ from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
+from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.evaluation.methods import (
     NO_OP,
@@ -76,6 +77,9 @@ class MethodEvaluation:
     losses : dict of str to list of float
         Of at most 1000 removed ("forget") and "test" samples, the same ones for all methods; of
         "retrained", those of the first model.
+    sha256 : str or None
+        Of the model's weights and buffers, as a ledger has it of its checkpoints; None of
+        "retrained".
     """
 
     name: str
@@ -88,6 +92,7 @@ class MethodEvaluation:
     skipped: bool = False
     error: str | None = None
     losses: dict[str, list[float]] = field(default_factory=lambda: {"forget": [], "test": []})
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -586,6 +591,7 @@ class _Yardstick:
             phases=phases,
             skipped=result is not None and bool(result.skipped),
             losses=self._losses(measured),
+            sha256=_hash(measured.model),
         )
 
     def retrained_entry(self, seconds: Number) -> MethodEvaluation:
@@ -607,6 +613,14 @@ class _Yardstick:
             gap_closed=dict.fromkeys(self.floor),
             error=message,
         )
+
+
+def _hash(model: nn.Module) -> str | None:
+    """Of its state; None of one that no checkpoint could have."""
+    try:
+        return state_hash(tensors_of_state(model))
+    except TypeError:
+        return None
 
 
 def gap_closed(distance: Number, original: Number, floor: Number) -> Number:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcodec_ext._checks import first_few
 from lcodec_ext._files import numbers_of
 from lcodec_ext.evaluation.evaluate import FORMAT, share_of_retraining
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED
 from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE
+from lcodec_ext.unlearning.stream.verify import Verification, verify_ledger
 
 _MINUS_LOSS = "minus the mean loss"  # what a guard watches where there is no accuracy
 
@@ -65,14 +67,15 @@ def as_number(value: object) -> float | None:
         return None
 
 
-def _finite(values: Iterable[object]) -> list[float]:
-    numbers = [as_number(value) for value in values]
+def finite_of(values: Iterable[object] | None) -> list[float]:
+    """Those of the values that are finite numbers."""
+    numbers = [as_number(value) for value in values or ()]
     return [value for value in numbers if value is not None and math.isfinite(value)]
 
 
 def _stat(values: Iterable[object], sd: object = None) -> Stat | None:
     """Statistics of the finite values; a single value keeps its `sd`."""
-    found = _finite(values)
+    found = finite_of(values)
     if not found:
         return None
     spread = statistics.stdev(found) if len(found) > 1 else as_number(sd)
@@ -114,8 +117,8 @@ def _combine_method(
     not_finite = set()
     for part in parts("losses"):
         for key, values in part.items():
-            losses.setdefault(key, []).extend(_finite(values))
-            if len(_finite(values)) < len(values):
+            losses.setdefault(key, []).extend(finite_of(values))
+            if len(finite_of(values)) < len(values):
                 not_finite.add(f"losses of {key} samples")
     for part in parts("metrics"):
         numbers = {key: as_number(value) for key, value in part.items()}
@@ -142,7 +145,7 @@ def _combine_method(
 
 def without_total(phases: Mapping[str, Any]) -> dict[str, float]:
     """The phases of a time split; what "total" has beyond their sum is "other"."""
-    split = {key: found[0] for key, value in phases.items() if (found := _finite([value]))}
+    split = {key: found[0] for key, value in phases.items() if (found := finite_of([value]))}
     total = split.pop("total", 0.0)
     rest = total - sum(split.values())
     if rest > 0.01 * total:
@@ -211,7 +214,14 @@ class ReportEntry:
         self.result: Mapping[str, Any] = self.record.get("result") or {}
         environment = entry.get("environment") or {}
         self.time: str | None = environment.get("time")
+        self.released: str | None = environment.get("released")
+        heard = environment.get("warnings")
+        self.warnings: list[str] | None = None if heard is None else list(map(str, heard))
+        self.weights: str | None = (self.record.get("checkpoint") or {}).get("sha256")
+        self.calibration: Mapping[str, Any] = self.result.get("calibration") or {}
         self.ids: list[int] = list(self.record.get("ids") or ())
+        named = self.record.get("groups") or () if self.asks else ()
+        self.groups = [str(group["id"]) for group in named]
         self.skipped = list(self.record.get("skipped", self.ids if self.kind == "skip" else ()))
         self.n_removed: int = self.record.get("n_removed", 0)
         self.n_pending: int = self.record.get("n_pending", 0)
@@ -249,6 +259,12 @@ class ReportEntry:
         return before, after
 
 
+class ReportLedger(list[ReportEntry]):
+    """The entries of a ledger, and what `verify_ledger` said where its folder is known."""
+
+    verification: Verification | None = None
+
+
 def _numbers(ranges: str | Iterable[int]) -> set[int]:
     """The numbers that "0-15,17" stands for."""
     if not isinstance(ranges, str):
@@ -256,7 +272,7 @@ def _numbers(ranges: str | Iterable[int]) -> set[int]:
     return set(map(int, numbers_of(ranges))) if ranges else set()
 
 
-def read_ledgers(value: object) -> list[list[ReportEntry]]:
+def read_ledgers(value: object) -> list[ReportLedger]:
     """One ledger or several, each its entries, an `Unlearner`, its folder, or the file in it."""
     if value is None:
         return []
@@ -275,15 +291,17 @@ def _fields(entry: object) -> Mapping[str, Any] | None:
     return entry if {"number", "kind", "record"} <= entry.keys() else None
 
 
-def _read_ledger(value: Any, name: str) -> list[ReportEntry]:
+def _read_ledger(value: Any, name: str) -> ReportLedger:
     entries = getattr(value, "ledger", value)
+    file = getattr(entries, "path", None)
     if isinstance(entries, (str, Path)):
-        entries = _read_lines(Path(entries), name)
+        file = Path(entries) / LEDGER_FILE if Path(entries).is_dir() else Path(entries)
+        entries = _read_lines(file, name)
     listed = isinstance(entries, Iterable) and not isinstance(entries, Mapping)
     fields = [_fields(entry) for entry in entries] if listed else [None]
     if not fields:
         raise ValueError(f"{name} must have at least one entry; it has none")
-    requests = []
+    requests = ReportLedger()
     for number, found in enumerate(fields):
         if found is None:
             raise ValueError(
@@ -296,11 +314,12 @@ def _read_ledger(value: Any, name: str) -> list[ReportEntry]:
                 f"the number {found['number']!r}"
             )
         requests.append(ReportEntry(found))
+    if file is not None and file.name == LEDGER_FILE:
+        requests.verification = verify_ledger(file.parent)
     return requests
 
 
-def _read_lines(path: Path, name: str) -> list[Any]:
-    file = path / LEDGER_FILE if path.is_dir() else path
+def _read_lines(file: Path, name: str) -> list[Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"{name} must be the folder of an Unlearner, with {LEDGER_FILE}; there is none at "
@@ -314,6 +333,34 @@ def _read_lines(path: Path, name: str) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"{name}: line {number} of {file} is not JSON: {error}") from None
     return entries
+
+
+def delivered_of(
+    evaluations: Sequence[Mapping[str, Any]],
+    ledgers: Sequence[ReportLedger],
+    name: str | None,
+) -> str | None:
+    """The method whose model was delivered: by its weights, or by name where they are not known."""
+    known = {m["name"]: m.get("sha256") for one in evaluations for m in one["methods"]}
+    if name is not None and (name not in known or name in (NO_OP, RETRAINED)):
+        raise ValueError(
+            f"delivered must be a method of the evaluation; got {name!r}, and there are "
+            f"{first_few(sorted(known.keys() - {NO_OP, RETRAINED}), 10) or 'none'}"
+        )
+    last = {sha for one in ledgers for sha in (one[-1].weights, one[-1].released) if sha}
+    found = [
+        {m["name"] for m in one["methods"] if m.get("sha256") in last and m["name"] != NO_OP}
+        for one in evaluations
+    ]
+    same = set.intersection(*found) if found else set()
+    if name is None:
+        return min(same) if same else None
+    if last and name not in same:
+        raise ValueError(
+            f"delivered={name!r} must have the weights of the ledger's last entry, "
+            f"{first_few(sorted(last), 2)}; the evaluation has {known[name]}"
+        )
+    return name
 
 
 def standing(requests: Sequence[ReportEntry]) -> list[ReportEntry]:
@@ -366,9 +413,9 @@ def curve(requests: Sequence[ReportEntry], name: str) -> dict[int, float]:
     for request in standing(requests):
         if request.kind == "remove":
             before, after = request.change(name)
-            if _finite([before]):
+            if finite_of([before]):
                 points.setdefault(removed, before)  # type: ignore[arg-type]
-            if _finite([after]):
+            if finite_of([after]):
                 points[request.n_removed] = after  # type: ignore[assignment]
         removed = request.n_removed
     return points

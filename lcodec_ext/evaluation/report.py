@@ -1,10 +1,10 @@
-"""Reports on deletions: what was deleted, what it left, and how near to retraining that is."""
+"""Reports on deletions: what was deleted, on what evidence, and how near to retraining that is."""
 
 import csv
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,51 +18,88 @@ from lcodec_ext.evaluation.methods import NO_OP, RETRAINED
 from lcodec_ext.evaluation.records import (
     CombinedMethod,
     ReportEntry,
+    ReportLedger,
     Stat,
     as_number,
     combine,
-    curve,
+    delivered_of,
+    finite_of,
     pending,
     read_evaluations,
     read_ledgers,
     standing,
     stats,
-    watched,
 )
+from lcodec_ext.unlearning.calibrate import robust_mean
 
 _FORMAT = 2
-_LISTED = 10  # names in a sentence
 _TABLE_ROWS = 30  # requests in the table of report.md
 _FIGURES = {
-    "figure_removals.png": (
-        "The model after each removal. Of the requests that stand; of several ledgers their mean "
-        "and range, as far as all of them go."
-    ),
     "figure_losses.png": (
         "Losses of single samples. A deletion succeeds where the filled histogram lies on the "
-        "dashed one. At most 12 methods are shown."
+        "dashed one. Of control groups the mean losses are shown, and that of validation samples."
     ),
-    "figure_units.png": (
-        "Selected units per layer: of methods that change some units and not others their share, "
-        "of requests how many different units they have changed so far."
+    "figure_removals.png": (
+        "The model after each removal. Of the requests that stand; of several ledgers a line each."
     ),
-    "figure_time.png": "Where the time went, of methods and requests whose time was split.",
 }
 _FILES = {"report.json", "report.md", "methods.csv", "requests.csv", *_FIGURES}
 _FORMER_FIGURES = {  # of earlier versions, whose reports are replaced, too
-    f"figure_{name}.png" for name in ("gap", "methods", "request_units", "request_time")
+    f"figure_{name}.png"
+    for name in ("gap", "methods", "request_units", "request_time", "units", "time")
 }
-_OF_METHODS = """\
-*JS* is the Jensen-Shannon distance of a model's outputs to those of retrained models. The row
-"retrained" is what a deletion should reach, and *floor* what retrained models differ by among
-themselves. A *closed gap* of 0% is the original model, 100% a retrained one, beyond the floor;
-negative leads away. *MIA AUC* is the attack that tells deleted samples from unseen ones. ± is a
-standard deviation, over evaluations or, of "retrained" in a single one, over models; - was not
-measured. An evaluation measures what it looks at. It is evidence, not a guarantee."""
-_OF_REQUESTS = """\
-Losses and gradient norms (of the retained objective; 0 for a model trained to the end without the
-samples) are of the model before and after. The ledger was not verified for this report;
-`verify_ledger` does that."""
+_HEURISTIC = "There is no mathematical guarantee that nothing of them is left in the model"
+_CERTIFIED = (
+    "Released copies carry a mathematical guarantee, if the assumptions below hold; the model "
+    "without noise, which stays here, carries none"
+)
+_VERIFIED = (
+    "Verification computes all hashes again: it shows that neither the ledger nor the stored "
+    "weights were changed since they were written. It says nothing about traces of the samples in "
+    "the model. Whoever can write the folder could replace all of it: compare the head with a copy "
+    "that is kept elsewhere."
+)
+_HASHES = """\
+A *SHA-256* is a fingerprint: data that differ in a single bit have another one. The *ledger* is a
+file in which every request has a line, sealed by the hash of the line before. Its *head* is the
+hash of the last line."""
+_YARDSTICK = """\
+The yardstick is {n} trained from scratch without the deleted samples. *Loss* is what training
+makes small: a model that remembers a sample has a low loss on it. *Test* samples were never used.
+*JS* is the Jensen-Shannon distance, from 0 (same) to 1, of the outputs on the deleted samples to
+those of retrained models; these have it to each other. *Closed* is the share of the gap to them: 0%
+is the model before, 100% a retrained one, and negative leads away. *Attack* tells deleted samples
+from unseen ones by their losses: AUC is the chance that of two such samples the deleted one has the
+lower loss, "at 1%" how many it finds while it accuses 1% of the unseen ones. Compare both with
+retraining. ± is a standard deviation. An evaluation measures what it looks at: it is evidence, not
+a guarantee."""
+_COMPARED = """\
+"no-op" is the model before, "retrained" what a deletion should reach, and "floor" what retrained
+models differ by among themselves. *Closed* is the share of a gap beyond the floor: 0% is the model
+before, 100% a retrained one. ± is a standard deviation, over evaluations or, of "retrained" in a
+single one, over models; - was not measured. methods.csv has all numbers. It is evidence, not a
+guarantee."""
+_STRENGTH = """\
+How far the weights must move depends on the network, so it was found by trial. *Control groups*,
+{n} of {size} retained samples each, were deleted by the same step, measured, and put back. The
+right strength is the one after which their loss is that of *validation samples*, which the model
+was never trained on: deleted samples then look like unseen ones. {stopped} ± is a standard error
+over groups."""
+_STOPPED = {
+    "control": "That point was reached.",
+    "validation": "The search ended before, where validation samples began to lose more.",
+    "retained": "The search ended before, where retained samples began to lose more.",
+    "residual": "The search ended before, where the equations of the step could not be solved.",
+    "curvature": "The search ended before, where the curvature allowed no stronger step.",
+    "range": "The strongest step of the range did not get there.",
+}
+_FINISH = (
+    "A *finish* followed: {} iterations of training on the retained samples, because those of the "
+    "request are unlike any control group. Validation samples chose how many."
+)
+_REQUESTS = """\
+Losses are means before → after, "deleted" on the samples of the request, "retained" on a draw of
+those that stay. requests.csv has every entry with the numbers of all its samples."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +112,15 @@ class Report:
     files : dict of str to Path
         By name, in the order of the report: "report.md", "report.json", ...
     summary : tuple of str
-        The findings, one a line, as "Guarantee: none, ...".
+        The findings, one a line, as "Guarantee: none. ...".
+    delivered : str or None
+        The method of the evaluation whose model is the delivered one.
     """
 
     directory: Path
     files: dict[str, Path]
     summary: tuple[str, ...]
+    delivered: str | None = None
 
     def __str__(self) -> str:
         lines = [f"- {sentence}" for sentence in self.summary]
@@ -92,17 +132,19 @@ def write_report(
     *,
     evaluation: Any = None,
     ledger: Any = None,
+    delivered: str | None = None,
     title: str = "Unlearning report",
     figures: bool = True,
 ) -> Report:
-    """Write a report on deletions: findings, tables, figures, and all numbers.
+    """Write a report on deletions, for those who asked for them and for those who made them.
 
     ==================  =========================================================================
-    ``report.md``       findings, tables and figures, for people
+    ``report.md``       who asked, what was deleted and when, what is guaranteed; how near to
+                        retraining the delivered model is; how the strength was found; warnings
     ``report.json``     all of it: findings, combined numbers, evaluations and ledgers as given
     ``methods.csv``     a row for each evaluation and method
-    ``requests.csv``    a row for each ledger and entry
-    ``figure_*.png``    removals, losses, units, time
+    ``requests.csv``    a row for each ledger and entry, with the numbers of all samples
+    ``figure_*.png``    losses, calibration, removals
     ==================  =========================================================================
 
     Parameters
@@ -116,8 +158,11 @@ def write_report(
         differ in seed or forget set, are combined by the names of the methods: means and standard
         deviations.
     ledger : Unlearner, path, sequence of entries, or list of them, optional
-        An `Unlearner`, its directory, or the entries of its ledger. Several are drawn as one line
-        with a band. The report does not verify it; `verify_ledger` does.
+        An `Unlearner`, its directory, or the entries of its ledger. One with a directory is
+        verified by `verify_ledger`, without the training data.
+    delivered : str, optional
+        The method of the evaluation whose model was delivered. By default it is found by its
+        hash, which is that of the ledger's last entry or release.
     title : str, default "Unlearning report"
     figures : bool, default True
         Draw the figures for which there are data; needs matplotlib.
@@ -129,7 +174,8 @@ def write_report(
     Raises
     ------
     ValueError
-        Without evaluation and ledger, or if one of them is not of the right kind.
+        Without evaluation and ledger, if one of them is not of the right kind, or if `delivered`
+        names no method, or one whose weights are others than the ledger's.
     FileNotFoundError
         If a path leads to nothing.
     ImportError
@@ -165,9 +211,10 @@ def write_report(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"directory must be a folder; {folder} is a file")
     evaluations, ledgers = read_evaluations(evaluation), read_ledgers(ledger)
+    delivered = delivered_of(evaluations, ledgers, delivered)
     methods = combine(evaluations)
     floor = stats([one.get("floor") or {} for one in evaluations])
-    images = _draw(methods, ledgers) if figures else {}
+    images = _draw(methods, ledgers, delivered) if figures else {}
     tables = {
         "methods.csv": [
             {"evaluation": k} | row for k, one in enumerate(evaluations) for row in method_rows(one)
@@ -178,38 +225,48 @@ def write_report(
     }
     sheets = {name: _csv(rows) for name, rows in tables.items() if rows}
     names = ["report.md", "report.json", *sheets, *images]
-    summary = [
-        f"{f'Ledger {k}. ' * (len(ledgers) > 1)}{what}: {found}"
-        for k, requests in enumerate(ledgers)
-        for what, found in _findings(requests).items()
+    facts = [
+        _facts(one, delivered is not None or any(r.calibration for r in one)) for one in ledgers
     ]
-    summary += _on_evaluations(evaluations, methods, floor)
+    found = _on_evaluations(evaluations, methods, delivered)
+    summary = [
+        f"{f'Ledger {k}. ' * (len(ledgers) > 1)}{what}: {text}"
+        for k, one in enumerate(facts)
+        for what, text in one.items()
+    ]
     content = {
         "format": _FORMAT,
         "title": title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
-        "summary": summary,
+        "summary": [*summary, *found],
+        "delivered": delivered,
         "files": names,
         "methods": [{k: v for k, v in vars(m).items() if k != "losses"} for m in methods],
         "floor": floor,
         "evaluations": evaluations,
         "ledgers": [[request.entry for request in requests] for requests in ledgers],
     }
-    parts = [["## Methods", _method_table(methods, floor), _OF_METHODS]] * bool(methods)
-    parts += [_request_part(ledgers)] * bool(ledgers) + [_figure_part(images)]
-    text = _markdown(content, parts)
+    parts = [f"# {_escape(title)}", *_summary_part(facts, found)]
+    parts += _near_part(evaluations, methods, floor, delivered, bool(ledgers))
+    parts += [*_strength_part(ledgers), *_image("figure_losses.png", images)]
+    parts += _warning_part(ledgers)
+    parts += [*_request_part(ledgers), *_image("figure_removals.png", images)]
+    parts += _environment_part(ledgers, evaluations)
+    parts.append(f"Written {content['created']} by lcodec_ext {__version__}.")
     folder.mkdir(parents=True, exist_ok=True)
     former = _former_files(folder)
-    written = images | sheets | {"report.json": _json(content) + "\n", "report.md": text}
+    written = images | sheets
+    written |= {"report.json": _json(content), "report.md": ("\n\n".join(parts) + "\n").encode()}
     write_all_atomically({folder / name: part for name, part in written.items()})
     for name in former - written.keys():
         (folder / name).unlink(missing_ok=True)
-    return Report(folder, {name: folder / name for name in names}, tuple(summary))
+    files = {name: folder / name for name in names}
+    return Report(folder, files, (*summary, *found), delivered)
 
 
 def _draw(
-    methods: Sequence[CombinedMethod], ledgers: Sequence[Sequence[ReportEntry]]
+    methods: Sequence[CombinedMethod], ledgers: Sequence[ReportLedger], delivered: str | None
 ) -> dict[str, bytes]:
     try:
         from lcodec_ext.evaluation.figures import draw_all
@@ -218,7 +275,7 @@ def _draw(
             "the figures of a report need matplotlib: pip install 'lcodec_ext[plot]', or pass "
             "figures=False"
         ) from error
-    return draw_all(methods, ledgers)
+    return draw_all(methods, ledgers, delivered)
 
 
 def _former_files(folder: Path) -> set[str]:
@@ -230,8 +287,9 @@ def _former_files(folder: Path) -> set[str]:
         return set()
 
 
-def _json(content: Any) -> str:
-    return json.dumps(json_ready(content), indent=1, allow_nan=False, default=str)
+def _json(content: Any) -> bytes:
+    text = json.dumps(json_ready(content), indent=1, allow_nan=False, default=str)
+    return text.encode() + b"\n"
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -251,6 +309,7 @@ def _request_row(request: ReportEntry) -> dict[str, Any]:
         "time": request.time,
         "n_ids": len(request.ids),
         "ids": " ".join(map(str, request.ids)),
+        "groups": "; ".join(request.groups),
         "skipped": " ".join(map(str, request.skipped)),
         "n_removed": request.n_removed,
         "n_pending": request.n_pending,
@@ -267,12 +326,14 @@ def _request_row(request: ReportEntry) -> dict[str, Any]:
     }
     solve = ("attempts", "damping", "solve_method", "solve_iterations", "solve_residual")
     row |= {name: result.get(name) for name in solve}
-    calibration = result.get("calibration") or {}
-    row |= {f"calibration_{name}": calibration.get(name) for name in CALIBRATED}
+    found = ("stopped_by", "control", "spread", "validation_before", "validation_after", "finish")
+    row |= {f"calibration_{name}": request.calibration.get(name) for name in found}
     row |= {
         "guarantee": guarantee.get("kind"),
         **{name: guarantee.get(name) for name in ("epsilon", "delta", "sigma")},
         "note": request.record.get("note"),
+        "warnings": " | ".join(request.warnings or ()),
+        "weights": request.weights,
         "seconds": request.seconds,
     }
     return row | {f"seconds_{phase}": value for phase, value in request.phases.items()}
@@ -306,95 +367,116 @@ def _duration(seconds: float) -> str:
 
 
 def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _change(pair: Sequence[Any]) -> str:
+    before, after = map(as_number, pair)
+    return "-" if before is None and after is None else f"{_number(before)} → {_number(after)}"
+
+
+def _moment(time: str | None) -> str:
+    return "-" if time is None else f"{time[:19].replace('T', ' ')} UTC"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A table; numbers are to the right, but for those of the first column."""
+    rule = [":--", *["--:" if numbers else ":--"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    text = " ".join(text.split())
+    for sign in ("\\", "`", "*", "_", "|", "<", "[", "#"):
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def _image(name: str, images: Mapping[str, bytes]) -> list[str]:
+    caption = _FIGURES[name]
+    return [f"![{caption.partition('.')[0]}]({name})\n\n{caption}"] if name in images else []
+
+
+def _named(ledgers: Sequence[object], k: int) -> list[str]:
+    return [f"### Ledger {k}"] * (len(ledgers) > 1)
 
 
 # ---------------------------------------------------------------------------------------------
-# Findings, one a line
-
-#: Of a calibration, in the table of requests.
-CALIBRATED = (
-    "stopped_by",
-    "control",
-    "spread",
-    "validation_before",
-    "validation_after",
-    "finish",
-)
+# Summary
 
 
-def _is_calibrated(request: ReportEntry) -> bool:
-    return isinstance(request.result.get("calibration"), Mapping)
+def _facts(requests: ReportLedger, measured: bool) -> dict[str, str]:
+    """What a ledger says, by what it is about; the first one says the whole of it."""
+    path, last, waiting = standing(requests), requests[-1], pending(requests)
+    asked = [request for request in path if request.asks]
+    releases = [request for request in requests if request.kind == "release"]
+    privacy, verified = _on_privacy(releases, measured), requests.verification
+    total = "" if last.n_retained is None else f" of {last.n_retained + last.n_removed:,}"
+    done = f"{last.n_removed:,}{total} training samples were deleted, by "
+    done += _count(sum(request.kind == "remove" for request in path), "request")
+    if waiting:
+        done += f". {len(waiting):,} that were asked for, too, REMAIN in the model"
+    if last.n_removed:
+        done += ". " + privacy["Guarantee"].partition(". ")[0]
+    if verified is None:
+        checked = "no: the report was given entries, and not the folder of their ledger"
+    else:
+        checked = "yes, when this report was written. " if verified.ok else "NO. "
+        checked += "".join(f"{each}. " for each in verified.problems[:3]) + _VERIFIED
+        done = done if verified.ok else f"THE LEDGER DOES NOT VERIFY: do not rely on it. {done}"
+    notes = [f"{r.record['note']} (entry {r.number})" for r in asked if r.record.get("note")]
+    ids = [str(i) for request in path for i in request.ids if i not in set(request.skipped)]
+    times = [_moment(request.time) for request in asked if request.time]
+    spent = [r.seconds for r in requests if r.asks and r.seconds is not None]
+    back = sum(request.kind == "rollback" for request in requests)
+    found = {
+        "In short": done,
+        "Asked for by": first_few(notes, 5, "; ") or "not recorded: no request has a note",
+        "Groups": first_few([group for r in asked for group in r.groups], 10),
+        "Samples": f"numbers {first_few(ids, 10)}" if ids else "none",
+        "Still in the model": first_few(list(map(str, waiting)), 10),
+        "Rolled back": f"{_count(back, 'time')}; what only those requests deleted is back"
+        * (back > 0),
+        "When": " to ".join(dict.fromkeys([*times[:1], *times[-1:]])) or "not recorded",
+        "Time taken": f"{_duration(sum(spent))} for {_count(len(spent), 'request')}"
+        if spent
+        else "",
+        "Model before": f"weights with SHA-256 {requests[0].weights or 'not recorded'}",
+        "Model after": f"weights with SHA-256 {last.weights or 'not recorded'}",
+        "Released copies": first_few([f"SHA-256 {r.released}" for r in releases], 3, "; "),
+        "Ledger": f"entries 0 to {last.number}, head {last.entry.get('hash')}",
+        "Verified": checked,
+    }
+    if len(ids) > 10:
+        found["Samples"] += "; requests.csv beside this report has all of them, in the column ids"
+    if waiting:
+        found["Still in the model"] += "; deleting these did harm and was taken back: train again"
+    return {what: text for what, text in found.items() if text} | privacy
 
 
-def _findings(requests: Sequence[ReportEntry]) -> dict[str, str]:
-    """What a ledger says, by what it is about."""
-    path, last = standing(requests), requests[-1]
-    total = "" if last.n_retained is None else f" of {last.n_retained + last.n_removed}"
-    n_kept = sum(request.kind == "remove" for request in path)
-    n_back = sum(request.kind == "rollback" for request in requests)
-    found = {"Removed": f"{last.n_removed}{total} training samples, by {_count(n_kept, 'request')}"}
-    if n_back:
-        found["Rolled back"] = f"{_count(n_back, 'time')}; what only those requests removed is back"
-    skipped = [str(request.number) for request in path if request.skipped]
-    if skipped:
-        waiting = [str(sample) for sample in pending(requests)]
-        found["SKIPPED by the guard, at least in part"] = f"entries {first_few(skipped, _LISTED)}"
-        found["Still in the model"] = (
-            first_few(waiting, _LISTED) or "none, removed by later requests"
-        )
-    calibrated = [request.result["calibration"] for request in path if _is_calibrated(request)]
-    if calibrated:
-        control, spread, unseen = (
-            _number(as_number(calibrated[-1].get(name)))
-            for name in ("control", "spread", "validation_before")
-        )
-        found["Strength found with control groups"] = (
-            f"in {_count(len(calibrated), 'request')}; in the last one retained samples that were "
-            f"deleted on trial then lost {control} ± {spread}, samples never seen {unseen}"
-        )
-    found |= _on_privacy([request for request in requests if request.kind == "release"])
-    names = {"Gradient norm of the retained objective": "gradient_norm"}
-    if seen := watched([requests]):
-        names[f"Guard ({seen[0]} on {seen[1]} samples)"] = "watched"
-    for what, name in names.items():
-        values = list(curve(requests, name).values())
-        if len(values) > 1:
-            found[what] = f"{_number(values[0])} -> {_number(values[-1])}"
-    residuals = [as_number(r.result.get("solve_residual")) for r in path if r.kind == "remove"]
-    bad = [residual for residual in residuals if residual is not None and residual > 0.1]
-    if bad:
-        most = (requests[0].record.get("settings") or {}).get("max_iterations")
-        found["WARNING, far from the Newton step"] = (
-            f"relative residuals up to {_number(max(bad))} in {_count(len(bad), 'request')}"
-            + f" (max_iterations={most})" * (most is not None)
-        )
-    times = [r.seconds for r in requests if r.asks and r.seconds is not None]
-    if times:
-        found["Time"] = f"{_duration(sum(times))} for {_count(len(times), 'request')}"
-    return found
-
-
-def _on_privacy(releases: Sequence[ReportEntry]) -> dict[str, str]:
-    if not releases:
-        return {"Guarantee": "none, the deletion is heuristic; no model was released with noise"}
+def _on_privacy(releases: Sequence[ReportEntry], measured: bool) -> dict[str, str]:
+    """What is guaranteed; the first sentence of it is a part of the summary's first line."""
     guarantees = [request.guarantee for request in releases]
     others = [one for one in guarantees if one.get("kind") != "certified"]
-    newest, budget = guarantees[-1], releases[-1].record.get("budget") or {}
     n = _count(len(releases), "release")
-    if others:
-        found = {"Guarantee": f"heuristic: no theorem stands behind {len(others)} of {n}"}
+    if releases and not others:
+        found = {"Guarantee": f"{_CERTIFIED}. This holds for {n}"}
     else:
-        found = {"Guarantee": f"certified, {n}, if the assumptions hold; it is of the released"}
-        found["Guarantee"] += " copies, not of the model that the unlearner keeps"
-    if newest.get("assumptions"):
-        found["Assumptions of the newest release"] = json.dumps(json_ready(newest["assumptions"]))
+        evidence = "evidence below" if measured else "this report has no evidence either"
+        why = f"no theorem stands behind {len(others)} of {n}" if others else "it was estimated"
+        text = f"{_HEURISTIC}; {evidence}. The deletion is heuristic: {why}"
+        found = {"Guarantee": text + " how training without the samples ends" * (not others)}
+    newest = guarantees[-1] if guarantees else {}
+    if newest.get("assumptions") and not others:
+        found["Assumptions"] = json.dumps(json_ready(newest["assumptions"]))
     terms = [name for name in ("epsilon", "delta") if as_number(newest.get(name)) is not None]
     if terms:
         found["Noise of the newest release"] = ", ".join(f"{k} {newest[k]:.3g}" for k in terms)
     reasons = dict.fromkeys(str(reason) for one in others for reason in one.get("reasons") or ())
     if reasons:
         found["Heuristic because"] = first_few(list(reasons), 4, "; ")
+    budget = (releases[-1].record.get("budget") or {}) if releases else {}
     if as_number(budget.get("epsilon_sum")) is not None:
         found["Privacy budget"] = ", ".join(
             f"{k} {budget[f'{k}_sum']:.3g} of {budget[k]:.3g}" for k in ("epsilon", "delta")
@@ -405,17 +487,24 @@ def _on_privacy(releases: Sequence[ReportEntry]) -> dict[str, str]:
 def _on_evaluations(
     evaluations: Sequence[Mapping[str, Any]],
     methods: Sequence[CombinedMethod],
-    floor: Mapping[str, Stat],
+    delivered: str | None,
 ) -> list[str]:
-    lines = []
     counts = {
         f"{one.get('n_forget')} samples deleted, {one.get('n_retain')} retained, "
         f"{one.get('n_retrained')} retrained models"
         for one in evaluations
     }
-    if evaluations:
-        n = _count(len(evaluations), "evaluation")
-        lines.append(f"Compared: {first_few(sorted(counts), 3, '; ')}; {n}")
+    n = _count(len(evaluations), "evaluation")
+    lines = [f"Measured: {first_few(sorted(counts), 3, '; ')}; {n}"] if evaluations else []
+    losses = {method.name: method.metrics.get("loss_forget") for method in methods}
+    own, aim = losses.get(delivered or ""), losses.get(RETRAINED)
+    if own and aim and aim.mean > 0:
+        ratio = own.mean / aim.mean
+        lines.append(
+            f"Mean loss on the deleted samples: {_cell(losses.get(NO_OP), _number)} before, "
+            f"{_cell(aim, _number)} after a training without them, {_cell(own, _number)} in the "
+            f"delivered model, {ratio:.2g} times that. {_verdict(ratio)}"
+        )
     for method in methods:
         lines += [f"FAILED: {method.name}: {error}" for error in method.errors]
         if method.n_skipped:
@@ -428,141 +517,201 @@ def _on_evaluations(
             lines.append(
                 f"NOT FINITE, left out of means: {method.name} ({', '.join(method.not_finite)})"
             )
-    methods = [method for method in methods if method.name not in (NO_OP, RETRAINED)]
-    for metric in ("js_forget", "loss_forget"):
-        closed = [(m.gap_closed[metric], m.name) for m in methods if metric in m.gap_closed]
-        closed.sort(key=lambda pair: -pair[0].mean)
-        if closed:
-            parts = [f"{name} {_cell(stat, _percent)}" for stat, name in closed]
-            lines.append(f"Gap closed, {metric}: {first_few(parts, _LISTED)}")
-    raw = [(m.metrics["js_forget"], m.name) for m in methods if "js_forget" in m.metrics]
-    if raw and "js_forget" in floor and not any("js_forget" in m.gap_closed for m in methods):
-        parts = [f"{name} {_cell(stat, '{:.3f}'.format)}" for stat, name in raw]
-        level = _cell(floor["js_forget"], "{:.3f}".format)
-        lines.append(
-            f"No gap to close, js_forget, with a floor of {level}: {first_few(parts, _LISTED)}"
-        )
     return lines
 
 
+def _verdict(ratio: float) -> str:
+    if ratio < 0.5:
+        return "It still knows them better than a model that was trained without them"
+    if ratio > 2:
+        return "It was moved further from them than a training without them moves it"
+    return "That is within a factor of 2"
+
+
+def _summary_part(facts: Sequence[Mapping[str, str]], found: Sequence[str]) -> list[str]:
+    parts = ["## Summary"]
+    for k, one in enumerate(facts):
+        (_, first), *rest = one.items()
+        parts += [*_named(facts, k), f"**{_escape(first)}.**"]
+        parts.append(_table(["", ""], [[what, _escape(text)] for what, text in rest], False))
+    parts += [_HASHES] * bool(facts)
+    return [*parts, "\n".join(f"- {_escape(line)}" for line in found)] if found else parts
+
+
 # ---------------------------------------------------------------------------------------------
-# Markdown
-
-
-def _markdown(content: Mapping[str, Any], parts: Sequence[Sequence[str]]) -> str:
-    head = [
-        f"# {_escape(content['title'])}",
-        f"Written {content['created']} by lcodec_ext {__version__}. Numbers and settings are in "
-        "report.json.",
-        "## In short",
-        "\n".join(f"- {_escape(line)}" for line in content["summary"]),
-    ]
-    return "\n\n".join([*head, *(paragraph for part in parts for paragraph in part)]) + "\n"
-
-
-def _figure_part(images: Mapping[str, bytes]) -> list[str]:
-    shown = {name: caption for name, caption in _FIGURES.items() if name in images}
-    parts = [f"![{text.partition('.')[0]}]({name})\n\n{text}" for name, text in shown.items()]
-    return ["## Figures", *parts] if parts else []
+# How near to retraining
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("accuracy forget", "metrics.accuracy_forget", "{:.1%}".format),
-    ("accuracy retain", "metrics.accuracy_retain", "{:.1%}".format),
-    ("accuracy test", "metrics.accuracy_test", "{:.1%}".format),
-    ("loss forget", "metrics.loss_forget", _number),
-    ("loss retain", "metrics.loss_retain", _number),
-    ("loss test", "metrics.loss_test", _number),
-    ("MIA AUC", "metrics.mia_auc", "{:.3f}".format),
-    ("MIA TPR at 1% FPR", "metrics.mia_tpr", "{:.1%}".format),
-    ("ToW", "metrics.tow", "{:.3f}".format),
-    ("JS forget", "metrics.js_forget", "{:.3f}".format),
-    ("JS test", "metrics.js_test", "{:.3f}".format),
-    ("closed, JS forget", "gap_closed.js_forget", _percent),
-    ("closed, loss forget", "gap_closed.loss_forget", _percent),
-    ("gradient norm", "metrics.gradient_norm", _number),
-    ("relearn steps", "metrics.relearn_steps", _number),
+    ("loss, deleted", "metrics.loss_forget", _number),
+    ("loss, retained", "metrics.loss_retain", _number),
+    ("loss, test", "metrics.loss_test", _number),
+    ("accuracy, deleted", "metrics.accuracy_forget", "{:.1%}".format),
+    ("accuracy, retained", "metrics.accuracy_retain", "{:.1%}".format),
+    ("accuracy, test", "metrics.accuracy_test", "{:.1%}".format),
+    ("JS", "metrics.js_forget", "{:.3f}".format),
+    ("closed, JS", "gap_closed.js_forget", _percent),
+    ("closed, loss", "gap_closed.loss_forget", _percent),
+    ("attack, AUC", "metrics.mia_auc", "{:.3f}".format),
+    ("attack, at 1%", "metrics.mia_tpr", "{:.1%}".format),
     ("time", "seconds", _duration),
     ("of retraining", "share_of_retraining", _percent),
 )
 
 
-def _method_table(methods: Sequence[CombinedMethod], floor: Mapping[str, Stat]) -> str:
+def _near_part(
+    evaluations: Sequence[Mapping[str, Any]],
+    methods: Sequence[CombinedMethod],
+    floor: Mapping[str, Stat],
+    delivered: str | None,
+    has_ledger: bool,
+) -> list[str]:
+    """The delivered model beside the one before and retrained ones; then other methods."""
+    head, rows = _measured(methods, floor)
+    parts = ["## How near to retraining the delivered model is"] * (has_ledger or bool(delivered))
+    if delivered is not None:
+        names = {"before": NO_OP, "delivered": delivered, "retrained": RETRAINED}
+        mine = {title: rows[name] for title, name in names.items() if name in rows}
+        lines = [line for line in zip(head, *mine.values(), strict=True) if {*line[1:]} != {"-"}]
+        how = "it has the weights of the ledger" if has_ledger else "as the report was told"
+        n = sum(one.get("n_retrained") or 0 for one in evaluations)
+        parts.append(f'The delivered model is "{_escape(delivered)}" of the evaluation: {how}.')
+        parts += [_table(["", *mine], lines), _YARDSTICK.format(n=_count(n, "model"))]
+    elif has_ledger:
+        what = "no model of the evaluation has its weights" if evaluations else "give an evaluation"
+        parts.append(f"This was not measured for the delivered model: {what}.")
+    if methods:
+        marks = {
+            m.name: " (skipped)" * bool(m.n_skipped) + " (failed)" * bool(m.errors) for m in methods
+        }
+        if delivered is not None:
+            marks[delivered] += " (delivered)"
+        lines = [(_escape(name) + marks.get(name, ""), *row) for name, row in rows.items()]
+        parts.append("## Other methods, for comparison" if delivered else "## Methods")
+        parts += [_table(["method", *head], lines), _COMPARED]
+    return parts
+
+
+def _measured(
+    methods: Sequence[CombinedMethod], floor: Mapping[str, Stat]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The head of a table, and its cells by method."""
+
     def stat(method: CombinedMethod, key: str) -> Stat | None:
         part, _, metric = key.partition(".")
         found: Any = getattr(method, part)
         return found.get(metric) if metric else found
 
     columns = [c for c in _COLUMNS if any(stat(method, c[1]) for method in methods)]
-    rows = []
-    for method in methods:
-        note = " (skipped)" if method.n_skipped else " (failed)" if method.errors else ""
-        cells = [_cell(stat(method, key), form) for _, key, form in columns]
-        rows.append([_escape(method.name) + note, *cells])
+    rows = {m.name: [_cell(stat(m, key), form) for _, key, form in columns] for m in methods}
     if floor:
         found = [(floor.get(key.removeprefix("metrics.")), form) for _, key, form in columns]
-        rows.append(["floor", *(_cell(one, form) for one, form in found)])
-    return _table(["method", *(name for name, _, _ in columns)], rows)
+        rows["floor"] = [_cell(one, form) for one, form in found]
+    return [name for name, _, _ in columns], rows
 
 
-def _request_part(ledgers: Sequence[Sequence[ReportEntry]]) -> list[str]:
-    parts = ["## Requests"]
+# ---------------------------------------------------------------------------------------------
+# Strength, warnings, requests, environment
+
+
+def _strength_part(ledgers: Sequence[ReportLedger]) -> list[str]:
+    parts = ["## How the strength was found"] if ledgers else []
     for k, requests in enumerate(ledgers):
-        parts += [f"Ledger {k}:"] * (len(ledgers) > 1) + _request_table(requests)
-    return [*parts, _OF_REQUESTS]
+        removals = [r for r in standing(requests) if r.kind == "remove"]
+        calibrated = [r for r in removals if r.calibration]
+        parts += _named(ledgers, k)
+        if without := [str(r.number) for r in removals if not r.calibration]:
+            parts.append(
+                f"The strength of entries {first_few(without, 10)} was not calibrated: it comes "
+                "from constants, which fit some networks and not others."
+            )
+        for request in calibrated[-1:]:
+            parts += _calibration(request)
+            if len(calibrated) > 1:
+                parts.append(f"This is of entry {request.number}; requests.csv has the others.")
+    return parts
 
 
-def _request_table(requests: Sequence[ReportEntry]) -> list[str]:
-    parts = []
-    shown = list(requests)
-    if len(shown) > _TABLE_ROWS:
-        shown = [*shown[: _TABLE_ROWS // 3], *shown[-2 * _TABLE_ROWS // 3 :]]
-        parts.append(
-            f"The first and last of {len(requests)} entries; all of them are in requests.csv."
-        )
-    stands = {request.number for request in standing(requests)}
-    head = ["entry", "kind", "time", "samples", "removed", "pending", "loss forget"]
-    head += ["loss retain", "gradient norm", "units", "took"]
-    rows = []
-    for request in shown:
-        kind = "SKIPPED" if request.kind == "skip" else request.kind
-        if request.kind == "rollback":
-            kind = f"rollback to {request.record['to']}"
-        elif request.kind == "remove" and request.skipped:
-            kind += f", {len(request.skipped)} SKIPPED"
-        row = _request_row(request)
-        rows.append(
-            [
-                str(request.number),
-                kind + " (rolled back)" * (request.number not in stands),
-                (request.time or "-")[:19].replace("T", " "),
-                first_few(row["ids"].split(), 3) or "-",
-                *(str(row[name]) for name in ("n_removed", "n_pending")),
-                *(
-                    _change(request, name)
-                    for name in ("loss_forget", "loss_retain", "gradient_norm")
-                ),
-                _number(row["units"]),
-                "-" if request.seconds is None else _duration(request.seconds),
-            ]
-        )
-    return [*parts, _table(head, rows)]
+def _calibration(request: ReportEntry) -> Iterator[str]:
+    """What control groups of a request have shown."""
+    found = request.calibration
+    reason, before = str(found.get("stopped_by")), finite_of(found.get("control_before"))
+    stopped = _STOPPED.get(reason, f"The search was stopped by: {reason}.")
+    n = len(found.get("control_after") or ())
+    yield _STRENGTH.format(n=n, size=found.get("group_size"), stopped=stopped)
+    if found.get("finish"):
+        yield _FINISH.format(found["finish"])
+    control = [_number(as_number(found.get(name))) for name in ("control", "spread")]
+    rows = [
+        ["control groups", _number(robust_mean(before)[0]) if before else "-", " ± ".join(control)]
+    ]
+    seen = [as_number(found.get(f"validation_{when}")) for when in ("before", "after")]
+    for name, pair in (("validation", seen), ("deleted", request.change("loss_forget"))):
+        rows.append([f"{name} samples", *map(_number, pair)])
+    yield _table(["mean loss", "before", "after"], rows)
 
 
-def _change(request: ReportEntry, name: str) -> str:
-    pair = request.change(name)
-    return "-" if pair == (None, None) else " → ".join(map(_number, pair))
+def _warning_part(ledgers: Sequence[ReportLedger]) -> list[str]:
+    lines = []
+    for k, requests in enumerate(ledgers):
+        for r in requests:
+            texts = list(r.warnings or ())
+            if r.asks and r.warnings is None:
+                texts.append("a version made it that did not record warnings")
+            residual = as_number(r.result.get("solve_residual"))
+            if r.kind == "remove" and residual is not None and residual > 0.1:
+                texts.append(f"far from the Newton step, with a residual of {_number(residual)}")
+            where = f"ledger {k}, " * (len(ledgers) > 1) + f"entry {r.number}"
+            lines += [f"- {where}: {_escape(text)}" for text in texts]
+    return ["## Warnings that were raised", "\n".join(lines) or "None."] if ledgers else []
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first column to the left and the others to the right."""
-    rule = [":--", *["--:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+def _request_part(ledgers: Sequence[ReportLedger]) -> list[str]:
+    parts = ["## Requests"] if ledgers else []
+    for k, requests in enumerate(ledgers):
+        parts += _named(ledgers, k)
+        shown = list(requests)
+        if len(shown) > _TABLE_ROWS:
+            shown = [*shown[: _TABLE_ROWS // 3], *shown[-2 * _TABLE_ROWS // 3 :]]
+            parts.append(
+                f"The first and last of {len(requests)} entries; all of them are in requests.csv."
+            )
+        stands = {request.number for request in standing(requests)}
+        head = ["entry", "kind", "time", "samples", "loss deleted", "loss retained", "took"]
+        parts.append(_table(head, [_request_line(r, r.number in stands) for r in shown]))
+    return [*parts, *[_REQUESTS] * bool(ledgers)]
 
 
-def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    text = " ".join(text.split())
-    for sign in ("\\", "`", "*", "_", "|", "<", "[", "#"):
-        text = text.replace(sign, f"\\{sign}")
-    return text
+def _request_line(request: ReportEntry, stands: bool) -> list[str]:
+    kind = "SKIPPED" if request.kind == "skip" else request.kind
+    if request.kind == "rollback":
+        kind = f"rollback to {request.record['to']}"
+    elif request.kind == "remove" and request.skipped:
+        kind += f", {len(request.skipped)} SKIPPED"
+    return [
+        str(request.number),
+        kind + " (rolled back)" * (not stands),
+        _moment(request.time),
+        first_few(list(map(str, request.ids)), 3) or "-",
+        *(_change(request.change(name)) for name in ("loss_forget", "loss_retain")),
+        "-" if request.seconds is None else _duration(request.seconds),
+    ]
+
+
+def _environment_part(
+    ledgers: Sequence[ReportLedger], evaluations: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Versions, and what the training and the deletion went by; report.json has the rest."""
+    parts: list[Mapping[str, Any]] = []
+    for requests in ledgers:
+        start, settings = requests[0].record, requests[0].record.get("settings") or {}
+        parts += [{k: start.get(k) for k in ("model", "loss_fn")}]
+        parts += [{k: settings.get(k) for k in ("weight_decay", "seed")}]
+        parts += [(r.entry.get("environment") or {}).get("versions") or {} for r in requests]
+    parts += [(one.get("settings") or {}).get("versions") or {} for one in evaluations]
+    found: dict[str, dict[str, None]] = {}
+    for name, value in ((k, v) for part in parts for k, v in part.items() if v is not None):
+        found.setdefault(_escape(name), {})[_escape(str(value))] = None
+    rows = [[name, ", ".join(values)] for name, values in found.items()]
+    text = "report.json has all settings and numbers."
+    return ["## Environment", *[_table(["", ""], rows, False)] * bool(rows), text]

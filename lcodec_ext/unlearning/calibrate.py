@@ -40,7 +40,8 @@ class Calibration:
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
         would be due; "residual", the solution is
-        worse than none; "curvature", the matrix is indefinite; "range", nothing.
+        worse than none; "curvature", the matrix is indefinite; "range", nothing; "outliers", there
+        was no step.
     control_before, control_after : tuple of float
         Mean loss of each control group, before and after its own virtual deletion.
     control : float
@@ -52,10 +53,16 @@ class Calibration:
     retained_before, retained_after : float
         The same of retained samples that the step does not read.
     outliers : bool
-        Whether the request loses more than three times what control groups and validation do,
-        before they reach the validation loss, as samples with wrong labels do.
+        Whether the request is unlike other samples, as ones with wrong labels are: there was no
+        step then, only a finish, and nothing after it in `control_after`. Or whether after the step
+        it loses more than three times what control groups and validation do.
+    unlike : float
+        How often a removed sample loses more than a retained one, before: 0.5 for samples like any
+        other, 0.9 and more for outliers; nan without a finish.
     finish : int
-        Iterations of the finish that followed.
+        Iterations or batches of the finish that followed.
+    finish_by : str
+        What finished, and why that.
     group_size : int
         Samples in a group; of groups of users the mean, rounded.
     groups_of : str
@@ -79,11 +86,37 @@ class Calibration:
     retained_before: float
     retained_after: float
     outliers: bool
+    unlike: float
     finish: int
+    finish_by: str
     group_size: int
     groups_of: str
     n_validation: int
     products: int
+
+    @classmethod
+    def without_a_step(cls, harm: "Harm", unlike: float) -> "Calibration":
+        """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
+        return cls(
+            strength=math.inf,
+            stopped_by="outliers",
+            control_before=(),
+            control_after=(),
+            control=math.nan,
+            spread=math.nan,
+            validation_before=harm.validation_before,
+            validation_after=math.nan,
+            retained_before=harm.retained_before,
+            retained_after=math.nan,
+            outliers=True,
+            unlike=unlike,
+            finish=0,
+            finish_by="",
+            group_size=0,
+            groups_of="samples",
+            n_validation=len(harm.validation),
+            products=0,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it; what is not finite becomes None."""
@@ -91,15 +124,20 @@ class Calibration:
         return found
 
     def __str__(self) -> str:
+        finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
+        if not self.control_after:
+            return (
+                f"outliers, no step: a removed sample loses more than a retained one in "
+                f"{self.unlike:.0%} of pairs, validation {self.validation_before:.3g} -> "
+                f"{self.validation_after:.3g}{finish}"
+            )
         before = robust_mean(self.control_before)[0]
         return (
             f"{len(self.control_after)} control groups of {self.group_size}"
             + " samples of other users" * (self.groups_of == "users")
             + f": loss {before:.3g} -> "
             f"{self.control:.3g} +- {self.spread:.2g}, validation {self.validation_before:.3g} -> "
-            f"{self.validation_after:.3g}, stopped by {self.stopped_by}"
-            + f", finish {self.finish}"
-            * bool(self.finish)
+            f"{self.validation_after:.3g}, stopped by {self.stopped_by}" + finish
         )
 
 
@@ -176,7 +214,9 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
             retained_before=harm.retained_before,
             retained_after=chosen.retained,
             outliers=reason in ("validation", "retained") and loss > OUTLIERS * level,
+            unlike=math.nan,
             finish=0,
+            finish_by="",
             group_size=control.size,
             groups_of=control.of,
             n_validation=len(validation),

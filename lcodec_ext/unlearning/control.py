@@ -87,11 +87,16 @@ def known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samp
     some = held.subset(np.sort(numbers).tolist()).loaded()
     pool = block.retained.pool
     assert pool is not None
-    here, kept, gone = labels_of(some), labels_of(pool), labels_of(block.part.forget)
+    return of_classes_that_stay(some, pool, block.part.forget)
+
+
+def of_classes_that_stay(held: Samples, pool: Samples, forget: Samples) -> Samples:
+    """Those of validation samples whose class is not deleted as a whole; all if none is left."""
+    here, kept, gone = labels_of(held), labels_of(pool), labels_of(forget)
     if here is None or kept is None or gone is None:
-        return some
+        return held
     known = ~np.isin(here, np.setdiff1d(gone, kept))
-    return some.subset(np.flatnonzero(known).tolist()) if known.any() else some
+    return held.subset(np.flatnonzero(known).tolist()) if known.any() else held
 
 
 def labels_of(samples: Samples) -> NDArray[np.int64] | None:

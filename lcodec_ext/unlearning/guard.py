@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, calibrated
-from lcodec_ext.unlearning.finish import finish
+from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
+from lcodec_ext.unlearning.control import known_classes, of_classes_that_stay, some_of_pool
+from lcodec_ext.unlearning.finish import UNLIKE, Finish, finish_outliers, finish_step, unlikeness
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.step import Block, Steps, take_steps
@@ -94,6 +96,8 @@ class Watch:
         if not guarded:
             return cls(None, unread, request.validation)
         assert held is not None  # requests without are refused beforehand
+        if request.kept is not None and request.kept.pool is not None:
+            held = of_classes_that_stay(held, request.kept.pool, request.forget)
         return cls(Guard.of(work, held), unread, request.validation)
 
 
@@ -121,7 +125,11 @@ def guarded_step(block: Block, watch: Watch) -> tuple[Attempt, ...]:
     found = None
     if settings.calibrate:
         assert watch.validation is not None  # requests without are refused beforehand
+        instead, unlike = _instead_of_a_step(block, watch.guard, watch.validation)
+        if instead is not None:
+            return (instead,)
         found = calibrated(block, watch.validation)
+        found = replace(found, found=replace(found.found, unlike=unlike))
         damping = found.found.strength
     for _ in range(settings.retries + 1):
         if found is None:
@@ -154,36 +162,72 @@ def _attempt(
     return Attempt(damping, steps, length, repaired, value, guard.allows(value))
 
 
+def _instead_of_a_step(
+    block: Block, guard: Guard | None, held: Samples
+) -> tuple[Attempt | None, float]:
+    """The finish alone, for a request of outliers; and how unlike other samples it is.
+
+    None, and everything as before, where the request is of other samples or the finish does harm:
+    then the step is calibrated.
+    """
+    if block.work.settings.finish == 0:
+        return None, math.nan
+    with block.work.timed("calibration"):
+        rng = np.random.default_rng([block.work.settings.seed, 12])
+        validation = known_classes(held, block, rng)
+        harm = Harm.of(block, validation, some_of_pool(block, rng))
+        unlike = unlikeness(block, harm.retained)
+    done = finish_outliers(block, harm, known=False) if unlike >= UNLIKE else None
+    if done is None:
+        return None, unlike
+    found = Calibration.without_a_step(harm, unlike)
+    attempt = _finished(block, guard, harm, found, Steps(), done)
+    if attempt.accepted:
+        return attempt, unlike
+    block.restore(block.start, block.buffers)
+    return None, unlike
+
+
 def _calibrated_attempt(
     block: Block, guard: Guard | None, calibrated: Calibrated, damping: float
 ) -> Attempt:
-    """A step of a damping, and the finish where the request is of outliers and that does no harm.
+    """A step of a damping, and the finish if it does no harm.
 
     It is refused if validation or retained losses do not hold, whatever the guard's accuracy says.
     """
-
-    def attempt(iterations: int) -> Attempt:
-        validation, retained = calibrated.losses()
-        value = math.nan if guard is None else guard.now()
-        holds = not calibrated.harm.broken(validation, retained)
-        found = replace(
-            calibrated.found,
-            strength=damping,
-            validation_after=validation,
-            retained_after=retained,
-            finish=iterations,
-        )
-        accepted = holds and (guard is None or guard.allows(value))
-        return Attempt(damping, steps, value=value, accepted=accepted, calibration=found)
-
+    harm, found = calibrated.harm, replace(calibrated.found, strength=damping)
     steps = calibrated.step(damping)
-    if block.work.settings.finish and calibrated.found.outliers:
-        theta = block.now()
-        finished = attempt(finish(block, calibrated.validation))
-        if finished.accepted:
-            return finished
-        block.put(theta)
-    return attempt(0)
+    theta, done = block.now(), None
+    if found.outliers and block.work.settings.finish != 0:
+        done = finish_outliers(block, harm, known=True)
+    elif block.work.settings.finish != 0:
+        done = finish_step(block, harm)
+    if done is not None:
+        attempt = _finished(block, guard, harm, found, steps, done)
+        if attempt.accepted:
+            return attempt
+    block.restore(theta, block.buffers)
+    return _finished(block, guard, harm, found, steps, Finish())
+
+
+def _finished(
+    block: Block, guard: Guard | None, harm: Harm, found: Calibration, steps: Steps, done: Finish
+) -> Attempt:
+    """An attempt as it now stands, and whether it is accepted."""
+    with block.work.timed("guard"):
+        validation = block.work.mean_loss(harm.validation)
+        retained = block.work.mean_loss(harm.retained)
+    value = math.nan if guard is None else guard.now()
+    found = replace(
+        found,
+        validation_after=validation,
+        retained_after=retained,
+        finish=done.steps,
+        finish_by=done.by,
+    )
+    holds = not harm.broken(validation, retained)
+    accepted = holds and (guard is None or guard.allows(value))
+    return Attempt(found.strength, steps, value=value, accepted=accepted, calibration=found)
 
 
 def _adjusted(block: Block, watch: Watch, unread_loss: float, steps: Steps) -> tuple[float, bool]:

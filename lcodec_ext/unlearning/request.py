@@ -326,17 +326,31 @@ def _check_loss(work: Workplace, batch: Batch, outputs: Any, name: str) -> None:
 def warn_of_overlap(forget: Samples, retain: Samples, stacklevel: int = 2) -> None:
     """Warn if half of the samples to delete, or more, are also among those to retain.
 
-    Fewer may be true duplicates. One pass over retain hashes the bits of every sample, and what
-    has the hash of a sample to delete is compared with it.
+    Fewer may be true duplicates.
+    """
+    m, k = len(forget), n_shared(forget, retain)
+    if 2 * k >= m:
+        warnings.warn(
+            f"{k:,} of {m:,} samples of forget are also among those of retain: pass as retain the "
+            "training samples that stay, without the deleted ones",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def n_shared(few: Samples, many: Samples) -> int:
+    """How many of a few samples are also among many.
+
+    One pass over the many hashes the bits of every sample, and what has the hash of one of the few
+    is compared with it.
     """
 
     def columns(samples: Samples, indices: list[int]) -> list[Tensor]:
         tensors = tensors_of(samples.fetch(indices).data)
         return [t.reshape(len(indices), math.prod(t.shape[1:])).contiguous() for t in tensors]
 
-    widths = [t.shape[1] for t in columns(forget, [0])]
-    if widths != [t.shape[1] for t in columns(retain, [0])]:
-        return
+    widths = [t.shape[1] for t in columns(few, [0])]
+    if widths != [t.shape[1] for t in columns(many, [0])]:
+        return 0
     rows = max(1, 2**18 // max(1, sum(widths)))  # at a time: what stays in the caches
     rng = np.random.default_rng(0)
     factors: dict[int, Tensor] = {}
@@ -356,20 +370,15 @@ def warn_of_overlap(forget: Samples, retain: Samples, stacklevel: int = 2) -> No
             found.append(total.numpy())
         return np.concatenate(found)
 
-    known, first = np.unique(keys(retain), return_index=True)
-    wanted = keys(forget)
+    known, first = np.unique(keys(many), return_index=True)
+    wanted = keys(few)
     at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     likely = np.flatnonzero(known[at] == wanted)
-    m, k = len(forget), 0
+    found = 0
     for start in range(0, len(likely), rows):
         some = likely[start : start + rows]
         pairs = zip(
-            columns(forget, some.tolist()), columns(retain, first[at[some]].tolist()), strict=True
+            columns(few, some.tolist()), columns(many, first[at[some]].tolist()), strict=True
         )
-        k += int(torch.stack([(a == b).all(1) for a, b in pairs]).all(0).sum())
-    if 2 * k >= m:
-        warnings.warn(
-            f"{k:,} of {m:,} samples of forget are also among those of retain: pass as retain the "
-            "training samples that stay, without the deleted ones",
-            stacklevel=stacklevel + 1,
-        )
+        found += int(torch.stack([(a == b).all(1) for a, b in pairs]).all(0).sum())
+    return found

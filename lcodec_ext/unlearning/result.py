@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lcodec_ext._files import json_ready
-from lcodec_ext.curvature import ParameterSelection, Selection
+from lcodec_ext.curvature import ParameterSelection, Selection, SolveResult
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.deletion import Deletion
@@ -74,7 +74,8 @@ class UnlearnResult:
     curvature_plan : str
         Which way products with the matrix were computed, and why; empty for updates without one.
     solve_method : str
-        "cholesky", "cg" or "woodbury": see `CurvatureOperator.solve`; else the update.
+        "cholesky", "cg" or "woodbury": see `CurvatureOperator.solve`; "none" for outliers, which a
+        finish deletes; else the update.
     solve_iterations : int
     solve_residual : float
         |matrix @ step - gradient| / |gradient|, the largest of all steps; nan without a matrix.
@@ -263,7 +264,7 @@ def result_of(
         repaired=any(d.last.repaired for d in deletions),
         damping=last.last.damping,
         curvature_plan=last.plan,
-        solve_method=solves[-1].method if solves else work.settings.update,
+        solve_method=_method(last, solves, work.settings),
         solve_iterations=sum(s.iterations for s in solves) if solves else last.n_gradient,
         solve_residual=max((s.residual for s in solves), default=math.nan),
         step_norm=step_norm,
@@ -281,6 +282,14 @@ def result_of(
         seconds=work.clock.seconds,
         _patch=patch,
     )
+
+
+def _method(deletion: Deletion, solves: Sequence[SolveResult], settings: Settings) -> str:
+    """How the step was solved; that there was none, for outliers."""
+    if solves:
+        return solves[-1].method
+    found = deletion.last.calibration
+    return settings.update if found is None or math.isfinite(found.strength) else "none"
 
 
 def _guarded(guard: Guard | None, deletions: Sequence[Deletion]) -> BeforeAfter:

@@ -73,6 +73,10 @@ def _check_candidates(value: Any, name: str) -> Any:
     return value
 
 
+def _check_finish(value: Any, name: str) -> int | None:
+    return None if value is None else check_integer(value, name, 0)
+
+
 def _check_share(value: Any, name: str) -> int | float:
     if not isinstance(value, float):
         return check_integer(value, name, 1)
@@ -251,14 +255,15 @@ class CalibrateSettings:
         in the same way, have the mean loss of the validation samples.
     control_groups : int
         How many, each as large as the request; at least four.
-    finish : int
-        Most iterations of L-BFGS on the retained objective that follow the step, where the request
-        turns out to be outliers.
+    finish : int, optional
+        Of the retained objective, after the step; for outliers instead of it. None: mini-batches
+        where 5000 samples or more are retained, else for outliers 30 iterations of L-BFGS. 0: none.
+        A number: at most so many iterations of L-BFGS, for outliers.
     """
 
     calibrate: bool = field(default=False, metadata={"check": check_bool})
     control_groups: int = _integer(8, 4)
-    finish: int = _integer(0, 0)
+    finish: int | None = field(default=0, metadata={"check": _check_finish})
 
     def _check_calibrated(self: Any) -> None:
         """Refuse what has no single strength."""
@@ -649,7 +654,7 @@ CALIBRATED: dict[str, Any] = {
     "n_recalibrate": None,
     "repair_epochs": 0,
     "repair_drop": None,
-    "finish": 20,
+    "finish": None,
 }
 
 #: Defaults of a preset with update="certified": what a guarantee needs.

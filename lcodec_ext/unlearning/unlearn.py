@@ -12,6 +12,7 @@ from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
+from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall
 from lcodec_ext.unlearning.guard import Watch
 from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
@@ -112,7 +113,9 @@ def unlearn(
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
         If the step was taken back; if it raises the retained loss by much; if half of the removed
-        samples or more are also retained; if there are fewer units than `n_units`.
+        samples or more are also retained; if there are fewer units than `n_units`; if validation
+        samples are few, unlike the training ones or among them; if a calibrated step stayed far
+        from its aim or cost accuracy.
 
     Notes
     -----
@@ -154,6 +157,7 @@ def unlearn(
         before = work.measure(request.forget, request.monitored)
     start = work.weights()
     watch = Watch.of(work, request)
+    warn_of_doubts(request, watch.guard, settings)
     # Each part: perturb and record, select, step, guard.
     deletions = [delete(work, part, watch) for part in request.parts(work)]
     warn_of_skipped(deletions, watch.guard, settings, request.m)
@@ -170,6 +174,7 @@ def unlearn(
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
+    warn_of_shortfall(before, after, deletions, watch.guard)
     patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)

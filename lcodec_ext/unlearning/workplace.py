@@ -143,7 +143,8 @@ class Workplace:
         changed = copy.deepcopy(model)
         if not selection:
             return changed
-        if self.settings.n_recalibrate or self.settings.repair_epochs:
+        s = self.settings
+        if s.n_recalibrate or s.repair_epochs or s.finish is None:
             _copy(self.model.buffers(), changed.buffers())
         selection.scatter_(changed, selection.gather(self.model).detach())
         rounded = selection.gather(changed).detach()

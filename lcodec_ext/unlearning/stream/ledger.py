@@ -7,8 +7,8 @@ ASCII) with
 ``number``      0, 1, 2, ...
 ``kind``        "start", "remove", "skip", "release" or "rollback"
 ``record``      what happened, see `Unlearner`: nothing of it depends on the time or the host
-``environment`` when and where: time (UTC), seconds taken, versions; what a release gave away, and
-                what its noise did
+``environment`` when and where: time (UTC), seconds taken, versions; what a removal warned of; what
+                a release gave away, and what its noise did
 ``previous``    ``hash`` of the entry before; 64 zeros for the first one
 ``hash``        SHA-256 of the line without it
 ==============  ==============================================================================
@@ -48,8 +48,8 @@ class Entry:
     record : dict
         What happened. The same requests on the same machine give the same record.
     environment : dict
-        "time" (UTC, ISO 8601) and "versions"; of a removal "seconds", of a release "released", the
-        SHA-256 of the tensors that were given away.
+        "time" (UTC, ISO 8601) and "versions"; of a removal "seconds" and the texts of "warnings",
+        of a release "released", the SHA-256 of the tensors that were given away.
     previous, hash : str
         SHA-256, of the entry before and of this one.
     """
@@ -183,6 +183,11 @@ class Ledger(Sequence[Entry]):
                     break
                 self._ends.append(self._ends[-1] + len(line))
                 self.head = found.hash
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None in memory."""
+        return self._path
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,6 +202,25 @@ def allowed_drops(settings: Settings, ledger: Ledger, steps: Sequence[int]) -> d
         for name in ("max_drop", "repair_drop")
         if (limit := getattr(settings, name)) is not None
     }
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """The texts of what the block warns of; at its end the warnings go on to whoever listens.
+
+    Also those that filters would hide: a ledger has them all. Filters that make errors of warnings
+    raise them at the end.
+    """
+    texts: list[str] = []
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield texts
+    finally:
+        texts += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+        for each in caught:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def guarantee_after(

@@ -37,6 +37,7 @@ from lcodec_ext.unlearning.stream.steps import (
     check_request,
     compact,
     guarantee_after,
+    heard,
     losses_around_noise,
     request_seed,
     result_record,
@@ -319,12 +320,13 @@ class Unlearner:
         """
         self._check_open()
         history, n = self._store.history, len(self._given.train)
-        asked = check_request(ids, groups, self._given, history.removed)
-        numbers = asked.numbers
         note = check_note(note)
         seed = request_seed(self.settings.seed, len(self.ledger))
-        retain = all_but(n, [*history.removed, *numbers])
-        result = self._step(asked, retain, seed)
+        with heard() as texts:
+            asked = check_request(ids, groups, self._given, history.removed)
+            numbers = asked.numbers
+            retain = all_but(n, [*history.removed, *numbers])
+            result = self._step(asked, retain, seed)
         skipped = [numbers[k] for k in result.skipped]
         gone = [i for i in numbers if i not in skipped]
         removed = [*history.removed, *gone]
@@ -339,7 +341,7 @@ class Unlearner:
             "result": result_record(result),
         }
         if not gone:
-            self._commit("skip", record, seconds=result.seconds)
+            self._commit("skip", record, seconds=result.seconds, warnings=texts)
             return result
         guarantee = self._guarantee(result, len(removed))
         record["guarantee"] = guarantee and guarantee.to_dict()
@@ -348,7 +350,8 @@ class Unlearner:
             statistics = self._given.without(statistics, self._original(), gone)
         model = copy.deepcopy(result.model)
         state = state_of(model)
-        self._commit("remove", record, model, state, statistics, seconds=result.seconds)
+        environment = {"seconds": result.seconds, "warnings": texts}
+        self._commit("remove", record, model, state, statistics, **environment)
         return result
 
     def rollback(self, to: int | None = None, *, note: str | None = None) -> None:

@@ -1,0 +1,202 @@
+"""What speaks against a calibration: data that it cannot go by, and results that it did not reach.
+
+Control groups are held against validation samples. That says something only if these are like the
+training samples, were not trained on, and are many enough; and where control groups stayed far from
+them, the request did, too. Each of these is warned of, since nothing in the result would show it.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.samples import Samples
+from lcodec_ext.unlearning.calibrate import OUTLIERS, robust_mean
+from lcodec_ext.unlearning.control import labels_of
+from lcodec_ext.unlearning.deletion import Deletion
+from lcodec_ext.unlearning.guard import Guard
+from lcodec_ext.unlearning.request import GUARD_SIZE, Request, n_shared
+from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.workplace import LossesAndGradients
+
+_FEWEST = 30  # validation samples; the standard error of fewer is itself unknown
+_UNSURE = 0.5  # standard error of their mean loss, as a share of it
+_SHARED = 0.1  # of them, that may be training samples, as duplicates are
+_UNLIKE = 0.25  # distance between two distribution functions, or shares of labels, beyond chance
+_CHANCE = 1.63  # Kolmogorov's: 1% of samples from one distribution are further apart
+_LARGE = 0.25  # of the training samples: a request that calls for retraining
+_LITTLE = 0.25  # of the way from trained samples to validation
+_GAP = 0.1  # of the validation loss, that trained samples lose less: else there is no way to go
+_POINTS = 0.005  # of accuracy on validation samples, and at least two of them
+
+
+def warn_of_doubts(request: Request, guard: Guard | None, settings: Settings) -> None:
+    """Warn of samples that a calibration would go by and should not."""
+    if not settings.calibrate:
+        return
+    for doubt in _doubts(request, guard):
+        warnings.warn(doubt, stacklevel=4)  # behind unlearn and its decorator
+
+
+def _doubts(request: Request, guard: Guard | None) -> Iterator[str]:
+    held, kept = request.validation, request.kept
+    assert held is not None
+    assert kept is not None
+    n = request.m + request.n_retain
+    if request.m > _LARGE * n:
+        yield (
+            f"the request is {request.m:,} of {n:,} training samples: a step from the present "
+            "weights forgets less of so many than retraining does, which is also cheaper for them"
+        )
+    numbers = np.random.default_rng(0).permutation(len(held))[:GUARD_SIZE]
+    some = held.subset(np.sort(numbers).tolist()).loaded()
+    trained = [each for each in (request.forget, kept.all) if each.in_memory]
+    shared = sum(n_shared(some, each) for each in trained)
+    if shared > _SHARED * len(some):
+        yield (
+            f"{shared:,} of {len(some):,} validation samples are training samples: the deletion "
+            "will forget too little. Pass samples that the model was not trained on"
+        )
+    if guard is not None:
+        yield from _unsure(guard.losses.numpy())
+    yield from _unlike(some, request, guard)
+
+
+def _unsure(losses: NDArray[np.float64]) -> Iterator[str]:
+    """Whether validation samples are too few to go by."""
+    mean = abs(float(losses.mean()))
+    error = float(losses.std()) / math.sqrt(len(losses))
+    if len(losses) < _FEWEST or error > _UNSURE * mean:
+        yield (
+            f"the mean loss of {len(losses):,} validation samples is {mean:.2g} +- {error:.2g}: "
+            "the strength of the deletion is as unsure. Pass more of them"
+        )
+
+
+def _unlike(some: Samples, request: Request, guard: Guard | None) -> Iterator[str]:
+    """Whether labels or inputs of validation samples are others than those of training samples."""
+    assert request.kept is not None
+    read = request.kept.read
+    read = read.subset(range(min(len(read), GUARD_SIZE)))
+    advice = "the strength found by them may be wrong. Pass samples like those"
+    known, here, gone = labels_of(read), labels_of(some), labels_of(request.forget)
+    if known is not None and here is not None and gone is not None:
+        shares = _shares(known, here, gone, request.m / (request.m + request.n_retain))
+        if _far(*shares, len(known), len(here)):
+            yield f"the labels of validation samples are others than in training: {advice}"
+        elif guard is not None and guard.watched == "accuracy":
+            guess = float(shares[0].max())
+            if guard.before <= guess + 2 * math.sqrt(guess * (1 - guess) / len(here)):
+                yield (
+                    f"the model tells {guard.before:.1%} of validation samples right, and guessing "
+                    f"{guess:.1%}: either their inputs or labels are others than in training, or "
+                    "it was hardly trained, or learnt nothing but its samples"
+                )
+    if min(len(some), len(read)) < _FEWEST:
+        return
+    chance = _CHANCE * math.sqrt(1 / len(some) + 1 / len(read))
+    for a, b in zip(_traits(read), _traits(some), strict=True):
+        if _kolmogorov(a, b) > _UNLIKE + chance:
+            yield f"the inputs of validation samples are others than in training: {advice}"
+            return
+
+
+def _shares(
+    known: NDArray[np.int64], here: NDArray[np.int64], gone: NDArray[np.int64], weight: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each label, its share of training and of validation samples."""
+    names = np.unique(np.concatenate([known, here, gone]))
+    counts = [np.bincount(np.searchsorted(names, y), minlength=len(names)) for y in (known, gone)]
+    retained, removed = (count / count.sum() for count in counts)
+    found = np.bincount(np.searchsorted(names, here), minlength=len(names))
+    return (1 - weight) * retained + weight * removed, found / found.sum()
+
+
+def _far(a: NDArray[np.float64], b: NDArray[np.float64], n: int, k: int) -> bool:
+    """Whether shares of n and of k samples are further apart than by chance and a quarter."""
+    both = (n * a + k * b) / (n + k)
+    chance = float(np.sqrt(both * (1 - both) * (1 / n + 1 / k)).sum()) / 2
+    return float(np.abs(a - b).sum()) / 2 > _UNLIKE + chance
+
+
+def _traits(samples: Samples) -> list[NDArray[np.float64]]:
+    """Mean and root mean square of each sample's inputs in floating point."""
+    found: list[list[torch.Tensor]] = []
+    for batch in samples.batches(GUARD_SIZE):
+        inputs = [t for t in tensors_of((batch.args, batch.kwargs)) if t.is_floating_point()]
+        flat = [t.reshape(len(t), -1).double() for t in inputs if t.numel()]
+        found.append([f(t) for t in flat for f in (_mean, _size)])
+    return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
+
+
+def _mean(flat: torch.Tensor) -> torch.Tensor:
+    return flat.mean(1)
+
+
+def _size(flat: torch.Tensor) -> torch.Tensor:
+    return flat.square().mean(1).sqrt()
+
+
+def _kolmogorov(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """The largest distance between two samples' distribution functions."""
+    at = np.concatenate([a, b])
+    cumulative = [np.searchsorted(np.sort(each), at, side="right") / len(each) for each in (a, b)]
+    return float(np.abs(cumulative[0] - cumulative[1]).max())
+
+
+def warn_of_shortfall(
+    before: LossesAndGradients,
+    after: LossesAndGradients,
+    deletions: Sequence[Deletion],
+    guard: Guard | None,
+) -> None:
+    """Warn of a calibrated step that stayed far from its aim, or that cost what losses hide."""
+    last = deletions[-1].last
+    found = last.calibration
+    if found is None or not last.accepted:
+        return
+    told = []
+    start, target = robust_mean(found.control_before)[0], found.validation_before
+    gap = target - start
+    reached = (found.control - start) / gap if gap > _GAP * abs(target) else 1.0
+    if reached < _LITTLE and found.stopped_by != "control" and not found.finish:
+        told.append(
+            f"the deletion forgets little: control groups that were deleted as the request lose "
+            f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "
+            f"{target:.3g}. A stronger step was stopped by {_REASONS[found.stopped_by]}"
+        )
+    if found.groups_of == "classes" and not found.finish:
+        told.append(
+            "a class was deleted as a whole: groups of other classes, which the strength was found "
+            "by, cannot tell how far that has to go. The deleted samples lose "
+            f"{after.forget_loss:.3g} now; a model that never saw their class would hardly recognise any"
+        )
+    level = max(target, *found.control_after)
+    if before.forget_loss <= target and after.forget_loss > OUTLIERS * level and level > 0:
+        told.append(
+            f"the deleted samples lose {after.forget_loss:.3g} now, more than {OUTLIERS:g} times "
+            f"what samples that were never seen or control groups do ({level:.3g}): the deletion "
+            "may have gone too far for them. Compare it with retraining"
+        )
+    if guard is not None and guard.watched == "accuracy":
+        fall = guard.before - last.value
+        if fall > _POINTS and fall * len(guard.losses) > 1.5:
+            told.append(
+                f"accuracy on {len(guard.losses):,} validation samples fell from "
+                f"{guard.before:.2%} to {last.value:.2%}"
+            )
+    for each in told:
+        warnings.warn(each, stacklevel=4)
+
+
+_REASONS = {
+    "validation": "the loss of validation samples, which would rise by more than 10%",
+    "retained": "the loss of retained samples, which would rise too much",
+    "residual": "its system, which max_iterations do not solve",
+    "curvature": "the curvature, which is indefinite",
+    "range": "nothing: there is hardly an effect. Is weight_decay that of the training?",
+}

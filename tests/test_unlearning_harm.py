@@ -1,0 +1,357 @@
+"""No silent harm: whatever is asked of a default deletion, it is harmless, refused or warned of."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_diabetes, load_digits
+from torch import nn
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    gaussian_nll_loss,
+    l1_loss,
+    mse_loss,
+    one_hot,
+    softplus,
+)
+
+from lcodec_ext._torch.loss import is_much_worse
+from lcodec_ext.unlearning import Unlearner, doubts, unlearn
+
+M = 12  # samples to delete
+FAST = {"max_iterations": 12}  # of the Krylov spaces; 30 by default
+
+
+def digits(n=300):
+    """Training, validation and test samples."""
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return tuple((x[some], y[some]) for some in order.split([n, 300, len(y) - n - 300]))
+
+
+def mlp(inputs=64, outputs=10):
+    return nn.Sequential(nn.Linear(inputs, 24), nn.ReLU(), nn.Linear(24, outputs))
+
+
+def fit(model, data, epochs=60, loss=cross_entropy, rate=1e-2):
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data[1]), generator=generator).split(32):
+            optimizer.zero_grad()
+            loss(model(data[0][batch]), data[1][batch]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def started(make=mlp, *arguments):
+    torch.manual_seed(0)
+    return make(*arguments)
+
+
+@torch.no_grad()
+def quality(model, data, loss=cross_entropy):
+    """Mean loss, and accuracy where there are classes."""
+    outputs = model(data[0])
+    classes = outputs.ndim == 2 and data[1].ndim == 1 and not data[1].is_floating_point()
+    right = float((outputs.argmax(1) == data[1]).double().mean()) if classes else math.nan
+    return float(loss(outputs, data[1])), right
+
+
+def deleted(model, train, validation, m=M, loss=cross_entropy, **options):
+    """A default deletion of the first m samples: the model after it and what it warned of."""
+    forget, retain = (tuple(t[part] for t in train) for part in (slice(m), slice(m, None)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = unlearn(model, forget, retain, loss, **{"validation": validation} | FAST | options)
+    return result, [str(each.message) for each in caught]
+
+
+def harmed(before, after, train, test, m=M, loss=cross_entropy):
+    """Whether retained or test samples suffered: losses by a quarter, accuracy by a point."""
+    retain = tuple(t[m:] for t in train)
+    (old, _), (new, _) = quality(before, retain, loss), quality(after, retain, loss)
+    (loss_before, right), (loss_after, right_after) = (
+        quality(model, test, loss) for model in (before, after)
+    )
+    worse = new > old + abs(old) / 2 + 0.02 or loss_after > loss_before + abs(loss_before) / 4
+    return worse or right_after < right - 0.01
+
+
+@pytest.fixture(scope="module")
+def known():
+    train, validation, test = digits()
+    return fit(started(), train), train, validation, test
+
+
+# ---------------------------------------------------------------------------------------------
+# Validation samples
+
+
+def test_a_usual_deletion_is_silent_and_harmless(known):
+    model, train, validation, test = known
+    result, told = deleted(model, train, validation)
+    assert told == []
+    assert not harmed(model, result.model, train, test)
+    assert result.loss_forget.after > 1.5 * result.loss_forget.before
+
+
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_few_validation_samples_are_warned_of(known, size):
+    model, train, validation, _ = known
+    _, told = deleted(model, train, tuple(t[:size] for t in validation))
+    assert any(f"the mean loss of {size} validation samples is" in each for each in told)
+
+
+def test_chosen_validation_samples_are_warned_of(known):
+    """The hardest ones: their loss is no measure, and the deletion goes too far."""
+    model, train, validation, _ = known
+    losses = cross_entropy(model(validation[0]), validation[1], reduction="none")
+    few = losses.argsort(descending=True)[:25]
+    _, told = deleted(model, train, tuple(t[few] for t in validation))
+    assert any("validation samples is" in each and "as unsure" in each for each in told)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_trained_validation_samples_are_warned_of(known, share):
+    model, train, validation, _ = known
+    k = round(share * 200)
+    mixed = tuple(
+        torch.cat([t[50 : 50 + k], v[: 200 - k]]) for t, v in zip(train, validation, strict=True)
+    )
+    _, told = deleted(model, train, mixed)
+    assert any(f"{k} of 200 validation samples are training samples" in each for each in told)
+    _, told = deleted(model, train, tuple(t[:M] for t in train))
+    assert any(f"{M} of {M} validation samples are training samples" in each for each in told)
+
+
+def test_validation_samples_of_another_kind_are_warned_of(known):
+    model, train, (x, y), _ = known
+    generator = torch.Generator().manual_seed(0)
+    noise, shuffled = torch.rand(x.shape, generator=generator), y[torch.randperm(300)]
+    cases = (
+        ((x, torch.randint(10, y.shape, generator=generator)), "guessing"),
+        ((noise, shuffled), "the inputs of validation samples are others"),
+        ((x * 5, y), "the inputs of validation samples are others"),
+        ((x[y == 3], y[y == 3]), "the labels of validation samples are others"),
+    )
+    for validation, message in cases:
+        _, told = deleted(model, train, validation)
+        assert any(message in each for each in told), message
+
+
+def test_differences_by_chance_are_not_warned_of():
+    """Draws from one distribution, of few and of many classes."""
+    rng = np.random.default_rng(0)
+    for classes in (2, 10, 1000):
+        for n, k in ((256, 300), (256, 40), (40, 1000)):
+            a, b = (rng.integers(classes, size=size) for size in (n, k))
+            shares = doubts._shares(a, b, a[:5], 0.02)
+            assert not doubts._far(*shares, n, k)
+    for _ in range(50):
+        a, b = rng.standard_normal(256), rng.standard_normal(300)
+        chance = doubts._CHANCE * math.sqrt(1 / 256 + 1 / 300)
+        assert doubts._kolmogorov(a, b) < doubts._UNLIKE + chance
+        assert doubts._kolmogorov(a, b + 1.5) > doubts._UNLIKE + chance
+
+
+def test_distances_of_distributions():
+    assert doubts._kolmogorov(np.array([1.0, 2.0]), np.array([1.0, 2.0])) == 0
+    assert doubts._kolmogorov(np.array([1.0, 2.0]), np.array([3.0, 4.0])) == 1
+    assert doubts._kolmogorov(np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.5])) == 0.5
+    shares = doubts._shares(np.array([0, 0, 1]), np.array([1]), np.array([2]), 0.25)
+    assert shares[0] == pytest.approx([0.5, 0.25, 0.25])
+    assert shares[1] == pytest.approx([0.0, 1.0, 0.0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Requests and classes
+
+
+def test_large_requests_are_warned_of(known):
+    model, train, validation, _ = known
+    _, told = deleted(model, train, validation, m=150)
+    assert any("150 of 300 training samples" in each for each in told)
+    _, told = deleted(model, train, validation, m=290)
+    assert any("290 of 300 training samples" in each for each in told)
+
+
+def test_a_class_as_a_whole(known):
+    """Its validation samples do not count; what groups of other classes cannot tell is said."""
+    model, train, validation, test = known
+    order = (train[1] != 3).to(torch.int8).argsort(stable=True)
+    train, m = tuple(t[order] for t in train), int((train[1] == 3).sum())
+    result, told = deleted(model, train, validation, m)
+    others = tuple(t[test[1] != 3] for t in test)
+    assert not harmed(model, result.model, train, others, m)
+    assert (
+        result.guard.before == quality(model, tuple(t[validation[1] != 3] for t in validation))[1]
+        or result.skipped
+    )
+    assert any("a class was deleted as a whole" in each for each in told)
+
+
+def test_a_rare_class(known):
+    """Two of its four samples, and all four."""
+    _, train, validation, test = known
+    kept = (train[1] != 3) | (torch.cumsum(train[1] == 3, 0) <= 4)
+    train = tuple(t[kept] for t in train)
+    train = tuple(t[(train[1] != 3).to(torch.int8).argsort(stable=True)] for t in train)
+    model = fit(started(), train)
+    for m in (2, 4):
+        result, told = deleted(model, train, validation, m)
+        assert told or not harmed(model, result.model, train, test, m)
+
+
+def test_accuracy_that_falls_is_warned_of(known):
+    """After few epochs losses hardly rise where accuracy already falls."""
+    _, train, validation, test = known
+    for epochs in (0, 1):
+        model = fit(started(), train, epochs, rate=5e-3)
+        result, told = deleted(model, train, validation)
+        assert told or not harmed(model, result.model, train, test)
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses, weights and trainings
+
+
+def test_nothing_forgotten_is_warned_of(known):
+    """A weight decay that training did not have, losses of exactly 0, all but a bias frozen."""
+    model, train, validation, _ = known
+    for decay in (0.1, 10.0):
+        result, told = deleted(model, train, validation, weight_decay=decay)
+        assert result.loss_forget.after < 2 * result.loss_forget.before
+        assert any("forgets little" in each for each in told)
+    sure = fit(started(), train, 150)
+    with torch.no_grad():
+        for p in sure[2].parameters():
+            p.mul_(60)
+    result, told = deleted(sure, train, validation)
+    assert result.loss_forget.after == 0
+    assert any("forgets little" in each for each in told)
+    frozen = fit(started(), train)
+    for p in (*frozen[0].parameters(), frozen[2].weight):
+        p.requires_grad_(False)
+    _, told = deleted(frozen, train, validation)
+    assert any("forgets little" in each for each in told)
+
+
+def test_losses_of_any_kind(known):
+    """Soft labels, several labels, one logit, absolute differences; in float64; frozen layers."""
+    _, train, validation, test = known
+
+    def smooth(outputs, targets):
+        return cross_entropy(outputs, targets, label_smoothing=0.1)
+
+    def one_logit(outputs, targets):
+        return binary_cross_entropy_with_logits(outputs[:, 0], targets)
+
+    def coded(data):
+        return data[0], one_hot(data[1], 10).float()
+
+    def odd(data):
+        return data[0], (data[1] % 2).float()
+
+    def double(data):
+        return data[0].double(), data[1]
+
+    def half_frozen():
+        model = mlp()
+        model[0].requires_grad_(False)
+        return model
+
+    cases = (
+        (smooth, lambda data: data, mlp),
+        (binary_cross_entropy_with_logits, coded, mlp),
+        (one_logit, odd, lambda: mlp(64, 1)),
+        (l1_loss, coded, mlp),
+        (cross_entropy, double, lambda: mlp().double()),
+        (cross_entropy, lambda data: data, half_frozen),
+    )
+    for loss, prepared, make in cases:
+        data, held, others = map(prepared, (train, validation, test))
+        model = fit(started(make), data, 60, loss)
+        result, told = deleted(model, data, held, loss=loss)
+        assert told or not harmed(model, result.model, data, others, loss=loss)
+        assert result.loss_forget.after > result.loss_forget.before
+
+
+def test_regression():
+    x, y = load_diabetes(return_X_y=True)
+    x, y = torch.tensor(x, dtype=torch.float32) * 20, torch.tensor(y, dtype=torch.float32)[:, None]
+    train, validation, test = zip(x.split([250, 90, 102]), y.split([250, 90, 102]), strict=True)
+    for scale, epochs in ((1.0, 30), (100.0, 200)):
+        data, held, others = ((a, b / scale) for a, b in (train, validation, test))
+        model = fit(started(mlp, 10, 1), data, epochs, mse_loss)
+        result, told = deleted(model, data, held, loss=mse_loss)
+        assert told or not harmed(model, result.model, data, others, loss=mse_loss)
+        assert result.loss_forget.after > result.loss_forget.before
+
+
+def test_losses_below_zero():
+    """The likelihood of a density: a rise is measured against its size, not its sign."""
+    for before in (-5.0, -0.1, 0.0, 0.1, 5.0):
+        assert not is_much_worse(before, before)
+        assert not is_much_worse(before, before - 1)
+        assert is_much_worse(before, before + abs(before) / 2 + 0.051)
+        assert is_much_worse(before, math.nan)
+
+    def density(outputs, targets):
+        return gaussian_nll_loss(outputs[:, :1], targets, softplus(outputs[:, 1:]) + 1e-2)
+
+    x, y = load_diabetes(return_X_y=True)
+    x = torch.tensor(x, dtype=torch.float32) * 20
+    y = torch.tensor(y, dtype=torch.float32)[:, None] / 500
+    train, validation, test = zip(x.split([250, 90, 102]), y.split([250, 90, 102]), strict=True)
+    model = fit(started(mlp, 10, 2), train, 60, density)
+    assert quality(model, train, density)[0] < 0
+    result, told = deleted(model, train, validation, loss=density)
+    assert told or not harmed(model, result.model, train, test, loss=density)
+
+
+def test_what_was_learnt_by_heart(known):
+    """Labels at random, half of validation mislabelled, a few samples in all."""
+    _, (x, y), validation, test = known
+    generator = torch.Generator().manual_seed(0)
+    random = x, torch.randint(10, y.shape, generator=generator)
+    model = fit(started(), random, 200)
+    result, told = deleted(model, random, validation)
+    assert any("guessing" in each for each in told)
+    few = x[:40], y[:40]
+    model = fit(started(), few, 100)
+    result, told = deleted(model, few, validation, 5)
+    assert told or not harmed(model, result.model, few, test, 5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ledgers
+
+
+def test_nothing_is_written_where_a_warning_is_an_error(known, tmp_path):
+    """Every warning comes before the ledger's line."""
+    model, train, validation, _ = known
+    few = tuple(t[:5] for t in validation)
+    weights = [p.clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Unlearner(
+            model, train, cross_entropy, directory=tmp_path, validation=few, **FAST
+        ) as stream:
+            with pytest.raises(UserWarning, match="mean loss of 5 validation samples"):
+                stream.remove(range(M))
+            assert (len(stream.ledger), stream.removed) == (1, ())
+            for new, old in zip(stream.model.parameters(), weights, strict=True):
+                assert torch.equal(new, old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Unlearner(
+            model, train, cross_entropy, validation=validation, weight_decay=0.1, **FAST
+        ) as stream:
+            with pytest.raises(UserWarning, match="forgets little"):
+                stream.remove(range(M))
+            assert (len(stream.ledger), stream.removed) == (1, ())
