@@ -21,7 +21,7 @@ from lcodec_ext.unlearning.descent import Losses, descend, masks_of
 from lcodec_ext.unlearning.repair import recalibrate
 from lcodec_ext.unlearning.step import Block
 
-_BATCH = 128  # retained samples, and a quarter as many removed ones beside them
+BATCH = 128  # retained samples, and a quarter as many removed ones beside them
 _HARD, _HARD_SHARE = 0.15, 0.4  # the retained samples that lose most, and their share of a batch
 _KEPT, _FRESH = 0.5, 0.2  # of the weights, in a copy that is trained again
 _CONFIDENCE = (
@@ -48,7 +48,7 @@ class Pass:
 
     def batches(self, n: int) -> int:
         """How many of n samples it takes."""
-        return max(_FEWEST, math.ceil(self.epochs * n / _BATCH))
+        return max(_FEWEST, math.ceil(self.epochs * n / BATCH))
 
 
 COPY = Pass(epochs=1.5, rate=0.1, warm=0.2, stream=8)
@@ -78,7 +78,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
         return finite_loss(work.loss_fn, outputs_of(model, batch), batch.targets, "retain")
 
     def losses() -> Losses:
-        for numbers in _draws(len(retained), _BATCH, total, rng):
+        for numbers in _draws(len(retained), BATCH, total, rng):
             yield partial(loss_of, retained.fetch(numbers))
 
     try:
@@ -148,11 +148,11 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
     rng = np.random.default_rng([work.settings.seed, how.stream])
     total = how.batches(len(retained))
     hard = _hardest(block, teacher)
-    n_hard = int(_HARD_SHARE * _BATCH)
+    n_hard = int(_HARD_SHARE * BATCH)
     streams = (
-        _draws(len(retained), _BATCH - n_hard, total, rng),
+        _draws(len(retained), BATCH - n_hard, total, rng),
         _draws(len(hard), n_hard, total, rng),
-        _draws(len(forget), _BATCH // 4, total, rng),
+        _draws(len(forget), BATCH // 4, total, rng),
     )
 
     def loss_of(kept: Batch, removed: Batch, targets: Tensor) -> Tensor:
