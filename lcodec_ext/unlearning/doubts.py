@@ -175,7 +175,7 @@ def warn_of_shortfall(
             f"by, cannot tell how far to go. Its samples lose {after.forget_loss:.3g} now; a model "
             "that never saw their class would hardly recognise any"
         )
-    level = max(target, *found.control_after)
+    level = max((target, *found.control_after))
     if before.forget_loss <= target and after.forget_loss > OUTLIERS * level and level > 0:
         told.append(
             f"the deleted samples lose {after.forget_loss:.3g} now, more than {OUTLIERS:g} times "
