@@ -504,6 +504,7 @@ def test_a_whole_class_is_compared_with_others(trained):
     assert result.calibration.groups_of == "classes"
 
 
+@pytest.mark.filterwarnings("ignore:the deletion forgets little")  # of so small a model
 def test_a_stream_asks_for_groups_of_the_same_kind(trained, tmp_path):
     model, train, users, held = trained
     ids = [f"u{k}" for k in users.tolist()]

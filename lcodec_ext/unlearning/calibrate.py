@@ -14,7 +14,14 @@ from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
-from lcodec_ext.unlearning.control import control_groups, few, known_classes, measured, some_of_pool
+from lcodec_ext.unlearning.control import (
+    Control,
+    control_groups,
+    few,
+    known_classes,
+    measured,
+    some_of_pool,
+)
 from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
@@ -116,12 +123,14 @@ class Calibration:
     tried: int
 
     @classmethod
-    def without_a_step(cls, harm: "Harm", unlike: float) -> "Calibration":
+    def without_a_step(
+        cls, harm: "Harm", control: Control, before: tuple[float, ...], unlike: float
+    ) -> "Calibration":
         """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
         return cls(
             strength=math.inf,
             stopped_by="outliers",
-            control_before=(),
+            control_before=before,
             control_after=(),
             control=math.nan,
             spread=math.nan,
@@ -133,8 +142,8 @@ class Calibration:
             unlike=unlike,
             finish=0,
             finish_by="",
-            group_size=0,
-            groups_of="samples",
+            group_size=control.size,
+            groups_of=control.of,
             n_validation=len(harm.validation),
             products=0,
             attack_before=math.nan,

@@ -176,7 +176,8 @@ def warn_of_shortfall(
             "that never saw their class would hardly recognise any"
         )
     level = max([target, *found.control_after])
-    if not found.outliers and before.forget_loss <= target and after.forget_loss > OUTLIERS * level and level > 0:
+    far = after.forget_loss > OUTLIERS * level > 0
+    if before.forget_loss <= target and far and not found.outliers:
         told.append(
             f"the deleted samples lose {after.forget_loss:.3g} now, more than {OUTLIERS:g} times "
             f"what samples that were never seen or control groups do ({level:.3g}): the deletion "

@@ -22,7 +22,7 @@ from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.step import Block
 
 BATCHED = 5000  # retained samples, from which on mini-batches finish
-ITERATIONS = 30  # of L-BFGS on fewer
+ITERATIONS = 22  # of L-BFGS on fewer
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
 _LINE_SEARCH = 25  # evaluations

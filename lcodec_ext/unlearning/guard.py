@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
-from lcodec_ext.unlearning.control import of_classes_that_stay
+from lcodec_ext.unlearning.control import control_groups, of_classes_that_stay
 from lcodec_ext.unlearning.finish import UNLIKE, Finish, finish_outliers, finish_step, unlikeness
+from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.step import Block, Steps, take_steps
@@ -189,10 +191,15 @@ def _instead_of_a_step(
         return None, math.nan
     with block.work.timed("calibration"):
         unlike = unlikeness(block, harm.retained)
-    done = finish_outliers(block, harm, known=False) if unlike >= UNLIKE else None
+        if not unlike >= UNLIKE:
+            return None, unlike
+        rng = np.random.default_rng([block.work.settings.seed, 12])
+        control = control_groups(block, rng, FEWEST)
+        before = tuple(block.work.mean_loss(each) for each in control.groups)
+    done = finish_outliers(block, harm, known=False)
     if done is None:
         return None, unlike
-    found = Calibration.without_a_step(harm, unlike)
+    found = Calibration.without_a_step(harm, control, before, unlike)
     attempt = _finished(block, guard, harm, found, Steps(), done)
     if attempt.accepted:
         return attempt, unlike

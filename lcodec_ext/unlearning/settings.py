@@ -261,7 +261,7 @@ class CalibrateSettings:
         requests together.
     finish : int, optional
         Of the retained objective, after the step; for outliers instead of it. None: mini-batches
-        where 5000 samples or more are retained, else for outliers 30 iterations of L-BFGS. 0: none.
+        where 5000 samples or more are retained, else for outliers 22 iterations of L-BFGS. 0: none.
         A number: at most so many iterations of L-BFGS, for outliers.
     """
 

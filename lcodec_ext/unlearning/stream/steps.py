@@ -3,9 +3,9 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import ParameterSelection, Selection
+from lcodec_ext.unlearning.estimate import Estimate
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.guard import drop_unit
 from lcodec_ext.unlearning.privacy import Guarantee
@@ -29,7 +30,9 @@ from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream.given import Given
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import Ledger
-from lcodec_ext.unlearning.unlearn import unlearn
+
+#: What is done with a request.
+Done = TypeVar("Done", UnlearnResult, Estimate)
 
 _LISTED = 10  # sample numbers in an error message
 _MEASURED = 256  # retained samples on which the noise of a release is measured, unless n_monitor
@@ -153,10 +156,11 @@ def take_step(
     numbers: Sequence[int],
     retain: NDArray[np.int64],
     *,
+    do: Callable[..., Done],
     by_group: bool = False,
     **changed: Any,
-) -> UnlearnResult:
-    """Remove samples with the settings of a stream; `changed` overrides some.
+) -> Done:
+    """Remove samples with the settings of a stream, or estimate it; `changed` overrides some.
 
     Where whole groups are asked for, `by_group`, groups are what the request is compared with. The
     result has no noise, which is for releases.
@@ -166,7 +170,7 @@ def take_step(
     if guarded and validation is None and statistics is None:
         validation = _watched(given, retain)
     groups = given.groups if by_group and statistics is None else None
-    return unlearn(
+    return do(
         model,
         given.train.subset(numbers),
         None if statistics is not None else given.train.subset(retain.tolist()),
