@@ -114,6 +114,8 @@ def _fitted(
         if size == len(samples) or last > (_ENOUGH if size >= _FEW else _VERY_LONG):
             break
         size = min(_GROWTH * size, len(samples))
+    if len(found) == 1 and size > 1:
+        found.insert(0, (1, [_fastest(work, call) for call in calls(samples.subset([0]).loaded())]))
     if len(found) == 1:
         return [Rate(0.0, seconds) for seconds in found[0][1]]
     (n, before), (m, after) = found[0], found[-1]
@@ -160,7 +162,7 @@ class _Built:
 
 def _line(found: Mapping[int, float]) -> Graphs:
     if len(found) < 2:
-        return Graphs(0.0, sum(found.values()))
+        return Graphs(0.0, sum(found.values()) / max(1, sum(found)))
     few, many = min(found), max(found)
     sample = max(0.0, (found[many] - found[few]) / (many - few))
     return Graphs(max(0.0, found[few] - few * sample), sample)
