@@ -66,7 +66,7 @@ class Rates:
             total += sum(rate.of(times, n, size) for times, n in getattr(phase, kind))
         each = work.columns * work.sizes.p
         if work.method == "lanczos":
-            each *= work.iterations
+            each *= work.columns * work.iterations
         total += phase.solves * (self.solve.batch + each * self.solve.sample)
         return total + phase.selections * self.selection
 
@@ -208,7 +208,7 @@ def _solve_rate(work: Workplace, p: int) -> Rate:
             conjugate_gradient(lambda V: scale[:, 0] * V, b[:, 0], **options)
 
         solve()
-        found.append((n * columns * (iterations if krylov else 1), _fastest(work, solve)))
+        found.append((n * columns * (columns * iterations if krylov else 1), _fastest(work, solve)))
     (n, before), (m, after) = found[0], found[-1]
     each = max(0.0, (after - before) / (m - n)) if m > n else 0.0
     return Rate(max(0.0, after - m * each) / iterations, each / iterations)
