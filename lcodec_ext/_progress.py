@@ -20,6 +20,13 @@ def progress_bar(enabled: bool, **options: Any) -> Any:
     return tqdm(disable=not enabled, **options)
 
 
+def progress_line(enabled: bool, text: str) -> None:
+    """A line among the bars."""
+    if enabled:
+        with progress_bar(True, total=0, bar_format="{desc}", desc=text):
+            pass
+
+
 class _Silent:
     """Stands in for a disabled bar where tqdm is not installed."""
 

@@ -948,6 +948,30 @@ def test_by_default_the_budget_is_that_of_one_release():
     assert 1 <= release_until_refused(stream) <= 3
 
 
+@pytest.mark.parametrize("action", ["default", "ignore", "error"])
+def test_what_a_removal_warns_of_is_on_record(folder, monkeypatch, action):
+    def warning(*given, **options):
+        warnings.warn("it went too far", stacklevel=2)
+        warnings.warn("an old name", DeprecationWarning, stacklevel=2)  # of no use to a reader
+        return step(*given, **options)
+
+    stream = make(folder)
+    monkeypatch.setattr(steps, "unlearn", warning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        if action == "error":
+            with pytest.raises(UserWarning, match="it went too far"):
+                stream.remove(1)
+            assert (len(stream.ledger), stream.removed) == (1, ())
+            return
+        stream.remove(1)
+    assert stream.ledger[-1].environment["warnings"] == ["it went too far"]
+    assert len(caught) == (2 if action == "default" else 0)
+    monkeypatch.setattr(steps, "unlearn", step)
+    stream.remove(2)
+    assert stream.ledger[-1].environment["warnings"] == []
+
+
 def test_a_release_warns_where_its_noise_spoils_the_model(folder):
     x, y = make_data()
     stream = make(folder, **OPTIONS, epsilon_budget=9.0, delta_budget=0.1, n_monitor=10)

@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lcodec_ext._torch.samples import as_samples
+from lcodec_ext._torch.states import state_hash, state_of
 from lcodec_ext.unlearning import TrainingStatistics, Unlearner, unlearn, verify_ledger
 from lcodec_ext.unlearning.control import control_groups
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.request import Kept, Retained
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.stream import LedgerError, steps
-from lcodec_ext.unlearning.stream.checkpoints import state_hash, state_of
 from unlearner_process import N, make_data, make_model, step
 
 OWNERS = [f"u{k % 8}" for k in range(N)]  # u3 has the samples 3, 11, 19, 27, 35

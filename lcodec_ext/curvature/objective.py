@@ -64,7 +64,7 @@ class Objective:
 
     Parameters
     ----------
-    model, loss_fn, data, selection, dtype, reduction, progress
+    model, loss_fn, data, selection, dtype, reduction, progress, cache_bytes
         As `HessianOperator` takes them.
 
     Attributes
@@ -83,11 +83,13 @@ class Objective:
         dtype: torch.dtype | None,
         reduction: str,
         progress: bool,
+        cache_bytes: int | None = None,
     ) -> None:
         check_module(model)
         check_loss_fn(loss_fn)
         self.reduction = check_choice(reduction, "reduction", ("mean", "sum"))
         self.progress = check_bool(progress, "progress")
+        self.cache_bytes = cache_bytes
         self.masked = MaskedModel(model, selection, dtype)
         self.selection = selection
         self.loss_fn = loss_in(self.masked.dtype, loss_fn)

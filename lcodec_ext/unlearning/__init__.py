@@ -19,6 +19,7 @@ from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext.curvature import ParameterSelection, UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
+from lcodec_ext.unlearning.estimate import Estimate, estimate
 from lcodec_ext.unlearning.groups import samples_of
 from lcodec_ext.unlearning.patch import PatchedTensor, WeightPatch
 from lcodec_ext.unlearning.privacy import (
@@ -63,6 +64,7 @@ __all__ = [
     "BeforeAfter",
     "Calibration",
     "CertifiedLinear",
+    "Estimate",
     "Evaluation",
     "Guarantee",
     "IndefiniteCurvatureError",
@@ -84,6 +86,7 @@ __all__ = [
     "Verification",
     "WeightPatch",
     "add_noise",
+    "estimate",
     "evaluate",
     "gaussian_delta",
     "gaussian_sigma",

@@ -21,6 +21,7 @@ RISE = 0.1  # of the validation loss, that a deletion may cause; and that any co
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
 _DECADES = 10  # of dampings, from ten times the largest curvature downwards
 _BISECTIONS = 4  # of a decade: the damping is found to within 15%
+TRIALS = _DECADES - 1 + _BISECTIONS  # dampings after the first one, at most
 
 
 @dataclass(frozen=True)

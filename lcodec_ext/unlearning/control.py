@@ -11,6 +11,7 @@ from torch import Tensor
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.step import Block
 
 _BASIS_BYTES = 2**31  # of the Krylov spaces, all together
@@ -39,12 +40,7 @@ def control_groups(block: Block, rng: np.random.Generator) -> Control:
     work, forget = block.work, block.part.forget
     pool = block.retained.pool
     assert pool is not None  # settings that calibrate have one
-    each = (
-        block.start.numel()
-        * block.start.element_size()
-        * ((work.settings.max_iterations or 30) + 1)
-    )
-    count = max(FEWEST, min(work.settings.control_groups, _BASIS_BYTES // each - 1))
+    count = groups_that_fit(work.settings, block.start.nbytes)
     if block.retained.users is not None:
         return Control([pool.subset(own).loaded() for own in block.retained.users[:count]], "users")
     size = min(len(forget), len(pool))
@@ -60,6 +56,12 @@ def control_groups(block: Block, rng: np.random.Generator) -> Control:
         groups.append(pool.subset(sorted(group)).loaded())
     gone = labels is not None and wanted is not None and not np.isin(wanted, labels).any()
     return Control(groups, "classes" if gone else "samples")
+
+
+def groups_that_fit(settings: Settings, vector_bytes: int) -> int:
+    """How many control groups: as asked for, or fewer where their Krylov spaces are too large."""
+    each = vector_bytes * ((settings.max_iterations or 30) + 1)
+    return max(FEWEST, min(settings.control_groups, _BASIS_BYTES // each - 1))
 
 
 def _drawn(
@@ -114,4 +116,5 @@ def some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
     """At most 1000 retained samples that the step does not read."""
     pool = block.retained.pool
     assert pool is not None
-    return pool.subset(np.sort(rng.permutation(len(pool))[:GUARD_SIZE]).tolist()).loaded()
+    most = min(GUARD_SIZE, block.work.settings.n_guard or GUARD_SIZE)
+    return pool.subset(np.sort(rng.permutation(len(pool))[:most]).tolist()).loaded()

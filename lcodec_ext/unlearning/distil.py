@@ -21,13 +21,11 @@ from lcodec_ext.unlearning.descent import Losses, descend, masks_of
 from lcodec_ext.unlearning.repair import recalibrate
 from lcodec_ext.unlearning.step import Block
 
-_BATCH = 128  # retained samples, and a quarter as many removed ones beside them
+BATCH = 128  # retained samples, and a quarter as many removed ones beside them
 _HARD, _HARD_SHARE = 0.25, 0.4  # the retained samples that lose most, and their share of a batch
 _LED = 0.6  # weight of the removed samples' outputs beside the loss
 _KEPT, _FRESH = 0.5, 0.2  # of the weights, in a copy that is trained again
-_CONFIDENCE = (
-    1.1  # the copy's logits on removed samples, as a share of the model's on retained ones
-)
+_CONFIDENCE = 1.1  # norm of the copy's logits, as a share of the model's on retained samples
 _MEASURED = 1000  # retained samples whose logits are measured, and that batch norms are set by
 
 _EACH: dict[str, Callable[..., Tensor]] = {
@@ -49,7 +47,7 @@ class Pass:
 
     def batches(self, n: int) -> int:
         """How many of n samples it takes."""
-        return max(self.least, math.ceil(self.epochs * n / _BATCH))
+        return max(self.least, math.ceil(self.epochs * n / BATCH))
 
 
 COPY = Pass(epochs=1.3, rate=0.1, warm=0.2, least=150, stream=8)
@@ -79,7 +77,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
         return finite_loss(work.loss_fn, outputs_of(model, batch), batch.targets, "retain")
 
     def losses() -> Losses:
-        for numbers in _draws(len(retained), _BATCH, total, rng):
+        for numbers in _draws(len(retained), BATCH, total, rng):
             yield partial(loss_of, retained.fetch(numbers))
 
     try:
@@ -149,11 +147,11 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
     rng = np.random.default_rng([work.settings.seed, how.stream])
     total = how.batches(len(retained))
     hard = _hardest(block, teacher)
-    n_hard = int(_HARD_SHARE * _BATCH)
+    n_hard = int(_HARD_SHARE * BATCH)
     streams = (
-        _draws(len(retained), _BATCH - n_hard, total, rng),
+        _draws(len(retained), BATCH - n_hard, total, rng),
         _draws(len(hard), n_hard, total, rng),
-        _draws(len(forget), _BATCH // 4, total, rng),
+        _draws(len(forget), BATCH // 4, total, rng),
     )
 
     def loss_of(kept: Batch, removed: Batch, targets: Tensor) -> Tensor:

@@ -172,9 +172,8 @@ def warn_of_shortfall(
     if found.groups_of == "classes" and not found.finish:
         told.append(
             "a class was deleted as a whole: groups of other classes, which the strength was found "
-            "by, cannot tell how far that has to go. The deleted samples lose "
-            f"{after.forget_loss:.3g} now; a model that never saw their class would "
-            "hardly recognise any"
+            f"by, cannot tell how far to go. Its samples lose {after.forget_loss:.3g} now; a model "
+            "that never saw their class would hardly recognise any"
         )
     level = max([target, *found.control_after])
     far = after.forget_loss > OUTLIERS * level > 0

@@ -24,7 +24,7 @@ from lcodec_ext.unlearning.step import Block
 BATCHED = 5000  # retained samples, from which on mini-batches finish
 ITERATIONS = 22  # of L-BFGS on fewer
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
-_MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
+MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
 _LINE_SEARCH = 25  # evaluations
 _PATIENCE = 8  # iterations without one that holds that end it
 
@@ -169,7 +169,7 @@ def _lbfgs(block: Block, harm: Harm) -> int:
 def _some(block: Block) -> Samples:
     """The retained samples, or a draw from very many."""
     retained = block.retained.all
-    if len(retained) <= _MOST:
+    if len(retained) <= MOST:
         return retained
     order = np.random.default_rng([block.work.settings.seed, 7]).permutation(len(retained))
-    return retained.subset(np.sort(order[:_MOST]).tolist()).loaded()
+    return retained.subset(np.sort(order[:MOST]).tolist()).loaded()

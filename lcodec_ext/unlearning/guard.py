@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from lcodec_ext._torch.loss import NotFiniteError
+from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
 from lcodec_ext.unlearning.control import (
@@ -23,7 +24,7 @@ from lcodec_ext.unlearning.step import Block, Steps, take_steps
 from lcodec_ext.unlearning.workplace import Workplace
 
 _LONGEST = 8.0  # multiple of a step, by lengthening it
-_LENGTHS = 6  # that are tried
+LENGTHS = 6  # that are tried
 _ERRORS = 2.0  # standard errors that a rise of losses may be chance
 _CLASSIFIED = 0.01  # a rise of a classifier's mean loss up to this does no harm
 _SHORT = 1.0  # relative residual of a step that falls short
@@ -70,13 +71,26 @@ class Guard:
 
     @property
     def most(self) -> float:
-        """The largest fall that is allowed."""
+        """The largest fall that is allowed; of losses above 1, as a share of them."""
         most = self.work.settings.max_drop
-        return math.inf if most is None else most
+        return math.inf if most is None else most * self.unit
+
+    @property
+    def unit(self) -> float:
+        """What falls are counted in."""
+        return drop_unit(self.before, self.work.score)
 
     def allows(self, value: float) -> bool:
         """Whether the fall since the start is within max_drop. NaN is refused."""
         return self.work.settings.max_drop is None or self.before - value <= self.most
+
+
+def drop_unit(before: float, score: Score | None) -> float:
+    """What max_drop counts in: 1, or where losses above 1 are watched, their size.
+
+    They may be of any scale; accuracy is at most 1.
+    """
+    return max(1.0, abs(before)) if score is None else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +168,7 @@ def _attempt(
 ) -> Attempt:
     guard = watch.guard
     steps = take_steps(block, damping, rate)
+    damping = damping if steps.damping is None else steps.damping
     if steps.failure is not None:
         if guard is None:
             raise steps.failure
@@ -235,7 +250,8 @@ def _finished(
         finish_by=done.by,
     )
     holds = not harm.broken(validation, retained)
-    accepted = holds and (guard is None or guard.allows(value))
+    solved = steps.residual <= _SHORT  # by products, where the search went by the recurrence
+    accepted = solved and holds and (guard is None or guard.allows(value))
     return Attempt(found.strength, steps, value=value, accepted=accepted, calibration=found)
 
 
@@ -260,7 +276,7 @@ def _adjusted(block: Block, watch: Watch, unread_loss: float, steps: Steps) -> t
     if guard is None:
         return (_lengthened(take, small, length) if lengthens else length), True
     fall = guard.before - guard.now()
-    harmed = settings.repair_drop is None or fall > settings.repair_drop
+    harmed = settings.repair_drop is None or fall > settings.repair_drop * guard.unit
     for halving in range(1, settings.halvings + 1):
         if fall <= guard.most:
             break
@@ -277,7 +293,7 @@ def _lengthened(take: Callable[[float], None], small: Callable[[], bool], length
     low, high = 1.0, math.inf
     if not small():
         return length
-    for _ in range(_LENGTHS):
+    for _ in range(LENGTHS):
         length = 2 * low if high == math.inf else (low + high) / 2
         take(length)
         low, high = (length, high) if small() else (low, length)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,7 @@ class Kept:
     users: list[list[int]] | None  # groups of whole users in the pool
     _settings: Settings
     _order: NDArray[np.int64]
+    _groups: Groups | None
 
     @classmethod
     def drawn(
@@ -81,12 +82,17 @@ class Kept:
         if settings.n_monitor is not None and settings.n_monitor < len(monitored):
             few = _rng(settings).permutation(len(monitored))[: settings.n_monitor]
             monitored = _some(monitored, few)
-        return cls(samples, read, monitored, pool, users, settings, order)
+        return cls(samples, read, monitored, pool, users, settings, order, groups)
+
+    def drawn_again(self, settings: Settings, m: int) -> "Kept":
+        """The same samples, drawn from as other settings say."""
+        return Kept.drawn(self.all, settings, m, self._groups)
 
     def unread(self) -> Samples:
         """Samples that no step reads, or where all are read, of all."""
         unread = self._order[len(self.read) :]
-        return _some(self.all, (unread if len(unread) else self._order)[:GUARD_SIZE])
+        most = min(GUARD_SIZE, self._settings.n_guard or GUARD_SIZE)
+        return _some(self.all, (unread if len(unread) else self._order)[:most])
 
     def with_samples(self, others: Samples) -> Retained:
         """Retain also others, the samples of the request whose turn comes later."""
@@ -147,6 +153,11 @@ class Request:
         """Samples to remove."""
         return len(self.forget)
 
+    def drawn_again(self, settings: Settings) -> "Request":
+        """The same request, its samples drawn as other settings say."""
+        kept = self.kept and self.kept.drawn_again(settings, self.m)
+        return replace(self, kept=kept, validation=_at_most(self.validation, settings))
+
     @property
     def monitored(self) -> Samples | None:
         """Retained samples on which losses and gradients are measured."""
@@ -203,7 +214,15 @@ def checked_request(
     if kept is not None:
         with work.timed("monitoring"):
             drawn = Kept.drawn(kept, work.settings, m, groups)
-    return Request(removed, drawn, held, statistics, n_retain)
+    return Request(removed, drawn, _at_most(held, work.settings), statistics, n_retain)
+
+
+def _at_most(held: Samples | None, settings: Settings) -> Samples | None:
+    """Validation samples, drawn from where there are more than the settings allow."""
+    if held is None or settings.n_guard is None or len(held) <= settings.n_guard:
+        return held
+    order = np.random.default_rng([settings.seed, 8]).permutation(len(held))
+    return _some(held, order[: settings.n_guard])
 
 
 def _check_roles(

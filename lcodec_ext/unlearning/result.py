@@ -13,6 +13,7 @@ from lcodec_ext.curvature import ParameterSelection, Selection, SolveResult
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.deletion import Deletion
+from lcodec_ext.unlearning.estimate import Estimate
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.privacy import Guarantee
@@ -100,6 +101,10 @@ class UnlearnResult:
         What (epsilon, delta) mean for this result: certified, heuristic, or nothing.
     seconds : dict of str to float
         Time taken by each phase, and in "total".
+    chosen : dict of str to Any
+        Settings that `max_seconds`, `budget` and `max_memory` lowered; `settings` has them too.
+    estimate : Estimate or None
+        What was expected beforehand, with these options or progress=True.
     """
 
     model: nn.Module
@@ -133,6 +138,8 @@ class UnlearnResult:
     calibration: Calibration | None
     guarantee: Guarantee
     seconds: dict[str, float]
+    chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    estimate: Estimate | None = None
     _patch: WeightPatch | None = None
 
     def patch(self) -> WeightPatch:
@@ -157,6 +164,8 @@ class UnlearnResult:
         values = {name: getattr(self, name) for name in fields}
         if self.foci is not None:
             values["foci"] = {"names": self.foci.names, "T": self.foci.cumulative}
+        if self.estimate is not None:
+            values["estimate"] = self.estimate.to_dict()
         return json_ready(values)
 
     def __repr__(self) -> str:
@@ -191,6 +200,8 @@ class UnlearnResult:
                 + "s" * (self.attempts > 1)
                 + ", repaired" * self.repaired
             )
+        if self.estimate is not None and self.settings.bounded:
+            lines.append(f"  cost          {self.estimate.line()} expected")
         if self.calibration is not None:
             lines.append(f"  calibration   {self.calibration}")
         if self.guarantee.kind != "none":
@@ -231,6 +242,7 @@ class Outcome(NamedTuple):
     step_norm: float
     guarantee: Guarantee
     patch: WeightPatch | None
+    estimate: Estimate | None
 
 
 def result_of(
@@ -242,7 +254,7 @@ def result_of(
     outcome: Outcome,
 ) -> UnlearnResult:
     """Put together what there is to say of deletions."""
-    before, after, selection, step_norm, guarantee, patch = outcome
+    before, after, selection, step_norm, guarantee, patch, cost = outcome
     last = deletions[-1]
     layout = selection.layout(work.model)
     solves = [solve for deletion in deletions for solve in deletion.solves]
@@ -280,6 +292,8 @@ def result_of(
         calibration=last.last.calibration,
         guarantee=guarantee,
         seconds=work.clock.seconds,
+        chosen={} if cost is None else cost.chosen,
+        estimate=cost,
         _patch=patch,
     )
 

@@ -113,7 +113,7 @@ def take(
     if not ranked:
         raise ValueError(f"selection={settings.selection!r} finds no unit to change")
     sizes = dict(zip(candidates.units, candidates.sizes.tolist(), strict=True))
-    left = settings.budget(n_trainable)
+    left = settings.parameters_allowed(n_trainable)
     most = settings.n_units or len(candidates.units)
     chosen: dict[str, list[int]] = {}
     count = 0
@@ -242,7 +242,7 @@ def _by_step(question: Question) -> Choice:
     else:
         every = question.candidates.selection
     block, moved = _step(question, every)
-    most = int(settings.budget(question.work.n_trainable))
+    most = int(settings.parameters_allowed(question.work.n_trainable))
     count = min(most, int(torch.count_nonzero(moved)))
     if not count:
         raise ValueError(
@@ -297,7 +297,7 @@ def _by_lfoci(question: Question) -> Choice:
     work, settings, candidates = question.work, question.work.settings, question.candidates
     recording = question.recorded()
     most = settings.n_units
-    budget = settings.budget(work.n_trainable)
+    budget = settings.parameters_allowed(work.n_trainable)
     if budget < math.inf:
         fit = np.searchsorted(np.cumsum(np.sort(candidates.sizes)), budget, side="right")
         most = max(1, int(fit))
@@ -323,7 +323,7 @@ def _by_cheap(question: Question) -> Choice:
         if not taken or not recording.finite:
             raise
         return nothing  # the loss depends on no further unit
-    budget = settings.budget(work.n_trainable)
+    budget = settings.parameters_allowed(work.n_trainable)
     for (layer, unit), T in zip(ranked, values, strict=True):
         chosen = UnitSelection({layer: [unit]})
         fits = (taken | chosen).size(work.model) <= budget

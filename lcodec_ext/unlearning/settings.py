@@ -130,7 +130,7 @@ class SelectSettings:
     n_units: int | None = _integer(None, 1)
     max_parameters: int | float | None = field(default=None, metadata={"check": _check_share})
 
-    def budget(self, n_trainable: int) -> float:
+    def parameters_allowed(self, n_trainable: int) -> float:
         """Most parameters that may be selected; infinite without a limit."""
         if self.max_parameters is None:
             return math.inf
@@ -296,9 +296,11 @@ class GuardSettings:
 
     Attributes
     ----------
+    n_guard : int, optional
+        Most validation samples that are used, and most retained ones on which harm is looked for.
     max_drop : float, optional
-        How far accuracy may fall, or without one the mean loss may rise; beyond it, the step is
-        halved or undone.
+        How far accuracy may fall, or without one the mean loss may rise, of losses above 1 as a
+        share of them; beyond it, the step is halved or undone. `repair_drop` counts alike.
     halvings : int
         How often a step beyond max_drop is halved.
     lengthen : float, optional
@@ -308,6 +310,7 @@ class GuardSettings:
         How often a step that is still beyond it is tried again, with ten times the damping.
     """
 
+    n_guard: int | None = _integer(None, 1)
     max_drop: float | None = _real(None)
     halvings: int = _integer(0, 0)
     lengthen: float | None = _real(None)
@@ -382,6 +385,8 @@ class ComputeSettings:
     ----------
     batch_size : int
         Most samples in a forward pass.
+    cache_bytes : int
+        Of graphs that are kept from one product with the curvature to the next.
     dtype : torch.float32 or torch.float64, optional
         Of all computations; by default float64 for models in float64, else float32.
     seed : int
@@ -389,12 +394,69 @@ class ComputeSettings:
     """
 
     batch_size: int = _integer(256, 1)
+    cache_bytes: int = _integer(2**29, 0)
     dtype: torch.dtype | None = field(default=None, metadata={"check": _check_dtype})
     seed: int = field(default=0, metadata={"check": _check_seed})
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostSettings:
+    """What a deletion may cost; `lcodec_ext.unlearning.estimate` says what it will.
+
+    With any of these, other settings are lowered until the deletion fits (docs/unlearning.md says
+    in which order), and no solution with a residual above 1 is taken.
+
+    Attributes
+    ----------
+    max_seconds : float, optional
+        The most seconds that a deletion may take on this machine.
+    budget, training_seconds : float, optional
+        Instead: a share of what training took, in seconds on this machine.
+    max_memory : int, optional
+        Bytes that a deletion may take beside the given model and data.
+    """
+
+    max_seconds: float | None = _real(None)
+    budget: float | None = _real(None)
+    training_seconds: float | None = _real(None)
+    max_memory: int | None = _integer(None, 1)
+
+    @property
+    def seconds_allowed(self) -> float:
+        """Infinite without a limit."""
+        if self.budget is not None and self.training_seconds is not None:
+            return self.budget * self.training_seconds
+        return math.inf if self.max_seconds is None else self.max_seconds
+
+    @property
+    def bounded(self) -> bool:
+        """Whether time or memory is limited."""
+        return self.seconds_allowed < math.inf or self.max_memory is not None
+
+    def _check_cost(self: Any) -> None:
+        if (self.budget is None) != (self.training_seconds is None):
+            raise ValueError(
+                "budget, a share, and training_seconds, what it is a share of, belong together; "
+                f"got budget={self.budget!r} and training_seconds={self.training_seconds!r}"
+            )
+        if self.budget is not None and self.max_seconds is not None:
+            raise ValueError(
+                f"max_seconds={self.max_seconds:g} and budget={self.budget:g} both limit the time; "
+                "give one of them"
+            )
+        for name in ("max_seconds", "budget", "training_seconds"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be positive; got 0")
+        if self.update == "certified" and self.bounded:
+            raise ValueError(
+                "update='certified' has a theorem for the whole step and cannot be made cheaper; "
+                "leave out max_seconds, budget and max_memory"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings(
+    CostSettings,
     ComputeSettings,
     PrivacySettings,
     RepairSettings,
@@ -409,7 +471,8 @@ class Settings(
     ``Settings.preset("recommended", damping=0.1)`` makes one; `unlearn` and `Unlearner` take the
     same names as keywords. Each phase has a class of its own, which describes its options:
     `SelectSettings`, `RecordSettings`, `StepSettings`, `CalibrateSettings`, `GuardSettings`,
-    `RepairSettings`, `PrivacySettings` and `ComputeSettings`. `to_dict` and `from_dict` go through
+    `RepairSettings`, `PrivacySettings`, `ComputeSettings` and `CostSettings`. `to_dict` and
+    `from_dict` go through
     JSON, all but a `perturb` that is a function.
     """
 
@@ -428,6 +491,7 @@ class Settings(
         self._check_size()
         self._check_calibrated()
         self._check_noise()
+        self._check_cost()
         if self.update == "certified" and self.epsilon is None:
             raise ValueError("update='certified' needs epsilon and delta: noise makes it private")
 

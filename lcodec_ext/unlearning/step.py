@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ from lcodec_ext.curvature import (
     SolveResult,
 )
 from lcodec_ext.curvature.layout import Layout
+from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.workplace import Workplace
 
-_OPERATORS = {
+OPERATORS: dict[str, Any] = {
     "gauss_newton": GaussNewtonOperator,
     "hessian": HessianOperator,
     "fisher": FisherOperator,
@@ -91,6 +92,12 @@ class Steps:
     n_gradient: int = 0  # gradient steps
     plan: str = ""  # how products with the last matrix were computed
     failure: NotFiniteError | None = None  # what ended them early
+    damping: float | None = None  # the most that a Newton step took
+
+    @property
+    def residual(self) -> float:
+        """The largest, 0 without a solve; above 1 a solution is worse than none."""
+        return max((solve.residual for solve in self.solves), default=0.0)
 
 
 def take_steps(block: Block, damping: float, learning_rate: float) -> Steps:
@@ -115,22 +122,60 @@ def take_steps(block: Block, damping: float, learning_rate: float) -> Steps:
             elif settings.curvature == "secant" and not direction.any():
                 pass  # without a direction there are no gradients to compare
             else:
-                solution, plan = newton_step(block, direction, damping)
+                solution, plan, used = newton_step(block, direction, damping)
                 theta += solution.x
-                taken = Steps((*taken.solves, solution), plan=plan)
+                used = max(used, taken.damping or 0.0)
+                taken = Steps((*taken.solves, solution), plan=plan, damping=used)
             block.put(theta)
     except NotFiniteError as error:
-        return Steps(taken.solves, taken.n_gradient, taken.plan, error)
+        return Steps(taken.solves, taken.n_gradient, taken.plan, error, taken.damping)
     return taken
 
 
-def newton_step(block: Block, direction: Tensor, damping: float) -> tuple[SolveResult, str]:
-    """Solve with the damped curvature; return the solution and the plan of the products."""
+class Damped(NamedTuple):
+    """A solution, how its products were computed, and with which damping."""
+
+    solution: SolveResult
+    plan: str
+    damping: float
+
+
+def newton_step(block: Block, direction: Tensor, damping: float) -> Damped:
+    """Solve with the damped curvature."""
     with block.work.timed("curvature"):
         operator = operator_of(block, direction, damping)
     with block.work.timed("solve"):
+        if in_krylov_space(block.work.settings, block.part.statistics is not None):
+            return _least_solved(operator, direction, block.work.settings, damping)
         solution = _solve(operator, direction, block.work.settings, damping)
-    return solution, operator.plan
+    return Damped(solution, operator.plan, damping)
+
+
+def in_krylov_space(settings: Settings, from_statistics: bool) -> bool:
+    """Whether a step without calibration is found in a Krylov space, in which damping is free."""
+    return settings.bounded and not from_statistics and settings.curvature != "secant"
+
+
+def _least_solved(
+    operator: CurvatureOperator, direction: Tensor, settings: Settings, damping: float
+) -> Damped:
+    """Solve with the least damping, from the one that is asked for, whose residual is at most 1.
+
+    Where iterations are few, a solution with little damping may be worse than none. More damping
+    costs no product here.
+    """
+    space = Krylov(lambda V: operator @ V, direction[:, None], settings.max_iterations or 30)
+    if space.least <= 0 and direction.any():  # with the damping that is in the operator
+        raise _indefinite(settings, direction, damping, space.least, -space.least, "")
+    more = 0.0
+    while space.residual(more, 0) > 1:
+        more = max(2 * more, damping, 1e-6 * space.largest)
+    x = space.solve(more, 0)
+    size = float(direction.norm())
+    left = (operator @ x).add_(x, alpha=more).sub_(direction)
+    residual = float(left.norm()) / size if size else 0.0
+    solution = SolveResult(x, residual, space.products, "lanczos")
+    return Damped(solution, operator.plan, damping + more)
 
 
 def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOperator:
@@ -161,7 +206,8 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         length = 0.01 * float(block.start.norm()) or 0.01
         steps = direction * (length / float(direction.norm()))
         return SecantOperator(*arguments, steps=steps, progress=work.progress, **common)
-    return _OPERATORS[settings.curvature](*arguments, progress=work.progress, **common)
+    common["cache_bytes"] = settings.cache_bytes
+    return OPERATORS[settings.curvature](*arguments, progress=work.progress, **common)
 
 
 def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:
@@ -182,7 +228,6 @@ def _solve(
     operator: CurvatureOperator, gradient: Tensor, settings: Settings, damping: float
 ) -> SolveResult:
     """Solve for the step; refuse, with advice, a matrix that is not positive definite."""
-    curvature = settings.curvature
     shift = damping + settings.weight_decay
     rayleigh, least = math.nan, None
     limited = settings.max_iterations is not None
@@ -198,15 +243,29 @@ def _solve(
             return solution
         found = f"the residual is {solution.residual:.2g} after {solution.iterations} iterations"
     except IndefiniteCurvatureError as error:
-        rayleigh, least = error.rayleigh, error.least_damping
-        found = f"its smallest eigenvalue is at most {rayleigh:.4g}"
+        rayleigh, least, found = error.rayleigh, error.least_damping, ""
+    raise _indefinite(settings, gradient, damping, rayleigh, least, found, operator.formed_up_to)
+
+
+def _indefinite(
+    settings: Settings,
+    gradient: Tensor,
+    damping: float,
+    rayleigh: float,
+    least: float | None,
+    found: str,
+    formed_up_to: int = 0,
+) -> IndefiniteCurvatureError:
+    """The error for a matrix that is not positive definite, with advice."""
+    curvature = settings.curvature
+    found = found or f"its smallest eigenvalue is at most {rayleigh:.4g}"
     if least is None:
         state = "singular or nearly so"
         advice = f"a larger damping, for instance {max(1e-4, 10 * damping):g}"
     else:
         state = "indefinite"
         # 5% cover the rounding. Iterations know one direction: others may take more.
-        factor = 1.05 if len(gradient) <= operator.formed_up_to else 2.0
+        factor = 1.05 if len(gradient) <= formed_up_to else 2.0
         advice = f"damping above {factor * (damping + least):.2g}"
         if curvature in ("hessian", "secant"):
             advice = (
@@ -215,7 +274,7 @@ def _solve(
             )
         else:
             advice = f"a loss that is convex in the outputs, curvature='fisher' or {advice}"
-    raise IndefiniteCurvatureError(
+    return IndefiniteCurvatureError(
         f"the {curvature} matrix of the retained objective is {state} on the {len(gradient):,} "
         f"selected parameters: {found}, with weight_decay={settings.weight_decay:g} and "
         f"damping={damping:g} included. Use {advice}",

@@ -13,6 +13,7 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
 from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall
+from lcodec_ext.unlearning.estimate import planned
 from lcodec_ext.unlearning.guard import Watch
 from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
@@ -87,7 +88,7 @@ def unlearn(
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
-        Show progress bars; needs tqdm.
+        Say what the deletion will cost, and show progress bars; needs tqdm.
     **options
         Attributes of `Settings`: ``selection="lfoci"``, ``damping=0.1``, ``weight_decay=1e-3``.
         **weight_decay is that of the training**, 0 by default.
@@ -153,6 +154,7 @@ def unlearn(
     work = Workplace.of(model, loss_fn, settings, score, progress)
     request = checked_request(work, forget, retain, validation, statistics, groups)
     check_certifiable(work, model, request)
+    work, request, cost = planned(work, request, time.perf_counter() - begin)
     with work.timed("monitoring"):
         before = work.measure(request.forget, request.monitored)
     start = work.weights()
@@ -160,7 +162,7 @@ def unlearn(
     warn_of_doubts(request, watch.guard, settings)
     # Each part: perturb and record, select, step, guard.
     deletions = [delete(work, part, watch) for part in request.parts(work)]
-    warn_of_skipped(deletions, watch.guard, settings, request.m)
+    warn_of_skipped(deletions, watch.guard, work.settings, request.m)
     applied, selection = _selections(deletions)
     step_norm = euclidean_norm(
         p.detach().double() - start[k].double() for k, p in work.parameters.items()
@@ -180,7 +182,7 @@ def unlearn(
         copy_state(changed, model)
         changed = model
     work.clock.seconds["total"] = time.perf_counter() - begin
-    measured = Outcome(before, after, selection, step_norm, guarantee, patch)
+    measured = Outcome(before, after, selection, step_norm, guarantee, patch, cost)
     return result_of(changed, work, request, deletions, watch.guard, measured)
 
 

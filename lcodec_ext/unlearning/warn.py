@@ -39,6 +39,11 @@ def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Setti
     """What the last attempt that was refused had changed."""
     refused = [a for d in deletions for a in d.attempts if not a.accepted][-1]
     found = refused.calibration
+    if found is not None and not refused.steps.residual <= 1:
+        return (
+            "the weights by what solves nothing: the relative residual of the last one is "
+            f"{refused.steps.residual:.2g}, and that of no step is 1"
+        )
     if found is not None and (guard is None or guard.allows(refused.value)):
         return (
             f"losses by more than {RISE:.0%}, in the last one those of validation samples from "
@@ -52,6 +57,21 @@ def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Setti
     )
 
 
+def _warn_of_residual(deletions: Sequence[Deletion]) -> None:
+    """Warn if any step that was kept is worse than none as a solution of its system."""
+    kept = [a.steps.residual for d in deletions for a in d.attempts if a.accepted]
+    unsolved = [residual for residual in kept if not residual <= 1]
+    if not unsolved:
+        return
+    which = f"{len(unsolved)} of {len(kept)} steps do" if len(kept) > 1 else "the step does"
+    its, largest = ("their systems", "largest ") if len(kept) > 1 else ("its system", "")
+    warnings.warn(
+        f"{which} not solve {its}: the {largest}relative residual is {max(unsolved):.2g}, and "
+        "that of no step is 1. Take a larger damping or more max_iterations",
+        stacklevel=5,
+    )
+
+
 def warn_of_harm(
     before: LossesAndGradients,
     after: LossesAndGradients,
@@ -61,13 +81,7 @@ def warn_of_harm(
 ) -> None:
     """Warn if losses rose by much, and of a solution that is worse than none."""
     last = deletions[-1].last
-    residual = max((solve.residual for solve in last.steps.solves), default=0.0)
-    if last.accepted and residual > 1:
-        warnings.warn(
-            f"the step does not solve its system: the relative residual is {residual:.2g}, and "
-            "that of no step is 1. Take a larger damping or more max_iterations",
-            stacklevel=4,
-        )
+    _warn_of_residual(deletions)
     if is_much_worse(before.retained_loss, after.retained_loss):
         found = f"the retained samples from {before.retained_loss:.3g} to {after.retained_loss:.3g}"
     else:

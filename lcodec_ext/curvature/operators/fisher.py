@@ -36,7 +36,8 @@ class FisherOperator(ModelOperator):
 
     Parameters
     ----------
-    model, loss_fn, data, selection, damping, weight_decay, reduction, dtype, progress
+    model, loss_fn, data, selection, damping, weight_decay, reduction, dtype, progress,
+    cache_bytes
         As for `HessianOperator`. loss_fn must be a plain mean or sum over samples.
     kind : {"empirical", "model"}, default "empirical"
 
@@ -74,6 +75,7 @@ class FisherOperator(ModelOperator):
         reduction: Literal["mean", "sum"] = "mean",
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        cache_bytes: int | None = None,
     ) -> None:
         self.kind = check_choice(kind, "kind", ("empirical", "model"))
         if kind == "model" and known_loss(loss_fn) is None:
@@ -93,6 +95,7 @@ class FisherOperator(ModelOperator):
             reduction=reduction,
             dtype=dtype,
             progress=progress,
+            cache_bytes=cache_bytes,
         )
 
     def _choose(self, objective: Objective) -> Route:

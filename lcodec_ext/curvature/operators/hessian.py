@@ -47,6 +47,9 @@ class HessianOperator(ModelOperator):
         float32 otherwise, as for bfloat16 weights.
     progress : bool, default False
         Show progress bars; needs tqdm.
+    cache_bytes : int, optional
+        Of graphs, or gradients of samples, that are kept from one product to the next; the graph of
+        the first batch always is. 512 MiB by default.
 
     Raises
     ------

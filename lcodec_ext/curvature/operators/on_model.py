@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_real
+from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
@@ -34,11 +34,21 @@ class ModelOperator(CurvatureOperator):
         reduction: Literal["mean", "sum"] = "mean",
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        cache_bytes: int | None = None,
     ) -> None:
         self.damping = check_real(damping, "damping", 0)
         self.weight_decay = check_real(weight_decay, "weight_decay", 0)
+        if cache_bytes is not None:
+            check_integer(cache_bytes, "cache_bytes", 0)
         objective = Objective(
-            model, loss_fn, data, selection, dtype=dtype, reduction=reduction, progress=progress
+            model,
+            loss_fn,
+            data,
+            selection,
+            dtype=dtype,
+            reduction=reduction,
+            progress=progress,
+            cache_bytes=cache_bytes,
         )
         self._progress = objective.progress
         self.selection = objective.selection
@@ -49,6 +59,11 @@ class ModelOperator(CurvatureOperator):
         self.plan = self._route.plan
         self.shift = self.damping + self.weight_decay
         self.formed_up_to = SMALL if isinstance(self._route, DeltaRoute) else SMALL_CHEAP
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory of the graphs of all batches, whether they are kept or not."""
+        return self._route.graph_bytes
 
     @abstractmethod
     def _choose(self, objective: Objective) -> Route:

@@ -2,20 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lcodec_ext.curvature.routes.low_rank import LowRank
 
+if TYPE_CHECKING:
+    from lcodec_ext.curvature.objective import Objective
+
 CACHE_BYTES = 2**29  # of what is kept from one product to the next
 FEW_ROWS = 2048  # of a matrix of low rank that is solved in its rows
+
+
+def cache_bytes(objective: "Objective") -> int:
+    """Of what may be kept from one product to the next."""
+    return CACHE_BYTES if objective.cache_bytes is None else objective.cache_bytes
 
 
 class Route(ABC):
     """A way to multiply by the matrix of an objective."""
 
     plan: str  # which way and why, for people
+    graph_bytes = 0  # of the graphs of all batches, whether they are kept or not
 
     @abstractmethod
     def product(self, V: Tensor) -> Tensor:

@@ -96,18 +96,19 @@ class DeltaRoute(Route):
         self._rows: dict[int, LowRank | None] = {}
         self._kept: dict[int, tuple[Form, Batch]] = {}
         own = {t.untyped_storage().data_ptr() for t in objective.masked.model.state_dict().values()}
-        total = 0
+        most, total = base.cache_bytes(objective), 0
         for number, batch in objective.passes("primal"):
             built = self._build(batch)
             total += graph_bytes(built.roots(), own)
-            if total <= base.CACHE_BYTES or number == 0:
+            if total <= most or number == 0:
                 self._kept[number] = built, batch
             del built
+        self.graph_bytes = total
         kept, n_batches = len(self._kept), objective.n_batches
         self.plan = (
             f"delta hook, {why}: backward passes from the loss to the first selected layer, for "
             f"the selected rows only, on graphs that are kept ({kept} of {n_batches} batches"
-            + (f", {base.CACHE_BYTES >> 20} MiB; the others run forward again" * (kept < n_batches))
+            + (f", {most >> 20} MiB; the others run forward again" * (kept < n_batches))
             + ")"
         )
         for name, reason in objective.masked.whole.items():
@@ -171,7 +172,7 @@ class DeltaRoute(Route):
                 yield rows
 
         try:
-            kept = KeptRows(chunks(), base.CACHE_BYTES)
+            kept = KeptRows(chunks(), base.cache_bytes(self._objective))
         except NoRowsError:
             return None
         if not kept.complete or not weights:  # none: the loss is linear in the outputs

@@ -17,16 +17,16 @@ class FisherRoute(Route):
     """sum_i g_i g_i^T by gradients of samples: stored, as factors, or formed again every time."""
 
     def __init__(self, objective: Objective) -> None:
-        self._objective = objective
-        kept = KeptRows(self._chunks("gradients of samples"), base.CACHE_BYTES)
+        self._objective, most = objective, base.cache_bytes(objective)
+        kept = KeptRows(self._chunks("gradients of samples"), most)
         self.stored = tuple(kept.stored)
         self._factors = tuple(kept.factors)
         if not kept.complete and not kept.plain:
-            self._factors = self._factors_within(base.CACHE_BYTES)
+            self._factors = self._factors_within(most)
         if not self.stored and not self._factors:
             for _ in objective.passes():  # the first one that is complete counts the samples
                 pass
-        n, beyond = objective.n_samples, f"they take more than {base.CACHE_BYTES >> 20} MiB"
+        n, beyond = objective.n_samples, f"they take more than {most >> 20} MiB"
         if self.stored:
             p = objective.masked.size
             self.plan = (

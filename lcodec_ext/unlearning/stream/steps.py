@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_integer, first_few
 from lcodec_ext._files import ranges_of
 from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
+from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import ParameterSelection, Selection
 from lcodec_ext.unlearning.groups import Groups
+from lcodec_ext.unlearning.guard import drop_unit
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import guarantee_of
 from lcodec_ext.unlearning.request import GUARD_SIZE
@@ -185,7 +187,9 @@ def _watched(given: Given, retain: NDArray[np.int64]) -> Samples:
     return given.train.subset(np.sort(order[kept][:GUARD_SIZE]).tolist())
 
 
-def allowed_drops(settings: Settings, ledger: Ledger, steps: Sequence[int]) -> dict[str, float]:
+def allowed_drops(
+    settings: Settings, ledger: Ledger, steps: Sequence[int], score: Score | None
+) -> dict[str, float]:
     """How far the next request may lower the watched value.
 
     All requests together stay within the settings. `steps` are the entries whose steps led to the
@@ -196,7 +200,7 @@ def allowed_drops(settings: Settings, ledger: Ledger, steps: Sequence[int]) -> d
     first, last = (ledger[k].record["result"].get("guard") for k in (steps[0], steps[-1]))
     if not first or not last or first[0] is None or last[1] is None:
         return {}
-    fallen = max(0.0, first[0] - last[1])
+    fallen = max(0.0, first[0] - last[1]) / drop_unit(first[0], score)
     return {
         name: max(0.0, limit - fallen)
         for name in ("max_drop", "repair_drop")
@@ -287,7 +291,7 @@ def losses_around_noise(
 
 def result_record(result: UnlearnResult) -> dict[str, Any]:
     """A result without what is on record elsewhere, and without times."""
-    elsewhere = ("settings", "selection", "seconds", "skipped", "guarantee")
+    elsewhere = ("settings", "selection", "seconds", "skipped", "guarantee", "estimate")
     return {key: value for key, value in result.to_dict().items() if key not in elsewhere}
 
 

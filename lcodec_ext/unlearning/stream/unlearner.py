@@ -495,7 +495,7 @@ class Unlearner:
             return take_step(
                 self._given, original, statistics, every, retain, seed=seed, update="newton"
             )
-        allowed = allowed_drops(self.settings, self.ledger, self._steps())
+        allowed = allowed_drops(self.settings, self.ledger, self._steps(), self._given.score)
         return take_step(
             self._given,
             self._model,

@@ -1,0 +1,372 @@
+"""What a deletion will cost, and settings that make it cost less."""
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lcodec_ext._files import json_ready
+from lcodec_ext._progress import progress_line
+from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.modes import twice_differentiable
+from lcodec_ext._torch.predict import Score
+from lcodec_ext._torch.samples import outputs_of
+from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
+from lcodec_ext.curvature.layers import is_linear
+from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
+from lcodec_ext.unlearning.rates import Rates, timed
+from lcodec_ext.unlearning.request import Request, checked_request
+from lcodec_ext.unlearning.rules import RULES
+from lcodec_ext.unlearning.select import find_candidates, take
+from lcodec_ext.unlearning.settings import Settings, resolve
+from lcodec_ext.unlearning.statistics import TrainingStatistics
+from lcodec_ext.unlearning.workload import Sizes, Workload
+from lcodec_ext.unlearning.workplace import Workplace
+
+#: What is given up for max_seconds, budget and max_memory, in this order: caps on settings.
+SACRIFICES: tuple[dict[str, int], ...] = (
+    {"n_monitor": 64, "n_guard": 500, "n_recalibrate": 500},
+    {"control_groups": 6},
+    {"n_curvature": 128},
+    {"control_groups": 4},
+    {"finish": 10, "repair_epochs": 1},
+    {"max_iterations": 20},
+    {"n_guard": 250, "n_recalibrate": 250},
+    {"finish": 5, "repair_epochs": 0},
+    {"n_curvature": 64},
+    {"max_iterations": 12, "retries": 1},
+    {"finish": 0},
+    {"n_guard": 100, "n_monitor": 32, "n_recalibrate": 100},
+    {"n_curvature": 32, "retries": 0},
+    {"max_iterations": 8},
+    {"n_curvature": 16},
+    {"n_guard": 50, "n_monitor": 16, "n_recalibrate": 50},
+    {"max_iterations": 5},
+)
+_ALL = ("n_guard", "n_monitor", "n_curvature", "max_iterations")  # of which None means no limit
+_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+_CACHES = (2**29, 2**28, 2**27, 2**26, 2**25, 0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a deletion will cost on this machine, before it starts.
+
+    Attributes
+    ----------
+    seconds : dict of str to float
+        By phase, of what is computed in any case, and in "total".
+    most_seconds : float
+        With all that may be added: retries, further dampings, a finish, repair. `max_seconds`
+        limits this.
+    passes : dict of str to dict of str to int
+        Samples by phase, as often as they are passed through the model: "forward"; "gradient",
+        forward and back; "graphs", for products with the curvature; "products", times the columns
+        that are multiplied.
+    memory : dict of str to int
+        Bytes beside the given model and data where most of them are needed: copies of the "model",
+        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, a "batch"; and
+        their sum, the "peak".
+    settings : Settings
+        With what max_seconds, budget and max_memory lowered.
+    chosen : dict of str to Any
+        These settings; empty where nothing was lowered.
+    notes : tuple of str
+        What the figures take for granted.
+    """
+
+    seconds: dict[str, float]
+    most_seconds: float
+    passes: dict[str, dict[str, int]]
+    memory: dict[str, int]
+    settings: Settings
+    chosen: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON takes it."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        found: dict[str, Any] = json_ready(values | {"settings": self.settings.to_dict()})
+        return found
+
+    def line(self) -> str:
+        """In one line: seconds and memory, and what was lowered."""
+        most = self.most_seconds
+        more = f" (at most {_seconds(most)})" if most > 1.1 * self.seconds["total"] else ""
+        lowered = ", ".join(f"{name}={value}" for name, value in self.chosen.items())
+        return (
+            f"about {_seconds(self.seconds['total'])}{more}, {_bytes(self.memory['peak'])}"
+            + f"; {lowered}" * bool(lowered)
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{'phase':<14}{'seconds':>9}  passes over samples"]
+        for phase, passes in self.passes.items():
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in passes.items())
+            lines.append(f"{phase:<14}{self.seconds[phase]:>9.3g}  {counts}")
+        lines.append(f"{'total':<14}{self.seconds['total']:>9.3g}  at most {self.most_seconds:.3g}")
+        parts = [f"{_bytes(n)} {what}" for what, n in self.memory.items() if what != "peak"]
+        lines.append(f"{'memory':<14}{_bytes(self.memory['peak']):>9}  {', '.join(parts)}")
+        if self.chosen:
+            lowered = ", ".join(f"{name}={value}" for name, value in self.chosen.items())
+            lines.append(f"lowered to fit: {lowered}")
+        return "\n".join([*lines, *self.notes])
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2g} GB" if n >= 1e9 else f"{n / 1e6:.2g} MB"
+
+
+@twice_differentiable()
+def estimate(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    loss_fn: LossFunction,
+    *,
+    preset: str | Settings = "recommended",
+    validation: Any = None,
+    statistics: TrainingStatistics | None = None,
+    score: Score | None = None,
+    groups: Any = None,
+    **options: Any,
+) -> Estimate:
+    """Say what `unlearn` will cost with the same arguments, without changing anything.
+
+    A few samples are timed on this machine: forward, forward and back, and multiplied with the
+    curvature; the rest is counting. It takes about as long as a few hundredths of the deletion.
+
+    Parameters
+    ----------
+    model, forget, retain, loss_fn, preset, validation, statistics, score, groups, **options
+        As `unlearn` takes them.
+
+    Returns
+    -------
+    Estimate
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `unlearn` does for arguments that cannot be used; and if max_seconds, budget or
+        max_memory are less than the smallest plan takes.
+
+    Notes
+    -----
+    On a machine with nothing else to do the seconds are within a factor of two for the networks of
+    the tests. Rules that select units ("lfoci", "cheap", and ranks) are not run: the cost of their
+    steps is that of as many random units, or of all candidates.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lcodec_ext.unlearning import estimate
+    >>> x, y = torch.randn(100, 4, generator=torch.manual_seed(0)), torch.arange(100) % 3
+    >>> model = torch.nn.Linear(4, 3)
+    >>> loss_fn = torch.nn.functional.cross_entropy
+    >>> found = estimate(model, (x[:5], y[:5]), (x[5:], y[5:]), loss_fn, damping=0.1)
+    >>> found.passes["gradients"]
+    {'gradient': 5}
+    """
+    begin = time.perf_counter()
+    settings = resolve(
+        preset,
+        options,
+        retained=retain is not None,
+        validation=validation is not None,
+        statistics=statistics is not None,
+    )
+    work = Workplace.of(model, loss_fn, settings, score, False)
+    request = checked_request(work, forget, retain, validation, statistics, groups)
+    return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
+
+
+def planned(
+    work: Workplace, request: Request, setup: float
+) -> tuple[Workplace, Request, Estimate | None]:
+    """The workplace and the request with settings that fit; an estimate, if anyone wants one.
+
+    setup : seconds that went by before.
+    """
+    if not (work.progress or work.settings.bounded):
+        return work, request, None
+    with work.timed("estimate"):
+        found = _estimated(work, request, setup, True)
+    progress_line(work.progress, f"unlearn: {found.line()}")
+    if found.chosen:
+        work = replace(work, settings=found.settings)
+        request = request.drawn_again(found.settings)
+    return work, request, found
+
+
+def _estimated(work: Workplace, request: Request, setup: float, planning: bool) -> Estimate:
+    begin = time.perf_counter()
+    selection = _stand_in(work)
+    sizes = _sizes(work, request, selection)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = request.forget if request.kept is None else request.kept.all
+        rates = timed(work, selection, source, request.forget)
+    if planning:
+        setup += time.perf_counter() - begin
+    for settings in _plans(work.settings, sizes):
+        found = _of(settings, sizes, rates, setup)
+        if fits(found):
+            return replace(found, chosen=_changed(work.settings, settings), notes=_notes(settings))
+    raise ValueError(_refusal(work.settings, found))
+
+
+def fits(found: Estimate) -> bool:
+    """Whether an estimate is within the limits of its settings."""
+    allowed, most = found.settings.seconds_allowed, found.settings.max_memory
+    return found.most_seconds <= allowed and (most is None or found.memory["peak"] <= most)
+
+
+def _plans(settings: Settings, sizes: Sizes) -> Iterator[Settings]:
+    """The settings, and lowered ones where they are limited."""
+    if not settings.bounded:
+        yield settings
+        return
+    caps: dict[str, int] = {}
+    for sacrifice in ({}, *SACRIFICES):
+        caps |= sacrifice
+        lowered = _capped(settings, caps, sizes)
+        batches = [n for n in _BATCHES if n < settings.batch_size]
+        batches = [settings.batch_size, *(batches if settings.max_memory is not None else [])]
+        kept = [n for n in _CACHES if n < settings.cache_bytes]
+        kept = [settings.cache_bytes, *(kept if settings.max_memory is not None else [])]
+        for size in batches:
+            for cache in kept:
+                yield replace(lowered, batch_size=size, cache_bytes=cache)
+
+
+def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settings:
+    """Lower what is larger than its cap; None counts as large where it means all."""
+    lowered: dict[str, Any] = {}
+    for name, cap in caps.items():
+        value = getattr(settings, name)
+        if name == "finish" and value is None:  # mini-batches are not made shorter
+            value = 0 if sizes.n_retain >= BATCHED and cap else ITERATIONS
+        if (value is None and name in _ALL) or (value is not None and value > cap):
+            lowered[name] = cap
+    if settings.update == "gradient":
+        lowered.pop("max_iterations", None)
+    return replace(settings, **lowered) if lowered else settings
+
+
+def _of(settings: Settings, sizes: Sizes, rates: Rates, setup: float) -> Estimate:
+    load = Workload(settings, sizes, rates.graphs)
+    phases = list(load.phases())
+    seconds: dict[str, float] = {"setup": setup}
+    passes: dict[str, dict[str, int]] = {}
+    most = setup
+    for phase in phases:
+        each = rates.seconds(load, phase)
+        most += each
+        if phase.certain:
+            seconds[phase.name] = seconds.get(phase.name, 0.0) + each
+            passes[phase.name] = phase.passes()
+    seconds["total"] = sum(seconds.values())
+    return Estimate(seconds, most, passes, load.memory(rates.activations), settings, {})
+
+
+def _changed(before: Settings, after: Settings) -> dict[str, Any]:
+    names = before.__dataclass_fields__
+    return {n: getattr(after, n) for n in names if getattr(after, n) != getattr(before, n)}
+
+
+def _notes(settings: Settings) -> tuple[str, ...]:
+    selection = settings.selection
+    if not isinstance(selection, str) or RULES[selection].size == "given":
+        return ()
+    if selection == "step":
+        return ("selection='step': the step on all candidates, and one as long on those it takes",)
+    if RULES[selection].repeated:
+        rounds = "n_units rounds" if settings.n_units else "one round; every further one costs more"
+        return (f"selection={selection!r}: {rounds}",)
+    if settings.n_units is None and settings.max_parameters is None:
+        return (f"selection={selection!r}: a step on all candidates, its units are fewer",)
+    return (f"selection={selection!r}: a step on as many random units",)
+
+
+def _refusal(settings: Settings, least: Estimate) -> str:
+    """What a deletion would take at least."""
+    limits = []
+    if settings.seconds_allowed < math.inf:
+        given = (
+            f"max_seconds={settings.max_seconds:g}"
+            if settings.max_seconds is not None
+            else f"budget={settings.budget:g} of training_seconds={settings.training_seconds:g}"
+        )
+        limits.append(f"{given}: it takes up to {_seconds(least.most_seconds)}")
+    if settings.max_memory is not None:
+        limits.append(
+            f"max_memory={settings.max_memory:,}: it takes {least.memory['peak']:,} bytes"
+        )
+    lowered = ", ".join(f"{k}={v}" for k, v in _changed(settings, least.settings).items())
+    return (
+        f"the smallest plan for this deletion ({lowered}) does not fit {' and '.join(limits)}. "
+        "Allow that much, or select fewer parameters (selection, max_parameters)"
+    )
+
+
+def _stand_in(work: Workplace) -> Selection:
+    """What a step changes, or as many random units where a rule selects them."""
+    settings, selection = work.settings, work.settings.selection
+    if isinstance(selection, ParameterSelection):
+        return selection
+    if (
+        isinstance(selection, str)
+        and selection in ("full", "step")
+        and settings.candidates == "all"
+    ):
+        return all_trainable(work.model)
+    candidates = find_candidates(work.model, settings)
+    sized = settings.n_units is not None or settings.max_parameters is not None
+    if not isinstance(selection, str) or not sized or RULES[selection].size == "given":
+        return candidates.selection
+    order = np.random.default_rng(0).permutation(len(candidates.units))
+    ranked = [candidates.units[k] for k in order]
+    if RULES[selection].repeated:
+        ranked = ranked[:1]
+    return take(ranked, candidates, settings, work.n_trainable)
+
+
+def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
+    samples = request.forget if request.kept is None else request.kept.all
+    with torch.no_grad():
+        outputs = [*tensors_of(outputs_of(work.model, samples.fetch([0])))]
+    modules = dict(work.model.named_modules())
+    units = selection.units if isinstance(selection, UnitSelection) else {}
+    layers = [modules.get(name) for name in units]
+    tensors = [*work.model.parameters(), *work.model.buffers()]
+    statistics = request.statistics
+    matrix = 0 if statistics is None or statistics.matrix is None else len(statistics.matrix)
+    return Sizes(
+        m=request.m,
+        n_retain=request.n_retain,
+        n_held=None if request.validation is None else len(request.validation),
+        n_outputs=sum(t.numel() for t in outputs),
+        p=selection.layout(work.model).size,
+        n_trainable=work.n_trainable,
+        n_parameters=sum(t.numel() for t in tensors),
+        bytes_each=torch.finfo(work.dtype).bits // 8,
+        batch_norm=any(isinstance(module, _BatchNorm) for module in modules.values()),
+        retained=request.kept is not None,
+        n_statistics=0 if statistics is None else max(1, matrix),
+        head=len(layers) == 1 and layers[0] is work.model and is_linear(layers[0]),
+    )

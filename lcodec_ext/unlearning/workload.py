@@ -1,0 +1,360 @@
+"""What a deletion computes: passes over samples and memory, from its settings and sizes alone."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lcodec_ext.unlearning.calibrate import TRIALS
+from lcodec_ext.unlearning.control import groups_that_fit
+from lcodec_ext.unlearning.distil import BATCH, COPY, FOLLOW, HOLD
+from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS, MOST
+from lcodec_ext.unlearning.guard import LENGTHS
+from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
+from lcodec_ext.unlearning.rules import RULES
+from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.step import in_krylov_space
+
+FEW_ROWS = 2048  # of a matrix of low rank, which is solved in its rows
+FORMED = 256  # coordinates up to which a matrix is formed
+FORMED_FEW_OUTPUTS = 2048  # and one of which that costs less
+_LIKELY_TRIALS = 10  # dampings whose losses are measured, of TRIALS + 1
+_LIKELY_CG = 40  # iterations to the relative residual that is the default
+_CG_VECTORS = 14  # of its iteration, and of a product
+_KRYLOV_VECTORS = 6  # of every column, beside the basis
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a request and its model are."""
+
+    m: int  # samples to delete
+    n_retain: int
+    n_held: int | None  # validation samples
+    n_outputs: int  # of a sample
+    p: int  # selected parameters
+    n_trainable: int
+    n_parameters: int  # with buffers
+    bytes_each: int  # of a number
+    batch_norm: bool
+    retained: bool = True  # whether there are retained samples
+    n_statistics: int = 0  # coordinates of a matrix that was saved at training time
+    head: bool = False  # whether rows of the layer that gives the outputs are kept, and no graphs
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Memory that graphs take: of a batch, and of each sample in it."""
+
+    batch: float
+    sample: float
+
+    def of(self, n: int) -> float:
+        """Of a batch of n samples."""
+        return self.batch + self.sample * n
+
+
+Pass = tuple[int, int]  # how often, over how many samples
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase computes.
+
+    `products` counts samples times columns. A phase that is not certain depends on what comes out:
+    the finish of outliers, repeated attempts, a repair.
+    """
+
+    name: str
+    forward: tuple[Pass, ...] = ()
+    gradient: tuple[Pass, ...] = ()
+    graphs: tuple[Pass, ...] = ()  # for products
+    products: tuple[Pass, ...] = ()
+    solves: int = 0  # iterations in which vectors are made orthogonal or added
+    selections: int = 0  # by L-FOCI
+    certain: bool = True
+    batch_size: int = 0  # where it is not that of the settings
+
+    def passes(self) -> dict[str, int]:
+        """Samples by kind of pass."""
+        kinds = ("forward", "gradient", "graphs", "products")
+        found = {kind: sum(t * n for t, n in getattr(self, kind)) for kind in kinds}
+        return {kind: count for kind, count in found.items() if count}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All phases of a deletion with some settings."""
+
+    settings: Settings
+    sizes: Sizes
+    graphs: Graphs
+    kept: int = field(init=False)  # batches whose graphs are kept
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        whole = self.n_curvature // s.batch_size
+        each = self.graphs.of(min(s.batch_size, self.n_curvature))
+        fit = math.inf if each <= 0 else max(1, s.cache_bytes // max(1, int(each)))
+        object.__setattr__(self, "kept", int(min(whole + 1, fit)))
+
+    # Sizes -----------------------------------------------------------------------------------
+
+    @property
+    def newton(self) -> bool:
+        """Whether a system is solved."""
+        return self.settings.update != "gradient"
+
+    @property
+    def from_statistics(self) -> bool:
+        """Whether curvature was saved at training time."""
+        return self.sizes.n_statistics > 0
+
+    @property
+    def n_curvature(self) -> int:
+        """Samples that a product reads."""
+        s, most = self.sizes, self.settings.n_curvature
+        if self.from_statistics:
+            return s.m
+        left = s.n_retain
+        if self.settings.calibrate:
+            left -= control_pool(s.n_retain, s.m, self.settings.control_groups)
+        return max(1, left if most is None else min(most, left))
+
+    @property
+    def n_monitored(self) -> int:
+        """Retained samples that losses and gradients are measured on."""
+        if not self.sizes.retained:
+            return 0
+        read = self.sizes.n_retain if self.settings.calibrate else self.n_curvature
+        most = self.settings.n_monitor
+        return read if most is None else min(most, read)
+
+    @property
+    def n_guard(self) -> int:
+        """Samples that the guard watches."""
+        most = self.settings.n_guard
+        held = self.sizes.n_held
+        if held is None:
+            held = min(GUARD_SIZE, self.sizes.n_retain)
+        return held if most is None else min(held, most)
+
+    @property
+    def columns(self) -> int:
+        """Of the Krylov spaces: the request and its control groups."""
+        if not self.settings.calibrate:
+            return 1
+        s = self.settings
+        return 1 + groups_that_fit(s, self.sizes.p * self.sizes.bytes_each)
+
+    @property
+    def method(self) -> str:
+        """How the system is solved."""
+        s, p = self.settings, self.sizes.p
+        if not self.newton:
+            return "none"
+        if s.calibrate or in_krylov_space(s, self.from_statistics):
+            return "lanczos"
+        if s.curvature == "secant":
+            return "secant"
+        if self.from_statistics:
+            return "formed"
+        few = s.curvature != "hessian" or self.sizes.head
+        if s.damping + s.weight_decay > 0 and few and self.rows <= min(FEW_ROWS, p - 1):
+            kept = self.sizes.head or self.rows * p * self.sizes.bytes_each <= s.cache_bytes
+            if kept:
+                return "woodbury"
+        if p <= (FORMED_FEW_OUTPUTS if self.sizes.head or s.curvature == "fisher" else FORMED):
+            return "formed"
+        return "cg"
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix as one of low rank."""
+        outputs = 1 if self.settings.curvature == "fisher" else self.sizes.n_outputs
+        return self.n_curvature * outputs
+
+    @property
+    def iterations(self) -> int:
+        """Of a solve, at most."""
+        most = self.settings.max_iterations
+        if self.method == "lanczos":
+            return min(most or 30, self.sizes.p)
+        return most or min(10 * self.sizes.p, 1000)
+
+    # Phases ----------------------------------------------------------------------------------
+
+    def phases(self) -> Iterator[Phase]:
+        """What is computed, in order."""
+        s, z = self.settings, self.sizes
+        parts = z.m if s.order == "sequential" else 1
+        m = 1 if parts > 1 else z.m
+        rounds = parts * self.rounds
+        both = ((2, z.m), (2, self.n_monitored))
+        yield Phase("monitoring", gradient=both)
+        yield Phase("gradients", gradient=((rounds, m), *self._retained_gradients(rounds)))
+        if s.selection in ("lfoci", "cheap"):
+            yield Phase("perturbation", forward=((rounds, s.n_perturbations * m),))
+            yield Phase("selection", selections=rounds)
+        if s.max_drop is not None or s.repair_drop is not None:
+            yield Phase("guard", forward=((2 + 2 * rounds, self.n_guard),))
+        if s.calibrate:
+            yield from self._calibration()
+        else:
+            yield from self._steps(rounds)
+        yield from self._further(rounds)
+
+    @property
+    def rounds(self) -> int:
+        """Selections of a repeated rule; the two steps of "step"."""
+        selection = self.settings.selection
+        if selection == "step":
+            return 2
+        repeated = isinstance(selection, str) and RULES[selection].repeated
+        return self.settings.n_units or 1 if repeated else 1
+
+    def _retained_gradients(self, rounds: int) -> tuple[Pass, ...]:
+        s = self.settings
+        if s.gradient == "residual":
+            return ((rounds * s.steps, self.n_curvature),)
+        return ((rounds * s.steps, self.n_curvature),) if s.steps > 1 else ()
+
+    def _products(self, n: int, columns: int) -> dict[str, Any]:
+        """n products with all columns: what they run forward again, and multiply."""
+        size, total = self.settings.batch_size, self.n_curvature
+        left = max(0, total - self.kept * size)
+        return {"graphs": ((1, total), (n, left)), "products": ((n * columns, total),)}
+
+    def _steps(self, rounds: int) -> Iterator[Phase]:
+        s, z, count = self.settings, self.sizes, rounds * self.settings.steps
+        method = self.method
+        if method == "secant":
+            yield Phase("curvature", gradient=((2 * count, self.n_curvature),))
+        elif method in ("woodbury", "formed"):
+            rows = self.sizes.n_outputs
+            if method == "formed" and (s.curvature == "hessian" or z.head):
+                yield Phase("solve", **_times(count, self._products(z.p, 1)))
+            else:
+                built = self._products(0, 1)["graphs"]
+                found = ((count * rows, self.n_curvature),) if s.curvature != "fisher" else ()
+                yield Phase("solve", gradient=found, graphs=built)
+        elif method != "none":
+            likely = self.iterations if s.max_iterations else min(self.iterations, _LIKELY_CG)
+            solve = _times(count, self._products(likely + 1, 1))
+            yield Phase("solve", **solve, solves=count * likely)
+            if self.iterations > likely:
+                n = count * (self.iterations - likely)
+                more = self._products(n, 1) | {"graphs": ()}
+                yield Phase("more iterations", **more, solves=n, certain=False)
+            if s.retries and s.max_drop is not None:
+                n = count * s.retries
+                more = _times(n, self._products(self.iterations + 1, 1))
+                yield Phase("retries", **more, solves=n * self.iterations, certain=False)
+
+    def _calibration(self) -> Iterator[Phase]:
+        s, m = self.settings, self.sizes.m
+        groups = self.columns - 1
+        size = min(m, control_pool(self.sizes.n_retain, m, s.control_groups))
+        harm = min(GUARD_SIZE if s.n_guard is None else s.n_guard, GUARD_SIZE)
+        held = min(harm, self.sizes.n_held or 0)
+        kept = min(harm, control_pool(self.sizes.n_retain, m, s.control_groups))
+
+        def losses(trials: int) -> tuple[Pass, ...]:
+            return (trials * groups, size), (trials, held), (trials, kept)
+
+        yield Phase(
+            "calibration",
+            gradient=((groups, size),),
+            forward=losses(_LIKELY_TRIALS + 2),
+            **self._products(self.iterations, self.columns),
+            solves=self.iterations,
+        )
+        more = TRIALS + 1 - _LIKELY_TRIALS
+        yield Phase("more dampings", forward=losses(more), certain=False)
+        yield from self._finish(held, kept)
+
+    def _finish(self, held: int, kept: int) -> Iterator[Phase]:
+        """What follows a calibrated step; more where the request is of outliers."""
+        s, n = self.settings, self.sizes.n_retain
+        if s.finish == 0:
+            return
+        yield Phase("finish", forward=((1, self.sizes.m), (2, held), (2, kept)))
+        if s.finish is None and n >= BATCHED:
+            held_back, led = (
+                sum(each.batches(n) for each in some) * (BATCH + BATCH // 4)
+                for some in ((HOLD,), (COPY, FOLLOW))
+            )
+            yield Phase("finish", gradient=((1, held_back),), batch_size=BATCH)
+            yield Phase("finish", gradient=((1, led),), batch_size=BATCH, certain=False)
+            return
+        count = s.finish or ITERATIONS
+        passes = ((round(1.25 * count), min(MOST, n)),)
+        yield Phase("finish", gradient=passes, forward=((count, held),), certain=False)
+
+    def _further(self, rounds: int) -> Iterator[Phase]:
+        s, z = self.settings, self.sizes
+        if s.n_recalibrate and z.batch_norm:
+            some = min(s.n_recalibrate, z.n_retain)
+            yield Phase("recalibration", forward=((rounds, some),))
+        if s.lengthen is not None and self.newton:
+            some = min(GUARD_SIZE if s.n_guard is None else s.n_guard, z.n_retain)
+            yield Phase("lengthening", forward=((1, some),))
+            yield Phase("more lengths", forward=((LENGTHS, some),), certain=False)
+        if s.repair_epochs:
+            passes = ((s.repair_epochs * rounds, z.n_retain),)
+            yield Phase(
+                "repair",
+                gradient=passes,
+                certain=s.repair_drop is None,
+                batch_size=s.repair_batch_size,
+            )
+
+    # Memory ----------------------------------------------------------------------------------
+
+    def memory(self, activations: Graphs) -> dict[str, int]:
+        """Bytes by purpose in the phase that takes the most, and "peak", their sum.
+
+        activations : of a backward pass over a batch.
+        """
+        s, z = self.settings, self.sizes
+        whole, chosen = z.n_trainable * z.bytes_each, z.p * z.bytes_each
+        model = z.n_parameters * z.bytes_each
+        copies = model + whole  # the copy that moves, and where it started
+        gradients = 2 * whole  # measured at the start
+        largest = max(z.m, self.n_monitored, z.n_retain if s.finish != 0 else 0)
+        batch = activations.of(min(s.batch_size, max(1, largest)))
+        backward = {
+            "model": copies + model,
+            "gradients": gradients + 2 * whole,
+            "batch": batch,
+        }
+        step = {
+            "model": copies + model + chosen,
+            "gradients": gradients + whole + 2 * chosen,
+            "batch": 0.0,
+            "vectors": float(self._vectors() * chosen),
+        }
+        if self.method in ("lanczos", "cg") or s.curvature == "hessian":
+            n = self.n_curvature
+            each = min(s.batch_size, n)
+            some = min(self.kept, -(-n // s.batch_size))
+            step["graphs"] = self.graphs.of(each) * some
+            if n > some * s.batch_size:
+                step["batch"] = self.graphs.of(each)
+        elif self.method in ("woodbury", "formed"):
+            rows = FEW_ROWS * z.p if self.method == "woodbury" else 2 * z.p * z.p
+            rows = min(self.rows * z.p, rows) if self.method == "woodbury" else rows
+            step["rows"] = float(min(rows * z.bytes_each, s.cache_bytes))
+            step["batch"] = activations.of(min(s.batch_size, self.n_curvature))
+        found = max((backward, step), key=lambda each: sum(each.values()))
+        parts = {name: int(n) for name, n in found.items() if n}
+        return parts | {"peak": sum(parts.values())}
+
+    def _vectors(self) -> int:
+        if self.method == "lanczos":
+            return (self.iterations + _KRYLOV_VECTORS) * self.columns
+        return _CG_VECTORS if self.method == "cg" else 4
+
+
+def _times(count: int, passes: dict[str, Any]) -> dict[str, Any]:
+    return {kind: tuple((count * t, n) for t, n in some) for kind, some in passes.items()}
