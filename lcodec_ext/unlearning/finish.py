@@ -9,7 +9,7 @@ from torch import Tensor
 from lcodec_ext._torch.loss import NotFiniteError, mean_gradient, mean_loss
 from lcodec_ext._torch.predict import predict
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.unlearning.calibrate import OUTLIERS, RISE, Harm
+from lcodec_ext.unlearning.calibrate import OUTLIERS, Harm
 from lcodec_ext.unlearning.distil import (
     FOLLOW,
     HOLD,
@@ -151,7 +151,7 @@ def _lbfgs(block: Block, harm: Harm) -> int:
         return known[-1][1]
 
     best, kept = block.now(), 0
-    most = (1 + RISE) * harm.validation_before
+    most = (1 + work.settings.max_rise) * harm.validation_before
     for iteration in range(1, (work.settings.finish or ITERATIONS) + 1):
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]

@@ -190,22 +190,39 @@ def _watched(given: Given, retain: NDArray[np.int64]) -> Samples:
 def allowed_drops(
     settings: Settings, ledger: Ledger, steps: Sequence[int], score: Score | None
 ) -> dict[str, float]:
-    """How far the next request may lower the watched value.
+    """How far the next request may lower the watched value, and raise the validation loss.
 
     All requests together stay within the settings. `steps` are the entries whose steps led to the
     present weights.
     """
     if not steps:
         return {}
-    first, last = (ledger[k].record["result"].get("guard") for k in (steps[0], steps[-1]))
+    results = [ledger[k].record["result"] for k in steps]
+    allowed = {} if not settings.calibrate else {"max_rise": _rise_left(settings, results)}
+    first, last = (result.get("guard") for result in (results[0], results[-1]))
     if not first or not last or first[0] is None or last[1] is None:
-        return {}
+        return allowed
     fallen = max(0.0, first[0] - last[1]) / drop_unit(first[0], score)
-    return {
+    return allowed | {
         name: max(0.0, limit - fallen)
         for name in ("max_drop", "repair_drop")
         if (limit := getattr(settings, name)) is not None
     }
+
+
+def _rise_left(settings: Settings, results: Sequence[Mapping[str, Any]]) -> float:
+    """What is left of `max_rise`, against the validation loss at the start of the stream.
+
+    Each request's rise is measured on the same samples before and after; the product of these
+    factors is that of all. A loss that fell allows no more than `max_rise` for one request.
+    """
+    risen = 1.0
+    for result in results:
+        found = result.get("calibration") or {}
+        before, after = found.get("validation_before"), found.get("validation_after")
+        if before and after:
+            risen *= after / before
+    return min(settings.max_rise, max(0.0, (1 + settings.max_rise) / risen - 1))
 
 
 @contextmanager
