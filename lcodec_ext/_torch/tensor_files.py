@@ -25,7 +25,8 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     try:
         with safetensors.safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: in the file, numbers are not where vector instructions want them.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
     except Exception as error:  # of a kind of its own
         raise ValueError(f"{path!s} is not a safetensors file: {error}") from error

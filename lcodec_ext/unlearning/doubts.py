@@ -160,8 +160,7 @@ def warn_of_shortfall(
     if found is None or not last.accepted:
         return
     told = []
-    target = found.validation_before
-    start = robust_mean(found.control_before)[0] if found.control_before else target
+    start, target = robust_mean(found.control_before)[0], found.validation_before
     gap = target - start
     reached = (found.control - start) / gap if gap > _GAP * abs(target) else 1.0
     if reached < _LITTLE and found.stopped_by != "control" and not found.finish:
@@ -176,8 +175,9 @@ def warn_of_shortfall(
             f"by, cannot tell how far to go. Its samples lose {after.forget_loss:.3g} now; a model "
             "that never saw their class would hardly recognise any"
         )
-    level = max([target, *found.control_after])  # without groups where there was no step
-    if before.forget_loss <= target and after.forget_loss > OUTLIERS * level and level > 0:
+    level = max([target, *found.control_after])
+    far = after.forget_loss > OUTLIERS * level > 0
+    if before.forget_loss <= target and far and not found.outliers:
         told.append(
             f"the deleted samples lose {after.forget_loss:.3g} now, more than {OUTLIERS:g} times "
             f"what samples that were never seen or control groups do ({level:.3g}): the deletion "

@@ -221,10 +221,10 @@ class WeightPatch:
 
 def _bits(tensor: Tensor) -> Tensor:
     """The bits of each entry as integers, one row for each."""
-    flat = tensor.contiguous().reshape(-1)
+    flat = tensor.contiguous().reshape(-1, 1)
     if flat.is_complex():
-        flat = torch.view_as_real(flat)
-    return flat.view(_BITS[flat.element_size()]).reshape(tensor.numel(), -1)
+        flat = torch.view_as_real(flat[:, 0])
+    return flat.view(_BITS[flat.element_size()])
 
 
 def _packed(tensor: Tensor, places: Tensor) -> PatchedTensor:
