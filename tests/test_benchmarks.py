@@ -30,6 +30,8 @@ import deletion  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
 import networks  # noqa: E402
+import ordinary  # noqa: E402
+import ordinary_models  # noqa: E402
 import peers  # noqa: E402
 import plots  # noqa: E402
 import population  # noqa: E402
@@ -927,3 +929,107 @@ def test_users_with_habits():
     sizes = [len(data[1]) for data in task.validation.values()]
     assert sizes[1] == users.HELD * users.SIZE
     assert len(task.data[1]) + sizes[0] < users.TRAINED * users.SIZE  # without the deleted users'
+
+
+# ---------------------------------------------------------------------------------------------
+# Ordinary networks
+
+
+def deletion_point(**changed):
+    """A deletion that did no harm, but for what is changed of it."""
+    before = {"loss_forget": 0.1, "loss_retain": 0.1, "loss_test": 0.4}
+    return {
+        "before": before,
+        "after": before | {"loss_forget": 0.3} | changed.pop("after", {}),
+        "retrained": [{"loss_forget": loss} for loss in (0.2, 0.3, 0.25)],
+        "accuracy_change": 0.001,
+        "accuracy_change_error": 0.001,
+        "warnings": [],
+        "silent": False,
+        "skipped": 0,
+        "seconds": 1.0,
+        "ratio": 1.2,
+        "ratio_before": 0.4,
+    } | changed
+
+
+class TestOrdinaryNetworks:
+    def test_harm(self):
+        assert ordinary.harms(deletion_point()) == []
+        assert ordinary.harms(deletion_point(after={"loss_forget": 0.6})) == ["over-forgotten"]
+        assert ordinary.harms(deletion_point(after={"loss_retain": 0.171})) == ["retained"]
+        assert ordinary.harms(deletion_point(after={"loss_retain": float("nan")})) == ["retained"]
+        gained = {"loss_retain": 0.171, "loss_test": 0.3}  # test samples gain more
+        assert ordinary.harms(deletion_point(after=gained)) == []
+        assert ordinary.harms(deletion_point(accuracy_change=-0.006)) == ["test"]
+        clear = ordinary.harms(deletion_point(accuracy_change=-0.008))
+        assert clear == ["test", "test, beyond chance"]
+
+    def test_a_change_of_accuracy_is_paired(self):
+        before, after = torch.ones(1000, dtype=bool), torch.ones(1000, dtype=bool)
+        before[:3], after[10:20] = False, False
+        moved, error = ordinary.change(before, after)
+        assert moved == pytest.approx(-0.007)
+        assert error == pytest.approx((13 / 1000 - 0.007**2) ** 0.5 / 1000**0.5)
+
+    def test_claims(self):
+        bad = deletion_point(ratio=2.1, accuracy_change=-0.006, silent=True, harm=["test"])
+        points = [deletion_point(harm=[]) | {"ratio": ratio} for ratio in (0.5, 2.0)]
+        one = {"requests": points, "training_seconds": 1.0}
+        two = {"requests": [*points, bad], "training_seconds": 1.0}
+        good, missed = (ordinary.claims({"a": ordinary.summary([each])}) for each in (one, two))
+        assert [claim["met"] for claim in good] == [True, True, True]
+        assert [claim["met"] for claim in missed] == [False, False, False]
+        assert [claim["value"] for claim in missed] == [pytest.approx(2 / 3), -0.006, 1]
+
+    def test_requests_are_apart(self):
+        work = ordinary_models.task("adamw", 0)
+        assert [each.kind for each in work.requests] == [
+            "user",
+            "user",
+            "random",
+            "random",
+            "wrong",
+        ]
+        numbers = [i for each in work.requests for i in each.numbers]
+        assert len(set(numbers)) == len(numbers)
+        for each in work.requests[:2]:
+            own = torch.isin(work.users, torch.tensor(each.users)).nonzero().flatten().tolist()
+            assert own == each.numbers
+        sizes = [len(work.data[1]), len(work.validation[1]), len(work.test[1])]
+        assert sizes == [1000, 298, 499]
+        forget, retain = work.parts(work.requests[0].numbers)
+        assert len(forget[1]) + len(retain[1]) == 1000
+
+    def test_shifts(self):
+        x = torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        moved = ordinary_models.shifted(x, torch.Generator().manual_seed(1))
+        assert moved.shape == x.shape
+        centre = x[0, 0, 10:18, 10:18]
+        places = [
+            torch.equal(image[a : a + 8, b : b + 8], centre)
+            for image in (moved[0, 0], moved[0, 0].flip(1))
+            for a in range(8, 13)
+            for b in range(8, 13)
+        ]
+        assert sum(places) == 1
+
+    def test_every_network_runs(self):
+        shapes = {"adamw": (2, 64), "distilbert": (2, ordinary_models.LENGTH)}
+        for name, recipe in ordinary_models.RECIPES.items():
+            x = torch.ones(shapes.get(name, (2, 1, 28, 28)))
+            x = x.long() if name == "distilbert" else x
+            classes = len(ordinary_models.LIBRARIES) if name == "distilbert" else 10
+            assert recipe.network().eval()(x).shape == (2, classes)
+
+    def test_trained_networks_are_kept(self, tmp_path):
+        work = ordinary_models.task("adamw", 0)
+        few = tuple(t[:64] for t in work.data)
+        first, seconds = ordinary_models.fitted(tmp_path, "adamw", few, 0, 1)
+        again, same = ordinary_models.fitted(tmp_path, "adamw", few, 0, 1)
+        assert seconds == same
+        for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+        assert len(list(tmp_path.iterdir())) == 1
+        ordinary_models.fitted(tmp_path, "adamw", few, 1, 1)
+        assert len(list(tmp_path.iterdir())) == 2
