@@ -25,6 +25,28 @@ class BasicBlock(nn.Module):
         return (inner + self.downsample(x)).relu()
 
 
+class InvertedResidual(nn.Module):
+    """MobileNet V2's block: widen by 1 x 1, filter each channel, narrow by 1 x 1."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, widen: int) -> None:
+        super().__init__()
+        inner = inputs * widen
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU6(),
+            nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU6(),
+            nn.Conv2d(inner, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
 class ResNet(nn.Module):
     """The form for images of 32 x 32: a stem of 3 x 3, four stages of two blocks."""
 

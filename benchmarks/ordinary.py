@@ -1,6 +1,7 @@
 """Deletions by default from networks as people train them, one request at a time.
 
     python benchmarks/ordinary.py [--networks adamw gru ...] [--seeds 10 11 12 13] [--output FILE]
+        [--cache FOLDER]
 
 Five networks (`ordinary_models.py`) learn from four draws of their data; from each training five
 requests are deleted, each from the trained network: two of users, two of random samples, one of
@@ -11,7 +12,8 @@ data sets: without all five requests of a training, at most 4% of the samples).
 What counts as harm is said in `harms`. Where a deletion did harm, it is asked for again with
 warnings as errors: a ledger that gets a line then did silent harm. Settings were
 chosen on other networks, and while these were looked at with seeds 0 to 2; seeds from 10 on judge.
-A record that was stopped goes on with the trainings it lacks.
+A record that was stopped goes on with the trainings it lacks; trained networks are kept in the
+cache.
 """
 
 import argparse
@@ -33,7 +35,7 @@ if __name__ == "__main__":
 
 
 import torch
-from ordinary_models import RECIPES, Data, Request, Task, fit, task
+from ordinary_models import RECIPES, Data, Request, Task, fitted, task
 from run import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -121,15 +123,31 @@ def delete(
     return result, [str(each.message) for each in caught], time.process_time() - begin
 
 
-def record(name: str, seed: int, epochs: int | None = None) -> dict[str, Any]:
+def networks(
+    name: str, work: Task, seed: int, cache: Path, epochs: int | None = None
+) -> tuple[nn.Module, float, list[list[nn.Module]]]:
+    """The trained network, CPU seconds of its training, and retrained ones for each request."""
+    model, seconds = fitted(cache, name, work.data, 1000 * seed, epochs)
+
+    def retrained(numbers: list[int]) -> list[nn.Module]:
+        _, rest = work.parts(numbers)
+        seeds = [1000 * seed + 1 + k for k in range(RETRAINED)]
+        return [fitted(cache, name, rest, each, epochs)[0] for each in seeds]
+
+    if not RECIPES[name].shared:
+        return model, seconds, [retrained(request.numbers) for request in work.requests]
+    everyone = retrained([i for request in work.requests for i in request.numbers])
+    return model, seconds, [everyone for _ in work.requests]
+
+
+def record(name: str, seed: int, cache: Path, epochs: int | None = None) -> dict[str, Any]:
     """Train, retrain, and delete each of five requests."""
-    recipe, work = RECIPES[name], task(name, seed)
-    begin = time.process_time()
-    model = fit(recipe, work.data, 1000 * seed, epochs)
+    work = task(name, seed)
+    model, seconds, retrained = networks(name, work, seed, cache, epochs)
     found: dict[str, Any] = {
         "network": name,
         "seed": seed,
-        "training_seconds": time.process_time() - begin,
+        "training_seconds": seconds,
         "n": len(work.data[1]),
         "n_validation": len(work.validation[1]),
         "n_test": len(work.test[1]),
@@ -137,15 +155,7 @@ def record(name: str, seed: int, epochs: int | None = None) -> dict[str, Any]:
         "loss_validation": measured(model, *[work.validation] * 3)["loss_test"],
         "requests": [],
     }
-    everyone = [i for request in work.requests for i in request.numbers]
-
-    def retrained(numbers: list[int]) -> list[nn.Module]:
-        _, rest = work.parts(numbers)
-        return [fit(recipe, rest, 1000 * seed + 1 + k, epochs) for k in range(RETRAINED)]
-
-    peers = retrained(everyone) if recipe.shared else []
-    for request in work.requests:
-        own = peers or retrained(request.numbers)
+    for request, own in zip(work.requests, retrained, strict=True):
         forget, retain = work.parts(request.numbers)
         before = measured(model, forget, retain, work.test)
         result, told, seconds = delete(model, work, request)
@@ -292,9 +302,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=environment.ROOT / "benchmarks/output/ordinary.json"
     )
+    parser.add_argument(
+        "--cache", type=Path, default=environment.ROOT / "benchmarks/output/ordinary"
+    )
+    parser.add_argument("--train-only", action="store_true", help="fill the cache")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds, epochs = (options.seeds[:1], 1) if options.quick else (options.seeds, None)
+    if options.train_only:
+        for name in options.networks:
+            for seed in seeds:
+                networks(name, task(name, seed), seed, options.cache, epochs)
+        return 0
     settings = {"quick": options.quick, "retrained": RETRAINED, "factor": FACTOR}
     here = environment.commit()
     known: dict[str, Any] = {}
@@ -316,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in seeds:
             done = [(each["network"], each["seed"]) for each in result["trainings"]]
             if (name, seed) not in done:
-                result["trainings"].append(record(name, seed, epochs))
+                result["trainings"].append(record(name, seed, options.cache, epochs))
             names = dict.fromkeys(each["network"] for each in result["trainings"])
             result["summary"] = {
                 one: summary([each for each in result["trainings"] if each["network"] == one])

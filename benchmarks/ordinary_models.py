@@ -7,8 +7,10 @@ comes with Python, scikit-learn or Debian's package dataset-fashion-mnist; nothi
 
 import ast
 import functools
+import hashlib
 import math
 import sysconfig
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,6 +214,12 @@ class Recipe:
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     shared: bool = True  # retrained networks leave out all requests of a training at once
 
+    def described(self) -> str:
+        """What a trained network depends on."""
+        numbers = (self.epochs, self.rate, self.batch_size, self.cosine, self.warm)
+        augment = self.augment and self.augment.__name__
+        return repr((str(self.network()), *numbers, augment))
+
 
 RECIPES = {
     "adamw": Recipe(
@@ -252,6 +260,30 @@ def fit(recipe: Recipe, data: Data, seed: int, epochs: int | None = None) -> nn.
             optimizer.step()
             step += 1
     return model.eval()
+
+
+def fitted(
+    cache: Path, name: str, data: Data, seed: int, epochs: int | None
+) -> tuple[nn.Module, float]:
+    """The network that `fit` makes, from the cache if that has it, and its CPU seconds."""
+    recipe = RECIPES[name]
+    digest = hashlib.sha256(repr((recipe.described(), seed, epochs, torch.__version__)).encode())
+    for tensor in data:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    path = cache / f"{name}-{seed}-{digest.hexdigest()[:12]}.pt"
+    if path.exists():
+        found = torch.load(path, weights_only=True)
+        model = recipe.network()
+        model.load_state_dict(found["model"])
+        return model.eval(), found["seconds"]
+    begin = time.process_time()
+    model = fit(recipe, data, seed, epochs)
+    seconds = time.process_time() - begin
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    torch.save({"model": model.state_dict(), "seconds": seconds}, unfinished)
+    unfinished.replace(path)
+    return model, seconds
 
 
 # ---------------------------------------------------------------------------------------------

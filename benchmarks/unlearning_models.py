@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from networks import BasicBlock
+from networks import BasicBlock, InvertedResidual
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -55,6 +55,23 @@ def cnn() -> nn.Module:
     )
 
 
+def mobilenet() -> nn.Module:
+    """A stem of stride 2, five inverted residuals, global average pooling."""
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, 2, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU6(),
+        InvertedResidual(12, 16, 2, 3),
+        InvertedResidual(16, 16, 1, 3),
+        InvertedResidual(16, 32, 2, 3),
+        InvertedResidual(32, 32, 1, 3),
+        InvertedResidual(32, 48, 1, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, 10),
+    )
+
+
 def mlp() -> nn.Module:
     """64 - 128 - 10 for digits."""
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
@@ -80,6 +97,8 @@ RECIPES = {
     "mlp": Recipe(mlp, "digits", 1197, 40, 100, 300, 32, 0.1, 5e-4),
     "cnn": Recipe(cnn, "fashion_mnist", 20_000, 400, 400, 80, 128, 0.1, 5e-4),
     "resnet": Recipe(resnet, "fashion_mnist", 20_000, 400, 400, 80, 128, 0.1, 5e-4),
+    # No setting was chosen with this one, of the package or of a baseline.
+    "mobilenet": Recipe(mobilenet, "fashion_mnist", 10_000, 200, 400, 20, 128, 0.1, 5e-4),
 }
 
 

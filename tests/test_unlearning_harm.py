@@ -14,6 +14,7 @@ from torch.nn.functional import (
     gaussian_nll_loss,
     l1_loss,
     mse_loss,
+    multi_margin_loss,
     one_hot,
     softplus,
 )
@@ -279,6 +280,12 @@ def test_losses_of_any_kind(known):
         result, told = deleted(model, data, held, loss=loss)
         assert told or not harmed(model, result.model, data, others, loss=loss)
         assert result.loss_forget.after > result.loss_forget.before
+
+
+def test_a_loss_without_a_second_derivative_is_refused(known):
+    model, train, validation, _ = known
+    with pytest.raises(ValueError, match=r"differentiated twice .* Use curvature='fisher'"):
+        deleted(model, train, validation, loss=multi_margin_loss)
 
 
 def test_regression():

@@ -332,7 +332,7 @@ def test_the_names_are_documented_and_have_grids():
     assert re.findall(r'^\| `"(.+?)"` \|', section, re.MULTILINE) == list(LITERATURE)
     assert set(LITERATURE) < set(GRIDS)
     sizes = {name: np.prod([len(v) for v in grid.values()]) for name, grid in GRIDS.items()}
-    assert set(sizes.values()) == {8}
+    assert min(sizes.values()) >= 12  # so all have the same budget
 
 
 # ---------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_tuning_chooses_the_nearest_to_retraining_and_trains_on_no_validation_sa
     assert rows[0] - rows[1] == {tuple(row.tolist()) for row in X[CONTROL]}
     for name in methods:
         trials = [t for t in found.trials if t.name == name]
-        assert len(trials) == 8
+        assert len(trials) == 12
         best = found.best(name)
         assert best.distance == min(t.distance for t in trials)
         assert best.options in [t.options for t in trials]
@@ -374,9 +374,9 @@ def test_tuning_chooses_the_nearest_to_retraining_and_trains_on_no_validation_sa
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["chosen"]["L-BFGS"] == found.best("L-BFGS").options
     assert values["settings"]["n_control"] == 10
-    assert len(values["trials"]) == 16
+    assert len(values["trials"]) == 24
     lines = repr(found).splitlines()
-    assert lines[0] == "Tuned on 10 control samples and 10 for validation, 8 settings each"
+    assert lines[0] == "Tuned on 10 control samples and 10 for validation, at most 12 settings each"
     assert lines[2].startswith("L-BFGS")
     assert "iterations=" in lines[2]
     evaluated = evaluate(
@@ -403,6 +403,49 @@ def test_tuning_draws_from_larger_grids_and_takes_own_methods():
     assert found.methods["mine"].options["n_samples"] == 20
     assert found.methods["step"]["selection"] == "full"
     assert found.settings["n_control"] == 12
+
+
+def test_tuning_looks_beside_the_best_setting_and_then_draws_again():
+    found = tune(
+        fit,
+        (X, Y),
+        CONTROL,
+        F.cross_entropy,
+        methods=["L-BFGS", "L1-sparse"],
+        grids={"L-BFGS": {"iterations": range(1, 40)}},
+        n_settings=9,
+        weight_decay=DECAY,
+    )
+    tried = [t.options["iterations"] for t in found.trials if t.name == "L-BFGS"]
+    assert len(set(tried)) == len(tried) == 9
+    first, then = tried[:4], tried[4:6]
+    assert first == sorted(first)
+    distances = {t.options["iterations"]: t.distance for t in found.trials if t.name == "L-BFGS"}
+    nearest = min(first, key=distances.__getitem__)
+    assert {abs(k - nearest) for k in then if abs(k - nearest) == 1} == {1}
+    assert len([t for t in found.trials if t.name == "L1-sparse"]) == 9
+
+
+def test_tuning_takes_validation_samples_that_are_apart():
+    seen = []
+
+    def spy(samples, seed):
+        seen.append(len(samples[1]))
+        return fit(samples, seed)
+
+    apart = X[CONTROL] + 1, Y[CONTROL]
+    options = {"methods": ["L-BFGS"], "n_settings": 2, "weight_decay": DECAY}
+    found = tune(spy, (X, Y), CONTROL, F.cross_entropy, validation=apart, **options)
+    assert seen == [60, 50, 50, 50]
+    assert found.settings["n_validation"] == 10
+    trial = found.trials[0]
+    parts = {"js_forget", "loss_forget", "js_test"}
+    assert trial.parts.keys() == parts
+    other = tune(fit, (X, Y), CONTROL, F.cross_entropy, validation=(X[20:], Y[20:]), **options)
+    assert other.trials[0].parts["js_forget"] == trial.parts["js_forget"]
+    assert other.trials[0].parts["js_test"] != trial.parts["js_test"]
+    with pytest.raises(TypeError, match="validation must be"):
+        tune(fit, (X, Y), CONTROL, F.cross_entropy, validation="0.2", **options)
 
 
 def test_tuning_gives_all_methods_the_same_epochs():

@@ -15,6 +15,7 @@ from lcodec_ext._torch.loss import (
     LossFunction,
     check_loss_fn,
     check_reduction,
+    known_loss,
     loss_in,
     scalar_loss,
 )
@@ -105,7 +106,35 @@ def _each_loss(
     loss_fn: LossFunction, outputs: Any, targets: Any, batch: Batch, name: str
 ) -> Tensor:
     """The loss of each sample of a batch alone, shape (n,)."""
-    n = batch.size
+    n, losses = batch.size, _each_cross_entropy(loss_fn, outputs, targets)
+    if losses is None:
+        losses = _each_alone(loss_fn, outputs, targets, n).double()
+    if not torch.isfinite(losses).all():
+        raise ValueError(f"the loss of a sample of {name} is NaN or infinite")
+    whole = scalar_loss(loss_fn, outputs, targets)
+    check_reduction(whole, losses.mean().to(whole.dtype), n, why=f" of {name}")
+    return losses
+
+
+def _each_cross_entropy(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor | None:
+    """Cross-entropies of classified samples, which need no call for each; None of other losses."""
+    known = known_loss(loss_fn)
+    if known is None or (known.kind, known.reduction) != ("cross_entropy", "mean"):
+        return None
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim != 2:
+        return None
+    if targets.is_floating_point() or targets.ndim != 1 or (targets == known.ignore_index).any():
+        return None
+    if not isinstance(loss_fn, nn.CrossEntropyLoss):
+        plain: Any = loss_fn
+        each: Tensor = functools.partial(plain, reduction="none")(outputs, targets)
+        return each
+    return F.cross_entropy(
+        outputs, targets, reduction="none", label_smoothing=loss_fn.label_smoothing
+    )
+
+
+def _each_alone(loss_fn: LossFunction, outputs: Any, targets: Any, n: int) -> Tensor:
     parts = list(tensors_of((outputs, targets)))
     dims = tuple(0 if part.ndim and len(part) == n else None for part in parts)
 
@@ -116,19 +145,13 @@ def _each_loss(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")
-            losses = torch.func.vmap(alone, in_dims=dims)(*parts)
+            return torch.func.vmap(alone, in_dims=dims)(*parts)
     except (RuntimeError, ValueError, NotImplementedError):  # what vmap cannot trace
         rows = [
             alone(*(t if d is None else t[i] for t, d in zip(parts, dims, strict=True)))
             for i in range(n)
         ]
-        losses = torch.stack(rows)
-    losses = losses.double()
-    if not torch.isfinite(losses).all():
-        raise ValueError(f"the loss of a sample of {name} is NaN or infinite")
-    whole = scalar_loss(loss_fn, outputs, targets)
-    check_reduction(whole, losses.mean().to(whole.dtype), n, why=f" of {name}")
-    return losses
+        return torch.stack(rows)
 
 
 def _scores(score: Score, outputs: Any, targets: Any, n: int) -> Tensor:

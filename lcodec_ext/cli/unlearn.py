@@ -12,6 +12,7 @@ from lcodec_ext.cli.console import (
     Console,
     InputError,
     add_common,
+    integer,
     number,
     output_file,
     seed,
@@ -38,7 +39,17 @@ if TYPE_CHECKING:
     from lcodec_ext.unlearning import Unlearner, UnlearnResult
 
 PRESETS = ("recommended", "paper")
-SETTINGS = ("selection", "curvature", "damping", "weight_decay", "epsilon", "delta", "seed")
+SETTINGS = (
+    "selection",
+    "curvature",
+    "damping",
+    "weight_decay",
+    "max_seconds",
+    "max_memory",
+    "epsilon",
+    "delta",
+    "seed",
+)
 UNLEARN = """\
 Delete training samples from a model, or verify the ledger of such deletions.
 
@@ -51,6 +62,9 @@ The result is heuristic unless it says "certified"; evaluate compares it with re
 guard takes the step back, the weights stay as they were, --output is not written and the exit
 status is 1: retrain without these samples. With --epsilon and --delta, --output is a release: it
 gets fresh noise, which is paid for from the budget on record.
+
+--estimate says what a request will cost, in passes over samples, seconds and memory. It deletes and
+writes nothing.
 
 --resume with --output and without --forget writes the weights on record, for example after a
 removal without --output. With --epsilon and --delta this is another release. Releases are not
@@ -99,6 +113,11 @@ def add_unlearn(commands: Any) -> None:
     )
     add("--note", metavar="TEXT", help="for the ledger, for example who asked")
     add(
+        "--estimate",
+        action="store_true",
+        help="say what the deletion will cost, in passes, seconds and memory; delete nothing",
+    )
+    add(
         "--output",
         type=output_file(*SUFFIXES),
         metavar="FILE",
@@ -130,6 +149,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         type=number(),
         metavar="LAMBDA",
         help="of the training, whose objective is the mean loss plus (LAMBDA / 2) |w|^2",
+    )
+    add("--max-seconds", type=number(), metavar="S", help="the most that a deletion may take")
+    add(
+        "--max-memory",
+        type=integer(1),
+        metavar="BYTES",
+        help="the most that it may take beside model and data",
     )
     add("--epsilon", type=number(), metavar="X", help="privacy of a release, with --delta")
     add("--delta", type=number(), metavar="X", help="privacy of a release, with --epsilon")
@@ -204,6 +230,9 @@ def _check_request(options: argparse.Namespace) -> None:
         )
     if options.head:
         raise InputError("--head belongs to --verify")
+    if options.estimate:
+        _check_estimate(options)
+        return
     if not options.directory:
         if options.resume:
             raise InputError("--resume needs --directory, the folder of the ledger")
@@ -216,6 +245,18 @@ def _check_request(options: argparse.Namespace) -> None:
         raise InputError(
             f"--directory {options.directory} has a ledger already: --resume goes on with it"
         )
+
+
+def _check_estimate(options: argparse.Namespace) -> None:
+    if not _asks(options):
+        raise InputError("--estimate is of a request: give --forget or --forget-group")
+    for name in ("output", "note"):
+        if getattr(options, name):
+            raise InputError(f"--{name} does not go with --estimate, which deletes nothing")
+    if options.resume:
+        if not options.directory:
+            raise InputError("--resume needs --directory, the folder of the ledger")
+        _check_resume(options)
 
 
 def _asks(options: argparse.Namespace) -> bool:
@@ -269,6 +310,8 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
         if gone := set(unlearner.removed_groups).intersection(named):
             one = next(each for each in named if each in gone)
             raise InputError(f"--forget-group names group {one!r}, which is removed already")
+        if options.estimate:
+            return _estimate(unlearner, ids, named, console)
         result, groups = None, []
         if ids or named:
             result = _remove(unlearner, ids, named, options, console)
@@ -311,8 +354,17 @@ def _open(
         more |= {key: settings[key] for key in ("perturb",) if key in settings}
         return Unlearner.resume(options.directory, model, train, loss_fn, **more), named
     budget = {"epsilon_budget": options.epsilon_budget, "delta_budget": options.delta_budget}
-    more |= {"directory": options.directory, "preset": preset} | budget | settings
+    folder = None if options.estimate else options.directory  # nothing is kept of an estimate
+    more |= {"directory": folder, "preset": preset} | budget | settings
     return Unlearner(model, train, loss_fn, **more), named
+
+
+def _estimate(
+    unlearner: "Unlearner", ids: list[int], named: list[int | str], console: Console
+) -> int:
+    found = unlearner.estimate(ids or None, groups=named or None)
+    console.emit({"ids": ids, "groups": named, "estimate": found.to_dict()}, str(found))
+    return OK
 
 
 def _remove(
@@ -429,7 +481,7 @@ def _tell(
 def _verify(options: argparse.Namespace, console: Console) -> int:
     if not options.directory:
         raise InputError("--verify needs --directory, the folder of the ledger")
-    for name in ("forget", "forget_group", "output", "resume", "note"):
+    for name in ("forget", "forget_group", "output", "resume", "note", "estimate"):
         if getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} does not go with --verify")
     if bool(options.model) != bool(options.weights):

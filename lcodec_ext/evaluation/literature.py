@@ -27,7 +27,10 @@ from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 from lcodec_ext.evaluation.training import (
     adam,
     batch_loss,
+    both_sets,
     check_budget,
+    check_part,
+    descend,
     epochs_of,
     finished,
     sgd,
@@ -79,13 +82,13 @@ def scrub(
     M. Kurmanji, P. Triantafillou, J. Hayes and E. Triantafillou, "Towards Unbounded Machine
     Unlearning", NeurIPS 2023.
     """
-    for name, value in (("alpha", alpha), ("gamma", gamma), ("learning_rate", learning_rate)):
+    for name, value in (("alpha", alpha), ("gamma", gamma)):
         check_real(value, name, 0)
     check_integer(ascents, "ascents", 0)
     if not check_real(temperature, "temperature", 0) > 0:
         raise ValueError("temperature must be above 0; got 0")
-    check_budget(seed, epochs, batch_size, weight_decay)
-    removed, retained = _sets(model, forget, retain)
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain)
     teacher, student = copy.deepcopy(model).eval(), copy.deepcopy(model).train()
     steps = adam(student, learning_rate, weight_decay)
 
@@ -146,7 +149,7 @@ def selective_dampening(
     check_real(alpha, "alpha", 0)
     check_real(dampening, "dampening", 0)
     check_budget(seed, 0, 1, weight_decay)
-    removed, retained = _sets(model, forget, retain)
+    removed, retained = both_sets(model, forget, retain)
     n_retain, m = len(retained), len(removed)
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < n_retain:
         retained = retained.subset(random_samples(n_retain, n_samples, seed)).loaded()
@@ -205,13 +208,12 @@ def random_labels(
     L. Graves, V. Nagisetty and V. Ganesh, "Amnesiac Machine Learning", AAAI 2021. A. Golatkar, A.
     Achille and S. Soatto, "Eternal Sunshine of the Spotless Net", CVPR 2020.
     """
-    check_real(learning_rate, "learning_rate", 0)
-    check_budget(seed, epochs, batch_size, weight_decay)
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     tuned = copy.deepcopy(model).train()
     steps = sgd(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
-        for batch in _relabelled(tuned, *_sets(model, forget, retain), epochs, batch_size, seed):
-            take_step(steps, batch_loss(tuned, batch, loss_fn))
+        parts = both_sets(model, forget, retain)
+        descend(tuned, steps, _relabelled(tuned, *parts, epochs, batch_size, seed), loss_fn)
     return finished(tuned, model)
 
 
@@ -245,11 +247,9 @@ def salun(
     C. Fan, J. Liu, Y. Zhang, E. Wong, D. Wei and S. Liu, "SalUn: Empowering Machine Unlearning via
     Gradient-Based Weight Saliency in Both Image Classification and Generation", ICLR 2024.
     """
-    check_real(learning_rate, "learning_rate", 0)
-    if not 0 < check_real(share, "share", 0) <= 1:
-        raise ValueError(f"share must be above 0 and at most 1; got {share}")
-    check_budget(seed, epochs, batch_size, weight_decay)
-    removed, retained = _sets(model, forget, retain)
+    check_part(share, "share")
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain)
     tuned = copy.deepcopy(model)
     weights = trainable(tuned)
     with evaluating(tuned), torch.enable_grad():
@@ -327,11 +327,9 @@ def bad_teacher(
     V. S. Chundawat, A. K. Tarun, M. Mandal and M. Kankanhalli, "Can Bad Teaching Induce
     Forgetting? Unlearning in Deep Networks Using an Incompetent Teacher", AAAI 2023.
     """
-    check_real(learning_rate, "learning_rate", 0)
-    if not 0 < check_real(retain_share, "retain_share", 0) <= 1:
-        raise ValueError(f"retain_share must be above 0 and at most 1; got {retain_share}")
-    check_budget(seed, epochs, batch_size, weight_decay)
-    removed, retained = _sets(model, forget, retain)
+    check_part(retain_share, "retain_share")
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain)
     few = max(1, round(retain_share * len(retained)))
     kept = retained.subset(random_samples(len(retained), few, seed))
     both = Samples.joined([kept, removed])
@@ -426,8 +424,7 @@ def _last_layers(
     restart: bool,
 ) -> nn.Module:
     check_integer(layers, "layers", 1)
-    check_real(learning_rate, "learning_rate", 0)
-    check_budget(seed, epochs, batch_size, weight_decay)
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
     tuned = copy.deepcopy(model).eval()
     trainable(tuned)  # at least one parameter is
@@ -450,8 +447,7 @@ def _last_layers(
         steps = torch.optim.SGD(
             list(last.values()), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
         )
-        for batch in epochs_of(samples, epochs, batch_size, seed):
-            take_step(steps, batch_loss(tuned, batch, loss_fn))
+        descend(tuned, steps, epochs_of(samples, epochs, batch_size, seed), loss_fn)
     for parameter in frozen:
         parameter.requires_grad_(True)
     return finished(tuned, model)
@@ -488,8 +484,7 @@ def l1_sparse(
     Simplify Machine Unlearning", NeurIPS 2023.
     """
     check_real(gamma, "gamma", 0)
-    check_real(learning_rate, "learning_rate", 0)
-    check_budget(seed, epochs, batch_size, weight_decay)
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
     tuned = copy.deepcopy(model).train()
     weights = trainable(tuned)
@@ -504,11 +499,6 @@ def l1_sparse(
 
 
 # ---------------------------------------------------------------------------------------------
-
-
-def _sets(model: nn.Module, forget: Any, retain: Any) -> tuple[Samples, Samples]:
-    where = place(model)
-    return as_samples(forget, "forget", *where), as_samples(retain, "retain", *where)
 
 
 def _softened(outputs: Any, temperature: float = 1.0) -> Tensor:

@@ -35,7 +35,9 @@ from lcodec_ext.evaluation.literature import (
 from lcodec_ext.evaluation.training import (
     adam,
     batch_loss,
+    both_sets,
     check_budget,
+    descend,
     epochs_of,
     finished,
     sgd,
@@ -107,14 +109,12 @@ def fine_tune(
     check_choice(optimizer, "optimizer", ("sgd", "adam"))
     if learning_rate is None:
         learning_rate = 0.01 if optimizer == "sgd" else 0.001
-    check_real(learning_rate, "learning_rate", 0)
-    check_budget(seed, epochs, batch_size, weight_decay)
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
     tuned = copy.deepcopy(model).train()
     steps = (sgd if optimizer == "sgd" else adam)(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
-        for batch in epochs_of(samples, epochs, batch_size, seed):
-            take_step(steps, batch_loss(tuned, batch, loss_fn))
+        descend(tuned, steps, epochs_of(samples, epochs, batch_size, seed), loss_fn)
     return finished(tuned, model)
 
 
@@ -148,10 +148,8 @@ def gradient_ascent(
         Over the removed samples.
     batch_size : int, default 128
     """
-    check_real(learning_rate, "learning_rate", 0)
-    check_budget(seed, epochs, batch_size, weight_decay)
-    removed = as_samples(forget, "forget", *place(model))
-    retained = as_samples(retain, "retain", *place(model))
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain)
     guard = retained.subset(random_samples(len(retained), min(_GUARD, len(retained)), seed))
     guard = guard.loaded()
     climber = copy.deepcopy(model)
@@ -205,14 +203,10 @@ def neg_grad_plus(
     M. Kurmanji, P. Triantafillou, J. Hayes and E. Triantafillou, "Towards Unbounded Machine
     Unlearning", NeurIPS 2023: NegGrad+.
     """
-    check_real(learning_rate, "learning_rate", 0)
     if not 0 <= check_real(retain_weight, "retain_weight", 0) <= 1:
         raise ValueError(f"retain_weight must be between 0 and 1; got {retain_weight}")
-    check_budget(seed, epochs, batch_size, weight_decay)
-    removed, retained = (
-        as_samples(data, name, *place(model))
-        for data, name in ((forget, "forget"), (retain, "retain"))
-    )
+    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain)
     tuned = copy.deepcopy(model).train()
     steps = sgd(tuned, learning_rate, weight_decay)
     per_epoch = max(1, len(retained) // batch_size)

@@ -1,6 +1,6 @@
 """What baselines train with: parts of data, batches of epochs, steps, and copies of models."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from lcodec_ext._checks import check_integer, check_real, check_seed
 from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
 from lcodec_ext._torch.loss import LossFunction, trainable
-from lcodec_ext._torch.samples import Samples, outputs_of
+from lcodec_ext._torch.modes import place
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 
 
 def count(data: Any, name: str = "data") -> int:
@@ -49,8 +50,23 @@ def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
     return found
 
 
-def check_budget(seed: int, epochs: int, batch_size: int, weight_decay: float) -> None:
+def both_sets(model: nn.Module, forget: Any, retain: Any) -> tuple[Samples, Samples]:
+    """The removed and the retained samples, for a model."""
+    where = place(model)
+    return as_samples(forget, "forget", *where), as_samples(retain, "retain", *where)
+
+
+def check_part(value: float, name: str) -> None:
+    """Refuse what is no share of something."""
+    if not 0 < check_real(value, name, 0) <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1; got {value}")
+
+
+def check_budget(
+    seed: int, epochs: int, batch_size: int, weight_decay: float, learning_rate: float = 0.0
+) -> None:
     """Refuse what no baseline can do."""
+    check_real(learning_rate, "learning_rate", 0)
     check_seed(seed, optional=False)
     check_integer(epochs, "epochs", 0)
     check_integer(batch_size, "batch_size", 1)
@@ -90,6 +106,17 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+
+
+def descend(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    loss_fn: LossFunction,
+) -> None:
+    """One step down the loss of each batch."""
+    for batch in batches:
+        take_step(optimizer, batch_loss(model, batch, loss_fn))
 
 
 def finished(tuned: nn.Module, model: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -12,41 +13,48 @@ from torch import nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._files import json_ready
+from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
-from lcodec_ext._torch.modes import seeded
-from lcodec_ext._torch.predict import Score
-from lcodec_ext.evaluation.evaluate import Evaluation, evaluate
+from lcodec_ext._torch.modes import place, seeded
+from lcodec_ext._torch.predict import Prediction, Score, predict
+from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.evaluation.methods import (
     BASELINES,
     LITERATURE,
-    NO_OP,
-    RETRAINED,
     Baseline,
     Method,
+    carry_out,
 )
+from lcodec_ext.evaluation.metrics import js_distances
 from lcodec_ext.evaluation.training import check_numbers, count, take
 from lcodec_ext.unlearning.request import random_samples
 
 Grid = Mapping[str, Sequence[Any]]
 
-_RATES = (0.01, 0.03, 0.1, 0.3)
+_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_ADAM = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+_BATCHES = (32, 128)
 
-#: By name of a method, the values that `tune` tries for its options: 8 settings each.
+#: By name of a method, the values that `tune` tries for its options, in ascending order. They reach
+#: far, so that the best one lies inside; `tune` tries some of the combinations.
 GRIDS: Mapping[str, Grid] = MappingProxyType(
     {
-        "gradient ascent": {"learning_rate": (0.003, 0.01, 0.03, 0.1), "epochs": (5, 20)},
-        "NegGrad+": {"retain_weight": (0.99, 0.95, 0.9, 0.8), "learning_rate": (0.03, 0.1)},
-        "fine-tune SGD": {"learning_rate": _RATES, "batch_size": (32, 128)},
-        "fine-tune Adam": {"learning_rate": (1e-3, 3e-3, 1e-2, 3e-2), "batch_size": (32, 128)},
-        "L-BFGS": {"iterations": (5, 10, 15, 20, 25, 30, 40, 50)},
-        "SCRUB": {"learning_rate": (1e-3, 5e-3), "ascents": (1, 3), "alpha": (0.1, 1.0)},
-        "SSD": {"alpha": (5.0, 10.0, 20.0, 50.0), "dampening": (1.0, 5.0)},
-        "SalUn": {"learning_rate": _RATES, "batch_size": (32, 128)},
-        "random labels": {"learning_rate": _RATES, "batch_size": (32, 128)},
-        "bad teacher": {"learning_rate": (1e-4, 3e-4, 1e-3, 3e-3), "retain_share": (0.3, 1.0)},
-        "CF-k": {"layers": (1, 2), "learning_rate": _RATES},
-        "EU-k": {"layers": (1, 2), "learning_rate": _RATES},
-        "L1-sparse": {"gamma": (1e-5, 1e-4), "learning_rate": _RATES},
+        "gradient ascent": {"learning_rate": _RATES, "epochs": (5, 20, 50)},
+        "NegGrad+": {
+            "retain_weight": (0.9, 0.97, 0.99, 0.997, 0.999, 0.9997),
+            "learning_rate": (0.01, 0.03, 0.1, 0.3),
+        },
+        "fine-tune SGD": {"learning_rate": _RATES, "batch_size": _BATCHES},
+        "fine-tune Adam": {"learning_rate": _ADAM, "batch_size": _BATCHES},
+        "L-BFGS": {"iterations": (2, 5, 10, 15, 20, 25, 30, 40, 50, 70, 100, 150)},
+        "SCRUB": {"learning_rate": _ADAM, "ascents": (1, 2, 3), "alpha": (0.0, 0.1, 1.0)},
+        "SSD": {"alpha": (1.5, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0), "dampening": (0.1, 0.3, 1, 3)},
+        "SalUn": {"learning_rate": _RATES, "batch_size": _BATCHES, "share": (0.2, 0.5, 0.8)},
+        "random labels": {"learning_rate": _RATES, "batch_size": _BATCHES},
+        "bad teacher": {"learning_rate": _ADAM, "retain_share": (0.3, 1.0)},
+        "CF-k": {"layers": (1, 2, 3), "learning_rate": _RATES},
+        "EU-k": {"layers": (1, 2, 3), "learning_rate": _RATES},
+        "L1-sparse": {"gamma": (1e-5, 1e-4, 1e-3, 3e-3), "learning_rate": _RATES},
     }
 )
 
@@ -63,6 +71,9 @@ class Trial:
         The setting.
     distance : float or None
         From the retrained models, on control and validation samples; see `tune`. None if it failed.
+    parts : dict of str to float
+        What the distance is the mean of, before it is divided: "js_forget", "loss_forget",
+        "js_test", where forget are the control samples and test the validation samples.
     seconds : float or None
     error : str or None
     """
@@ -70,6 +81,7 @@ class Trial:
     name: str
     options: dict[str, Any]
     distance: float | None
+    parts: dict[str, float]
     seconds: float | None
     error: str | None = None
 
@@ -113,8 +125,8 @@ class Tuned:
     def __repr__(self) -> str:
         lines = [
             f"Tuned on {self.settings['n_control']} control samples and "
-            f"{self.settings['n_validation']} for validation, {self.settings['n_settings']} "
-            "settings each",
+            f"{self.settings['n_validation']} for validation, at most "
+            f"{self.settings['n_settings']} settings each",
             f"distance from retraining: {self.original:.3f} before the deletion, {self.floor:.3f} "
             "from one retrained model to another",
         ]
@@ -134,9 +146,9 @@ def tune(
     *,
     methods: Mapping[str, Method] | Sequence[str] | None = None,
     grids: Mapping[str, Grid] | None = None,
-    n_settings: int = 8,
+    n_settings: int = 12,
     epochs: int = 5,
-    validation: float = 0.2,
+    validation: Any = 0.2,
     n_retrain: int = 3,
     weight_decay: float = 0.0,
     seed: int = 0,
@@ -150,11 +162,15 @@ def tune(
     choice cannot be fitted to them. Some retained samples are the *control* forget set, some are
     held out for *validation*. One model is trained on all but the latter, and a few on all but
     both; these are the yardstick. Every method deletes the control samples with at most n_settings
-    settings from its grid, and the one nearest to retraining is chosen.
+    settings from its grid, and the one nearest to retraining is chosen. Half of the settings are
+    drawn from the grid, then neighbours of the best one so far follow, and more draws where all of
+    these were tried. A grid with no more than n_settings is tried as a whole.
 
-    The distance is the sum of the mean Jensen-Shannon distances to the retrained models on control
-    and on validation samples: a method must forget, and must not harm. Without classes it is the
-    sum of the differences in mean loss.
+    The distance is a mean of three, each as a share of what it was before the deletion, or of the
+    distance of one retrained model from another where that is larger: the Jensen-Shannon distance
+    to the retrained models on control samples, the difference in mean loss on control samples, and
+    the Jensen-Shannon distance on validation samples. So a method must forget, and must not harm.
+    Without classes it is the mean of the differences in mean loss on both.
 
     Parameters
     ----------
@@ -171,15 +187,16 @@ def tune(
         Names of `BASELINES` and `LITERATURE` that have a grid, by default all; or by name a
         `Baseline`, or a dict of options of `unlearn`.
     grids : mapping of str to mapping, optional
-        For a name, the values of each option; by default those of `GRIDS`. All combinations make
-        up the grid.
-    n_settings : int, default 8
-        Most settings for a method; of larger grids so many are drawn.
+        For a name, the values of each option, in an order that has similar ones side by side; by
+        default those of `GRIDS`. All combinations make up the grid.
+    n_settings : int, default 12
+        Most settings for a method.
     epochs : int, default 5
         Passes over the samples that a method may take: the option of that name, for baselines whose
         options and grid leave it open. 5 is 5% of a training of 100 epochs.
-    validation : float, default 0.2
-        Share of the samples outside control that are held out.
+    validation : float, tuple of tensors, dict of tensors, or Dataset, default 0.2
+        Share of the samples outside control that are held out; or samples outside data, and then
+        none of data are held out.
     n_retrain : int, default 3
     weight_decay, seed, batch_size, score, progress
         As `evaluate` takes them.
@@ -204,7 +221,8 @@ def tune(
     check_integer(epochs, "epochs", 0)
     chosen = _methods(methods, grids, epochs)
     check_integer(n_settings, "n_settings", 1)
-    if not 0 < check_real(validation, "validation", 0) < 1:
+    share = isinstance(validation, int | float)
+    if share and not 0 < check_real(validation, "validation", 0) < 1:
         raise ValueError(f"validation must be between 0 and 1, a share; got {validation}")
     check_integer(n_retrain, "n_retrain", 3)
     check_seed(seed, optional=False)
@@ -212,43 +230,42 @@ def tune(
     check_loss_fn(loss_fn)
     if not callable(train):
         raise TypeError(f"train must be callable as train(samples, seed); got {train!r}")
-    removed, held, rest = _split(count(data), control, validation, seed)
-    tried = {
-        name: _settings(grid, n_settings, np.random.default_rng([seed, k]))
-        for k, (name, (_, grid)) in enumerate(chosen.items())
-    }
+    n_held = None if share else count(validation, "validation")
+    removed, held, rest = _split(count(data), control, validation if share else 0.0, seed)
+    unseen = take(data, held) if share else validation
     with seeded(seed):
         model = train(take(data, sorted([*removed, *rest])), seed)
-    evaluation = evaluate(
-        model,
-        take(data, removed),
-        take(data, rest),
-        take(data, held),
-        loss_fn,
-        retrained=lambda own: train(take(data, rest), own + 1),
-        methods={
-            f"{name} {k}": _with_options(chosen[name][0], options)
-            for name, settings in tried.items()
-            for k, options in enumerate(settings)
-        },
-        n_retrain=n_retrain,
-        weight_decay=weight_decay,
-        seed=seed,
-        batch_size=batch_size,
-        score=score,
-        relearn=False,
-        progress=progress,
-    )
-    trials = tuple(_trials(evaluation, tried))
-    best = {name: _nearest(trials, name).options for name in chosen}
+    again = []
+    for own in range(seed, seed + n_retrain):
+        with seeded(own):
+            again.append(train(take(data, rest), own + 1))
+    searches = {
+        name: _Search(name, grid, n_settings, np.random.default_rng([seed, k]))
+        for k, (name, (_, grid)) in enumerate(chosen.items())
+    }
+    yardstick = _Yardstick(
+        model, again, (take(data, removed), take(data, rest), unseen), loss_fn, batch_size,
+        {"weight_decay": weight_decay, "seed": seed, "score": score},
+    )  # fmt: skip
+    most = len(searches) * n_settings
+    with progress_bar(progress, total=most, desc="tune", unit="setting") as bar:
+        for name, search in searches.items():
+            while todo := search.next():
+                for options in todo:
+                    method = _with_options(chosen[name][0], options)
+                    search.trials.append(yardstick.trial(name, options, method))
+                    bar.update()
     return Tuned(
-        methods={name: _with_options(chosen[name][0], best[name]) for name in chosen},
-        trials=trials,
-        original=_distance(evaluation, NO_OP),
-        floor=_distance(evaluation, RETRAINED),
+        methods={
+            name: _with_options(method, searches[name].best.options)
+            for name, (method, _) in chosen.items()
+        },
+        trials=tuple(trial for search in searches.values() for trial in search.trials),
+        original=yardstick.distance(yardstick.original),
+        floor=yardstick.distance(yardstick.floor),
         settings={
             "n_control": len(removed),
-            "n_validation": len(held),
+            "n_validation": len(held) if n_held is None else n_held,
             "n_settings": n_settings,
             "epochs": epochs,
             "n_retrain": n_retrain,
@@ -259,24 +276,144 @@ def tune(
     )
 
 
-def _trials(
-    evaluation: Evaluation, tried: Mapping[str, Sequence[dict[str, Any]]]
-) -> Iterator[Trial]:
-    for name, settings in tried.items():
-        errors = []
-        for k, options in enumerate(settings):
-            entry = evaluation[f"{name} {k}"]
-            distance = _distance(evaluation, entry.name)
-            errors += [entry.error] if distance is None else []
-            yield Trial(name, options, distance, entry.seconds, entry.error)
-        if len(errors) == len(settings):
-            raise ValueError(f"all settings of {name!r} failed. {errors[-1]}")
+class _Search:
+    """The settings of one method: half of them drawn, then those beside the best so far.
+
+    Where all beside the best one were tried, half of what is left is drawn again.
+    """
+
+    def __init__(self, name: str, grid: Grid, most: int, rng: np.random.Generator) -> None:
+        self.name, self.trials = name, list[Trial]()
+        self._options, self._values, self._most = list(grid), list(grid.values()), most
+        every = list(itertools.product(*(range(len(values)) for values in self._values)))
+        first = len(every) if len(every) <= most else max(1, most // 2)
+        order = rng.permutation(len(every)).tolist()
+        self._todo = [every[k] for k in sorted(order[:first])]
+        self._others = [every[k] for k in order[first:]]
+        self._tried: list[tuple[int, ...]] = []
+
+    @property
+    def best(self) -> Trial:
+        return _nearest(self.trials, self.name)
+
+    def next(self) -> list[dict[str, Any]]:
+        """What to try now; nothing when the search has ended."""
+        todo = self._todo if not self._tried else self._neighbours()
+        self._tried += todo
+        return [
+            {
+                option: values[k]
+                for option, values, k in zip(self._options, self._values, place, strict=True)
+            }
+            for place in todo
+        ]
+
+    def _neighbours(self) -> list[tuple[int, ...]]:
+        """Places one step away from the best one that were not tried, while any may be."""
+        if all(trial.distance is None for trial in self.trials):
+            return []
+        at = self._tried[self.trials.index(self.best)]
+        beside = [
+            (*at[:axis], at[axis] + step, *at[axis + 1 :])
+            for axis in range(len(at))
+            for step in (1, -1)
+            if 0 <= at[axis] + step < len(self._values[axis])
+        ]
+        left = self._most - len(self._tried)
+        if new := [place for place in beside if place not in self._tried]:
+            return new[:left]
+        others = [place for place in self._others if place not in self._tried]
+        return others[: -(-left // 2)]
+
+
+class _Yardstick:
+    """How far a method's model is from the retrained ones, on control and validation samples."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        retrained: Sequence[nn.Module],
+        sets: tuple[Any, Any, Any],
+        loss_fn: LossFunction,
+        batch_size: int,
+        defaults: Mapping[str, Any],
+    ) -> None:
+        for each in (model, *retrained):
+            if not isinstance(each, nn.Module):
+                raise TypeError(
+                    "train must return a model (torch.nn.Module); got an object of type "
+                    f"{type(each).__name__}"
+                )
+        control, self._retain, validation = sets
+        self._model, self._control = model, control
+        self._loss_fn, self._batch_size, self._defaults = loss_fn, batch_size, defaults
+        self._measured = {
+            part: as_samples(each, name, *place(model)).loaded()
+            for part, name, each in (
+                ("forget", "control", control),
+                ("test", "validation", validation),
+            )
+        }
+        self._theirs = [self._run(each) for each in retrained]
+        runs = [run for each in self._theirs for run in each.values()]
+        self._keys: tuple[str, ...] = ("loss_forget", "loss_test")
+        if all(run.log_probabilities is not None for run in runs):
+            self._keys = ("js_forget", "loss_forget", "js_test")
+        self.original = self._apart(self._run(model))
+        pairs = list(itertools.combinations(self._theirs, 2))
+        self.floor = {
+            key: float(np.mean([_between(key, *pair) for pair in pairs])) for key in self._keys
+        }
+
+    def _run(self, model: nn.Module) -> dict[str, Prediction]:
+        return {
+            part: predict(model, samples, self._loss_fn, self._batch_size)
+            for part, samples in self._measured.items()
+        }
+
+    def _apart(self, ours: Mapping[str, Prediction]) -> dict[str, float]:
+        """The mean distances to the retrained models."""
+        return {
+            key: float(np.mean([_between(key, ours, each) for each in self._theirs]))
+            for key in self._keys
+        }
+
+    def distance(self, parts: Mapping[str, float]) -> float:
+        """The one number that settings are compared by."""
+        scales = {key: max(self.original[key], self.floor[key]) or 1.0 for key in self._keys}
+        return float(np.mean([parts[key] / scales[key] for key in self._keys]))
+
+    def trial(self, name: str, options: dict[str, Any], method: Method) -> Trial:
+        """Delete the control samples, and measure; or the error."""
+        try:
+            done = carry_out(
+                method, self._model, self._control, self._retain, self._loss_fn, self._defaults
+            )
+            parts = self._apart(self._run(done.model))
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            warnings.warn(f"method {name!r} failed with {options}. {message}", stacklevel=3)
+            return Trial(name, options, None, {}, None, message)
+        return Trial(name, options, self.distance(parts), parts, done.seconds)
+
+
+def _between(key: str, one: Mapping[str, Prediction], other: Mapping[str, Prediction]) -> float:
+    """A distance of two models: the mean over samples of JS, or of the mean losses."""
+    measure, _, part = key.partition("_")
+    ours, theirs = one[part], other[part]
+    if measure == "loss":
+        return abs(float(ours.losses.mean() - theirs.losses.mean()))
+    pair = ours.log_probabilities, theirs.log_probabilities
+    return float(js_distances(*pair).mean())  # type: ignore[arg-type]
 
 
 def _nearest(trials: Sequence[Trial], name: str) -> Trial:
-    found = [t for t in trials if t.name == name and t.distance is not None]
+    ours = [trial for trial in trials if trial.name == name]
+    if not ours:
+        raise KeyError(f"no setting of {name!r} was tried")
+    found = [trial for trial in ours if trial.distance is not None]
     if not found:
-        raise KeyError(f"no setting of {name!r} was measured")
+        raise ValueError(f"all settings of {name!r} failed. {ours[-1].error}")
     return min(found, key=lambda trial: trial.distance or 0.0)
 
 
@@ -322,13 +459,6 @@ def _methods(
     return found
 
 
-def _settings(grid: Grid, most: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    if len(every) <= most:
-        return every
-    return [every[k] for k in np.sort(rng.choice(len(every), most, replace=False))]
-
-
 def _with_options(method: Any, options: Mapping[str, Any]) -> Any:
     if isinstance(method, Baseline):
         return Baseline(method.run, {**method.options, **options})
@@ -344,7 +474,7 @@ def _split(
     else:
         removed = check_numbers(control, "control", n)
     others = np.setdiff1d(np.arange(n), removed)
-    few = max(4, round(validation * len(others)))
+    few = max(4, round(validation * len(others))) if validation else 0
     if few >= len(others):
         raise ValueError(
             f"data has {n} samples and control takes {len(removed)}: too few are left to hold "
@@ -352,21 +482,3 @@ def _split(
         )
     order = np.random.default_rng([seed, 1]).permutation(others)
     return removed, np.sort(order[:few]).tolist(), np.sort(order[few:]).tolist()
-
-
-def _distance(evaluation: Evaluation, name: str) -> float | None:
-    """From the retrained models, on control and validation samples; None where it failed."""
-    entry, yardstick = evaluation[name], evaluation[RETRAINED]
-    total = 0.0
-    for part in ("forget", "test"):
-        found = entry.metrics.get(f"js_{part}")
-        if found is None and yardstick.metrics.get(f"js_{part}") is None:
-            ours, theirs = (each.metrics.get(f"loss_{part}") for each in (entry, yardstick))
-            if ours is not None and theirs is not None:
-                found = abs(ours - theirs)
-                if entry is yardstick:
-                    found = evaluation.floor[f"loss_{part}"]
-        if found is None:
-            return None
-        total += found
-    return total

@@ -1,9 +1,9 @@
 """The strength of a step, found by deleting control groups of retained samples in the same way."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,17 +11,34 @@ from torch import Tensor
 
 from lcodec_ext._files import json_ready
 from lcodec_ext._torch.loss import is_much_worse
-from lcodec_ext._torch.samples import Samples
+from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
-from lcodec_ext.unlearning.control import control_groups, known_classes, some_of_pool
+from lcodec_ext.unlearning.control import (
+    Control,
+    control_groups,
+    few,
+    known_classes,
+    measured,
+    some_of_pool,
+)
+from lcodec_ext.unlearning.groups import FEWEST
+from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
+from lcodec_ext.unlearning.workplace import Workplace
+
+_Measured = TypeVar("_Measured")
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
-_DECADES = 10  # of dampings, from ten times the largest curvature downwards
-_BISECTIONS = 4  # of a decade: the damping is found to within 15%
-TRIALS = _DECADES - 1 + _BISECTIONS  # dampings after the first one, at most
+STEPS = 8  # blocks of the Krylov space
+MAX_BYTES = 2**30  # of what the Krylov space takes
+_FEWEST_STEPS = 2
+_START = 1e-2  # of the largest curvature: the damping that is tried first
+_DECADES = 8  # below, to which dampings are tried
+_BISECTIONS = 4  # of a decade, at most
+_NEAR = 0.9  # of the target, from which the control groups have reached it
+TRIALS = _DECADES + _BISECTIONS  # dampings after the first one, at most
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,11 @@ class Calibration:
         Mean loss of the validation samples, before and after the deletion.
     retained_before, retained_after : float
         The same of retained samples that the step does not read.
+    attack_before, attack_after : float
+        How well losses tell members from others, before and after: the AUC of control groups, after
+        their own virtual deletions, against validation samples, after the request's. 0.5 is not at
+        all. It is a check and steers nothing: most samples of a group lose little at any strength,
+        so it hardly moves while the mean multiplies.
     outliers : bool
         Whether the request is unlike other samples, as ones with wrong labels are: there was no
         step then, only a finish, and nothing after it in `control_after`. Or whether after the step
@@ -73,7 +95,9 @@ class Calibration:
     n_validation : int
         Validation samples that were used.
     products : int
-        Products with the curvature that the step and its control took, with all columns at once.
+        Products of the curvature with a vector that the step and its control took.
+    tried : int
+        Dampings that were tried.
     """
 
     strength: float
@@ -86,6 +110,8 @@ class Calibration:
     validation_after: float
     retained_before: float
     retained_after: float
+    attack_before: float
+    attack_after: float
     outliers: bool
     unlike: float
     finish: int
@@ -94,14 +120,17 @@ class Calibration:
     groups_of: str
     n_validation: int
     products: int
+    tried: int
 
     @classmethod
-    def without_a_step(cls, harm: "Harm", unlike: float) -> "Calibration":
+    def without_a_step(
+        cls, harm: "Harm", control: Control, before: tuple[float, ...], unlike: float
+    ) -> "Calibration":
         """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
         return cls(
             strength=math.inf,
             stopped_by="outliers",
-            control_before=(),
+            control_before=before,
             control_after=(),
             control=math.nan,
             spread=math.nan,
@@ -113,10 +142,13 @@ class Calibration:
             unlike=unlike,
             finish=0,
             finish_by="",
-            group_size=0,
-            groups_of="samples",
+            group_size=control.size,
+            groups_of=control.of,
             n_validation=len(harm.validation),
             products=0,
+            attack_before=math.nan,
+            attack_after=math.nan,
+            tried=0,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,15 +174,54 @@ class Calibration:
         )
 
 
+class Plan(NamedTuple):
+    """The size of a Krylov space."""
+
+    groups: int  # control groups: columns besides the request's
+    steps: int
+    at_once: int  # vectors that are multiplied at once
+    bytes: int
+
+
+def planned(
+    p: int, itemsize: int, groups: int, steps: int = STEPS, max_bytes: int = MAX_BYTES
+) -> Plan:
+    """The Krylov space for p parameters of itemsize bytes that fits in max_bytes.
+
+    One vector is multiplied at a time where a block would take too much, then there are fewer
+    groups, at least four, then fewer steps, at least two. That least is taken in any case.
+    """
+    given = groups
+    for groups in dict.fromkeys((given, min(given, FEWEST))):
+        for at_once in (groups + 1, 1):
+            plan = Plan(
+                groups,
+                steps,
+                at_once,
+                Krylov.bytes_of(p, groups + 1, steps, at_once, itemsize),
+            )
+            if plan.bytes <= max_bytes:
+                return plan
+    if steps > _FEWEST_STEPS:
+        return planned(p, itemsize, groups, steps - 1, max_bytes)
+    return plan
+
+
+def plan_of(settings: Settings, p: int, itemsize: int) -> Plan:
+    """The Krylov space of settings, within half of the memory that they allow."""
+    most = MAX_BYTES if settings.max_memory is None else min(MAX_BYTES, settings.max_memory // 2)
+    return planned(p, itemsize, settings.control_groups, settings.max_iterations or STEPS, most)
+
+
 @dataclass(frozen=True)
 class _Tried:
     """What a damping does to control groups and, with the request, to validation samples."""
 
     damping: float
     control: tuple[float, ...]
-    validation: float
+    validation: float  # nan where control groups go too far, which decides
     retained: float
-    residual: float
+    objection: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +237,7 @@ class Calibrated:
 
     def step(self, damping: float) -> Steps:
         """Take the step of a damping from where the block starts."""
-        x = self.space.solve(damping, 0)
+        x = self.space.solve(damping)[:, 0]
         product = (self.operator @ x).add_(x, alpha=damping)
         size = float(self.direction.norm())
         residual = float((product - self.direction).norm()) / size if size else 0.0
@@ -174,39 +245,64 @@ class Calibrated:
         solve = SolveResult(x, residual, self.space.products, "lanczos")
         return Steps((solve,), plan=self.operator.plan)
 
-    @property
-    def validation(self) -> Samples:
-        """Samples that were not trained on."""
-        return self.harm.validation
 
-    def losses(self) -> tuple[float, float]:
-        """Of validation and retained samples, at the present weights."""
-        work = self.block.work
-        return work.mean_loss(self.harm.validation), work.mean_loss(self.harm.retained)
+class Fetched:
+    """Samples whose loss is taken again and again, in batches that are kept."""
+
+    def __init__(self, work: Workplace, samples: Samples) -> None:
+        self.samples, self._work = samples, work
+        self._batches = list(samples.batches(work.settings.batch_size))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean loss at the present weights; it may be NaN or infinite."""
+        work, total = self._work, 0.0
+        for batch in self._batches:
+            total += float(work.loss_fn(outputs_of(work.model, batch), batch.targets)) * batch.size
+        return total / len(self)
+
+    def losses(self) -> Tensor:
+        """Of each sample, shape (n,); NaN where one is not finite."""
+        try:
+            return self._work.quality(self.samples)[2]
+        except ValueError:
+            return torch.full((len(self),), math.nan)
 
 
-def calibrated(block: Block, held: Samples) -> Calibrated:
-    """Find the strength of the step for a block's request, with samples nobody has trained on."""
+def calibrated(block: Block, harm: "Harm") -> Calibrated:
+    """Find the strength of the step for a block's request, with samples nobody has trained on.
+
+    With four control groups it takes 40 products of the curvature with a vector: `STEPS` for the
+    request and for each group, which thirty iterations of one solve would come near. Beside them a
+    gradient of each group, and the losses of 1000 samples of control groups, 1000 validation and
+    500 retained samples at two to nine dampings, most often five or six. Memory: `planned`.
+    """
     work, settings = block.work, block.work.settings
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
-        validation = known_classes(held, block, rng)
-        control = control_groups(block, rng)
+        plan = plan_of(settings, block.start.numel(), block.start.element_size())
+        control = control_groups(block, rng, plan.groups)
         groups = control.groups
         directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
         operator = operator_of(block, directions[:, 0], 0.0)
-        space = Krylov(lambda V: operator @ V, directions, settings.max_iterations or 30)
-        before = tuple(work.mean_loss(each) for each in groups)
-        harm = Harm.of(block, validation, some_of_pool(block, rng))
-        trial = _Trial(block, space, groups, before, harm)
+        space = Krylov(lambda V: operator @ V, directions, plan.steps, plan.at_once)
+        del directions
+        most = measured(settings)
+        some = [Fetched(work, few(each, rng, max(1, most // len(groups)))) for each in groups]
+        before = [each.losses() for each in some]
+        trial = _Trial(block, space, some, tuple(float(each.mean()) for each in before), harm)
+        attack = _attack(before, harm.each())
         chosen, reason = trial.search()
-        loss = _request_loss(block, space, chosen)
+        after, others, own = trial.losses(chosen.damping, few(block.part.forget, rng, most))
         mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
             stopped_by=reason,
-            control_before=before,
+            control_before=trial.before,
             control_after=chosen.control,
             control=mean,
             spread=spread,
@@ -214,16 +310,19 @@ def calibrated(block: Block, held: Samples) -> Calibrated:
             validation_after=chosen.validation,
             retained_before=harm.retained_before,
             retained_after=chosen.retained,
-            outliers=reason in ("validation", "retained") and loss > OUTLIERS * level,
+            attack_before=attack,
+            attack_after=_attack(after, others),
+            outliers=reason in ("validation", "retained") and own > OUTLIERS * level,
             unlike=math.nan,
             finish=0,
             finish_by="",
             group_size=control.size,
             groups_of=control.of,
-            n_validation=len(validation),
+            n_validation=len(harm.validation),
             products=space.products,
+            tried=trial.tried,
         )
-    return Calibrated(block, operator, space, directions[:, 0], harm, found)
+    return Calibrated(block, operator, space, block.removal, harm, found)
 
 
 class Harm:
@@ -231,20 +330,43 @@ class Harm:
 
     def __init__(
         self,
-        validation: Samples,
-        retained: Samples,
+        validation: "Fetched",
+        retained: "Fetched",
         validation_before: float,
         retained_before: float,
+        rise: float = RISE,
     ) -> None:
-        self.validation, self.retained = validation, retained
+        self._held, self._kept, self._rise = validation, retained, rise
         self.validation_before = self._least = validation_before
         self.retained_before = retained_before
 
     @classmethod
-    def of(cls, block: Block, validation: Samples, retained: Samples) -> "Harm":
-        """Measured from the present weights on."""
-        work = block.work
-        return cls(validation, retained, work.mean_loss(validation), work.mean_loss(retained))
+    def of(cls, block: Block, held: Samples) -> "Harm":
+        """Measured from the present weights on, on draws from validation and retained samples."""
+        work, settings = block.work, block.work.settings
+        with work.timed("calibration"):
+            rng = np.random.default_rng([settings.seed, 12])
+            both = known_classes(held, block, rng), some_of_pool(block, rng)
+            validation, retained = (Fetched(work, each) for each in both)
+            return cls(validation, retained, validation.loss(), retained.loss(), settings.max_rise)
+
+    @property
+    def validation(self) -> Samples:
+        """Samples that were not trained on."""
+        return self._held.samples
+
+    @property
+    def retained(self) -> Samples:
+        """Retained samples that the step does not read."""
+        return self._kept.samples
+
+    def now(self) -> tuple[float, float]:
+        """Mean losses of validation and retained samples, at the present weights."""
+        return self._held.loss(), self._kept.loss()
+
+    def each(self) -> Tensor:
+        """The loss of each validation sample, at the present weights."""
+        return self._held.losses()
 
     def accept(self, validation: float) -> None:
         """Take note of a loss that was reached: what was gained is not given away."""
@@ -256,94 +378,121 @@ class Harm:
         Validation alone would not do: where a network knows its samples by heart, it loses more on
         validation samples than by guessing, and any damage lowers that.
         """
-        if not validation <= (1 + RISE) * self._least:
+        if not validation <= (1 + self._rise) * self._least:
             return "validation"
         gap = max(self.validation_before - self.retained_before, self.retained_before)
-        if not retained <= self.retained_before + RISE * gap:
+        if not retained <= self.retained_before + self._rise * gap:
             return "retained"
         return "retained" if is_much_worse(self.retained_before, retained) else ""
 
 
 class _Trial:
-    """Dampings that are tried, from weak steps to strong ones."""
+    """Dampings that are tried."""
 
     def __init__(
         self,
         block: Block,
         space: Krylov,
-        groups: Sequence[Samples],
+        groups: Sequence[Fetched],
         before: tuple[float, ...],
         harm: Harm,
     ) -> None:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
+        self.before, self.tried = before, 0
         # Where validation samples lose no more than trained ones there is no gap to go by.
         self.target = max(harm.validation_before, (1 + RISE) * robust_mean(before)[0])
 
     def search(self) -> tuple[_Tried, str]:
-        """The least damping that passes, and why less does not: down by tens, then bisected."""
-        top = 10 * self.space.largest or 1.0
-        good = self._try(top)
-        for decade in range(1, _DECADES):
-            tried = self._try(top / 10**decade)
-            reason = self._objection(tried)
-            if reason:
-                return self._bisected(good, tried, reason)
-            good = self._accept(tried)
-        return good, "range"
+        """The least damping that passes, and why less does not: by tens, then bisected."""
+        start = _START * self.space.largest or 1.0
+        tried = self._try(start)
+        if tried.objection:
+            for decade in (1, 2, 3):
+                bad, tried = tried, self._try(start * 10**decade)
+                if not tried.objection:
+                    return self._bisected(tried, bad)
+            return tried, tried.objection
+        for decade in range(1, _DECADES + 1):
+            good, tried = tried, self._try(start / 10**decade)
+            if tried.objection:
+                return self._bisected(good, tried)
+        return tried, "range"
 
-    def _bisected(self, good: _Tried, bad: _Tried, reason: str) -> tuple[_Tried, str]:
+    def _bisected(self, good: _Tried, bad: _Tried) -> tuple[_Tried, str]:
         for _ in range(_BISECTIONS):
-            tried = self._try(math.sqrt(good.damping * bad.damping))
-            objection = self._objection(tried)
-            if objection:
-                bad, reason = tried, objection
+            if bad.objection == "control" and robust_mean(good.control)[0] >= _NEAR * self.target:
+                break
+            share = self._share(good, bad)
+            tried = self._try(good.damping ** (1 - share) * bad.damping**share)
+            if tried.objection:
+                bad = tried
             else:
-                good = self._accept(tried)
-        return good, reason
+                good = tried
+        return good, bad.objection
 
-    def _accept(self, tried: _Tried) -> _Tried:
-        self.harm.accept(tried.validation)
-        return tried
+    def _share(self, good: _Tried, bad: _Tried) -> float:
+        """Where to try between two dampings: where the control groups would reach the target."""
+        if bad.objection != "control":
+            return 0.5
+        low, high = (robust_mean(each.control)[0] for each in (good, bad))
+        if not 0 < low < self.target < high < math.inf:
+            return 0.5
+        share = math.log(0.97 * self.target / low) / math.log(high / low)
+        return min(max(share, 0.1), 0.9)
 
     def _try(self, damping: float) -> _Tried:
-        block, losses = self.block, []
-        # The request's own step, and what it does to others; then each group's, to itself.
-        for column, some in enumerate([[self.harm.validation, self.harm.retained], *self._own]):
-            block.put(block.start + self.space.solve(damping, column))
-            losses += [block.work.mean_loss(samples) for samples in some]
-        block.put(block.start)
-        columns = range(len(self.groups) + 1)
-        residual = max(self.space.residual(damping, column) for column in columns)
-        return _Tried(damping, tuple(losses[2:]), losses[0], losses[1], residual)
+        """What a damping does: to each group its own step, to others the request's."""
+        self.tried += 1
+        if self.space.least + damping <= 0:
+            return _Tried(damping, self.before, math.nan, math.nan, "curvature")
+        steps = self.space.solve(damping)
+        control = tuple(
+            self._at(steps[:, k], group.loss) for k, group in enumerate(self.groups, start=1)
+        )
+        if not robust_mean(control)[0] <= self.target:
+            return _Tried(damping, control, math.nan, math.nan, "control")
+        harm = self.harm
+        validation, retained = self._at(steps[:, 0], harm.now)
+        objection = harm.broken(validation, retained)
+        if not objection and self.space.residuals(damping).max() > 1:
+            objection = "residual"
+        if not objection:
+            harm.accept(validation)
+        return _Tried(damping, control, validation, retained, objection)
 
-    @property
-    def _own(self) -> list[list[Samples]]:
-        return [[group] for group in self.groups]
+    def _at(self, step: Tensor, measure: Callable[[], _Measured]) -> _Measured:
+        """What is measured after a step, which is then undone."""
+        self.block.put(self.block.start + step)
+        try:
+            return measure()
+        finally:
+            self.block.put(self.block.start)
 
-    def _objection(self, tried: _Tried) -> str:
-        """What speaks against a damping; NaN does."""
-        if self.space.least + tried.damping <= 0:
-            return "curvature"
-        harmed = self.harm.broken(tried.validation, tried.retained)
-        if harmed:
-            return harmed
-        if not robust_mean(tried.control)[0] <= self.target:
-            return "control"
-        return "residual" if tried.residual > 1 else ""
+    def losses(self, damping: float, forget: Samples) -> tuple[list[Tensor], Tensor, float]:
+        """Of control samples after their steps, of validation ones after the request's; its own."""
+        steps, own = self.space.solve(damping), Fetched(self.block.work, forget)
+        control = [self._at(steps[:, k], each.losses) for k, each in enumerate(self.groups, 1)]
+        others, loss = self._at(steps[:, 0], lambda: (self.harm.each(), own.loss()))
+        return control, others, loss
 
 
-def _request_loss(block: Block, space: Krylov, tried: _Tried) -> float:
-    block.put(block.start + space.solve(tried.damping, 0))
-    loss = block.work.mean_loss(block.part.forget)
-    block.put(block.start)
-    return loss
+def _attack(control: Sequence[Tensor], others: Tensor) -> float:
+    """The chance that a control sample loses less than another, ties half: the AUC of losses."""
+    values, ranked = torch.cat(list(control)), others.sort().values
+    if not bool(torch.isfinite(values).all() & torch.isfinite(ranked).all()):
+        return math.nan
+    below = torch.searchsorted(ranked, values) + torch.searchsorted(ranked, values, right=True)
+    return 1 - float(below.double().mean()) / (2 * len(ranked))
 
 
 def robust_mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error, of six or more without the highest and the lowest.
 
     Losses of groups have a heavy tail: one sample in a thousand may carry the mean of its group.
+    NaN of none.
     """
+    if not len(values):
+        return math.nan, math.nan
     kept = sorted(values)[1:-1] if len(values) >= 6 else list(values)
     return float(np.mean(kept)), float(np.std(kept) / math.sqrt(max(1, len(kept) - 1)))
 

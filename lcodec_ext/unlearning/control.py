@@ -9,12 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.step import Block
 
-_BASIS_BYTES = 2**31  # of the Krylov spaces, all together
+MEASURED = 1000  # samples of a set whose loss is taken, at most
+
+
+def measured(settings: Settings) -> int:
+    """Validation samples, and samples of all control groups, whose loss is taken."""
+    return MEASURED if settings.n_guard is None else min(MEASURED, settings.n_guard)
 
 
 class Control(NamedTuple):
@@ -29,18 +33,16 @@ class Control(NamedTuple):
         return round(sum(map(len, self.groups)) / len(self.groups))
 
 
-def control_groups(block: Block, rng: np.random.Generator) -> Control:
-    """Groups of retained samples as the request, of samples whose curvature the step does not read.
+def control_groups(block: Block, rng: np.random.Generator, count: int) -> Control:
+    """So many groups of retained samples as the request, none of which the step reads.
 
     Where the request came with groups, and there are enough of them, these are other whole users
     with about as many samples (`draw_users`). Else they are random samples, as many as the request
     and of each label as many if there are; they share samples only where the pool has too few for
     all of them. A class that is deleted as a whole has groups of samples of other classes.
     """
-    work, forget = block.work, block.part.forget
-    pool = block.retained.pool
+    forget, pool = block.part.forget, block.retained.pool
     assert pool is not None  # settings that calibrate have one
-    count = groups_that_fit(work.settings, block.start.nbytes)
     if block.retained.users is not None:
         return Control([pool.subset(own).loaded() for own in block.retained.users[:count]], "users")
     size = min(len(forget), len(pool))
@@ -56,12 +58,6 @@ def control_groups(block: Block, rng: np.random.Generator) -> Control:
         groups.append(pool.subset(sorted(group)).loaded())
     gone = labels is not None and wanted is not None and not np.isin(wanted, labels).any()
     return Control(groups, "classes" if gone else "samples")
-
-
-def groups_that_fit(settings: Settings, vector_bytes: int) -> int:
-    """How many control groups: as asked for, or fewer where their Krylov spaces are too large."""
-    each = vector_bytes * ((settings.max_iterations or 30) + 1)
-    return max(FEWEST, min(settings.control_groups, _BASIS_BYTES // each - 1))
 
 
 def _drawn(
@@ -84,21 +80,30 @@ def _drawn(
 
 
 def known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samples:
-    """At most 1000 validation samples, none of a class that is deleted as a whole."""
-    numbers = rng.permutation(len(held))[:GUARD_SIZE]
-    some = held.subset(np.sort(numbers).tolist()).loaded()
+    """At most 1000 validation samples, of classes of which samples are retained if there are."""
+    some = few(held, rng, measured(block.work.settings))
     pool = block.retained.pool
     assert pool is not None
-    return of_classes_that_stay(some, pool, block.part.forget)
+    return of_classes_that_stay(some, pool)
 
 
-def of_classes_that_stay(held: Samples, pool: Samples, forget: Samples) -> Samples:
-    """Those of validation samples whose class is not deleted as a whole; all if none is left."""
-    here, kept, gone = labels_of(held), labels_of(pool), labels_of(forget)
-    if here is None or kept is None or gone is None:
+def of_classes_that_stay(held: Samples, pool: Samples) -> Samples:
+    """Those of validation samples of whose class samples are retained; all if there are none.
+
+    The others may have been deleted, now or in a request before.
+    """
+    here, kept = labels_of(held), labels_of(pool)
+    if here is None or kept is None:
         return held
-    known = ~np.isin(here, np.setdiff1d(gone, kept))
+    known = np.isin(here, kept)
     return held.subset(np.flatnonzero(known).tolist()) if known.any() else held
+
+
+def few(samples: Samples, rng: np.random.Generator, most: int) -> Samples:
+    """All samples, or a draw of at most so many, in memory."""
+    if len(samples) <= most:
+        return samples.loaded()
+    return samples.subset(np.sort(rng.permutation(len(samples))[:most]).tolist()).loaded()
 
 
 def labels_of(samples: Samples) -> NDArray[np.int64] | None:
@@ -113,8 +118,7 @@ def labels_of(samples: Samples) -> NDArray[np.int64] | None:
 
 
 def some_of_pool(block: Block, rng: np.random.Generator) -> Samples:
-    """At most 1000 retained samples that the step does not read."""
+    """At most 500 retained samples that the step does not read."""
     pool = block.retained.pool
     assert pool is not None
-    most = min(GUARD_SIZE, block.work.settings.n_guard or GUARD_SIZE)
-    return pool.subset(np.sort(rng.permutation(len(pool))[:most]).tolist()).loaded()
+    return few(pool, rng, max(1, measured(block.work.settings) // 2))

@@ -22,13 +22,11 @@ from lcodec_ext.unlearning.repair import recalibrate
 from lcodec_ext.unlearning.step import Block
 
 BATCH = 128  # retained samples, and a quarter as many removed ones beside them
-_HARD, _HARD_SHARE = 0.15, 0.4  # the retained samples that lose most, and their share of a batch
+_HARD, _HARD_SHARE = 0.25, 0.4  # the retained samples that lose most, and their share of a batch
+_LED = 0.6  # weight of the removed samples' outputs beside the loss
 _KEPT, _FRESH = 0.5, 0.2  # of the weights, in a copy that is trained again
-_CONFIDENCE = (
-    1.1  # the copy's logits on removed samples, as a share of the model's on retained ones
-)
+_CONFIDENCE = 1.1  # norm of the copy's logits, as a share of the model's on retained samples
 _MEASURED = 1000  # retained samples whose logits are measured, and that batch norms are set by
-_FEWEST = 150  # batches, in any case
 
 _EACH: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": F.cross_entropy,
@@ -44,16 +42,17 @@ class Pass:
     epochs: float
     rate: float
     warm: float  # share of the batches in which the rate rises
+    least: int  # batches, in any case
     stream: int  # of random numbers
 
     def batches(self, n: int) -> int:
         """How many of n samples it takes."""
-        return max(_FEWEST, math.ceil(self.epochs * n / BATCH))
+        return max(self.least, math.ceil(self.epochs * n / BATCH))
 
 
-COPY = Pass(epochs=1.5, rate=0.1, warm=0.2, stream=8)
-FOLLOW = Pass(epochs=1.4, rate=0.03, warm=0.1, stream=9)  # the copy
-HOLD = Pass(epochs=0.5, rate=0.01, warm=0.1, stream=10)  # what a step left
+COPY = Pass(epochs=1.3, rate=0.1, warm=0.2, least=150, stream=8)
+FOLLOW = Pass(epochs=1.25, rate=0.03, warm=0.1, least=150, stream=9)  # the copy
+HOLD = Pass(epochs=0.5, rate=0.01, warm=0.1, least=75, stream=10)  # what a step left
 
 
 class NotTrainedError(ValueError):
@@ -141,7 +140,7 @@ def outputs_led_by(block: Block, teacher: nn.Module, *, rescale: bool) -> Tensor
 def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
     """Train on the retained samples, while the removed samples' outputs are led to what is wanted.
 
-    Two fifths of a batch are among the 15% of the retained samples that the teacher loses most
+    Two fifths of a batch are among the quarter of the retained samples that the teacher loses most
     on. Batch norms are set by retained samples afterwards. Returns the batches.
     """
     work, retained, forget = block.work, block.retained.all, block.part.forget
@@ -158,7 +157,7 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
     def loss_of(kept: Batch, removed: Batch, targets: Tensor) -> Tensor:
         outputs, led = _both(work.model, kept, removed)
         loss = finite_loss(work.loss_fn, outputs, kept.targets, "retain")
-        return loss + _apart(block, led, targets)
+        return loss + _LED * _apart(block, led, targets)
 
     def losses() -> Losses:
         for some, hardest, gone in zip(*streams, strict=True):

@@ -175,8 +175,9 @@ def warn_of_shortfall(
             f"by, cannot tell how far to go. Its samples lose {after.forget_loss:.3g} now; a model "
             "that never saw their class would hardly recognise any"
         )
-    level = max(target, *found.control_after)
-    if before.forget_loss <= target and after.forget_loss > OUTLIERS * level and level > 0:
+    level = max([target, *found.control_after])
+    far = after.forget_loss > OUTLIERS * level > 0
+    if before.forget_loss <= target and far and not found.outliers:
         told.append(
             f"the deleted samples lose {after.forget_loss:.3g} now, more than {OUTLIERS:g} times "
             f"what samples that were never seen or control groups do ({level:.3g}): the deletion "

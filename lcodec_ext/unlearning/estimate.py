@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lcodec_ext._checks import check_bool
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_line
 from lcodec_ext._torch.batches import tensors_of
@@ -143,6 +144,7 @@ def estimate(
     statistics: TrainingStatistics | None = None,
     score: Score | None = None,
     groups: Any = None,
+    progress: bool = False,
     **options: Any,
 ) -> Estimate:
     """Say what `unlearn` will cost with the same arguments, without changing anything.
@@ -152,8 +154,9 @@ def estimate(
 
     Parameters
     ----------
-    model, forget, retain, loss_fn, preset, validation, statistics, score, groups, **options
-        As `unlearn` takes them.
+    model, forget, retain, loss_fn, preset, validation, statistics, score, groups, progress
+    **options
+        As `unlearn` takes them; no bar is shown.
 
     Returns
     -------
@@ -183,15 +186,18 @@ def estimate(
     {'gradient': 5}
     """
     begin = time.perf_counter()
-    settings = resolve(
-        preset,
-        options,
-        retained=retain is not None,
-        validation=validation is not None,
-        statistics=statistics is not None,
-    )
-    work = Workplace.of(model, loss_fn, settings, score, False)
-    request = checked_request(work, forget, retain, validation, statistics, groups)
+    check_bool(progress, "progress")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `unlearn` gives them
+        settings = resolve(
+            preset,
+            options,
+            retained=retain is not None,
+            validation=validation is not None,
+            statistics=statistics is not None,
+        )
+        work = Workplace.of(model, loss_fn, settings, score, False)
+        request = checked_request(work, forget, retain, validation, statistics, groups)
     return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
 
 
@@ -258,6 +264,8 @@ def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settin
     """Lower what is larger than its cap; None counts as large where it means all."""
     lowered: dict[str, Any] = {}
     for name, cap in caps.items():
+        if name in ("control_groups", "finish") and not settings.calibrate:
+            continue
         value = getattr(settings, name)
         if name == "finish" and value is None:  # mini-batches are not made shorter
             value = 0 if sizes.n_retain >= BATCHED and cap else ITERATIONS

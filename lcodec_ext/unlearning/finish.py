@@ -9,7 +9,7 @@ from torch import Tensor
 from lcodec_ext._torch.loss import NotFiniteError, mean_gradient, mean_loss
 from lcodec_ext._torch.predict import predict
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.unlearning.calibrate import OUTLIERS, RISE, Harm
+from lcodec_ext.unlearning.calibrate import OUTLIERS, Harm
 from lcodec_ext.unlearning.distil import (
     FOLLOW,
     HOLD,
@@ -22,7 +22,7 @@ from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.step import Block
 
 BATCHED = 5000  # retained samples, from which on mini-batches finish
-ITERATIONS = 30  # of L-BFGS on fewer
+ITERATIONS = 22  # of L-BFGS on fewer
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
 _LINE_SEARCH = 25  # evaluations
@@ -151,7 +151,7 @@ def _lbfgs(block: Block, harm: Harm) -> int:
         return known[-1][1]
 
     best, kept = block.now(), 0
-    most = (1 + RISE) * harm.validation_before
+    most = (1 + work.settings.max_rise) * harm.validation_before
     for iteration in range(1, (work.settings.finish or ITERATIONS) + 1):
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ import json
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,11 @@ class Groups:
 
     def samples(self, one: Id) -> list[int]:
         """The numbers of the samples of a group, ascending."""
-        return samples_of(self.members, self.ids.index(one))
+        return samples_of(self.members, self._places[one])
+
+    @cached_property
+    def _places(self) -> dict[Id, int]:
+        return {one: k for k, one in enumerate(self.ids)}
 
     def subset(self, some: Sequence[int] | NDArray[np.int64]) -> "Groups":
         """Of some of the samples, numbered from 0."""
@@ -102,10 +107,9 @@ class Groups:
         wanted = [given] if single else _listed(given)
         if not wanted:
             raise ValueError("groups must name at least one group; got none")
-        known = set(self.ids)
         found = [_checked(each, f"groups[{k}]") for k, each in enumerate(wanted)]
         for each in found:
-            if each not in known:
+            if each not in self._places:
                 raise ValueError(self._unknown(each))
         return list(dict.fromkeys(found))
 

@@ -11,8 +11,9 @@ from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
-from lcodec_ext.unlearning.control import known_classes, of_classes_that_stay, some_of_pool
+from lcodec_ext.unlearning.control import control_groups, of_classes_that_stay
 from lcodec_ext.unlearning.finish import UNLIKE, Finish, finish_outliers, finish_step, unlikeness
+from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.step import Block, Steps, take_steps
@@ -111,7 +112,7 @@ class Watch:
             return cls(None, unread, request.validation)
         assert held is not None  # requests without are refused beforehand
         if request.kept is not None and request.kept.pool is not None:
-            held = of_classes_that_stay(held, request.kept.pool, request.forget)
+            held = of_classes_that_stay(held, request.kept.pool)
         return cls(Guard.of(work, held), unread, request.validation)
 
 
@@ -139,10 +140,11 @@ def guarded_step(block: Block, watch: Watch) -> tuple[Attempt, ...]:
     found = None
     if settings.calibrate:
         assert watch.validation is not None  # requests without are refused beforehand
-        instead, unlike = _instead_of_a_step(block, watch.guard, watch.validation)
+        harm = Harm.of(block, watch.validation)
+        instead, unlike = _instead_of_a_step(block, watch.guard, harm)
         if instead is not None:
             return (instead,)
-        found = calibrated(block, watch.validation)
+        found = calibrated(block, harm)
         found = replace(found, found=replace(found.found, unlike=unlike))
         damping = found.found.strength
     for _ in range(settings.retries + 1):
@@ -178,7 +180,7 @@ def _attempt(
 
 
 def _instead_of_a_step(
-    block: Block, guard: Guard | None, held: Samples
+    block: Block, guard: Guard | None, harm: Harm
 ) -> tuple[Attempt | None, float]:
     """The finish alone, for a request of outliers; and how unlike other samples it is.
 
@@ -188,14 +190,16 @@ def _instead_of_a_step(
     if block.work.settings.finish == 0:
         return None, math.nan
     with block.work.timed("calibration"):
-        rng = np.random.default_rng([block.work.settings.seed, 12])
-        validation = known_classes(held, block, rng)
-        harm = Harm.of(block, validation, some_of_pool(block, rng))
         unlike = unlikeness(block, harm.retained)
-    done = finish_outliers(block, harm, known=False) if unlike >= UNLIKE else None
+        if not unlike >= UNLIKE:
+            return None, unlike
+        rng = np.random.default_rng([block.work.settings.seed, 13])
+        control = control_groups(block, rng, FEWEST)
+        before = tuple(block.work.mean_loss(each) for each in control.groups)
+    done = finish_outliers(block, harm, known=False)
     if done is None:
         return None, unlike
-    found = Calibration.without_a_step(harm, unlike)
+    found = Calibration.without_a_step(harm, control, before, unlike)
     attempt = _finished(block, guard, harm, found, Steps(), done)
     if attempt.accepted:
         return attempt, unlike
@@ -230,8 +234,7 @@ def _finished(
 ) -> Attempt:
     """An attempt as it now stands, and whether it is accepted."""
     with block.work.timed("guard"):
-        validation = block.work.mean_loss(harm.validation)
-        retained = block.work.mean_loss(harm.retained)
+        validation, retained = harm.now()
     value = math.nan if guard is None else guard.now()
     found = replace(
         found,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._checks import check_integer, check_seed
-from lcodec_ext._torch.batches import Batch, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
 from lcodec_ext._torch.loss import check_parts, scalar_loss
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 from lcodec_ext.unlearning.groups import Groups, draw_users
@@ -340,6 +340,36 @@ def _check_loss(work: Workplace, batch: Batch, outputs: Any, name: str) -> None:
     if not torch.isfinite(loss):
         raise ValueError(f"the loss of the {name} samples is NaN or infinite")
     check_parts(work.loss_fn, outputs, batch.targets, batch.size, 1)
+    if work.settings.curvature in ("gauss_newton", "hessian"):
+        _check_curvature(work, batch, outputs)
+
+
+def _check_curvature(work: Workplace, batch: Batch, outputs: Any) -> None:
+    """Refuse a loss whose second derivative by the outputs PyTorch does not know."""
+    if work.settings.update == "gradient":
+        return
+    with torch.enable_grad():
+        outputs = map_tensors(_with_gradient, outputs)
+        inputs = [t for t in tensors_of(outputs) if t.requires_grad]
+        loss = work.loss_fn(outputs, batch.targets)
+        if not loss.requires_grad:
+            return  # refused with the gradients
+        first = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+        total = sum(g.sum() for g in first if g is not None)
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return  # linear in the outputs
+        try:
+            torch.autograd.grad(total, inputs, allow_unused=True)
+        except RuntimeError as error:
+            raise ValueError(
+                "loss_fn cannot be differentiated twice by the model's outputs, as "
+                f"curvature={work.settings.curvature!r} does: {error}. Use curvature='fisher'"
+            ) from error
+
+
+def _with_gradient(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def warn_of_overlap(forget: Samples, retain: Samples, stacklevel: int = 2) -> None:

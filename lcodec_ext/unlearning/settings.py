@@ -252,17 +252,22 @@ class CalibrateSettings:
     ----------
     calibrate : bool
         Instead of `damping`, take the one after which control groups of retained samples, deleted
-        in the same way, have the mean loss of the validation samples.
+        in the same way, have the mean loss of the validation samples. `max_iterations` are then
+        steps of one Krylov space for all, 8 by default.
     control_groups : int
         How many, each as large as the request; at least four.
+    max_rise : float
+        How far the validation loss may rise, as a share of it. With an `Unlearner`, that of all
+        requests together.
     finish : int, optional
         Of the retained objective, after the step; for outliers instead of it. None: mini-batches
-        where 5000 samples or more are retained, else for outliers 30 iterations of L-BFGS. 0: none.
+        where 5000 samples or more are retained, else for outliers 22 iterations of L-BFGS. 0: none.
         A number: at most so many iterations of L-BFGS, for outliers.
     """
 
     calibrate: bool = field(default=False, metadata={"check": check_bool})
-    control_groups: int = _integer(8, 4)
+    control_groups: int = _integer(4, 4)
+    max_rise: float = _real(0.1)
     finish: int | None = field(default=0, metadata={"check": _check_finish})
 
     def _check_calibrated(self: Any) -> None:
@@ -601,7 +606,8 @@ def resolve(
     Without retained samples a preset's repair and recalibration are off, and without validation
     samples either its guard, unless they are asked for. Statistics hold a curvature without
     output_damping. With both kinds of samples "recommended" calibrates its step, unless the
-    options say how strong it is.
+    options say how strong it is or make it a step that cannot be calibrated; what is then neither
+    calibrated nor said is a cautious constant, with a warning.
     """
     if isinstance(preset, Settings):
         return preset.replace(**options)
@@ -617,27 +623,43 @@ def resolve(
             defaults |= {"max_drop": None}
     if statistics and PRESETS.get(preset, {}).get("output_damping"):
         defaults |= PLAIN_DAMPING
-    if retained and not statistics and _calibrates(preset, options):
-        if validation:
-            defaults |= CALIBRATED
-        else:
-            defaults |= UNCALIBRATED
-            warnings.warn(
-                "this deletion is not calibrated: its damping is a cautious constant, which "
-                "forgets too little on many networks. Pass validation, samples that the model was "
-                "not trained on, or a damping of your own",
-                stacklevel=4,
-            )
+    defaults |= _strength(preset, options, retained and not statistics, validation)
     return Settings.preset(preset, **(defaults | dict(options)))
 
 
-def _calibrates(preset: str, options: Mapping[str, Any]) -> bool:
-    """Whether a preset finds its strength itself, with these options."""
-    made = {"calibrate": preset == "recommended", **options}
-    single = all(made.get(name, value) == value for name, value in CALIBRATABLE.items())
-    strength = {"damping", "output_damping", "lengthen"} & options.keys()
-    secant = made.get("curvature") == "secant" or made.get("selection") == "cheap"
-    return bool(made["calibrate"]) and single and not strength and not secant
+def _strength(
+    preset: str, options: Mapping[str, Any], retained: bool, validation: bool
+) -> dict[str, Any]:
+    """What "recommended" takes for the strength of the step, where the options do not say it."""
+    if options.get("calibrate"):
+        if options.get("damping") is not None:
+            raise ValueError(
+                "calibrate=True finds the damping by itself; leave damping out, or take "
+                "calibrate=False"
+            )
+        return CALIBRATED
+    given = any(options.get(name) is not None for name in ("damping", "output_damping", "lengthen"))
+    if preset != "recommended" or given or options.get("update", "newton") != "newton":
+        return {}
+    if "calibrate" in options:
+        return UNCALIBRATED
+    made = CALIBRATABLE | dict(options)
+    other = [name for name, value in CALIBRATABLE.items() if made[name] != value]
+    other += ["curvature"] * (made.get("curvature") == "secant")
+    other += ["selection"] * (made.get("selection") == "cheap")
+    if retained and validation and not other:
+        return CALIBRATED
+    advice = "Pass validation, samples that the model was not trained on, or a damping of your own"
+    if other:
+        advice = f"With {other[0]}={made[other[0]]!r} it cannot be: pass a damping of your own"
+    elif not retained:
+        advice = "Without retained samples it cannot be: pass a damping of your own"
+    warnings.warn(
+        "this deletion is not calibrated: its damping is a cautious constant, which forgets too "
+        f"little on many networks. {advice}, or calibrate=False to hear no more of it",
+        stacklevel=5,
+    )
+    return UNCALIBRATED
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -713,6 +735,7 @@ UNCALIBRATED: dict[str, Any] = {"damping": 3e-2, "output_damping": 0.0}
 #: Of "recommended", where there are validation samples to find the strength by.
 CALIBRATED: dict[str, Any] = {
     "calibrate": True,
+    "max_iterations": 8,
     "output_damping": 0.0,
     "lengthen": None,
     "n_recalibrate": None,

@@ -168,9 +168,9 @@ def _least_solved(
     if space.least <= 0 and direction.any():  # with the damping that is in the operator
         raise _indefinite(settings, direction, damping, space.least, -space.least, "")
     more = 0.0
-    while space.residual(more, 0) > 1:
+    while float(space.residuals(more)) > 1:
         more = max(2 * more, damping, 1e-6 * space.largest)
-    x = space.solve(more, 0)
+    x = space.solve(more)[:, 0]
     size = float(direction.norm())
     left = (operator @ x).add_(x, alpha=more).sub_(direction)
     residual = float(left.norm()) / size if size else 0.0

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 
 from lcodec_ext._torch.loss import is_much_worse
-from lcodec_ext.unlearning.calibrate import RISE
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.privacy import Guarantee
@@ -46,9 +45,9 @@ def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Setti
         )
     if found is not None and (guard is None or guard.allows(refused.value)):
         return (
-            f"losses by more than {RISE:.0%}, in the last one those of validation samples from "
-            f"{found.validation_before:.3g} to {found.validation_after:.3g} and of retained ones "
-            f"from {found.retained_before:.3g} to {found.retained_after:.3g}"
+            f"losses by more than {settings.max_rise:.0%}, in the last one those of validation "
+            f"samples from {found.validation_before:.3g} to {found.validation_after:.3g} and of "
+            f"retained ones from {found.retained_before:.3g} to {found.retained_after:.3g}"
         )
     assert guard is not None  # nothing else takes back
     return (

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lcodec_ext.unlearning.calibrate import TRIALS
-from lcodec_ext.unlearning.control import groups_that_fit
+from lcodec_ext.curvature.solvers import Krylov
+from lcodec_ext.unlearning.calibrate import TRIALS, Plan, plan_of
+from lcodec_ext.unlearning.control import measured
 from lcodec_ext.unlearning.distil import BATCH, COPY, FOLLOW, HOLD
 from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS, MOST
 from lcodec_ext.unlearning.guard import LENGTHS
@@ -18,10 +19,9 @@ from lcodec_ext.unlearning.step import in_krylov_space
 FEW_ROWS = 2048  # of a matrix of low rank, which is solved in its rows
 FORMED = 256  # coordinates up to which a matrix is formed
 FORMED_FEW_OUTPUTS = 2048  # and one of which that costs less
-_LIKELY_TRIALS = 10  # dampings whose losses are measured, of TRIALS + 1
+_LIKELY_TRIALS = 5  # dampings whose losses are measured, of TRIALS + 1
 _LIKELY_CG = 40  # iterations to the relative residual that is the default
 _CG_VECTORS = 14  # of its iteration, and of a product
-_KRYLOV_VECTORS = 6  # of every column, beside the basis
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,12 @@ class Workload:
     @property
     def columns(self) -> int:
         """Of the Krylov spaces: the request and its control groups."""
-        if not self.settings.calibrate:
-            return 1
-        s = self.settings
-        return 1 + groups_that_fit(s, self.sizes.p * self.sizes.bytes_each)
+        return 1 + self.plan.groups if self.settings.calibrate else 1
+
+    @property
+    def plan(self) -> Plan:
+        """Of the Krylov space that calibrates."""
+        return plan_of(self.settings, self.sizes.p, self.sizes.bytes_each)
 
     @property
     def method(self) -> str:
@@ -178,6 +180,8 @@ class Workload:
     def iterations(self) -> int:
         """Of a solve, at most."""
         most = self.settings.max_iterations
+        if self.settings.calibrate:
+            return self.plan.steps
         if self.method == "lanczos":
             return min(most or 30, self.sizes.p)
         return most or min(10 * self.sizes.p, 1000)
@@ -255,12 +259,12 @@ class Workload:
         s, m = self.settings, self.sizes.m
         groups = self.columns - 1
         size = min(m, control_pool(self.sizes.n_retain, m, s.control_groups))
-        harm = min(GUARD_SIZE if s.n_guard is None else s.n_guard, GUARD_SIZE)
-        held = min(harm, self.sizes.n_held or 0)
-        kept = min(harm, control_pool(self.sizes.n_retain, m, s.control_groups))
+        most = measured(s)
+        held = min(most, self.sizes.n_held or 0)
+        kept = min(most // 2, control_pool(self.sizes.n_retain, m, s.control_groups))
 
         def losses(trials: int) -> tuple[Pass, ...]:
-            return (trials * groups, size), (trials, held), (trials, kept)
+            return (trials * groups, min(size, most // groups)), (trials, held), (trials, kept)
 
         yield Phase(
             "calibration",
@@ -332,7 +336,7 @@ class Workload:
             "model": copies + model + chosen,
             "gradients": gradients + whole + 2 * chosen,
             "batch": 0.0,
-            "vectors": float(self._vectors() * chosen),
+            "vectors": float(self._vectors()),
         }
         if self.method in ("lanczos", "cg") or s.curvature == "hessian":
             n = self.n_curvature
@@ -351,9 +355,12 @@ class Workload:
         return parts | {"peak": sum(parts.values())}
 
     def _vectors(self) -> int:
+        s, z = self.settings, self.sizes
+        if s.calibrate:
+            return self.plan.bytes
         if self.method == "lanczos":
-            return (self.iterations + _KRYLOV_VECTORS) * self.columns
-        return _CG_VECTORS if self.method == "cg" else 4
+            return Krylov.bytes_of(z.p, 1, self.iterations, 1, z.bytes_each)
+        return (_CG_VECTORS if self.method == "cg" else 4) * z.p * z.bytes_each
 
 
 def _times(count: int, passes: dict[str, Any]) -> dict[str, Any]:

@@ -1,107 +1,122 @@
-"""Systems with one matrix and many shifts, solved in Krylov spaces that are made once."""
-
-import math
+"""Systems with one matrix and many shifts, solved in a Krylov space that is made once."""
 
 import torch
 from torch import Tensor
 
 from lcodec_ext.curvature.solvers.system import Product
 
-_BREAKDOWN = 10  # units of rounding of the largest |A v|: below, a space has all there is
+_BREAKDOWN = 10  # units of rounding of |A v|: what is below adds no dimension
+_WORKING = 4  # vectors for each that is multiplied: its parts, their sums, what they are joined to
+_AGAIN = 0.5  # of a vector that has to be left by the space, else it is made orthogonal again
 
 
 class Krylov:
-    """The Krylov spaces of the columns of b, in which (A + shift I) x = b is solved for any shift.
+    """The block Krylov space of all columns of b, in which (A + shift I) x = b is solved.
 
-    Lanczos' iteration with full reorthogonalisation, once, one product for all columns; each
-    column has its own space. A solution for a shift then costs no product: it is the one of
-    conjugate gradients (in exact arithmetic) after as many iterations.
+    Each step multiplies a block of as many vectors as b has columns, and all of the space serves
+    each column and every shift: a solution for another shift costs no product. Columns of one kind
+    (gradients of samples) share the large eigenvalues: eight steps of five columns, 40 products of
+    a vector, solved the systems of small networks as well as 13 iterations of conjugate gradients
+    on each column, 65 products.
 
     Parameters
     ----------
     product : callable
-        V to A V, of shape (p, q); A is symmetric.
+        V to A V, of shape (p, k) for k up to q; A is symmetric.
     b : Tensor of float32 or float64, shape (p, q)
-    iterations : int
-        Dimensions of each space; fewer where the space has no more.
+    steps : int
+        Blocks; fewer where the space has no more dimensions.
+    at_once : int, optional
+        Most vectors that are multiplied at once; all of a block by default. One takes less memory.
 
     Attributes
     ----------
     products : int
-        With all columns at once.
+        Of single vectors: at most q times steps.
     largest, least : float
         Ritz values: inner bounds of the spectrum of A. 0 for b = 0.
 
     Notes
     -----
-    Memory: iterations + 1 times that of b. Lanczos (1950), "An iteration method for the solution of
-    the eigenvalue problem"; Frommer and Maass (1999), "Fast CG-based methods for Tikhonov
+    The Galerkin solution, with full reorthogonalisation: for one column that of conjugate gradients
+    after as many iterations. Memory: `bytes_of`. O'Leary (1980), "The block conjugate gradient
+    algorithm and related methods"; Frommer and Maass (1999), "Fast CG-based methods for Tikhonov
     regularization", on shifts.
     """
 
-    def __init__(self, product: Product, b: Tensor, iterations: int) -> None:
+    def __init__(self, product: Product, b: Tensor, steps: int, at_once: int | None = None) -> None:
+        p, q = b.shape
         self.products = 0
         self._norms = torch.linalg.vector_norm(b, dim=0, dtype=torch.float64)
-        p, q = b.shape
-        self._basis = b.new_zeros((min(iterations, p), p, q))
-        alpha, beta = (torch.zeros(len(self._basis), q, dtype=torch.float64) for _ in range(2))
-        v = torch.where(self._norms > 0, b / self._norms.clamp_min(1e-300), 0).to(b.dtype)
-        scale = torch.zeros(q, dtype=torch.float64, device=b.device)
-        eps = torch.finfo(b.dtype).eps
-        for k in range(len(self._basis)):
-            self._basis[k] = v
-            w = product(v)
-            self.products += 1
-            alpha[k] = (w * v).sum(0, dtype=torch.float64).cpu()
-            scale = torch.maximum(scale, torch.linalg.vector_norm(w, dim=0, dtype=torch.float64))
-            for _ in range(2):  # the second pass takes out what rounding left of the first
-                parts = torch.einsum("kpq,pq->kq", self._basis[: k + 1], w)
-                w = w - torch.einsum("kpq,kq->pq", self._basis[: k + 1], parts)
-            size = torch.linalg.vector_norm(w, dim=0, dtype=torch.float64)
-            size = size.where(size > _BREAKDOWN * eps * scale, 0)
-            beta[k] = size.cpu()
-            if not size.any():
+        self._basis = b.new_empty((min(q * steps, p), p))
+        self._size = 0
+        scaled = b.T / self._norms.clamp_min(1e-300).to(b.dtype)[:, None]
+        width = self._append(scaled, torch.ones(q, dtype=torch.float64))
+        start = (self._basis[:width] @ scaled.T).double().cpu()  # (width, q)
+        del scaled
+        T = torch.zeros(len(self._basis), len(self._basis), dtype=torch.float64)
+        self._left = torch.zeros(0, 0, dtype=torch.float64)
+        while width:
+            new = slice(self._size - width, self._size)
+            W = self._products(product, self._basis[new], at_once or q)
+            sizes = torch.tensor([float(torch.linalg.vector_norm(row)) for row in W])
+            parts = self._basis[: self._size] @ W.T
+            upper = parts.double().cpu()
+            T[: self._size, new], T[new, : self._size] = upper, upper.T
+            W.addmm_(parts.T, self._basis[: self._size], alpha=-1)
+            self._left = (W @ W.T).double().cpu()
+            if self._size + min(width, p - self._size) > len(self._basis):
                 break
-            v = torch.where(size > 0, w / size.clamp_min(1e-300), 0).to(b.dtype)
-        used = self.products
-        self._basis, self._beta = self._basis[:used], beta[:used]
-        self._spectra = [
-            _spectrum(alpha[:used, c], beta[: used - 1, c], self._norms[c] > 0) for c in range(q)
-        ]
-        known = [values for values, _ in self._spectra if len(values)]
-        self.largest = max((float(values[-1]) for values in known), default=0.0)
-        self.least = min((float(values[0]) for values in known), default=0.0)
+            width = self._append(W, sizes)
+            del W
+        self._basis = self._basis[: self._size]
+        self._values, self._vectors = torch.linalg.eigh(T[: self._size, : self._size])
+        self._rotated = self._vectors[: len(start)].T @ start  # (k, q)
+        self.largest = float(self._values[-1]) if self._size else 0.0
+        self.least = float(self._values[0]) if self._size else 0.0
 
-    def solve(self, shift: float, column: int) -> Tensor:
-        """The solution for a shift and a column of b, shape (p,)."""
-        coefficients = self._coefficients(shift, column)
-        basis = self._basis[: len(coefficients), :, column]
-        return coefficients.to(basis.device, basis.dtype) @ basis
+    def _products(self, product: Product, block: Tensor, at_once: int) -> Tensor:
+        """The matrix times the rows of a block."""
+        W = torch.empty_like(block)
+        for k in range(0, len(block), at_once):
+            W[k : k + at_once] = product(block[k : k + at_once].T).T
+        self.products += len(block)
+        return W
 
-    def residual(self, shift: float, column: int) -> float:
-        """|(A + shift I) x - b| / |b| of that solution, by the recurrence."""
-        coefficients = self._coefficients(shift, column)
-        if not len(coefficients):
-            return 0.0
-        last = self._beta[len(coefficients) - 1, column]
-        return float(last * coefficients[-1].abs() / self._norms[column])
+    def _append(self, rows: Tensor, scales: Tensor) -> int:
+        """Add what vectors have outside of the space to its basis; how many that were."""
+        before, eps = self._size, torch.finfo(rows.dtype).eps
+        for row, scale in zip(rows, scales.tolist(), strict=True):
+            if self._size == len(self._basis):
+                break
+            size = float(torch.linalg.vector_norm(row, dtype=torch.float64))
+            while size > _BREAKDOWN * eps * scale:
+                last, known = size, self._basis[: self._size]
+                row = row - (known @ row) @ known
+                size = float(torch.linalg.vector_norm(row, dtype=torch.float64))
+                if size >= _AGAIN * last:
+                    self._basis[self._size] = row / size
+                    self._size += 1
+                    break
+        return self._size - before
 
-    def _coefficients(self, shift: float, column: int) -> Tensor:
-        values, vectors = self._spectra[column]
-        if not len(values):
-            return values
-        return vectors @ (vectors[0] / (values + shift)) * float(self._norms[column])
+    def solve(self, shift: float) -> Tensor:
+        """The solutions for a shift and each column of b, shape (p, q)."""
+        coefficients = self._coefficients(shift).to(self._basis.device, self._basis.dtype)
+        return (coefficients.T @ self._basis).T
 
+    def residuals(self, shift: float) -> Tensor:
+        """|(A + shift I) x - b| / |b| of these solutions, shape (q,); 0 for columns of zeros."""
+        last = self._coefficients(shift)[self._size - len(self._left) :]
+        squares = (last * (self._left @ last)).sum(0).clamp_min(0)
+        norms = self._norms.cpu()
+        return torch.where(norms > 0, squares.sqrt() / norms.clamp_min(1e-300), 0)
 
-def _spectrum(alpha: Tensor, beta: Tensor, there: Tensor | bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors of a tridiagonal matrix, up to where it decouples."""
-    if not there:
-        return alpha[:0], alpha[:0]
-    ends = (beta == 0).nonzero()
-    size = int(ends[0]) + 1 if len(ends) else len(alpha)
-    off = beta[: size - 1]
-    values, vectors = torch.linalg.eigh(
-        torch.diag(alpha[:size]) + torch.diag(off, 1) + torch.diag(off, -1)
-    )
-    assert math.isfinite(float(values.abs().max()))
-    return values, vectors
+    def _coefficients(self, shift: float) -> Tensor:
+        found = self._vectors @ (self._rotated / (self._values + shift)[:, None])
+        return found * self._norms.cpu()
+
+    @staticmethod
+    def bytes_of(p: int, q: int, steps: int, at_once: int, itemsize: int) -> int:
+        """Memory at its peak: the basis, b, a block of products, and what a product works with."""
+        return itemsize * p * (min(q * steps, p) + 2 * q + _WORKING * at_once)

@@ -3,9 +3,9 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import ParameterSelection, Selection
+from lcodec_ext.unlearning.estimate import Estimate
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.guard import drop_unit
 from lcodec_ext.unlearning.privacy import Guarantee
@@ -29,7 +30,9 @@ from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream.given import Given
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import Ledger
-from lcodec_ext.unlearning.unlearn import unlearn
+
+#: What is done with a request.
+Done = TypeVar("Done", UnlearnResult, Estimate)
 
 _LISTED = 10  # sample numbers in an error message
 _MEASURED = 256  # retained samples on which the noise of a release is measured, unless n_monitor
@@ -153,10 +156,11 @@ def take_step(
     numbers: Sequence[int],
     retain: NDArray[np.int64],
     *,
+    do: Callable[..., Done],
     by_group: bool = False,
     **changed: Any,
-) -> UnlearnResult:
-    """Remove samples with the settings of a stream; `changed` overrides some.
+) -> Done:
+    """Remove samples with the settings of a stream, or estimate it; `changed` overrides some.
 
     Where whole groups are asked for, `by_group`, groups are what the request is compared with. The
     result has no noise, which is for releases.
@@ -166,7 +170,7 @@ def take_step(
     if guarded and validation is None and statistics is None:
         validation = _watched(given, retain)
     groups = given.groups if by_group and statistics is None else None
-    return unlearn(
+    return do(
         model,
         given.train.subset(numbers),
         None if statistics is not None else given.train.subset(retain.tolist()),
@@ -190,22 +194,39 @@ def _watched(given: Given, retain: NDArray[np.int64]) -> Samples:
 def allowed_drops(
     settings: Settings, ledger: Ledger, steps: Sequence[int], score: Score | None
 ) -> dict[str, float]:
-    """How far the next request may lower the watched value.
+    """How far the next request may lower the watched value, and raise the validation loss.
 
     All requests together stay within the settings. `steps` are the entries whose steps led to the
     present weights.
     """
     if not steps:
         return {}
-    first, last = (ledger[k].record["result"].get("guard") for k in (steps[0], steps[-1]))
+    results = [ledger[k].record["result"] for k in steps]
+    allowed = {} if not settings.calibrate else {"max_rise": _rise_left(settings, results)}
+    first, last = (result.get("guard") for result in (results[0], results[-1]))
     if not first or not last or first[0] is None or last[1] is None:
-        return {}
+        return allowed
     fallen = max(0.0, first[0] - last[1]) / drop_unit(first[0], score)
-    return {
+    return allowed | {
         name: max(0.0, limit - fallen)
         for name in ("max_drop", "repair_drop")
         if (limit := getattr(settings, name)) is not None
     }
+
+
+def _rise_left(settings: Settings, results: Sequence[Mapping[str, Any]]) -> float:
+    """What is left of `max_rise`, against the validation loss at the start of the stream.
+
+    Each request's rise is measured on the same samples before and after; the product of these
+    factors is that of all. A loss that fell allows no more than `max_rise` for one request.
+    """
+    risen = 1.0
+    for result in results:
+        found = result.get("calibration") or {}
+        before, after = found.get("validation_before"), found.get("validation_after")
+        if before and after:
+            risen *= after / before
+    return min(settings.max_rise, max(0.0, (1 + settings.max_rise) / risen - 1))
 
 
 @contextmanager

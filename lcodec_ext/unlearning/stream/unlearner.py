@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.states import state_hash, state_of
+from lcodec_ext.unlearning.estimate import Estimate, estimate
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, warn_of_noise
 from lcodec_ext.unlearning.release import GUARDED
 from lcodec_ext.unlearning.result import UnlearnResult
@@ -31,6 +32,7 @@ from lcodec_ext.unlearning.stream.history import spend
 from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE, Ledger
 from lcodec_ext.unlearning.stream.steps import (
     Asked,
+    Done,
     all_but,
     allowed_drops,
     check_note,
@@ -45,6 +47,7 @@ from lcodec_ext.unlearning.stream.steps import (
     take_step,
 )
 from lcodec_ext.unlearning.stream.store import Store, interrupt_held_back
+from lcodec_ext.unlearning.unlearn import unlearn
 
 
 class Unlearner:
@@ -326,7 +329,7 @@ class Unlearner:
             asked = check_request(ids, groups, self._given, history.removed)
             numbers = asked.numbers
             retain = all_but(n, [*history.removed, *numbers])
-            result = self._step(asked, retain, seed)
+            result = self._step(asked, retain, seed, unlearn)
         skipped = [numbers[k] for k in result.skipped]
         gone = [i for i in numbers if i not in skipped]
         removed = [*history.removed, *gone]
@@ -353,6 +356,30 @@ class Unlearner:
         environment = {"seconds": result.seconds, "warnings": texts}
         self._commit("remove", record, model, state, statistics, **environment)
         return result
+
+    def estimate(
+        self,
+        ids: int | Iterable[int] | None = None,
+        *,
+        groups: int | str | Iterable[int | str] | None = None,
+    ) -> Estimate:
+        """Say what `remove` will cost, without removing or recording anything.
+
+        Parameters
+        ----------
+        ids, groups
+            As `remove` takes them.
+
+        Returns
+        -------
+        Estimate
+            Of the step; writing a checkpoint and the ledger's line comes on top.
+        """
+        self._check_open()
+        asked = check_request(ids, groups, self._given, self._store.history.removed)
+        retain = all_but(len(self._given.train), [*self._store.history.removed, *asked.numbers])
+        seed = request_seed(self.settings.seed, len(self.ledger))
+        return self._step(asked, retain, seed, estimate)
 
     def rollback(self, to: int | None = None, *, note: str | None = None) -> None:
         """Restore weights and removed samples as they were after an earlier entry.
@@ -488,13 +515,18 @@ class Unlearner:
             return []
         return self._store.history.steps(len(self.ledger) - 1)
 
-    def _step(self, asked: Asked, retain: NDArray[np.int64], seed: int) -> UnlearnResult:
+    def _step(
+        self,
+        asked: Asked,
+        retain: NDArray[np.int64],
+        seed: int,
+        do: Callable[..., Done],
+    ) -> Done:
         if self.settings.update == "certified":  # noise is for releases
             every = [*self._store.history.removed, *asked.numbers]
             original, statistics = self._original(), self._given.statistics
-            return take_step(
-                self._given, original, statistics, every, retain, seed=seed, update="newton"
-            )
+            options: dict[str, Any] = {"seed": seed, "update": "newton"}
+            return take_step(self._given, original, statistics, every, retain, do=do, **options)
         allowed = allowed_drops(self.settings, self.ledger, self._steps(), self._given.score)
         return take_step(
             self._given,
@@ -502,6 +534,7 @@ class Unlearner:
             self._statistics,
             asked.numbers,
             retain,
+            do=do,
             by_group=bool(asked.groups),
             seed=seed,
             **allowed,
