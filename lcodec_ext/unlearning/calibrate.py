@@ -489,7 +489,10 @@ def robust_mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error, of six or more without the highest and the lowest.
 
     Losses of groups have a heavy tail: one sample in a thousand may carry the mean of its group.
+    NaN of none.
     """
+    if not len(values):
+        return math.nan, math.nan
     kept = sorted(values)[1:-1] if len(values) >= 6 else list(values)
     return float(np.mean(kept)), float(np.std(kept) / math.sqrt(max(1, len(kept) - 1)))
 

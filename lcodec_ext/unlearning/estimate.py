@@ -264,6 +264,8 @@ def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settin
     """Lower what is larger than its cap; None counts as large where it means all."""
     lowered: dict[str, Any] = {}
     for name, cap in caps.items():
+        if name in ("control_groups", "finish") and not settings.calibrate:
+            continue
         value = getattr(settings, name)
         if name == "finish" and value is None:  # mini-batches are not made shorter
             value = 0 if sizes.n_retain >= BATCHED and cap else ITERATIONS

@@ -193,7 +193,7 @@ def _instead_of_a_step(
         unlike = unlikeness(block, harm.retained)
         if not unlike >= UNLIKE:
             return None, unlike
-        rng = np.random.default_rng([block.work.settings.seed, 12])
+        rng = np.random.default_rng([block.work.settings.seed, 13])
         control = control_groups(block, rng, FEWEST)
         before = tuple(block.work.mean_loss(each) for each in control.groups)
     done = finish_outliers(block, harm, known=False)
