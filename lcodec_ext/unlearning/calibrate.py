@@ -62,8 +62,9 @@ class Calibration:
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
         would be due; "residual", the solution is
-        worse than none; "curvature", the matrix is indefinite; "range", nothing; "outliers", there
-        was no step.
+        worse than none; "curvature", the matrix is indefinite; "range", nothing. There was no
+        step where it is "outliers", for which a finish alone does, or "finish": on few retained
+        samples it did for these, too.
     control_before, control_after : tuple of float
         Mean loss of each control group, before and after its own virtual deletion.
     control : float
@@ -80,9 +81,8 @@ class Calibration:
         all. It is a check and steers nothing: most samples of a group lose little at any strength,
         so it hardly moves while the mean multiplies.
     outliers : bool
-        Whether the request is unlike other samples, as ones with wrong labels are: there was no
-        step then, only a finish, and nothing after it in `control_after`. Or whether after the step
-        it loses more than three times what control groups and validation do.
+        Whether the request is unlike other samples, as ones with wrong labels are; or loses,
+        after the step, more than three times what control groups and validation do.
     unlike : float
         How often a removed sample loses more than a retained one, before: 0.5 for samples like any
         other, 0.9 and more for outliers; nan without a finish.
@@ -129,13 +129,18 @@ class Calibration:
 
     @classmethod
     def without_a_step(
-        cls, harm: "Harm", control: Control, before: tuple[float, ...], unlike: float
+        cls,
+        harm: "Harm",
+        control: Control,
+        before: tuple[float, ...],
+        unlike: float,
+        outliers: bool,
     ) -> "Calibration":
-        """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
+        """Where a finish alone does: a step of infinite damping is none."""
         return cls(
             strength=math.inf,
             length=1.0,
-            stopped_by="outliers",
+            stopped_by="outliers" if outliers else "finish",
             control_before=before,
             control_after=(),
             control=math.nan,
@@ -144,7 +149,7 @@ class Calibration:
             validation_after=math.nan,
             retained_before=harm.retained_before,
             retained_after=math.nan,
-            outliers=True,
+            outliers=outliers,
             unlike=unlike,
             finish=0,
             finish_by="",
@@ -166,7 +171,9 @@ class Calibration:
         finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
         if not self.control_after:
             return (
-                f"outliers, no step: a removed sample loses more than a retained one in "
+                "outliers" * self.outliers
+                + "the finish was enough" * (not self.outliers)
+                + f", no step: before, a removed sample lost more than a retained one in "
                 f"{self.unlike:.0%} of pairs, validation {self.validation_before:.3g} -> "
                 f"{self.validation_after:.3g}{finish}"
             )
@@ -372,9 +379,17 @@ class Harm:
         """Mean losses of validation and retained samples, at the present weights."""
         return self._held.loss(), self._kept.loss()
 
+    def validation_loss(self) -> float:
+        """That of the validation samples alone."""
+        return self._held.loss()
+
     def each(self) -> Tensor:
         """The loss of each validation sample, at the present weights."""
         return self._held.losses()
+
+    def start_again(self) -> None:
+        """Judge by the losses before, whatever a step that was tried has gained."""
+        self._least = self.validation_before
 
     def accept(self, validation: float) -> None:
         """Take note of a loss that was reached: what was gained is not given away."""
