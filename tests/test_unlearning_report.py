@@ -598,6 +598,7 @@ CALIBRATION = {
     "validation_after": 0.27,
     "finish": 0,
     "group_size": 2,
+    "groups_of": "users",
 }
 
 
@@ -820,6 +821,7 @@ def test_a_released_copy_may_be_the_delivered_one(tmp_path):
     assert f"Released copies: SHA-256 {'d' * 64}" in report.summary
 
 
+@pytest.mark.filterwarnings("ignore:the model tells")  # labels and inputs have nothing in common
 def test_evaluate_knows_the_weights_of_a_result(tmp_path):
     x, y = torch.randn(90, 4, generator=torch.manual_seed(0)), torch.arange(90) % 3
 
@@ -853,7 +855,7 @@ def test_evaluate_knows_the_weights_of_a_result(tmp_path):
 def test_calibration_is_told(tmp_path):
     stream = Stream().request([1, 2], calibration=CALIBRATION)
     text = text_of(write_report(tmp_path, ledger=stream.entries, figures=False))
-    assert "4 of 2 retained samples each" in text
+    assert "(4 of 2 retained samples, each of other users) were deleted by the same step" in text
     assert "That point was reached." in text
     rows = {row["mean loss"]: row for row in tables_of(text)[1]}
     assert rows["control groups"] == {
@@ -866,15 +868,30 @@ def test_calibration_is_told(tmp_path):
         "0.27",
     )
     assert (rows["deleted samples"]["before"], rows["deleted samples"]["after"]) == ("0.1", "2")
-    assert "A *finish* followed" not in text
-    stream.request([3], calibration=CALIBRATION | {"stopped_by": "retained", "finish": 7})
+    assert "*finish*" not in text
+    finish = {"finish": 7, "finish_by": "mini-batches"}
+    stream.request([3], calibration=CALIBRATION | finish | {"stopped_by": "retained"})
     text = text_of(write_report(tmp_path, ledger=stream.entries, figures=False))
     assert "where retained samples began to lose more" in text
-    assert "A *finish* followed: 7 iterations" in text
+    assert "A *finish* of 7 iterations followed: mini-batches." in text
     assert "This is of entry 2; requests.csv has the others." in text
     stream.request([4])
     text = text_of(write_report(tmp_path, ledger=stream.entries, figures=False))
     assert "The strength of entries 3 was not calibrated" in text
+
+
+def test_outliers_have_no_groups_to_go_by(tmp_path):
+    outliers = CALIBRATION | {"stopped_by": "outliers", "unlike": 0.97, "control": None}
+    given = outliers | {"control_before": [], "control_after": [], "finish": 30}
+    stream = Stream().request([1], calibration=given)
+    text = text_of(write_report(tmp_path, ledger=stream.entries))
+    assert "in 97% of pairs one had a higher loss than a\nretained sample" in text
+    assert "A *finish* of 30 iterations followed: training on the retained samples." in text
+    assert "Control groups" not in text
+    assert [row["mean loss"] for row in tables_of(text)[1]] == [
+        "validation samples",
+        "deleted samples",
+    ]
 
 
 def test_warnings_are_listed(tmp_path):

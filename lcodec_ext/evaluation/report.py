@@ -80,11 +80,24 @@ before, 100% a retrained one. ± is a standard deviation, over evaluations or, o
 single one, over models; - was not measured. methods.csv has all numbers. It is evidence, not a
 guarantee."""
 _STRENGTH = """\
-How far the weights must move depends on the network, so it was found by trial. *Control groups*,
-{n} of {size} retained samples each, were deleted by the same step, measured, and put back. The
+How far the weights must move depends on the network, so it was found by trial. *Control groups*
+({n} of {size} retained samples, {whose}) were deleted by the same step, measured, and put back. The
 right strength is the one after which their loss is that of *validation samples*, which the model
 was never trained on: deleted samples then look like unseen ones. {stopped} ± is a standard error
 over groups."""
+_WHOSE = {
+    "users": "each of other users",
+    "samples": "with the labels of the request where it has labels",
+    "classes": "of other classes",
+}
+_OUTLIERS = """\
+The deleted samples were unlike all others: in {unlike:.0%} of pairs one had a higher loss than a
+retained sample, as samples with wrong labels have. No group of retained samples tells how strong a
+step they need. In its place the model was trained on with the retained samples, for as long as
+*validation samples*, which it was never trained on, allowed."""
+_ALONE = """\
+No step was needed: the model was trained on with the retained samples, for as long as *validation
+samples*, which it was never trained on, allowed. The deleted samples then lost much as those."""
 _STOPPED = {
     "control": "That point was reached.",
     "validation": "The search ended before, where validation samples began to lose more.",
@@ -93,10 +106,7 @@ _STOPPED = {
     "curvature": "The search ended before, where the curvature allowed no stronger step.",
     "range": "The strongest step of the range did not get there.",
 }
-_FINISH = (
-    "A *finish* followed: {} iterations of training on the retained samples, because those of the "
-    "request are unlike any control group. Validation samples chose how many."
-)
+_FINISH = "A *finish* of {} iterations followed: {}."
 _REQUESTS = """\
 Losses are means before → after, "deleted" on the samples of the request, "retained" on a draw of
 those that stay. requests.csv has every entry with the numbers of all its samples."""
@@ -321,7 +331,7 @@ def _request_row(request: ReportEntry) -> dict[str, Any]:
     result, guarantee = request.result, request.guarantee
     row |= {
         "units": None if request.units is None else sum(map(len, request.units.values())),
-        "units_of": result.get("n_units"),
+        "units_of": None if request.units is None else result.get("n_units"),
         "parameters": result.get("n_parameters"),
     }
     solve = ("attempts", "damping", "solve_method", "solve_iterations", "solve_residual")
@@ -636,18 +646,28 @@ def _calibration(request: ReportEntry) -> Iterator[str]:
     """What control groups of a request have shown."""
     found = request.calibration
     reason, before = str(found.get("stopped_by")), finite_of(found.get("control_before"))
-    stopped = _STOPPED.get(reason, f"The search was stopped by: {reason}.")
-    n = len(found.get("control_after") or ())
-    yield _STRENGTH.format(n=n, size=found.get("group_size"), stopped=stopped)
+    if reason == "finish":
+        yield _ALONE
+    elif reason == "outliers":
+        yield _OUTLIERS.format(unlike=as_number(found.get("unlike")) or 1.0)
+    else:
+        yield _STRENGTH.format(
+            n=len(found.get("control_after") or ()),
+            size=found.get("group_size"),
+            whose=_WHOSE.get(str(found.get("groups_of")), "drawn at random"),
+            stopped=_STOPPED.get(reason, f"The search was stopped by: {reason}."),
+        )
     if found.get("finish"):
-        yield _FINISH.format(found["finish"])
-    control = [_number(as_number(found.get(name))) for name in ("control", "spread")]
-    rows = [
-        ["control groups", _number(robust_mean(before)[0]) if before else "-", " ± ".join(control)]
-    ]
+        by = found.get("finish_by") or "training on the retained samples"
+        yield _FINISH.format(found["finish"], _escape(str(by)))
     seen = [as_number(found.get(f"validation_{when}")) for when in ("before", "after")]
-    for name, pair in (("validation", seen), ("deleted", request.change("loss_forget"))):
-        rows.append([f"{name} samples", *map(_number, pair)])
+    rows = [
+        [f"{name} samples", *map(_number, pair)]
+        for name, pair in (("validation", seen), ("deleted", request.change("loss_forget")))
+    ]
+    if before and reason not in ("outliers", "finish"):
+        control = [_number(as_number(found.get(name))) for name in ("control", "spread")]
+        rows.insert(0, ["control groups", _number(robust_mean(before)[0]), " ± ".join(control)])
     yield _table(["mean loss", "before", "after"], rows)
 
 
