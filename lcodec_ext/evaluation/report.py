@@ -328,7 +328,7 @@ def _request_row(request: ReportEntry) -> dict[str, Any]:
     result, guarantee = request.result, request.guarantee
     row |= {
         "units": None if request.units is None else sum(map(len, request.units.values())),
-        "units_of": result.get("n_units"),
+        "units_of": None if request.units is None else result.get("n_units"),
         "parameters": result.get("n_parameters"),
     }
     solve = ("attempts", "damping", "solve_method", "solve_iterations", "solve_residual")
