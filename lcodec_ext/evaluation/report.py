@@ -301,7 +301,8 @@ def _request_row(request: ReportEntry) -> dict[str, Any]:
     for name in ("loss_forget", "loss_retain", "gradient_norm", "guard"):
         row[f"{name}_before"], row[f"{name}_after"] = request.change(name)
     row["units"] = None if request.units is None else sum(map(len, request.units.values()))
-    row |= {"units_of": result.get("n_units"), "parameters": result.get("n_parameters")}
+    row["units_of"] = None if request.units is None else result.get("n_units")
+    row["parameters"] = result.get("n_parameters")
     solve = ("attempts", "damping", "solve_method", "solve_iterations", "solve_residual")
     row |= {name: result.get(name) for name in solve}
     found = ("stopped_by", "control", "spread", "validation_before", "validation_after", "finish")

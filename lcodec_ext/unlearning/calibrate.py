@@ -35,6 +35,7 @@ STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
 _FEWEST_STEPS = 2
 _START = 1e-2  # of the largest curvature: the damping that is tried first
+_LENGTHS = 8  # that are tried
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
 _NEAR = 0.9  # of the target, from which the control groups have reached it
@@ -53,6 +54,9 @@ class Calibration:
     ----------
     strength : float
         The damping of the step; less is stronger.
+    length : float
+        Multiple of the solution that the step takes: above 1 where the Krylov space is too small
+        for a solution with less damping.
     stopped_by : str
         What a stronger step would have met: "control", the control groups reach the validation
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
@@ -101,6 +105,7 @@ class Calibration:
     """
 
     strength: float
+    length: float
     stopped_by: str
     control_before: tuple[float, ...]
     control_after: tuple[float, ...]
@@ -129,6 +134,7 @@ class Calibration:
         """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
         return cls(
             strength=math.inf,
+            length=1.0,
             stopped_by="outliers",
             control_before=before,
             control_after=(),
@@ -222,6 +228,7 @@ class _Tried:
     validation: float  # nan where control groups go too far, which decides
     retained: float
     objection: str
+    length: float = 1.0  # multiple of the solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,12 +243,12 @@ class Calibrated:
     found: Calibration
 
     def step(self, damping: float) -> Steps:
-        """Take the step of a damping from where the block starts."""
+        """Take the step of a damping from where the block starts, lengthened as was found."""
         x = self.space.solve(damping)[:, 0]
         product = (self.operator @ x).add_(x, alpha=damping)
         size = float(self.direction.norm())
         residual = float((product - self.direction).norm()) / size if size else 0.0
-        self.block.put(self.block.start + x)
+        self.block.put(self.block.start + self.found.length * x)
         solve = SolveResult(x, residual, self.space.products, "lanczos")
         return Steps((solve,), plan=self.operator.plan)
 
@@ -296,11 +303,12 @@ def calibrated(block: Block, harm: "Harm") -> Calibrated:
         trial = _Trial(block, space, some, tuple(float(each.mean()) for each in before), harm)
         attack = _attack(before, harm.each())
         chosen, reason = trial.search()
-        after, others, own = trial.losses(chosen.damping, few(block.part.forget, rng, most))
+        after, others, own = trial.losses(chosen, few(block.part.forget, rng, most))
         mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
+            length=chosen.length,
             stopped_by=reason,
             control_before=trial.before,
             control_after=chosen.control,
@@ -410,17 +418,40 @@ class _Trial:
             for decade in (1, 2, 3):
                 bad, tried = tried, self._try(start * 10**decade)
                 if not tried.objection:
-                    return self._bisected(tried, bad)
+                    return self._lengthened(*self._bisected(tried, bad))
             return tried, tried.objection
         for decade in range(1, _DECADES + 1):
             good, tried = tried, self._try(start / 10**decade)
             if tried.objection:
-                return self._bisected(good, tried)
+                return self._lengthened(*self._bisected(good, tried))
         return tried, "range"
+
+    def _lengthened(self, good: _Tried, reason: str) -> tuple[_Tried, str]:
+        """A longer step, where the space is too small for one with less damping."""
+        if reason != "residual":
+            return good, reason
+        bad = None
+        for _ in range(_LENGTHS):
+            if bad is None:
+                length = 2 * good.length
+            else:
+                if bad.objection == "control" and self._near(good):
+                    break
+                share = self._share(good, bad)
+                length = good.length ** (1 - share) * bad.length**share
+            tried = self._try(good.damping, length)
+            if tried.objection:
+                bad = tried
+            else:
+                good = tried
+        return good, reason if bad is None else bad.objection
+
+    def _near(self, good: _Tried) -> bool:
+        return robust_mean(good.control)[0] >= _NEAR * self.target
 
     def _bisected(self, good: _Tried, bad: _Tried) -> tuple[_Tried, str]:
         for _ in range(_BISECTIONS):
-            if bad.objection == "control" and robust_mean(good.control)[0] >= _NEAR * self.target:
+            if bad.objection == "control" and self._near(good):
                 break
             share = self._share(good, bad)
             tried = self._try(good.damping ** (1 - share) * bad.damping**share)
@@ -440,17 +471,17 @@ class _Trial:
         share = math.log(0.97 * self.target / low) / math.log(high / low)
         return min(max(share, 0.1), 0.9)
 
-    def _try(self, damping: float) -> _Tried:
+    def _try(self, damping: float, length: float = 1.0) -> _Tried:
         """What a damping does: to each group its own step, to others the request's."""
         self.tried += 1
         if self.space.least + damping <= 0:
             return _Tried(damping, self.before, math.nan, math.nan, "curvature")
-        steps = self.space.solve(damping)
+        steps = length * self.space.solve(damping)
         control = tuple(
             self._at(steps[:, k], group.loss) for k, group in enumerate(self.groups, start=1)
         )
         if not robust_mean(control)[0] <= self.target:
-            return _Tried(damping, control, math.nan, math.nan, "control")
+            return _Tried(damping, control, math.nan, math.nan, "control", length)
         harm = self.harm
         validation, retained = self._at(steps[:, 0], harm.now)
         objection = harm.broken(validation, retained)
@@ -458,7 +489,7 @@ class _Trial:
             objection = "residual"
         if not objection:
             harm.accept(validation)
-        return _Tried(damping, control, validation, retained, objection)
+        return _Tried(damping, control, validation, retained, objection, length)
 
     def _at(self, step: Tensor, measure: Callable[[], _Measured]) -> _Measured:
         """What is measured after a step, which is then undone."""
@@ -468,9 +499,10 @@ class _Trial:
         finally:
             self.block.put(self.block.start)
 
-    def losses(self, damping: float, forget: Samples) -> tuple[list[Tensor], Tensor, float]:
+    def losses(self, chosen: _Tried, forget: Samples) -> tuple[list[Tensor], Tensor, float]:
         """Of control samples after their steps, of validation ones after the request's; its own."""
-        steps, own = self.space.solve(damping), Fetched(self.block.work, forget)
+        steps = chosen.length * self.space.solve(chosen.damping)
+        own = Fetched(self.block.work, forget)
         control = [self._at(steps[:, k], each.losses) for k, each in enumerate(self.groups, 1)]
         others, loss = self._at(steps[:, 0], lambda: (self.harm.each(), own.loss()))
         return control, others, loss

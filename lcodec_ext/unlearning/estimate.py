@@ -46,11 +46,12 @@ SACRIFICES: tuple[dict[str, int], ...] = (
     {"max_iterations": 12, "retries": 1},
     {"finish": 0},
     {"n_guard": 100, "n_monitor": 32, "n_recalibrate": 100},
+    {"max_iterations": 6},
     {"n_curvature": 32, "retries": 0},
-    {"max_iterations": 8},
+    {"max_iterations": 4},
     {"n_curvature": 16},
     {"n_guard": 50, "n_monitor": 16, "n_recalibrate": 50},
-    {"max_iterations": 5},
+    {"max_iterations": 2},
 )
 _ALL = ("n_guard", "n_monitor", "n_curvature", "max_iterations")  # of which None means no limit
 _BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
