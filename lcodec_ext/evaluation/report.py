@@ -95,6 +95,9 @@ The deleted samples were unlike all others: in {unlike:.0%} of pairs one had a h
 retained sample, as samples with wrong labels have. No group of retained samples tells how strong a
 step they need. In its place the model was trained on with the retained samples, for as long as
 *validation samples*, which it was never trained on, allowed."""
+_ALONE = """\
+No step was needed: the model was trained on with the retained samples, for as long as *validation
+samples*, which it was never trained on, allowed. The deleted samples then lost much as those."""
 _STOPPED = {
     "control": "That point was reached.",
     "validation": "The search ended before, where validation samples began to lose more.",
@@ -610,7 +613,9 @@ def _calibration(request: ReportEntry) -> Iterator[str]:
     """What control groups of a request have shown."""
     found = request.calibration
     reason, before = str(found.get("stopped_by")), finite_of(found.get("control_before"))
-    if reason == "outliers":
+    if reason == "finish":
+        yield _ALONE
+    elif reason == "outliers":
         yield _OUTLIERS.format(unlike=as_number(found.get("unlike")) or 1.0)
     else:
         yield _STRENGTH.format(
@@ -627,7 +632,7 @@ def _calibration(request: ReportEntry) -> Iterator[str]:
         [f"{name} samples", *map(_number, pair)]
         for name, pair in (("validation", seen), ("deleted", request.change("loss_forget")))
     ]
-    if before and reason != "outliers":
+    if before and reason not in ("outliers", "finish"):
         control = [_number(as_number(found.get(name))) for name in ("control", "spread")]
         rows.insert(0, ["control groups", _number(robust_mean(before)[0]), " ± ".join(control)])
     yield _table(["mean loss", "before", "after"], rows)
