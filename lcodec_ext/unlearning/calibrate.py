@@ -36,11 +36,12 @@ STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
 _FEWEST_STEPS = 2
 _START = 1e-2  # of the largest curvature: the damping that is tried first
-_LENGTHS = 8  # that are tried
+_LENGTHS = 6  # that are tried, at most
+_CLOSE = 1.15  # between dampings or lengths, where a search ends
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
 _NEAR = 0.9  # of the target, from which the control groups have reached it
-TRIALS = _DECADES + _BISECTIONS  # dampings after the first one, at most
+TRIALS = _DECADES + _BISECTIONS + _LENGTHS  # dampings and lengths after the first one, at most
 
 
 @dataclass(frozen=True)
@@ -478,7 +479,7 @@ class _Trial:
             if bad is None:
                 length = 2 * good.length
             else:
-                if bad.objection == "control" and self._near(good):
+                if self._near(good, bad) or bad.length < _CLOSE * good.length:
                     break
                 share = self._share(good, bad)
                 length = good.length ** (1 - share) * bad.length**share
@@ -489,12 +490,13 @@ class _Trial:
                 good = tried
         return good, reason if bad is None else bad.objection
 
-    def _near(self, good: _Tried) -> bool:
-        return robust_mean(good.control)[0] >= _NEAR * self.target
+    def _near(self, good: _Tried, bad: _Tried) -> bool:
+        reached = robust_mean(good.control)[0] >= _NEAR * self.target
+        return bad.objection == "control" and reached
 
     def _bisected(self, good: _Tried, bad: _Tried) -> tuple[_Tried, str]:
         for _ in range(_BISECTIONS):
-            if bad.objection == "control" and self._near(good):
+            if self._near(good, bad) or good.damping < _CLOSE * bad.damping:
                 break
             share = self._share(good, bad)
             tried = self._try(good.damping ** (1 - share) * bad.damping**share)
