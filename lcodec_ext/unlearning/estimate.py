@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -231,11 +231,13 @@ def _estimated(work: Workplace, request: Request, setup: float, planning: bool) 
         rates = timed(work, selection, source, request.forget)
     if planning:
         setup += time.perf_counter() - begin
+    tried: list[Estimate] = []
     for settings in _plans(work.settings, sizes):
         found = _of(settings, sizes, rates, setup)
         if fits(found):
             return replace(found, chosen=_changed(work.settings, settings), notes=_notes(settings))
-    raise ValueError(_refusal(work.settings, found))
+        tried.append(found)
+    raise ValueError(_refusal(work.settings, tried))
 
 
 def fits(found: Estimate) -> bool:
@@ -315,20 +317,25 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     return (f"selection={selection!r}: a step on as many random units",)
 
 
-def _refusal(settings: Settings, least: Estimate) -> str:
+def _refusal(settings: Settings, tried: Sequence[Estimate]) -> str:
     """What a deletion would take at least."""
+    allowed, most = settings.seconds_allowed, settings.max_memory
+
+    def excess(found: Estimate) -> float:
+        memory = 0.0 if most is None else found.memory["peak"] / most
+        return max(found.most_seconds / allowed, memory)
+
+    least = min(tried, key=excess)
     limits = []
-    if settings.seconds_allowed < math.inf:
+    if allowed < math.inf:
         given = (
             f"max_seconds={settings.max_seconds:g}"
             if settings.max_seconds is not None
             else f"budget={settings.budget:g} of training_seconds={settings.training_seconds:g}"
         )
         limits.append(f"{given}: it takes up to {_seconds(least.most_seconds)}")
-    if settings.max_memory is not None:
-        limits.append(
-            f"max_memory={settings.max_memory:,}: it takes {least.memory['peak']:,} bytes"
-        )
+    if most is not None:
+        limits.append(f"max_memory={most:,}: it takes {least.memory['peak']:,} bytes")
     lowered = ", ".join(f"{k}={v}" for k, v in _changed(settings, least.settings).items())
     return (
         f"the smallest plan for this deletion ({lowered}) does not fit {' and '.join(limits)}. "
