@@ -158,14 +158,13 @@ def _lbfgs(block: Block, harm: Harm) -> int:
         return known[-1][1]
 
     best, kept = block.now(), 0
-    most = (1 + work.settings.max_rise) * harm.validation_before
     for iteration in range(1, (work.settings.finish or ITERATIONS) + 1):
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except NotFiniteError:
             break
         block.put(theta.detach())
-        if harm.validation_loss() <= most:
+        if harm.validation_loss() <= harm.most:
             best, kept = theta.detach().clone(), iteration
         elif iteration - kept >= _PATIENCE:
             break
