@@ -124,7 +124,6 @@ def test_few_samples_are_finished_by_lbfgs(outliers):
 def test_lbfgs_goes_on_until_it_is_stopped(outliers, monkeypatch):
     """Each iteration lowers the retained objective: the line search has evaluations enough."""
     retain = outliers[2]
-    monkeypatch.setattr(finishing, "ENOUGH", 0.0)
     monkeypatch.setattr(finishing, "OUTLIERS", 0.0)
     objectives = []
     for iterations in (1, 10, 20, 40):

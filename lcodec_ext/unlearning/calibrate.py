@@ -30,6 +30,7 @@ from lcodec_ext.unlearning.workplace import Workplace
 _Measured = TypeVar("_Measured")
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
+POINTS = 0.003  # of accuracy on validation samples, that a step may cost
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
 STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
@@ -61,8 +62,8 @@ class Calibration:
         What a stronger step would have met: "control", the control groups reach the validation
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
-        would be due; "residual", the solution is
-        worse than none; "curvature", the matrix is indefinite; "range", nothing. There was no
+        would be due; "accuracy", fewer validation samples are told right; "residual", the solution
+        is worse than none; "curvature", the matrix is indefinite; "range", nothing. There was no
         step where it is "outliers", for which a finish alone does, or "finish": on few retained
         samples it did for these, too.
     control_before, control_after : tuple of float
@@ -266,6 +267,7 @@ class Fetched:
     def __init__(self, work: Workplace, samples: Samples) -> None:
         self.samples, self._work = samples, work
         self._batches = list(samples.batches(work.settings.batch_size))
+        self.right: Tensor | None = None  # which are classified right, as of the last loss
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -273,9 +275,13 @@ class Fetched:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean loss at the present weights; it may be NaN or infinite."""
-        work, total = self._work, 0.0
+        work, total, right = self._work, 0.0, []
         for batch in self._batches:
-            total += float(work.loss_fn(outputs_of(work.model, batch), batch.targets)) * batch.size
+            outputs, targets = outputs_of(work.model, batch), batch.targets
+            total += float(work.loss_fn(outputs, targets)) * batch.size
+            if _classes(outputs, targets):
+                right.append(outputs.argmax(1) == targets)
+        self.right = torch.cat(right) if right else None
         return total / len(self)
 
     def losses(self) -> Tensor:
@@ -284,6 +290,13 @@ class Fetched:
             return self._work.quality(self.samples)[2]
         except ValueError:
             return torch.full((len(self),), math.nan)
+
+
+def _classes(outputs: object, targets: object) -> bool:
+    """Whether targets number the columns of outputs."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    return outputs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point()
 
 
 def calibrated(block: Block, harm: "Harm") -> Calibrated:
@@ -354,6 +367,7 @@ class Harm:
         self._held, self._kept, self._rise = validation, retained, rise
         self.validation_before = self._least = validation_before
         self.retained_before = retained_before
+        self._right = None if validation is None else validation.right
 
     @classmethod
     def of(cls, block: Block, held: Samples) -> "Harm":
@@ -382,11 +396,23 @@ class Harm:
     @property
     def most(self) -> float:
         """The largest validation loss that is allowed."""
-        return (1 + self._rise) * self._least
+        return self._least + self._rise * abs(self._least)
 
     def validation_loss(self) -> float:
         """That of the validation samples alone."""
         return self._held.loss()
+
+    def costs_accuracy(self) -> bool:
+        """Whether fewer validation samples are right than before, as of the last `now`.
+
+        By more than 0.3%, than one sample, and than one standard error of the difference: what
+        losses hide where samples are near the border of two classes.
+        """
+        if self._right is None or self._held.right is None:
+            return False
+        lost = int((self._right & ~self._held.right).sum())
+        won = int((self._held.right & ~self._right).sum())
+        return lost - won > max(1, POINTS * len(self._right), math.sqrt(lost + won))
 
     def each(self) -> Tensor:
         """The loss of each validation sample, at the present weights."""
@@ -427,8 +453,10 @@ class _Trial:
     ) -> None:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
         self.before, self.tried = before, 0
-        # Where validation samples lose no more than trained ones there is no gap to go by.
-        self.target = max(harm.validation_before, (1 + RISE) * robust_mean(before)[0])
+        start = robust_mean(before)[0]
+        self.target = harm.validation_before
+        if not self.target > start:  # no gap to go by
+            self.target = start + RISE * abs(start)
 
     def search(self) -> tuple[_Tried, str]:
         """The least damping that passes, and why less does not: by tens, then bisected."""
@@ -505,6 +533,8 @@ class _Trial:
         harm = self.harm
         validation, retained = self._at(steps[:, 0], harm.now)
         objection = harm.broken(validation, retained)
+        if not objection and harm.costs_accuracy():
+            objection = "accuracy"
         if not objection and self.space.residuals(damping).max() > 1:
             objection = "residual"
         if not objection:

@@ -736,7 +736,7 @@ UNCALIBRATED: dict[str, Any] = {"damping": 3e-2, "output_damping": 0.0}
 CALIBRATED: dict[str, Any] = {
     "calibrate": True,
     "max_iterations": 8,
-    "output_damping": 0.0,
+    "output_damping": 2e-3,
     "lengthen": None,
     "n_recalibrate": None,
     "repair_epochs": 0,
