@@ -394,6 +394,11 @@ class Harm:
         """Mean losses of validation and retained samples, at the present weights."""
         return self._held.loss(), self._kept.loss()
 
+    @property
+    def most(self) -> float:
+        """The largest validation loss that is allowed."""
+        return self._least + self._rise * abs(self._least)
+
     def validation_loss(self) -> float:
         """That of the validation samples alone."""
         return self._held.loss()
@@ -428,7 +433,7 @@ class Harm:
         Validation alone would not do: where a network knows its samples by heart, it loses more on
         validation samples than by guessing, and any damage lowers that.
         """
-        if not validation <= self._least + self._rise * abs(self._least):
+        if not validation <= self.most:
             return "validation"
         gap = max(self.validation_before - self.retained_before, self.retained_before)
         if not retained <= self.retained_before + self._rise * gap:
