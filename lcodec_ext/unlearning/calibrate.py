@@ -36,11 +36,12 @@ STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
 _FEWEST_STEPS = 2
 _START = 1e-2  # of the largest curvature: the damping that is tried first
-_LENGTHS = 8  # that are tried
+_LENGTHS = 6  # that are tried, at most
+_CLOSE = 1.15  # between dampings or lengths, where a search ends
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
 _NEAR = 0.9  # of the target, from which the control groups have reached it
-TRIALS = _DECADES + _BISECTIONS  # dampings after the first one, at most
+TRIALS = _DECADES + _BISECTIONS + _LENGTHS  # dampings and lengths after the first one, at most
 
 
 @dataclass(frozen=True)
@@ -393,6 +394,11 @@ class Harm:
         """Mean losses of validation and retained samples, at the present weights."""
         return self._held.loss(), self._kept.loss()
 
+    @property
+    def most(self) -> float:
+        """The largest validation loss that is allowed."""
+        return self._least + self._rise * abs(self._least)
+
     def validation_loss(self) -> float:
         """That of the validation samples alone."""
         return self._held.loss()
@@ -427,7 +433,7 @@ class Harm:
         Validation alone would not do: where a network knows its samples by heart, it loses more on
         validation samples than by guessing, and any damage lowers that.
         """
-        if not validation <= self._least + self._rise * abs(self._least):
+        if not validation <= self.most:
             return "validation"
         gap = max(self.validation_before - self.retained_before, self.retained_before)
         if not retained <= self.retained_before + self._rise * gap:
@@ -478,7 +484,7 @@ class _Trial:
             if bad is None:
                 length = 2 * good.length
             else:
-                if bad.objection == "control" and self._near(good):
+                if self._near(good, bad) or bad.length < _CLOSE * good.length:
                     break
                 share = self._share(good, bad)
                 length = good.length ** (1 - share) * bad.length**share
@@ -489,12 +495,13 @@ class _Trial:
                 good = tried
         return good, reason if bad is None else bad.objection
 
-    def _near(self, good: _Tried) -> bool:
-        return robust_mean(good.control)[0] >= _NEAR * self.target
+    def _near(self, good: _Tried, bad: _Tried) -> bool:
+        reached = robust_mean(good.control)[0] >= _NEAR * self.target
+        return bad.objection == "control" and reached
 
     def _bisected(self, good: _Tried, bad: _Tried) -> tuple[_Tried, str]:
         for _ in range(_BISECTIONS):
-            if bad.objection == "control" and self._near(good):
+            if self._near(good, bad) or good.damping < _CLOSE * bad.damping:
                 break
             share = self._share(good, bad)
             tried = self._try(good.damping ** (1 - share) * bad.damping**share)

@@ -171,8 +171,8 @@ def warn_of_shortfall(
         )
     if found.outliers and not after.forget_loss > target:
         told.append(
-            f"the deletion forgets little: the deleted samples lose {after.forget_loss:.3g}, before "
-            f"{before.forget_loss:.3g}, and samples that were never seen {target:.3g}"
+            f"the deletion forgets little: the deleted samples lose {after.forget_loss:.3g}, "
+            f"before {before.forget_loss:.3g}, and samples that were never seen {target:.3g}"
         )
     if found.groups_of == "classes":
         told.append(

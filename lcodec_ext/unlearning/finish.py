@@ -1,6 +1,5 @@
 """The finish: the retained objective, after a step or in its place."""
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -27,7 +26,7 @@ from lcodec_ext.unlearning.step import Block
 BATCHED = 5000  # retained samples, from which on mini-batches finish
 ITERATIONS = 28  # of L-BFGS on fewer
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
-ENOUGH = 0.4  # of the validation loss, that removed samples lose where L-BFGS alone has done
+ENOUGH = 0.4  # of the way to the validation loss, where L-BFGS alone does
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
 _KEPT_BYTES = 2**26  # of batches that are kept while it iterates
 _LINE_SEARCH = 25  # evaluations
@@ -65,17 +64,27 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
 
     With few retained samples L-BFGS minimises their objective. With many a copy that has forgotten
     outliers leads their outputs; other samples need a step. None, and everything as before, if the
-    removed samples then still lose less than unseen ones do, unless they are known to be outliers.
+    removed samples then still lose less than they should, unless they are known to be outliers.
     """
     work, theta, batches = block.work, block.now(), in_batches(block)
     if batches and not outliers:
         return None
-    why, enough = "", OUTLIERS if batches else ENOUGH
+    why, before = "", work.mean_loss(block.part.forget)
+
+    def does(model: torch.nn.Module) -> bool:
+        lost, held = (
+            mean_loss(model, each, work.loss_fn, work.settings.batch_size)
+            for each in (block.part.forget, harm.validation)
+        )
+        if outliers:
+            return lost > OUTLIERS * held
+        return lost - before > ENOUGH * max(held - before, 0.0)
+
     with work.timed("finish"):
         if batches:
             try:
                 teacher = trained_copy(block, harm.validation)
-                if not known and _lost(block, harm, teacher) < enough:
+                if not known and not does(teacher):
                     return None
                 wanted = outputs_led_by(block, teacher, rescale=True)
                 return Finish(
@@ -86,10 +95,10 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
                 block.restore(theta, block.buffers)
                 why = f" instead of mini-batches, as {error}"
         kept = _lbfgs(block, harm)
-    if not known and not _lost(block, harm, work.model) >= enough:
-        block.put(theta)
-        return None
-    return Finish(kept, f"L-BFGS on the retained samples{why}")
+        if known or does(work.model):
+            return Finish(kept, f"L-BFGS on the retained samples{why}")
+    block.put(theta)
+    return None
 
 
 def finish_step(block: Block, harm: Harm) -> Finish | None:
@@ -106,15 +115,6 @@ def finish_step(block: Block, harm: Harm) -> Finish | None:
         except (NotTrainedError, NotFiniteError):
             return None
     return Finish(batches, "mini-batches, the removed samples' outputs held as after the step")
-
-
-def _lost(block: Block, harm: Harm, model: torch.nn.Module) -> float:
-    """What a model loses on the removed samples, as a share of what it does on validation ones."""
-    loss_fn, size = block.work.loss_fn, block.work.settings.batch_size
-    forget, held = (
-        mean_loss(model, each, loss_fn, size) for each in (block.part.forget, harm.validation)
-    )
-    return forget / held if held > 0 else math.inf
 
 
 def _lbfgs(block: Block, harm: Harm) -> int:
@@ -158,14 +158,13 @@ def _lbfgs(block: Block, harm: Harm) -> int:
         return known[-1][1]
 
     best, kept = block.now(), 0
-    most = (1 + work.settings.max_rise) * harm.validation_before
     for iteration in range(1, (work.settings.finish or ITERATIONS) + 1):
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except NotFiniteError:
             break
         block.put(theta.detach())
-        if harm.validation_loss() <= most:
+        if harm.validation_loss() <= harm.most:
             best, kept = theta.detach().clone(), iteration
         elif iteration - kept >= _PATIENCE:
             break

@@ -203,6 +203,8 @@ def _instead_of_a_step(
             return None, unlike
         rng = np.random.default_rng([block.work.settings.seed, 13])
         control = control_groups(block, rng, FEWEST)
+        if control.of == "classes" and not outliers:  # validation samples say nothing of them
+            return None, unlike
         before = tuple(block.work.mean_loss(each) for each in control.groups)
     done = finish_alone(block, harm, outliers=outliers, known=False)
     if done is None:
