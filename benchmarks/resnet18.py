@@ -41,8 +41,8 @@ from lcodec_ext.unlearning import estimate, unlearn
 
 N, WRONG, VALIDATION, TEST, RETRAINED, EPOCHS = 1000, 20, 300, 1000, 2, 5
 WEIGHT_DECAY = 5e-4
-SECONDS, MEMORY = 60.0, 1_500_000_000  # of a deletion; of it, beside model, data and libraries
-TOTAL = 2_000_000_000  # of the process
+SECONDS, MEMORY = 60.0, 1_800_000_000  # that a deletion is allowed
+MOST = 2_000_000_000  # of what is measured, beside model, data and libraries
 WAYS: dict[str, dict[str, Any]] = {
     "constants": {"damping": 1e-5, "output_damping": 2e-3},
     "bounded": {"max_seconds": SECONDS, "max_memory": MEMORY},
@@ -192,7 +192,7 @@ def compared(result: dict[str, Any], cache: Path, quick: bool) -> None:
 def claims(ways: dict[str, Any]) -> list[dict[str, Any]]:
     """What is claimed of the bounded deletions."""
     found = []
-    limits = {"seconds": SECONDS, "peak_rss": TOTAL, "residual": 1.0, "js": ways["constants"]["js"]}
+    limits = {"seconds": SECONDS, "memory": MOST, "residual": 1.0, "js": ways["constants"]["js"]}
     for way in ("bounded", "bounded, no validation"):
         for name, most in limits.items():
             value = ways[way][name] or 0.0

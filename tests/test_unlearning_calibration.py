@@ -311,7 +311,7 @@ def test_on_a_convex_model_the_strength_is_that_of_no_damping():
         return loss
 
     optimizer.step(closure)
-    options = {"weight_decay": 0.01, "n_curvature": None, "max_iterations": 120}
+    options = {"weight_decay": 0.01, "n_curvature": None, "max_iterations": 120, "finish": 0}
     result = unlearn(model, forget, retain, cross_entropy, validation=held, **options)
     found = result.calibration
     assert found.stopped_by == "range"
@@ -384,11 +384,11 @@ def test_what_a_network_knows_by_heart_is_not_destroyed():
 def test_a_finish_that_does_harm_is_left_out(trained, monkeypatch):
     """What it changed is undone; the step stays."""
 
-    def harmful(block, harm, known):
+    def harmful(block, harm, outliers, known):
         block.put(torch.zeros_like(block.start))
         return Finish(3, "harm")
 
-    monkeypatch.setattr(guarding, "finish_outliers", harmful)
+    monkeypatch.setattr(guarding, "finish_alone", harmful)
     result = run(trained)
     assert result.skipped == ()
     assert result.calibration.outliers

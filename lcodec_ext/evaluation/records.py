@@ -52,11 +52,6 @@ class CombinedMethod:
     phases: dict[str, float]
     losses: dict[str, list[float]]
 
-    @property
-    def is_masked(self) -> bool:
-        """Whether it changes some units and not others."""
-        return any(chosen < of for chosen, of in self.units_per_layer.values())
-
 
 def as_number(value: object) -> float | None:
     """The value as a float if it is a number, infinite ones and NaN included."""

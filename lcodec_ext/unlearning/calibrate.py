@@ -30,16 +30,18 @@ from lcodec_ext.unlearning.workplace import Workplace
 _Measured = TypeVar("_Measured")
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
+POINTS = 0.003  # of accuracy on validation samples, that a step may cost
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
 STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
 _FEWEST_STEPS = 2
 _START = 1e-2  # of the largest curvature: the damping that is tried first
-_LENGTHS = 8  # that are tried
+_LENGTHS = 6  # that are tried, at most
+_CLOSE = 1.15  # between dampings or lengths, where a search ends
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
 _NEAR = 0.9  # of the target, from which the control groups have reached it
-TRIALS = _DECADES + _BISECTIONS  # dampings after the first one, at most
+TRIALS = _DECADES + _BISECTIONS + _LENGTHS  # dampings and lengths after the first one, at most
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Calibration:
         What a stronger step would have met: "control", the control groups reach the validation
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
-        would be due; "residual", the solution is
-        worse than none; "curvature", the matrix is indefinite; "range", nothing; "outliers", there
-        was no step.
+        would be due; "accuracy", fewer validation samples are told right; "residual", the solution
+        is worse than none; "curvature", the matrix is indefinite; "range", nothing. There was no
+        step where it is "outliers", for which a finish alone does, or "finish": on few retained
+        samples it did for these, too.
     control_before, control_after : tuple of float
         Mean loss of each control group, before and after its own virtual deletion.
     control : float
@@ -80,9 +83,8 @@ class Calibration:
         all. It is a check and steers nothing: most samples of a group lose little at any strength,
         so it hardly moves while the mean multiplies.
     outliers : bool
-        Whether the request is unlike other samples, as ones with wrong labels are: there was no
-        step then, only a finish, and nothing after it in `control_after`. Or whether after the step
-        it loses more than three times what control groups and validation do.
+        Whether the request is unlike other samples, as ones with wrong labels are; or loses,
+        after the step, more than three times what control groups and validation do.
     unlike : float
         How often a removed sample loses more than a retained one, before: 0.5 for samples like any
         other, 0.9 and more for outliers; nan without a finish.
@@ -129,13 +131,18 @@ class Calibration:
 
     @classmethod
     def without_a_step(
-        cls, harm: "Harm", control: Control, before: tuple[float, ...], unlike: float
+        cls,
+        harm: "Harm",
+        control: Control,
+        before: tuple[float, ...],
+        unlike: float,
+        outliers: bool,
     ) -> "Calibration":
-        """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
+        """Where a finish alone does: a step of infinite damping is none."""
         return cls(
             strength=math.inf,
             length=1.0,
-            stopped_by="outliers",
+            stopped_by="outliers" if outliers else "finish",
             control_before=before,
             control_after=(),
             control=math.nan,
@@ -144,7 +151,7 @@ class Calibration:
             validation_after=math.nan,
             retained_before=harm.retained_before,
             retained_after=math.nan,
-            outliers=True,
+            outliers=outliers,
             unlike=unlike,
             finish=0,
             finish_by="",
@@ -166,7 +173,9 @@ class Calibration:
         finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
         if not self.control_after:
             return (
-                f"outliers, no step: a removed sample loses more than a retained one in "
+                "outliers" * self.outliers
+                + "the finish was enough" * (not self.outliers)
+                + f", no step: before, a removed sample lost more than a retained one in "
                 f"{self.unlike:.0%} of pairs, validation {self.validation_before:.3g} -> "
                 f"{self.validation_after:.3g}{finish}"
             )
@@ -259,6 +268,7 @@ class Fetched:
     def __init__(self, work: Workplace, samples: Samples) -> None:
         self.samples, self._work = samples, work
         self._batches = list(samples.batches(work.settings.batch_size))
+        self.right: Tensor | None = None  # which are classified right, as of the last loss
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -266,9 +276,13 @@ class Fetched:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean loss at the present weights; it may be NaN or infinite."""
-        work, total = self._work, 0.0
+        work, total, right = self._work, 0.0, []
         for batch in self._batches:
-            total += float(work.loss_fn(outputs_of(work.model, batch), batch.targets)) * batch.size
+            outputs, targets = outputs_of(work.model, batch), batch.targets
+            total += float(work.loss_fn(outputs, targets)) * batch.size
+            if _classes(outputs, targets):
+                right.append(outputs.argmax(1) == targets)
+        self.right = torch.cat(right) if right else None
         return total / len(self)
 
     def losses(self) -> Tensor:
@@ -277,6 +291,13 @@ class Fetched:
             return self._work.quality(self.samples)[2]
         except ValueError:
             return torch.full((len(self),), math.nan)
+
+
+def _classes(outputs: object, targets: object) -> bool:
+    """Whether targets number the columns of outputs."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return False
+    return outputs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point()
 
 
 def calibrated(block: Block, harm: "Harm") -> Calibrated:
@@ -347,6 +368,7 @@ class Harm:
         self._held, self._kept, self._rise = validation, retained, rise
         self.validation_before = self._least = validation_before
         self.retained_before = retained_before
+        self._right = None if validation is None else validation.right
 
     @classmethod
     def of(cls, block: Block, held: Samples) -> "Harm":
@@ -372,9 +394,34 @@ class Harm:
         """Mean losses of validation and retained samples, at the present weights."""
         return self._held.loss(), self._kept.loss()
 
+    @property
+    def most(self) -> float:
+        """The largest validation loss that is allowed."""
+        return self._least + self._rise * abs(self._least)
+
+    def validation_loss(self) -> float:
+        """That of the validation samples alone."""
+        return self._held.loss()
+
+    def costs_accuracy(self) -> bool:
+        """Whether fewer validation samples are right than before, as of the last `now`.
+
+        By more than 0.3%, than one sample, and than one standard error of the difference: what
+        losses hide where samples are near the border of two classes.
+        """
+        if self._right is None or self._held.right is None:
+            return False
+        lost = int((self._right & ~self._held.right).sum())
+        won = int((self._held.right & ~self._right).sum())
+        return lost - won > max(1, POINTS * len(self._right), math.sqrt(lost + won))
+
     def each(self) -> Tensor:
         """The loss of each validation sample, at the present weights."""
         return self._held.losses()
+
+    def start_again(self) -> None:
+        """Judge by the losses before, whatever a step that was tried has gained."""
+        self._least = self.validation_before
 
     def accept(self, validation: float) -> None:
         """Take note of a loss that was reached: what was gained is not given away."""
@@ -386,7 +433,7 @@ class Harm:
         Validation alone would not do: where a network knows its samples by heart, it loses more on
         validation samples than by guessing, and any damage lowers that.
         """
-        if not validation <= (1 + self._rise) * self._least:
+        if not validation <= self.most:
             return "validation"
         gap = max(self.validation_before - self.retained_before, self.retained_before)
         if not retained <= self.retained_before + self._rise * gap:
@@ -407,8 +454,10 @@ class _Trial:
     ) -> None:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
         self.before, self.tried = before, 0
-        # Where validation samples lose no more than trained ones there is no gap to go by.
-        self.target = max(harm.validation_before, (1 + RISE) * robust_mean(before)[0])
+        start = robust_mean(before)[0]
+        self.target = harm.validation_before
+        if not self.target > start:  # no gap to go by
+            self.target = start + RISE * abs(start)
 
     def search(self) -> tuple[_Tried, str]:
         """The least damping that passes, and why less does not: by tens, then bisected."""
@@ -435,7 +484,7 @@ class _Trial:
             if bad is None:
                 length = 2 * good.length
             else:
-                if bad.objection == "control" and self._near(good):
+                if self._near(good, bad) or bad.length < _CLOSE * good.length:
                     break
                 share = self._share(good, bad)
                 length = good.length ** (1 - share) * bad.length**share
@@ -446,12 +495,13 @@ class _Trial:
                 good = tried
         return good, reason if bad is None else bad.objection
 
-    def _near(self, good: _Tried) -> bool:
-        return robust_mean(good.control)[0] >= _NEAR * self.target
+    def _near(self, good: _Tried, bad: _Tried) -> bool:
+        reached = robust_mean(good.control)[0] >= _NEAR * self.target
+        return bad.objection == "control" and reached
 
     def _bisected(self, good: _Tried, bad: _Tried) -> tuple[_Tried, str]:
         for _ in range(_BISECTIONS):
-            if bad.objection == "control" and self._near(good):
+            if self._near(good, bad) or good.damping < _CLOSE * bad.damping:
                 break
             share = self._share(good, bad)
             tried = self._try(good.damping ** (1 - share) * bad.damping**share)
@@ -485,6 +535,8 @@ class _Trial:
         harm = self.harm
         validation, retained = self._at(steps[:, 0], harm.now)
         objection = harm.broken(validation, retained)
+        if not objection and harm.costs_accuracy():
+            objection = "accuracy"
         if not objection and self.space.residuals(damping).max() > 1:
             objection = "residual"
         if not objection:
