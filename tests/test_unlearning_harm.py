@@ -20,7 +20,7 @@ from torch.nn.functional import (
 )
 
 from lcodec_ext._torch.loss import is_much_worse
-from lcodec_ext.unlearning import Unlearner, doubts, unlearn
+from lcodec_ext.unlearning import Unlearner, calibrate, doubts, unlearn
 
 M = 12  # samples to delete
 FAST = {"max_iterations": 12}  # of the Krylov spaces; 30 by default
@@ -217,6 +217,40 @@ def test_accuracy_that_falls_is_warned_of(known):
         assert told or not harmed(model, result.model, train, test)
 
 
+def test_a_step_ends_where_accuracy_falls(known):
+    """By more than chance, whatever losses say; forgetting is then as near to retraining."""
+    _, train, validation, test = known
+    model = fit(started(), train, 2, rate=5e-3)
+    found, _ = deleted(model, train, validation)
+    assert found.calibration.stopped_by == "accuracy"
+    before, after = (quality(each, validation)[1] for each in (model, found.model))
+    assert before - after <= 0.01
+    assert not harmed(model, found.model, train, test)
+
+
+def test_how_far_accuracy_may_fall():
+    """More than one sample, 0.3% and a standard error of what changed."""
+
+    class Held:
+        def __init__(self, right):
+            self.right = right
+
+    def costs(n, lost, won):
+        before, after = torch.ones(n, dtype=bool), torch.ones(n, dtype=bool)
+        after[:lost] = False
+        before[lost : lost + won] = False
+        held = Held(before)
+        harm = calibrate.Harm(held, None, 1.0, 1.0)
+        held.right = after
+        return harm.costs_accuracy()
+
+    assert [costs(300, lost, 0) for lost in (0, 1, 2)] == [False, False, True]
+    assert [costs(1000, lost, 0) for lost in (3, 4)] == [False, True]
+    assert [costs(300, lost, 7) for lost in (10, 12, 13)] == [False, True, True]
+    assert not costs(300, 0, 5)
+    assert not calibrate.Harm(Held(None), None, 1.0, 1.0).costs_accuracy()
+
+
 # ---------------------------------------------------------------------------------------------
 # Losses, weights and trainings
 
@@ -300,13 +334,24 @@ def test_regression():
         assert result.loss_forget.after > result.loss_forget.before
 
 
-def test_losses_below_zero():
+def test_losses_below_zero(known):
     """The likelihood of a density: a rise is measured against its size, not its sign."""
     for before in (-5.0, -0.1, 0.0, 0.1, 5.0):
         assert not is_much_worse(before, before)
         assert not is_much_worse(before, before - 1)
         assert is_much_worse(before, before + abs(before) / 2 + 0.051)
         assert is_much_worse(before, math.nan)
+
+    _, train, validation, _ = known
+
+    def below(outputs, targets):
+        return cross_entropy(outputs, targets) - 5
+
+    plain, _ = deleted(known[0], train, validation)
+    shifted, told = deleted(known[0], train, validation, loss=below)
+    assert told == []
+    assert shifted.damping == pytest.approx(plain.damping, rel=0.2)
+    assert shifted.loss_forget.after + 5 == pytest.approx(plain.loss_forget.after, rel=0.1)
 
     def density(outputs, targets):
         return gaussian_nll_loss(outputs[:, :1], targets, softplus(outputs[:, 1:]) + 1e-2)

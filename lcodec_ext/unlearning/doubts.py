@@ -169,7 +169,12 @@ def warn_of_shortfall(
             f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "
             f"{target:.3g}. A stronger step was stopped by {_REASONS[found.stopped_by]}"
         )
-    if found.groups_of == "classes" and not found.finish:
+    if found.outliers and not after.forget_loss > target:
+        told.append(
+            f"the deletion forgets little: the deleted samples lose {after.forget_loss:.3g}, "
+            f"before {before.forget_loss:.3g}, and samples that were never seen {target:.3g}"
+        )
+    if found.groups_of == "classes":
         told.append(
             "a class was deleted as a whole: groups of other classes, which the strength was found "
             f"by, cannot tell how far to go. Its samples lose {after.forget_loss:.3g} now; a model "
@@ -197,6 +202,7 @@ def warn_of_shortfall(
 _REASONS = {
     "validation": "the loss of validation samples, which would rise by more than 10%",
     "retained": "the loss of retained samples, which would rise too much",
+    "accuracy": "accuracy on validation samples, which would fall",
     "residual": "its system, which max_iterations do not solve",
     "curvature": "the curvature, which is indefinite",
     "range": "nothing: there is hardly an effect. Is weight_decay that of the training?",
