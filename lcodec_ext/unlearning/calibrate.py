@@ -58,9 +58,9 @@ class Calibration:
         What a stronger step would have met: "control", the control groups reach the validation
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
-        would be due; "accuracy", fewer validation samples are told right; "residual", the solution is
-        worse than none; "curvature", the matrix is indefinite; "range", nothing; "outliers", there
-        was no step.
+        would be due; "accuracy", fewer validation samples are told right; "residual", the solution
+        is worse than none; "curvature", the matrix is indefinite; "range", nothing; "outliers",
+        there was no step.
     control_before, control_after : tuple of float
         Mean loss of each control group, before and after its own virtual deletion.
     control : float
