@@ -27,7 +27,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "unlearning.activations": ("unlearning.record.activations",),
     "unlearning.baselines": ("evaluation.methods",),
     "unlearning.certified": ("unlearning.privacy.linear",),
-    "unlearning.checkpoints": ("unlearning.stream.checkpoints", "_files"),
+    "unlearning.checkpoints": ("unlearning.stream.checkpoints", "_torch.states", "_files"),
     "unlearning.evaluation": ("evaluation.evaluate", "evaluation.methods", "evaluation.metrics"),
     "unlearning.ledger": (
         "unlearning.stream.ledger",

@@ -29,6 +29,7 @@ import compare  # noqa: E402
 import deletion  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
+import masks  # noqa: E402
 import networks  # noqa: E402
 import ordinary  # noqa: E402
 import ordinary_models  # noqa: E402
@@ -892,6 +893,25 @@ with open(path, "a", buffering=1) as file:
 
 # ---------------------------------------------------------------------------------------------
 # Calibrated deletions
+
+
+def test_the_guide_has_the_recorded_masks():
+    found = results.load(ROOT / "benchmarks/results/masks.json")["masks"]
+    assert found["summary"] == masks.summary(found["points"])
+    text = (ROOT / "docs/unlearning.md").read_text(encoding="utf-8")
+    assert masks.table(found["summary"]) in text
+    assert masks.classes(found["classes"]) in " ".join(text.split())
+    for rows in found["summary"].values():
+        for share in ("5%", "10%"):
+            closed = {name: rows[f"{name}, {share}"]["closed_js"] for name in masks.RULES}
+            units = {name: value for name, value in closed.items() if name != "step"}
+            assert closed["step"] > 1.5 * max(units.values())
+            assert closed["step"] > rows[f"truncated, {share}"]["closed_js"] + 0.05
+            assert max(units, key=units.get) == "step units"
+            assert closed["L-FOCI units"] < closed["random units"] + 0.02
+            shortened = rows[f"shortened, {share}"]
+            assert shortened["disturbed"] < rows[f"step, {share}"]["disturbed"]
+            assert rows[f"step, {share}"]["parameters"] <= 9610 * float(share[:-1]) / 100
 
 
 def test_the_guide_has_the_recorded_calibrations():

@@ -16,7 +16,7 @@ from lcodec_ext.cli.import_path import load_object
 from lcodec_ext.cli.problem import parse_ids
 from lcodec_ext.cli.unlearn import PRESETS
 from lcodec_ext.evaluation import methods
-from lcodec_ext.unlearning import UnitSelection, unlearn
+from lcodec_ext.unlearning import ParameterSelection, UnitSelection, unlearn
 from lcodec_ext.unlearning.settings import PRESETS as KNOWN_PRESETS
 
 CODE = """
@@ -201,6 +201,11 @@ def test_settings_reach_the_deletion(run, problem):
     found = settings("--selection", "units.json", "--set", "dtype=float64", "--seed", "7")
     assert found["selection"] == UnitSelection({"": [2]}).to_dict()
     assert found["dtype"] == "float64"
+    mask = ParameterSelection({"weight": [0, 2], "bias": [1]}).to_dict()
+    Path("mask.json").write_text(json.dumps(mask), encoding="utf-8")
+    assert settings("--selection", "mask.json")["selection"] == mask
+    found = settings("--selection", "step", "--set", "max_parameters=0.2")
+    assert (found["selection"], found["max_parameters"]) == ("step", 0.2)
     found = settings(
         "--selection",
         "random",

@@ -4,6 +4,7 @@ import contextlib
 import doctest
 import importlib
 import io
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -15,11 +16,11 @@ import lcodec_ext
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {  # and how many examples each has
     "README.md": 2,
-    "docs/curvature.md": 2,
+    "docs/curvature.md": 3,
     "docs/dependence.md": 4,
     "docs/evaluation.md": 3,
     "docs/privacy.md": 3,
-    "docs/unlearning.md": 4,
+    "docs/unlearning.md": 6,
 }
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
@@ -50,6 +51,18 @@ def test_examples(name):
             with contextlib.redirect_stdout(output):
                 exec(compile(code, name, "exec"), names)
             assert output.getvalue() == expected
+
+
+def test_the_figures_of_the_readme_are_those_on_record():
+    record = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())
+    found = [case["summary"]["calibrated"] for case in record["calibration"].values()]
+    within, of = (sum(each[name] for each in found) for name in ("within_2.5", "of"))
+    fall = -100 * min(each["accuracy_test_worst"] for each in found)
+    text = " ".join(TEXTS["README.md"].split())
+    assert (of, len({case.split()[0] for case in record["calibration"]})) == (30, 3)
+    assert "On thirty trainings of three small networks the loss of the deleted samples" in text
+    assert f"within a factor of 2.5 of retraining's in {within} cases" in text
+    assert f"test accuracy fell by at most {fall:.1f} points" in text
 
 
 def anchors(text):

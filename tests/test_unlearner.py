@@ -30,7 +30,7 @@ from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.unlearning.privacy import PrivacyBudget, PrivacyBudgetExceeded
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.stream import checkpoints, ledger, steps, verify_ledger
+from lcodec_ext.unlearning.stream import checkpoints, ledger, steps, unlearner, verify_ledger
 from lcodec_ext.unlearning.stream.checkpoints import LedgerError
 from lcodec_ext.unlearning.stream.ledger import Ledger
 from lcodec_ext.unlearning.stream.steps import compact, request_seed
@@ -52,7 +52,7 @@ def stand_in(monkeypatch):
         calls.append({"model": model, "forget": forget, "retain": retain, **options})
         return step(model, forget, retain, loss_fn, refuse=refuse, **options)
 
-    monkeypatch.setattr(steps, "unlearn", record)
+    monkeypatch.setattr(unlearner, "unlearn", record)
     return record
 
 
@@ -403,7 +403,7 @@ def test_a_request_that_fails_leaves_all_as_it_was(place, monkeypatch, error):
                 step(*arguments, **options)
                 raise error
 
-            patch.setattr(steps, "unlearn", fail)
+            patch.setattr(unlearner, "unlearn", fail)
             with pytest.raises(error):
                 stream.remove(2)
         assert (weights(stream), records(stream)) == before
@@ -504,7 +504,7 @@ class DyingSystem:
 @pytest.fixture(scope="module")
 def uninterrupted():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "unlearn", step)
+        patch.setattr(unlearner, "unlearn", step)
         stream = begin_or_resume(None)
         go_on(stream)
         return weights(stream), records(stream)
@@ -839,7 +839,7 @@ def test_only_the_owner_may_read(folder):
 
 def test_memory_does_not_grow(folder, monkeypatch):
     """What a request leaves is its samples' numbers and hashes: about 1 kB."""
-    monkeypatch.setattr(steps, "unlearn", step)
+    monkeypatch.setattr(unlearner, "unlearn", step)
     monkeypatch.setattr(os, "fsync", int)  # minutes, on a slow disk
     data = make_data(200)
     with make(folder, data) as stream:
@@ -956,7 +956,7 @@ def test_what_a_removal_warns_of_is_on_record(folder, monkeypatch, action):
         return step(*given, **options)
 
     stream = make(folder)
-    monkeypatch.setattr(steps, "unlearn", warning)
+    monkeypatch.setattr(unlearner, "unlearn", warning)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter(action)
         if action == "error":
@@ -967,7 +967,7 @@ def test_what_a_removal_warns_of_is_on_record(folder, monkeypatch, action):
         stream.remove(1)
     assert stream.ledger[-1].environment["warnings"] == ["it went too far"]
     assert len(caught) == (2 if action == "default" else 0)
-    monkeypatch.setattr(steps, "unlearn", step)
+    monkeypatch.setattr(unlearner, "unlearn", step)
     stream.remove(2)
     assert stream.ledger[-1].environment["warnings"] == []
 
@@ -1109,7 +1109,7 @@ def test_statistics_lose_what_is_removed(folder, monkeypatch):
         )
 
     seen = []
-    monkeypatch.setattr(steps, "unlearn", read_retained)
+    monkeypatch.setattr(unlearner, "unlearn", read_retained)
     x, _ = make_data()
     given = Statistics(N, x.sum(0))
     options = {"statistics": given}
@@ -1137,7 +1137,7 @@ def test_a_release_with_statistics_reads_no_retained_sample(monkeypatch):
     def without(model, forget, _, *arguments, **options):
         return step(model, forget, [0] * options["statistics"].n, *arguments, **options)
 
-    monkeypatch.setattr(steps, "unlearn", without)
+    monkeypatch.setattr(unlearner, "unlearn", without)
     x, _ = make_data()
     stream = make(statistics=Statistics(N, x.sum(0)), **OPTIONS)
     stream.remove([1, 2])
@@ -1151,7 +1151,7 @@ def test_a_release_with_statistics_reads_no_retained_sample(monkeypatch):
 
 @pytest.fixture
 def in_earnest(monkeypatch):
-    monkeypatch.setattr(steps, "unlearn", unlearn)
+    monkeypatch.setattr(unlearner, "unlearn", unlearn)
 
 
 def test_a_certified_stream_releases_what_one_request_for_all_would(folder, in_earnest):
@@ -1300,7 +1300,7 @@ def test_a_stream_can_do_without_the_retained_samples(folder, in_earnest):
 def test_the_guard_watches_the_same_samples_in_all_requests(monkeypatch):
     """A fall is counted from the stream's start: of other samples it would be chance."""
     x, y = make_data()
-    monkeypatch.setattr(steps, "unlearn", unlearn)
+    monkeypatch.setattr(unlearner, "unlearn", unlearn)
     monkeypatch.setattr(steps, "GUARD_SIZE", 20)
     options = {"update": "gradient", "learning_rate": 0.0, "max_drop": 0.1, "repair_drop": 0.005}
     model = make_model()
@@ -1319,7 +1319,7 @@ def test_the_guard_watches_the_same_samples_in_all_requests(monkeypatch):
 
 def test_the_recommended_preset_with_statistics(monkeypatch):
     """They hold a curvature without output_damping, which the preset then does without."""
-    monkeypatch.setattr(steps, "unlearn", unlearn)
+    monkeypatch.setattr(unlearner, "unlearn", unlearn)
     model, data = make_model(), make_data()
     kept = TrainingStatistics.collect(model, data, cross_entropy, curvature="gauss_newton")
     with Unlearner(model, data, cross_entropy, statistics=kept, weight_decay=0.1) as stream:

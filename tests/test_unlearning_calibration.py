@@ -27,7 +27,7 @@ from lcodec_ext.unlearning.calibrate import robust_mean
 from lcodec_ext.unlearning.control import control_groups, known_classes, labels_of
 from lcodec_ext.unlearning.finish import Finish
 from lcodec_ext.unlearning.settings import resolve
-from lcodec_ext.unlearning.stream.steps import result_record
+from lcodec_ext.unlearning.stream.steps import _rise_left, result_record
 
 BEFORE = {"damping": 1e-5, "output_damping": 2e-3}  # constants of earlier versions
 
@@ -261,31 +261,37 @@ def run(case, **options):
     )
 
 
-def test_as_near_to_retraining_as_trained_by_adamw():
-    """Means over two trainings of the ratio of losses: batch norm, dropout, AdamW, few epochs."""
-    ratios = {"calibrated": [], "before": []}
-    for seed in (0, 1):
+@pytest.mark.filterwarnings("ignore:the mean loss of 300 validation samples", "ignore:accuracy on")
+def test_users_are_deleted_from_a_network_trained_by_adamw():
+    """Batch norm, dropout, few epochs; seeds that no constant was chosen with.
+
+    The deleted loss is near that of retrained networks in the mean of three trainings, where the
+    constants of earlier versions were far above; in none is the network worse for it.
+    """
+    ratios, before = [], []
+    for seed in (20, 21, 22):
         data, wanted, held = digits(seed, "users")
         forget, retain = parts(data, wanted)
         model = fit(cnn, data, 1000 * seed, 12, adamw)
-        retrained = [fit(cnn, retain, 1000 * seed + 1 + k, 12, adamw) for k in range(2)]
-        expected = np.mean([loss_on(each, forget) for each in retrained])
+        retrained = fit(cnn, retain, 1000 * seed + 1, 12, adamw)
         result = unlearn(model, forget, retain, cross_entropy, validation=held)
-        ratios["calibrated"].append(loss_on(result.model, forget) / expected)
         found = result.calibration
+        expected = max(loss_on(retrained, forget), loss_on(model, forget))
+        ratios.append(loss_on(result.model, forget) / expected)
         assert found.validation_after <= 1.1 * found.validation_before
+        assert found.control <= max(found.validation_before, 1.1 * np.mean(found.control_before))
         assert result.solve_residual <= 1
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            result = unlearn(model, forget, retain, cross_entropy, **BEFORE)
-        ratios["before"].append(loss_on(result.model, forget) / expected)
-        # Iterations that were ended early, which is told where the solution is worse than none.
-        told = any("the relative residual is" in str(each.message) for each in caught)
-        assert told == (result.solve_residual > 1)
-    means = {name: math.exp(np.mean(np.log(each))) for name, each in ratios.items()}
-    assert 0.4 < means["calibrated"] < 2.5
-    assert max(ratios["before"]) > 10
-    assert told
+        assert result.skipped == ()
+        kept, now = ((m(held[0]).argmax(1) == held[1]).sum() for m in (model, result.model))
+        assert now >= kept - 3  # of 300
+        if seed == 20:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = unlearn(model, forget, retain, cross_entropy, **BEFORE)
+            before.append(loss_on(result.model, forget) / expected)
+    assert 1 / 3 < math.exp(np.mean(np.log(ratios))) < 3
+    assert max(ratios) < 10
+    assert before[0] > 3 * ratios[0]
 
 
 def test_on_a_convex_model_the_strength_is_that_of_no_damping():
@@ -305,7 +311,7 @@ def test_on_a_convex_model_the_strength_is_that_of_no_damping():
         return loss
 
     optimizer.step(closure)
-    options = {"weight_decay": 0.01, "n_curvature": None, "max_iterations": 120}
+    options = {"weight_decay": 0.01, "n_curvature": None, "max_iterations": 120, "finish": 0}
     result = unlearn(model, forget, retain, cross_entropy, validation=held, **options)
     found = result.calibration
     assert found.stopped_by == "range"
@@ -378,11 +384,11 @@ def test_what_a_network_knows_by_heart_is_not_destroyed():
 def test_a_finish_that_does_harm_is_left_out(trained, monkeypatch):
     """What it changed is undone; the step stays."""
 
-    def harmful(block, harm, known):
+    def harmful(block, harm, outliers, known):
         block.put(torch.zeros_like(block.start))
         return Finish(3, "harm")
 
-    monkeypatch.setattr(guarding, "finish_outliers", harmful)
+    monkeypatch.setattr(guarding, "finish_alone", harmful)
     result = run(trained)
     assert result.skipped == ()
     assert result.calibration.outliers
@@ -540,10 +546,83 @@ def test_what_cannot_be_calibrated_is_refused(trained):
     with pytest.raises(ValueError, match="control_groups"):
         Settings(control_groups=3)
     given = {"retained": True, "validation": True}
-    for options in ({"order": "sequential"}, {"damping": 0.1}, {"curvature": "secant"}):
-        assert not resolve("recommended", options, **given).calibrate
-    assert not resolve("paper", {}, **given).calibrate
-    assert resolve("recommended", {"seed": 3}, **given).calibrate
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"damping": 0.1}, {"lengthen": 1e-5}, {"update": "gradient"}):
+            assert not resolve("recommended", options, **given).calibrate
+        assert not resolve("paper", {}, **given).calibrate
+        chosen = resolve("recommended", {"calibrate": False}, **given)
+        assert (chosen.calibrate, chosen.damping, chosen.output_damping) == (False, 0.03, 0.0)
+        for options in ({"seed": 3}, {"lengthen": None}, {"calibrate": True}):
+            found = resolve("recommended", options, **given)
+            assert (found.calibrate, found.max_iterations) == (True, 8)
+    for options in ({"order": "sequential"}, {"curvature": "secant"}, {"selection": "cheap"}):
+        ((name, value),) = options.items()
+        with pytest.warns(UserWarning, match=f"not calibrated: .* With {name}='{value}' it cannot"):
+            found = resolve("recommended", options, **given)
+        assert (found.calibrate, found.damping, found.output_damping) == (False, 0.03, 0.0)
+    with pytest.warns(UserWarning, match="not calibrated: .* Without retained samples"):
+        assert not resolve("recommended", {}, retained=False, validation=True).calibrate
+    with pytest.raises(ValueError, match="leave damping out"):
+        resolve("recommended", {"calibrate": True, "damping": 0.1}, **given)
+
+
+@pytest.mark.filterwarnings("ignore:the deletion forgets little")
+def test_an_attack_on_losses_is_reported(trained):
+    """The chance that a control sample loses less than a validation sample, ties half."""
+    assert calibrating._attack([torch.tensor([1.0]), torch.tensor([3.0])], torch.arange(4.0)) == (
+        ((2 + 0.5) / 4 + 0.5 / 4) / 2
+    )
+    assert math.isnan(calibrating._attack([torch.tensor([math.nan])], torch.zeros(2)))
+    found = run(trained, finish=0).calibration
+    assert 0.3 < found.attack_after < found.attack_before < 0.8
+
+
+@pytest.mark.filterwarnings("ignore:the deletion forgets little")
+def test_a_class_that_went_before_is_no_target(trained):
+    """Validation samples of a class of which none is retained say nothing of others."""
+    model, _, retain, held = trained
+    gone = retain[1] == 3
+    forget, rest = parts(tuple(t[~gone] for t in retain), torch.arange(int((~gone).sum())) < 20)
+    found = run((model, forget, rest, held), finish=0).calibration
+    assert found.n_validation == int((held[1] != 3).sum())
+
+
+@pytest.mark.filterwarnings("ignore:the deletion forgets little", "ignore:accuracy on 300")
+def test_a_stream_may_raise_the_validation_loss_once():
+    """By 10% in all, however many requests there are."""
+    data, _, held = digits(5, "random")
+    model = fit(mlp, data, 5, 80, sgd)
+    ids = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    start, allowed = loss_on(model, held), []
+    with Unlearner(model, data, cross_entropy, validation=held, finish=0) as stream:
+        for k in range(5):
+            result = stream.remove(ids[40 * k :][:40])
+            found = result.calibration
+            allowed.append(result.settings.max_rise)
+            assert found.validation_before == pytest.approx(loss_on(model, held), rel=1e-5)
+            model = stream.model
+            assert loss_on(model, held) <= 1.1 * start * (1 + 1e-5)
+            left = 1.1 * start / loss_on(model, held) - 1
+        again = stream.remove(ids[200:240]).settings.max_rise
+        assert again == pytest.approx(max(0.0, left), abs=1e-4)
+        stream.rollback(0)
+        assert stream.remove(ids[:40]).settings.max_rise == 0.1
+    assert allowed[0] == 0.1
+    assert allowed == sorted(allowed, reverse=True)
+    assert allowed[-1] < 0.05
+
+
+def test_what_is_left_of_the_rise():
+    def after(*factors):
+        found = [{"validation_before": 2.0, "validation_after": 2.0 * f} for f in factors]
+        return _rise_left(Settings(), [{"calibration": each} for each in [*found, None]])
+
+    assert after() == 0.1
+    assert after(1.05) == pytest.approx(1.1 / 1.05 - 1)
+    assert after(1.05, 1.05) == 0.0
+    assert after(0.5) == 0.1  # what was gained is not given away at once
+    assert after(0.5, 1.1, 1.1) == 0.1
 
 
 def test_a_stream_goes_on_with_the_same_bits(trained, tmp_path):

@@ -17,7 +17,7 @@ from lcodec_ext.unlearning.control import control_groups
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.request import Kept, Retained
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.stream import LedgerError, steps
+from lcodec_ext.unlearning.stream import LedgerError, unlearner
 from unlearner_process import N, make_data, make_model, step
 
 OWNERS = [f"u{k % 8}" for k in range(N)]  # u3 has the samples 3, 11, 19, 27, 35
@@ -33,7 +33,7 @@ def calls(monkeypatch):
         refuse = getattr(record, "refuse", ())
         return step(model, forget, retain, loss_fn, refuse=refuse, **options)
 
-    monkeypatch.setattr(steps, "unlearn", record)
+    monkeypatch.setattr(unlearner, "unlearn", record)
     return found
 
 
@@ -215,13 +215,13 @@ def test_requests_by_group_need_groups(calls):
 
 def test_groups_the_guard_keeps_are_pending(calls):
     x, _ = make_data()
-    steps.unlearn.refuse = [x[19]]
+    unlearner.unlearn.refuse = [x[19]]
     stream = make()
     stream.remove(groups="u3")
     assert stream.pending == (19,)
     assert stream.removed_groups == ()
     assert verify_ledger_in_memory(stream)
-    steps.unlearn.refuse = ()
+    unlearner.unlearn.refuse = ()
     with pytest.warns(UserWarning, match="4 of the 5 samples"):
         stream.remove(groups="u3")
     assert stream.ledger[2].record["ids"] == [19]

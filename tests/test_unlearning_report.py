@@ -748,6 +748,7 @@ def test_the_delivered_model_is_known_by_its_weights(tmp_path):
     text = text_of(report)
     assert report.delivered == "mine"
     assert 'The delivered model is "mine" of the evaluation: it has the weights of the led' in text
+    assert "ledger. It was measured on 40 of the 1 deleted samples." in text  # as it was given
     near, every = tables_of(text)[1:3]
     assert list(near[0]) == ["", "before", "delivered", "retrained"]
     by_name = {row[""]: row for row in near}
@@ -804,7 +805,7 @@ def test_delivered_may_be_named(tmp_path):
     given, stream = delivered()
     report = write_report(tmp_path, evaluation=given, delivered="other", figures=False)
     assert report.delivered == "other"
-    assert '"other" of the evaluation: as the report was told.' in text_of(report)
+    assert '"other" of the evaluation: as the report was told. It was meas' in text_of(report)
     with pytest.raises(ValueError, match=r"delivered='other' must have the weights of the ledger"):
         write_report(tmp_path, evaluation=given, ledger=stream.entries, delivered="other")
     for name in ("mien", "no-op"):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lcodec_ext.curvature import UnitSelection
-from lcodec_ext.unlearning.stream import steps
+from lcodec_ext.unlearning.stream import unlearner
 from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE
 from lcodec_ext.unlearning.stream.unlearner import Unlearner
 
@@ -123,7 +123,7 @@ def go_on(stream, done=lambda number: None):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    steps.unlearn = lambda *args, **options: step(*args, pause=0.1, **options)
+    unlearner.unlearn = lambda *args, **options: step(*args, pause=0.1, **options)
     with begin_or_resume(sys.argv[1]) as stream:
         print(len(stream.ledger) - 1, flush=True)
         go_on(stream, lambda number: print(number, flush=True))

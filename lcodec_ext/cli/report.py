@@ -1,4 +1,4 @@
-"""``lcodec-ext report``: tables and figures from ledgers and evaluations."""
+"""``lcodec-ext report``: what was deleted, on what evidence."""
 
 import argparse
 import json
@@ -9,11 +9,13 @@ from lcodec_ext.cli.console import OK, Console, InputError, add_common
 from lcodec_ext.cli.problem import need_torch
 
 REPORT = """\
-Write a report: JSON, CSV, Markdown and PNG figures, from ledgers and evaluations.
+Write a report for those who asked for a deletion and those who check it: report.md, with
+figures, and all numbers as JSON and CSV.
 
-Give folders of unlearn --directory, files of evaluate --output, or both. Several of a kind
-count as repetitions of one experiment with different seeds: figures show their means, with
-bands. Needs matplotlib.
+Give folders of unlearn --directory, files of evaluate --output, or both. Ledgers are verified.
+If an evaluation has the model that a ledger ends with, for instance as --candidate, the report
+shows how near to retraining it is. Several evaluations count as repetitions of one experiment
+with different seeds, and their means are shown. Needs matplotlib.
 """
 
 REPORT_EXAMPLES = """\
@@ -28,7 +30,7 @@ def add_report(commands: Any) -> None:
     """Add ``report``."""
     parser = commands.add_parser(
         "report",
-        help="tables and figures from ledgers and evaluations",
+        help="a report on deletions, from ledgers and evaluations",
         description=REPORT,
         epilog=REPORT_EXAMPLES,
     )

@@ -103,8 +103,8 @@ class ParameterLayout(Layout):
     """
 
     def __init__(self, selection: "ParameterSelection", model: nn.Module) -> None:
-        found = find_parameters(model)
-        for name in selection.counts:
+        found, counts = find_parameters(model), selection.counts
+        for name in counts:
             if name not in found:
                 raise ValueError(f"the selection names parameter {name!r}, {_why_not(name, model)}")
             one, last = found[name], selection.last(name)
@@ -118,13 +118,13 @@ class ParameterLayout(Layout):
                     f"the selection names entry {last} of parameter {name!r}, which has "
                     f"{one.parameter.numel()}, of shape {tuple(one.parameter.shape)}"
                 )
-        self.parameters = {k: p.parameter for k, p in found.items() if k in selection.counts}
+        self.parameters = {k: p.parameter for k, p in found.items() if k in counts}
         self.parts: dict[str, tuple[int, Tensor | slice, Cut | None]] = {}
         self.size = 0
         for name in self.parameters:
             self.parts[name] = self.size, selection.place(name), found[name].cut
-            self.size += selection.counts[name]
-        self._counts = selection.counts
+            self.size += counts[name]
+        self._counts = counts
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
         first = next((p.parameter for p in found.values()), torch.empty(0))
         self._empty = torch.empty(0, dtype=first.dtype, device=first.device)

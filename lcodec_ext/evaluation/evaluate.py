@@ -657,7 +657,10 @@ def _relearn_level(original: Measured, references: list[Measured]) -> float:
 
 
 def _units_per_layer(model: nn.Module, result: UnlearnResult) -> dict[str, list[int]]:
-    """Of every layer with candidates: how many units were selected, and how many it has."""
+    """Of every layer with candidates: how many units were selected, and how many it has.
+
+    Nothing where single parameters were.
+    """
     if not isinstance(result.selection, UnitSelection):
         return {}
     candidates = find_candidates(model, result.settings).selection.units

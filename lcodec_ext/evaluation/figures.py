@@ -116,15 +116,8 @@ def removals(ledgers: Sequence[ReportLedger]) -> Figure | None:
         accuracy = title.startswith("Accuracy")
         for points in curves:
             marker = "o" if len(points) <= 30 else None
-            axes.plot(
-                list(points),
-                list(points.values()),
-                color=BLUE,
-                alpha=1.0 if len(ledgers) == 1 else 0.5,
-                marker=marker,
-                markersize=3.5,
-                clip_on=not accuracy,
-            )
+            look = {"alpha": 1 if len(ledgers) == 1 else 0.5, "clip_on": not accuracy}
+            axes.plot(*zip(*points.items(), strict=True), color=BLUE, marker=marker, ms=3.5, **look)
         values = [value for points in curves for value in points.values()]
         axes.set_title(title)
         axes.grid(axis="y", color=PALE)
@@ -152,18 +145,11 @@ def _mark_events(axes: Axes, ledgers: Sequence[ReportLedger]) -> None:
         "rolled back to here": ("<", PURPLE, {r.n_removed for r in every if r.kind == "rollback"}),
         "released with noise": ("^", DARK, {r.n_removed for r in every if r.kind == "release"}),
     }
+    look: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
     for k, (label, (marker, colour, at)) in enumerate(marks.items()):
         if at:
-            axes.plot(
-                sorted(at),
-                [0.04 + 0.07 * k] * len(at),
-                marker,
-                color=colour,
-                markersize=5,
-                transform=axes.get_xaxis_transform(),
-                clip_on=False,
-                label=label,
-            )
+            height = [0.04 + 0.07 * k] * len(at)
+            axes.plot(sorted(at), height, marker, color=colour, label=label, ms=5, **look)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,14 +222,7 @@ def _groups(axes: Axes, control: Sequence[Sequence[float]], validation: float | 
         axes.plot(values, [line] * len(values), "o", color=BLUE, markerfacecolor=fill)
     if validation is not None:
         axes.axvline(validation, color=RED, linewidth=1.3)
-        axes.annotate(
-            "never seen",
-            (validation, 0.5),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=RED,
-            va="center",
-        )
+        axes.text(validation, 0.5, " never seen", color=RED, va="center")
     axes.set_yticks([0, 1], ["before", "after"])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(1.6, -0.6)

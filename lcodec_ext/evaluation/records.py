@@ -10,6 +10,7 @@ from typing import Any
 
 from lcodec_ext._checks import first_few
 from lcodec_ext._files import numbers_of
+from lcodec_ext.curvature.parameters import is_parameters
 from lcodec_ext.evaluation.evaluate import FORMAT, share_of_retraining
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED
 from lcodec_ext.unlearning.stream.ledger import LEDGER_FILE
@@ -50,11 +51,6 @@ class CombinedMethod:
     units_per_layer: dict[str, tuple[float, float]]
     phases: dict[str, float]
     losses: dict[str, list[float]]
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether it changes some units and not others."""
-        return any(chosen < of for chosen, of in self.units_per_layer.values())
 
 
 def as_number(value: object) -> float | None:
@@ -232,7 +228,7 @@ class ReportEntry:
         self.seconds = total if total is not None else sum(self.phases.values()) or None
         selection = self.record.get("selection")
         self.units: dict[str, set[int]] | None = None
-        if selection is not None:
+        if selection is not None and not is_parameters(selection):
             self.units = {layer: _numbers(ranges) for layer, ranges in selection.items()}
 
     @property

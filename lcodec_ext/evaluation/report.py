@@ -95,6 +95,9 @@ The deleted samples were unlike all others: in {unlike:.0%} of pairs one had a h
 retained sample, as samples with wrong labels have. No group of retained samples tells how strong a
 step they need. In its place the model was trained on with the retained samples, for as long as
 *validation samples*, which it was never trained on, allowed."""
+_ALONE = """\
+No step was needed: the model was trained on with the retained samples, for as long as *validation
+samples*, which it was never trained on, allowed. The deleted samples then lost much as those."""
 _STOPPED = {
     "control": "That point was reached.",
     "validation": "The search ended before, where validation samples began to lose more.",
@@ -112,23 +115,12 @@ those that stay. requests.csv has every entry with the numbers of all its sample
 
 @dataclass(frozen=True)
 class Report:
-    """What `write_report` wrote.
-
-    Attributes
-    ----------
-    directory : Path
-    files : dict of str to Path
-        By name, in the order of the report: "report.md", "report.json", ...
-    summary : tuple of str
-        The findings, one a line, as "Guarantee: none. ...".
-    delivered : str or None
-        The method of the evaluation whose model is the delivered one.
-    """
+    """What `write_report` wrote."""
 
     directory: Path
-    files: dict[str, Path]
-    summary: tuple[str, ...]
-    delivered: str | None = None
+    files: dict[str, Path]  # by name: "report.md", "report.json", ...
+    summary: tuple[str, ...]  # the findings, one a line, as "Guarantee: There is no ..."
+    delivered: str | None = None  # the method of the evaluation whose model is the delivered one
 
     def __str__(self) -> str:
         lines = [f"- {sentence}" for sentence in self.summary]
@@ -146,25 +138,20 @@ def write_report(
 ) -> Report:
     """Write a report on deletions, for those who asked for them and for those who made them.
 
-    ==================  =========================================================================
-    ``report.md``       who asked, what was deleted and when, what is guaranteed; how near to
-                        retraining the delivered model is; how the strength was found; warnings
-    ``report.json``     all of it: findings, combined numbers, evaluations and ledgers as given
-    ``methods.csv``     a row for each evaluation and method
-    ``requests.csv``    a row for each ledger and entry, with the numbers of all samples
-    ``figure_*.png``    losses, calibration, removals
-    ==================  =========================================================================
+    "report.md" says who asked, what was deleted and when, what is guaranteed, how near to
+    retraining the delivered model is, how its strength was found, and what was warned of.
+    "report.json" has all of it, evaluations and ledgers as given; "methods.csv" a row for each
+    evaluation and method; "requests.csv" a row for each ledger and entry, with the numbers of all
+    samples. The figures are of losses and, of several removals, the model after each.
 
     Parameters
     ----------
     directory : str or path
-        Made if it does not exist. Files of these names are replaced, each at once, so that none
-        is ever half written; figures of a former report that this one lacks are deleted. Nothing
-        else in it is touched.
+        Made if it does not exist. A former report is replaced, each file at once, so that none is
+        ever half written. Nothing else in it is touched.
     evaluation : Evaluation, dict, path, or list of them, optional
-        What `evaluate` returned, its `to_dict`, or a file with that as JSON. Several, which
-        differ in seed or forget set, are combined by the names of the methods: means and standard
-        deviations.
+        What `evaluate` returned, its `to_dict`, or a file with that as JSON. Several are combined
+        by the names of the methods: means and standard deviations.
     ledger : Unlearner, path, sequence of entries, or list of them, optional
         An `Unlearner`, its directory, or the entries of its ledger. One with a directory is
         verified by `verify_ledger`, without the training data.
@@ -198,15 +185,10 @@ def write_report(
     Examples
     --------
     >>> import tempfile
-    >>> metrics = {"accuracy_test": 0.95, "js_forget": 0.4}
-    >>> evaluation = {
-    ...     "format": 1,
-    ...     "n_forget": 10,
-    ...     "n_retain": 90,
-    ...     "methods": [{"name": "no-op", "seconds": 0.0, "metrics": metrics}],
-    ... }
+    >>> methods = [{"name": "no-op", "metrics": {"accuracy_test": 0.95}}]
+    >>> found = {"format": 1, "n_forget": 10, "n_retain": 90, "methods": methods}
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...     report = write_report(directory, evaluation=evaluation, figures=False)
+    ...     report = write_report(directory, evaluation=found, figures=False)
     >>> list(report.files)
     ['report.md', 'report.json', 'methods.csv']
     """
@@ -256,7 +238,7 @@ def write_report(
         "ledgers": [[request.entry for request in requests] for requests in ledgers],
     }
     parts = [f"# {_escape(title)}", *_summary_part(facts, found)]
-    parts += _near_part(evaluations, methods, floor, delivered, bool(ledgers))
+    parts += _near_part(evaluations, methods, floor, delivered, ledgers)
     parts += [*_strength_part(ledgers), *_image("figure_losses.png", images)]
     parts += _warning_part(ledgers)
     parts += [*_request_part(ledgers), *_image("figure_removals.png", images)]
@@ -311,39 +293,26 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _request_row(request: ReportEntry) -> dict[str, Any]:
-    row = {
-        "number": request.number,
-        "kind": request.kind,
-        "time": request.time,
-        "n_ids": len(request.ids),
-        "ids": " ".join(map(str, request.ids)),
-        "groups": "; ".join(request.groups),
-        "skipped": " ".join(map(str, request.skipped)),
-        "n_removed": request.n_removed,
-        "n_pending": request.n_pending,
-        "n_retained": request.n_retained,
-        "rolled_back_to": request.record.get("to"),
+    result, guarantee = request.result, request.guarantee
+    row: dict[str, Any] = {
+        name: getattr(request, name) for name in ("number", "kind", "time", "weights", "seconds")
     }
+    row |= {"note": request.record.get("note"), "n_ids": len(request.ids)}
+    row |= {name: " ".join(map(str, getattr(request, name))) for name in ("ids", "skipped")}
+    row |= {"groups": "; ".join(request.groups), "warnings": " | ".join(request.warnings or ())}
+    row |= {name: getattr(request, name) for name in ("n_removed", "n_pending", "n_retained")}
+    row["rolled_back_to"] = request.record.get("to")
     for name in ("loss_forget", "loss_retain", "gradient_norm", "guard"):
         row[f"{name}_before"], row[f"{name}_after"] = request.change(name)
-    result, guarantee = request.result, request.guarantee
-    row |= {
-        "units": None if request.units is None else sum(map(len, request.units.values())),
-        "units_of": result.get("n_units"),
-        "parameters": result.get("n_parameters"),
-    }
+    row["units"] = None if request.units is None else sum(map(len, request.units.values()))
+    row["units_of"] = None if request.units is None else result.get("n_units")
+    row["parameters"] = result.get("n_parameters")
     solve = ("attempts", "damping", "solve_method", "solve_iterations", "solve_residual")
     row |= {name: result.get(name) for name in solve}
     found = ("stopped_by", "control", "spread", "validation_before", "validation_after", "finish")
     row |= {f"calibration_{name}": request.calibration.get(name) for name in found}
-    row |= {
-        "guarantee": guarantee.get("kind"),
-        **{name: guarantee.get(name) for name in ("epsilon", "delta", "sigma")},
-        "note": request.record.get("note"),
-        "warnings": " | ".join(request.warnings or ()),
-        "weights": request.weights,
-        "seconds": request.seconds,
-    }
+    row["guarantee"] = guarantee.get("kind")
+    row |= {name: guarantee.get(name) for name in ("epsilon", "delta", "sigma")}
     return row | {f"seconds_{phase}": value for phase, value in request.phases.items()}
 
 
@@ -507,11 +476,15 @@ def _on_evaluations(
     losses = {method.name: method.metrics.get("loss_forget") for method in methods}
     own, aim = losses.get(delivered or ""), losses.get(RETRAINED)
     if own and aim and aim.mean > 0:
-        ratio = own.mean / aim.mean
+        ratio, verdict = own.mean / aim.mean, "That is within a factor of 2"
+        if ratio < 0.5:
+            verdict = "It still knows them better than a model that was trained without them"
+        elif ratio > 2:
+            verdict = "It was moved further from them than a training without them moves it"
         lines.append(
             f"Mean loss on the deleted samples: {_cell(losses.get(NO_OP), _number)} before, "
             f"{_cell(aim, _number)} after a training without them, {_cell(own, _number)} in the "
-            f"delivered model, {ratio:.2g} times that. {_verdict(ratio)}"
+            f"delivered model, {ratio:.2g} times that. {verdict}"
         )
     for method in methods:
         lines += [f"FAILED: {method.name}: {error}" for error in method.errors]
@@ -526,14 +499,6 @@ def _on_evaluations(
                 f"NOT FINITE, left out of means: {method.name} ({', '.join(method.not_finite)})"
             )
     return lines
-
-
-def _verdict(ratio: float) -> str:
-    if ratio < 0.5:
-        return "It still knows them better than a model that was trained without them"
-    if ratio > 2:
-        return "It was moved further from them than a training without them moves it"
-    return "That is within a factor of 2"
 
 
 def _summary_part(facts: Sequence[Mapping[str, str]], found: Sequence[str]) -> list[str]:
@@ -572,20 +537,25 @@ def _near_part(
     methods: Sequence[CombinedMethod],
     floor: Mapping[str, Stat],
     delivered: str | None,
-    has_ledger: bool,
+    ledgers: Sequence[ReportLedger],
 ) -> list[str]:
     """The delivered model beside the one before and retrained ones; then other methods."""
     head, rows = _measured(methods, floor)
-    parts = ["## How near to retraining the delivered model is"] * (has_ledger or bool(delivered))
+    parts = ["## How near to retraining the delivered model is"] * (
+        bool(ledgers) or bool(delivered)
+    )
     if delivered is not None:
         names = {"before": NO_OP, "delivered": delivered, "retrained": RETRAINED}
         mine = {title: rows[name] for title, name in names.items() if name in rows}
         lines = [line for line in zip(head, *mine.values(), strict=True) if {*line[1:]} != {"-"}]
-        how = "it has the weights of the ledger" if has_ledger else "as the report was told"
+        how = "it has the weights of the ledger" if ledgers else "as the report was told"
         n = sum(one.get("n_retrained") or 0 for one in evaluations)
+        part = [str(one.get("n_forget")) for one in evaluations]
+        every = [str(one[-1].n_removed) for one in ledgers] or part
+        how += f". It was measured on {', '.join(part)} of the {', '.join(every)} deleted samples"
         parts.append(f'The delivered model is "{_escape(delivered)}" of the evaluation: {how}.')
         parts += [_table(["", *mine], lines), _YARDSTICK.format(n=_count(n, "model"))]
-    elif has_ledger:
+    elif ledgers:
         what = "no model of the evaluation has its weights" if evaluations else "give an evaluation"
         parts.append(f"This was not measured for the delivered model: {what}.")
     if methods:
@@ -644,7 +614,9 @@ def _calibration(request: ReportEntry) -> Iterator[str]:
     """What control groups of a request have shown."""
     found = request.calibration
     reason, before = str(found.get("stopped_by")), finite_of(found.get("control_before"))
-    if reason == "outliers":
+    if reason == "finish":
+        yield _ALONE
+    elif reason == "outliers":
         yield _OUTLIERS.format(unlike=as_number(found.get("unlike")) or 1.0)
     else:
         yield _STRENGTH.format(
@@ -661,7 +633,7 @@ def _calibration(request: ReportEntry) -> Iterator[str]:
         [f"{name} samples", *map(_number, pair)]
         for name, pair in (("validation", seen), ("deleted", request.change("loss_forget")))
     ]
-    if before and reason != "outliers":
+    if before and reason not in ("outliers", "finish"):
         control = [_number(as_number(found.get(name))) for name in ("control", "spread")]
         rows.insert(0, ["control groups", _number(robust_mean(before)[0]), " ± ".join(control)])
     yield _table(["mean loss", "before", "after"], rows)
@@ -718,13 +690,12 @@ def _environment_part(
     ledgers: Sequence[ReportLedger], evaluations: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Versions, and what the training and the deletion went by; report.json has the rest."""
-    parts: list[Mapping[str, Any]] = []
+    parts = [one.get("settings") or {} for one in evaluations]
+    parts = [part.get("versions") or {} for part in parts]
     for requests in ledgers:
-        start, settings = requests[0].record, requests[0].record.get("settings") or {}
-        parts += [{k: start.get(k) for k in ("model", "loss_fn")}]
-        parts += [{k: settings.get(k) for k in ("weight_decay", "seed")}]
+        known = {**requests[0].record, **(requests[0].record.get("settings") or {})}
+        parts.append({k: known.get(k) for k in ("model", "loss_fn", "weight_decay", "seed")})
         parts += [(r.entry.get("environment") or {}).get("versions") or {} for r in requests]
-    parts += [(one.get("settings") or {}).get("versions") or {} for one in evaluations]
     found: dict[str, dict[str, None]] = {}
     for name, value in ((k, v) for part in parts for k, v in part.items() if v is not None):
         found.setdefault(_escape(name), {})[_escape(str(value))] = None

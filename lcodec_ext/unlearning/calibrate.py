@@ -36,10 +36,12 @@ STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
 _FEWEST_STEPS = 2
 _START = 1e-2  # of the largest curvature: the damping that is tried first
+_LENGTHS = 6  # that are tried, at most
+_CLOSE = 1.15  # between dampings or lengths, where a search ends
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
 _NEAR = 0.9  # of the target, from which the control groups have reached it
-TRIALS = _DECADES + _BISECTIONS  # dampings after the first one, at most
+TRIALS = _DECADES + _BISECTIONS + _LENGTHS  # dampings and lengths after the first one, at most
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,17 @@ class Calibration:
     ----------
     strength : float
         The damping of the step; less is stronger.
+    length : float
+        Multiple of the solution that the step takes: above 1 where the Krylov space is too small
+        for a solution with less damping.
     stopped_by : str
         What a stronger step would have met: "control", the control groups reach the validation
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
         would be due; "accuracy", fewer validation samples are told right; "residual", the solution
-        is worse than none; "curvature", the matrix is indefinite; "range", nothing; "outliers",
-        there was no step.
+        is worse than none; "curvature", the matrix is indefinite; "range", nothing. There was no
+        step where it is "outliers", for which a finish alone does, or "finish": on few retained
+        samples it did for these, too.
     control_before, control_after : tuple of float
         Mean loss of each control group, before and after its own virtual deletion.
     control : float
@@ -77,9 +83,8 @@ class Calibration:
         all. It is a check and steers nothing: most samples of a group lose little at any strength,
         so it hardly moves while the mean multiplies.
     outliers : bool
-        Whether the request is unlike other samples, as ones with wrong labels are: there was no
-        step then, only a finish, and nothing after it in `control_after`. Or whether after the step
-        it loses more than three times what control groups and validation do.
+        Whether the request is unlike other samples, as ones with wrong labels are; or loses,
+        after the step, more than three times what control groups and validation do.
     unlike : float
         How often a removed sample loses more than a retained one, before: 0.5 for samples like any
         other, 0.9 and more for outliers; nan without a finish.
@@ -102,6 +107,7 @@ class Calibration:
     """
 
     strength: float
+    length: float
     stopped_by: str
     control_before: tuple[float, ...]
     control_after: tuple[float, ...]
@@ -125,12 +131,18 @@ class Calibration:
 
     @classmethod
     def without_a_step(
-        cls, harm: "Harm", control: Control, before: tuple[float, ...], unlike: float
+        cls,
+        harm: "Harm",
+        control: Control,
+        before: tuple[float, ...],
+        unlike: float,
+        outliers: bool,
     ) -> "Calibration":
-        """Of outliers, which a finish alone deletes: a step of infinite damping is none."""
+        """Where a finish alone does: a step of infinite damping is none."""
         return cls(
             strength=math.inf,
-            stopped_by="outliers",
+            length=1.0,
+            stopped_by="outliers" if outliers else "finish",
             control_before=before,
             control_after=(),
             control=math.nan,
@@ -139,7 +151,7 @@ class Calibration:
             validation_after=math.nan,
             retained_before=harm.retained_before,
             retained_after=math.nan,
-            outliers=True,
+            outliers=outliers,
             unlike=unlike,
             finish=0,
             finish_by="",
@@ -161,7 +173,9 @@ class Calibration:
         finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
         if not self.control_after:
             return (
-                f"outliers, no step: a removed sample loses more than a retained one in "
+                "outliers" * self.outliers
+                + "the finish was enough" * (not self.outliers)
+                + f", no step: before, a removed sample lost more than a retained one in "
                 f"{self.unlike:.0%} of pairs, validation {self.validation_before:.3g} -> "
                 f"{self.validation_after:.3g}{finish}"
             )
@@ -223,6 +237,7 @@ class _Tried:
     validation: float  # nan where control groups go too far, which decides
     retained: float
     objection: str
+    length: float = 1.0  # multiple of the solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,12 +252,12 @@ class Calibrated:
     found: Calibration
 
     def step(self, damping: float) -> Steps:
-        """Take the step of a damping from where the block starts."""
+        """Take the step of a damping from where the block starts, lengthened as was found."""
         x = self.space.solve(damping)[:, 0]
         product = (self.operator @ x).add_(x, alpha=damping)
         size = float(self.direction.norm())
         residual = float((product - self.direction).norm()) / size if size else 0.0
-        self.block.put(self.block.start + x)
+        self.block.put(self.block.start + self.found.length * x)
         solve = SolveResult(x, residual, self.space.products, "lanczos")
         return Steps((solve,), plan=self.operator.plan)
 
@@ -309,11 +324,12 @@ def calibrated(block: Block, harm: "Harm") -> Calibrated:
         trial = _Trial(block, space, some, tuple(float(each.mean()) for each in before), harm)
         attack = _attack(before, harm.each())
         chosen, reason = trial.search()
-        after, others, own = trial.losses(chosen.damping, few(block.part.forget, rng, most))
+        after, others, own = trial.losses(chosen, few(block.part.forget, rng, most))
         mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
+            length=chosen.length,
             stopped_by=reason,
             control_before=trial.before,
             control_after=chosen.control,
@@ -378,6 +394,15 @@ class Harm:
         """Mean losses of validation and retained samples, at the present weights."""
         return self._held.loss(), self._kept.loss()
 
+    @property
+    def most(self) -> float:
+        """The largest validation loss that is allowed."""
+        return self._least + self._rise * abs(self._least)
+
+    def validation_loss(self) -> float:
+        """That of the validation samples alone."""
+        return self._held.loss()
+
     def costs_accuracy(self) -> bool:
         """Whether fewer validation samples are right than before, as of the last `now`.
 
@@ -394,6 +419,10 @@ class Harm:
         """The loss of each validation sample, at the present weights."""
         return self._held.losses()
 
+    def start_again(self) -> None:
+        """Judge by the losses before, whatever a step that was tried has gained."""
+        self._least = self.validation_before
+
     def accept(self, validation: float) -> None:
         """Take note of a loss that was reached: what was gained is not given away."""
         self._least = min(self._least, validation)
@@ -404,7 +433,7 @@ class Harm:
         Validation alone would not do: where a network knows its samples by heart, it loses more on
         validation samples than by guessing, and any damage lowers that.
         """
-        if not validation <= self._least + self._rise * abs(self._least):
+        if not validation <= self.most:
             return "validation"
         gap = max(self.validation_before - self.retained_before, self.retained_before)
         if not retained <= self.retained_before + self._rise * gap:
@@ -438,17 +467,41 @@ class _Trial:
             for decade in (1, 2, 3):
                 bad, tried = tried, self._try(start * 10**decade)
                 if not tried.objection:
-                    return self._bisected(tried, bad)
+                    return self._lengthened(*self._bisected(tried, bad))
             return tried, tried.objection
         for decade in range(1, _DECADES + 1):
             good, tried = tried, self._try(start / 10**decade)
             if tried.objection:
-                return self._bisected(good, tried)
+                return self._lengthened(*self._bisected(good, tried))
         return tried, "range"
+
+    def _lengthened(self, good: _Tried, reason: str) -> tuple[_Tried, str]:
+        """A longer step, where the space is too small for one with less damping."""
+        if reason != "residual":
+            return good, reason
+        bad = None
+        for _ in range(_LENGTHS):
+            if bad is None:
+                length = 2 * good.length
+            else:
+                if self._near(good, bad) or bad.length < _CLOSE * good.length:
+                    break
+                share = self._share(good, bad)
+                length = good.length ** (1 - share) * bad.length**share
+            tried = self._try(good.damping, length)
+            if tried.objection:
+                bad = tried
+            else:
+                good = tried
+        return good, reason if bad is None else bad.objection
+
+    def _near(self, good: _Tried, bad: _Tried) -> bool:
+        reached = robust_mean(good.control)[0] >= _NEAR * self.target
+        return bad.objection == "control" and reached
 
     def _bisected(self, good: _Tried, bad: _Tried) -> tuple[_Tried, str]:
         for _ in range(_BISECTIONS):
-            if bad.objection == "control" and robust_mean(good.control)[0] >= _NEAR * self.target:
+            if self._near(good, bad) or good.damping < _CLOSE * bad.damping:
                 break
             share = self._share(good, bad)
             tried = self._try(good.damping ** (1 - share) * bad.damping**share)
@@ -468,17 +521,17 @@ class _Trial:
         share = math.log(0.97 * self.target / low) / math.log(high / low)
         return min(max(share, 0.1), 0.9)
 
-    def _try(self, damping: float) -> _Tried:
+    def _try(self, damping: float, length: float = 1.0) -> _Tried:
         """What a damping does: to each group its own step, to others the request's."""
         self.tried += 1
         if self.space.least + damping <= 0:
             return _Tried(damping, self.before, math.nan, math.nan, "curvature")
-        steps = self.space.solve(damping)
+        steps = length * self.space.solve(damping)
         control = tuple(
             self._at(steps[:, k], group.loss) for k, group in enumerate(self.groups, start=1)
         )
         if not robust_mean(control)[0] <= self.target:
-            return _Tried(damping, control, math.nan, math.nan, "control")
+            return _Tried(damping, control, math.nan, math.nan, "control", length)
         harm = self.harm
         validation, retained = self._at(steps[:, 0], harm.now)
         objection = harm.broken(validation, retained)
@@ -488,7 +541,7 @@ class _Trial:
             objection = "residual"
         if not objection:
             harm.accept(validation)
-        return _Tried(damping, control, validation, retained, objection)
+        return _Tried(damping, control, validation, retained, objection, length)
 
     def _at(self, step: Tensor, measure: Callable[[], _Measured]) -> _Measured:
         """What is measured after a step, which is then undone."""
@@ -498,9 +551,10 @@ class _Trial:
         finally:
             self.block.put(self.block.start)
 
-    def losses(self, damping: float, forget: Samples) -> tuple[list[Tensor], Tensor, float]:
+    def losses(self, chosen: _Tried, forget: Samples) -> tuple[list[Tensor], Tensor, float]:
         """Of control samples after their steps, of validation ones after the request's; its own."""
-        steps, own = self.space.solve(damping), Fetched(self.block.work, forget)
+        steps = chosen.length * self.space.solve(chosen.damping)
+        own = Fetched(self.block.work, forget)
         control = [self._at(steps[:, k], each.losses) for k, each in enumerate(self.groups, 1)]
         others, loss = self._at(steps[:, 0], lambda: (self.harm.each(), own.loss()))
         return control, others, loss

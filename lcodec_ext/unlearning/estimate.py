@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
+from lcodec_ext.unlearning.calibrate import STEPS
 from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
 from lcodec_ext.unlearning.rates import Rates, timed
 from lcodec_ext.unlearning.request import Request, checked_request
@@ -46,11 +47,12 @@ SACRIFICES: tuple[dict[str, int], ...] = (
     {"max_iterations": 12, "retries": 1},
     {"finish": 0},
     {"n_guard": 100, "n_monitor": 32, "n_recalibrate": 100},
+    {"max_iterations": 6},
     {"n_curvature": 32, "retries": 0},
-    {"max_iterations": 8},
+    {"max_iterations": 4},
     {"n_curvature": 16},
     {"n_guard": 50, "n_monitor": 16, "n_recalibrate": 50},
-    {"max_iterations": 5},
+    {"max_iterations": 2},
 )
 _ALL = ("n_guard", "n_monitor", "n_curvature", "max_iterations")  # of which None means no limit
 _BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
@@ -229,11 +231,13 @@ def _estimated(work: Workplace, request: Request, setup: float, planning: bool) 
         rates = timed(work, selection, source, request.forget)
     if planning:
         setup += time.perf_counter() - begin
+    tried: list[Estimate] = []
     for settings in _plans(work.settings, sizes):
         found = _of(settings, sizes, rates, setup)
         if fits(found):
             return replace(found, chosen=_changed(work.settings, settings), notes=_notes(settings))
-    raise ValueError(_refusal(work.settings, found))
+        tried.append(found)
+    raise ValueError(_refusal(work.settings, tried))
 
 
 def fits(found: Estimate) -> bool:
@@ -269,6 +273,8 @@ def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settin
         value = getattr(settings, name)
         if name == "finish" and value is None:  # mini-batches are not made shorter
             value = 0 if sizes.n_retain >= BATCHED and cap else ITERATIONS
+        if name == "max_iterations" and settings.calibrate:
+            value = value or STEPS
         if (value is None and name in _ALL) or (value is not None and value > cap):
             lowered[name] = cap
     if settings.update == "gradient":
@@ -311,20 +317,25 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     return (f"selection={selection!r}: a step on as many random units",)
 
 
-def _refusal(settings: Settings, least: Estimate) -> str:
+def _refusal(settings: Settings, tried: Sequence[Estimate]) -> str:
     """What a deletion would take at least."""
+    allowed, most = settings.seconds_allowed, settings.max_memory
+
+    def excess(found: Estimate) -> float:
+        memory = 0.0 if most is None else found.memory["peak"] / most
+        return max(found.most_seconds / allowed, memory)
+
+    least = min(tried, key=excess)
     limits = []
-    if settings.seconds_allowed < math.inf:
+    if allowed < math.inf:
         given = (
             f"max_seconds={settings.max_seconds:g}"
             if settings.max_seconds is not None
             else f"budget={settings.budget:g} of training_seconds={settings.training_seconds:g}"
         )
         limits.append(f"{given}: it takes up to {_seconds(least.most_seconds)}")
-    if settings.max_memory is not None:
-        limits.append(
-            f"max_memory={settings.max_memory:,}: it takes {least.memory['peak']:,} bytes"
-        )
+    if most is not None:
+        limits.append(f"max_memory={most:,}: it takes {least.memory['peak']:,} bytes")
     lowered = ", ".join(f"{k}={v}" for k, v in _changed(settings, least.settings).items())
     return (
         f"the smallest plan for this deletion ({lowered}) does not fit {' and '.join(limits)}. "

@@ -1,11 +1,13 @@
-"""The finish: the retained objective, after a step or, for outliers, in its place."""
+"""The finish: the retained objective, after a step or in its place."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lcodec_ext._torch.batches import Batch, tensors_of
 from lcodec_ext._torch.loss import NotFiniteError, mean_gradient, mean_loss
 from lcodec_ext._torch.predict import predict
 from lcodec_ext._torch.samples import Samples
@@ -22,9 +24,11 @@ from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.step import Block
 
 BATCHED = 5000  # retained samples, from which on mini-batches finish
-ITERATIONS = 22  # of L-BFGS on fewer
+ITERATIONS = 28  # of L-BFGS on fewer
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
+ENOUGH = 0.4  # of the way to the validation loss, where L-BFGS alone does
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
+_KEPT_BYTES = 2**26  # of batches that are kept while it iterates
 _LINE_SEARCH = 25  # evaluations
 _PATIENCE = 8  # iterations without one that holds that end it
 
@@ -55,20 +59,32 @@ def unlikeness(block: Block, retained: Samples) -> float:
     return float(below.mean() / (2 * len(order)))
 
 
-def finish_outliers(block: Block, harm: Harm, *, known: bool) -> Finish | None:
-    """Make the model one that was not trained on outliers, from where it is.
+def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Finish | None:
+    """Make the model one that was not trained on the removed samples, from where it is.
 
-    With many retained samples a copy that has forgotten them leads their outputs, with few L-BFGS
-    minimises the retained objective. None, and everything as before, if they were not known to be
-    outliers and after a training without them do not lose much more than validation samples.
+    With few retained samples L-BFGS minimises their objective. With many a copy that has forgotten
+    outliers leads their outputs; other samples need a step. None, and everything as before, if the
+    removed samples then still lose less than they should, unless they are known to be outliers.
     """
-    work, theta = block.work, block.now()
-    why = ""
+    work, theta, batches = block.work, block.now(), in_batches(block)
+    if batches and not outliers:
+        return None
+    why, before = "", work.mean_loss(block.part.forget)
+
+    def does(model: torch.nn.Module) -> bool:
+        lost, held = (
+            mean_loss(model, each, work.loss_fn, work.settings.batch_size)
+            for each in (block.part.forget, harm.validation)
+        )
+        if outliers:
+            return lost > OUTLIERS * held
+        return lost - before > ENOUGH * max(held - before, 0.0)
+
     with work.timed("finish"):
-        if in_batches(block):
+        if batches:
             try:
                 teacher = trained_copy(block, harm.validation)
-                if not known and not _lost(block, harm, teacher):
+                if not known and not does(teacher):
                     return None
                 wanted = outputs_led_by(block, teacher, rescale=True)
                 return Finish(
@@ -79,10 +95,10 @@ def finish_outliers(block: Block, harm: Harm, *, known: bool) -> Finish | None:
                 block.restore(theta, block.buffers)
                 why = f" instead of mini-batches, as {error}"
         kept = _lbfgs(block, harm)
-    if not known and not _lost(block, harm, work.model):
-        block.put(theta)
-        return None
-    return Finish(kept, f"L-BFGS on the retained samples{why}")
+        if known or does(work.model):
+            return Finish(kept, f"L-BFGS on the retained samples{why}")
+    block.put(theta)
+    return None
 
 
 def finish_step(block: Block, harm: Harm) -> Finish | None:
@@ -101,15 +117,6 @@ def finish_step(block: Block, harm: Harm) -> Finish | None:
     return Finish(batches, "mini-batches, the removed samples' outputs held as after the step")
 
 
-def _lost(block: Block, harm: Harm, model: torch.nn.Module) -> bool:
-    """Whether a model loses much more on the removed samples than on validation samples."""
-    loss_fn, size = block.work.loss_fn, block.work.settings.batch_size
-    forget, held = (
-        mean_loss(model, each, loss_fn, size) for each in (block.part.forget, harm.validation)
-    )
-    return forget > OUTLIERS * held
-
-
 def _lbfgs(block: Block, harm: Harm) -> int:
     """L-BFGS on the retained objective from the present weights, as long as validation holds.
 
@@ -118,7 +125,7 @@ def _lbfgs(block: Block, harm: Harm) -> int:
     Returns the iterations that were kept.
     """
     work = block.work
-    retained = _some(block)
+    retained = _kept(_some(block), work.settings.batch_size)
     parameters = {k: work.parameters[k] for k in block.layout.parameters}
     theta = block.now().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -151,19 +158,40 @@ def _lbfgs(block: Block, harm: Harm) -> int:
         return known[-1][1]
 
     best, kept = block.now(), 0
-    most = (1 + work.settings.max_rise) * harm.validation_before
     for iteration in range(1, (work.settings.finish or ITERATIONS) + 1):
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except NotFiniteError:
             break
         block.put(theta.detach())
-        if work.mean_loss(harm.validation) <= most:
+        if harm.validation_loss() <= harm.most:
             best, kept = theta.detach().clone(), iteration
         elif iteration - kept >= _PATIENCE:
             break
     block.put(best)
     return kept
+
+
+class _Kept:
+    """Samples in batches that were fetched once."""
+
+    def __init__(self, samples: Samples, batches: list[Batch]) -> None:
+        self.name, self._n, self._batches = samples.name, len(samples), batches
+
+    def __len__(self) -> int:
+        return self._n
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All of them; they were cut before."""
+        return iter(self._batches)
+
+
+def _kept(samples: Samples, size: int) -> Samples:
+    """The same samples, their batches kept where these are small."""
+    one = samples.fetch(slice(1))
+    if len(samples) * sum(t.nbytes for t in tensors_of(one.data)) > _KEPT_BYTES:
+        return samples
+    return cast(Samples, _Kept(samples, list(samples.batches(size))))
 
 
 def _some(block: Block) -> Samples:

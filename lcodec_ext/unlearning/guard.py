@@ -12,7 +12,14 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
 from lcodec_ext.unlearning.control import control_groups, of_classes_that_stay
-from lcodec_ext.unlearning.finish import UNLIKE, Finish, finish_outliers, finish_step, unlikeness
+from lcodec_ext.unlearning.finish import (
+    UNLIKE,
+    Finish,
+    finish_alone,
+    finish_step,
+    in_batches,
+    unlikeness,
+)
 from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
@@ -182,24 +189,27 @@ def _attempt(
 def _instead_of_a_step(
     block: Block, guard: Guard | None, harm: Harm
 ) -> tuple[Attempt | None, float]:
-    """The finish alone, for a request of outliers; and how unlike other samples it is.
+    """The finish alone, where that does; and how unlike other samples the request is.
 
-    None, and everything as before, where the request is of other samples or the finish does harm:
-    then the step is calibrated.
+    None, and everything as before, where it forgets too little or does harm: then the step is
+    calibrated.
     """
     if block.work.settings.finish == 0:
         return None, math.nan
     with block.work.timed("calibration"):
         unlike = unlikeness(block, harm.retained)
-        if not unlike >= UNLIKE:
+        outliers = unlike >= UNLIKE
+        if in_batches(block) and not outliers:
             return None, unlike
         rng = np.random.default_rng([block.work.settings.seed, 13])
         control = control_groups(block, rng, FEWEST)
+        if control.of == "classes" and not outliers:  # validation samples say nothing of them
+            return None, unlike
         before = tuple(block.work.mean_loss(each) for each in control.groups)
-    done = finish_outliers(block, harm, known=False)
+    done = finish_alone(block, harm, outliers=outliers, known=False)
     if done is None:
         return None, unlike
-    found = Calibration.without_a_step(harm, control, before, unlike)
+    found = Calibration.without_a_step(harm, control, before, unlike, outliers)
     attempt = _finished(block, guard, harm, found, Steps(), done)
     if attempt.accepted:
         return attempt, unlike
@@ -216,9 +226,10 @@ def _calibrated_attempt(
     """
     harm, found = calibrated.harm, replace(calibrated.found, strength=damping)
     steps = calibrated.step(damping)
+    harm.start_again()
     theta, done = block.now(), None
     if found.outliers and block.work.settings.finish != 0:
-        done = finish_outliers(block, harm, known=True)
+        done = finish_alone(block, harm, outliers=True, known=True)
     elif block.work.settings.finish != 0:
         done = finish_step(block, harm)
     if done is not None:

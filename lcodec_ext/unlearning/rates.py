@@ -66,7 +66,7 @@ class Rates:
             total += sum(rate.of(times, n, size) for times, n in getattr(phase, kind))
         each = work.columns * work.sizes.p
         if work.method == "lanczos":
-            each *= work.iterations
+            each *= work.columns * work.iterations
         total += phase.solves * (self.solve.batch + each * self.solve.sample)
         return total + phase.selections * self.selection
 
@@ -114,6 +114,8 @@ def _fitted(
         if size == len(samples) or last > (_ENOUGH if size >= _FEW else _VERY_LONG):
             break
         size = min(_GROWTH * size, len(samples))
+    if len(found) == 1 and size > 1:
+        found.insert(0, (1, [_fastest(work, call) for call in calls(samples.subset([0]).loaded())]))
     if len(found) == 1:
         return [Rate(0.0, seconds) for seconds in found[0][1]]
     (n, before), (m, after) = found[0], found[-1]
@@ -160,7 +162,7 @@ class _Built:
 
 def _line(found: Mapping[int, float]) -> Graphs:
     if len(found) < 2:
-        return Graphs(0.0, sum(found.values()))
+        return Graphs(0.0, sum(found.values()) / max(1, sum(found)))
     few, many = min(found), max(found)
     sample = max(0.0, (found[many] - found[few]) / (many - few))
     return Graphs(max(0.0, found[few] - few * sample), sample)
@@ -206,7 +208,7 @@ def _solve_rate(work: Workplace, p: int) -> Rate:
             conjugate_gradient(lambda V: scale[:, 0] * V, b[:, 0], **options)
 
         solve()
-        found.append((n * columns * (iterations if krylov else 1), _fastest(work, solve)))
+        found.append((n * columns * (columns * iterations if krylov else 1), _fastest(work, solve)))
     (n, before), (m, after) = found[0], found[-1]
     each = max(0.0, (after - before) / (m - n)) if m > n else 0.0
     return Rate(max(0.0, after - m * each) / iterations, each / iterations)

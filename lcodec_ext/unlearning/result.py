@@ -75,8 +75,8 @@ class UnlearnResult:
     curvature_plan : str
         Which way products with the matrix were computed, and why; empty for updates without one.
     solve_method : str
-        "cholesky", "cg" or "woodbury": see `CurvatureOperator.solve`; "none" for outliers, which a
-        finish deletes; else the update.
+        "cholesky", "cg" or "woodbury": see `CurvatureOperator.solve`; "none" where a finish alone
+        did; else the update.
     solve_iterations : int
     solve_residual : float
         |matrix @ step - gradient| / |gradient|, the largest of all steps; nan without a matrix.
@@ -299,7 +299,7 @@ def result_of(
 
 
 def _method(deletion: Deletion, solves: Sequence[SolveResult], settings: Settings) -> str:
-    """How the step was solved; that there was none, for outliers."""
+    """How the step was solved; that there was none, where a finish did."""
     if solves:
         return solves[-1].method
     found = deletion.last.calibration

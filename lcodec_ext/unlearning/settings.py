@@ -260,9 +260,9 @@ class CalibrateSettings:
         How far the validation loss may rise, as a share of it. With an `Unlearner`, that of all
         requests together.
     finish : int, optional
-        Of the retained objective, after the step; for outliers instead of it. None: mini-batches
-        where 5000 samples or more are retained, else for outliers 22 iterations of L-BFGS. 0: none.
-        A number: at most so many iterations of L-BFGS, for outliers.
+        Training on the retained samples, after the step or in its place. None: mini-batches where
+        5000 samples or more are retained, else at most 28 iterations of L-BFGS. 0: none. A number:
+        at most so many iterations of L-BFGS.
     """
 
     calibrate: bool = field(default=False, metadata={"check": check_bool})
@@ -736,7 +736,7 @@ UNCALIBRATED: dict[str, Any] = {"damping": 3e-2, "output_damping": 0.0}
 CALIBRATED: dict[str, Any] = {
     "calibrate": True,
     "max_iterations": 8,
-    "output_damping": 0.0,
+    "output_damping": 2e-3,
     "lengthen": None,
     "n_recalibrate": None,
     "repair_epochs": 0,
