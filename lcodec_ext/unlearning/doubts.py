@@ -181,7 +181,7 @@ def warn_of_shortfall(
         told.append(
             f"the deletion forgets little: control groups that were deleted as the request lose "
             f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "
-            f"{target:.3g}. A stronger step was stopped by {_REASONS.get(found.stopped_by, found.stopped_by)}"
+            f"{target:.3g}. A stronger step was stopped by {_REASONS[found.stopped_by]}"
         )
     if found.outliers and not after.forget_loss > target:
         told.append(
