@@ -359,8 +359,8 @@ def test_losses_below_zero(known):
     def below(outputs, targets):
         return cross_entropy(outputs, targets) - 5
 
-    plain, _ = deleted(known[0], train, validation)
-    shifted, told = deleted(known[0], train, validation, loss=below)
+    plain, _ = deleted(known[0], train, validation, finish=0)
+    shifted, told = deleted(known[0], train, validation, loss=below, finish=0)
     assert told == []
     assert shifted.damping == pytest.approx(plain.damping, rel=0.2)
     assert shifted.loss_forget.after + 5 == pytest.approx(plain.loss_forget.after, rel=0.1)
