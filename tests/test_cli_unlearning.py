@@ -812,7 +812,7 @@ def test_an_estimate_deletes_nothing(run, refused):
     assert status == 0
     assert "total" in out
     assert "memory" in out
-    assert "give --forget" in refused(*command)
+    assert "--forget-group is needed" in refused(*command)
     assert "--output does not go with --estimate" in refused(
         *command, "--forget", "3", "--output", "new.pt"
     )
