@@ -396,8 +396,12 @@ class Harm:
 
     @property
     def most(self) -> float:
-        """The largest validation loss that is allowed."""
-        return self._least + self._rise * abs(self._least)
+        """The largest validation loss that is allowed.
+
+        A loss below zero has no size, but a distance from the trained samples'.
+        """
+        gap = max(0.0, self.validation_before - self.retained_before)
+        return self._least + self._rise * (self._least if self._least > 0 else gap)
 
     def validation_loss(self) -> float:
         """That of the validation samples alone."""

@@ -174,6 +174,7 @@ def warn_of_shortfall(
     if found is None or not last.accepted:
         return
     told = []
+    reason = _REASONS.get(found.stopped_by, found.stopped_by)
     start, target = robust_mean(found.control_before)[0], found.validation_before
     gap = target - start
     reached = (found.control - start) / gap if gap > _GAP * abs(target) else 1.0
@@ -181,7 +182,7 @@ def warn_of_shortfall(
         told.append(
             f"the deletion forgets little: control groups that were deleted as the request lose "
             f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "
-            f"{target:.3g}. A stronger step was stopped by {_REASONS[found.stopped_by]}"
+            f"{target:.3g}. A stronger step was stopped by {reason}"
         )
     if found.outliers and not after.forget_loss > target:
         told.append(
