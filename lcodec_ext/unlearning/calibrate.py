@@ -459,9 +459,8 @@ class _Trial:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
         self.before, self.tried = before, 0
         start = robust_mean(before)[0]
-        self.target = harm.validation_before
-        if not self.target > start:  # no gap to go by
-            self.target = start + RISE * abs(start)
+        # Where validation samples lose hardly more than trained ones there is no gap to go by.
+        self.target = max(harm.validation_before, start + RISE * abs(start))
 
     def search(self) -> tuple[_Tried, str]:
         """The least damping that passes, and why less does not: by tens, then bisected."""
