@@ -130,6 +130,11 @@ def use_cpu_clock() -> None:
             module.time = type("Time", (), {"perf_counter": staticmethod(time.process_time)})
 
 
+def present() -> int:
+    """Bytes that this process has."""
+    return resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
+
+
 def peak() -> int:
     """Bytes that this process has had at most."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -147,7 +152,7 @@ def one(way: str, cache: Path, quick: bool) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         expected = estimate(model, forget, retain, cross_entropy, **options)
-        before, begin, wall = peak(), time.process_time(), time.perf_counter()
+        before, begin, wall = present(), time.process_time(), time.perf_counter()
         result = unlearn(model, forget, retain, cross_entropy, **options)
     spent, wall, top = time.process_time() - begin, time.perf_counter() - wall, peak()
     torch.save(result.model.state_dict(), deleted(cache, way, quick))

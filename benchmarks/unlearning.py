@@ -480,8 +480,29 @@ def tables(result: Mapping[str, Any]) -> str:
                 share(mean(group, method, "time"), 1),
             ]
             lines.append(f"| {method} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", summary(group), ""]
     return "\n".join(lines)
+
+
+def summary(group: Sequence[Mapping[str, Any]]) -> str:
+    """Say which targets "recommended" reached, and which it missed."""
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for claim in claims(group):
+        value = claim["value"]
+        if "which" in claim:
+            names = ", ".join(claim["which"]) or "none"
+            told[claim["met"]].append(f"{claim['quantity']}: {names}")
+            continue
+        bounds = [
+            f"{words} {claim[key]:.3g}"
+            for key, words in (("at_least", "at least"), ("at_most", "at most"))
+            if key in claim
+        ]
+        found = "unknown" if value is None else f"{value:.3f}"
+        told[claim["met"]].append(f"{claim['quantity']} {found} ({' and '.join(bounds)})")
+    starts = "one start" if len(group) == 1 else f"{len(group)} starts"
+    reached, missed = ("; ".join(told[met]) or "none" for met in (True, False))
+    return f'Targets of "recommended", {starts}. Reached: {reached}. Missed: {missed}.'
 
 
 def share(value: float | None, digits: int = 0) -> str:

@@ -724,7 +724,8 @@ def test_deletions_are_compared_with_kept_baselines(tmp_path, quick_mlp, little_
     recipes = {"mlp": unlearning.recipe_of(unlearning_models.RECIPES["mlp"])}
     lines = unlearning.tables({"runs": runs, "settings": {"recipes": recipes}}).splitlines()
     assert lines[0].startswith("**digits, MLP 64-128-10: 20 random samples of 1,197**, 20 epochs")
-    assert [line.split(" | ")[0] for line in lines[4:]] == [f"| {name}" for name in rows[0]]
+    assert [line.split(" | ")[0] for line in lines[4:-2]] == [f"| {name}" for name in rows[0]]
+    assert lines[-1].startswith('Targets of "recommended", 2 starts. Reached: ')
 
 
 def test_baselines_are_tuned_on_the_development_draw(tmp_path, quick_mlp, monkeypatch):
@@ -778,6 +779,16 @@ def test_a_baseline_is_ahead_if_it_is_in_both():
     assert unlearning.ahead([compared(**near, SCRUB=(0.02, 1.2))]) == []  # beyond the floor
     small = compared(**{"no-op": (0.101, 0.0), "recommended": (0.11, 0.5)}, SCRUB=(0.109, 1.0))
     assert unlearning.ahead([small]) == ["SCRUB"]  # .001 of .025
+
+
+def test_the_outcome_of_the_targets_is_told():
+    told = unlearning.summary([compared(recommended=(0.2, 0.6), SCRUB=(0.1, 1.0))])
+    reached, missed = told.split(" Missed: ")
+    assert reached.startswith(
+        'Targets of "recommended", one start. Reached: time 0.030 (at most 0.05);'
+    )
+    assert "loss reached, share of the gap 0.600 (at least 0.7 and at most 1.3)" in missed
+    assert missed.endswith("baselines ahead in JS and loss: SCRUB.")
 
 
 def test_a_loss_may_overshoot_a_little():

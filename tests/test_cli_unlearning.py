@@ -798,3 +798,24 @@ def test_examples_of_the_guide(run):
         assert (status, err) == (0, ""), command
         assert out
     assert Path("report/report.md").is_file()
+
+
+def test_an_estimate_deletes_nothing(run, refused):
+    command = ["unlearn", *MODEL, *DATA, *WEIGHTS, *DECAY, "--estimate"]
+    status, out, err = run(*command, "--forget", "3,17", "--directory", "run", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["ids"] == [3, 17]
+    assert found["estimate"]["passes"]["gradients"] == {"gradient": 2}
+    assert not Path("run").exists()
+    status, out, _ = run(*command, "--forget", "3", "--max-seconds", "1000")
+    assert status == 0
+    assert "total" in out
+    assert "memory" in out
+    assert "--forget-group is needed" in refused(*command)
+    assert "--output does not go with --estimate" in refused(
+        *command, "--forget", "3", "--output", "new.pt"
+    )
+    assert "--estimate does not go with --verify" in refused(
+        "unlearn", "--verify", "--directory", "run", "--estimate"
+    )

@@ -467,7 +467,7 @@ def trained():
     return model, (x[seen], y[seen]), users[seen], (x[~seen], y[~seen])
 
 
-OPTIONS = {"weight_decay": 1e-3, "calibrate": True}
+OPTIONS = {"weight_decay": 1e-3, "calibrate": True, "finish": 0}
 
 
 def test_control_groups_are_other_users(trained):

@@ -209,7 +209,7 @@ def test_a_rare_class(known):
 
 
 def test_accuracy_that_falls_is_warned_of(known):
-    """After few epochs losses hardly rise where accuracy already falls."""
+    """After few epochs losses hardly rise where accuracy already falls; and there is no gap."""
     _, train, validation, test = known
     for epochs in (0, 1):
         model = fit(started(), train, epochs, rate=5e-3)
@@ -217,15 +217,27 @@ def test_accuracy_that_falls_is_warned_of(known):
         assert told or not harmed(model, result.model, train, test)
 
 
-def test_a_step_ends_where_accuracy_falls(known):
-    """By more than chance, whatever losses say; forgetting is then as near to retraining."""
-    _, train, validation, test = known
-    model = fit(started(), train, 2, rate=5e-3)
-    found, _ = deleted(model, train, validation)
-    assert found.calibration.stopped_by == "accuracy"
-    before, after = (quality(each, validation)[1] for each in (model, found.model))
-    assert before - after <= 0.01
-    assert not harmed(model, found.model, train, test)
+def test_a_step_ends_where_accuracy_falls(known, monkeypatch):
+    """Whatever losses say."""
+    model, train, validation, _ = known
+    whole = deleted(model, train, validation)[0].calibration
+    asked = []
+
+    def costs(harm):
+        asked.append(harm.now()[0])
+        return asked[-1] > harm.validation_before + 1e-4
+
+    monkeypatch.setattr(calibrate.Harm, "costs_accuracy", costs)
+    found = deleted(model, train, validation)[0].calibration
+    assert asked
+    if found.stopped_by == "accuracy":
+        assert found.strength > whole.strength
+        assert found.validation_after <= found.validation_before + 1e-4
+    monkeypatch.setattr(calibrate.Harm, "costs_accuracy", lambda harm: True)
+    result, told = deleted(model, train, validation)
+    assert result.calibration.stopped_by == "accuracy"
+    assert result.loss_forget.after == pytest.approx(result.loss_forget.before, rel=0.1)
+    assert any("stopped by accuracy on validation samples" in each for each in told)
 
 
 def test_how_far_accuracy_may_fall():
@@ -347,8 +359,8 @@ def test_losses_below_zero(known):
     def below(outputs, targets):
         return cross_entropy(outputs, targets) - 5
 
-    plain, _ = deleted(known[0], train, validation)
-    shifted, told = deleted(known[0], train, validation, loss=below)
+    plain, _ = deleted(known[0], train, validation, finish=0)
+    shifted, told = deleted(known[0], train, validation, loss=below, finish=0)
     assert told == []
     assert shifted.damping == pytest.approx(plain.damping, rel=0.2)
     assert shifted.loss_forget.after + 5 == pytest.approx(plain.loss_forget.after, rel=0.1)

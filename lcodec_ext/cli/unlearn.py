@@ -223,7 +223,8 @@ def _check_request(options: argparse.Namespace) -> None:
     """Refuse combinations of options that make no request."""
     if not options.model:
         raise InputError("--model is needed (or --verify, with --directory)")
-    if not _asks(options) and not (options.resume and options.output):
+    writes = options.resume and options.output and not options.estimate
+    if not _asks(options) and not writes:
         raise InputError(
             "--forget or --forget-group is needed (or --resume with --output, to write the weights "
             "on record, or --verify, with --directory)"
@@ -248,8 +249,7 @@ def _check_request(options: argparse.Namespace) -> None:
 
 
 def _check_estimate(options: argparse.Namespace) -> None:
-    if not _asks(options):
-        raise InputError("--estimate is of a request: give --forget or --forget-group")
+    """Refuse what would have no effect; `_check_request` has seen that samples are named."""
     for name in ("output", "note"):
         if getattr(options, name):
             raise InputError(f"--{name} does not go with --estimate, which deletes nothing")

@@ -102,6 +102,7 @@ _STOPPED = {
     "control": "That point was reached.",
     "validation": "The search ended before, where validation samples began to lose more.",
     "retained": "The search ended before, where retained samples began to lose more.",
+    "accuracy": "The search ended before, where fewer validation samples were told right.",
     "residual": "The search ended before, where the equations of the step could not be solved.",
     "curvature": "The search ended before, where the curvature allowed no stronger step.",
     "range": "The strongest step of the range did not get there.",

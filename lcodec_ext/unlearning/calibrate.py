@@ -396,8 +396,12 @@ class Harm:
 
     @property
     def most(self) -> float:
-        """The largest validation loss that is allowed."""
-        return self._least + self._rise * abs(self._least)
+        """The largest validation loss that is allowed.
+
+        A loss below zero has no size, but a distance from the trained samples'.
+        """
+        gap = max(0.0, self.validation_before - self.retained_before)
+        return self._least + self._rise * (self._least if self._least > 0 else gap)
 
     def validation_loss(self) -> float:
         """That of the validation samples alone."""
@@ -455,8 +459,9 @@ class _Trial:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
         self.before, self.tried = before, 0
         start = robust_mean(before)[0]
-        self.target = harm.validation_before
-        if not self.target > start:  # no gap to go by
+        # Where validation samples lose hardly more than trained ones there is no gap to go by.
+        self.target = max(harm.validation_before, start + RISE * max(0.0, start))
+        if not self.target > start:  # of losses below zero the size says nothing of a gap
             self.target = start + RISE * abs(start)
 
     def search(self) -> tuple[_Tried, str]:

@@ -31,6 +31,7 @@ _CHANCE = 1.63  # Kolmogorov's: 1% of samples from one distribution are further 
 _LARGE = 0.25  # of the training samples: a request that calls for retraining
 _LITTLE = 0.25  # of the way from trained samples to validation
 _GAP = 0.1  # of the validation loss, that trained samples lose less: else there is no way to go
+_HARDLY = 0.85  # of the loss of guessing
 _POINTS = 0.005  # of accuracy on validation samples, and at least two of them
 
 
@@ -89,6 +90,7 @@ def _unlike(some: Samples, request: Request, guard: Guard | None) -> Iterator[st
         if _far(*shares, len(known), len(here)):
             yield f"the labels of validation samples are others than in training: {advice}"
         elif guard is not None and guard.watched == "accuracy":
+            yield from _hardly_trained(shares[0], guard)
             guess = float(shares[0].max())
             if guard.before <= guess + 2 * math.sqrt(guess * (1 - guess) / len(here)):
                 yield (
@@ -103,6 +105,18 @@ def _unlike(some: Samples, request: Request, guard: Guard | None) -> Iterator[st
         if _kolmogorov(a, b) > _UNLIKE + chance:
             yield f"the inputs of validation samples are others than in training: {advice}"
             return
+
+
+def _hardly_trained(shares: NDArray[np.float64], guard: Guard) -> Iterator[str]:
+    """Whether validation samples lose nearly what the shares of the labels alone would."""
+    kept = shares[shares > 0]
+    guessed, loss = float(-(kept * np.log(kept)).sum()), float(guard.losses.mean())
+    if _HARDLY * guessed < loss < guessed / _HARDLY:
+        yield (
+            f"the mean loss of validation samples is {loss:.3g}, and that of guessing by how often "
+            f"a label comes is {guessed:.3g}: the model was hardly trained, and nothing shows how "
+            "strong a deletion has to be"
+        )
 
 
 def _shares(
@@ -160,6 +174,7 @@ def warn_of_shortfall(
     if found is None or not last.accepted:
         return
     told = []
+    reason = _REASONS.get(found.stopped_by, found.stopped_by)
     start, target = robust_mean(found.control_before)[0], found.validation_before
     gap = target - start
     reached = (found.control - start) / gap if gap > _GAP * abs(target) else 1.0
@@ -167,7 +182,7 @@ def warn_of_shortfall(
         told.append(
             f"the deletion forgets little: control groups that were deleted as the request lose "
             f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "
-            f"{target:.3g}. A stronger step was stopped by {_REASONS[found.stopped_by]}"
+            f"{target:.3g}. A stronger step was stopped by {reason}"
         )
     if found.outliers and not after.forget_loss > target:
         told.append(

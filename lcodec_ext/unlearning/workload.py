@@ -334,7 +334,7 @@ class Workload:
         }
         step = {
             "model": copies + model + chosen,
-            "gradients": gradients + whole + 2 * chosen,
+            "gradients": gradients + whole + 4 * chosen,  # two of them of a product
             "batch": 0.0,
             "vectors": float(self._vectors()),
         }
@@ -342,9 +342,10 @@ class Workload:
             n = self.n_curvature
             each = min(s.batch_size, n)
             some = min(self.kept, -(-n // s.batch_size))
-            step["graphs"] = self.graphs.of(each) * some
+            one = self.graphs.of(each) + chosen  # a gradient hangs on each graph
+            step["graphs"] = one * some
             if n > some * s.batch_size:
-                step["batch"] = self.graphs.of(each)
+                step["batch"] = one
         elif self.method in ("woodbury", "formed"):
             rows = FEW_ROWS * z.p if self.method == "woodbury" else 2 * z.p * z.p
             rows = min(self.rows * z.p, rows) if self.method == "woodbury" else rows
