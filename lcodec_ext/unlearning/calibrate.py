@@ -460,7 +460,9 @@ class _Trial:
         self.before, self.tried = before, 0
         start = robust_mean(before)[0]
         # Where validation samples lose hardly more than trained ones there is no gap to go by.
-        self.target = max(harm.validation_before, start + RISE * abs(start))
+        self.target = max(harm.validation_before, start + RISE * max(0.0, start))
+        if not self.target > start:  # of losses below zero the size says nothing of a gap
+            self.target = start + RISE * abs(start)
 
     def search(self) -> tuple[_Tried, str]:
         """The least damping that passes, and why less does not: by tens, then bisected."""
