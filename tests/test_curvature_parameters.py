@@ -306,7 +306,8 @@ def test_gather_and_scatter():
     model, *_, mask = setting("convolutions")
     layout = mask.layout(model)
     vector = mask.gather(model).detach()
-    parts = [model.get_parameter(n).detach().flatten()[i] for n, i in mask.indices.items()]
+    flat = {n: p.detach().flatten() for n, p in model.named_parameters()}
+    parts = [flat[n][torch.tensor(i)] for n, i in mask.indices.items()]
     assert torch.equal(vector, torch.cat(parts))
     assert mask.size(model) == layout.size == len(mask)
     assert list(layout.parameters) == [n for n, _ in model.named_parameters()]
