@@ -354,6 +354,8 @@ def test_both_losses_have_to_hold():
     assert harm.broken(4.41, 0.002) == "validation"
     assert harm.broken(2.0, 1.5) == "retained"  # though validation gains
     assert harm.broken(2.0, 0.06) == "retained"  # a tenth of the gap, but a warning is due
+    assert harm.broken(2.0, 1.5, restored=True) == ""  # by a finish
+    assert harm.broken(2.0, 2.5, restored=True) == "retained"
     assert (harm.broken(math.nan, 0.0), harm.broken(2.0, math.nan)) == ("validation", "retained")
     harm.accept(2.0)
     assert harm.broken(2.21, 0.002) == "validation"  # what was gained is not given away
