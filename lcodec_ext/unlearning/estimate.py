@@ -1,5 +1,7 @@
 """What a deletion will cost, and settings that make it cost less."""
 
+import contextlib
+import ctypes
 import math
 import time
 import warnings
@@ -214,11 +216,19 @@ def planned(
         return work, request, None
     with work.timed("estimate"):
         found = _estimated(work, request, setup, True)
+        if work.settings.max_memory is not None:
+            _give_back()
     progress_line(work.progress, f"unlearn: {found.line()}")
     if found.chosen:
         work = replace(work, settings=found.settings)
         request = request.drawn_again(found.settings)
     return work, request, found
+
+
+def _give_back() -> None:
+    """Return freed memory to the system where the C library is glibc, which would keep it."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _estimated(work: Workplace, request: Request, setup: float, planning: bool) -> Estimate:
