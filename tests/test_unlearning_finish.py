@@ -213,6 +213,25 @@ def test_outputs_that_are_no_logits_are_led_as_they_are(monkeypatch):
     assert mse_loss(now, outputs) < 0.2 * mse_loss(before, outputs)
 
 
+def test_a_finish_that_is_refused_is_mended(outliers, batches, monkeypatch):
+    """More mini-batches, with the outputs held, before all is undone."""
+    judged = []
+    finished = guarding._finished
+
+    def strict(*arguments):
+        attempt = finished(*arguments)
+        judged.append(attempt)
+        return replace(attempt, accepted=False) if len(judged) == 1 else attempt
+
+    monkeypatch.setattr(guarding, "_finished", strict)
+    found = run(outliers).calibration
+    assert len(judged) == 2
+    assert found.stopped_by == "outliers"
+    assert found.finish == judged[0].calibration.finish + HOLD.least
+    assert found.finish_by.endswith("then held, for retained samples")
+    assert found.retained_after < judged[0].calibration.retained_after + 0.01
+
+
 def test_masks_bound_what_mini_batches_move(outliers, batches):
     model = outliers[0]
     result = run(outliers, selection="random", max_parameters=0.5)

@@ -21,7 +21,7 @@ from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.request import GUARD_SIZE, Request, n_shared
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients
+from lcodec_ext.unlearning.workplace import LossesAndGradients, norm
 
 _FEWEST = 30  # validation samples; the standard error of fewer is itself unknown
 _UNSURE = 0.5  # standard error of their mean loss, as a share of it
@@ -32,6 +32,7 @@ _LARGE = 0.25  # of the training samples: a request that calls for retraining
 _LITTLE = 0.25  # of the way from trained samples to validation
 _GAP = 0.1  # of the validation loss, that trained samples lose less: else there is no way to go
 _HARDLY = 0.85  # of the loss of guessing
+_SMALL = 0.1  # of the removed samples' gradient: training has converged
 _POINTS = 0.005  # of accuracy on validation samples, and at least two of them
 
 
@@ -167,8 +168,13 @@ def warn_of_shortfall(
     after: LossesAndGradients,
     deletions: Sequence[Deletion],
     guard: Guard | None,
+    training_norm: float,
 ) -> None:
-    """Warn of a calibrated step that stayed far from its aim, or that cost what losses hide."""
+    """Warn of a calibrated step that stayed far from its aim, or that cost what losses hide.
+
+    Where the objective's gradient is small beside that of the removed samples, a step without
+    damping is Newton's to the retained samples' optimum: then it is enough, though it moves little.
+    """
     last = deletions[-1].last
     found = last.calibration
     if found is None or not last.accepted:
@@ -178,7 +184,8 @@ def warn_of_shortfall(
     start, target = robust_mean(found.control_before)[0], found.validation_before
     gap = target - start
     reached = (found.control - start) / gap if gap > _GAP * abs(target) else 1.0
-    if reached < _LITTLE and found.stopped_by != "control" and not found.finish:
+    solved = found.stopped_by == "range" and training_norm < _SMALL * norm(before.forget)
+    if reached < _LITTLE and found.stopped_by != "control" and not (found.finish or solved):
         told.append(
             f"the deletion forgets little: control groups that were deleted as the request lose "
             f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "

@@ -211,6 +211,9 @@ def _instead_of_a_step(
         return None, unlike
     found = Calibration.without_a_step(harm, control, before, unlike, outliers)
     attempt = _finished(block, guard, harm, found, Steps(), done)
+    if not attempt.accepted and (more := finish_step(block, harm)) is not None:
+        done = Finish(done.steps + more.steps, f"{done.by}; then held, for retained samples")
+        attempt = _finished(block, guard, harm, found, Steps(), done)
     if attempt.accepted:
         return attempt, unlike
     block.restore(block.start, block.buffers)

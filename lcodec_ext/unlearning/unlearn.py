@@ -16,7 +16,12 @@ from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall
 from lcodec_ext.unlearning.estimate import planned
 from lcodec_ext.unlearning.guard import Watch
 from lcodec_ext.unlearning.patch import WeightPatch
-from lcodec_ext.unlearning.release import check_certifiable, guarantee_of_deletions, with_noise
+from lcodec_ext.unlearning.release import (
+    check_certifiable,
+    guarantee_of_deletions,
+    training_norm,
+    with_noise,
+)
 from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
 from lcodec_ext.unlearning.select import joined
@@ -176,7 +181,7 @@ def unlearn(
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
-    warn_of_shortfall(before, after, deletions, watch.guard)
+    warn_of_shortfall(before, after, deletions, watch.guard, training_norm(before, request))
     patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
