@@ -77,7 +77,8 @@ def harms(point: dict[str, Any]) -> list[str]:
     """What harm a deletion did.
 
     over-forgotten: deleted samples lose more than twice what they do on average in networks that
-        never saw them, more than in any of these, and more than validation samples do.
+        never saw them, more than in any of these, and more than twice what validation samples do.
+        Of wrong labels that is no harm: a network that is surer of the right ones rejects them.
     test: test accuracy fell by more than half a point.
     test, beyond chance: by more than that and two standard errors.
     retained: the mean loss of all retained samples rose by more than half and .02, and more than
@@ -85,8 +86,8 @@ def harms(point: dict[str, Any]) -> list[str]:
     """
     before, after, found = point["before"], point["after"], []
     peers = [each["loss_forget"] for each in point["retrained"]]
-    unseen = point["loss_validation"]
-    if after["loss_forget"] > max(FACTOR * statistics.fmean(peers), *peers, unseen):
+    most = max(FACTOR * statistics.fmean(peers), *peers, FACTOR * point["loss_validation"])
+    if after["loss_forget"] > most and point["kind"] != "wrong":
         found.append("over-forgotten")
     fall, error = -point["accuracy_change"], point["accuracy_change_error"]
     if fall > POINTS:
