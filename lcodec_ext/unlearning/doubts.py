@@ -206,9 +206,9 @@ def warn_of_shortfall(
     usual = max(target, before.forget_loss)
     if after.forget_loss > _FAR * usual > 0 and not found.outliers:
         told.append(
-            f"the deleted samples lose {after.forget_loss:.3g} now, before {before.forget_loss:.3g}, "
-            f"and samples that were never seen {target:.3g}: the deletion may have gone too far for "
-            "them. Compare it with retraining"
+            f"the deleted samples lose {after.forget_loss:.3g} now, before "
+            f"{before.forget_loss:.3g}, and samples that were never seen {target:.3g}: the "
+            "deletion may have gone too far for them. Compare it with retraining"
         )
     if guard is not None and guard.watched == "accuracy":
         fall = guard.before - last.value
