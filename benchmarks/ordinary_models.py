@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from unlearning_models import fashion_mnist
 
 VALIDATION = 1000
-WORDS, LENGTH = 4096, 32  # the vocabulary of hashed words; words of a docstring that are read
+WORDS, LENGTH = 2048, 24  # the vocabulary of hashed words; words of a docstring that are read
 #: Packages whose docstrings are told apart; a user is a module of one of them.
 LIBRARIES = ("(standard library)", "numpy", "scipy", "sklearn", "sympy", "networkx")
 Data = tuple[Tensor, Tensor]
@@ -161,7 +161,7 @@ class Patches(nn.Module):
 
 
 class Docstrings(nn.Module):
-    """A DistilBERT of two layers and width 64 from random weights, as a plain classifier."""
+    """A DistilBERT of two layers and width 48 from random weights, as a plain classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,8 +172,8 @@ class Docstrings(nn.Module):
             max_position_embeddings=LENGTH,
             n_layers=2,
             n_heads=4,
-            dim=64,
-            hidden_dim=128,
+            dim=48,
+            hidden_dim=96,
             num_labels=len(LIBRARIES),
             attn_implementation="eager",
         )
@@ -233,7 +233,7 @@ RECIPES = {
     "gru": Recipe("Fashion-MNIST by rows, GRU", Rows, fashion, 4000, 10, 4e-3),
     "vit": Recipe("Fashion-MNIST, vision transformer", Patches, fashion, 4000, 12, 3e-3),
     "distilbert": Recipe(
-        "docstrings of six libraries, small DistilBERT", Docstrings, docstrings, 3000, 6, 1e-3
+        "docstrings of six libraries, small DistilBERT", Docstrings, docstrings, 2500, 6, 1e-3
     ),
 }  # fmt: skip
 

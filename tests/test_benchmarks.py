@@ -973,6 +973,8 @@ def deletion_point(**changed):
         "before": before,
         "after": before | {"loss_forget": 0.3} | changed.pop("after", {}),
         "retrained": [{"loss_forget": loss} for loss in (0.2, 0.3, 0.25)],
+        "loss_validation": 0.25,
+        "kind": "random",
         "accuracy_change": 0.001,
         "accuracy_change_error": 0.001,
         "warnings": [],
@@ -988,6 +990,8 @@ class TestOrdinaryNetworks:
     def test_harm(self):
         assert ordinary.harms(deletion_point()) == []
         assert ordinary.harms(deletion_point(after={"loss_forget": 0.6})) == ["over-forgotten"]
+        for changed in ({"loss_validation": 0.3}, {"kind": "wrong"}):
+            assert ordinary.harms(deletion_point(after={"loss_forget": 0.6}, **changed)) == []
         assert ordinary.harms(deletion_point(after={"loss_retain": 0.171})) == ["retained"]
         assert ordinary.harms(deletion_point(after={"loss_retain": float("nan")})) == ["retained"]
         gained = {"loss_retain": 0.171, "loss_test": 0.3}  # test samples gain more

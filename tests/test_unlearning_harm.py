@@ -20,7 +20,7 @@ from torch.nn.functional import (
 )
 
 from lcodec_ext._torch.loss import is_much_worse
-from lcodec_ext.unlearning import Unlearner, calibrate, doubts, unlearn
+from lcodec_ext.unlearning import Unlearner, calibrate, doubts, finish, unlearn
 
 M = 12  # samples to delete
 FAST = {"max_iterations": 12}  # of the Krylov spaces; 30 by default
@@ -390,6 +390,23 @@ def test_what_was_learnt_by_heart(known):
     model = fit(started(), few, 100)
     result, told = deleted(model, few, validation, 5)
     assert told or not harmed(model, result.model, few, test, 5)
+
+
+def test_a_finish_does_not_go_on_with_training(known, monkeypatch):
+    """Of a network that was trained for few epochs, without weight decay."""
+    _, train, validation, _ = known
+    targets = train[1].clone()
+    targets[:M] = (targets[:M] + 1) % 10
+    data = train[0], targets
+    model = fit(started(), data, 60)
+    whole, _ = deleted(model, data, validation)
+    monkeypatch.setattr(finish, "_TRAINED", 0.2)
+    ended, _ = deleted(model, data, validation)
+    for each in (ended, whole):
+        assert each.calibration.outliers
+        assert each.loss_forget.after > 2 * each.loss_forget.before
+    assert ended.calibration.finish < whole.calibration.finish
+    assert ended.loss_retain.after > whole.loss_retain.after
 
 
 # ---------------------------------------------------------------------------------------------

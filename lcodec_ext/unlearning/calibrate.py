@@ -30,6 +30,7 @@ from lcodec_ext.unlearning.workplace import Workplace
 _Measured = TypeVar("_Measured")
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
+_RESTORED = 0.5  # of what retained samples lose less than validation: what a finish gives back
 POINTS = 0.003  # of accuracy on validation samples, that a step may cost
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
 STEPS = 8  # blocks of the Krylov space
@@ -300,8 +301,11 @@ def _classes(outputs: object, targets: object) -> bool:
     return outputs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point()
 
 
-def calibrated(block: Block, harm: "Harm") -> Calibrated:
+def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibrated:
     """Find the strength of the step for a block's request, with samples nobody has trained on.
+
+    Where a finish by mini-batches follows, which restores what retained samples lose, they may lose
+    more by the step (`restored`).
 
     With four control groups it takes 40 products of the curvature with a vector: `STEPS` for the
     request and for each group, which thirty iterations of one solve would come near. Beside them a
@@ -321,7 +325,9 @@ def calibrated(block: Block, harm: "Harm") -> Calibrated:
         most = measured(settings)
         some = [Fetched(work, few(each, rng, max(1, most // len(groups)))) for each in groups]
         before = [each.losses() for each in some]
-        trial = _Trial(block, space, some, tuple(float(each.mean()) for each in before), harm)
+        trial = _Trial(
+            block, space, some, tuple(float(each.mean()) for each in before), harm, restored
+        )
         attack = _attack(before, harm.each())
         chosen, reason = trial.search()
         after, others, own = trial.losses(chosen, few(block.part.forget, rng, most))
@@ -431,8 +437,8 @@ class Harm:
         """Take note of a loss that was reached: what was gained is not given away."""
         self._least = min(self._least, validation)
 
-    def broken(self, validation: float, retained: float) -> str:
-        """Which losses do not hold; NaN does not.
+    def broken(self, validation: float, retained: float, *, restored: bool = False) -> str:
+        """Which losses do not hold; NaN does not. Less is asked for before they are restored.
 
         Validation alone would not do: where a network knows its samples by heart, it loses more on
         validation samples than by guessing, and any damage lowers that.
@@ -440,8 +446,10 @@ class Harm:
         if not validation <= self.most:
             return "validation"
         gap = max(self.validation_before - self.retained_before, self.retained_before)
-        if not retained <= self.retained_before + self._rise * gap:
+        if not retained <= self.retained_before + (_RESTORED if restored else self._rise) * gap:
             return "retained"
+        if restored:
+            return ""
         return "retained" if is_much_worse(self.retained_before, retained) else ""
 
 
@@ -455,8 +463,10 @@ class _Trial:
         groups: Sequence[Fetched],
         before: tuple[float, ...],
         harm: Harm,
+        restored: bool,
     ) -> None:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
+        self.restored = restored
         self.before, self.tried = before, 0
         start = robust_mean(before)[0]
         # Where validation samples lose hardly more than trained ones there is no gap to go by.
@@ -539,8 +549,8 @@ class _Trial:
             return _Tried(damping, control, math.nan, math.nan, "control", length)
         harm = self.harm
         validation, retained = self._at(steps[:, 0], harm.now)
-        objection = harm.broken(validation, retained)
-        if not objection and harm.costs_accuracy():
+        objection = harm.broken(validation, retained, restored=self.restored)
+        if not objection and not self.restored and harm.costs_accuracy():
             objection = "accuracy"
         if not objection and self.space.residuals(damping).max() > 1:
             objection = "residual"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.unlearning.calibrate import OUTLIERS, robust_mean
+from lcodec_ext.unlearning.calibrate import robust_mean
 from lcodec_ext.unlearning.control import labels_of
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
@@ -33,6 +33,7 @@ _LITTLE = 0.25  # of the way from trained samples to validation
 _GAP = 0.1  # of the validation loss, that trained samples lose less: else there is no way to go
 _HARDLY = 0.85  # of the loss of guessing
 _SMALL = 0.1  # of the removed samples' gradient: training has converged
+_FAR = 2.0  # times what validation samples lose, or the request lost before
 _POINTS = 0.005  # of accuracy on validation samples, and at least two of them
 
 
@@ -202,13 +203,12 @@ def warn_of_shortfall(
             f"by, cannot tell how far to go. Its samples lose {after.forget_loss:.3g} now; a model "
             "that never saw their class would hardly recognise any"
         )
-    level = max([target, *found.control_after])
-    far = after.forget_loss > OUTLIERS * level > 0
-    if before.forget_loss <= target and far and not found.outliers:
+    usual = max(target, before.forget_loss)
+    if after.forget_loss > _FAR * usual > 0 and not found.outliers:
         told.append(
-            f"the deleted samples lose {after.forget_loss:.3g} now, more than {OUTLIERS:g} times "
-            f"what samples that were never seen or control groups do ({level:.3g}): the deletion "
-            "may have gone too far for them. Compare it with retraining"
+            f"the deleted samples lose {after.forget_loss:.3g} now, before "
+            f"{before.forget_loss:.3g}, and samples that were never seen {target:.3g}: the "
+            "deletion may have gone too far for them. Compare it with retraining"
         )
     if guard is not None and guard.watched == "accuracy":
         fall = guard.before - last.value

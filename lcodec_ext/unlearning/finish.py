@@ -30,6 +30,7 @@ ENOUGH = 0.4  # of the way to the validation loss, where L-BFGS alone does
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
 _KEPT_BYTES = 2**26  # of batches that are kept while it iterates
 _LINE_SEARCH = 25  # evaluations
+_TRAINED = 0.01  # of the retained objective: below, the network is surer than training made it
 _PATIENCE = 8  # iterations without one that holds that end it
 
 
@@ -121,7 +122,8 @@ def _lbfgs(block: Block, harm: Harm) -> int:
     """L-BFGS on the retained objective from the present weights, as long as validation holds.
 
     In evaluation mode, on the selected parameters, with history 10 and a strong Wolfe line search.
-    Each iteration takes one or two passes over the retained samples and one over validation.
+    Each iteration takes one or two passes over the retained samples and one over validation. They
+    end where the objective has fallen to a hundredth: it is not to go on with training.
     Returns the iterations that were kept.
     """
     work = block.work
@@ -158,6 +160,7 @@ def _lbfgs(block: Block, harm: Harm) -> int:
         return known[-1][1]
 
     best, kept = block.now(), 0
+    start = closure()
     for iteration in range(1, (work.settings.finish or ITERATIONS) + 1):
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
@@ -167,6 +170,8 @@ def _lbfgs(block: Block, harm: Harm) -> int:
         if harm.validation_loss() <= harm.most:
             best, kept = theta.detach().clone(), iteration
         elif iteration - kept >= _PATIENCE:
+            break
+        if known[-1][1] < _TRAINED * start:
             break
     block.put(best)
     return kept

@@ -151,7 +151,7 @@ def guarded_step(block: Block, watch: Watch) -> tuple[Attempt, ...]:
         instead, unlike = _instead_of_a_step(block, watch.guard, harm)
         if instead is not None:
             return (instead,)
-        found = calibrated(block, harm)
+        found = calibrated(block, harm, restored=in_batches(block))
         found = replace(found, found=replace(found.found, unlike=unlike))
         damping = found.found.strength
     for _ in range(settings.retries + 1):
