@@ -4,7 +4,8 @@
 
 ResNet-18 (11 million parameters, the form for 32 x 32 pixels) learns 1000 images of Fashion-MNIST,
 padded to 3 x 32 x 32, twenty of them with wrong labels, which are deleted: with the constants of
-"recommended", and within 100 CPU seconds (50 s of two cores at best) and 2 GB, with validation samples and without.
+"recommended", and within 100 CPU seconds (50 s of two cores at best) and 2 GB, with validation
+samples and without.
 Each deletion runs in a process of its own, whose peak memory is read, and is compared with two
 retrained networks. One thread; seconds are of the CPU, those that max_seconds limits too, so that
 other work on the machine does not count. --quick takes a tiny network and noise. With --ways

@@ -29,7 +29,6 @@ from lcodec_ext.unlearning.finish import Finish
 from lcodec_ext.unlearning.settings import resolve
 from lcodec_ext.unlearning.stream.steps import _rise_left, result_record
 
-
 # ---------------------------------------------------------------------------------------------
 # Krylov spaces
 
