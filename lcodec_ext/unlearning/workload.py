@@ -344,8 +344,7 @@ class Workload:
             some = min(self.kept, -(-n // s.batch_size))
             one = self.graphs.of(each) + chosen  # a gradient hangs on each graph
             step["graphs"] = one * some
-            if n > some * s.batch_size:
-                step["batch"] = one
+            step["batch"] = one  # one that is built, or what a product through one works with
         elif self.method in ("woodbury", "formed"):
             rows = FEW_ROWS * z.p if self.method == "woodbury" else 2 * z.p * z.p
             rows = min(self.rows * z.p, rows) if self.method == "woodbury" else rows
