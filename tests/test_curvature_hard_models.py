@@ -524,7 +524,10 @@ def test_restrict_takes_a_selection():
     X, y = torch.randn(5, 1, 4).double(), torch.arange(5) % 3
     A = FisherOperator(model, F.cross_entropy, (X, y), UnitSelection({"0": [0, 1]}))
     for wrong in ({"0": [0]}, UnitSelection({})):
-        with pytest.raises(ValueError, match="must be a UnitSelection of at least one unit"):
+        with pytest.raises(
+            ValueError,
+            match="must be a UnitSelection or ParameterSelection with at least one entry",
+        ):
             A.restrict(wrong)
 
 
