@@ -938,6 +938,16 @@ def test_the_guide_has_the_recorded_calibrations():
         assert calibrated["accuracy_test_worst"] >= -0.0101  # a point, of 497 samples
 
 
+def test_the_guide_has_the_recorded_ordinary_networks():
+    found = json.loads((ROOT / "benchmarks/results/ordinary.json").read_text())
+    text = (ROOT / "docs/unlearning.md").read_text(encoding="utf-8")
+    assert ordinary.table(found["summary"]) in text
+    for name, summary in found["summary"].items():
+        trainings = [each for each in found["trainings"] if each["network"] == name]
+        assert ordinary.summary(trainings) == summary
+        assert (summary["silent"], summary["over"]) == (0, 0)
+
+
 def test_the_guide_has_the_recorded_users():
     found = results.load(ROOT / "benchmarks/results/users.json")["calibration"]
     assert set(found) == set(users.CASES)
