@@ -549,6 +549,10 @@ def test_what_cannot_be_calibrated_is_refused(trained):
         for options in ({"seed": 3}, {"lengthen": None}, {"calibrate": True}):
             found = resolve("recommended", options, **given)
             assert (found.calibrate, found.max_iterations) == (True, 8)
+    for curvature, held in (("gauss_newton", 2e-3), ("hessian", 0.0), ("fisher", 0.0)):
+        for options in ({"curvature": curvature}, {"curvature": curvature, "calibrate": True}):
+            found = resolve("recommended", options, **given)
+            assert (found.calibrate, found.output_damping) == (True, held)
     for options in ({"order": "sequential"}, {"curvature": "secant"}, {"selection": "cheap"}):
         ((name, value),) = options.items()
         with pytest.warns(UserWarning, match=f"not calibrated: .* With {name}='{value}' it cannot"):

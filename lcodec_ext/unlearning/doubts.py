@@ -190,7 +190,7 @@ def warn_of_shortfall(
         told.append(
             f"the deletion forgets little: control groups that were deleted as the request lose "
             f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "
-            f"{target:.3g}. A stronger step was stopped by {reason}"
+            f"{target:.3g}. {reason}"
         )
     if found.outliers and not after.forget_loss > target:
         told.append(
@@ -221,11 +221,13 @@ def warn_of_shortfall(
         warnings.warn(each, stacklevel=4)
 
 
+_STOPPED = "A stronger step was stopped by "
 _REASONS = {
-    "validation": "the loss of validation samples, which would rise by more than 10%",
-    "retained": "the loss of retained samples, which would rise too much",
-    "accuracy": "accuracy on validation samples, which would fall",
-    "residual": "its system, which max_iterations do not solve",
-    "curvature": "the curvature, which is indefinite",
-    "range": "nothing: there is hardly an effect. Is weight_decay that of the training?",
+    "validation": _STOPPED + "the loss of validation samples, which would rise by more than 10%",
+    "retained": _STOPPED + "the loss of retained samples, which would rise too much",
+    "accuracy": _STOPPED + "accuracy on validation samples, which would fall",
+    "residual": _STOPPED + "its system, which max_iterations do not solve",
+    "curvature": _STOPPED + "the curvature, which is indefinite",
+    "range": "Without damping the step goes no further. More max_iterations may, or the "
+    "weight_decay of the training, if it was another",
 }

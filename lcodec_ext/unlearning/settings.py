@@ -637,7 +637,7 @@ def _strength(
                 "calibrate=True finds the damping by itself; leave damping out, or take "
                 "calibrate=False"
             )
-        return CALIBRATED
+        return _calibrated(preset, options)
     given = any(options.get(name) is not None for name in ("damping", "output_damping", "lengthen"))
     if preset != "recommended" or given or options.get("update", "newton") != "newton":
         return {}
@@ -648,7 +648,7 @@ def _strength(
     other += ["curvature"] * (made.get("curvature") == "secant")
     other += ["selection"] * (made.get("selection") == "cheap")
     if retained and validation and not other:
-        return CALIBRATED
+        return _calibrated(preset, options)
     advice = "Pass validation, samples that the model was not trained on, or a damping of your own"
     if other:
         advice = f"With {other[0]}={made[other[0]]!r} it cannot be: pass a damping of your own"
@@ -660,6 +660,15 @@ def _strength(
         stacklevel=5,
     )
     return UNCALIBRATED
+
+
+def _calibrated(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What calibration takes for a preset's means of finding a strength."""
+    defaults = PRESETS.get(preset, {})
+    made = [options.get(name, defaults.get(name)) for name in ("update", "curvature")]
+    if made == ["newton", "gauss_newton"]:
+        return CALIBRATED
+    return CALIBRATED | {"output_damping": 0.0}
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
