@@ -253,7 +253,9 @@ print(estimate(model, *parts, cross_entropy, **options).memory["peak"], taken)
 
 def test_memory_is_within_a_factor_of_two():
     """Of a network of three million parameters."""
-    done = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PEAK], check=True, capture_output=True, text=True
+    )
     expected, taken = map(int, done.stdout.split())
     assert expected > 1e8
     assert 0.5 <= taken / expected <= 2.0
