@@ -78,7 +78,7 @@ def harms(point: dict[str, Any]) -> list[str]:
 
     over-forgotten: deleted samples lose more than twice what they do on average in networks that
         never saw them, more than in any of these, and more than twice what validation samples do.
-        Of wrong labels that is no harm: a network that is surer of the right ones rejects them.
+        Wrong labels do not count: a network that is surer of the right ones rejects them.
     test: test accuracy fell by more than half a point.
     test, beyond chance: by more than that and two standard errors.
     retained: the mean loss of all retained samples rose by more than half and .02, and more than

@@ -46,7 +46,7 @@ SECONDS, MEMORY = (
     100.0,
     2_000_000_000,
 )  # that a deletion is allowed: CPU seconds, 50 to 60 s of two cores
-MOST = 2_000_000_000  # of what is measured, beside model, data and libraries
+MOST = 2_000_000_000  # of what is measured, without model, data and libraries
 WAYS: dict[str, dict[str, Any]] = {
     "constants": {"damping": 1e-5, "output_damping": 2e-3},
     "bounded": {"max_seconds": SECONDS, "max_memory": MEMORY},

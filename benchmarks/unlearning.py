@@ -351,8 +351,8 @@ def mean(runs: Sequence[Mapping[str, Any]], method: str, *path: str) -> float | 
 def closeness(runs: Sequence[Mapping[str, Any]], method: str) -> tuple[float, float] | None:
     """Return how near a method comes in JS and in loss, from 0 (before) to 1 (retrained).
 
-    Nearer than retrained models are to each other counts as 1. Where the gap in JS is small beside
-    the floor, what is left of it counts in units of the floor.
+    Nearer than retrained models are to each other counts as 1. Where the gap in JS is small
+    compared with the floor, what is left of it counts in units of the floor.
     """
     js, loss = mean(runs, method, "js_forget"), mean(runs, method, "closed", "loss_forget")
     before, floor = mean(runs, "no-op", "js_forget"), mean(runs, "retrained", "js_forget")

@@ -87,7 +87,7 @@ def one_request(name, ledger, seed, n_train, shorten):
     retain = tuple(tensor[~asked] for tensor in train_set)
     learn, epochs = {"wrong labels": (perceptron, 200), "a user": (convolutional, 12)}[name]
     epochs //= shorten
-    # AdamW's weight decay is no part of the objective.
+    # AdamW's weight decay is not part of the objective.
     decay = WEIGHT_DECAY if learn is perceptron else 0.0
     model = learn(train_set, seed, epochs, "training")
     with Unlearner(

@@ -346,6 +346,27 @@ def test_memory_is_limited_by_batches_and_kept_graphs_first(networks):
     assert not result.skipped
 
 
+def test_a_smaller_krylov_space_is_told(networks):
+    """What memory takes from the search for the strength is in `chosen`, and the result has it."""
+    given = {"validation": HELD, "finish": 0}
+    free = expect(networks["mlp"], **given)
+    most = int(free.memory["peak"] * 0.8)
+    result = unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, **given, max_memory=most)
+    groups = free.settings.control_groups
+    assert result.chosen["max_iterations"] < free.settings.max_iterations
+    assert result.calibration.products <= result.chosen["max_iterations"] * (groups + 1)
+    assert result.settings.max_iterations == result.chosen["max_iterations"]
+
+
+def test_l_bfgs_is_counted_where_it_is_always_tried(networks):
+    """On few samples it comes before any step."""
+    whole = expect(networks["mlp"], validation=HELD)
+    without = expect(networks["mlp"], validation=HELD, finish=0)
+    assert whole.passes["finish"]["gradient"] > 10 * len(RETAIN[1])
+    assert "finish" not in without.passes
+    assert whole.seconds["total"] > without.seconds["total"]
+
+
 def test_sacrifices_are_settings_and_go_downwards():
     reached = {}
     for sacrifice in SACRIFICES:

@@ -629,7 +629,7 @@ def test_the_summary_says_who_what_when_and_with_what_guarantee(tmp_path):
     ]
     text = said(tmp_path, ledger=[stream.entries, Stream().request([1]).entries])
     assert "Ledger 0. In short: 13 of 2,000" in text
-    assert "Ledger 1. In short: 1 of 100 training samples were deleted, by 1 request." in text
+    assert "Ledger 1. In short: 1 of 100 training samples was deleted, by 1 request." in text
 
 
 def test_users_are_named(tmp_path):
@@ -649,7 +649,7 @@ def test_the_first_line_and_the_guarantee_are_one(tmp_path, released, measured):
     report = write_report(tmp_path, ledger=stream.entries, figures=False)
     facts = dict(line.split(": ", 1) for line in report.summary)
     first = facts["Guarantee"].partition(". ")[0]
-    assert bold(report) == f"**1 of 100 training samples were deleted, by 1 request. {first}.**"
+    assert bold(report) == f"**1 of 100 training samples was deleted, by 1 request. {first}.**"
     text = text_of(report)
     if released == "certified":
         assert first.startswith(
@@ -901,7 +901,7 @@ def test_warnings_are_listed(tmp_path):
     assert "- entry 1: it went too far\n- entry 2: far from the Newton step, with a resid" in text
     quiet = Stream().request([1], solve_residual=None)
     text = text_of(write_report(tmp_path / "b", ledger=quiet.entries, figures=False))
-    assert "## Warnings that were raised\n\nNone." in text
+    assert "## Warnings\n\nNone." in text
     old = Stream().request([1], warned=None)
     text = text_of(write_report(tmp_path / "c", ledger=old.entries, figures=False))
     assert "- entry 1: a version made it that did not record warnings" in text

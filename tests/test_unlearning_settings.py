@@ -712,6 +712,9 @@ def test_output_damping_holds_the_outputs(mlp, outputs):
         ),
         ({"max_drop": None, "halvings": 3}, "halvings=3 belongs to a guard, and max_drop is None"),
         ({"max_drop": None, "retries": 3}, "retries=3 belongs to a guard, and max_drop is None"),
+        ({"finish": 5}, "finish=5 belongs to calibrate=True.*this deletion is not calibrated"),
+        ({"control_groups": 8}, "control_groups=8 belongs to calibrate=True"),
+        ({"max_rise": 0.2}, "max_rise=0.2 belongs to calibrate=True"),
     ],
 )
 def test_options_without_effect_are_refused(options, match):

@@ -1,4 +1,4 @@
-"""Tensors by name, with texts beside them, in safetensors files."""
+"""Tensors and texts by name, in safetensors files."""
 
 from collections.abc import Mapping
 from os import PathLike

@@ -155,7 +155,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--max-memory",
         type=integer(1),
         metavar="BYTES",
-        help="the most that it may take beside model and data",
+        help="the most that it may take in addition to model and data",
     )
     add("--epsilon", type=number(), metavar="X", help="privacy of a release, with --delta")
     add("--delta", type=number(), metavar="X", help="privacy of a release, with --epsilon")

@@ -176,7 +176,7 @@ def unit_cuts(module: nn.Module) -> list[tuple[int, int, Cuts]]:
 
 
 def not_differentiable(module: nn.Module) -> str:
-    """Why the gradients of a layer's weight are no derivatives; empty if they are."""
+    """Why the gradients of a layer's weight are not derivatives; empty if they are."""
     if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
         return "max_norm: its forward pass overwrites its weight"
     if isinstance(module, EMBEDDINGS) and module.scale_grad_by_freq:

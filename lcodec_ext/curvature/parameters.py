@@ -206,7 +206,7 @@ class ParameterSelection(Coordinates):
 
     Methods that take a model raise ValueError, by name and with the reason, for parameters and
     entries that the model does not have, and for parameters that are frozen, not initialised, not
-    real or not dense, that share memory with others, or whose gradients are no derivatives. A
+    real or not dense, that share memory with others, or whose gradients are not derivatives. A
     tied parameter is selected under its first name.
 
     Examples

@@ -390,7 +390,8 @@ def _facts(requests: ReportLedger, measured: bool) -> dict[str, str]:
     releases = [request for request in requests if request.kind == "release"]
     privacy, verified = _on_privacy(releases, measured), requests.verification
     total = "" if last.n_retained is None else f" of {last.n_retained + last.n_removed:,}"
-    done = f"{last.n_removed:,}{total} training samples were deleted, by "
+    were = "was" if last.n_removed == 1 else "were"
+    done = f"{last.n_removed:,}{total} training samples {were} deleted, by "
     done += _count(sum(request.kind == "remove" for request in path), "request")
     if waiting:
         done += f". {len(waiting):,} that were asked for, too, REMAIN in the model"
@@ -539,7 +540,7 @@ def _near_part(
     delivered: str | None,
     ledgers: Sequence[ReportLedger],
 ) -> list[str]:
-    """The delivered model beside the one before and retrained ones; then other methods."""
+    """The delivered model next to the one before and retrained ones; then other methods."""
     head, rows = _measured(methods, floor)
     parts = ["## How near to retraining the delivered model is"] * (
         bool(ledgers) or bool(delivered)
@@ -651,7 +652,7 @@ def _warning_part(ledgers: Sequence[ReportLedger]) -> list[str]:
                 texts.append(f"far from the Newton step, with a residual of {_number(residual)}")
             where = f"ledger {k}, " * (len(ledgers) > 1) + f"entry {r.number}"
             lines += [f"- {where}: {_escape(text)}" for text in texts]
-    return ["## Warnings that were raised", "\n".join(lines) or "None."] if ledgers else []
+    return ["## Warnings", "\n".join(lines) or "None."] if ledgers else []
 
 
 def _request_part(ledgers: Sequence[ReportLedger]) -> list[str]:

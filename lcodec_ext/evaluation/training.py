@@ -57,7 +57,7 @@ def both_sets(model: nn.Module, forget: Any, retain: Any) -> tuple[Samples, Samp
 
 
 def check_part(value: float, name: str) -> None:
-    """Refuse what is no share of something."""
+    """Refuse what is not a share of something."""
     if not 0 < check_real(value, name, 0) <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1; got {value}")
 

@@ -277,9 +277,9 @@ def tune(
 
 
 class _Search:
-    """The settings of one method: half of them drawn, then those beside the best so far.
+    """The settings of one method: half of them drawn, then neighbours of the best so far.
 
-    Where all beside the best one were tried, half of what is left is drawn again.
+    Where all neighbours of the best one were tried, half of what is left is drawn again.
     """
 
     def __init__(self, name: str, grid: Grid, most: int, rng: np.random.Generator) -> None:

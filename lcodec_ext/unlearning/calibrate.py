@@ -193,7 +193,7 @@ class Calibration:
 class Plan(NamedTuple):
     """The size of a Krylov space."""
 
-    groups: int  # control groups: columns besides the request's
+    groups: int  # control groups: columns in addition to the request's
     steps: int
     at_once: int  # vectors that are multiplied at once
     bytes: int
@@ -308,8 +308,8 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
     more by the step (`restored`).
 
     With four control groups it takes 40 products of the curvature with a vector: `STEPS` for the
-    request and for each group, which thirty iterations of one solve would come near. Beside them a
-    gradient of each group, and the losses of 1000 samples of control groups, 1000 validation and
+    request and for each group, which thirty iterations of one solve would come near. It also takes
+    a gradient of each group, and the losses of 1000 samples of control groups, 1000 validation and
     500 retained samples at two to nine dampings, most often five or six. Memory: `planned`.
     """
     work, settings = block.work, block.work.settings

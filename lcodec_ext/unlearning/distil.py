@@ -21,9 +21,9 @@ from lcodec_ext.unlearning.descent import Losses, descend, masks_of
 from lcodec_ext.unlearning.repair import recalibrate
 from lcodec_ext.unlearning.step import Block
 
-BATCH = 128  # retained samples, and a quarter as many removed ones beside them
+BATCH = 128  # retained samples; a quarter as many removed ones are added
 _HARD, _HARD_SHARE = 0.25, 0.4  # the retained samples that lose most, and their share of a batch
-_LED = 0.5  # weight of the removed samples' outputs beside the loss
+_LED = 0.5  # weight of the removed samples' outputs, added to the loss
 _KEPT, _FRESH = 0.5, 0.2  # of the weights, in a copy that is trained again
 _CONFIDENCE = 1.15  # norm of the copy's logits, as a share of the model's on retained samples
 _MEASURED = 1000  # retained samples whose logits are measured, and that batch norms are set by

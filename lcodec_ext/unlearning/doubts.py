@@ -173,8 +173,9 @@ def warn_of_shortfall(
 ) -> None:
     """Warn of a calibrated step that stayed far from its aim, or that cost what losses hide.
 
-    Where the objective's gradient is small beside that of the removed samples, a step without
-    damping is Newton's to the retained samples' optimum: then it is enough, though it moves little.
+    Where the objective's gradient is small compared with that of the removed samples, a step
+    without damping is Newton's to the retained samples' optimum: then it is enough, though it moves
+    little.
     """
     last = deletions[-1].last
     found = last.calibration

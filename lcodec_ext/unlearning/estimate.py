@@ -24,7 +24,7 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
-from lcodec_ext.unlearning.calibrate import STEPS
+from lcodec_ext.unlearning.calibrate import STEPS, plan_of
 from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
 from lcodec_ext.unlearning.rates import Rates, timed
 from lcodec_ext.unlearning.request import Request, checked_request
@@ -77,7 +77,7 @@ class Estimate:
         forward and back; "graphs", for products with the curvature; "products", times the columns
         that are multiplied.
     memory : dict of str to int
-        Bytes beside the given model and data where most of them are needed: copies of the "model",
+        Peak bytes in addition to the given model and data: copies of the "model",
         "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, a "batch"; and
         their sum, the "peak".
     settings : Settings
@@ -271,7 +271,20 @@ def _plans(settings: Settings, sizes: Sizes) -> Iterator[Settings]:
         kept = [settings.cache_bytes, *(kept if settings.max_memory is not None else [])]
         for size in batches:
             for cache in kept:
-                yield replace(lowered, batch_size=size, cache_bytes=cache)
+                yield _as_planned(replace(lowered, batch_size=size, cache_bytes=cache), sizes)
+
+
+def _as_planned(settings: Settings, sizes: Sizes) -> Settings:
+    """With the size that the Krylov space of a calibration gets within max_memory."""
+    if not settings.calibrate:
+        return settings
+    plan = plan_of(settings, sizes.p, sizes.bytes_each)
+    lowered: dict[str, Any] = {}
+    if plan.groups < settings.control_groups:
+        lowered["control_groups"] = plan.groups
+    if plan.steps < (settings.max_iterations or STEPS):
+        lowered["max_iterations"] = plan.steps
+    return replace(settings, **lowered) if lowered else settings
 
 
 def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settings:

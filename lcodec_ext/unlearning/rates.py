@@ -45,7 +45,7 @@ class Rate:
 class Rates:
     """What was timed.
 
-    `products` are with one column. `solve` is what an iteration costs beside its product: seconds,
+    `products` are with one column. `solve` is what an iteration costs without its product: seconds,
     and seconds a coordinate and column; of Lanczos' iteration for each vector in its basis.
     """
 
@@ -190,7 +190,7 @@ def _activations(work: Workplace, samples: Samples) -> Graphs:
 
 
 def _solve_rate(work: Workplace, p: int) -> Rate:
-    """What an iteration costs beside its product, and each coordinate, column and vector in it."""
+    """What an iteration costs without its product, and each coordinate, column and vector in it."""
     settings, found = work.settings, []
     krylov = settings.calibrate or in_krylov_space(settings, False)
     columns = 1 + settings.control_groups if settings.calibrate else 1

@@ -418,7 +418,7 @@ class CostSettings:
     budget, training_seconds : float, optional
         Instead: a share of what training took, in seconds on this machine.
     max_memory : int, optional
-        Bytes that a deletion may take beside the given model and data.
+        Bytes that a deletion may take in addition to the given model and data.
     """
 
     max_seconds: float | None = _real(None)
@@ -694,6 +694,12 @@ def _check_used(options: Mapping[str, Any], settings: Settings) -> None:
         (("learning_rate",), update == "gradient", f"update='gradient'; update is {update!r}"),
         (("rtol",), update != "gradient", f"update='newton'; update is {update!r}"),
         (("halvings", "retries"), guarded, "a guard, and max_drop is None"),
+        (
+            ("finish", "control_groups", "max_rise"),
+            settings.calibrate,
+            "calibrate=True, the default of 'recommended' with validation samples; this deletion "
+            "is not calibrated",
+        ),
     ):
         for name in names:
             if not used and name in options and options[name] != getattr(Settings, name):

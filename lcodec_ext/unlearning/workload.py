@@ -278,7 +278,7 @@ class Workload:
         yield from self._finish(held, kept)
 
     def _finish(self, held: int, kept: int) -> Iterator[Phase]:
-        """What follows a calibrated step; more where the request is of outliers."""
+        """What follows a calibrated step or is tried in its place; more for outliers."""
         s, n = self.settings, self.sizes.n_retain
         if s.finish == 0:
             return
@@ -293,7 +293,7 @@ class Workload:
             return
         count = s.finish or ITERATIONS
         passes = ((round(1.25 * count), min(MOST, n)),)
-        yield Phase("finish", gradient=passes, forward=((count, held),), certain=False)
+        yield Phase("finish", gradient=passes, forward=((count, held),))
 
     def _further(self, rounds: int) -> Iterator[Phase]:
         s, z = self.settings, self.sizes
