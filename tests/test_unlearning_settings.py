@@ -826,11 +826,11 @@ def test_noise_on_every_trainable_parameter():
     for each in noise:
         each = each[:-3]
         assert (each != 0).all()
-        # 15,600 coordinates: four standard errors
-        assert each.std().item() == pytest.approx(sigma, rel=4 / math.sqrt(2 * len(each)))
-        assert abs(each.mean().item()) < 4 * sigma / math.sqrt(len(each))
+        # 15,600 coordinates: six standard errors, as nobody may seed this noise
+        assert each.std().item() == pytest.approx(sigma, rel=6 / math.sqrt(2 * len(each)))
+        assert abs(each.mean().item()) < 6 * sigma / math.sqrt(len(each))
     correlation = torch.corrcoef(torch.stack([n[:-3] for n in noise]))[0, 1].item()
-    assert abs(correlation) < 4 / math.sqrt(15_600)  # fresh, whatever the seed
+    assert abs(correlation) < 6 / math.sqrt(15_600)  # fresh, whatever the seed
     assert first.guarantee.kind == "heuristic"
     assert any("changed 101 of 15600" in reason for reason in first.guarantee.reasons)
     assert plain.guarantee.kind == "none"
