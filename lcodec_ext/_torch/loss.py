@@ -192,7 +192,7 @@ def mean_gradient(
     parameters: Mapping[str, Tensor],
     batch_size: int,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: float | Mapping[str, float | Tensor] = 0.0,
     dtype: torch.dtype | None = None,
     check: bool = False,
 ) -> tuple[float, Gradient]:
@@ -206,7 +206,9 @@ def mean_gradient(
         Of the model: the gradient is by these.
     batch_size : int
         Samples in a backward pass.
-    weight_decay : float, default 0.0
+    weight_decay : float or mapping of str to float or Tensor, default 0.0
+        A mapping has it for each parameter, or for each of its entries. A number leaves out the
+        parameters that the loss does not use: optimizers do not change them either.
     dtype : torch.dtype, optional
         In which gradients are summed; by default each parameter's own.
     check : bool, default False
@@ -219,7 +221,10 @@ def mean_gradient(
     ValueError
         If the loss does not depend on the parameters of the model.
     """
-    gradient = {k: weight_decay * p.detach().to(dtype or p.dtype) for k, p in parameters.items()}
+    decay = weight_decay
+    each = decay if isinstance(decay, Mapping) else dict.fromkeys(parameters, decay)
+    gradient = {k: each[k] * p.detach().to(dtype or p.dtype) for k, p in parameters.items()}
+    unused = set() if isinstance(decay, Mapping) else set(parameters)
     total = 0.0
     for batch in samples.batches(batch_size):
         outputs = outputs_of(model, batch)
@@ -234,6 +239,9 @@ def mean_gradient(
         for k, part in zip(parameters, parts, strict=True):
             if part is not None:
                 gradient[k] += part * share
+                unused.discard(k)
+    for k in unused:
+        gradient[k].zero_()
     for k, g in gradient.items():
         if not torch.isfinite(g).all():
             raise NotFiniteError(

@@ -84,7 +84,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
         descend(
             work,
             model,
-            [p for p in model.parameters() if p.requires_grad],
+            {k: p for k, p in model.named_parameters() if p.requires_grad},
             losses(),
             total=total,
             rate=COPY.rate,
@@ -167,7 +167,7 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
     descend(
         work,
         work.model,
-        [work.parameters[k] for k in block.layout.parameters],
+        {k: work.parameters[k] for k in block.layout.parameters},
         losses(),
         total=total,
         rate=how.rate,

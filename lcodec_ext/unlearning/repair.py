@@ -73,7 +73,7 @@ def repair(block: Block) -> None:
     descend(
         work,
         work.model,
-        [work.parameters[k] for k in block.layout.parameters],
+        {k: work.parameters[k] for k in block.layout.parameters},
         losses(),
         total=settings.repair_epochs * -(-n // size),
         rate=settings.repair_learning_rate,

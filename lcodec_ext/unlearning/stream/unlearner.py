@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real
+from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.states import state_hash, state_of
@@ -141,7 +142,7 @@ class Unlearner:
         check_bool(lock, "lock")
         settings = resolve(
             preset,
-            options,
+            with_decay(options, model),
             retained=statistics is None,
             validation=validation is not None,
             statistics=statistics is not None,
