@@ -15,6 +15,8 @@ from lcodec_ext.curvature import (
     SecantOperator,
     UnitSelection,
 )
+from lcodec_ext.evaluation import evaluate
+from lcodec_ext.evaluation.methods import Baseline, fine_tune, lbfgs
 from lcodec_ext.unlearning import (
     Settings,
     TrainingStatistics,
@@ -321,3 +323,38 @@ def test_what_cannot_be_a_weight_decay():
     options = {"update": "certified", "epsilon": 1.0, "delta": 1e-5, "lipschitz": 1.0}
     with pytest.raises(ValueError, match="one number for all parameters|strongly convex"):
         unlearn(model, *parts(x, y), mse_loss, weight_decay={"weight": 0.5}, **options)
+
+
+def test_an_evaluation_takes_an_optimizer():
+    """Its baselines decay each group as training did; its gradient norm is of that objective."""
+    x, y = data()
+    models = [ridge(x, y, 0.5), *(ridge(x[M:], y[M:], 0.5) for _ in range(3))]
+    model = models[0]
+    with torch.no_grad():
+        for k, each in enumerate(models[1:]):
+            each.weight.add_(1e-7 * k)
+    found = evaluate(
+        model,
+        *parts(x, y),
+        test=data(seed=5),
+        loss_fn=mse_loss,
+        retrained=models[1:],
+        methods={"lbfgs": Baseline(lbfgs, {"iterations": 40}), "step": STEP},
+        weight_decay=groups(model, 0.5),
+    )
+    assert found.settings["weight_decay"] == {"weight": 0.5, "bias": 0.0}
+    norms = {each.name: each.metrics["gradient_norm"] for each in found.methods}
+    assert norms["retrained"] < 1e-4
+    assert norms["step"] < 1e-9
+    assert norms["lbfgs"] < 1e-4 * norms["no-op"]
+    tuned = fine_tune(
+        model,
+        None,
+        (x[M:], y[M:]),
+        mse_loss,
+        learning_rate=0.02,
+        epochs=400,
+        batch_size=N,
+        weight_decay={"weight": 0.5},
+    )
+    torch.testing.assert_close(tuned.bias, models[1].bias, rtol=1e-3, atol=1e-3)

@@ -86,6 +86,22 @@ def each_decay(value: Decay, names: Iterable[str]) -> dict[str, float]:
     return dict.fromkeys(names, value)
 
 
+def groups_of(value: Decay, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters as an optimizer takes them, with the weight decay of each."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, number in each_decay(value, parameters).items():
+        groups.setdefault(number, []).append(parameters[name])
+    return [{"params": each, "weight_decay": number} for number, each in groups.items()]
+
+
+def penalty(value: Decay, parameters: Mapping[str, Tensor]) -> float:
+    """(weight_decay / 2) |w|^2, summed in float64."""
+    each = each_decay(value, parameters)
+    return sum(
+        each[name] / 2 * float(p.detach().double().square().sum()) for name, p in parameters.items()
+    )
+
+
 def least_decay(value: Decay) -> float:
     """The number that holds for every parameter."""
     return min(value.values(), default=0.0) if isinstance(value, Mapping) else value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._torch.batches import map_tensors, part_of
+from lcodec_ext._torch.decay import Decay, each_decay
 from lcodec_ext._torch.modes import evaluating
 from lcodec_ext._torch.samples import Samples, outputs_of
 
@@ -262,14 +263,15 @@ def objective(
     model: nn.Module,
     samples: Samples,
     loss_fn: LossFunction,
-    weight_decay: float,
+    weight_decay: Decay,
     batch_size: int,
 ) -> tuple[float, list[Tensor]]:
     """`mean_gradient` by every trainable parameter, summed in float64."""
     check_loss_fn(loss_fn)
-    weights = {str(k): weight for k, weight in enumerate(trainable(model))}
+    weights = named_trainable(model)
+    decay = each_decay(weight_decay, weights) if isinstance(weight_decay, Mapping) else weight_decay
     loss, gradient = mean_gradient(
-        model, samples, loss_fn, weights, batch_size, weight_decay=weight_decay, dtype=torch.float64
+        model, samples, loss_fn, weights, batch_size, weight_decay=decay, dtype=torch.float64
     )
     return loss, list(gradient.values())
 
@@ -281,7 +283,12 @@ def euclidean_norm(tensors: Iterable[Tensor]) -> float:
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters, at least one."""
-    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(named_trainable(model).values())
+
+
+def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, at least one."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("the model has no trainable parameter")
     return found
