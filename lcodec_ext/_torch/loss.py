@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._torch.batches import map_tensors, part_of
+from lcodec_ext._torch.batches import Batch, map_tensors, part_of
 from lcodec_ext._torch.decay import Decay, each_decay
+from lcodec_ext._torch.faults import check_labels, fault_of
 from lcodec_ext._torch.modes import evaluating
 from lcodec_ext._torch.samples import Samples, outputs_of
 
@@ -103,8 +104,50 @@ def loss_in(dtype: torch.dtype, loss_fn: LossFunction) -> LossFunction:
     return copy.deepcopy(loss_fn).to(dtype) if isinstance(loss_fn, nn.Module) else loss_fn
 
 
+_ELEMENTWISE: tuple[Any, ...] = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    torch.nn.functional.mse_loss,
+    torch.nn.functional.l1_loss,
+    torch.nn.functional.smooth_l1_loss,
+    torch.nn.functional.huber_loss,
+)
+
+
+def differ_in_shape(outputs: Any, targets: Any) -> bool:
+    """Whether one of both would be repeated to be compared with the other."""
+    both = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    return both and targets.is_floating_point() and outputs.shape != targets.shape
+
+
+def _check_shapes(loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
+    """Refuse outputs and targets of different shapes where each entry is compared with one."""
+    if not differ_in_shape(outputs, targets):
+        return
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+    if loss_fn in _ELEMENTWISE or type(loss_fn) in _ELEMENTWISE:
+        raise ValueError(shapes_differ(outputs, targets))
+
+
+def shapes_differ(outputs: Tensor, targets: Tensor) -> str:
+    """What to do with outputs and targets of different shapes."""
+    ways = "give both one shape"
+    if outputs.shape == (*targets.shape, 1):
+        ways = "pass the targets as targets[:, None], or let the model return outputs.squeeze(-1)"
+    elif targets.shape == (*outputs.shape, 1):
+        ways = "pass the targets as targets.squeeze(-1), or let the model return outputs[:, None]"
+    return (
+        f"loss_fn compares outputs of shape {tuple(outputs.shape)} with targets of shape "
+        f"{tuple(targets.shape)}, and would compare every output with every target: {ways}"
+    )
+
+
 def scalar_loss(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
     """The loss of a batch; refuse what is not a scalar tensor."""
+    _check_shapes(loss_fn, outputs, targets)
     loss = loss_fn(outputs, targets)
     if not isinstance(loss, Tensor) or loss.ndim > 0:
         given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -135,10 +178,21 @@ def same_loss(of_parts: Tensor, whole: Tensor) -> bool:
 
 
 def check_reduction(
-    whole: Tensor, of_parts: Tensor, n: int, *, reduction: str = "mean", why: str = ""
+    whole: Tensor,
+    of_parts: Tensor,
+    n: int,
+    *,
+    reduction: str = "mean",
+    why: str = "",
+    of: tuple[Any, Any] = (None, None),
 ) -> None:
-    """Refuse a loss of n samples that is not the mean (or sum) of the losses of its parts."""
+    """Refuse a loss of n samples that is not the mean (or sum) of the losses of its parts.
+
+    `of` are its outputs and targets: where they differ in shape, that is why.
+    """
     if not same_loss(of_parts, whole):
+        if differ_in_shape(*of):
+            raise ValueError(shapes_differ(*of))
         raise ValueError(
             f"loss_fn must be the plain {reduction} over the samples of a batch{why} "
             f"(reduction={reduction!r}, no class weights, no ignored targets, no mean over tokens "
@@ -164,7 +218,7 @@ def check_parts(
         outputs = map_tensors(Tensor.detach, outputs)
         whole = scalar_loss(loss_fn, outputs, targets)
         total = loss_in_parts(loss_fn, outputs, targets, n, step, reduction)
-    check_reduction(whole, total, n, reduction=reduction, why=why)
+    check_reduction(whole, total, n, reduction=reduction, why=why, of=(outputs, targets))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,7 +230,7 @@ def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_s
     total = 0.0
     with evaluating(model), torch.no_grad():
         for batch in samples.batches(batch_size):
-            loss = loss_fn(outputs_of(model, batch), batch.targets)
+            loss = loss_of(loss_fn, outputs_of(model, batch), batch, samples.name)
             total += loss.item() * batch.size / len(samples)
     return total
 
@@ -229,7 +283,7 @@ def mean_gradient(
     total = 0.0
     for batch in samples.batches(batch_size):
         outputs = outputs_of(model, batch)
-        loss = finite_loss(loss_fn, outputs, batch.targets, samples.name)
+        loss = finite_loss(loss_fn, outputs, batch, samples.name)
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the parameters of the model")
         if check:
@@ -251,11 +305,43 @@ def mean_gradient(
     return total, gradient
 
 
-def finite_loss(loss_fn: LossFunction, outputs: Any, targets: Any, name: str) -> Tensor:
-    """The loss of some samples of a set; refuse NaN and infinity."""
-    loss = loss_fn(outputs, targets)
+def check_classes(
+    loss_fn: LossFunction, outputs: Any, batch: Batch, name: str, *, ignored: bool = False
+) -> None:
+    """Refuse labels of cross-entropy that are no class; ignored ones, unless they may be."""
+    known = known_loss(loss_fn)
+    if known is None or known.kind != "cross_entropy":
+        return
+    if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        check_labels(batch, outputs.shape[1], known.ignore_index, name, ignored=ignored)
+
+
+def loss_of(
+    loss_fn: LossFunction, outputs: Any, batch: Batch, name: str, *, ignored: bool = False
+) -> Tensor:
+    """The loss of a batch of a set, as a scalar; where it fails, the message names the sample."""
+    check_classes(loss_fn, outputs, batch, name, ignored=ignored)
+    _check_shapes(loss_fn, outputs, batch.targets)
+    try:
+        return scalar_loss(loss_fn, outputs, batch.targets)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        found = fault_of(loss_fn, outputs, batch, name)
+        at = f" ({found})" if found else ""
+        raise ValueError(
+            f"loss_fn fails on the model's outputs for samples of {name} and their targets: "
+            f"{error}{at}"
+        ) from error
+
+
+def finite_loss(loss_fn: LossFunction, outputs: Any, batch: Batch, name: str) -> Tensor:
+    """`loss_of`; refuse NaN and infinity."""
+    loss = loss_of(loss_fn, outputs, batch, name)
     if not torch.isfinite(loss):
-        raise NotFiniteError(f"the loss of the {name} samples is NaN or infinite")
+        found = fault_of(loss_fn, outputs, batch, name)
+        at = f": {found}" if found else ""
+        raise NotFiniteError(f"the loss of the {name} samples is NaN or infinite{at}")
     return loss
 
 

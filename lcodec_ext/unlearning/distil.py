@@ -74,7 +74,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
     total = COPY.batches(len(retained))
 
     def loss_of(batch: Batch) -> Tensor:
-        return finite_loss(work.loss_fn, outputs_of(model, batch), batch.targets, "retain")
+        return finite_loss(work.loss_fn, outputs_of(model, batch), batch, "retain")
 
     def losses() -> Losses:
         for numbers in _draws(len(retained), BATCH, total, rng):
@@ -156,7 +156,7 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
 
     def loss_of(kept: Batch, removed: Batch, targets: Tensor) -> Tensor:
         outputs, led = _both(work.model, kept, removed)
-        loss = finite_loss(work.loss_fn, outputs, kept.targets, "retain")
+        loss = finite_loss(work.loss_fn, outputs, kept, "retain")
         return loss + _LED * _apart(block, led, targets)
 
     def losses() -> Losses:

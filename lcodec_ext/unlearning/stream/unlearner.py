@@ -51,6 +51,8 @@ from lcodec_ext.unlearning.stream.steps import (
 from lcodec_ext.unlearning.stream.store import Store, interrupt_held_back
 from lcodec_ext.unlearning.unlearn import unlearn
 
+_PROBE = 32  # retained samples that are compared with those of the start at each request
+
 
 class Unlearner:
     """Deletes training samples from a model, request after request, and keeps a ledger of it.
@@ -342,6 +344,8 @@ class Unlearner:
             asked = check_request(ids, groups, self._given, history.removed)
             numbers = asked.numbers
             retain = all_but(n, [*history.removed, *numbers])
+            probe = retain[:: max(1, len(retain) // _PROBE)][:_PROBE].tolist()
+            self._given.contents.check(self._given.train, [*numbers, *probe], "train")
             result = self._step(asked, retain, seed, unlearn)
         skipped = [numbers[k] for k in result.skipped]
         gone = [i for i in numbers if i not in skipped]
