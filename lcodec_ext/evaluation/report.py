@@ -101,6 +101,8 @@ _STOPPED = {
     "validation": "The search ended before, where validation samples began to lose more.",
     "retained": "The search ended before, where retained samples began to lose more.",
     "accuracy": "The search ended before, where fewer validation samples were told right.",
+    "request": "The search ended before, where the deleted samples began to lose far more than "
+    "groups did.",
     "residual": "The search ended before, where the equations of the step could not be solved.",
     "curvature": "The search ended before, where the curvature allowed no stronger step.",
     "range": "The strongest step of the range did not get there.",
