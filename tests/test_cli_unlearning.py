@@ -785,6 +785,24 @@ def test_evaluate_without_retrained_models(run, problem, monkeypatch):
     assert again.splitlines()[-1] == out.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--forget", "3"], "deleting 1 sample ..."),
+        (["--forget", "3,4"], "deleting 2 samples ..."),
+        (["--forget-group", "user 1"], "deleting 1 group ..."),
+        (["--forget", "3", "--forget-group", "user 1,user 2"], "1 sample and 2 groups ..."),
+    ],
+)
+def test_one_thing_is_not_several(capsys, options, said):
+    users = ["--data", "own_problem.py:with_users"]
+    status = main(["unlearn", *MODEL, *WEIGHTS, *users, *DECAY, *options, "--output", "new.pt"])
+    out, err = capsys.readouterr()
+    assert status == 0
+    assert said in err
+    assert not re.search(r"\b1 [a-z]+s\b", out + err), out + err
+
+
 def test_reports_that_cannot_be(refused):
     assert "none does not exist" in refused("report", "none", "--output", "report")
     message = refused("report", "own_problem.py", "--output", "report")

@@ -499,7 +499,7 @@ def _on_evaluations(
         lines.append(
             f"Mean loss on the deleted samples: {_cell(losses.get(NO_OP), _number)} before, "
             f"{_cell(aim, _number)} after a training without them, {_cell(own, _number)} in the "
-            f"delivered model, {ratio:.2g} times that. {verdict}"
+            f"delivered model{f', {ratio:.2g} times that' * (f'{ratio:.2g}' != '1')}. {verdict}"
         )
     for method in methods:
         lines += [f"FAILED: {method.name}: {error}" for error in method.errors]
