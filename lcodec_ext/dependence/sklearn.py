@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lcodec_ext._arrays import refuse_converted
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.foci import foci
@@ -82,9 +83,12 @@ class FOCISelector(SelectorMixin, BaseEstimator):
     def fit(self, X: ArrayLike, y: ArrayLike) -> "FOCISelector":
         """Select features of X, of shape (n_samples, n_features), for at least 3 samples."""
         backend = resolve_on_cpu("FOCISelector", self.backend, X=X, y=y)
+        given = X, y
         X, y = validate_data(
             self, X, y, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
         )
+        refuse_converted(given[0], X, "X")
+        refuse_converted(given[1], y, "y")
         seed = None
         if self.ties == "random":
             seed = int(check_random_state(self.random_state).randint(2**31))

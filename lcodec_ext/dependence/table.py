@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._arrays import array_module, as_array, beyond_float64, is_float, is_tensor
+from lcodec_ext._arrays import (
+    array_module,
+    as_array,
+    beyond_float64,
+    is_float,
+    is_tensor,
+    refuse_merged,
+)
 from lcodec_ext._checks import check_choice, first_few
 
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
@@ -69,7 +76,7 @@ def as_features(
 ) -> Features:
     """Feature columns: a 1-d array is one column where ``allow_1d``; `tensors` as in `as_array`.
 
-    p = 0 is an error, and so are integers that float64 cannot hold.
+    p = 0 is an error, and so are numbers that float64 merges.
     """
     array, names = as_array(X, name, tensors=tensors)
     if array.ndim == 1 and allow_1d:
@@ -82,16 +89,15 @@ def as_features(
         raise ValueError(f"{name} must have shape {shapes}; got shape {tuple(array.shape)}{hint}")
     if array.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(array.shape)}")
+    features = Features(array, names, name)
     if beyond_float64(array):
-        raise ValueError(
-            f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
-            "subtract an offset first"
-        )
+        for k in range(array.shape[1]):
+            refuse_merged(array[:, k], features.label(k))
     xp = array_module(array)
     dtype = xp.float32 if array.dtype == xp.float32 else xp.float64
     if is_tensor(array):
-        return Features(array.to(dtype).contiguous(), names, name)
-    return Features(np.ascontiguousarray(array, dtype=dtype), names, name)
+        return features._replace(values=array.to(dtype).contiguous())
+    return features._replace(values=np.ascontiguousarray(array, dtype=dtype))
 
 
 def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3) -> dict[str, Any]:
