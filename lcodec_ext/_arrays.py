@@ -217,7 +217,57 @@ def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
             )
 
 
-_ENCODE = "encode categories as numbers first, or use their codes if their order is meant"
+_TEXT = ("categor", "enum", "dictionary", "str", "utf8", "object", "binary")
+
+
+def class_codes(value: Any) -> tuple[NDArray, bool] | None:
+    """Codes of strings or categories, NaN where one is missing, and whether they lack an order.
+
+    None for anything else. Codes of ordered categories are in their order.
+    """
+    frame = None if value is None or is_tensor(value) else _frame(value)
+    if frame is not None and len(frame[1]) == 1:
+        (value,) = frame[1]
+    if value is None or is_tensor(value) or (frame and len(frame[1]) != 1):
+        return None
+    kind = getattr(value, "dtype", getattr(value, "type", None))
+    if kind is None:
+        try:
+            value = np.asarray(value)
+        except ValueError:  # as_array says why
+            return None
+        kind = value.dtype
+    if isinstance(kind, np.dtype) and kind.kind not in "USO":
+        return None
+    if not any(word in str(kind).lower() for word in (*_TEXT, "<u", ">u", "|s")):
+        return None
+    if getattr(kind, "ordered", False) is True and hasattr(value, "isna"):  # pandas
+        codes = np.asarray(getattr(value, "cat", value).codes)
+        return np.where(codes < 0, np.nan, codes) if (codes < 0).any() else codes, False
+    listed = value.to_list() if hasattr(value, "to_list") else np.asarray(value, dtype=object)
+    entries = np.asarray(value.to_pylist() if hasattr(value, "to_pylist") else listed, dtype=object)
+    if entries.ndim == 2 and entries.shape[1] == 1:
+        entries = entries[:, 0]
+    present = [entry for entry in entries if not _is_missing(entry)] if entries.ndim == 1 else []
+    categories = any(word in str(kind).lower() for word in ("categor", "enum", "dictionary"))
+    if not present or not (categories or all(isinstance(entry, str | bytes) for entry in present)):
+        return None
+    code = {entry: k for k, entry in enumerate(sorted(set(present), key=str))}
+    if len(present) < len(entries):
+        return np.array([code.get(entry, np.nan) for entry in entries]), True
+    return np.array([code[entry] for entry in entries]), True
+
+
+def _is_missing(entry: Any) -> bool:
+    if entry is None or type(entry).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(entry, float) and entry != entry
+
+
+_ENCODE = (
+    "encode categories as numbers first: a column of 0 and 1 for each, or their codes if their "
+    "order is meant"
+)
 _ADVICE = {  # for words in a dtype's or a type's name
     ("list", "struct", "array"): "pass columns of numbers",
     ("date", "time", "duration", "period"): "pass the number that is meant, such as days since "
@@ -226,7 +276,7 @@ _ADVICE = {  # for words in a dtype's or a type's name
     ("sparse",): "make the column dense first",
     ("(float", "(int", "(bool"): "convert them first, with astype(float) or astype('int64')",
     ("none", "null"): "leave the column out: it is empty",
-    ("categor", "enum", "dictionary", "str", "utf8", "object", "binary"): _ENCODE,
+    _TEXT: _ENCODE,
 }
 
 

@@ -1,9 +1,11 @@
 """What foci, lfoci, lcodec, nearest_neighbors and dependence_graph promise."""
 
+import itertools
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from numpy.random import Generator, Philox
 
@@ -255,3 +257,119 @@ def test_dependence_graph_with_a_constant_column(rng):
     assert len(caught) == 1
     assert not graph.adjacency[2].any()
     assert not graph.adjacency[:, 2].any()
+
+
+# ------------------------------------------------------------------------------------------------
+# Classes as y
+
+LABELS = ["ash", "birch", "cedar", "doum"]
+
+
+@pytest.fixture
+def species(rng):
+    X = np.round(8 * rng.normal(size=(120, 5)))
+    return X, (X[:, 1] > 3).astype(int) + 2 * (X[:, 3] * X[:, 1] > 0)
+
+
+def test_classes_are_averaged_one_against_the_rest(species):
+    X, y = species
+    names = np.array(LABELS)[y]
+    for conditioned in (None, X[:, 3:]):
+        for ties in ("average", "first", "random"):
+            options = {"ties": ties, "seed": 5}
+            expected = [
+                lcodec_ext.codec(y == c, X[:, :2], conditioned, **options) for c in range(4)
+            ]
+            value = lcodec_ext.codec(names, X[:, :2], conditioned, **options)
+            assert value == pytest.approx(np.mean(expected), abs=1e-14)
+    for backend in ("cpu", "reference"):
+        assert lcodec_ext.codec(names, X[:, :2], backend=backend) == lcodec_ext.codec(
+            names, X[:, :2]
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": False}, {"progress": True}, {"preselected": [2]}])
+def test_names_and_numbers_of_classes_change_nothing(species, options):
+    X, y = species
+    results = []
+    for order in itertools.permutations(range(4)):
+        result = lcodec_ext.foci(X, np.array(LABELS)[list(order)][y], standardize=None, **options)
+        results.append((result.ordering.tolist(), result.cumulative.tolist()))
+    assert all(result == results[0] for result in results)
+    ordering, cumulative = results[0]
+    for k, T in enumerate(cumulative):
+        columns = [*options.get("preselected", []), *ordering[: k + 1]]
+        assert lcodec_ext.codec(np.array(LABELS)[y], X[:, columns]) == T
+    # numbers have an order, and three numberings are three responses
+    assert len({lcodec_ext.codec(np.array(o)[y], X) for o in itertools.permutations(range(4))}) > 1
+
+
+def test_the_best_column_of_classes_is_found_exactly(rng):
+    """Against a search through all columns with rational sums, on columns that tie."""
+    for _ in range(20):
+        X = rng.integers(0, 3, (24, 6)).astype(float)
+        X[:, 5] = X[:, 2]
+        names = np.array(LABELS)[rng.integers(0, 3, 24)]
+        T = [lcodec_ext.codec(names, X[:, k], backend="reference") for k in range(6)]
+        first = lcodec_ext.foci(X, names, stop=False, max_features=1, standardize=None)
+        assert T[int(first.ordering[0])] == max(T)
+        assert int(first.ordering[0]) == int(np.argmax(T))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        list,
+        np.ndarray.tolist,
+        lambda y: y[:, np.newaxis],
+        lambda y: y.astype(object),
+        lambda y: y.astype("S"),
+        pd.Series,
+        pd.Categorical,
+        pd.Index,
+        lambda y: pd.Series(y, dtype="category"),
+        lambda y: pd.Series(y, dtype="string"),
+        lambda y: pd.Series(np.searchsorted(LABELS, y), dtype="category"),
+        lambda y: pd.DataFrame({"y": y}),
+        pa.array,
+        lambda y: pa.array(y).dictionary_encode(),
+        lambda y: pa.table({"y": y}),
+    ],
+)
+def test_strings_and_categories_of_every_library(species, made):
+    X, y = species
+    names = np.array(LABELS)[y]
+    assert lcodec_ext.codec(made(names), X) == lcodec_ext.codec(names, X)
+
+
+def test_ordered_categories_keep_their_order(species):
+    X, y = species
+    grades = pd.Categorical(np.array(LABELS)[y], categories=LABELS, ordered=True)
+    assert lcodec_ext.codec(grades, X) == lcodec_ext.codec(y, X)
+    assert lcodec_ext.lcodec(grades, X) == lcodec_ext.lcodec(y, X)
+    with_gap = pd.Series(grades)
+    with_gap[3] = np.nan
+    rest = np.arange(120) != 3
+    value = lcodec_ext.codec(with_gap, X, nan_policy="omit")
+    assert value == lcodec_ext.codec(y[rest], X[rest])
+
+
+def test_missing_classes_and_responses_without_classes(species):
+    X, y = species
+    names = np.array(LABELS)[y].astype(object)
+    for missing in (None, np.nan, pd.NA):
+        names[7] = missing
+        with pytest.raises(ValueError, match="NaN in y at row 7; pass nan_policy='omit'"):
+            lcodec_ext.codec(names, X)
+        rest = np.arange(120) != 7
+        value = lcodec_ext.codec(names, X, nan_policy="omit")
+        assert value == lcodec_ext.codec(names[rest], X[rest])
+    for function, arguments in ((lcodec_ext.lcodec, (names, X)), (lcodec_ext.lfoci, (X, names))):
+        with pytest.raises(
+            ValueError, match="adds noise to y, and y holds classes without an order"
+        ):
+            function(*arguments, nan_policy="omit")
+    with pytest.raises(ValueError, match="y has 120 classes on 120 rows"):
+        lcodec_ext.foci(X, [f"sample {k}" for k in range(120)])
+    with pytest.warns(UserWarning, match="y is constant"):
+        assert lcodec_ext.codec(["oak"] * 120, X) == 1

@@ -14,6 +14,7 @@ from lcodec_ext._arrays import (
     array_module,
     as_array,
     beyond_float64,
+    class_codes,
     is_float,
     is_tensor,
     refuse_merged,
@@ -69,6 +70,23 @@ def as_response(y: Any, name: str = "y", *, tensors: bool | None = None) -> Any:
             f"{name} must be one column, of shape (n,) or (n, 1); got shape {tuple(array.shape)}"
         )
     return array
+
+
+def as_target(y: Any, *, tensors: bool | None = None) -> tuple[Any, bool]:
+    """A response, and whether it holds codes of classes without an order.
+
+    Strings and unordered categories are such classes; ordered categories become their codes.
+    """
+    return class_codes(y) or (as_response(y, tensors=tensors), False)
+
+
+def refuse_classes(nominal: bool, function: str, instead: str) -> None:
+    """Refuse classes without an order where noise would be added to them."""
+    if nominal:
+        raise ValueError(
+            f"{function} adds noise to y, and y holds classes without an order (strings, "
+            f"categories): use {instead}, or average {function} of y == c over the classes c"
+        )
 
 
 def as_features(
