@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_EXACT_INTEGER = 2**53
+MAX_INTEGER = 2**53  # up to it float64 holds all integers
 
 
 def is_tensor(value: object) -> bool:
@@ -47,7 +47,7 @@ def beyond_float64(array: Any) -> bool:
         array = array.view(array_module(array).int64)
         if array.min() < 0:  # 2**63 and more
             return True
-    return max(int(array.max()), -int(array.min())) > _EXACT_INTEGER
+    return max(int(array.max()), -int(array.min())) > MAX_INTEGER
 
 
 def _merged(array: NDArray) -> bool:
@@ -201,7 +201,7 @@ def refuse_converted(given: Any, array: Any, name: str) -> None:
 
 def _large(array: NDArray) -> NDArray[np.bool_]:
     with np.errstate(all="ignore"):
-        large: NDArray[np.bool_] = np.abs(array) >= _EXACT_INTEGER
+        large: NDArray[np.bool_] = np.abs(array) >= MAX_INTEGER
     return large
 
 
@@ -210,7 +210,7 @@ def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
     large = _large(array)
     given = np.array(value, dtype=object) if large.any() else array
     for entry in given[large] if given.shape == array.shape else ():
-        if isinstance(entry, numbers.Integral) and abs(int(entry)) > _EXACT_INTEGER:
+        if isinstance(entry, numbers.Integral) and abs(int(entry)) > MAX_INTEGER:
             raise ValueError(
                 f"{label} holds integers beyond 2**53, here {entry}, beside floats; float64 cannot "
                 "tell them apart: subtract an offset first"

@@ -373,3 +373,88 @@ def test_missing_classes_and_responses_without_classes(species):
         lcodec_ext.foci(X, [f"sample {k}" for k in range(120)])
     with pytest.warns(UserWarning, match="y is constant"):
         assert lcodec_ext.codec(["oak"] * 120, X) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Decimal data
+
+
+@pytest.fixture
+def grid(rng):
+    """Counts of millimetres, as centimetres with one decimal, and a response."""
+    counts = rng.integers(20, 80, (150, 4))
+    return counts, counts / 10, (counts[:, 1] // 9 + counts[:, 2]).astype(float)
+
+
+def test_decimals_make_ties_the_same_in_every_unit(grid):
+    counts, cm, y = grid
+    expected = lcodec_ext.codec(y, counts[:, :2], counts[:, 2:])
+    assert lcodec_ext.codec(y, cm[:, :2], cm[:, 2:]) != expected  # rounding splits ties
+    for table, decimals in ((cm, 1), (cm, 3), (counts, 0), (counts / 100, 2), (counts / 1000, 3)):
+        value = lcodec_ext.codec(y, table[:, :2], table[:, 2:], decimals=decimals)
+        assert value == expected
+    for table in (
+        cm.astype(np.float32),
+        pd.DataFrame(cm),
+        pd.DataFrame(cm).astype("Float32"),
+        cm.tolist(),
+    ):
+        result = lcodec_ext.foci(table, y, stop=False, decimals=1)
+        assert (
+            result.cumulative.tolist() == lcodec_ext.foci(counts, y, stop=False).cumulative.tolist()
+        )
+    nearest = lcodec_ext.nearest_neighbors(cm[:, :2], ties="all", decimals=1)
+    for found, wanted in zip(
+        nearest, lcodec_ext.nearest_neighbors(counts[:, :2], ties="all"), strict=True
+    ):
+        assert found.tolist() == wanted.tolist()
+    graph = lcodec_ext.dependence_graph(cm, decimals=1)
+    assert graph.weights.tolist() == lcodec_ext.dependence_graph(counts).weights.tolist()
+    selector = lcodec_ext.FOCISelector(decimals=1, stop=False).fit(cm, y)
+    assert selector.cumulative_.tolist() == (
+        lcodec_ext.foci(counts, y, stop=False).cumulative.tolist()
+    )
+
+
+def test_decimals_forgive_what_arithmetic_adds(grid):
+    counts, cm, y = grid
+    sums = cm + 0.1 - 0.3 + 0.2  # 5.699999999999999 and the like
+    assert (sums != cm).any()
+    assert lcodec_ext.codec(y, sums, decimals=1) == lcodec_ext.codec(y, counts)
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "error", "message"),
+    [
+        (2.25, 1, ValueError, "column 'c' .index 2. of X holds 2.25 in row 7, which has"),
+        (
+            np.pi,
+            4,
+            ValueError,
+            "holds 3.14159.* in row 7, which has more than 4 decimals; pass more",
+        ),
+        (
+            1e12,
+            6,
+            ValueError,
+            "holds 1000000000000.0 in row 7, which is beyond 2..53 units of 1e-6",
+        ),
+        (1.0, -1, ValueError, "decimals must be an integer from 0 to 15; got -1"),
+        (1.0, 1.0, TypeError, "decimals must be an integer from 0 to 15; got 1.0"),
+        (np.nan, 1, ValueError, "NaN in X at row 7"),
+        (np.inf, 1, ValueError, "infinite values"),
+    ],
+)
+def test_what_decimals_refuse(grid, value, decimals, error, message):
+    _, cm, y = grid
+    cm[7, 2] = value
+    with pytest.raises(error, match=message):
+        lcodec_ext.foci(pd.DataFrame(cm, columns=list("abcd")), y, decimals=decimals)
+
+
+def test_missing_values_beside_decimals(grid):
+    counts, cm, y = grid
+    cm[7, 2] = np.nan
+    rest = np.arange(150) != 7
+    value = lcodec_ext.codec(y, cm, decimals=1, nan_policy="omit")
+    assert value == lcodec_ext.codec(y[rest], counts[rest])

@@ -23,6 +23,7 @@ def codec(
     seed: int | None = None,
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
+    decimals: int | None = None,
 ) -> float:
     """Conditional dependence coefficient T(Y, Z) or T(Y, Z | X).
 
@@ -52,11 +53,16 @@ def codec(
         "auto" runs where the data lie: CUDA tensors on their device, everything else on the CPU.
         "cuda" takes CUDA tensors only. Nothing is copied to another device, and all backends
         return the same bits.
+    decimals : int, optional
+        How many decimals z and x have, 0 to 15. They are then computed as integers, so that
+        equal distances are equal: 0.3 - 0.2 and 0.2 - 0.1 differ as floats, and ties of decimal
+        data depend on their unit. Values with more decimals are an error.
 
     Returns
     -------
     float
-        The coefficient, computed as an exact rational and rounded once. 1.0, with a warning,
+        The coefficient, computed as an exact rational from the computed distances, and rounded
+        once. 1.0, with a warning,
         where its denominator is 0: y is constant, or a function of x on this sample.
 
     Raises
@@ -91,7 +97,7 @@ def codec(
     True
     """
     chosen = resolve(backend, y=y, z=z, x=x)
-    given = _prepare(chosen, y, z, x, ties, seed, nan_policy)
+    given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals)
     columns = given.lay_out(chosen)
     return _coefficient(chosen, columns, given.y, given, ties, seed)
 
@@ -188,17 +194,24 @@ class _Arguments(NamedTuple):
 
 
 def _prepare(
-    backend: Backend, y: Any, z: Any, x: Any, ties: str, seed: int | None, nan_policy: str
+    backend: Backend,
+    y: Any,
+    z: Any,
+    x: Any,
+    ties: str,
+    seed: int | None,
+    nan_policy: str,
+    decimals: int | None = None,
 ) -> _Arguments:
     check_choice(ties, "ties", TIES)
     check_seed(seed)
     tensors = backend.tensors
     response, nominal = as_target(y, tensors=tensors)
-    features = as_features(z, "z", tensors=tensors)
+    features = as_features(z, "z", tensors=tensors, decimals=decimals)
     if x is None:
         clean = clean_rows({"y": response, "z": features}, nan_policy)
         return _Arguments(clean["y"], clean["z"], None, features, nominal)
-    given = as_features(x, "x", tensors=tensors)
+    given = as_features(x, "x", tensors=tensors, decimals=decimals)
     clean = clean_rows({"y": response, "z": features, "x": given}, nan_policy)
     # conditioning columns first: the order of sums
     table = array_module(clean["z"]).concatenate([clean["x"], clean["z"]], axis=1)

@@ -111,6 +111,7 @@ def foci(
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
     progress: bool = False,
+    decimals: int | None = None,
 ) -> FociResult:
     """FOCI: forward selection of the columns on which y depends.
 
@@ -142,6 +143,8 @@ def foci(
         As in `codec`.
     progress : bool, default False
         Show a progress bar for each step; needs tqdm.
+    decimals : int, optional
+        How many decimals the columns of X have, as in `codec`.
 
     Returns
     -------
@@ -176,7 +179,7 @@ def foci(
     check_seed(seed)
     task = _Task(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
-        progress,
+        progress, decimals,
     )  # fmt: skip
     return task.run(task.lay_out(), task.y, seed)
 
@@ -305,6 +308,7 @@ class _Task:
         ties: Ties,
         nan_policy: str,
         progress: object,
+        decimals: int | None = None,
     ) -> None:
         self.backend = backend
         self.ties = check_choice(ties, "ties", TIES)
@@ -316,7 +320,7 @@ class _Task:
             raise ValueError(
                 f"min_gain={self.min_gain:g} needs stop=True: with stop=False nothing is left out"
             )
-        features = as_features(X, "X", allow_1d=False, tensors=backend.tensors)
+        features = as_features(X, "X", allow_1d=False, tensors=backend.tensors, decimals=decimals)
         p = features.values.shape[1]
         self.preselected = _check_preselected(preselected, p, features.names)
         self.cap = p - len(self.preselected)

@@ -41,7 +41,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
 
     Parameters
     ----------
-    max_features, min_gain, stop, standardize, ties, backend
+    max_features, min_gain, stop, standardize, ties, backend, decimals
         As in `lcodec_ext.foci`, with its defaults; backend "cuda" is refused.
     random_state : int, RandomState instance or None
         For ``ties="random"``.
@@ -87,6 +87,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         random_state: int | np.random.RandomState | None = None,
         backend: BackendLike = "auto",
         classes: Literal["auto", "yes", "no"] = "auto",
+        decimals: int | None = None,
     ) -> None:
         self.max_features = max_features
         self.min_gain = min_gain
@@ -96,6 +97,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         self.random_state = random_state
         self.backend = backend
         self.classes = classes
+        self.decimals = decimals
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "FOCISelector":
         """Select features of X, of shape (n_samples, n_features), for at least 3 samples."""
@@ -126,6 +128,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
             ties=self.ties,
             seed=seed,
             backend=backend,
+            decimals=self.decimals,
         )
         self.ordering_ = result.ordering
         self.cumulative_ = result.cumulative

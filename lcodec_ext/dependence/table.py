@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import (
+    MAX_INTEGER,
     array_module,
     as_array,
     beyond_float64,
@@ -19,7 +20,7 @@ from lcodec_ext._arrays import (
     is_tensor,
     refuse_merged,
 )
-from lcodec_ext._checks import check_choice, first_few
+from lcodec_ext._checks import check_choice, check_integer, first_few
 
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
 
@@ -90,11 +91,17 @@ def refuse_classes(nominal: bool, function: str, instead: str) -> None:
 
 
 def as_features(
-    X: Any, name: str, *, allow_1d: bool = True, tensors: bool | None = None
+    X: Any,
+    name: str,
+    *,
+    allow_1d: bool = True,
+    tensors: bool | None = None,
+    decimals: int | None = None,
 ) -> Features:
     """Feature columns: a 1-d array is one column where ``allow_1d``; `tensors` as in `as_array`.
 
-    p = 0 is an error, and so are numbers that float64 merges.
+    With decimals the columns are counts of 10**-decimals, in float64. p = 0 is an error, and so
+    are numbers that float64 merges.
     """
     array, names = as_array(X, name, tensors=tensors)
     if array.ndim == 1 and allow_1d:
@@ -111,11 +118,36 @@ def as_features(
     if beyond_float64(array):
         for k in range(array.shape[1]):
             refuse_merged(array[:, k], features.label(k))
+    if decimals is not None:
+        features = _counted(features, check_integer(decimals, "decimals", 0, 15))
+        array = features.values
     xp = array_module(array)
     dtype = xp.float32 if array.dtype == xp.float32 else xp.float64
     if is_tensor(array):
         return features._replace(values=array.to(dtype).contiguous())
     return features._replace(values=np.ascontiguousarray(array, dtype=dtype))
+
+
+def _counted(features: Features, decimals: int) -> Features:
+    """Columns of numbers with so many decimals as integers, whose differences are exact."""
+    array = features.values
+    xp = array_module(array)
+    tolerance = 1e-6 if array.dtype == xp.float32 else 1e-9  # what arithmetic may have added
+    values = xp.asarray(array, dtype=xp.float64)
+    with np.errstate(all="ignore"):
+        scaled = values * 10.0**decimals
+        whole = xp.round(scaled)
+        off = xp.abs(scaled - whole) > tolerance * (1 + xp.abs(whole))
+        beyond = xp.isfinite(values) & (xp.abs(whole) > MAX_INTEGER)
+    for flags, what in (
+        (off, f"which has more than {decimals} decimals; pass more decimals, or round it first"),
+        (beyond, f"which is beyond 2**53 units of 1e-{decimals}; pass fewer decimals"),
+    ):
+        if flags.any():
+            row, k = xp.argwhere(flags)[0].tolist()
+            value = float(values[row, k])
+            raise ValueError(f"{features.label(k)} holds {value!r} in row {row}, {what}")
+    return features._replace(values=whole)
 
 
 def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3) -> dict[str, Any]:
