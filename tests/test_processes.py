@@ -120,3 +120,64 @@ def test_workers_get_the_results_of_the_parent(method, tmp_path):
         )
     )
     subprocess.run([sys.executable, str(script)], check=True, timeout=240)
+
+
+# ------------------------------------------------------------------------------------------------
+# The end of the interpreter
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "foci(X, X[:, 0], stop=False, max_features=3)",
+        "nearest_neighbors(X)",
+        "codec(X[:50, 0], X[:50, 1:3])",  # short: in the kernel's last steps rather than within
+    ],
+)
+def test_daemon_threads_in_the_kernels_do_not_abort_the_process(call, threads):
+    """Python ends such a thread by unwinding its stack, which C++ must not catch or cut short."""
+    output = python(
+        f"""
+        import threading, time
+        import numpy as np
+        from lcodec_ext import codec, foci, nearest_neighbors, set_num_threads
+
+        set_num_threads({threads})
+        X = np.random.default_rng(0).normal(size=(20_000, 30))
+        started = threading.Event()
+
+        def work():
+            started.set()
+            while True:
+                {call}
+
+        for _ in range(3):
+            threading.Thread(target=work, daemon=True).start()
+        started.wait()
+        time.sleep(0.3)
+        print("done")
+        """
+    )
+    assert output == "done"
+
+
+def test_control_c_still_ends_a_call():
+    output = python(
+        """
+        import signal, threading, time
+        import numpy as np
+        from lcodec_ext import foci, set_num_threads
+
+        set_num_threads(2)
+        X = np.random.default_rng(0).normal(size=(100_000, 60))
+        threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
+        start = time.perf_counter()
+        try:
+            while True:
+                foci(X, X[:, 0], stop=False)
+        except KeyboardInterrupt:
+            print("interrupted")
+        """
+    )
+    assert output == "interrupted"
