@@ -302,7 +302,24 @@ def _real(array: NDArray, label: str) -> NDArray:
         raise ValueError(f"{label} must hold real numbers; got {given}; {_advice(given)}")
     if array.dtype == np.float16:
         return array.astype(np.float32)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.kind == "f" and sys.float_info.min / 2 == 0 and _has_subnormals(array):
+        raise ValueError(
+            f"{label} holds numbers below {np.finfo(array.dtype).tiny:.3g}, which this thread "
+            "takes for zero: rescale the data, or undo what has set that for the thread, such as "
+            "torch.set_flush_denormal(True)"
+        )
+    return array
+
+
+def _has_subnormals(array: NDArray) -> bool:
+    """By their bits, because a thread that takes them for zero cannot compare them."""
+    info = np.finfo(array.dtype)
+    if info.bits > 64:
+        return False
+    unsigned = np.dtype(f"u{array.dtype.itemsize}")
+    bits = array.view(unsigned) & unsigned.type(2 ** (info.bits - 1) - 1)  # without the sign
+    return bool(((bits > 0) & (bits < info.tiny.view(unsigned))).any())
 
 
 def _dense_tensor(tensor: Any, name: str) -> Any:

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pytest
+import torch
 
 import lcodec_ext
 
@@ -181,3 +183,80 @@ def test_control_c_still_ends_a_call():
         """
     )
     assert output == "interrupted"
+
+
+# ------------------------------------------------------------------------------------------------
+# What others set for the thread: NumPy's error state, and flushing to zero
+
+
+def everything(table, y):
+    """The functions, by name, as calls whose answers can be compared."""
+    le = lcodec_ext
+    return {
+        "codec": lambda: le.codec(y, table),
+        "codec of x": lambda: le.codec(y, table[:, :1], table[:, 1:]),
+        "codec of decimals": lambda: le.codec(y, table, decimals=3),
+        "reference": lambda: le.codec(y, table, backend="reference"),
+        "lcodec": lambda: le.lcodec(y, table, noise_scale="relative"),
+        "foci": lambda: le.foci(table, y, stop=False).cumulative.tolist(),
+        "foci bounded": lambda: list(le.foci(table, y, standardize="bounded").ordering),
+        "foci raw": lambda: list(le.foci(table, y, standardize=None).ordering),
+        "lfoci": lambda: le.lfoci(table, y).cumulative.tolist(),
+        "graph": lambda: le.dependence_graph(table).weights.tolist(),
+        "neighbors": lambda: le.nearest_neighbors(table).tolist(),
+        "xi": lambda: le.xi(table[:, 0], y, ties="random", seed=2**63 + 1),
+        "xi_test": lambda: le.xi_test(table[:, 0], y),
+        "selector": lambda: le.FOCISelector(stop=False).fit(table, y).cumulative_.tolist(),
+    }
+
+
+def answers(table, y):
+    found = {}
+    for name, call in everything(table, y).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            try:
+                found[name] = repr(call())
+            except ValueError as error:
+                found[name] = str(error)
+    return found
+
+
+TABLES = {
+    "ordinary": X,
+    "constant column": X * [1, 0, 1, 1],
+    "squares underflow": X * 1e-200,
+    "subnormal": X * 1e-310,
+    "squares overflow": X * 1e200,
+    "largest": np.where(X > 0, 1.7e308, -1.7e308),
+    "float32, squares underflow": (X * 1e-30).astype(np.float32),
+    "float32, squares overflow": (X * 1e30).astype(np.float32),
+    "long double out of range": X * np.longdouble("1e4000"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("y", [Y, Y * 1e-310, np.sign(Y) * 1.7e308, Y > 0])
+def test_the_error_state_of_numpy_changes_nothing(kind, y):
+    expected = answers(TABLES[kind], y)
+    with np.errstate(all="raise"):
+        assert answers(TABLES[kind], y) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_subnormal_numbers_are_right_or_refused_where_they_are_flushed_to_zero(dtype):
+    tiny = float(np.finfo(dtype).tiny)
+    small = (X * tiny / 8).astype(dtype)  # y is compared in NumPy, X in the kernels
+    refusal = f"holds numbers below {tiny:.3g}, which this thread takes for zero: rescale the data"
+    ordinary, y = X.astype(dtype), Y.astype(dtype)
+    tables = {"X": (small, y), "y": (ordinary, small[:, 0]), "both": (small, small[:, 0])}
+    expected = answers(ordinary, y)
+    torch.set_flush_denormal(True)
+    try:
+        assert answers(ordinary, y) == expected
+        for given, (table, response) in tables.items():
+            for name, answer in answers(table, response).items():
+                assert refusal in answer or (given == "y" and name in ("graph", "neighbors")), name
+    finally:
+        torch.set_flush_denormal(False)
+    assert refusal not in "".join(answers(small, y).values())

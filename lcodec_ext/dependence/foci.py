@@ -417,7 +417,7 @@ class _Reach:
 
     def check(self, columns: list[int]) -> None:
         """Refuse columns any of which would overflow beside those selected."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", under="ignore"):
             bounds = self._bound + self._spans[columns]
         check_overflow(bounds, lambda k: self._label(columns[k]))
 

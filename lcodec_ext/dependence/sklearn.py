@@ -107,9 +107,10 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         if self.classes == "no" and found is not None and found[1]:
             raise ValueError("y holds strings or categories, and classes='no' expects numbers")
         given = X, y if found is None else found[0]
-        X, y = validate_data(
-            self, *given, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
-        )
+        with np.errstate(all="ignore"):  # its sums may overflow
+            X, y = validate_data(
+                self, *given, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
+            )
         refuse_converted(given[0], X, "X")
         refuse_converted(given[1], y, "y")
         likely = _looks_nominal(y) if found is None else found[1]
