@@ -1,5 +1,6 @@
 """FOCISelector as scikit-learn and pandas users meet it."""
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.base import clone
+from sklearn.datasets import load_wine
 from sklearn.exceptions import NotFittedError
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -178,3 +180,41 @@ def test_without_scikit_learn_the_error_says_what_to_install():
         "else: raise SystemExit(1)"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_class_labels_are_taken_without_an_order():
+    X, y = load_wine(return_X_y=True)
+    names = np.array(["barolo", "grignolino", "barbera"])
+    expected = foci(X, names[y])
+    for order in itertools.permutations(range(3)):
+        numbers = np.array(order)[y]
+        for labels in (numbers, numbers.astype(np.uint8), names[numbers], names[numbers].tolist()):
+            selector = FOCISelector().fit(X, labels)
+            assert selector.ordering_.tolist() == expected.ordering.tolist()
+            assert selector.cumulative_.tolist() == expected.cumulative.tolist()
+    frame = pd.Series(names[y], dtype="category")
+    assert FOCISelector().fit(X, frame).ordering_.tolist() == expected.ordering.tolist()
+    pipeline = make_pipeline(FOCISelector(max_features=3), LogisticRegression(max_iter=10_000))
+    assert pipeline.fit(X, names[y]).score(X, names[y]) > 0.8
+
+
+def test_classes_can_be_asked_for_and_refused(data):
+    X, _ = data
+    grades = np.clip(np.round(X[:, 4] + X[:, 1]), -2, 2)  # with 0.0 and -0.0, which are equal
+    for y, classes, nominal in (
+        (grades, "auto", False),  # floats have an order
+        (grades, "yes", True),
+        (grades.astype(int), "no", False),
+        (grades.astype(int), "auto", True),
+        (grades > 0, "auto", False),  # two classes: any two numbers
+        (np.round(X[:, 4] * 9).astype(int), "auto", False),  # more values than classes have
+    ):
+        selector = FOCISelector(classes=classes, stop=False).fit(X, y)
+        expected = foci(X, (y + 0).astype(str) if nominal else y, stop=False)
+        assert selector.cumulative_.tolist() == expected.cumulative.tolist()
+    with pytest.raises(ValueError, match="classes must be one of 'auto', 'yes', 'no'; got True"):
+        FOCISelector(classes=True).fit(X, grades)
+    with pytest.raises(ValueError, match="y holds strings or categories, and classes='no' expects"):
+        FOCISelector(classes="no").fit(X, grades.astype(str))
+    with pytest.raises(ValueError, match="NaN"):
+        FOCISelector().fit(X, ["a", "b", None, "c"] * 50)

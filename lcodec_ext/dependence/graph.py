@@ -57,6 +57,7 @@ def dependence_graph(
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
     progress: bool = False,
+    decimals: int | None = None,
 ) -> DependenceGraph:
     """Run `foci` with every column in turn as the response and the others as candidates.
 
@@ -64,7 +65,7 @@ def dependence_graph(
     ----------
     X : array_like of shape (n, p)
         At least two columns.
-    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress
+    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress, decimals
         As in `foci`. With nan_policy="omit" a row with a NaN in any column is left out for all.
 
     Returns
@@ -91,7 +92,7 @@ def dependence_graph(
     chosen = resolve(backend, X=X)
     check_bool(progress, "progress")
     check_choice(standardize, "standardize", STANDARDIZE)
-    features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors)
+    features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
     p, names = features.values.shape[1], features.names
     if p < 2:
         raise ValueError(f"X must have at least two columns for a graph; got {p}")

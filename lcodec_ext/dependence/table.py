@@ -10,8 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._arrays import array_module, as_array, beyond_float64, is_float, is_tensor
-from lcodec_ext._checks import check_choice, counted, first_few
+from lcodec_ext._arrays import (
+    MAX_INTEGER,
+    array_module,
+    as_array,
+    beyond_float64,
+    class_codes,
+    is_float,
+    is_tensor,
+    refuse_merged,
+)
+from lcodec_ext._checks import check_choice, check_integer, counted, first_few
 
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
 
@@ -88,12 +97,35 @@ def as_response(y: Any, name: str = "y", *, tensors: bool | None = None) -> Any:
     return array
 
 
+def as_target(y: Any, *, tensors: bool | None = None) -> tuple[Any, bool]:
+    """A response, and whether it holds codes of classes without an order.
+
+    Strings and unordered categories are such classes; ordered categories become their codes.
+    """
+    return class_codes(y) or (as_response(y, tensors=tensors), False)
+
+
+def refuse_classes(nominal: bool, function: str, instead: str) -> None:
+    """Refuse classes without an order where noise would be added to them."""
+    if nominal:
+        raise ValueError(
+            f"{function} adds noise to y, and y holds classes without an order (strings, "
+            f"categories): use {instead}, or average {function} of y == c over the classes c"
+        )
+
+
 def as_features(
-    X: Any, name: str, *, allow_1d: bool = True, tensors: bool | None = None
+    X: Any,
+    name: str,
+    *,
+    allow_1d: bool = True,
+    tensors: bool | None = None,
+    decimals: int | None = None,
 ) -> Features:
     """Feature columns: a 1-d array is one column where ``allow_1d``; `tensors` as in `as_array`.
 
-    p = 0 is an error, and so are integers that float64 cannot hold.
+    With decimals the columns are counts of 10**-decimals, in float64. p = 0 is an error, and so
+    are numbers that float64 merges.
     """
     array, names = as_array(X, name, tensors=tensors)
     if array.ndim == 1 and allow_1d:
@@ -106,16 +138,40 @@ def as_features(
         raise ValueError(f"{name} must have shape {shapes}; got shape {tuple(array.shape)}{hint}")
     if array.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(array.shape)}")
+    features = Features(array, names, name)
     if beyond_float64(array):
-        raise ValueError(
-            f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
-            "subtract an offset first"
-        )
+        for k in range(array.shape[1]):
+            refuse_merged(array[:, k], features.label(k))
+    if decimals is not None:
+        features = _counted(features, check_integer(decimals, "decimals", 0, 15))
+        array = features.values
     xp = array_module(array)
     dtype = xp.float32 if array.dtype == xp.float32 else xp.float64
     if is_tensor(array):
-        return Features(array.to(dtype).contiguous(), names, name)
-    return Features(np.ascontiguousarray(array, dtype=dtype), names, name)
+        return features._replace(values=array.to(dtype).contiguous())
+    return features._replace(values=np.ascontiguousarray(array, dtype=dtype))
+
+
+def _counted(features: Features, decimals: int) -> Features:
+    """Columns of numbers with so many decimals as integers, whose differences are exact."""
+    array = features.values
+    xp = array_module(array)
+    tolerance = 1e-6 if array.dtype == xp.float32 else 1e-9  # what arithmetic may have added
+    values = xp.asarray(array, dtype=xp.float64)
+    with np.errstate(all="ignore"):
+        scaled = values * 10.0**decimals
+        whole = xp.round(scaled)
+        off = xp.abs(scaled - whole) > tolerance * (1 + xp.abs(whole))
+        beyond = xp.isfinite(values) & (xp.abs(whole) > MAX_INTEGER)
+    for flags, what in (
+        (off, f"which has more than {decimals} decimals; pass more decimals, or round it first"),
+        (beyond, f"which is beyond 2**53 units of 1e-{decimals}; pass fewer decimals"),
+    ):
+        if flags.any():
+            row, k = xp.argwhere(flags)[0].tolist()
+            value = float(values[row, k])
+            raise ValueError(f"{features.label(k)} holds {value!r} in row {row}, {what}")
+    return features._replace(values=whole)
 
 
 def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3) -> Rows:

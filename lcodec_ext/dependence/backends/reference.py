@@ -59,7 +59,8 @@ def _neighbors(
     distance = np.zeros(len(X), dtype=X.dtype)
     for f in columns:
         scaled = (X[i, f] - X[:, f]) * factors[f]
-        distance = distance + scaled * scaled
+        with np.errstate(under="ignore"):
+            distance = distance + scaled * scaled
     others = np.delete(np.arange(len(X)), i)
     tied = others[distance[others] == distance[others].min()]
     if ties == "average":

@@ -1,0 +1,262 @@
+"""Threads, forks, the end of the interpreter, and what other libraries set for a thread."""
+
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import lcodec_ext
+
+rng0 = np.random.default_rng(1)
+X = rng0.normal(size=(60, 4))
+Y = X[:, 0] + X[:, 2] ** 2
+
+
+def python(code, seconds=120, **options):
+    """Run code in an interpreter of its own; a hang is an error."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------------
+# Forks
+
+
+def test_a_worker_that_was_killed_with_the_lock_of_tqdm_stops_nobody():
+    """A disabled bar of tqdm would wait for a lock that the processes share."""
+    output = python(
+        """
+        import multiprocessing, os, signal
+        import numpy as np
+        from tqdm import tqdm
+        import lcodec_ext
+
+        X = np.random.default_rng(0).normal(size=(60, 4))
+
+        def hold():
+            tqdm.get_lock().acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def work(queue):
+            queue.put(lcodec_ext.foci(X, X[:, 2]).ordering.tolist())
+
+        fork = multiprocessing.get_context("fork")
+        tqdm.get_lock()
+        killed = fork.Process(target=hold)
+        killed.start()
+        killed.join()
+        print(lcodec_ext.foci(X, X[:, 2]).ordering)
+        print(len(lcodec_ext.dependence_graph(X).results))
+        queue = fork.Queue()
+        child = fork.Process(target=work, args=[queue])
+        child.start()
+        print(queue.get(timeout=60))
+        child.join()
+        """
+    )
+    assert output.split("\n") == ["[2]", "4", "[2]"]
+
+
+def test_without_a_bar_tqdm_is_not_loaded_and_no_thread_stays():
+    output = python(
+        """
+        import sys, threading
+        import numpy as np
+        import lcodec_ext
+
+        X = np.random.default_rng(0).normal(size=(60, 4))
+        lcodec_ext.foci(X, X[:, 2])
+        lcodec_ext.dependence_graph(X)
+        print("tqdm" in sys.modules, threading.active_count())
+        lcodec_ext.foci(X, X[:, 2], progress=True)
+        print("tqdm" in sys.modules, threading.active_count())
+        """
+    )
+    assert output.split("\n") == ["False 1", "True 1"]
+
+
+def test_threads_of_the_kernels_end_with_the_call(monkeypatch):
+    monkeypatch.setattr("lcodec_ext._threads._threads", 4)
+    before = _native_threads()
+    lcodec_ext.foci(X, Y)
+    assert _native_threads() <= before
+
+
+def _native_threads():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Threads"))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_get_the_results_of_the_parent(method, tmp_path):
+    script = tmp_path / "workers.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import concurrent.futures, multiprocessing
+            import numpy as np
+            import lcodec_ext
+
+            def work(seed):
+                X = np.random.default_rng(seed).normal(size=(300, 5))
+                return lcodec_ext.codec(X[:, 0] * X[:, 1], X)
+
+            if __name__ == "__main__":
+                lcodec_ext.set_num_threads(3)
+                expected = [work(seed) for seed in range(4)]
+                context = multiprocessing.get_context({method!r})
+                with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
+                    assert list(pool.map(work, range(4))) == expected
+            """
+        )
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=240)
+
+
+# ------------------------------------------------------------------------------------------------
+# The end of the interpreter
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "foci(X, X[:, 0], stop=False, max_features=3)",
+        "nearest_neighbors(X)",
+        "codec(X[:50, 0], X[:50, 1:3])",  # short: in the kernel's last steps rather than within
+    ],
+)
+def test_daemon_threads_in_the_kernels_do_not_abort_the_process(call, threads):
+    """Python ends such a thread by unwinding its stack, which C++ must not catch or cut short."""
+    output = python(
+        f"""
+        import threading, time
+        import numpy as np
+        from lcodec_ext import codec, foci, nearest_neighbors, set_num_threads
+
+        set_num_threads({threads})
+        X = np.random.default_rng(0).normal(size=(20_000, 30))
+        started = threading.Event()
+
+        def work():
+            started.set()
+            while True:
+                {call}
+
+        for _ in range(3):
+            threading.Thread(target=work, daemon=True).start()
+        started.wait()
+        time.sleep(0.3)
+        print("done")
+        """
+    )
+    assert output == "done"
+
+
+def test_control_c_still_ends_a_call():
+    output = python(
+        """
+        import signal, threading, time
+        import numpy as np
+        from lcodec_ext import foci, set_num_threads
+
+        set_num_threads(2)
+        X = np.random.default_rng(0).normal(size=(100_000, 60))
+        threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
+        start = time.perf_counter()
+        try:
+            while True:
+                foci(X, X[:, 0], stop=False)
+        except KeyboardInterrupt:
+            print("interrupted")
+        """
+    )
+    assert output == "interrupted"
+
+
+# ------------------------------------------------------------------------------------------------
+# What others set for the thread: NumPy's error state, and flushing to zero
+
+
+def everything(table, y):
+    """The functions, by name, as calls whose answers can be compared."""
+    le = lcodec_ext
+    return {
+        "codec": lambda: le.codec(y, table),
+        "codec of x": lambda: le.codec(y, table[:, :1], table[:, 1:]),
+        "codec of decimals": lambda: le.codec(y, table, decimals=3),
+        "reference": lambda: le.codec(y, table, backend="reference"),
+        "lcodec": lambda: le.lcodec(y, table, noise_scale="relative"),
+        "foci": lambda: le.foci(table, y, stop=False).cumulative.tolist(),
+        "foci bounded": lambda: list(le.foci(table, y, standardize="bounded").ordering),
+        "foci raw": lambda: list(le.foci(table, y, standardize=None).ordering),
+        "lfoci": lambda: le.lfoci(table, y).cumulative.tolist(),
+        "graph": lambda: le.dependence_graph(table).weights.tolist(),
+        "neighbors": lambda: le.nearest_neighbors(table).tolist(),
+        "xi": lambda: le.xi(table[:, 0], y, ties="random", seed=2**63 + 1),
+        "xi_test": lambda: le.xi_test(table[:, 0], y),
+        "selector": lambda: le.FOCISelector(stop=False).fit(table, y).cumulative_.tolist(),
+    }
+
+
+def answers(table, y):
+    found = {}
+    for name, call in everything(table, y).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            try:
+                found[name] = repr(call())
+            except ValueError as error:
+                found[name] = str(error)
+    return found
+
+
+TABLES = {
+    "ordinary": X,
+    "constant column": X * [1, 0, 1, 1],
+    "squares underflow": X * 1e-200,
+    "subnormal": X * 1e-310,
+    "squares overflow": X * 1e200,
+    "largest": np.where(X > 0, 1.7e308, -1.7e308),
+    "float32, squares underflow": (X * 1e-30).astype(np.float32),
+    "float32, squares overflow": (X * 1e30).astype(np.float32),
+    "long double out of range": X * np.longdouble("1e4000"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("y", [Y, Y * 1e-310, np.sign(Y) * 1.7e308, Y > 0])
+def test_the_error_state_of_numpy_changes_nothing(kind, y):
+    expected = answers(TABLES[kind], y)
+    with np.errstate(all="raise"):
+        assert answers(TABLES[kind], y) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_subnormal_numbers_are_right_or_refused_where_they_are_flushed_to_zero(dtype):
+    tiny = float(np.finfo(dtype).tiny)
+    small = (X * tiny / 8).astype(dtype)  # y is compared in NumPy, X in the kernels
+    refusal = f"holds numbers below {tiny:.3g}, which this thread takes for zero: rescale the data"
+    ordinary, y = X.astype(dtype), Y.astype(dtype)
+    tables = {"X": (small, y), "y": (ordinary, small[:, 0]), "both": (small, small[:, 0])}
+    expected = answers(ordinary, y)
+    torch.set_flush_denormal(True)
+    try:
+        assert answers(ordinary, y) == expected
+        for given, (table, response) in tables.items():
+            for name, answer in answers(table, response).items():
+                assert refusal in answer or (given == "y" and name in ("graph", "neighbors")), name
+    finally:
+        torch.set_flush_denormal(False)
+    assert refusal not in "".join(answers(small, y).values())
