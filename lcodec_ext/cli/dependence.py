@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lcodec_ext._checks import counted, first_few
 from lcodec_ext._files import write_atomically
@@ -40,8 +41,9 @@ tables:
   Parquet      needs pyarrow; the index of a pandas frame is no candidate
   -            standard input: CSV, or what its first bytes say
 Files may be compressed: .gz, .bz2, .xz, .zst, .lz4. Only the columns that are used must hold
-numbers. Empty cells, NA, NaN and null are missing; true and false are 1 and 0. Encode categories as
-numbers first. A name with blanks needs quotes: --y "sepal length".
+numbers. Empty cells, NA, NaN and null are missing; true and false are 1 and 0. Text in y makes it
+classes without an order; encode other categories as numbers first. A name with blanks needs quotes:
+--y "sepal length".
 """
 
 CODEC = """\
@@ -188,6 +190,11 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         help="of --noise and --ties random (default: 0)",
     )
     group.add_argument(
+        "--classes",
+        action="store_true",
+        help="y holds classes without an order, as text always does, also where it holds numbers",
+    )
+    group.add_argument(
         "--nan-policy",
         choices=("raise", "omit"),
         default="raise",
@@ -276,7 +283,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     seconds: dict[str, float] = {}
     wanted = {"--y": [options.y], "--z": options.z, "--x": options.x}
     table = _load(options, console, seconds, lambda known: _find(wanted, known))
-    y, z = table[options.y], table.select(options.z)
+    (y, labels), z = _response(table, options, console), table.select(options.z)
     x = table.select(options.x) if options.x else None
     settings: dict[str, Any] = {
         "ties": options.ties,
@@ -298,6 +305,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
         "T": value,
         "n_samples": n,
         **omitted.record(),
+        "classes": labels,
         "options": settings | _noise(options),
         "seconds": seconds,
     }
@@ -327,7 +335,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
     table = _load(options, console, seconds, lambda known: _candidates(options, known, console))
     if len(table.columns) == 1:
         raise InputError("no candidate is left: --numeric-only leaves them all out")
-    y, X = table[options.y], table.select(table.columns[1:])
+    (y, labels), X = _response(table, options, console), table.select(table.columns[1:])
     omitted, left_out = _Omitted(table), list(table.left_out)
     n = len(table) - omitted.rows
     del table
@@ -354,6 +362,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "base_T": found.base,
         "n_samples": n,
         **omitted.record(),
+        "classes": labels,
         "n_features": found.n_features,
         "left_out": left_out,
         "options": settings | _noise(options),
@@ -412,7 +421,13 @@ def _load(
     choose: "Choose",
 ) -> "Table":
     """The chosen columns; missing values only where they may be left out."""
-    from lcodec_ext.cli.tables import UnusableColumnsError, label_of, listed, read_table
+    from lcodec_ext.cli.tables import (
+        UnusableColumnsError,
+        is_missing,
+        label_of,
+        listed,
+        read_table,
+    )
 
     if options.thousands == options.decimal:
         raise InputError(
@@ -432,6 +447,7 @@ def _load(
                 decimal=options.decimal,
                 thousands=options.thousands,
                 numeric_only=only,
+                response=options.y,
             )
     except UnusableColumnsError as error:
         raise InputError(f"{error}{_without(options, list(error.problems))}") from None
@@ -440,18 +456,41 @@ def _load(
     if table.left_out:
         columns = counted(len(table.left_out), "column")
         console.note(f"--numeric-only leaves out {columns}: {listed(table.left_out)}")
-    if options.nan_policy == "raise" and (place := table.first(np.isnan)):
+    if options.nan_policy == "raise" and (place := table.first(is_missing)):
         omitted = _Omitted(table)
         raise InputError(
             f"{label_of(options.table)}, {place}: a missing value; pass --nan-policy omit to leave "
             f"out rows with missing values, {omitted.rows:,} of {omitted.n:,}: missing in "
             f"{omitted.where()}"
         )
-    if place := table.first(np.isinf):
+    if place := table.first(_is_infinite):
         raise InputError(
             f"{label_of(options.table)}, {place}: an infinite value; expected finite numbers"
         )
     return table
+
+
+def _is_infinite(values: NDArray) -> NDArray[np.bool_]:
+    return np.isinf(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
+
+
+def _response(
+    table: "Table", options: argparse.Namespace, console: Console
+) -> tuple[NDArray, list[str] | None]:
+    """y, and the labels where it holds classes; these are told."""
+    from lcodec_ext.cli.tables import is_missing
+
+    y = table[options.y]
+    if options.classes and y.dtype.kind != "O":
+        whole = [int(v) if v == v and v == int(v) else v for v in y.tolist()]
+        missing = is_missing(y)
+        y = np.array([None if m else str(v) for m, v in zip(missing, whole, strict=True)], object)
+    if y.dtype.kind != "O":
+        return y, None
+    labels = sorted({label for label in y if label is not None})
+    classes = counted(len(labels), "class", "classes")
+    console.note(f"{options.y} holds {classes} without an order: {first_few(labels, 5)}")
+    return y, labels
 
 
 def _without(options: argparse.Namespace, columns: list[str]) -> str:
