@@ -288,6 +288,61 @@ def test_missing_values_can_be_left_out():
         lcodec_ext.codec(with_value(Y, slice(2, None), np.nan), X, nan_policy="omit")
 
 
+def test_what_is_left_out_is_told():
+    holes = with_value(with_value(X, (slice(3, 6), 1), np.nan), (8, 2), np.nan)
+    y = with_value(Y, 5, np.nan)
+    frame = pd.DataFrame(holes, columns=["age", "dose", "site"])
+    missing = {"column 'dose' (index 1) of X": 3, "column 'site' (index 2) of X": 1, "y": 1}
+    for call in (lcodec_ext.foci, lcodec_ext.lfoci):
+        result = call(frame, y, nan_policy="omit", stop=False)
+        assert (result.n_samples, result.n_omitted) == (N - 4, 4)
+        assert result.missing == missing
+        line = repr(result).splitlines()[1]
+        assert line.strip().startswith(f"4 of {N} rows left out: NaN in column 'dose' (index 1) of")
+    plain = lcodec_ext.foci(X, Y)
+    assert (plain.n_omitted, plain.missing) == (0, {})
+    assert "left out" not in repr(plain)
+    graph = lcodec_ext.dependence_graph(frame, nan_policy="omit")
+    assert {result.n_omitted for result in graph.results} == {4}
+    assert graph.results[0].missing.keys() == {*missing} - {"y"}
+
+
+def test_a_number_from_few_of_the_rows_is_warned_of():
+    y = with_value(Y, slice(10, None), np.nan)
+    match = f"20 of {N} rows left out: NaN in y \\(20\\)"
+    for call in (lcodec_ext.codec, lcodec_ext.lcodec):
+        with pytest.warns(UserWarning, match=match) as caught:
+            call(y, X, X[:, 0], nan_policy="omit")
+        assert caught[0].filename == __file__
+    for call in (lcodec_ext.xi, lcodec_ext.xi_test):
+        with pytest.warns(UserWarning, match=match) as caught:
+            call(X[:, 0], y, nan_policy="omit")
+        assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match="got 2 left after omitting NaN .28 of 30 .* in y .28"):
+        lcodec_ext.codec(with_value(Y, slice(2, None), np.nan), X, nan_policy="omit")
+
+
+@pytest.mark.parametrize("nan_policy", ["raise", "omit"])
+def test_empty_columns_are_named(nan_policy):
+    empty = with_value(X, (slice(None), 1), np.nan)
+    options = {"nan_policy": nan_policy}
+    frame = pd.DataFrame(
+        with_value(empty, (slice(None), 2), np.nan), columns=["age", "dose", "site"]
+    )
+    with pytest.raises(
+        ValueError, match="column 1 of z is empty: all values are NaN; leave it out"
+    ):
+        lcodec_ext.codec(Y, empty, **options)
+    for call in (lcodec_ext.foci, lcodec_ext.lfoci):
+        with pytest.raises(ValueError, match="'dose' .* 'site' .* of X are empty.*leave them out"):
+            call(frame, Y, **options)
+    with pytest.raises(ValueError, match="column 1 of X is empty"):
+        lcodec_ext.dependence_graph(empty, **options)
+    for call in (lcodec_ext.xi, lcodec_ext.codec):
+        with pytest.raises(ValueError, match=r"\b[xy] is empty: all values are NaN$"):
+            call(Y * np.nan, X[:, 0], **options)
+
+
 def test_constant_columns_warn_and_are_never_chosen():
     constant = X.copy()
     constant[:, 1] = 2.5

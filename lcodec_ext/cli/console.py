@@ -43,7 +43,8 @@ class CommandParser(Parser):
         """Parse, and refuse what is left over."""
         known, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            hint = "" if rest[0].startswith("-") else "; a name with blanks needs quotes"
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return known, rest
 
 

@@ -4,11 +4,14 @@ import argparse
 import csv
 import difflib
 import io
-from collections.abc import Callable, Sequence
+import re
+import shlex
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lcodec_ext._checks import counted, first_few
 from lcodec_ext._files import write_atomically
 from lcodec_ext.cli.console import (
     OK,
@@ -25,18 +28,20 @@ from lcodec_ext.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from lcodec_ext.cli.tables import Table
+    from lcodec_ext.cli.columns import Choose, Names, Table
     from lcodec_ext.dependence.foci import FociResult
 
 TABLES = """\
 tables:
-  CSV, TSV     one line for each row, names of the columns in the first (or --no-header)
+  CSV, TSV     one line for each row, names of the columns in the first (or --no-header);
+               other text with --delimiter; TSV has no quoting
   NPZ          every 1-d array is a column; a 2-d array X is the columns X0, X1, ...
   NPY          a 2-d array; its columns are named 0, 1, ...
-  Parquet      needs pyarrow
-  -            CSV from standard input
-Only the columns that are used must hold numbers. Empty cells, NA, NaN and null are missing; true
-and false are 1 and 0. Encode categories as numbers first.
+  Parquet      needs pyarrow; the index of a pandas frame is no candidate
+  -            standard input: CSV, or what its first bytes say
+Files may be compressed: .gz, .bz2, .xz, .zst, .lz4. Only the columns that are used must hold
+numbers. Empty cells, NA, NaN and null are missing; true and false are 1 and 0. Encode categories as
+numbers first. A name with blanks needs quotes: --y "sepal length".
 """
 
 CODEC = """\
@@ -51,7 +56,7 @@ CODEC_EXAMPLES = """\
 examples:
   lcodec-ext codec table.csv --y target --z age,income
   lcodec-ext codec table.csv --y target --z age --x income,region    # what age adds to those
-  zcat table.csv.gz | lcodec-ext codec - --y target --z age --json
+  lcodec-ext codec table.csv.gz --y target --z age --nan-policy omit --na ?
 """
 
 FOCI = """\
@@ -69,6 +74,7 @@ FOCI_EXAMPLES = """\
 examples:
   lcodec-ext foci table.csv --y target
   lcodec-ext foci table.csv --y target --exclude id,date --max-features 10 --output chosen.csv
+  lcodec-ext foci table.csv --y target --numeric-only    # without the columns of text
   lcodec-ext foci data.npz --y y --json | python -m json.tool
   lcodec-ext foci table.csv --y target --preselected age    # what helps beyond age?
 """
@@ -82,8 +88,8 @@ def add_codec(commands: Any) -> None:
         description=CODEC,
         epilog=TABLES + "\n" + CODEC_EXAMPLES,
     )
-    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for CSV on stdin")
-    parser.add_argument("--y", required=True, metavar="COLUMN", help="the response")
+    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for stdin")
+    parser.add_argument("--y", required=True, type=str.strip, metavar="COLUMN", help="the response")
     parser.add_argument(
         "--z", required=True, type=names, metavar="COLUMNS", help="names, separated by commas"
     )
@@ -100,14 +106,19 @@ def add_foci(commands: Any) -> None:
         description=FOCI,
         epilog=TABLES + "\n" + FOCI_EXAMPLES,
     )
-    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for CSV on stdin")
-    parser.add_argument("--y", required=True, metavar="COLUMN", help="the response")
+    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for stdin")
+    parser.add_argument("--y", required=True, type=str.strip, metavar="COLUMN", help="the response")
     candidates = parser.add_mutually_exclusive_group()
     candidates.add_argument(
         "--columns", type=names, metavar="NAMES", help="candidates (default: all but y)"
     )
     candidates.add_argument(
         "--exclude", type=names, default=[], metavar="NAMES", help="all but y and these"
+    )
+    parser.add_argument(
+        "--numeric-only",
+        action="store_true",
+        help="leave out candidates that are not numbers, and say which",
     )
     parser.add_argument(
         "--preselected",
@@ -193,6 +204,27 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         metavar="CHARACTER",
         help="between cells, or the word tab (default: by the file's suffix)",
     )
+    group.add_argument(
+        "--na",
+        type=_markers,
+        action="extend",
+        default=[],
+        metavar="MARKERS",
+        help="more words for a missing value, separated by commas: --na ?,-999",
+    )
+    group.add_argument(
+        "--decimal",
+        type=_character,
+        default=".",
+        metavar="CHARACTER",
+        help="the decimal point (default: .)",
+    )
+    group.add_argument(
+        "--thousands",
+        type=_character,
+        metavar="CHARACTER",
+        help="between groups of three digits (default: none)",
+    )
     add_common(parser)
 
 
@@ -203,10 +235,20 @@ def names(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(
             f"expected names of columns, separated by commas; got {text!r}"
         )
-    for name in found:
-        if found.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"names column {name!r} twice; got {text!r}")
+    name, count = Counter(found).most_common(1)[0]
+    if count > 1:
+        raise argparse.ArgumentTypeError(f"names column {name!r} twice; got {text!r}")
     return found
+
+
+def _markers(text: str) -> list[str]:
+    return [marker.strip() for marker in next(csv.reader([text], skipinitialspace=True), [])]
+
+
+def _character(text: str) -> str:
+    if len(text) != 1 or text.isalnum() or text in '"+-\r\n':
+        raise argparse.ArgumentTypeError(f"expected one character, as , or .; got {text!r}")
+    return text
 
 
 def _delimiter(text: str) -> str:
@@ -246,7 +288,8 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
             value = codec(y, z, x, **settings)
         else:
             value = lcodec(y, z, x, **settings, **_noise(options))
-    n = table.n_complete()
+    omitted = _Omitted(table)
+    n = len(table) - omitted.rows
     result = {
         "table": options.table,
         "y": options.y,
@@ -254,12 +297,14 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
         "x": options.x,
         "T": value,
         "n_samples": n,
+        **omitted.record(),
         "options": settings | _noise(options),
         "seconds": seconds,
     }
     given = f" | {', '.join(options.x)}" if options.x else ""
+    more = f"; {omitted}" if omitted.rows else ""
     what = f"T({options.y}, {', '.join(options.z)}{given})"
-    console.emit(result, f"{what} = {value:.6g}   ({n:,} rows)")
+    console.emit(result, f"{what} = {value:.6g}   ({counted(n, 'row')}{more})")
     return OK
 
 
@@ -280,8 +325,11 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
             raise InputError(f"--preselected and --exclude both name column {name!r}")
     seconds: dict[str, float] = {}
     table = _load(options, console, seconds, lambda known: _candidates(options, known, console))
-    y, X = table[options.y], table.select([name for name in table.columns if name != options.y])
-    n = table.n_complete()
+    if len(table.columns) == 1:
+        raise InputError("no candidate is left: --numeric-only leaves them all out")
+    y, X = table[options.y], table.select(table.columns[1:])
+    omitted, left_out = _Omitted(table), list(table.left_out)
+    n = len(table) - omitted.rows
     del table
     settings = {
         "stop": not options.no_stop,
@@ -305,7 +353,9 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "stop_reason": found.stop_reason,
         "base_T": found.base,
         "n_samples": n,
+        **omitted.record(),
         "n_features": found.n_features,
+        "left_out": left_out,
         "options": settings | _noise(options),
         "seconds": seconds,
     }
@@ -315,7 +365,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         else:
             write_atomically(options.output, dump(console.record(result)) + "\n")
         console.note(f"wrote {options.output}")
-    console.emit(result, _describe(found, options))
+    console.emit(result, _describe(found, omitted, options))
     return OK
 
 
@@ -334,25 +384,68 @@ def _noise(options: argparse.Namespace) -> dict[str, Any]:
     return {"noise": options.noise, "noise_scale": options.noise_scale or "absolute"}
 
 
+class _Omitted:
+    """Rows of a table that are left out, because a value is missing."""
+
+    def __init__(self, table: "Table") -> None:
+        self.n, (self.rows, self.missing) = len(table), table.missing()
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"n_omitted": self.rows, "missing": self.missing}
+
+    def where(self) -> str:
+        """Columns with missing values, those with most first."""
+        most = sorted(self.missing.items(), key=lambda item: -item[1])
+        return first_few([f"{name} ({count:,})" for name, count in most], 5)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return ""
+        return f"{self.rows:,} of {self.n:,} left out: missing in {self.where()}"
+
+
 def _load(
     options: argparse.Namespace,
     console: Console,
     seconds: dict[str, float],
-    choose: Callable[[list[str]], list[str]],
+    choose: "Choose",
 ) -> "Table":
     """The chosen columns; missing values only where they may be left out."""
-    from lcodec_ext.cli.tables import label_of, read_table
+    from lcodec_ext.cli.tables import UnusableColumnsError, label_of, listed, read_table
 
-    with timed(seconds, "read"):
-        table = read_table(
-            options.table, choose, header=not options.no_header, delimiter=options.delimiter
+    if options.thousands == options.decimal:
+        raise InputError(
+            f"--thousands {options.thousands} needs another decimal point: pass --decimal, too"
         )
+    only = None
+    if getattr(options, "numeric_only", False):
+        only = [options.y, *options.preselected]
+    try:
+        with timed(seconds, "read"):
+            table = read_table(
+                options.table,
+                choose,
+                header=not options.no_header,
+                delimiter=options.delimiter,
+                na_values=options.na,
+                decimal=options.decimal,
+                thousands=options.thousands,
+                numeric_only=only,
+            )
+    except UnusableColumnsError as error:
+        raise InputError(f"{error}{_without(options, list(error.problems))}") from None
     if seconds["read"] > 1 and len(table) > 100_000:
         console.note(f"read {len(table):,} rows in {seconds['read']:.1f} s")
+    if table.left_out:
+        columns = counted(len(table.left_out), "column")
+        console.note(f"--numeric-only leaves out {columns}: {listed(table.left_out)}")
     if options.nan_policy == "raise" and (place := table.first(np.isnan)):
+        omitted = _Omitted(table)
         raise InputError(
             f"{label_of(options.table)}, {place}: a missing value; pass --nan-policy omit to leave "
-            "out rows with missing values"
+            f"out rows with missing values, {omitted.rows:,} of {omitted.n:,}: missing in "
+            f"{omitted.where()}"
         )
     if place := table.first(np.isinf):
         raise InputError(
@@ -361,14 +454,27 @@ def _load(
     return table
 
 
-def _find(wanted: dict[str, list[str]], known: Sequence[str]) -> list[str]:
+def _without(options: argparse.Namespace, columns: list[str]) -> str:
+    """How foci goes on without columns that cannot be used, if it can."""
+    if options.command != "foci" or {options.y, *options.preselected} & set(columns):
+        return ""
+    if options.columns:
+        return "; or pass --numeric-only, or shorten --columns"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow([*options.exclude, *columns])
+    them = "it" if len(columns) == 1 else "them"
+    return f"; or leave {them} out: --numeric-only, or --exclude {shlex.quote(text.getvalue())}"
+
+
+def _find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
     """The wanted columns, if the table has them."""
+    known = set(names)
     for option, columns in wanted.items():
         for name in columns:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-                shown = ", ".join(map(repr, near or known[:10]))
-                more = f", ... ({len(known)} in all)" if not near and len(known) > 10 else ""
+                near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+                shown = ", ".join(map(repr, near or names[:10]))
+                more = f", ... ({len(names)} in all)" if not near and len(names) > 10 else ""
                 which = "the nearest names are" if near else "its columns are"
                 raise InputError(
                     f"{option} names column {name!r}, and the table has no such column; "
@@ -377,30 +483,43 @@ def _find(wanted: dict[str, list[str]], known: Sequence[str]) -> list[str]:
     return [name for columns in wanted.values() for name in columns]
 
 
-def _candidates(options: argparse.Namespace, known: Sequence[str], console: Console) -> list[str]:
-    """Candidates in the order of the table, or of --columns, and y."""
+def _candidates(options: argparse.Namespace, names: "Names", console: Console) -> list[str]:
+    """y, and candidates in the order of the table or of --columns."""
     given = {
         "--y": [options.y],
         "--columns": options.columns or [],
         "--exclude": options.exclude,
         "--preselected": options.preselected,
     }
-    _find(given, known)
+    _find(given, names)
     if options.columns:
         extra = [name for name in options.preselected if name not in options.columns]
-        return [*options.columns, *extra, options.y]
-    chosen = [name for name in known if name not in {options.y, *options.exclude}]
+        return [options.y, *options.columns, *extra]
+    apart = {options.y, *options.exclude, *names.pandas_index.difference(options.preselected)}
+    chosen = [name for name in names if name not in apart]
     if not chosen:
         raise InputError(
             f"no candidate is left: the table has only --y {options.y} and the columns of --exclude"
         )
-    unnamed = [name for k, name in enumerate(known) if name == f"column {k}" and name in chosen]
-    if unnamed:
+    index = sorted(
+        names.pandas_index.difference(given["--y"], options.exclude, options.preselected)
+    )
+    if index:
+        console.note(
+            f"not a candidate: {', '.join(map(repr, index))}, the index of the pandas frame; "
+            "--columns can name it"
+        )
+    numbers = [
+        name
+        for k, name in enumerate(names)
+        if name == f"column {k}" or re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name)
+    ]
+    if unnamed := sorted(set(numbers).intersection(chosen), key=numbers.index):
         console.warn(
             f"{unnamed[0]} has no name in the header (row numbers, as pandas writes them?) and is "
             f"a candidate; --exclude '{unnamed[0]}' leaves it out"
         )
-    return [*chosen, options.y]
+    return [options.y, *chosen]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,7 +546,7 @@ def _as_csv(steps: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _describe(found: "FociResult", options: argparse.Namespace) -> str:
+def _describe(found: "FociResult", omitted: _Omitted, options: argparse.Namespace) -> str:
     reasons = {
         "no_gain": "no further column raises T",
         "min_gain": f"no further column raises T by more than {options.min_gain:g}",
@@ -436,8 +555,9 @@ def _describe(found: "FociResult", options: argparse.Namespace) -> str:
         "constant_y": f"{options.y} is constant",
     }
     n, p = found.n_samples, found.n_features - len(found.preselected)
+    rows = counted(n, "row") + (f" ({omitted})" if omitted.rows else "")
     lines = [
-        f"{len(found.ordering)} of {p:,} columns selected for {options.y} on {n:,} rows; "
+        f"{len(found.ordering)} of {counted(p, 'column')} selected for {options.y} on {rows}; "
         f"{reasons[found.stop_reason]}"
     ]
     if found.preselected:

@@ -48,7 +48,7 @@ def codec(
     seed : int, optional
         In [0, 2^64), for ties="random". None draws a fresh one.
     nan_policy : {"raise", "omit"}, default "raise"
-        "omit" leaves out rows that have a NaN anywhere.
+        "omit" leaves out rows that have a NaN anywhere, with a warning if they are more than half.
     backend : {"auto", "cpu", "cuda", "reference"}, default "auto"
         "auto" runs where the data lie: CUDA tensors on their device, everything else on the CPU.
         "cuda" takes CUDA tensors only. Nothing is copied to another device, and all backends
@@ -209,10 +209,13 @@ def _prepare(
     response, nominal = as_target(y, tensors=tensors)
     features = as_features(z, "z", tensors=tensors, decimals=decimals)
     if x is None:
-        clean = clean_rows({"y": response, "z": features}, nan_policy)
-        return _Arguments(clean["y"], clean["z"], None, features, nominal)
+        rows = clean_rows({"y": response, "z": features}, nan_policy)
+        rows.warn_if_most(stacklevel=3)
+        return _Arguments(rows.values["y"], rows.values["z"], None, features, nominal)
     given = as_features(x, "x", tensors=tensors, decimals=decimals)
-    clean = clean_rows({"y": response, "z": features, "x": given}, nan_policy)
+    rows = clean_rows({"y": response, "z": features, "x": given}, nan_policy)
+    rows.warn_if_most(stacklevel=3)
+    clean = rows.values
     # conditioning columns first: the order of sums
     table = array_module(clean["z"]).concatenate([clean["x"], clean["z"]], axis=1)
     return _Arguments(clean["y"], table, given, features, nominal)

@@ -2,14 +2,20 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext._checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_real,
+    check_seed,
+)
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence import exact
@@ -27,6 +33,7 @@ from lcodec_ext.dependence.scaling import (
     warn_underflow,
 )
 from lcodec_ext.dependence.table import (
+    Rows,
     as_features,
     as_response,
     as_target,
@@ -61,6 +68,10 @@ class FociResult:
         The conditioning columns that were given.
     n_samples, n_features : int
         Rows used (after omitting NaN) and columns of X.
+    n_omitted : int
+        Rows left out by nan_policy="omit".
+    missing : dict
+        How many NaN the columns with any have, by what messages call them.
     """
 
     ordering: NDArray[np.int64]
@@ -72,15 +83,21 @@ class FociResult:
     preselected: tuple[int, ...]
     n_samples: int
     n_features: int
+    n_omitted: int = 0
+    missing: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[NDArray]:
         return iter((self.ordering, self.cumulative))
 
     def __repr__(self) -> str:
+        columns = "column" if self.n_features == 1 else "columns"
         head = (
-            f"FociResult: {len(self.ordering)} of {self.n_features} columns selected on "
+            f"FociResult: {len(self.ordering)} of {self.n_features} {columns} selected on "
             f"{self.n_samples} rows, stopped by {self.stop_reason!r}"
         )
+        if self.n_omitted:
+            n = self.n_samples + self.n_omitted
+            head += f"\n  {Rows({}, n, self.n_omitted, self.missing).said()}"
         if self.preselected:
             head += f"\n  given columns {list(self.preselected)}: T = {self.base:.4f}"
         lines = [
@@ -278,7 +295,7 @@ def first_step_scores(X: Any, y: Any) -> NDArray[np.float64]:
     backend = resolve("auto", X=X, y=y)
     tensors = backend.tensors
     features = as_features(X, "X", allow_1d=False, tensors=tensors)
-    clean = clean_rows({"X": features, "y": as_response(y, tensors=tensors)}, "raise")
+    clean = clean_rows({"X": features, "y": as_response(y, tensors=tensors)}, "raise").values
     columns = backend.lay_out(clean["X"])
     R, L = backend.ranks(clean["y"])
     response = exact.ResponseSums(R, L)
@@ -327,8 +344,9 @@ class _Task:
         if max_features is not None:
             self.cap = min(self.cap, check_integer(max_features, "max_features", 1))
         response, self.nominal = as_target(y, tensors=backend.tensors)
-        clean = clean_rows({"X": features, "y": response}, nan_policy)
-        self.features, self.y = features._replace(values=clean["X"]), clean["y"]
+        self.rows = clean_rows({"X": features, "y": response}, nan_policy)
+        self.features = features._replace(values=self.rows.values["X"])
+        self.y = self.rows.values["y"]
 
     def lay_out(self) -> Columns:
         """The columns of X; warns the caller of foci or lfoci of constant ones."""
@@ -405,6 +423,8 @@ class _Task:
             preselected=self.preselected,
             n_samples=self.features.values.shape[0],
             n_features=self.features.values.shape[1],
+            n_omitted=self.rows.n_omitted,
+            missing=self.rows.missing,
         )
 
 

@@ -119,7 +119,8 @@ def dependence_graph(
     p, names = features.values.shape[1], features.names
     if p < 2:
         raise ValueError(f"X must have at least two columns for a graph; got {p}")
-    values = clean_rows({"X": features}, nan_policy)["X"]
+    rows = clean_rows({"X": features}, nan_policy)
+    values = rows.values["X"]
     columns = chosen.lay_out(values)
     features.warn_constant(constant_columns(columns), stacklevel=2)
     spans = squared_spans(columns, scale_factors(columns, standardize, features.label))
@@ -147,6 +148,7 @@ def dependence_graph(
             adjacency[i, selected] = True
             weights[i, selected] = result.conditional
             chosen_names = None if names is None else [names[k] for k in selected]
-            results.append(replace(result, ordering=selected, names=chosen_names, n_features=p))
+            result = replace(result, ordering=selected, names=chosen_names, n_features=p)
+            results.append(replace(result, n_omitted=rows.n_omitted, missing=rows.missing))
             bar.update()
     return DependenceGraph(adjacency, weights, results, names)

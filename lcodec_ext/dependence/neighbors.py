@@ -81,7 +81,7 @@ def nearest_neighbors(
     check_choice(ties, "ties", ("first", "random", "all"))
     check_seed(seed)
     features = as_features(X, "X", tensors=chosen.tensors, decimals=decimals)
-    columns = chosen.lay_out(clean_rows({"X": features}, None, minimum=2)["X"])
+    columns = chosen.lay_out(clean_rows({"X": features}, None, minimum=2).values["X"])
     check_distances(columns, features.label)
     if ties == "all":
         return chosen.nearest(columns, "average", 0)
