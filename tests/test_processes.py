@@ -1,5 +1,6 @@
 """Threads, forks, the end of the interpreter, and what other libraries set for a thread."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -7,9 +8,11 @@ import warnings
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 
 import lcodec_ext
+from lcodec_ext import _threads
 
 rng0 = np.random.default_rng(1)
 X = rng0.normal(size=(60, 4))
@@ -260,3 +263,124 @@ def test_subnormal_numbers_are_right_or_refused_where_they_are_flushed_to_zero(d
     finally:
         torch.set_flush_denormal(False)
     assert refusal not in "".join(answers(small, y).values())
+
+
+# ------------------------------------------------------------------------------------------------
+# How many threads
+
+
+@pytest.fixture
+def no_settings(monkeypatch):
+    """Nothing that says how many threads to take; 6 CPUs."""
+    for variable in ("LCODEC_NUM_THREADS", "OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(_threads, "_threads", None)
+    monkeypatch.setattr(_threads, "_limit", None)
+    monkeypatch.setattr(_threads, "_quota", lambda *_: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    return monkeypatch
+
+
+def test_the_order_of_what_sets_the_threads(no_settings):
+    assert lcodec_ext.get_num_threads() == 6
+    no_settings.setenv("LOKY_MAX_CPU_COUNT", "5")
+    assert lcodec_ext.get_num_threads() == 5
+    no_settings.setattr(_threads, "_quota", lambda *_: 4)
+    assert lcodec_ext.get_num_threads() == 4
+    no_settings.setenv("OMP_NUM_THREADS", "3")
+    assert lcodec_ext.get_num_threads() == 3
+    no_settings.setenv("LCODEC_NUM_THREADS", "2")
+    assert lcodec_ext.get_num_threads() == 2
+    lcodec_ext.set_num_threads(7)
+    assert lcodec_ext.get_num_threads() == 7
+    with threadpoolctl.threadpool_limits(1):
+        assert lcodec_ext.get_num_threads() == 1
+    assert lcodec_ext.get_num_threads() == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"),
+    [("3,2", 3), (" 4 ", 4), ("", 6), ("0", 6), ("-1", 6), ("all", 6), ("9999", 1024)],
+)
+def test_what_openmp_reads(no_settings, text, threads):
+    no_settings.setenv("OMP_NUM_THREADS", text)
+    assert lcodec_ext.get_num_threads() == threads
+
+
+def test_threadpoolctl_limits_the_kernels_while_it_lasts(no_settings):
+    with threadpoolctl.threadpool_limits(4):
+        assert lcodec_ext.get_num_threads() == 4
+        with threadpoolctl.threadpool_limits(2, user_api="openmp"):
+            assert lcodec_ext.get_num_threads() == 2
+            with threadpoolctl.threadpool_limits(1, user_api="blas"):
+                assert lcodec_ext.get_num_threads() == 2
+        assert lcodec_ext.get_num_threads() == 4
+        lcodec_ext.set_num_threads(5)  # the last word
+        assert lcodec_ext.get_num_threads() == 5
+    assert lcodec_ext.get_num_threads() == 5
+    ours = [
+        info for info in threadpoolctl.threadpool_info() if info["internal_api"] == "lcodec_ext"
+    ]
+    assert [info["num_threads"] for info in ours] == [5]
+
+
+def test_threadpoolctl_limits_the_first_call_of_a_process():
+    output = python(
+        """
+        import lcodec_ext
+        from threadpoolctl import threadpool_limits
+
+        lcodec_ext.set_num_threads(3)
+        with threadpool_limits(limits=1):
+            print(lcodec_ext.get_num_threads())
+        print(lcodec_ext.get_num_threads())
+        """
+    )
+    assert output.split() == ["1", "3"]
+
+
+def test_workers_of_joblib_share_the_cpus(no_settings, tmp_path):
+    variables = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    output = python(
+        """
+        import joblib, lcodec_ext
+
+        calls = (joblib.delayed(lcodec_ext.get_num_threads)() for _ in range(2))
+        with joblib.parallel_config("loky", inner_max_num_threads=1):
+            print(joblib.Parallel(2)(calls))
+        """,
+        env=variables,
+    )
+    assert output == "[1, 1]"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/\n", {"cpu.max": "10000 100000\n"}, 1),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "200000 100000"}, 2),
+        ("0::/not/seen/here\n", {"cpu.max": "400000 100000"}, 4),
+        (
+            "5:memory:/m\n4:cpu,cpuacct:/c\n0::/\n",
+            {"cpu/c/cpu.cfs_quota_us": "250000", "cpu/c/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        (
+            "1:cpu:/\n",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            None,
+        ),
+        ("0::/\n", {"cpu.max": "what"}, None),
+        ("", {}, None),
+    ],
+)
+def test_the_quota_of_a_container(tmp_path, groups, files, quota):
+    (tmp_path / "proc").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    assert _threads._quota(tmp_path / "proc", tmp_path / "fs") == quota
+    assert _threads._quota(tmp_path / "missing", tmp_path / "fs") is None

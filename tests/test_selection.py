@@ -250,6 +250,26 @@ def test_dependence_graph(rng):
         lcodec_ext.dependence_graph(frame, standardize="no")
 
 
+def test_a_graph_prints_what_depends_on_what(rng):
+    a, b = rng.normal(size=(2, 300))
+    table = pd.DataFrame({"a": a, "b": b, "a b": a * b, "noise": rng.normal(size=300)})
+    graph = lcodec_ext.dependence_graph(table, min_gain=0.1)
+    head, *lines = repr(graph).split("\n")
+    count = int(graph.adjacency.sum())
+    assert head == (f"DependenceGraph: {count} of 12 dependences between 4 columns, on 300 rows")
+    assert [line.split(" depends on ")[0].strip() for line in lines] == list(
+        map(repr, table.columns)
+    )
+    result = graph.results[2]
+    assert lines[2].startswith(f"  'a b' depends on {table.columns[result.ordering[0]]!r} (")
+    assert f"({result.conditional[0]:.4f})" in lines[2]
+    assert lines[3] == "  'noise' depends on none"
+    wide = repr(lcodec_ext.dependence_graph(rng.normal(size=(30, 25))))
+    assert "column 3 depends on " in wide
+    assert wide.endswith("  ... and 5 more columns")
+    assert len(wide.split("\n")) == 22
+
+
 def test_dependence_graph_with_a_constant_column(rng):
     X = np.column_stack([rng.normal(size=(40, 2)), np.ones(40)])
     with pytest.warns(UserWarning, match="column 2 of X is constant") as caught:

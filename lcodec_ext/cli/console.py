@@ -129,7 +129,8 @@ def add_threads(parser: Any) -> None:
         "--threads",
         type=integer(1, 1024),
         metavar="N",
-        help="threads; results do not depend on it (default: LCODEC_NUM_THREADS, or all cores)",
+        help="threads; results do not depend on it (default: LCODEC_NUM_THREADS, "
+        "OMP_NUM_THREADS, or the CPUs that the process may use)",
     )
 
 

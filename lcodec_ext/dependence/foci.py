@@ -388,7 +388,7 @@ class _Task:
                 # columns without a gain are compared only if one of them must be taken
                 floor = response.floor(m) if self.stop else 0
                 leaders = _leaders(engine, np.array(candidates), floor, self.progress, bar)
-                best, m_best = _best(engine, response, *leaders) or (-1, m)
+                best, m_best = _best(engine, *leaders, response.unconditional) or (-1, m)
                 T = response.unconditional(m_best)
                 gain = T - response.unconditional(m)
                 if self.stop and gain <= Fraction(self.min_gain):
@@ -496,12 +496,12 @@ def _leaders(
 
 def _best(
     engine: Any,
-    response: Any,
     columns: NDArray[np.int64],
     whole: NDArray[np.int64],
     fraction: NDArray[np.int64],
+    value: Callable[[Any], Fraction] = Fraction,
 ) -> tuple[int, Any] | None:
-    """The leader with the largest T, the lowest index on equality, and its exact sum.
+    """The leader whose exact sum has the largest value, the lowest on equality, and that sum.
 
     None if there are no leaders.
     """
@@ -510,5 +510,5 @@ def _best(
     if (fraction == 0).all():  # exact, and so equal
         return int(columns.min()), Fraction(int(whole[0]))
     sums = {int(column): engine.exact_sum(int(column)) for column in np.sort(columns)}
-    best = max(sums, key=lambda column: response.unconditional(sums[column]))
+    best = max(sums, key=lambda column: value(sums[column]))
     return best, sums[best]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._checks import check_bool, check_choice
+from lcodec_ext._checks import check_bool, check_choice, first_few
 from lcodec_ext._progress import progress_bar
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
@@ -22,10 +22,12 @@ from lcodec_ext.dependence.scaling import (
 )
 from lcodec_ext.dependence.table import as_features, clean_rows
 
+_SHOWN = 20  # columns that are printed
+
 
 @dataclass(frozen=True, eq=False)
 class DependenceGraph:
-    """Which columns FOCI selects for which.
+    """Which columns FOCI selects for which. Prints a line for each response column.
 
     Attributes
     ----------
@@ -43,6 +45,27 @@ class DependenceGraph:
     weights: NDArray[np.float64]
     results: list[FociResult]
     names: list[str] | None
+
+    def __repr__(self) -> str:
+        p, n = len(self.results), self.results[0].n_samples
+        lines = [
+            f"DependenceGraph: {int(self.adjacency.sum()):,} of {p * (p - 1):,} dependences "
+            f"between {p:,} columns, on {n:,} rows"
+        ]
+        for i, result in enumerate(self.results[:_SHOWN]):
+            found = [
+                f"{self._label(j)} ({T:.4f})"
+                for j, T in zip(result.ordering, result.conditional, strict=True)
+            ]
+            lines.append(
+                f"  {self._label(i)} depends on {first_few(found, 8) if found else 'none'}"
+            )
+        if p > _SHOWN:
+            lines.append(f"  ... and {p - _SHOWN:,} more columns")
+        return "\n".join(lines)
+
+    def _label(self, column: int) -> str:
+        return f"column {column}" if self.names is None else repr(self.names[column])
 
 
 def dependence_graph(
