@@ -221,6 +221,24 @@ def test_codec_options(run, rng, options, settings):
     assert json.loads(out)["T"] == lcodec_ext.codec(y, z, **settings)
 
 
+def test_decimals_make_ties_of_the_unit_on_paper(run, rng):
+    counts = rng.integers(20, 60, (3, 90))
+    y = counts.sum(axis=0)
+    path = write_csv("mm.csv", ["y", "a", "b", "c"], [y, *counts / 10])
+    command = ["codec", path, "--y", "y", "--z", "a,b", "--x", "c", "--json"]
+    _, out, _ = run(*command, "--decimals", "1")
+    found = json.loads(out)
+    assert found["T"] == lcodec_ext.codec(y, counts[:2].T, counts[2])
+    assert found["options"]["decimals"] == 1
+    assert json.loads(run(*command)[1])["T"] != found["T"]
+    _, out, _ = run("foci", path, "--y", "y", "--json", "--decimals", "1")
+    expected = lcodec_ext.foci(counts.T, y)
+    assert [step["T"] for step in json.loads(out)["selected"]] == expected.cumulative.tolist()
+    status, _, error = run(*command, "--decimals", "0")
+    assert status == 2
+    assert "has more than 0 decimals" in error
+
+
 def test_noise_makes_it_lcodec(run, table, data):
     X, y = data
     command = ["codec", table, "--y", "y", "--z", "x1", "--x", "x4", "--json", "--noise", "0.1"]
@@ -329,6 +347,8 @@ def test_columns_that_are_not_there(refused, table):
         ("codec table.csv --y y --z x1,x1", "names column 'x1' twice"),
         ("codec table.csv --y y --z x1,", "expected names of columns"),
         ("codec table.csv --y y --z x1 --noise-scale relative", "needs --noise SD"),
+        ("codec table.csv --y y --z x1 --noise 1 --decimals 1", "--decimals goes without --noise"),
+        ("foci table.csv --y y --decimals 1.5", "expected an integer from 0 to 15; got '1.5'"),
         ("foci table.csv --y y --columns y,x1", "--columns names 'y', which is the response"),
         ("foci table.csv --y y --columns x1 --exclude x2", "not allowed with"),
         ("foci table.csv --y y --exclude x1 --preselected x1", "both name column 'x1'"),

@@ -170,6 +170,13 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         "(default: average)",
     )
     group.add_argument(
+        "--decimals",
+        type=integer(0, 15),
+        metavar="N",
+        help="how many decimals the columns have: ties then do not depend on their unit (default: "
+        "distances are those of floats, where 0.3 - 0.2 and 0.2 - 0.1 differ)",
+    )
+    group.add_argument(
         "--noise",
         type=number(),
         metavar="SD",
@@ -292,7 +299,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     }
     with timed(seconds, "compute"):
         if options.noise is None:
-            value = codec(y, z, x, **settings)
+            value = codec(y, z, x, **settings, **_decimals(options))
         else:
             value = lcodec(y, z, x, **settings, **_noise(options))
     omitted = _Omitted(table)
@@ -306,7 +313,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
         "n_samples": n,
         **omitted.record(),
         "classes": labels,
-        "options": settings | _noise(options),
+        "options": settings | _decimals(options) | _noise(options),
         "seconds": seconds,
     }
     given = f" | {', '.join(options.x)}" if options.x else ""
@@ -351,7 +358,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
     }
     with timed(seconds, "compute"):
         if options.noise is None:
-            found = foci(X, y, progress=console.progress, **settings)
+            found = foci(X, y, progress=console.progress, **settings, **_decimals(options))
         else:
             found = lfoci(X, y, progress=console.progress, **settings, **_noise(options))
     result = {
@@ -365,7 +372,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "classes": labels,
         "n_features": found.n_features,
         "left_out": left_out,
-        "options": settings | _noise(options),
+        "options": settings | _decimals(options) | _noise(options),
         "seconds": seconds,
     }
     if options.output:
@@ -381,10 +388,16 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
 def _check(options: argparse.Namespace) -> None:
     if options.noise_scale and options.noise is None:
         raise InputError(f"--noise-scale {options.noise_scale} needs --noise SD")
+    if options.decimals is not None and options.noise is not None:
+        raise InputError("--decimals goes without --noise, which leaves no ties")
     if options.threads:
         from lcodec_ext import set_num_threads
 
         set_num_threads(options.threads)
+
+
+def _decimals(options: argparse.Namespace) -> dict[str, Any]:
+    return {} if options.decimals is None else {"decimals": options.decimals}
 
 
 def _noise(options: argparse.Namespace) -> dict[str, Any]:
