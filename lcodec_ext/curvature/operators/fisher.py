@@ -71,7 +71,7 @@ class FisherOperator(ModelOperator):
         *,
         kind: Literal["empirical", "model"] = "empirical",
         damping: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         reduction: Literal["mean", "sum"] = "mean",
         dtype: torch.dtype | None = None,
         progress: bool = False,
@@ -149,6 +149,7 @@ class RestrictedFisher(CurvatureOperator):
                 "selection must be part of the operator's; that lacks "
                 f"{int((columns < 0).sum()):,} of its {len(columns):,} parameters"
             )
+        self.decay = None if whole.decay is None else whole.decay[columns]
         breaks = (columns.diff() != 1).nonzero()[:, 0] + 1
         starts = torch.cat([breaks.new_zeros(1), breaks])
         lengths = torch.cat([breaks, breaks.new_tensor([len(columns)])]) - starts
