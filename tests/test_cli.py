@@ -581,7 +581,9 @@ def test_paths_that_are_no_table(refused, here):
     assert "ends in '.xlsx'" in refused("codec", write("a.xlsx", ""), *command)
     message = refused("codec", write("a.npz", ""), *command, "--no-header")
     assert "--no-header is for CSV and TSV" in message
-    assert "one character, or tab; got '::'" in refused("codec", "a", *command, "--delimiter", "::")
+    assert "one character, tab or space; got '::'" in refused(
+        "codec", "a", *command, "--delimiter", "::"
+    )
 
 
 def test_csv_and_parquet_need_pyarrow(refused, monkeypatch):
@@ -707,6 +709,17 @@ def test_files_without_a_known_suffix(refused):
     Path("book.csv").write_bytes(Path("a.npz").read_bytes())
     with pytest.raises(tables.TableError, match="holds no text but a ZIP archive, as .npz and .xl"):
         read("book.csv")
+
+
+def test_columns_aligned_by_blanks(run):
+    text = ' a   b  note\n 1  -2.5\t"a b  c"\r\n3e10\t .1   "d e" \n\n'
+    assert read(write("a.data", text), "a", "b", delimiter=" ") == PLAIN
+    path = write("b.data", "  0.5  1  2\n 10.25 2  1 \n  7.0  3 10\n")
+    status, _, err = run("codec", path, "--y", "0", "--z", "1", "--delimiter", "space")
+    assert status == 2
+    assert "its columns are '0.5', '1', '2' (no header? pass --no-header)" in err
+    command = ["codec", path, "--y", "0", "--z", "1", "--delimiter", "space", "--no-header"]
+    assert run(*command)[0] == 0
 
 
 def test_pipes(run):

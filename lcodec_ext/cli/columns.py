@@ -146,6 +146,13 @@ def is_missing(values: NDArray) -> NDArray[np.bool_]:
     return np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
 
 
+def headless(names: Sequence[str]) -> str:
+    """A hint where names in the first line are numbers, as those of a row are."""
+    if any(re.fullmatch(r"[+-]?\d+\.\d+(e[+-]?\d+)?", name, re.IGNORECASE) for name in names):
+        return " (no header? pass --no-header)"
+    return ""
+
+
 def label_of(path: str) -> str:
     """A file's name for messages."""
     return "standard input" if path == "-" else path

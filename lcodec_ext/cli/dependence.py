@@ -208,7 +208,11 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         help="rows with missing values: an error, or left out (default: raise)",
     )
     add_threads(group)
-    group = parser.add_argument_group("CSV and TSV")
+    _add_text(parser.add_argument_group("CSV and TSV"))
+    add_common(parser)
+
+
+def _add_text(group: Any) -> None:
     group.add_argument(
         "--no-header", action="store_true", help="no names in the first line: columns are 0, 1, ..."
     )
@@ -216,7 +220,8 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         "--delimiter",
         type=_delimiter,
         metavar="CHARACTER",
-        help="between cells, or the word tab (default: by the file's suffix)",
+        help="between cells, or the words tab, or space for any number of blanks (default: by the "
+        "file's suffix)",
     )
     group.add_argument(
         "--na",
@@ -239,7 +244,6 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         metavar="CHARACTER",
         help="between groups of three digits (default: none)",
     )
-    add_common(parser)
 
 
 def names(text: str) -> list[str]:
@@ -266,9 +270,9 @@ def _character(text: str) -> str:
 
 
 def _delimiter(text: str) -> str:
-    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    text = {"tab": "\t", "\\t": "\t", "space": " "}.get(text, text)
     if len(text) != 1 or text in '"\r\n':
-        raise argparse.ArgumentTypeError(f"expected one character, or tab; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected one character, tab or space; got {text!r}")
     return text
 
 
@@ -520,6 +524,8 @@ def _without(options: argparse.Namespace, columns: list[str]) -> str:
 
 def _find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
     """The wanted columns, if the table has them."""
+    from lcodec_ext.cli.columns import headless
+
     known = set(names)
     for option, columns in wanted.items():
         for name in columns:
@@ -530,7 +536,7 @@ def _find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
                 which = "the nearest names are" if near else "its columns are"
                 raise InputError(
                     f"{option} names column {name!r}, and the table has no such column; "
-                    f"{which} {shown}{more}"
+                    f"{which} {shown}{more}{headless(names)}"
                 )
     return [name for columns in wanted.values() for name in columns]
 

@@ -19,6 +19,7 @@ from lcodec_ext.cli.columns import (
     TableError,
     Unusable,
     UnusableColumnsError,
+    headless,
     is_missing,
     label_of,
     listed,
@@ -70,7 +71,8 @@ def read_table(
     header : bool, default True
         Whether the first line of a CSV or TSV file has the names. Otherwise they are "0", "1", ...
     delimiter, na_values, decimal, thousands
-        Of text, as in ``pandas.read_csv``. The delimiter is that of the suffix by default.
+        Of text, as in ``pandas.read_csv``. The delimiter is that of the suffix by default; " " is
+        any number of blanks and tabs.
     numeric_only : collection of str, optional
         Leave out columns that cannot be used, but for these.
     response : str, optional
@@ -129,6 +131,7 @@ def _read(
         if counts[name] > 1:
             raise TableError(
                 f"{label}: {counts[name]} columns are named {name!r}; expected different names"
+                f"{headless(names)}"
             )
     found = dict(zip(wanted, reader.load([places[name] for name in wanted]), strict=True))
     y = response or ""

@@ -51,6 +51,8 @@ class TextReader:
     ) -> None:
         self._arrow = need_pyarrow(source.label)
         source.decode()
+        if delimiter == " ":
+            source.squeeze()
         # Text is read up to three times: for the names, the numbers, and a mistake among them.
         self._source, self._label, self._header = source, source.label, header
         self._delimiter, self._checked = delimiter, False
