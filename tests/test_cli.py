@@ -658,6 +658,12 @@ def test_a_cell_that_spans_lines_is_warned_of():
         assert read(write("a.csv", text), "x") == [[1], [2], [3]]
     with pytest.warns(UserWarning, match="line 1: a quoted cell goes on to line 2"):
         assert read(write("a.csv", 'a,"b\nc"\n1,2\n'), "b\nc") == [[2]]
+    prose = '"one, two\nthree, four\nfive, six"'
+    with pytest.warns(UserWarning, match="line 2: .* to line 4"):
+        assert read(write("a.csv", f"note,x\n{prose},1\nno,2\n"), "x") == [[1], [2]]
+    swallowed = "\n".join(["note,x", '"a,1', *(f"b{k},{k}" for k in range(9)), 'c",2', "d,3"])
+    with pytest.raises(tables.TableError, match="line 2: .* to line 12, and the lines between"):
+        read(write("a.csv", swallowed), "x")
     with pytest.raises(tables.TableError, match="line 1: .* no quote closes it"):
         read(write("a.csv", 'a,"b\n1,2\n'), "a")
     text = 'x,note\n1,"one line"\n\n2,say "hi"\n3,"""quoted"""\n'

@@ -7,6 +7,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._checks import counted
 from lcodec_ext.cli.columns import EXACT_INTEGER, TableError, Unusable, not_numbers, rounded
 from lcodec_ext.cli.sources import Source, need_pyarrow
 
@@ -99,7 +100,7 @@ class ArrayReader:
             if isinstance(values, np.ndarray):
                 first = first or (self.names[place], len(values))
                 if len(values) != first[1]:
-                    what = f" has {len(values)} rows and {first[0]!r} has {first[1]}"
+                    what = f" has {counted(len(values), 'row')} and {first[0]!r} has {first[1]}"
                     values = Unusable("", what, "columns must have one length")
             found.append(values)
         return found
