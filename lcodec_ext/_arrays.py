@@ -217,7 +217,7 @@ def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
             )
 
 
-_TEXT = ("categor", "enum", "dictionary", "str", "utf8", "object", "binary")
+_TEXT = ("categor", "enum", "dictionary", "str", "utf8", "binary")
 
 
 def class_codes(value: Any) -> tuple[NDArray, bool] | None:
@@ -239,7 +239,7 @@ def class_codes(value: Any) -> tuple[NDArray, bool] | None:
         kind = value.dtype
     if isinstance(kind, np.dtype) and kind.kind not in "USO":
         return None
-    if not any(word in str(kind).lower() for word in (*_TEXT, "<u", ">u", "|s")):
+    if not any(word in str(kind).lower() for word in (*_TEXT, "object", "<u", ">u", "|s")):
         return None
     if getattr(kind, "ordered", False) is True and hasattr(value, "isna"):  # pandas
         codes = np.asarray(getattr(value, "cat", value).codes)
