@@ -73,6 +73,8 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
     tensors : bool, optional
         Whether tensors stay tensors. By default those on a CUDA device do.
     """
+    if type(value) is np.ndarray:  # of one type, and so quickly done
+        return _real(value, name), None
     if value is None:
         raise ValueError(f"{name} must be an array of numbers; got None")
     if is_tensor(value):
@@ -225,11 +227,14 @@ def class_codes(value: Any) -> tuple[NDArray, bool] | None:
 
     None for anything else. Codes of ordered categories are in their order.
     """
-    frame = None if value is None or is_tensor(value) else _frame(value)
-    if frame is not None and len(frame[1]) == 1:
-        (value,) = frame[1]
-    if value is None or is_tensor(value) or (frame and len(frame[1]) != 1):
+    plain = isinstance(value, np.ndarray) and value.dtype.kind not in "USO"
+    if plain or value is None or is_tensor(value):
         return None
+    frame = _frame(value)
+    if frame is not None:
+        if len(frame[1]) != 1:
+            return None
+        (value,) = frame[1]
     kind = getattr(value, "dtype", getattr(value, "type", None))
     if kind is None:
         try:
