@@ -101,6 +101,12 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
     return np.column_stack(columns), names
 
 
+def refuse_columns(value: Any, name: str) -> None:
+    """Refuse a data frame with columns that are not numbers; leave arrays to others."""
+    if type(value).__name__ == "LazyFrame" or _frame(value) is not None:
+        as_array(value, name, tensors=False)
+
+
 def refuse_merged(column: NDArray, label: str, beside: str = "") -> None:
     """Refuse a column whose numbers float64 may merge."""
     if beyond_float64(column):
@@ -135,7 +141,8 @@ def _column(value: Any, label: str) -> NDArray:
         values, missing = _pandas_column(value, label)
     elif polars is not None and isinstance(value, polars.Series):
         kind = value.dtype
-        if kind.is_decimal() or not (kind.is_numeric() or kind == polars.Boolean):
+        exact = kind.is_decimal() or "128" in str(kind)  # NumPy has no such integers
+        if exact or not (kind.is_numeric() or kind == polars.Boolean):
             raise _not_numbers(label, str(kind))
         missing = value.is_null().to_numpy()
         values = value.fill_null(False if kind == polars.Boolean else 0).to_numpy()
@@ -278,6 +285,7 @@ _ADVICE = {  # for words in a dtype's or a type's name
     ("date", "time", "duration", "period"): "pass the number that is meant, such as days since "
     "a day of your choice",
     ("decimal",): "convert them to floats first",
+    ("int128",): "convert them to 64 bits first, as far as they fit",
     ("sparse",): "make the column dense first",
     ("(float", "(int", "(bool"): "convert them first, with astype(float) or astype('int64')",
     ("none", "null"): "leave the column out: it is empty",

@@ -581,7 +581,9 @@ def test_paths_that_are_no_table(refused, here):
     assert "ends in '.xlsx'" in refused("codec", write("a.xlsx", ""), *command)
     message = refused("codec", write("a.npz", ""), *command, "--no-header")
     assert "--no-header is for CSV and TSV" in message
-    assert "one character, or tab; got '::'" in refused("codec", "a", *command, "--delimiter", "::")
+    assert "one character, tab or space; got '::'" in refused(
+        "codec", "a", *command, "--delimiter", "::"
+    )
 
 
 def test_csv_and_parquet_need_pyarrow(refused, monkeypatch):
@@ -656,6 +658,12 @@ def test_a_cell_that_spans_lines_is_warned_of():
         assert read(write("a.csv", text), "x") == [[1], [2], [3]]
     with pytest.warns(UserWarning, match="line 1: a quoted cell goes on to line 2"):
         assert read(write("a.csv", 'a,"b\nc"\n1,2\n'), "b\nc") == [[2]]
+    prose = '"one, two\nthree, four\nfive, six"'
+    with pytest.warns(UserWarning, match="line 2: .* to line 4"):
+        assert read(write("a.csv", f"note,x\n{prose},1\nno,2\n"), "x") == [[1], [2]]
+    swallowed = "\n".join(["note,x", '"a,1', *(f"b{k},{k}" for k in range(9)), 'c",2', "d,3"])
+    with pytest.raises(tables.TableError, match="line 2: .* to line 12, and the lines between"):
+        read(write("a.csv", swallowed), "x")
     with pytest.raises(tables.TableError, match="line 1: .* no quote closes it"):
         read(write("a.csv", 'a,"b\n1,2\n'), "a")
     text = 'x,note\n1,"one line"\n\n2,say "hi"\n3,"""quoted"""\n'
@@ -707,6 +715,17 @@ def test_files_without_a_known_suffix(refused):
     Path("book.csv").write_bytes(Path("a.npz").read_bytes())
     with pytest.raises(tables.TableError, match="holds no text but a ZIP archive, as .npz and .xl"):
         read("book.csv")
+
+
+def test_columns_aligned_by_blanks(run):
+    text = ' a   b  note\n 1  -2.5\t"a b  c"\r\n3e10\t .1   "d e" \n\n'
+    assert read(write("a.data", text), "a", "b", delimiter=" ") == PLAIN
+    path = write("b.data", "  0.5  1  2\n 10.25 2  1 \n  7.0  3 10\n")
+    status, _, err = run("codec", path, "--y", "0", "--z", "1", "--delimiter", "space")
+    assert status == 2
+    assert "its columns are '0.5', '1', '2' (no header? pass --no-header)" in err
+    command = ["codec", path, "--y", "0", "--z", "1", "--delimiter", "space", "--no-header"]
+    assert run(*command)[0] == 0
 
 
 def test_pipes(run):
@@ -856,7 +875,7 @@ def test_all_unusable_columns_are_told_at_once(run, refused, rng):
         assert (status, sorted(json.loads(out)["left_out"])) == (0, sorted(unusable))
         assert "--numeric-only leaves out 4 columns" in err
         assert json.loads(out)["n_features"] == 1
-        assert "column 'maker'" in refused("foci", path, "--y", "maker", "--numeric-only")
+        assert "column 'id'" in refused("foci", path, "--y", "id", "--numeric-only")
         message = refused("foci", path, "--y", "y", "--preselected", "empty", "--numeric-only")
         assert "column 'empty' is empty: all its values are missing" in message
         _, _, err = run("foci", path, "--y", "y", "--columns", "empty,id", "--numeric-only")
@@ -865,6 +884,53 @@ def test_all_unusable_columns_are_told_at_once(run, refused, rng):
         message = refused("codec", path, "--y", "y", "--z", "empty", "--nan-policy", "omit")
         assert "column 'empty' is empty" in message
     assert "'maker' (row 1: 'Acura' is not a number)" in refused("foci", "a.csv", "--y", "y")
+
+
+def test_text_in_y_is_classes(run, refused, rng):
+    import pandas as pd
+
+    x = rng.random(90)
+    kind = np.array(["ant", "bee", "cow"])[(3 * x).astype(int)]
+    frame = pd.DataFrame({"x": x, "kind": kind, "code": (3 * x).astype(int)})
+    frame.to_csv("a.csv", index=False)
+    frame.to_csv("a.tsv", index=False, sep="\t", quoting=csv.QUOTE_NONNUMERIC)
+    frame.to_parquet("text.parquet")
+    frame.astype({"kind": "category"}).to_parquet("a.parquet")
+    np.savez("a.npz", x=x, kind=kind)
+    expected = lcodec_ext.codec(kind, x)
+    assert expected != lcodec_ext.codec(frame["code"], x)
+    for path in ("a.csv", "a.tsv", "a.parquet", "text.parquet", "a.npz"):
+        status, out, err = run("codec", path, "--y", "kind", "--z", "x", "--json")
+        assert (status, json.loads(out)["T"]) == (0, expected)
+        assert json.loads(out)["classes"] == ["ant", "bee", "cow"]
+        assert err == "kind holds 3 classes without an order: ant, bee, cow\n"
+        assert "column 'kind'" in refused("codec", path, "--y", "x", "--z", "kind")
+        _, out, _ = run("foci", path, "--y", "kind", "--columns", "x", "--json")
+        assert json.loads(out)["selected"][0]["T"] == expected
+    command = ["codec", "a.csv", "--y", "code", "--z", "x", "--json"]
+    assert json.loads(run(*command)[1])["T"] == lcodec_ext.codec(frame["code"], x)
+    status, out, err = run(*command, "--classes")
+    assert json.loads(out)["T"] == expected
+    assert err == "code holds 3 classes without an order: 0, 1, 2\n"
+
+
+def test_missing_labels(run, refused):
+    text = "kind,x\n" + "".join(f"{'ab'[k % 2]},{k % 7}\n" for k in range(20))
+    path = write("a.csv", text + "NA,3\n,4\n ? ,5\n")
+    command = ["codec", path, "--y", "kind", "--z", "x"]
+    assert "row 21, column 'kind': a missing value" in refused(*command)
+    _, out, _ = run(*command, "--nan-policy", "omit", "--na", "?", "--json")
+    found = json.loads(out)
+    assert (found["classes"], found["n_samples"], found["n_omitted"]) == (["a", "b"], 20, 3)
+    _, out, err = run(*command, "--nan-policy", "omit", "--json")
+    assert "3 classes without an order: ?, a, b" in err
+
+
+def test_a_typo_among_numbers_makes_no_classes(refused):
+    path = write("a.csv", "y,x\n1,1\n2,2\n?,3\n1,4\n2,5\n")
+    assert "row 3, column 'y': '?' is not a number" in refused(
+        "codec", path, "--y", "y", "--z", "x"
+    )
 
 
 def test_the_index_of_a_pandas_frame_is_no_candidate(run, rng):

@@ -218,3 +218,57 @@ def test_classes_can_be_asked_for_and_refused(data):
         FOCISelector(classes="no").fit(X, grades.astype(str))
     with pytest.raises(ValueError, match="NaN"):
         FOCISelector().fit(X, ["a", "b", None, "c"] * 50)
+
+
+def other_columns():
+    """Tables with a column that is not numbers, by what messages say of it."""
+    import datetime
+
+    import pyarrow as pa
+
+    x = np.arange(40.0)
+    days = [datetime.date(2020, 1, 1) + datetime.timedelta(days=k % 7) for k in range(40)]
+    lasting = [datetime.timedelta(seconds=k) for k in range(40)]
+    return {
+        "objects .date.": pd.DataFrame({"x": x, "c": days}),
+        "datetime64": pd.DataFrame({"x": x, "c": pd.to_datetime(days)}),
+        "timedelta64": pd.DataFrame({"x": x, "c": pd.to_timedelta(lasting)}),
+        "Sparse": pd.DataFrame({"x": x, "c": pd.arrays.SparseArray(x)}),
+        "date32": pa.table({"x": x, "c": days}),
+        "duration": pa.table({"x": x, "c": lasting}),
+        "decimal128": pa.table({"x": x, "c": pa.array(range(40)).cast(pa.decimal128(21, 2))}),
+        "string": pa.table({"x": x, "c": ["a", "b"] * 20}),
+        "categorical": pd.DataFrame({"x": x, "c": pd.Categorical(["a", "b"] * 20)}),
+    }
+
+
+@pytest.mark.parametrize("what", other_columns())
+def test_columns_that_are_not_numbers_are_named(what):
+    """scikit-learn would take dates, durations and decimals for numbers."""
+    table, y = other_columns()[what], np.arange(40)
+    for call in (
+        lambda: FOCISelector().fit(table, y),
+        lambda: foci(table, y),
+        lambda: lcodec_ext.codec(y, table),
+        lambda: lcodec_ext.nearest_neighbors(table),
+        lambda: lcodec_ext.dependence_graph(table),
+    ):
+        with pytest.raises(ValueError, match=f"column 'c' .index 1. of [Xz] .*{what}.*(; |: ).*"):
+            call()
+
+
+class LazyFrame:
+    """As polars has it, without data."""
+
+    def collect_schema(self):
+        return {"x": "Float64"}
+
+
+def test_a_lazy_frame_is_to_be_collected():
+    for call in (
+        lambda: FOCISelector().fit(LazyFrame(), np.arange(40)),
+        lambda: foci(LazyFrame(), np.arange(40)),
+        lambda: lcodec_ext.codec(LazyFrame(), np.arange(40)),
+    ):
+        with pytest.raises(ValueError, match=r"[Xy] is a LazyFrame.*pass [Xy].collect\(\)"):
+            call()

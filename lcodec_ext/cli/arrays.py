@@ -7,6 +7,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._checks import counted
 from lcodec_ext.cli.columns import EXACT_INTEGER, TableError, Unusable, not_numbers, rounded
 from lcodec_ext.cli.sources import Source, need_pyarrow
 
@@ -34,6 +35,17 @@ class ParquetReader:
         except (self._arrow.ArrowException, OSError) as error:
             raise TableError(f"{self._label} cannot be read as Parquet: {error}") from None
         return [self._numbers(table.column(name)) for name in names]
+
+    def labels(self, place: int) -> list[str | None]:
+        """A column of strings or categories; nothing for other types."""
+        column = self._file.read(columns=[self.names[place]]).column(self.names[place])
+        try:
+            text = column.cast(self._arrow.string())
+        except self._arrow.ArrowException:
+            return []
+        kind = getattr(column.type, "value_type", column.type)  # that of a dictionary
+        is_text = self._arrow.types.is_string(kind) or self._arrow.types.is_large_string(kind)
+        return text.to_pylist() if is_text else []
 
     def _numbers(self, column: Any) -> NDArray | Unusable:
         types, kind = self._arrow.types, column.type
@@ -88,10 +100,22 @@ class ArrayReader:
             if isinstance(values, np.ndarray):
                 first = first or (self.names[place], len(values))
                 if len(values) != first[1]:
-                    what = f" has {len(values)} rows and {first[0]!r} has {first[1]}"
+                    what = f" has {counted(len(values), 'row')} and {first[0]!r} has {first[1]}"
                     values = Unusable("", what, "columns must have one length")
             found.append(values)
         return found
+
+    def labels(self, place: int) -> list[str | None]:
+        """An array of strings; nothing for other types."""
+        key, part = self._places[place]
+        if self._kind == "NPY":
+            return []
+        with np.load(self._source.for_numpy(), allow_pickle=False) as file:
+            try:
+                values = file[key] if part is None else file[key][:, part]
+            except ValueError:
+                return []
+        return values.tolist() if values.dtype.kind == "U" and values.ndim == 1 else []
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array, of which only the head is read; () where there is none."""

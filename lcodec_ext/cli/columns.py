@@ -78,6 +78,10 @@ class Reader(Protocol):
         """Some columns, by their places in ``names``."""
         ...
 
+    def labels(self, place: int) -> list[str | None]:
+        """A column as text, None where it is missing; nothing where it does not hold text."""
+        ...
+
 
 class Table:
     """Named columns of numbers, as the package's functions take data frames.
@@ -122,17 +126,31 @@ class Table:
         rows = np.zeros(len(self), dtype=bool)
         counts = {}
         for name, values in self._arrays.items():
-            if values.dtype.kind == "f" and (flags := np.isnan(values)).any():
+            if (flags := is_missing(values)).any():
                 rows |= flags
                 counts[name] = int(flags.sum())
         return int(rows.sum()), counts
 
     def first(self, test: Callable[[NDArray], NDArray]) -> str | None:
-        """Row (from 1) and column of the first number for which test is true."""
+        """Row (from 1) and column of the first value for which test is true."""
         for name, values in self._arrays.items():
-            if values.dtype.kind == "f" and (found := test(values)).any():
+            if (found := test(values)).any():
                 return f"row {int(found.argmax()) + 1}, column {name!r}"
         return None
+
+
+def is_missing(values: NDArray) -> NDArray[np.bool_]:
+    """Where a column of numbers has NaN, or one of labels None."""
+    if values.dtype.kind == "O":
+        return np.array([value is None for value in values], dtype=bool)
+    return np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
+
+
+def headless(names: Sequence[str]) -> str:
+    """A hint where names in the first line are numbers, as those of a row are."""
+    if any(re.fullmatch(r"[+-]?\d+\.\d+(e[+-]?\d+)?", name, re.IGNORECASE) for name in names):
+        return " (no header? pass --no-header)"
+    return ""
 
 
 def label_of(path: str) -> str:

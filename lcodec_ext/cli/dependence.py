@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lcodec_ext._checks import counted, first_few
 from lcodec_ext._files import write_atomically
@@ -40,8 +41,9 @@ tables:
   Parquet      needs pyarrow; the index of a pandas frame is no candidate
   -            standard input: CSV, or what its first bytes say
 Files may be compressed: .gz, .bz2, .xz, .zst, .lz4. Only the columns that are used must hold
-numbers. Empty cells, NA, NaN and null are missing; true and false are 1 and 0. Encode categories as
-numbers first. A name with blanks needs quotes: --y "sepal length".
+numbers. Empty cells, NA, NaN and null are missing; true and false are 1 and 0. Text in y makes it
+classes without an order; encode other categories as numbers first. A name with blanks needs quotes:
+--y "sepal length".
 """
 
 CODEC = """\
@@ -195,13 +197,22 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         help="of --noise and --ties random (default: 0)",
     )
     group.add_argument(
+        "--classes",
+        action="store_true",
+        help="y holds classes without an order, as text always does, also where it holds numbers",
+    )
+    group.add_argument(
         "--nan-policy",
         choices=("raise", "omit"),
         default="raise",
         help="rows with missing values: an error, or left out (default: raise)",
     )
     add_threads(group)
-    group = parser.add_argument_group("CSV and TSV")
+    _add_text(parser.add_argument_group("CSV and TSV"))
+    add_common(parser)
+
+
+def _add_text(group: Any) -> None:
     group.add_argument(
         "--no-header", action="store_true", help="no names in the first line: columns are 0, 1, ..."
     )
@@ -209,7 +220,8 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         "--delimiter",
         type=_delimiter,
         metavar="CHARACTER",
-        help="between cells, or the word tab (default: by the file's suffix)",
+        help="between cells, or the words tab, or space for any number of blanks (default: by the "
+        "file's suffix)",
     )
     group.add_argument(
         "--na",
@@ -232,7 +244,6 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         metavar="CHARACTER",
         help="between groups of three digits (default: none)",
     )
-    add_common(parser)
 
 
 def names(text: str) -> list[str]:
@@ -259,9 +270,9 @@ def _character(text: str) -> str:
 
 
 def _delimiter(text: str) -> str:
-    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    text = {"tab": "\t", "\\t": "\t", "space": " "}.get(text, text)
     if len(text) != 1 or text in '"\r\n':
-        raise argparse.ArgumentTypeError(f"expected one character, or tab; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected one character, tab or space; got {text!r}")
     return text
 
 
@@ -283,7 +294,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     seconds: dict[str, float] = {}
     wanted = {"--y": [options.y], "--z": options.z, "--x": options.x}
     table = _load(options, console, seconds, lambda known: _find(wanted, known))
-    y, z = table[options.y], table.select(options.z)
+    (y, labels), z = _response(table, options, console), table.select(options.z)
     x = table.select(options.x) if options.x else None
     settings: dict[str, Any] = {
         "ties": options.ties,
@@ -305,6 +316,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
         "T": value,
         "n_samples": n,
         **omitted.record(),
+        "classes": labels,
         "options": settings | _decimals(options) | _noise(options),
         "seconds": seconds,
     }
@@ -334,7 +346,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
     table = _load(options, console, seconds, lambda known: _candidates(options, known, console))
     if len(table.columns) == 1:
         raise InputError("no candidate is left: --numeric-only leaves them all out")
-    y, X = table[options.y], table.select(table.columns[1:])
+    (y, labels), X = _response(table, options, console), table.select(table.columns[1:])
     omitted, left_out = _Omitted(table), list(table.left_out)
     n = len(table) - omitted.rows
     del table
@@ -361,6 +373,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "base_T": found.base,
         "n_samples": n,
         **omitted.record(),
+        "classes": labels,
         "n_features": found.n_features,
         "left_out": left_out,
         "options": settings | _decimals(options) | _noise(options),
@@ -425,7 +438,13 @@ def _load(
     choose: "Choose",
 ) -> "Table":
     """The chosen columns; missing values only where they may be left out."""
-    from lcodec_ext.cli.tables import UnusableColumnsError, label_of, listed, read_table
+    from lcodec_ext.cli.tables import (
+        UnusableColumnsError,
+        is_missing,
+        label_of,
+        listed,
+        read_table,
+    )
 
     if options.thousands == options.decimal:
         raise InputError(
@@ -445,6 +464,7 @@ def _load(
                 decimal=options.decimal,
                 thousands=options.thousands,
                 numeric_only=only,
+                response=options.y,
             )
     except UnusableColumnsError as error:
         raise InputError(f"{error}{_without(options, list(error.problems))}") from None
@@ -453,18 +473,41 @@ def _load(
     if table.left_out:
         columns = counted(len(table.left_out), "column")
         console.note(f"--numeric-only leaves out {columns}: {listed(table.left_out)}")
-    if options.nan_policy == "raise" and (place := table.first(np.isnan)):
+    if options.nan_policy == "raise" and (place := table.first(is_missing)):
         omitted = _Omitted(table)
         raise InputError(
             f"{label_of(options.table)}, {place}: a missing value; pass --nan-policy omit to leave "
             f"out rows with missing values, {omitted.rows:,} of {omitted.n:,}: missing in "
             f"{omitted.where()}"
         )
-    if place := table.first(np.isinf):
+    if place := table.first(_is_infinite):
         raise InputError(
             f"{label_of(options.table)}, {place}: an infinite value; expected finite numbers"
         )
     return table
+
+
+def _is_infinite(values: NDArray) -> NDArray[np.bool_]:
+    return np.isinf(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
+
+
+def _response(
+    table: "Table", options: argparse.Namespace, console: Console
+) -> tuple[NDArray, list[str] | None]:
+    """y, and the labels where it holds classes; these are told."""
+    from lcodec_ext.cli.tables import is_missing
+
+    y = table[options.y]
+    if options.classes and y.dtype.kind != "O":
+        whole = [int(v) if v == v and v == int(v) else v for v in y.tolist()]
+        missing = is_missing(y)
+        y = np.array([None if m else str(v) for m, v in zip(missing, whole, strict=True)], object)
+    if y.dtype.kind != "O":
+        return y, None
+    labels = sorted({label for label in y if label is not None})
+    classes = counted(len(labels), "class", "classes")
+    console.note(f"{options.y} holds {classes} without an order: {first_few(labels, 5)}")
+    return y, labels
 
 
 def _without(options: argparse.Namespace, columns: list[str]) -> str:
@@ -481,6 +524,8 @@ def _without(options: argparse.Namespace, columns: list[str]) -> str:
 
 def _find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
     """The wanted columns, if the table has them."""
+    from lcodec_ext.cli.columns import headless
+
     known = set(names)
     for option, columns in wanted.items():
         for name in columns:
@@ -491,7 +536,7 @@ def _find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
                 which = "the nearest names are" if near else "its columns are"
                 raise InputError(
                     f"{option} names column {name!r}, and the table has no such column; "
-                    f"{which} {shown}{more}"
+                    f"{which} {shown}{more}{headless(names)}"
                 )
     return [name for columns in wanted.values() for name in columns]
 

@@ -5,6 +5,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -120,6 +121,16 @@ class Source:
                 self._data = self._read().decode(encoding).encode()
             except UnicodeError as error:
                 raise TableError(f"{self.label} is not {encoding.upper()}: {error}") from None
+
+    def squeeze(self) -> None:
+        """Make runs of blanks and tabs one blank, outside quotes; none at the ends of lines."""
+
+        def one(found: re.Match[bytes]) -> bytes:
+            text = found[0]
+            return text if text.startswith(b'"') else b"\n" if b"\n" in text else b" "
+
+        runs = rb'"[^"\n]*"|[ \t]*\r?\n[ \t]*|[ \t]+'
+        self._data = re.sub(runs, one, self._read().strip(b" \t"))
 
     def _head(self) -> bytes:
         with self.open() as file:

@@ -19,13 +19,23 @@ from lcodec_ext.cli.columns import (
     TableError,
     Unusable,
     UnusableColumnsError,
+    headless,
+    is_missing,
     label_of,
     listed,
 )
 from lcodec_ext.cli.sources import Source
 from lcodec_ext.cli.text import TextReader
 
-__all__ = ["Table", "TableError", "UnusableColumnsError", "label_of", "listed", "read_table"]
+__all__ = [
+    "Table",
+    "TableError",
+    "UnusableColumnsError",
+    "is_missing",
+    "label_of",
+    "listed",
+    "read_table",
+]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _READERS: dict[str, Callable[[Source], Reader]] = {
@@ -47,6 +57,7 @@ def read_table(
     decimal: str = ".",
     thousands: str | None = None,
     numeric_only: Collection[str] | None = None,
+    response: str | None = None,
 ) -> Table:
     """Read the chosen columns of a file.
 
@@ -60,9 +71,12 @@ def read_table(
     header : bool, default True
         Whether the first line of a CSV or TSV file has the names. Otherwise they are "0", "1", ...
     delimiter, na_values, decimal, thousands
-        Of text, as in ``pandas.read_csv``. The delimiter is that of the suffix by default.
+        Of text, as in ``pandas.read_csv``. The delimiter is that of the suffix by default; " " is
+        any number of blanks and tabs.
     numeric_only : collection of str, optional
         Leave out columns that cannot be used, but for these.
+    response : str, optional
+        A column that may hold text without numbers: labels, None where one is missing.
 
     Raises
     ------
@@ -98,11 +112,15 @@ def read_table(
         reader = TextReader(source, header, delimiter, na_values, decimal, thousands)
     else:
         reader = _READERS[suffix](source)
-    return _read(reader, source.label, choose, numeric_only)
+    return _read(reader, source.label, choose, numeric_only, response)
 
 
 def _read(
-    reader: Reader, label: str, choose: Choose, numeric_only: Collection[str] | None
+    reader: Reader,
+    label: str,
+    choose: Choose,
+    numeric_only: Collection[str] | None,
+    response: str | None,
 ) -> Table:
     names = [name.strip() or f"column {k}" for k, name in enumerate(reader.names)]
     places = {name: k for k, name in enumerate(names)}
@@ -113,8 +131,12 @@ def _read(
         if counts[name] > 1:
             raise TableError(
                 f"{label}: {counts[name]} columns are named {name!r}; expected different names"
+                f"{headless(names)}"
             )
     found = dict(zip(wanted, reader.load([places[name] for name in wanted]), strict=True))
+    y = response or ""
+    if isinstance(found.get(y), Unusable) and (labels := reader.labels(places[y])):
+        found[y] = np.array(labels, dtype=object)
     problems = {
         name: got if isinstance(got, Unusable) else _EMPTY
         for name, got in found.items()
@@ -128,6 +150,4 @@ def _read(
 
 
 def _is_empty(values: NDArray) -> bool:
-    if values.dtype.kind != "f" or not len(values) or not np.isnan(values[0]):
-        return False
-    return bool(np.isnan(values).all())
+    return len(values) > 0 and bool(is_missing(values[:1])[0]) and bool(is_missing(values).all())

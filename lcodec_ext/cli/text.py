@@ -51,6 +51,8 @@ class TextReader:
     ) -> None:
         self._arrow = need_pyarrow(source.label)
         source.decode()
+        if delimiter == " ":
+            source.squeeze()
         # Text is read up to three times: for the names, the numbers, and a mistake among them.
         self._source, self._label, self._header = source, source.label, header
         self._delimiter, self._checked = delimiter, False
@@ -90,6 +92,22 @@ class TextReader:
             if markers and isinstance(values, np.ndarray):
                 found[column] = np.where(np.isin(values, markers), math.nan, values)
         return [found[column] for column in columns]
+
+    def labels(self, place: int) -> list[str | None]:
+        """A column as text, None where it is missing; nothing where some cell is a number."""
+        words = [
+            None if cell is None else _unquoted(cell.strip())
+            for cell in self._text([self._given[place]]).column(0).to_pylist()
+        ]
+        labels = [None if word is None or not self._plain(word) else word for word in words]
+        return [] if any(label and self._is_number(label) for label in labels) else labels
+
+    def _is_number(self, cell: str) -> bool:
+        try:
+            float(self._plain(cell))
+        except ValueError:
+            return False
+        return True
 
     def _read_names(self) -> list[str]:
         """The columns' names as pyarrow has them."""
@@ -146,6 +164,11 @@ class TextReader:
 
     def _from_text(self, columns: list[str]) -> dict[str, NDArray | Unusable]:
         """Columns cell by cell, after pyarrow has refused them or rounded one."""
+        table = self._text(columns)
+        return {column: self._numbers(table.column(column)) for column in columns}
+
+    def _text(self, columns: list[str]) -> Any:
+        """Columns as they are written."""
         string = self._arrow.string()
         try:  # one thread knows the row of a mistake
             table = self._table(columns, string, use_threads=False, strings_can_be_null=True)
@@ -153,7 +176,7 @@ class TextReader:
             self._check_quotes(None)
             raise self._refusal(error) from None
         self._check_quotes(table.num_rows)
-        return {column: self._numbers(table.column(column)) for column in columns}
+        return table
 
     def _refusal(self, error: Exception) -> TableError:
         text = str(error)
@@ -245,7 +268,8 @@ class TextReader:
                 found = f"the quote that ends it, on line {last}, is not the end of a cell"
         else:
             marks = {line.count(self._delimiter) for line in lines[1:-1]}
-            if marks != {n_columns - 1} or n_columns < 3:
+            few = n_columns == 2 and len(lines) < 7  # a comma in each of few lines is prose, too
+            if marks != {n_columns - 1} or n_columns < 2 or few:
                 return
             found = "the lines between have as many cells as a row"
         raise TableError(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lcodec_ext._arrays import class_codes, refuse_converted
+from lcodec_ext._arrays import class_codes, refuse_columns, refuse_converted
 from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
@@ -103,7 +103,10 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         """Select features of X, of shape (n_samples, n_features), for at least 3 samples."""
         backend = resolve_on_cpu("FOCISelector", self.backend, X=X, y=y)
         check_choice(self.classes, "classes", ("auto", "yes", "no"))
+        refuse_columns(X, "X")  # scikit-learn takes dates for numbers
         found = class_codes(y)
+        if found is None:
+            refuse_columns(y, "y")
         if self.classes == "no" and found is not None and found[1]:
             raise ValueError("y holds strings or categories, and classes='no' expects numbers")
         given = X, y if found is None else found[0]

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from lcodec_ext._build import __version__
-from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed, counted
+from lcodec_ext._checks import check_bool, check_integer, check_seed, counted
 from lcodec_ext._progress import progress_bar
+from lcodec_ext._torch.decay import decay_of
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
@@ -276,7 +277,7 @@ def evaluate(
     retrained: Sequence[nn.Module] | Callable[[int], nn.Module] | None = None,
     methods: Mapping[str, Method] | Sequence[str] | None = None,
     n_retrain: int = 3,
-    weight_decay: float = 0.0,
+    weight_decay: Any = 0.0,
     seed: int = 0,
     batch_size: int = 256,
     score: Score | None = None,
@@ -323,8 +324,9 @@ def evaluate(
         names of `BASELINES` and `LITERATURE`, by default all of the former.
     n_retrain : int, default 3
         With a callable: how many models, from the seeds ``seed``, ``seed + 1``, ...
-    weight_decay : float, default 0.0
-        lambda of the trained objective, mean loss plus (lambda / 2) |w|^2.
+    weight_decay : float, Optimizer or mapping of str to float, default 0.0
+        lambda of the trained objective, mean loss plus (lambda / 2) |w|^2: one number, the
+        optimizer that trained the model, or numbers by parameter name (0 for the others).
     seed : int, default 0
     batch_size : int, default 256
         Most samples in one pass of the measurements.
@@ -392,12 +394,12 @@ def evaluate(
     ['no-op', 'retrained', 'L-BFGS', 'fine-tune SGD']
     """
     device, dtype = place(model)
+    weight_decay = decay_of(weight_decay, model)
     defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
     defaults |= {"validation": validation, "groups": groups}
     given = methods_of(methods, defaults)
     retrained = _checked_retrained(retrained)
     check_integer(n_retrain, "n_retrain", 1)
-    check_real(weight_decay, "weight_decay", 0)
     check_seed(seed, optional=False)
     check_integer(batch_size, "batch_size", 1)
     check_bool(relearn, "relearn")
@@ -411,7 +413,7 @@ def evaluate(
     sets = Sets(removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed)
     n_retrained = n_retrain if callable(retrained) else len(retrained)
     settings: dict[str, Any] = {
-        "weight_decay": float(weight_decay),
+        "weight_decay": weight_decay,
         "seed": int(seed),
         "batch_size": int(batch_size),
         "retrained_seeds": [seed + k for k in range(n_retrain)] if callable(retrained) else None,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.decay import Decay
 from lcodec_ext._torch.loss import LossFunction, mean_gradient, trainable
 from lcodec_ext._torch.modes import evaluating, place, plain_arithmetic, seeded
 from lcodec_ext._torch.predict import log_probabilities_of
@@ -48,7 +49,7 @@ def scrub(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     alpha: float = 0.5,
     gamma: float = 1.0,
     ascents: int = 2,
@@ -116,7 +117,7 @@ def selective_dampening(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     alpha: float = 10.0,
     dampening: float = 1.0,
     n_samples: int | None = 2000,
@@ -188,7 +189,7 @@ def random_labels(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     learning_rate: float = 0.01,
     epochs: int = 5,
     batch_size: int = 128,
@@ -225,7 +226,7 @@ def salun(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     share: float = 0.5,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -301,7 +302,7 @@ def bad_teacher(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     retain_share: float = 0.3,
     learning_rate: float = 1e-4,
     epochs: int = 1,
@@ -359,7 +360,7 @@ def cf_k(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     layers: int = 1,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -395,7 +396,7 @@ def eu_k(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     layers: int = 1,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -416,7 +417,7 @@ def _last_layers(
     retain: Any,
     loss_fn: LossFunction,
     seed: int,
-    weight_decay: float,
+    weight_decay: Decay,
     layers: int,
     learning_rate: float,
     epochs: int,
@@ -444,9 +445,7 @@ def _last_layers(
                 start_again(module)
         for parameter in frozen:
             parameter.requires_grad_(False)
-        steps = torch.optim.SGD(
-            list(last.values()), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
-        )
+        steps = sgd(tuned, learning_rate, weight_decay)
         descend(tuned, steps, epochs_of(samples, epochs, batch_size, seed), loss_fn)
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -461,7 +460,7 @@ def l1_sparse(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     gamma: float = 5e-4,
     learning_rate: float = 0.01,
     epochs: int = 5,

@@ -19,7 +19,15 @@ from torch import nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real
 from lcodec_ext._files import json_ready
-from lcodec_ext._torch.loss import LossFunction, is_much_worse, mean_loss, objective, trainable
+from lcodec_ext._torch.decay import Decay, groups_of, penalty
+from lcodec_ext._torch.loss import (
+    LossFunction,
+    is_much_worse,
+    mean_loss,
+    named_trainable,
+    objective,
+    trainable,
+)
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic, seeded
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.evaluation.literature import (
@@ -79,7 +87,7 @@ def fine_tune(
     seed: int = 0,
     *,
     optimizer: Literal["sgd", "adam"] = "sgd",
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     learning_rate: float | None = None,
     epochs: int = 5,
     batch_size: int = 128,
@@ -98,7 +106,8 @@ def fine_tune(
         Of the order of the samples, and of dropout.
     optimizer : {"sgd", "adam"}, default "sgd"
         SGD has momentum 0.9.
-    weight_decay : float, default 0.0
+    weight_decay : float or mapping of str to float, default 0.0
+        A mapping has it by parameter name, 0 for the others.
     learning_rate : float, optional
         By default 0.01 (SGD) or 0.001 (Adam), usual ones for the end of a training.
     epochs : int, default 5
@@ -126,7 +135,7 @@ def gradient_ascent(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     learning_rate: float = 0.01,
     epochs: int = 20,
     batch_size: int = 128,
@@ -154,7 +163,8 @@ def gradient_ascent(
     guard = guard.loaded()
     climber = copy.deepcopy(model)
     weights = trainable(climber)
-    steps = torch.optim.SGD(weights, lr=learning_rate, weight_decay=weight_decay, maximize=True)
+    groups = groups_of(weight_decay, named_trainable(climber))
+    steps = torch.optim.SGD(groups, lr=learning_rate, maximize=True)
     with evaluating(climber):
         start = mean_loss(climber, guard, loss_fn, batch_size)
         for batch in epochs_of(removed, epochs, batch_size, seed):
@@ -176,7 +186,7 @@ def neg_grad_plus(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     retain_weight: float = 0.95,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -227,7 +237,7 @@ def lbfgs(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     iterations: int = 20,
     n_samples: int | None = None,
     batch_size: int = 256,
@@ -269,8 +279,7 @@ def lbfgs(
         loss, gradient = objective(tuned, samples, loss_fn, weight_decay, batch_size)
         for weight, each in zip(weights, gradient, strict=True):
             weight.grad = each.to(weight.dtype)
-            loss += weight_decay / 2 * float(weight.detach().double().square().sum())
-        return loss
+        return loss + penalty(weight_decay, named_trainable(tuned))
 
     with evaluating(tuned), torch.enable_grad():
         if iterations:

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lcodec_ext._checks import check_integer, check_real, check_seed, counted
 from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
-from lcodec_ext._torch.loss import LossFunction, trainable
+from lcodec_ext._torch.decay import Decay, check_decay, groups_of
+from lcodec_ext._torch.loss import LossFunction, named_trainable
 from lcodec_ext._torch.modes import place
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 
@@ -63,14 +64,14 @@ def check_part(value: float, name: str) -> None:
 
 
 def check_budget(
-    seed: int, epochs: int, batch_size: int, weight_decay: float, learning_rate: float = 0.0
+    seed: int, epochs: int, batch_size: int, weight_decay: Decay, learning_rate: float = 0.0
 ) -> None:
     """Refuse what no baseline can do."""
     check_real(learning_rate, "learning_rate", 0)
     check_seed(seed, optional=False)
     check_integer(epochs, "epochs", 0)
     check_integer(batch_size, "batch_size", 1)
-    check_real(weight_decay, "weight_decay", 0)
+    check_decay(weight_decay)
 
 
 def epochs_of(
@@ -84,16 +85,15 @@ def epochs_of(
         yield from samples.batches(batch_size, order[: n // batch_size * batch_size or n])
 
 
-def sgd(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, learning_rate: float, weight_decay: Decay) -> torch.optim.Optimizer:
     """SGD with momentum 0.9."""
-    return torch.optim.SGD(
-        trainable(model), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
-    )
+    groups = groups_of(weight_decay, named_trainable(model))
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
 
 
-def adam(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def adam(model: nn.Module, learning_rate: float, weight_decay: Decay) -> torch.optim.Optimizer:
     """Adam, with weight decay in the gradient."""
-    return torch.optim.Adam(trainable(model), lr=learning_rate, weight_decay=weight_decay)
+    return torch.optim.Adam(groups_of(weight_decay, named_trainable(model)), lr=learning_rate)
 
 
 def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> Tensor:

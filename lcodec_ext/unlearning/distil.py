@@ -74,7 +74,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
     total = COPY.batches(len(retained))
 
     def loss_of(batch: Batch) -> Tensor:
-        return finite_loss(work.loss_fn, outputs_of(model, batch), batch.targets, "retain")
+        return finite_loss(work.loss_fn, outputs_of(model, batch), batch, "retain")
 
     def losses() -> Losses:
         for numbers in _draws(len(retained), BATCH, total, rng):
@@ -84,7 +84,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
         descend(
             work,
             model,
-            [p for p in model.parameters() if p.requires_grad],
+            {k: p for k, p in model.named_parameters() if p.requires_grad},
             losses(),
             total=total,
             rate=COPY.rate,
@@ -156,7 +156,7 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
 
     def loss_of(kept: Batch, removed: Batch, targets: Tensor) -> Tensor:
         outputs, led = _both(work.model, kept, removed)
-        loss = finite_loss(work.loss_fn, outputs, kept.targets, "retain")
+        loss = finite_loss(work.loss_fn, outputs, kept, "retain")
         return loss + _LED * _apart(block, led, targets)
 
     def losses() -> Losses:
@@ -167,7 +167,7 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
     descend(
         work,
         work.model,
-        [work.parameters[k] for k in block.layout.parameters],
+        {k: work.parameters[k] for k in block.layout.parameters},
         losses(),
         total=total,
         rate=how.rate,

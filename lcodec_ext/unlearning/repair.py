@@ -62,7 +62,7 @@ def repair(block: Block) -> None:
     seed = int(rng.integers(2**63))
 
     def loss_of(batch: Batch) -> Tensor:
-        return finite_loss(work.loss_fn, outputs_of(work.model, batch), batch.targets, "retain")
+        return finite_loss(work.loss_fn, outputs_of(work.model, batch), batch, "retain")
 
     def losses() -> Losses:
         for _ in range(settings.repair_epochs):
@@ -73,7 +73,7 @@ def repair(block: Block) -> None:
     descend(
         work,
         work.model,
-        [work.parameters[k] for k in block.layout.parameters],
+        {k: work.parameters[k] for k in block.layout.parameters},
         losses(),
         total=settings.repair_epochs * -(-n // size),
         rate=settings.repair_learning_rate,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lcodec_ext._checks import check_integer, check_seed
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
-from lcodec_ext._torch.loss import check_parts, scalar_loss
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.loss import check_classes, check_parts, finite_loss, known_loss
+from lcodec_ext._torch.samples import SAMPLES_ARE, Samples, as_samples, outputs_of
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -22,6 +22,7 @@ from lcodec_ext.unlearning.workplace import Workplace
 
 GUARD_SIZE = 1000  # retained samples on which harm is looked for
 _PROBE = 32  # samples on which model and loss are checked, of either set
+_LABELS = 4096  # samples whose labels are looked at together
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
 
 
@@ -297,7 +298,9 @@ def _probe(work: Workplace, sets: list[Samples]) -> None:
                 f"{sets[0].name} have tensors of (dimensions, dtype) {known}, of "
                 f"{samples.name} {batch.kinds}"
             )
-        _check_loss(work, batch, _checked_outputs(work, batch, samples.name), samples.name)
+        outputs = _checked_outputs(work, batch, samples.name)
+        _check_loss(work, batch, outputs, samples.name)
+        _check_labels(work, samples, outputs)
 
 
 def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
@@ -307,7 +310,9 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
             outputs = outputs_of(work.model, batch)
             single = outputs_of(work.model, batch.part(slice(1)))
     except _FAILURES as error:
-        raise ValueError(f"the model fails on samples of {name}: {error}") from error
+        several = len(batch.args) > 1
+        why = f". It was called with {len(batch.args)} inputs. {SAMPLES_ARE}" if several else ""
+        raise ValueError(f"the model fails on samples of {name}: {error}{why}") from error
     tensors = list(tensors_of(outputs))
     if not tensors:
         raise ValueError(f"the model must return tensors; it returned {type(outputs).__name__}")
@@ -331,17 +336,18 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
 
 def _check_loss(work: Workplace, batch: Batch, outputs: Any, name: str) -> None:
     """Refuse a loss that fails, is not finite, or is not the mean over the samples."""
-    try:
-        loss = scalar_loss(work.loss_fn, outputs, batch.targets)
-    except _FAILURES as error:
-        raise ValueError(
-            f"loss_fn fails on the model's outputs for samples of {name} and their targets: {error}"
-        ) from error
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss of the {name} samples is NaN or infinite")
+    finite_loss(work.loss_fn, outputs, batch, name)
     check_parts(work.loss_fn, outputs, batch.targets, batch.size, 1)
     if work.settings.curvature in ("gauss_newton", "hessian"):
         _check_curvature(work, batch, outputs)
+
+
+def _check_labels(work: Workplace, samples: Samples, outputs: Any) -> None:
+    """Look at all labels of samples in memory: a late one would stop the deletion amid it."""
+    known = known_loss(work.loss_fn)
+    if known is not None and known.kind == "cross_entropy" and samples.in_memory:
+        for batch in samples.batches(_LABELS):
+            check_classes(work.loss_fn, outputs, batch, samples.name)
 
 
 def _check_curvature(work: Workplace, batch: Batch, outputs: Any) -> None:

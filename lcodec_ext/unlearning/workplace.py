@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._torch.decay import each_decay
 from lcodec_ext._torch.loss import (
     Gradient,
     LossFunction,
@@ -69,6 +70,7 @@ class Workplace:
     device: torch.device
     dtype: torch.dtype
     parameters: dict[str, nn.Parameter]  # the trainable ones of the copy
+    decay: dict[str, float | Tensor]  # of each parameter, or of each entry, in gradients
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
@@ -89,7 +91,8 @@ class Workplace:
         work = copy.deepcopy(model).to(dtype).eval()
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         loss_fn = loss_in(dtype, loss_fn)
-        return cls(work, loss_fn, settings, score, progress, device, dtype, parameters)
+        decay: dict[str, float | Tensor] = {**each_decay(settings.weight_decay, parameters)}
+        return cls(work, loss_fn, settings, score, progress, device, dtype, parameters, decay)
 
     @property
     def n_trainable(self) -> int:
@@ -114,7 +117,7 @@ class Workplace:
             self.loss_fn,
             self.parameters if parameters is None else parameters,
             self.settings.batch_size,
-            weight_decay=self.settings.weight_decay,
+            weight_decay=self.decay,
             check=True,
         )
 

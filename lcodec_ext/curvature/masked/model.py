@@ -77,8 +77,10 @@ class MaskedModel:
     whole : dict of str to str
         Parameters whose whole gradient autograd forms, because their layers have no rows that
         could be added, and why.
+    base : dict of str to Tensor
+        The selected parameters, whole.
     theta : Tensor, shape (p,)
-        The selected parameters.
+        Their selected entries.
     """
 
     def __init__(self, model: nn.Module, selection: Selection, dtype: torch.dtype | None) -> None:
@@ -98,12 +100,12 @@ class MaskedModel:
         self.model = _copy_of(model, layout).eval().requires_grad_(False)
         self.model._apply(lambda t: _in_dtype(t, self.dtype))  # type: ignore[no-untyped-call]
         self.entries = parameter_entries(layout, self.device)
-        self._base = {
+        self.base = {
             name: parameter.detach()
             for name, parameter in self.model.named_parameters()
             if name in self.entries
         }
-        self.theta = layout.gather(self._base)
+        self.theta = layout.gather(self.base)
         #: Of the gradient of a sample while it is formed, in bytes.
         self.row_bytes = self.theta.element_size() * sum(
             math.prod(each.shape) for each in self.entries.values()
@@ -196,15 +198,15 @@ class MaskedModel:
     @contextmanager
     def moved(self, step: Tensor) -> Iterator[None]:
         """While entered, the selected parameters are displaced by a vector."""
-        before = self._base
-        self._base = {
+        before = self.base
+        self.base = {
             name: entries.displaced(before[name], part)
             for (name, entries), part in zip(self.entries.items(), self.split(step), strict=True)
         }
         try:
             yield
         finally:
-            self._base = before
+            self.base = before
 
     # ------------------------------------------------------------------------------------------
     # The forward pass
@@ -257,7 +259,7 @@ class MaskedModel:
         watched: list[tuple[Tensor, str]] = []
         with ExitStack() as stack:
             for name, owners in self._owners.items():
-                value = self._base[name]
+                value = self.base[name]
                 if name in self.whole:
                     value = self.entries[name].displaced(value, displacements[name])
                 else:
