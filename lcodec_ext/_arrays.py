@@ -73,6 +73,8 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
     tensors : bool, optional
         Whether tensors stay tensors. By default those on a CUDA device do.
     """
+    if type(value) is np.ndarray:  # of one type, and so quickly done
+        return _real(value, name), None
     if value is None:
         raise ValueError(f"{name} must be an array of numbers; got None")
     if is_tensor(value):
@@ -224,7 +226,7 @@ def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
             )
 
 
-_TEXT = ("categor", "enum", "dictionary", "str", "utf8", "object", "binary")
+_TEXT = ("categor", "enum", "dictionary", "str", "utf8", "binary")
 
 
 def class_codes(value: Any) -> tuple[NDArray, bool] | None:
@@ -232,11 +234,14 @@ def class_codes(value: Any) -> tuple[NDArray, bool] | None:
 
     None for anything else. Codes of ordered categories are in their order.
     """
-    frame = None if value is None or is_tensor(value) else _frame(value)
-    if frame is not None and len(frame[1]) == 1:
-        (value,) = frame[1]
-    if value is None or is_tensor(value) or (frame and len(frame[1]) != 1):
+    plain = isinstance(value, np.ndarray) and value.dtype.kind not in "USO"
+    if plain or value is None or is_tensor(value):
         return None
+    frame = _frame(value)
+    if frame is not None:
+        if len(frame[1]) != 1:
+            return None
+        (value,) = frame[1]
     kind = getattr(value, "dtype", getattr(value, "type", None))
     if kind is None:
         try:
@@ -246,7 +251,7 @@ def class_codes(value: Any) -> tuple[NDArray, bool] | None:
         kind = value.dtype
     if isinstance(kind, np.dtype) and kind.kind not in "USO":
         return None
-    if not any(word in str(kind).lower() for word in (*_TEXT, "<u", ">u", "|s")):
+    if not any(word in str(kind).lower() for word in (*_TEXT, "object", "<u", ">u", "|s")):
         return None
     if getattr(kind, "ordered", False) is True and hasattr(value, "isna"):  # pandas
         codes = np.asarray(getattr(value, "cat", value).codes)

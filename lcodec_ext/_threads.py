@@ -96,9 +96,9 @@ def _quota(proc: Path, cgroups: Path) -> int | None:
     """
     found = []
     for line in _read(proc).splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         v1 = "cpu" in controllers.split(",")
-        if not v1 and controllers:
+        if not path or (controllers and not v1):
             continue
         root = cgroups / "cpu" if v1 else cgroups
         group = root / path.lstrip("/")

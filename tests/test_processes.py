@@ -374,6 +374,7 @@ def test_workers_of_joblib_share_the_cpus(no_settings, tmp_path):
             None,
         ),
         ("0::/\n", {"cpu.max": "what"}, None),
+        ("what\n\n0::/\n", {"cpu.max": "200000 100000"}, 2),
         ("", {}, None),
     ],
 )
