@@ -412,6 +412,12 @@ def test_only_wanted_columns_must_be_numbers():
         read(path)
 
 
+def test_names_that_repeat_matter_where_they_are_used(refused):
+    path = write("a.csv", "note,x,note,y\n1,1,a,2\n2,3,b,5\n3,4,c,1\n")
+    assert read(path, "x", "y") == [[1, 2], [3, 5], [4, 1]]
+    assert "2 columns are named 'note'" in refused("foci", path, "--y", "y")
+
+
 def test_missing_and_true():
     path = write("a.csv", "x,y\n,True\nNA,false\n null ,TRUE\n1,0\n")
     expected = [[np.nan, 1], [np.nan, 0], [np.nan, 1], [1, 0]]
@@ -480,6 +486,8 @@ def test_not_utf8():
         Path("a.csv").write_bytes(text.encode("latin1"))
         with pytest.raises(tables.TableError, match="not UTF-8.*iconv"):
             read("a.csv")
+    Path("a.csv").write_bytes('a,note\n1,größe\n2,"ä"\n'.encode("latin1"))
+    assert read("a.csv", "a") == [[1], [2]], "a column that is not used"
 
 
 def test_stdin(run, table, data, monkeypatch):

@@ -111,11 +111,12 @@ class TextReader:
 
     def _read_names(self) -> list[str]:
         """The columns' names as pyarrow has them."""
+        with closing(self._rows("utf-8-sig")) as rows:
+            row, lines, last = next((each for each in rows if each[0]), ([], [], 0))
         try:
-            with closing(self._rows("utf-8-sig")) as rows:
-                row, lines, last = next((each for each in rows if each[0]), ([], [], 0))
-        except UnicodeDecodeError as error:
-            raise self._refusal(error) from None
+            "".join(row).encode()
+        except UnicodeEncodeError:
+            raise self._refusal("the names of its columns are in another encoding") from None
         if not row:
             raise TableError(f"{self._label} is empty; expected a table")
         if len(lines) > 1:
@@ -178,9 +179,9 @@ class TextReader:
         self._check_quotes(table.num_rows)
         return table
 
-    def _refusal(self, error: Exception) -> TableError:
+    def _refusal(self, error: Exception | str) -> TableError:
         text = str(error)
-        if isinstance(error, UnicodeDecodeError) or "UTF8" in text:
+        if isinstance(error, UnicodeDecodeError | str) or "UTF8" in text:
             return TableError(
                 f"{self._label} is not UTF-8: {text}; convert it first, for instance with iconv -f "
                 "latin1 -t utf-8"
@@ -245,7 +246,10 @@ class TextReader:
                 yield line
 
         try:
-            with io.TextIOWrapper(self._source.open(), encoding=encoding, newline="") as text:
+            # what is not UTF-8 in columns that are not used does no harm
+            with io.TextIOWrapper(
+                self._source.open(), encoding, errors="surrogateescape", newline=""
+            ) as text:
                 reader = csv.reader(
                     keeping(text),
                     delimiter=self._delimiter,
