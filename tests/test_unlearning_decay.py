@@ -84,7 +84,6 @@ def test_what_nothing_uses_stays(curvature, damping, n):
         assert torch.equal(old[name], new[name]), name
     assert torch.equal(old["table.weight"][5:], new["table.weight"][5:])
     assert torch.equal(old["hidden.weight"][2], new["hidden.weight"][2])
-    assert torch.equal(old["head.weight"][:, 2], new["head.weight"][:, 2])
     for name in ("table.weight", "hidden.weight", "head.weight", "head.bias"):
         assert not torch.equal(old[name], new[name]), name
 

@@ -364,7 +364,16 @@ def objective(
 
 def euclidean_norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm of all entries together, summed in float64."""
-    return math.sqrt(sum(float(each.detach().double().square().sum()) for each in tensors))
+    return math.sqrt(sum(float(_square(wide(each.detach())).sum()) for each in tensors))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, or complex128."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
+def _square(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).square()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from lcodec_ext._torch.batches import (
     tensors_of,
 )
 from lcodec_ext._torch.faults import check_finite
+from lcodec_ext._torch.modes import set_modes, undisturbed
 
 Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
@@ -202,6 +204,70 @@ def outputs_of(model: nn.Module, batch: Batch) -> Any:
     """Call a model on a batch; of the outputs of transformers, the logits."""
     outputs = model(*batch.args, **batch.kwargs)
     return getattr(outputs, "logits", outputs)
+
+
+# Of models that were called in training mode: which of their outputs is that of evaluation mode.
+_MAIN: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
+_ALL = object()
+
+
+class NotTrainedError(ValueError):
+    """Mini-batches do not train this model, or its outputs cannot be led."""
+
+
+def outputs_in_training(model: nn.Module, batch: Batch) -> Any:
+    """`outputs_of` of a model that is trained.
+
+    Of one that returns more in training mode, this is what it returns in evaluation mode;
+    NotTrainedError where the outputs of both modes are unlike.
+    """
+    if not model.training:
+        return outputs_of(model, batch)
+    if model not in _MAIN:
+        try:
+            with undisturbed(model):
+                _MAIN[model] = _main_output(model, batch)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            if isinstance(error, NotTrainedError | torch.OutOfMemoryError):
+                raise
+            raise NotTrainedError(
+                f"the model fails in training mode, where it works in evaluation mode: {error}"
+            ) from error
+    outputs, main = outputs_of(model, batch), _MAIN[model]
+    return outputs if main is _ALL else outputs[main]
+
+
+def _main_output(model: nn.Module, batch: Batch) -> Any:
+    """The key of the output in training mode that is the one in evaluation mode."""
+    set_modes(model, lambda module: False)
+    wanted = outputs_of(model, batch)
+    set_modes(model, lambda module: True)
+    found = outputs_of(model, batch)
+    if _shapes(found) == _shapes(wanted):
+        return _ALL
+    # With layers at rest that compute otherwise in training mode, the values tell which it is.
+    set_modes(model, lambda module: False)
+    wanted = outputs_of(model, batch)  # again: the pass above has changed running statistics
+    set_modes(model, lambda module: not type(module).__module__.startswith("torch.nn."))
+    found = outputs_of(model, batch)
+    if isinstance(found, Mapping):
+        parts = list(found.items())
+    else:
+        parts = list(enumerate(found)) if isinstance(found, tuple | list) else []
+    for key, part in parts:
+        if _shapes(part) == _shapes(wanted) and all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+            for a, b in zip(tensors_of(part), tensors_of(wanted), strict=True)
+        ):
+            return key
+    raise NotTrainedError(
+        f"the model returns {described(found)} in training mode and {described(wanted)} in "
+        "evaluation mode, and none of the former is the latter. Let it return the same in both"
+    )
+
+
+def _shapes(outputs: Any) -> list[torch.Size]:
+    return [t.shape for t in tensors_of(outputs)]
 
 
 def working_dtype(model: nn.Module) -> torch.dtype:

@@ -195,7 +195,7 @@ class Objective:
         """Refuse a loss for which it matters how the package cuts samples into batches.
 
         Halves of the first batch, and the first half of it together with every other batch, must
-        give the mean of what they give alone. One that fails is refused also where a formula does it.
+        give the mean of what they give alone. A loss that fails is refused here, too.
         """
         self.loss(map_tensors(Tensor.detach, outputs), batch)
         if not self._reduction_checked:

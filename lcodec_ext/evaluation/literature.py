@@ -9,7 +9,6 @@ with the same budget for each. Methods that need classes ask for logits of shape
 A new one is a function here, and entries in `LITERATURE` (methods.py) and `GRIDS` (tune.py).
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import Decay
 from lcodec_ext._torch.loss import LossFunction, mean_gradient, trainable
 from lcodec_ext._torch.modes import evaluating, place, plain_arithmetic, seeded
 from lcodec_ext._torch.predict import log_probabilities_of
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_in_training, outputs_of
 from lcodec_ext.evaluation.training import (
     adam,
     batch_loss,
@@ -37,6 +37,7 @@ from lcodec_ext.evaluation.training import (
     sgd,
     start_again,
     take_step,
+    trained_copy,
 )
 from lcodec_ext.unlearning.request import random_samples
 
@@ -90,13 +91,13 @@ def scrub(
         raise ValueError("temperature must be above 0; got 0")
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     removed, retained = both_sets(model, forget, retain)
-    teacher, student = copy.deepcopy(model).eval(), copy.deepcopy(model).train()
+    teacher, student = trained_copy(model, training=False), trained_copy(model, training=True)
     steps = adam(student, learning_rate, weight_decay)
 
     def divergence(batch: Batch) -> Tensor:
         with torch.no_grad():
             target = _softened(outputs_of(teacher, batch), temperature)
-        return _kl(target, _softened(outputs_of(student, batch), temperature))
+        return _kl(target, _softened(outputs_in_training(student, batch), temperature))
 
     with seeded(seed), torch.enable_grad():
         for epoch in range(epochs):
@@ -154,7 +155,7 @@ def selective_dampening(
     n_retain, m = len(retained), len(removed)
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < n_retain:
         retained = retained.subset(random_samples(n_retain, n_samples, seed)).loaded()
-    damped = copy.deepcopy(model)
+    damped = copy_of(model)
     with evaluating(damped):
         of_removed, of_retained = (
             _importance(damped, samples, loss_fn) for samples in (removed, retained)
@@ -210,7 +211,7 @@ def random_labels(
     Achille and S. Soatto, "Eternal Sunshine of the Spotless Net", CVPR 2020.
     """
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    tuned = copy.deepcopy(model).train()
+    tuned = trained_copy(model, training=True)
     steps = sgd(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
         parts = both_sets(model, forget, retain)
@@ -251,7 +252,7 @@ def salun(
     check_part(share, "share")
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     removed, retained = both_sets(model, forget, retain)
-    tuned = copy.deepcopy(model)
+    tuned = copy_of(model)
     weights = trainable(tuned)
     with evaluating(tuned), torch.enable_grad():
         named = {str(k): weight for k, weight in enumerate(weights)}
@@ -334,8 +335,8 @@ def bad_teacher(
     few = max(1, round(retain_share * len(retained)))
     kept = retained.subset(random_samples(len(retained), few, seed))
     both = Samples.joined([kept, removed])
-    competent, student = copy.deepcopy(model).eval(), copy.deepcopy(model).train()
-    incompetent = copy.deepcopy(model).eval()
+    competent, student = trained_copy(model, training=False), trained_copy(model, training=True)
+    incompetent = trained_copy(model, training=False)
     steps = adam(student, learning_rate, weight_decay)
     rng = np.random.default_rng(seed)
     with seeded(seed), torch.enable_grad():
@@ -349,7 +350,7 @@ def bad_teacher(
                     )
                 is_removed = torch.from_numpy(numbers >= few).to(good.device)
                 target = torch.where(is_removed[:, None], bad, good)
-                take_step(steps, _kl(target, _softened(outputs_of(student, batch))))
+                take_step(steps, _kl(target, _softened(outputs_in_training(student, batch))))
     return finished(student, model)
 
 
@@ -427,7 +428,7 @@ def _last_layers(
     check_integer(layers, "layers", 1)
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
-    tuned = copy.deepcopy(model).eval()
+    tuned = trained_copy(model, training=False)
     trainable(tuned)  # at least one parameter is
     own = [
         (module, found)
@@ -485,7 +486,7 @@ def l1_sparse(
     check_real(gamma, "gamma", 0)
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
-    tuned = copy.deepcopy(model).train()
+    tuned = trained_copy(model, training=True)
     weights = trainable(tuned)
     steps = sgd(tuned, learning_rate, weight_decay)
     total = epochs * max(1, len(samples) // batch_size)

@@ -8,7 +8,6 @@ A new baseline is a function and an entry in `BASELINES`. `LITERATURE` has the m
 literature.py.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -19,6 +18,7 @@ from torch import nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real
 from lcodec_ext._files import json_ready
+from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import Decay, groups_of, penalty
 from lcodec_ext._torch.loss import (
     LossFunction,
@@ -50,6 +50,7 @@ from lcodec_ext.evaluation.training import (
     finished,
     sgd,
     take_step,
+    trained_copy,
 )
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
@@ -120,7 +121,7 @@ def fine_tune(
         learning_rate = 0.01 if optimizer == "sgd" else 0.001
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
-    tuned = copy.deepcopy(model).train()
+    tuned = trained_copy(model, training=True)
     steps = (sgd if optimizer == "sgd" else adam)(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
         descend(tuned, steps, epochs_of(samples, epochs, batch_size, seed), loss_fn)
@@ -161,7 +162,7 @@ def gradient_ascent(
     removed, retained = both_sets(model, forget, retain)
     guard = retained.subset(random_samples(len(retained), min(_GUARD, len(retained)), seed))
     guard = guard.loaded()
-    climber = copy.deepcopy(model)
+    climber = copy_of(model)
     weights = trainable(climber)
     groups = groups_of(weight_decay, named_trainable(climber))
     steps = torch.optim.SGD(groups, lr=learning_rate, maximize=True)
@@ -217,7 +218,7 @@ def neg_grad_plus(
         raise ValueError(f"retain_weight must be between 0 and 1; got {retain_weight}")
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     removed, retained = both_sets(model, forget, retain)
-    tuned = copy.deepcopy(model).train()
+    tuned = trained_copy(model, training=True)
     steps = sgd(tuned, learning_rate, weight_decay)
     per_epoch = max(1, len(retained) // batch_size)
     rounds = -(-epochs * per_epoch // max(1, len(removed) // batch_size))
@@ -264,7 +265,7 @@ def lbfgs(
     samples = as_samples(retain, "retain", *place(model))
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < len(samples):
         samples = samples.subset(random_samples(len(samples), n_samples, seed)).loaded()
-    tuned = copy.deepcopy(model)
+    tuned = copy_of(model)
     weights = trainable(tuned)
     steps = torch.optim.LBFGS(
         weights,
@@ -421,7 +422,7 @@ def carry_out(
             elif isinstance(method, Mapping):
                 made = unlearn(model, forget, retain, loss_fn, **{**defaults, **method})
             else:
-                made = method(copy.deepcopy(model), forget, retain, loss_fn, seed)
+                made = method(copy_of(model), forget, retain, loss_fn, seed)
         seconds = clock(model) - begin
     if isinstance(made, UnlearnResult):
         if seconds is None:

@@ -12,7 +12,6 @@ targets 0 and 1.
 metric is a function and an entry there.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
+from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import Decay, decay_of
 from lcodec_ext._torch.loss import LossFunction, euclidean_norm, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
@@ -552,7 +552,8 @@ def relearn_time(
     check_integer(batch_size, "batch_size", 1)
     with plain_arithmetic(), torch.enable_grad():
         samples = _samples(model, forget, "forget").loaded()
-        learner = copy.deepcopy(model).eval()
+        learner = copy_of(model)
+        learner.eval()
         weights = trainable(learner)
         optimizer = torch.optim.Adam(weights, lr=learning_rate)
         steps, begin = 0, clock(model)

@@ -10,10 +10,11 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lcodec_ext._checks import check_integer, check_real, check_seed, counted
 from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
+from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import Decay, check_decay, groups_of
 from lcodec_ext._torch.loss import LossFunction, named_trainable
 from lcodec_ext._torch.modes import place
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_in_training
 
 
 def count(data: Any, name: str = "data") -> int:
@@ -98,13 +99,17 @@ def adam(model: nn.Module, learning_rate: float, weight_decay: Decay) -> torch.o
 
 def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> Tensor:
     """The loss of a batch."""
-    return loss_fn(outputs_of(model, batch), batch.targets)
+    return loss_fn(outputs_in_training(model, batch), batch.targets)
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step down a loss."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:  # of embeddings; not all optimizers take it
+                p.grad = p.grad.to_dense()
     optimizer.step()
 
 
@@ -117,6 +122,13 @@ def descend(
     """One step down the loss of each batch."""
     for batch in batches:
         take_step(optimizer, batch_loss(model, batch, loss_fn))
+
+
+def trained_copy(model: nn.Module, *, training: bool) -> nn.Module:
+    """A copy of a model in training or evaluation mode, to be trained."""
+    copied = copy_of(model)
+    copied.train(training)
+    return copied
 
 
 def finished(tuned: nn.Module, model: nn.Module) -> nn.Module:

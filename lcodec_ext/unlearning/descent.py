@@ -45,6 +45,7 @@ def descend(
             p.grad = None
         for (k, p), g in zip(parameters.items(), found, strict=True):
             if g is not None:
+                g = g.to_dense() if g.is_sparse else g  # of embeddings
                 decayed = _decayed(g, p.detach(), work.decay[k])
                 p.grad = decayed if masks is None else decayed.mul_(masks[k])
         optimizer.step()

@@ -10,7 +10,7 @@ from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
 
 
 def measured_first(work: Workplace, request: Request) -> LossesAndGradients:
-    """Losses and gradients at the start; entries without a gradient anywhere are left alone.
+    """Losses and gradients at the start; rows without a gradient anywhere are left alone.
 
     Where neither the removed nor the retained samples have a gradient (unused heads, rows of
     embeddings, dead units), nothing balances the removed samples' part of the regulariser: it would
@@ -32,14 +32,21 @@ def measured_first(work: Workplace, request: Request) -> LossesAndGradients:
             work.decay[name] = work.decay[name] * (~entries).to(work.parameters[name].dtype)
             for gradient in (before.forget, before.retained or {}):
                 if name in gradient:
-                    gradient[name][entries] = 0.0
+                    gradient[name].masked_fill_(entries, 0.0)
     return before
 
 
 def _alone(work: Workplace, name: str, gradient: Tensor) -> Tensor:
-    """Where a gradient is that of the regulariser alone, of a weight that is not zero."""
+    """The rows in which a gradient is that of the regulariser alone.
+
+    Whole rows, what belongs to a unit: single entries, of inputs that are always zero for instance,
+    are those of a parameter that is used.
+    """
     p = work.parameters[name].detach()
-    return (gradient == work.decay[name] * p) & (p != 0)
+    alone = gradient == work.decay[name] * p
+    if p.ndim > 1:
+        alone = alone.flatten(1).all(1).view(-1, *[1] * (p.ndim - 1)).expand_as(p)
+    return alone & (p != 0)
 
 
 def _of_retained(

@@ -1,6 +1,5 @@
 """Curvature saved at training time: deletions then need no retained samples."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, counted, first_few
 from lcodec_ext._files import write_atomically
+from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import decay_of, vector_of
 from lcodec_ext._torch.loss import LossFunction, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
@@ -191,7 +191,7 @@ class TrainingStatistics:
 
         For `from_epochs`, at the end of an epoch. In evaluation mode, as deletions are.
         """
-        work = copy.deepcopy(model).to(working_dtype(model)).eval()
+        work = work_copy(model, working_dtype(model))
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         samples = _samples(work, train, "train", None)
         return (
@@ -210,7 +210,7 @@ class TrainingStatistics:
 
     def _placed(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """A copy of a model with the weights that the statistics are of."""
-        placed = copy.deepcopy(model).to(dtype).eval()
+        placed = work_copy(model, dtype)
         weights = self.weights or {}
         with torch.no_grad():
             for name, tensor in _named(placed):

@@ -75,7 +75,10 @@ class Block:
         """Set parameters and buffers."""
         self.put(theta)
         for name, buffer in self.work.model.named_buffers():
-            buffer.copy_(buffers[name])
+            if buffer.shape == buffers[name].shape:
+                buffer.copy_(buffers[name])
+            else:  # an observer's that has seen its first data
+                buffer.data = buffers[name].clone()
 
     def decay(self) -> Tensor:
         """The weight decay of each coordinate."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from lcodec_ext._checks import check_bool
 from lcodec_ext._torch.decay import with_decay
-from lcodec_ext._torch.loss import LossFunction, euclidean_norm
+from lcodec_ext._torch.loss import LossFunction, euclidean_norm, wide
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import Selection, UnitSelection
@@ -29,7 +29,7 @@ from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
 from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_skipped
+from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_left_out, warn_of_skipped
 from lcodec_ext.unlearning.workplace import Workplace, copy_state, norm
 
 
@@ -168,13 +168,14 @@ def unlearn(
         before = measured_first(work, request)
     start = work.weights()
     watch = Watch.of(work, request)
+    warn_of_left_out(work)
     warn_of_doubts(request, watch.guard, settings)
     # Each part: perturb and record, select, step, guard.
     deletions = [delete(work, part, watch) for part in request.parts(work)]
     warn_of_skipped(deletions, watch.guard, work.settings, request.m)
     applied, selection = _selections(deletions)
     step_norm = euclidean_norm(
-        p.detach().double() - start[k].double() for k, p in work.parameters.items()
+        wide(p.detach()) - wide(start[k]) for k, p in work.parameters.items()
     )
     with work.timed("monitoring"):
         # Into a copy first, also in place: the given model changes only when all has gone well.

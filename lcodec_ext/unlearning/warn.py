@@ -3,14 +3,15 @@
 import warnings
 from collections.abc import Sequence
 
-from lcodec_ext._checks import counted
+from lcodec_ext._checks import counted, first_few
 from lcodec_ext._torch.loss import is_much_worse
+from lcodec_ext.curvature.parameters import find_parameters
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients
+from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
 
 
 def warn_of_skipped(
@@ -32,6 +33,22 @@ def warn_of_skipped(
         warnings.warn(
             f"n_units is {settings.n_units}, and only {counted(fewest, 'unit')} can be ranked: the "
             "others are dead, or there are no more",
+            stacklevel=4,
+        )
+
+
+def warn_of_left_out(work: Workplace) -> None:
+    """Warn of trainable parameters that selection="full" cannot change."""
+    if work.settings.selection != "full":
+        return
+    left = {k: p for k, p in find_parameters(work.model).items() if k in work.parameters}
+    left = {k: p for k, p in left.items() if p.refused}
+    if left:
+        n = sum(each.parameter.numel() for each in left.values())
+        names = first_few([f"{k!r} ({each.refused})" for k, each in left.items()], 3)
+        warnings.warn(
+            f"selection='full' leaves {n:,} of {work.n_trainable:,} trainable parameters as they "
+            f"are: {names}",
             stacklevel=4,
         )
 

@@ -1,6 +1,5 @@
 """Weights by name, written so that a killed process leaves all of a file or nothing of it."""
 
-import copy
 import errno
 import fcntl
 import os
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._files import sync_folder, write_atomically
+from lcodec_ext._torch.copies import copy_of, writable
 from lcodec_ext._torch.states import state_hash
 
 _NAME = re.compile(r"\d{6,}\.pt")
@@ -43,7 +43,8 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
                 f"{tuple(own[name].shape)}, in the checkpoint {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}"
             )
-    changed = copy.deepcopy(model)
+    changed = copy_of(model)
+    writable(changed)
     changed.load_state_dict(dict(state))
     return changed
 

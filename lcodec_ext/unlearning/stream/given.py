@@ -13,10 +13,12 @@ from torch import nn
 
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool
+from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.copies import Watched, check_followed, work_copy
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
-from lcodec_ext._torch.modes import check_module
+from lcodec_ext._torch.modes import check_module, twice_differentiable
 from lcodec_ext._torch.predict import Score
-from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_of, working_dtype
 from lcodec_ext._torch.states import state_hash
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.settings import Settings
@@ -85,10 +87,23 @@ def receive(
             f"statistics must be of the training samples, {len(samples)}; they are of "
             f"{statistics.n}"
         )
+    _check_followed(model, samples, dtype)
     check_bool(progress, "progress")
     if groups is not None:
         groups = Groups.of(groups, len(samples), "train")
     return Given(samples, validation, loss_fn, score, statistics, progress, settings, groups)
+
+
+def _check_followed(model: nn.Module, train: Samples, dtype: torch.dtype) -> None:
+    """Refuse a model whose copies compute with its own parameters: it is copied at the start."""
+    watched: Watched = {}
+    work = work_copy(model, dtype, watched)
+    try:
+        with twice_differentiable():
+            outputs = [*tensors_of(outputs_of(work, train.fetch([0])))]
+    except (RuntimeError, TypeError, IndexError):
+        return  # the first request tells
+    check_followed([t for t in outputs if t.requires_grad], watched, "the model")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real
+from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
@@ -156,7 +157,7 @@ class Unlearner:
             model, train, loss_fn, validation, statistics, score, progress, settings, groups
         )
         state = state_of(model)
-        self._model, self._closed = copy.deepcopy(model), False
+        self._model, self._closed = copy_of(model), False
         folder = None if directory is None else Path(directory).absolute()
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -251,7 +252,7 @@ class Unlearner:
     @property
     def model(self) -> nn.Module:
         """A copy of the model without the removed samples. It has no noise: do not give it away."""
-        return copy.deepcopy(self._model)
+        return copy_of(self._model)
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -368,7 +369,7 @@ class Unlearner:
         statistics = self._statistics
         if statistics is not None:
             statistics = self._given.without(statistics, self._original(), gone)
-        model = copy.deepcopy(result.model)
+        model = copy_of(result.model)
         state = state_of(model)
         environment = {"seconds": result.seconds, "warnings": texts}
         self._commit("remove", record, model, state, statistics, **environment)
