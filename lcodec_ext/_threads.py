@@ -124,7 +124,7 @@ def cpu_settings() -> tuple[str, int]:
     return os.environ.get("LCODEC_SIMD", "").strip() or "auto", get_num_threads()
 
 
-if threadpoolctl is not None:
+if hasattr(threadpoolctl, "register"):  # from version 3.2 on
 
     class _Controller(threadpoolctl.LibController):
         """The compiled module as one of the libraries whose threads threadpoolctl limits."""

@@ -339,6 +339,21 @@ def test_threadpoolctl_limits_the_first_call_of_a_process():
     assert output.split() == ["1", "3"]
 
 
+@pytest.mark.parametrize("module", ["None", "types.ModuleType('threadpoolctl')"])
+def test_threadpoolctl_may_be_missing_or_old(module):
+    output = python(
+        f"""
+        import sys, types
+        sys.modules["threadpoolctl"] = {module}
+        import lcodec_ext
+
+        lcodec_ext.set_num_threads(3)
+        print(lcodec_ext.get_num_threads())
+        """
+    )
+    assert output == "3"
+
+
 def test_workers_of_joblib_share_the_cpus(no_settings, tmp_path):
     variables = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     output = python(

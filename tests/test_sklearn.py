@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.datasets import load_wine
 from sklearn.exceptions import NotFittedError
@@ -151,6 +152,10 @@ def test_random_state():
 
 def test_bad_input(data):
     X, y = data
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        FOCISelector().fit(np.ma.masked_greater(X, 2), y)  # what is below a mask is no data
+    with pytest.raises(ValueError, match="Input y contains NaN"):
+        FOCISelector().fit(X, np.ma.masked_greater(y, 2))
     with pytest.raises(ValueError, match="NaN"):
         FOCISelector().fit(np.where(X > 2, np.nan, X), y)
     with pytest.raises(ValueError, match="requires y"):
@@ -188,7 +193,16 @@ def test_class_labels_are_taken_without_an_order():
     expected = foci(X, names[y])
     for order in itertools.permutations(range(3)):
         numbers = np.array(order)[y]
-        for labels in (numbers, numbers.astype(np.uint8), names[numbers], names[numbers].tolist()):
+        for labels in (
+            numbers,
+            numbers.astype(np.uint8),
+            numbers.astype(object),
+            pd.Series(numbers, dtype="Int64"),
+            pd.Series(numbers, dtype="int8[pyarrow]"),
+            torch.tensor(numbers),
+            names[numbers],
+            names[numbers].tolist(),
+        ):
             selector = FOCISelector().fit(X, labels)
             assert selector.ordering_.tolist() == expected.ordering.tolist()
             assert selector.cumulative_.tolist() == expected.cumulative.tolist()

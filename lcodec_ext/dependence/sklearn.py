@@ -1,16 +1,18 @@
 """FOCI as a scikit-learn feature selector."""
 
+import numbers
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lcodec_ext._arrays import class_codes, refuse_columns, refuse_converted
+from lcodec_ext._arrays import as_array, class_codes, refuse_columns, refuse_converted
 from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.foci import foci
 from lcodec_ext.dependence.scaling import Standardize
+from lcodec_ext.dependence.table import as_response
 
 try:
     from sklearn.base import BaseEstimator
@@ -26,9 +28,14 @@ except ImportError as error:
 _MOST_CLASSES = 20  # integers with more values are taken for counts
 
 
-def _looks_nominal(y: Any) -> bool:
-    """Whether integers look like class labels: three or more, few, and each of them repeats."""
-    if y.dtype.kind not in "iu":
+def _looks_nominal(given: Any, y: Any) -> bool:
+    """Whether y, given as integers, looks like class labels: three or more, few, and repeated."""
+    try:
+        integers = as_response(given).dtype.kind in "iu"
+    except ValueError:  # objects, which scikit-learn has converted
+        entries = np.asarray(given, dtype=object).ravel()
+        integers = all(isinstance(entry, numbers.Integral) for entry in entries)
+    if not integers:
         return False
     return 3 <= len(np.unique(y)) <= min(_MOST_CLASSES, len(y) // 2)
 
@@ -109,14 +116,17 @@ class FOCISelector(SelectorMixin, BaseEstimator):
             refuse_columns(y, "y")
         if self.classes == "no" and found is not None and found[1]:
             raise ValueError("y holds strings or categories, and classes='no' expects numbers")
-        given = X, y if found is None else found[0]
+        given = [X, y if found is None else found[0]]
+        for k, name in enumerate("Xy"):
+            if np.ma.is_masked(given[k]):  # scikit-learn would take what is below the mask
+                given[k] = as_array(given[k], name)[0]
         with np.errstate(all="ignore"):  # its sums may overflow
             X, y = validate_data(
                 self, *given, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
             )
         refuse_converted(given[0], X, "X")
         refuse_converted(given[1], y, "y")
-        likely = _looks_nominal(y) if found is None else found[1]
+        likely = _looks_nominal(given[1], y) if found is None else found[1]
         if self.classes == "yes" or (self.classes == "auto" and likely):
             y = np.unique(y, return_inverse=True)[1].astype(str)
         seed = None
