@@ -441,7 +441,7 @@ def _check_repeatable(
     fetch: Callable[[list[int]], Any], n: int, name: str, *, reread: bool, mixed: bool
 ) -> None:
     """Refuse samples that change from reading to reading, or by what else is in their batch."""
-    some = sorted({k * n // _PROBE for k in range(_PROBE)}) if n > _PROBE else list(range(n))
+    some = list(range(0, n, max(1, n // _PROBE))[:_PROBE])
     if not (reread or mixed):
         fetch(some[:1])
         return
