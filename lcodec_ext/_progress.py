@@ -4,20 +4,27 @@ from typing import Any
 
 
 def progress_bar(enabled: bool, **options: Any) -> Any:
-    """A tqdm bar with an ETA, or a silent one.
+    """A tqdm bar with an ETA, or a stand-in that does nothing.
+
+    Without a bar tqdm is neither imported nor called: every bar of tqdm, also a disabled one, takes
+    a lock that processes share over a fork, and starts a thread that stays.
 
     Raises
     ------
     ImportError
         If a bar is wanted and tqdm is not installed.
     """
+    if not enabled:
+        return _Silent()
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        if enabled:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-        return _Silent()
-    return tqdm(disable=not enabled, **options)
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+
+    class Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+        monitor_interval = 0  # no thread that outlives the bar
+
+    return Bar(miniters=1, **options)  # what the thread is for: a slow step is shown, too
 
 
 def progress_line(enabled: bool, text: str) -> None:
@@ -28,7 +35,7 @@ def progress_line(enabled: bool, text: str) -> None:
 
 
 class _Silent:
-    """Stands in for a disabled bar where tqdm is not installed."""
+    """Stands in for a bar."""
 
     def __enter__(self) -> "_Silent":
         return self

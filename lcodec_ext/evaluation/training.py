@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from lcodec_ext._checks import check_integer, check_real, check_seed
+from lcodec_ext._checks import check_integer, check_real, check_seed, counted
 from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
 from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import Decay, check_decay, groups_of
@@ -47,7 +47,7 @@ def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
     if not found or len(set(found)) < len(found) or len(found) == n:
         raise ValueError(
             f"{name} must be different numbers of some of the {n} samples, at least one and not "
-            f"all; got {len(found)} numbers, {len(set(found))} different ones"
+            f"all; got {counted(len(found), 'number')}, {len(set(found))} different"
         )
     return found
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_choice, check_integer, check_real, first_few
+from lcodec_ext._checks import check_choice, check_integer, check_real, counted, first_few
 from lcodec_ext._files import write_atomically
 from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import decay_of, vector_of
@@ -81,10 +81,12 @@ class TrainingStatistics:
     def __repr__(self) -> str:
         if self.matrix is not None:
             return (
-                f"TrainingStatistics({self.kind} of {self.n} samples, "
-                f"{len(self.matrix):,} parameters)"
+                f"TrainingStatistics({self.kind} of {counted(self.n, 'sample')}, "
+                f"{counted(len(self.matrix), 'parameter')})"
             )
-        return f"TrainingStatistics({self.n} samples, {len(self.steps)} pairs)"
+        return (
+            f"TrainingStatistics({counted(self.n, 'sample')}, {counted(len(self.steps), 'pair')})"
+        )
 
     @classmethod
     @twice_differentiable()

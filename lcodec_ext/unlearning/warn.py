@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 
-from lcodec_ext._checks import first_few
+from lcodec_ext._checks import counted, first_few
 from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext.curvature.parameters import find_parameters
 from lcodec_ext.unlearning.deletion import Deletion
@@ -21,8 +21,9 @@ def warn_of_skipped(
     skipped = sum(len(d.numbers) for d in deletions if d.skipped)
     if skipped:
         warnings.warn(
-            f"the removal of {skipped} of {m} samples was taken back: in every attempt it changed "
-            f"{_refusal(deletions, guard, settings)}. These samples need retraining",
+            f"the removal of {skipped} of {counted(m, 'sample')} was taken back: in every attempt "
+            f"it changed {_refusal(deletions, guard, settings)}. "
+            f"{'This sample needs' if skipped == 1 else 'These samples need'} retraining",
             stacklevel=4,  # behind unlearn and its decorator
         )
     fewest = min(len(d.selection) for d in deletions)
@@ -30,8 +31,8 @@ def warn_of_skipped(
     repeated = rule is not None and rule.repeated
     if not repeated and settings.n_units is not None and fewest < settings.n_units:
         warnings.warn(
-            f"n_units is {settings.n_units}, and only {fewest} units can be ranked: the others are "
-            "dead, or there are no more",
+            f"n_units is {settings.n_units}, and only {counted(fewest, 'unit')} can be ranked: the "
+            "others are dead, or there are no more",
             stacklevel=4,
         )
 
@@ -80,8 +81,11 @@ def _warn_of_residual(deletions: Sequence[Deletion]) -> None:
     unsolved = [residual for residual in kept if not residual <= 1]
     if not unsolved:
         return
-    which = f"{len(unsolved)} of {len(kept)} steps do" if len(kept) > 1 else "the step does"
-    its, largest = ("their systems", "largest ") if len(kept) > 1 else ("its system", "")
+    which, its, largest = "the step does", "its system", ""
+    if len(kept) > 1:
+        which = f"{len(unsolved)} of {len(kept)} steps {'does' if len(unsolved) == 1 else 'do'}"
+    if len(unsolved) > 1:
+        its, largest = "their systems", "largest "
     warnings.warn(
         f"{which} not solve {its}: the {largest}relative residual is {max(unsolved):.2g}, and "
         "that of no step is 1. Take a larger damping or more max_iterations",

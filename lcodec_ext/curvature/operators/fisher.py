@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_choice
+from lcodec_ext._checks import check_choice, counted
 from lcodec_ext._torch.loss import LossFunction, known_loss
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
@@ -162,7 +162,7 @@ class RestrictedFisher(CurvatureOperator):
         self._segments = torch.stack([columns[starts], lengths], 1)
         self._share = whole._objective.sample_share
         self.selection, self.shift, self.formed_up_to = selection, whole.shift, SMALL_CHEAP
-        self.plan = f"{len(self._segments)} segments of {whole.plan}"
+        self.plan = f"{counted(len(self._segments), 'segment')} of {whole.plan}"
         self.shape = (len(columns), len(columns))
         self.dtype, self.device = whole.dtype, whole.device
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lcodec_ext._checks import counted
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget
 from lcodec_ext.unlearning.stream.checkpoints import LedgerError, checkpoint_name
@@ -80,7 +81,8 @@ class History:
             _take_in(point, self.removed, self.pending)
         if record["n_removed"] != len(self.removed) or record["n_pending"] != len(self.pending):
             raise LedgerError(
-                f"after it {len(self.removed)} samples are removed and {len(self.pending)} "
+                f"after it {counted(len(self.removed), 'sample')} "
+                f"{'is' if len(self.removed) == 1 else 'are'} removed and {len(self.pending)} "
                 f"pending; it says {record['n_removed']} and {record['n_pending']}"
             )
 

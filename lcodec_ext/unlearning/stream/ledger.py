@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from lcodec_ext._checks import counted
 from lcodec_ext._files import json_ready, sync_folder
 from lcodec_ext.unlearning.stream.checkpoints import LedgerError
 
@@ -209,7 +210,7 @@ class Ledger(Sequence[Entry]):
 
     def __repr__(self) -> str:
         where = "in memory" if self._path is None else f"in {str(self._path)!r}"
-        return f"Ledger({len(self)} entries {where}, head {self.head[:12]}...)"
+        return f"Ledger({counted(len(self), 'entry', 'entries')} {where}, head {self.head[:12]}...)"
 
     def to_frame(self) -> Any:
         """Make a `pandas.DataFrame` with a row for each entry, by number.
