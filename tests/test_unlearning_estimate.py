@@ -350,12 +350,24 @@ def test_a_smaller_krylov_space_is_told(networks):
     """What memory takes from the search for the strength is in `chosen`, and the result has it."""
     given = {"validation": HELD, "finish": 0}
     free = expect(networks["mlp"], **given)
-    most = int(free.memory["peak"] * 0.8)
+    most = int(free.memory["peak"] * 0.5)
     result = unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, **given, max_memory=most)
     groups = free.settings.control_groups
     assert result.chosen["max_iterations"] < free.settings.max_iterations
     assert result.calibration.products <= result.chosen["max_iterations"] * (groups + 1)
     assert result.settings.max_iterations == result.chosen["max_iterations"]
+
+
+@pytest.mark.parametrize("share", [1.3, 1.0, 0.75])
+def test_memory_that_is_left_goes_to_the_krylov_space(networks, share):
+    """A limit above what is needed lowers nothing; one below it first what costs no accuracy."""
+    given = {"validation": HELD, "finish": 0}
+    free = expect(networks["mlp"], **given)
+    most = int(free.memory["peak"] * share)
+    result = unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, **given, max_memory=most)
+    assert set(result.chosen) <= ({"batch_size", "cache_bytes"} if share < 1 else set())
+    assert result.calibration.products == 8 * (free.settings.control_groups + 1)
+    assert result.estimate.memory["peak"] <= most
 
 
 def test_l_bfgs_is_counted_where_it_is_always_tried(networks):

@@ -223,9 +223,9 @@ def planned(
     return plan
 
 
-def plan_of(settings: Settings, p: int, itemsize: int) -> Plan:
-    """The Krylov space of settings, within half of the memory that they allow."""
-    most = MAX_BYTES if settings.max_memory is None else min(MAX_BYTES, settings.max_memory // 2)
+def plan_of(settings: Settings, p: int, itemsize: int, left: int | None = None) -> Plan:
+    """The Krylov space of settings, within the memory that is left for it if that is limited."""
+    most = MAX_BYTES if left is None else min(MAX_BYTES, left)
     return planned(p, itemsize, settings.control_groups, settings.max_iterations or STEPS, most)
 
 
@@ -254,7 +254,7 @@ class Calibrated:
 
     def step(self, damping: float) -> Steps:
         """Take the step of a damping from where the block starts, lengthened as was found."""
-        x = self.space.solve(damping)[:, 0]
+        x = self.space.solve(damping, 0)
         product = (self.operator @ x).add_(x, alpha=damping)
         size = float(self.direction.norm())
         residual = float((product - self.direction).norm()) / size if size else 0.0
@@ -315,13 +315,13 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
     work, settings = block.work, block.work.settings
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
-        plan = plan_of(settings, block.start.numel(), block.start.element_size())
+        p, itemsize = block.start.numel(), block.start.element_size()
+        plan = plan_of(settings, p, itemsize, work.space_bytes)
         control = control_groups(block, rng, plan.groups)
         groups = control.groups
-        directions = torch.stack([block.removal, *(_direction(block, each) for each in groups)], 1)
-        operator = operator_of(block, directions[:, 0], 0.0)
+        directions = [block.removal, *(_direction(block, each) for each in groups)]
+        operator = operator_of(block, block.removal, 0.0)
         space = Krylov(lambda V: operator @ V, directions, plan.steps, plan.at_once)
-        del directions
         most = measured(settings)
         some = [Fetched(work, few(each, rng, max(1, most // len(groups)))) for each in groups]
         before = [each.losses() for each in some]
@@ -541,14 +541,13 @@ class _Trial:
         self.tried += 1
         if self.space.least + damping <= 0:
             return _Tried(damping, self.before, math.nan, math.nan, "curvature")
-        steps = length * self.space.solve(damping)
         control = tuple(
-            self._at(steps[:, k], group.loss) for k, group in enumerate(self.groups, start=1)
+            self._at((damping, length, k), group.loss) for k, group in enumerate(self.groups, 1)
         )
         if not robust_mean(control)[0] <= self.target:
             return _Tried(damping, control, math.nan, math.nan, "control", length)
         harm = self.harm
-        validation, retained = self._at(steps[:, 0], harm.now)
+        validation, retained = self._at((damping, length, 0), harm.now)
         objection = harm.broken(validation, retained, restored=self.restored)
         if not objection and not self.restored and harm.costs_accuracy():
             objection = "accuracy"
@@ -558,9 +557,13 @@ class _Trial:
             harm.accept(validation)
         return _Tried(damping, control, validation, retained, objection, length)
 
-    def _at(self, step: Tensor, measure: Callable[[], _Measured]) -> _Measured:
-        """What is measured after a step, which is then undone."""
-        self.block.put(self.block.start + step)
+    def _at(self, step: tuple[float, float, int], measure: Callable[[], _Measured]) -> _Measured:
+        """What is measured after a step, which is then undone.
+
+        A step is a damping, a length, and the column of the space that it is for.
+        """
+        damping, length, column = step
+        self.block.put(self.space.solve(damping, column).mul_(length).add_(self.block.start))
         try:
             return measure()
         finally:
@@ -568,10 +571,9 @@ class _Trial:
 
     def losses(self, chosen: _Tried, forget: Samples) -> tuple[list[Tensor], Tensor, float]:
         """Of control samples after their steps, of validation ones after the request's; its own."""
-        steps = chosen.length * self.space.solve(chosen.damping)
-        own = Fetched(self.block.work, forget)
-        control = [self._at(steps[:, k], each.losses) for k, each in enumerate(self.groups, 1)]
-        others, loss = self._at(steps[:, 0], lambda: (self.harm.each(), own.loss()))
+        step, own = (chosen.damping, chosen.length), Fetched(self.block.work, forget)
+        control = [self._at((*step, k), each.losses) for k, each in enumerate(self.groups, 1)]
+        others, loss = self._at((*step, 0), lambda: (self.harm.each(), own.loss()))
         return control, others, loss
 
 

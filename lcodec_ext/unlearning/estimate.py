@@ -24,7 +24,7 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
-from lcodec_ext.unlearning.calibrate import STEPS, plan_of
+from lcodec_ext.unlearning.calibrate import STEPS
 from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
 from lcodec_ext.unlearning.rates import Rates, timed
 from lcodec_ext.unlearning.request import Request, checked_request
@@ -32,7 +32,7 @@ from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.select import find_candidates, take
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.workload import Sizes, Workload
+from lcodec_ext.unlearning.workload import Graphs, Sizes, Workload
 from lcodec_ext.unlearning.workplace import Workplace
 
 #: What is given up for max_seconds, budget and max_memory, in this order: caps on settings.
@@ -86,6 +86,8 @@ class Estimate:
         These settings; empty where nothing was lowered.
     notes : tuple of str
         What the figures take for granted.
+    space_bytes : int, optional
+        What max_memory leaves for the vectors of a calibration.
     """
 
     seconds: dict[str, float]
@@ -95,6 +97,7 @@ class Estimate:
     settings: Settings
     chosen: dict[str, Any]
     notes: tuple[str, ...] = ()
+    space_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it."""
@@ -219,8 +222,8 @@ def planned(
         if work.settings.max_memory is not None:
             _give_back()
     progress_line(work.progress, f"unlearn: {found.line()}")
+    work = replace(work, settings=found.settings, space_bytes=found.space_bytes)
     if found.chosen:
-        work = replace(work, settings=found.settings)
         request = request.drawn_again(found.settings)
     return work, request, found
 
@@ -242,7 +245,7 @@ def _estimated(work: Workplace, request: Request, setup: float, planning: bool) 
     if planning:
         setup += time.perf_counter() - begin
     tried: list[Estimate] = []
-    for settings in _plans(work.settings, sizes):
+    for settings in _plans(work.settings, sizes, rates.graphs):
         found = _of(settings, sizes, rates, setup)
         if fits(found):
             return replace(found, chosen=_changed(work.settings, settings), notes=_notes(settings))
@@ -256,8 +259,11 @@ def fits(found: Estimate) -> bool:
     return found.most_seconds <= allowed and (most is None or found.memory["peak"] <= most)
 
 
-def _plans(settings: Settings, sizes: Sizes) -> Iterator[Settings]:
-    """The settings, and lowered ones where they are limited."""
+def _plans(settings: Settings, sizes: Sizes, graphs: Graphs) -> Iterator[Settings]:
+    """The settings, and lowered ones where they are limited.
+
+    Small batches and few kept graphs come before a smaller Krylov space: they cost no accuracy.
+    """
     if not settings.bounded:
         yield settings
         return
@@ -269,16 +275,19 @@ def _plans(settings: Settings, sizes: Sizes) -> Iterator[Settings]:
         batches = [settings.batch_size, *(batches if settings.max_memory is not None else [])]
         kept = [n for n in _CACHES if n < settings.cache_bytes]
         kept = [settings.cache_bytes, *(kept if settings.max_memory is not None else [])]
-        for size in batches:
-            for cache in kept:
-                yield _as_planned(replace(lowered, batch_size=size, cache_bytes=cache), sizes)
+        plans = [
+            _as_planned(replace(lowered, batch_size=size, cache_bytes=cache), sizes, graphs)
+            for size in batches
+            for cache in kept
+        ]
+        yield from sorted(plans, key=lambda s: (-(s.max_iterations or 0), -s.control_groups))
 
 
-def _as_planned(settings: Settings, sizes: Sizes) -> Settings:
+def _as_planned(settings: Settings, sizes: Sizes, graphs: Graphs) -> Settings:
     """With the size that the Krylov space of a calibration gets within max_memory."""
     if not settings.calibrate:
         return settings
-    plan = plan_of(settings, sizes.p, sizes.bytes_each)
+    plan = Workload(settings, sizes, graphs).plan
     lowered: dict[str, Any] = {}
     if plan.groups < settings.control_groups:
         lowered["control_groups"] = plan.groups
@@ -318,7 +327,8 @@ def _of(settings: Settings, sizes: Sizes, rates: Rates, setup: float) -> Estimat
             seconds[phase.name] = seconds.get(phase.name, 0.0) + each
             passes[phase.name] = phase.passes()
     seconds["total"] = sum(seconds.values())
-    return Estimate(seconds, most, passes, load.memory(rates.activations), settings, {})
+    memory, space = load.memory(rates.activations), load.space_bytes
+    return Estimate(seconds, most, passes, memory, settings, {}, space_bytes=space)
 
 
 def _changed(before: Settings, after: Settings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.loss import LossFunction, euclidean_norm
+from lcodec_ext._torch.loss import LossFunction, euclidean_norm, trainable
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import Selection, UnitSelection
@@ -28,7 +28,7 @@ from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_skipped
-from lcodec_ext.unlearning.workplace import Workplace, copy_state, norm
+from lcodec_ext.unlearning.workplace import Workplace, copy_state
 
 
 @twice_differentiable()
@@ -162,7 +162,7 @@ def unlearn(
     work, request, cost = planned(work, request, time.perf_counter() - begin)
     with work.timed("monitoring"):
         before = work.measure(request.forget, request.monitored)
-    start = work.weights()
+    start = trainable(model)
     watch = Watch.of(work, request)
     warn_of_doubts(request, watch.guard, settings)
     # Each part: perturb and record, select, step, guard.
@@ -170,13 +170,20 @@ def unlearn(
     warn_of_skipped(deletions, watch.guard, work.settings, request.m)
     applied, selection = _selections(deletions)
     step_norm = euclidean_norm(
-        p.detach().double() - start[k].double() for k, p in work.parameters.items()
+        p.detach().double() - old.detach().double()
+        for p, old in zip(work.parameters.values(), start, strict=True)
     )
     with work.timed("monitoring"):
         # Into a copy first, also in place: the given model changes only when all has gone well.
         changed = work.handed_over(model, applied)
         guarantee = guarantee_of_deletions(
-            work, changed, request, deletions, before, norm(start), selection.size(work.model)
+            work,
+            changed,
+            request,
+            deletions,
+            before,
+            euclidean_norm(start),
+            selection.size(work.model),
         )
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)

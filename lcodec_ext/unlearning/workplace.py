@@ -69,6 +69,7 @@ class Workplace:
     device: torch.device
     dtype: torch.dtype
     parameters: dict[str, nn.Parameter]  # the trainable ones of the copy
+    space_bytes: int | None = None  # what a Krylov space may take, where memory is limited
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
@@ -99,10 +100,6 @@ class Workplace:
     def timed(self, phase: str) -> AbstractContextManager[None]:
         """As `Clock.timed`."""
         return self.clock.timed(phase)
-
-    def weights(self) -> Gradient:
-        """A copy of the trainable parameters."""
-        return {k: p.detach().clone() for k, p in self.parameters.items()}
 
     def gradient(
         self, samples: Samples, parameters: Mapping[str, Tensor] | None = None
