@@ -24,7 +24,7 @@ from lcodec_ext.unlearning.control import (
 )
 from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.step import Block, Steps, operator_of
+from lcodec_ext.unlearning.step import Block, Steps, operator_of, products
 from lcodec_ext.unlearning.workplace import Workplace
 
 _Measured = TypeVar("_Measured")
@@ -321,7 +321,7 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
         groups = control.groups
         directions = [block.removal, *(_direction(block, each) for each in groups)]
         operator = operator_of(block, block.removal, 0.0)
-        space = Krylov(lambda V: operator @ V, directions, plan.steps, plan.at_once)
+        space = Krylov(products(block, operator), directions, plan.steps, plan.at_once)
         most = measured(settings)
         some = [Fetched(work, few(each, rng, max(1, most // len(groups)))) for each in groups]
         before = [each.losses() for each in some]

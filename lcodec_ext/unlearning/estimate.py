@@ -1,7 +1,5 @@
 """What a deletion will cost, and settings that make it cost less."""
 
-import contextlib
-import ctypes
 import math
 import time
 import warnings
@@ -78,8 +76,8 @@ class Estimate:
         that are multiplied.
     memory : dict of str to int
         Peak bytes in addition to the given model and data: copies of the "model",
-        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, a "batch"; and
-        their sum, the "peak".
+        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, a "batch", gaps
+        in the "heap"; and their sum, the "peak".
     settings : Settings
         With what max_seconds, budget and max_memory lowered.
     chosen : dict of str to Any
@@ -219,19 +217,12 @@ def planned(
         return work, request, None
     with work.timed("estimate"):
         found = _estimated(work, request, setup, True)
-        if work.settings.max_memory is not None:
-            _give_back()
+        work.give_back()
     progress_line(work.progress, f"unlearn: {found.line()}")
     work = replace(work, settings=found.settings, space_bytes=found.space_bytes)
     if found.chosen:
         request = request.drawn_again(found.settings)
     return work, request, found
-
-
-def _give_back() -> None:
-    """Return freed memory to the system where the C library is glibc, which would keep it."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _estimated(work: Workplace, request: Request, setup: float, planning: bool) -> Estimate:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -146,7 +147,7 @@ def newton_step(block: Block, direction: Tensor, damping: float) -> Damped:
         operator = operator_of(block, direction, damping)
     with block.work.timed("solve"):
         if in_krylov_space(block.work.settings, block.part.statistics is not None):
-            return _least_solved(operator, direction, block.work.settings, damping)
+            return _least_solved(block, operator, direction, damping)
         solution = _solve(operator, direction, block.work.settings, damping)
     return Damped(solution, operator.plan, damping)
 
@@ -156,15 +157,27 @@ def in_krylov_space(settings: Settings, from_statistics: bool) -> bool:
     return settings.bounded and not from_statistics and settings.curvature != "secant"
 
 
+def products(block: Block, operator: CurvatureOperator) -> Callable[[Tensor], Tensor]:
+    """Products with an operator, each of which has the memory that the last one has freed."""
+
+    def product(V: Tensor) -> Tensor:
+        block.work.give_back()
+        return operator @ V
+
+    return product
+
+
 def _least_solved(
-    operator: CurvatureOperator, direction: Tensor, settings: Settings, damping: float
+    block: Block, operator: CurvatureOperator, direction: Tensor, damping: float
 ) -> Damped:
     """Solve with the least damping, from the one that is asked for, whose residual is at most 1.
 
     Where iterations are few, a solution with little damping may be worse than none. More damping
     costs no product here.
     """
-    space = Krylov(lambda V: operator @ V, direction[:, None], settings.max_iterations or 30)
+    settings = block.work.settings
+    steps = settings.max_iterations or 30
+    space = Krylov(products(block, operator), direction[:, None], steps)
     if space.least <= 0 and direction.any():  # with the damping that is in the operator
         raise _indefinite(settings, direction, damping, space.least, -space.least, "")
     more = 0.0

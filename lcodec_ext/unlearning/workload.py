@@ -22,6 +22,7 @@ FORMED_FEW_OUTPUTS = 2048  # and one of which that costs less
 _LIKELY_TRIALS = 5  # dampings whose losses are measured, of TRIALS + 1
 _LIKELY_CG = 40  # iterations to the relative residual that is the default
 _CG_VECTORS = 14  # of its iteration, and of a product
+_HEAP = 0.05  # of all memory: gaps that the C library keeps between what is in use
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Workload:
         most = self.settings.max_memory
         if most is None or not self.settings.calibrate:
             return None
-        return max(0, most - int(sum(self._beside_vectors().values())))
+        return max(0, int(most / (1 + _HEAP) - sum(self._beside_vectors().values())))
 
     @property
     def method(self) -> str:
@@ -331,12 +332,11 @@ class Workload:
         s, z = self.settings, self.sizes
         whole = z.n_trainable * z.bytes_each
         model = z.n_parameters * z.bytes_each
-        copies = model + whole  # the copy that moves, and where it started
         gradients = 2 * whole  # measured at the start
         largest = max(z.m, self.n_monitored, z.n_retain if s.finish != 0 else 0)
         batch = activations.of(min(s.batch_size, max(1, largest)))
         backward = {
-            "model": copies + model,
+            "model": 2 * model,  # the copy that moves, and what is handed over
             "gradients": gradients + 2 * whole,
             "batch": batch,
         }
@@ -347,6 +347,7 @@ class Workload:
             step["rows"] = float(min(rows * z.bytes_each, s.cache_bytes))
             step["batch"] = activations.of(min(s.batch_size, self.n_curvature))
         found = max((backward, step), key=lambda each: sum(each.values()))
+        found["heap"] = _HEAP * sum(found.values())
         parts = {name: int(n) for name, n in found.items() if n}
         return parts | {"peak": sum(parts.values())}
 
@@ -355,8 +356,8 @@ class Workload:
         s, z = self.settings, self.sizes
         whole, chosen = z.n_trainable * z.bytes_each, z.p * z.bytes_each
         found: dict[str, float] = {
-            "model": 2 * z.n_parameters * z.bytes_each + whole + chosen,
-            "gradients": 3 * whole + 4 * chosen,  # two of them of a product
+            "model": 2 * z.n_parameters * z.bytes_each + chosen,
+            "gradients": 2 * whole + 4 * chosen,  # two of them of a product
         }
         if self.method in ("lanczos", "cg") or s.curvature == "hessian":
             n = self.n_curvature

@@ -1,6 +1,8 @@
 """Where a deletion is worked out: a copy of the model, its loss, the settings and a clock."""
 
+import contextlib
 import copy
+import ctypes
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -100,6 +102,13 @@ class Workplace:
     def timed(self, phase: str) -> AbstractContextManager[None]:
         """As `Clock.timed`."""
         return self.clock.timed(phase)
+
+    def give_back(self) -> None:
+        """Return freed memory to the system, where memory is limited: glibc would keep it."""
+        if self.settings.max_memory is None or self.device.type != "cpu":
+            return
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
     def gradient(
         self, samples: Samples, parameters: Mapping[str, Tensor] | None = None
