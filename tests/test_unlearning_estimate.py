@@ -395,8 +395,16 @@ def test_sacrifices_are_settings_and_go_downwards():
         ({"budget": 0.05}, "budget.*and training_seconds.*belong together; got budget=0.05"),
         ({"training_seconds": 5.0}, "belong together; got budget=None and training_seconds=5.0"),
         ({"max_seconds": 1.0, "budget": 0.1, "training_seconds": 9.0}, "give one of them"),
-        ({"max_seconds": 0.0}, "max_seconds must be positive; got 0"),
-        ({"max_seconds": -1.0}, "max_seconds must be .*got -1"),
+        ({"max_seconds": 0.0}, "max_seconds must be a positive, finite number; got 0"),
+        ({"max_seconds": -1.0}, "max_seconds must be a positive, finite number; got -1"),
+        (
+            {"budget": 0.0, "training_seconds": 1.0},
+            "budget must be a positive, .*got 0",
+        ),
+        (
+            {"budget": 0.1, "training_seconds": -1},
+            "training_seconds must be a positive, .*got -1",
+        ),
         ({"max_memory": 0}, "max_memory must be"),
         ({"n_guard": 0}, "n_guard must be"),
         ({"cache_bytes": -1}, "cache_bytes must be"),

@@ -194,7 +194,7 @@ def estimate(
     check_bool(progress, "progress")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `unlearn` gives them
-        settings = resolve(
+        settings, _ = resolve(
             preset,
             options,
             retained=retain is not None,
@@ -361,9 +361,10 @@ def _refusal(settings: Settings, tried: Sequence[Estimate]) -> str:
     if most is not None:
         limits.append(f"max_memory={most:,}: it takes {least.memory['peak']:,} bytes")
     lowered = ", ".join(f"{k}={v}" for k, v in _changed(settings, least.settings).items())
+    slack = " (and a quarter more: it was timed just now)" * (allowed < math.inf)
     return (
         f"the smallest plan for this deletion ({lowered}) does not fit {' and '.join(limits)}. "
-        "Allow that much, or select fewer parameters (selection, max_parameters)"
+        f"Allow that much{slack}, or select fewer parameters (selection, max_parameters)"
     )
 
 

@@ -1,6 +1,7 @@
 """The deletion: which units, which step, whether it did harm, and what came of it."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,7 +150,7 @@ def unlearn(
     begin = time.perf_counter()
     check_bool(inplace, "inplace")
     check_bool(progress, "progress")
-    settings = resolve(
+    settings, doubt = resolve(
         preset,
         options,
         retained=retain is not None,
@@ -159,6 +160,8 @@ def unlearn(
     work = Workplace.of(model, loss_fn, settings, score, progress)
     request = checked_request(work, forget, retain, validation, statistics, groups)
     check_certifiable(work, model, request)
+    if doubt:
+        warnings.warn(doubt, stacklevel=3)  # behind the decorator
     work, request, cost = planned(work, request, time.perf_counter() - begin)
     with work.timed("monitoring"):
         before = work.measure(request.forget, request.monitored)

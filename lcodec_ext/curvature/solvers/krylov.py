@@ -87,7 +87,7 @@ class Krylov:
             column = columns.pop(0)
             norms.append(float(torch.linalg.vector_norm(column, dtype=torch.float64)))
             scaled = column / max(norms[-1], 1e-300)
-            self._append(scaled[None], torch.ones(1, dtype=torch.float64))
+            self._append(scaled[None].clone(), torch.ones(1, dtype=torch.float64))
             found.append((self._basis[: self._size] @ scaled).double().cpu())
         self._norms = torch.tensor(norms, dtype=torch.float64)
         start = torch.zeros(self._size, len(found), dtype=torch.float64)
@@ -104,7 +104,7 @@ class Krylov:
         return W
 
     def _append(self, rows: Tensor, scales: Tensor) -> int:
-        """Add what vectors have outside of the space to its basis; how many that were."""
+        """Add what vectors have outside of the space to its basis; how many. Writes to them."""
         before, eps = self._size, torch.finfo(rows.dtype).eps
         for row, scale in zip(rows, scales.tolist(), strict=True):
             if self._size == len(self._basis):
@@ -112,10 +112,10 @@ class Krylov:
             size = float(torch.linalg.vector_norm(row, dtype=torch.float64))
             while size > _BREAKDOWN * eps * scale:
                 last, known = size, self._basis[: self._size]
-                row = row - (known @ row) @ known
+                row.addmv_(known.T, known @ row, alpha=-1)
                 size = float(torch.linalg.vector_norm(row, dtype=torch.float64))
                 if size >= _AGAIN * last:
-                    self._basis[self._size] = row / size
+                    torch.div(row, size, out=self._basis[self._size])
                     self._size += 1
                     break
         return self._size - before

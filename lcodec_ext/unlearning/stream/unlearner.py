@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any, Self
@@ -133,7 +134,7 @@ class Unlearner:
         **options: Any,
     ) -> None:
         check_integer(keep, "keep", 1)
-        settings = resolve(
+        settings, doubt = resolve(
             preset,
             options,
             retained=statistics is None,
@@ -156,6 +157,8 @@ class Unlearner:
         self._store = Store(folder)
         with self._store.closed_on_failure():
             _check_new(self._store, directory)
+            if doubt:
+                warnings.warn(doubt, stacklevel=2)
             self._store.ledger.repair()
             record = start_record(self._given, model)
             record |= {"keep": keep, "budget": budget and budget.to_dict(), **self._counts((), ())}
