@@ -163,9 +163,7 @@ def test_groups_that_have_no_effect_are_refused(calls, trained):
     arguments = model, *((x[some], y[some]) for some in (users < 2, users >= 2)), cross_entropy
     for do in (unlearn, estimate):
         for options in ({}, {"validation": held, "damping": 0.1, "calibrate": False}):
-            with pytest.raises(
-                ValueError, match="so it has none: leave groups out"
-            ):
+            with pytest.raises(ValueError, match="so it has none: leave groups out"):
                 do(*arguments, groups=ids, **options)
     with make() as stream:
         stream.remove(groups="u3")

@@ -629,6 +629,8 @@ def _calibration(request: ReportEntry) -> Iterator[str]:
     if found.get("finish"):
         by = found.get("finish_by") or "training on the retained samples"
         yield _FINISH.format(found["finish"], _escape(str(by)))
+    elif found.get("finish_by"):
+        yield f"A *finish*, training on the retained samples, was {_escape(found['finish_by'])}."
     seen = [as_number(found.get(f"validation_{when}")) for when in ("before", "after")]
     rows = [
         [f"{name} samples", *map(_number, pair)]

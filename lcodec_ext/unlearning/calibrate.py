@@ -92,7 +92,7 @@ class Calibration:
     finish : int
         Iterations or batches of the finish that followed.
     finish_by : str
-        What finished, and why that.
+        What finished, and why that; "undone: ..." says what was tried and taken back.
     group_size : int
         Samples in a group; of groups of users the mean, rounded.
     groups_of : str
@@ -172,6 +172,7 @@ class Calibration:
 
     def __str__(self) -> str:
         finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
+        finish = finish or f", finish {self.finish_by}" * bool(self.finish_by)
         if not self.control_after:
             return (
                 "outliers" * self.outliers

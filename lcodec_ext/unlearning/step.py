@@ -158,11 +158,13 @@ def in_krylov_space(settings: Settings, from_statistics: bool) -> bool:
 
 
 def products(block: Block, operator: CurvatureOperator) -> Callable[[Tensor], Tensor]:
-    """Products with an operator, each of which has the memory that the last one has freed."""
+    """Products with an operator, after each of which freed memory goes back to the system."""
+    block.work.give_back()
 
     def product(V: Tensor) -> Tensor:
+        found = operator @ V
         block.work.give_back()
-        return operator @ V
+        return found
 
     return product
 

@@ -22,7 +22,7 @@ FORMED_FEW_OUTPUTS = 2048  # and one of which that costs less
 _LIKELY_TRIALS = 5  # dampings whose losses are measured, of TRIALS + 1
 _LIKELY_CG = 40  # iterations to the relative residual that is the default
 _CG_VECTORS = 14  # of its iteration, and of a product
-_HEAP = 0.07  # of all memory: gaps that the C library keeps between what is in use
+_HEAP = 0.1  # of all memory: gaps that the C library keeps between what is in use
 
 
 @dataclass(frozen=True)
