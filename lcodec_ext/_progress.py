@@ -1,6 +1,10 @@
 """Progress bars, on request."""
 
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 def progress_bar(enabled: bool, **options: Any) -> Any:
@@ -11,20 +15,32 @@ def progress_bar(enabled: bool, **options: Any) -> Any:
     ImportError
         If a bar is wanted and tqdm is not installed.
     """
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        if enabled:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-        return _Silent()
-    return tqdm(disable=not enabled, **options)
+    tqdm = _tqdm(enabled)
+    return _Silent() if tqdm is None else tqdm(disable=not enabled, **options)
 
 
 def progress_line(enabled: bool, text: str) -> None:
     """A line among the bars."""
     if enabled:
-        with progress_bar(True, total=0, bar_format="{desc}", desc=text):
-            pass
+        _tqdm(enabled).write(text, file=sys.stderr)
+
+
+def _tqdm(needed: bool) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        if needed:
+            raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+        return None
+    return tqdm
+
+
+def counted(enabled: bool, items: Iterable[_T], **options: Any) -> Iterator[_T]:
+    """The items, with a bar of how many have been dealt with."""
+    with progress_bar(enabled, **options) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 class _Silent:

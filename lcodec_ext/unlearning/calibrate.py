@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._files import json_ready
+from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
@@ -24,7 +25,7 @@ from lcodec_ext.unlearning.control import (
 )
 from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.step import Block, Steps, operator_of, products
+from lcodec_ext.unlearning.step import Block, Steps, krylov_space, operator_of
 from lcodec_ext.unlearning.workplace import Workplace
 
 _Measured = TypeVar("_Measured")
@@ -322,7 +323,7 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
         groups = control.groups
         directions = [block.removal, *(_direction(block, each) for each in groups)]
         operator = operator_of(block, block.removal, 0.0)
-        space = Krylov(products(block, operator), directions, plan.steps, plan.at_once)
+        space = krylov_space(block, operator, directions, plan.steps, plan.at_once)
         most = measured(settings)
         some = [Fetched(work, few(each, rng, max(1, most // len(groups)))) for each in groups]
         before = [each.losses() for each in some]
@@ -330,7 +331,8 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
             block, space, some, tuple(float(each.mean()) for each in before), harm, restored
         )
         attack = _attack(before, harm.each())
-        chosen, reason = trial.search()
+        with progress_bar(work.progress, desc="strength", unit="trial") as trial.bar:
+            chosen, reason = trial.search()
         after, others, own = trial.losses(chosen, few(block.part.forget, rng, most))
         mean, spread = robust_mean(chosen.control)
         level = max(trial.target, *chosen.control)
@@ -469,6 +471,7 @@ class _Trial:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
         self.restored = restored
         self.before, self.tried = before, 0
+        self.bar = progress_bar(False)
         start = robust_mean(before)[0]
         # Where validation samples lose hardly more than trained ones there is no gap to go by.
         self.target = max(harm.validation_before, start + RISE * max(0.0, start))
@@ -540,6 +543,7 @@ class _Trial:
     def _try(self, damping: float, length: float = 1.0) -> _Tried:
         """What a damping does: to each group its own step, to others the request's."""
         self.tried += 1
+        self.bar.update()
         if self.space.least + damping <= 0:
             return _Tried(damping, self.before, math.nan, math.nan, "curvature")
         control = tuple(

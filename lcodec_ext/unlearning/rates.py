@@ -108,6 +108,8 @@ def _fitted(
     fits: Callable[[int], bool] = lambda size: True,
 ) -> list[Rate]:
     """Seconds of a batch and of a sample in it, from the least and the most that were tried."""
+    for call in calls(samples.subset([0]).loaded()):
+        call()  # the first one of a process loads what it needs, which may take a second
     found: list[tuple[int, list[float]]] = []
     size = min(_GROWTH, len(samples))
     while True:

@@ -2,13 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.loss import Gradient, LossFunction, NotFiniteError
 from lcodec_ext.curvature import (
@@ -148,7 +148,7 @@ def newton_step(block: Block, direction: Tensor, damping: float) -> Damped:
     with block.work.timed("solve"):
         if in_krylov_space(block.work.settings, block.part.statistics is not None):
             return _least_solved(block, operator, direction, damping)
-        solution = _solve(operator, direction, block.work.settings, damping)
+        solution = _solve(block.work, operator, direction, damping)
     return Damped(solution, operator.plan, damping)
 
 
@@ -157,16 +157,29 @@ def in_krylov_space(settings: Settings, from_statistics: bool) -> bool:
     return settings.bounded and not from_statistics and settings.curvature != "secant"
 
 
-def products(block: Block, operator: CurvatureOperator) -> Callable[[Tensor], Tensor]:
-    """Products with an operator, after each of which freed memory goes back to the system."""
-    block.work.give_back()
+def krylov_space(
+    block: Block,
+    operator: CurvatureOperator,
+    b: Tensor | list[Tensor],
+    steps: int,
+    at_once: int = 1,
+) -> Krylov:
+    """The Krylov space of an operator, with a bar of products.
 
-    def product(V: Tensor) -> Tensor:
-        found = operator @ V
-        block.work.give_back()
-        return found
+    After each product freed memory goes back to the system, if it is limited.
+    """
+    work = block.work
+    work.give_back()
+    total = steps * (b.shape[1] if isinstance(b, Tensor) else len(b))
+    with progress_bar(work.progress, total=total, desc="solve", unit="product") as bar:
 
-    return product
+        def product(V: Tensor) -> Tensor:
+            found = operator @ V
+            bar.update(V.shape[1])
+            work.give_back()
+            return found
+
+        return Krylov(product, b, steps, at_once)
 
 
 def _least_solved(
@@ -178,8 +191,7 @@ def _least_solved(
     costs no product here.
     """
     settings = block.work.settings
-    steps = settings.max_iterations or 30
-    space = Krylov(products(block, operator), direction[:, None], steps)
+    space = krylov_space(block, operator, direction[:, None], settings.max_iterations or 30)
     if space.least <= 0 and direction.any():  # with the damping that is in the operator
         raise _indefinite(settings, direction, damping, space.least, -space.least, "")
     more = 0.0
@@ -220,9 +232,9 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         # derivative, long enough for float32.
         length = 0.01 * float(block.start.norm()) or 0.01
         steps = direction * (length / float(direction.norm()))
-        return SecantOperator(*arguments, steps=steps, progress=work.progress, **common)
+        return SecantOperator(*arguments, steps=steps, **common)
     common["cache_bytes"] = settings.cache_bytes
-    return OPERATORS[settings.curvature](*arguments, progress=work.progress, **common)
+    return OPERATORS[settings.curvature](*arguments, **common)
 
 
 def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:
@@ -240,9 +252,10 @@ def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:
 
 
 def _solve(
-    operator: CurvatureOperator, gradient: Tensor, settings: Settings, damping: float
+    work: Workplace, operator: CurvatureOperator, gradient: Tensor, damping: float
 ) -> SolveResult:
     """Solve for the step; refuse, with advice, a matrix that is not positive definite."""
+    settings = work.settings
     shift = damping + settings.weight_decay
     rayleigh, least = math.nan, None
     limited = settings.max_iterations is not None
@@ -251,7 +264,10 @@ def _solve(
             if limited:
                 warnings.simplefilter("ignore", ConvergenceWarning)
             solution = operator.solve(
-                gradient, rtol=settings.rtol, max_iterations=settings.max_iterations
+                gradient,
+                rtol=settings.rtol,
+                max_iterations=settings.max_iterations,
+                progress=work.progress,
             )
         rtol = settings.rtol or (1e-5 if operator.dtype == torch.float32 else 1e-10)
         if solution.method != "cg" or limited or solution.residual <= rtol or shift > 0:
