@@ -55,6 +55,9 @@ def load():
 def with_users():
     return load() | {"groups": [f"user {k % 12}" for k in range(60)]}
 
+def with_users_and_validation():
+    return with_users() | {"test": (x[60:75], y[60:75]), "validation": (x[75:], y[75:])}
+
 def with_numbers():
     return load() | {"groups": [k % 12 for k in range(60)]}
 
@@ -736,7 +739,11 @@ def test_evaluate_whole_groups(run, refused, monkeypatch):
     assert status == 0, err
     assert json.loads(out)["n_forget"] == 5
     (options,) = calls
-    groups = options["groups"]
+    assert options["groups"] is None  # without validation samples they would have no effect
+    users = ["--data", "own_problem.py:with_users_and_validation"]
+    status, out, err = run(*evaluate, *users, "--forget-group", "user 3", "--json")
+    assert status == 0, err
+    groups = calls[-1]["groups"]
     assert [groups.ids[k] for k in groups.members] == [
         f"user {k % 12}" for k in range(60) if k % 12 != 3
     ]

@@ -212,6 +212,26 @@ def test_other_ways_have_an_estimate(networks):
     assert found.seconds["total"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        (CONSTANTS, ["cg", "repair"]),
+        ({"calibrate": False, "max_seconds": 1e6}, ["solve", "repair"]),
+        ({"validation": HELD}, ["finish"]),
+        ({"validation": HELD, "finish": 0}, ["solve", "strength"]),
+    ],
+)
+def test_each_phase_has_one_bar(networks, capsys, monkeypatch, options, phases):
+    """A bar that shows the estimate, and one for what takes long; none of single batches."""
+    monkeypatch.setattr("lcodec_ext.unlearning.finish.ENOUGH", -1.0)  # the finish does alone
+    unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, progress=True, **options)
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert sum(line.startswith("unlearn: about") for line in shown) == 1
+    names = list(dict.fromkeys(line.split(":")[0] for line in shown[1:] if line.strip()))
+    assert [name for name in names if name != "repair"] == [n for n in phases if n != "repair"]
+    assert set(names) <= set(phases)
+
+
 def test_progress_begins_with_the_estimate(networks, capsys):
     result = unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, progress=True, **CONSTANTS)
     first = capsys.readouterr().err.strip().splitlines()[0]

@@ -993,7 +993,7 @@ def test_progress_is_shown_on_request(capsys):
         warnings.simplefilter("ignore")  # tqdm without IPython widgets
         unlearn(mlp(), FORGET, RETAIN, F.cross_entropy, progress=True, selection="lfoci", **QUICK)
     shown = capsys.readouterr().err
-    for phase in ("perturbations", "cg"):
+    for phase in ("perturbations", "FOCI"):
         assert phase in shown
     for part in ("primal", "inputs of the head", "batch/s"):  # of which there are many
         assert part not in shown
