@@ -16,7 +16,7 @@ from lcodec_ext.cli.import_path import load_object
 from lcodec_ext.cli.problem import parse_ids
 from lcodec_ext.cli.unlearn import PRESETS
 from lcodec_ext.evaluation import methods
-from lcodec_ext.unlearning import ParameterSelection, UnitSelection, unlearn
+from lcodec_ext.unlearning import ParameterSelection, UnitSelection, WeightPatch, unlearn
 from lcodec_ext.unlearning.settings import PRESETS as KNOWN_PRESETS
 
 CODE = """
@@ -407,6 +407,30 @@ RUN = ["unlearn", *MODEL, *DATA, "--directory", "run"]
 def kinds():
     lines = Path("run/ledger.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["kind"] for line in lines]
+
+
+def test_a_patch_is_what_the_request_changes(run, refused, problem):
+    """Applied to the weights before it gives those that --output has."""
+    unlearn_ = ["unlearn", *MODEL, *DATA, *DECAY]
+    first = [*unlearn_, *WEIGHTS, "--forget", "3,17", "--patch", "a.safetensors", "--json"]
+    status, out, err = run(*first, "--output", "new.pt")
+    assert status == 0, err
+    assert json.loads(out)["patch"] == "a.safetensors"
+    model = torch.nn.Linear(4, 3).double()
+    model.load_state_dict(torch.load("net.pt", weights_only=True))
+    assert WeightPatch.load("a.safetensors").apply(model)
+    for name, tensor in torch.load("new.pt", weights_only=True).items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    status, out, err = run(*unlearn_, *WEIGHTS, "--forget", "3", "--patch", "b.safetensors")
+    assert status == 0, err
+    assert "patch         b.safetensors" in out
+    assert "--patch needs --forget" in refused(
+        "unlearn", *MODEL, *DATA, "--directory", "x", "--resume", "--output", "n.pt", "--patch",
+        "c.safetensors",
+    )  # fmt: skip
+    release = ["--epsilon", "1", "--delta", "1e-5", "--output", "n.pt"]
+    assert "--patch has no noise" in refused(*first, *release)
+    assert "does not go with --estimate" in refused(*first, "--estimate")
 
 
 def test_weights_are_written_after_a_removal_without_output(run, refused):
