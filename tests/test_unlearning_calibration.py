@@ -330,7 +330,7 @@ def test_outliers_are_finished(trained):
     result = run(trained)
     found = result.calibration
     assert (found.stopped_by, found.outliers, found.products) == ("outliers", True, 0)
-    assert 1 <= found.finish <= 30
+    assert 1 <= found.finish <= 32
     assert loss_on(result.model, forget) > 5 * loss_on(model, forget)
     assert (result.model(forget[0]).argmax(1) == forget[1]).double().mean() < 0.1
     assert loss_on(result.model, held) < loss_on(model, held)
@@ -341,8 +341,11 @@ def test_outliers_are_finished(trained):
     assert 0 < without.strength < math.inf
 
 
+LEVELS = calibrating.Levels(cap=9.0, trained=0.0, unseen=1.0)  # which harm does not go by
+
+
 def test_both_losses_have_to_hold():
-    harm = calibrating.Harm(None, None, 4.0, 0.002)
+    harm = calibrating.Harm(None, None, 4.0, 0.002, LEVELS)
     assert harm.broken(2.0, 0.04) == ""
     assert harm.broken(4.41, 0.002) == "validation"
     assert harm.broken(2.0, 1.5) == "retained"  # though validation gains
@@ -352,7 +355,7 @@ def test_both_losses_have_to_hold():
     assert (harm.broken(math.nan, 0.0), harm.broken(2.0, math.nan)) == ("validation", "retained")
     harm.accept(2.0)
     assert harm.broken(2.21, 0.002) == "validation"  # what was gained is not given away
-    close = calibrating.Harm(None, None, 0.02, 0.03)  # no gap
+    close = calibrating.Harm(None, None, 0.02, 0.03, LEVELS)  # no gap
     assert (close.broken(0.02, 0.0329), close.broken(0.02, 0.0331)) == ("", "retained")
 
 
@@ -401,7 +404,13 @@ def test_what_was_found_is_reported(trained):
     assert len(found.control_before) == len(found.control_after) == 4
     assert (found.group_size, found.n_validation, found.products) == (30, 300, 40)
     assert 2 <= found.tried <= 9
-    assert (found.control, found.spread) == robust_mean(found.control_after)
+    rises = np.subtract(found.control_after, found.control_before)
+    mean, spread = robust_mean(rises.tolist())
+    assert (found.control, found.spread) == (
+        pytest.approx(found.trained + mean),
+        pytest.approx(spread),
+    )
+    assert found.trained < found.unseen < found.cap
     assert found.strength == result.damping
     assert result.solve_method == "lanczos"
     assert result.solve_residual <= 1

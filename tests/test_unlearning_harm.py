@@ -240,6 +240,9 @@ def test_a_step_ends_where_accuracy_falls(known, monkeypatch):
     assert any("stopped by accuracy on validation samples" in each for each in told)
 
 
+LEVELS = calibrate.Levels(cap=9.0, trained=0.0, unseen=1.0)  # which accuracy does not go by
+
+
 def test_how_far_accuracy_may_fall():
     """More than one sample, 0.3% and a standard error of what changed."""
 
@@ -252,15 +255,15 @@ def test_how_far_accuracy_may_fall():
         after[:lost] = False
         before[lost : lost + won] = False
         held = Held(before)
-        harm = calibrate.Harm(held, None, 1.0, 1.0)
+        harm = calibrate.Harm(held, None, 1.0, 1.0, LEVELS)
         held.right = after
         return harm.costs_accuracy()
 
     assert [costs(300, lost, 0) for lost in (0, 1, 2)] == [False, False, True]
     assert [costs(1000, lost, 0) for lost in (3, 4)] == [False, True]
-    assert [costs(300, lost, 7) for lost in (10, 12, 13)] == [False, True, True]
+    assert [costs(300, lost, 17) for lost in (19, 20, 21)] == [False, False, True]
     assert not costs(300, 0, 5)
-    assert not calibrate.Harm(Held(None), None, 1.0, 1.0).costs_accuracy()
+    assert not calibrate.Harm(Held(None), None, 1.0, 1.0, LEVELS).costs_accuracy()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -590,6 +590,9 @@ def test_the_least_that_can_be_reported(tmp_path):
 CALIBRATION = {
     "strength": 0.03,
     "stopped_by": "control",
+    "cap": 3.0,
+    "trained": 0.025,
+    "unseen": 0.24,
     "control_before": [0.01, 0.02, 0.03, 0.04],
     "control_after": [0.1, 0.2, 0.3, 0.4],
     "control": 0.25,

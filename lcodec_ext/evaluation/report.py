@@ -23,14 +23,12 @@ from lcodec_ext.evaluation.records import (
     as_number,
     combine,
     delivered_of,
-    finite_of,
     pending,
     read_evaluations,
     read_ledgers,
     standing,
     stats,
 )
-from lcodec_ext.unlearning.calibrate import robust_mean
 
 _FORMAT = 2
 _TABLE_ROWS = 30  # requests in the table of report.md
@@ -614,7 +612,7 @@ def _strength_part(ledgers: Sequence[ReportLedger]) -> list[str]:
 def _calibration(request: ReportEntry) -> Iterator[str]:
     """What control groups of a request have shown."""
     found = request.calibration
-    reason, before = str(found.get("stopped_by")), finite_of(found.get("control_before"))
+    reason = str(found.get("stopped_by"))
     if reason == "finish":
         yield _ALONE
     elif reason == "outliers":
@@ -636,9 +634,11 @@ def _calibration(request: ReportEntry) -> Iterator[str]:
         [f"{name} samples", *map(_number, pair)]
         for name, pair in (("validation", seen), ("deleted", request.change("loss_forget")))
     ]
-    if before and reason not in ("outliers", "finish"):
+    if reason not in ("outliers", "finish"):
         control = [_number(as_number(found.get(name))) for name in ("control", "spread")]
-        rows.insert(0, ["control groups", _number(robust_mean(before)[0]), " ± ".join(control)])
+        rows.insert(
+            0, ["control groups", _number(as_number(found.get("trained"))), " ± ".join(control)]
+        )
     yield _table(["mean loss", "before", "after"], rows)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,6 +32,7 @@ _Measured = TypeVar("_Measured")
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
 _RESTORED = 0.5  # of what retained samples lose less than validation: what a finish gives back
+TAIL = 0.02  # of samples, whose losses count for no more than the least of them
 POINTS = 0.003  # of accuracy on validation samples, that a step may cost
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
 STEPS = 8  # blocks of the Krylov space
@@ -69,12 +70,21 @@ class Calibration:
         is worse than none; "curvature", the matrix is indefinite; "range", nothing. There was no
         step where it is "outliers", for which a finish alone does, or "finish": on few retained
         samples it did for these, too.
+    cap : float
+        The loss that 2% of the validation samples exceed. In `trained`, `control` and `unseen` no
+        sample counts for more: a few would carry the means.
+    trained, unseen : float
+        Mean loss before, of trained samples (of control groups and others that the step does not
+        read) and of validation samples. At most 2% of trained samples may be above the cap: further
+        ones have wrong labels, or are unlike validation samples otherwise.
     control_before, control_after : tuple of float
-        Mean loss of each control group, before and after its own virtual deletion.
+        Mean loss of each control group, before and after its own virtual deletion, samples left out
+        that were above the cap before.
     control : float
-        Mean over groups of the latter, the highest and the lowest left out where there are six.
+        What trained samples lose once they are deleted: `trained` and the mean rise of the groups'
+        losses, the highest and the lowest rise left out where there are six groups.
     spread : float
-        Its standard error.
+        Standard error of the rise.
     validation_before, validation_after : float
         Mean loss of the validation samples, before and after the deletion.
     retained_before, retained_after : float
@@ -111,6 +121,9 @@ class Calibration:
     strength: float
     length: float
     stopped_by: str
+    cap: float
+    trained: float
+    unseen: float
     control_before: tuple[float, ...]
     control_after: tuple[float, ...]
     control: float
@@ -145,6 +158,9 @@ class Calibration:
             strength=math.inf,
             length=1.0,
             stopped_by="outliers" if outliers else "finish",
+            cap=harm.levels.cap,
+            trained=harm.levels.trained,
+            unseen=harm.levels.unseen,
             control_before=before,
             control_after=(),
             control=math.nan,
@@ -182,12 +198,12 @@ class Calibration:
                 f"{self.unlike:.0%} of pairs, validation {self.validation_before:.3g} -> "
                 f"{self.validation_after:.3g}{finish}"
             )
-        before = robust_mean(self.control_before)[0]
         return (
             f"{len(self.control_after)} control groups of {self.group_size}"
             + " samples of other users" * (self.groups_of == "users")
-            + f": loss {before:.3g} -> "
-            f"{self.control:.3g} +- {self.spread:.2g}, validation {self.validation_before:.3g} -> "
+            + f": loss {self.trained:.3g} -> "
+            f"{self.control:.3g} +- {self.spread:.2g}, unseen {self.unseen:.3g} (none above "
+            f"{self.cap:.3g}); validation {self.validation_before:.3g} -> "
             f"{self.validation_after:.3g}, stopped by {self.stopped_by}" + finish
         )
 
@@ -320,26 +336,28 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
         p, itemsize = block.start.numel(), block.start.element_size()
         plan = plan_of(settings, p, itemsize, work.space_bytes)
         control = control_groups(block, rng, plan.groups)
-        groups = control.groups
-        directions = [block.removal, *(_direction(block, each) for each in groups)]
+        groups = [
+            _usual(block, each, few(each, rng, max(1, measured(settings) // plan.groups)), harm)
+            for each in control.groups
+        ]
+        directions = [block.removal, *(_direction(block, each) for each, _ in groups)]
         operator = operator_of(block, block.removal, 0.0)
         space = krylov_space(block, operator, directions, plan.steps, plan.at_once)
-        most = measured(settings)
-        some = [Fetched(work, few(each, rng, max(1, most // len(groups)))) for each in groups]
-        before = [each.losses() for each in some]
-        trial = _Trial(
-            block, space, some, tuple(float(each.mean()) for each in before), harm, restored
-        )
-        attack = _attack(before, harm.each())
+        some = [each for _, each in groups]
+        trial = _Trial(block, space, some, harm, restored)
+        attack = _attack([each.losses() for each in some], harm.each())
         with progress_bar(work.progress, desc="strength", unit="trial") as trial.bar:
             chosen, reason = trial.search()
-        after, others, own = trial.losses(chosen, few(block.part.forget, rng, most))
-        mean, spread = robust_mean(chosen.control)
+        after, others, own = trial.losses(chosen, few(block.part.forget, rng, measured(settings)))
+        mean, spread = trial.level(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
             strength=chosen.damping,
             length=chosen.length,
             stopped_by=reason,
+            cap=harm.levels.cap,
+            trained=trial.trained,
+            unseen=harm.levels.unseen,
             control_before=trial.before,
             control_after=chosen.control,
             control=mean,
@@ -363,6 +381,37 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
     return Calibrated(block, operator, space, block.removal, harm, found)
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What trained and unseen samples lose, no sample counting for more than the cap."""
+
+    cap: float
+    trained: float
+    unseen: float
+
+    @classmethod
+    def of(cls, trained: Tensor, unseen: Tensor) -> "Levels":
+        """By the losses of samples."""
+        cap = float(unseen.quantile(1 - TAIL))
+        found = cls(cap, math.nan, float(unseen.clamp(max=cap).mean()))
+        return replace(found, trained=found.of_trained(trained))
+
+    def mean(self, losses: Tensor) -> float:
+        """Mean loss; NaN where one is."""
+        return float(losses.clamp(max=self.cap).mean())
+
+    def of_trained(self, losses: Tensor) -> float:
+        """That of trained samples, of which no more are above the cap than of unseen ones."""
+        usual = losses[losses <= self.cap]
+        above = min(TAIL, 1 - len(usual) / len(losses))
+        return above * self.cap + (1 - above) * float(usual.mean()) if len(usual) else self.cap
+
+    @property
+    def gap(self) -> float:
+        """How much less trained samples lose than unseen ones."""
+        return max(0.0, self.unseen - self.trained)
+
+
 class Harm:
     """What losses of validation and retained samples may become."""
 
@@ -372,9 +421,11 @@ class Harm:
         retained: "Fetched",
         validation_before: float,
         retained_before: float,
+        levels: Levels,
         rise: float = RISE,
     ) -> None:
         self._held, self._kept, self._rise = validation, retained, rise
+        self.levels = levels
         self.validation_before = self._least = validation_before
         self.retained_before = retained_before
         self._right = None if validation is None else validation.right
@@ -387,7 +438,10 @@ class Harm:
             rng = np.random.default_rng([settings.seed, 12])
             both = known_classes(held, block, rng), some_of_pool(block, rng)
             validation, retained = (Fetched(work, each) for each in both)
-            return cls(validation, retained, validation.loss(), retained.loss(), settings.max_rise)
+            levels = Levels.of(retained.losses(), validation.losses())
+            return cls(
+                validation, retained, validation.loss(), retained.loss(), levels, settings.max_rise
+            )
 
     @property
     def validation(self) -> Samples:
@@ -419,18 +473,22 @@ class Harm:
     def costs_accuracy(self) -> bool:
         """Whether fewer validation samples are right than before, as of the last `now`.
 
-        By more than 0.3%, than one sample, and than one standard error of the difference: what
+        By more than 0.3%, than one sample, and than half a standard error of the difference: what
         losses hide where samples are near the border of two classes.
         """
         if self._right is None or self._held.right is None:
             return False
         lost = int((self._right & ~self._held.right).sum())
         won = int((self._held.right & ~self._right).sum())
-        return lost - won > max(1, POINTS * len(self._right), math.sqrt(lost + won))
+        return lost - won > max(1, POINTS * len(self._right), math.sqrt(lost + won) / 2)
 
     def each(self) -> Tensor:
         """The loss of each validation sample, at the present weights."""
         return self._held.losses()
+
+    def each_retained(self) -> Tensor:
+        """The loss of each retained sample, at the present weights."""
+        return self._kept.losses()
 
     def start_again(self) -> None:
         """Judge by the losses before, whatever a step that was tried has gained."""
@@ -464,19 +522,26 @@ class _Trial:
         block: Block,
         space: Krylov,
         groups: Sequence[Fetched],
-        before: tuple[float, ...],
         harm: Harm,
         restored: bool,
     ) -> None:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
-        self.restored = restored
-        self.before, self.tried = before, 0
+        self.restored, self.tried = restored, 0
         self.bar = progress_bar(False)
-        start = robust_mean(before)[0]
+        losses = [each.losses() for each in groups]
+        self.before = tuple(map(harm.levels.mean, losses))
+        self.trained = start = harm.levels.of_trained(torch.cat([*losses, harm.each_retained()]))
         # Where validation samples lose hardly more than trained ones there is no gap to go by.
-        self.target = max(harm.validation_before, start + RISE * max(0.0, start))
+        self.target = max(harm.levels.unseen, start + RISE * max(0.0, start))
         if not self.target > start:  # of losses below zero the size says nothing of a gap
             self.target = start + RISE * abs(start)
+
+    def level(self, control: Sequence[float]) -> tuple[float, float]:
+        """What trained samples lose, by how the losses of groups rose; and its standard error."""
+        mean, error = robust_mean(
+            [new - old for new, old in zip(control, self.before, strict=True)]
+        )
+        return self.trained + mean, error
 
     def search(self) -> tuple[_Tried, str]:
         """The least damping that passes, and why less does not: by tens, then bisected."""
@@ -515,7 +580,7 @@ class _Trial:
         return good, reason if bad is None else bad.objection
 
     def _near(self, good: _Tried, bad: _Tried) -> bool:
-        reached = robust_mean(good.control)[0] >= _NEAR * self.target
+        reached = self.level(good.control)[0] >= _NEAR * self.target
         return bad.objection == "control" and reached
 
     def _bisected(self, good: _Tried, bad: _Tried) -> tuple[_Tried, str]:
@@ -534,7 +599,7 @@ class _Trial:
         """Where to try between two dampings: where the control groups would reach the target."""
         if bad.objection != "control":
             return 0.5
-        low, high = (robust_mean(each.control)[0] for each in (good, bad))
+        low, high = (self.level(each.control)[0] for each in (good, bad))
         if not 0 < low < self.target < high < math.inf:
             return 0.5
         share = math.log(0.97 * self.target / low) / math.log(high / low)
@@ -547,9 +612,10 @@ class _Trial:
         if self.space.least + damping <= 0:
             return _Tried(damping, self.before, math.nan, math.nan, "curvature")
         control = tuple(
-            self._at((damping, length, k), group.loss) for k, group in enumerate(self.groups, 1)
+            self.harm.levels.mean(self._at((damping, length, k), group.losses))
+            for k, group in enumerate(self.groups, start=1)
         )
-        if not robust_mean(control)[0] <= self.target:
+        if not self.level(control)[0] <= self.target:
             return _Tried(damping, control, math.nan, math.nan, "control", length)
         harm = self.harm
         validation, retained = self._at((damping, length, 0), harm.now)
@@ -601,6 +667,19 @@ def robust_mean(values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     kept = sorted(values)[1:-1] if len(values) >= 6 else list(values)
     return float(np.mean(kept)), float(np.std(kept) / math.sqrt(max(1, len(kept) - 1)))
+
+
+def _usual(block: Block, group: Samples, some: Samples, harm: Harm) -> tuple[Samples, Fetched]:
+    """A group, and samples of it whose loss is taken, without those that are above the cap.
+
+    Of a large group the latter alone are left out. All stay where most are above the cap.
+    """
+    work = block.work
+    kept = np.flatnonzero((Fetched(work, some).losses() <= harm.levels.cap).numpy())
+    if len(kept) < len(some) / 2:
+        return group, Fetched(work, some)
+    usual = some.subset(kept.tolist()).loaded()
+    return (usual if len(some) == len(group) else group), Fetched(work, usual)
 
 
 def _direction(block: Block, group: Samples) -> Tensor:

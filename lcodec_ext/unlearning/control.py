@@ -1,7 +1,5 @@
 """Who is in a control group, and which samples harm is looked for on."""
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -47,36 +45,31 @@ def control_groups(block: Block, rng: np.random.Generator, count: int) -> Contro
         return Control([pool.subset(own).loaded() for own in block.retained.users[:count]], "users")
     size = min(len(forget), len(pool))
     labels, wanted = labels_of(pool), labels_of(forget)
-    free: list[int] = []
+    free = np.arange(0)
     groups = []
     for _ in range(count):
         if len(free) < size:
-            free = rng.permutation(len(pool)).tolist()
+            free = rng.permutation(len(pool))
         group = _drawn(free, labels, wanted, size)
-        taken = set(group)
-        free = [i for i in free if i not in taken]
-        groups.append(pool.subset(sorted(group)).loaded())
+        free = free[~np.isin(free, group)]
+        groups.append(pool.subset(np.sort(group).tolist()).loaded())
     gone = labels is not None and wanted is not None and not np.isin(wanted, labels).any()
     return Control(groups, "classes" if gone else "samples")
 
 
 def _drawn(
-    free: Sequence[int],
+    free: NDArray[np.int64],
     labels: NDArray[np.int64] | None,
     wanted: NDArray[np.int64] | None,
     size: int,
-) -> list[int]:
+) -> NDArray[np.int64]:
     """The first of free that have the labels wanted, and the first of all for what is lacking."""
-    group: list[int] = []
+    group = free[:0]
     if labels is not None and wanted is not None:
-        left = Counter(wanted.tolist())
-        for i in free:
-            if left[int(labels[i])] > 0:
-                left[int(labels[i])] -= 1
-                group.append(i)
+        for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
+            group = np.append(group, free[labels[free] == label][:count])
     group = group[:size]
-    taken = set(group)
-    return group + [i for i in free if i not in taken][: size - len(group)]
+    return np.append(group, free[~np.isin(free, group)][: size - len(group)])
 
 
 def known_classes(held: Samples, block: Block, rng: np.random.Generator) -> Samples:

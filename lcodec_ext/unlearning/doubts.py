@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.samples import Samples
-from lcodec_ext.unlearning.calibrate import robust_mean
 from lcodec_ext.unlearning.control import labels_of
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
@@ -183,15 +182,15 @@ def warn_of_shortfall(
         return
     told = []
     reason = _REASONS.get(found.stopped_by, found.stopped_by)
-    start, target = robust_mean(found.control_before)[0], found.validation_before
-    gap = target - start
-    reached = (found.control - start) / gap if gap > _GAP * abs(target) else 1.0
+    start, target = found.trained, found.validation_before
+    gap = found.unseen - start
+    reached = (found.control - start) / gap if gap > _GAP * abs(found.unseen) else 1.0
     solved = found.stopped_by == "range" and training_norm < _SMALL * norm(before.forget)
     if reached < _LITTLE and found.stopped_by != "control" and not (found.finish or solved):
         told.append(
             f"the deletion forgets little: control groups that were deleted as the request lose "
             f"{found.control:.3g}, before {start:.3g}, and samples that were never seen "
-            f"{target:.3g}. {reason}"
+            f"{found.unseen:.3g}. {reason}"
         )
     if found.outliers and not after.forget_loss > target:
         told.append(

@@ -25,14 +25,16 @@ from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.step import Block
 
 BATCHED = 5000  # retained samples, from which on mini-batches finish
-ITERATIONS = 28  # of L-BFGS on fewer
+ITERATIONS = 32  # of L-BFGS on fewer
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
-ENOUGH = 0.4  # of the way to the validation loss, where L-BFGS alone does
+ENOUGH = 0.4  # of the gap between trained samples and validation, where L-BFGS alone does
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
 _KEPT_BYTES = 2**26  # of batches that are kept while it iterates
 _LINE_SEARCH = 25  # evaluations
 _TRAINED = 0.01  # of the retained objective: below, the network is surer than training made it
+_UNFINISHED = 0.5  # of it: a training that ended there is not gone on with, but for outliers
 _PATIENCE = 8  # iterations without one that holds that end it
+_LOOKED = 2  # iterations, after which validation is looked at
 
 
 class Finish(NamedTuple):
@@ -80,7 +82,7 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
         )
         if outliers:
             return lost > OUTLIERS * held
-        return lost - before > ENOUGH * max(held - before, 0.0)
+        return lost - before > ENOUGH * harm.levels.gap
 
     with work.timed("finish"):
         if batches:
@@ -96,7 +98,7 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
             except (NotTrainedError, NotFiniteError) as error:
                 block.restore(theta, block.buffers)
                 why = f" instead of mini-batches, as {error}"
-        kept = _lbfgs(block, harm)
+        kept = _lbfgs(block, harm, _TRAINED if outliers else _UNFINISHED)
         if known or does(work.model):
             return Finish(kept, f"L-BFGS on the retained samples{why}")
     block.put(theta)
@@ -119,13 +121,13 @@ def finish_step(block: Block, harm: Harm) -> Finish | None:
     return Finish(batches, "mini-batches, the removed samples' outputs held as after the step")
 
 
-def _lbfgs(block: Block, harm: Harm) -> int:
+def _lbfgs(block: Block, harm: Harm, least: float) -> int:
     """L-BFGS on the retained objective from the present weights, as long as validation holds.
 
     In evaluation mode, on the selected parameters, with history 10 and a strong Wolfe line search.
-    Each iteration takes one or two passes over the retained samples and one over validation. They
-    end where the objective has fallen to a hundredth: it is not to go on with training.
-    Returns the iterations that were kept.
+    Each iteration takes one or two passes over the retained samples, every second one another over
+    validation. They end where the objective has fallen below `least` of what it was: it is not to
+    go on with training. Returns the iterations that were kept.
     """
     work = block.work
     retained = _kept(_some(block), work.settings.batch_size)
@@ -170,12 +172,15 @@ def _lbfgs(block: Block, harm: Harm) -> int:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except NotFiniteError:
             break
+        ended = iteration == most or known[-1][1] < least * start
+        if iteration % _LOOKED and not ended:
+            continue
         block.put(theta.detach())
-        if harm.validation_loss() <= harm.most:
+        if harm.validation_loss() <= harm.most and not harm.costs_accuracy():
             best, kept = theta.detach().clone(), iteration
         elif iteration - kept >= _PATIENCE:
             break
-        if known[-1][1] < _TRAINED * start:
+        if ended:
             break
     block.put(best)
     return kept
