@@ -84,7 +84,7 @@ def unlearn(
     groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
         Where forget has all samples of one user or of several: the id of each retained sample's
         user. The control groups of a calibrated step are then other users, with about as many
-        samples together (`Calibration.groups_of`).
+        samples together (`Calibration.groups_of`). Refused where nothing is calibrated.
     statistics : TrainingStatistics, optional
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
@@ -94,7 +94,7 @@ def unlearn(
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
-        Say what the deletion will cost, and show progress bars; needs tqdm.
+        Say what the deletion will cost, and show a bar for each phase; needs tqdm.
     **options
         Attributes of `Settings`: ``selection="lfoci"``, ``damping=0.1``, ``weight_decay=1e-3``.
         **weight_decay is that of the training**, 0 by default.
@@ -119,7 +119,7 @@ def unlearn(
     ConvergenceWarning
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
-        If the step was taken back; if it raises the retained loss by much; if half of the removed
+        If the deletion is not calibrated, unless with calibrate=False; if the step was taken back; if it raises the retained loss by much; if half of the removed
         samples or more are also retained; if there are fewer units than `n_units`; if validation
         samples are few, unlike the training ones or among them; if a calibrated step stayed far
         from its aim or cost accuracy.
