@@ -4,7 +4,7 @@ Two networks with batch norm learn 5440 images of digits, by 34 people, each dig
 times. The first one is trained by SGD until it knows 160 wrong labels by heart, and is asked to
 forget them. The second one is trained with dropout by AdamW, and is asked to forget the images of
 one user. Each deletion has a ledger, and is compared with training again without the samples and
-with two plain tools, which take more time than the deletion. The script prints a table for each
+with two plain tools, which take about as long. The script prints a table for each
 request, and writes a report. It takes one to three minutes.
 """
 

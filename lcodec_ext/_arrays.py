@@ -3,13 +3,14 @@
 torch and pandas are used only if they are loaded already.
 """
 
+import numbers
 import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_EXACT_INTEGER = 2**53
+MAX_INTEGER = 2**53  # up to it float64 holds all integers
 
 
 def is_tensor(value: object) -> bool:
@@ -34,21 +35,35 @@ def is_float(array: Any) -> bool:
 
 
 def beyond_float64(array: Any) -> bool:
-    """Whether an array or tensor holds integers that float64 would merge."""
-    if is_float(array) or array.dtype == bool or not array.shape[0]:
+    """Whether an array or tensor holds different numbers that float64 may merge.
+
+    Integers beyond 2**53, and long doubles that are equal once they are rounded.
+    """
+    if array.dtype == bool or not array.shape[0]:
         return False
+    if is_float(array):
+        return not is_tensor(array) and array.dtype.itemsize > 8 and _merged(array)
     if str(array.dtype) == "torch.uint64":  # torch knows no maximum of it
         array = array.view(array_module(array).int64)
         if array.min() < 0:  # 2**63 and more
             return True
-    return max(int(array.max()), -int(array.min())) > _EXACT_INTEGER
+    return max(int(array.max()), -int(array.min())) > MAX_INTEGER
+
+
+def _merged(array: NDArray) -> bool:
+    columns = array.T if array.ndim == 2 else [array.ravel()]
+    with np.errstate(all="ignore"):
+        return any(
+            len(np.unique(column)) > len(np.unique(column.astype(np.float64))) for column in columns
+        )
 
 
 def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any, list[str] | None]:
     """Anything array-like as an array of real numbers, and its column names if it has them.
 
     A NumPy array in native byte order, float16 as float32, missing values as NaN; or a tensor of a
-    dtype that torch can sort and compare, or uint64.
+    dtype that torch can sort and compare, or uint64. Columns of different types, missing values and
+    lists are made one array, and integers that this would round are refused.
 
     Parameters
     ----------
@@ -58,30 +73,235 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
     tensors : bool, optional
         Whether tensors stay tensors. By default those on a CUDA device do.
     """
+    if type(value) is np.ndarray:  # of one type, and so quickly done
+        return _real(value, name), None
     if value is None:
         raise ValueError(f"{name} must be an array of numbers; got None")
     if is_tensor(value):
         keep = on_cuda(value) if tensors is None else tensors
         return (_real_tensor if keep else _tensor_to_numpy)(value, name), None
-    pandas = sys.modules.get("pandas")
-    if pandas is not None and isinstance(value, pandas.DataFrame):
-        return _from_frame(value, name)
-    if pandas is not None and isinstance(value, pandas.Series | pandas.Index):
-        return _real(_pandas_column(value, name), name), None
     if hasattr(value, "toarray") and hasattr(value, "nnz"):
         raise ValueError(
             f"{name} is sparse ({type(value).__name__}); expected a dense array: "
             f"pass {name}.toarray()"
         )
-    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        value = np.ma.filled(value.astype(np.result_type(value.dtype, np.float32)), np.nan)
+    if type(value).__name__ == "LazyFrame":
+        raise ValueError(f"{name} is a LazyFrame, which holds no data: pass {name}.collect()")
+    frame = _frame(value)
+    if frame is None:
+        return _column(value, name), None
+    names, parts = frame
+    labels = [f"column {column!r} (index {k}) of {name}" for k, column in enumerate(names)]
+    columns = [_column(part, label) for part, label in zip(parts, labels, strict=True)]
+    if not columns:
+        return np.empty((len(value), 0)), names
+    if np.result_type(*{part.dtype for part in columns}).kind == "f":  # before they are stacked
+        for column, label in zip(columns, labels, strict=True):
+            refuse_merged(column, label)
+    return np.column_stack(columns), names
+
+
+def refuse_columns(value: Any, name: str) -> None:
+    """Refuse a data frame with columns that are not numbers; leave arrays to others."""
+    if type(value).__name__ == "LazyFrame" or _frame(value) is not None:
+        as_array(value, name, tensors=False)
+
+
+def refuse_merged(column: NDArray, label: str, beside: str = "") -> None:
+    """Refuse a column whose numbers float64 may merge."""
+    if beyond_float64(column):
+        what = "numbers" if is_float(column) else "integers beyond 2**53"
+        raise ValueError(
+            f"{label} holds {what}{beside}, which float64 cannot tell apart; "
+            "subtract an offset first"
+        )
+
+
+def _frame(value: Any) -> tuple[list[str], list[Any]] | None:
+    """Names and columns of a data frame or table of any library; None for anything else."""
+    pandas, arrow = sys.modules.get("pandas"), sys.modules.get("pyarrow")
+    if pandas is not None and isinstance(value, pandas.DataFrame):
+        columns = [value.iloc[:, k] for k in range(value.shape[1])]
+        return [str(label) for label in value.columns], columns
+    if arrow is not None and isinstance(value, arrow.Table | arrow.RecordBatch):
+        return list(value.column_names), list(value.columns)
     labels = getattr(value, "columns", None)
-    named = isinstance(labels, list) and hasattr(value, "to_numpy")  # polars and its like
+    if isinstance(labels, list) and hasattr(value, "to_numpy"):  # polars and its like
+        return [str(label) for label in labels], [value[label] for label in labels]
+    return None
+
+
+def _column(value: Any, label: str) -> NDArray:
+    """An array, or a column of any library, as an array of real numbers; NaN where one misses."""
+    pandas, polars, arrow = map(sys.modules.get, ("pandas", "polars", "pyarrow"))
+    if pandas is not None and isinstance(value, pandas.api.extensions.ExtensionArray):
+        value = pandas.Series(value)
+    missing = None
+    if pandas is not None and isinstance(value, pandas.Series | pandas.Index):
+        values, missing = _pandas_column(value, label)
+    elif polars is not None and isinstance(value, polars.Series):
+        kind = value.dtype
+        exact = kind.is_decimal() or "128" in str(kind)  # NumPy has no such integers
+        if exact or not (kind.is_numeric() or kind == polars.Boolean):
+            raise _not_numbers(label, str(kind))
+        missing = value.is_null().to_numpy()
+        values = value.fill_null(False if kind == polars.Boolean else 0).to_numpy()
+    elif arrow is not None and isinstance(value, arrow.Array | arrow.ChunkedArray):
+        values, missing = _arrow_column(value, label)
+    elif isinstance(value, np.ma.MaskedArray):
+        values, missing = value.data, np.ma.getmaskarray(value)
+    else:
+        values = _plain(value, label)
+    values = _real(values, label)
+    if missing is None or not missing.any():
+        return values
+    refuse_merged(values[~missing], label, " (and missing values)")
+    filled = values.astype(values.dtype if values.dtype.kind == "f" else np.float64)
+    filled[missing] = np.nan
+    return filled
+
+
+def _pandas_column(column: Any, label: str) -> tuple[NDArray, NDArray | None]:
+    """Values of a pandas column or index, and where they are missing."""
+    dtype = column.dtype
+    if isinstance(dtype, np.dtype):
+        return column.to_numpy(), None
+    numpy_dtype = getattr(dtype, "numpy_dtype", None)
+    if numpy_dtype is None or numpy_dtype.kind not in "biuf":
+        raise _not_numbers(label, "categorical" if str(dtype) == "category" else str(dtype))
+    missing = np.asarray(column.isna())
+    # 0 takes a missing integer's place, because NaN would make all of them floats
+    fill = np.nan if numpy_dtype.kind == "f" else numpy_dtype.type(0)
+    return column.to_numpy(dtype=numpy_dtype, na_value=fill), missing
+
+
+def _arrow_column(column: Any, label: str) -> tuple[NDArray, NDArray]:
+    """Values of a pyarrow array, and where they are missing."""
+    arrow, kind = sys.modules["pyarrow"], column.type
+    if not (
+        arrow.types.is_integer(kind)
+        or arrow.types.is_floating(kind)
+        or arrow.types.is_boolean(kind)
+    ):
+        raise _not_numbers(label, str(kind))
+    missing = np.asarray(column.is_null())
+    return np.asarray(column.fill_null(False if arrow.types.is_boolean(kind) else 0)), missing
+
+
+def _plain(value: Any, label: str) -> NDArray:
+    """An array or nested sequence as an array, if no integer in it is rounded."""
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{name} cannot be made into an array: {error}") from None
-    return _real(array, name), [str(label) for label in labels or []] if named else None
+        raise ValueError(f"{label} cannot be made into an array: {error}") from None
+    if not isinstance(value, np.ndarray) and array.dtype.kind == "f":
+        _refuse_rounded(value, array, label)
+    return array
+
+
+def refuse_converted(given: Any, array: Any, name: str) -> None:
+    """Refuse integers that somebody else's conversion to an array of floats may have merged."""
+    if array.dtype.kind == "f" and _large(array).any():
+        if np.asarray(given).dtype == object:
+            _refuse_rounded(given, array, name)
+        else:
+            refuse_merged(as_array(given, name, tensors=False)[0], name)
+
+
+def _large(array: NDArray) -> NDArray[np.bool_]:
+    with np.errstate(all="ignore"):
+        large: NDArray[np.bool_] = np.abs(array) >= MAX_INTEGER
+    return large
+
+
+def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
+    """Refuse integers of a nested sequence, or objects, that its array of floats has rounded."""
+    large = _large(array)
+    given = np.array(value, dtype=object) if large.any() else array
+    for entry in given[large] if given.shape == array.shape else ():
+        if isinstance(entry, numbers.Integral) and abs(int(entry)) > MAX_INTEGER:
+            raise ValueError(
+                f"{label} holds integers beyond 2**53, here {entry}, beside floats; float64 cannot "
+                "tell them apart: subtract an offset first"
+            )
+
+
+_TEXT = ("categor", "enum", "dictionary", "str", "utf8", "binary")
+
+
+def class_codes(value: Any) -> tuple[NDArray, bool] | None:
+    """Codes of strings or categories, NaN where one is missing, and whether they lack an order.
+
+    None for anything else. Codes of ordered categories are in their order.
+    """
+    plain = isinstance(value, np.ndarray) and value.dtype.kind not in "USO"
+    if plain or value is None or is_tensor(value):
+        return None
+    frame = _frame(value)
+    if frame is not None:
+        if len(frame[1]) != 1:
+            return None
+        (value,) = frame[1]
+    kind = getattr(value, "dtype", getattr(value, "type", None))
+    if kind is None:
+        try:
+            value = np.asarray(value)
+        except ValueError:  # as_array says why
+            return None
+        kind = value.dtype
+    if isinstance(kind, np.dtype) and kind.kind not in "USO":
+        return None
+    if not any(word in str(kind).lower() for word in (*_TEXT, "object", "<u", ">u", "|s")):
+        return None
+    if getattr(kind, "ordered", False) is True and hasattr(value, "isna"):  # pandas
+        codes = np.asarray(getattr(value, "cat", value).codes)
+        return np.where(codes < 0, np.nan, codes) if (codes < 0).any() else codes, False
+    listed = value.to_list() if hasattr(value, "to_list") else np.asarray(value, dtype=object)
+    entries = np.asarray(value.to_pylist() if hasattr(value, "to_pylist") else listed, dtype=object)
+    if entries.ndim == 2 and entries.shape[1] == 1:
+        entries = entries[:, 0]
+    present = [entry for entry in entries if not _is_missing(entry)] if entries.ndim == 1 else []
+    categories = any(word in str(kind).lower() for word in ("categor", "enum", "dictionary"))
+    if not present or not (categories or all(isinstance(entry, str | bytes) for entry in present)):
+        return None
+    code = {entry: k for k, entry in enumerate(sorted(set(present), key=str))}
+    if len(present) < len(entries):
+        return np.array([code.get(entry, np.nan) for entry in entries]), True
+    return np.array([code[entry] for entry in entries]), True
+
+
+def _is_missing(entry: Any) -> bool:
+    if entry is None or type(entry).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(entry, float) and entry != entry
+
+
+_ENCODE = (
+    "encode categories as numbers first: a column of 0 and 1 for each, or their codes if their "
+    "order is meant"
+)
+_ADVICE = {  # for words in a dtype's or a type's name
+    ("list", "struct", "array"): "pass columns of numbers",
+    ("date", "time", "duration", "period"): "pass the number that is meant, such as days since "
+    "a day of your choice",
+    ("decimal",): "convert them to floats first",
+    ("int128",): "convert them to 64 bits first, as far as they fit",
+    ("sparse",): "make the column dense first",
+    ("(float", "(int", "(bool"): "convert them first, with astype(float) or astype('int64')",
+    ("none", "null"): "leave the column out: it is empty",
+    _TEXT: _ENCODE,
+}
+
+
+def _advice(kind: str) -> str:
+    """What to do about values that are not numbers."""
+    word = kind.lower()
+    found = (advice for words, advice in _ADVICE.items() if any(part in word for part in words))
+    return next(found, "pass columns of numbers")
+
+
+def _not_numbers(label: str, kind: str) -> ValueError:
+    return ValueError(f"{label} is {kind}; expected numbers: {_advice(kind)}")
 
 
 def _real(array: NDArray, label: str) -> NDArray:
@@ -89,44 +309,30 @@ def _real(array: NDArray, label: str) -> NDArray:
     if array.dtype.kind not in "biuf":
         what = {"c": "complex numbers", "U": "strings", "S": "strings", "O": "objects"}
         given = what.get(array.dtype.kind, f"values of dtype {array.dtype}")
-        advice = "; encode categories as numbers first" if array.dtype.kind in "USO" else ""
-        raise ValueError(f"{label} must hold real numbers; got {given}{advice}")
+        if given == "objects" and array.size:
+            types = dict.fromkeys(type(entry).__name__ for entry in array.ravel()[:100])
+            given += f" ({', '.join(types)})"
+        raise ValueError(f"{label} must hold real numbers; got {given}; {_advice(given)}")
     if array.dtype == np.float16:
         return array.astype(np.float32)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
-
-
-def _from_frame(frame: Any, name: str) -> tuple[NDArray, list[str]]:
-    """Column by column, because pandas makes bool beside float an object array."""
-    names = [str(column) for column in frame.columns]
-    columns = []
-    for k, column in enumerate(names):
-        label = f"column {column!r} (index {k}) of {name}"
-        columns.append(_real(_pandas_column(frame.iloc[:, k], label), label))
-    return np.column_stack(columns) if columns else np.empty((len(frame), 0)), names
-
-
-def _pandas_column(column: Any, label: str) -> NDArray:
-    """One pandas column as a NumPy array; missing values become NaN."""
-    dtype = column.dtype
-    if isinstance(dtype, np.dtype):
-        return column.to_numpy()
-    numpy_dtype = getattr(dtype, "numpy_dtype", None)
-    if numpy_dtype is None or numpy_dtype.kind not in "biuf":
-        kind = "categorical" if str(dtype) == "category" else str(dtype)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.kind == "f" and sys.float_info.min / 2 == 0 and _has_subnormals(array):
         raise ValueError(
-            f"{label} is {kind}; expected numbers: encode it first, for instance with "
-            "pandas.get_dummies, or with its codes if the order of the categories is meant"
+            f"{label} holds numbers below {np.finfo(array.dtype).tiny:.3g}, which this thread "
+            "takes for zero: rescale the data, or undo what has set that for the thread, such as "
+            "torch.set_flush_denormal(True)"
         )
-    if not column.isna().any():
-        return column.to_numpy(dtype=numpy_dtype)
-    if beyond_float64(column.dropna().to_numpy(numpy_dtype)):
-        raise ValueError(
-            f"{label} holds integers beyond 2**53 and missing values; float64 cannot hold "
-            "both: leave out the missing rows, or subtract an offset"
-        )
-    wide = numpy_dtype if numpy_dtype.kind == "f" else np.dtype(np.float64)
-    return column.to_numpy(dtype=wide, na_value=np.nan)
+    return array
+
+
+def _has_subnormals(array: NDArray) -> bool:
+    """By their bits, because a thread that takes them for zero cannot compare them."""
+    info = np.finfo(array.dtype)
+    if info.bits > 64:
+        return False
+    unsigned = np.dtype(f"u{array.dtype.itemsize}")
+    bits = array.view(unsigned) & unsigned.type(2 ** (info.bits - 1) - 1)  # without the sign
+    return bool(((bits > 0) & (bits < info.tiny.view(unsigned))).any())
 
 
 def _dense_tensor(tensor: Any, name: str) -> Any:

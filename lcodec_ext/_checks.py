@@ -22,6 +22,11 @@ def first_few(items: Sequence[object], most: int, between: str = ", ") -> str:
     return between.join(map(str, items[:most])) + more
 
 
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number of things: "1 row", "1,200 rows"; `nouns` is the plural where it has no s."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
+
+
 def check_choice(value: object, name: str, choices: Sequence[str | None]) -> Any:
     """value, if it is one of the choices."""
     if not isinstance(value, str | None) or value not in choices:

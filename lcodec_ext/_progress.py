@@ -8,31 +8,33 @@ _T = TypeVar("_T")
 
 
 def progress_bar(enabled: bool, **options: Any) -> Any:
-    """A tqdm bar with an ETA, or a silent one.
+    """A tqdm bar with an ETA, or a stand-in that does nothing.
+
+    Without a bar tqdm is neither imported nor called: every bar of tqdm, also a disabled one, takes
+    a lock that processes share over a fork, and starts a thread that stays.
 
     Raises
     ------
     ImportError
         If a bar is wanted and tqdm is not installed.
     """
-    tqdm = _tqdm(enabled)
-    return _Silent() if tqdm is None else tqdm(disable=not enabled, **options)
-
-
-def progress_line(enabled: bool, text: str) -> None:
-    """A line among the bars."""
-    if enabled:
-        _tqdm(enabled).write(text, file=sys.stderr)
-
-
-def _tqdm(needed: bool) -> Any:
+    if not enabled:
+        return _Silent()
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        if needed:
-            raise ImportError("progress=True needs tqdm: pip install tqdm") from None
-        return None
-    return tqdm
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from None
+
+    class Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+        monitor_interval = 0  # no thread that outlives the bar
+
+    return Bar(miniters=1, **options)  # what the thread is for: a slow step is shown, too
+
+
+def progress_line(enabled: bool, text: str) -> None:
+    """A line before the next bar."""
+    if enabled:
+        print(text, file=sys.stderr)
 
 
 def counted(enabled: bool, items: Iterable[_T], **options: Any) -> Iterator[_T]:
@@ -44,7 +46,7 @@ def counted(enabled: bool, items: Iterable[_T], **options: Any) -> Iterator[_T]:
 
 
 class _Silent:
-    """Stands in for a disabled bar where tqdm is not installed."""
+    """Stands in for a bar."""
 
     def __enter__(self) -> "_Silent":
         return self

@@ -6,6 +6,7 @@ import lines are other ones.
 
 import argparse
 import os
+import sys
 import time
 
 import numpy as np
@@ -228,4 +229,15 @@ def main(argv):
     parser.add_argument("--train_wd", type=float, default=0.01)
     parser.add_argument("--train_bs", type=int, default=50)
     args = parser.parse_args(argv)
-    return train(args) if args.mode == "train" else scrub_many(args)
+    if args.mode == "train":
+        train(args)
+        print(f"trained: {out_string(args)}.pt")
+        return None
+    model = scrub_many(args)
+    print(f"{args.n_removals} samples removed; see {args.outfile}")
+    return model
+
+
+if __name__ == "__main__":
+    os.makedirs("trained_models", exist_ok=True)
+    main(sys.argv[1:])

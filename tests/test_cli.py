@@ -221,6 +221,24 @@ def test_codec_options(run, rng, options, settings):
     assert json.loads(out)["T"] == lcodec_ext.codec(y, z, **settings)
 
 
+def test_decimals_make_ties_of_the_unit_on_paper(run, rng):
+    counts = rng.integers(20, 60, (3, 90))
+    y = counts.sum(axis=0)
+    path = write_csv("mm.csv", ["y", "a", "b", "c"], [y, *counts / 10])
+    command = ["codec", path, "--y", "y", "--z", "a,b", "--x", "c", "--json"]
+    _, out, _ = run(*command, "--decimals", "1")
+    found = json.loads(out)
+    assert found["T"] == lcodec_ext.codec(y, counts[:2].T, counts[2])
+    assert found["options"]["decimals"] == 1
+    assert json.loads(run(*command)[1])["T"] != found["T"]
+    _, out, _ = run("foci", path, "--y", "y", "--json", "--decimals", "1")
+    expected = lcodec_ext.foci(counts.T, y)
+    assert [step["T"] for step in json.loads(out)["selected"]] == expected.cumulative.tolist()
+    status, _, error = run(*command, "--decimals", "0")
+    assert status == 2
+    assert "has more than 0 decimals" in error
+
+
 def test_noise_makes_it_lcodec(run, table, data):
     X, y = data
     command = ["codec", table, "--y", "y", "--z", "x1", "--x", "x4", "--json", "--noise", "0.1"]
@@ -329,6 +347,8 @@ def test_columns_that_are_not_there(refused, table):
         ("codec table.csv --y y --z x1,x1", "names column 'x1' twice"),
         ("codec table.csv --y y --z x1,", "expected names of columns"),
         ("codec table.csv --y y --z x1 --noise-scale relative", "needs --noise SD"),
+        ("codec table.csv --y y --z x1 --noise 1 --decimals 1", "--decimals goes without --noise"),
+        ("foci table.csv --y y --decimals 1.5", "expected an integer from 0 to 15; got '1.5'"),
         ("foci table.csv --y y --columns y,x1", "--columns names 'y', which is the response"),
         ("foci table.csv --y y --columns x1 --exclude x2", "not allowed with"),
         ("foci table.csv --y y --exclude x1 --preselected x1", "both name column 'x1'"),
@@ -376,13 +396,13 @@ def test_csv_dialects(text):
 
 
 def test_csv_quotes_and_names():
-    path = write("a.csv", 'a,"b, of\nall",c d,\n1,2,3,4\n')
+    path = write("a.csv", 'a,"b, of ""all""",c d,\n1,2,3,4\n')
     names = []
     tables.read_table(path, lambda known: names.extend(known) or known)
-    assert names == ["a", "b, of\nall", "c d", "column 3"]
-    assert read(path, "c d", "b, of\nall") == [[3, 2]]
-    text = 'x,note\n1,"two\nlines, and ""quotes"""\n2,plain\n'
-    assert read(write("b.csv", text), "x") == [[1], [2]]
+    assert names == ["a", 'b, of "all"', "c d", "column 3"]
+    assert read(path, "c d", 'b, of "all"') == [[3, 2]]
+    for text in ('"a", " b c "\n1,2\n', '"a"\t"b c"\n1\t2\n', " a\t b c \n1\t2\n"):
+        assert read(write("a.tsv", text), "b c", delimiter="," if "," in text else None) == [[2]]
 
 
 def test_only_wanted_columns_must_be_numbers():
@@ -390,6 +410,12 @@ def test_only_wanted_columns_must_be_numbers():
     assert read(path, "y", "x") == [[2, 1], [4, 3]]
     with pytest.raises(tables.TableError, match=r"a.csv, row 1, column 'id': 'k7' is not a number"):
         read(path)
+
+
+def test_names_that_repeat_matter_where_they_are_used(refused):
+    path = write("a.csv", "note,x,note,y\n1,1,a,2\n2,3,b,5\n3,4,c,1\n")
+    assert read(path, "x", "y") == [[1, 2], [3, 5], [4, 1]]
+    assert "2 columns are named 'note'" in refused("foci", path, "--y", "y")
 
 
 def test_missing_and_true():
@@ -416,7 +442,7 @@ def test_no_header():
     path = write("a.csv", "1,-2.5\n3e10,.1\n")
     assert read(path, header=False) == PLAIN
     assert read(path, "1", header=False) == [[-2.5], [0.1]]
-    with pytest.raises(tables.TableError, match="row 1.*'a' is not a number; a header"):
+    with pytest.raises(tables.TableError, match="row 1: 'a' is not a number.*; a header"):
         read(write("b.csv", "a,b\n1,2\n"), header=False)
 
 
@@ -426,20 +452,23 @@ def test_no_header():
         ("", "is empty"),
         ("a,b,a\n1,2,3\n", "2 columns are named 'a'"),
         ("a,b\n1,2\n3,4,5\n", "row 2: 3 cells; expected 2.*row names"),
-        ("a,b,c\n1,2,3\n3\n", "row 2: 1 cells; expected 3"),
+        ("a,b,c\n1,2,3\n3\n", "row 2: 1 cell; expected 3"),
         ("a;b\n1;2\n", "if ';' separates its columns, pass --delimiter ';'"),
         ("a\tb\n1\t2\n", "pass --delimiter tab"),
         ('a,b\n"1,5",2\n', "'1,5' is not a number; decimals need a point"),
         ("a,b\nred,2\n", "'red' is not a number; encode categories"),
         ("a,b\n1_000,2\n", "'1_000' is not a number"),
-        ('a,b\n"1,2\n', "row 1: 1 cells; expected 2"),
+        ('a,b\n"1,2\n', "line 2: a quoted cell .* no quote closes it|row 1: 1 cell; expected 2"),
         ("a,b\n1,9007199254740993\n", "row 1, column 'b': 9007199254740993 is beyond 2"),
         ("a,b\n,1\n-9007199254740993,\n", "row 2, column 'a': -9007199254740993 is beyond 2"),
         ("a\n1\n18446744073709551617\n", "row 2, column 'a': 18446744073709551617 is beyond 2"),
         ("a\n1\n2020-01-01\n", "row 2, column 'a': '2020-01-01' is not a number"),
         ("a\n2020-01-01\n", "row 1, column 'a': '2020-01-01' is not a number"),
         ("a,b\n1,2\n3,0x10\n", "row 2, column 'b': '0x10' is not a number"),
-        ('a,b\n1,2\n3,"4\n5,6\n7,8\n', "row 2: 1 cells|a quote is not closed|cannot be read"),
+        (
+            'a,b\n1,2\n3,"4\n5,6\n7,8\n',
+            "line 3: a quoted cell goes on to line 5, and no quote closes it",
+        ),
     ],
 )
 def test_text_that_is_no_table(text, message):
@@ -457,6 +486,8 @@ def test_not_utf8():
         Path("a.csv").write_bytes(text.encode("latin1"))
         with pytest.raises(tables.TableError, match="not UTF-8.*iconv"):
             read("a.csv")
+    Path("a.csv").write_bytes('a,note\n1,größe\n2,"ä"\n'.encode("latin1"))
+    assert read("a.csv", "a") == [[1], [2]], "a column that is not used"
 
 
 def test_stdin(run, table, data, monkeypatch):
@@ -532,22 +563,23 @@ def test_npy(run, data):
 
 def test_arrays_that_are_no_table(refused):
     np.savez("a.npz", a=np.zeros(3), b=np.zeros(4), c=np.zeros((2, 2, 2)))
-    np.savez("b.npz", a=np.zeros(3), b=np.array(["x", "y", "z"]), A=np.zeros((3, 1)), A0=[1, 2, 3])
+    np.savez("b.npz", a=np.zeros(3), b=np.zeros((3, 1)), b0=[1, 2, 3])
     np.savez("c.npz", a=np.zeros(3), b=np.array([None] * 3), allow_pickle=True)
     np.savez("d.npz", a=np.zeros(3), b=np.zeros(4))
     np.savez("e.npz", a=np.zeros(3), b=np.array(["x", "y", "z"]))
     write("f.npz", "no")
     write("f.npy", "no")
     for path, message in {
-        "a.npz": "array 'c' has shape (2, 2, 2)",
-        "b.npz": "two columns would be named 'A0'",
-        "c.npz": "cannot be read as NPZ",
-        "d.npz": "'a' has 3 rows and 'b' has 4",
+        "a.npz": "column 'b' has 4 rows and 'a' has 3",
+        "b.npz": "2 columns are named 'b0'",
+        "c.npz": "column 'b' is of dtype object; expected numbers",
+        "d.npz": "column 'b' has 4 rows and 'a' has 3; columns must have one length",
         "e.npz": "column 'b' is of dtype <U1; expected numbers",
         "f.npz": "cannot be read as NPZ",
         "f.npy": "cannot be read as NPY",
     }.items():
-        assert message in refused("codec", path, "--y", "a", "--z", "b"), path
+        z = "b0" if path == "b.npz" else "b"
+        assert message in refused("codec", path, "--y", "a", "--z", z), path
 
 
 def test_paths_that_are_no_table(refused, here):
@@ -557,7 +589,9 @@ def test_paths_that_are_no_table(refused, here):
     assert "ends in '.xlsx'" in refused("codec", write("a.xlsx", ""), *command)
     message = refused("codec", write("a.npz", ""), *command, "--no-header")
     assert "--no-header is for CSV and TSV" in message
-    assert "one character, or tab; got '::'" in refused("codec", "a", *command, "--delimiter", "::")
+    assert "one character, tab or space; got '::'" in refused(
+        "codec", "a", *command, "--delimiter", "::"
+    )
 
 
 def test_csv_and_parquet_need_pyarrow(refused, monkeypatch):
@@ -589,6 +623,371 @@ def test_parquet():
             read("a.parquet", name)
     with pytest.raises(tables.TableError, match="cannot be read as Parquet"):
         read(write("b.parquet", "no"))
+
+
+def test_tsv_has_no_quoting(run, data):
+    """A lone quote is a letter; rows are never swallowed."""
+    X, y = data
+    rows = [f"{a!r}\t{b!r}\tnote" for a, b in zip(X[:, 1].tolist(), y.tolist(), strict=True)]
+    rows[20] = rows[20].replace("note", '"open')
+    rows[300] = rows[300].replace("note", 'shut"')
+    rows[310] = rows[310].replace("note", '6" pipe')
+    for path, more in (("a.tsv", []), ("a.tab", []), ("a.txt", ["--delimiter", "tab"])):
+        write(path, "\n".join(["x1\ty\tnote", *rows]))
+        status, out, err = run("codec", path, "--y", "y", "--z", "x1", "--json", *more)
+        assert (status, err, json.loads(out)["n_samples"]) == (0, "", 400)
+        assert json.loads(out)["T"] == lcodec_ext.codec(y, X[:, 1])
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "|"])
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        ('"open', 'shut"', "line 22: a quoted cell goes on to line 302, and the lines between"),
+        ('"open', '"shut', "line 22: .* to line 302, and the quote that ends it, on line 302"),
+        ('"open', "plain", "line 22: .* to line 401, and no quote closes it"),
+        ("plain", '"open', "line 302: .* to line 401, and no quote closes it"),
+    ],
+)
+def test_a_quote_that_swallows_rows_is_refused(data, delimiter, first, last, message):
+    X, y = data
+    cells = [[repr(v) for v in row] + ["note"] for row in np.column_stack([X, y]).tolist()]
+    cells[20][-1], cells[300][-1] = first, last
+    names = [*(f"x{k}" for k in range(6)), "y", "note"]
+    text = "\n".join(delimiter.join(row) for row in [names, *cells])
+    for more in ("", "\n"):
+        with pytest.raises(tables.TableError, match=f"a.csv, {message}"):
+            read(write("a.csv", text + more), "x1", "y", delimiter=delimiter)
+
+
+def test_a_cell_that_spans_lines_is_warned_of():
+    text = 'x,note\n1,"two\r\nlines, and ""quotes"""\n\n2,plain\n3,"a\n\nb"\n'
+    with pytest.warns(UserWarning, match="line 2: .* goes on to line 3, and 1 more cell like it"):
+        assert read(write("a.csv", text), "x") == [[1], [2], [3]]
+    with pytest.warns(UserWarning, match="line 1: a quoted cell goes on to line 2"):
+        assert read(write("a.csv", 'a,"b\nc"\n1,2\n'), "b\nc") == [[2]]
+    prose = '"one, two\nthree, four\nfive, six"'
+    with pytest.warns(UserWarning, match="line 2: .* to line 4"):
+        assert read(write("a.csv", f"note,x\n{prose},1\nno,2\n"), "x") == [[1], [2]]
+    swallowed = "\n".join(["note,x", '"a,1', *(f"b{k},{k}" for k in range(9)), 'c",2', "d,3"])
+    with pytest.raises(tables.TableError, match="line 2: .* to line 12, and the lines between"):
+        read(write("a.csv", swallowed), "x")
+    with pytest.raises(tables.TableError, match="line 1: .* no quote closes it"):
+        read(write("a.csv", 'a,"b\n1,2\n'), "a")
+    text = 'x,note\n1,"one line"\n\n2,say "hi"\n3,"""quoted"""\n'
+    assert read(write("a.csv", text), "x") == [[1], [2], [3]], "and no warning"
+
+
+def compressed(text):
+    import bz2
+    import gzip
+    import lzma
+
+    import pyarrow as pa
+
+    data = text.encode()
+    for suffix, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+        yield suffix, pack(data)
+    for suffix, kind in ((".zst", "zstd"), (".lz4", "lz4")):
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, kind) as stream:
+            stream.write(data)
+        yield suffix, sink.getvalue().to_pybytes()
+
+
+def test_compressed_files():
+    for suffix, data in compressed("a,b\n1,-2.5\n3e10,.1\n"):
+        for path, more in (("a.csv" + suffix, {}), ("a" + suffix, {"delimiter": ","})):
+            Path(path).write_bytes(data)
+            assert read(path, **more) == PLAIN
+        Path("misnamed.csv").write_bytes(data)
+        assert read("misnamed.csv") == PLAIN
+    for suffix, data in compressed("a\tb\n1\t-2.5\n3e10\t.1\n"):
+        Path("a.tsv" + suffix).write_bytes(data)
+        assert read("a.tsv" + suffix) == PLAIN
+        Path("cut.tsv" + suffix).write_bytes(data[:-9])
+        with pytest.raises(tables.TableError, match=f"cut.tsv{suffix} cannot be decompressed"):
+            read("cut.tsv" + suffix)
+
+
+def test_files_without_a_known_suffix(refused):
+    for path in ("iris.data", "iris", "iris.v2.all-data"):
+        assert read(write(path, "a;b\n1;-2.5\n3e10;.1\n"), delimiter=";") == PLAIN
+        with pytest.raises(tables.TableError, match=r"ends in '\.|has no suffix.*--delimiter"):
+            read(path)
+    np.save("plain.npy", PLAIN)
+    Path("plain").write_bytes(Path("plain.npy").read_bytes())
+    assert read("plain") == PLAIN, "the first bytes say what it is"
+    np.savez("a.npz", a=[1.0])
+    Path("book.xlsx").write_bytes(Path("a.npz").read_bytes())
+    Path("book.csv").write_bytes(Path("a.npz").read_bytes())
+    with pytest.raises(tables.TableError, match="holds no text but a ZIP archive, as .npz and .xl"):
+        read("book.csv")
+
+
+def test_columns_aligned_by_blanks(run):
+    text = ' a   b  note\n 1  -2.5\t"a b  c"\r\n3e10\t .1   "d e" \n\n'
+    assert read(write("a.data", text), "a", "b", delimiter=" ") == PLAIN
+    path = write("b.data", "  0.5  1  2\n 10.25 2  1 \n  7.0  3 10\n")
+    status, _, err = run("codec", path, "--y", "0", "--z", "1", "--delimiter", "space")
+    assert status == 2
+    assert "its columns are '0.5', '1', '2' (no header? pass --no-header)" in err
+    command = ["codec", path, "--y", "0", "--z", "1", "--delimiter", "space", "--no-header"]
+    assert run(*command)[0] == 0
+
+
+def test_pipes(run):
+    import os
+    import threading
+
+    from_pipe = []
+    for name, text in (("p", "a,b\n1,-2.5\n3e10,.1\n"), ("p.tsv", "a\tb\n1\t-2.5\n3e10\t.1\n")):
+        os.mkfifo(name)
+        writer = threading.Thread(target=Path(name).write_text, args=(text,))
+        writer.start()
+        from_pipe.append(read(name))
+        writer.join()
+    assert from_pipe == [PLAIN, PLAIN]
+    assert "does not exist" in run("codec", "none", "--y", "a", "--z", "b")[2]
+
+
+def test_dev_stdin_and_compressed_stdin(table, data):
+    X, y = data
+    import gzip
+
+    plain = Path(table).read_bytes()
+    np.savez("a.npz", y=y, x1=X[:, 1])
+    expected = f"T(y, x1) = {lcodec_ext.codec(y, X[:, 1]):.6g}   (400 rows)\n"
+    Path("table.gz").write_bytes(gzip.compress(plain))
+    for path in ("-", "/dev/stdin"):
+        command = [sys.executable, "-m", "lcodec_ext", "codec", path, "--y", "y", "--z", "x1"]
+        for text in (plain, gzip.compress(plain), Path("a.npz").read_bytes()):
+            done = subprocess.run(command, input=text, capture_output=True, check=True)
+            assert done.stdout == expected.encode()
+        with open("table.gz", "rb") as file:
+            again = subprocess.run(command, stdin=file, capture_output=True, check=True)
+        assert again.stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "utf-8"]
+)
+def test_encodings_are_told_apart(encoding):
+    text = "a,größe\n1,-2.5\n3e10,.1\n"
+    for path, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        Path(path).write_bytes(text.replace(",", delimiter).encode(encoding))
+        assert read(path, "a", "größe") == PLAIN
+    Path("a.csv").write_bytes("a,b\n1,2\n".encode("utf-16")[:-1])
+    with pytest.raises(tables.TableError, match="a.csv is not UTF-16"):
+        read("a.csv")
+
+
+def test_names_with_blanks(run, rng):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {" y": rng.random(50), "sepal length (cm) ": rng.random(50), "b  c": rng.random(50)}
+    write_csv("a.csv", list(columns), columns.values())
+    write_csv("a.tsv", list(columns), columns.values(), delimiter="\t")
+    np.savez("a.npz", **columns)
+    parquet.write_table(pa.table(columns), "a.parquet")
+    y, first, second = columns.values()
+    expected = lcodec_ext.codec(y, np.column_stack([first, second]))
+    for path in ("a.csv", "a.tsv", "a.npz", "a.parquet"):
+        command = ["codec", path, "--y", " y ", "--z", "sepal length (cm), b  c", "--json"]
+        status, out, err = run(*command)
+        assert (status, err) == (0, "")
+        assert json.loads(out)["T"] == expected
+    _, _, err = run("codec", "a.csv", "--y", "sepal", "length", "--z", "y")
+    assert "unrecognized arguments: length; a name with blanks needs quotes" in err
+
+
+def test_numbers_as_other_countries_write_them():
+    text = "a;b\n1.234,5;-0,5\n12;1.234.567\n"
+    expected = [[1234.5, -0.5], [12, 1234567]]
+    options = {"delimiter": ";", "decimal": ",", "thousands": "."}
+    assert read(write("a.csv", text), **options) == expected
+    text = 'a,b\n"1,234.5",-.5\n12,"1,234,567"\n'
+    assert read(write("a.csv", text), thousands=",") == expected
+    text = "a\tb\n1'234.5\t-.5\n12\t1'234'567\n"
+    assert read(write("a.tsv", text), thousands="'") == expected
+    assert read(write("a.csv", "a;b\n1,5;2\n"), delimiter=";", decimal=",") == [[1.5, 2]]
+    for cell in ("1.5", "1,234.5", "12.34,5", "1.234.56"):
+        with pytest.raises(tables.TableError, match="is not a number"):
+            read(write("a.csv", f"a\n7\n{cell}\n"), delimiter=";", decimal=",", thousands=".")
+    with pytest.raises(tables.TableError, match=f"{2**53 + 1:,} is beyond"):
+        read(write("a.csv", f"a\n{2**53 + 1:,}\n"), delimiter=";", thousands=",")
+
+
+@pytest.mark.parametrize(
+    ("cell", "advice"),
+    [
+        ("1,5", "or --decimal ,"),
+        ("1,234,567", "pass --thousands ,"),
+        ("1.234,5", "pass --thousands . --decimal ,"),
+        ("1'234", "if it has thousands, pass --thousands"),
+        ("?", "if it marks a missing value, pass --na '?'"),
+        ("..", "pass --na .."),
+        ("unknown", "pass --na unknown"),
+        ("red", "encode categories"),
+    ],
+)
+def test_advice_names_the_option(refused, cell, advice):
+    path = write("a.csv", f"a;b\n1;2\n{cell};3\n")
+    assert advice in refused("codec", path, "--y", "a", "--z", "b", "--delimiter", ";")
+
+
+def test_markers_of_missing_values(run, refused):
+    path = write("a.csv", "y,z\n?,1\n2,-999\n3,-999.0\n4,n.a.\n5,5\n6,7\n7,4\n")
+    command = ["codec", path, "--y", "y", "--z", "z"]
+    assert "'?' is not a number" in refused(*command)
+    message = refused(*command, "--na", "?,-999", "--na", "n.a.")
+    assert "row 1, column 'y': a missing value" in message
+    assert "4 of 7: missing in z (3), y (1)" in message
+    status, out, _ = run(*command, "--na", "?,-999,n.a.", "--nan-policy", "omit")
+    assert status == 0
+    assert out.endswith("(3 rows; 4 of 7 left out: missing in z (3), y (1))\n")
+    message = refused("codec", write("a.npz", ""), "--y", "y", "--z", "z", "--na", "?")
+    assert "a.npz: --na is for CSV and TSV files" in message
+    assert "--thousands . needs another decimal point" in refused(*command, "--thousands", ".")
+    assert "expected one character" in refused(*command, "--decimal", ",.")
+
+
+def test_a_long_cell_in_an_unused_column():
+    text = f"x,note\n1,{'long ' * 700_000}\n2,short\n"
+    assert read(write("a.csv", text), "x") == [[1], [2]]
+    with pytest.raises(tables.TableError, match="row 1, column 'note': 'long long"):
+        read("a.csv")
+
+
+def test_all_unusable_columns_are_told_at_once(run, refused, rng):
+    import pandas as pd
+
+    frame = pd.DataFrame({"y": rng.random(60), "x": rng.random(60)})
+    frame["maker"], frame["big, type"], frame["empty"] = "Acura", ["a", "b"] * 30, np.nan
+    frame["id"] = 2**53 + 1 + 2 * np.arange(60)
+    unusable = ["maker", "big, type", "empty", "id"]
+    frame.to_csv("a.csv", index=False)
+    frame.to_parquet("a.parquet")
+    arrays = {name: frame[name].to_numpy() for name in ("y", "x", "empty")}
+    arrays |= {"maker": np.array([None]), "id": np.zeros((2, 2, 2)), "big, type": ["a"]}
+    np.savez("a.npz", **arrays)
+    for path in ("a.csv", "a.parquet", "a.npz"):
+        message = refused("foci", path, "--y", "y")
+        assert "4 columns cannot be used" in message
+        exclude = re.search("--exclude '(.*)'", message)[1]
+        for name in unusable:
+            assert repr(name) in message
+        assert run("foci", path, "--y", "y", "--exclude", exclude)[0] == 0
+        status, out, err = run("foci", path, "--y", "y", "--numeric-only", "--json")
+        assert (status, sorted(json.loads(out)["left_out"])) == (0, sorted(unusable))
+        assert "--numeric-only leaves out 4 columns" in err
+        assert json.loads(out)["n_features"] == 1
+        assert "column 'id'" in refused("foci", path, "--y", "id", "--numeric-only")
+        message = refused("foci", path, "--y", "y", "--preselected", "empty", "--numeric-only")
+        assert "column 'empty' is empty: all its values are missing" in message
+        _, _, err = run("foci", path, "--y", "y", "--columns", "empty,id", "--numeric-only")
+        assert "no candidate is left" in err
+        assert run("codec", path, "--y", "y", "--z", "x")[0] == 0, "they are not used"
+        message = refused("codec", path, "--y", "y", "--z", "empty", "--nan-policy", "omit")
+        assert "column 'empty' is empty" in message
+    assert "'maker' (row 1: 'Acura' is not a number)" in refused("foci", "a.csv", "--y", "y")
+
+
+def test_text_in_y_is_classes(run, refused, rng):
+    import pandas as pd
+
+    x = rng.random(90)
+    kind = np.array(["ant", "bee", "cow"])[(3 * x).astype(int)]
+    frame = pd.DataFrame({"x": x, "kind": kind, "code": (3 * x).astype(int)})
+    frame.to_csv("a.csv", index=False)
+    frame.to_csv("a.tsv", index=False, sep="\t", quoting=csv.QUOTE_NONNUMERIC)
+    frame.to_parquet("text.parquet")
+    frame.astype({"kind": "category"}).to_parquet("a.parquet")
+    np.savez("a.npz", x=x, kind=kind)
+    expected = lcodec_ext.codec(kind, x)
+    assert expected != lcodec_ext.codec(frame["code"], x)
+    for path in ("a.csv", "a.tsv", "a.parquet", "text.parquet", "a.npz"):
+        status, out, err = run("codec", path, "--y", "kind", "--z", "x", "--json")
+        assert (status, json.loads(out)["T"]) == (0, expected)
+        assert json.loads(out)["classes"] == ["ant", "bee", "cow"]
+        assert err == "kind holds 3 classes without an order: ant, bee, cow\n"
+        assert "column 'kind'" in refused("codec", path, "--y", "x", "--z", "kind")
+        _, out, _ = run("foci", path, "--y", "kind", "--columns", "x", "--json")
+        assert json.loads(out)["selected"][0]["T"] == expected
+    command = ["codec", "a.csv", "--y", "code", "--z", "x", "--json"]
+    assert json.loads(run(*command)[1])["T"] == lcodec_ext.codec(frame["code"], x)
+    status, out, err = run(*command, "--classes")
+    assert json.loads(out)["T"] == expected
+    assert err == "code holds 3 classes without an order: 0, 1, 2\n"
+
+
+def test_missing_labels(run, refused):
+    text = "kind,x\n" + "".join(f"{'ab'[k % 2]},{k % 7}\n" for k in range(20))
+    path = write("a.csv", text + "NA,3\n,4\n ? ,5\n")
+    command = ["codec", path, "--y", "kind", "--z", "x"]
+    assert "row 21, column 'kind': a missing value" in refused(*command)
+    _, out, _ = run(*command, "--nan-policy", "omit", "--na", "?", "--json")
+    found = json.loads(out)
+    assert (found["classes"], found["n_samples"], found["n_omitted"]) == (["a", "b"], 20, 3)
+    _, out, err = run(*command, "--nan-policy", "omit", "--json")
+    assert "3 classes without an order: ?, a, b" in err
+
+
+def test_a_typo_among_numbers_makes_no_classes(refused):
+    path = write("a.csv", "y,x\n1,1\n2,2\n?,3\n1,4\n2,5\n")
+    assert "row 3, column 'y': '?' is not a number" in refused(
+        "codec", path, "--y", "y", "--z", "x"
+    )
+
+
+def test_the_index_of_a_pandas_frame_is_no_candidate(run, rng):
+    import pandas as pd
+
+    frame = pd.DataFrame({"x": rng.random(80), "y": rng.random(80), "t": rng.random(80)})
+    frame[frame["x"] > 0.2].to_parquet("filtered.parquet")
+    frame.set_index("t").to_parquet("named.parquet")
+    frame.set_index(["t", "x"]).to_parquet("two.parquet")
+    frame.to_parquet("range.parquet")
+    for path, index in (
+        ("filtered.parquet", ["__index_level_0__"]),
+        ("named.parquet", ["t"]),
+        ("range.parquet", []),
+    ):
+        status, out, err = run("foci", path, "--y", "y", "--no-stop", "--json")
+        names = {"x", "t"}.difference(index)
+        assert (status, {s["column"] for s in json.loads(out)["selected"]}) == (0, names)
+        for name in index:
+            assert f"not a candidate: '{name}', the index of the pandas frame" in err
+            assert run("codec", path, "--y", "y", "--z", name)[0] == 0, "it can be named"
+            _, out, _ = run("foci", path, "--y", "y", "--columns", name, "--no-stop", "--json")
+            assert json.loads(out)["selected"][0]["column"] == name
+    assert "no candidate is left" in run("foci", "two.parquet", "--y", "y")[2]
+
+
+@pytest.mark.parametrize("name", ["Unnamed: 0", "__index_level_0__", ""])
+def test_row_numbers_of_pandas_are_pointed_out(run, rng, name):
+    path = write_csv("a.csv", [name, "a", "y"], [range(60), rng.random(60), rng.random(60)])
+    _, _, err = run("foci", path, "--y", "y")
+    shown = name or "column 0"
+    assert f"{shown} has no name in the header" in err
+    assert run("foci", path, "--y", "y", "--exclude", shown)[2] == ""
+
+
+def test_reading_is_linear_in_columns(rng):
+    """Twenty times the columns take about twenty times as long; quadratic would be 400 times."""
+    import time
+
+    seconds = []
+    for p in (5_000, 100_000):
+        names = ",".join(f"a-long-name-{k}" for k in range(p))
+        row = ",".join(map(str, range(p)))
+        write("wide.csv", f"{names}\n{row}\n{row}\n")
+        start = time.process_time()
+        table = tables.read_table("wide.csv", lambda known: known)
+        seconds.append(time.process_time() - start)
+        assert table.to_numpy().tolist() == [list(range(p))] * 2
+    assert seconds[1] < 100 * seconds[0]
 
 
 # ---------------------------------------------------------------------------------------------

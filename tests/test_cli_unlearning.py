@@ -746,7 +746,11 @@ def test_evaluate_with_retrained_weights(run, refused, problem):
     assert status == 0, err
     assert out.startswith("Evaluation: 5 samples removed, 55 retained, 30 for the test; 3 retr")
     assert "same" in out
-    assert "at least 3 files; got 2" in refused(*evaluate, "--retrained", "r0.pt", "r1.pt")
+    none = ["--methods", "none", "--candidate", "same=r0.pt", "--no-relearn"]
+    status, out, err = run(*evaluate, "--retrained", "r0.pt", "r1.pt", *none)
+    assert (status, err) == (0, "")
+    assert "; 2 retrained models" in out
+    assert "closed" not in out
 
 
 def test_evaluate_whole_groups(run, refused, monkeypatch):
@@ -786,7 +790,7 @@ def test_evaluate_whole_groups(run, refused, monkeypatch):
         ("--candidate a=r.pt --candidate a=s.pt", "names 'a' twice"),
         ("--candidate a=r.pt", "--candidate a: r.pt does not exist"),
         ("--candidate paper=net.pt", "has the name of a method"),
-        ("--n-retrain 2", "expected an integer >= 3; got '2'"),
+        ("--n-retrain -1", "expected an integer >= 0; got '-1'"),
         ("--output a.csv", "expected a name ending in .json; got 'a.csv'"),
         ("--forget 99", "train has the numbers 0 to 59"),
     ],
@@ -796,10 +800,38 @@ def test_evaluations_that_cannot_be(refused, options, message):
     assert message in refused(*command)
 
 
-def test_evaluate_needs_retrained_models(refused, problem, monkeypatch):
-    monkeypatch.delattr(problem.Parts, "retrain")
+def test_evaluate_without_retrained_models(run, problem, monkeypatch):
     command = ["evaluate", *MODEL, "--data", "own_problem.py:objects", "--forget", "3"]
-    assert "must give 'retrain'; it gives train, test, loss_fn" in refused(*command)
+    command += ["--methods", "fine-tune SGD", "--no-relearn"]
+    status, out, err = run(*command, "--n-retrain", "0")
+    assert status == 0
+    assert "retrain'" not in err
+    assert out.startswith("Evaluation: 1 sample removed, 59 retained")
+    assert "Without retrained models" in out
+    assert "; 1 retrained model\n" in run(*command, "--n-retrain", "1")[1]
+    monkeypatch.delattr(problem.Parts, "retrain")
+    status, again, err = run(*command)
+    assert status == 0
+    assert "gives no 'retrain', and there is no --retrained" in err
+    assert again.splitlines()[-1] == out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--forget", "3"], "deleting 1 sample ..."),
+        (["--forget", "3,4"], "deleting 2 samples ..."),
+        (["--forget-group", "user 1"], "deleting 1 group ..."),
+        (["--forget", "3", "--forget-group", "user 1,user 2"], "1 sample and 2 groups ..."),
+    ],
+)
+def test_one_thing_is_not_several(capsys, options, said):
+    users = ["--data", "own_problem.py:with_users"]
+    status = main(["unlearn", *MODEL, *WEIGHTS, *users, *DECAY, *options, "--output", "new.pt"])
+    out, err = capsys.readouterr()
+    assert status == 0
+    assert said in err
+    assert not re.search(r"\b1 [a-z]+s\b", out + err), out + err
 
 
 def test_reports_that_cannot_be(refused):

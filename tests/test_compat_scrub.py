@@ -4,6 +4,10 @@ import argparse
 import copy
 import inspect
 import math
+import os
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -903,3 +907,46 @@ def test_script(tmp_path, monkeypatch, model, options):
     assert (table.sample_loss_after != table.sample_loss_before).all()
     if "CR" in options or "BP" in options:  # no noise
         assert table.sample_loss_after.mean() > table.sample_loss_before.mean()
+
+
+def test_a_script_that_rejects_every_removal_says_what_happened(tmp_path):
+    """Started as people start it, with the published defaults."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, scrub_driver.__file__]
+
+    def start(*options):
+        return subprocess.run(
+            [*command, *options], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+
+    trained = start("--mode", "train")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.startswith("trained: trained_models/")
+    done = start("--selectionType", "Full", "--val_gap_skip", "-2")  # no accuracy is high enough
+    assert done.returncode == 1
+    assert "ZeroDivisionError" not in done.stderr
+    assert "3 removals in a row were taken back by the script" in done.stderr
+    assert "300 removals in a row were taken back by the script" in done.stderr
+    assert "ValueError: dataloader must have samples; it has none" in done.stderr
+
+
+def test_rejections_in_a_row_are_told(data, stem):
+    model = train(Logistic(), data, stem)
+    params = parameters(HessType="CR", selectionType="Full", orig_trainset_size=60)
+    state = copy.deepcopy(model.state_dict())
+    for number in range(12):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scrubbed(model, Doubled(Subset(data, [number])), params, stem)
+        told = [str(each.message) for each in caught if "taken back" in str(each.message)]
+        assert len(told) == (number in (3, 10))
+        if told:
+            assert f"{number} removals in a row were taken back by the script" in told[0]
+        model.load_state_dict(state)
+
+
+def test_an_epoch_without_samples_says_so():
+    loader = DataLoader(TensorDataset(torch.zeros(0, 64), torch.zeros(0, dtype=torch.long)))
+    for options in ({}, {"reference_bugs": True}):
+        with pytest.raises(ValueError, match="dataloader must have samples; it has none. Scripts"):
+            do_epoch(Logistic(), loader, CE, 0, 0, **options)

@@ -481,16 +481,25 @@ def test_ignored_targets_have_no_closed_form(ignored, module):
     assert off(A.to_dense(), expected) < WITHIN
 
 
-def test_targets_that_are_broadcast_have_no_closed_form():
+@pytest.mark.parametrize("batches", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_targets_that_would_be_broadcast_are_refused(batches, turned):
     torch.manual_seed(0)
     model, X, y = nn.Linear(4, 1).double(), vectors(6), some(6)
-    selection = UnitSelection({"": [0]})
-    with pytest.warns(UserWarning, match="target size"):
-        A = HessianOperator(model, F.mse_loss, (X, y), selection)
-    assert "by autograd" in A.plan
-    with pytest.warns(UserWarning, match="target size"):
-        expected = Dense(model, X, y, selection).hessian(F.mse_loss)
-    assert off(A.to_dense(), expected) < WITHIN
+    advice = r"targets\[:, None\]"
+    if turned:
+        model, y, advice = nn.Sequential(model, nn.Flatten(0)), y[:, None], r"targets.squeeze\(-1\)"
+    selection, data = UnitSelection({"0" if turned else "": [0]}), (X, y)
+    shapes = [r"\(6, 1\)", r"\(6,\)"][:: -1 if turned else 1]
+    message = rf"outputs of shape {shapes[0]} with targets of shape {shapes[1]}, .*{advice}"
+    losses = [F.mse_loss, nn.L1Loss(), functools.partial(F.huber_loss, delta=2.0)]
+    for loss in [*losses, lambda z, y: (z - y).square().mean()]:
+        for operator in (HessianOperator, GaussNewtonOperator, FisherOperator):
+            with pytest.raises(ValueError, match=message):
+                operator(model, loss, [data] if batches else data, selection)
+        options = {"steps": torch.ones(5, dtype=torch.float64)}
+        with pytest.raises(ValueError, match=message):
+            SecantOperator(model, loss, [data] if batches else data, selection, **options)
 
 
 def test_a_head_over_positions():

@@ -1,9 +1,11 @@
 """What foci, lfoci, lcodec, nearest_neighbors and dependence_graph promise."""
 
+import itertools
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from numpy.random import Generator, Philox
 
@@ -248,6 +250,26 @@ def test_dependence_graph(rng):
         lcodec_ext.dependence_graph(frame, standardize="no")
 
 
+def test_a_graph_prints_what_depends_on_what(rng):
+    a, b = rng.normal(size=(2, 300))
+    table = pd.DataFrame({"a": a, "b": b, "a b": a * b, "noise": rng.normal(size=300)})
+    graph = lcodec_ext.dependence_graph(table, min_gain=0.1)
+    head, *lines = repr(graph).split("\n")
+    count = int(graph.adjacency.sum())
+    assert head == (f"DependenceGraph: {count} of 12 dependences between 4 columns, on 300 rows")
+    assert [line.split(" depends on ")[0].strip() for line in lines] == list(
+        map(repr, table.columns)
+    )
+    result = graph.results[2]
+    assert lines[2].startswith(f"  'a b' depends on {table.columns[result.ordering[0]]!r} (")
+    assert f"({result.conditional[0]:.4f})" in lines[2]
+    assert lines[3] == "  'noise' depends on none"
+    wide = repr(lcodec_ext.dependence_graph(rng.normal(size=(30, 25))))
+    assert "column 3 depends on " in wide
+    assert wide.endswith("  ... and 5 more columns")
+    assert len(wide.split("\n")) == 22
+
+
 def test_dependence_graph_with_a_constant_column(rng):
     X = np.column_stack([rng.normal(size=(40, 2)), np.ones(40)])
     with pytest.warns(UserWarning, match="column 2 of X is constant") as caught:
@@ -255,3 +277,204 @@ def test_dependence_graph_with_a_constant_column(rng):
     assert len(caught) == 1
     assert not graph.adjacency[2].any()
     assert not graph.adjacency[:, 2].any()
+
+
+# ------------------------------------------------------------------------------------------------
+# Classes as y
+
+LABELS = ["ash", "birch", "cedar", "doum"]
+
+
+@pytest.fixture
+def species(rng):
+    X = np.round(8 * rng.normal(size=(120, 5)))
+    return X, (X[:, 1] > 3).astype(int) + 2 * (X[:, 3] * X[:, 1] > 0)
+
+
+def test_classes_are_averaged_one_against_the_rest(species):
+    X, y = species
+    names = np.array(LABELS)[y]
+    for conditioned in (None, X[:, 3:]):
+        for ties in ("average", "first", "random"):
+            options = {"ties": ties, "seed": 5}
+            expected = [
+                lcodec_ext.codec(y == c, X[:, :2], conditioned, **options) for c in range(4)
+            ]
+            value = lcodec_ext.codec(names, X[:, :2], conditioned, **options)
+            assert value == pytest.approx(np.mean(expected), abs=1e-14)
+    for backend in ("cpu", "reference"):
+        assert lcodec_ext.codec(names, X[:, :2], backend=backend) == lcodec_ext.codec(
+            names, X[:, :2]
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": False}, {"progress": True}, {"preselected": [2]}])
+def test_names_and_numbers_of_classes_change_nothing(species, options):
+    X, y = species
+    results = []
+    for order in itertools.permutations(range(4)):
+        result = lcodec_ext.foci(X, np.array(LABELS)[list(order)][y], standardize=None, **options)
+        results.append((result.ordering.tolist(), result.cumulative.tolist()))
+    assert all(result == results[0] for result in results)
+    ordering, cumulative = results[0]
+    for k, T in enumerate(cumulative):
+        columns = [*options.get("preselected", []), *ordering[: k + 1]]
+        assert lcodec_ext.codec(np.array(LABELS)[y], X[:, columns]) == T
+    # numbers have an order, and three numberings are three responses
+    assert len({lcodec_ext.codec(np.array(o)[y], X) for o in itertools.permutations(range(4))}) > 1
+
+
+def test_the_best_column_of_classes_is_found_exactly(rng):
+    """Against a search through all columns with rational sums, on columns that tie."""
+    for _ in range(20):
+        X = rng.integers(0, 3, (24, 6)).astype(float)
+        X[:, 5] = X[:, 2]
+        names = np.array(LABELS)[rng.integers(0, 3, 24)]
+        T = [lcodec_ext.codec(names, X[:, k], backend="reference") for k in range(6)]
+        first = lcodec_ext.foci(X, names, stop=False, max_features=1, standardize=None)
+        assert T[int(first.ordering[0])] == max(T)
+        assert int(first.ordering[0]) == int(np.argmax(T))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        list,
+        np.ndarray.tolist,
+        lambda y: y[:, np.newaxis],
+        lambda y: y.astype(object),
+        lambda y: y.astype("S"),
+        pd.Series,
+        pd.Categorical,
+        pd.Index,
+        lambda y: pd.Series(y, dtype="category"),
+        lambda y: pd.Series(y, dtype="string"),
+        lambda y: pd.Series(np.searchsorted(LABELS, y), dtype="category"),
+        lambda y: pd.DataFrame({"y": y}),
+        pa.array,
+        lambda y: pa.array(y).dictionary_encode(),
+        lambda y: pa.table({"y": y}),
+    ],
+)
+def test_strings_and_categories_of_every_library(species, made):
+    X, y = species
+    names = np.array(LABELS)[y]
+    assert lcodec_ext.codec(made(names), X) == lcodec_ext.codec(names, X)
+
+
+def test_ordered_categories_keep_their_order(species):
+    X, y = species
+    grades = pd.Categorical(np.array(LABELS)[y], categories=LABELS, ordered=True)
+    assert lcodec_ext.codec(grades, X) == lcodec_ext.codec(y, X)
+    assert lcodec_ext.lcodec(grades, X) == lcodec_ext.lcodec(y, X)
+    with_gap = pd.Series(grades)
+    with_gap[3] = np.nan
+    rest = np.arange(120) != 3
+    value = lcodec_ext.codec(with_gap, X, nan_policy="omit")
+    assert value == lcodec_ext.codec(y[rest], X[rest])
+
+
+def test_missing_classes_and_responses_without_classes(species):
+    X, y = species
+    names = np.array(LABELS)[y].astype(object)
+    for missing in (None, np.nan, pd.NA):
+        names[7] = missing
+        with pytest.raises(ValueError, match="NaN in y at row 7; pass nan_policy='omit'"):
+            lcodec_ext.codec(names, X)
+        rest = np.arange(120) != 7
+        value = lcodec_ext.codec(names, X, nan_policy="omit")
+        assert value == lcodec_ext.codec(names[rest], X[rest])
+    for function, arguments in ((lcodec_ext.lcodec, (names, X)), (lcodec_ext.lfoci, (X, names))):
+        with pytest.raises(
+            ValueError, match="adds noise to y, and y holds classes without an order"
+        ):
+            function(*arguments, nan_policy="omit")
+    with pytest.raises(ValueError, match="y has 120 classes on 120 rows"):
+        lcodec_ext.foci(X, [f"sample {k}" for k in range(120)])
+    with pytest.warns(UserWarning, match="y is constant"):
+        assert lcodec_ext.codec(["oak"] * 120, X) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Decimal data
+
+
+@pytest.fixture
+def grid(rng):
+    """Counts of millimetres, as centimetres with one decimal, and a response."""
+    counts = rng.integers(20, 80, (150, 4))
+    return counts, counts / 10, (counts[:, 1] // 9 + counts[:, 2]).astype(float)
+
+
+def test_decimals_make_ties_the_same_in_every_unit(grid):
+    counts, cm, y = grid
+    expected = lcodec_ext.codec(y, counts[:, :2], counts[:, 2:])
+    assert lcodec_ext.codec(y, cm[:, :2], cm[:, 2:]) != expected  # rounding splits ties
+    for table, decimals in ((cm, 1), (cm, 3), (counts, 0), (counts / 100, 2), (counts / 1000, 3)):
+        value = lcodec_ext.codec(y, table[:, :2], table[:, 2:], decimals=decimals)
+        assert value == expected
+    for table in (
+        cm.astype(np.float32),
+        pd.DataFrame(cm),
+        pd.DataFrame(cm).astype("Float32"),
+        cm.tolist(),
+    ):
+        result = lcodec_ext.foci(table, y, stop=False, decimals=1)
+        assert (
+            result.cumulative.tolist() == lcodec_ext.foci(counts, y, stop=False).cumulative.tolist()
+        )
+    nearest = lcodec_ext.nearest_neighbors(cm[:, :2], ties="all", decimals=1)
+    for found, wanted in zip(
+        nearest, lcodec_ext.nearest_neighbors(counts[:, :2], ties="all"), strict=True
+    ):
+        assert found.tolist() == wanted.tolist()
+    graph = lcodec_ext.dependence_graph(cm, decimals=1)
+    assert graph.weights.tolist() == lcodec_ext.dependence_graph(counts).weights.tolist()
+    selector = lcodec_ext.FOCISelector(decimals=1, stop=False).fit(cm, y)
+    assert selector.cumulative_.tolist() == (
+        lcodec_ext.foci(counts, y, stop=False).cumulative.tolist()
+    )
+
+
+def test_decimals_forgive_what_arithmetic_adds(grid):
+    counts, cm, y = grid
+    sums = cm + 0.1 - 0.3 + 0.2  # 5.699999999999999 and the like
+    assert (sums != cm).any()
+    assert lcodec_ext.codec(y, sums, decimals=1) == lcodec_ext.codec(y, counts)
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "error", "message"),
+    [
+        (2.25, 1, ValueError, "column 'c' .index 2. of X holds 2.25 in row 7, which has"),
+        (
+            np.pi,
+            4,
+            ValueError,
+            "holds 3.14159.* in row 7, which has more than 4 decimals; pass more",
+        ),
+        (
+            1e12,
+            6,
+            ValueError,
+            "holds 1000000000000.0 in row 7, which is beyond 2..53 units of 1e-6",
+        ),
+        (1.0, -1, ValueError, "decimals must be an integer from 0 to 15; got -1"),
+        (1.0, 1.0, TypeError, "decimals must be an integer from 0 to 15; got 1.0"),
+        (np.nan, 1, ValueError, "NaN in X at row 7"),
+        (np.inf, 1, ValueError, "infinite values"),
+    ],
+)
+def test_what_decimals_refuse(grid, value, decimals, error, message):
+    _, cm, y = grid
+    cm[7, 2] = value
+    with pytest.raises(error, match=message):
+        lcodec_ext.foci(pd.DataFrame(cm, columns=list("abcd")), y, decimals=decimals)
+
+
+def test_missing_values_beside_decimals(grid):
+    counts, cm, y = grid
+    cm[7, 2] = np.nan
+    rest = np.arange(150) != 7
+    value = lcodec_ext.codec(y, cm, decimals=1, nan_policy="omit")
+    assert value == lcodec_ext.codec(y[rest], counts[rest])

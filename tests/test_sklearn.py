@@ -1,5 +1,6 @@
 """FOCISelector as scikit-learn and pandas users meet it."""
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -7,9 +8,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.base import clone
+from sklearn.datasets import load_wine
 from sklearn.exceptions import NotFittedError
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -149,6 +152,10 @@ def test_random_state():
 
 def test_bad_input(data):
     X, y = data
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        FOCISelector().fit(np.ma.masked_greater(X, 2), y)  # what is below a mask is no data
+    with pytest.raises(ValueError, match="Input y contains NaN"):
+        FOCISelector().fit(X, np.ma.masked_greater(y, 2))
     with pytest.raises(ValueError, match="NaN"):
         FOCISelector().fit(np.where(X > 2, np.nan, X), y)
     with pytest.raises(ValueError, match="requires y"):
@@ -178,3 +185,104 @@ def test_without_scikit_learn_the_error_says_what_to_install():
         "else: raise SystemExit(1)"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_class_labels_are_taken_without_an_order():
+    X, y = load_wine(return_X_y=True)
+    names = np.array(["barolo", "grignolino", "barbera"])
+    expected = foci(X, names[y])
+    for order in itertools.permutations(range(3)):
+        numbers = np.array(order)[y]
+        for labels in (
+            numbers,
+            numbers.astype(np.uint8),
+            numbers.astype(object),
+            pd.Series(numbers, dtype="Int64"),
+            pd.Series(numbers, dtype="int8[pyarrow]"),
+            torch.tensor(numbers),
+            names[numbers],
+            names[numbers].tolist(),
+        ):
+            selector = FOCISelector().fit(X, labels)
+            assert selector.ordering_.tolist() == expected.ordering.tolist()
+            assert selector.cumulative_.tolist() == expected.cumulative.tolist()
+    frame = pd.Series(names[y], dtype="category")
+    assert FOCISelector().fit(X, frame).ordering_.tolist() == expected.ordering.tolist()
+    pipeline = make_pipeline(FOCISelector(max_features=3), LogisticRegression(max_iter=10_000))
+    assert pipeline.fit(X, names[y]).score(X, names[y]) > 0.8
+
+
+def test_classes_can_be_asked_for_and_refused(data):
+    X, _ = data
+    grades = np.clip(np.round(X[:, 4] + X[:, 1]), -2, 2)  # with 0.0 and -0.0, which are equal
+    for y, classes, nominal in (
+        (grades, "auto", False),  # floats have an order
+        (grades, "yes", True),
+        (grades.astype(int), "no", False),
+        (grades.astype(int), "auto", True),
+        (grades > 0, "auto", False),  # two classes: any two numbers
+        (np.round(X[:, 4] * 9).astype(int), "auto", False),  # more values than classes have
+    ):
+        selector = FOCISelector(classes=classes, stop=False).fit(X, y)
+        expected = foci(X, (y + 0).astype(str) if nominal else y, stop=False)
+        assert selector.cumulative_.tolist() == expected.cumulative.tolist()
+    with pytest.raises(ValueError, match="classes must be one of 'auto', 'yes', 'no'; got True"):
+        FOCISelector(classes=True).fit(X, grades)
+    with pytest.raises(ValueError, match="y holds strings or categories, and classes='no' expects"):
+        FOCISelector(classes="no").fit(X, grades.astype(str))
+    with pytest.raises(ValueError, match="NaN"):
+        FOCISelector().fit(X, ["a", "b", None, "c"] * 50)
+
+
+def other_columns():
+    """Tables with a column that is not numbers, by what messages say of it."""
+    import datetime
+
+    import pyarrow as pa
+
+    x = np.arange(40.0)
+    days = [datetime.date(2020, 1, 1) + datetime.timedelta(days=k % 7) for k in range(40)]
+    lasting = [datetime.timedelta(seconds=k) for k in range(40)]
+    return {
+        "objects .date.": pd.DataFrame({"x": x, "c": days}),
+        "datetime64": pd.DataFrame({"x": x, "c": pd.to_datetime(days)}),
+        "timedelta64": pd.DataFrame({"x": x, "c": pd.to_timedelta(lasting)}),
+        "Sparse": pd.DataFrame({"x": x, "c": pd.arrays.SparseArray(x)}),
+        "date32": pa.table({"x": x, "c": days}),
+        "duration": pa.table({"x": x, "c": lasting}),
+        "decimal128": pa.table({"x": x, "c": pa.array(range(40)).cast(pa.decimal128(21, 2))}),
+        "string": pa.table({"x": x, "c": ["a", "b"] * 20}),
+        "categorical": pd.DataFrame({"x": x, "c": pd.Categorical(["a", "b"] * 20)}),
+    }
+
+
+@pytest.mark.parametrize("what", other_columns())
+def test_columns_that_are_not_numbers_are_named(what):
+    """scikit-learn would take dates, durations and decimals for numbers."""
+    table, y = other_columns()[what], np.arange(40)
+    for call in (
+        lambda: FOCISelector().fit(table, y),
+        lambda: foci(table, y),
+        lambda: lcodec_ext.codec(y, table),
+        lambda: lcodec_ext.nearest_neighbors(table),
+        lambda: lcodec_ext.dependence_graph(table),
+    ):
+        with pytest.raises(ValueError, match=f"column 'c' .index 1. of [Xz] .*{what}.*(; |: ).*"):
+            call()
+
+
+class LazyFrame:
+    """As polars has it, without data."""
+
+    def collect_schema(self):
+        return {"x": "Float64"}
+
+
+def test_a_lazy_frame_is_to_be_collected():
+    for call in (
+        lambda: FOCISelector().fit(LazyFrame(), np.arange(40)),
+        lambda: foci(LazyFrame(), np.arange(40)),
+        lambda: lcodec_ext.codec(LazyFrame(), np.arange(40)),
+    ):
+        with pytest.raises(ValueError, match=r"[Xy] is a LazyFrame.*pass [Xy].collect\(\)"):
+            call()

@@ -699,11 +699,11 @@ def test_a_dataset_that_may_be_slow_is_read_whole_by_start_and_verification_only
         assert set(data.read) == set(range(n))
     data.read.clear()
     with resume(folder, data=data) as stream:
-        assert len(set(data.read)) == 64
+        assert 64 <= len(set(data.read)) <= 64 + 32  # compared, and read again
         stream.remove(5)
     data.read.clear()
     assert verify_ledger(folder, train=data)
-    assert len(data.read) == n + 2  # and twice the first, whether it stays the same
+    assert len(data.read) == n + 3 * 32  # and some of them thrice, whether they stay the same
     x[999] = 0.0
     with resume(folder, data=data):  # as said of resume
         pass

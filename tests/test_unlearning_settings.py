@@ -307,7 +307,8 @@ def test_only_some_samples_are_read(mlp):
     probed = {0, *range(0, 694, 694 // 32)}
     read = {k for k, count in enumerate(dataset.reads) if count} - probed
     assert 30 <= len(read) <= 40
-    assert max(dataset.reads) <= 4  # sample 0 by checks; no sample in every pass
+    assert max(dataset.reads) <= 6  # of the 32 by checks, and 0; no sample in every pass
+    assert max(dataset.reads[k] for k in read) <= 2
     # All others may be anything.
     others = [k for k in range(694) if not dataset.reads[k]]
     again, _ = results(others, max_drop=None)
@@ -320,7 +321,7 @@ def test_only_some_samples_are_read(mlp):
     # The guard looks at samples that the step has not read, at most 1000.
     guarded, dataset = results()
     assert torch.equal(vector(guarded.model), vector(result.model))
-    assert sum(dataset.reads) <= 694 + 40
+    assert sum(dataset.reads) <= 694 + 3 * 32 + 40
 
 
 def test_the_guard_reads_other_samples(mlp):
@@ -330,7 +331,7 @@ def test_the_guard_reads_other_samples(mlp):
     options = {"n_curvature": 50, "n_monitor": 10, "damping": 0.5, "max_drop": 0.5}
     unlearn(mlp, forget, dataset, F.cross_entropy, **options)
     assert sum(count > 0 for count in dataset.reads) <= 1000 + 50 + 33
-    assert sum(dataset.reads) <= 1000 + 50 + 36
+    assert sum(dataset.reads) <= 1000 + 50 + 3 * 32 + 36
 
 
 def test_monitored_are_at_most_those_that_are_read(mlp):
@@ -461,7 +462,7 @@ def test_sequential_reads_the_retained_samples_once(mlp):
         damping=0.5,
     )
     assert result.attempts == 6
-    assert sum(dataset.reads) <= 700 + 36
+    assert sum(dataset.reads) <= 700 + 3 * 32 + 36
 
 
 # ---------------------------------------------------------------------------------------------

@@ -978,7 +978,7 @@ def test_parameters_that_are_not_finite():
         (nn.CrossEntropyLoss(reduction="sum"), ValueError, "plain mean"),
         (nn.CrossEntropyLoss(reduction="none"), ValueError, "scalar tensor"),
         (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 9.0])), ValueError, "plain mean"),
-        (nn.CrossEntropyLoss(ignore_index=1), ValueError, "NaN or infinite|plain mean"),
+        (nn.CrossEntropyLoss(ignore_index=1), ValueError, "has target 1, which loss_fn ignores"),
         (lambda z, t: 0.5, ValueError, "scalar tensor"),
         (lambda z, t: z.mean() / 0, ValueError, "loss of the forget samples is NaN or infinite"),
         (lambda z, t: (z - z.detach()).abs().pow(1.5).mean(), ValueError, "NaN or infinite"),
@@ -1091,7 +1091,7 @@ def test_ignored_targets_are_refused_wherever_they_stand():
     x, y = torch.randn(500, 5), torch.randint(0, 3, (500,))
     y[251] = -100
     model = torch.nn.Linear(5, 3)
-    with pytest.raises(ValueError, match=r"NaN|no ignored targets"):
+    with pytest.raises(ValueError, match="sample 246 of retain has target -100, which loss_fn ign"):
         unlearn(
             model,
             (x[:5], y[:5]),

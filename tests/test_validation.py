@@ -1,12 +1,18 @@
 """Bad input gets an error that names it; odd input just works."""
 
+from fractions import Fraction
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import scipy.sparse as sparse
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lcodec_ext
+from lcodec_ext.cli.tables import Table
 
 N = 30
 rng0 = np.random.default_rng(1)
@@ -41,8 +47,9 @@ BAD_DATA = [
     ({"y": Y[:-1]}, ValueError, r"same number of rows; .*30.*29|same number of rows; .*29.*30"),
     ({"y": X[:, :2]}, ValueError, r"y must be one column.*got shape \(30, 2\)"),
     ({"y": Y[np.newaxis]}, ValueError, r"y must be one column.*got shape \(1, 30\)"),
-    ({"y": Y.astype(str)}, ValueError, "y must hold real numbers; got strings; encode"),
-    ({"y": ["a"] * N}, ValueError, "y must hold real numbers; got strings; encode"),
+    ({"y": Y.astype(str)}, ValueError, "y has 30 classes on 30 rows; expected classes that repeat"),
+    ({"y": ["a", None, 1.5] * 10}, ValueError, "y must hold real numbers; got objects .str, None"),
+    ({"X": X.astype(str)}, ValueError, "[Xz] must hold real numbers; got strings; encode"),
     ({"y": Y.astype(object)}, ValueError, "y must hold real numbers; got objects"),
     ({"X": X.astype(object)}, ValueError, "[Xz] must hold real numbers; got objects"),
     ({"X": X + 0j}, ValueError, "[Xz] must hold real numbers; got complex numbers"),
@@ -53,8 +60,12 @@ BAD_DATA = [
     ({"y": None}, ValueError, "y must be an array of numbers; got None"),
     ({"X": [[1, 2], [3]]}, ValueError, "[Xz] cannot be made into an array"),
     ({"y": np.arange(N).astype("datetime64[D]")}, ValueError, r"y must hold real numbers; got.*da"),
-    ({"y": pd.Series(["u", "v"] * 15, dtype="category")}, ValueError, "y is categorical.*encode"),
-    ({"y": pd.Series(["u", "v"] * 15)}, ValueError, "y .*str.*"),
+    (
+        {"X": pd.DataFrame({"c": pd.Categorical(["u", "v"] * 15)})},
+        ValueError,
+        "'c' .* of [Xz] is categorical; expected numbers: encode categories as numbers",
+    ),
+    ({"X": pd.DataFrame({"s": ["u", "v"] * 15})}, ValueError, "column 's' .* of [Xz] .*str.*"),
     ({"X": X * 1e200}, ValueError, "overflow|too large or too small"),
     ({"X": np.full((N, 1), 2**60) + np.arange(N)[:, None]}, ValueError, r"integers beyond 2\*\*53"),
     ({"X": torch.eye(N).to_sparse()}, ValueError, "[Xz] must be dense; got a tensor of layout"),
@@ -277,6 +288,61 @@ def test_missing_values_can_be_left_out():
         lcodec_ext.codec(with_value(Y, slice(2, None), np.nan), X, nan_policy="omit")
 
 
+def test_what_is_left_out_is_told():
+    holes = with_value(with_value(X, (slice(3, 6), 1), np.nan), (8, 2), np.nan)
+    y = with_value(Y, 5, np.nan)
+    frame = pd.DataFrame(holes, columns=["age", "dose", "site"])
+    missing = {"column 'dose' (index 1) of X": 3, "column 'site' (index 2) of X": 1, "y": 1}
+    for call in (lcodec_ext.foci, lcodec_ext.lfoci):
+        result = call(frame, y, nan_policy="omit", stop=False)
+        assert (result.n_samples, result.n_omitted) == (N - 4, 4)
+        assert result.missing == missing
+        line = repr(result).splitlines()[1]
+        assert line.strip().startswith(f"4 of {N} rows left out: NaN in column 'dose' (index 1) of")
+    plain = lcodec_ext.foci(X, Y)
+    assert (plain.n_omitted, plain.missing) == (0, {})
+    assert "left out" not in repr(plain)
+    graph = lcodec_ext.dependence_graph(frame, nan_policy="omit")
+    assert {result.n_omitted for result in graph.results} == {4}
+    assert graph.results[0].missing.keys() == {*missing} - {"y"}
+
+
+def test_a_number_from_few_of_the_rows_is_warned_of():
+    y = with_value(Y, slice(10, None), np.nan)
+    match = f"20 of {N} rows left out: NaN in y \\(20\\)"
+    for call in (lcodec_ext.codec, lcodec_ext.lcodec):
+        with pytest.warns(UserWarning, match=match) as caught:
+            call(y, X, X[:, 0], nan_policy="omit")
+        assert caught[0].filename == __file__
+    for call in (lcodec_ext.xi, lcodec_ext.xi_test):
+        with pytest.warns(UserWarning, match=match) as caught:
+            call(X[:, 0], y, nan_policy="omit")
+        assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match="got 2 left after omitting NaN .28 of 30 .* in y .28"):
+        lcodec_ext.codec(with_value(Y, slice(2, None), np.nan), X, nan_policy="omit")
+
+
+@pytest.mark.parametrize("nan_policy", ["raise", "omit"])
+def test_empty_columns_are_named(nan_policy):
+    empty = with_value(X, (slice(None), 1), np.nan)
+    options = {"nan_policy": nan_policy}
+    frame = pd.DataFrame(
+        with_value(empty, (slice(None), 2), np.nan), columns=["age", "dose", "site"]
+    )
+    with pytest.raises(
+        ValueError, match="column 1 of z is empty: all values are NaN; leave it out"
+    ):
+        lcodec_ext.codec(Y, empty, **options)
+    for call in (lcodec_ext.foci, lcodec_ext.lfoci):
+        with pytest.raises(ValueError, match="'dose' .* 'site' .* of X are empty.*leave them out"):
+            call(frame, Y, **options)
+    with pytest.raises(ValueError, match="column 1 of X is empty"):
+        lcodec_ext.dependence_graph(empty, **options)
+    for call in (lcodec_ext.xi, lcodec_ext.codec):
+        with pytest.raises(ValueError, match=r"\b[xy] is empty: all values are NaN$"):
+            call(Y * np.nan, X[:, 0], **options)
+
+
 def test_constant_columns_warn_and_are_never_chosen():
     constant = X.copy()
     constant[:, 1] = 2.5
@@ -342,3 +408,239 @@ def test_inputs_are_not_changed():
     lcodec_ext.lfoci(X, Y)
     np.testing.assert_array_equal(X, before[0])
     np.testing.assert_array_equal(Y, before[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Integers that float64 would merge are refused before anything rounds them
+
+STAMPS = 1_577_134_800_018_164_904 + 37 * np.arange(N)  # nanoseconds: float64 has steps of 256
+STAMPS_NA = [int(t) for t in STAMPS[:-1]] + [None]
+
+
+class Frame:
+    """A frame as polars has it: a list of names, columns by name."""
+
+    def __init__(self, columns):
+        self._columns = columns
+        self.columns = list(columns)
+
+    def __getitem__(self, name):
+        return self._columns[name]
+
+    def __len__(self):
+        return len(self._columns[self.columns[0]])
+
+    def to_numpy(self):
+        return np.column_stack([np.asarray(column) for column in self._columns.values()])
+
+    def __array__(self, dtype=None, copy=None):
+        return self.to_numpy()
+
+
+def containers(t, f):
+    """Two columns, integers and floats, in everything that people keep tables in."""
+    masked = np.ma.masked_array(np.column_stack([t, np.arange(len(t))]), mask=False)
+    masked[2, 1] = np.ma.masked
+    return {
+        "pandas": pd.DataFrame({"t": t, "f": f}),
+        "pandas uint64": pd.DataFrame({"t": t.astype(np.uint64), "f": -np.arange(len(t))}),
+        "pandas nullable": pd.DataFrame({"t": pd.array(t, dtype="Int64"), "f": f}),
+        "pandas pyarrow": pd.DataFrame({"t": pd.Series(t, dtype="int64[pyarrow]"), "f": f}),
+        "pyarrow table": pa.table({"t": t, "f": f}),
+        "pyarrow batch": pa.record_batch({"t": pa.array(t), "f": pa.array(f)}),
+        "frame of another library": Frame({"t": t, "f": f}),
+        "table of the command line": Table(["t", "f"], [t, f]),
+        "rows": list(zip(t.tolist(), f.tolist(), strict=True)),
+        "rows of tensors": [
+            torch.tensor([a, k]) if k else torch.tensor([a, 0]).double()
+            for k, a in enumerate(t.tolist())
+        ],
+        "int64 and uint64": [[-1, 2**63 + k] for k in range(len(t))],
+        "masked": masked,
+        "long double": np.column_stack([t.astype(np.longdouble), f]),
+        "int64": np.column_stack([t, np.arange(len(t))]),
+        "tensor": torch.from_numpy(np.column_stack([t, np.arange(len(t))])),
+    }
+
+
+@pytest.mark.parametrize("kind", containers(STAMPS, Y))
+def test_integers_are_checked_before_they_are_rounded(kind):
+    table, y = containers(STAMPS, Y)[kind], np.arange(N)
+    message = "integers beyond 2\\*\\*53|numbers, which float64 cannot tell apart"
+    calls = {
+        "codec": lambda: lcodec_ext.codec(y, table, nan_policy="omit"),
+        "codec x": lambda: lcodec_ext.codec(y, y % 3, table, nan_policy="omit"),
+        "lcodec": lambda: lcodec_ext.lcodec(y, table, nan_policy="omit"),
+        "foci": lambda: lcodec_ext.foci(table, y, nan_policy="omit"),
+        "graph": lambda: lcodec_ext.dependence_graph(table, nan_policy="omit"),
+        "neighbors": lambda: lcodec_ext.nearest_neighbors(table),
+        "selector": lambda: lcodec_ext.FOCISelector().fit(table, y),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("kind", containers(STAMPS, Y))
+def test_integers_up_to_2_53_go_on(kind):
+    if kind == "int64 and uint64":
+        return  # what makes it is beyond 2**53
+    t = STAMPS - STAMPS[0] + 2**53 - 10_000
+    table, y = containers(t, Y)[kind], np.arange(N) // 3
+    other = {"pandas uint64": -np.arange(N)}.get(kind, np.arange(N))
+    second = (
+        other if kind in ("masked", "int64", "tensor", "rows of tensors", "pandas uint64") else Y
+    )
+    keep = np.arange(N) != 2 if kind == "masked" else np.full(N, True)
+    plain = np.column_stack([(t - t[0]).astype(float), second])[keep]
+    value = lcodec_ext.codec(y, table, nan_policy="omit")
+    assert value == lcodec_ext.codec(y[keep], plain)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pd.Series(STAMPS_NA, dtype="Int64"),
+        pd.Series(STAMPS_NA, dtype="int64[pyarrow]"),
+        pd.array(STAMPS_NA, dtype="Int64"),
+        pa.array(STAMPS_NA),
+        pa.chunked_array([STAMPS_NA]),
+        np.ma.masked_array(STAMPS, mask=np.arange(N) == 4),
+        [float(Y[0]), *STAMPS.tolist()[1:]],
+    ],
+)
+def test_integers_beside_missing_values_are_not_rounded(column):
+    for call in (
+        lambda: lcodec_ext.codec(np.arange(N), column, nan_policy="omit"),
+        lambda: lcodec_ext.codec(column, np.arange(N), nan_policy="omit"),  # as the response, too
+        lambda: lcodec_ext.xi(column, np.arange(N), nan_policy="omit"),
+    ):
+        with pytest.raises(ValueError, match="integers beyond 2\\*\\*53"):
+            call()
+
+
+def test_large_integers_as_a_response_are_compared_as_they_are():
+    value = lcodec_ext.codec(np.arange(N), X)
+    for y in (STAMPS, pd.Series(STAMPS, dtype="Int64"), pa.array(STAMPS), STAMPS.tolist()):
+        assert lcodec_ext.codec(y, X) == value
+    assert lcodec_ext.FOCISelector(stop=False).fit(X, STAMPS).cumulative_.tolist() == (
+        lcodec_ext.foci(X, np.arange(N), stop=False).cumulative.tolist()
+    )
+    with pytest.raises(ValueError, match="y holds integers beyond 2\\*\\*53"):
+        lcodec_ext.lcodec(STAMPS, X)  # noise would be lost in the steps of float64
+    with pytest.raises(ValueError, match="y holds integers beyond 2\\*\\*53"):
+        lcodec_ext.lfoci(X, STAMPS)
+    with pytest.raises(ValueError, match="y holds integers beyond 2\\*\\*53"):
+        lcodec_ext.FOCISelector().fit(X, STAMPS.astype(object))
+    with pytest.raises(ValueError, match="X holds integers beyond 2\\*\\*53"):
+        lcodec_ext.FOCISelector().fit(STAMPS[:, None].astype(object), Y)
+
+
+def test_missing_values_in_columns_of_every_library():
+    holes = [3, None, 5, 1, 2, 9, 4, 7]
+    y = np.array([3.0, 1, 5, 1, 2, 8, 4, 7])
+    keep = np.array([value is not None for value in holes])
+    plain = np.array([value for value in holes if value is not None], dtype=float)
+    for column in (
+        pd.Series(holes, dtype="Int64"),
+        pd.Series(holes, dtype="int8[pyarrow]"),
+        pd.array(holes, dtype="Int16"),
+        pa.array(holes),
+        pa.chunked_array([holes[:3], holes[3:]]),
+        pa.table({"a": holes}),
+        np.ma.masked_array([value or 0 for value in holes], mask=~keep),
+    ):
+        assert lcodec_ext.codec(y, column, nan_policy="omit") == lcodec_ext.codec(y[keep], plain)
+        with pytest.raises(ValueError, match="NaN in z at row 1"):
+            lcodec_ext.codec(y, column)
+    flags = pd.array([True, None, False, True] * 2, dtype="boolean")
+    kept = np.array([True, False, True, True] * 2)
+    for column in (flags, pa.array([True, None, False, True] * 2)):
+        value = lcodec_ext.codec(y, column, nan_policy="omit")
+        assert value == lcodec_ext.codec(y[kept], np.array([1.0, 0, 1] * 2))
+    table = pa.table({"a": y[keep] % 2, "b": plain})
+    assert lcodec_ext.foci(table, plain).names == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pd.Series(pd.to_datetime(["2020-01-01"] * N)), "got values of dtype datetime64.*days"),
+        (pd.Series(pd.to_timedelta(range(N), unit="s")), "timedelta64.*pass the number"),
+        (
+            pa.array(pd.to_datetime(["2020-01-01"] * N)),
+            "is timestamp.*; expected numbers: pass",
+        ),
+        (pa.array(range(N), pa.duration("s")), "is duration.*; expected numbers: pass"),
+        (pa.array(["a"] * N), "is string; expected numbers: encode categories"),
+        (pa.array(["a"] * N).dictionary_encode(), "is dictionary<.*expected numbers: encode"),
+        (pa.array([1] * N, pa.decimal128(5, 2)), "is decimal128.*: convert them to floats first"),
+        (pd.Series([1] * N, dtype="Sparse[int64]"), "is Sparse.*: make the column dense first"),
+        (pd.Series([Fraction(1, 3)] * N), "must hold real numbers; got objects .Fraction.; "),
+        (pd.Series([1, 2.5] * (N // 2), dtype=object), "objects .int, float.*with astype"),
+    ],
+)
+def test_columns_without_numbers_are_named(column, message):
+    with pytest.raises(ValueError, match="z .*" + message):
+        lcodec_ext.codec(Y, column)
+    table = pa.table({"f": Y, "c": column}) if isinstance(column, pa.Array) else None
+    with pytest.raises(ValueError, match="column 'c' .index 1. of X .*" + message):
+        lcodec_ext.foci(pd.DataFrame({"f": Y, "c": column}) if table is None else table, Y)
+
+
+KINDS = ["int64", "uint64", "int16", "float64", "float32", "bool"]
+
+
+@given(st.data())
+def test_tables_of_mixed_types_against_exact_rationals(data):
+    """Nearest neighbours are those of the numbers as they were written, or a refusal says why."""
+    n = data.draw(st.integers(3, 7))
+    columns, types = [], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        small = st.lists(st.integers(-40, 40), min_size=n, max_size=n)
+        kind = data.draw(st.sampled_from(KINDS))
+        values = data.draw(small)
+        if kind in ("int64", "uint64"):
+            offset = data.draw(st.sampled_from([100, 2**31, 2**53 - 40, 2**53 + 60, 2**60, 2**62]))
+            values = [offset + value for value in values]
+        elif kind == "bool":
+            values = [value > 0 for value in values]
+        elif kind.startswith("float"):
+            values = [value / 8 for value in values]
+        columns.append(values)
+        types.append(kind)
+    names = [f"c{k}" for k in range(len(columns))]
+    arrays = [np.array(values, dtype=t) for values, t in zip(columns, types, strict=True)]
+    nullable = {"int64": "Int64", "uint64": "UInt64", "int16": "Int16", "bool": "boolean"}
+    kept_in = {
+        "pandas": lambda: pd.DataFrame(dict(zip(names, arrays, strict=True))),
+        "nullable": lambda: pd.DataFrame(
+            {
+                name: pd.array(array, dtype=nullable.get(t, t.capitalize()))
+                for name, array, t in zip(names, arrays, types, strict=True)
+            }
+        ),
+        "arrow": lambda: pa.table(dict(zip(names, arrays, strict=True))),
+        "frame": lambda: Frame(dict(zip(names, arrays, strict=True))),
+        "command line": lambda: Table(names, arrays),
+        "rows": lambda: list(zip(*columns, strict=True)),
+        "long double": lambda: np.column_stack([array.astype("g") for array in arrays]),
+    }
+    table = data.draw(st.sampled_from(list(kept_in.values())))()
+    exact = [list(map(Fraction, row)) for row in zip(*columns, strict=True)]
+    expected = []
+    for i, row in enumerate(exact):
+        distances = [
+            (sum((a - b) ** 2 for a, b in zip(row, other, strict=True)), j)
+            for j, other in enumerate(exact)
+            if j != i
+        ]
+        expected.append(min(distances)[1])
+    if all(abs(value) <= 2**53 for values in columns for value in values):
+        assert lcodec_ext.nearest_neighbors(table).tolist() == expected
+        return
+    try:
+        found = lcodec_ext.nearest_neighbors(table).tolist()
+    except ValueError as error:
+        found = expected if "float64 cannot tell" in str(error) else [str(error)]
+    assert found == expected

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "bindings/bindings.hpp"
+#include "bindings/gil.hpp"
 #include "lcodec/cuda_info.hpp"
 #include "lcodec/dispatch.hpp"
 
@@ -31,7 +32,7 @@ py::dict build_info() {
 py::tuple cuda_probe() {
   const CudaProbe* probe = nullptr;
   {
-    const py::gil_scoped_release release;  // the first call may wait for the driver
+    const WithoutGil released;  // the first call may wait for the driver
     probe = &probe_cuda();
   }
   return py::make_tuple(probe->usable, probe->reason);

@@ -7,6 +7,7 @@
 #include "bindings/arguments.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/cuda_outcome.hpp"
+#include "bindings/gil.hpp"
 #include "lcodec/cuda_engine.hpp"
 
 namespace py = pybind11;
@@ -130,7 +131,7 @@ class BoundEngine {
   }
 
   static void bind(py::module_& m, const char* name) {
-    using Guard = py::call_guard<py::gil_scoped_release>;
+    using Guard = py::call_guard<WithoutGil>;
     py::class_<BoundEngine>(m, name)
         .def(py::init<const py::dict&>(), py::arg("given"))
         .def_static("workspace_bytes", &cuda::Engine<T>::workspace_bytes, py::arg("n"),

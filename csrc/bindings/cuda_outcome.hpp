@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/gil.hpp"
 #include "lcodec/cuda_engine.hpp"
 
 namespace lcodec::bindings {
@@ -20,7 +21,7 @@ inline void raise_if_failed(const cuda::Outcome& outcome) {
 // Raises what fails in call(), which runs without the GIL.
 template <class Call>
 void launched(const Call& call) {
-  const pybind11::gil_scoped_release release;
+  const WithoutGil released;
   raise_if_failed(call());
 }
 

@@ -8,6 +8,7 @@
 #include "bindings/arguments.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/execution.hpp"
+#include "bindings/gil.hpp"
 #include "cpu/instruments.hpp"
 #include "lcodec/engine.hpp"
 
@@ -77,8 +78,7 @@ class BoundEngine {
         .def(py::init<Array<T>, Array<T>, const Array<std::int32_t>&, int, std::uint64_t>(),
              py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
              py::arg("ties"), py::arg("seed"))
-        .def("select", &BoundEngine::select, py::arg("column"),
-             py::call_guard<py::gil_scoped_release>())
+        .def("select", &BoundEngine::select, py::arg("column"), py::call_guard<WithoutGil>())
         .def("score", &BoundEngine::score, py::arg("candidates").noconvert(), py::arg("floor"),
              py::arg("level"), py::arg("threads"))
         .def("row_sums", &BoundEngine::row_sums, py::arg("candidate"), py::arg("level"),
@@ -175,8 +175,8 @@ void register_dependence(py::module_ m) {
   bind<float>(m, "EngineFloat");
   bind<double>(m, "EngineDouble");
 #ifdef LCODEC_INSTRUMENTS
-  m.def("saturate", &saturate, py::arg("level"), py::arg("rounds"),
-        py::call_guard<py::gil_scoped_release>(), "Issues vector instructions; returns how many.");
+  m.def("saturate", &saturate, py::arg("level"), py::arg("rounds"), py::call_guard<WithoutGil>(),
+        "Issues vector instructions; returns how many.");
 #endif
 }
 

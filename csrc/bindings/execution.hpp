@@ -7,6 +7,7 @@
 #include <string>
 
 #include "bindings/arguments.hpp"
+#include "bindings/gil.hpp"
 #include "lcodec/dispatch.hpp"
 #include "lcodec/engine.hpp"
 
@@ -15,29 +16,31 @@ namespace lcodec::bindings {
 // Lets Python see a pending Ctrl-C about ten times a second while the GIL is released.
 class Signals {
  public:
+  explicit Signals(WithoutGil& released) : released_(released) {}
   static bool poll(void* self) { return static_cast<Signals*>(self)->pending(); }
   bool pending() {
     const auto now = std::chrono::steady_clock::now();
     if (now < next_) return false;
     next_ = now + std::chrono::milliseconds(100);
-    const pybind11::gil_scoped_acquire gil;
-    return PyErr_CheckSignals() != 0;  // the Python error stays set for run()
+    // the Python error stays set for run()
+    return released_.with_gil([] { return PyErr_CheckSignals() != 0; });
   }
 
  private:
+  WithoutGil& released_;
   std::chrono::steady_clock::time_point next_ =
       std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
 };
 
 template <class Call>
 void run(const std::string& level, int threads, const Call& call) {
-  Signals signals;
-  const Execution execution{resolve_simd_level(level), threads, Signals::poll, &signals};
+  const auto resolved = resolve_simd_level(level);
   expect(threads >= 1, "threads must be positive");
   Status status;
   {
-    const pybind11::gil_scoped_release release;
-    status = call(execution);
+    WithoutGil released;
+    Signals signals(released);
+    status = call(Execution{resolved, threads, Signals::poll, &signals});
   }
   if (status == Status::cancelled) throw pybind11::error_already_set();
 }

@@ -30,6 +30,36 @@ class DefaultFloats {
   std::fenv_t saved_;
 };
 
+// Threads that have ended when it does: also where an exception, or pthread_exit, passes.
+class Helpers {
+ public:
+  explicit Helpers(std::atomic<bool>& stop) : stop_(stop) {}
+  ~Helpers() {
+    stop_ = true;
+    join();
+  }
+  Helpers(const Helpers&) = delete;
+  Helpers& operator=(const Helpers&) = delete;
+
+  template <class Run>
+  void start(std::int64_t count, const Run& run) {
+    try {
+      threads_.reserve(static_cast<std::size_t>(std::max<std::int64_t>(count, 0)));
+      for (std::int64_t t = 0; t < count; ++t) threads_.emplace_back(run, false);
+    } catch (const std::exception&) {
+      // The system has no further thread, or no memory for one. Those that run are enough.
+    }
+  }
+  void join() {
+    for (auto& thread : threads_) thread.join();
+    threads_.clear();
+  }
+
+ private:
+  std::atomic<bool>& stop_;
+  std::vector<std::thread> threads_;
+};
+
 // Calls work(piece) for every piece in [0, pieces); make_work() is called once on every thread and
 // holds its scratch memory. The calling thread works too and asks execution.cancelled between its
 // pieces. Rethrows the first exception of any thread, after all of them have ended.
@@ -51,22 +81,16 @@ Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeW
           stop = true;
         }
       }
-    } catch (...) {
+    } catch (const std::exception&) {  // nothing else is thrown; pthread_exit is not to be caught
       const std::lock_guard<std::mutex> lock(mutex);
       if (!error) error = std::current_exception();
       stop = true;
     }
   };
-  std::vector<std::thread> threads;
-  const std::int64_t helpers = std::min<std::int64_t>(execution.threads, pieces) - 1;
-  try {
-    threads.reserve(static_cast<std::size_t>(std::max<std::int64_t>(helpers, 0)));
-    for (std::int64_t t = 0; t < helpers; ++t) threads.emplace_back(run, false);
-  } catch (const std::exception&) {
-    // The system has no further thread, or no memory for one. Those that run are enough.
-  }
+  Helpers helpers(stop);
+  helpers.start(std::min<std::int64_t>(execution.threads, pieces) - 1, run);
   run(true);
-  for (auto& thread : threads) thread.join();
+  helpers.join();
   if (error) std::rethrow_exception(error);
   return cancelled ? Status::cancelled : Status::ok;
 }

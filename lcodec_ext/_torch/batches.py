@@ -1,12 +1,14 @@
 """Batches of samples: their forms, and how they are cut and joined."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 SAMPLES = 128  # of one batch, where the package makes the batches
 
@@ -22,12 +24,14 @@ class Batch:
     kwargs: dict[str, Any]
     targets: Any
     size: int  # samples
+    numbers: Any = None  # of the samples in the data that were given, a sequence
 
     def part(self, samples: slice) -> "Batch":
         """Some samples of the batch."""
         whole = (self.args, self.kwargs, self.targets)
         args, kwargs, targets = part_of(whole, self.size, samples)
-        return Batch(args, kwargs, targets, len(range(self.size)[samples]))
+        numbers = None if self.numbers is None else self.numbers[samples]
+        return Batch(args, kwargs, targets, len(range(self.size)[samples]), numbers)
 
     @staticmethod
     def joined(batches: "Sequence[Batch]") -> "Batch":
@@ -74,10 +78,12 @@ class Batches:
         self._given: list[tuple[Tensor, int]] = []
         self.generators: list[torch.Generator] = []
         self._read: Callable[[], Iterable[Any]]
+        stream = isinstance(getattr(data, "dataset", data), IterableDataset)
+        self._most = math.inf if length_of(data) is not None else ENDLESS * (1 if stream else 10)
         if isinstance(data, DataLoader):
             self._read = lambda: data
             self.generators = _generators(data)
-        elif isinstance(data, Dataset):
+        elif isinstance(data, Dataset) or is_dataset(data) or is_list_of_samples(data):
             self.cut_here = True
             self._read = lambda: _from_dataset(data)
         elif is_batch(data):
@@ -109,6 +115,7 @@ class Batches:
                 "data were changed in place after the operator was made, and it has to read them "
                 "again; make a new operator, or give it copies"
             )
+        begin = 0
         for number, batch in enumerate(self._read()):
             name = "data" if self.cut_here else f"batch {number} of data"
             if not is_one_batch(batch):
@@ -117,7 +124,11 @@ class Batches:
                     f"them of arrays) or a dict with 'labels'; got {described(batch)}"
                 )
             size = n_samples(batch, name)
-            yield as_batch(_moved(batch, self._device, self._dtype), size, name)
+            if begin >= self._most:
+                raise ValueError(endless("data", begin))
+            made = as_batch(_moved(batch, self._device, self._dtype), size, name)
+            yield replace(made, numbers=range(begin, begin + size))
+            begin += size
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -144,6 +155,63 @@ def is_one_batch(data: Any) -> bool:
         isinstance(data, tuple | list)
         and len(data) > 1
         and all(next(tensors_of(part), None) is not None for part in data)
+    )
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether data has a length and is indexed as a Dataset is, and is nothing else."""
+    known = Mapping | tuple | list | str | bytes | range | Tensor | np.ndarray
+    table = hasattr(data, "iloc") or hasattr(data, "columns")
+    indexed = hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")
+    if not indexed or table or isinstance(data, known):
+        return False
+    return not hasattr(type(data), "__iter__") or (len(data) > 0 and is_sample(data[0]))
+
+
+def is_list_of_samples(data: Any) -> bool:
+    """Whether data is a list of samples, (input, target) or dicts, and not of batches."""
+    return (
+        isinstance(data, tuple | list)
+        and len(data) > 0
+        and all(isinstance(each, tuple | list | Mapping) for each in data)
+        and any(is_sample(each) for each in data[:_SHOWN])
+    )
+
+
+def is_sample(value: Any) -> bool:
+    """Whether a value is one sample and no batch: its parts have no first axis in common."""
+    if not isinstance(value, tuple | list | Mapping):
+        return False
+    parts = list(value.values() if isinstance(value, Mapping) else value)
+    lengths = set()
+    for part in parts:
+        if isinstance(part, tuple | list | Mapping):
+            if is_sample(part):
+                return True
+            continue
+        if not isinstance(part, Tensor | np.ndarray) or part.ndim == 0:
+            return True
+        lengths.add(len(part))
+    return len(lengths) > 1
+
+
+#: Samples of data without a length after which nobody expects an end.
+ENDLESS = 1_000_000
+
+
+def length_of(data: Any) -> int | None:
+    """len(data), None without one."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def endless(name: str, n: int) -> str:
+    """What to do with data that do not end."""
+    return (
+        f"{name} has no length and has not ended after {n:,} samples: give it a __len__, or pass "
+        "the samples that you mean, list(itertools.islice(data, n)) for instance"
     )
 
 

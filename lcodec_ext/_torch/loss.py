@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._torch.batches import map_tensors, part_of
+from lcodec_ext._torch.batches import Batch, map_tensors, part_of
+from lcodec_ext._torch.decay import Decay, each_decay
+from lcodec_ext._torch.faults import check_labels, fault_of
 from lcodec_ext._torch.modes import evaluating
 from lcodec_ext._torch.samples import Samples, outputs_of
 
@@ -102,8 +104,50 @@ def loss_in(dtype: torch.dtype, loss_fn: LossFunction) -> LossFunction:
     return copy.deepcopy(loss_fn).to(dtype) if isinstance(loss_fn, nn.Module) else loss_fn
 
 
+_ELEMENTWISE: tuple[Any, ...] = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    torch.nn.functional.mse_loss,
+    torch.nn.functional.l1_loss,
+    torch.nn.functional.smooth_l1_loss,
+    torch.nn.functional.huber_loss,
+)
+
+
+def differ_in_shape(outputs: Any, targets: Any) -> bool:
+    """Whether one of both would be repeated to be compared with the other."""
+    both = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    return both and targets.is_floating_point() and outputs.shape != targets.shape
+
+
+def _check_shapes(loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
+    """Refuse outputs and targets of different shapes where each entry is compared with one."""
+    if not differ_in_shape(outputs, targets):
+        return
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+    if loss_fn in _ELEMENTWISE or type(loss_fn) in _ELEMENTWISE:
+        raise ValueError(shapes_differ(outputs, targets))
+
+
+def shapes_differ(outputs: Tensor, targets: Tensor) -> str:
+    """What to do with outputs and targets of different shapes."""
+    ways = "give both one shape"
+    if outputs.shape == (*targets.shape, 1):
+        ways = "pass the targets as targets[:, None], or let the model return outputs.squeeze(-1)"
+    elif targets.shape == (*outputs.shape, 1):
+        ways = "pass the targets as targets.squeeze(-1), or let the model return outputs[:, None]"
+    return (
+        f"loss_fn compares outputs of shape {tuple(outputs.shape)} with targets of shape "
+        f"{tuple(targets.shape)}, and would compare every output with every target: {ways}"
+    )
+
+
 def scalar_loss(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
     """The loss of a batch; refuse what is not a scalar tensor."""
+    _check_shapes(loss_fn, outputs, targets)
     loss = loss_fn(outputs, targets)
     if not isinstance(loss, Tensor) or loss.ndim > 0:
         given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -134,10 +178,21 @@ def same_loss(of_parts: Tensor, whole: Tensor) -> bool:
 
 
 def check_reduction(
-    whole: Tensor, of_parts: Tensor, n: int, *, reduction: str = "mean", why: str = ""
+    whole: Tensor,
+    of_parts: Tensor,
+    n: int,
+    *,
+    reduction: str = "mean",
+    why: str = "",
+    of: tuple[Any, Any] = (None, None),
 ) -> None:
-    """Refuse a loss of n samples that is not the mean (or sum) of the losses of its parts."""
+    """Refuse a loss of n samples that is not the mean (or sum) of the losses of its parts.
+
+    `of` are its outputs and targets: where they differ in shape, that is why.
+    """
     if not same_loss(of_parts, whole):
+        if differ_in_shape(*of):
+            raise ValueError(shapes_differ(*of))
         raise ValueError(
             f"loss_fn must be the plain {reduction} over the samples of a batch{why} "
             f"(reduction={reduction!r}, no class weights, no ignored targets, no mean over tokens "
@@ -163,7 +218,7 @@ def check_parts(
         outputs = map_tensors(Tensor.detach, outputs)
         whole = scalar_loss(loss_fn, outputs, targets)
         total = loss_in_parts(loss_fn, outputs, targets, n, step, reduction)
-    check_reduction(whole, total, n, reduction=reduction, why=why)
+    check_reduction(whole, total, n, reduction=reduction, why=why, of=(outputs, targets))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,7 +230,7 @@ def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_s
     total = 0.0
     with evaluating(model), torch.no_grad():
         for batch in samples.batches(batch_size):
-            loss = loss_fn(outputs_of(model, batch), batch.targets)
+            loss = loss_of(loss_fn, outputs_of(model, batch), batch, samples.name)
             total += loss.item() * batch.size / len(samples)
     return total
 
@@ -192,7 +247,7 @@ def mean_gradient(
     parameters: Mapping[str, Tensor],
     batch_size: int,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: float | Mapping[str, float | Tensor] = 0.0,
     dtype: torch.dtype | None = None,
     check: bool = False,
 ) -> tuple[float, Gradient]:
@@ -206,7 +261,9 @@ def mean_gradient(
         Of the model: the gradient is by these.
     batch_size : int
         Samples in a backward pass.
-    weight_decay : float, default 0.0
+    weight_decay : float or mapping of str to float or Tensor, default 0.0
+        A mapping has it for each parameter, or for each of its entries. A number leaves out the
+        parameters that the loss does not use: optimizers do not change them either.
     dtype : torch.dtype, optional
         In which gradients are summed; by default each parameter's own.
     check : bool, default False
@@ -219,11 +276,14 @@ def mean_gradient(
     ValueError
         If the loss does not depend on the parameters of the model.
     """
-    gradient = {k: weight_decay * p.detach().to(dtype or p.dtype) for k, p in parameters.items()}
+    decay = weight_decay
+    each = decay if isinstance(decay, Mapping) else dict.fromkeys(parameters, decay)
+    gradient = {k: each[k] * p.detach().to(dtype or p.dtype) for k, p in parameters.items()}
+    unused = set() if isinstance(decay, Mapping) else set(parameters)
     total = 0.0
     for batch in samples.batches(batch_size):
         outputs = outputs_of(model, batch)
-        loss = finite_loss(loss_fn, outputs, batch.targets, samples.name)
+        loss = finite_loss(loss_fn, outputs, batch, samples.name)
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the parameters of the model")
         if check:
@@ -234,6 +294,9 @@ def mean_gradient(
         for k, part in zip(parameters, parts, strict=True):
             if part is not None:
                 gradient[k] += part * share
+                unused.discard(k)
+    for k in unused:
+        gradient[k].zero_()
     for k, g in gradient.items():
         if not torch.isfinite(g).all():
             raise NotFiniteError(
@@ -242,11 +305,43 @@ def mean_gradient(
     return total, gradient
 
 
-def finite_loss(loss_fn: LossFunction, outputs: Any, targets: Any, name: str) -> Tensor:
-    """The loss of some samples of a set; refuse NaN and infinity."""
-    loss = loss_fn(outputs, targets)
+def check_classes(
+    loss_fn: LossFunction, outputs: Any, batch: Batch, name: str, *, ignored: bool = False
+) -> None:
+    """Refuse labels of cross-entropy that are no class; ignored ones, unless they may be."""
+    known = known_loss(loss_fn)
+    if known is None or known.kind != "cross_entropy":
+        return
+    if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        check_labels(batch, outputs.shape[1], known.ignore_index, name, ignored=ignored)
+
+
+def loss_of(
+    loss_fn: LossFunction, outputs: Any, batch: Batch, name: str, *, ignored: bool = False
+) -> Tensor:
+    """The loss of a batch of a set, as a scalar; where it fails, the message names the sample."""
+    check_classes(loss_fn, outputs, batch, name, ignored=ignored)
+    _check_shapes(loss_fn, outputs, batch.targets)
+    try:
+        return scalar_loss(loss_fn, outputs, batch.targets)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        found = fault_of(loss_fn, outputs, batch, name)
+        at = f" ({found})" if found else ""
+        raise ValueError(
+            f"loss_fn fails on the model's outputs for samples of {name} and their targets: "
+            f"{error}{at}"
+        ) from error
+
+
+def finite_loss(loss_fn: LossFunction, outputs: Any, batch: Batch, name: str) -> Tensor:
+    """`loss_of`; refuse NaN and infinity."""
+    loss = loss_of(loss_fn, outputs, batch, name)
     if not torch.isfinite(loss):
-        raise NotFiniteError(f"the loss of the {name} samples is NaN or infinite")
+        found = fault_of(loss_fn, outputs, batch, name)
+        at = f": {found}" if found else ""
+        raise NotFiniteError(f"the loss of the {name} samples is NaN or infinite{at}")
     return loss
 
 
@@ -254,26 +349,41 @@ def objective(
     model: nn.Module,
     samples: Samples,
     loss_fn: LossFunction,
-    weight_decay: float,
+    weight_decay: Decay,
     batch_size: int,
 ) -> tuple[float, list[Tensor]]:
     """`mean_gradient` by every trainable parameter, summed in float64."""
     check_loss_fn(loss_fn)
-    weights = {str(k): weight for k, weight in enumerate(trainable(model))}
+    weights = named_trainable(model)
+    decay = each_decay(weight_decay, weights) if isinstance(weight_decay, Mapping) else weight_decay
     loss, gradient = mean_gradient(
-        model, samples, loss_fn, weights, batch_size, weight_decay=weight_decay, dtype=torch.float64
+        model, samples, loss_fn, weights, batch_size, weight_decay=decay, dtype=torch.float64
     )
     return loss, list(gradient.values())
 
 
 def euclidean_norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm of all entries together, summed in float64."""
-    return math.sqrt(sum(float(each.detach().double().square().sum()) for each in tensors))
+    return math.sqrt(sum(float(_square(wide(each.detach())).sum()) for each in tensors))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, or complex128."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
+def _square(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).square()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters, at least one."""
-    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(named_trainable(model).values())
+
+
+def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, at least one."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("the model has no trainable parameter")
     return found

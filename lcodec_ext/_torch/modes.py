@@ -1,7 +1,8 @@
 """Modes of models and of torch's arithmetic that are entered and left."""
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,8 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """No gradients, no autocast and no inference mode, whatever the caller has set."""
+    """No gradients, no autocast and no inference mode, whatever the caller has set.
+
+    Nothing is run as torch.compile made it: that has no second derivatives, and would be compiled
+    again for each way in which the package calls a model.
+    """
     with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -49,6 +56,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def set_modes(model: nn.Module, training: Callable[[nn.Module], bool]) -> None:
+    """Set the mode of each module by itself, whatever its `train` does."""
+    for module in model.modules():
+        module.training = training(module)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Modes, buffers and random numbers are afterwards as they were; no gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {b.device.index or 0 for b in model.parameters() if b.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.data = before
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
+from lcodec_ext._torch.faults import sample_in
 from lcodec_ext._torch.loss import (
     LossFunction,
     check_loss_fn,
     check_reduction,
     known_loss,
     loss_in,
+    loss_of,
     scalar_loss,
 )
 from lcodec_ext._torch.modes import evaluating, plain_arithmetic
@@ -83,7 +86,8 @@ def predict(
                 for tree in (outputs_of(model, batch), batch.targets)
             )
             if not all(bool(torch.isfinite(t).all()) for t in tensors_of(outputs)):
-                raise ValueError("the outputs of the model hold NaN or infinity")
+                first = _first_of(outputs, batch, samples)
+                raise ValueError(f"the outputs of the model hold NaN or infinity{first}")
             losses.append(_each_loss(loss_fn, outputs, targets, batch, samples.name).cpu())
             classes = _classes(outputs, targets, loss_fn)
             classified.append(None if classes is None else tuple(t.cpu() for t in classes))
@@ -102,17 +106,31 @@ def predict(
     return Prediction(torch.cat(losses), right, log_probabilities, labels)
 
 
+def _first_of(outputs: Any, batch: Batch, samples: Samples) -> str:
+    """The first sample whose outputs are not finite, in words."""
+    for t in tensors_of(outputs):
+        if t.ndim and len(t) == batch.size and not bool(torch.isfinite(t).all()):
+            k = int((~torch.isfinite(t).reshape(batch.size, -1).all(1)).nonzero()[0])
+            return f", first for {sample_in(batch, k, samples.name)}"
+    return ""
+
+
 def _each_loss(
     loss_fn: LossFunction, outputs: Any, targets: Any, batch: Batch, name: str
 ) -> Tensor:
     """The loss of each sample of a batch alone, shape (n,)."""
+    loss_of(loss_fn, outputs, replace(batch, targets=targets), name)  # its refusals
     n, losses = batch.size, _each_cross_entropy(loss_fn, outputs, targets)
     if losses is None:
         losses = _each_alone(loss_fn, outputs, targets, n).double()
     if not torch.isfinite(losses).all():
-        raise ValueError(f"the loss of a sample of {name} is NaN or infinite")
+        k = int((~torch.isfinite(losses)).nonzero()[0])
+        raise ValueError(
+            f"the loss of a sample of {name} is NaN or infinite: {sample_in(batch, k, name)}"
+        )
     whole = scalar_loss(loss_fn, outputs, targets)
-    check_reduction(whole, losses.mean().to(whole.dtype), n, why=f" of {name}")
+    mean = losses.mean().to(whole.dtype)
+    check_reduction(whole, mean, n, why=f" of {name}", of=(outputs, targets))
     return losses
 
 

@@ -1,13 +1,16 @@
 """Training samples by number, in whatever form they were given."""
 
 import hashlib
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -22,19 +25,34 @@ from torch.utils.data import (
 )
 
 from lcodec_ext._torch.batches import (
+    ENDLESS,
     Batch,
     as_batch,
     described,
+    endless,
+    is_dataset,
+    is_list_of_samples,
     is_one_batch,
     joined,
+    length_of,
     map_tensors,
     n_samples,
     part_of,
     tensors_of,
 )
+from lcodec_ext._torch.faults import check_finite
+from lcodec_ext._torch.modes import set_modes, undisturbed
 
 Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
+_PROBE, _READINGS = 32, 3  # samples that are read so often, to see whether they change
+
+#: What to do with samples of other forms.
+SAMPLES_ARE = (
+    "A sample is a pair (input, target) of tensors, arrays or numbers, or a dict with 'labels'. Of "
+    "samples with more entries, such as (x, y, id), pass "
+    "DataLoader(data, collate_fn=lambda rows: default_collate([(x, y) for x, y, *_ in rows]))"
+)
 
 
 class Source(NamedTuple):
@@ -56,6 +74,7 @@ class Samples:
     in_memory: bool  # fetching is only indexing
     resident: bool  # all samples are in memory, those of a Dataset included
     source: Source | None = None  # of a Dataset
+    numbers: NDArray[np.int64] | None = None  # in the data that were given; None if they are these
 
     def __len__(self) -> int:
         return self.n
@@ -70,7 +89,10 @@ class Samples:
             wanted = self.dtype if tensor.is_floating_point() else tensor.dtype
             return tensor.detach().to(self.device, wanted)
 
-        return as_batch(map_tensors(move, data), len(indices), self.name)
+        numbers = np.asarray(indices, dtype=np.int64)
+        numbers = numbers if self.numbers is None else self.numbers[numbers]
+        made = as_batch(map_tensors(move, data), len(indices), self.name)
+        return replace(made, numbers=numbers)
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """Fetch all samples, or those of order, in batches of at most size."""
@@ -94,7 +116,8 @@ class Samples:
         if source is not None:
             one = source.get
             source = source._replace(get=lambda i: one(int(kept[i])))
-        return replace(self, n=len(kept), get=fetch, source=source)
+        given = kept if self.numbers is None else self.numbers[kept]
+        return replace(self, n=len(kept), get=fetch, source=source, numbers=given)
 
     def loaded(self) -> "Samples":
         """The same samples in memory, where fetching them is more than indexing."""
@@ -148,7 +171,13 @@ class Samples:
 
         memory = all(part.in_memory for part in parts)
         return replace(
-            first, n=int(starts[-1]), get=fetch, source=None, in_memory=memory, resident=memory
+            first,
+            n=int(starts[-1]),
+            get=fetch,
+            source=None,
+            in_memory=memory,
+            resident=memory,
+            numbers=np.concatenate([_numbers(part) for part in parts]),
         )
 
     def hashes(self, indices: Indices = slice(None)) -> list[str]:
@@ -167,10 +196,78 @@ class Samples:
             yield from _hashes(self.get(some), len(some))
 
 
+def _numbers(samples: Samples) -> NDArray[np.int64]:
+    return np.arange(samples.n) if samples.numbers is None else samples.numbers
+
+
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
     """Call a model on a batch; of the outputs of transformers, the logits."""
     outputs = model(*batch.args, **batch.kwargs)
     return getattr(outputs, "logits", outputs)
+
+
+# Of models that were called in training mode: which of their outputs is that of evaluation mode.
+_MAIN: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
+_ALL = object()
+
+
+class NotTrainedError(ValueError):
+    """Mini-batches do not train this model, or its outputs cannot be led."""
+
+
+def outputs_in_training(model: nn.Module, batch: Batch) -> Any:
+    """`outputs_of` of a model that is trained.
+
+    Of one that returns more in training mode, this is what it returns in evaluation mode;
+    NotTrainedError where the outputs of both modes are unlike.
+    """
+    if not model.training:
+        return outputs_of(model, batch)
+    if model not in _MAIN:
+        try:
+            with undisturbed(model):
+                _MAIN[model] = _main_output(model, batch)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            if isinstance(error, NotTrainedError | torch.OutOfMemoryError):
+                raise
+            raise NotTrainedError(
+                f"the model fails in training mode, where it works in evaluation mode: {error}"
+            ) from error
+    outputs, main = outputs_of(model, batch), _MAIN[model]
+    return outputs if main is _ALL else outputs[main]
+
+
+def _main_output(model: nn.Module, batch: Batch) -> Any:
+    """The key of the output in training mode that is the one in evaluation mode."""
+    set_modes(model, lambda module: False)
+    wanted = outputs_of(model, batch)
+    set_modes(model, lambda module: True)
+    found = outputs_of(model, batch)
+    if _shapes(found) == _shapes(wanted):
+        return _ALL
+    # With layers at rest that compute otherwise in training mode, the values tell which it is.
+    set_modes(model, lambda module: False)
+    wanted = outputs_of(model, batch)  # again: the pass above has changed running statistics
+    set_modes(model, lambda module: not type(module).__module__.startswith("torch.nn."))
+    found = outputs_of(model, batch)
+    if isinstance(found, Mapping):
+        parts = list(found.items())
+    else:
+        parts = list(enumerate(found)) if isinstance(found, tuple | list) else []
+    for key, part in parts:
+        if _shapes(part) == _shapes(wanted) and all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+            for a, b in zip(tensors_of(part), tensors_of(wanted), strict=True)
+        ):
+            return key
+    raise NotTrainedError(
+        f"the model returns {described(found)} in training mode and {described(wanted)} in "
+        "evaluation mode, and none of the former is the latter. Let it return the same in both"
+    )
+
+
+def _shapes(outputs: Any) -> list[torch.Size]:
+    return [t.shape for t in tensors_of(outputs)]
 
 
 def working_dtype(model: nn.Module) -> torch.dtype:
@@ -215,12 +312,18 @@ def as_samples(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
         return data
     if isinstance(data, DataLoader):
         return _from_loader(data, name, device, dtype)
-    if isinstance(data, Dataset):
+    if isinstance(data, Dataset) or is_dataset(data) or is_list_of_samples(data):
         return _from_dataset(data, default_collate, name, device, dtype)
     if not isinstance(data, Mapping | tuple | list):
         raise TypeError(
             f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels', "
             f"a Dataset or a DataLoader; got {described(data)}{_advice(data)}"
+        )
+    if isinstance(data, list) and len(data) > 2 and all(map(is_one_batch, data)):
+        raise TypeError(
+            f"{name} is a list of {len(data):,} batches; pass one pair of all samples, "
+            "(torch.cat([x for x, y in batches]), torch.cat([y for x, y in batches])), a Dataset "
+            "or a DataLoader"
         )
     mixed = not isinstance(data, Mapping) and any(isinstance(part, np.ndarray) for part in data)
     if mixed or not is_one_batch(data):
@@ -258,8 +361,7 @@ def _in_memory(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
                 f"a tensor of {name} is on {tensor.device} and the model is on {device}; nothing "
                 "is copied unasked, move it with .to()"
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds NaN or infinity")
+    check_finite(tensors_of(data), range(n), name)
     as_batch(data, n, name)  # its refusals
     return Samples(
         n,
@@ -280,29 +382,98 @@ def _from_dataset(
     dtype: torch.dtype,
 ) -> Samples:
     if isinstance(dataset, IterableDataset):
-        dataset = list(dataset)
-    n = len(dataset)
+        dataset = _listed(dataset, name)
+    n = length_of(dataset)
+    if n is None:
+        raise TypeError(
+            f"{name} has no length: give its class, {type(dataset).__name__}, a __len__ that "
+            "returns the number of samples, or make it an IterableDataset"
+        )
     if n == 0:
         raise ValueError(f"{name} is empty")
 
     def fetch(some: list[int]) -> Any:
-        data = collate([dataset[i] for i in some])
+        rows = [_row(dataset, i, name) for i in some]
+        try:
+            data = collate(rows)
+        except (TypeError, RuntimeError, ValueError, KeyError, IndexError) as error:
+            raise ValueError(
+                f"the samples of {name} do not make a batch: {error}. Sample {some[0]} is "
+                f"{described(rows[0])}. {SAMPLES_ARE}"
+            ) from error
         if not is_one_batch(data):
             raise TypeError(
                 f"{name} must be a Dataset of pairs (input, target), or of dicts with 'labels'; "
-                f"sample {some[0]} is an object of type {type(data).__name__}"
+                f"sample {some[0]} is {described(rows[0])}. {SAMPLES_ARE}"
             )
         _check(data, name, len(some))
+        check_finite(tensors_of(data), some, name)
         return data
 
-    if list(_hashes(fetch([0]), 1)) != list(_hashes(fetch([0]), 1)):
-        raise ValueError(
-            f"sample 0 of {name} differs when it is read again: give a Dataset without random "
-            "augmentation"
-        )
-    source = Source(dataset.__getitem__, collate)
     resident = _is_resident(dataset)
+    _check_repeatable(fetch, n, name, reread=not resident, mixed=collate is not default_collate)
+    source = Source(dataset.__getitem__, collate)
     return Samples(n, fetch, device, dtype, name, in_memory=False, resident=resident, source=source)
+
+
+def _row(dataset: Any, i: int, name: str) -> Any:
+    try:
+        return dataset[i]
+    except (TypeError, KeyError, IndexError, NotImplementedError) as error:
+        raise ValueError(
+            f"sample {i} of {name}, a {type(dataset).__name__} of {len(dataset):,} samples, cannot "
+            f"be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _listed(stream: Any, name: str) -> list[Any]:
+    """What an iterable gives; refuse one that does not end where it should."""
+    most = length_of(stream)
+    found = list(itertools.islice(stream, (ENDLESS if most is None else most) + 1))
+    if most is None and len(found) > ENDLESS:
+        raise ValueError(endless(name, ENDLESS))
+    if most is not None and len(found) > most:
+        raise ValueError(f"{name} gives more samples than its length, {most:,}")
+    return found
+
+
+def _check_repeatable(
+    fetch: Callable[[list[int]], Any], n: int, name: str, *, reread: bool, mixed: bool
+) -> None:
+    """Refuse samples that change from reading to reading, or by what else is in their batch."""
+    some = list(range(0, n, max(1, n // _PROBE))[:_PROBE])
+    if not (reread or mixed):
+        fetch(some[:1])
+        return
+    alone = [fetch([i]) for i in some]
+    for _ in range(_READINGS - 1):
+        for i, data in zip(some, alone, strict=True):
+            if list(_hashes(fetch([i]), 1)) != list(_hashes(data, 1)):
+                raise ValueError(
+                    f"sample {i} of {name} differs when it is read again: give a Dataset without "
+                    "random augmentation"
+                )
+    if not mixed or len(some) < 2:
+        return
+    together = fetch(some)
+    for k, (i, data) in enumerate(zip(some, alone, strict=True)):
+        own = list(tensors_of(part_of(together, len(some), slice(k, k + 1))))
+        pairs = list(zip(tensors_of(data), own, strict=False))
+        if len(pairs) != len(own) or not all(_same_but_padded(a, b) for a, b in pairs):
+            raise ValueError(
+                f"sample {i} of {name} is another one in a batch than alone: collate_fn changes "
+                "samples by what else is in the batch, as MixUp does. Give a DataLoader whose "
+                "collate_fn only puts samples together"
+            )
+
+
+def _same_but_padded(alone: Tensor, own: Tensor) -> bool:
+    """Whether one sample's tensor is the same, or stands at a corner of the other."""
+    if alone.ndim != own.ndim or any(a > b for a, b in zip(alone.shape, own.shape, strict=True)):
+        return False
+    first = tuple(slice(size) for size in alone.shape)
+    last = tuple(slice(b - a, None) for a, b in zip(alone.shape, own.shape, strict=True))
+    return torch.equal(own[first], alone) or torch.equal(own[last], alone)
 
 
 def _is_resident(dataset: Any) -> bool:
@@ -315,15 +486,14 @@ def _is_resident(dataset: Any) -> bool:
 def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
-        batches = list(loader)
-        if not batches:
+        rows: list[Any] = []
+        for batch in loader:
+            n = n_samples(batch, name)
+            rows += [part_of(batch, n, slice(k, k + 1)) for k in range(n)]
+            if len(rows) > ENDLESS and length_of(dataset) is None:
+                raise ValueError(endless(name, ENDLESS))
+        if not rows:
             raise ValueError(f"{name} is empty")
-        rows = [
-            part_of(batch, n, slice(k, k + 1))
-            for batch in batches
-            for n in [n_samples(batch, name)]
-            for k in range(n)
-        ]
 
         def collate(some: list[Any]) -> Any:
             return joined(some, [1] * len(some))

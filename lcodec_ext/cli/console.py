@@ -43,7 +43,8 @@ class CommandParser(Parser):
         """Parse, and refuse what is left over."""
         known, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            hint = "" if rest[0].startswith("-") else "; a name with blanks needs quotes"
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return known, rest
 
 
@@ -128,7 +129,8 @@ def add_threads(parser: Any) -> None:
         "--threads",
         type=integer(1, 1024),
         metavar="N",
-        help="threads; results do not depend on it (default: LCODEC_NUM_THREADS, or all cores)",
+        help="threads; results do not depend on it (default: LCODEC_NUM_THREADS, "
+        "OMP_NUM_THREADS, or the CPUs that the process may use)",
     )
 
 

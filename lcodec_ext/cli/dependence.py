@@ -4,11 +4,15 @@ import argparse
 import csv
 import difflib
 import io
-from collections.abc import Callable, Sequence
+import re
+import shlex
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from lcodec_ext._checks import counted, first_few
 from lcodec_ext._files import write_atomically
 from lcodec_ext.cli.console import (
     OK,
@@ -25,18 +29,21 @@ from lcodec_ext.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from lcodec_ext.cli.tables import Table
+    from lcodec_ext.cli.columns import Choose, Names, Table
     from lcodec_ext.dependence.foci import FociResult
 
 TABLES = """\
 tables:
-  CSV, TSV     one line for each row, names of the columns in the first (or --no-header)
+  CSV, TSV     one line for each row, names of the columns in the first (or --no-header);
+               other text with --delimiter; TSV has no quoting
   NPZ          every 1-d array is a column; a 2-d array X is the columns X0, X1, ...
   NPY          a 2-d array; its columns are named 0, 1, ...
-  Parquet      needs pyarrow
-  -            CSV from standard input
-Only the columns that are used must hold numbers. Empty cells, NA, NaN and null are missing; true
-and false are 1 and 0. Encode categories as numbers first.
+  Parquet      needs pyarrow; the index of a pandas frame is no candidate
+  -            standard input: CSV, or what its first bytes say
+Files may be compressed: .gz, .bz2, .xz, .zst, .lz4. Only the columns that are used must hold
+numbers. Empty cells, NA, NaN and null are missing; true and false are 1 and 0. Text in y makes it
+classes without an order; encode other categories as numbers first. A name with blanks needs quotes:
+--y "sepal length".
 """
 
 CODEC = """\
@@ -51,7 +58,7 @@ CODEC_EXAMPLES = """\
 examples:
   lcodec-ext codec table.csv --y target --z age,income
   lcodec-ext codec table.csv --y target --z age --x income,region    # what age adds to those
-  zcat table.csv.gz | lcodec-ext codec - --y target --z age --json
+  lcodec-ext codec table.csv.gz --y target --z age --nan-policy omit --na ?
 """
 
 FOCI = """\
@@ -69,6 +76,7 @@ FOCI_EXAMPLES = """\
 examples:
   lcodec-ext foci table.csv --y target
   lcodec-ext foci table.csv --y target --exclude id,date --max-features 10 --output chosen.csv
+  lcodec-ext foci table.csv --y target --numeric-only    # without the columns of text
   lcodec-ext foci data.npz --y y --json | python -m json.tool
   lcodec-ext foci table.csv --y target --preselected age    # what helps beyond age?
 """
@@ -82,8 +90,8 @@ def add_codec(commands: Any) -> None:
         description=CODEC,
         epilog=TABLES + "\n" + CODEC_EXAMPLES,
     )
-    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for CSV on stdin")
-    parser.add_argument("--y", required=True, metavar="COLUMN", help="the response")
+    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for stdin")
+    parser.add_argument("--y", required=True, type=str.strip, metavar="COLUMN", help="the response")
     parser.add_argument(
         "--z", required=True, type=names, metavar="COLUMNS", help="names, separated by commas"
     )
@@ -100,14 +108,19 @@ def add_foci(commands: Any) -> None:
         description=FOCI,
         epilog=TABLES + "\n" + FOCI_EXAMPLES,
     )
-    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for CSV on stdin")
-    parser.add_argument("--y", required=True, metavar="COLUMN", help="the response")
+    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for stdin")
+    parser.add_argument("--y", required=True, type=str.strip, metavar="COLUMN", help="the response")
     candidates = parser.add_mutually_exclusive_group()
     candidates.add_argument(
         "--columns", type=names, metavar="NAMES", help="candidates (default: all but y)"
     )
     candidates.add_argument(
         "--exclude", type=names, default=[], metavar="NAMES", help="all but y and these"
+    )
+    parser.add_argument(
+        "--numeric-only",
+        action="store_true",
+        help="leave out candidates that are not numbers, and say which",
     )
     parser.add_argument(
         "--preselected",
@@ -157,6 +170,13 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         "(default: average)",
     )
     group.add_argument(
+        "--decimals",
+        type=integer(0, 15),
+        metavar="N",
+        help="how many decimals the columns have: ties then do not depend on their unit (default: "
+        "distances are those of floats, where 0.3 - 0.2 and 0.2 - 0.1 differ)",
+    )
+    group.add_argument(
         "--noise",
         type=number(),
         metavar="SD",
@@ -177,13 +197,22 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         help="of --noise and --ties random (default: 0)",
     )
     group.add_argument(
+        "--classes",
+        action="store_true",
+        help="y holds classes without an order, as text always does, also where it holds numbers",
+    )
+    group.add_argument(
         "--nan-policy",
         choices=("raise", "omit"),
         default="raise",
         help="rows with missing values: an error, or left out (default: raise)",
     )
     add_threads(group)
-    group = parser.add_argument_group("CSV and TSV")
+    _add_text(parser.add_argument_group("CSV and TSV"))
+    add_common(parser)
+
+
+def _add_text(group: Any) -> None:
     group.add_argument(
         "--no-header", action="store_true", help="no names in the first line: columns are 0, 1, ..."
     )
@@ -191,9 +220,30 @@ def _add_dependence(parser: argparse.ArgumentParser) -> None:
         "--delimiter",
         type=_delimiter,
         metavar="CHARACTER",
-        help="between cells, or the word tab (default: by the file's suffix)",
+        help="between cells, or the words tab, or space for any number of blanks (default: by the "
+        "file's suffix)",
     )
-    add_common(parser)
+    group.add_argument(
+        "--na",
+        type=_markers,
+        action="extend",
+        default=[],
+        metavar="MARKERS",
+        help="more words for a missing value, separated by commas: --na ?,-999",
+    )
+    group.add_argument(
+        "--decimal",
+        type=_character,
+        default=".",
+        metavar="CHARACTER",
+        help="the decimal point (default: .)",
+    )
+    group.add_argument(
+        "--thousands",
+        type=_character,
+        metavar="CHARACTER",
+        help="between groups of three digits (default: none)",
+    )
 
 
 def names(text: str) -> list[str]:
@@ -203,16 +253,26 @@ def names(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(
             f"expected names of columns, separated by commas; got {text!r}"
         )
-    for name in found:
-        if found.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"names column {name!r} twice; got {text!r}")
+    name, count = Counter(found).most_common(1)[0]
+    if count > 1:
+        raise argparse.ArgumentTypeError(f"names column {name!r} twice; got {text!r}")
     return found
 
 
+def _markers(text: str) -> list[str]:
+    return [marker.strip() for marker in next(csv.reader([text], skipinitialspace=True), [])]
+
+
+def _character(text: str) -> str:
+    if len(text) != 1 or text.isalnum() or text in '"+-\r\n':
+        raise argparse.ArgumentTypeError(f"expected one character, as , or .; got {text!r}")
+    return text
+
+
 def _delimiter(text: str) -> str:
-    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    text = {"tab": "\t", "\\t": "\t", "space": " "}.get(text, text)
     if len(text) != 1 or text in '"\r\n':
-        raise argparse.ArgumentTypeError(f"expected one character, or tab; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected one character, tab or space; got {text!r}")
     return text
 
 
@@ -234,7 +294,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     seconds: dict[str, float] = {}
     wanted = {"--y": [options.y], "--z": options.z, "--x": options.x}
     table = _load(options, console, seconds, lambda known: _find(wanted, known))
-    y, z = table[options.y], table.select(options.z)
+    (y, labels), z = _response(table, options, console), table.select(options.z)
     x = table.select(options.x) if options.x else None
     settings: dict[str, Any] = {
         "ties": options.ties,
@@ -243,10 +303,11 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     }
     with timed(seconds, "compute"):
         if options.noise is None:
-            value = codec(y, z, x, **settings)
+            value = codec(y, z, x, **settings, **_decimals(options))
         else:
             value = lcodec(y, z, x, **settings, **_noise(options))
-    n = table.n_complete()
+    omitted = _Omitted(table)
+    n = len(table) - omitted.rows
     result = {
         "table": options.table,
         "y": options.y,
@@ -254,12 +315,15 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
         "x": options.x,
         "T": value,
         "n_samples": n,
-        "options": settings | _noise(options),
+        **omitted.record(),
+        "classes": labels,
+        "options": settings | _decimals(options) | _noise(options),
         "seconds": seconds,
     }
     given = f" | {', '.join(options.x)}" if options.x else ""
+    more = f"; {omitted}" if omitted.rows else ""
     what = f"T({options.y}, {', '.join(options.z)}{given})"
-    console.emit(result, f"{what} = {value:.6g}   ({n:,} rows)")
+    console.emit(result, f"{what} = {value:.6g}   ({counted(n, 'row')}{more})")
     return OK
 
 
@@ -280,8 +344,11 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
             raise InputError(f"--preselected and --exclude both name column {name!r}")
     seconds: dict[str, float] = {}
     table = _load(options, console, seconds, lambda known: _candidates(options, known, console))
-    y, X = table[options.y], table.select([name for name in table.columns if name != options.y])
-    n = table.n_complete()
+    if len(table.columns) == 1:
+        raise InputError("no candidate is left: --numeric-only leaves them all out")
+    (y, labels), X = _response(table, options, console), table.select(table.columns[1:])
+    omitted, left_out = _Omitted(table), list(table.left_out)
+    n = len(table) - omitted.rows
     del table
     settings = {
         "stop": not options.no_stop,
@@ -295,7 +362,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
     }
     with timed(seconds, "compute"):
         if options.noise is None:
-            found = foci(X, y, progress=console.progress, **settings)
+            found = foci(X, y, progress=console.progress, **settings, **_decimals(options))
         else:
             found = lfoci(X, y, progress=console.progress, **settings, **_noise(options))
     result = {
@@ -305,8 +372,11 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "stop_reason": found.stop_reason,
         "base_T": found.base,
         "n_samples": n,
+        **omitted.record(),
+        "classes": labels,
         "n_features": found.n_features,
-        "options": settings | _noise(options),
+        "left_out": left_out,
+        "options": settings | _decimals(options) | _noise(options),
         "seconds": seconds,
     }
     if options.output:
@@ -315,17 +385,23 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         else:
             write_atomically(options.output, dump(console.record(result)) + "\n")
         console.note(f"wrote {options.output}")
-    console.emit(result, _describe(found, options))
+    console.emit(result, _describe(found, omitted, options))
     return OK
 
 
 def _check(options: argparse.Namespace) -> None:
     if options.noise_scale and options.noise is None:
         raise InputError(f"--noise-scale {options.noise_scale} needs --noise SD")
+    if options.decimals is not None and options.noise is not None:
+        raise InputError("--decimals goes without --noise, which leaves no ties")
     if options.threads:
         from lcodec_ext import set_num_threads
 
         set_num_threads(options.threads)
+
+
+def _decimals(options: argparse.Namespace) -> dict[str, Any]:
+    return {} if options.decimals is None else {"decimals": options.decimals}
 
 
 def _noise(options: argparse.Namespace) -> dict[str, Any]:
@@ -334,73 +410,174 @@ def _noise(options: argparse.Namespace) -> dict[str, Any]:
     return {"noise": options.noise, "noise_scale": options.noise_scale or "absolute"}
 
 
+class _Omitted:
+    """Rows of a table that are left out, because a value is missing."""
+
+    def __init__(self, table: "Table") -> None:
+        self.n, (self.rows, self.missing) = len(table), table.missing()
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"n_omitted": self.rows, "missing": self.missing}
+
+    def where(self) -> str:
+        """Columns with missing values, those with most first."""
+        most = sorted(self.missing.items(), key=lambda item: -item[1])
+        return first_few([f"{name} ({count:,})" for name, count in most], 5)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return ""
+        return f"{self.rows:,} of {self.n:,} left out: missing in {self.where()}"
+
+
 def _load(
     options: argparse.Namespace,
     console: Console,
     seconds: dict[str, float],
-    choose: Callable[[list[str]], list[str]],
+    choose: "Choose",
 ) -> "Table":
     """The chosen columns; missing values only where they may be left out."""
-    from lcodec_ext.cli.tables import label_of, read_table
+    from lcodec_ext.cli.tables import (
+        UnusableColumnsError,
+        is_missing,
+        label_of,
+        listed,
+        read_table,
+    )
 
-    with timed(seconds, "read"):
-        table = read_table(
-            options.table, choose, header=not options.no_header, delimiter=options.delimiter
+    if options.thousands == options.decimal:
+        raise InputError(
+            f"--thousands {options.thousands} needs another decimal point: pass --decimal, too"
         )
+    only = None
+    if getattr(options, "numeric_only", False):
+        only = [options.y, *options.preselected]
+    try:
+        with timed(seconds, "read"):
+            table = read_table(
+                options.table,
+                choose,
+                header=not options.no_header,
+                delimiter=options.delimiter,
+                na_values=options.na,
+                decimal=options.decimal,
+                thousands=options.thousands,
+                numeric_only=only,
+                response=options.y,
+            )
+    except UnusableColumnsError as error:
+        raise InputError(f"{error}{_without(options, list(error.problems))}") from None
     if seconds["read"] > 1 and len(table) > 100_000:
         console.note(f"read {len(table):,} rows in {seconds['read']:.1f} s")
-    if options.nan_policy == "raise" and (place := table.first(np.isnan)):
+    if table.left_out:
+        columns = counted(len(table.left_out), "column")
+        console.note(f"--numeric-only leaves out {columns}: {listed(table.left_out)}")
+    if options.nan_policy == "raise" and (place := table.first(is_missing)):
+        omitted = _Omitted(table)
         raise InputError(
             f"{label_of(options.table)}, {place}: a missing value; pass --nan-policy omit to leave "
-            "out rows with missing values"
+            f"out rows with missing values, {omitted.rows:,} of {omitted.n:,}: missing in "
+            f"{omitted.where()}"
         )
-    if place := table.first(np.isinf):
+    if place := table.first(_is_infinite):
         raise InputError(
             f"{label_of(options.table)}, {place}: an infinite value; expected finite numbers"
         )
     return table
 
 
-def _find(wanted: dict[str, list[str]], known: Sequence[str]) -> list[str]:
+def _is_infinite(values: NDArray) -> NDArray[np.bool_]:
+    return np.isinf(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
+
+
+def _response(
+    table: "Table", options: argparse.Namespace, console: Console
+) -> tuple[NDArray, list[str] | None]:
+    """y, and the labels where it holds classes; these are told."""
+    from lcodec_ext.cli.tables import is_missing
+
+    y = table[options.y]
+    if options.classes and y.dtype.kind != "O":
+        whole = [int(v) if v == v and v == int(v) else v for v in y.tolist()]
+        missing = is_missing(y)
+        y = np.array([None if m else str(v) for m, v in zip(missing, whole, strict=True)], object)
+    if y.dtype.kind != "O":
+        return y, None
+    labels = sorted({label for label in y if label is not None})
+    classes = counted(len(labels), "class", "classes")
+    console.note(f"{options.y} holds {classes} without an order: {first_few(labels, 5)}")
+    return y, labels
+
+
+def _without(options: argparse.Namespace, columns: list[str]) -> str:
+    """How foci goes on without columns that cannot be used, if it can."""
+    if options.command != "foci" or {options.y, *options.preselected} & set(columns):
+        return ""
+    if options.columns:
+        return "; or pass --numeric-only, or shorten --columns"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow([*options.exclude, *columns])
+    them = "it" if len(columns) == 1 else "them"
+    return f"; or leave {them} out: --numeric-only, or --exclude {shlex.quote(text.getvalue())}"
+
+
+def _find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
     """The wanted columns, if the table has them."""
+    from lcodec_ext.cli.columns import headless
+
+    known = set(names)
     for option, columns in wanted.items():
         for name in columns:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-                shown = ", ".join(map(repr, near or known[:10]))
-                more = f", ... ({len(known)} in all)" if not near and len(known) > 10 else ""
+                near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+                shown = ", ".join(map(repr, near or names[:10]))
+                more = f", ... ({len(names)} in all)" if not near and len(names) > 10 else ""
                 which = "the nearest names are" if near else "its columns are"
                 raise InputError(
                     f"{option} names column {name!r}, and the table has no such column; "
-                    f"{which} {shown}{more}"
+                    f"{which} {shown}{more}{headless(names)}"
                 )
     return [name for columns in wanted.values() for name in columns]
 
 
-def _candidates(options: argparse.Namespace, known: Sequence[str], console: Console) -> list[str]:
-    """Candidates in the order of the table, or of --columns, and y."""
+def _candidates(options: argparse.Namespace, names: "Names", console: Console) -> list[str]:
+    """y, and candidates in the order of the table or of --columns."""
     given = {
         "--y": [options.y],
         "--columns": options.columns or [],
         "--exclude": options.exclude,
         "--preselected": options.preselected,
     }
-    _find(given, known)
+    _find(given, names)
     if options.columns:
         extra = [name for name in options.preselected if name not in options.columns]
-        return [*options.columns, *extra, options.y]
-    chosen = [name for name in known if name not in {options.y, *options.exclude}]
+        return [options.y, *options.columns, *extra]
+    apart = {options.y, *options.exclude, *names.pandas_index.difference(options.preselected)}
+    chosen = [name for name in names if name not in apart]
     if not chosen:
         raise InputError(
             f"no candidate is left: the table has only --y {options.y} and the columns of --exclude"
         )
-    unnamed = [name for k, name in enumerate(known) if name == f"column {k}" and name in chosen]
-    if unnamed:
+    index = sorted(
+        names.pandas_index.difference(given["--y"], options.exclude, options.preselected)
+    )
+    if index:
+        console.note(
+            f"not a candidate: {', '.join(map(repr, index))}, the index of the pandas frame; "
+            "--columns can name it"
+        )
+    numbers = [
+        name
+        for k, name in enumerate(names)
+        if name == f"column {k}" or re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name)
+    ]
+    if unnamed := sorted(set(numbers).intersection(chosen), key=numbers.index):
         console.warn(
             f"{unnamed[0]} has no name in the header (row numbers, as pandas writes them?) and is "
             f"a candidate; --exclude '{unnamed[0]}' leaves it out"
         )
-    return [*chosen, options.y]
+    return [options.y, *chosen]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,7 +604,7 @@ def _as_csv(steps: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _describe(found: "FociResult", options: argparse.Namespace) -> str:
+def _describe(found: "FociResult", omitted: _Omitted, options: argparse.Namespace) -> str:
     reasons = {
         "no_gain": "no further column raises T",
         "min_gain": f"no further column raises T by more than {options.min_gain:g}",
@@ -436,8 +613,9 @@ def _describe(found: "FociResult", options: argparse.Namespace) -> str:
         "constant_y": f"{options.y} is constant",
     }
     n, p = found.n_samples, found.n_features - len(found.preselected)
+    rows = counted(n, "row") + (f" ({omitted})" if omitted.rows else "")
     lines = [
-        f"{len(found.ordering)} of {p:,} columns selected for {options.y} on {n:,} rows; "
+        f"{len(found.ordering)} of {counted(p, 'column')} selected for {options.y} on {rows}; "
         f"{reasons[found.stop_reason]}"
     ]
     if found.preselected:

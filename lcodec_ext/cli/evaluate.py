@@ -39,13 +39,15 @@ if TYPE_CHECKING:
 EVALUATE = """\
 Compare a model after deletion with models that were retrained without the samples.
 
-The data's "retrain" trains the retrained models, or --retrained names files with their weights. At
-least 3 are needed: how far they are from each other is the measure for all other distances. The
-command runs --methods and compares the results with the retrained models; --candidate adds weights
-that exist already. No method sees the test samples.
+The data's "retrain" trains the retrained models, or --retrained names files with their weights.
+Give at least 3: how far they are from each other is the measure for all other distances. With
+fewer, or none (--n-retrain 0), the table has what can be said without them. The command runs
+--methods and compares the results with the retrained models; --candidate adds weights that exist
+already. No method sees the test samples.
 
 In the table, "closed" is the share of the gap to retraining that a method closes: 0% for the
-model as it was, 100% for one more retrained model, negative where the method moves away. "MIA AUC"
+model as it was, 100% for one more retrained model, negative where the method moves away, - where
+the model as it was is about as near as retrained models are to each other. "MIA AUC"
 is how well an attack tells removed samples from unseen ones: .5 is chance. It should be near that
 of the retrained models.
 """
@@ -88,14 +90,14 @@ def add_evaluate(commands: Any) -> None:
         "--retrained",
         nargs="+",
         metavar="FILE",
-        help="weights of at least 3 retrained models (default: the data's retrain makes them)",
+        help="weights of retrained models (default: the data's retrain makes them)",
     )
     add(
         "--n-retrain",
-        type=integer(3),
+        type=integer(0),
         default=3,
         metavar="N",
-        help="how many models to retrain, at least 3 (default: 3)",
+        help="how many models to retrain (default: 3)",
     )
     add(
         "--weight-decay",
@@ -118,8 +120,6 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
         raise InputError("--model is needed")
     if (options.forget is None) == (options.forget_group is None):
         raise InputError("one of --forget and --forget-group is needed")
-    if options.retrained and len(options.retrained) < 3:
-        raise InputError(f"--retrained needs at least 3 files; got {len(options.retrained)}")
     candidates = _candidates(options)
     need_torch()
     from lcodec_ext.evaluation import evaluate
@@ -137,10 +137,16 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
         methods[name] = problem.with_weights(file, f"--candidate {name}")
     if not methods:
         raise InputError("--methods none leaves nothing to evaluate; give a --candidate")
+    retrained: Any = None
     if options.retrained:
-        retrained: Any = [problem.with_weights(file, "--retrained") for file in options.retrained]
-    else:
+        retrained = [problem.with_weights(file, "--retrained") for file in options.retrained]
+    elif options.n_retrain and problem.get("retrain"):
         retrained = partial(problem["retrain"], retain)
+    elif options.n_retrain:
+        console.warn(
+            f"{problem.source} gives no 'retrain', and there is no --retrained: nothing is "
+            "compared with retraining (--n-retrain 0 says that this is meant)"
+        )
     evaluation = evaluate(
         problem.model,
         forget,
@@ -149,7 +155,7 @@ def run_evaluate(options: argparse.Namespace, console: Console) -> int:
         problem["loss_fn"],
         retrained=retrained,
         methods=methods,
-        n_retrain=options.n_retrain,
+        n_retrain=max(1, options.n_retrain),
         weight_decay=options.weight_decay,
         seed=options.seed,
         relearn=not options.no_relearn,

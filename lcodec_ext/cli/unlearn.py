@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lcodec_ext._checks import counted
 from lcodec_ext.cli.console import (
     FAILED,
     OK,
@@ -398,7 +399,7 @@ def _remove(
     options: argparse.Namespace,
     console: Console,
 ) -> "UnlearnResult":
-    both = [f"{len(ids)} samples"] * bool(ids) + [f"{len(named)} groups"] * bool(named)
+    both = [counted(len(ids), "sample")] * bool(ids) + [counted(len(named), "group")] * bool(named)
     console.note(f"deleting {' and '.join(both)} ...")
     try:
         return unlearner.remove(ids or None, groups=named or None, note=options.note)
@@ -459,7 +460,7 @@ def _tell(
     ids, groups, refused, result, written, patched, release = outcome
     lines = [repr(result or unlearner)]
     if groups:
-        each = (f"{one['id']!r} ({len(one['samples'])} samples)" for one in groups)
+        each = (f"{one['id']!r} ({counted(len(one['samples']), 'sample')})" for one in groups)
         lines.append(f"  groups        {', '.join(each)}")
     loss = None
     if release:
@@ -480,8 +481,9 @@ def _tell(
     pending = unlearner.pending if not ids else ()
     if refused or pending:
         console.warn(
-            f"the guard took the removal of {len(refused or pending)} samples back"
-            f"{'' if refused else ' earlier'}, and the model still knows them: retrain without them"
+            f"the guard took the removal of {counted(len(refused or pending), 'sample')} back"
+            f"{'' if refused else ' earlier'}, and the model still knows what it learnt from "
+            "them: retrain without them"
         )
     document = {
         "ids": ids,

@@ -1,6 +1,5 @@
 """The deletion step of :mod:`~lcodec_ext.compat.scrub`, without the published code's defects."""
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.loss import LossFunction, mean_loss
 from lcodec_ext._torch.modes import evaluating, place
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
@@ -142,7 +142,7 @@ def _newton(
         )
     if params.HessType == "Sekhari" and params.delta < 1:  # with delta = 1 any release will do
         options |= {"epsilon": params.epsilon, "delta": params.delta}
-    before = copy.deepcopy(model)
+    before = copy_of(model)
     result = unlearn(
         model,
         samples,

@@ -34,6 +34,7 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.compat.scrub needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -43,6 +44,7 @@ from torch.utils.data import Dataset, default_collate
 from lcodec_ext._checks import check_bool, check_choice, check_integer
 from lcodec_ext._torch.batches import map_tensors
 from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.states import state_hash
 from lcodec_ext.compat import defects, deletion
 from lcodec_ext.compat.epoch_files import Measured as Measured
 from lcodec_ext.compat.epoch_files import getGradObjs, gradNorm
@@ -131,8 +133,15 @@ def inp_perturb(
     ValueError, TypeError, AttributeError
         For params that lack an attribute or have another value than listed, for files of another
         model, and for what `lcodec_ext.unlearning.unlearn` refuses.
+
+    Warns
+    -----
+    UserWarning
+        Where the noise spoils the model; and where the script has taken back three removals in a
+        row, 10, 30, 100 or 300.
     """
     _check(params, reference_bugs)
+    _warn_of_rejections(model, params)
     pick = _text if is_nlp else tuple
     if reference_bugs:
         request = _collated(dataset, pick, device, params.scrub_batch_size or 1)
@@ -173,6 +182,7 @@ def reid_inp_perturb(
         As there.
     """
     _check(params, reference_bugs)
+    _warn_of_rejections(model, params)
 
     def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
         return engine.compute_loss(engine.criterion, outputs, targets)
@@ -222,6 +232,31 @@ def _check(params: Any, reference_bugs: object) -> None:
         check_choice(params.FOCIType, "params.FOCIType", ("full", "cheap"))
     if params.selectionType in ("FOCI", "Random"):
         check_integer(params.n_perturbations, "params.n_perturbations", 3)
+
+
+#: The last removal's params and the weights it started from, and how often in a row removals with
+#: these params have started from these.
+_LAST: dict[str, Any] = {"params": None, "start": "", "times": 0}
+_TOLD = (3, 10, 30, 100, 300)  # rejections in a row
+
+
+def _warn_of_rejections(model: nn.Module, params: Any) -> None:
+    """Warn where a script takes every removal back: it would go on until no sample is left."""
+    start = state_hash({name: p.detach() for name, p in model.named_parameters()})
+    again = _LAST["params"] is params and _LAST["start"] == start
+    times = _LAST["times"] + 1 if again else 0
+    _LAST.update(params=params, start=start, times=times)
+    if times in _TOLD:
+        how = f"HessType={params.HessType!r}, approxType={params.approxType!r}"
+        if params.HessType == "Sekhari":
+            how += f", epsilon={params.epsilon:g}, delta={params.delta:g}"
+        warnings.warn(
+            f"{times} removals in a row were taken back by the script: each began from the same "
+            f"weights. With {how} they do harm. The noise of HessType='Sekhari' may spoil the "
+            "model whatever is removed, and approxType='FD' makes steps that are too long: take "
+            "HessType='CR', a larger epsilon, or approxType='GaussNewton' with retained=",
+            stacklevel=3,
+        )
 
 
 # ---------------------------------------------------------------------------------------------

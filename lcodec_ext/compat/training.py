@@ -109,6 +109,11 @@ def do_epoch(
     mean_gradnorm : float
         With `compute_grads`: the norm of the mean loss's gradient.
 
+    Raises
+    ------
+    ValueError
+        If dataloader has no samples, as at the end of a script that rejected every removal.
+
     Notes
     -----
     The files hold the weights and the gradient of the mean loss at these weights, in evaluation
@@ -132,6 +137,14 @@ def do_epoch(
     model.train(optim is not None)
     batches = _one_pass(model, dataloader, criterion, device, after)
     n = sum(size for size, _, _ in batches)
+    if not n:
+        raise ValueError(
+            "dataloader must have samples; it has none. Scripts take samples out of the residual "
+            "set also where they reject the removal (val_gap_skip): if all were rejected, none is "
+            "left. See what inp_perturb warned of: the noise of HessType='Sekhari' may spoil the "
+            "model whatever is removed. Take HessType='CR', a larger epsilon, or "
+            "approxType='GaussNewton' with retained="
+        )
     if bank is not None:
         bank.write(outString, epoch, n)
     elif saves:

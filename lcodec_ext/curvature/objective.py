@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_bool, check_choice
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import SAMPLES, Batch, Batches, joined, map_tensors
+from lcodec_ext._torch.faults import fault_of
 from lcodec_ext._torch.loss import (
     LossFunction,
     check_loss_fn,
     check_reduction,
+    differ_in_shape,
     loss_in,
     loss_in_parts,
+    loss_of,
     same_loss,
-    scalar_loss,
+    shapes_differ,
 )
 from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
 from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
@@ -180,9 +183,10 @@ class Objective:
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Call the loss and check what it returns."""
-        loss = scalar_loss(self.loss_fn, outputs, batch.targets)
+        loss = loss_of(self.loss_fn, outputs, batch, "data", ignored=True)
         if not torch.isfinite(loss):
-            raise ValueError("the loss is NaN or infinite")
+            found = fault_of(self.loss_fn, outputs, batch, "data")
+            raise ValueError("the loss is NaN or infinite" + (f": {found}" if found else ""))
         if loss.requires_grad:
             self.masked.check_loss(loss)
         return loss
@@ -191,8 +195,9 @@ class Objective:
         """Refuse a loss for which it matters how the package cuts samples into batches.
 
         Halves of the first batch, and the first half of it together with every other batch, must
-        give the mean of what they give alone.
+        give the mean of what they give alone. A loss that fails is refused here, too.
         """
+        self.loss(map_tensors(Tensor.detach, outputs), batch)
         if not self._reduction_checked:
             self._check_reduction(outputs, batch)
             self._reduction_checked = True
@@ -208,13 +213,19 @@ class Objective:
         some, of = self._first
         sizes = [batch.size, of.size]
         both, targets = joined([(outputs, batch.targets), (some, of.targets)], sizes)
-        self.check_plain(both, Batch((), {}, targets, sum(sizes)), batch.size, why)
+        numbers = [*batch.numbers, *of.numbers]
+        self.check_plain(both, Batch((), {}, targets, sum(sizes), numbers), batch.size, why)
 
     def _check_reduction(self, outputs: Any, batch: Batch) -> None:
         """Refuse a loss that is a sum where a mean was said to be one, and the other way round."""
         n = batch.size
         if n < 2:
             return
+        targets = batch.targets
+        if differ_in_shape(outputs, targets) and outputs.numel() == targets.numel():
+            whole, total = self._in_parts(outputs, batch, -(-n // 2), self.reduction)
+            if not same_loss(total, whole):
+                raise ValueError(shapes_differ(outputs, targets))
         other = "sum" if self.reduction == "mean" else "mean"
         try:
             whole, total = self._in_parts(outputs, batch, -(-n // 2), other)
@@ -258,4 +269,5 @@ class Objective:
         """Refuse a loss of a batch that is not the mean, or sum, of those of parts of it."""
         whole, total = self._in_parts(outputs, batch, step, self.reduction)
         why = f", {why}" if why else ""
-        check_reduction(whole, total, batch.size, reduction=self.reduction, why=why)
+        of = outputs, batch.targets
+        check_reduction(whole, total, batch.size, reduction=self.reduction, why=why, of=of)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_integer
+from lcodec_ext._checks import check_integer, counted
 from lcodec_ext._files import numbers_of, ranges_of
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.tensor_files import read_tensors, write_tensors
@@ -380,7 +380,8 @@ class ParameterSelection(Coordinates):
         return hash(frozenset((name, _key(each)) for name, each in self._indices.items()))
 
     def __repr__(self) -> str:
-        return f"ParameterSelection({len(self):,} entries of {len(self._indices)} parameters)"
+        entries = counted(len(self), "entry", "entries")
+        return f"ParameterSelection({entries} of {counted(len(self._indices), 'parameter')})"
 
     def __or__(self, other: "ParameterSelection") -> "ParameterSelection":
         return self._combine(other, np.union1d)

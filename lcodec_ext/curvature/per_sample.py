@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_integer
+from lcodec_ext._checks import check_integer, counted
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
@@ -141,8 +141,9 @@ class SampleGradients:
     _stored: Tensor | None = None
 
     def __repr__(self) -> str:
-        kind = f"{len(self.factors)} factors" if self.factors else "stored"
-        return f"SampleGradients({self.n} samples x {self.size} parameters, {kind})"
+        kind = counted(len(self.factors), "factor") if self.factors else "stored"
+        samples, parameters = counted(self.n, "sample"), counted(self.size, "parameter")
+        return f"SampleGradients({samples} x {parameters}, {kind})"
 
     @property
     def nbytes(self) -> int:

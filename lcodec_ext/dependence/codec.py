@@ -1,7 +1,6 @@
 """The conditional dependence coefficient: CODEC and its randomized form, L-CODEC."""
 
 import warnings
-from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 from lcodec_ext._arrays import array_module
@@ -9,10 +8,10 @@ from lcodec_ext._checks import check_choice, check_seed
 from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
-from lcodec_ext.dependence.exact import ResponseSums
+from lcodec_ext.dependence.classes import response_engine
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import check_distances, constant_columns, warn_underflow
-from lcodec_ext.dependence.table import Features, as_features, as_response, clean_rows
+from lcodec_ext.dependence.table import Features, as_features, as_target, clean_rows, refuse_classes
 
 
 def codec(
@@ -24,6 +23,7 @@ def codec(
     seed: int | None = None,
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
+    decimals: int | None = None,
 ) -> float:
     """Conditional dependence coefficient T(Y, Z) or T(Y, Z | X).
 
@@ -34,8 +34,9 @@ def codec(
     Parameters
     ----------
     y : array_like of shape (n,) or (n, 1)
-        Response, 3 <= n <= 10^6. Only its order counts. Rows of all arguments belong together by
-        position, also in pandas objects.
+        Response, 3 <= n <= 10^6. Only its order counts. Strings and categories are classes
+        without an order: the result is the mean over the classes c of ``codec(y == c, z, x)``.
+        Rows of all arguments belong together by position, also in pandas objects.
     z : array_like of shape (n,) or (n, q)
         Columns whose information about y is measured. Not standardised: distances mix their
         units. float32, float16 and bfloat16 are computed in float32, everything else in float64.
@@ -47,16 +48,21 @@ def codec(
     seed : int, optional
         In [0, 2^64), for ties="random". None draws a fresh one.
     nan_policy : {"raise", "omit"}, default "raise"
-        "omit" leaves out rows that have a NaN anywhere.
+        "omit" leaves out rows that have a NaN anywhere, with a warning if they are more than half.
     backend : {"auto", "cpu", "cuda", "reference"}, default "auto"
         "auto" runs where the data lie: CUDA tensors on their device, everything else on the CPU.
         "cuda" takes CUDA tensors only. Nothing is copied to another device, and all backends
         return the same bits.
+    decimals : int, optional
+        How many decimals z and x have, 0 to 15. They are then computed as integers, so that
+        equal distances are equal: 0.3 - 0.2 and 0.2 - 0.1 differ as floats, and ties of decimal
+        data depend on their unit. Values with more decimals are an error.
 
     Returns
     -------
     float
-        The coefficient, computed as an exact rational and rounded once. 1.0, with a warning,
+        The coefficient, computed as an exact rational from the computed distances, and rounded
+        once. 1.0, with a warning,
         where its denominator is 0: y is constant, or a function of x on this sample.
 
     Raises
@@ -91,7 +97,7 @@ def codec(
     True
     """
     chosen = resolve(backend, y=y, z=z, x=x)
-    given = _prepare(chosen, y, z, x, ties, seed, nan_policy)
+    given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals)
     columns = given.lay_out(chosen)
     return _coefficient(chosen, columns, given.y, given, ties, seed)
 
@@ -116,7 +122,7 @@ def lcodec(
     Parameters
     ----------
     y, z, x, ties, nan_policy, backend
-        As in `codec`; the computation is in float64.
+        As in `codec`; the computation is in float64. y holds numbers.
     noise : float, default 0.01
         Standard deviation of the noise, the paper's value (it uses 0 to 0.1). 0 adds none.
     noise_scale : {"absolute", "relative"}, default "absolute"
@@ -152,6 +158,7 @@ def lcodec(
     chosen = resolve(backend, y=y, z=z, x=x)
     check_noise(noise, noise_scale, seed)
     given = _prepare(chosen, y, z, x, ties, seed, nan_policy)
+    refuse_classes(given.nominal, "lcodec", "codec")
     columns = given.lay_out(chosen)
     if noise > 0 and (given.y == given.y[0]).all():
         warnings.warn("y is constant: the value measures the added noise alone", stacklevel=2)
@@ -166,6 +173,7 @@ class _Arguments(NamedTuple):
     table: Any
     x: Features | None
     z: Features
+    nominal: bool  # whether y holds codes of classes without an order
 
     @property
     def r(self) -> int:
@@ -186,21 +194,31 @@ class _Arguments(NamedTuple):
 
 
 def _prepare(
-    backend: Backend, y: Any, z: Any, x: Any, ties: str, seed: int | None, nan_policy: str
+    backend: Backend,
+    y: Any,
+    z: Any,
+    x: Any,
+    ties: str,
+    seed: int | None,
+    nan_policy: str,
+    decimals: int | None = None,
 ) -> _Arguments:
     check_choice(ties, "ties", TIES)
     check_seed(seed)
     tensors = backend.tensors
-    response = as_response(y, tensors=tensors)
-    features = as_features(z, "z", tensors=tensors)
+    response, nominal = as_target(y, tensors=tensors)
+    features = as_features(z, "z", tensors=tensors, decimals=decimals)
     if x is None:
-        clean = clean_rows({"y": response, "z": features}, nan_policy)
-        return _Arguments(clean["y"], clean["z"], None, features)
-    given = as_features(x, "x", tensors=tensors)
-    clean = clean_rows({"y": response, "z": features, "x": given}, nan_policy)
+        rows = clean_rows({"y": response, "z": features}, nan_policy)
+        rows.warn_if_most(stacklevel=3)
+        return _Arguments(rows.values["y"], rows.values["z"], None, features, nominal)
+    given = as_features(x, "x", tensors=tensors, decimals=decimals)
+    rows = clean_rows({"y": response, "z": features, "x": given}, nan_policy)
+    rows.warn_if_most(stacklevel=3)
+    clean = rows.values
     # conditioning columns first: the order of sums
     table = array_module(clean["z"]).concatenate([clean["x"], clean["z"]], axis=1)
-    return _Arguments(clean["y"], table, given, features)
+    return _Arguments(clean["y"], table, given, features, nominal)
 
 
 def _coefficient(
@@ -209,16 +227,16 @@ def _coefficient(
     """T(Y, Z | X) of columns laid out from the given ones, or from these with noise."""
     factors = check_distances(columns, given.label)
     warn_underflow(columns, factors, given.label, stacklevel=3)
-    R, L = backend.ranks(y)
-    sums = ResponseSums(R, L)
-    engine = backend.engine(columns, factors, R, ties, tie_seed(ties, seed))
+    sums, engine = response_engine(
+        backend, columns, factors, y, given.nominal, ties, tie_seed(ties, seed)
+    )
     r, last = given.r, len(factors) - 1
-    m_x = Fraction(0)
+    m_x: Any = None
     for column in range(last):
         if column == r - 1:
             m_x = engine.exact_sum(column)
         engine.select(column)
-    m_w = engine.exact_sum(last)
+    m_w: Any = engine.exact_sum(last)
     value = None
     if not sums.constant:
         value = sums.conditional(m_w, m_x) if r else sums.unconditional(m_w)

@@ -80,6 +80,11 @@ class ResponseSums:
         self.sum_R = int(R.sum())
         self.sum_L2 = int((L * L).sum())  # at most 10**18
         self.denominator = int((L * (n - L)).sum())
+        self.start = Fraction(self.sum_L2, n)  # no columns: T(Y, {}) = 0
+
+    def floor(self, m: Fraction) -> int:
+        """What an engine's whole sums must exceed to be a gain over m."""
+        return int(m)
 
     @property
     def constant(self) -> bool:

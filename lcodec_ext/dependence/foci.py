@@ -2,19 +2,26 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext._checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_real,
+    check_seed,
+)
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence import exact
-from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Engine, Leaders, Ties
+from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Leaders, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
+from lcodec_ext.dependence.classes import response_engine
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import (
     STANDARDIZE,
@@ -25,7 +32,14 @@ from lcodec_ext.dependence.scaling import (
     squared_spans,
     warn_underflow,
 )
-from lcodec_ext.dependence.table import as_features, as_response, clean_rows
+from lcodec_ext.dependence.table import (
+    Rows,
+    as_features,
+    as_response,
+    as_target,
+    clean_rows,
+    refuse_classes,
+)
 
 StopReason = Literal["no_gain", "min_gain", "max_features", "exhausted", "constant_y"]
 
@@ -54,6 +68,10 @@ class FociResult:
         The conditioning columns that were given.
     n_samples, n_features : int
         Rows used (after omitting NaN) and columns of X.
+    n_omitted : int
+        Rows left out by nan_policy="omit".
+    missing : dict
+        How many NaN the columns with any have, by what messages call them.
     """
 
     ordering: NDArray[np.int64]
@@ -65,15 +83,21 @@ class FociResult:
     preselected: tuple[int, ...]
     n_samples: int
     n_features: int
+    n_omitted: int = 0
+    missing: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[NDArray]:
         return iter((self.ordering, self.cumulative))
 
     def __repr__(self) -> str:
+        columns = "column" if self.n_features == 1 else "columns"
         head = (
-            f"FociResult: {len(self.ordering)} of {self.n_features} columns selected on "
+            f"FociResult: {len(self.ordering)} of {self.n_features} {columns} selected on "
             f"{self.n_samples} rows, stopped by {self.stop_reason!r}"
         )
+        if self.n_omitted:
+            n = self.n_samples + self.n_omitted
+            head += f"\n  {Rows({}, n, self.n_omitted, self.missing).said()}"
         if self.preselected:
             head += f"\n  given columns {list(self.preselected)}: T = {self.base:.4f}"
         lines = [
@@ -104,6 +128,7 @@ def foci(
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
     progress: bool = False,
+    decimals: int | None = None,
 ) -> FociResult:
     """FOCI: forward selection of the columns on which y depends.
 
@@ -117,7 +142,8 @@ def foci(
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
     y : array_like of shape (n,) or (n, 1)
-        Response. Only its order counts.
+        Response. Only its order counts. Strings and categories are classes without an order: T
+        is the mean over the classes c of the T of ``y == c``.
     stop : bool, default True
         Stop when no column gains; False goes on to max_features or to the last column.
     max_features : int, optional
@@ -134,6 +160,8 @@ def foci(
         As in `codec`.
     progress : bool, default False
         Show a progress bar for each step; needs tqdm.
+    decimals : int, optional
+        How many decimals the columns of X have, as in `codec`.
 
     Returns
     -------
@@ -168,7 +196,7 @@ def foci(
     check_seed(seed)
     task = _Task(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
-        progress,
+        progress, decimals,
     )  # fmt: skip
     return task.run(task.lay_out(), task.y, seed)
 
@@ -198,7 +226,7 @@ def lfoci(
     ----------
     X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy, backend,
     progress
-        As in `foci`; the computation is in float64.
+        As in `foci`; the computation is in float64. y holds numbers.
     noise : float, default 0.01
         Standard deviation of the noise, the paper's value (it uses 0 to 0.1). 0 adds none.
     noise_scale : {"absolute", "relative"}, default "absolute"
@@ -235,6 +263,7 @@ def lfoci(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
         progress,
     )  # fmt: skip
+    refuse_classes(task.nominal, "lfoci", "foci")
     columns, response = task.lay_out(), task.y
     if not (response == response[0]).all():  # noise would turn a constant into a response
         response, noisy = with_noise(
@@ -266,7 +295,7 @@ def first_step_scores(X: Any, y: Any) -> NDArray[np.float64]:
     backend = resolve("auto", X=X, y=y)
     tensors = backend.tensors
     features = as_features(X, "X", allow_1d=False, tensors=tensors)
-    clean = clean_rows({"X": features, "y": as_response(y, tensors=tensors)}, "raise")
+    clean = clean_rows({"X": features, "y": as_response(y, tensors=tensors)}, "raise").values
     columns = backend.lay_out(clean["X"])
     R, L = backend.ranks(clean["y"])
     response = exact.ResponseSums(R, L)
@@ -296,6 +325,7 @@ class _Task:
         ties: Ties,
         nan_policy: str,
         progress: object,
+        decimals: int | None = None,
     ) -> None:
         self.backend = backend
         self.ties = check_choice(ties, "ties", TIES)
@@ -307,15 +337,16 @@ class _Task:
             raise ValueError(
                 f"min_gain={self.min_gain:g} needs stop=True: with stop=False nothing is left out"
             )
-        features = as_features(X, "X", allow_1d=False, tensors=backend.tensors)
+        features = as_features(X, "X", allow_1d=False, tensors=backend.tensors, decimals=decimals)
         p = features.values.shape[1]
         self.preselected = _check_preselected(preselected, p, features.names)
         self.cap = p - len(self.preselected)
         if max_features is not None:
             self.cap = min(self.cap, check_integer(max_features, "max_features", 1))
-        response = as_response(y, tensors=backend.tensors)
-        clean = clean_rows({"X": features, "y": response}, nan_policy)
-        self.features, self.y = features._replace(values=clean["X"]), clean["y"]
+        response, self.nominal = as_target(y, tensors=backend.tensors)
+        self.rows = clean_rows({"X": features, "y": response}, nan_policy)
+        self.features = features._replace(values=self.rows.values["X"])
+        self.y = self.rows.values["y"]
 
     def lay_out(self) -> Columns:
         """The columns of X; warns the caller of foci or lfoci of constant ones."""
@@ -325,21 +356,21 @@ class _Task:
 
     def run(self, columns: Columns, y: Any, seed: int | None) -> FociResult:
         """Select from columns that are X, or X with noise."""
-        R, L = self.backend.ranks(y)
-        response = exact.ResponseSums(R, L)
-        if response.constant:
+        if (y == y[0]).all():
             warnings.warn("y is constant: nothing is selected", stacklevel=3)
             return self._result([], 0.0, "constant_y")
         label = self.features.label
         factors = scale_factors(columns, self.standardize, label)
         warn_underflow(columns, factors, label, stacklevel=3)
         reach = _Reach(squared_spans(columns, factors), label)
-        engine = self.backend.engine(columns, factors, R, self.ties, tie_seed(self.ties, seed))
+        response, engine = response_engine(
+            self.backend, columns, factors, y, self.nominal, self.ties, tie_seed(self.ties, seed)
+        )
         return self._search(engine, response, reach)
 
-    def _search(self, engine: Engine, response: exact.ResponseSums, reach: "_Reach") -> FociResult:
+    def _search(self, engine: Any, response: Any, reach: "_Reach") -> FociResult:
         """The greedy loop: score all candidates, decide exactly, go on or stop."""
-        m = Fraction(response.sum_L2, response.n)  # no columns: T(Y, {}) = 0
+        m = response.start
         for column in self.preselected:
             reach.add(column)
             if column == self.preselected[-1]:
@@ -355,14 +386,14 @@ class _Task:
                 reach.check(candidates)
                 bar.set_description(f"FOCI step {len(steps) + 1}")
                 # columns without a gain are compared only if one of them must be taken
-                floor = int(m) if self.stop else 0
+                floor = response.floor(m) if self.stop else 0
                 leaders = _leaders(engine, np.array(candidates), floor, self.progress, bar)
-                best, m_best = _best(engine, *leaders) or (-1, m)
-                gain = Fraction(response.n) * (m_best - m) / response.denominator
+                best, m_best = _best(engine, *leaders, response.unconditional) or (-1, m)
+                T = response.unconditional(m_best)
+                gain = T - response.unconditional(m)
                 if self.stop and gain <= Fraction(self.min_gain):
                     reason = "no_gain" if gain <= 0 else "min_gain"
                     break
-                T = response.unconditional(m_best)
                 step = response.conditional(m_best, m) if conditioned else T
                 if step is None:
                     warnings.warn(
@@ -392,6 +423,8 @@ class _Task:
             preselected=self.preselected,
             n_samples=self.features.values.shape[0],
             n_features=self.features.values.shape[1],
+            n_omitted=self.rows.n_omitted,
+            missing=self.rows.missing,
         )
 
 
@@ -404,7 +437,7 @@ class _Reach:
 
     def check(self, columns: list[int]) -> None:
         """Refuse columns any of which would overflow beside those selected."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", under="ignore"):
             bounds = self._bound + self._spans[columns]
         check_overflow(bounds, lambda k: self._label(columns[k]))
 
@@ -444,7 +477,7 @@ def _check_preselected(
 
 
 def _leaders(
-    engine: Engine, candidates: NDArray[np.int64], floor: int, progress: bool, bar: Any
+    engine: Any, candidates: NDArray[np.int64], floor: int, progress: bool, bar: Any
 ) -> Leaders:
     """Those that may be the best and their scores, found in pieces where a bar shows them."""
     if not progress:
@@ -462,12 +495,13 @@ def _leaders(
 
 
 def _best(
-    engine: Engine,
+    engine: Any,
     columns: NDArray[np.int64],
     whole: NDArray[np.int64],
     fraction: NDArray[np.int64],
-) -> tuple[int, Fraction] | None:
-    """The leader with the largest exact sum, the lowest index on equality, and its sum.
+    value: Callable[[Any], Fraction] = Fraction,
+) -> tuple[int, Any] | None:
+    """The leader whose exact sum has the largest value, the lowest on equality, and that sum.
 
     None if there are no leaders.
     """
@@ -475,9 +509,6 @@ def _best(
         return None
     if (fraction == 0).all():  # exact, and so equal
         return int(columns.min()), Fraction(int(whole[0]))
-    best, best_sum = -1, Fraction(-1)
-    for column in np.sort(columns):
-        its_sum = engine.exact_sum(int(column))
-        if its_sum > best_sum:
-            best, best_sum = int(column), its_sum
-    return best, best_sum
+    sums = {int(column): engine.exact_sum(int(column)) for column in np.sort(columns)}
+    best = max(sums, key=lambda column: value(sums[column]))
+    return best, sums[best]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._checks import check_bool, check_choice
+from lcodec_ext._checks import check_bool, check_choice, first_few
 from lcodec_ext._progress import progress_bar
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
@@ -22,10 +22,12 @@ from lcodec_ext.dependence.scaling import (
 )
 from lcodec_ext.dependence.table import as_features, clean_rows
 
+_SHOWN = 20  # columns that are printed
+
 
 @dataclass(frozen=True, eq=False)
 class DependenceGraph:
-    """Which columns FOCI selects for which.
+    """Which columns FOCI selects for which. Prints a line for each response column.
 
     Attributes
     ----------
@@ -44,6 +46,27 @@ class DependenceGraph:
     results: list[FociResult]
     names: list[str] | None
 
+    def __repr__(self) -> str:
+        p, n = len(self.results), self.results[0].n_samples
+        lines = [
+            f"DependenceGraph: {int(self.adjacency.sum()):,} of {p * (p - 1):,} dependences "
+            f"between {p:,} columns, on {n:,} rows"
+        ]
+        for i, result in enumerate(self.results[:_SHOWN]):
+            found = [
+                f"{self._label(j)} ({T:.4f})"
+                for j, T in zip(result.ordering, result.conditional, strict=True)
+            ]
+            lines.append(
+                f"  {self._label(i)} depends on {first_few(found, 8) if found else 'none'}"
+            )
+        if p > _SHOWN:
+            lines.append(f"  ... and {p - _SHOWN:,} more columns")
+        return "\n".join(lines)
+
+    def _label(self, column: int) -> str:
+        return f"column {column}" if self.names is None else repr(self.names[column])
+
 
 def dependence_graph(
     X: Any,
@@ -57,6 +80,7 @@ def dependence_graph(
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
     progress: bool = False,
+    decimals: int | None = None,
 ) -> DependenceGraph:
     """Run `foci` with every column in turn as the response and the others as candidates.
 
@@ -64,7 +88,7 @@ def dependence_graph(
     ----------
     X : array_like of shape (n, p)
         At least two columns.
-    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress
+    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress, decimals
         As in `foci`. With nan_policy="omit" a row with a NaN in any column is left out for all.
 
     Returns
@@ -91,11 +115,12 @@ def dependence_graph(
     chosen = resolve(backend, X=X)
     check_bool(progress, "progress")
     check_choice(standardize, "standardize", STANDARDIZE)
-    features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors)
+    features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
     p, names = features.values.shape[1], features.names
     if p < 2:
         raise ValueError(f"X must have at least two columns for a graph; got {p}")
-    values = clean_rows({"X": features}, nan_policy)["X"]
+    rows = clean_rows({"X": features}, nan_policy)
+    values = rows.values["X"]
     columns = chosen.lay_out(values)
     features.warn_constant(constant_columns(columns), stacklevel=2)
     spans = squared_spans(columns, scale_factors(columns, standardize, features.label))
@@ -123,6 +148,7 @@ def dependence_graph(
             adjacency[i, selected] = True
             weights[i, selected] = result.conditional
             chosen_names = None if names is None else [names[k] for k in selected]
-            results.append(replace(result, ordering=selected, names=chosen_names, n_features=p))
+            result = replace(result, ordering=selected, names=chosen_names, n_features=p)
+            results.append(replace(result, n_omitted=rows.n_omitted, missing=rows.missing))
             bar.update()
     return DependenceGraph(adjacency, weights, results, names)

@@ -16,10 +16,16 @@ def nearest_neighbors(
     ties: Literal["first", "random"] = "first",
     seed: int | None = None,
     backend: BackendLike = "auto",
+    decimals: int | None = None,
 ) -> Any: ...
 @overload
 def nearest_neighbors(
-    X: Any, *, ties: Literal["all"], seed: int | None = None, backend: BackendLike = "auto"
+    X: Any,
+    *,
+    ties: Literal["all"],
+    seed: int | None = None,
+    backend: BackendLike = "auto",
+    decimals: int | None = None,
 ) -> tuple[Any, Any]: ...
 def nearest_neighbors(
     X: Any,
@@ -27,6 +33,7 @@ def nearest_neighbors(
     ties: Literal["first", "random", "all"] = "first",
     seed: int | None = None,
     backend: BackendLike = "auto",
+    decimals: int | None = None,
 ) -> Any:
     """Nearest other row of every row, by computed squared Euclidean distance.
 
@@ -44,6 +51,8 @@ def nearest_neighbors(
         In [0, 2^64), for ties="random". None draws a fresh one.
     backend : {"auto", "cpu", "cuda", "reference"}, default "auto"
         As in `codec`. All backends return the same indices.
+    decimals : int, optional
+        How many decimals X has, as in `codec`.
 
     Returns
     -------
@@ -71,8 +80,8 @@ def nearest_neighbors(
     chosen = resolve(backend, X=X)
     check_choice(ties, "ties", ("first", "random", "all"))
     check_seed(seed)
-    features = as_features(X, "X", tensors=chosen.tensors)
-    columns = chosen.lay_out(clean_rows({"X": features}, None, minimum=2)["X"])
+    features = as_features(X, "X", tensors=chosen.tensors, decimals=decimals)
+    columns = chosen.lay_out(clean_rows({"X": features}, None, minimum=2).values["X"])
     check_distances(columns, features.label)
     if ties == "all":
         return chosen.nearest(columns, "average", 0)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lcodec_ext._arrays import array_module
+from lcodec_ext._arrays import array_module, refuse_merged
 from lcodec_ext._checks import check_choice, check_real, check_seed
 from lcodec_ext._random import gaussian_noise
 from lcodec_ext.dependence.backends.base import Backend, Columns
@@ -37,6 +37,7 @@ def with_noise(
     X = xp.asarray(X, dtype=xp.float64)
     if noise == 0:
         return y, X
+    refuse_merged(y, "y")
     y = xp.asarray(y, dtype=xp.float64)
     sigmas = np.full(1 + X.shape[1], float(noise))
     if noise_scale == "relative":  # in the written order of additions, for the same bits anywhere

@@ -63,7 +63,7 @@ def squared_spans(columns: Columns, factors: NDArray) -> NDArray:
     Rounding is monotone, so this bounds every pair's term of the squared distance, and the
     sum over columns in their order bounds the distance.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         scaled = (columns.high - columns.low) * factors
         return scaled * scaled
 
@@ -71,7 +71,7 @@ def squared_spans(columns: Columns, factors: NDArray) -> NDArray:
 def check_distances(columns: Columns, label: Label) -> NDArray:
     """Refuse a table whose squared distances over all columns overflow; returns factors of 1."""
     factors = np.ones_like(columns.low)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         check_overflow(np.add.accumulate(squared_spans(columns, factors)), label)
     return factors
 

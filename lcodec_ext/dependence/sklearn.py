@@ -1,14 +1,18 @@
 """FOCI as a scikit-learn feature selector."""
 
-from typing import Any
+import numbers
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lcodec_ext._arrays import as_array, class_codes, refuse_columns, refuse_converted
+from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.foci import foci
 from lcodec_ext.dependence.scaling import Standardize
+from lcodec_ext.dependence.table import as_response
 
 try:
     from sklearn.base import BaseEstimator
@@ -21,19 +25,38 @@ except ImportError as error:
     ) from error
 
 
+_MOST_CLASSES = 20  # integers with more values are taken for counts
+
+
+def _looks_nominal(given: Any, y: Any) -> bool:
+    """Whether y, given as integers, looks like class labels: three or more, few, and repeated."""
+    try:
+        integers = as_response(given).dtype.kind in "iu"
+    except ValueError:  # objects, which scikit-learn has converted
+        entries = np.asarray(given, dtype=object).ravel()
+        integers = all(isinstance(entry, numbers.Integral) for entry in entries)
+    if not integers:
+        return False
+    return 3 <= len(np.unique(y)) <= min(_MOST_CLASSES, len(y) // 2)
+
+
 class FOCISelector(SelectorMixin, BaseEstimator):
     """Select features with FOCI: the columns on which y depends, without a model.
 
     See `lcodec_ext.foci` for the method, its cost and conditioning columns, and
-    ``docs/dependence.md``. y is a number whose order means something; two classes may carry any
-    two numbers. Data are on the CPU.
+    ``docs/dependence.md``. y holds numbers or class labels. Data are on the CPU.
 
     Parameters
     ----------
-    max_features, min_gain, stop, standardize, ties, backend
+    max_features, min_gain, stop, standardize, ties, backend, decimals
         As in `lcodec_ext.foci`, with its defaults; backend "cuda" is refused.
     random_state : int, RandomState instance or None
         For ``ties="random"``.
+    classes : {"auto", "yes", "no"}, default "auto"
+        Whether y holds classes without an order, so that their numbers and names change nothing.
+        "auto": strings and unordered categories do, and so do integers of 3 to 20 different
+        values, as in scikit-learn's classification data. Pass "no" where such integers are
+        counts or grades, whose order `lcodec_ext.foci` uses.
 
     Attributes
     ----------
@@ -70,6 +93,8 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         ties: Ties = "average",
         random_state: int | np.random.RandomState | None = None,
         backend: BackendLike = "auto",
+        classes: Literal["auto", "yes", "no"] = "auto",
+        decimals: int | None = None,
     ) -> None:
         self.max_features = max_features
         self.min_gain = min_gain
@@ -78,13 +103,32 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         self.ties = ties
         self.random_state = random_state
         self.backend = backend
+        self.classes = classes
+        self.decimals = decimals
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "FOCISelector":
         """Select features of X, of shape (n_samples, n_features), for at least 3 samples."""
         backend = resolve_on_cpu("FOCISelector", self.backend, X=X, y=y)
-        X, y = validate_data(
-            self, X, y, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
-        )
+        check_choice(self.classes, "classes", ("auto", "yes", "no"))
+        refuse_columns(X, "X")  # scikit-learn takes dates for numbers
+        found = class_codes(y)
+        if found is None:
+            refuse_columns(y, "y")
+        if self.classes == "no" and found is not None and found[1]:
+            raise ValueError("y holds strings or categories, and classes='no' expects numbers")
+        given = [X, y if found is None else found[0]]
+        for k, name in enumerate("Xy"):
+            if np.ma.is_masked(given[k]):  # scikit-learn would take what is below the mask
+                given[k] = as_array(given[k], name)[0]
+        with np.errstate(all="ignore"):  # its sums may overflow
+            X, y = validate_data(
+                self, *given, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
+            )
+        refuse_converted(given[0], X, "X")
+        refuse_converted(given[1], y, "y")
+        likely = _looks_nominal(given[1], y) if found is None else found[1]
+        if self.classes == "yes" or (self.classes == "auto" and likely):
+            y = np.unique(y, return_inverse=True)[1].astype(str)
         seed = None
         if self.ties == "random":
             seed = int(check_random_state(self.random_state).randint(2**31))
@@ -98,6 +142,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
             ties=self.ties,
             seed=seed,
             backend=backend,
+            decimals=self.decimals,
         )
         self.ordering_ = result.ordering
         self.cumulative_ = result.cumulative

@@ -10,8 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._arrays import array_module, as_array, beyond_float64, is_float, is_tensor
-from lcodec_ext._checks import check_choice, first_few
+from lcodec_ext._arrays import (
+    MAX_INTEGER,
+    array_module,
+    as_array,
+    beyond_float64,
+    class_codes,
+    is_float,
+    is_tensor,
+    refuse_merged,
+)
+from lcodec_ext._checks import check_choice, check_integer, counted, first_few
 
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
 
@@ -45,6 +54,30 @@ class Features(NamedTuple):
         )
 
 
+class Rows(NamedTuple):
+    """Arrays or tensors of equal length without missing values, and what was left out for that.
+
+    ``missing`` has the number of NaN of every argument or column that has one: {"column 'age'
+    (index 2) of X": 12, "y": 3}.
+    """
+
+    values: dict[str, Any]
+    n: int  # rows that were given
+    n_omitted: int
+    missing: dict[str, int]
+
+    def said(self) -> str:
+        """How many rows were left out, and for what: "15 of 400 rows left out: NaN in ..."."""
+        most = sorted(self.missing.items(), key=lambda item: -item[1])
+        where = first_few([f"{label} ({count:,})" for label, count in most], 3)
+        return f"{self.n_omitted:,} of {counted(self.n, 'row')} left out: NaN in {where}"
+
+    def warn_if_most(self, stacklevel: int) -> None:
+        """Warn where more than half of the rows are left out and a number cannot say so."""
+        if 2 * self.n_omitted > self.n:
+            warnings.warn(self.said(), stacklevel=stacklevel + 1)
+
+
 def _column(k: int, names: list[str] | None) -> str:
     return f"column {k}" if names is None else f"column {names[k]!r} (index {k})"
 
@@ -64,12 +97,35 @@ def as_response(y: Any, name: str = "y", *, tensors: bool | None = None) -> Any:
     return array
 
 
+def as_target(y: Any, *, tensors: bool | None = None) -> tuple[Any, bool]:
+    """A response, and whether it holds codes of classes without an order.
+
+    Strings and unordered categories are such classes; ordered categories become their codes.
+    """
+    return class_codes(y) or (as_response(y, tensors=tensors), False)
+
+
+def refuse_classes(nominal: bool, function: str, instead: str) -> None:
+    """Refuse classes without an order where noise would be added to them."""
+    if nominal:
+        raise ValueError(
+            f"{function} adds noise to y, and y holds classes without an order (strings, "
+            f"categories): use {instead}, or average {function} of y == c over the classes c"
+        )
+
+
 def as_features(
-    X: Any, name: str, *, allow_1d: bool = True, tensors: bool | None = None
+    X: Any,
+    name: str,
+    *,
+    allow_1d: bool = True,
+    tensors: bool | None = None,
+    decimals: int | None = None,
 ) -> Features:
     """Feature columns: a 1-d array is one column where ``allow_1d``; `tensors` as in `as_array`.
 
-    p = 0 is an error, and so are integers that float64 cannot hold.
+    With decimals the columns are counts of 10**-decimals, in float64. p = 0 is an error, and so
+    are numbers that float64 merges.
     """
     array, names = as_array(X, name, tensors=tensors)
     if array.ndim == 1 and allow_1d:
@@ -82,19 +138,43 @@ def as_features(
         raise ValueError(f"{name} must have shape {shapes}; got shape {tuple(array.shape)}{hint}")
     if array.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(array.shape)}")
+    features = Features(array, names, name)
     if beyond_float64(array):
-        raise ValueError(
-            f"{name} holds integers beyond 2**53, which float64 cannot tell apart; "
-            "subtract an offset first"
-        )
+        for k in range(array.shape[1]):
+            refuse_merged(array[:, k], features.label(k))
+    if decimals is not None:
+        features = _counted(features, check_integer(decimals, "decimals", 0, 15))
+        array = features.values
     xp = array_module(array)
     dtype = xp.float32 if array.dtype == xp.float32 else xp.float64
     if is_tensor(array):
-        return Features(array.to(dtype).contiguous(), names, name)
-    return Features(np.ascontiguousarray(array, dtype=dtype), names, name)
+        return features._replace(values=array.to(dtype).contiguous())
+    return features._replace(values=np.ascontiguousarray(array, dtype=dtype))
 
 
-def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3) -> dict[str, Any]:
+def _counted(features: Features, decimals: int) -> Features:
+    """Columns of numbers with so many decimals as integers, whose differences are exact."""
+    array = features.values
+    xp = array_module(array)
+    tolerance = 1e-6 if array.dtype == xp.float32 else 1e-9  # what arithmetic may have added
+    values = xp.asarray(array, dtype=xp.float64)
+    with np.errstate(all="ignore"):
+        scaled = values * 10.0**decimals
+        whole = xp.round(scaled)
+        off = xp.abs(scaled - whole) > tolerance * (1 + xp.abs(whole))
+        beyond = xp.isfinite(values) & (xp.abs(whole) > MAX_INTEGER)
+    for flags, what in (
+        (off, f"which has more than {decimals} decimals; pass more decimals, or round it first"),
+        (beyond, f"which is beyond 2**53 units of 1e-{decimals}; pass fewer decimals"),
+    ):
+        if flags.any():
+            row, k = xp.argwhere(flags)[0].tolist()
+            value = float(values[row, k])
+            raise ValueError(f"{features.label(k)} holds {value!r} in row {row}, {what}")
+    return features._replace(values=whole)
+
+
+def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3) -> Rows:
     """Arrays or tensors of equal length without NaN or infinity.
 
     Parameters
@@ -118,14 +198,20 @@ def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3)
         given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"all arguments must have the same number of rows; {given}")
     drop: Any = None
+    missing: dict[str, int] = {}
     for name, array in arrays.items():
-        missing = _missing_rows(name, array, nan_policy)
-        if missing is not None:
-            drop = missing if drop is None else drop | missing
+        flags = _missing(name, array, nan_policy)
+        if flags is not None:
+            missing |= _counts(name, array, flags)
+            rows = flags.any(axis=1) if flags.ndim == 2 else flags
+            drop = rows if drop is None else drop | rows
     n = next(iter(lengths.values()))
     remaining = n if drop is None else n - int(drop.sum())
+    found = Rows(values, n, n - remaining, missing)
     if remaining < minimum:
-        left = f"{remaining} left after omitting NaN" if remaining < n else f"{n}"
+        left = f"{n}"
+        if remaining < n:
+            left = f"{remaining} left after omitting NaN ({found.said()})"
         raise ValueError(f"{' and '.join(values)} must have at least {minimum} rows; got {left}")
     if remaining > MAX_ROWS:
         raise ValueError(
@@ -133,12 +219,12 @@ def clean_rows(arrays: dict[str, Any], nan_policy: str | None, minimum: int = 3)
             f"the sums are proven exact; got {remaining:,}: take a random sample of rows"
         )
     if remaining < n:
-        values = {name: array[~drop] for name, array in values.items()}
-    return values
+        found = found._replace(values={name: array[~drop] for name, array in values.items()})
+    return found
 
 
-def _missing_rows(name: str, given: Any, nan_policy: str | None) -> Any:
-    """Which rows hold a NaN, None if none does; refuse infinity, and NaN unless omitted."""
+def _missing(name: str, given: Any, nan_policy: str | None) -> Any:
+    """Which entries are NaN, None if none is; refuse infinity, empty columns, NaN to raise."""
     array, names = (given.values, given.names) if isinstance(given, Features) else (given, None)
     if not is_float(array):
         return None
@@ -154,12 +240,25 @@ def _missing_rows(name: str, given: Any, nan_policy: str | None) -> Any:
     missing = xp.isnan(array)
     if not missing.any():
         return None
+    empty = [label for label, count in _counts(name, given, missing).items() if count == len(array)]
+    if empty:
+        verb = "is" if len(empty) == 1 else "are"
+        advice = f"; leave {'it' if len(empty) == 1 else 'them'} out" if array.ndim == 2 else ""
+        raise ValueError(f"{first_few(empty, 5)} {verb} empty: all values are NaN{advice}")
     if nan_policy != "omit":
         advice = "leave out the rows with missing values first"
         if nan_policy == "raise":
             advice = "pass nan_policy='omit' to leave out rows with missing values"
         raise ValueError(f"NaN in {name} at {_where(missing, names)}; {advice}")
-    return missing.any(axis=1) if array.ndim == 2 else missing
+    return missing
+
+
+def _counts(name: str, given: Any, flags: Any) -> dict[str, int]:
+    """How many entries are flagged, by column in a message or by argument, where any is."""
+    counts = flags.sum(axis=0).tolist()
+    if not isinstance(given, Features):
+        return {name: counts} if counts else {}
+    return {given.label(k): count for k, count in enumerate(counts) if count}
 
 
 def _where(flags: Any, names: list[str] | None) -> str:

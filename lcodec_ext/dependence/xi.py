@@ -40,7 +40,9 @@ def _compute(
     """xi, the sum of L (n - L) below it, and the max ranks of y."""
     check_choice(ties, "ties", TIES)
     check_seed(seed)
-    columns = clean_rows({"x": as_response(x, "x"), "y": as_response(y, "y")}, nan_policy)
+    rows = clean_rows({"x": as_response(x, "x"), "y": as_response(y, "y")}, nan_policy)
+    rows.warn_if_most(stacklevel=3)
+    columns = rows.values
     R, L = backend.ranks(columns["y"])
     sums = ResponseSums(R, L)
     if sums.constant:
@@ -81,7 +83,7 @@ def xi(
     seed : int in [0, 2**64) or None
         For ``ties="random"``; None (default) draws a fresh one.
     nan_policy : {"raise", "omit"}
-        "omit" leaves out rows with a NaN.
+        "omit" leaves out rows with a NaN, with a warning if they are more than half.
     backend : {"auto", "cpu", "reference"}
         All give the same bits. "auto" and "cpu" run vectorised NumPy; "reference" is O(n^2). Data
         are on the CPU.

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from lcodec_ext._build import __version__
-from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
+from lcodec_ext._checks import check_bool, check_integer, check_seed, counted
 from lcodec_ext._progress import progress_bar
+from lcodec_ext._torch.decay import decay_of
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
@@ -48,6 +49,8 @@ from lcodec_ext.unlearning.select import find_candidates
 FORMAT = 1
 _KEPT = 1000  # losses of either set that are kept for histograms
 _RELEARN: dict[str, Any] = {"learning_rate": 1e-3, "max_steps": 200}
+FOR_A_GAP = 3  # retrained models: what two differ by says little of what others would
+_CLEAR = 1.25  # floors by which the original is away, at least, where there is a gap
 _TOLERANCE = 0.05  # of the gap in forget loss, at which the samples count as learnt again
 
 
@@ -102,9 +105,10 @@ class Evaluation:
     Attributes
     ----------
     methods : tuple of MethodEvaluation
-        "no-op", "retrained", and the methods in their order. ``evaluation["L-BFGS"]`` is one.
+        "no-op", "retrained" if there are such models, and the methods in their order.
+        ``evaluation["L-BFGS"]`` is one.
     floor : dict of str to float or None
-        What one retrained model is away from another, on average.
+        What one retrained model is away from another, on average; None without two of them.
     n_forget, n_retain, n_test, n_retrained : int
     settings : dict
         Weight decay, seeds, the options of the methods, versions.
@@ -171,7 +175,7 @@ class Evaluation:
         return pandas.DataFrame(method_rows(self.to_dict())).set_index("method")
 
     def __repr__(self) -> str:
-        columns = (
+        columns = [
             ("", "seconds", "seconds", ".2f"),
             ("accuracy", "forget", "accuracy_forget", ".1%"),
             ("", "retain", "accuracy_retain", ".1%"),
@@ -184,14 +188,16 @@ class Evaluation:
             ("", "test", "js_test", ".3f"),
             ("closed", "JS", "gap_closed_js_forget", ".0%"),
             ("", "loss", "gap_closed_loss_forget", ".0%"),
-        )
+        ]
         width = max(len(method.name) for method in self.methods) + 2
+        rows = method_rows(self.to_dict())
+        columns = [c for c in columns if any(row.get(c[2]) is not None for row in rows)]
         lines = [
-            f"Evaluation: {self.n_forget} samples removed, {self.n_retain} retained, "
-            f"{self.n_test} for the test; {self.n_retrained} retrained models",
+            f"Evaluation: {counted(self.n_forget, 'sample')} removed, {self.n_retain} retained, "
+            f"{self.n_test} for the test; {counted(self.n_retrained, 'retrained model')}",
             *(" " * width + "".join(f"{c[line]:>9}" for c in columns) for line in (0, 1)),
         ]
-        for row in method_rows(self.to_dict()):
+        for row in rows:
             cells = [(row.get(key), form) for _, _, key, form in columns]
             numbers = "".join(f"{'-' if v is None else format(v, form):>9}" for v, form in cells)
             note = row["error"] or "taken back" * row["skipped"]
@@ -200,7 +206,9 @@ class Evaluation:
         return "\n".join([*lines, *self._without_gap(width)])
 
     def _without_gap(self, width: int) -> list[str]:
-        """Where the original is within the floor: that, and each method's distance."""
+        """Why no gap is shown; where the original is within the floor, each method's distance."""
+        if self.n_retrained < FOR_A_GAP:
+            return [few_retrained(self.n_retrained)]
         floor, before = self.floor.get("js_forget"), self.methods[0]
         start = before.metrics.get("js_forget")
         if floor is None or start is None or before.gap_closed.get("js_forget") is not None:
@@ -213,6 +221,18 @@ class Evaluation:
             if (found := method.metrics.get("js_forget")) is not None:
                 lines.append(f"{method.name:{width}}JS {found:.3f}, floor {found - floor:+.3f}")
         return lines
+
+
+def few_retrained(n: int) -> str:
+    """What cannot be said with fewer models than a gap needs."""
+    missing = {
+        0: "Without retrained models nothing says how near to retraining a method is",
+        1: "JS is the distance to the one retrained model; how far another one is from it, nothing "
+        "says, and so there is no share of a gap",
+        2: "The floor is the distance of the two retrained models; a share of a gap would hang on "
+        "that one distance, and is not given",
+    }
+    return f"{missing[n]}: give at least {FOR_A_GAP} of them."
 
 
 def method_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -254,10 +274,10 @@ def evaluate(
     test: Any,
     loss_fn: LossFunction,
     *,
-    retrained: Sequence[nn.Module] | Callable[[int], nn.Module],
+    retrained: Sequence[nn.Module] | Callable[[int], nn.Module] | None = None,
     methods: Mapping[str, Method] | Sequence[str] | None = None,
     n_retrain: int = 3,
-    weight_decay: float = 0.0,
+    weight_decay: Any = 0.0,
     seed: int = 0,
     batch_size: int = 256,
     score: Score | None = None,
@@ -280,9 +300,9 @@ def evaluate(
 
         gap closed = 1 - (d - floor) / (d of the original - floor)
 
-    is 0 for the original model and on average exactly 1 for a retrained one. It is not clipped,
-    and None where the original is no farther from the retrained models than the floor. See
-    docs/evaluation.md.
+    is 0 for the original model and on average exactly 1 for a retrained one. It is not clipped. It
+    is None where there is no gap: where the original is within 1.25 times the floor, or no farther
+    from the retrained models than two of these are from each other. See docs/evaluation.md.
 
     Parameters
     ----------
@@ -292,9 +312,10 @@ def evaluate(
         Removed, retained and never-seen samples.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the mean loss of a batch.
-    retrained : sequence of Module, or callable
-        At least 3 models trained from scratch without the removed samples; or ``retrained(seed)``,
-        which trains one, and is timed.
+    retrained : sequence of Module, callable, or None
+        Models trained from scratch without the removed samples; or ``retrained(seed)``, which
+        trains one, and is timed. Gap closed needs at least 3, a floor 2, and a distance 1. None, or
+        no model, leaves the measures that compare with nothing.
     methods : mapping, sequence of str, or None
         By name: a model; an `UnlearnResult`; a dict of options of `unlearn`; a `Baseline`; or a
         callable ``(model, forget, retain, loss_fn, seed)`` that returns a model or an
@@ -303,8 +324,9 @@ def evaluate(
         names of `BASELINES` and `LITERATURE`, by default all of the former.
     n_retrain : int, default 3
         With a callable: how many models, from the seeds ``seed``, ``seed + 1``, ...
-    weight_decay : float, default 0.0
-        lambda of the trained objective, mean loss plus (lambda / 2) |w|^2.
+    weight_decay : float, Optimizer or mapping of str to float, default 0.0
+        lambda of the trained objective, mean loss plus (lambda / 2) |w|^2: one number, the
+        optimizer that trained the model, or numbers by parameter name (0 for the others).
     seed : int, default 0
     batch_size : int, default 256
         Most samples in one pass of the measurements.
@@ -327,8 +349,8 @@ def evaluate(
     Raises
     ------
     ValueError
-        For fewer than 3 retrained models, for two with equal weights, and for samples or models
-        that cannot be measured.
+        For two retrained models with equal weights, and for samples or models that cannot be
+        measured.
     TypeError
         For arguments of the wrong type.
     ImportError
@@ -372,12 +394,12 @@ def evaluate(
     ['no-op', 'retrained', 'L-BFGS', 'fine-tune SGD']
     """
     device, dtype = place(model)
+    weight_decay = decay_of(weight_decay, model)
     defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
     defaults |= {"validation": validation, "groups": groups}
     given = methods_of(methods, defaults)
     retrained = _checked_retrained(retrained)
-    check_integer(n_retrain, "n_retrain", 3)
-    check_real(weight_decay, "weight_decay", 0)
+    check_integer(n_retrain, "n_retrain", 1)
     check_seed(seed, optional=False)
     check_integer(batch_size, "batch_size", 1)
     check_bool(relearn, "relearn")
@@ -391,7 +413,7 @@ def evaluate(
     sets = Sets(removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed)
     n_retrained = n_retrain if callable(retrained) else len(retrained)
     settings: dict[str, Any] = {
-        "weight_decay": float(weight_decay),
+        "weight_decay": weight_decay,
         "seed": int(seed),
         "batch_size": int(batch_size),
         "retrained_seeds": [seed + k for k in range(n_retrain)] if callable(retrained) else None,
@@ -408,7 +430,9 @@ def evaluate(
         if relearn:
             until = {"tolerance": _TOLERANCE, "level": yardstick.level}
             settings["relearn"] = {"optimizer": "Adam", **_RELEARN, **until}
-        entries = [yardstick.entry(NO_OP, original), yardstick.retrained_entry(seconds)]
+        entries = [yardstick.entry(NO_OP, original)]
+        if references:
+            entries.append(yardstick.retrained_entry(seconds))
         for name, method in given.items():
             bar.set_description(name)
             try:
@@ -434,16 +458,12 @@ def evaluate(
 def _checked_retrained(retrained: Any) -> Any:
     if isinstance(retrained, nn.ModuleList):  # which is callable, as all modules are
         retrained = list(retrained)
+    retrained = () if retrained is None else retrained
     models = isinstance(retrained, Sequence) and not isinstance(retrained, str)
-    if models and len(retrained) < 3:
-        raise ValueError(
-            "retrained must have at least 3 models: what two of them differ by is the floor of "
-            f"every comparison; got {len(retrained)}"
-        )
     if not models and (isinstance(retrained, nn.Module) or not callable(retrained)):
         raise TypeError(
-            "retrained must be a list of at least 3 models, or a callable that trains one from a "
-            f"seed; got an object of type {type(retrained).__name__}"
+            "retrained must be a list of models, or a callable that trains one from a seed; got "
+            f"an object of type {type(retrained).__name__}"
         )
     if models:
         for (i, one), (j, other) in itertools.combinations(enumerate(retrained), 2):
@@ -525,7 +545,8 @@ class _Yardstick:
         }
         self._theirs = [self._metrics(each, k) for k, each in enumerate(references)]
         pairs = list(itertools.combinations(self._theirs, 2))
-        self.floor = {
+        self._original = self._metrics(original)
+        self.floor: dict[str, Number] = {
             name: _mean(
                 [each[name] for each in self._theirs]
                 if name in DISTANCES
@@ -534,7 +555,26 @@ class _Yardstick:
             for name in (*METRICS, "relearn_steps", *DISTANCES)
             if name not in WITHOUT_GAP
         }
-        self._start = self._to_references(self._metrics(original))
+        self._start = self._to_references(self._original)
+        between = list(itertools.combinations(range(len(references)), 2))
+        farthest = {
+            name: max(
+                [
+                    DISTANCES[name](references[i], references[j])
+                    if name in DISTANCES
+                    else _apart(self._theirs[i].get(name), self._theirs[j].get(name))
+                    for i, j in between
+                ],
+                key=lambda distance: -1.0 if distance is None else distance,
+                default=None,
+            )
+            for name in self.floor
+        }
+        self._gap = {
+            name: len(references) >= FOR_A_GAP
+            and _is_gap(self._start[name], self.floor[name], farthest[name])
+            for name in self.floor
+        }
 
     def _metrics(self, measured: Measured, own: int | None = None) -> dict[str, Number]:
         """Metrics of a model; distances are to the retrained models, without itself."""
@@ -567,7 +607,7 @@ class _Yardstick:
 
     def _closed(self, distances: dict[str, Number]) -> dict[str, Number]:
         return {
-            name: gap_closed(distances[name], self._start[name], floor)
+            name: gap_closed(distances[name], self._start[name], floor) if self._gap[name] else None
             for name, floor in self.floor.items()
         }
 
@@ -576,7 +616,7 @@ class _Yardstick:
         return {name: run.losses[self._kept[name]].tolist() for name, run in runs.items()}
 
     def entry(self, name: str, measured: Measured, done: Done | None = None) -> MethodEvaluation:
-        found = self._metrics(measured)
+        found = self._original if name == NO_OP else self._metrics(measured)
         result = None if done is None else done.result
         phases = units = None
         if result is not None:
@@ -609,7 +649,7 @@ class _Yardstick:
         return MethodEvaluation(
             name=name,
             seconds=None,
-            metrics=dict.fromkeys(self._theirs[0]),
+            metrics=dict.fromkeys(self._original),
             gap_closed=dict.fromkeys(self.floor),
             error=message,
         )
@@ -644,6 +684,13 @@ def gap_closed(distance: Number, original: Number, floor: Number) -> Number:
     return 1 - (distance - floor) / (original - floor)
 
 
+def _is_gap(original: Number, floor: Number, farthest: Number) -> bool:
+    """Whether the original is farther from retrained models than chance takes one of these."""
+    if original is None or floor is None or farthest is None:
+        return False
+    return original > max(farthest, _CLEAR * floor)
+
+
 def _apart(one: Number, other: Number) -> Number:
     return None if one is None or other is None else abs(one - other)
 
@@ -651,7 +698,8 @@ def _apart(one: Number, other: Number) -> Number:
 def _relearn_level(original: Measured, references: list[Measured]) -> float:
     """The loss at which removed samples count as learnt again."""
     before = float(original.forget.losses.mean())
-    after = float(np.mean([each.forget.losses.mean() for each in references]))
+    losses = [each.forget.losses.mean() for each in references]
+    after = float(np.mean(losses)) if losses else before
     # The last term allows for rounding between dtypes: the original model reaches the level itself.
     return before + _TOLERANCE * max(after - before, 0.0) + 1e-6 * abs(before)
 
@@ -674,4 +722,6 @@ def _mean(values: Sequence[Number]) -> Number:
 
 
 def _spread(values: list[Number]) -> Number:
-    return None if None in values else float(np.std(values, ddof=1))  # type: ignore[arg-type]
+    if len(values) < 2 or None in values:
+        return None
+    return float(np.std(values, ddof=1))  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ with the same budget for each. Methods that need classes ask for logits of shape
 A new one is a function here, and entries in `LITERATURE` (methods.py) and `GRIDS` (tune.py).
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,10 +19,12 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.copies import copy_of
+from lcodec_ext._torch.decay import Decay
 from lcodec_ext._torch.loss import LossFunction, mean_gradient, trainable
 from lcodec_ext._torch.modes import evaluating, place, plain_arithmetic, seeded
 from lcodec_ext._torch.predict import log_probabilities_of
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_in_training, outputs_of
 from lcodec_ext.evaluation.training import (
     adam,
     batch_loss,
@@ -36,6 +37,7 @@ from lcodec_ext.evaluation.training import (
     sgd,
     start_again,
     take_step,
+    trained_copy,
 )
 from lcodec_ext.unlearning.request import random_samples
 
@@ -48,7 +50,7 @@ def scrub(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     alpha: float = 0.5,
     gamma: float = 1.0,
     ascents: int = 2,
@@ -89,13 +91,13 @@ def scrub(
         raise ValueError("temperature must be above 0; got 0")
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     removed, retained = both_sets(model, forget, retain)
-    teacher, student = copy.deepcopy(model).eval(), copy.deepcopy(model).train()
+    teacher, student = trained_copy(model, training=False), trained_copy(model, training=True)
     steps = adam(student, learning_rate, weight_decay)
 
     def divergence(batch: Batch) -> Tensor:
         with torch.no_grad():
             target = _softened(outputs_of(teacher, batch), temperature)
-        return _kl(target, _softened(outputs_of(student, batch), temperature))
+        return _kl(target, _softened(outputs_in_training(student, batch), temperature))
 
     with seeded(seed), torch.enable_grad():
         for epoch in range(epochs):
@@ -116,7 +118,7 @@ def selective_dampening(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     alpha: float = 10.0,
     dampening: float = 1.0,
     n_samples: int | None = 2000,
@@ -153,7 +155,7 @@ def selective_dampening(
     n_retain, m = len(retained), len(removed)
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < n_retain:
         retained = retained.subset(random_samples(n_retain, n_samples, seed)).loaded()
-    damped = copy.deepcopy(model)
+    damped = copy_of(model)
     with evaluating(damped):
         of_removed, of_retained = (
             _importance(damped, samples, loss_fn) for samples in (removed, retained)
@@ -188,7 +190,7 @@ def random_labels(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     learning_rate: float = 0.01,
     epochs: int = 5,
     batch_size: int = 128,
@@ -209,7 +211,7 @@ def random_labels(
     Achille and S. Soatto, "Eternal Sunshine of the Spotless Net", CVPR 2020.
     """
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    tuned = copy.deepcopy(model).train()
+    tuned = trained_copy(model, training=True)
     steps = sgd(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
         parts = both_sets(model, forget, retain)
@@ -225,7 +227,7 @@ def salun(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     share: float = 0.5,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -250,7 +252,7 @@ def salun(
     check_part(share, "share")
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     removed, retained = both_sets(model, forget, retain)
-    tuned = copy.deepcopy(model)
+    tuned = copy_of(model)
     weights = trainable(tuned)
     with evaluating(tuned), torch.enable_grad():
         named = {str(k): weight for k, weight in enumerate(weights)}
@@ -301,7 +303,7 @@ def bad_teacher(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     retain_share: float = 0.3,
     learning_rate: float = 1e-4,
     epochs: int = 1,
@@ -333,8 +335,8 @@ def bad_teacher(
     few = max(1, round(retain_share * len(retained)))
     kept = retained.subset(random_samples(len(retained), few, seed))
     both = Samples.joined([kept, removed])
-    competent, student = copy.deepcopy(model).eval(), copy.deepcopy(model).train()
-    incompetent = copy.deepcopy(model).eval()
+    competent, student = trained_copy(model, training=False), trained_copy(model, training=True)
+    incompetent = trained_copy(model, training=False)
     steps = adam(student, learning_rate, weight_decay)
     rng = np.random.default_rng(seed)
     with seeded(seed), torch.enable_grad():
@@ -348,7 +350,7 @@ def bad_teacher(
                     )
                 is_removed = torch.from_numpy(numbers >= few).to(good.device)
                 target = torch.where(is_removed[:, None], bad, good)
-                take_step(steps, _kl(target, _softened(outputs_of(student, batch))))
+                take_step(steps, _kl(target, _softened(outputs_in_training(student, batch))))
     return finished(student, model)
 
 
@@ -359,7 +361,7 @@ def cf_k(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     layers: int = 1,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -395,7 +397,7 @@ def eu_k(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     layers: int = 1,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -416,7 +418,7 @@ def _last_layers(
     retain: Any,
     loss_fn: LossFunction,
     seed: int,
-    weight_decay: float,
+    weight_decay: Decay,
     layers: int,
     learning_rate: float,
     epochs: int,
@@ -426,7 +428,7 @@ def _last_layers(
     check_integer(layers, "layers", 1)
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
-    tuned = copy.deepcopy(model).eval()
+    tuned = trained_copy(model, training=False)
     trainable(tuned)  # at least one parameter is
     own = [
         (module, found)
@@ -444,9 +446,7 @@ def _last_layers(
                 start_again(module)
         for parameter in frozen:
             parameter.requires_grad_(False)
-        steps = torch.optim.SGD(
-            list(last.values()), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
-        )
+        steps = sgd(tuned, learning_rate, weight_decay)
         descend(tuned, steps, epochs_of(samples, epochs, batch_size, seed), loss_fn)
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -461,7 +461,7 @@ def l1_sparse(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     gamma: float = 5e-4,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -486,7 +486,7 @@ def l1_sparse(
     check_real(gamma, "gamma", 0)
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
-    tuned = copy.deepcopy(model).train()
+    tuned = trained_copy(model, training=True)
     weights = trainable(tuned)
     steps = sgd(tuned, learning_rate, weight_decay)
     total = epochs * max(1, len(samples) // batch_size)

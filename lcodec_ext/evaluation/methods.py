@@ -8,7 +8,6 @@ A new baseline is a function and an entry in `BASELINES`. `LITERATURE` has the m
 literature.py.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -19,7 +18,16 @@ from torch import nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real
 from lcodec_ext._files import json_ready
-from lcodec_ext._torch.loss import LossFunction, is_much_worse, mean_loss, objective, trainable
+from lcodec_ext._torch.copies import copy_of
+from lcodec_ext._torch.decay import Decay, groups_of, penalty
+from lcodec_ext._torch.loss import (
+    LossFunction,
+    is_much_worse,
+    mean_loss,
+    named_trainable,
+    objective,
+    trainable,
+)
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic, seeded
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.evaluation.literature import (
@@ -42,6 +50,7 @@ from lcodec_ext.evaluation.training import (
     finished,
     sgd,
     take_step,
+    trained_copy,
 )
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
@@ -79,7 +88,7 @@ def fine_tune(
     seed: int = 0,
     *,
     optimizer: Literal["sgd", "adam"] = "sgd",
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     learning_rate: float | None = None,
     epochs: int = 5,
     batch_size: int = 128,
@@ -98,7 +107,8 @@ def fine_tune(
         Of the order of the samples, and of dropout.
     optimizer : {"sgd", "adam"}, default "sgd"
         SGD has momentum 0.9.
-    weight_decay : float, default 0.0
+    weight_decay : float or mapping of str to float, default 0.0
+        A mapping has it by parameter name, 0 for the others.
     learning_rate : float, optional
         By default 0.01 (SGD) or 0.001 (Adam), usual ones for the end of a training.
     epochs : int, default 5
@@ -111,7 +121,7 @@ def fine_tune(
         learning_rate = 0.01 if optimizer == "sgd" else 0.001
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     samples = as_samples(retain, "retain", *place(model))
-    tuned = copy.deepcopy(model).train()
+    tuned = trained_copy(model, training=True)
     steps = (sgd if optimizer == "sgd" else adam)(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
         descend(tuned, steps, epochs_of(samples, epochs, batch_size, seed), loss_fn)
@@ -126,7 +136,7 @@ def gradient_ascent(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     learning_rate: float = 0.01,
     epochs: int = 20,
     batch_size: int = 128,
@@ -152,9 +162,10 @@ def gradient_ascent(
     removed, retained = both_sets(model, forget, retain)
     guard = retained.subset(random_samples(len(retained), min(_GUARD, len(retained)), seed))
     guard = guard.loaded()
-    climber = copy.deepcopy(model)
+    climber = copy_of(model)
     weights = trainable(climber)
-    steps = torch.optim.SGD(weights, lr=learning_rate, weight_decay=weight_decay, maximize=True)
+    groups = groups_of(weight_decay, named_trainable(climber))
+    steps = torch.optim.SGD(groups, lr=learning_rate, maximize=True)
     with evaluating(climber):
         start = mean_loss(climber, guard, loss_fn, batch_size)
         for batch in epochs_of(removed, epochs, batch_size, seed):
@@ -176,7 +187,7 @@ def neg_grad_plus(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     retain_weight: float = 0.95,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -207,7 +218,7 @@ def neg_grad_plus(
         raise ValueError(f"retain_weight must be between 0 and 1; got {retain_weight}")
     check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
     removed, retained = both_sets(model, forget, retain)
-    tuned = copy.deepcopy(model).train()
+    tuned = trained_copy(model, training=True)
     steps = sgd(tuned, learning_rate, weight_decay)
     per_epoch = max(1, len(retained) // batch_size)
     rounds = -(-epochs * per_epoch // max(1, len(removed) // batch_size))
@@ -227,7 +238,7 @@ def lbfgs(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     iterations: int = 20,
     n_samples: int | None = None,
     batch_size: int = 256,
@@ -254,7 +265,7 @@ def lbfgs(
     samples = as_samples(retain, "retain", *place(model))
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < len(samples):
         samples = samples.subset(random_samples(len(samples), n_samples, seed)).loaded()
-    tuned = copy.deepcopy(model)
+    tuned = copy_of(model)
     weights = trainable(tuned)
     steps = torch.optim.LBFGS(
         weights,
@@ -269,8 +280,7 @@ def lbfgs(
         loss, gradient = objective(tuned, samples, loss_fn, weight_decay, batch_size)
         for weight, each in zip(weights, gradient, strict=True):
             weight.grad = each.to(weight.dtype)
-            loss += weight_decay / 2 * float(weight.detach().double().square().sum())
-        return loss
+        return loss + penalty(weight_decay, named_trainable(tuned))
 
     with evaluating(tuned), torch.enable_grad():
         if iterations:
@@ -429,7 +439,7 @@ def carry_out(
             elif isinstance(method, Mapping):
                 made = unlearn(model, forget, retain, loss_fn, **_given(defaults, method))
             else:
-                made = method(copy.deepcopy(model), forget, retain, loss_fn, seed)
+                made = method(copy_of(model), forget, retain, loss_fn, seed)
         seconds = clock(model) - begin
     if isinstance(made, UnlearnResult):
         if seconds is None:

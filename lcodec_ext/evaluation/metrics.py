@@ -12,7 +12,6 @@ targets 0 and 1.
 metric is a function and an entry there.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
+from lcodec_ext._torch.copies import copy_of
+from lcodec_ext._torch.decay import Decay, decay_of
 from lcodec_ext._torch.loss import LossFunction, euclidean_norm, objective, trainable
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
 from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, predict
@@ -200,7 +201,7 @@ def gradient_norm(
     data: Any,
     loss_fn: LossFunction,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: Any = 0.0,
     batch_size: int = 256,
 ) -> float:
     """Euclidean norm of the gradient of the objective on all the data.
@@ -215,8 +216,8 @@ def gradient_norm(
     data : tuple of tensors, dict of tensors, Dataset or DataLoader
         The retained samples.
     loss_fn : callable
-    weight_decay : float, default 0.0
-        As `torch.optim.SGD` means it.
+    weight_decay : float, Optimizer or mapping of str to float, default 0.0
+        As `torch.optim.SGD` means it; of an optimizer by its groups, of a mapping by names.
     batch_size : int, default 256
         Bounds the memory and changes nothing else.
 
@@ -225,11 +226,11 @@ def gradient_norm(
     Backward passes are in the model's dtype, sums in float64. In float32 rounding leaves about
     1e-7 times the size of the terms.
     """
-    check_real(weight_decay, "weight_decay", 0)
+    decay = decay_of(weight_decay, model)
     check_integer(batch_size, "batch_size", 1)
     samples = _samples(model, data, "data")
     with evaluating(model), plain_arithmetic(), torch.enable_grad():
-        _, gradient = objective(model, samples, loss_fn, weight_decay, batch_size)
+        _, gradient = objective(model, samples, loss_fn, decay, batch_size)
     return euclidean_norm(gradient)
 
 
@@ -551,7 +552,8 @@ def relearn_time(
     check_integer(batch_size, "batch_size", 1)
     with plain_arithmetic(), torch.enable_grad():
         samples = _samples(model, forget, "forget").loaded()
-        learner = copy.deepcopy(model).eval()
+        learner = copy_of(model)
+        learner.eval()
         weights = trainable(learner)
         optimizer = torch.optim.Adam(weights, lr=learning_rate)
         steps, begin = 0, clock(model)
@@ -582,7 +584,7 @@ class Sets:
     test: Samples
     loss_fn: LossFunction
     score: Score | None
-    weight_decay: float
+    weight_decay: Decay
     batch_size: int
     seed: int
 

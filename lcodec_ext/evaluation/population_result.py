@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcodec_ext._checks import check_bool
+from lcodec_ext._checks import check_bool, counted
 from lcodec_ext._files import json_ready
 from lcodec_ext.evaluation.methods import find_method
 from lcodec_ext.evaluation.metrics import Number
@@ -157,8 +157,9 @@ class PopulationEvaluation:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             [
-                f"Population of {self.n_models} models: {self.n_forget} samples removed; measured "
-                f"on them, on {self.n_retain} retained and {self.n_test} test samples",
+                f"Population of {self.n_models} models: {counted(self.n_forget, 'sample')} "
+                f"removed; measured on them, on {self.n_retain} retained and {self.n_test} test "
+                "samples",
                 *(
                     "  ".join(
                         [

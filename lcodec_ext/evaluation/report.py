@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lcodec_ext._build import __version__
-from lcodec_ext._checks import check_bool, first_few
+from lcodec_ext._checks import check_bool, counted, first_few
 from lcodec_ext._files import json_ready, write_all_atomically
-from lcodec_ext.evaluation.evaluate import method_rows
+from lcodec_ext.evaluation.evaluate import FOR_A_GAP, few_retrained, method_rows
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED
 from lcodec_ext.evaluation.records import (
     CombinedMethod,
@@ -61,22 +61,40 @@ _HASHES = """\
 A *SHA-256* is a fingerprint: data that differ in a single bit have another one. The *ledger* is a
 file in which every request has a line, sealed by the hash of the line before. Its *head* is the
 hash of the last line."""
-_YARDSTICK = """\
-The yardstick is {n} trained from scratch without the deleted samples. *Loss* is what training
-makes small: a model that remembers a sample has a low loss on it. *Test* samples were never used.
+_YARDSTICK = {  # by the columns of the table that a sentence is about; "" for all tables
+    "retrained": """\
+The yardstick is {n} trained from scratch without the deleted samples.""",
+    "": """\
+*Loss* is what training makes small: a model that remembers a sample has a low loss on it. *Test*
+samples were never used.""",
+    "JS": """\
 *JS* is the Jensen-Shannon distance, from 0 (same) to 1, of the outputs on the deleted samples to
-those of retrained models; these have it to each other. *Closed* is the share of the gap to them: 0%
-is the model before, 100% a retrained one, and negative leads away. *Attack* tells deleted samples
-from unseen ones by their losses: AUC is the chance that of two such samples the deleted one has the
-lower loss, "at 1%" how many it finds while it accuses 1% of the unseen ones. Compare both with
-retraining. ± is a standard deviation. An evaluation measures what it looks at: it is evidence, not
-a guarantee."""
-_COMPARED = """\
-"no-op" is the model before, "retrained" what a deletion should reach, and "floor" what retrained
-models differ by among themselves. *Closed* is the share of a gap beyond the floor: 0% is the model
-before, 100% a retrained one. ± is a standard deviation, over evaluations or, of "retrained" in a
-single one, over models; - was not measured. methods.csv has all numbers. It is evidence, not a
-guarantee."""
+those of retrained models; these have it to each other.""",
+    "closed": """\
+*Closed* is the share of the gap to them: 0% is the model before, 100% a retrained one, and negative
+leads away.""",
+    "attack": """\
+*Attack* tells deleted samples from unseen ones by their losses: AUC is the chance that of two such
+samples the deleted one has the lower loss, "at 1%" how many it finds while it accuses 1% of the
+unseen ones.""",
+    "attack retrained": "Compare both with retraining.",
+    "±": "± is a standard deviation.",
+    "evidence": """\
+An evaluation measures what it looks at: it is evidence, not
+a guarantee.""",
+}
+_COMPARED = {
+    "": '"no-op" is the model before.',
+    "retrained": '"retrained" is what a deletion should reach.',
+    "floor": '"floor" is what retrained models differ by among themselves.',
+    "closed": """\
+*Closed* is the share of a gap beyond the floor: 0% is the model before, 100% a retrained one.""",
+    "±": """\
+± is a standard deviation, over evaluations or, of "retrained" in a single one, over models.""",
+    "evidence": """\
+- was not measured, or there is no gap. methods.csv has all numbers. It is evidence, not a
+guarantee.""",
+}
 _STRENGTH = """\
 How far the weights must move depends on the network, so it was found by trial. *Control groups*
 ({n} of {size} retained samples, {whose}) were deleted by the same step, measured, and put back. The
@@ -101,6 +119,8 @@ _STOPPED = {
     "validation": "The search ended before, where validation samples began to lose more.",
     "retained": "The search ended before, where retained samples began to lose more.",
     "accuracy": "The search ended before, where fewer validation samples were told right.",
+    "request": "The search ended before, where the deleted samples began to lose far more than "
+    "groups did.",
     "residual": "The search ended before, where the equations of the step could not be solved.",
     "curvature": "The search ended before, where the curvature allowed no stronger step.",
     "range": "The strongest step of the range did not get there.",
@@ -341,10 +361,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h"
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
 def _change(pair: Sequence[Any]) -> str:
     before, after = map(as_number, pair)
     return "-" if before is None and after is None else f"{_number(before)} → {_number(after)}"
@@ -390,7 +406,7 @@ def _facts(requests: ReportLedger, measured: bool) -> dict[str, str]:
     total = "" if last.n_retained is None else f" of {last.n_retained + last.n_removed:,}"
     were = "was" if last.n_removed == 1 else "were"
     done = f"{last.n_removed:,}{total} training samples {were} deleted, by "
-    done += _count(sum(request.kind == "remove" for request in path), "request")
+    done += counted(sum(request.kind == "remove" for request in path), "request")
     if waiting:
         done += f". {len(waiting):,} that were asked for, too, REMAIN in the model"
     if last.n_removed:
@@ -412,10 +428,10 @@ def _facts(requests: ReportLedger, measured: bool) -> dict[str, str]:
         "Groups": first_few([group for r in asked for group in r.groups], 10),
         "Samples": f"numbers {first_few(ids, 10)}" if ids else "none",
         "Still in the model": first_few(list(map(str, waiting)), 10),
-        "Rolled back": f"{_count(back, 'time')}; what only those requests deleted is back"
+        "Rolled back": f"{counted(back, 'time')}; what only those requests deleted is back"
         * (back > 0),
         "When": " to ".join(dict.fromkeys([*times[:1], *times[-1:]])) or "not recorded",
-        "Time taken": f"{_duration(sum(spent))} for {_count(len(spent), 'request')}"
+        "Time taken": f"{_duration(sum(spent))} for {counted(len(spent), 'request')}"
         if spent
         else "",
         "Model before": f"weights with SHA-256 {requests[0].weights or 'not recorded'}",
@@ -435,7 +451,7 @@ def _on_privacy(releases: Sequence[ReportEntry], measured: bool) -> dict[str, st
     """What is guaranteed; the first sentence of it is a part of the summary's first line."""
     guarantees = [request.guarantee for request in releases]
     others = [one for one in guarantees if one.get("kind") != "certified"]
-    n = _count(len(releases), "release")
+    n = counted(len(releases), "release")
     if releases and not others:
         found = {"Guarantee": f"{_CERTIFIED}. This holds for {n}"}
     else:
@@ -465,11 +481,11 @@ def _on_evaluations(
     delivered: str | None,
 ) -> list[str]:
     counts = {
-        f"{one.get('n_forget')} samples deleted, {one.get('n_retain')} retained, "
-        f"{one.get('n_retrained')} retrained models"
+        f"{counted(one.get('n_forget') or 0, 'sample')} deleted, {one.get('n_retain')} retained, "
+        f"{counted(one.get('n_retrained') or 0, 'retrained model')}"
         for one in evaluations
     }
-    n = _count(len(evaluations), "evaluation")
+    n = counted(len(evaluations), "evaluation")
     lines = [f"Measured: {first_few(sorted(counts), 3, '; ')}; {n}"] if evaluations else []
     losses = {method.name: method.metrics.get("loss_forget") for method in methods}
     own, aim = losses.get(delivered or ""), losses.get(RETRAINED)
@@ -482,12 +498,12 @@ def _on_evaluations(
         lines.append(
             f"Mean loss on the deleted samples: {_cell(losses.get(NO_OP), _number)} before, "
             f"{_cell(aim, _number)} after a training without them, {_cell(own, _number)} in the "
-            f"delivered model, {ratio:.2g} times that. {verdict}"
+            f"delivered model{f', {ratio:.2g} times that' * (f'{ratio:.2g}' != '1')}. {verdict}"
         )
     for method in methods:
         lines += [f"FAILED: {method.name}: {error}" for error in method.errors]
         if method.n_skipped:
-            often = f"{method.n_skipped} of {_count(method.n_evaluations, 'evaluation')}"
+            often = f"{method.n_skipped} of {counted(method.n_evaluations, 'evaluation')}"
             lines.append(
                 f"SKIPPED: {method.name}, in {often}: the guard took its step back, and the "
                 "samples are still in the model"
@@ -552,7 +568,8 @@ def _near_part(
         every = [str(one[-1].n_removed) for one in ledgers] or part
         how += f". It was measured on {', '.join(part)} of the {', '.join(every)} deleted samples"
         parts.append(f'The delivered model is "{_escape(delivered)}" of the evaluation: {how}.')
-        parts += [_table(["", *mine], lines), _YARDSTICK.format(n=_count(n, "model"))]
+        told = _told(_YARDSTICK, lines, [*mine]).format(n=counted(n, "model"))
+        parts += [_table(["", *mine], lines), told, *_few(evaluations)]
     elif ledgers:
         what = "no model of the evaluation has its weights" if evaluations else "give an evaluation"
         parts.append(f"This was not measured for the delivered model: {what}.")
@@ -564,8 +581,24 @@ def _near_part(
             marks[delivered] += " (delivered)"
         lines = [(_escape(name) + marks.get(name, ""), *row) for name, row in rows.items()]
         parts.append("## Other methods, for comparison" if delivered else "## Methods")
-        parts += [_table(["method", *head], lines), _COMPARED]
+        told = _told(_COMPARED, [["method", *head], *lines], [*rows])
+        parts += [_table(["method", *head], lines), told]
+        parts += _few(evaluations) if delivered is None else []
     return parts
+
+
+def _told(sentences: Mapping[str, str], table: Sequence[Sequence[str]], names: list[str]) -> str:
+    """The sentences about what a table has."""
+    cells = " ".join(cell for line in table for cell in line) + " " + " ".join(names) + " evidence"
+    return " ".join(
+        text for words, text in sentences.items() if all(word in cells for word in words.split())
+    )
+
+
+def _few(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What too few retrained models leave open."""
+    counts = {one.get("n_retrained") for one in evaluations}
+    return [few_retrained(n) for n in range(FOR_A_GAP) if n in counts]
 
 
 def _measured(

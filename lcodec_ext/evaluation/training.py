@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from lcodec_ext._checks import check_integer, check_real, check_seed
+from lcodec_ext._checks import check_integer, check_real, check_seed, counted
 from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
-from lcodec_ext._torch.loss import LossFunction, trainable
+from lcodec_ext._torch.copies import copy_of
+from lcodec_ext._torch.decay import Decay, check_decay, groups_of
+from lcodec_ext._torch.loss import LossFunction, named_trainable
 from lcodec_ext._torch.modes import place
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_in_training
 
 
 def count(data: Any, name: str = "data") -> int:
@@ -45,7 +47,7 @@ def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
     if not found or len(set(found)) < len(found) or len(found) == n:
         raise ValueError(
             f"{name} must be different numbers of some of the {n} samples, at least one and not "
-            f"all; got {len(found)} numbers, {len(set(found))} different ones"
+            f"all; got {counted(len(found), 'number')}, {len(set(found))} different"
         )
     return found
 
@@ -63,14 +65,14 @@ def check_part(value: float, name: str) -> None:
 
 
 def check_budget(
-    seed: int, epochs: int, batch_size: int, weight_decay: float, learning_rate: float = 0.0
+    seed: int, epochs: int, batch_size: int, weight_decay: Decay, learning_rate: float = 0.0
 ) -> None:
     """Refuse what no baseline can do."""
     check_real(learning_rate, "learning_rate", 0)
     check_seed(seed, optional=False)
     check_integer(epochs, "epochs", 0)
     check_integer(batch_size, "batch_size", 1)
-    check_real(weight_decay, "weight_decay", 0)
+    check_decay(weight_decay)
 
 
 def epochs_of(
@@ -84,27 +86,30 @@ def epochs_of(
         yield from samples.batches(batch_size, order[: n // batch_size * batch_size or n])
 
 
-def sgd(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, learning_rate: float, weight_decay: Decay) -> torch.optim.Optimizer:
     """SGD with momentum 0.9."""
-    return torch.optim.SGD(
-        trainable(model), lr=learning_rate, momentum=0.9, weight_decay=weight_decay
-    )
+    groups = groups_of(weight_decay, named_trainable(model))
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
 
 
-def adam(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def adam(model: nn.Module, learning_rate: float, weight_decay: Decay) -> torch.optim.Optimizer:
     """Adam, with weight decay in the gradient."""
-    return torch.optim.Adam(trainable(model), lr=learning_rate, weight_decay=weight_decay)
+    return torch.optim.Adam(groups_of(weight_decay, named_trainable(model)), lr=learning_rate)
 
 
 def batch_loss(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> Tensor:
     """The loss of a batch."""
-    return loss_fn(outputs_of(model, batch), batch.targets)
+    return loss_fn(outputs_in_training(model, batch), batch.targets)
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step down a loss."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:  # of embeddings; not all optimizers take it
+                p.grad = p.grad.to_dense()
     optimizer.step()
 
 
@@ -117,6 +122,13 @@ def descend(
     """One step down the loss of each batch."""
     for batch in batches:
         take_step(optimizer, batch_loss(model, batch, loss_fn))
+
+
+def trained_copy(model: nn.Module, *, training: bool) -> nn.Module:
+    """A copy of a model in training or evaluation mode, to be trained."""
+    copied = copy_of(model)
+    copied.train(training)
+    return copied
 
 
 def finished(tuned: nn.Module, model: nn.Module) -> nn.Module:

@@ -34,6 +34,7 @@ RISE = 0.1  # of the validation loss, that a deletion may cause; and that any co
 _RESTORED = 0.5  # of what retained samples lose less than validation: what a finish gives back
 TAIL = 0.02  # of samples, whose losses count for no more than the least of them
 POINTS = 0.003  # of accuracy on validation samples, that a step may cost
+OWN = 3.0  # times what unseen samples lose more than trained ones: what the request may rise by
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
 STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
@@ -66,10 +67,11 @@ class Calibration:
         What a stronger step would have met: "control", the control groups reach the validation
         loss; "validation", the validation loss rises by more than 10%; "retained", the retained
         loss rises by more than a tenth of what it is below validation, or so much that a warning
-        would be due; "accuracy", fewer validation samples are told right; "residual", the solution
-        is worse than none; "curvature", the matrix is indefinite; "range", nothing. There was no
-        step where it is "outliers", for which a finish alone does, or "finish": on few retained
-        samples it did for these, too.
+        would be due; "accuracy", fewer validation samples are told right; "request", the removed
+        samples' own loss rises by more than three times what unseen samples lose more than trained
+        ones; "residual", the solution is worse than none; "curvature", the matrix is indefinite;
+        "range", nothing. There was no step where it is "outliers", for which a finish alone does,
+        or "finish": on few retained samples it did for these, too.
     cap : float
         The loss that 2% of the validation samples exceed. In `trained`, `control` and `unseen` no
         sample counts for more: a few would carry the means.
@@ -344,11 +346,12 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
         operator = operator_of(block, block.removal, 0.0)
         space = krylov_space(block, operator, directions, plan.steps, plan.at_once)
         some = [each for _, each in groups]
-        trial = _Trial(block, space, some, harm, restored)
+        own = Fetched(work, few(block.part.forget, rng, measured(settings)))
+        trial = _Trial(block, space, some, own, harm, restored)
         attack = _attack([each.losses() for each in some], harm.each())
         with progress_bar(work.progress, desc="strength", unit="trial") as trial.bar:
             chosen, reason = trial.search()
-        after, others, own = trial.losses(chosen, few(block.part.forget, rng, measured(settings)))
+        after, others, lost = trial.losses(chosen)
         mean, spread = trial.level(chosen.control)
         level = max(trial.target, *chosen.control)
         found = Calibration(
@@ -368,7 +371,7 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
             retained_after=chosen.retained,
             attack_before=attack,
             attack_after=_attack(after, others),
-            outliers=reason in ("validation", "retained") and own > OUTLIERS * level,
+            outliers=reason in ("validation", "retained") and lost > OUTLIERS * level,
             unlike=math.nan,
             finish=0,
             finish_by="",
@@ -522,10 +525,12 @@ class _Trial:
         block: Block,
         space: Krylov,
         groups: Sequence[Fetched],
+        own: Fetched,
         harm: Harm,
         restored: bool,
     ) -> None:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
+        self.own, self.own_before = own, own.loss()
         self.restored, self.tried = restored, 0
         self.bar = progress_bar(False)
         losses = [each.losses() for each in groups]
@@ -542,6 +547,11 @@ class _Trial:
             [new - old for new, old in zip(control, self.before, strict=True)]
         )
         return self.trained + mean, error
+
+    @property
+    def _most_of_own(self) -> float:
+        """What the request may lose; where its samples are hard they move further than others."""
+        return self.own_before + OWN * (self.target - self.trained)
 
     def search(self) -> tuple[_Tried, str]:
         """The least damping that passes, and why less does not: by tens, then bisected."""
@@ -622,6 +632,8 @@ class _Trial:
         objection = harm.broken(validation, retained, restored=self.restored)
         if not objection and not self.restored and harm.costs_accuracy():
             objection = "accuracy"
+        if not objection and not self._at((damping, length, 0), self.own.loss) <= self._most_of_own:
+            objection = "request"
         if not objection and self.space.residuals(damping).max() > 1:
             objection = "residual"
         if not objection:
@@ -640,11 +652,11 @@ class _Trial:
         finally:
             self.block.put(self.block.start)
 
-    def losses(self, chosen: _Tried, forget: Samples) -> tuple[list[Tensor], Tensor, float]:
+    def losses(self, chosen: _Tried) -> tuple[list[Tensor], Tensor, float]:
         """Of control samples after their steps, of validation ones after the request's; its own."""
-        step, own = (chosen.damping, chosen.length), Fetched(self.block.work, forget)
+        step = chosen.damping, chosen.length
         control = [self._at((*step, k), each.losses) for k, each in enumerate(self.groups, 1)]
-        others, loss = self._at((*step, 0), lambda: (self.harm.each(), own.loss()))
+        others, loss = self._at((*step, 0), lambda: (self.harm.each(), self.own.loss()))
         return control, others, loss
 
 

@@ -1,7 +1,7 @@
 """Mini-batch descent: networks are trained as they were, for a short while."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ Losses = Iterable[Callable[[], Tensor] | None]  # of the batches; None where the
 def descend(
     work: Workplace,
     model: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     losses: Losses,
     *,
     total: int,
@@ -24,14 +24,14 @@ def descend(
     warm: float,
     seed: int,
     what: str,
-    masks: list[Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     """SGD with Nesterov momentum 0.9 and coupled weight decay, in training mode.
 
     The learning rate rises in the first part of total steps, warm as a share, and falls to 0 in a
-    cosine. Parameters move where the masks are one.
+    cosine. Parameters move where the masks are one, and none does that a loss does not use.
     """
-    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9, nesterov=True)
     devices = [work.device] if work.device.type == "cuda" else []
 
     def share(step: int) -> float:
@@ -40,14 +40,14 @@ def descend(
         return (1 + math.cos(math.pi * (step - warm * total) / (total - warm * total))) / 2
 
     def take(loss: Tensor) -> None:
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        decayed = torch._foreach_add(
-            gradients, [p.detach() for p in parameters], alpha=work.settings.weight_decay
-        )
-        if masks is not None:
-            torch._foreach_mul_(decayed, masks)
-        for p, g in zip(parameters, decayed, strict=True):
-            p.grad = g
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for p in parameters.values():
+            p.grad = None
+        for (k, p), g in zip(parameters.items(), found, strict=True):
+            if g is not None:
+                g = g.to_dense() if g.is_sparse else g  # of embeddings
+                decayed = _decayed(g, p.detach(), work.decay[k])
+                p.grad = decayed if masks is None else decayed.mul_(masks[k])
         optimizer.step()
 
     model.train()
@@ -65,15 +65,21 @@ def descend(
                 bar.update()
     finally:
         model.eval()
-        for p in parameters:
+        for p in parameters.values():
             p.grad = None
 
 
-def masks_of(block: Block) -> list[Tensor] | None:
+def _decayed(gradient: Tensor, p: Tensor, decay: float | Tensor) -> Tensor:
+    if isinstance(decay, Tensor):
+        return torch.addcmul(gradient, p, decay)
+    return torch.add(gradient, p, alpha=decay)
+
+
+def masks_of(block: Block) -> dict[str, Tensor] | None:
     """Ones at the selected coordinates of each parameter; None if all are selected."""
     parameters = block.layout.parameters
     if block.layout.size == sum(block.work.parameters[k].numel() for k in parameters):
         return None
     masks = {k: torch.zeros_like(p) for k, p in parameters.items()}
     block.layout.scatter_(masks, torch.ones_like(block.start))
-    return list(masks.values())
+    return masks

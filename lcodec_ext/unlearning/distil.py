@@ -1,6 +1,5 @@
 """Mini-batches of the retained samples, with the outputs of the removed ones led by a teacher."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._torch.batches import Batch, part_of, tensors_of
+from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.loss import NotFiniteError, finite_loss, is_much_worse, known_loss, mean_loss
 from lcodec_ext._torch.modes import evaluating, seeded
 from lcodec_ext._torch.predict import predict
-from lcodec_ext._torch.samples import Samples, outputs_of
+from lcodec_ext._torch.samples import NotTrainedError as NotTrainedError
+from lcodec_ext._torch.samples import Samples, outputs_in_training, outputs_of
 from lcodec_ext.unlearning.descent import Losses, descend, masks_of
 from lcodec_ext.unlearning.repair import recalibrate
 from lcodec_ext.unlearning.step import Block
@@ -55,10 +56,6 @@ FOLLOW = Pass(epochs=1.25, rate=0.03, warm=0.1, least=150, stream=9)  # the copy
 HOLD = Pass(epochs=0.5, rate=0.01, warm=0.1, least=75, stream=10)  # what a step left
 
 
-class NotTrainedError(ValueError):
-    """Mini-batches do not train this model, or its outputs cannot be led."""
-
-
 def trained_copy(block: Block, validation: Samples) -> nn.Module:
     """A copy with half of the weights and some noise, trained on the retained samples for a while.
 
@@ -68,13 +65,13 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
     """
     work, retained = block.work, block.retained.all
     before = work.mean_loss(validation)
-    model = copy.deepcopy(work.model)
+    model = copy_of(work.model)
     rng = np.random.default_rng([work.settings.seed, COPY.stream])
     _shrink_and_perturb(model, int(rng.integers(2**63)))
     total = COPY.batches(len(retained))
 
     def loss_of(batch: Batch) -> Tensor:
-        return finite_loss(work.loss_fn, outputs_of(model, batch), batch.targets, "retain")
+        return finite_loss(work.loss_fn, outputs_in_training(model, batch), batch, "retain")
 
     def losses() -> Losses:
         for numbers in _draws(len(retained), BATCH, total, rng):
@@ -84,7 +81,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
         descend(
             work,
             model,
-            [p for p in model.parameters() if p.requires_grad],
+            {k: p for k, p in model.named_parameters() if p.requires_grad},
             losses(),
             total=total,
             rate=COPY.rate,
@@ -105,7 +102,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
 
 def _shrink_and_perturb(model: nn.Module, seed: int) -> None:
     owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
-    fresh = copy.deepcopy(model)
+    fresh = copy_of(model)
     with seeded(seed), torch.no_grad():
         if all(callable(getattr(owner, "reset_parameters", None)) for owner in owners):
             for module in fresh.modules():
@@ -156,7 +153,7 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
 
     def loss_of(kept: Batch, removed: Batch, targets: Tensor) -> Tensor:
         outputs, led = _both(work.model, kept, removed)
-        loss = finite_loss(work.loss_fn, outputs, kept.targets, "retain")
+        loss = finite_loss(work.loss_fn, outputs, kept, "retain")
         return loss + _LED * _apart(block, led, targets)
 
     def losses() -> Losses:
@@ -167,7 +164,7 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
     descend(
         work,
         work.model,
-        [work.parameters[k] for k in block.layout.parameters],
+        {k: work.parameters[k] for k in block.layout.parameters},
         losses(),
         total=total,
         rate=how.rate,
@@ -196,8 +193,8 @@ def _both(model: nn.Module, kept: Batch, removed: Batch) -> tuple[Tensor, Tensor
         [t.shape[1:] for t in tensors_of((b.args, b.kwargs, b.targets))] for b in (kept, removed)
     ]
     if shapes[0] != shapes[1]:
-        return outputs_of(model, kept), outputs_of(model, removed)
-    outputs = outputs_of(model, Batch.joined([kept, removed]))
+        return outputs_in_training(model, kept), outputs_in_training(model, removed)
+    outputs = outputs_in_training(model, Batch.joined([kept, removed]))
     n = kept.size + removed.size
     first, second = slice(kept.size), slice(kept.size, n)
     return part_of(outputs, n, first), part_of(outputs, n, second)

@@ -226,6 +226,7 @@ _REASONS = {
     "validation": _STOPPED + "the loss of validation samples, which would rise by more than 10%",
     "retained": _STOPPED + "the loss of retained samples, which would rise too much",
     "accuracy": _STOPPED + "accuracy on validation samples, which would fall",
+    "request": _STOPPED + "the removed samples' own loss, which would rise by three times the gap",
     "residual": _STOPPED + "its system, which max_iterations do not solve",
     "curvature": _STOPPED + "the curvature, which is indefinite",
     "range": "Without damping the step goes no further. More max_iterations may, or the "

@@ -16,6 +16,7 @@ from lcodec_ext._checks import check_bool
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_line
 from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
@@ -196,7 +197,7 @@ def estimate(
         warnings.simplefilter("ignore")  # `unlearn` gives them
         settings, _ = resolve(
             preset,
-            options,
+            with_decay(options, model),
             retained=retain is not None,
             validation=validation is not None,
             statistics=statistics is not None,

@@ -133,6 +133,7 @@ def _lbfgs(block: Block, harm: Harm, least: float) -> int:
     retained = _kept(_some(block), work.settings.batch_size)
     parameters = {k: work.parameters[k] for k in block.layout.parameters}
     theta = block.now().requires_grad_()
+    decay = block.decay()
     optimizer = torch.optim.LBFGS(
         [theta],
         max_iter=1,
@@ -154,10 +155,9 @@ def _lbfgs(block: Block, harm: Harm, least: float) -> int:
                 work.loss_fn,
                 parameters,
                 work.settings.batch_size,
-                weight_decay=work.settings.weight_decay,
+                weight_decay=work.decay,
             )
-            square = float(here.double().square().sum())
-            loss += work.settings.weight_decay / 2 * square
+            loss += float((decay.double() * here.double().square()).sum()) / 2
             known[:] = [(here.clone(), loss, block.layout.gather(gradient))]
         theta.grad = known[-1][2].clone()
         return known[-1][1]

@@ -9,7 +9,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_bool
+from lcodec_ext._checks import check_bool, counted
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext._torch.tensor_files import read_tensors, write_tensors
@@ -104,7 +104,8 @@ class WeightPatch:
 
     def __repr__(self) -> str:
         return (
-            f"WeightPatch({self.n_changed:,} entries of {len(self.tensors)} tensors, "
+            f"WeightPatch({counted(self.n_changed, 'entry', 'entries')} of "
+            f"{counted(len(self.tensors), 'tensor')}, "
             f"{self.nbytes:,} bytes, {self.before[:8]} -> {self.after[:8]})"
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lcodec_ext._torch.decay import least_decay
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.request import Request
@@ -41,12 +42,16 @@ def guarantee_of(
         If the settings ask for a certificate and there is none.
     """
     options = {name: getattr(settings, name) for name in _OPTIONS}
+    decay = settings.weight_decay
+    options["weight_decay"] = least_decay(decay)
     if settings.update == "certified":  # a Newton step, whose conditions are then demanded
         options["update"] = "newton"
     guarantee = removal_guarantee(
         model, **options | {"damping": damping, "order": order} | measured
     )
     reasons = guarantee.reasons
+    if isinstance(decay, dict):
+        reasons = (*reasons, "weight_decay: the theorem is of one number for all parameters")
     if settings.max_drop is not None:
         reasons = (*reasons, GUARDED)
     if settings.lengthen is not None:

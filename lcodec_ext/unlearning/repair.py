@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import finite_loss
-from lcodec_ext._torch.samples import outputs_of
+from lcodec_ext._torch.samples import outputs_in_training, outputs_of
 from lcodec_ext.unlearning.descent import Losses, descend, masks_of
 from lcodec_ext.unlearning.step import Block
 
@@ -62,7 +62,7 @@ def repair(block: Block) -> None:
     seed = int(rng.integers(2**63))
 
     def loss_of(batch: Batch) -> Tensor:
-        return finite_loss(work.loss_fn, outputs_of(work.model, batch), batch.targets, "retain")
+        return finite_loss(work.loss_fn, outputs_in_training(work.model, batch), batch, "retain")
 
     def losses() -> Losses:
         for _ in range(settings.repair_epochs):
@@ -73,7 +73,7 @@ def repair(block: Block) -> None:
     descend(
         work,
         work.model,
-        [work.parameters[k] for k in block.layout.parameters],
+        {k: work.parameters[k] for k in block.layout.parameters},
         losses(),
         total=settings.repair_epochs * -(-n // size),
         rate=settings.repair_learning_rate,

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from lcodec_ext._checks import check_integer, check_seed
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
-from lcodec_ext._torch.loss import check_parts, scalar_loss
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.copies import check_followed
+from lcodec_ext._torch.loss import check_classes, check_parts, finite_loss, known_loss
+from lcodec_ext._torch.modes import undisturbed
+from lcodec_ext._torch.samples import (
+    SAMPLES_ARE,
+    NotTrainedError,
+    Samples,
+    as_samples,
+    outputs_in_training,
+    outputs_of,
+)
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -22,6 +31,7 @@ from lcodec_ext.unlearning.workplace import Workplace
 
 GUARD_SIZE = 1000  # retained samples on which harm is looked for
 _PROBE = 32  # samples on which model and loss are checked, of either set
+_LABELS = 4096  # samples whose labels are looked at together
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
 
 
@@ -193,6 +203,8 @@ def checked_request(
     )
     _check_roles(work.settings, kept, held, statistics)
     _probe(work, [samples for samples in (removed, kept, held) if samples is not None])
+    if kept is not None and work.settings.repair_epochs:
+        _check_repair(work, kept.fetch(slice(4)))
     if kept is not None and kept.in_memory:
         warn_of_overlap(removed, kept, stacklevel=4)  # behind unlearn and its decorator
     m = len(removed)
@@ -303,7 +315,9 @@ def _probe(work: Workplace, sets: list[Samples]) -> None:
                 f"{sets[0].name} have tensors of (dimensions, dtype) {known}, of "
                 f"{samples.name} {batch.kinds}"
             )
-        _check_loss(work, batch, _checked_outputs(work, batch, samples.name), samples.name)
+        outputs = _checked_outputs(work, batch, samples.name)
+        _check_loss(work, batch, outputs, samples.name)
+        _check_labels(work, samples, outputs)
 
 
 def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
@@ -311,9 +325,15 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
     try:
         with torch.no_grad():
             outputs = outputs_of(work.model, batch)
+            with torch.enable_grad():
+                followed = [*tensors_of(outputs_of(work.model, batch.part(slice(2))))]
             single = outputs_of(work.model, batch.part(slice(1)))
     except _FAILURES as error:
-        raise ValueError(f"the model fails on samples of {name}: {error}") from error
+        several = len(batch.args) > 1
+        why = f". It was called with {len(batch.args)} inputs. {SAMPLES_ARE}" if several else ""
+        raise ValueError(f"the model fails on samples of {name}: {error}{why}") from error
+    own = set(map(id, work.parameters.values()))
+    check_followed([t for t in followed if t.requires_grad], work.watched, "the model", own)
     tensors = list(tensors_of(outputs))
     if not tensors:
         raise ValueError(f"the model must return tensors; it returned {type(outputs).__name__}")
@@ -335,19 +355,32 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
     return outputs
 
 
+def _check_repair(work: Workplace, batch: Batch) -> None:
+    """Refuse a model that a repair could not train, before anything is done."""
+    try:
+        with undisturbed(work.model):
+            work.model.train()
+            outputs_in_training(work.model, batch)
+    except NotTrainedError as error:
+        raise ValueError(
+            f"a repair trains the model, and {error}. Or pass repair_epochs=0"
+        ) from error
+
+
 def _check_loss(work: Workplace, batch: Batch, outputs: Any, name: str) -> None:
     """Refuse a loss that fails, is not finite, or is not the mean over the samples."""
-    try:
-        loss = scalar_loss(work.loss_fn, outputs, batch.targets)
-    except _FAILURES as error:
-        raise ValueError(
-            f"loss_fn fails on the model's outputs for samples of {name} and their targets: {error}"
-        ) from error
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss of the {name} samples is NaN or infinite")
+    finite_loss(work.loss_fn, outputs, batch, name)
     check_parts(work.loss_fn, outputs, batch.targets, batch.size, 1)
     if work.settings.curvature in ("gauss_newton", "hessian"):
         _check_curvature(work, batch, outputs)
+
+
+def _check_labels(work: Workplace, samples: Samples, outputs: Any) -> None:
+    """Look at all labels of samples in memory: a late one would stop the deletion amid it."""
+    known = known_loss(work.loss_fn)
+    if known is not None and known.kind == "cross_entropy" and samples.in_memory:
+        for batch in samples.batches(_LABELS):
+            check_classes(work.loss_fn, outputs, batch, samples.name)
 
 
 def _check_curvature(work: Workplace, batch: Batch, outputs: Any) -> None:

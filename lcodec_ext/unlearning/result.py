@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lcodec_ext._checks import counted
 from lcodec_ext._files import json_ready
 from lcodec_ext.curvature import ParameterSelection, Selection, SolveResult
 from lcodec_ext.dependence import FociResult
@@ -181,7 +182,8 @@ class UnlearnResult:
             layers = [*layers[: _LAYERS - 1], f"{len(layers) - _LAYERS + 1} layers more"]
         lines = [
             f"UnlearnResult: {self.n_forget - len(self.skipped)} of "
-            f"{self.n_forget + self.n_retain} samples removed in {self.seconds['total']:.2f} s",
+            f"{counted(self.n_forget + self.n_retain, 'sample')} removed in "
+            f"{self.seconds['total']:.2f} s",
             (
                 f"  parameters    {self.n_parameters:,} of {self.n_trainable:,}, {method} "
                 f"({', '.join(layers)})"
@@ -196,8 +198,8 @@ class UnlearnResult:
         ]
         if s.max_drop is not None:
             lines.append(
-                f"  guard         {self.watched} {change(self.guard)}, {self.attempts} attempt"
-                + "s" * (self.attempts > 1)
+                f"  guard         {self.watched} {change(self.guard)}, "
+                + counted(self.attempts, "attempt")
                 + ", repaired" * self.repaired
             )
         if self.estimate is not None and self.settings.bounded:
@@ -208,14 +210,16 @@ class UnlearnResult:
             privacy = str(self.guarantee).replace("\n  ", "\n" + " " * 16)
             lines.append(f"  privacy       {privacy}")
         if self.skipped:
-            lines.append(f"  TAKEN BACK    {len(self.skipped)} samples, which need retraining")
+            need = "needs" if len(self.skipped) == 1 else "need"
+            samples = counted(len(self.skipped), "sample")
+            lines.append(f"  TAKEN BACK    {samples}, which {need} retraining")
         return "\n".join(lines)
 
     def _step(self) -> str:
         """How it was solved, in a few words."""
         parts = [f"damping {self.damping:g}", self.solve_method]
         if self.solve_iterations:
-            parts[1] += f" of {self.solve_iterations} iterations"
+            parts[1] += f" of {counted(self.solve_iterations, 'iteration')}"
         if self.curvature_plan:
             parts.insert(0, self.settings.curvature)
         if not math.isnan(self.solve_residual):

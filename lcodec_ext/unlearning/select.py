@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_integer, check_real
+from lcodec_ext._checks import check_integer, check_real, counted
 from lcodec_ext._torch.loss import Gradient
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import CONVOLUTIONS, TRANSPOSED, is_linear
@@ -472,6 +472,7 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
 
 def _nothing(recording: Recording, what: str) -> ValueError:
     return ValueError(
-        f"{what}: in {len(recording.losses)} rows the loss depends on no unit measurably. Pass "
-        "more n_perturbations, a larger noise_std or another perturb, or selection='full'"
+        f"{what}: in {counted(len(recording.losses), 'row')} the loss depends on no unit "
+        "measurably. Pass more n_perturbations, a larger noise_std or another perturb, or "
+        "selection='full'"
     )

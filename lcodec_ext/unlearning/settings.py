@@ -17,6 +17,7 @@ from lcodec_ext._checks import (
     check_real,
     check_seed,
 )
+from lcodec_ext._torch.decay import Decay, check_decay
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, selection_from_dict
 from lcodec_ext.unlearning.record import TokenReplacement
 from lcodec_ext.unlearning.rules import RULES
@@ -215,8 +216,9 @@ class StepSettings:
         The matrix; "secant" compares gradients along the step, or takes pairs of `statistics`.
     gradient : {"removal", "residual"}
         Follow the removed samples' gradient, or that of the retained objective.
-    weight_decay : float
-        lambda of the objective that was trained, (lambda / 2) |w|^2 over all trainable parameters.
+    weight_decay : float or dict of str to float
+        lambda of the objective that was trained, (lambda / 2) |w|^2 over all trainable parameters;
+        or one for each parameter by its name. `unlearn` and `Unlearner` also take the optimizer.
     damping : float
         Added to the diagonal of the curvature.
     output_damping : float
@@ -242,7 +244,7 @@ class StepSettings:
         "gauss_newton", CURVATURES
     )
     gradient: Literal["removal", "residual"] = _choice("removal", ("removal", "residual"))
-    weight_decay: float = _real(0.0)
+    weight_decay: Decay = field(default=0.0, metadata={"check": check_decay})
     damping: float = _real(1e-3)
     output_damping: float = _real(0.0)
     n_curvature: int | None = _integer(None, 1)

@@ -1,6 +1,5 @@
 """Curvature saved at training time: deletions then need no retained samples."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_choice, check_integer, check_real, first_few
+from lcodec_ext._checks import check_choice, check_integer, check_real, counted, first_few
 from lcodec_ext._files import file_to_read, write_atomically
+from lcodec_ext._torch.copies import work_copy
+from lcodec_ext._torch.decay import decay_of, vector_of
 from lcodec_ext._torch.loss import LossFunction, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
@@ -80,10 +81,12 @@ class TrainingStatistics:
     def __repr__(self) -> str:
         if self.matrix is not None:
             return (
-                f"TrainingStatistics({self.kind} of {self.n} samples, "
-                f"{len(self.matrix):,} parameters)"
+                f"TrainingStatistics({self.kind} of {counted(self.n, 'sample')}, "
+                f"{counted(len(self.matrix), 'parameter')})"
             )
-        return f"TrainingStatistics({self.n} samples, {len(self.steps)} pairs)"
+        return (
+            f"TrainingStatistics({counted(self.n, 'sample')}, {counted(len(self.steps), 'pair')})"
+        )
 
     @classmethod
     @twice_differentiable()
@@ -188,7 +191,7 @@ class TrainingStatistics:
 
         For `from_epochs`, at the end of an epoch. In evaluation mode, as deletions are.
         """
-        work = copy.deepcopy(model).to(working_dtype(model)).eval()
+        work = work_copy(model, working_dtype(model))
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         samples = _samples(work, train, "train", None)
         return (
@@ -207,7 +210,7 @@ class TrainingStatistics:
 
     def _placed(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """A copy of a model with the weights that the statistics are of."""
-        placed = copy.deepcopy(model).to(dtype).eval()
+        placed = work_copy(model, dtype)
         weights = self.weights or {}
         with torch.no_grad():
             for name, tensor in _named(placed):
@@ -230,7 +233,7 @@ class TrainingStatistics:
         selection: Selection,
         *,
         damping: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         batch_size: int = _BATCH,
         dtype: torch.dtype | None = None,
     ) -> CurvatureOperator:
@@ -246,11 +249,14 @@ class TrainingStatistics:
             Part of the statistics' own.
         """
         check_real(damping, "damping", 0)
-        check_real(weight_decay, "weight_decay", 0)
+        weight_decay = decay_of(weight_decay, model)
         samples = _samples(model, forget, "forget", dtype)
         n, m, left = self.n, len(samples), self.n_left(len(samples))
         device, dtype = samples.device, samples.dtype
         layout = selection.layout(model)
+        decay = vector_of(weight_decay, layout, layout.parameters)
+        uniform = weight_decay if decay is None else 0.0
+        decay = decay if decay is None else decay.to(dtype)
         if self.matrix is not None:
             index = self._coordinates(model, layout, selection)
             whole = self.matrix.to(device, dtype)[index][:, index]
@@ -262,16 +268,20 @@ class TrainingStatistics:
                 dtype=dtype,
             ).to_dense()
             matrix = (n * whole - m * removed) / left
-            return MatrixOperator(matrix, damping + weight_decay, "saved at training time")
+            made = MatrixOperator(matrix, damping + uniform, "saved at training time")
+            made.decay = decay
+            return made
         steps, changes = self._retained_pairs(model, loss_fn, samples, batch_size)
         S, Y = (torch.stack([layout.gather(one) for one in pairs], 1) for pairs in (steps, changes))
         whole_S, whole_Y = (
             torch.stack([torch.cat([t.flatten() for t in one.values()]) for one in pairs], 1)
             for pairs in (steps, changes)
         )
-        return SecantOperator.from_pairs(
-            S, Y, inner=whole_S.T @ whole_Y, damping=damping, weight_decay=weight_decay
+        pairs = SecantOperator.from_pairs(
+            S, Y, inner=whole_S.T @ whole_Y, damping=damping, weight_decay=uniform
         )
+        pairs.decay = decay
+        return pairs
 
     def n_left(self, m: int) -> int:
         """The number of samples without m of them, at least one."""

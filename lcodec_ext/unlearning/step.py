@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.decay import decay_text, least_decay
 from lcodec_ext._torch.loss import Gradient, LossFunction, NotFiniteError
 from lcodec_ext.curvature import (
     ConvergenceWarning,
@@ -75,7 +76,17 @@ class Block:
         """Set parameters and buffers."""
         self.put(theta)
         for name, buffer in self.work.model.named_buffers():
-            buffer.copy_(buffers[name])
+            if buffer.shape == buffers[name].shape:
+                buffer.copy_(buffers[name])
+            else:  # an observer's that has seen its first data
+                buffer.data = buffers[name].clone()
+
+    def decay(self) -> Tensor:
+        """The weight decay of each coordinate."""
+        work, each = self.work, self.work.decay
+        return self.layout.gather(
+            {k: torch.ones_like(p) * each[k] for k, p in work.parameters.items()}
+        )
 
     def retained_gradient(self) -> Tensor:
         """The retained objective's gradient, on the samples that steps read."""
@@ -256,7 +267,7 @@ def _solve(
 ) -> SolveResult:
     """Solve for the step; refuse, with advice, a matrix that is not positive definite."""
     settings = work.settings
-    shift = damping + settings.weight_decay
+    shift = damping + least_decay(settings.weight_decay)
     rayleigh, least = math.nan, None
     limited = settings.max_iterations is not None
     try:
@@ -307,7 +318,7 @@ def _indefinite(
             advice = f"a loss that is convex in the outputs, curvature='fisher' or {advice}"
     return IndefiniteCurvatureError(
         f"the {curvature} matrix of the retained objective is {state} on the {len(gradient):,} "
-        f"selected parameters: {found}, with weight_decay={settings.weight_decay:g} and "
+        f"selected parameters: {found}, with weight_decay={decay_text(settings.weight_decay)} and "
         f"damping={damping:g} included. Use {advice}",
         rayleigh,
         least,

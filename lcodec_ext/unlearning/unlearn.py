@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.loss import LossFunction, euclidean_norm, trainable
+from lcodec_ext._torch.decay import with_decay
+from lcodec_ext._torch.loss import LossFunction, euclidean_norm, wide
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import Selection, UnitSelection
@@ -16,6 +17,7 @@ from lcodec_ext.unlearning.deletion import Deletion, delete
 from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall
 from lcodec_ext.unlearning.estimate import planned
 from lcodec_ext.unlearning.guard import Watch
+from lcodec_ext.unlearning.idle import measured_first
 from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.release import (
     check_certifiable,
@@ -28,8 +30,8 @@ from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
 from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_skipped
-from lcodec_ext.unlearning.workplace import Workplace, copy_state
+from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_left_out, warn_of_skipped
+from lcodec_ext.unlearning.workplace import Workplace, copy_state, norm
 
 
 @twice_differentiable()
@@ -97,7 +99,9 @@ def unlearn(
         Say what the deletion will cost, and show a bar for each phase; needs tqdm.
     **options
         Attributes of `Settings`: ``selection="lfoci"``, ``damping=0.1``, ``weight_decay=1e-3``.
-        **weight_decay is that of the training**, 0 by default.
+        **weight_decay is that of the training**, 0 by default: a number, the optimizer that trained
+        the model (``weight_decay=optimizer`` takes it from the groups of parameters), or numbers by
+        parameter name, 0 for the others.
 
     Returns
     -------
@@ -153,7 +157,7 @@ def unlearn(
     check_bool(progress, "progress")
     settings, doubt = resolve(
         preset,
-        options,
+        with_decay(options, model),
         retained=retain is not None,
         validation=validation is not None,
         statistics=statistics is not None,
@@ -165,17 +169,17 @@ def unlearn(
         warnings.warn(doubt, stacklevel=3)  # behind the decorator
     work, request, cost = planned(work, request, time.perf_counter() - begin)
     with work.timed("monitoring"):
-        before = work.measure(request.forget, request.monitored)
-    start = trainable(model)
+        before = measured_first(work, request)
+    start = {k: p.detach() for k, p in model.named_parameters() if k in work.parameters}
     watch = Watch.of(work, request)
+    warn_of_left_out(work)
     warn_of_doubts(request, watch.guard, settings)
     # Each part: perturb and record, select, step, guard.
     deletions = [delete(work, part, watch) for part in request.parts(work)]
     warn_of_skipped(deletions, watch.guard, work.settings, request.m)
     applied, selection = _selections(deletions)
     step_norm = euclidean_norm(
-        p.detach().double() - old.detach().double()
-        for p, old in zip(work.parameters.values(), start, strict=True)
+        wide(p.detach()) - wide(start[k]) for k, p in work.parameters.items()
     )
     with work.timed("monitoring"):
         # Into a copy first, also in place: the given model changes only when all has gone well.
@@ -186,7 +190,7 @@ def unlearn(
             request,
             deletions,
             before,
-            euclidean_norm(start),
+            norm(start),
             selection.size(work.model),
         )
         changed = with_noise(work, changed, guarantee)

@@ -3,13 +3,15 @@
 import warnings
 from collections.abc import Sequence
 
+from lcodec_ext._checks import counted, first_few
 from lcodec_ext._torch.loss import is_much_worse
+from lcodec_ext.curvature.parameters import find_parameters
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients
+from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
 
 
 def warn_of_skipped(
@@ -19,8 +21,9 @@ def warn_of_skipped(
     skipped = sum(len(d.numbers) for d in deletions if d.skipped)
     if skipped:
         warnings.warn(
-            f"the removal of {skipped} of {m} samples was taken back: in every attempt it changed "
-            f"{_refusal(deletions, guard, settings)}. These samples need retraining",
+            f"the removal of {skipped} of {counted(m, 'sample')} was taken back: in every attempt "
+            f"it changed {_refusal(deletions, guard, settings)}. "
+            f"{'This sample needs' if skipped == 1 else 'These samples need'} retraining",
             stacklevel=4,  # behind unlearn and its decorator
         )
     fewest = min(len(d.selection) for d in deletions)
@@ -28,8 +31,24 @@ def warn_of_skipped(
     repeated = rule is not None and rule.repeated
     if not repeated and settings.n_units is not None and fewest < settings.n_units:
         warnings.warn(
-            f"n_units is {settings.n_units}, and only {fewest} units can be ranked: the others are "
-            "dead, or there are no more",
+            f"n_units is {settings.n_units}, and only {counted(fewest, 'unit')} can be ranked: the "
+            "others are dead, or there are no more",
+            stacklevel=4,
+        )
+
+
+def warn_of_left_out(work: Workplace) -> None:
+    """Warn of trainable parameters that selection="full" cannot change."""
+    if work.settings.selection != "full":
+        return
+    left = {k: p for k, p in find_parameters(work.model).items() if k in work.parameters}
+    left = {k: p for k, p in left.items() if p.refused}
+    if left:
+        n = sum(each.parameter.numel() for each in left.values())
+        names = first_few([f"{k!r} ({each.refused})" for k, each in left.items()], 3)
+        warnings.warn(
+            f"selection='full' leaves {n:,} of {work.n_trainable:,} trainable parameters as they "
+            f"are: {names}",
             stacklevel=4,
         )
 
@@ -62,8 +81,11 @@ def _warn_of_residual(deletions: Sequence[Deletion]) -> None:
     unsolved = [residual for residual in kept if not residual <= 1]
     if not unsolved:
         return
-    which = f"{len(unsolved)} of {len(kept)} steps do" if len(kept) > 1 else "the step does"
-    its, largest = ("their systems", "largest ") if len(kept) > 1 else ("its system", "")
+    which, its, largest = "the step does", "its system", ""
+    if len(kept) > 1:
+        which = f"{len(unsolved)} of {len(kept)} steps {'does' if len(unsolved) == 1 else 'do'}"
+    if len(unsolved) > 1:
+        its, largest = "their systems", "largest "
     warnings.warn(
         f"{which} not solve {its}: the {largest}relative residual is {max(unsolved):.2g}, and "
         "that of no step is 1. Take a larger damping or more max_iterations",

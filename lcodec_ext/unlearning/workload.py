@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lcodec_ext._torch.decay import least_decay
 from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.calibrate import TRIALS, Plan, plan_of
 from lcodec_ext.unlearning.control import measured
@@ -171,7 +172,12 @@ class Workload:
         if self.from_statistics:
             return "formed"
         few = s.curvature != "hessian" or self.sizes.head
-        if s.damping + s.weight_decay > 0 and few and self.rows <= min(FEW_ROWS, p - 1):
+        few = few and not isinstance(s.weight_decay, dict)  # one number on the diagonal
+        if (
+            s.damping + least_decay(s.weight_decay) > 0
+            and few
+            and self.rows <= min(FEW_ROWS, p - 1)
+        ):
             kept = self.sizes.head or self.rows * p * self.sizes.bytes_each <= s.cache_bytes
             if kept:
                 return "woodbury"

@@ -1,18 +1,19 @@
 """Where a deletion is worked out: a copy of the model, its loss, the settings and a clock."""
 
 import contextlib
-import copy
 import ctypes
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
+from lcodec_ext._torch.decay import each_decay
 from lcodec_ext._torch.loss import (
     Gradient,
     LossFunction,
@@ -71,6 +72,9 @@ class Workplace:
     device: torch.device
     dtype: torch.dtype
     parameters: dict[str, nn.Parameter]  # the trainable ones of the copy
+    decay: dict[str, float | Tensor]  # of each parameter, or of each entry, in gradients
+    buffers: dict[str, Tensor]  # of the copy, as they were
+    watched: Watched  # what the copy must not compute with
     space_bytes: int | None = None  # what a Krylov space may take, where memory is limited
     clock: Clock = field(default_factory=Clock)
 
@@ -89,10 +93,25 @@ class Workplace:
         if score is not None and not callable(score):
             raise TypeError(f"score must be callable; got {type(score).__name__}")
         dtype = settings.dtype or working_dtype(model)
-        work = copy.deepcopy(model).to(dtype).eval()
+        watched: Watched = {}
+        work = work_copy(model, dtype, watched)
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         loss_fn = loss_in(dtype, loss_fn)
-        return cls(work, loss_fn, settings, score, progress, device, dtype, parameters)
+        decay: dict[str, float | Tensor] = {**each_decay(settings.weight_decay, parameters)}
+        buffers = {k: b.detach().clone() for k, b in work.named_buffers()}
+        return cls(
+            model=work,
+            loss_fn=loss_fn,
+            settings=settings,
+            score=score,
+            progress=progress,
+            device=device,
+            dtype=dtype,
+            parameters=parameters,
+            decay=decay,
+            buffers=buffers,
+            watched=watched,
+        )
 
     @property
     def n_trainable(self) -> int:
@@ -120,7 +139,7 @@ class Workplace:
             self.loss_fn,
             self.parameters if parameters is None else parameters,
             self.settings.batch_size,
-            weight_decay=self.settings.weight_decay,
+            weight_decay=self.decay,
             check=True,
         )
 
@@ -142,16 +161,16 @@ class Workplace:
         return ("accuracy" if self.score is None else "the score"), found.accuracy, found.losses
 
     def handed_over(self, model: nn.Module, selection: Selection) -> nn.Module:
-        """A copy of a model with the new weights of a selection, and the buffers.
+        """A copy of a model with the new weights of a selection, and the buffers that have changed.
 
         Casting to the model's dtype rounds the weights; the rounded values are copied back.
         """
-        changed = copy.deepcopy(model)
+        changed = copy_of(model)
         if not selection:
             return changed
-        s = self.settings
-        if s.n_recalibrate or s.repair_epochs or s.finish is None:
-            _copy(self.model.buffers(), changed.buffers())
+        own, now = dict(changed.named_buffers()), dict(self.model.named_buffers())
+        moved = [k for k, b in self.buffers.items() if k in own and not _same(b, now[k])]
+        _copy([now[k] for k in moved], [own[k] for k in moved])
         selection.scatter_(changed, selection.gather(self.model).detach())
         rounded = selection.gather(changed).detach()
         if not torch.isfinite(rounded).all():
@@ -173,7 +192,18 @@ def copy_state(source: nn.Module, target: nn.Module) -> None:
 def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for new, old in zip(source, target, strict=True):
-            old.copy_(new)
+            if _same(new, old):  # also what cannot be written to, such as an expanded buffer
+                continue
+            if new.shape != old.shape:  # an observer's that has seen its first data
+                old.data = new.detach().clone()
+                continue
+            with torch.inference_mode() if old.is_inference() else nullcontext():
+                old.copy_(new)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values."""
+    return a.dtype == b.dtype and torch.equal(a.detach(), b.detach())
 
 
 def norm(gradient: Gradient | None, layout: Layout | None = None) -> float:
@@ -193,11 +223,10 @@ def _check_model(model: nn.Module) -> torch.device:
             "model.remove(indices)"
         )
     check_module(model)
+    check_has_values(model)
     devices = set()
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise ValueError(f"parameter {name!r} is not initialised; run the model once")
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(parameter.detach()).all():
             raise ValueError(f"parameter {name!r} of the model holds NaN or infinity")
         devices.add(parameter.device)
     if not any(parameter.requires_grad for parameter in model.parameters()):

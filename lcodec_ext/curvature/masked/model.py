@@ -6,10 +6,9 @@ displacement is zero, and everything is differentiated by it: autograd records n
 first selected layer, and forms the rows of the selected units only.
 """
 
-import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._torch.batches import Batch, tensors_of
+from lcodec_ext._torch.copies import (
+    Watched,
+    check_followed,
+    check_has_values,
+    graph_nodes,
+    leaves_of,
+    leaves_of_nodes,
+    work_copy,
+)
 from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.curvature.masked.entries import parameter_entries
@@ -77,8 +85,10 @@ class MaskedModel:
     whole : dict of str to str
         Parameters whose whole gradient autograd forms, because their layers have no rows that
         could be added, and why.
+    base : dict of str to Tensor
+        The selected parameters, whole.
     theta : Tensor, shape (p,)
-        The selected parameters.
+        Their selected entries.
     """
 
     def __init__(self, model: nn.Module, selection: Selection, dtype: torch.dtype | None) -> None:
@@ -87,6 +97,7 @@ class MaskedModel:
                 f"selection must be a UnitSelection or ParameterSelection; got an object of type "
                 f"{type(selection).__name__}"
             )
+        check_has_values(model)
         layout = selection.layout(model)
         if not layout.size:
             kind = "unit" if isinstance(selection, UnitSelection) else "parameter"
@@ -95,24 +106,24 @@ class MaskedModel:
         self.size = layout.size
         self.layout = layout
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        self.model = _copy_of(model, layout).eval().requires_grad_(False)
-        self.model._apply(lambda t: _in_dtype(t, self.dtype))  # type: ignore[no-untyped-call]
+        # Parameters that nothing may compute with: a run replaces those of the copy.
+        self._outside: Watched = {}
+        selected = {id(parameter) for parameter in layout.parameters.values()}
+        self.model = work_copy(model, self.dtype, self._outside, selected)
+        self.model.requires_grad_(False)
         self.entries = parameter_entries(layout, self.device)
-        self._base = {
+        self.base = {
             name: parameter.detach()
             for name, parameter in self.model.named_parameters()
             if name in self.entries
         }
-        self.theta = layout.gather(self._base)
+        self.theta = layout.gather(self.base)
         #: Of the gradient of a sample while it is formed, in bytes.
         self.row_bytes = self.theta.element_size() * sum(
             math.prod(each.shape) for each in self.entries.values()
         )
-        # Parameters that nothing may compute with: a run replaces those of the copy.
-        self._outside: dict[int, tuple[weakref.ref[Tensor], str]] = {
-            id(p): (weakref.ref(p), name) for name, p in model.named_parameters()
-        }
         self._watched: list[tuple[Tensor, str]] = []
+        self._dense = False  # whether its gradients were found to be
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {}
         names = {}
         for name in self.entries:
@@ -196,15 +207,15 @@ class MaskedModel:
     @contextmanager
     def moved(self, step: Tensor) -> Iterator[None]:
         """While entered, the selected parameters are displaced by a vector."""
-        before = self._base
-        self._base = {
+        before = self.base
+        self.base = {
             name: entries.displaced(before[name], part)
             for (name, entries), part in zip(self.entries.items(), self.split(step), strict=True)
         }
         try:
             yield
         finally:
-            self._base = before
+            self.base = before
 
     # ------------------------------------------------------------------------------------------
     # The forward pass
@@ -223,23 +234,13 @@ class MaskedModel:
                     kept = [[r for r in group if r.parameter not in self.whole] for group in groups]
                     self._rows[module] = [group for group in kept if group]
 
-    def _check_outside(self, leaves: dict[int, Tensor], what: str) -> None:
-        for key, leaf in leaves.items():
-            reference, name = self._outside.get(key, (None, ""))
-            if reference is not None and reference() is leaf:
-                raise ValueError(
-                    f"{what} computes with parameter {name!r} in a way that a copy of the model "
-                    "does not follow: through a lambda, a closure, a bound method or a list that "
-                    "holds it, or as the parameter itself"
-                )
-
     def check_loss(self, loss: Tensor, displacements: Sequence[Tensor] = ()) -> None:
         """Refuse a loss that depends on parameters other than through the outputs that are seen.
 
         The displacements are given where the loss is one of outputs without their graphs.
         """
-        leaves = _leaves([loss])
-        self._check_outside(leaves, "the loss (weight_decay is an argument of its own)")
+        check_followed([loss], self._outside, "the loss (weight_decay is an argument of its own)")
+        leaves = leaves_of([loss])
         hidden = [value for value, _ in self._watched] + list(displacements)
         if any(leaves.get(id(value)) is value for value in hidden):
             raise ValueError(
@@ -257,7 +258,7 @@ class MaskedModel:
         watched: list[tuple[Tensor, str]] = []
         with ExitStack() as stack:
             for name, owners in self._owners.items():
-                value = self._base[name]
+                value = self.base[name]
                 if name in self.whole:
                     value = self.entries[name].displaced(value, displacements[name])
                 else:
@@ -279,9 +280,12 @@ class MaskedModel:
                 f"of type {type(outputs).__name__}"
             )
         values = [t for t in tensors_of(outputs) if t.requires_grad]
-        leaves = _leaves(values)
-        self._check_outside(leaves, "the model")
+        check_followed(values, self._outside, "the model")
+        leaves = leaves_of(values)
         self._watched = watched
+        if not self._dense:
+            _check_dense(values, displacements, watched)
+            self._dense = True
         elsewhere = [name for value, name in watched if id(value) in leaves]
         if elsewhere:
             raise _UsedElsewhereError(elsewhere)
@@ -304,32 +308,22 @@ def _place(layout: Layout, dtype: torch.dtype | None) -> tuple[torch.dtype, torc
     return dtype, devices.pop()
 
 
-def _copy_of(model: nn.Module, layout: Layout) -> nn.Module:
-    memo: dict[int, Any] = {}
-    selected = {id(parameter): name for name, parameter in layout.parameters.items()}
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                for leaf in _leaves([value]):
-                    if leaf in selected:
-                        raise ValueError(
-                            f"attribute {key!r} of a {type(module).__name__} was computed from the "
-                            f"selected parameter {selected[leaf]!r} beforehand; compute it in the "
-                            "forward pass"
-                        )
-                memo[id(value)] = value.detach().clone()  # deepcopy refuses these
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(f"model cannot be copied by copy.deepcopy: {error}") from error
-
-
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_complex():
-        dtype = {torch.float32: torch.complex64, torch.float64: torch.complex128}[dtype]
-    elif not tensor.is_floating_point():
-        return tensor
-    return tensor.to(dtype)
+def _check_dense(
+    values: Sequence[Tensor],
+    displacements: Mapping[str, Tensor],
+    watched: Sequence[tuple[Tensor, str]],
+) -> None:
+    """Refuse sparse gradients of functions, which cannot be differentiated again."""
+    for node in graph_nodes(values):
+        if not getattr(node, "_saved_sparse", False):
+            continue
+        ends = {id(leaf) for leaf in leaves_of_nodes([node])}
+        own = [*((d, name) for name, d in displacements.items()), *watched]
+        names = [repr(name) for tensor, name in own if id(tensor) in ends]
+        raise ValueError(
+            f"the model looks up rows of parameter {', '.join(names) or 'one'} by a function with "
+            "sparse=True, and sparse gradients cannot be differentiated again: pass sparse=False"
+        )
 
 
 @contextmanager
@@ -395,22 +389,3 @@ def _forward(
 
 def _at_the_same_places(a: LayerRows, b: LayerRows) -> bool:
     return a.places is not None and b.places is not None and torch.equal(a.places, b.places)
-
-
-def graph_nodes(values: Sequence[Tensor]) -> Iterator[Any]:
-    """The nodes of the graph of some values, each once."""
-    seen = set()
-    waiting = [value.grad_fn for value in values]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting.extend(parent for parent, _ in node.next_functions)
-
-
-def _leaves(values: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The tensors, by id, at which the graph of some values ends."""
-    ends = [v for v in values if v.requires_grad and v.grad_fn is None]
-    nodes = (getattr(node, "variable", None) for node in graph_nodes(values))
-    return {id(leaf): leaf for leaf in (*ends, *nodes) if leaf is not None}

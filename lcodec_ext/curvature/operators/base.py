@@ -40,6 +40,8 @@ class CurvatureOperator(ABC):
     selection : UnitSelection, ParameterSelection or None
     shift : float
         What is added to the diagonal: damping and weight decay.
+    decay : Tensor, shape (p,), or None
+        What is added to the diagonal besides: a weight decay that differs between parameters.
     formed_up_to : int
         Coordinates up to which `solve` forms the matrix where the method is "auto".
     plan : str
@@ -51,6 +53,7 @@ class CurvatureOperator(ABC):
     device: torch.device
     selection: Selection | None = None
     shift: float
+    decay: Tensor | None = None
     formed_up_to: int = SMALL
     plan: str
     _kind = "matrix"
@@ -109,7 +112,8 @@ class CurvatureOperator(ABC):
     def _times(self, V: Tensor) -> Tensor:
         if not V.shape[1]:
             return V.clone()
-        return self._product(V).add_(V, alpha=self.shift)
+        product = self._product(V).add_(V, alpha=self.shift)
+        return product if self.decay is None else product.addcmul_(V, self.decay[:, None])
 
     @plain_arithmetic()
     def solve(
@@ -170,13 +174,14 @@ class CurvatureOperator(ABC):
         describe, advice = self._describe(), self._advice()
 
         low = None
-        if method == "woodbury" or (method == "auto" and self.shift > 0 and p > 1):
+        uniform = self.decay is None
+        if uniform and (method == "woodbury" or (method == "auto" and self.shift > 0 and p > 1)):
             low = self._low_rank(FEW_ROWS if method == "woodbury" else min(FEW_ROWS, p - 1))
-            if low is None and method == "woodbury":
-                raise ValueError(
-                    f"method='woodbury' needs a matrix by at most {FEW_ROWS} rows, which {describe}"
-                    " is not; take method='cg'"
-                )
+        if low is None and method == "woodbury":
+            raise ValueError(
+                f"method='woodbury' needs a matrix by at most {FEW_ROWS} rows and one number on "
+                f"the diagonal, which {describe} is not; take method='cg'"
+            )
         if low is not None:
             result = woodbury(
                 low.gram(),
@@ -215,13 +220,17 @@ class CurvatureOperator(ABC):
         """
         diagonal = self._diagonal()
         if diagonal is not None:
-            return diagonal + self.shift
+            return self._shifted(diagonal)
         p = self.shape[0]
         out = torch.empty(p, dtype=self.dtype, device=self.device)
         for start, block in self._identity(p, "diagonal"):
             k = block.shape[1]
             out[start : start + k] = self._times(block)[start : start + k].diagonal()
         return out
+
+    def _shifted(self, diagonal: Tensor) -> Tensor:
+        shifted = diagonal + self.shift
+        return shifted if self.decay is None else shifted + self.decay
 
     def trace(self) -> float:
         """The sum of the diagonal, exact; costs what `diagonal` does."""
@@ -249,7 +258,7 @@ class CurvatureOperator(ABC):
             )
         dense = self._dense()
         if dense is not None:
-            dense.diagonal().add_(self.shift)
+            dense.diagonal().copy_(self._shifted(dense.diagonal()))
         else:
             dense = torch.empty(p, p, dtype=self.dtype, device=self.device)
             for start, block in self._identity(p, "matrix"):
@@ -348,9 +357,12 @@ class _Sum(CurvatureOperator):
         self.selection = next(iter(selections), None)
         self.plan = " + ".join(f"{factor:g} * ({term.plan})" for factor, term in self._terms)
         self.shift = math.fsum(factor * term.shift for factor, term in self._terms)
-        for _, term in self._terms:
+        for factor, term in self._terms:
             self.dtype = torch.promote_types(self.dtype, term.dtype)
             self._progress |= term._progress
+            if term.decay is not None:
+                own = factor * term.decay
+                self.decay = own if self.decay is None else self.decay + own
 
     def _product(self, V: Tensor) -> Tensor:
         total = torch.zeros_like(V)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_choice
+from lcodec_ext._checks import check_choice, counted
 from lcodec_ext._torch.loss import LossFunction, known_loss
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
@@ -71,7 +71,7 @@ class FisherOperator(ModelOperator):
         *,
         kind: Literal["empirical", "model"] = "empirical",
         damping: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         reduction: Literal["mean", "sum"] = "mean",
         dtype: torch.dtype | None = None,
         progress: bool = False,
@@ -149,6 +149,7 @@ class RestrictedFisher(CurvatureOperator):
                 "selection must be part of the operator's; that lacks "
                 f"{int((columns < 0).sum()):,} of its {len(columns):,} parameters"
             )
+        self.decay = None if whole.decay is None else whole.decay[columns]
         breaks = (columns.diff() != 1).nonzero()[:, 0] + 1
         starts = torch.cat([breaks.new_zeros(1), breaks])
         lengths = torch.cat([breaks, breaks.new_tensor([len(columns)])]) - starts
@@ -161,7 +162,7 @@ class RestrictedFisher(CurvatureOperator):
         self._segments = torch.stack([columns[starts], lengths], 1)
         self._share = whole._objective.sample_share
         self.selection, self.shift, self.formed_up_to = selection, whole.shift, SMALL_CHEAP
-        self.plan = f"{len(self._segments)} segments of {whole.plan}"
+        self.plan = f"{counted(len(self._segments), 'segment')} of {whole.plan}"
         self.shape = (len(columns), len(columns))
         self.dtype, self.device = whole.dtype, whole.device
 

@@ -38,8 +38,11 @@ class HessianOperator(ModelOperator):
         model's device.
     selection : UnitSelection or ParameterSelection
         The coordinates, in its order.
-    damping, weight_decay : float, default 0.0
-        Added to the diagonal: damping, and lambda of the objective's (lambda / 2) |w|^2.
+    damping : float, default 0.0
+        Added to the diagonal.
+    weight_decay : float, Optimizer or mapping of str to float, default 0.0
+        lambda of the objective's (lambda / 2) |w|^2, added to the diagonal. An optimizer of the
+        model's parameters has it by groups, a mapping by parameter name (0 where there is none).
     reduction : {"mean", "sum"}, default "mean"
         Of loss_fn, and of the matrix.
     dtype : torch.float32 or torch.float64, optional
@@ -100,7 +103,7 @@ class HessianOperator(ModelOperator):
             if self._scale is None:
                 self._scale = gauss_newton_diagonal(self._objective)
             if self._scale is not None:
-                return positive(self._scale + self.shift)
+                return positive(self._shifted(self._scale))
         return super()._preconditioner()
 
     def _advice(self) -> str | None:

@@ -1,14 +1,17 @@
 """What the operators have in common that a model, a loss and data make."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real
+from lcodec_ext._torch.decay import Decay, decay_of, decay_text, vector_of
 from lcodec_ext._torch.loss import LossFunction
-from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext._torch.modes import check_module, plain_arithmetic
+from lcodec_ext.curvature.masked.model import MaskedModel
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import SMALL, SMALL_CHEAP, CurvatureOperator
 from lcodec_ext.curvature.parameters import Selection
@@ -30,14 +33,15 @@ class ModelOperator(CurvatureOperator):
         selection: Selection,
         *,
         damping: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         reduction: Literal["mean", "sum"] = "mean",
         dtype: torch.dtype | None = None,
         progress: bool = False,
         cache_bytes: int | None = None,
     ) -> None:
         self.damping = check_real(damping, "damping", 0)
-        self.weight_decay = check_real(weight_decay, "weight_decay", 0)
+        check_module(model)
+        self.weight_decay = decay_of(weight_decay, model)
         if cache_bytes is not None:
             check_integer(cache_bytes, "cache_bytes", 0)
         objective = Objective(
@@ -57,7 +61,7 @@ class ModelOperator(CurvatureOperator):
         self._objective = objective
         self._route = self._choose(objective)
         self.plan = self._route.plan
-        self.shift = self.damping + self.weight_decay
+        self.shift, self.decay = decayed(self.damping, self.weight_decay, masked)
         self.formed_up_to = SMALL if isinstance(self._route, DeltaRoute) else SMALL_CHEAP
 
     @property
@@ -72,7 +76,7 @@ class ModelOperator(CurvatureOperator):
     def _describe(self) -> str:
         return (
             f"the {self._kind} on {self.shape[0]:,} selected parameters, with weight_decay="
-            f"{self.weight_decay:g} and damping={self.damping:g} included"
+            f"{decay_text(self.weight_decay)} and damping={self.damping:g} included"
         )
 
     def _product(self, V: Tensor) -> Tensor:
@@ -86,6 +90,15 @@ class ModelOperator(CurvatureOperator):
 
     def _dense(self) -> Tensor | None:
         return self._route.dense()
+
+
+def decayed(
+    damping: float, weight_decay: Decay, masked: MaskedModel
+) -> tuple[float, Tensor | None]:
+    """What damping and weight decay add to every entry of the diagonal, and what to each."""
+    if not isinstance(weight_decay, Mapping):
+        return damping + weight_decay, None
+    return damping, vector_of(weight_decay, masked.layout, masked.base)
 
 
 def head_or_delta(objective: Objective, form: type[Form]) -> Route:

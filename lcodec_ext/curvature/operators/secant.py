@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_real
+from lcodec_ext._torch.decay import decay_of
 from lcodec_ext._torch.loss import LossFunction
-from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext._torch.modes import check_module, plain_arithmetic
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import CurvatureOperator
+from lcodec_ext.curvature.operators.on_model import decayed
 from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.low_rank import LowRank, StoredRows
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
@@ -30,11 +32,13 @@ class _PairsOperator(CurvatureOperator):
         damping: float,
         weight_decay: float,
         inner: Tensor | None = None,
+        decay: Tensor | None = None,
     ) -> None:
         self.shape, self.dtype, self.device = (len(S),) * 2, S.dtype, S.device
         self.damping = check_real(damping, "damping", 0)
         self.weight_decay = check_real(weight_decay, "weight_decay", 0)
         self.shift = self.damping + self.weight_decay
+        self.decay = decay
         check_real(tolerance, "tolerance", 0)
         if not (torch.isfinite(S).all() and torch.isfinite(Y).all()):
             raise ValueError("the steps or the changes of the gradient hold NaN or infinity")
@@ -139,11 +143,13 @@ class SecantOperator(_PairsOperator):
         steps: Tensor,
         tolerance: float = 1e-8,
         damping: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: Any = 0.0,
         reduction: Literal["mean", "sum"] = "mean",
         dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> None:
+        check_module(model)
+        weight_decay = decay_of(weight_decay, model)
         objective = Objective(
             model, loss_fn, data, selection, dtype=dtype, reduction=reduction, progress=progress
         )
@@ -159,7 +165,9 @@ class SecantOperator(_PairsOperator):
         for step in S.T:
             with masked.moved(step):
                 changes.append(objective.gradient() - start)
-        super().__init__(S, torch.stack(changes, 1), tolerance, damping, weight_decay)
+        _, decay = decayed(0.0, weight_decay, masked)
+        uniform = weight_decay if decay is None else 0.0
+        super().__init__(S, torch.stack(changes, 1), tolerance, damping, uniform, decay=decay)
 
     @classmethod
     def from_pairs(

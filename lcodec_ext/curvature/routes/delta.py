@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._torch.batches import Batch, map_tensors
+from lcodec_ext._torch.copies import graph_nodes
 from lcodec_ext._torch.modes import twice_differentiable
-from lcodec_ext.curvature.masked.model import ForwardPass, graph_nodes
+from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import SampleGradients
 from lcodec_ext.curvature.routes import base

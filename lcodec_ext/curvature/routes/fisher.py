@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lcodec_ext._checks import counted
 from lcodec_ext.curvature.kernels import masked_gram_product
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import MAX_BYTES, SampleGradients, chunks
@@ -26,21 +27,20 @@ class FisherRoute(Route):
         if not self.stored and not self._factors:
             for _ in objective.passes():  # the first one that is complete counts the samples
                 pass
-        n, beyond = objective.n_samples, f"they take more than {most >> 20} MiB"
+        samples = counted(objective.n_samples, "sample")
+        beyond = f"they take more than {most >> 20} MiB"
         if self.stored:
-            p = objective.masked.size
-            self.plan = (
-                f"stored gradients: {n} samples of {p} entries, one pass over them a product"
-            )
+            entries = counted(objective.masked.size, "entry", "entries")
+            self.plan = f"stored gradients: {samples} of {entries}, one pass over them a product"
         elif kept.complete:
-            self.plan = f"factored rows: the gradients of {n} samples are outer products"
+            self.plan = f"factored rows: the gradients of {samples} are outer products"
         elif self._factors:
             self.plan = (
-                f"factored rows: the gradients of {n} samples are sums of outer products over "
+                f"factored rows: the gradients of {samples} are sums of outer products over "
                 f"positions; stored, {beyond}"
             )
         else:
-            self.plan = f"gradients of {n} samples, formed again for every product: kept, {beyond}"
+            self.plan = f"gradients of {samples}, formed again for every product: kept, {beyond}"
 
     def _factors_within(self, max_bytes: int) -> tuple[SampleGradients, ...]:
         """Factors of all gradients; none where some have none, or they take more memory."""

@@ -21,6 +21,7 @@ class ReferenceColumns:
         self.low = X.min(axis=0)
         self.high = X.max(axis=0)
 
+    @np.errstate(all="ignore")  # the caller checks the result
     def standard_deviations(self) -> NDArray[np.float64]:
         n = len(self.values)
         mean = _lane_sums(self.values, None) / n
@@ -48,6 +49,7 @@ def _lane_sums(columns: NDArray, center: NDArray[np.float64] | None) -> NDArray[
     return lanes[0]
 
 
+@np.errstate(under="ignore")  # expected: the kernels underflow alike
 def _neighbors(
     X: NDArray, factors: NDArray, columns: list[int], i: int, ties: Ties, word: int
 ) -> NDArray[np.int64]:

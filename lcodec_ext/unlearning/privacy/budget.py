@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lcodec_ext._checks import check_integer, check_real
+from lcodec_ext._checks import check_integer, check_real, counted
 from lcodec_ext.unlearning.privacy.gaussian import (
     check_delta,
     check_positive,
@@ -53,7 +53,7 @@ class PrivacyBudget:
     >>> budget = PrivacyBudget(epsilon=1.0, delta=1e-5)
     >>> budget.spend(0.6, 1e-6)
     >>> budget
-    PrivacyBudget(epsilon=1, delta=1e-05; 1 releases took 0.6)
+    PrivacyBudget(epsilon=1, delta=1e-05; 1 release took 0.6)
     """
 
     def __init__(self, epsilon: float, delta: float) -> None:
@@ -138,7 +138,7 @@ class PrivacyBudget:
         """What was spent, by the theorem under which it fits."""
         if not self.n_releases:
             return "of which nothing is spent"
-        taken = f"of which {self.n_releases} release" + "s" * (self.n_releases > 1) + " so far took"
+        taken = f"of which {counted(self.n_releases, 'release')} so far took"
         exact = math.inf
         if self._square_sum is not None:
             exact = _exact_epsilon(self._square_sum, self.delta)
@@ -181,5 +181,5 @@ class PrivacyBudget:
     def __repr__(self) -> str:
         return (
             f"PrivacyBudget(epsilon={self.epsilon:g}, delta={self.delta:g}; "
-            f"{self.n_releases} releases took {self.spent_epsilon:g})"
+            f"{counted(self.n_releases, 'release')} took {self.spent_epsilon:g})"
         )

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext._checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_real,
+    check_seed,
+    counted,
+)
 from lcodec_ext._files import json_ready
 from lcodec_ext.dependence.table import as_features, as_response
 from lcodec_ext.unlearning.privacy.bounds import LOGISTIC_THIRD_DERIVATIVE
@@ -257,8 +264,9 @@ class CertifiedLinear:
         n = len(self.retained)
         removed = "" if self._n is None else f", {self._n - n:,} removed"
         return (
-            f"{head}; {rows - self.bias} features, {outputs} output{'s' * (outputs > 1)}; "
-            f"{n:,} samples{removed}; {self.spent:.3g} of a budget of {self.budget:.3g} spent)"
+            f"{head}; {counted(rows - self.bias, 'feature')}, {counted(outputs, 'output')}; "
+            f"{counted(n, 'sample')}{removed}; {self.spent:.3g} of a budget of "
+            f"{self.budget:.3g} spent)"
         )
 
     def fit(self, X: Any, y: Any) -> "CertifiedLinear":
@@ -359,8 +367,8 @@ class CertifiedLinear:
         spent = self._spent(left)
         if not spent <= self.budget:
             raise PrivacyBudgetExceeded(
-                f"removing {len(numbers)} samples would bring the bound on the residual gradient "
-                f"to {spent:.3g}, and the random term hides {self.budget:.3g}, of which "
+                f"removing {counted(len(numbers), 'sample')} would bring the bound on the residual "
+                f"gradient to {spent:.3g}, and the random term hides {self.budget:.3g}, of which "
                 f"{self.spent:.3g} is spent; train again without them"
             )
         self.weights, self._left_by_output, self.spent = weights, left, spent
@@ -458,8 +466,8 @@ class CertifiedLinear:
         x = self._inputs(X)
         if x.shape[1] != len(self.weights):
             raise ValueError(
-                f"X must have {len(self.weights) - self.bias} columns, as in training; got "
-                f"{x.shape[1] - self.bias}"
+                f"X must have {counted(len(self.weights) - self.bias, 'column')}, as in training; "
+                f"got {x.shape[1] - self.bias}"
             )
         scores = x @ self.weights
         if self.loss == "squared":

@@ -1,6 +1,5 @@
 """The noise of a release: how it is drawn, and a warning of what it does to a model."""
 
-import copy
 import math
 import secrets
 import warnings
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_real, check_seed
+from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext.unlearning.privacy.guarantee import Guarantee
 
@@ -94,7 +94,7 @@ def add_noise(target: _Target, sigma: float, *, seed: int | None = None) -> _Tar
         raise TypeError(
             f"target must be a model or a tensor; got an object of type {type(target).__name__}"
         )
-    released = copy.deepcopy(target)
+    released = copy_of(target)
     with torch.no_grad():
         for name, parameter in released.named_parameters():
             if parameter.requires_grad:

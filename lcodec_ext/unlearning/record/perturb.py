@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcodec_ext._checks import check_integer
+from lcodec_ext._checks import check_integer, counted
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
 
 Perturb = Callable[[Any, np.random.Generator], Any]
@@ -103,7 +103,7 @@ class TokenReplacement:
         """Replace tokens in the inputs of the model; the given ones are not changed."""
         ids = self._find(inputs, self.input_key)
         if ids is None:
-            known = list(inputs) if isinstance(inputs, Mapping) else f"{len(inputs)} tensors"
+            known = list(inputs) if isinstance(inputs, Mapping) else counted(len(inputs), "tensor")
             raise ValueError(
                 f"input_key={self.input_key!r} names none of the inputs of the model: {known}"
             )
@@ -216,7 +216,7 @@ def _check_perturbed(inputs: Any, changed: Any, where: str = "") -> None:
         if isinstance(value, Mapping):
             return f"a dict with {sorted(map(str, value))}"
         if isinstance(value, tuple | list):
-            return f"{len(value)} values"
+            return counted(len(value), "value")
         return type(value).__name__
 
     expected, given = kind(inputs), kind(changed)

@@ -1,20 +1,23 @@
 """Weights by name, written so that a killed process leaves all of a file or nothing of it."""
 
-import copy
+import errno
 import fcntl
 import os
 import re
 import weakref
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lcodec_ext._files import sync_folder, write_atomically
+from lcodec_ext._torch.copies import copy_of, writable
 from lcodec_ext._torch.states import state_hash
 
 _NAME = re.compile(r"\d{6,}\.pt")
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _TEMPORARY = re.compile(r"\.\d{6,}\.pt(\.\w+)?\.tmp")
 
 
@@ -40,7 +43,8 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
                 f"{tuple(own[name].shape)}, in the checkpoint {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}"
             )
-    changed = copy.deepcopy(model)
+    changed = copy_of(model)
+    writable(changed)
     changed.load_state_dict(dict(state))
     return changed
 
@@ -74,13 +78,17 @@ class Checkpoints:
             return set(self._states)
         return {path.name for path in self._folder.iterdir() if _NAME.fullmatch(path.name)}
 
+    def remove(self, name: str) -> None:
+        """Delete a state."""
+        if self._folder is None:
+            self._states.pop(name, None)
+        else:
+            (self._folder / name).unlink(missing_ok=True)
+
     def keep_only(self, names: Collection[str]) -> None:
         """Delete all other states, and what interrupted writing left."""
         for name in self.names() - set(names):
-            if self._folder is None:
-                del self._states[name]
-            else:
-                (self._folder / name).unlink(missing_ok=True)
+            self.remove(name)
         if self._folder is not None:
             for path in self._folder.iterdir():
                 if _TEMPORARY.fullmatch(path.name):
@@ -107,7 +115,8 @@ def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
 class DirectoryLock:
     """Keeps other processes, and other objects of this one, out of a directory.
 
-    The kernel releases it when the process ends, however it ends.
+    The kernel releases it when the process ends, however it ends. A child of the process never
+    holds it: `release` in a child gives up the child's copy, and in the process the lock.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -123,7 +132,23 @@ class DirectoryLock:
                 f"directory {str(directory)!r} is in use by an Unlearner (process {holder}); "
                 "close() that one first"
             ) from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise RuntimeError(
+                f"the file system of directory {str(directory)!r} has no file locks ({error}): "
+                "take a directory on a local disk, or pass lock=False and see to it that one "
+                "process at a time uses the directory"
+            ) from None
         except BaseException:
             os.close(descriptor)
             raise
-        self.release = weakref.finalize(self, os.close, descriptor)
+        self.release = weakref.finalize(self, _unlock, descriptor, os.getpid())
+
+
+def _unlock(descriptor: int, owner: int) -> None:
+    if os.getpid() == owner:  # a child that shares the descriptor would otherwise keep the lock
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

@@ -3,7 +3,7 @@
 import functools
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,15 +13,17 @@ from torch import nn
 
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool
+from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.copies import Watched, check_followed, work_copy
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
-from lcodec_ext._torch.modes import check_module
+from lcodec_ext._torch.modes import check_module, twice_differentiable
 from lcodec_ext._torch.predict import Score
-from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext._torch.samples import Samples, as_samples, outputs_of, working_dtype
 from lcodec_ext._torch.states import state_hash
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.stream.contents import data_record, is_data
+from lcodec_ext.unlearning.stream.contents import Contents, data_record, is_data
 from lcodec_ext.unlearning.stream.history import History
 from lcodec_ext.unlearning.stream.ledger import FORMAT, recordable
 
@@ -38,6 +40,7 @@ class Given:
     progress: bool
     settings: Settings
     groups: Groups | None = None
+    contents: Contents = field(default_factory=Contents)  # of the training samples
 
     def with_statistics_at(self, original: nn.Module) -> "Given":
         """The same with statistics at the original weights: the model moves, they do not."""
@@ -84,10 +87,23 @@ def receive(
             f"statistics must be of the training samples, {len(samples)}; they are of "
             f"{statistics.n}"
         )
+    _check_followed(model, samples, dtype)
     check_bool(progress, "progress")
     if groups is not None:
         groups = Groups.of(groups, len(samples), "train")
     return Given(samples, validation, loss_fn, score, statistics, progress, settings, groups)
+
+
+def _check_followed(model: nn.Module, train: Samples, dtype: torch.dtype) -> None:
+    """Refuse a model whose copies compute with its own parameters: it is copied at the start."""
+    watched: Watched = {}
+    work = work_copy(model, dtype, watched)
+    try:
+        with twice_differentiable():
+            outputs = [*tensors_of(outputs_of(work, train.fetch([0])))]
+    except (RuntimeError, TypeError, IndexError):
+        return  # the first request tells
+    check_followed([t for t in outputs if t.requires_grad], watched, "the model")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,7 +121,9 @@ def start_record(given: Given, model: nn.Module) -> dict[str, Any]:
         "loss_fn": name_of(given.loss_fn),
         "score": None if given.score is None else name_of(given.score),
         "options": {"loss_fn": _options_of(given.loss_fn), "score": _options_of(given.score)},
-        "train": data_record(given.train, read=statistics is None, progress=progress),
+        "train": data_record(
+            given.train, read=statistics is None, progress=progress, contents=given.contents
+        ),
         "validation": given.validation and data_record(given.validation, progress=progress),
         "statistics": statistics and _statistics_record(statistics),
         "groups": given.groups and _groups_record(given.groups),
@@ -117,7 +135,7 @@ def check_given(given: Given, model: nn.Module, history: History) -> None:
     start = history.start
     _check_function("loss_fn", given.loss_fn, start)
     _check_function("score", given.score, start)
-    problem = history.mismatch(given.train)
+    problem = history.mismatch(given.train, contents=given.contents)
     if problem is not None:
         raise ValueError(problem)
     if not is_data(given.validation, start["validation"]):

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lcodec_ext._checks import counted
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget
 from lcodec_ext.unlearning.stream.checkpoints import LedgerError, checkpoint_name
-from lcodec_ext.unlearning.stream.contents import has_contents
+from lcodec_ext.unlearning.stream.contents import Contents, has_contents
 from lcodec_ext.unlearning.stream.ledger import FORMAT, KINDS, Entry
 
 
@@ -80,7 +81,8 @@ class History:
             _take_in(point, self.removed, self.pending)
         if record["n_removed"] != len(self.removed) or record["n_pending"] != len(self.pending):
             raise LedgerError(
-                f"after it {len(self.removed)} samples are removed and {len(self.pending)} "
+                f"after it {counted(len(self.removed), 'sample')} "
+                f"{'is' if len(self.removed) == 1 else 'are'} removed and {len(self.pending)} "
                 f"pending; it says {record['n_removed']} and {record['n_pending']}"
             )
 
@@ -194,7 +196,12 @@ class History:
                 f"those of entries {', '.join(map(str, there))} are"
             )
 
-    def mismatch(self, train: Samples, hashes: Sequence[str] | None = None) -> str | None:
+    def mismatch(
+        self,
+        train: Samples,
+        hashes: Sequence[str] | None = None,
+        contents: Contents | None = None,
+    ) -> str | None:
         """Why these are not the training data on record; None if nothing differs.
 
         All samples are compared if they are in memory, else a probe of them and the removed ones.
@@ -206,7 +213,7 @@ class History:
                 f"train has {len(train)} samples, on record are {n}: give the data as they were, "
                 "with the removed samples"
             )
-        if not has_contents(train, self.start["train"], hashes):
+        if not has_contents(train, self.start["train"], hashes, contents):
             return "train has other contents, or another order, than the data on record"
         for i, sha256 in self.hashes.items():
             if (train.hashes([i])[0] if hashes is None else hashes[i]) != sha256:

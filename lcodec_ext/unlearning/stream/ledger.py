@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from lcodec_ext._checks import counted
 from lcodec_ext._files import json_ready, sync_folder
 from lcodec_ext.unlearning.stream.checkpoints import LedgerError
 
@@ -209,7 +210,7 @@ class Ledger(Sequence[Entry]):
 
     def __repr__(self) -> str:
         where = "in memory" if self._path is None else f"in {str(self._path)!r}"
-        return f"Ledger({len(self)} entries {where}, head {self.head[:12]}...)"
+        return f"Ledger({counted(len(self), 'entry', 'entries')} {where}, head {self.head[:12]}...)"
 
     def to_frame(self) -> Any:
         """Make a `pandas.DataFrame` with a row for each entry, by number.
@@ -256,15 +257,28 @@ class Ledger(Sequence[Entry]):
         self.head = entry.hash
         return entry
 
+    def check_unchanged(self) -> None:
+        """Refuse a file that something else has written to since."""
+        if self._path is None:
+            return
+        try:
+            self._check_size(self._path.stat().st_size)
+        except FileNotFoundError:
+            self._check_size(0)
+
+    def _check_size(self, size: int) -> None:
+        if size != self._ends[-1]:
+            raise LedgerError(
+                f"the ledger was changed from outside: it has {size} bytes, not "
+                f"{self._ends[-1]}. Nothing was written; Unlearner.resume goes on with what is "
+                "there"
+            )
+
     def _write(self, path: Path, line: bytes) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             size = os.fstat(descriptor).st_size
-            if size != self._ends[-1]:
-                raise LedgerError(
-                    f"the ledger was changed from outside: it has {size} bytes, not "
-                    f"{self._ends[-1]}"
-                )
+            self._check_size(size)
             try:
                 written = 0
                 while written < len(line):

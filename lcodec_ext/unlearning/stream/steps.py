@@ -125,7 +125,7 @@ def _tell_of_rest(named: Sequence[Mapping[str, Any]]) -> None:
             warnings.warn(
                 f"{k:,} of the {k + rest:,} samples of group {each['id']!r} were removed by "
                 f"earlier requests; this one removes the other {rest:,}",
-                stacklevel=4,
+                stacklevel=5,  # behind remove and what it calls in turn
             )
 
 

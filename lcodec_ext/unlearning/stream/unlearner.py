@@ -3,7 +3,8 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_integer, check_real
+from lcodec_ext._checks import check_bool, check_integer, check_real
+from lcodec_ext._torch.copies import copy_of
+from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.states import state_hash, state_of
@@ -50,6 +53,8 @@ from lcodec_ext.unlearning.stream.steps import (
 from lcodec_ext.unlearning.stream.store import Store, interrupt_held_back
 from lcodec_ext.unlearning.unlearn import unlearn
 
+_PROBE = 32  # retained samples that are compared with those of the start at each request
+
 
 class Unlearner:
     """Deletes training samples from a model, request after request, and keeps a ledger of it.
@@ -86,6 +91,9 @@ class Unlearner:
     epsilon_budget, delta_budget : float, optional
         What all releases together may spend, by default what one of them takes: the options
         `epsilon` and `delta`.
+    lock : bool, default True
+        Keep other processes out of the directory. False is for file systems without file locks:
+        see to it that one process at a time uses the directory.
     keep : int, default 5
         How many of the newest checkpoints are kept, the present one included. This limits
         `rollback`. The original weights are always kept. Each takes the space of the model.
@@ -129,14 +137,16 @@ class Unlearner:
         preset: str | Settings = "recommended",
         epsilon_budget: float | None = None,
         delta_budget: float | None = None,
+        lock: bool = True,
         keep: int = 5,
         progress: bool = False,
         **options: Any,
     ) -> None:
         check_integer(keep, "keep", 1)
+        check_bool(lock, "lock")
         settings, doubt = resolve(
             preset,
-            options,
+            with_decay(options, model),
             retained=statistics is None,
             validation=validation is not None,
             statistics=statistics is not None,
@@ -148,13 +158,13 @@ class Unlearner:
             model, train, loss_fn, validation, statistics, score, progress, settings, groups
         )
         state = state_of(model)
-        self._model, self._closed = copy.deepcopy(model), False
-        folder = None if directory is None else Path(directory)
+        self._model, self._closed = copy_of(model), False
+        folder = None if directory is None else Path(directory).absolute()
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._given = given.with_statistics_at(model)
         self._statistics = self._given.statistics
-        self._store = Store(folder)
+        self._store = Store(folder, lock=lock)
         with self._store.closed_on_failure():
             _check_new(self._store, directory)
             if doubt:
@@ -178,6 +188,7 @@ class Unlearner:
         score: Score | None = None,
         progress: bool = False,
         perturb: Any = None,
+        lock: bool = True,
     ) -> "Unlearner":
         """Go on with the ledger in a directory, from its last entry.
 
@@ -197,6 +208,8 @@ class Unlearner:
         progress : bool, default False
         perturb : callable, optional
             The option `perturb`, if it was a function: the ledger has only its name.
+        lock : bool, default True
+            As for the class.
 
         Raises
         ------
@@ -209,12 +222,13 @@ class Unlearner:
         ValueError
             For data, a function or a model that differ from those on record.
         """
-        folder = Path(directory)
+        check_bool(lock, "lock")
+        folder = Path(directory).absolute()
         if not (folder / LEDGER_FILE).is_file():
             raise FileNotFoundError(f"directory {str(directory)!r} has no ledger")
         self = cls.__new__(cls)
         self._closed = False
-        self._store = store = Store(folder)
+        self._store = store = Store(folder, lock=lock)
         with store.closed_on_failure():
             if not len(store.ledger):
                 raise FileNotFoundError(
@@ -241,7 +255,7 @@ class Unlearner:
     @property
     def model(self) -> nn.Module:
         """A copy of the model without the removed samples. It has no noise: do not give it away."""
-        return copy.deepcopy(self._model)
+        return copy_of(self._model)
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -324,14 +338,18 @@ class Unlearner:
         UserWarning
             If some samples of a group were removed earlier, and what `unlearn` warns about.
         """
-        self._check_open()
+        with self._turn():
+            return self._remove(ids, groups, check_note(note))
+
+    def _remove(self, ids: Any, groups: Any, note: str | None) -> UnlearnResult:
         history, n = self._store.history, len(self._given.train)
-        note = check_note(note)
         seed = request_seed(self.settings.seed, len(self.ledger))
         with heard() as texts:
             asked = check_request(ids, groups, self._given, history.removed)
             numbers = asked.numbers
             retain = all_but(n, [*history.removed, *numbers])
+            probe = retain[:: max(1, len(retain) // _PROBE)][:_PROBE].tolist()
+            self._given.contents.check(self._given.train, [*numbers, *probe], "train")
             result = self._step(asked, retain, seed, unlearn)
         skipped = [numbers[k] for k in result.skipped]
         gone = [i for i in numbers if i not in skipped]
@@ -354,7 +372,7 @@ class Unlearner:
         statistics = self._statistics
         if statistics is not None:
             statistics = self._given.without(statistics, self._original(), gone)
-        model = copy.deepcopy(result.model)
+        model = copy_of(result.model)
         state = state_of(model)
         environment = {"seconds": result.seconds, "warnings": texts}
         self._commit("remove", record, model, state, statistics, **environment)
@@ -378,9 +396,13 @@ class Unlearner:
         Estimate
             Of the step; writing a checkpoint and the ledger's line comes on top.
         """
-        self._check_open()
-        asked = check_request(ids, groups, self._given, self._store.history.removed)
-        retain = all_but(len(self._given.train), [*self._store.history.removed, *asked.numbers])
+        with self._turn():
+            return self._estimate(ids, groups)
+
+    def _estimate(self, ids: Any, groups: Any) -> Estimate:
+        removed = self._store.history.removed
+        asked = check_request(ids, groups, self._given, removed)
+        retain = all_but(len(self._given.train), [*removed, *asked.numbers])
         seed = request_seed(self.settings.seed, len(self.ledger))
         return self._step(asked, retain, seed, estimate)
 
@@ -402,8 +424,10 @@ class Unlearner:
         ValueError
             If there is no such entry, or its checkpoint is no longer kept.
         """
-        self._check_open()
-        note = check_note(note)
+        with self._turn():
+            self._rollback(to, check_note(note))
+
+    def _rollback(self, to: int | None, note: str | None) -> None:
         history = self._store.history
         if to is None:
             to = history.before_last_request()
@@ -446,8 +470,15 @@ class Unlearner:
             If the noise raises that loss by much. The release is paid for all the same: noise that
             is drawn again until it pleases is not the noise of the guarantee.
         """
-        self._check_open()
-        note = check_note(note)
+        with self._turn():
+            released, guarantee, loss = self._release(check_note(note))
+        if loss is not None:
+            warn_of_noise(
+                loss["before"], loss["after"], guarantee, "the retained samples", stacklevel=2
+            )
+        return released
+
+    def _release(self, note: str | None) -> tuple[nn.Module, Guarantee, dict[str, Any] | None]:
         history, budget = self._store.history, self.budget
         if budget is None:
             raise ValueError(
@@ -474,14 +505,13 @@ class Unlearner:
             )
             environment["retained_loss"] = loss
         self._commit("release", record, **environment)
-        if loss is not None:
-            warn_of_noise(
-                loss["before"], loss["after"], guarantee, "the retained samples", stacklevel=2
-            )
-        return released
+        return released, guarantee, loss
 
     def close(self) -> None:
-        """Release the directory; no request is taken afterwards."""
+        """Release the directory; no request is taken afterwards.
+
+        Waits for the end of another thread's request.
+        """
         self._closed = True
         self._store.close()
 
@@ -492,6 +522,14 @@ class Unlearner:
         self.close()
 
     # -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One request at a time, of an Unlearner that is open."""
+        self._check_open()
+        with self._store.turn():
+            self._check_open()  # another thread may have closed it meanwhile
+            yield
 
     def _check_open(self) -> None:
         if self._closed:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lcodec_ext._checks import counted
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext._torch.states import state_hash, state_of
 from lcodec_ext.unlearning.groups import Groups
@@ -53,12 +54,13 @@ class Verification:
 
     def __str__(self) -> str:
         verdict = "verifies" if self.ok else "does NOT verify"
-        counts = f"{len(self.removed)} samples removed, {len(self.pending)} pending"
+        counts = f"{counted(len(self.removed), 'sample')} removed, {len(self.pending)} pending"
         if self.counted == 0:
             counts = "samples not counted"
         elif self.counted is not None:
             counts += f" after entry {self.counted - 1} (what follows is not counted)"
-        lines = [f"The ledger {verdict}: {self.entries} entries, {counts}, head {self.head}"]
+        entries = counted(self.entries, "entry", "entries")
+        lines = [f"The ledger {verdict}: {entries}, {counts}, head {self.head}"]
         lines += [f"  problem: {problem}" for problem in self.problems]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""Parameters that no sample uses: the regulariser alone does not move them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcodec_ext.unlearning.request import Request
+from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
+
+
+def measured_first(work: Workplace, request: Request) -> LossesAndGradients:
+    """Losses and gradients at the start; rows without a gradient anywhere are left alone.
+
+    Where neither the removed nor the retained samples have a gradient (unused heads, rows of
+    embeddings, dead units), nothing balances the removed samples' part of the regulariser: it would
+    only scale the weights. It is left out there from now on. A theorem's step has all of it.
+    """
+    before = work.measure(request.forget, request.monitored)
+    if work.settings.update == "certified":
+        return before
+    idle = {
+        name: entries
+        for name, g in before.forget.items()
+        if work.decay[name] and bool((entries := _alone(work, name, g)).any())
+    }
+    for gradient in _of_retained(work, request, before, idle):
+        for name in list(idle):
+            idle[name] &= _alone(work, name, gradient[name])
+    for name, entries in idle.items():
+        if bool(entries.any()):
+            work.decay[name] = work.decay[name] * (~entries).to(work.parameters[name].dtype)
+            for gradient in (before.forget, before.retained or {}):
+                if name in gradient:
+                    gradient[name].masked_fill_(entries, 0.0)
+    return before
+
+
+def _alone(work: Workplace, name: str, gradient: Tensor) -> Tensor:
+    """The rows in which a gradient is that of the regulariser alone.
+
+    Whole rows, what belongs to a unit: single entries, of inputs that are always zero for instance,
+    are those of a parameter that is used.
+    """
+    p = work.parameters[name].detach()
+    alone = gradient == work.decay[name] * p
+    if p.ndim > 1:
+        alone = alone.flatten(1).all(1).view(-1, *[1] * (p.ndim - 1)).expand_as(p)
+    return alone & (p != 0)
+
+
+def _of_retained(
+    work: Workplace, request: Request, before: LossesAndGradients, idle: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Gradients of the retained samples that the step knows, as far as there is doubt."""
+    if not idle:
+        return []
+    if request.kept is None:
+        return [_of_statistics(work, request, idle)]
+    assert before.retained is not None
+    read, monitored = request.kept.read, request.kept.monitored
+    if len(read) <= len(monitored):
+        return [before.retained]
+    doubted = {name: work.parameters[name] for name in idle}
+    return [before.retained, work.gradient(read, doubted)[1]]
+
+
+def _of_statistics(work: Workplace, request: Request, idle: dict[str, Tensor]) -> dict[str, Any]:
+    """The regulariser's gradient where the statistics have no curvature, else another one."""
+    statistics = request.statistics
+    found = {k: torch.full_like(p, torch.nan) for k, p in work.parameters.items()}
+    if statistics is None or statistics.matrix is None or statistics.selection is None:
+        return found
+    layout = statistics.selection.layout(work.model)
+    diagonal = {k: torch.full_like(p, torch.nan) for k, p in work.parameters.items()}
+    layout.scatter_(diagonal, statistics.matrix.diagonal().to(work.device, work.dtype))
+    for name in idle:
+        plain = work.decay[name] * work.parameters[name].detach()
+        found[name] = torch.where(diagonal[name] == 0, plain, found[name])
+    return found

@@ -1,0 +1,381 @@
+"""Data as people have them: that change, do not end, are lists, or hold a wrong entry."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from lcodec_ext._torch import batches, samples
+from lcodec_ext.curvature import (
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    SecantOperator,
+    UnitSelection,
+)
+from lcodec_ext.evaluation import metrics
+from lcodec_ext.unlearning import Unlearner, unlearn
+
+N, D = 60, 4
+OPTIONS = {"damping": 0.1, "max_drop": None, "calibrate": False}
+
+
+def data(n=N):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, D, generator=generator), torch.arange(n) % 3
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Linear(D, 3)
+
+
+def rows(n=N):
+    return list(zip(*data(n), strict=True))
+
+
+def remove(forget, retain, model=None):
+    return unlearn(model or make_model(), forget, retain, cross_entropy, **OPTIONS)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data that change
+
+
+class Flips(Dataset):
+    """Each reading turns the sign of a sample with some probability."""
+
+    def __init__(self, seed, p=0.5):
+        self.rng, self.p = random.Random(seed), p
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, k):
+        x, y = rows()[k]
+        return (-x if self.rng.random() < self.p else x), y
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("p", [0.5, 0.2])
+def test_flips_are_noticed(seed, p):
+    with pytest.raises(ValueError, match="sample [0-9]+ of retain differs when it is read again"):
+        remove(tuple(t[:5] for t in data()), Flips(seed, p))
+
+
+def mixup(rows):
+    x, y = default_collate(rows)
+    order = torch.arange(len(x)).roll(1)
+    return 0.7 * x + 0.3 * x[order], y
+
+
+def cutmix(rows):
+    x, y = default_collate(rows)
+    x[:, :2] = x[:, :2].roll(1, 0)
+    return x, y
+
+
+def centred(rows):
+    x, y = default_collate(rows)
+    return x - x.mean(0), y
+
+
+def noisy(rows):
+    x, y = default_collate(rows)
+    return x + 0.01 * torch.randn_like(x), y
+
+
+@pytest.mark.parametrize("collate", [mixup, cutmix, centred, noisy])
+@pytest.mark.parametrize("kind", ["rows", "tensors"])
+def test_what_a_collate_fn_mixes_is_noticed(collate, kind):
+    source = rows() if kind == "rows" else TensorDataset(*data())
+    loader = DataLoader(source, batch_size=8, collate_fn=collate)
+    with pytest.raises(ValueError, match="another one in a batch than alone|differs when it is"):
+        remove(tuple(t[:5] for t in data()), loader)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_no_change(left):
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 9, (3 + k % 4,), generator=generator) for k in range(N)]
+
+    def padded(rows):
+        longest = max(len(text) for text, _ in rows)
+        x = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for k, (text, _) in enumerate(rows):
+            x[k, longest - len(text) :] if left else x[k, : len(text)]
+            if left:
+                x[k, longest - len(text) :] = text
+            else:
+                x[k, : len(text)] = text
+        return x, torch.tensor([y for _, y in rows])
+
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.table(x).sum(1))
+
+    torch.manual_seed(0)
+    pairs = [(text, k % 3) for k, text in enumerate(texts)]
+    forget, retain = (
+        DataLoader(part, batch_size=4, collate_fn=padded) for part in (pairs[:5], pairs[5:])
+    )
+    remove(forget, retain, Bag())
+
+
+class Later(Dataset):
+    """Samples that are others once something is switched."""
+
+    def __init__(self):
+        self.other = set()
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, k):
+        x, y = rows()[k]
+        return (x + 1 if k in self.other else x), y
+
+
+@pytest.mark.parametrize("kind", ["asked for", "retained"])
+def test_later_requests_compare_with_the_start(kind):
+    source = Later()
+    with Unlearner(make_model(), source, cross_entropy, **OPTIONS) as stream:
+        stream.remove(3)
+        source.other = {7} if kind == "asked for" else set(range(N)) - {7}
+        with pytest.raises(ValueError, match="sample [0-9]+ of train has another content than at"):
+            stream.remove(7)
+        source.other = {3}  # what is removed may be erased
+        stream.remove(7)
+        assert stream.removed == (3, 7)
+
+
+def test_tensors_that_are_changed_in_place_are_noticed(tmp_path):
+    x, y = data()
+    options = {**OPTIONS, "directory": tmp_path}
+    with Unlearner(make_model(), (x, y), cross_entropy, **options) as stream:
+        stream.remove(3)
+    with Unlearner.resume(tmp_path, make_model(), (x, y), cross_entropy) as stream:
+        x[3] = 0.0  # erased
+        stream.remove(4)
+        x[8] += 1.0
+        with pytest.raises(ValueError, match="sample 8 of train has another content"):
+            stream.remove(8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data without an end, and of other forms
+
+
+class Stream(IterableDataset):
+    def __init__(self, length=None):
+        self.length = length
+
+    def __iter__(self):
+        return itertools.cycle(rows())
+
+
+class Sized(Stream):
+    def __len__(self):
+        return self.length
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Nobody waits for a million samples here."""
+    for module in (batches, samples):
+        monkeypatch.setattr(module, "ENDLESS", 500)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_data_without_an_end(impatient, loaded):
+    endless, short = Stream(), Sized(30)
+    if loaded:
+        endless, short = DataLoader(endless, 7), DataLoader(short, 7)
+    few = tuple(t[:5] for t in data())
+    for call in (
+        lambda: remove(few, endless),
+        lambda: metrics.accuracy(make_model(), endless, cross_entropy),
+        lambda: Unlearner(make_model(), endless, cross_entropy, **OPTIONS),
+        lambda: GaussNewtonOperator(make_model(), cross_entropy, endless, UnitSelection({"": [0]})),
+    ):
+        with pytest.raises(ValueError, match="has no length and has not ended after 5[0-9]+ sampl"):
+            call()
+    if not loaded:
+        with pytest.raises(ValueError, match="gives more samples than its length, 30"):
+            remove(few, short)
+
+
+class Duck:
+    """Indexed as a Dataset is, and of no class of torch's."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, k):
+        return self.rows[k]
+
+
+class IteratedDuck(Duck):
+    def __iter__(self):
+        return iter(self.rows)
+
+
+FORMS = {
+    "duck": Duck,
+    "iterated duck": IteratedDuck,
+    "list of pairs": list,
+    "tuple of pairs": tuple,
+    "pairs with numbers": lambda rows: [(x, int(y)) for x, y in rows],
+    "pairs of arrays": lambda rows: [(x.numpy(), np.int64(y)) for x, y in rows],
+    "lists": lambda rows: [[x, y] for x, y in rows],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_in_other_forms(form):
+    x, y = data()
+    wanted = remove((x[:5], y[:5]), (x[5:], y[5:]))
+    found = remove(*map(FORMS[form], (rows()[:5], rows()[5:])))
+    assert torch.equal(found.model.weight, wanted.model.weight)
+    with Unlearner(make_model(), FORMS[form](rows()), cross_entropy, **OPTIONS) as stream:
+        stream.remove(range(5))
+        assert stream.removed == tuple(range(5))
+    operators = [
+        HessianOperator(make_model(), cross_entropy, each, UnitSelection({"": [0, 2]}))
+        for each in (FORMS[form](rows()), (x, y))
+    ]
+    assert torch.equal(*(each.to_dense() for each in operators))
+
+
+@pytest.mark.parametrize("name", [int, "id {}".format])
+@pytest.mark.parametrize("form", [list, Duck])
+def test_samples_with_a_third_entry_are_told_how_to_be_wrapped(name, form):
+    named = [(x, y, name(k)) for k, (x, y) in enumerate(rows())]
+    advice = r"DataLoader\(data, collate_fn=lambda rows: default_collate\(\[\(x, y\) for x, y, \*_"
+    with pytest.raises((ValueError, TypeError), match=advice):
+        remove(form(named[:5]), form(named[5:]))
+    wrapped = [
+        DataLoader(part, collate_fn=lambda rows: default_collate([(x, y) for x, y, *_ in rows]))
+        for part in (form(named[:5]), form(named[5:]))
+    ]
+    x, y = data()
+    wanted = remove((x[:5], y[:5]), (x[5:], y[5:]))
+    assert torch.equal(remove(*wrapped).model.weight, wanted.model.weight)
+
+
+class NoLength(Dataset):
+    def __getitem__(self, k):
+        return rows()[k]
+
+
+class TooLong(Duck):
+    def __len__(self):
+        return N + 1
+
+
+def test_what_cannot_be_read_is_named():
+    few = tuple(t[:5] for t in data())
+    x, y = data()
+    for given, message in (
+        (NoLength(), "retain has no length: give its class, NoLength, a __len__"),
+        (TooLong(rows()), "sample 60 of retain, a TooLong of 61 samples, cannot be read: IndexErr"),
+        ([(x[:30], y[:30]), (x[30:40], y[30:40]), (x[40:], y[40:])], "a list of 3 batches; pass"),
+        ([(x[0], None), (x[1], None)], "do not make a batch.*A sample is a pair"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            remove(few, given)
+
+
+# ---------------------------------------------------------------------------------------------
+# Wrong entries, by number and value
+
+
+def wrong(kind):
+    """Samples with a wrong entry late in them, which a look at a few does not see."""
+    x, y = data(1000)
+    x, y = x.clone(), y.clone()
+    if kind == "label":
+        y[777] = 3
+    elif kind == "negative":
+        y[777] = -1
+    elif kind == "ignored":
+        y[777] = -100
+    else:
+        x[777, 2] = float(kind)
+    return x, y
+
+
+WRONG = {
+    "label": r"sample 777 of {} has target 3; .* targets must be classes 0 to 2",
+    "negative": r"sample 777 of {} has target -1; .* targets must be classes 0 to 2",
+    "ignored": r"sample 777 of {} has target -100, which loss_fn ignores",
+    "nan": r"{} holds NaN or infinity: sample 777 has nan, at \[2\]",
+    "inf": r"{} holds NaN or infinity: sample 777 has inf, at \[2\]",
+}
+
+
+@pytest.mark.parametrize("form", ["tensors", "dataset", "loader"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_entries_are_named(kind, form):
+    x, y = wrong(kind)
+    given = {
+        "tensors": (x, y),
+        "dataset": TensorDataset(x, y),
+        "loader": DataLoader(TensorDataset(x, y), 64, shuffle=True),
+    }[form]
+    few = tuple(t[:5] for t in data())
+    with pytest.raises(ValueError, match=WRONG[kind].format("retain")):
+        unlearn(make_model(), few, given, cross_entropy, **OPTIONS, n_monitor=None)
+    with pytest.raises(ValueError, match=WRONG[kind].format("forget")):
+        unlearn(make_model(), given, few, cross_entropy, **OPTIONS)
+    with pytest.raises(ValueError, match=WRONG[kind].format("data")):
+        metrics.gradient_norm(make_model(), given, cross_entropy)
+    with pytest.raises(ValueError, match=WRONG[kind].format("train")):
+        Unlearner(make_model(), given, cross_entropy, **OPTIONS).remove([3, 777])
+
+
+@pytest.mark.parametrize("kind", ["label", "nan"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_operators_name_wrong_entries(kind, cut):
+    x, y = wrong(kind)
+    given = (x, y) if cut else list(zip(x.split(64), y.split(64), strict=True))
+    message = {
+        "label": "sample 777 of data has target 3; .* classes 0 to 2",
+        "nan": "the loss is NaN or infinite: sample 777 of data, with target 0, has the loss nan, "
+        "as its outputs are not finite",
+    }[kind]
+    deep = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), make_model())
+    for model, layer in ((make_model(), ""), (deep, "0"), (deep, "2")):
+        for operator in (HessianOperator, GaussNewtonOperator, FisherOperator):
+            with pytest.raises(ValueError, match=message):
+                operator(model, cross_entropy, given, UnitSelection({layer: [0]}))
+        options = {"steps": torch.ones(D + 1)}
+        with pytest.raises(ValueError, match=message):
+            SecantOperator(model, cross_entropy, given, UnitSelection({layer: [0]}), **options)
+
+
+def test_a_loss_that_fails_on_one_sample_names_it():
+    x, y = data(200)
+
+    def loss_fn(outputs, targets):
+        if (targets == 7).any():
+            raise ValueError("seven")
+        return cross_entropy(outputs, targets % 3)
+
+    y = y.clone()
+    y[123] = 7
+    for given in ((x, y), TensorDataset(x, y)):
+        with pytest.raises(ValueError, match=r"seven \(sample 123 of retain, with target 7, fails"):
+            unlearn(make_model(), (x[:5] + 1, y[:5]), given, loss_fn, **OPTIONS, n_monitor=None)
