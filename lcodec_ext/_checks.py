@@ -67,6 +67,16 @@ def check_real(value: object, name: str, minimum: float) -> float:
     return number
 
 
+def check_positive(value: object, name: str) -> float:
+    """value as a float, if it is a finite real number above 0."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a positive number; got {_describe(value)}")
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a positive, finite number; got {number!r}")
+    return number
+
+
 def check_seed(seed: object, name: str = "seed", *, optional: bool = True) -> int | None:
     """A seed in [0, 2**64), or None where that is allowed."""
     if seed is None and optional:

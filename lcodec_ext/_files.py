@@ -93,11 +93,44 @@ def write_atomically(path: str | os.PathLike[str], content: Content) -> None:
     write_all_atomically({path: content})
 
 
+def file_path(path: object) -> Path:
+    """The path of a file as a user gave it; TypeError or ValueError if it cannot be one."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a string or a path; got {type(path).__name__}")
+    found = Path(path)
+    if not found.name:
+        raise ValueError(f"path must name a file; got {str(path)!r}")
+    return found
+
+
+def file_to_read(path: object) -> Path:
+    """The path of a file that is there; TypeError, ValueError or OSError for others."""
+    found = file_path(path)
+    if found.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: give the name of a file in it")
+    if not found.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    return found
+
+
+def _check_place(path: Path) -> None:
+    """Refuse what no file can be written to."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: give the name of a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} cannot be written: {str(path.parent)!r} is not a folder; make it first"
+        )
+
+
 def write_all_atomically(files: Mapping[str | os.PathLike[str], Content]) -> None:
     """Write several files; none is replaced before all are written.
 
-    They take their places in the order of the mapping, each at once.
+    They take their places in the order of the mapping, each at once. IsADirectoryError or
+    FileNotFoundError, with what to do, for paths that no file can be written to.
     """
+    for name in files:
+        _check_place(file_path(name))
     written: dict[Path, Path] = {}
     token = secrets.token_hex(4)
     try:

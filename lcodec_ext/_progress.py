@@ -1,6 +1,10 @@
 """Progress bars, on request."""
 
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 def progress_bar(enabled: bool, **options: Any) -> Any:
@@ -28,10 +32,17 @@ def progress_bar(enabled: bool, **options: Any) -> Any:
 
 
 def progress_line(enabled: bool, text: str) -> None:
-    """A line among the bars."""
+    """A line before the next bar."""
     if enabled:
-        with progress_bar(True, total=0, bar_format="{desc}", desc=text):
-            pass
+        print(text, file=sys.stderr)
+
+
+def counted(enabled: bool, items: Iterable[_T], **options: Any) -> Iterator[_T]:
+    """The items, with a bar of how many have been dealt with."""
+    with progress_bar(enabled, **options) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 class _Silent:

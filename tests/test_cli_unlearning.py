@@ -16,7 +16,7 @@ from lcodec_ext.cli.import_path import load_object
 from lcodec_ext.cli.problem import parse_ids
 from lcodec_ext.cli.unlearn import PRESETS
 from lcodec_ext.evaluation import methods
-from lcodec_ext.unlearning import ParameterSelection, UnitSelection, unlearn
+from lcodec_ext.unlearning import ParameterSelection, UnitSelection, WeightPatch, unlearn
 from lcodec_ext.unlearning.settings import PRESETS as KNOWN_PRESETS
 
 CODE = """
@@ -54,6 +54,9 @@ def load():
 
 def with_users():
     return load() | {"groups": [f"user {k % 12}" for k in range(60)]}
+
+def with_users_and_validation():
+    return with_users() | {"test": (x[60:75], y[60:75]), "validation": (x[75:], y[75:])}
 
 def with_numbers():
     return load() | {"groups": [k % 12 for k in range(60)]}
@@ -406,6 +409,30 @@ def kinds():
     return [json.loads(line)["kind"] for line in lines]
 
 
+def test_a_patch_is_what_the_request_changes(run, refused, problem):
+    """Applied to the weights before it gives those that --output has."""
+    unlearn_ = ["unlearn", *MODEL, *DATA, *DECAY]
+    first = [*unlearn_, *WEIGHTS, "--forget", "3,17", "--patch", "a.safetensors", "--json"]
+    status, out, err = run(*first, "--output", "new.pt")
+    assert status == 0, err
+    assert json.loads(out)["patch"] == "a.safetensors"
+    model = torch.nn.Linear(4, 3).double()
+    model.load_state_dict(torch.load("net.pt", weights_only=True))
+    assert WeightPatch.load("a.safetensors").apply(model)
+    for name, tensor in torch.load("new.pt", weights_only=True).items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    status, out, err = run(*unlearn_, *WEIGHTS, "--forget", "3", "--patch", "b.safetensors")
+    assert status == 0, err
+    assert "patch         b.safetensors" in out
+    assert "--patch needs --forget" in refused(
+        "unlearn", *MODEL, *DATA, "--directory", "x", "--resume", "--output", "n.pt", "--patch",
+        "c.safetensors",
+    )  # fmt: skip
+    release = ["--epsilon", "1", "--delta", "1e-5", "--output", "n.pt"]
+    assert "--patch has no noise" in refused(*first, *release)
+    assert "does not go with --estimate" in refused(*first, "--estimate")
+
+
 def test_weights_are_written_after_a_removal_without_output(run, refused):
     status, out, err = run(*RUN, *WEIGHTS, *DECAY, *STRENGTH, "--forget", "3,17", "--json")
     assert (status, err) == (0, "")
@@ -740,7 +767,11 @@ def test_evaluate_whole_groups(run, refused, monkeypatch):
     assert status == 0, err
     assert json.loads(out)["n_forget"] == 5
     (options,) = calls
-    groups = options["groups"]
+    assert options["groups"] is None  # without validation samples they would have no effect
+    users = ["--data", "own_problem.py:with_users_and_validation"]
+    status, out, err = run(*evaluate, *users, "--forget-group", "user 3", "--json")
+    assert status == 0, err
+    groups = calls[-1]["groups"]
     assert [groups.ids[k] for k in groups.members] == [
         f"user {k % 12}" for k in range(60) if k % 12 != 3
     ]

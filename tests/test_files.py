@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lcodec_ext._files import json_ready, write_all_atomically, write_atomically
+from lcodec_ext._files import file_to_read, json_ready, write_all_atomically, write_atomically
 
 
 @dataclass
@@ -88,8 +89,55 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_files_take_their_places_in_order(tmp_path):
-    (tmp_path / "second").mkdir()  # a file cannot replace it
+def test_files_take_their_places_in_order(tmp_path, monkeypatch):
+    def place(source, target, replace=os.replace):
+        if Path(target).name == "second":
+            raise OSError("second cannot be replaced")
+        replace(source, target)
+
+    files = {tmp_path / name: b"new" for name in ("first", "second", "third")}
+    (tmp_path / "second").mkdir()
+    with pytest.raises(IsADirectoryError, match="second"):
+        write_all_atomically(files)  # seen before anything is written
+    (tmp_path / "second").rmdir()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("os.replace", place)
     with pytest.raises(OSError, match="second"):
-        write_all_atomically({tmp_path / name: b"new" for name in ("first", "second", "third")})
-    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
+        write_all_atomically(files)
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("folder", IsADirectoryError, "is a folder: give the name of a file in it"),
+        ("missing/file", FileNotFoundError, "missing' is not a folder; make it first"),
+        ("file/file", FileNotFoundError, "file' is not a folder; make it first"),
+    ],
+)
+def test_paths_that_no_file_can_have_are_named(tmp_path, name, error, message):
+    """The user's path is in the message, not that of a temporary file, and nothing is left."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(error, match=message) as caught:
+        write_atomically(tmp_path / name, b"new")
+    assert str(tmp_path / name) in str(caught.value)
+    assert ".tmp" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("path", "error"), [(3, TypeError), (None, TypeError), (b"x", TypeError), ("", ValueError)]
+)
+def test_what_is_no_path_is_refused(path, error):
+    for act in (file_to_read, lambda given: write_atomically(given, b"new")):
+        with pytest.raises(error, match="path must"):
+            act(path)
+
+
+def test_only_files_are_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        file_to_read(tmp_path / "missing")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        file_to_read(tmp_path)

@@ -212,6 +212,26 @@ def test_other_ways_have_an_estimate(networks):
     assert found.seconds["total"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        (CONSTANTS, ["cg", "repair"]),
+        ({"calibrate": False, "max_seconds": 1e6}, ["solve", "repair"]),
+        ({"validation": HELD}, ["finish"]),
+        ({"validation": HELD, "finish": 0}, ["solve", "strength"]),
+    ],
+)
+def test_each_phase_has_one_bar(networks, capsys, monkeypatch, options, phases):
+    """A bar that shows the estimate, and one for what takes long; none of single batches."""
+    monkeypatch.setattr("lcodec_ext.unlearning.finish.ENOUGH", -1.0)  # the finish does alone
+    unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, progress=True, **options)
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert sum(line.startswith("unlearn: about") for line in shown) == 1
+    names = list(dict.fromkeys(line.split(":")[0] for line in shown[1:] if line.strip()))
+    assert [name for name in names if name != "repair"] == [n for n in phases if n != "repair"]
+    assert set(names) <= set(phases)
+
+
 def test_progress_begins_with_the_estimate(networks, capsys):
     result = unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, progress=True, **CONSTANTS)
     first = capsys.readouterr().err.strip().splitlines()[0]
@@ -350,12 +370,24 @@ def test_a_smaller_krylov_space_is_told(networks):
     """What memory takes from the search for the strength is in `chosen`, and the result has it."""
     given = {"validation": HELD, "finish": 0}
     free = expect(networks["mlp"], **given)
-    most = int(free.memory["peak"] * 0.8)
+    most = int(free.memory["peak"] * 0.5)
     result = unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, **given, max_memory=most)
     groups = free.settings.control_groups
     assert result.chosen["max_iterations"] < free.settings.max_iterations
     assert result.calibration.products <= result.chosen["max_iterations"] * (groups + 1)
     assert result.settings.max_iterations == result.chosen["max_iterations"]
+
+
+@pytest.mark.parametrize("share", [1.3, 1.0, 0.75])
+def test_memory_that_is_left_goes_to_the_krylov_space(networks, share):
+    """A limit above what is needed lowers nothing; one below it first what costs no accuracy."""
+    given = {"validation": HELD, "finish": 0}
+    free = expect(networks["mlp"], **given)
+    most = int(free.memory["peak"] * share)
+    result = unlearn(networks["mlp"], FORGET, RETAIN, cross_entropy, **given, max_memory=most)
+    assert set(result.chosen) <= ({"batch_size", "cache_bytes"} if share < 1 else set())
+    assert result.calibration.products == 8 * (free.settings.control_groups + 1)
+    assert result.estimate.memory["peak"] <= most
 
 
 def test_l_bfgs_is_counted_where_it_is_always_tried(networks):
@@ -383,8 +415,16 @@ def test_sacrifices_are_settings_and_go_downwards():
         ({"budget": 0.05}, "budget.*and training_seconds.*belong together; got budget=0.05"),
         ({"training_seconds": 5.0}, "belong together; got budget=None and training_seconds=5.0"),
         ({"max_seconds": 1.0, "budget": 0.1, "training_seconds": 9.0}, "give one of them"),
-        ({"max_seconds": 0.0}, "max_seconds must be positive; got 0"),
-        ({"max_seconds": -1.0}, "max_seconds must be .*got -1"),
+        ({"max_seconds": 0.0}, "max_seconds must be a positive, finite number; got 0"),
+        ({"max_seconds": -1.0}, "max_seconds must be a positive, finite number; got -1"),
+        (
+            {"budget": 0.0, "training_seconds": 1.0},
+            "budget must be a positive, .*got 0",
+        ),
+        (
+            {"budget": 0.1, "training_seconds": -1},
+            "training_seconds must be a positive, .*got -1",
+        ),
         ({"max_memory": 0}, "max_memory must be"),
         ({"n_guard": 0}, "n_guard must be"),
         ({"cache_bytes": -1}, "cache_bytes must be"),

@@ -156,6 +156,9 @@ def test_suspects_that_are_no_outliers_get_a_step(batches, monkeypatch):
     suspected = run(case)
     assert torch.equal(weights(suspected.model), weights(plain.model))
     assert suspected.calibration.strength == plain.calibration.strength
+    told = "undone: alone it left the deleted samples too well known"
+    assert told in suspected.calibration.finish_by
+    assert told not in plain.calibration.finish_by
 
 
 @pytest.mark.filterwarnings("ignore:the deletion forgets little")
@@ -213,6 +216,27 @@ def test_outputs_that_are_no_logits_are_led_as_they_are(monkeypatch):
     now = result.model(x[:20])
     before = model(x[:20])
     assert mse_loss(now, outputs) < 0.2 * mse_loss(before, outputs)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_finish_that_is_undone_is_told_of(outliers, batches, monkeypatch):
+    """In place of the step and after it; the result and what prints it say so."""
+    finished = guarding._finished
+
+    def strict(block, guard, harm, found, steps, done):
+        attempt = finished(block, guard, harm, found, steps, done)
+        return replace(attempt, accepted=attempt.accepted and not done.steps)
+
+    monkeypatch.setattr(guarding, "_finished", strict)
+    result = run(outliers, max_rise=5.0)
+    found = result.calibration
+    assert not result.skipped
+    assert found.finish == 0
+    undone = found.finish_by.split("; before, ")
+    assert len(undone) == 2
+    assert all(text.startswith("undone: ") and text.endswith("did harm") for text in undone)
+    assert f", finish {found.finish_by}" in str(found)
+    assert weights(result.model).isfinite().all()
 
 
 def test_a_finish_that_is_refused_is_mended(outliers, batches, monkeypatch):

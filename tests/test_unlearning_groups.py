@@ -12,7 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext._torch.states import state_hash, state_of
-from lcodec_ext.unlearning import TrainingStatistics, Unlearner, unlearn, verify_ledger
+from lcodec_ext.unlearning import (
+    TrainingStatistics,
+    Unlearner,
+    estimate,
+    unlearn,
+    verify_ledger,
+)
 from lcodec_ext.unlearning.control import control_groups
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.request import Kept, Retained
@@ -125,7 +131,8 @@ def test_ids_that_cannot_be(given, error, message):
 
 @pytest.mark.parametrize("place", ["in memory", "on disk"])
 def test_requests_by_group_and_number_add_up(calls, tmp_path, place):
-    with make(None if place == "in memory" else tmp_path / "stream") as stream:
+    folder = None if place == "in memory" else tmp_path / "stream"
+    with make(folder, validation=make_data()) as stream:
         stream.remove(groups="u3", note="by the person")
         assert stream.removed == tuple(of("u3"))
         assert stream.removed_groups == ("u3",)
@@ -147,6 +154,20 @@ def test_requests_by_group_and_number_add_up(calls, tmp_path, place):
         assert [kept.ids[k] for k in kept.members] == [
             each for i, each in enumerate(OWNERS) if i not in (4, *of("u0"), *of("u1"), *of("u3"))
         ]
+
+
+def test_groups_that_have_no_effect_are_refused(calls, trained):
+    """By `unlearn` and `estimate`; a stream has them to find samples by, and does not pass them."""
+    model, (x, y), users, held = trained
+    ids = users[users >= 2]
+    arguments = model, *((x[some], y[some]) for some in (users < 2, users >= 2)), cross_entropy
+    for do in (unlearn, estimate):
+        for options in ({}, {"validation": held, "damping": 0.1, "calibrate": False}):
+            with pytest.raises(ValueError, match="so it has none: leave groups out"):
+                do(*arguments, groups=ids, **options)
+    with make() as stream:
+        stream.remove(groups="u3")
+        assert calls[-1]["groups"] is None
 
 
 def test_of_a_group_that_is_partly_removed_the_rest_goes(calls):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lcodec_ext._torch.states import state_hash, state_of
+from lcodec_ext._torch.tensor_files import write_tensors
 from lcodec_ext.curvature import ParameterSelection, UnitSelection, all_trainable
 from lcodec_ext.unlearning import (
     Settings,
@@ -479,8 +480,19 @@ def test_patches_refuse_other_models(tmp_path):
         WeightPatch.between(model, nn.Linear(3, 2))
     with pytest.raises(ValueError, match="must be of one architecture"):
         WeightPatch.between(model, half)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         WeightPatch.load(tmp_path / "none")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        WeightPatch.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="none' is not a folder; make it first"):
+        patch.save(tmp_path / "none" / "patch.safetensors")
+    with pytest.raises(TypeError, match="path must be a string or a path; got dict"):
+        WeightPatch.load(patch.tensors)
+    for listed in ({}, {"tensors": "{"}, {"tensors": '{"w": ["torch.float32", [2]]}'}):
+        text = {"format": "weight patch 1", "before": "a", "after": "b"} | listed
+        write_tensors(tmp_path / "torn.safetensors", {"v": torch.ones(2)}, text)
+        with pytest.raises(ValueError, match="is damaged"):
+            WeightPatch.load(tmp_path / "torn.safetensors")
     ParameterSelection({"w": [0]}).save(tmp_path / "mask.safetensors")
     with pytest.raises(ValueError, match="holds no weight patch 1"):
         WeightPatch.load(tmp_path / "mask.safetensors")

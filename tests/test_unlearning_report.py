@@ -615,8 +615,8 @@ def test_the_summary_says_who_what_when_and_with_what_guarantee(tmp_path):
     stream = Stream(n=2000).request(range(12), note="user 7, by letter").request([30])
     assert said(tmp_path, ledger=stream.entries).split("\n") == [
         "In short: 13 of 2,000 training samples were deleted, by 2 requests. There is no "
-        "mathematical guarantee that nothing of them is left in the model; this report has no "
-        "evidence either",
+        "mathematical guarantee that nothing of them is left in the model: the deletion is "
+        "heuristic; this report has no evidence either",
         "Asked for by: user 7, by letter (entry 1)",
         "Samples: numbers 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 3 more; requests.csv beside this report "
         "has all of them, in the column ids",
@@ -626,9 +626,8 @@ def test_the_summary_says_who_what_when_and_with_what_guarantee(tmp_path):
         f"Model after: weights with SHA-256 {'c' * 64}",
         f"Ledger: entries 0 to 2, head {'2' * 64}",
         "Verified: no: the report was given entries, and not the folder of their ledger",
-        "Guarantee: There is no mathematical guarantee that nothing of them is left in the model; "
-        "this report has no evidence either. The deletion is heuristic: it was estimated how "
-        "training without the samples ends",
+        "Guarantee: There is no mathematical guarantee that nothing of them is left in the model: "
+        "the deletion is heuristic; this report has no evidence either",
     ]
     text = said(tmp_path, ledger=[stream.entries, Stream().request([1]).entries])
     assert "Ledger 0. In short: 13 of 2,000" in text
@@ -666,6 +665,7 @@ def test_the_first_line_and_the_guarantee_are_one(tmp_path, released, measured):
         assert first.startswith("There is no mathematical guarantee")
         assert ("evidence below" in first) == measured
         assert ("no evidence" in first) == (not measured)
+        assert ". " not in facts["Guarantee"]  # one sentence
         assert "heuristic" in facts["Guarantee"]
         assert "carry a mathematical guarantee" not in text
         assert "certified" not in text
@@ -679,7 +679,7 @@ def test_terms_of_releases_are_repeated(tmp_path):
     assert text.endswith("Privacy budget: epsilon 1 of 2, delta 1e-05 of 0.0001")
     mixed = certified.release("heuristic", reasons=[f"reason {k}" for k in range(6)])
     text = said(tmp_path / "b", ledger=mixed.entries)
-    assert "no theorem stands behind 1 of 2 releases\n" in text
+    assert "heuristic, no theorem stands behind 1 of 2 releases; " in text
     assert "Heuristic because: reason 0; reason 1; reason 2; reason 3 and 2 more\n" in text
 
 

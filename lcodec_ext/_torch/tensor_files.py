@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lcodec_ext._files import write_atomically
+from lcodec_ext._files import file_path, file_to_read, write_atomically
 
 
 def write_tensors(
     path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write tensors, whole or not at all."""
+    file_path(path)  # before anything is copied
     copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     write_atomically(path, _safetensors().save(copies, dict(metadata)))
 
@@ -21,8 +21,7 @@ def write_tensors(
 def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata; ValueError for a file that holds something else."""
     safetensors = _safetensors()
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    file_to_read(path)
     try:
         with safetensors.safe_open(str(path), "pt") as file:
             # Copies: in the file, numbers are not where vector instructions want them.

@@ -124,6 +124,12 @@ def add_unlearn(commands: Any) -> None:
         metavar="FILE",
         help="the new weights, a .pt or .safetensors file",
     )
+    add(
+        "--patch",
+        type=output_file(".safetensors"),
+        metavar="FILE",
+        help="what this request changes of the weights, for WeightPatch.load and apply",
+    )
     add = parser.add_argument_group("ledger").add_argument
     add("--directory", metavar="FOLDER", help="where the ledger and the checkpoints are kept")
     add("--resume", action="store_true", help="go on with the ledger in the folder")
@@ -235,10 +241,12 @@ def _check_request(options: argparse.Namespace) -> None:
     if options.estimate:
         _check_estimate(options)
         return
+    if options.patch:
+        _check_patch(options)
     if not options.directory:
         if options.resume:
             raise InputError("--resume needs --directory, the folder of the ledger")
-        if not options.output:
+        if not (options.output or options.patch):
             raise InputError("--output or --directory is needed: nothing would be kept")
         return
     if options.resume:
@@ -249,9 +257,19 @@ def _check_request(options: argparse.Namespace) -> None:
         )
 
 
+def _check_patch(options: argparse.Namespace) -> None:
+    """Refuse a patch of nothing, and one that would go around a release's noise."""
+    if not _asks(options):
+        raise InputError("--patch needs --forget or --forget-group: it is what a request changes")
+    if options.epsilon is not None:
+        raise InputError("--patch has no noise, and --epsilon asks for it: leave one of them out")
+    if options.patch.is_dir():
+        raise InputError(f"--patch {options.patch} is a folder; expected the name of a file")
+
+
 def _check_estimate(options: argparse.Namespace) -> None:
     """Refuse what would have no effect; `_check_request` has seen that samples are named."""
-    for name in ("output", "note"):
+    for name in ("output", "patch", "note"):
         if getattr(options, name):
             raise InputError(f"--{name} does not go with --estimate, which deletes nothing")
     if options.resume:
@@ -293,6 +311,7 @@ class _Outcome(NamedTuple):
     refused: list[int]  # of these: the guard took their removal back
     result: "UnlearnResult | None"
     written: bool
+    patched: bool
     release: dict[str, Any] | None  # the guarantee of what was written
 
 
@@ -313,6 +332,8 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
             raise InputError(f"--forget-group names group {one!r}, which is removed already")
         if options.estimate:
             return _estimate(unlearner, ids, named, console)
+        if options.patch and unlearner.budget is not None:
+            raise InputError("--patch has no noise, which releases from this ledger have")
         result, groups = None, []
         if ids or named:
             result = _remove(unlearner, ids, named, options, console)
@@ -321,7 +342,10 @@ def run_unlearn(options: argparse.Namespace, console: Console) -> int:
         refused = sorted(set(ids) - set(unlearner.removed))
         writes = bool(options.output) and (not ids or len(refused) < len(ids))
         release = _write(unlearner, options, console) if writes else None
-        outcome = _Outcome(ids, groups, refused, result, writes, release)
+        patched = bool(options.patch) and result is not None and len(refused) < len(ids)
+        if patched and result is not None:
+            result.patch().save(options.patch)
+        outcome = _Outcome(ids, groups, refused, result, writes, patched, release)
         return _tell(unlearner, outcome, options, console)
 
 
@@ -433,7 +457,7 @@ def _tell(
     """Print what was done; return the exit status."""
     from lcodec_ext.unlearning import Guarantee
 
-    ids, groups, refused, result, written, release = outcome
+    ids, groups, refused, result, written, patched, release = outcome
     lines = [repr(result or unlearner)]
     if groups:
         each = (f"{one['id']!r} ({counted(len(one['samples']), 'sample')})" for one in groups)
@@ -450,6 +474,8 @@ def _tell(
         )
     if written:
         lines.append(f"  written to    {options.output}")
+    if patched:
+        lines.append(f"  patch         {options.patch}")
     if options.directory:
         lines.append(f"  ledger head   {unlearner.ledger.head}")
     pending = unlearner.pending if not ids else ()
@@ -469,6 +495,7 @@ def _tell(
         "release": release,
         "retained_loss": loss,
         "output": str(options.output) if written else None,
+        "patch": str(options.patch) if patched else None,
         "directory": options.directory,
         "head": unlearner.ledger.head,
     }
@@ -483,7 +510,7 @@ def _tell(
 def _verify(options: argparse.Namespace, console: Console) -> int:
     if not options.directory:
         raise InputError("--verify needs --directory, the folder of the ledger")
-    for name in ("forget", "forget_group", "output", "resume", "note", "estimate"):
+    for name in ("forget", "forget_group", "output", "patch", "resume", "note", "estimate"):
         if getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} does not go with --verify")
     if bool(options.model) != bool(options.weights):

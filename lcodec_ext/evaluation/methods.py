@@ -54,7 +54,7 @@ from lcodec_ext.evaluation.training import (
 )
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
-from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.unlearn import unlearn
 
 NO_OP, RETRAINED = "no-op", "retrained"
@@ -380,6 +380,23 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
         raise type(error)(f"method {name!r}: {error}") from None
 
 
+def _given(defaults: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a deletion; groups that all methods share only where they have an effect."""
+    options = {**defaults, **method}
+    own = {k: v for k, v in options.items() if k not in (*NOT_SETTINGS, "preset", "inplace")}
+    validation, statistics = (options.get(k) is not None for k in ("validation", "statistics"))
+    settings, _ = resolve(
+        options.get("preset", "recommended"),
+        own,
+        retained=True,
+        validation=validation,
+        statistics=statistics,
+    )
+    if not settings.calibrate and "groups" not in method:
+        options["groups"] = None
+    return options
+
+
 def find_method(methods: Sequence[Any], name: str) -> Any:
     """The entry of that name; a KeyError tells which there are."""
     for method in methods:
@@ -420,7 +437,7 @@ def carry_out(
                 settings = {"baseline": getattr(run, "__name__", type(run).__name__), **options}
                 made = method.run(model, forget, retain, loss_fn, seed, **options)
             elif isinstance(method, Mapping):
-                made = unlearn(model, forget, retain, loss_fn, **{**defaults, **method})
+                made = unlearn(model, forget, retain, loss_fn, **_given(defaults, method))
             else:
                 made = method(copy_of(model), forget, retain, loss_fn, seed)
         seconds = clock(model) - begin

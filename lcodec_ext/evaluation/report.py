@@ -456,9 +456,8 @@ def _on_privacy(releases: Sequence[ReportEntry], measured: bool) -> dict[str, st
         found = {"Guarantee": f"{_CERTIFIED}. This holds for {n}"}
     else:
         evidence = "evidence below" if measured else "this report has no evidence either"
-        why = f"no theorem stands behind {len(others)} of {n}" if others else "it was estimated"
-        text = f"{_HEURISTIC}; {evidence}. The deletion is heuristic: {why}"
-        found = {"Guarantee": text + " how training without the samples ends" * (not others)}
+        why = f", no theorem stands behind {len(others)} of {n}" * bool(others)
+        found = {"Guarantee": f"{_HEURISTIC}: the deletion is heuristic{why}; {evidence}"}
     newest = guarantees[-1] if guarantees else {}
     if newest.get("assumptions") and not others:
         found["Assumptions"] = json.dumps(json_ready(newest["assumptions"]))
@@ -660,6 +659,8 @@ def _calibration(request: ReportEntry) -> Iterator[str]:
     if found.get("finish"):
         by = found.get("finish_by") or "training on the retained samples"
         yield _FINISH.format(found["finish"], _escape(str(by)))
+    elif found.get("finish_by"):
+        yield f"A *finish*, training on the retained samples, was {_escape(found['finish_by'])}."
     seen = [as_number(found.get(f"validation_{when}")) for when in ("before", "after")]
     rows = [
         [f"{name} samples", *map(_number, pair)]

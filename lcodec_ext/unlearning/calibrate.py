@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._files import json_ready
+from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
@@ -24,7 +25,7 @@ from lcodec_ext.unlearning.control import (
 )
 from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.step import Block, Steps, operator_of
+from lcodec_ext.unlearning.step import Block, Steps, krylov_space, operator_of
 from lcodec_ext.unlearning.workplace import Workplace
 
 _Measured = TypeVar("_Measured")
@@ -104,7 +105,7 @@ class Calibration:
     finish : int
         Iterations or batches of the finish that followed.
     finish_by : str
-        What finished, and why that.
+        What finished, and why that; "undone: ..." says what was tried and taken back.
     group_size : int
         Samples in a group; of groups of users the mean, rounded.
     groups_of : str
@@ -190,6 +191,7 @@ class Calibration:
 
     def __str__(self) -> str:
         finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
+        finish = finish or f", finish {self.finish_by}" * bool(self.finish_by)
         if not self.control_after:
             return (
                 "outliers" * self.outliers
@@ -241,9 +243,9 @@ def planned(
     return plan
 
 
-def plan_of(settings: Settings, p: int, itemsize: int) -> Plan:
-    """The Krylov space of settings, within half of the memory that they allow."""
-    most = MAX_BYTES if settings.max_memory is None else min(MAX_BYTES, settings.max_memory // 2)
+def plan_of(settings: Settings, p: int, itemsize: int, left: int | None = None) -> Plan:
+    """The Krylov space of settings, within the memory that is left for it if that is limited."""
+    most = MAX_BYTES if left is None else min(MAX_BYTES, left)
     return planned(p, itemsize, settings.control_groups, settings.max_iterations or STEPS, most)
 
 
@@ -272,7 +274,7 @@ class Calibrated:
 
     def step(self, damping: float) -> Steps:
         """Take the step of a damping from where the block starts, lengthened as was found."""
-        x = self.space.solve(damping)[:, 0]
+        x = self.space.solve(damping, 0)
         product = (self.operator @ x).add_(x, alpha=damping)
         size = float(self.direction.norm())
         residual = float((product - self.direction).norm()) / size if size else 0.0
@@ -333,23 +335,22 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
     work, settings = block.work, block.work.settings
     with work.timed("calibration"):
         rng = np.random.default_rng([settings.seed, 6])
-        plan = plan_of(settings, block.start.numel(), block.start.element_size())
+        p, itemsize = block.start.numel(), block.start.element_size()
+        plan = plan_of(settings, p, itemsize, work.space_bytes)
         control = control_groups(block, rng, plan.groups)
         groups = [
             _usual(block, each, few(each, rng, max(1, measured(settings) // plan.groups)), harm)
             for each in control.groups
         ]
-        directions = torch.stack(
-            [block.removal, *(_direction(block, each) for each, _ in groups)], 1
-        )
-        operator = operator_of(block, directions[:, 0], 0.0)
-        space = Krylov(lambda V: operator @ V, directions, plan.steps, plan.at_once)
-        del directions
+        directions = [block.removal, *(_direction(block, each) for each, _ in groups)]
+        operator = operator_of(block, block.removal, 0.0)
+        space = krylov_space(block, operator, directions, plan.steps, plan.at_once)
         some = [each for _, each in groups]
         own = Fetched(work, few(block.part.forget, rng, measured(settings)))
         trial = _Trial(block, space, some, own, harm, restored)
         attack = _attack([each.losses() for each in some], harm.each())
-        chosen, reason = trial.search()
+        with progress_bar(work.progress, desc="strength", unit="trial") as trial.bar:
+            chosen, reason = trial.search()
         after, others, lost = trial.losses(chosen)
         mean, spread = trial.level(chosen.control)
         level = max(trial.target, *chosen.control)
@@ -531,6 +532,7 @@ class _Trial:
         self.block, self.space, self.groups, self.harm = block, space, groups, harm
         self.own, self.own_before = own, own.loss()
         self.restored, self.tried = restored, 0
+        self.bar = progress_bar(False)
         losses = [each.losses() for each in groups]
         self.before = tuple(map(harm.levels.mean, losses))
         self.trained = start = harm.levels.of_trained(torch.cat([*losses, harm.each_retained()]))
@@ -616,21 +618,21 @@ class _Trial:
     def _try(self, damping: float, length: float = 1.0) -> _Tried:
         """What a damping does: to each group its own step, to others the request's."""
         self.tried += 1
+        self.bar.update()
         if self.space.least + damping <= 0:
             return _Tried(damping, self.before, math.nan, math.nan, "curvature")
-        steps = length * self.space.solve(damping)
         control = tuple(
-            self.harm.levels.mean(self._at(steps[:, k], group.losses))
+            self.harm.levels.mean(self._at((damping, length, k), group.losses))
             for k, group in enumerate(self.groups, start=1)
         )
         if not self.level(control)[0] <= self.target:
             return _Tried(damping, control, math.nan, math.nan, "control", length)
         harm = self.harm
-        validation, retained = self._at(steps[:, 0], harm.now)
+        validation, retained = self._at((damping, length, 0), harm.now)
         objection = harm.broken(validation, retained, restored=self.restored)
         if not objection and not self.restored and harm.costs_accuracy():
             objection = "accuracy"
-        if not objection and not self._at(steps[:, 0], self.own.loss) <= self._most_of_own:
+        if not objection and not self._at((damping, length, 0), self.own.loss) <= self._most_of_own:
             objection = "request"
         if not objection and self.space.residuals(damping).max() > 1:
             objection = "residual"
@@ -638,9 +640,13 @@ class _Trial:
             harm.accept(validation)
         return _Tried(damping, control, validation, retained, objection, length)
 
-    def _at(self, step: Tensor, measure: Callable[[], _Measured]) -> _Measured:
-        """What is measured after a step, which is then undone."""
-        self.block.put(self.block.start + step)
+    def _at(self, step: tuple[float, float, int], measure: Callable[[], _Measured]) -> _Measured:
+        """What is measured after a step, which is then undone.
+
+        A step is a damping, a length, and the column of the space that it is for.
+        """
+        damping, length, column = step
+        self.block.put(self.space.solve(damping, column).mul_(length).add_(self.block.start))
         try:
             return measure()
         finally:
@@ -648,9 +654,9 @@ class _Trial:
 
     def losses(self, chosen: _Tried) -> tuple[list[Tensor], Tensor, float]:
         """Of control samples after their steps, of validation ones after the request's; its own."""
-        steps = chosen.length * self.space.solve(chosen.damping)
-        control = [self._at(steps[:, k], each.losses) for k, each in enumerate(self.groups, 1)]
-        others, loss = self._at(steps[:, 0], lambda: (self.harm.each(), self.own.loss()))
+        step = chosen.damping, chosen.length
+        control = [self._at((*step, k), each.losses) for k, each in enumerate(self.groups, 1)]
+        others, loss = self._at((*step, 0), lambda: (self.harm.each(), self.own.loss()))
         return control, others, loss
 
 

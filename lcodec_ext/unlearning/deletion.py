@@ -71,6 +71,7 @@ def delete(work: Workplace, part: Part, watch: Watch) -> Deletion:
         if number and not choice.selection:
             break
         block = Block.of(work, part, choice.selection, gradient)
+        del gradient  # as large as the model
         rounds.append(guarded_step(block, watch))
         accepted = rounds[-1][-1].accepted
         if accepted or not number:

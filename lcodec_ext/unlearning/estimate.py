@@ -1,7 +1,5 @@
 """What a deletion will cost, and settings that make it cost less."""
 
-import contextlib
-import ctypes
 import math
 import time
 import warnings
@@ -25,7 +23,7 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
-from lcodec_ext.unlearning.calibrate import STEPS, plan_of
+from lcodec_ext.unlearning.calibrate import STEPS
 from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
 from lcodec_ext.unlearning.rates import Rates, timed
 from lcodec_ext.unlearning.request import Request, checked_request
@@ -33,7 +31,7 @@ from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.select import find_candidates, take
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.workload import Sizes, Workload
+from lcodec_ext.unlearning.workload import Graphs, Sizes, Workload
 from lcodec_ext.unlearning.workplace import Workplace
 
 #: What is given up for max_seconds, budget and max_memory, in this order: caps on settings.
@@ -79,14 +77,16 @@ class Estimate:
         that are multiplied.
     memory : dict of str to int
         Peak bytes in addition to the given model and data: copies of the "model",
-        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, a "batch"; and
-        their sum, the "peak".
+        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, a "batch", gaps
+        in the "heap"; and their sum, the "peak".
     settings : Settings
         With what max_seconds, budget and max_memory lowered.
     chosen : dict of str to Any
         These settings; empty where nothing was lowered.
     notes : tuple of str
         What the figures take for granted.
+    space_bytes : int, optional
+        What max_memory leaves for the vectors of a calibration.
     """
 
     seconds: dict[str, float]
@@ -96,6 +96,7 @@ class Estimate:
     settings: Settings
     chosen: dict[str, Any]
     notes: tuple[str, ...] = ()
+    space_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it."""
@@ -194,7 +195,7 @@ def estimate(
     check_bool(progress, "progress")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `unlearn` gives them
-        settings = resolve(
+        settings, _ = resolve(
             preset,
             with_decay(options, model),
             retained=retain is not None,
@@ -217,19 +218,12 @@ def planned(
         return work, request, None
     with work.timed("estimate"):
         found = _estimated(work, request, setup, True)
-        if work.settings.max_memory is not None:
-            _give_back()
+        work.give_back()
     progress_line(work.progress, f"unlearn: {found.line()}")
+    work = replace(work, settings=found.settings, space_bytes=found.space_bytes)
     if found.chosen:
-        work = replace(work, settings=found.settings)
         request = request.drawn_again(found.settings)
     return work, request, found
-
-
-def _give_back() -> None:
-    """Return freed memory to the system where the C library is glibc, which would keep it."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _estimated(work: Workplace, request: Request, setup: float, planning: bool) -> Estimate:
@@ -243,7 +237,7 @@ def _estimated(work: Workplace, request: Request, setup: float, planning: bool) 
     if planning:
         setup += time.perf_counter() - begin
     tried: list[Estimate] = []
-    for settings in _plans(work.settings, sizes):
+    for settings in _plans(work.settings, sizes, rates.graphs):
         found = _of(settings, sizes, rates, setup)
         if fits(found):
             return replace(found, chosen=_changed(work.settings, settings), notes=_notes(settings))
@@ -257,8 +251,11 @@ def fits(found: Estimate) -> bool:
     return found.most_seconds <= allowed and (most is None or found.memory["peak"] <= most)
 
 
-def _plans(settings: Settings, sizes: Sizes) -> Iterator[Settings]:
-    """The settings, and lowered ones where they are limited."""
+def _plans(settings: Settings, sizes: Sizes, graphs: Graphs) -> Iterator[Settings]:
+    """The settings, and lowered ones where they are limited.
+
+    Small batches and few kept graphs come before a smaller Krylov space: they cost no accuracy.
+    """
     if not settings.bounded:
         yield settings
         return
@@ -270,16 +267,19 @@ def _plans(settings: Settings, sizes: Sizes) -> Iterator[Settings]:
         batches = [settings.batch_size, *(batches if settings.max_memory is not None else [])]
         kept = [n for n in _CACHES if n < settings.cache_bytes]
         kept = [settings.cache_bytes, *(kept if settings.max_memory is not None else [])]
-        for size in batches:
-            for cache in kept:
-                yield _as_planned(replace(lowered, batch_size=size, cache_bytes=cache), sizes)
+        plans = [
+            _as_planned(replace(lowered, batch_size=size, cache_bytes=cache), sizes, graphs)
+            for size in batches
+            for cache in kept
+        ]
+        yield from sorted(plans, key=lambda s: (-(s.max_iterations or 0), -s.control_groups))
 
 
-def _as_planned(settings: Settings, sizes: Sizes) -> Settings:
+def _as_planned(settings: Settings, sizes: Sizes, graphs: Graphs) -> Settings:
     """With the size that the Krylov space of a calibration gets within max_memory."""
     if not settings.calibrate:
         return settings
-    plan = plan_of(settings, sizes.p, sizes.bytes_each)
+    plan = Workload(settings, sizes, graphs).plan
     lowered: dict[str, Any] = {}
     if plan.groups < settings.control_groups:
         lowered["control_groups"] = plan.groups
@@ -319,7 +319,8 @@ def _of(settings: Settings, sizes: Sizes, rates: Rates, setup: float) -> Estimat
             seconds[phase.name] = seconds.get(phase.name, 0.0) + each
             passes[phase.name] = phase.passes()
     seconds["total"] = sum(seconds.values())
-    return Estimate(seconds, most, passes, load.memory(rates.activations), settings, {})
+    memory, space = load.memory(rates.activations), load.space_bytes
+    return Estimate(seconds, most, passes, memory, settings, {}, space_bytes=space)
 
 
 def _changed(before: Settings, after: Settings) -> dict[str, Any]:
@@ -361,9 +362,10 @@ def _refusal(settings: Settings, tried: Sequence[Estimate]) -> str:
     if most is not None:
         limits.append(f"max_memory={most:,}: it takes {least.memory['peak']:,} bytes")
     lowered = ", ".join(f"{k}={v}" for k, v in _changed(settings, least.settings).items())
+    slack = " (and a quarter more: it was timed just now)" * (allowed < math.inf)
     return (
         f"the smallest plan for this deletion ({lowered}) does not fit {' and '.join(limits)}. "
-        "Allow that much, or select fewer parameters (selection, max_parameters)"
+        f"Allow that much{slack}, or select fewer parameters (selection, max_parameters)"
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lcodec_ext._progress import counted
 from lcodec_ext._torch.batches import Batch, tensors_of
 from lcodec_ext._torch.loss import NotFiniteError, mean_gradient, mean_loss
 from lcodec_ext._torch.predict import predict
@@ -164,7 +165,9 @@ def _lbfgs(block: Block, harm: Harm, least: float) -> int:
     best, kept = block.now(), 0
     start = closure()
     most = work.settings.finish or ITERATIONS
-    for iteration in range(1, most + 1):
+    for iteration in counted(
+        work.progress, range(1, most + 1), total=most, desc="finish", unit="iteration"
+    ):
         try:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except NotFiniteError:

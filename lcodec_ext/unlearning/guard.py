@@ -148,11 +148,11 @@ def guarded_step(block: Block, watch: Watch) -> tuple[Attempt, ...]:
     if settings.calibrate:
         assert watch.validation is not None  # requests without are refused beforehand
         harm = Harm.of(block, watch.validation)
-        instead, unlike = _instead_of_a_step(block, watch.guard, harm)
+        instead, unlike, undone = _instead_of_a_step(block, watch.guard, harm)
         if instead is not None:
             return (instead,)
         found = calibrated(block, harm, restored=in_batches(block))
-        found = replace(found, found=replace(found.found, unlike=unlike))
+        found = replace(found, found=replace(found.found, unlike=unlike, finish_by=undone))
         damping = found.found.strength
     for _ in range(settings.retries + 1):
         if found is None:
@@ -188,36 +188,36 @@ def _attempt(
 
 def _instead_of_a_step(
     block: Block, guard: Guard | None, harm: Harm
-) -> tuple[Attempt | None, float]:
-    """The finish alone, where that does; and how unlike other samples the request is.
+) -> tuple[Attempt | None, float, str]:
+    """The finish alone, where that does; how unlike others the request is; what was undone.
 
     None, and everything as before, where it forgets too little or does harm: then the step is
     calibrated.
     """
     if block.work.settings.finish == 0:
-        return None, math.nan
+        return None, math.nan, ""
     with block.work.timed("calibration"):
         unlike = unlikeness(block, harm.retained)
         outliers = unlike >= UNLIKE
         if in_batches(block) and not outliers:
-            return None, unlike
+            return None, unlike, ""
         rng = np.random.default_rng([block.work.settings.seed, 13])
         control = control_groups(block, rng, FEWEST)
         if control.of == "classes" and not outliers:  # validation samples say nothing of them
-            return None, unlike
+            return None, unlike, ""
         before = tuple(block.work.mean_loss(each) for each in control.groups)
     done = finish_alone(block, harm, outliers=outliers, known=False)
     if done is None:
-        return None, unlike
+        return None, unlike, "undone: alone it left the deleted samples too well known"
     found = Calibration.without_a_step(harm, control, before, unlike, outliers)
     attempt = _finished(block, guard, harm, found, Steps(), done)
     if not attempt.accepted and (more := finish_step(block, harm)) is not None:
         done = Finish(done.steps + more.steps, f"{done.by}; then held, for retained samples")
         attempt = _finished(block, guard, harm, found, Steps(), done)
     if attempt.accepted:
-        return attempt, unlike
+        return attempt, unlike, ""
     block.restore(block.start, block.buffers)
-    return None, unlike
+    return None, unlike, f"undone: {done.by}, alone, did harm"
 
 
 def _calibrated_attempt(
@@ -239,8 +239,13 @@ def _calibrated_attempt(
         attempt = _finished(block, guard, harm, found, steps, done)
         if attempt.accepted:
             return attempt
+        found = replace(found, finish_by=_and(f"undone: {done.by}, did harm", found.finish_by))
     block.restore(theta, block.buffers)
     return _finished(block, guard, harm, found, steps, Finish())
+
+
+def _and(*texts: str) -> str:
+    return "; before, ".join(text for text in texts if text)
 
 
 def _finished(
@@ -255,7 +260,7 @@ def _finished(
         validation_after=validation,
         retained_after=retained,
         finish=done.steps,
-        finish_by=done.by,
+        finish_by=_and(done.by, found.finish_by),
     )
     holds = not harm.broken(validation, retained)
     solved = steps.residual <= _SHORT  # by products, where the search went by the recurrence

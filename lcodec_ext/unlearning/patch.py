@@ -200,13 +200,18 @@ class WeightPatch:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "WeightPatch":
-        """Read what `save` wrote; ValueError if it is something else."""
+        """Read what `save` wrote; ValueError if it is something else, OSError if it is no file."""
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path!s} holds no {_FORMAT}; its format is {metadata.get('format')}")
+        try:
+            before, after = metadata["before"], metadata["after"]
+            listed = json.loads(metadata["tensors"]).items()
+            found = [(name, *kind, tensors[f"{name}:values"]) for name, kind in listed]
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path!s} is damaged: {error!r} while reading its list") from error
         changed = {}
-        for name, (dtype, shape) in json.loads(metadata["tensors"]).items():
-            values = tensors[f"{name}:values"]
+        for name, dtype, shape, values in found:
             if dtype.startswith("torch.complex"):
                 values = torch.view_as_complex(values)
             indices = tensors.get(f"{name}:indices")
@@ -217,7 +222,7 @@ class WeightPatch:
             if not inside or (indices is None and count != n_entries):
                 raise ValueError(f"{path!s} is damaged: {name!r} has places outside of its tensor")
             changed[name] = PatchedTensor(indices, values, tuple(shape))
-        return cls(metadata["before"], metadata["after"], changed)
+        return cls(before, after, changed)
 
 
 def _bits(tensor: Tensor) -> Tensor:

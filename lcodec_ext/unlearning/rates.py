@@ -82,7 +82,7 @@ def timed(work: Workplace, selection: Selection, source: Samples, request: Sampl
     graphs = Graphs(0.0, 0.0)
     if settings.update != "gradient" and settings.curvature != "secant":
         built = _Built(work, selection)
-        passes["graphs"], passes["products"] = _fitted(work, some, built.calls)
+        passes["graphs"], passes["products"] = _fitted(work, some, built.calls, built.fits)
         graphs = _line(built.n_bytes)
     p = selection.layout(work.model).size
     rates = Rates(passes, _solve_rate(work, p), graphs, _activations(work, some))
@@ -102,9 +102,14 @@ def _fastest(work: Workplace, call: Callable[[], object]) -> float:
 
 
 def _fitted(
-    work: Workplace, samples: Samples, calls: Callable[[Samples], list[Callable[[], object]]]
+    work: Workplace,
+    samples: Samples,
+    calls: Callable[[Samples], list[Callable[[], object]]],
+    fits: Callable[[int], bool] = lambda size: True,
 ) -> list[Rate]:
     """Seconds of a batch and of a sample in it, from the least and the most that were tried."""
+    for call in calls(samples.subset([0]).loaded()):
+        call()  # the first one of a process loads what it needs, which may take a second
     found: list[tuple[int, list[float]]] = []
     size = min(_GROWTH, len(samples))
     while True:
@@ -114,7 +119,9 @@ def _fitted(
         if size == len(samples) or last > (_ENOUGH if size >= _FEW else _VERY_LONG):
             break
         size = min(_GROWTH * size, len(samples))
-    if len(found) == 1 and size > 1:
+        if not fits(size):
+            break
+    if len(found) == 1 and found[0][0] > 1:
         found.insert(0, (1, [_fastest(work, call) for call in calls(samples.subset([0]).loaded())]))
     if len(found) == 1:
         return [Rate(0.0, seconds) for seconds in found[0][1]]
@@ -142,6 +149,11 @@ class _Built:
         )
         self.n_bytes[len(samples)] = operator.graph_bytes
         return operator
+
+    def fits(self, size: int) -> bool:
+        """Whether graphs of so many samples, and a product with them, take half of max_memory."""
+        most, known = self._work.settings.max_memory, max(self.n_bytes)
+        return most is None or 4 * self.n_bytes[known] * size / known <= most
 
     def calls(self, samples: Samples) -> list[Callable[[], object]]:
         """To build one, and to multiply with it."""

@@ -221,6 +221,12 @@ def checked_request(
     if groups is not None:
         if kept is None:
             raise ValueError("groups are ids of the retained samples, and retain is None")
+        if not work.settings.calibrate:
+            raise ValueError(
+                "groups say whose samples make a control group, and this deletion is not "
+                "calibrated, so it has none: leave groups out, or have the deletion calibrated "
+                "(preset='recommended' with validation, and no damping of your own)"
+            )
         groups = Groups.of(groups, len(kept), "retain")
     drawn = None
     if kept is not None:

@@ -3,14 +3,20 @@
 import dataclasses
 import difflib
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real, check_seed
+from lcodec_ext._checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_positive,
+    check_real,
+    check_seed,
+)
 from lcodec_ext._torch.decay import Decay, check_decay
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, selection_from_dict
 from lcodec_ext.unlearning.record import TokenReplacement
@@ -44,6 +50,10 @@ def _real(default: float | None) -> Any:
     return field(
         default=default, metadata={"check": lambda value, name: check_real(value, name, 0)}
     )
+
+
+def _cost() -> Any:
+    return field(default=None, metadata={"check": check_positive})
 
 
 def _choice(default: str, choices: tuple[str, ...]) -> Any:
@@ -423,9 +433,9 @@ class CostSettings:
         Bytes that a deletion may take in addition to the given model and data.
     """
 
-    max_seconds: float | None = _real(None)
-    budget: float | None = _real(None)
-    training_seconds: float | None = _real(None)
+    max_seconds: float | None = _cost()
+    budget: float | None = _cost()
+    training_seconds: float | None = _cost()
     max_memory: int | None = _integer(None, 1)
 
     @property
@@ -451,9 +461,6 @@ class CostSettings:
                 f"max_seconds={self.max_seconds:g} and budget={self.budget:g} both limit the time; "
                 "give one of them"
             )
-        for name in ("max_seconds", "budget", "training_seconds"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be positive; got 0")
         if self.update == "certified" and self.bounded:
             raise ValueError(
                 "update='certified' has a theorem for the whole step and cannot be made cheaper; "
@@ -602,17 +609,17 @@ def resolve(
     retained: bool,
     validation: bool,
     statistics: bool = False,
-) -> Settings:
-    """The settings that a preset and options make, with the data that are given.
+) -> tuple[Settings, str]:
+    """The settings that a preset and options make, and what to warn of once all has been checked.
 
     Without retained samples a preset's repair and recalibration are off, and without validation
     samples either its guard, unless they are asked for. Statistics hold a curvature without
     output_damping. With both kinds of samples "recommended" calibrates its step, unless the
     options say how strong it is or make it a step that cannot be calibrated; what is then neither
-    calibrated nor said is a cautious constant, with a warning.
+    calibrated nor said is a cautious constant. Both are warned of, unless calibrate=False is given.
     """
     if isinstance(preset, Settings):
-        return preset.replace(**options)
+        return preset.replace(**options), ""
     defaults: dict[str, Any] = {}
     if not retained:
         defaults |= {
@@ -625,43 +632,54 @@ def resolve(
             defaults |= {"max_drop": None}
     if statistics and PRESETS.get(preset, {}).get("output_damping"):
         defaults |= PLAIN_DAMPING
-    defaults |= _strength(preset, options, retained and not statistics, validation)
-    return Settings.preset(preset, **(defaults | dict(options)))
+    strength, doubt = _strength(preset, options, retained and not statistics, validation)
+    return Settings.preset(preset, **(defaults | strength | dict(options))), doubt
 
 
 def _strength(
     preset: str, options: Mapping[str, Any], retained: bool, validation: bool
-) -> dict[str, Any]:
-    """What "recommended" takes for the strength of the step, where the options do not say it."""
+) -> tuple[dict[str, Any], str]:
+    """What "recommended" takes for the strength of the step, where the options do not say it.
+
+    And what the user may not know of: that nothing is calibrated.
+    """
     if options.get("calibrate"):
         if options.get("damping") is not None:
             raise ValueError(
                 "calibrate=True finds the damping by itself; leave damping out, or take "
                 "calibrate=False"
             )
-        return _calibrated(preset, options)
-    given = any(options.get(name) is not None for name in ("damping", "output_damping", "lengthen"))
-    if preset != "recommended" or given or options.get("update", "newton") != "newton":
-        return {}
+        return _calibrated(preset, options), ""
+    if preset != "recommended" or options.get("update", "newton") != "newton":
+        return {}, ""
+    given = [n for n in ("damping", "output_damping", "lengthen") if options.get(n) is not None]
+    if given:
+        doubt = ""
+        if retained and validation and "calibrate" not in options:
+            doubt = (
+                f"this deletion is not calibrated: {given[0]}={options[given[0]]!r} says how "
+                "strong it is, so the guard alone looks at the validation samples, and no finish "
+                f"follows. Leave {given[0]} out to have the strength found by control groups, or "
+                "pass calibrate=False to hear no more of it"
+            )
+        return {}, doubt
     if "calibrate" in options:
-        return UNCALIBRATED
+        return UNCALIBRATED, ""
     made = CALIBRATABLE | dict(options)
     other = [name for name, value in CALIBRATABLE.items() if made[name] != value]
     other += ["curvature"] * (made.get("curvature") == "secant")
     other += ["selection"] * (made.get("selection") == "cheap")
     if retained and validation and not other:
-        return _calibrated(preset, options)
+        return _calibrated(preset, options), ""
     advice = "Pass validation, samples that the model was not trained on, or a damping of your own"
     if other:
         advice = f"With {other[0]}={made[other[0]]!r} it cannot be: pass a damping of your own"
     elif not retained:
         advice = "Without retained samples it cannot be: pass a damping of your own"
-    warnings.warn(
+    return UNCALIBRATED, (
         "this deletion is not calibrated: its damping is a cautious constant, which forgets too "
-        f"little on many networks. {advice}, or calibrate=False to hear no more of it",
-        stacklevel=5,
+        f"little on many networks. {advice}, or calibrate=False to hear no more of it"
     )
-    return UNCALIBRATED
 
 
 def _calibrated(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, counted, first_few
-from lcodec_ext._files import write_atomically
+from lcodec_ext._files import file_to_read, write_atomically
 from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import decay_of, vector_of
 from lcodec_ext._torch.loss import LossFunction, mean_gradient
@@ -400,6 +400,7 @@ class TrainingStatistics:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "TrainingStatistics":
         """Read what `save` wrote; ValueError if it is something else."""
+        file_to_read(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.decay import decay_text, least_decay
 from lcodec_ext._torch.loss import Gradient, LossFunction, NotFiniteError
@@ -157,8 +158,8 @@ def newton_step(block: Block, direction: Tensor, damping: float) -> Damped:
         operator = operator_of(block, direction, damping)
     with block.work.timed("solve"):
         if in_krylov_space(block.work.settings, block.part.statistics is not None):
-            return _least_solved(operator, direction, block.work.settings, damping)
-        solution = _solve(operator, direction, block.work.settings, damping)
+            return _least_solved(block, operator, direction, damping)
+        solution = _solve(block.work, operator, direction, damping)
     return Damped(solution, operator.plan, damping)
 
 
@@ -167,15 +168,41 @@ def in_krylov_space(settings: Settings, from_statistics: bool) -> bool:
     return settings.bounded and not from_statistics and settings.curvature != "secant"
 
 
+def krylov_space(
+    block: Block,
+    operator: CurvatureOperator,
+    b: Tensor | list[Tensor],
+    steps: int,
+    at_once: int = 1,
+) -> Krylov:
+    """The Krylov space of an operator, with a bar of products.
+
+    After each product freed memory goes back to the system, if it is limited.
+    """
+    work = block.work
+    work.give_back()
+    total = steps * (b.shape[1] if isinstance(b, Tensor) else len(b))
+    with progress_bar(work.progress, total=total, desc="solve", unit="product") as bar:
+
+        def product(V: Tensor) -> Tensor:
+            found = operator @ V
+            bar.update(V.shape[1])
+            work.give_back()
+            return found
+
+        return Krylov(product, b, steps, at_once)
+
+
 def _least_solved(
-    operator: CurvatureOperator, direction: Tensor, settings: Settings, damping: float
+    block: Block, operator: CurvatureOperator, direction: Tensor, damping: float
 ) -> Damped:
     """Solve with the least damping, from the one that is asked for, whose residual is at most 1.
 
     Where iterations are few, a solution with little damping may be worse than none. More damping
     costs no product here.
     """
-    space = Krylov(lambda V: operator @ V, direction[:, None], settings.max_iterations or 30)
+    settings = block.work.settings
+    space = krylov_space(block, operator, direction[:, None], settings.max_iterations or 30)
     if space.least <= 0 and direction.any():  # with the damping that is in the operator
         raise _indefinite(settings, direction, damping, space.least, -space.least, "")
     more = 0.0
@@ -216,9 +243,9 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         # derivative, long enough for float32.
         length = 0.01 * float(block.start.norm()) or 0.01
         steps = direction * (length / float(direction.norm()))
-        return SecantOperator(*arguments, steps=steps, progress=work.progress, **common)
+        return SecantOperator(*arguments, steps=steps, **common)
     common["cache_bytes"] = settings.cache_bytes
-    return OPERATORS[settings.curvature](*arguments, progress=work.progress, **common)
+    return OPERATORS[settings.curvature](*arguments, **common)
 
 
 def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:
@@ -236,9 +263,10 @@ def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:
 
 
 def _solve(
-    operator: CurvatureOperator, gradient: Tensor, settings: Settings, damping: float
+    work: Workplace, operator: CurvatureOperator, gradient: Tensor, damping: float
 ) -> SolveResult:
     """Solve for the step; refuse, with advice, a matrix that is not positive definite."""
+    settings = work.settings
     shift = damping + least_decay(settings.weight_decay)
     rayleigh, least = math.nan, None
     limited = settings.max_iterations is not None
@@ -247,7 +275,10 @@ def _solve(
             if limited:
                 warnings.simplefilter("ignore", ConvergenceWarning)
             solution = operator.solve(
-                gradient, rtol=settings.rtol, max_iterations=settings.max_iterations
+                gradient,
+                rtol=settings.rtol,
+                max_iterations=settings.max_iterations,
+                progress=work.progress,
             )
         rtol = settings.rtol or (1e-5 if operator.dtype == torch.float32 else 1e-10)
         if solution.method != "cg" or limited or solution.residual <= rtol or shift > 0:

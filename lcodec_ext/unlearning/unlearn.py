@@ -1,6 +1,7 @@
 """The deletion: which units, which step, whether it did harm, and what came of it."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def unlearn(
     groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
         Where forget has all samples of one user or of several: the id of each retained sample's
         user. The control groups of a calibrated step are then other users, with about as many
-        samples together (`Calibration.groups_of`).
+        samples together (`Calibration.groups_of`). Refused where nothing is calibrated.
     statistics : TrainingStatistics, optional
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
@@ -95,7 +96,7 @@ def unlearn(
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
-        Say what the deletion will cost, and show progress bars; needs tqdm.
+        Say what the deletion will cost, and show a bar for each phase; needs tqdm.
     **options
         Attributes of `Settings`: ``selection="lfoci"``, ``damping=0.1``, ``weight_decay=1e-3``.
         **weight_decay is that of the training**, 0 by default: a number, the optimizer that trained
@@ -122,10 +123,11 @@ def unlearn(
     ConvergenceWarning
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
-        If the step was taken back; if it raises the retained loss by much; if half of the removed
-        samples or more are also retained; if there are fewer units than `n_units`; if validation
-        samples are few, unlike the training ones or among them; if a calibrated step stayed far
-        from its aim or cost accuracy.
+        If the deletion is not calibrated, unless calibrate=False says that this is meant; if the
+        step was taken back; if it raises the retained loss by much; if half of the removed samples
+        or more are also retained; if there are fewer units than `n_units`; if validation samples
+        are few, unlike the training ones or among them; if a calibrated step stayed far from its
+        aim or cost accuracy.
 
     Notes
     -----
@@ -153,7 +155,7 @@ def unlearn(
     begin = time.perf_counter()
     check_bool(inplace, "inplace")
     check_bool(progress, "progress")
-    settings = resolve(
+    settings, doubt = resolve(
         preset,
         with_decay(options, model),
         retained=retain is not None,
@@ -163,10 +165,12 @@ def unlearn(
     work = Workplace.of(model, loss_fn, settings, score, progress)
     request = checked_request(work, forget, retain, validation, statistics, groups)
     check_certifiable(work, model, request)
+    if doubt:
+        warnings.warn(doubt, stacklevel=3)  # behind the decorator
     work, request, cost = planned(work, request, time.perf_counter() - begin)
     with work.timed("monitoring"):
         before = measured_first(work, request)
-    start = work.weights()
+    start = {k: p.detach() for k, p in model.named_parameters() if k in work.parameters}
     watch = Watch.of(work, request)
     warn_of_left_out(work)
     warn_of_doubts(request, watch.guard, settings)
@@ -181,7 +185,13 @@ def unlearn(
         # Into a copy first, also in place: the given model changes only when all has gone well.
         changed = work.handed_over(model, applied)
         guarantee = guarantee_of_deletions(
-            work, changed, request, deletions, before, norm(start), selection.size(work.model)
+            work,
+            changed,
+            request,
+            deletions,
+            before,
+            norm(start),
+            selection.size(work.model),
         )
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)

@@ -23,6 +23,7 @@ FORMED_FEW_OUTPUTS = 2048  # and one of which that costs less
 _LIKELY_TRIALS = 5  # dampings whose losses are measured, of TRIALS + 1
 _LIKELY_CG = 40  # iterations to the relative residual that is the default
 _CG_VECTORS = 14  # of its iteration, and of a product
+_HEAP = 0.1  # of all memory: gaps that the C library keeps between what is in use
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,15 @@ class Workload:
     @property
     def plan(self) -> Plan:
         """Of the Krylov space that calibrates."""
-        return plan_of(self.settings, self.sizes.p, self.sizes.bytes_each)
+        return plan_of(self.settings, self.sizes.p, self.sizes.bytes_each, self.space_bytes)
+
+    @property
+    def space_bytes(self) -> int | None:
+        """What max_memory leaves for the vectors of a calibration; None without a limit."""
+        most = self.settings.max_memory
+        if most is None or not self.settings.calibrate:
+            return None
+        return max(0, int(most / (1 + _HEAP) - sum(self._beside_vectors().values())))
 
     @property
     def method(self) -> str:
@@ -327,38 +336,43 @@ class Workload:
         activations : of a backward pass over a batch.
         """
         s, z = self.settings, self.sizes
-        whole, chosen = z.n_trainable * z.bytes_each, z.p * z.bytes_each
+        whole = z.n_trainable * z.bytes_each
         model = z.n_parameters * z.bytes_each
-        copies = model + whole  # the copy that moves, and where it started
         gradients = 2 * whole  # measured at the start
         largest = max(z.m, self.n_monitored, z.n_retain if s.finish != 0 else 0)
         batch = activations.of(min(s.batch_size, max(1, largest)))
         backward = {
-            "model": copies + model,
+            "model": 2 * model,  # the copy that moves, and what is handed over
             "gradients": gradients + 2 * whole,
             "batch": batch,
         }
-        step = {
-            "model": copies + model + chosen,
-            "gradients": gradients + whole + 4 * chosen,  # two of them of a product
-            "batch": 0.0,
-            "vectors": float(self._vectors()),
+        step = self._beside_vectors() | {"vectors": float(self._vectors())}
+        if self.method in ("woodbury", "formed") and s.curvature != "hessian":
+            rows = FEW_ROWS * z.p if self.method == "woodbury" else 2 * z.p * z.p
+            rows = min(self.rows * z.p, rows) if self.method == "woodbury" else rows
+            step["rows"] = float(min(rows * z.bytes_each, s.cache_bytes))
+            step["batch"] = activations.of(min(s.batch_size, self.n_curvature))
+        found = max((backward, step), key=lambda each: sum(each.values()))
+        found["heap"] = _HEAP * sum(found.values())
+        parts = {name: int(n) for name, n in found.items() if n}
+        return parts | {"peak": sum(parts.values())}
+
+    def _beside_vectors(self) -> dict[str, float]:
+        """Memory of a step by purpose, without the vectors of its solver."""
+        s, z = self.settings, self.sizes
+        whole, chosen = z.n_trainable * z.bytes_each, z.p * z.bytes_each
+        found: dict[str, float] = {
+            "model": 2 * z.n_parameters * z.bytes_each + chosen,
+            "gradients": 2 * whole + 4 * chosen,  # two of them of a product
         }
         if self.method in ("lanczos", "cg") or s.curvature == "hessian":
             n = self.n_curvature
             each = min(s.batch_size, n)
             some = min(self.kept, -(-n // s.batch_size))
             one = self.graphs.of(each) + chosen  # a gradient hangs on each graph
-            step["graphs"] = one * some
-            step["batch"] = one  # one that is built, or what a product through one works with
-        elif self.method in ("woodbury", "formed"):
-            rows = FEW_ROWS * z.p if self.method == "woodbury" else 2 * z.p * z.p
-            rows = min(self.rows * z.p, rows) if self.method == "woodbury" else rows
-            step["rows"] = float(min(rows * z.bytes_each, s.cache_bytes))
-            step["batch"] = activations.of(min(s.batch_size, self.n_curvature))
-        found = max((backward, step), key=lambda each: sum(each.values()))
-        parts = {name: int(n) for name, n in found.items() if n}
-        return parts | {"peak": sum(parts.values())}
+            found["graphs"] = one * some
+            found["batch"] = one  # one that is built, or what a product through one works with
+        return found
 
     def _vectors(self) -> int:
         s, z = self.settings, self.sizes

@@ -1,5 +1,7 @@
 """Where a deletion is worked out: a copy of the model, its loss, the settings and a clock."""
 
+import contextlib
+import ctypes
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -73,6 +75,7 @@ class Workplace:
     decay: dict[str, float | Tensor]  # of each parameter, or of each entry, in gradients
     buffers: dict[str, Tensor]  # of the copy, as they were
     watched: Watched  # what the copy must not compute with
+    space_bytes: int | None = None  # what a Krylov space may take, where memory is limited
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
@@ -119,9 +122,12 @@ class Workplace:
         """As `Clock.timed`."""
         return self.clock.timed(phase)
 
-    def weights(self) -> Gradient:
-        """A copy of the trainable parameters."""
-        return {k: p.detach().clone() for k, p in self.parameters.items()}
+    def give_back(self) -> None:
+        """Return freed memory to the system, where memory is limited: glibc would keep it."""
+        if self.settings.max_memory is None or self.device.type != "cpu":
+            return
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
     def gradient(
         self, samples: Samples, parameters: Mapping[str, Tensor] | None = None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lcodec_ext._checks import check_choice, check_integer, check_real
+from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.parameters import Selection
@@ -124,6 +124,7 @@ class CurvatureOperator(ABC):
         rtol: float | None = None,
         max_iterations: int | None = None,
         preconditioner: Literal["diagonal"] | None = None,
+        progress: bool | None = None,
     ) -> SolveResult:
         """Solve A x = b.
 
@@ -144,6 +145,8 @@ class CurvatureOperator(ABC):
             Of "cg". The diagonal helps where parameters are of very different scale; on small
             networks it took 1.2 to 3.3 times as many iterations as none. For a Hessian it is that
             of the Gauss-Newton matrix, which is positive.
+        progress : bool, optional
+            Show a bar of iterations; by default as the operator was made.
 
         Returns
         -------
@@ -198,7 +201,7 @@ class CurvatureOperator(ABC):
             "rtol": rtol,
             "max_iterations": max_iterations,
             "describe": describe,
-            "progress": self._progress,
+            "progress": self._progress if progress is None else check_bool(progress, "progress"),
         }
         if method == "minres":
             return minres(self.__matmul__, b, **options)

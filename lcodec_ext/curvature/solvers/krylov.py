@@ -23,7 +23,8 @@ class Krylov:
     ----------
     product : callable
         V to A V, of shape (p, k) for k up to q; A is symmetric.
-    b : Tensor of float32 or float64, shape (p, q)
+    b : Tensor of float32 or float64, shape (p, q); or list of q tensors, each of shape (p,)
+        A list is emptied as its columns are taken, so that their memory is free.
     steps : int
         Blocks; fewer where the space has no more dimensions.
     at_once : int, optional
@@ -44,16 +45,20 @@ class Krylov:
     regularization", on shifts.
     """
 
-    def __init__(self, product: Product, b: Tensor, steps: int, at_once: int | None = None) -> None:
-        p, q = b.shape
+    def __init__(
+        self,
+        product: Product,
+        b: Tensor | list[Tensor],
+        steps: int,
+        at_once: int | None = None,
+    ) -> None:
+        columns = list(b.T) if isinstance(b, Tensor) else b
+        q, p = len(columns), len(columns[0])
         self.products = 0
-        self._norms = torch.linalg.vector_norm(b, dim=0, dtype=torch.float64)
-        self._basis = b.new_empty((min(q * steps, p), p))
+        self._basis = columns[0].new_empty((min(q * steps, p), p))
         self._size = 0
-        scaled = b.T / self._norms.clamp_min(1e-300).to(b.dtype)[:, None]
-        width = self._append(scaled, torch.ones(q, dtype=torch.float64))
-        start = (self._basis[:width] @ scaled.T).double().cpu()  # (width, q)
-        del scaled
+        start = self._started(columns)
+        width = len(start)
         T = torch.zeros(len(self._basis), len(self._basis), dtype=torch.float64)
         self._left = torch.zeros(0, 0, dtype=torch.float64)
         while width:
@@ -75,6 +80,21 @@ class Krylov:
         self.largest = float(self._values[-1]) if self._size else 0.0
         self.least = float(self._values[0]) if self._size else 0.0
 
+    def _started(self, columns: list[Tensor]) -> Tensor:
+        """Take the columns into the basis; their coefficients in it, scaled, shape (width, q)."""
+        found, norms = [], []
+        while columns:
+            column = columns.pop(0)
+            norms.append(float(torch.linalg.vector_norm(column, dtype=torch.float64)))
+            scaled = column / max(norms[-1], 1e-300)
+            self._append(scaled[None].clone(), torch.ones(1, dtype=torch.float64))
+            found.append((self._basis[: self._size] @ scaled).double().cpu())
+        self._norms = torch.tensor(norms, dtype=torch.float64)
+        start = torch.zeros(self._size, len(found), dtype=torch.float64)
+        for k, each in enumerate(found):  # later vectors are orthogonal to it
+            start[: len(each), k] = each
+        return start
+
     def _products(self, product: Product, block: Tensor, at_once: int) -> Tensor:
         """The matrix times the rows of a block."""
         W = torch.empty_like(block)
@@ -84,7 +104,7 @@ class Krylov:
         return W
 
     def _append(self, rows: Tensor, scales: Tensor) -> int:
-        """Add what vectors have outside of the space to its basis; how many that were."""
+        """Add what vectors have outside of the space to its basis; how many. Writes to them."""
         before, eps = self._size, torch.finfo(rows.dtype).eps
         for row, scale in zip(rows, scales.tolist(), strict=True):
             if self._size == len(self._basis):
@@ -92,31 +112,32 @@ class Krylov:
             size = float(torch.linalg.vector_norm(row, dtype=torch.float64))
             while size > _BREAKDOWN * eps * scale:
                 last, known = size, self._basis[: self._size]
-                row = row - (known @ row) @ known
+                row.addmv_(known.T, known @ row, alpha=-1)
                 size = float(torch.linalg.vector_norm(row, dtype=torch.float64))
                 if size >= _AGAIN * last:
-                    self._basis[self._size] = row / size
+                    torch.div(row, size, out=self._basis[self._size])
                     self._size += 1
                     break
         return self._size - before
 
-    def solve(self, shift: float) -> Tensor:
-        """The solutions for a shift and each column of b, shape (p, q)."""
+    def solve(self, shift: float, column: int | None = None) -> Tensor:
+        """The solutions for a shift and each column of b, shape (p, q); or for one, shape (p,)."""
         coefficients = self._coefficients(shift).to(self._basis.device, self._basis.dtype)
+        if column is not None:
+            return coefficients[:, column] @ self._basis
         return (coefficients.T @ self._basis).T
 
     def residuals(self, shift: float) -> Tensor:
         """|(A + shift I) x - b| / |b| of these solutions, shape (q,); 0 for columns of zeros."""
         last = self._coefficients(shift)[self._size - len(self._left) :]
         squares = (last * (self._left @ last)).sum(0).clamp_min(0)
-        norms = self._norms.cpu()
-        return torch.where(norms > 0, squares.sqrt() / norms.clamp_min(1e-300), 0)
+        return torch.where(self._norms > 0, squares.sqrt() / self._norms.clamp_min(1e-300), 0)
 
     def _coefficients(self, shift: float) -> Tensor:
         found = self._vectors @ (self._rotated / (self._values + shift)[:, None])
-        return found * self._norms.cpu()
+        return found * self._norms
 
     @staticmethod
     def bytes_of(p: int, q: int, steps: int, at_once: int, itemsize: int) -> int:
-        """Memory at its peak: the basis, b, a block of products, and what a product works with."""
-        return itemsize * p * (min(q * steps, p) + 2 * q + _WORKING * at_once)
+        """Memory at its peak, b left out: basis, a block of products, what a product works with."""
+        return itemsize * p * (min(q * steps, p) + q + _WORKING * at_once)

@@ -169,7 +169,7 @@ def take_step(
     guarded = settings.max_drop is not None or settings.repair_drop is not None
     if guarded and validation is None and statistics is None:
         validation = _watched(given, retain)
-    groups = given.groups if by_group and statistics is None else None
+    groups = given.groups if by_group and settings.calibrate else None
     return do(
         model,
         given.train.subset(numbers),

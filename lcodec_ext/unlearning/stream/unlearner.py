@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,7 +144,7 @@ class Unlearner:
     ) -> None:
         check_integer(keep, "keep", 1)
         check_bool(lock, "lock")
-        settings = resolve(
+        settings, doubt = resolve(
             preset,
             with_decay(options, model),
             retained=statistics is None,
@@ -166,6 +167,8 @@ class Unlearner:
         self._store = Store(folder, lock=lock)
         with self._store.closed_on_failure():
             _check_new(self._store, directory)
+            if doubt:
+                warnings.warn(doubt, stacklevel=2)
             self._store.ledger.repair()
             record = start_record(self._given, model)
             record |= {"keep": keep, "budget": budget and budget.to_dict(), **self._counts((), ())}
