@@ -141,7 +141,7 @@ def recommended() -> dict[str, Any]:
     """Return what the default is where validation samples are given."""
     from lcodec_ext.unlearning.settings import resolve
 
-    return resolve("recommended", {}, retained=True, validation=True).to_dict()
+    return resolve("recommended", {}, retained=True, validation=True)[0].to_dict()
 
 
 def recipe_of(given: Any) -> dict[str, Any]:

@@ -323,6 +323,25 @@ def test_on_a_convex_model_the_strength_is_that_of_no_damping():
     assert float(moved @ expected) > 0.95 * float(moved.norm() * expected.norm())
 
 
+@pytest.mark.filterwarnings("ignore:the deletion forgets little")
+def test_the_loss_of_the_request_itself_ends_the_search(monkeypatch):
+    data, wanted, held = digits(2, "random", 20)
+    forget, retain = parts(data, wanted)
+    model = fit(mlp, data, 0, 60, adamw)
+
+    def rise():
+        result = unlearn(model, forget, retain, cross_entropy, validation=held, finish=0)
+        return result.loss_forget.after - result.loss_forget.before, result.calibration
+
+    monkeypatch.setattr(calibrating, "OWN", math.inf)
+    free, found = rise()
+    gap = found.unseen - found.trained
+    monkeypatch.setattr(calibrating, "OWN", 0.2 * free / gap)
+    held_back, found = rise()
+    assert found.stopped_by == "request"
+    assert 0 < held_back < 0.3 * free
+
+
 @pytest.mark.filterwarnings("ignore:the deletion forgets little")  # without a finish
 def test_outliers_are_finished(trained):
     """Wrong labels: iterations on the rest in place of a step, which control groups would bound."""

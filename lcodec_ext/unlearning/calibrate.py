@@ -550,7 +550,12 @@ class _Trial:
 
     @property
     def _most_of_own(self) -> float:
-        """What the request may lose; where its samples are hard they move further than others."""
+        """What the request may lose; where its samples are hard they move further than others.
+
+        Outliers may lose anything.
+        """
+        if self.own_before > OUTLIERS * self.target:
+            return math.inf
         return self.own_before + OWN * (self.target - self.trained)
 
     def search(self) -> tuple[_Tried, str]:
