@@ -1,9 +1,13 @@
 """Models that are hard to copy, that hold odd state, or that differ in training mode."""
 
 import copy
+import os
+import signal
 import sys
 import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -701,3 +705,56 @@ def test_units_that_are_not_all_say_what_they_leave_out(seed):
         model, cross_entropy, data(torch.float64), UnitSelection({"head": [0]})
     )
     assert operator.shape == (1 + 4 * len(model.bodies),) * 2
+
+
+# --- threads and forks ---------------------------------------------------------------------------
+
+
+class Slow:
+    """An attribute whose copy takes a moment, and says when it began."""
+
+    def __init__(self):
+        self.begun = threading.Event()
+
+    def __deepcopy__(self, memo):
+        self.begun.set()
+        time.sleep(0.05)
+        return Slow()
+
+
+def locked(slow=None):
+    model = nn.Linear(2, 2)
+    model.slow, model.lock = slow or Slow(), threading.Lock()
+    return model
+
+
+def test_copies_in_two_threads_do_not_disturb_each_other():
+    """The end of the first takes nothing from the second, which still has a lock to copy."""
+    first, second = locked(), locked()
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(copy_of, first)
+        first.slow.begun.wait(10)
+        two = pool.submit(copy_of, second)
+        both = [one.result(60), two.result(60)]
+    assert all(not copied.lock.locked() for copied in both)
+    with pytest.raises(TypeError, match="pickle"):
+        copy.deepcopy(second)  # as ever: only copies of ours take locks
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # has threads, and forks: as it should here
+def test_a_fork_during_a_copy_can_copy():
+    model = locked()
+    thread = threading.Thread(target=copy_of, args=(model,))
+    thread.start()
+    model.slow.begun.wait(10)
+    child = os.fork()
+    if not child:
+        failed = 1
+        try:
+            signal.alarm(30)  # ends a deadlock
+            copy_of(locked())
+            failed = 0
+        finally:
+            os._exit(failed)
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0

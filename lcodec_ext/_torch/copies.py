@@ -4,6 +4,7 @@ import contextlib
 import copy
 import copyreg
 import io
+import os
 import threading
 import types
 import weakref
@@ -237,13 +238,29 @@ _REDUCERS: dict[type, Callable[[Any], Any]] = {
 }
 
 
+# One copy at a time: the table below is everybody's.
+_turn = threading.RLock()
+
+
+def _in_child() -> None:
+    """A thread that the parent left behind does not hold the lock of a forked process."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 @contextlib.contextmanager
 def _copyable() -> Iterator[None]:
     """Ways to copy what deepcopy refuses, for as long as this is entered."""
-    added = {kind: each for kind, each in _REDUCERS.items() if kind not in copyreg.dispatch_table}
-    copyreg.dispatch_table.update(added)
-    try:
-        yield
-    finally:
-        for kind in added:
-            copyreg.dispatch_table.pop(kind, None)
+    with _turn:
+        known = copyreg.dispatch_table
+        added = {kind: each for kind, each in _REDUCERS.items() if kind not in known}
+        known.update(added)
+        try:
+            yield
+        finally:
+            for kind in added:
+                known.pop(kind, None)
