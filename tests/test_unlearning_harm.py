@@ -259,7 +259,7 @@ def test_how_far_accuracy_may_fall():
         held.right = after
         return harm.costs_accuracy()
 
-    assert [costs(300, lost, 0) for lost in (0, 1, 2)] == [False, False, True]
+    assert [costs(300, lost, 0) for lost in (0, 2, 3)] == [False, False, True]
     assert [costs(1000, lost, 0) for lost in (3, 4)] == [False, True]
     assert [costs(300, lost, 17) for lost in (19, 20, 21)] == [False, False, True]
     assert not costs(300, 0, 5)

@@ -476,14 +476,14 @@ class Harm:
     def costs_accuracy(self) -> bool:
         """Whether fewer validation samples are right than before, as of the last `now`.
 
-        By more than 0.3%, than one sample, and than half a standard error of the difference: what
+        By more than 0.3%, than two samples, and than half a standard error of the difference: what
         losses hide where samples are near the border of two classes.
         """
         if self._right is None or self._held.right is None:
             return False
         lost = int((self._right & ~self._held.right).sum())
         won = int((self._held.right & ~self._right).sum())
-        return lost - won > max(1, POINTS * len(self._right), math.sqrt(lost + won) / 2)
+        return lost - won > max(2, POINTS * len(self._right), math.sqrt(lost + won) / 2)
 
     def each(self) -> Tensor:
         """The loss of each validation sample, at the present weights."""
