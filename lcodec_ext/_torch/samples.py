@@ -228,7 +228,7 @@ def outputs_in_training(model: nn.Module, batch: Batch) -> Any:
             with undisturbed(model):
                 _MAIN[model] = _main_output(model, batch)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            if isinstance(error, NotTrainedError | torch.OutOfMemoryError):
+            if isinstance(error, NotTrainedError | torch.cuda.OutOfMemoryError):
                 raise
             raise NotTrainedError(
                 f"the model fails in training mode, where it works in evaluation mode: {error}"
