@@ -292,6 +292,22 @@ class Precomputed(nn.Module):
         return nn.functional.linear(self.net[1](self.net[0](x)), self.scaled["w"])
 
 
+def test_a_loss_that_holds_the_model_is_refused():
+    """Its copies would be trained without the regulariser, which computes with the original."""
+    model, (x, y) = perceptron(), data()
+
+    def regularised(outputs, targets):
+        return cross_entropy(outputs, targets) + 0.1 * model[0].weight.square().sum()
+
+    for call in (
+        lambda: unlearn(model, *parts(x, y), regularised, **STEP),
+        lambda: Unlearner(model, (x, y), regularised, **STEP),
+        lambda: GaussNewtonOperator(model, regularised, (x, y), UnitSelection({"0": [0]})),
+    ):
+        with pytest.raises(ValueError, match="the loss .weight_decay is .* parameter '0.weight'"):
+            call()
+
+
 def on_meta():
     return perceptron().to("meta")
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class _Stance:
-    """How torch.compile is to behave is one setting of the whole process, set while any needs it."""
+    """Nothing is run as compiled: one setting of the whole process, while anybody needs it."""
 
     def __init__(self) -> None:
         self._lock, self._setting = threading.Lock(), ExitStack()
