@@ -209,9 +209,21 @@ def test_data_without_an_end(impatient, loaded):
     ):
         with pytest.raises(ValueError, match="has no length and has not ended after 5[0-9]+ sampl"):
             call()
-    if not loaded:
+    for call in (
+        lambda: remove(few, short),
+        lambda: HessianOperator(make_model(), cross_entropy, short, UnitSelection({"": [0]})),
+    ):
         with pytest.raises(ValueError, match="gives more samples than its length, 30"):
-            remove(few, short)
+            call()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_data_without_an_end_that_are_large(monkeypatch, loaded):
+    monkeypatch.setattr(samples, "ENDLESS_BYTES", 5000)
+    monkeypatch.setattr(batches, "ENDLESS_BYTES", 5000)
+    endless = DataLoader(Stream(), 7) if loaded else Stream()
+    with pytest.raises(ValueError, match="not ended after [0-9]+ samples of .* GiB: give it"):
+        remove(tuple(t[:5] for t in data()), endless)
 
 
 class Duck:
