@@ -76,6 +76,7 @@ class Batches:
         self._device, self._dtype = device, dtype
         self.cut_here = False
         self._given: list[tuple[Tensor, int]] = []
+        self._first: list[Tensor] = []  # of its first batch
         self.generators: list[torch.Generator] = []
         self._read: Callable[[], Iterable[Any]]
         stream = isinstance(getattr(data, "dataset", data), IterableDataset)
@@ -134,9 +135,27 @@ class Batches:
                 raise ValueError(f"data gives more samples than its length, {self._length:,}")
             if self._length == math.inf and begin >= self._most:
                 raise ValueError(endless("data", begin))
-            made = as_batch(_moved(batch, self._device, self._dtype), size, name)
+            moved = _moved(batch, self._device, self._dtype)
+            if number == 0 and not self._given:
+                self._check_first(moved)
+            made = as_batch(moved, size, name)
             yield replace(made, numbers=range(begin, begin + size))
             begin += size
+
+    def _check_first(self, batch: Any) -> None:
+        """Refuse a first batch that is another one than when it was read first."""
+        found = [t.clone() for t in tensors_of(batch)]  # a model may write to its inputs
+        self._first = self._first or found
+        if len(found) != len(self._first) or not all(map(_same, found, self._first)):
+            raise ValueError(
+                "data must give the same batches each time it is read; the first batch has another "
+                "content than before. Give data without random augmentation, or read them once, "
+                "list(data)"
+            )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
