@@ -190,7 +190,14 @@ def bound():
     return model
 
 
+def with_float8():
+    model = perceptron()
+    model.register_buffer("scale", torch.ones(3).to(torch.float8_e4m3fn))
+    return model
+
+
 COPIED = {
+    "float8": with_float8,
     "old weight_norm": old_weight_norm,
     "pruned": pruned,
     "stored": Stored,
@@ -306,6 +313,17 @@ def test_a_loss_that_holds_the_model_is_refused():
     ):
         with pytest.raises(ValueError, match="the loss .weight_decay is .* parameter '0.weight'"):
             call()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_named():
+    for make in (torch.jit.script, lambda model: torch.jit.trace(model, data()[0])):
+        with pytest.raises(ValueError, match=r"model is a TorchScript module"):
+            remove(make(perceptron()))
+    frozen = nn.Sequential(
+        torch.jit.script(perceptron()[:2].requires_grad_(False)), nn.Linear(5, C)
+    )
+    remove(frozen)
 
 
 def on_meta():

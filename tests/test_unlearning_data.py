@@ -1,6 +1,7 @@
 """Data as people have them: that change, do not end, are lists, or hold a wrong entry."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -263,6 +264,41 @@ def test_data_without_an_end_that_are_large(monkeypatch, loaded):
     endless = DataLoader(Stream(), 7) if loaded else Stream()
     with pytest.raises(ValueError, match="not ended after [0-9]+ samples of .* GiB: give it"):
         remove(tuple(t[:5] for t in data()), endless)
+
+
+def test_lists_of_inputs_and_of_targets_are_no_samples():
+    (x, y), few = data(), tuple(t[:5] for t in data())
+    for columns in ((x.tolist(), y.tolist()), [[*x], [*y]]):
+        for call in (
+            lambda columns=columns: remove(few, columns),
+            lambda columns=columns: HessianOperator(
+                make_model(), cross_entropy, columns, UnitSelection({"": [0]})
+            ),
+        ):
+            with pytest.raises(
+                TypeError, match="must give pairs .inputs, targets. of tensors; got"
+            ):
+                call()
+
+
+def test_a_late_nan_in_a_dataset_is_not_counted():
+    x, y = data()
+    x[41, 2] = math.nan
+    for retain, match in (
+        (list(zip(x, y, strict=True)), r"sample 41 has nan, at \[2\]. Leave"),
+        ((x, y), r"sample 41 has nan, at \[2\], 1 of 60 samples have such values. Leave"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            remove(tuple(t[:5] for t in data()), retain)
+
+
+@pytest.mark.parametrize("loss_fn", [nn.BCEWithLogitsLoss(), nn.BCELoss(), nn.MSELoss()])
+def test_outputs_and_targets_of_different_shapes(loss_fn):
+    x, y = data()
+    y = (y > 0).float()
+    model = nn.Sequential(nn.Linear(D, 1), nn.Sigmoid())
+    with pytest.raises(ValueError, match=r"shape \(5, 1\) with targets of .* targets\[:, None\]"):
+        unlearn(model, (x[:5], y[:5]), (x[5:], y[5:]), loss_fn, **OPTIONS)
 
 
 class Duck:

@@ -1,12 +1,15 @@
 """Weight decay: of parameters that nothing uses, and of groups of parameters."""
 
 import copy
+import types
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from lcodec_ext._torch.loss import objective
+from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature import (
     FisherOperator,
     GaussNewtonOperator,
@@ -322,6 +325,50 @@ def test_what_cannot_be_a_weight_decay():
     options = {"update": "certified", "epsilon": 1.0, "delta": 1e-5, "lipschitz": 1.0}
     with pytest.raises(ValueError, match="one number for all parameters|strongly convex"):
         unlearn(model, *parts(x, y), mse_loss, weight_decay={"weight": 0.5}, **options)
+
+
+def test_certified_says_which_weight_decay_was_given():
+    with pytest.raises(ValueError, match="got weight_decay=0 to 0.1 by parameter, of which the le"):
+        unlearn(
+            nn.Linear(D, 1),
+            *parts(*(t.float() for t in data())),
+            nn.MSELoss(),
+            weight_decay={"weight": 0.1},
+            update="certified",
+            epsilon=1.0,
+            delta=1e-5,
+        )
+
+
+def test_names_of_a_compiled_models_parameters():
+    model = nn.Linear(D, 1)
+    compiled = torch.compile(model, backend="eager")
+    samples = parts(*(t.float() for t in data()))
+    settings = [
+        unlearn(each, *samples, nn.MSELoss(), **STEP | {"dtype": None}, weight_decay={key: 0.1})
+        for each, key in ((compiled, "weight"), (compiled, "_orig_mod.weight"), (model, "weight"))
+    ]
+    assert torch.equal(settings[0].model.weight, settings[1].model.weight)
+    torch.testing.assert_close(settings[0].model.weight, settings[2].model.weight)
+
+
+def test_an_objective_leaves_out_what_nothing_uses_whatever_the_decay():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 1))
+    model.unused = nn.Linear(3, 3)
+    model.forward = types.MethodType(lambda self, x: self[0](x), model)
+    samples = as_samples(
+        tuple(t.float() for t in data()), "data", torch.device("cpu"), torch.float32
+    )
+    names = [name for name, _ in model.named_parameters()]
+    with torch.enable_grad():
+        (_, one), (_, each) = (
+            objective(model, samples, mse_loss, decay, 16)
+            for decay in (0.1, dict.fromkeys(names, 0.1))
+        )
+    for name, a, b in zip(names, one, each, strict=True):
+        torch.testing.assert_close(a, b)
+        assert bool(a.any()) != name.startswith("unused")
 
 
 def test_an_evaluation_takes_an_optimizer():

@@ -105,7 +105,8 @@ def test_a_usual_deletion_is_silent_and_harmless(known):
 def test_few_validation_samples_are_warned_of(known, size):
     model, train, validation, _ = known
     _, told = deleted(model, train, tuple(t[:size] for t in validation))
-    assert any(f"the mean loss of {size} validation samples is" in each for each in told)
+    samples = "1 validation sample" if size == 1 else f"{size} validation samples"
+    assert any(f"the mean loss of {samples} is" in each for each in told)
 
 
 def test_chosen_validation_samples_are_warned_of(known):

@@ -87,6 +87,7 @@ class Batches:
             self._length = math.inf if length is None else length
         elif not stream and length_of(data) is not None:
             self._most = math.inf
+        check_not_columns(data, "data")
         if isinstance(data, DataLoader):
             self._read = lambda: data
             self.generators = _generators(data)
@@ -203,6 +204,26 @@ def is_list_of_samples(data: Any) -> bool:
         and all(isinstance(each, tuple | list | Mapping) for each in data)
         and any(is_sample(each) for each in data[:_SHOWN])
     )
+
+
+def check_not_columns(data: Any, name: str) -> None:
+    """Refuse inputs and targets as lists: ([x0, x1, ...], [y0, y1, ...])."""
+    parts = data if isinstance(data, tuple | list) else ()
+    if not parts or not all(isinstance(each, tuple | list) and each for each in parts):
+        return
+    first, last = parts[0], parts[-1]
+    if len(first) == len(last) and _is_number(last[0]) and not _is_number(first[0]):
+        raise TypeError(
+            f"{name} must give pairs (inputs, targets) of tensors; got {described(data)}: pass "
+            "(torch.as_tensor(inputs), torch.as_tensor(targets)), or torch.stack of lists of "
+            "tensors"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim == 0
+    return isinstance(value, int | float | np.number)
 
 
 def is_sample(value: Any) -> bool:

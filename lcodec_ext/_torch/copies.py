@@ -77,6 +77,19 @@ def copy_of(
     return copied
 
 
+def _check_not_scripted(model: nn.Module) -> None:
+    """Refuse TorchScript that is trained: its copies compute with the original's parameters."""
+    for name, module in model.named_modules():
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if scripted and any(p.requires_grad for p in module.parameters()):
+            where = f"model.{name}" if name else "model"
+            raise ValueError(
+                f"{where} is a TorchScript module (of torch.jit.script or trace), whose copies "
+                "compute with its own parameters: pass the module that it was made from, with the "
+                "same weights (load_state_dict), and script the result"
+            )
+
+
 def work_copy(
     model: nn.Module,
     dtype: torch.dtype,
@@ -89,6 +102,7 @@ def work_copy(
     in float32 may hold constants in float64. Gradients of embeddings are dense, and observers of a
     quantisation are at rest.
     """
+    _check_not_scripted(model)
     work = copy_of(model, watched, of)
     convert(work, dtype)
     for module in work.modules():
@@ -108,7 +122,7 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
         wanted = dtype
         if tensor.is_complex():
             wanted = {torch.float32: torch.complex64, torch.float64: torch.complex128}[dtype]
-        elif not tensor.is_floating_point():
+        elif not tensor.is_floating_point() or tensor.dtype.itemsize == 1:  # float8 has no sums
             return tensor
         wider = torch.promote_types(tensor.dtype, wanted) != wanted
         return tensor if wider and tensor.dtype not in trainable else tensor.to(wanted)

@@ -12,6 +12,7 @@ from lcodec_ext._torch.modes import check_module
 
 #: One number, or one for each parameter by its name; 0 for those without a name.
 Decay = float | Mapping[str, float]
+_COMPILED = "_orig_mod."
 
 
 def check_decay(value: Any, name: str = "weight_decay") -> float | dict[str, float]:
@@ -58,6 +59,9 @@ def decay_of(value: Any, model: nn.Module, name: str = "weight_decay") -> float 
     else:
         given = check_decay(value, name)
         assert isinstance(given, dict)
+        # The parameters of a compiled model have a prefix that those of the model itself lack.
+        compiled = {key.replace(_COMPILED, ""): key for key in own if _COMPILED in key}
+        given = {compiled.get(key, key): each for key, each in given.items()}
         for key in given:
             if key not in dict(model.named_parameters(remove_duplicate=False)):
                 near = difflib.get_close_matches(key, own, 1)

@@ -22,8 +22,11 @@ def sample_in(batch: Batch, k: int, name: str) -> str:
     return f"sample {number_in(batch, k):,} of {name}"
 
 
-def check_finite(tensors: Any, numbers: Any, name: str) -> None:
-    """Refuse samples that hold NaN or infinity; numbers are those of the samples."""
+def check_finite(tensors: Any, numbers: Any, name: str, *, whole: bool = True) -> None:
+    """Refuse samples that hold NaN or infinity; numbers are those of the samples.
+
+    The message counts them if these samples are the whole set.
+    """
     for tensor in tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             rows = torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
@@ -31,10 +34,10 @@ def check_finite(tensors: Any, numbers: Any, name: str) -> None:
             entry = tuple((~torch.isfinite(tensor[k])).nonzero()[0].tolist())
             value = float(tensor[k][entry] if entry else tensor[k])
             where = f", at {list(entry)}" if entry else ""
+            count = f", {int((~rows).sum()):,} of {len(rows):,} samples have such values"
             raise ValueError(
-                f"{name} holds NaN or infinity: sample {int(numbers[k]):,} has {value}{where}, "
-                f"{int((~rows).sum()):,} of {len(rows):,} samples have such values. Leave them out "
-                "or fill them in"
+                f"{name} holds NaN or infinity: sample {int(numbers[k]):,} has {value}{where}"
+                f"{count if whole else ''}. Leave such samples out or fill them in"
             )
 
 

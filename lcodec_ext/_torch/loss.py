@@ -116,6 +116,14 @@ _ELEMENTWISE: tuple[Any, ...] = (
 )
 
 
+_ONE_SHAPE: tuple[Any, ...] = (  # that refuse others by themselves
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    torch.nn.functional.binary_cross_entropy,
+    torch.nn.functional.binary_cross_entropy_with_logits,
+)
+
+
 def differ_in_shape(outputs: Any, targets: Any) -> bool:
     """Whether one of both would be repeated to be compared with the other."""
     both = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
@@ -130,9 +138,15 @@ def _check_shapes(loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
         loss_fn = loss_fn.func
     if loss_fn in _ELEMENTWISE or type(loss_fn) in _ELEMENTWISE:
         raise ValueError(shapes_differ(outputs, targets))
+    if loss_fn in _ONE_SHAPE or type(loss_fn) in _ONE_SHAPE:
+        raise ValueError(shapes_differ(outputs, targets, "and takes both of one shape"))
 
 
-def shapes_differ(outputs: Tensor, targets: Tensor) -> str:
+def shapes_differ(
+    outputs: Tensor,
+    targets: Tensor,
+    why: str = "and would compare every output with every target",
+) -> str:
     """What to do with outputs and targets of different shapes."""
     ways = "give both one shape"
     if outputs.shape == (*targets.shape, 1):
@@ -141,7 +155,7 @@ def shapes_differ(outputs: Tensor, targets: Tensor) -> str:
         ways = "pass the targets as targets.squeeze(-1), or let the model return outputs[:, None]"
     return (
         f"loss_fn compares outputs of shape {tuple(outputs.shape)} with targets of shape "
-        f"{tuple(targets.shape)}, and would compare every output with every target: {ways}"
+        f"{tuple(targets.shape)}, {why}: {ways}"
     )
 
 
@@ -248,6 +262,7 @@ def mean_gradient(
     batch_size: int,
     *,
     weight_decay: float | Mapping[str, float | Tensor] = 0.0,
+    keep_unused: bool = False,
     dtype: torch.dtype | None = None,
     check: bool = False,
 ) -> tuple[float, Gradient]:
@@ -262,8 +277,10 @@ def mean_gradient(
     batch_size : int
         Samples in a backward pass.
     weight_decay : float or mapping of str to float or Tensor, default 0.0
-        A mapping has it for each parameter, or for each of its entries. A number leaves out the
-        parameters that the loss does not use: optimizers do not change them either.
+        A mapping has it for each parameter, or for each of its entries.
+    keep_unused : bool, default False
+        Whether it counts for parameters that the loss does not use, too: optimizers do not change
+        them.
     dtype : torch.dtype, optional
         In which gradients are summed; by default each parameter's own.
     check : bool, default False
@@ -279,7 +296,7 @@ def mean_gradient(
     decay = weight_decay
     each = decay if isinstance(decay, Mapping) else dict.fromkeys(parameters, decay)
     gradient = {k: each[k] * p.detach().to(dtype or p.dtype) for k, p in parameters.items()}
-    unused = set() if isinstance(decay, Mapping) else set(parameters)
+    unused = set() if keep_unused else set(parameters)
     total = 0.0
     for batch in samples.batches(batch_size):
         outputs = outputs_of(model, batch)

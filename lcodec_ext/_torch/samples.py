@@ -29,6 +29,7 @@ from lcodec_ext._torch.batches import (
     ENDLESS_BYTES,
     Batch,
     as_batch,
+    check_not_columns,
     described,
     endless,
     is_dataset,
@@ -314,6 +315,7 @@ def as_samples(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
         return data
     if isinstance(data, DataLoader):
         return _from_loader(data, name, device, dtype)
+    check_not_columns(data, name)
     if isinstance(data, Dataset) or is_dataset(data) or is_list_of_samples(data):
         return _from_dataset(data, default_collate, name, device, dtype)
     if not isinstance(data, Mapping | tuple | list):
@@ -409,7 +411,7 @@ def _from_dataset(
                 f"sample {some[0]} is {described(rows[0])}. {SAMPLES_ARE}"
             )
         _check(data, name, len(some))
-        check_finite(tensors_of(data), some, name)
+        check_finite(tensors_of(data), some, name, whole=False)
         return data
 
     resident = _is_resident(dataset)

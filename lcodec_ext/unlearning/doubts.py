@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcodec_ext._checks import counted
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.control import labels_of
@@ -73,8 +74,9 @@ def _unsure(losses: NDArray[np.float64]) -> Iterator[str]:
     mean = abs(float(losses.mean()))
     error = float(losses.std()) / math.sqrt(len(losses))
     if len(losses) < _FEWEST or error > _UNSURE * mean:
+        many = counted(len(losses), "validation sample")
         yield (
-            f"the mean loss of {len(losses):,} validation samples is {mean:.2g} +- {error:.2g}: "
+            f"the mean loss of {many} is {mean:.2g} +- {error:.2g}: "
             "the strength of the deletion is as unsure. Pass more of them"
         )
 
@@ -214,7 +216,7 @@ def warn_of_shortfall(
         fall = guard.before - last.value
         if fall > _POINTS and fall * len(guard.losses) > 1.5:
             told.append(
-                f"accuracy on {len(guard.losses):,} validation samples fell from "
+                f"accuracy on {counted(len(guard.losses), 'validation sample')} fell from "
                 f"{guard.before:.2%} to {last.value:.2%}"
             )
     for each in told:

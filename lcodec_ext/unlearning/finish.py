@@ -156,6 +156,7 @@ def _lbfgs(block: Block, harm: Harm, least: float) -> int:
                 parameters,
                 work.settings.batch_size,
                 weight_decay=work.decay,
+                keep_unused=True,
             )
             loss += float((decay.double() * here.double().square()).sum()) / 2
             known[:] = [(here.clone(), loss, block.layout.gather(gradient))]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lcodec_ext._torch.decay import least_decay
+from lcodec_ext._torch.decay import decay_text, least_decay
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.request import Request
@@ -43,7 +43,14 @@ def guarantee_of(
     """
     options = {name: getattr(settings, name) for name in _OPTIONS}
     decay = settings.weight_decay
-    options["weight_decay"] = least_decay(decay)
+    options["weight_decay"] = least = least_decay(decay)
+    convex = least > 0 or settings.strong_convexity is not None or settings.epsilon is None
+    if isinstance(decay, dict) and not convex:
+        raise ValueError(
+            "epsilon needs a strongly convex objective, one number weight_decay > 0 or "
+            f"strong_convexity > 0; got weight_decay={decay_text(decay)}, of which the least "
+            "counts, and strong_convexity=None"
+        )
     if settings.update == "certified":  # a Newton step, whose conditions are then demanded
         options["update"] = "newton"
     guarantee = removal_guarantee(

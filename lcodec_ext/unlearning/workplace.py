@@ -140,6 +140,7 @@ class Workplace:
             self.parameters if parameters is None else parameters,
             self.settings.batch_size,
             weight_decay=self.decay,
+            keep_unused=True,  # `idle` sees to them
             check=True,
         )
 
