@@ -1,7 +1,9 @@
 """Batches of samples: their forms, and how they are cut and joined."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -246,6 +248,9 @@ def is_sample(value: Any) -> bool:
 #: Samples of data without a length after which nobody expects an end, and what they may take.
 ENDLESS = 1_000_000
 ENDLESS_BYTES = 8 * 2**30
+with suppress(AttributeError, ValueError, OSError):  # or half of the memory, where it is known
+    _MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ENDLESS_BYTES = min(ENDLESS_BYTES, _MEMORY // 2) if _MEMORY > 0 else ENDLESS_BYTES
 
 
 def length_of(data: Any) -> int | None:
