@@ -457,7 +457,7 @@ def test_decimals_forgive_what_arithmetic_adds(grid):
             1e12,
             6,
             ValueError,
-            "holds 1000000000000.0 in row 7, which is beyond 2..53 units of 1e-6",
+            "holds 1000000000000.0 in row 7, which is beyond 2..51 units of 1e-6; pass fewer",
         ),
         (1.0, -1, ValueError, "decimals must be an integer from 0 to 15; got -1"),
         (1.0, 1.0, TypeError, "decimals must be an integer from 0 to 15; got 1.0"),
@@ -470,6 +470,38 @@ def test_what_decimals_refuse(grid, value, decimals, error, message):
     cm[7, 2] = value
     with pytest.raises(error, match=message):
         lcodec_ext.foci(pd.DataFrame(cm, columns=list("abcd")), y, decimals=decimals)
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "dtype", "decimals", "message"),
+    [
+        (1.6e9, 1e-3, "float64", 0, "has more than 0 decimals"),  # seconds with milliseconds
+        (1.6e9, 1e-3, "float64", 2, "has more than 2 decimals"),
+        (1.6e9, 1e-3, "float64", 3, None),
+        (1.6e9, 1e-6, "float64", 6, None),
+        (1.6e9, 1e-6, "float64", 7, "is beyond 2..51 units of 1e-7; pass fewer"),
+        (5e8, 0.25, "float64", 0, "has more than 0 decimals"),
+        (6e5, 0.5, "float32", 0, "has more than 0 decimals"),
+        (1e5, 0.1, "float32", 1, None),
+        (5e5, 0.1, "float32", 1, "is beyond 2..22 units of 1e-1; pass float64 or fewer"),
+        (1.2e7, 1, "float32", 0, None),
+        (2e7, 2, "float32", 0, "is beyond 2..24 units of 1e-0"),
+        (2**52, 1, "float64", 0, None),
+        (2**52, 1, "int64", 0, None),
+    ],
+)
+def test_decimals_round_nothing_however_large(rng, start, step, dtype, decimals, message):
+    counts = rng.integers(0, 1000, 200)
+    y = counts + rng.normal(size=200)
+    z = start + step * counts
+    if step < 1:  # correctly rounded
+        z = (round(start / step) + counts) / round(1 / step)
+    z = z.astype(dtype)
+    if message is None:
+        assert lcodec_ext.codec(y, z, decimals=decimals) == lcodec_ext.codec(y, counts)
+    else:
+        with pytest.raises(ValueError, match=f"column 0 of z holds .* in row .*{message}"):
+            lcodec_ext.codec(y, z, decimals=decimals)
 
 
 def test_missing_values_beside_decimals(grid):
