@@ -395,6 +395,54 @@ def test_missing_classes_and_responses_without_classes(species):
         assert lcodec_ext.codec(["oak"] * 120, X) == 1
 
 
+@pytest.mark.parametrize("missing", [float("nan"), np.float32("nan"), None])
+def test_what_is_missing_in_a_list_of_classes_is_no_class(species, missing):
+    X, y = species
+    names = np.array(LABELS)[y].tolist()
+    rest = np.arange(120) != 7
+    expected = lcodec_ext.codec(np.array(names)[rest], X[rest])
+    masked = np.ma.masked_array(names, mask=~rest)
+    names[7] = missing
+    column = [[name] for name in names]
+    for given in (names, tuple(names), column, masked, masked.astype(object)):
+        with pytest.raises(ValueError, match="NaN in y at row 7; pass nan_policy='omit'"):
+            lcodec_ext.codec(given, X)
+        assert lcodec_ext.codec(given, X, nan_policy="omit") == expected
+    assert masked.data[7] == np.array(LABELS)[y[7]]  # what is below a mask stays as it is
+    for given in (names, masked):
+        with pytest.raises(ValueError, match="NaN"):
+            lcodec_ext.FOCISelector().fit(X, given)
+
+
+@pytest.mark.parametrize("make", [list, tuple, pd.Series, lambda y: np.array(y, dtype=object)])
+def test_numbers_beside_text_are_no_classes(species, make):
+    X, y = species
+    given = make([*y[:-1].tolist(), "?"])
+    for call in (lambda: lcodec_ext.codec(given, X), lambda: lcodec_ext.foci(X, given)):
+        with pytest.raises(ValueError, match="y must .* got objects .int, str.; put NaN for text"):
+            call()
+    with pytest.raises(ValueError, match=r"'\?'"):
+        lcodec_ext.FOCISelector().fit(X, given)
+
+
+def test_every_type_of_text_of_numpy_is_classes(species):
+    X, y = species
+    names = np.array(LABELS)[y]
+    expected = lcodec_ext.codec(names, X)
+    kinds = [names, names.astype("S"), names.astype(object), names.tolist()]
+    if hasattr(np.dtypes, "StringDType"):  # since NumPy 2
+        kinds += [names.astype(np.dtypes.StringDType())]
+        gap = names.astype(np.dtypes.StringDType(na_object=np.nan))
+        gap[7] = np.nan
+        rest = np.arange(120) != 7
+        value = lcodec_ext.codec(gap, X, nan_policy="omit")
+        assert value == lcodec_ext.codec(names[rest], X[rest])
+    for given in kinds:
+        assert lcodec_ext.codec(given, X) == expected
+        selector = lcodec_ext.FOCISelector().fit(X, given)
+        assert selector.cumulative_.tolist() == lcodec_ext.foci(X, names).cumulative.tolist()
+
+
 # ------------------------------------------------------------------------------------------------
 # Decimal data
 

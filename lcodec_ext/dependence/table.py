@@ -17,6 +17,7 @@ from lcodec_ext._arrays import (
     class_codes,
     is_float,
     is_tensor,
+    listed,
     refuse_merged,
 )
 from lcodec_ext._checks import check_choice, check_integer, counted, first_few
@@ -101,6 +102,8 @@ def as_target(y: Any, *, tensors: bool | None = None) -> tuple[Any, bool]:
 
     Strings and unordered categories are such classes; ordered categories become their codes.
     """
+    if isinstance(y, list | tuple):
+        y = listed(y, "y")
     return class_codes(y) or (as_response(y, tensors=tensors), False)
 
 
