@@ -723,3 +723,16 @@ def test_a_stream_goes_on_with_the_same_bits(trained, tmp_path):
         on_record = resumed.ledger[-1].record["result"]["calibration"]
         assert on_record == result.calibration.to_dict()
     assert verify_ledger(tmp_path / "b", train=(x, y)).ok
+
+
+@pytest.mark.filterwarnings("ignore:the deletion forgets little")  # without a finish
+def test_one_hot_labels_are_classes_as_numbers_are(trained):
+    """The guard watches accuracy, and control groups have the labels of the request."""
+    model, forget, retain, held = trained
+    given = [(x, nn.functional.one_hot(y, 10).float()) for x, y in (forget, retain, held)]
+    plain = run(trained, finish=0)
+    found = run((model, *given), finish=0)
+    assert found.watched == plain.watched == "accuracy"
+    assert found.calibration.control_before == pytest.approx(
+        plain.calibration.control_before, rel=1e-4
+    )

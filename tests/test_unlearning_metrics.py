@@ -328,6 +328,10 @@ def test_accuracy_by_kind():
     model, data = table(logits())
     expected = (logits().argmax(1) == data[1]).double().mean().item()
     assert accuracy(model, data, F.cross_entropy, batch_size=4) == pytest.approx(expected)
+    one_hot = F.one_hot(data[1], logits().shape[1]).double()
+    for labels in (one_hot, 0.9 * one_hot + 0.1 / one_hot.shape[1]):  # probabilities of classes
+        assert accuracy(model, (data[0], labels), F.cross_entropy) == pytest.approx(expected)
+        assert accuracy(model, (data[0], labels), F.mse_loss) is None
 
 
 def test_score_must_be_one_number_a_sample():

@@ -183,7 +183,12 @@ def _scores(score: Score, outputs: Any, targets: Any, n: int) -> Tensor:
 
 
 def _classes(outputs: Any, targets: Any, loss_fn: LossFunction) -> tuple[Tensor, Tensor] | None:
-    """Log-probabilities (n, C) and labels (n,), where this is a classification."""
+    """Log-probabilities (n, C) and labels (n,), where this is a classification.
+
+    Of targets that are probabilities, as one-hot ones are, the likeliest class is the label.
+    """
+    known = known_loss(loss_fn)
+    of_classes = known is not None and known.kind == "cross_entropy"
     while isinstance(loss_fn, functools.partial):
         loss_fn = loss_fn.func
     if loss_fn in _NOT_OF_LOGITS or type(loss_fn) in _NOT_OF_LOGITS:
@@ -194,13 +199,25 @@ def _classes(outputs: Any, targets: Any, loss_fn: LossFunction) -> tuple[Tensor,
     if log_probabilities is None:
         return None
     if outputs.ndim == 2 and outputs.shape[1] > 1:
-        whole = not (targets.is_floating_point() or targets.dtype == torch.bool)
-        if targets.ndim != 1 or not whole:
+        labels = classes_of(targets)
+        if labels is None or (targets.ndim == 2 and not of_classes):
             return None
-        return log_probabilities, targets.long()
+        return log_probabilities, labels
     if targets.numel() != len(outputs) or not ((targets == 0) | (targets == 1)).all():
         return None
     return log_probabilities, targets.reshape(-1).long()
+
+
+def classes_of(targets: object) -> Tensor | None:
+    """The classes of targets that are whole numbers, shape (n,), or probabilities, shape (n, C)."""
+    if not isinstance(targets, Tensor) or targets.dtype == torch.bool:
+        return None
+    if targets.ndim == 1 and not targets.is_floating_point():
+        return targets.long()
+    if targets.ndim != 2 or targets.shape[1] < 2 or not targets.is_floating_point():
+        return None
+    shares = (targets >= 0).all() & ((targets.sum(1) - 1).abs() <= 1e-3).all()
+    return targets.argmax(1) if bool(shares) else None
 
 
 def log_probabilities_of(outputs: Tensor) -> Tensor | None:

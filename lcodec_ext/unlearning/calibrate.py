@@ -12,6 +12,7 @@ from torch import Tensor
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import is_much_worse
+from lcodec_ext._torch.predict import classes_of
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
@@ -301,8 +302,9 @@ class Fetched:
         for batch in self._batches:
             outputs, targets = outputs_of(work.model, batch), batch.targets
             total += float(work.loss_fn(outputs, targets)) * batch.size
-            if _classes(outputs, targets):
-                right.append(outputs.argmax(1) == targets)
+            labels = classes_of(targets)
+            if labels is not None and isinstance(outputs, Tensor) and outputs.ndim == 2:
+                right.append(outputs.argmax(1) == labels)
         self.right = torch.cat(right) if right else None
         return total / len(self)
 
@@ -312,13 +314,6 @@ class Fetched:
             return self._work.quality(self.samples)[2]
         except ValueError:
             return torch.full((len(self),), math.nan)
-
-
-def _classes(outputs: object, targets: object) -> bool:
-    """Whether targets number the columns of outputs."""
-    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-        return False
-    return outputs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point()
 
 
 def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibrated:

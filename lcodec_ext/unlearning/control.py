@@ -4,8 +4,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from lcodec_ext._torch.predict import classes_of
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.request import GUARD_SIZE
 from lcodec_ext.unlearning.settings import Settings
@@ -100,13 +100,13 @@ def few(samples: Samples, rng: np.random.Generator, most: int) -> Samples:
 
 
 def labels_of(samples: Samples) -> NDArray[np.int64] | None:
-    """The classes of samples, where the targets are one integer each."""
+    """The classes of samples, where the targets are one integer each, or their probabilities."""
     found = []
     for batch in samples.batches(GUARD_SIZE):
-        targets = batch.targets
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
+        labels = classes_of(batch.targets)
+        if labels is None:
             return None
-        found.append(targets.cpu().numpy().astype(np.int64))
+        found.append(labels.cpu().numpy())
     return np.concatenate(found)
 
 
