@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import lcodec_ext
 from lcodec_ext.cli.tables import Table
+from lcodec_ext.dependence.table import as_features
 
 N = 30
 rng0 = np.random.default_rng(1)
@@ -559,6 +560,18 @@ def test_advice_on_objects_does_not_merge_large_integers(more):
             lcodec_ext.codec(Y, t)
         value = lcodec_ext.codec(Y, np.arange(N))
         assert lcodec_ext.codec(Y, t - t.min()) == value
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
+def test_decimals_of_tensors_are_those_of_arrays(dtype):
+    """What happens on a CUDA device, with tensors of the CPU."""
+    column = (np.arange(-40, 40) / 10).astype(dtype)
+    kept = as_features(torch.from_numpy(column), "z", tensors=True, decimals=1).values
+    assert kept.tolist() == as_features(column, "z", decimals=1).values.tolist()
+    for off in () if dtype == "int64" else (600000.55, 1.6e9 + 0.125, np.pi):
+        column[3] = off
+        with pytest.raises(ValueError, match="z holds .* in row 3, which"):
+            as_features(torch.from_numpy(column), "z", tensors=True, decimals=1)
 
 
 def test_frames_of_one_type_are_read_at_once(monkeypatch):
