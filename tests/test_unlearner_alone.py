@@ -91,6 +91,26 @@ def test_requests_of_threads_take_turns(tmp_path, stand_in, on_disk):
         assert bits(other) == found
 
 
+def test_a_request_waits_while_anothers_entry_is_on_its_way_to_the_disk(tmp_path, monkeypatch):
+    writing, sync = threading.Event(), os.fsync
+
+    def slow(descriptor):
+        sync(descriptor)
+        own = os.fstat(descriptor).st_ino == (tmp_path / "ledger.jsonl").stat().st_ino
+        if own and threading.current_thread() is thread:
+            writing.set()
+            time.sleep(0.2)
+
+    with start(tmp_path) as stream:
+        thread = threading.Thread(target=stream.remove, args=[3])
+        monkeypatch.setattr(os, "fsync", slow)
+        thread.start()
+        assert writing.wait(10)
+        stream.remove(4)
+        thread.join()
+        assert stream.removed == (3, 4)
+
+
 def test_a_request_within_a_request_is_refused(stand_in):
     stream = start()
     stand_in.append(lambda forget: stream.rollback(0))

@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 from torch.ao.quantization import FakeQuantize, MinMaxObserver
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
 
 from lcodec_ext._torch.copies import copy_of
+from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature import (
     FisherOperator,
     GaussNewtonOperator,
@@ -288,6 +290,22 @@ class Precomputed(nn.Module):
 
     def forward(self, x):
         return nn.functional.linear(self.net[1](self.net[0](x)), self.scaled["w"])
+
+
+def test_a_loss_that_holds_the_model_is_refused():
+    """Its copies would be trained without the regulariser, which computes with the original."""
+    model, (x, y) = perceptron(), data()
+
+    def regularised(outputs, targets):
+        return cross_entropy(outputs, targets) + 0.1 * model[0].weight.square().sum()
+
+    for call in (
+        lambda: unlearn(model, *parts(x, y), regularised, **STEP),
+        lambda: Unlearner(model, (x, y), regularised, **STEP),
+        lambda: GaussNewtonOperator(model, regularised, (x, y), UnitSelection({"0": [0]})),
+    ):
+        with pytest.raises(ValueError, match="the loss .weight_decay is .* parameter '0.weight'"):
+            call()
 
 
 def on_meta():
@@ -758,3 +776,63 @@ def test_a_fork_during_a_copy_can_copy():
             os._exit(failed)
     thread.join()
     assert os.waitpid(child, 0)[1] == 0
+
+
+def compiles():
+    """Whether torch.compile's functions run compiled now."""
+    return eval_frame._stance.stance == "default"
+
+
+def test_overlapping_calls_leave_torch_compile_as_it_was():
+    """Two calls that begin and end one after the other: the stance is the whole process's."""
+    inside, done = threading.Event(), threading.Event()
+
+    def first():
+        with plain_arithmetic():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(10)
+    with plain_arithmetic():
+        done.set()
+        thread.join()
+        assert not compiles()
+    assert compiles()
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_fork_amid_another_threads_call_compiles():
+    inside, done = threading.Event(), threading.Event()
+
+    def first():
+        with plain_arithmetic():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(10)
+    child = os.fork()
+    if not child:
+        failed = 1
+        try:
+            assert compiles()
+            with plain_arithmetic():
+                assert not compiles()
+            failed = 0 if compiles() else 1
+        finally:
+            os._exit(failed)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_older_torch(monkeypatch):
+    """Torch 2.4 has no torch.OutOfMemoryError, and set_stance came with 2.6."""
+    monkeypatch.delattr(torch, "OutOfMemoryError")
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    remove(perceptron())
+    with pytest.raises(ValueError, match="loss_fn fails on the model's outputs"):
+        unlearn(perceptron(), *parts(*data()), lambda a, b: cross_entropy(a, b[:1]), **STEP)

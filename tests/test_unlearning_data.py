@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from lcodec_ext._torch import batches, samples
 from lcodec_ext.curvature import (
@@ -66,6 +74,37 @@ class Flips(Dataset):
 def test_flips_are_noticed(seed, p):
     with pytest.raises(ValueError, match="sample [0-9]+ of retain differs when it is read again"):
         remove(tuple(t[:5] for t in data()), Flips(seed, p))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("n", [1, 4])
+def test_flips_of_few_samples_are_noticed(seed, n):
+    with pytest.raises(ValueError, match="sample [0-9]+ of forget differs when it is read again"):
+        remove(Subset(Flips(seed, 0.5), range(n)), data())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_operators_notice_data_that_change(loaded):
+    source = ConcatDataset([Flips(0, 0.5)] * 4)
+    source = DataLoader(source, 16) if loaded else source
+    model, units = nn.Sequential(nn.Linear(D, 3), nn.Tanh()), UnitSelection({"0": [0]})
+    with pytest.raises(ValueError, match="data must give the same batches each time it is read"):
+        HessianOperator(model, cross_entropy, source, units, cache_bytes=0).to_dense()
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator, FisherOperator])
+@pytest.mark.parametrize(
+    ("label", "match"),
+    [
+        (-100, "sample 7 of data has target -100, which loss_fn ignores"),
+        (3, "sample 7 of data has target 3; the model has 3 outputs"),
+    ],
+)
+def test_operators_name_labels_that_are_no_class(kind, label, match):
+    x, y = (t.repeat(6, *[1] * (t.ndim - 1)) for t in data())  # more than one batch
+    y[7] = label
+    with pytest.raises(ValueError, match=match):
+        kind(make_model(), cross_entropy, (x, y), UnitSelection({"": [0]})).to_dense()
 
 
 def mixup(rows):
@@ -209,9 +248,21 @@ def test_data_without_an_end(impatient, loaded):
     ):
         with pytest.raises(ValueError, match="has no length and has not ended after 5[0-9]+ sampl"):
             call()
-    if not loaded:
+    for call in (
+        lambda: remove(few, short),
+        lambda: HessianOperator(make_model(), cross_entropy, short, UnitSelection({"": [0]})),
+    ):
         with pytest.raises(ValueError, match="gives more samples than its length, 30"):
-            remove(few, short)
+            call()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_data_without_an_end_that_are_large(monkeypatch, loaded):
+    monkeypatch.setattr(samples, "ENDLESS_BYTES", 5000)
+    monkeypatch.setattr(batches, "ENDLESS_BYTES", 5000)
+    endless = DataLoader(Stream(), 7) if loaded else Stream()
+    with pytest.raises(ValueError, match="not ended after [0-9]+ samples of .* GiB: give it"):
+        remove(tuple(t[:5] for t in data()), endless)
 
 
 class Duck:

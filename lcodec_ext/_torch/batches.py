@@ -76,10 +76,17 @@ class Batches:
         self._device, self._dtype = device, dtype
         self.cut_here = False
         self._given: list[tuple[Tensor, int]] = []
+        self._first: list[Tensor] = []  # of its first batch
         self.generators: list[torch.Generator] = []
         self._read: Callable[[], Iterable[Any]]
         stream = isinstance(getattr(data, "dataset", data), IterableDataset)
-        self._most = math.inf if length_of(data) is not None else ENDLESS * (1 if stream else 10)
+        self._most: float = ENDLESS * (1 if stream else 10)
+        self._length = math.inf  # samples of a stream
+        if stream and getattr(data, "batch_sampler", data) is not None:
+            length = length_of(getattr(data, "dataset", data))
+            self._length = math.inf if length is None else length
+        elif not stream and length_of(data) is not None:
+            self._most = math.inf
         if isinstance(data, DataLoader):
             self._read = lambda: data
             self.generators = _generators(data)
@@ -124,11 +131,31 @@ class Batches:
                     f"them of arrays) or a dict with 'labels'; got {described(batch)}"
                 )
             size = n_samples(batch, name)
-            if begin >= self._most:
+            if begin + size > self._length:
+                raise ValueError(f"data gives more samples than its length, {self._length:,}")
+            if self._length == math.inf and begin >= self._most:
                 raise ValueError(endless("data", begin))
-            made = as_batch(_moved(batch, self._device, self._dtype), size, name)
+            moved = _moved(batch, self._device, self._dtype)
+            if number == 0 and not self._given:
+                self._check_first(moved)
+            made = as_batch(moved, size, name)
             yield replace(made, numbers=range(begin, begin + size))
             begin += size
+
+    def _check_first(self, batch: Any) -> None:
+        """Refuse a first batch that is another one than when it was read first."""
+        found = [t.clone() for t in tensors_of(batch)]  # a model may write to its inputs
+        self._first = self._first or found
+        if len(found) != len(self._first) or not all(map(_same, found, self._first)):
+            raise ValueError(
+                "data must give the same batches each time it is read; the first batch has another "
+                "content than before. Give data without random augmentation, or read them once, "
+                "list(data)"
+            )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -195,8 +222,9 @@ def is_sample(value: Any) -> bool:
     return len(lengths) > 1
 
 
-#: Samples of data without a length after which nobody expects an end.
+#: Samples of data without a length after which nobody expects an end, and what they may take.
 ENDLESS = 1_000_000
+ENDLESS_BYTES = 8 * 2**30
 
 
 def length_of(data: Any) -> int | None:
@@ -207,10 +235,11 @@ def length_of(data: Any) -> int | None:
         return None
 
 
-def endless(name: str, n: int) -> str:
+def endless(name: str, n: int, size: int = 0) -> str:
     """What to do with data that do not end."""
+    after = f"{n:,} samples" + (f" of {size / 2**30:.2g} GiB" if size > ENDLESS_BYTES else "")
     return (
-        f"{name} has no length and has not ended after {n:,} samples: give it a __len__, or pass "
+        f"{name} has no length and has not ended after {after}: give it a __len__, or pass "
         "the samples that you mean, list(itertools.islice(data, n)) for instance"
     )
 

@@ -18,6 +18,8 @@ from lcodec_ext._torch.batches import tensors_of
 
 #: What a copy must not compute with: of each tensor, by id, itself and what it is.
 Watched = dict[int, tuple[weakref.ref[Tensor], str]]
+#: What computes with something, for `check_followed`.
+THE_LOSS = "the loss (weight_decay is an argument of its own)"
 
 
 def copy_of(

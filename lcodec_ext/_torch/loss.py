@@ -325,7 +325,7 @@ def loss_of(
     try:
         return scalar_loss(loss_fn, outputs, batch.targets)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         found = fault_of(loss_fn, outputs, batch, name)
         at = f" ({found})" if found else ""

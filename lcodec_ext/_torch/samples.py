@@ -1,10 +1,10 @@
 """Training samples by number, in whatever form they were given."""
 
 import hashlib
-import itertools
 import math
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 from lcodec_ext._torch.batches import (
     ENDLESS,
+    ENDLESS_BYTES,
     Batch,
     as_batch,
     described,
@@ -46,6 +47,7 @@ from lcodec_ext._torch.modes import set_modes, undisturbed
 Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
 _PROBE, _READINGS = 32, 3  # samples that are read so often, to see whether they change
+_FEWEST = 24  # readings of all of them together
 
 #: What to do with samples of other forms.
 SAMPLES_ARE = (
@@ -228,7 +230,7 @@ def outputs_in_training(model: nn.Module, batch: Batch) -> Any:
             with undisturbed(model):
                 _MAIN[model] = _main_output(model, batch)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            if isinstance(error, NotTrainedError | torch.OutOfMemoryError):
+            if isinstance(error, NotTrainedError | torch.cuda.OutOfMemoryError):
                 raise
             raise NotTrainedError(
                 f"the model fails in training mode, where it works in evaluation mode: {error}"
@@ -382,7 +384,7 @@ def _from_dataset(
     dtype: torch.dtype,
 ) -> Samples:
     if isinstance(dataset, IterableDataset):
-        dataset = _listed(dataset, name)
+        dataset = list(_ending(dataset, length_of(dataset), name))
     n = length_of(dataset)
     if n is None:
         raise TypeError(
@@ -426,15 +428,30 @@ def _row(dataset: Any, i: int, name: str) -> Any:
         ) from error
 
 
-def _listed(stream: Any, name: str) -> list[Any]:
-    """What an iterable gives; refuse one that does not end where it should."""
-    most = length_of(stream)
-    found = list(itertools.islice(stream, (ENDLESS if most is None else most) + 1))
-    if most is None and len(found) > ENDLESS:
-        raise ValueError(endless(name, ENDLESS))
-    if most is not None and len(found) > most:
-        raise ValueError(f"{name} gives more samples than its length, {most:,}")
-    return found
+def _ending(rows: Iterable[Any], length: int | None, name: str) -> Iterator[Any]:
+    """Samples as they come; refuse more than the length, and without one what will not end."""
+    size = 0
+    for k, row in enumerate(rows):
+        if length is not None and k >= length:
+            raise ValueError(f"{name} gives more samples than its length, {length:,}")
+        size += _nbytes(row)
+        if length is None and (k >= ENDLESS or size > ENDLESS_BYTES):
+            raise ValueError(endless(name, k, size))
+        yield row
+
+
+def _nbytes(tree: Any) -> int:
+    if isinstance(tree, Mapping):
+        return sum(map(_nbytes, tree.values()))
+    if isinstance(tree, tuple | list):
+        return sum(map(_nbytes, tree))
+    return int(getattr(tree, "nbytes", 0)) or sys.getsizeof(tree)
+
+
+def _singles(loader: Any, name: str) -> Iterator[Any]:
+    for batch in loader:
+        n = n_samples(batch, name)
+        yield from (part_of(batch, n, slice(k, k + 1)) for k in range(n))
 
 
 def _check_repeatable(
@@ -446,7 +463,7 @@ def _check_repeatable(
         fetch(some[:1])
         return
     alone = [fetch([i]) for i in some]
-    for _ in range(_READINGS - 1):
+    for _ in range(max(_READINGS, -(-_FEWEST // len(some))) - 1):
         for i, data in zip(some, alone, strict=True):
             if list(_hashes(fetch([i]), 1)) != list(_hashes(data, 1)):
                 raise ValueError(
@@ -486,12 +503,9 @@ def _is_resident(dataset: Any) -> bool:
 def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
-        rows: list[Any] = []
-        for batch in loader:
-            n = n_samples(batch, name)
-            rows += [part_of(batch, n, slice(k, k + 1)) for k in range(n)]
-            if len(rows) > ENDLESS and length_of(dataset) is None:
-                raise ValueError(endless(name, ENDLESS))
+        # Without batch_size the loader's batches are the stream's own, and may be its length.
+        length = None if loader.batch_sampler is None else length_of(dataset)
+        rows = list(_ending(_singles(loader, name), length, name))
         if not rows:
             raise ValueError(f"{name} is empty")
 

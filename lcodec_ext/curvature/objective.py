@@ -13,6 +13,7 @@ from lcodec_ext._torch.batches import SAMPLES, Batch, Batches, joined, map_tenso
 from lcodec_ext._torch.faults import fault_of
 from lcodec_ext._torch.loss import (
     LossFunction,
+    check_classes,
     check_loss_fn,
     check_reduction,
     differ_in_shape,
@@ -268,6 +269,8 @@ class Objective:
     def check_plain(self, outputs: Any, batch: Batch, step: int, why: str) -> None:
         """Refuse a loss of a batch that is not the mean, or sum, of those of parts of it."""
         whole, total = self._in_parts(outputs, batch, step, self.reduction)
+        if not same_loss(total, whole):
+            check_classes(self.loss_fn, outputs, batch, "data")  # ignored ones
         why = f", {why}" if why else ""
         of = outputs, batch.targets
         check_reduction(whole, total, batch.size, reduction=self.reduction, why=why, of=of)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcodec_ext._checks import check_integer, check_seed
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
-from lcodec_ext._torch.copies import check_followed
+from lcodec_ext._torch.copies import THE_LOSS, check_followed
 from lcodec_ext._torch.loss import check_classes, check_parts, finite_loss, known_loss
 from lcodec_ext._torch.modes import undisturbed
 from lcodec_ext._torch.samples import (
@@ -369,7 +369,9 @@ def _check_repair(work: Workplace, batch: Batch) -> None:
 
 def _check_loss(work: Workplace, batch: Batch, outputs: Any, name: str) -> None:
     """Refuse a loss that fails, is not finite, or is not the mean over the samples."""
-    finite_loss(work.loss_fn, outputs, batch, name)
+    with torch.enable_grad():
+        loss = finite_loss(work.loss_fn, outputs, batch, name)
+    check_followed([loss], work.watched, THE_LOSS)
     check_parts(work.loss_fn, outputs, batch.targets, batch.size, 1)
     if work.settings.curvature in ("gauss_newton", "hessian"):
         _check_curvature(work, batch, outputs)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._torch.batches import Batch, tensors_of
 from lcodec_ext._torch.copies import (
+    THE_LOSS,
     Watched,
     check_followed,
     check_has_values,
@@ -239,7 +240,7 @@ class MaskedModel:
 
         The displacements are given where the loss is one of outputs without their graphs.
         """
-        check_followed([loss], self._outside, "the loss (weight_decay is an argument of its own)")
+        check_followed([loss], self._outside, THE_LOSS)
         leaves = leaves_of([loss])
         hidden = [value for value, _ in self._watched] + list(displacements)
         if any(leaves.get(id(value)) is value for value in hidden):

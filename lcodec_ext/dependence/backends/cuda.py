@@ -67,7 +67,7 @@ class CudaEngine(Engine):
 
     Raises
     ------
-    torch.OutOfMemoryError
+    torch.cuda.OutOfMemoryError
         If the device has no room for the least workspace.
     RuntimeError
         If a kernel fails; it is named.
@@ -225,9 +225,9 @@ def _workspace(make: Any, X: torch.Tensor) -> tuple[torch.Tensor, int]:
         size = int(make.workspace_bytes(n, p, scratch))
         try:
             return X.new_empty(size, dtype=torch.uint8), scratch
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             if scratch == least:
-                raise torch.OutOfMemoryError(
+                raise torch.cuda.OutOfMemoryError(
                     f"{n:,} rows and {p:,} columns need a workspace of at least {size:,} bytes on "
                     f"device '{X.device}', which has no room for it: free memory there, pass "
                     f"fewer rows or columns or float32, or compute on the CPU with .cpu() ({error})"

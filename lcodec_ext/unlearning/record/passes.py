@@ -60,7 +60,7 @@ class Passes:
         try:
             return self._recorder.run(self._model, batch, take)
         except (IndexError, RuntimeError) as error:  # of embeddings, and of their bags
-            if self._perturb is None or isinstance(error, torch.OutOfMemoryError):
+            if self._perturb is None or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             raise ValueError(
                 f"the model fails on perturbed inputs: {error}. {self._suspicion()}"

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -9,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.batches import tensors_of
-from lcodec_ext._torch.copies import Watched, check_followed, work_copy
-from lcodec_ext._torch.loss import LossFunction, check_loss_fn
+from lcodec_ext._torch.batches import map_tensors, tensors_of
+from lcodec_ext._torch.copies import THE_LOSS, Watched, check_followed, work_copy
+from lcodec_ext._torch.loss import LossFunction, check_loss_fn, loss_in
 from lcodec_ext._torch.modes import check_module, twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of, working_dtype
@@ -87,23 +88,30 @@ def receive(
             f"statistics must be of the training samples, {len(samples)}; they are of "
             f"{statistics.n}"
         )
-    _check_followed(model, samples, dtype)
+    _check_followed(model, samples, loss_fn, dtype)
     check_bool(progress, "progress")
     if groups is not None:
         groups = Groups.of(groups, len(samples), "train")
     return Given(samples, validation, loss_fn, score, statistics, progress, settings, groups)
 
 
-def _check_followed(model: nn.Module, train: Samples, dtype: torch.dtype) -> None:
-    """Refuse a model whose copies compute with its own parameters: it is copied at the start."""
+def _check_followed(
+    model: nn.Module, train: Samples, loss_fn: LossFunction, dtype: torch.dtype
+) -> None:
+    """Refuse a model whose copies, or their loss, compute with its own parameters."""
     watched: Watched = {}
     work = work_copy(model, dtype, watched)
     try:
-        with twice_differentiable():
-            outputs = [*tensors_of(outputs_of(work, train.fetch([0])))]
-    except (RuntimeError, TypeError, IndexError):
+        with twice_differentiable(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # requests warn
+            batch = train.fetch([0])
+            outputs = outputs_of(work, batch)
+            found = [*tensors_of(outputs)]
+            loss = loss_in(dtype, loss_fn)(map_tensors(Tensor.detach, outputs), batch.targets)
+    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError, KeyError):
         return  # the first request tells
-    check_followed([t for t in outputs if t.requires_grad], watched, "the model")
+    check_followed([t for t in found if t.requires_grad], watched, "the model")
+    check_followed([*tensors_of(loss)], watched, THE_LOSS)
 
 
 # ---------------------------------------------------------------------------------------------

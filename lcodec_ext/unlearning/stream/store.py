@@ -73,7 +73,7 @@ class Store:
         RuntimeError, LedgerError where nothing may be written: in a child process, within a block
         of the same thread, and after something else wrote to the ledger.
         """
-        self.check_own()
+        self._check_open()
         if self.in_turn:
             raise RuntimeError(
                 "this Unlearner is amid a request, and another one came from within it (from a "
@@ -93,7 +93,14 @@ class Store:
         return self._holder == threading.get_ident()
 
     def check_own(self) -> None:
-        """Refuse to write in a child of the process that opened the folder, and after others."""
+        """Refuse to write in a child of the process that opened the folder, and after others.
+
+        In one's turn: amid another thread's, the file is ahead of what is known of it.
+        """
+        self._check_open()
+        self.ledger.check_unchanged()
+
+    def _check_open(self) -> None:
         if self._folder is not None and os.getpid() != self._owner:
             raise RuntimeError(
                 f"directory {str(self._folder)!r} belongs to the Unlearner of process "
@@ -102,7 +109,6 @@ class Store:
             )
         if self._closed:
             raise RuntimeError("the Unlearner was closed before the end of the request")
-        self.ledger.check_unchanged()
 
     def state(self, number: int) -> dict[str, Tensor]:
         """Read the weights of an entry."""
