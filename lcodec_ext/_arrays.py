@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._checks import first_few
+
 MAX_INTEGER = 2**53  # up to it float64 holds all integers
 
 
@@ -87,7 +89,9 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
         )
     if type(value).__name__ == "LazyFrame":
         raise ValueError(f"{name} is a LazyFrame, which holds no data: pass {name}.collect()")
-    frame = _frame(value)
+    if (single := _frame_of_one_type(value)) is not None:
+        return _real(single, name), [str(label) for label in value.columns]
+    frame = None if type(value) in (list, tuple) else _frame(value)
     if frame is None:
         return _column(value, name), None
     names, parts = frame
@@ -115,6 +119,18 @@ def refuse_merged(column: NDArray, label: str, beside: str = "") -> None:
             f"{label} holds {what}{beside}, which float64 cannot tell apart; "
             "subtract an offset first"
         )
+
+
+def _frame_of_one_type(value: Any) -> NDArray | None:
+    """Values of a pandas data frame whose columns all are of the same type of NumPy's floats."""
+    pandas = sys.modules.get("pandas")
+    if pandas is None or not isinstance(value, pandas.DataFrame):
+        return None
+    dtypes = set(value.dtypes)
+    if len(dtypes) == 1 and dtypes <= {np.dtype("f4"), np.dtype("f8")}:
+        values: NDArray = value.to_numpy()
+        return values
+    return None
 
 
 def _frame(value: Any) -> tuple[list[str], list[Any]] | None:
@@ -151,7 +167,7 @@ def _column(value: Any, label: str) -> NDArray:
     elif isinstance(value, np.ma.MaskedArray):
         values, missing = value.data, np.ma.getmaskarray(value)
     else:
-        values = _plain(value, label)
+        values = listed(value, label)
     values = _real(values, label)
     if missing is None or not missing.any():
         return values
@@ -188,13 +204,20 @@ def _arrow_column(column: Any, label: str) -> tuple[NDArray, NDArray]:
     return np.asarray(column.fill_null(False if arrow.types.is_boolean(kind) else 0)), missing
 
 
-def _plain(value: Any, label: str) -> NDArray:
-    """An array or nested sequence as an array, if no integer in it is rounded."""
+def listed(value: Any, label: str) -> NDArray:
+    """A nested sequence as an array, if no integer in it is rounded; as objects if it has text.
+
+    Missing values, and numbers, that stand among text would be made text by NumPy.
+    """
     try:
         array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{label} cannot be made into an array: {error}") from None
-    if not isinstance(value, np.ndarray) and array.dtype.kind == "f":
+    if isinstance(value, np.ndarray):
+        return array
+    if array.dtype.kind in "US":
+        return np.array(value, dtype=object)
+    if array.dtype.kind == "f":
         _refuse_rounded(value, array, label)
     return array
 
@@ -219,6 +242,8 @@ def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
     large = _large(array)
     given = np.array(value, dtype=object) if large.any() else array
     for entry in given[large] if given.shape == array.shape else ():
+        if hasattr(entry, "item"):  # a tensor or an array of one number
+            entry = entry.item()
         if isinstance(entry, numbers.Integral) and abs(int(entry)) > MAX_INTEGER:
             raise ValueError(
                 f"{label} holds integers beyond 2**53, here {entry}, beside floats; float64 cannot "
@@ -226,6 +251,8 @@ def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
             )
 
 
+_TO_ITEMS = ("to_pylist", "to_list")  # of pyarrow, and of pandas and polars
+_TEXT_KINDS = "USOT"  # of NumPy: T is its StringDType
 _TEXT = ("categor", "enum", "dictionary", "str", "utf8", "binary")
 
 
@@ -234,7 +261,7 @@ def class_codes(value: Any) -> tuple[NDArray, bool] | None:
 
     None for anything else. Codes of ordered categories are in their order.
     """
-    plain = isinstance(value, np.ndarray) and value.dtype.kind not in "USO"
+    plain = isinstance(value, np.ndarray) and value.dtype.kind not in _TEXT_KINDS
     if plain or value is None or is_tensor(value):
         return None
     frame = _frame(value)
@@ -245,19 +272,21 @@ def class_codes(value: Any) -> tuple[NDArray, bool] | None:
     kind = getattr(value, "dtype", getattr(value, "type", None))
     if kind is None:
         try:
-            value = np.asarray(value)
+            value = listed(value, "")
         except ValueError:  # as_array says why
             return None
         kind = value.dtype
-    if isinstance(kind, np.dtype) and kind.kind not in "USO":
+    if isinstance(kind, np.dtype) and kind.kind not in _TEXT_KINDS:
         return None
     if not any(word in str(kind).lower() for word in (*_TEXT, "object", "<u", ">u", "|s")):
         return None
     if getattr(kind, "ordered", False) is True and hasattr(value, "isna"):  # pandas
         codes = np.asarray(getattr(value, "cat", value).codes)
         return np.where(codes < 0, np.nan, codes) if (codes < 0).any() else codes, False
-    listed = value.to_list() if hasattr(value, "to_list") else np.asarray(value, dtype=object)
-    entries = np.asarray(value.to_pylist() if hasattr(value, "to_pylist") else listed, dtype=object)
+    items = next((getattr(value, way)() for way in _TO_ITEMS if hasattr(value, way)), value)
+    entries = np.array(items, dtype=object)
+    if np.ma.is_masked(value):
+        entries[np.ma.getmaskarray(value)] = None
     if entries.ndim == 2 and entries.shape[1] == 1:
         entries = entries[:, 0]
     present = [entry for entry in entries if not _is_missing(entry)] if entries.ndim == 1 else []
@@ -273,7 +302,7 @@ def class_codes(value: Any) -> tuple[NDArray, bool] | None:
 def _is_missing(entry: Any) -> bool:
     if entry is None or type(entry).__name__ in ("NAType", "NaTType"):
         return True
-    return isinstance(entry, float) and entry != entry
+    return isinstance(entry, float | np.floating) and bool(entry != entry)
 
 
 _ENCODE = (
@@ -284,7 +313,7 @@ _ADVICE = {  # for words in a dtype's or a type's name
     ("list", "struct", "array"): "pass columns of numbers",
     ("date", "time", "duration", "period"): "pass the number that is meant, such as days since "
     "a day of your choice",
-    ("decimal",): "convert them to floats first",
+    ("decimal",): "convert them to floats first, less an offset where they have over 15 digits",
     ("int128",): "convert them to 64 bits first, as far as they fit",
     ("sparse",): "make the column dense first",
     ("(float", "(int", "(bool"): "convert them first, with astype(float) or astype('int64')",
@@ -300,6 +329,25 @@ def _advice(kind: str) -> str:
     return next(found, "pass columns of numbers")
 
 
+def _advice_on_objects(entries: NDArray) -> str:
+    """What to do about Python objects."""
+    present = [entry for entry in entries.ravel() if not _is_missing(entry)]
+    text = any(isinstance(entry, str | bytes) for entry in present)
+    if text and any(isinstance(entry, numbers.Number) for entry in present):
+        return (
+            "put NaN for text that marks a missing value; if they all are classes, write the "
+            "numbers as text, too"
+        )
+    whole = [abs(int(entry)) for entry in present if isinstance(entry, numbers.Integral)]
+    if not text and max(whole, default=0) > MAX_INTEGER:
+        return (
+            "convert them first, with astype('int64') (or 'Int64' of pandas, where some are "
+            "missing): astype(float) would merge integers beyond 2**53, and there are such"
+        )
+    types = dict.fromkeys(type(entry).__name__ for entry in present)
+    return _advice(f"({', '.join(types or ['None'])})")
+
+
 def _not_numbers(label: str, kind: str) -> ValueError:
     return ValueError(f"{label} is {kind}; expected numbers: {_advice(kind)}")
 
@@ -309,10 +357,12 @@ def _real(array: NDArray, label: str) -> NDArray:
     if array.dtype.kind not in "biuf":
         what = {"c": "complex numbers", "U": "strings", "S": "strings", "O": "objects"}
         given = what.get(array.dtype.kind, f"values of dtype {array.dtype}")
+        advice = _advice(given)
         if given == "objects" and array.size:
-            types = dict.fromkeys(type(entry).__name__ for entry in array.ravel()[:100])
-            given += f" ({', '.join(types)})"
-        raise ValueError(f"{label} must hold real numbers; got {given}; {_advice(given)}")
+            types = dict.fromkeys(type(entry).__name__ for entry in array.ravel())
+            given = "strings" if [*types] == ["str"] else f"objects ({first_few([*types], 5)})"
+            advice = _advice_on_objects(array)
+        raise ValueError(f"{label} must hold real numbers; got {given}; {advice}")
     if array.dtype == np.float16:
         return array.astype(np.float32)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)

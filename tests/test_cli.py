@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -436,6 +437,42 @@ def test_other_delimiters():
     assert read(write("a.tsv", "a\tb\n1\t-2.5\n3e10\t.1\n")) == PLAIN
     assert read(write("a.csv", "a;b\n1;-2.5\n3e10;.1\n"), delimiter=";") == PLAIN
     assert read(write("a.txt", "a|b\n1|-2.5\n3e10|.1\n"), delimiter="|") == PLAIN
+
+
+STAMP = "1577134800018164904"  # float64 has steps of 256 there
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        STAMP,
+        f"+{STAMP}.",
+        f"{STAMP}.0",
+        f'"{STAMP}.000"',
+        f"0{STAMP}.0",
+        "1.577134800018164904e18",
+        "1.577134800018164904E+18",
+        "157713480001816490.4e1",
+        "9007199254740993.0",
+        "-9007199254740993.0",
+    ],
+)
+def test_integers_that_float64_rounds_are_refused_however_written(written):
+    with pytest.raises(tables.TableError, match="row 2, column 'b': .* is beyond 2"):
+        read(write("a.csv", f"a,b\n1,0\n2,{written}\n"))
+    comma = written.replace(".", ",")
+    with pytest.raises(tables.TableError, match="row 2, column 'b': .* is beyond 2"):
+        read(write("a.csv", f"a;b\n1;0\n2;{comma}\n"), delimiter=";", decimal=",")
+
+
+def test_numbers_beyond_2_53_that_are_floats_go_on():
+    values = [6.022e23, 1e23, 1.2345678901234567e20, 2.0**60, 9007199254740992.0, -1e300]
+    for form in ("{!r}", "{:.18e}", "{:.17e}", "{:.16e}", "{:.15E}"):
+        text = "a\n" + "".join(form.format(value) + "\n" for value in values)
+        rounded = [float(form.format(value)) for value in values]
+        assert read(write("a.csv", text)) == [[value] for value in rounded]
+    text = f"a\n{2**60}\n{2**60}.0\n1e23\ninf\n"
+    assert read(write("a.csv", text)) == [[2.0**60], [2.0**60], [1e23], [math.inf]]
 
 
 def test_no_header():

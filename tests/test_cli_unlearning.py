@@ -1,7 +1,10 @@
 """The command line: unlearn, evaluate and report, with models and data by import path."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import re
 import runpy
 import sys
@@ -256,6 +259,24 @@ def test_ledger_resume_and_verify(run, refused):
     status, out, _ = run("unlearn", "--verify", "--directory", "run")
     assert status == 1
     assert "does NOT verify" in out
+
+
+def test_a_folder_on_a_file_system_without_locks(run, refused, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    command = ["unlearn", *MODEL, *DATA, "--directory", "run"]
+    message = refused(*command, *WEIGHTS, "--forget", "3", status=1)
+    assert "has no file locks" in message
+    assert "--no-lock on the command line" in message
+    assert run(*command, *WEIGHTS, "--forget", "3", "--no-lock")[0] == 0
+    assert "has no file locks" in refused(*command, "--resume", "--forget", "5", status=1)
+    assert run(*command, "--resume", "--forget", "5", "--no-lock")[0] == 0
+    assert run("unlearn", "--verify", "--directory", "run")[0] == 0
+    assert "does not go" in refused("unlearn", "--verify", "--directory", "run", "--no-lock")
+    lost = refused("unlearn", *MODEL, *DATA, "--forget", "3", "--output", "n.pt", "--no-lock")
+    assert "--no-lock needs --directory" in lost
 
 
 def test_whole_groups(run, refused):

@@ -395,6 +395,54 @@ def test_missing_classes_and_responses_without_classes(species):
         assert lcodec_ext.codec(["oak"] * 120, X) == 1
 
 
+@pytest.mark.parametrize("missing", [float("nan"), np.float32("nan"), None])
+def test_what_is_missing_in_a_list_of_classes_is_no_class(species, missing):
+    X, y = species
+    names = np.array(LABELS)[y].tolist()
+    rest = np.arange(120) != 7
+    expected = lcodec_ext.codec(np.array(names)[rest], X[rest])
+    masked = np.ma.masked_array(names, mask=~rest)
+    names[7] = missing
+    column = [[name] for name in names]
+    for given in (names, tuple(names), column, masked, masked.astype(object)):
+        with pytest.raises(ValueError, match="NaN in y at row 7; pass nan_policy='omit'"):
+            lcodec_ext.codec(given, X)
+        assert lcodec_ext.codec(given, X, nan_policy="omit") == expected
+    assert masked.data[7] == np.array(LABELS)[y[7]]  # what is below a mask stays as it is
+    for given in (names, masked):
+        with pytest.raises(ValueError, match="NaN"):
+            lcodec_ext.FOCISelector().fit(X, given)
+
+
+@pytest.mark.parametrize("make", [list, tuple, pd.Series, lambda y: np.array(y, dtype=object)])
+def test_numbers_beside_text_are_no_classes(species, make):
+    X, y = species
+    given = make([*y[:-1].tolist(), "?"])
+    for call in (lambda: lcodec_ext.codec(given, X), lambda: lcodec_ext.foci(X, given)):
+        with pytest.raises(ValueError, match="y must .* got objects .int, str.; put NaN for text"):
+            call()
+    with pytest.raises(ValueError, match=r"'\?'"):
+        lcodec_ext.FOCISelector().fit(X, given)
+
+
+def test_every_type_of_text_of_numpy_is_classes(species):
+    X, y = species
+    names = np.array(LABELS)[y]
+    expected = lcodec_ext.codec(names, X)
+    kinds = [names, names.astype("S"), names.astype(object), names.tolist()]
+    if hasattr(np.dtypes, "StringDType"):  # since NumPy 2
+        kinds += [names.astype(np.dtypes.StringDType())]
+        gap = names.astype(np.dtypes.StringDType(na_object=np.nan))
+        gap[7] = np.nan
+        rest = np.arange(120) != 7
+        value = lcodec_ext.codec(gap, X, nan_policy="omit")
+        assert value == lcodec_ext.codec(names[rest], X[rest])
+    for given in kinds:
+        assert lcodec_ext.codec(given, X) == expected
+        selector = lcodec_ext.FOCISelector().fit(X, given)
+        assert selector.cumulative_.tolist() == lcodec_ext.foci(X, names).cumulative.tolist()
+
+
 # ------------------------------------------------------------------------------------------------
 # Decimal data
 
@@ -457,7 +505,7 @@ def test_decimals_forgive_what_arithmetic_adds(grid):
             1e12,
             6,
             ValueError,
-            "holds 1000000000000.0 in row 7, which is beyond 2..53 units of 1e-6",
+            "holds 1000000000000.0 in row 7, which is beyond 2..51 units of 1e-6; pass fewer",
         ),
         (1.0, -1, ValueError, "decimals must be an integer from 0 to 15; got -1"),
         (1.0, 1.0, TypeError, "decimals must be an integer from 0 to 15; got 1.0"),
@@ -470,6 +518,38 @@ def test_what_decimals_refuse(grid, value, decimals, error, message):
     cm[7, 2] = value
     with pytest.raises(error, match=message):
         lcodec_ext.foci(pd.DataFrame(cm, columns=list("abcd")), y, decimals=decimals)
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "dtype", "decimals", "message"),
+    [
+        (1.6e9, 1e-3, "float64", 0, "has more than 0 decimals"),  # seconds with milliseconds
+        (1.6e9, 1e-3, "float64", 2, "has more than 2 decimals"),
+        (1.6e9, 1e-3, "float64", 3, None),
+        (1.6e9, 1e-6, "float64", 6, None),
+        (1.6e9, 1e-6, "float64", 7, "is beyond 2..51 units of 1e-7; pass fewer"),
+        (5e8, 0.25, "float64", 0, "has more than 0 decimals"),
+        (6e5, 0.5, "float32", 0, "has more than 0 decimals"),
+        (1e5, 0.1, "float32", 1, None),
+        (5e5, 0.1, "float32", 1, "is beyond 2..22 units of 1e-1; pass float64 or fewer"),
+        (1.2e7, 1, "float32", 0, None),
+        (2e7, 2, "float32", 0, "is beyond 2..24 units of 1e-0"),
+        (2**52, 1, "float64", 0, None),
+        (2**52, 1, "int64", 0, None),
+    ],
+)
+def test_decimals_round_nothing_however_large(rng, start, step, dtype, decimals, message):
+    counts = rng.integers(0, 1000, 200)
+    y = counts + rng.normal(size=200)
+    z = start + step * counts
+    if step < 1:  # correctly rounded
+        z = (round(start / step) + counts) / round(1 / step)
+    z = z.astype(dtype)
+    if message is None:
+        assert lcodec_ext.codec(y, z, decimals=decimals) == lcodec_ext.codec(y, counts)
+    else:
+        with pytest.raises(ValueError, match=f"column 0 of z holds .* in row .*{message}"):
+            lcodec_ext.codec(y, z, decimals=decimals)
 
 
 def test_missing_values_beside_decimals(grid):

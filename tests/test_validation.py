@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import lcodec_ext
 from lcodec_ext.cli.tables import Table
+from lcodec_ext.dependence.table import as_features
 
 N = 30
 rng0 = np.random.default_rng(1)
@@ -534,6 +535,52 @@ def test_large_integers_as_a_response_are_compared_as_they_are():
         lcodec_ext.FOCISelector().fit(X, STAMPS.astype(object))
     with pytest.raises(ValueError, match="X holds integers beyond 2\\*\\*53"):
         lcodec_ext.FOCISelector().fit(STAMPS[:, None].astype(object), Y)
+
+
+@pytest.mark.parametrize("wrap", [torch.tensor, np.array])
+def test_integers_in_lists_of_arrays_of_one_number_are_not_rounded(wrap):
+    rows = [[wrap(t), wrap(y)] for t, y in zip(STAMPS.tolist(), Y.tolist(), strict=True)]
+    with pytest.raises(ValueError, match="z holds integers beyond 2\\*\\*53, here 1"):
+        lcodec_ext.codec(Y, rows)
+
+
+@pytest.mark.parametrize("more", [[], [None], [0.5], [True]])
+def test_advice_on_objects_does_not_merge_large_integers(more):
+    column = pd.Series([*more, *STAMPS.tolist()[len(more) :]], dtype=object)
+    for call in (
+        lambda: lcodec_ext.codec(Y, column),
+        lambda: lcodec_ext.codec(column, Y),
+        lambda: lcodec_ext.foci(pd.DataFrame({"f": Y, "t": column}), Y),
+    ):
+        with pytest.raises(ValueError, match="objects .*int.*astype.'int64'.*would merge integers"):
+            call()
+    if not more:  # the advice, followed
+        t = column.astype("int64")
+        with pytest.raises(ValueError, match="subtract an offset first"):
+            lcodec_ext.codec(Y, t)
+        value = lcodec_ext.codec(Y, np.arange(N))
+        assert lcodec_ext.codec(Y, t - t.min()) == value
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64"])
+def test_decimals_of_tensors_are_those_of_arrays(dtype):
+    """What happens on a CUDA device, with tensors of the CPU."""
+    column = (np.arange(-40, 40) / 10).astype(dtype)
+    kept = as_features(torch.from_numpy(column), "z", tensors=True, decimals=1).values
+    assert kept.tolist() == as_features(column, "z", decimals=1).values.tolist()
+    for off in () if dtype == "int64" else (600000.55, 1.6e9 + 0.125, np.pi):
+        column[3] = off
+        with pytest.raises(ValueError, match="z holds .* in row 3, which"):
+            as_features(torch.from_numpy(column), "z", tensors=True, decimals=1)
+
+
+def test_frames_of_one_type_are_read_at_once(monkeypatch):
+    table = pd.DataFrame({"a": Y, "b": np.arange(N) % 7.0, 3: -Y})
+    expected = lcodec_ext.foci(table.to_numpy(), Y, stop=False)
+    monkeypatch.setattr("lcodec_ext._arrays._column", None)  # column by column takes long
+    found = lcodec_ext.foci(table, Y, stop=False)
+    assert found.names == [["a", "b", "3"][k] for k in expected.ordering]
+    assert found.cumulative.tolist() == expected.cumulative.tolist()
 
 
 def test_missing_values_in_columns_of_every_library():

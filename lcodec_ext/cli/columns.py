@@ -184,7 +184,7 @@ def not_numbers(kind: str) -> Unusable:
     if re.search("date|time|duration", kind):
         advice = "make it a number first, for instance days since a date"
     elif "decimal" in kind:
-        advice = "convert it to float64 first"
+        advice = "convert it to float64 first, less an offset where it has over 15 digits"
     return Unusable("", f" is of {kind}; expected numbers", advice)
 
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -299,8 +300,7 @@ class TextReader:
             except ValueError:
                 what = f": {shown(cell)} is not a number"
                 return Unusable(f"row {row + 1}", what, self._advice(cell, row))
-            digits = word.lstrip("+-")
-            if len(digits) > 15 and digits.isdecimal() and int(digits) != float(digits):
+            if abs(numbers[row]) >= EXACT_INTEGER and _loses_digits(word):
                 return Unusable(f"row {row + 1}", *rounded(cell.strip()))
         return numbers
 
@@ -338,6 +338,12 @@ def _unquoted(text: str) -> str:
     """Text without the quotes around all of it, which stay in TSV and after a blank."""
     bare = text.strip()
     return bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] == '"' else text
+
+
+def _loses_digits(word: str) -> bool:
+    """Whether float64 has other digits than a number that is written with many, in any notation."""
+    n_digits = sum(map(str.isdigit, word.lower().partition("e")[0].lstrip("+-0.")))
+    return n_digits > 15 and Decimal(f"{float(word):.{n_digits - 1}e}") != Decimal(word)
 
 
 def _beyond(values: NDArray) -> bool:

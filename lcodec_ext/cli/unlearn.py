@@ -133,6 +133,12 @@ def add_unlearn(commands: Any) -> None:
     add = parser.add_argument_group("ledger").add_argument
     add("--directory", metavar="FOLDER", help="where the ledger and the checkpoints are kept")
     add("--resume", action="store_true", help="go on with the ledger in the folder")
+    add(
+        "--no-lock",
+        action="store_true",
+        help="for a folder on a file system without file locks: see to it that one process at a "
+        "time uses it",
+    )
     add("--verify", action="store_true", help="check the ledger in the folder, and stop")
     add("--head", metavar="HASH", help="for --verify: the hash of an entry, noted earlier")
     _add_settings(parser)
@@ -238,6 +244,8 @@ def _check_request(options: argparse.Namespace) -> None:
         )
     if options.head:
         raise InputError("--head belongs to --verify")
+    if options.no_lock and not options.directory:
+        raise InputError("--no-lock needs --directory, the folder that is not locked")
     if options.estimate:
         _check_estimate(options)
         return
@@ -374,7 +382,7 @@ def _open(
     if options.output:
         check_writable(options.output, model)
     more: dict[str, Any] = {"validation": problem.get("validation"), "groups": groups}
-    more |= {"progress": console.progress}
+    more |= {"progress": console.progress, "lock": not options.no_lock}
     if options.resume:
         more |= {key: settings[key] for key in ("perturb",) if key in settings}
         return Unlearner.resume(options.directory, model, train, loss_fn, **more), named
@@ -510,7 +518,16 @@ def _tell(
 def _verify(options: argparse.Namespace, console: Console) -> int:
     if not options.directory:
         raise InputError("--verify needs --directory, the folder of the ledger")
-    for name in ("forget", "forget_group", "output", "patch", "resume", "note", "estimate"):
+    for name in (
+        "forget",
+        "forget_group",
+        "output",
+        "patch",
+        "resume",
+        "note",
+        "estimate",
+        "no_lock",
+    ):
         if getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} does not go with --verify")
     if bool(options.model) != bool(options.weights):

@@ -83,7 +83,8 @@ def response_engine(
     if 2 * len(codes) > len(y):
         raise ValueError(
             f"y has {len(codes):,} classes on {len(y):,} rows; expected classes that repeat: pass "
-            "numbers, with astype(float), where y is numbers written as text"
+            "numbers, with astype(float), or astype('int64') for integers, where y is numbers "
+            "written as text"
         )
     ranks = [backend.ranks(y == code) for code in codes] if nominal else [backend.ranks(y)]
     sums = [ResponseSums(R, L) for R, L in ranks]

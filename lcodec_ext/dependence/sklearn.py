@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lcodec_ext._arrays import as_array, class_codes, refuse_columns, refuse_converted
+from lcodec_ext._arrays import as_array, class_codes, listed, refuse_columns, refuse_converted
 from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
@@ -111,6 +111,8 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         backend = resolve_on_cpu("FOCISelector", self.backend, X=X, y=y)
         check_choice(self.classes, "classes", ("auto", "yes", "no"))
         refuse_columns(X, "X")  # scikit-learn takes dates for numbers
+        if isinstance(y, list | tuple):
+            y = listed(y, "y")
         found = class_codes(y)
         if found is None:
             refuse_columns(y, "y")

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import (
-    MAX_INTEGER,
     array_module,
     as_array,
     beyond_float64,
     class_codes,
     is_float,
     is_tensor,
+    listed,
     refuse_merged,
 )
 from lcodec_ext._checks import check_choice, check_integer, counted, first_few
@@ -102,6 +102,8 @@ def as_target(y: Any, *, tensors: bool | None = None) -> tuple[Any, bool]:
 
     Strings and unordered categories are such classes; ordered categories become their codes.
     """
+    if isinstance(y, list | tuple):
+        y = listed(y, "y")
     return class_codes(y) or (as_response(y, tensors=tensors), False)
 
 
@@ -156,16 +158,25 @@ def _counted(features: Features, decimals: int) -> Features:
     """Columns of numbers with so many decimals as integers, whose differences are exact."""
     array = features.values
     xp = array_module(array)
-    tolerance = 1e-6 if array.dtype == xp.float32 else 1e-9  # what arithmetic may have added
+    single = array.dtype == xp.float32
+    eps, slack = (2.0**-23, 1e-6) if single else (2.0**-52, 1e-9)
+    # with decimals a number of more units may be the float next to two of them
+    most = (2 if decimals == 0 or not is_float(array) else 0.5) / eps
     values = xp.asarray(array, dtype=xp.float64)
     with np.errstate(all="ignore"):
         scaled = values * 10.0**decimals
         whole = xp.round(scaled)
-        off = xp.abs(scaled - whole) > tolerance * (1 + xp.abs(whole))
-        beyond = xp.isfinite(values) & (xp.abs(whole) > MAX_INTEGER)
+        written = whole / 10.0**decimals  # as text with so many decimals is read
+        if single:
+            written = xp.asarray(xp.asarray(written, dtype=xp.float32), dtype=xp.float64)
+        off = xp.abs(scaled - whole) > xp.clip(slack * (1 + xp.abs(whole)), 0, 1e-3)  # arithmetic's
+        off &= values != written
+        beyond = xp.isfinite(values) & (xp.abs(whole) > most)
+    advice = "pass float64 or fewer decimals" if single else "pass fewer decimals"
+    power = round(np.log2(most))
     for flags, what in (
+        (beyond, f"which is beyond 2**{power} units of 1e-{decimals}; {advice}"),
         (off, f"which has more than {decimals} decimals; pass more decimals, or round it first"),
-        (beyond, f"which is beyond 2**53 units of 1e-{decimals}; pass fewer decimals"),
     ):
         if flags.any():
             row, k = xp.argwhere(flags)[0].tolist()

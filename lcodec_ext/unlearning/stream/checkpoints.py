@@ -138,8 +138,8 @@ class DirectoryLock:
                 raise
             raise RuntimeError(
                 f"the file system of directory {str(directory)!r} has no file locks ({error}): "
-                "take a directory on a local disk, or pass lock=False and see to it that one "
-                "process at a time uses the directory"
+                "take a directory on a local disk, or pass lock=False (--no-lock on the command "
+                "line) and see to it that one process at a time uses the directory"
             ) from None
         except BaseException:
             os.close(descriptor)
