@@ -35,6 +35,7 @@ _HARDLY = 0.85  # of the loss of guessing
 _SMALL = 0.1  # of the removed samples' gradient: training has converged
 _FAR = 2.0  # times what validation samples lose, or the request lost before
 _POINTS = 0.005  # of accuracy on validation samples, and at least two of them
+_FEW_POINTS = 0.001  # the same of a finish alone, which these samples stop: others lose more
 
 
 def warn_of_doubts(request: Request, guard: Guard | None, settings: Settings) -> None:
@@ -214,7 +215,8 @@ def warn_of_shortfall(
         )
     if guard is not None and guard.watched == "accuracy":
         fall = guard.before - last.value
-        if fall > _POINTS and fall * len(guard.losses) > 1.5:
+        alone = bool(found.finish) and not found.products
+        if fall > (_FEW_POINTS if alone else _POINTS) and fall * len(guard.losses) > 1.5:
             told.append(
                 f"accuracy on {counted(len(guard.losses), 'validation sample')} fell from "
                 f"{guard.before:.2%} to {last.value:.2%}"

@@ -32,7 +32,7 @@ MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by
 _KEPT_BYTES = 2**26  # of batches that are kept while it iterates
 _LINE_SEARCH = 25  # evaluations
 _TRAINED = 0.01  # of the retained objective: below, the network is surer than training made it
-_UNFINISHED = 0.5  # of it: a training that ended there is not gone on with, but for outliers
+_ENDED = 0.95  # of it: below, training had not ended, and this would be more of it, no deletion
 _PATIENCE = 8  # iterations without one that holds that end it
 _LOOKED = 2  # iterations, after which validation is looked at
 
@@ -98,7 +98,7 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
             except (NotTrainedError, NotFiniteError) as error:
                 block.restore(theta, block.buffers)
                 why = f" instead of mini-batches, as {error}"
-        kept = _lbfgs(block, harm, _TRAINED if outliers else _UNFINISHED)
+        kept = _lbfgs(block, harm, outliers=outliers)
         if known or does(work.model):
             return Finish(kept, f"L-BFGS on the retained samples{why}")
     block.put(theta)
@@ -121,13 +121,15 @@ def finish_step(block: Block, harm: Harm) -> Finish | None:
     return Finish(batches, "mini-batches, the removed samples' outputs held as after the step")
 
 
-def _lbfgs(block: Block, harm: Harm, least: float) -> int:
+def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
     """L-BFGS on the retained objective from the present weights, as long as validation holds.
 
     In evaluation mode, on the selected parameters, with history 10 and a strong Wolfe line search.
     Each iteration takes one or two passes over the retained samples, every second one another over
-    validation. They end where the objective has fallen below `least` of what it was: it is not to
-    go on with training. Returns the iterations that were kept.
+    validation. They end where the objective has fallen to a hundredth: it is not to go on with
+    training. For samples like any other a fall by a twentieth is too much, and all is undone:
+    training had not ended, and the accuracy that more of it costs hides on the samples that it is
+    stopped by. Returns the iterations that were kept.
     """
     work = block.work
     retained = _kept(_some(block), work.settings.batch_size)
@@ -163,7 +165,8 @@ def _lbfgs(block: Block, harm: Harm, least: float) -> int:
         theta.grad = known[-1][2].clone()
         return known[-1][1]
 
-    best, kept = block.now(), 0
+    before = best = block.now()
+    kept = 0
     start = closure()
     most = work.settings.finish or ITERATIONS
     for iteration in counted(
@@ -173,7 +176,11 @@ def _lbfgs(block: Block, harm: Harm, least: float) -> int:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except NotFiniteError:
             break
-        ended = iteration == most or known[-1][1] < least * start
+        left = known[-1][1]
+        if left < _ENDED * start and not outliers and start > 0:
+            best, kept = before, 0
+            break
+        ended = iteration == most or left < _TRAINED * start
         if iteration % _LOOKED and not ended:
             continue
         block.put(theta.detach())
