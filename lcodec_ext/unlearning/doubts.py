@@ -34,7 +34,8 @@ _GAP = 0.1  # of the validation loss, that trained samples lose less: else there
 _HARDLY = 0.85  # of the loss of guessing
 _SMALL = 0.1  # of the removed samples' gradient: training has converged
 _FAR = 2.0  # times what validation samples lose, or the request lost before
-_POINTS = 0.005  # of accuracy on validation samples, and at least two of them
+_POINTS = 0.002  # of accuracy on a thousand validation samples, at least two of them: then half a
+# point may be lost on others, by chance and as the search ends where these samples still hold
 _FEW_POINTS = 0.001  # the same of a finish alone, which these samples stop: others lose more
 
 
