@@ -945,7 +945,17 @@ def test_the_guide_has_the_recorded_ordinary_networks():
     for name, summary in found["summary"].items():
         trainings = [each for each in found["trainings"] if each["network"] == name]
         assert ordinary.summary(trainings) == summary
-        assert (summary["silent"], summary["over"]) == (0, 0)
+        assert summary["harmed"]["test, beyond chance"] == 0
+    total = {
+        name: sum(each[name] for each in found["summary"].values())
+        for name in ("requests", "within_factor", "under", "over", "silent")
+    }
+    said = (
+        "{within_factor} of {requests} deletions are within a factor of 2 of retraining; "
+        "{under} forget less and {over} more"
+    )
+    assert said.format(**total) in " ".join(text.split())
+    assert "**{silent} of these were silent**".format(**total) in " ".join(text.split())
 
 
 def test_the_guide_has_the_recorded_users():
