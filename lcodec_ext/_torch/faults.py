@@ -44,7 +44,7 @@ def check_finite(tensors: Any, numbers: Any, name: str, *, whole: bool = True) -
 def check_labels(
     batch: Batch, n_classes: int, ignore_index: int, name: str, *, ignored: bool
 ) -> None:
-    """Refuse labels of cross-entropy that are no class; ignored ones, unless they may be."""
+    """Refuse labels of cross-entropy outside the classes, and ignored ones unless they may be."""
     targets = batch.targets
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
         return

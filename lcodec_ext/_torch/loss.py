@@ -325,7 +325,7 @@ def mean_gradient(
 def check_classes(
     loss_fn: LossFunction, outputs: Any, batch: Batch, name: str, *, ignored: bool = False
 ) -> None:
-    """Refuse labels of cross-entropy that are no class; ignored ones, unless they may be."""
+    """Refuse labels of cross-entropy outside the classes, and ignored ones unless they may be."""
     known = known_loss(loss_fn)
     if known is None or known.kind != "cross_entropy":
         return

@@ -549,7 +549,7 @@ class _Trial:
 
         Outliers may lose anything.
         """
-        if self.own_before > OUTLIERS * self.target:
+        if self.own_before > OUTLIERS * self.target > 0:
             return math.inf
         return self.own_before + OWN * (self.target - self.trained)
 
