@@ -54,15 +54,22 @@ def test_examples(name):
 
 
 def test_the_figures_of_the_readme_are_those_on_record():
-    record = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())
-    found = [case["summary"]["calibrated"] for case in record["calibration"].values()]
-    within, of = (sum(each[name] for each in found) for name in ("within_2.5", "of"))
-    fall = -100 * min(each["accuracy_test_worst"] for each in found)
+    record = json.loads((ROOT / "benchmarks" / "results" / "ordinary.json").read_text())
+    found = list(record["summary"].values())
+    names = ("requests", "within_factor", "under", "over", "silent")
+    total = {name: sum(each[name] for each in found) for name in names}
+    fell = sum(each["harmed"]["test"] for each in found)
+    worst = -100 * min(each["accuracy_change_worst"] for each in found)
     text = " ".join(TEXTS["README.md"].split())
-    assert (of, len({case.split()[0] for case in record["calibration"]})) == (30, 3)
-    assert "On thirty trainings of three small networks the loss of the deleted samples" in text
-    assert f"within a factor of 2.5 of retraining's in {within} cases" in text
-    assert f"test accuracy fell by at most {fall:.1f} points" in text
+    assert (total["requests"], len(record["trainings"]), len(found)) == (100, 20, 5)
+    assert "Of a hundred deletions from twenty trainings of five networks, " in text
+    assert (
+        "{within_factor} left the deleted samples a loss within a factor of 2".format(**total)
+        in text
+    )
+    assert "{under} forgot less and {over} more".format(**total) in text
+    assert (fell, round(worst), total["silent"]) == (9, 1, 4)
+    assert "more than half a point in nine, by one point at worst, and in four of these" in text
 
 
 def anchors(text):
