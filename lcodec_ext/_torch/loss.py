@@ -211,8 +211,15 @@ def check_reduction(
             f"loss_fn must be the plain {reduction} over the samples of a batch{why} "
             f"(reduction={reduction!r}, no class weights, no ignored targets, no mean over tokens "
             f"of samples of unequal length); on {n} samples it is {whole.item():.6g}, and the "
-            f"{reduction} of the losses of its parts is {of_parts.item():.6g}"
+            f"{reduction} of the losses of its parts is {of_parts.item():.6g}{_by_sample(of[1])}"
         )
+
+
+def _by_sample(targets: Any) -> str:
+    """What to do with samples of several labels each."""
+    several = isinstance(targets, Tensor) and targets.ndim > 1 and not targets.is_floating_point()
+    advice = ". Take the mean over the labels of each sample first, then the mean over the samples"
+    return advice if several else ""
 
 
 def check_parts(
@@ -331,6 +338,19 @@ def check_classes(
         return
     if isinstance(outputs, Tensor) and outputs.ndim == 2:
         check_labels(batch, outputs.shape[1], known.ignore_index, name, ignored=ignored)
+
+
+def ignored_labels(loss_fn: LossFunction, outputs: Any, targets: Any) -> tuple[int, int]:
+    """How many of a batch's labels a loss ignores, and of how many.
+
+    A loss that is not known is taken to ignore -100 where outputs are scores of classes.
+    """
+    known = known_loss(loss_fn)
+    labels = isinstance(targets, Tensor) and not targets.is_floating_point()
+    if not labels or not isinstance(outputs, Tensor) or outputs.numel() <= targets.numel():
+        return 0, 1
+    index = getattr(loss_fn, "ignore_index", -100) if known is None else known.ignore_index
+    return int((targets == index).sum()), targets.numel()
 
 
 def loss_of(

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lcodec_ext._checks import check_integer, check_real, check_seed, counted
-from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
+from lcodec_ext._torch.batches import (
+    Batch,
+    check_not_columns,
+    described,
+    is_dataset,
+    is_list_of_samples,
+    n_samples,
+    part_of,
+    tensors_of,
+)
 from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import Decay, check_decay, groups_of
 from lcodec_ext._torch.loss import LossFunction, named_trainable
@@ -19,21 +28,30 @@ from lcodec_ext._torch.samples import Samples, as_samples, outputs_in_training
 
 def count(data: Any, name: str = "data") -> int:
     """How many samples tensors, a dict of tensors or a Dataset hold; refuse anything else."""
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return len(data)  # type: ignore[arg-type]
+    check_not_columns(data, name)
+    if _is_numbered(data):
+        return len(data)
     if isinstance(data, Mapping) or (
         isinstance(data, tuple | list) and next(tensors_of(data), None) is not None
     ):
         return n_samples(data, name)
     raise TypeError(
-        f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels' or a "
-        f"Dataset with a length; got {described(data)}"
+        f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels', or a "
+        f"Dataset or list of samples (input, target); got {described(data)}. Of a DataLoader pass "
+        "its dataset, of samples with more entries [(x, y) for x, y, *_ in data]"
     )
+
+
+def _is_numbered(data: Any) -> bool:
+    """Whether data have samples by number: a Dataset, what is indexed so, or a list of samples."""
+    if isinstance(data, IterableDataset):
+        return False
+    return isinstance(data, Dataset) or is_dataset(data) or is_list_of_samples(data)
 
 
 def take(data: Any, numbers: Sequence[int]) -> Any:
     """Some samples, of the kind of the data: tensors, a dict of tensors, or a Subset."""
-    if isinstance(data, Dataset):
+    if _is_numbered(data):
         return Subset(data, [int(i) for i in numbers])
     return part_of(data, count(data), torch.as_tensor(np.asarray(numbers, dtype=np.int64)))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.batches import map_tensors, tensors_of
+from lcodec_ext._torch.batches import InputsError, map_tensors, tensors_of
 from lcodec_ext._torch.copies import THE_LOSS, Watched, check_followed, work_copy
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn, loss_in
 from lcodec_ext._torch.modes import check_module, twice_differentiable
@@ -101,13 +101,15 @@ def _check_followed(
     """Refuse a model whose copies, or their loss, compute with its own parameters."""
     watched: Watched = {}
     work = work_copy(model, dtype, watched)
+    batch = train.fetch([0])
     try:
         with twice_differentiable(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # requests warn
-            batch = train.fetch([0])
             outputs = outputs_of(work, batch)
             found = [*tensors_of(outputs)]
             loss = loss_in(dtype, loss_fn)(map_tensors(Tensor.detach, outputs), batch.targets)
+    except InputsError:
+        raise
     except (RuntimeError, TypeError, IndexError, ValueError, AttributeError, KeyError):
         return  # the first request tells
     check_followed([t for t in found if t.requires_grad], watched, "the model")
