@@ -38,8 +38,9 @@ def warn_of_skipped(
 
 
 def warn_of_left_out(work: Workplace) -> None:
-    """Warn of trainable parameters that selection="full" cannot change."""
+    """Warn of trainable parameters that selection="full", or any choice of units, cannot change."""
     if work.settings.selection != "full":
+        _warn_of_those_without_units(work)
         return
     left = {k: p for k, p in find_parameters(work.model).items() if k in work.parameters}
     left = {k: p for k, p in left.items() if p.refused}
@@ -50,6 +51,21 @@ def warn_of_left_out(work: Workplace) -> None:
             f"selection='full' leaves {n:,} of {work.n_trainable:,} trainable parameters as they "
             f"are: {names}",
             stacklevel=4,
+        )
+
+
+def _warn_of_those_without_units(work: Workplace) -> None:
+    """Warn of trainable parameters that a rule which selects units passes over."""
+    rule, left = work.settings.selection, work.without_units
+    if not isinstance(rule, str) or rule == "step" or work.settings.candidates != "all":
+        return  # a choice of the user's is meant so
+    if left and len(left) < len(work.parameters):  # a model without any unit is refused
+        names = first_few(list(map(repr, left)), 3)
+        warnings.warn(
+            f"selection={rule!r} selects units, and {sum(left.values()):,} of "
+            f"{work.n_trainable:,} trainable parameters belong to none: {names}. They stay as they "
+            "are; selection='full' and 'step' change such parameters, too",
+            stacklevel=5,
         )
 
 

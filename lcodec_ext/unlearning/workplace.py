@@ -26,7 +26,7 @@ from lcodec_ext._torch.loss import (
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score, predict
 from lcodec_ext._torch.samples import Samples, working_dtype
-from lcodec_ext.curvature import Selection
+from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
 from lcodec_ext.unlearning.settings import Settings
@@ -112,6 +112,12 @@ class Workplace:
             buffers=buffers,
             watched=watched,
         )
+
+    @property
+    def without_units(self) -> dict[str, int]:
+        """Sizes of the trainable parameters that belong to no unit, by name."""
+        covered = UnitSelection.all(self.model).layout(self.model).parameters
+        return {k: p.numel() for k, p in self.parameters.items() if k not in covered}
 
     @property
     def n_trainable(self) -> int:
