@@ -9,9 +9,17 @@ from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.classes import response_engine
+from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import check_distances, constant_columns, warn_underflow
-from lcodec_ext.dependence.table import Features, as_features, as_target, clean_rows, refuse_classes
+from lcodec_ext.dependence.table import (
+    Features,
+    Target,
+    as_features,
+    as_target,
+    clean_rows,
+    refuse_classes,
+)
 
 
 def codec(
@@ -24,6 +32,8 @@ def codec(
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
     decimals: int | None = None,
+    n_neighbors: int = 1,
+    y_order: Literal["given", "average"] = "given",
 ) -> float:
     """Conditional dependence coefficient T(Y, Z) or T(Y, Z | X).
 
@@ -97,9 +107,10 @@ def codec(
     True
     """
     chosen = resolve(backend, y=y, z=z, x=x)
-    given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals)
+    check_neighbors(n_neighbors, ties)
+    given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals, y_order)
     columns = given.lay_out(chosen)
-    return _coefficient(chosen, columns, given.y, given, ties, seed)
+    return _coefficient(chosen, columns, given.y, given, ties, seed, n_neighbors)
 
 
 def lcodec(
@@ -158,7 +169,7 @@ def lcodec(
     chosen = resolve(backend, y=y, z=z, x=x)
     check_noise(noise, noise_scale, seed)
     given = _prepare(chosen, y, z, x, ties, seed, nan_policy)
-    refuse_classes(given.nominal, "lcodec", "codec")
+    refuse_classes(given.target.nominal, "lcodec", "codec")
     columns = given.lay_out(chosen)
     if noise > 0 and (given.y == given.y[0]).all():
         warnings.warn("y is constant: the value measures the added noise alone", stacklevel=2)
@@ -167,29 +178,37 @@ def lcodec(
 
 
 class _Arguments(NamedTuple):
-    """Clean response, and the columns of x (r of them, or none) and of z side by side."""
+    """Clean response; the columns of x (r of them, or none), of z and some of y side by side."""
 
     y: Any
     table: Any
     x: Features | None
     z: Features
-    nominal: bool  # whether y holds codes of classes without an order
+    target: Target
 
     @property
     def r(self) -> int:
         return 0 if self.x is None else self.x.values.shape[1]
 
+    @property
+    def p(self) -> int:
+        """How many columns x and z have."""
+        return self.r + self.z.values.shape[1]
+
     def label(self, k: int) -> str:
         """A column of the table in a message."""
+        if k >= self.p:
+            return self.target.values.label(k - self.p)
         return self.x.label(k) if self.x and k < self.r else self.z.label(k - self.r)
 
     def lay_out(self, backend: Backend) -> Columns:
         """The table's columns; warns the caller of codec or lcodec of constant ones."""
         columns = backend.lay_out(self.table)
         constant = constant_columns(columns)
-        self.z.warn_constant(constant[self.r :], stacklevel=3)
+        self.z.warn_constant(constant[self.r : self.p], stacklevel=3)
         if self.x is not None:
             self.x.warn_constant(constant[: self.r], stacklevel=3)
+        self.target.warn_constant(self.y, stacklevel=3)
         return columns
 
 
@@ -202,35 +221,45 @@ def _prepare(
     seed: int | None,
     nan_policy: str,
     decimals: int | None = None,
+    y_order: str | None = None,
 ) -> _Arguments:
     check_choice(ties, "ties", TIES)
     check_seed(seed)
     tensors = backend.tensors
-    response, nominal = as_target(y, tensors=tensors)
+    target = as_target(y, tensors=tensors, y_order=y_order, decimals=decimals)
     features = as_features(z, "z", tensors=tensors, decimals=decimals)
     if x is None:
-        rows = clean_rows({"y": response, "z": features}, nan_policy)
+        rows = clean_rows({"y": target.values, "z": features}, nan_policy)
         rows.warn_if_most(stacklevel=3)
-        return _Arguments(rows.values["y"], rows.values["z"], None, features, nominal)
+        table = target.beside(rows.values["z"], rows.values["y"])
+        return _Arguments(rows.values["y"], table, None, features, target)
     given = as_features(x, "x", tensors=tensors, decimals=decimals)
-    rows = clean_rows({"y": response, "z": features, "x": given}, nan_policy)
+    rows = clean_rows({"y": target.values, "z": features, "x": given}, nan_policy)
     rows.warn_if_most(stacklevel=3)
     clean = rows.values
     # conditioning columns first: the order of sums
     table = array_module(clean["z"]).concatenate([clean["x"], clean["z"]], axis=1)
-    return _Arguments(clean["y"], table, given, features, nominal)
+    return _Arguments(clean["y"], target.beside(table, clean["y"]), given, features, target)
 
 
 def _coefficient(
-    backend: Backend, columns: Columns, y: Any, given: _Arguments, ties: Ties, seed: int | None
+    backend: Backend,
+    columns: Columns,
+    y: Any,
+    given: _Arguments,
+    ties: Ties,
+    seed: int | None,
+    n_neighbors: int = 1,
 ) -> float:
     """T(Y, Z | X) of columns laid out from the given ones, or from these with noise."""
     factors = check_distances(columns, given.label)
     warn_underflow(columns, factors, given.label, stacklevel=3)
+    target = given.target
     sums, engine = response_engine(
-        backend, columns, factors, y, given.nominal, ties, tie_seed(ties, seed)
-    )
-    r, last = given.r, len(factors) - 1
+        backend, columns, factors, y, target.nominal, ties, tie_seed(ties, seed), n_neighbors,
+        target.average,
+    )  # fmt: skip
+    r, last = given.r, given.p - 1
     m_x: Any = None
     for column in range(last):
         if column == r - 1:
