@@ -43,9 +43,11 @@ def codec(
 
     Parameters
     ----------
-    y : array_like of shape (n,) or (n, 1)
+    y : array_like of shape (n,) or (n, q)
         Response, 3 <= n <= 10^6. Only its order counts. Strings and categories are classes
         without an order: the result is the mean over the classes c of ``codec(y == c, z, x)``.
+        Several columns of numbers are one response together, T^q. Those before a column are
+        conditioned on, so they enter distances, in the units of x and z.
         Rows of all arguments belong together by position, also in pandas objects.
     z : array_like of shape (n,) or (n, q)
         Columns whose information about y is measured. Not standardised: distances mix their
@@ -66,7 +68,15 @@ def codec(
     decimals : int, optional
         How many decimals z and x have, 0 to 15. They are then computed as integers, so that
         equal distances are equal: 0.3 - 0.2 and 0.2 - 0.1 differ as floats, and ties of decimal
-        data depend on their unit. Values with more decimals are an error.
+        data depend on their unit. Values with more decimals are an error. Columns of y that
+        enter distances have them, too.
+    n_neighbors : int, default 1
+        How many of a row's nearest rows count. The default is the coefficient as published.
+        More vary less under independence, which finds weak dependence, and see less detail.
+        Equally near rows at the last place share what is left of it; needs ties="average".
+    y_order : {"given", "average"}, default "given"
+        Of several columns of y: their order, as in T^q, or the mean over all orders of at most 5
+        columns, in which none of them comes first. T^q tends to 0 and 1 for either.
 
     Returns
     -------
@@ -79,9 +89,10 @@ def codec(
     ------
     ValueError
         For data that cannot be used: NaN, infinity, not numbers, wrong shapes, fewer than 3
-        rows, distances that overflow. The message names argument, row and column.
+        rows, distances that overflow, as many neighbours as rows. The message names argument,
+        row and column.
     TypeError
-        For a seed that is not an integer.
+        For a seed or a number of neighbours that is not an integer.
     RuntimeError
         If CUDA tensors are given and this build or machine cannot compute on them.
     torch.OutOfMemoryError
@@ -90,12 +101,16 @@ def codec(
     Notes
     -----
     With d columns in all about O(n^(1 + 1/d)) time on continuous data, O(n log n) where many rows
-    share their values, O(d n^2) at worst; O(d n) memory.
+    share their values, O(d n^2) at worst; O(d n) memory. q columns of y take q of these, and
+    q 2^(q - 1) with y_order="average". k neighbours take k times as long; on CUDA they take
+    O(d n^2).
 
     References
     ----------
     M. Azadkia and S. Chatterjee, "A simple measure of conditional dependence", Annals of
-    Statistics 49 (2021), section 2.
+    Statistics 49 (2021), section 2. For several columns J. Ansari and S. Fuchs, "A direct
+    extension of Azadkia & Chatterjee's rank correlation to multi-response vectors",
+    arXiv:2212.01621.
 
     Examples
     --------
@@ -104,6 +119,9 @@ def codec(
     >>> x, z = rng.random((2, 1000))
     >>> y = (x + z) % 1
     >>> codec(y, z) < 0.1 < 0.6 < codec(y, z, x)
+    True
+    >>> both = np.column_stack([x + z, x - z])
+    >>> codec(both, x) < 0.7 < 0.8 < codec(both, np.column_stack([x, z]))
     True
     """
     chosen = resolve(backend, y=y, z=z, x=x)

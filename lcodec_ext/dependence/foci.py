@@ -144,9 +144,11 @@ def foci(
     X : array_like of shape (n, p)
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
-    y : array_like of shape (n,) or (n, 1)
+    y : array_like of shape (n,) or (n, q)
         Response. Only its order counts. Strings and categories are classes without an order: T
-        is the mean over the classes c of the T of ``y == c``.
+        is the mean over the classes c of the T of ``y == c``. Several columns of numbers are one
+        response together, T^q: columns of X are selected that tell about all of them. Columns of
+        y that enter distances are standardised as those of X are.
     stop : bool, default True
         Stop when no column gains; False goes on to max_features or to the last column.
     max_features : int, optional
@@ -165,6 +167,8 @@ def foci(
         Show a progress bar for each step; needs tqdm.
     decimals : int, optional
         How many decimals the columns of X have, as in `codec`.
+    n_neighbors, y_order
+        As in `codec`.
 
     Returns
     -------
@@ -180,12 +184,15 @@ def foci(
     -----
     A step with k columns selected takes O(p n^(1 + 1/(k+1))) on continuous data, O(p n log n)
     where many rows share the selected values and in the first step, O(p n^2) at worst. Memory:
-    three times X and O(n) for each thread; on CUDA a workspace of up to 256 MiB more.
+    three times X and O(n) for each thread; on CUDA a workspace of up to 256 MiB more. q columns of
+    y take q times as much, and all candidates are scored to the end. With several neighbours
+    every candidate is searched for by itself, in about the time of `codec`.
 
     References
     ----------
     M. Azadkia and S. Chatterjee, "A simple measure of conditional dependence", Annals of
-    Statistics 49 (2021), section 5.
+    Statistics 49 (2021), section 5. For several columns of y the MFOCI of J. Ansari and S. Fuchs,
+    arXiv:2212.01621.
 
     Examples
     --------
