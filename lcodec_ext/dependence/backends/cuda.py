@@ -214,7 +214,7 @@ class CudaBackend(Backend):
                     scaled = (X[rows, f][:, None] - X[:, f]) * factor[f]
                     distance += scaled * scaled  # rounded by itself: no kernel has both
                 distance[torch.arange(len(rows), device=X.device), rows] = torch.inf
-                far = distance.kthvalue(k, dim=1, keepdim=True).values
+                far = distance.topk(k, dim=1, largest=False).values[:, -1:]
                 nearer, tied = distance < far, distance == far
                 minima = torch.minimum(R[rows][:, None], R)
                 count = tied.sum(dim=1)
