@@ -311,7 +311,7 @@ class Fetched:
     def losses(self) -> Tensor:
         """Of each sample, shape (n,); NaN where one is not finite."""
         try:
-            return self._work.quality(self.samples)[2]
+            return self._work.quality(self.samples).losses
         except ValueError:
             return torch.full((len(self),), math.nan)
 
