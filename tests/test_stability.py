@@ -38,7 +38,13 @@ def halves(n, n_pairs, seed):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"ties": "random"}, {"max_features": 1, "stop": False}, {"preselected": [3, 0]}],
+    [
+        {},
+        {"ties": "random"},
+        {"max_features": 1, "stop": False},
+        {"preselected": [3, 0]},
+        {"n_neighbors": 3},
+    ],
 )
 def test_each_half_is_a_run_of_foci(data, options):
     X, y = data
@@ -153,6 +159,20 @@ def test_classes_and_decimals(data):
     assert np.array_equal(stability(scaled, labels, n_pairs=4, decimals=1).selected, again)
     tensor = stability(torch.from_numpy(X), labels, n_pairs=4, max_features=1)
     assert np.array_equal(tensor.selected, result.selected)
+
+
+@pytest.mark.parametrize("order", ["given", "average"])
+def test_several_responses(data, order):
+    X, y = data
+    both = np.column_stack([np.round(y, 1), np.round(X[:, 0], 1)])
+    options = {"n_pairs": 2, "max_features": 2, "y_order": order}
+    result = stability(X, both, decimals=None, **options)
+    for half, rows in enumerate(halves(N, 2, 0)):
+        expected = foci(X[rows], both[rows], max_features=2, y_order=order).ordering
+        assert np.flatnonzero(result.selected[half]).tolist() == sorted(expected.tolist())
+    scaled = stability(np.round(X, 1), both, decimals=1, **options)
+    counts = stability(np.round(10 * X), np.round(10 * both), **options)
+    assert np.array_equal(scaled.selected, counts.selected)
 
 
 def test_tensors_on_a_device(data):

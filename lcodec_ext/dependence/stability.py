@@ -169,7 +169,8 @@ def stability(
     progress : bool, default False
         Show a progress bar of the halves; needs tqdm.
     **options
-        Further options of `foci`: stop, max_features, min_gain, standardize, ties.
+        Further options of `foci`: stop, max_features, min_gain, standardize, ties,
+        n_neighbors, y_order.
 
     Returns
     -------
@@ -205,12 +206,13 @@ def stability(
     n_halves = 2 * check_integer(n_pairs, "n_pairs", 1, 10**6)
     check_seed(seed, optional=False)
     features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
-    response, nominal = as_target(y, tensors=chosen.tensors)
-    rows = clean_rows({"X": features, "y": response}, nan_policy, minimum=6)
+    order = options.get("y_order", "given")
+    response = as_target(y, tensors=chosen.tensors, y_order=order, decimals=decimals)
+    rows = clean_rows({"X": features, "y": response.values}, nan_policy, minimum=6)
     values, target = rows.values["X"], rows.values["y"]
     given = _check_preselected(preselected, values.shape[1], features.names)
     features.warn_constant(constant_columns(chosen.lay_out(values)), stacklevel=2)
-    if nominal:
+    if response.nominal:
         target = target.astype(str)
     seeds = tie_hash(seed, n_halves)
 
