@@ -91,6 +91,27 @@ class FociResult:
     def __iter__(self) -> Iterator[NDArray]:
         return iter((self.ordering, self.cumulative))
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the cumulative and the conditional T of every step, of the first 60 at most.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            What to draw on; a new figure by default.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        """
+        from lcodec_ext.dependence.plots import plot_path
+
+        return plot_path(self, ax)
+
     def __repr__(self) -> str:
         columns = "column" if self.n_features == 1 else "columns"
         head = (
