@@ -9,6 +9,7 @@ from lcodec_ext._threads import get_num_threads, set_num_threads
 from lcodec_ext.dependence import (
     DependenceGraph,
     FociResult,
+    StabilityResult,
     XiTestResult,
     codec,
     dependence_graph,
@@ -16,6 +17,7 @@ from lcodec_ext.dependence import (
     lcodec,
     lfoci,
     nearest_neighbors,
+    stability,
     xi,
     xi_test,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "DependenceGraph",
     "FOCISelector",
     "FociResult",
+    "StabilityResult",
     "XiTestResult",
     "build_info",
     "codec",
@@ -39,6 +42,7 @@ __all__ = [
     "lfoci",
     "nearest_neighbors",
     "set_num_threads",
+    "stability",
     "xi",
     "xi_test",
 ]

@@ -68,6 +68,15 @@ class dependence:
     def neighbors(
         x: NDArray[_F], factor: NDArray[_F], ties: int, seed: int, level: str, threads: int
     ) -> tuple[_I64, _I64]: ...
+    @staticmethod
+    def nearest_minima(
+        x: NDArray[_F],
+        factor: NDArray[_F],
+        rank: NDArray[np.int32],
+        k: int,
+        level: str,
+        threads: int,
+    ) -> tuple[_I64, _I64, _I64]: ...
     # With LCODEC_INSTRUMENTS.
     @staticmethod
     def saturate(level: str, rounds: int) -> int: ...

@@ -152,7 +152,7 @@ def test_random_state():
 
 def test_bad_input(data):
     X, y = data
-    with pytest.raises(ValueError, match="Input X contains NaN"):
+    with pytest.raises(ValueError, match="NaN in X at row 13, column 1 and"):
         FOCISelector().fit(np.ma.masked_greater(X, 2), y)  # what is below a mask is no data
     with pytest.raises(ValueError, match="Input y contains NaN"):
         FOCISelector().fit(X, np.ma.masked_greater(y, 2))

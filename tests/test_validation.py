@@ -46,7 +46,7 @@ BAD_DATA = [
     ({"X": X[:0], "y": Y[:0]}, ValueError, "at least 3 rows; got 0"),
     ({"X": X[:, :0]}, ValueError, r"[Xz] must have at least one column; got shape \(30, 0\)"),
     ({"y": Y[:-1]}, ValueError, r"same number of rows; .*30.*29|same number of rows; .*29.*30"),
-    ({"y": X[:, :2]}, ValueError, r"y must be one column.*got shape \(30, 2\)"),
+    ({"y": np.ones((N, 2, 2))}, ValueError, r"y must be one column.*got shape \(30, 2, 2\)"),
     ({"y": Y[np.newaxis]}, ValueError, r"y must be one column.*got shape \(1, 30\)"),
     ({"y": Y.astype(str)}, ValueError, "y has 30 classes on 30 rows; expected classes that repeat"),
     ({"y": ["a", None, 1.5] * 10}, ValueError, "y must hold real numbers; got objects .str, None"),

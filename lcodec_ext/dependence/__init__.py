@@ -5,12 +5,14 @@ from lcodec_ext.dependence.foci import FociResult, first_step_scores, foci, lfoc
 from lcodec_ext.dependence.graph import DependenceGraph, dependence_graph
 from lcodec_ext.dependence.neighbors import nearest_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
+from lcodec_ext.dependence.stability import StabilityResult, stability
 from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
 
 __all__ = [
     "DependenceGraph",
     "FociResult",
     "NoiseScale",
+    "StabilityResult",
     "XiTestResult",
     "check_noise",
     "codec",
@@ -20,6 +22,7 @@ __all__ = [
     "lcodec",
     "lfoci",
     "nearest_neighbors",
+    "stability",
     "with_noise",
     "xi",
     "xi_test",

@@ -63,6 +63,19 @@ class CpuBackend(HostBackend):
         ones = np.ones(len(x), dtype=x.dtype)
         return _core.dependence.neighbors(x, ones, TIES.index(ties), seed, *cpu_settings())
 
+    def nearest_minima(
+        self,
+        columns: CpuColumns,
+        factors: NDArray,
+        used: list[int],
+        R: NDArray[np.int64],
+        k: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        x = columns.values[used]
+        return _core.dependence.nearest_minima(
+            x, factors[used], R.astype(np.int32), k, *cpu_settings()
+        )
+
     def ranks(self, y: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         n = len(y)
         order = np.argsort(y, kind="stable")
