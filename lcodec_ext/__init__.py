@@ -9,6 +9,7 @@ from lcodec_ext._threads import get_num_threads, set_num_threads
 from lcodec_ext.dependence import (
     DependenceGraph,
     FociResult,
+    XiMatrix,
     XiTestResult,
     codec,
     dependence_graph,
@@ -17,6 +18,7 @@ from lcodec_ext.dependence import (
     lfoci,
     nearest_neighbors,
     xi,
+    xi_matrix,
     xi_test,
 )
 
@@ -27,6 +29,7 @@ __all__ = [
     "DependenceGraph",
     "FOCISelector",
     "FociResult",
+    "XiMatrix",
     "XiTestResult",
     "build_info",
     "codec",
@@ -40,6 +43,7 @@ __all__ = [
     "nearest_neighbors",
     "set_num_threads",
     "xi",
+    "xi_matrix",
     "xi_test",
 ]
 

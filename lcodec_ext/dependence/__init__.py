@@ -6,11 +6,13 @@ from lcodec_ext.dependence.graph import DependenceGraph, dependence_graph
 from lcodec_ext.dependence.neighbors import nearest_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
+from lcodec_ext.dependence.xi_matrix import XiMatrix, xi_matrix
 
 __all__ = [
     "DependenceGraph",
     "FociResult",
     "NoiseScale",
+    "XiMatrix",
     "XiTestResult",
     "check_noise",
     "codec",
@@ -22,5 +24,6 @@ __all__ = [
     "nearest_neighbors",
     "with_noise",
     "xi",
+    "xi_matrix",
     "xi_test",
 ]

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,30 @@ from lcodec_ext.dependence.exact import ResponseSums, sum_of_ratios
 
 
 class PairSums(NamedTuple):
-    """Sums over a symmetric matrix with a diagonal of 0: weights a_ij or a kernel k_ij."""
+    """Sums over a symmetric matrix with a diagonal of 0: weights a_ij or a kernel k_ij.
+
+    Integers over one denominator, so that exact arithmetic is quick.
+    """
 
     n: int
-    total: Fraction  # of all entries
-    rows: Fraction  # of the squared sums of the rows
-    squares: Fraction  # of the squared entries
+    over: int  # the denominator of `total`; the others have its square
+    total: int  # of all entries
+    rows: int  # of the squared sums of the rows
+    squares: int  # of the squared entries
+
+
+def permutation_variance(weights: PairSums, kernel: PairSums) -> tuple[int, int]:
+    """Numerator and denominator of the variance of `permutation_moments`."""
+    n, a, k = weights.n, weights, kernel
+    pairs = n * (n - 1)
+    second = 2 * a.squares * k.squares * (n - 2)
+    second += 4 * (a.rows - a.squares) * (k.rows - k.squares)
+    if n > 3:
+        none = [each.total**2 - 4 * each.rows + 2 * each.squares for each in (a, k)]
+        second = second * (n - 3) + none[0] * none[1]
+    rest = (n - 2) * max(n - 3, 1)
+    variance = second * pairs - (a.total * k.total) ** 2 * rest
+    return variance, (a.over * k.over * pairs) ** 2 * rest
 
 
 def permutation_moments(weights: PairSums, kernel: PairSums) -> tuple[Fraction, Fraction]:
@@ -38,18 +56,9 @@ def permutation_moments(weights: PairSums, kernel: PairSums) -> tuple[Fraction, 
     Two pairs of different rows have both, one or no row in common; each case has its number of
     pairs, and every arrangement of its rows is as likely as any other.
     """
-    n = weights.n
-    pairs = n * (n - 1)
+    pairs = weights.n * (weights.n - 1) * weights.over * kernel.over
     mean = Fraction(weights.total * kernel.total, pairs)
-    second = Fraction(2 * weights.squares * kernel.squares, pairs)
-    one_a, one_k = (each.rows - each.squares for each in (weights, kernel))
-    second += Fraction(4 * one_a * one_k, pairs * (n - 2))
-    if n > 3:
-        none_a, none_k = (
-            each.total**2 - 4 * each.rows + 2 * each.squares for each in (weights, kernel)
-        )
-        second += Fraction(none_a * none_k, pairs * (n - 2) * (n - 3))
-    return mean, second - mean**2
+    return mean, Fraction(*permutation_variance(weights, kernel))
 
 
 def minimum_sums(R: NDArray[np.int64]) -> PairSums:
@@ -59,7 +68,7 @@ def minimum_sums(R: NDArray[np.int64]) -> PairSums:
     later = np.arange(n - 1, -1, -1)
     rows = np.cumsum(r) - r + later * r
     squares = 2 * _exact_sum(later * r * r)
-    return PairSums(n, Fraction(int(rows.sum())), _sum_of_squares(rows), Fraction(squares))
+    return PairSums(n, 1, int(rows.sum()), _sum_of_squares(rows), squares)
 
 
 def distance_sums(R: NDArray[np.int64]) -> PairSums:
@@ -70,7 +79,7 @@ def distance_sums(R: NDArray[np.int64]) -> PairSums:
     k = np.arange(n)
     rows = (2 * k - n + 1) * r - 2 * before + (total - r)
     squares = 2 * (n * _exact_sum(r * r) - total**2)
-    return PairSums(n, Fraction(int(rows.sum())), _sum_of_squares(rows), Fraction(squares))
+    return PairSums(n, 1, int(rows.sum()), _sum_of_squares(rows), squares)
 
 
 def _exact_sum(values: NDArray[np.int64]) -> int:
@@ -78,12 +87,53 @@ def _exact_sum(values: NDArray[np.int64]) -> int:
     return (int((values >> 32).sum()) << 32) + int((values & 0xFFFFFFFF).sum())
 
 
-def _sum_of_squares(values: NDArray[np.int64]) -> Fraction:
+def _sum_of_squares(values: NDArray[np.int64]) -> int:
     """Sum of squares of 10^6 integers from 0 to 2^41 at most."""
     high, low = values >> 20, values & 0xFFFFF
     cross = int((high * low).sum())
-    squares = (int((high * high).sum()) << 40) + (cross << 21) + int((low * low).sum())
-    return Fraction(squares)
+    return (int((high * high).sum()) << 40) + (cross << 21) + int((low * low).sum())
+
+
+def upper_tail(z: float, skewness: float = 0.0) -> float:
+    """P(Z >= z) of a variable with mean 0, variance 1 and a skewness of at least 0.
+
+    A normal one, or a gamma variable (Pearson's type III), which a weighted sum of chi-squares
+    nearly is: k = 4 / skewness^2 is its shape, and its zero lies at -sqrt(k).
+    """
+    if skewness < 0.02:
+        return 0.5 * math.erfc(z / math.sqrt(2))
+    shape = 4 / skewness**2
+    return _gamma_tail(shape, shape + z * math.sqrt(shape))
+
+
+def _gamma_tail(shape: float, x: float) -> float:
+    """P(G >= x) of a gamma variable: a series below the mean, a continued fraction beyond it.
+
+    Abramowitz and Stegun (1964), 6.5.29 and 6.5.31, the fraction by Lentz's method.
+    """
+    if x <= 0:
+        return 1.0
+    front = math.exp(shape * math.log(x) - x - math.lgamma(shape))
+    if x < shape + 1:
+        term = total = 1 / shape
+        k = shape
+        while term > total * 1e-16:
+            k += 1
+            term *= x / k
+            total += term
+        return max(1 - front * total, 0.0)
+    b = x + 1 - shape
+    c, d = math.inf, 1 / b
+    value = d
+    for i in range(1, 100_000):
+        b += 2
+        step = i * (shape - i)
+        d = 1 / (step * d + b)
+        c = b + step / c
+        value *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return front * value
 
 
 # --------------------------------------------------------------------------------------------
@@ -127,7 +177,9 @@ def graph_sums(
     shares = math.fsum((1 / (counts[start] * counts[end]))[mutual].tolist())
     n = int(sizes.sum())
     squares = _ratios(sizes, counts) + _ratios(sizes[grouped], counts[grouped]) + Fraction(shares)
-    return PairSums(n, Fraction(n), n + Fraction(uneven) / 4, squares / 2)
+    row_sums = n + Fraction(uneven) / 4
+    over = math.lcm(row_sums.denominator, 2 * squares.denominator)
+    return PairSums(n, over, n * over, int(row_sums * over**2), int(squares / 2 * over**2))
 
 
 def _ratios(sizes: NDArray[np.int64], counts: NDArray[np.int64]) -> Fraction:
@@ -152,7 +204,7 @@ def null_moments(sums: ResponseSums, R: NDArray[np.int64], graph: PairSums) -> t
 # Intervals
 
 
-def normal_interval(value: float, sd: float, confidence_level: float) -> tuple[float, float]:
+def normal_interval(value: Any, sd: Any, confidence_level: float) -> tuple[Any, Any]:
     """value -+ z sd, where a normal variable is in (-z, z) with the probability asked for."""
     half = NormalDist().inv_cdf((1 + confidence_level) / 2) * sd
     return value - half, value + half
@@ -169,13 +221,13 @@ def subsamples(n: int, size: int, count: int, seed: int) -> Iterator[NDArray[np.
 
 
 def subsampled_sd(
-    statistic: Callable[[NDArray[np.int64]], float],
+    statistic: Callable[[NDArray[np.int64]], Any],
     n: int,
     *,
     n_subsamples: int = 200,
     size: int | None = None,
     seed: int,
-) -> float:
+) -> Any:
     """Standard deviation of a coefficient of n rows, from its spread over subsamples of m rows.
 
     Their variance times m / n is that of n rows where the coefficient is sqrt(n)-normal and m / n
@@ -188,12 +240,27 @@ def subsampled_sd(
     Parameters
     ----------
     statistic
-        The coefficient of the rows it is given, by increasing index.
+        The coefficient of the rows it is given, by increasing index: a float, or an array of
+        several. Where a subsample leaves it undefined, nan; those values are not counted.
     size
         m, by default n / 10, but 30 to 5000, and at most n / 2.
+
+    Returns
+    -------
+    float, or an array of the statistic's shape
+        The same bits on every machine where the statistic has them. nan where fewer than two
+        subsamples define the statistic.
     """
     m = min(max(n // 10, 30), 5000, n // 2) if size is None else size
-    values = [statistic(rows) for rows in subsamples(n, m, n_subsamples, seed)]
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return math.sqrt(variance * m / (n - m))
+    values = np.array([statistic(rows) for rows in subsamples(n, m, n_subsamples, seed)])
+    sds = [_spread(column, m / (n - m)) for column in values.reshape(len(values), -1).T.tolist()]
+    return np.reshape(sds, values.shape[1:]) if values.ndim > 1 else sds[0]
+
+
+def _spread(values: list[float], factor: float) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    if len(defined) < 2:
+        return math.nan
+    mean = math.fsum(defined) / len(defined)
+    squares = math.fsum((value - mean) ** 2 for value in defined)
+    return math.sqrt(squares / (len(defined) - 1) * factor)
