@@ -56,6 +56,7 @@ class XiPairs(NamedTuple):
 
     @property
     def n(self) -> int:
+        """Rows."""
         return self.X.shape[-1]
 
     def xi(self, i: int, j: int) -> float:

@@ -1,5 +1,6 @@
 """The backend that computes everything by its definition, row by row: the oracle of the tests."""
 
+from fractions import Fraction
 from itertools import combinations, groupby, pairwise, product
 
 import numpy as np
