@@ -97,6 +97,9 @@ class UnlearnResult:
     guard : BeforeAfter
         What the guard watched, of the given model and of the result before noise; nan where
         `Settings.max_drop` is None.
+    guard_unit : float
+        What `Settings.max_drop` and `repair_drop` count in: 1, or of losses what they would rise by
+        if outputs were those of other samples.
     watched : str
         What that is: "accuracy", "the score" or, where there is neither, "minus the mean loss".
     calibration : Calibration or None
@@ -139,6 +142,7 @@ class UnlearnResult:
     loss_forget: BeforeAfter
     loss_retain: BeforeAfter
     guard: BeforeAfter
+    guard_unit: float
     watched: str
     calibration: Calibration | None
     guarantee: Guarantee
@@ -298,6 +302,7 @@ def result_of(
         loss_forget=BeforeAfter(before.forget_loss, after.forget_loss),
         loss_retain=BeforeAfter(before.retained_loss, after.retained_loss),
         guard=_guarded(guard, deletions),
+        guard_unit=1.0 if guard is None else guard.unit,
         watched="" if guard is None else guard.watched,
         calibration=last.last.calibration,
         guarantee=guarantee,

@@ -86,8 +86,9 @@ def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Setti
         )
     assert guard is not None  # nothing else takes back
     return (
-        f"{guard.watched} by more than max_drop={settings.max_drop:g} allows, in the last one by "
-        f"{refused.value - guard.before:.3g}"
+        f"{guard.watched} by more than max_drop={settings.max_drop:g} allows"
+        + ("" if guard.unit == 1 else f" (in units of {guard.unit:.3g})")
+        + f", in the last one by {refused.value - guard.before:.3g}"
     )
 
 
@@ -119,7 +120,8 @@ def warn_of_harm(
     """Warn if losses rose by much, and of a solution that is worse than none."""
     last = deletions[-1].last
     _warn_of_residual(deletions)
-    if is_much_worse(before.retained_loss, after.retained_loss):
+    unit = 1.0 if guard is None else guard.unit
+    if is_much_worse(before.retained_loss, after.retained_loss, unit):
         found = f"the retained samples from {before.retained_loss:.3g} to {after.retained_loss:.3g}"
     else:
         found = guard.harm() if guard is not None and guarantee.sigma == 0 else ""
