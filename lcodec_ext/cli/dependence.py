@@ -608,6 +608,7 @@ def _describe(found: "FociResult", omitted: _Omitted, options: argparse.Namespac
     reasons = {
         "no_gain": "no further column raises T",
         "min_gain": f"no further column raises T by more than {options.min_gain:g}",
+        "not_significant": "the gain of the best remaining column is one that chance makes, too",
         "max_features": f"--max-features {options.max_features} is reached",
         "exhausted": "no column is left",
         "constant_y": f"{options.y} is constant",

@@ -5,7 +5,7 @@ response. What they pass to each other is one exact sum for each class.
 """
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,10 +75,15 @@ class ClassEngine:
         return near, np.zeros_like(near), np.ones_like(near)
 
 
-def response_engine(
-    backend: Backend, columns: Any, factors: Any, y: Any, nominal: bool, ties: Ties, seed: int
-) -> tuple[ResponseSums | ClassSums, Engine | ClassEngine]:
-    """Sums and an engine for a response: numbers, or codes of classes without an order."""
+class Response(NamedTuple):
+    """Max ranks of a response of numbers, or of one class against the rest, and their sums."""
+
+    R: Any
+    sums: ResponseSums
+
+
+def responses(backend: Backend, y: Any, nominal: bool) -> list[Response]:
+    """One response of numbers, or one for each code of classes without an order."""
     codes: Any = np.unique(y) if nominal else []
     if 2 * len(codes) > len(y):
         raise ValueError(
@@ -87,9 +92,16 @@ def response_engine(
             "written as text"
         )
     ranks = [backend.ranks(y == code) for code in codes] if nominal else [backend.ranks(y)]
-    sums = [ResponseSums(R, L) for R, L in ranks]
-    engines = [backend.engine(columns, factors, R, ties, seed) for R, _ in ranks]
+    return [Response(R, ResponseSums(R, L)) for R, L in ranks]
+
+
+def response_engine(
+    backend: Backend, columns: Any, factors: Any, y: Any, nominal: bool, ties: Ties, seed: int
+) -> tuple[ResponseSums | ClassSums, Engine | ClassEngine]:
+    """Sums and an engine for a response: numbers, or codes of classes without an order."""
+    found = responses(backend, y, nominal)
+    engines = [backend.engine(columns, factors, R, ties, seed) for R, _ in found]
     if not nominal:
-        return sums[0], engines[0]
-    classes = ClassSums(sums)
+        return found[0].sums, engines[0]
+    classes = ClassSums([sums for _, sums in found])
     return classes, ClassEngine(engines, classes)

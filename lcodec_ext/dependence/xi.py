@@ -16,7 +16,7 @@ from lcodec_ext._checks import (
     check_seed,
     first_few,
 )
-from lcodec_ext._random import tie_seed
+from lcodec_ext._random import fresh_seed, tie_seed
 from lcodec_ext.dependence.backends.base import TIES, HostBackend, Ties
 from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
@@ -27,6 +27,7 @@ from lcodec_ext.dependence.limits import (
     upper_tail,
 )
 from lcodec_ext.dependence.table import MAX_ROWS, Features, as_features, as_response, clean_rows
+from lcodec_ext.dependence.xi_null import Path
 
 METHODS = ("asymptotic", "permutation")
 _DOUBLE = np.dtype(np.float64)
@@ -56,6 +57,7 @@ class XiPairs(NamedTuple):
 
     @property
     def n(self) -> int:
+        """How many rows there are."""
         return self.X.shape[-1]
 
     def xi(self, i: int, j: int) -> float:
@@ -389,7 +391,7 @@ def tested(
         sds = pairs.shaped(lambda i, j: pairs.sd(i, j, y_continuous))
         tails = pairs.shaped(lambda i, j: pairs.tail(i, j, y_continuous))
     else:
-        drawn = tie_seed("random", seed)
+        drawn = fresh_seed() if seed is None else seed
         sds = pairs.shaped(pairs.permutation_sd)
         tails = _permutation_pvalues(backend, pairs, ties, drawn, n_permutations)
     result = XiTestResult(values, tails, sds)
@@ -400,7 +402,6 @@ def tested(
 def _permutation_pvalues(
     backend: HostBackend, pairs: XiPairs, ties: Ties, seed: int, count: int
 ) -> Any:
-    from lcodec_ext.dependence.xi_null import Path
 
     X, Y = np.atleast_2d(pairs.X), np.atleast_2d(pairs.Y)
     ranks = [backend.ranks(y)[0] for y in Y]
@@ -423,5 +424,5 @@ def _interval(
         part = pairs._replace(X=X, Y=Y, paths=paths, ranks=ranks)
         return part.shaped(part.xi)
 
-    drawn = tie_seed("random", seed)
+    drawn = fresh_seed() if seed is None else seed
     return normal_interval(values, subsampled_sd(statistic, pairs.n, seed=drawn), level)
