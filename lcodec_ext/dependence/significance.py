@@ -80,7 +80,7 @@ def codec_test(
     *,
     method: Method | None = None,
     n_permutations: int = 999,
-    k_perm: int = 5,
+    k_perm: int = 3,
     alternative: Literal["greater"] = "greater",
     ties: Ties = "average",
     seed: int | None = None,
@@ -104,7 +104,7 @@ def codec_test(
         otherwise.
     n_permutations : int, default 999
         From 1 to 10^6. The smallest p-value is 1 / (n_permutations + 1).
-    k_perm : int, default 5
+    k_perm : int, default 3
         For "local_permutation": rows that change places are in blocks of k_perm to 2 k_perm - 1
         rows, or of more rows with equal x. From 2 to n // 2. Small blocks keep what z owes to x;
         larger ones keep less of what z tells about y, which gives power. Runge (2018) advises 5 to
