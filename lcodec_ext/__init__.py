@@ -10,6 +10,8 @@ from lcodec_ext.dependence import (
     CodecTestResult,
     DependenceGraph,
     FociResult,
+    StabilityResult,
+    XiMatrix,
     XiTestResult,
     codec,
     codec_test,
@@ -18,7 +20,9 @@ from lcodec_ext.dependence import (
     lcodec,
     lfoci,
     nearest_neighbors,
+    stability,
     xi,
+    xi_matrix,
     xi_test,
 )
 
@@ -30,6 +34,8 @@ __all__ = [
     "DependenceGraph",
     "FOCISelector",
     "FociResult",
+    "StabilityResult",
+    "XiMatrix",
     "XiTestResult",
     "build_info",
     "codec",
@@ -43,7 +49,9 @@ __all__ = [
     "lfoci",
     "nearest_neighbors",
     "set_num_threads",
+    "stability",
     "xi",
+    "xi_matrix",
     "xi_test",
 ]
 

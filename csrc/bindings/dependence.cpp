@@ -163,6 +163,24 @@ py::tuple all_neighbors(const Array<T>& x, const Array<T>& factor, int ties, std
 }
 
 template <class T>
+py::tuple minima(const Array<T>& x, const Array<T>& factor, const Array<std::int32_t>& rank,
+                 std::int64_t k, const std::string& level, int threads) {
+  const Columns<T> view = columns(x, factor);
+  expect(rank.ndim() == 1 && rank.shape(0) == view.n, "shapes do not fit");
+  expect(1 <= k && k < view.n, "k out of range");
+  Array<std::int64_t> whole(view.n);
+  Array<std::int64_t> rest(view.n);
+  Array<std::int64_t> tied(view.n);
+  std::int64_t* whole_out = whole.mutable_data();
+  std::int64_t* rest_out = rest.mutable_data();
+  std::int64_t* tied_out = tied.mutable_data();
+  run(level, threads, [&](const Execution& execution) {
+    return nearest_minima(view, rank.data(), k, whole_out, rest_out, tied_out, execution);
+  });
+  return py::make_tuple(whole, rest, tied);
+}
+
+template <class T>
 void bind(py::module_& m, const char* engine_name) {
   BoundEngine<T>::bind(m, engine_name);
   m.def("lay_out", &laid_out<T>, py::arg("x").noconvert(), py::arg("level"), py::arg("threads"));
@@ -170,6 +188,8 @@ void bind(py::module_& m, const char* engine_name) {
         py::arg("threads"));
   m.def("neighbors", &all_neighbors<T>, py::arg("x").noconvert(), py::arg("factor").noconvert(),
         py::arg("ties"), py::arg("seed"), py::arg("level"), py::arg("threads"));
+  m.def("nearest_minima", &minima<T>, py::arg("x").noconvert(), py::arg("factor").noconvert(),
+        py::arg("rank").noconvert(), py::arg("k"), py::arg("level"), py::arg("threads"));
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ PYBIND11_MODULE(_core, m) {
   register_build_info(m);
   const auto dependence = m.def_submodule("dependence");
   register_dependence(dependence);
+  register_chatterjee(dependence);
   register_permutation(dependence);
   register_curvature(m.def_submodule("curvature"));
 #ifdef LCODEC_HAVE_CUDA

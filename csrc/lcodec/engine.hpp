@@ -111,4 +111,14 @@ Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
                  const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,
                  const Execution& execution);
 
+// Of each row i the sum of min(rank_i, rank_j) over the k nearest rows j in all p columns: let
+// tied[i] rows be at the k-th smallest distance, of which r are wanted besides those that are
+// nearer; each of them counts r / tied[i]. The sum is whole[i] + rest[i] / tied[i], rest[i] <
+// tied[i]. 1 <= k < n; rank[n] are max ranks. A k-d tree in few columns, about O(k log n) a row;
+// O(n p) a row in many. Reference twin: lcodec_ext/dependence/backends/reference.py.
+template <class T>
+Status nearest_minima(const Columns<T>& columns, const std::int32_t* rank, std::int64_t k,
+                      std::int64_t* whole, std::int64_t* rest, std::int64_t* tied,
+                      const Execution& execution);
+
 }  // namespace lcodec

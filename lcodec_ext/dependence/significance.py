@@ -229,8 +229,8 @@ Found = tuple[int, NDArray[np.float64]]  # permutations with at least the data's
 def _permuted(plan: _Plan) -> Found | None:
     """T under permutations of y; None for a y that is constant."""
     given = plan.given
-    found = responses(plan.backend, given.y, given.nominal)
-    if len(found) < 1 + given.nominal or found[0].sums.constant:
+    found = responses(plan.backend, given.y, given.target.nominal)
+    if len(found) < 1 + given.target.nominal or found[0].sums.constant:
         return None
     near = find_neighbors(plan.backend, given.table, plan.factors, plan.ties, plan.seed)
     pairs = neighbor_pairs(near)
@@ -266,7 +266,7 @@ class _Sums(NamedTuple):
 def _locally_permuted(plan: _Plan) -> Found | None:
     """T under permutations of z among rows with near x; None if x determines y."""
     given, backend = plan.given, plan.backend
-    found = responses(backend, given.y, given.nominal)
+    found = responses(backend, given.y, given.target.nominal)
     conditioned = [_conditioned(plan, each) for each in found]
     if all(each.denominator == 0 for each in conditioned):
         return None

@@ -1,13 +1,10 @@
 """The backend on CPU threads with SIMD: the only caller of ``_core``'s CPU functions."""
 
-from fractions import Fraction
-
 import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext import _core
 from lcodec_ext._threads import cpu_settings
-from lcodec_ext.dependence.backends import path_sums
 from lcodec_ext.dependence.backends.base import (
     TIES,
     HostBackend,
@@ -17,6 +14,7 @@ from lcodec_ext.dependence.backends.base import (
     Scores,
     Ties,
 )
+from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 
 NO_BLOCKS = np.empty(0, dtype=np.int32)
 
@@ -86,6 +84,19 @@ class CpuBackend(HostBackend):
         blocks = NO_BLOCKS if start is None else start
         return _core.dependence.permutations(n, blocks, seed, first, count, *cpu_settings())
 
+    def nearest_minima(
+        self,
+        columns: CpuColumns,
+        factors: NDArray,
+        used: list[int],
+        R: NDArray[np.int64],
+        k: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        x = columns.values[used]
+        return _core.dependence.nearest_minima(
+            x, factors[used], R.astype(np.int32), k, *cpu_settings()
+        )
+
     def ranks(self, y: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         n = len(y)
         order = np.argsort(y, kind="stable")
@@ -98,8 +109,11 @@ class CpuBackend(HostBackend):
         above[order] = np.repeat(n - first, end - first)
         return below, above
 
-    def path_length(self, x: NDArray, R: NDArray[np.int64], ties: Ties, seed: int) -> Fraction:
-        return path_sums.path_length(x, R, ties, seed)
-
-    def null_variance(self, R: NDArray[np.int64]) -> int:
-        return path_sums.null_variance(R)
+    def xi_sums(
+        self, X: NDArray[np.float64], Y: NDArray[np.float64], ties: Ties, seed: int
+    ) -> tuple[list[PathSums], list[RankSums]] | None:
+        threads = 1 if X.ndim == Y.ndim == 1 else cpu_settings()[1]
+        sums = _core.dependence.chatterjee(X, Y, TIES.index(ties), seed, threads)
+        if sums is None:
+            return None
+        return [PathSums(*path) for path in sums[0]], [RankSums(*ranks) for ranks in sums[1]]
