@@ -5,6 +5,7 @@ torch and pandas are used only if they are loaded already.
 
 import numbers
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from lcodec_ext._checks import first_few
 
 MAX_INTEGER = 2**53  # up to it float64 holds all integers
+_HOST_DEVICES = (1, 3, 11)  # of DLPack: the CPU, and its memory that CUDA or ROCm has pinned
 
 
 def is_tensor(value: object) -> bool:
@@ -89,6 +91,12 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
         )
     if type(value).__name__ == "LazyFrame":
         raise ValueError(f"{name} is a LazyFrame, which holds no data: pass {name}.collect()")
+    if isinstance(value, Mapping):
+        way = f"{name}.to_dataframe()" if hasattr(value, "to_dataframe") else f"DataFrame({name})"
+        raise ValueError(
+            f"{name} is a {type(value).__name__}; expected an array or a data frame: pass {way}"
+        )
+    value = in_memory(value, name)
     if (single := _frame_of_one_type(value)) is not None:
         return _real(single, name), [str(label) for label in value.columns]
     frame = None if type(value) in (list, tuple) else _frame(value)
@@ -105,9 +113,38 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
     return np.column_stack(columns), names
 
 
+def in_memory(value: Any, name: str) -> Any:
+    """value, if it does not lie on a device; as a NumPy array, if it is known by DLPack alone."""
+    if isinstance(value, np.ndarray) or is_tensor(value) or not hasattr(value, "__dlpack_device__"):
+        return value
+    if value.__dlpack_device__()[0] not in _HOST_DEVICES:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ValueError(
+            f"{name} is a {kind} on a device; data are not copied between devices unasked: pass "
+            f"torch.from_dlpack({name}), which shares its memory"
+        )
+    if hasattr(value, "__array__"):
+        return value
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} cannot be made into an array: {error}") from None
+
+
+def column_names(value: Any) -> list[str] | None:
+    """Names of the columns of any library's table; None where there are none, or other labels."""
+    frame, pandas = _frame(value), sys.modules.get("pandas")
+    if frame is None:
+        return None
+    labels = value.columns if pandas and isinstance(value, pandas.DataFrame) else frame[0]
+    return frame[0] if all(isinstance(label, str) for label in labels) else None
+
+
 def refuse_columns(value: Any, name: str) -> None:
-    """Refuse a data frame with columns that are not numbers; leave arrays to others."""
-    if type(value).__name__ == "LazyFrame" or _frame(value) is not None:
+    """Refuse a data frame with columns that are not numbers, and a dict; leave arrays to others."""
+    fields = getattr(getattr(value, "dtype", None), "names", None)  # of a structured array
+    other = type(value).__name__ == "LazyFrame" or isinstance(value, Mapping) or fields
+    if other or _frame(value) is not None:
         as_array(value, name, tensors=False)
 
 
@@ -144,6 +181,11 @@ def _frame(value: Any) -> tuple[list[str], list[Any]] | None:
     labels = getattr(value, "columns", None)
     if isinstance(labels, list) and hasattr(value, "to_numpy"):  # polars and its like
         return [str(label) for label in labels], [value[label] for label in labels]
+    dims, places = getattr(value, "dims", None), getattr(value, "coords", None)
+    if isinstance(dims, tuple) and len(dims) == 2 and places is not None:  # xarray and its like
+        named = np.asarray(places[dims[1]]) if dims[1] in places else np.empty(0)
+        if named.ndim == 1 and all(isinstance(label, str) for label in named) and len(named):
+            return [str(label) for label in named], list(np.asarray(value).T)
     return None
 
 
@@ -211,7 +253,7 @@ def listed(value: Any, label: str) -> NDArray:
     """
     try:
         array = np.asarray(value)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{label} cannot be made into an array: {error}") from None
     if isinstance(value, np.ndarray):
         return array
@@ -239,6 +281,10 @@ def _large(array: NDArray) -> NDArray[np.bool_]:
 
 def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
     """Refuse integers of a nested sequence, or objects, that its array of floats has rounded."""
+    with np.errstate(all="ignore"):  # a quick look at both ends; it ignores NaN
+        ends = [each.reduce(array, axis=None, initial=0) for each in (np.fmin, np.fmax)]
+    if max(map(abs, ends)) < MAX_INTEGER:
+        return
     large = _large(array)
     given = np.array(value, dtype=object) if large.any() else array
     for entry in given[large] if given.shape == array.shape else ():
@@ -306,10 +352,11 @@ def _is_missing(entry: Any) -> bool:
 
 
 _ENCODE = (
-    "encode categories as numbers first: a column of 0 and 1 for each, or their codes if their "
-    "order is meant"
+    "encode categories as numbers first: a column of 0 and 1 for each (get_dummies of pandas, "
+    "to_dummies of polars), or their codes if their order is meant"
 )
 _ADVICE = {  # for words in a dtype's or a type's name
+    ("[(",): "make a data frame of the fields first: pandas.DataFrame",
     ("list", "struct", "array"): "pass columns of numbers",
     ("date", "time", "duration", "period"): "pass the number that is meant, such as days since "
     "a day of your choice",
@@ -355,14 +402,7 @@ def _not_numbers(label: str, kind: str) -> ValueError:
 def _real(array: NDArray, label: str) -> NDArray:
     """array, if its dtype is one of real numbers; native byte order, float16 as float32."""
     if array.dtype.kind not in "biuf":
-        what = {"c": "complex numbers", "U": "strings", "S": "strings", "O": "objects"}
-        given = what.get(array.dtype.kind, f"values of dtype {array.dtype}")
-        advice = _advice(given)
-        if given == "objects" and array.size:
-            types = dict.fromkeys(type(entry).__name__ for entry in array.ravel())
-            given = "strings" if [*types] == ["str"] else f"objects ({first_few([*types], 5)})"
-            advice = _advice_on_objects(array)
-        raise ValueError(f"{label} must hold real numbers; got {given}; {advice}")
+        raise _not_real(array, label)
     if array.dtype == np.float16:
         return array.astype(np.float32)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -373,6 +413,37 @@ def _real(array: NDArray, label: str) -> NDArray:
             "torch.set_flush_denormal(True)"
         )
     return array
+
+
+def _not_real(array: NDArray, label: str) -> ValueError:
+    """What is said of an array of another dtype; of a table of text or objects, of its column."""
+    kind, such = array.dtype.kind, ""
+    if array.ndim == 2 and kind in "OUS":
+        column, entry = _first_no_number(array)
+        if column is not None:
+            array, label, such = array[:, column], f"column {column} of {label}", f" ({entry!r})"
+    what = {"c": "complex numbers", "U": "strings", "S": "strings", "O": "objects"}
+    given = what.get(kind, f"values of dtype {array.dtype}")
+    advice = _advice(given)
+    if given == "objects" and array.size:
+        types = dict.fromkeys(type(entry).__name__ for entry in array.ravel())
+        given = "strings" if [*types] == ["str"] else f"objects ({first_few([*types], 5)})"
+        advice = _advice_on_objects(array)
+    if given == "strings" and not such and _first_no_number(array)[0] is None:
+        large = any(abs(float(entry)) > MAX_INTEGER for entry in array.ravel().tolist())
+        advice = f"convert them first, with astype({'int64' if large else 'float'})"
+    return ValueError(f"{label} must hold real numbers; got {given}{such}; {advice}")
+
+
+def _first_no_number(array: NDArray) -> tuple[int | None, Any]:
+    """The first column with an entry that is neither a number nor text of one, and the entry."""
+    for k, column in enumerate(array.reshape(len(array), -1).T):
+        for entry in column.tolist():
+            try:
+                float(0 if _is_missing(entry) else entry)
+            except (TypeError, ValueError):
+                return k, entry
+    return None, None
 
 
 def _has_subnormals(array: NDArray) -> bool:

@@ -69,11 +69,6 @@ class dependence:
     def neighbors(
         x: NDArray[_F], factor: NDArray[_F], ties: int, seed: int, level: str, threads: int
     ) -> tuple[_I64, _I64]: ...
-    # The fields of backends.path_sums.PathSums of all x, and of RankSums of all y.
-    @staticmethod
-    def chatterjee(
-        x: NDArray[np.float64], y: NDArray[np.float64], ties: int, seed: int, threads: int
-    ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]] | None: ...
     @staticmethod
     def permuted_sums(
         rank: _I32,
@@ -94,6 +89,20 @@ class dependence:
     def permutations(
         n: int, start: _I32, seed: int, first: int, count: int, level: str, threads: int
     ) -> _I32: ...
+    @staticmethod
+    def nearest_minima(
+        x: NDArray[_F],
+        factor: NDArray[_F],
+        rank: NDArray[np.int32],
+        k: int,
+        level: str,
+        threads: int,
+    ) -> tuple[_I64, _I64, _I64]: ...
+    # The fields of backends.path_sums.PathSums of all x, and of RankSums of all y.
+    @staticmethod
+    def chatterjee(
+        x: NDArray[np.float64], y: NDArray[np.float64], ties: int, seed: int, threads: int
+    ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]] | None: ...
     # With LCODEC_INSTRUMENTS.
     @staticmethod
     def bare_permutations(rank: _I32, other: _I32, seed: int, count: int) -> int: ...

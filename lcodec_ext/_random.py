@@ -1,4 +1,4 @@
-"""Everything drawn at random: tied neighbours, the noise of L-CODEC, permutations."""
+"""Everything drawn at random: tied neighbours, noise, the order of rows, permutations."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,16 @@ def tie_seed(ties: str, seed: int | None) -> int:
     if ties != "random":
         return 0
     return fresh_seed() if seed is None else seed
+
+
+def random_order(n: int, seed: int, stream: int) -> NDArray[np.int64]:
+    """The numbers below n in random order, a function of the seed, the stream and n.
+
+    They are sorted by words of ``Philox(seed).jumped(stream)``, so that streams can be drawn in any
+    order, and the order is the same with every version of NumPy.
+    """
+    words = np.random.Philox(seed).jumped(stream).random_raw(n)
+    return np.argsort(words, kind="stable")
 
 
 def gaussian_noise(n: int, sigmas: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

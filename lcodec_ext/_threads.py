@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ _PROC, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 _threads: int | None = None
 _limit: int | None = None  # that of threadpoolctl, while it lasts
+_here = threading.local()  # its `threads`: those for work that starts on this Python thread
 
 
 def set_num_threads(threads: int) -> None:
@@ -56,7 +58,13 @@ def get_num_threads() -> int:
         If ``LCODEC_NUM_THREADS`` does not hold a number from 1 to 1024.
     """
     threads = _wanted()
-    return threads if _limit is None else min(threads, _limit)
+    limits = (_limit, getattr(_here, "threads", None))
+    return min([threads, *(limit for limit in limits if limit is not None)])
+
+
+def use_threads_here(threads: int) -> None:
+    """Let what starts on the calling Python thread use so many threads, because others run, too."""
+    _here.threads = threads
 
 
 def _wanted() -> int:

@@ -81,6 +81,14 @@ def device(request):
     request.param.finish()
 
 
+@pytest.fixture(autouse=True)
+def _torch_keeps_its_threads():
+    """A test that left more of them would let forked children of later tests hang in OpenMP."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(20220619)

@@ -1,6 +1,7 @@
-"""The command line: info, codec, foci, bench, and what all commands share."""
+"""The command line: info, bench, the commands on tables, and what all commands share."""
 
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from lcodec_ext.cli import bench, main, tables
 from lcodec_ext.cli.import_path import ImportPathError, call, load_object
 
 GUIDE = Path(__file__).parent.parent / "docs" / "cli.md"
-COMMANDS = ("info", "codec", "foci", "unlearn", "evaluate", "report", "bench")
+COMMANDS = ("info", "codec", "foci", "graph", "unlearn", "evaluate", "report", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +171,7 @@ def test_dependence_commands_do_without_torch(table):
 import sys
 from lcodec_ext.cli import main
 for arguments in (["--help"], ["info"], ["codec", {table!r}, "--y", "y", "--z", "x1"],
-                  ["foci", {table!r}, "--y", "y"]):
+                  ["foci", {table!r}, "--y", "y"], ["graph", {table!r}]):
     main(arguments)
 print([n for n in ("torch", "sklearn", "scipy", "matplotlib") if n in sys.modules])
 """
@@ -314,6 +315,79 @@ def test_foci_output_file(run, table, suffix):
         assert [float(row["T"]) for row in rows] == [s["T"] for s in chosen]
     assert not list(Path().glob("*.part"))
     assert run("foci", table, "--y", "y", "--output", name, "--quiet")[2] == ""
+
+
+def test_graph_is_dependence_graph(run, table, data):
+    X, y = data
+    names = [*(f"x{k}" for k in range(6)), "y"]
+    status, out, err = run("graph", table, "--json", "--max-features", "2")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    graph = lcodec_ext.dependence_graph(np.column_stack([X, y]), max_features=2)
+    assert found["columns"] == names
+    assert len(found["edges"]) == graph.adjacency.sum()
+    for edge in found["edges"]:
+        i, j = names.index(edge["response"]), names.index(edge["column"])
+        assert edge["conditional_T"] == graph.weights[i, j]
+        assert graph.results[i].ordering[edge["rank"] - 1] == j
+        assert graph.results[i].cumulative[edge["rank"] - 1] == edge["T"]
+    _, out, _ = run("graph", table, "--columns", "y,x1,x4", "--standardize", "none")
+    first, second, *lines = out.splitlines()
+    graph = lcodec_ext.dependence_graph(np.column_stack([y, X[:, [1, 4]]]), standardize=None)
+    n_edges = graph.adjacency.sum()
+    assert first == f"{n_edges} of 6 dependences between 3 columns on 400 rows"
+    assert second.split() == ["column", "depends", "on", "(conditional", "T)"]
+    assert [line.split()[0] for line in lines] == ["y", "x1", "x4"]
+    assert f"x1 ({graph.weights[0, 1]:.4f})" in lines[0]
+
+
+def test_graph_of_columns_that_cannot_be_used(run, refused, rng):
+    columns = [rng.random(40), rng.random(40), ["red", "blue"] * 20]
+    path = write_csv("mixed.csv", ["a", "b", "c"], columns)
+    message = refused("graph", path)
+    assert "row 1, column 'c': 'red' is not a number" in message
+    assert "or leave it out: --numeric-only, or --exclude c" in message
+    assert run("graph", path, "--numeric-only")[0] == 0
+    assert "a graph needs two columns; got 'a'" in refused("graph", path, "--columns", "a")
+    assert "no candidate is left" in refused("graph", path, "--exclude", "a,b,c")
+
+
+PLOTS = {
+    "foci": ["--y", "y"],
+    "graph": [],
+}
+
+
+@pytest.mark.parametrize("command", PLOTS)
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_plots_are_written(run, table, command, suffix):
+    name = f"picture.{suffix}"
+    status, out, err = run(command, table, *PLOTS[command], "--json", "--plot", name)
+    assert (status, err) == (0, f"wrote {name}\n")
+    assert json.loads(out)["plot"] == name
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
+    assert Path(name).read_bytes().startswith(start)
+    assert "plot" not in json.loads(run(command, table, *PLOTS[command], "--json")[1])
+
+
+@pytest.mark.parametrize("command", PLOTS)
+def test_plots_are_refused_before_anything_is_read(refused, command, here, monkeypatch):
+    given = [command, "none.csv", *PLOTS[command], "--plot"]  # there is no such table
+    assert "name ending in .png or .svg or .pdf; got 'a.jpg'" in refused(*given, "a.jpg")
+    (here / "folder.png").mkdir()
+    for place in ("nowhere/a.png", "folder.png", "none.csv/a.png"):
+        assert "a folder that can be written" in refused(*given, place)
+    assert "none.csv" in refused(*given, "a.png")
+    assert not Path("a.png").exists()
+    find = importlib.util.find_spec
+    for missing in ("matplotlib", "networkx") if command == "graph" else ("matplotlib",):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "lcodec_ext.cli.dependence.find_spec",
+                lambda name, missing=missing: None if name == missing else find(name),
+            )
+            message = refused(*given, "a.png")
+            assert f"--plot needs {missing}: pip install 'lcodec_ext[plot]'" in message
 
 
 def test_warnings_go_to_stderr_and_json(run, rng):
@@ -1130,7 +1204,9 @@ def test_shell_examples_of_the_guide(run, rng):
     write_csv("table.csv", names, [*X.T.tolist(), (X[:, 0] * X[:, 1]).tolist()])
     np.savez("data.npz", X=X, y=X[:, 0])
     text = GUIDE.read_text(encoding="utf-8")
-    commands = re.findall(r"^lcodec-ext (?:info|codec|foci) .*$|^lcodec-ext info$", text, re.M)
+    commands = re.findall(
+        r"^lcodec-ext (?:info|codec|foci|xi|graph) .*$|^lcodec-ext info$", text, re.M
+    )
     assert len(commands) >= 5
     n_shown = 0
     for command in commands:

@@ -94,6 +94,16 @@ def test_nearest_neighbors(table, ties, seed):
     same_on_cuda(lcodec_ext.nearest_neighbors, table[0], ties=ties, seed=seed)
 
 
+@given(table=backends.tables(), q=st.integers(1, 3), k=st.integers(1, 2))
+def test_several_responses_and_neighbors(table, q, k):
+    X, y = table[0][:, :5].copy(), table[1]
+    Y = np.column_stack([np.roll(y, i) * (i + 1) % 7 for i in range(q)])
+    for order in ("given", "average"):
+        options = {"n_neighbors": k, "y_order": order}
+        same_on_cuda(lcodec_ext.codec, Y, X, **options)
+        same_on_cuda(lcodec_ext.foci, X, Y, **options)
+
+
 # Golden values
 
 

@@ -473,7 +473,7 @@ BAD_TENSORS = [
     {"X": torch.zeros(0, 3, dtype=torch.int64), "y": torch.tensor(Y0[:0])},
     {"X": torch.tensor(X0[:, :0])},
     {"y": torch.tensor(Y0[:-1])},
-    {"y": torch.tensor(X0[:, :2])},
+    {"y": torch.ones(N, 2, 2)},
     {"y": torch.tensor(Y0)[None]},
     {"y": torch.tensor(Y0) + 0j},
     {"X": torch.tensor(X0) + 0j},

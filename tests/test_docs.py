@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = {  # and how many examples each has
     "README.md": 2,
     "docs/curvature.md": 3,
-    "docs/dependence.md": 7,
+    "docs/dependence.md": 11,
     "docs/evaluation.md": 3,
     "docs/privacy.md": 3,
     "docs/unlearning.md": 7,
@@ -100,5 +100,13 @@ def test_docstring_examples(name):
 
 
 def test_public_functions_have_examples():
-    for name in ("codec", "lcodec", "foci", "lfoci", "nearest_neighbors", "dependence_graph"):
+    for name in (
+        "codec",
+        "lcodec",
+        "foci",
+        "lfoci",
+        "nearest_neighbors",
+        "dependence_graph",
+        "stability",
+    ):
         assert ">>>" in getattr(lcodec_ext, name).__doc__, name

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import torch
 from torch.nn.functional import cross_entropy
 
 import unlearner_contest
@@ -46,10 +47,14 @@ def bits(stream):
 
 
 def in_child(action):
-    """What an action returns, or raises, in a forked child."""
+    """What an action returns, or raises, in a forked child.
+
+    It computes on one thread: PyTorch's others are the parent's, and OpenMP would wait for them.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)
         try:
             told = repr(action())
         except BaseException as error:

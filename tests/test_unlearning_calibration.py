@@ -170,6 +170,29 @@ def test_memory_is_planned():
     assert plan.bytes / 2 < peak <= plan.bytes
 
 
+@pytest.mark.parametrize("power", [1.0, 1.6, 3.0, 6.0])
+@pytest.mark.parametrize("wanted", [1.3, 3.0, 20.0, 300.0])
+def test_a_step_that_a_small_space_keeps_short_is_lengthened_until_control_groups_arrive(
+    monkeypatch, power, wanted
+):
+    """Losses that rise by any power of the length reach the target within the tries there are."""
+    trial = object.__new__(calibrating._Trial)
+    trial.trained, trial.before, trial.target = 0.1, (0.1,) * 4, 0.6
+    tried = []
+
+    def attempt(damping, length):
+        tried.append(length)
+        level = 0.1 + 0.5 * (length / wanted) ** power
+        objection = "" if level <= 0.6 else "control"
+        return calibrating._Tried(damping, (level,) * 4, 0.0, 0.0, objection, length)
+
+    monkeypatch.setattr(trial, "_try", attempt)
+    found, reason = trial._lengthened(attempt(0.01, 1.0), "residual")
+    assert 0.9 * trial.target <= trial.level(found.control)[0] <= trial.target
+    assert reason in ("control", "residual")
+    assert len(tried) <= 1 + calibrating._LENGTHS
+
+
 # ---------------------------------------------------------------------------------------------
 # Networks
 
@@ -264,27 +287,27 @@ def run(case, **options):
 def test_users_are_deleted_from_a_network_trained_by_adamw():
     """Batch norm, dropout, few epochs; seeds that no constant was chosen with.
 
-    The deleted loss is near that of retrained networks in the mean of three trainings; in none is
-    the network worse for it.
+    The deleted loss is near that of retrained networks in the mean of three trainings, to a factor
+    that chance alone allows so few; in none is the network worse for it.
     """
-    ratios = []
+    after, wanted = [], []
     for seed in (20, 21, 22):
-        data, wanted, held = digits(seed, "users")
-        forget, retain = parts(data, wanted)
+        data, gone, held = digits(seed, "users")
+        forget, retain = parts(data, gone)
         model = fit(cnn, data, 1000 * seed, 12, adamw)
         retrained = fit(cnn, retain, 1000 * seed + 1, 12, adamw)
         result = unlearn(model, forget, retain, cross_entropy, validation=held)
         found = result.calibration
-        expected = max(loss_on(retrained, forget), loss_on(model, forget))
-        ratios.append(loss_on(result.model, forget) / expected)
+        wanted.append(max(loss_on(retrained, forget), loss_on(model, forget)))
+        after.append(loss_on(result.model, forget))
         assert found.validation_after <= 1.1 * found.validation_before
         assert found.control <= max(found.validation_before, 1.1 * np.mean(found.control_before))
         assert result.solve_residual <= 1
         assert result.skipped == ()
         kept, now = ((m(held[0]).argmax(1) == held[1]).sum() for m in (model, result.model))
         assert now >= kept - 3  # of 300
-    assert 1 / 3 < math.exp(np.mean(np.log(ratios))) < 3
-    assert max(ratios) < 10
+    assert sum(wanted) / 3 < sum(after) < 3 * sum(wanted)
+    assert all(a < 10 * b for a, b in zip(after, wanted, strict=True))
 
 
 def test_on_a_convex_model_the_strength_is_that_of_no_damping():
@@ -661,7 +684,7 @@ def test_a_class_that_went_before_is_no_target(trained):
     assert found.n_validation == int((held[1] != 3).sum())
 
 
-@pytest.mark.filterwarnings("ignore:the deletion forgets little", "ignore:accuracy on 300")
+@pytest.mark.filterwarnings("ignore:the deletion forgets little")
 def test_a_stream_may_raise_the_validation_loss_once():
     """By 10% in all, however many requests there are."""
     data, _, held = digits(5, "random")

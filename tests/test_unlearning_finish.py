@@ -162,7 +162,6 @@ def test_suspects_that_are_no_outliers_get_a_step(batches, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the deletion forgets little")
-@pytest.mark.filterwarnings("ignore:accuracy on 300 validation samples fell")  # a step let go far
 @pytest.mark.filterwarnings("ignore:the deleted samples lose")
 def test_after_a_step_outputs_are_held(batches, monkeypatch):
     """The retained samples gain by the batches, and the deleted ones stay where the step left them.

@@ -1,7 +1,9 @@
 """No silent harm: whatever is asked of a default deletion, it is harmless, refused or warned of."""
 
 import math
+import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -440,3 +442,60 @@ def test_nothing_is_written_where_a_warning_is_an_error(known, tmp_path):
             with pytest.raises(UserWarning, match="forgets little"):
                 stream.remove(range(M))
             assert (len(stream.ledger), stream.removed) == (1, ())
+
+
+# ---------------------------------------------------------------------------------------------
+# What validation samples leave open
+
+
+def lost(n, fewer, more):
+    """What is said of n validation samples of which some are no longer right, and others now."""
+    changes = [1.0] * fewer + [-1.0] * more + [0.0] * (n - fewer - more)
+    falls = torch.tensor(changes, dtype=torch.float64)
+    return doubts._accuracy_lost(
+        SimpleNamespace(watched="accuracy", before=0.9, falls=lambda: falls)
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "fewer", "more"),
+    [(1000, 0, 0), (1000, 2, 0), (1000, 4, 4), (1000, 10, 30), (10000, 60, 40), (100000, 500, 200)],
+)
+def test_accuracy_that_held_is_not_warned_of(n, fewer, more):
+    assert lost(n, fewer, more) == []
+
+
+@pytest.mark.parametrize(
+    ("n", "fewer", "more", "told"),
+    [
+        (1000, 4, 0, "went from 90.00% to 89.60%, where 4 changed: on other samples it may .* 0.7"),
+        (
+            1000,
+            12,
+            12,
+            "stayed at 90.00%, where 24 changed: on other samples it may .* by 0.8 points",
+        ),
+        (300, 1, 1, "stayed at 90.00%, where 2 changed"),
+        (1000, 20, 22, "went from 90.00% to 90.20%, where 42 changed"),
+        (10000, 90, 40, "went from 90.00% to 89.50%"),
+    ],
+)
+def test_half_a_point_of_accuracy_that_may_be_lost_is_warned_of(n, fewer, more, told):
+    """By the bound on a paired difference, whatever the mean of these samples happens to be."""
+    (message,) = lost(n, fewer, more)
+    assert re.search(told, message)
+    assert message.startswith(f"accuracy on {n:,} validation samples")
+
+
+def test_a_stream_says_it_before_it_writes():
+    """A step let go far changes many answers; where warnings are errors nothing is written."""
+    train, held, _ = digits()
+    model = fit(started(), train)
+    stream = Unlearner(model, train, cross_entropy, validation=held, max_drop=0.5, **FAST)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "accuracy on 300 validation samples")
+        warnings.filterwarnings("ignore", "the ")
+        with pytest.raises(UserWarning, match="on other samples it may have fallen"):
+            stream.remove(range(40))
+    assert stream.removed == ()
+    assert len(stream.ledger) == 1

@@ -194,7 +194,6 @@ def test_rules_of_units_go_on_where_others_have_none():
     assert heads.selection == UnitSelection({"head": [0, 1, 2]})
 
 
-@pytest.mark.filterwarnings("ignore:accuracy on 30 validation samples")
 def test_calibration_finds_a_strength_for_an_rnn():
     model = trained("gru")
     result = unlearn(

@@ -257,7 +257,9 @@ def test_skewness_by_eigenvalues(y):
     m, k = (np.linalg.eigvalsh(H @ each @ H) for each in (a, np.minimum.outer(R, R)))
     expected = 8 * (m**3).sum() * (k**3).sum() / (2 * (m**2).sum() * (k**2).sum()) ** 1.5
     pairs = pairs_of(CPU, x, y.astype(float), "average", None, "raise")
-    assert pairs.skewness(0, 0, pairs.paths[0].weights(n)) == pytest.approx(max(expected, 0), rel=1e-9)
+    assert pairs.skewness(0, 0, pairs.paths[0].weights(n)) == pytest.approx(
+        max(expected, 0), rel=1e-9
+    )
 
 
 # --------------------------------------------------------------------------------------------

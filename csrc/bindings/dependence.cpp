@@ -143,20 +143,41 @@ py::tuple all_neighbors(const Array<T>& x, const Array<T>& factor, int ties, std
   Array<std::int64_t> offset(view.n + 1);
   std::int64_t* starts = offset.mutable_data();
   starts[0] = 0;
+  Array<std::int64_t> lowest(rule == Ties::average ? view.n : 0);
   if (rule == Ties::average) {
+    std::int64_t* lowest_out = lowest.mutable_data();
     run(level, threads, [&](const Execution& execution) {
-      return neighbors(view, rule, seed, nullptr, starts + 1, nullptr, execution);
+      return neighbors(view, rule, seed, nullptr, starts + 1, lowest_out, execution);
     });
   } else {
     std::fill_n(starts + 1, view.n, 1);
   }
   for (std::int64_t i = 0; i < view.n; ++i) starts[i + 1] += starts[i];
+  if (rule == Ties::average && starts[view.n] == view.n) return py::make_tuple(offset, lowest);
   Array<std::int64_t> indices(starts[view.n]);
   std::int64_t* indices_out = indices.mutable_data();
   run(level, threads, [&](const Execution& execution) {
     return neighbors(view, rule, seed, starts, nullptr, indices_out, execution);
   });
   return py::make_tuple(offset, indices);
+}
+
+template <class T>
+py::tuple minima(const Array<T>& x, const Array<T>& factor, const Array<std::int32_t>& rank,
+                 std::int64_t k, const std::string& level, int threads) {
+  const Columns<T> view = columns(x, factor);
+  expect(rank.ndim() == 1 && rank.shape(0) == view.n, "shapes do not fit");
+  expect(1 <= k && k < view.n, "k out of range");
+  Array<std::int64_t> whole(view.n);
+  Array<std::int64_t> rest(view.n);
+  Array<std::int64_t> tied(view.n);
+  std::int64_t* whole_out = whole.mutable_data();
+  std::int64_t* rest_out = rest.mutable_data();
+  std::int64_t* tied_out = tied.mutable_data();
+  run(level, threads, [&](const Execution& execution) {
+    return nearest_minima(view, rank.data(), k, whole_out, rest_out, tied_out, execution);
+  });
+  return py::make_tuple(whole, rest, tied);
 }
 
 template <class T>
@@ -167,6 +188,8 @@ void bind(py::module_& m, const char* engine_name) {
         py::arg("threads"));
   m.def("neighbors", &all_neighbors<T>, py::arg("x").noconvert(), py::arg("factor").noconvert(),
         py::arg("ties"), py::arg("seed"), py::arg("level"), py::arg("threads"));
+  m.def("nearest_minima", &minima<T>, py::arg("x").noconvert(), py::arg("factor").noconvert(),
+        py::arg("rank").noconvert(), py::arg("k"), py::arg("level"), py::arg("threads"));
 }
 
 }  // namespace

@@ -218,27 +218,12 @@ struct Engine<T>::State {
       });
     }
     look_ahead(column);
-    // Ranks ascend inside a point, so that its rank sum comes from prefix sums.
-    const Index* rows = ahead.space.rows();
-    std::vector<std::int64_t> prefix(at(n) + 1, 0);
-    for (std::int64_t t = 0; t < n; ++t) prefix[at(t) + 1] = prefix[at(t)] + rank[rows[t]];
+    const RankSums<T> rank_sums(ahead.space, rank);
     return nearest_by_tree(ahead.space, kernels, execution, [&] {
       return [&, report = make_report()](Index own, const Nearest& nearest) mutable {
         if (taken(own, nearest, report)) return;
         std::int64_t sum = 0;
-        for (const Range& range : nearest.ranges) {
-          if (range.end - range.begin == 1) {
-            sum += std::min(rank[own], rank[rows[range.begin]]);
-            continue;
-          }
-          const Index* middle =
-              std::partition_point(rows + range.begin, rows + range.end,
-                                   [&](Index row) { return rank[row] < rank[own]; });
-          sum += prefix[at(middle - rows)] - prefix[at(range.begin)] +
-                 (rows + range.end - middle) * rank[own];
-          const Index self = ahead.space.point_of(own);
-          if (range.begin == ahead.space.begin(self)) sum -= rank[own];
-        }
+        for (const Range& range : nearest.ranges) sum += rank_sums(range, own);
         report(own, sum, nearest.count);
       };
     });

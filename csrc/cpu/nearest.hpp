@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/random.hpp"
+#include "cpu/at.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/radix_sort.hpp"
 #include "cpu/spatial.hpp"
@@ -106,6 +107,37 @@ struct Nearest {
   const std::int32_t* rows;
   const std::vector<Range>& ranges;
   std::int64_t count;  // without the row itself
+};
+
+// Sums of min(rank_i, rank_j) over the rows j of a point, where rows are numbered by rank: ranks
+// then ascend inside a point, and a sum comes from prefix sums.
+template <class T>
+class RankSums {
+ public:
+  RankSums(const Spatial<T>& space, const std::int32_t* rank)
+      : space_(space), rank_(rank), prefix_(at(space.rows_in_all()) + 1, 0) {
+    for (std::int64_t t = 0; t < space.rows_in_all(); ++t)
+      prefix_[at(t) + 1] = prefix_[at(t)] + rank[space.row(t)];
+  }
+
+  // Of the places `range`, which are those of a point, for row i = own without itself.
+  std::int64_t operator()(const Range& range, std::int32_t own) const {
+    const std::int32_t* rows = space_.rows();
+    if (range.end - range.begin == 1)
+      return rows[range.begin] == own ? 0 : std::min(rank_[own], rank_[rows[range.begin]]);
+    const std::int32_t* middle =
+        std::partition_point(rows + range.begin, rows + range.end,
+                             [&](std::int32_t row) { return rank_[row] < rank_[own]; });
+    const std::int64_t sum = prefix_[at(middle - rows)] - prefix_[at(range.begin)] +
+                             (rows + range.end - middle) * rank_[own];
+    const bool itself = range.begin == space_.begin(space_.point_of(own));
+    return itself ? sum - rank_[own] : sum;
+  }
+
+ private:
+  const Spatial<T>& space_;
+  const std::int32_t* rank_;
+  std::vector<std::int64_t> prefix_;
 };
 
 // Calls report(row, nearest) for every row, with a report = make_report() of each thread.

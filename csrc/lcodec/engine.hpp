@@ -103,12 +103,22 @@ class Engine {
   std::unique_ptr<State> state_;
 };
 
-// Neighbours used by every row in all p columns. With indices == nullptr only count[n] is written;
-// otherwise row i's neighbours go to indices + offset[i], in increasing order. A k-d tree in few
-// columns, O(n^2 p) in many.
+// Neighbours used by every row in all p columns: row i's go to indices + offset[i], in increasing
+// order. With count != nullptr instead how many are tied, count[n], and the lowest of each row,
+// indices[n]: where each row has one, this is all. A k-d tree in few columns, O(n^2 p) in many.
 template <class T>
 Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
                  const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,
                  const Execution& execution);
+
+// Of each row i the sum of min(rank_i, rank_j) over the k nearest rows j in all p columns: let
+// tied[i] rows be at the k-th smallest distance, of which r are wanted besides those that are
+// nearer; each of them counts r / tied[i]. The sum is whole[i] + rest[i] / tied[i], rest[i] <
+// tied[i]. 1 <= k < n; rank[n] are max ranks. A k-d tree in few columns, about O(k log n) a row;
+// O(n p) a row in many. Reference twin: lcodec_ext/dependence/backends/reference.py.
+template <class T>
+Status nearest_minima(const Columns<T>& columns, const std::int32_t* rank, std::int64_t k,
+                      std::int64_t* whole, std::int64_t* rest, std::int64_t* tied,
+                      const Execution& execution);
 
 }  // namespace lcodec

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lcodec_ext.cli import dependence, evaluate, machine, report, unlearn
+from lcodec_ext.cli import codec, evaluate, foci, graph, machine, report, unlearn
 from lcodec_ext.cli.console import (
     BAD_INPUT,
     FAILED,
@@ -113,8 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         parser_class=CommandParser,
     )
     machine.add_info(commands)
-    dependence.add_codec(commands)
-    dependence.add_foci(commands)
+    codec.add_codec(commands)
+    foci.add_foci(commands)
+    graph.add_graph(commands)
     unlearn.add_unlearn(commands)
     evaluate.add_evaluate(commands)
     report.add_report(commands)

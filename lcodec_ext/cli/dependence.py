@@ -1,4 +1,4 @@
-"""``lcodec-ext codec`` and ``lcodec-ext foci``: tables in, dependence out."""
+"""What the commands on tables share: their columns and options, pictures, missing values."""
 
 import argparse
 import csv
@@ -6,7 +6,9 @@ import difflib
 import io
 import re
 import shlex
+import sys
 from collections import Counter
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +17,10 @@ from numpy.typing import NDArray
 from lcodec_ext._checks import counted, first_few
 from lcodec_ext._files import write_atomically
 from lcodec_ext.cli.console import (
-    OK,
     Console,
     InputError,
     add_common,
     add_threads,
-    dump,
     integer,
     number,
     output_file,
@@ -30,7 +30,6 @@ from lcodec_ext.cli.console import (
 
 if TYPE_CHECKING:
     from lcodec_ext.cli.columns import Choose, Names, Table
-    from lcodec_ext.dependence.foci import FociResult
 
 TABLES = """\
 tables:
@@ -46,89 +45,41 @@ classes without an order; encode other categories as numbers first. A name with 
 --y "sepal length".
 """
 
-CODEC = """\
-The conditional dependence coefficient T(Y, Z) or T(Y, Z | X) of columns of a table.
 
-In the limit of many rows T is 0 if y is independent of z (given x), and 1 if y is a function of z
-(given x). On a finite sample it scatters around that, also below 0. Only the order of y counts.
-z and x are compared by Euclidean distance, so give their columns comparable units.
-"""
-
-CODEC_EXAMPLES = """\
-examples:
-  lcodec-ext codec table.csv --y target --z age,income
-  lcodec-ext codec table.csv --y target --z age --x income,region    # what age adds to those
-  lcodec-ext codec table.csv.gz --y target --z age --nan-policy omit --na ?
-"""
-
-FOCI = """\
-Select the columns on which a column y depends: FOCI, forward selection by T(Y, X).
-
-It needs no model and no tuning. Each step adds the column that raises T(y, selected) most. The
-selection stops when no column raises it. T is the T(y, selected) reached: in the limit of many
-rows it is 0 for independence, and 1 where y is a function of the columns. conditional T is what
-the column tells given those before it.
-Stopping is not a test: where y depends on nothing, FOCI still selects a column or a few, with a
-small T. Shuffle y to see how large T gets by chance; --min-gain asks for more.
-"""
-
-FOCI_EXAMPLES = """\
-examples:
-  lcodec-ext foci table.csv --y target
-  lcodec-ext foci table.csv --y target --exclude id,date --max-features 10 --output chosen.csv
-  lcodec-ext foci table.csv --y target --numeric-only    # without the columns of text
-  lcodec-ext foci data.npz --y y --json | python -m json.tool
-  lcodec-ext foci table.csv --y target --preselected age    # what helps beyond age?
-"""
-
-
-def add_codec(commands: Any) -> None:
-    """Add ``codec``."""
-    parser = commands.add_parser(
-        "codec",
-        help="how strongly y depends on z, given x",
-        description=CODEC,
-        epilog=TABLES + "\n" + CODEC_EXAMPLES,
-    )
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """The table that a command reads."""
     parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for stdin")
-    parser.add_argument("--y", required=True, type=str.strip, metavar="COLUMN", help="the response")
-    parser.add_argument(
-        "--z", required=True, type=names, metavar="COLUMNS", help="names, separated by commas"
-    )
-    parser.add_argument("--x", type=names, default=[], metavar="COLUMNS", help="to condition on")
-    _add_dependence(parser)
-    parser.set_defaults(run=run_codec)
 
 
-def add_foci(commands: Any) -> None:
-    """Add ``foci``."""
-    parser = commands.add_parser(
-        "foci",
-        help="which columns y depends on",
-        description=FOCI,
-        epilog=TABLES + "\n" + FOCI_EXAMPLES,
-    )
-    parser.add_argument("table", help="CSV, TSV, NPZ, NPY or Parquet file, or - for stdin")
+def add_response(parser: argparse.ArgumentParser) -> None:
+    """The response."""
     parser.add_argument("--y", required=True, type=str.strip, metavar="COLUMN", help="the response")
-    candidates = parser.add_mutually_exclusive_group()
-    candidates.add_argument(
-        "--columns", type=names, metavar="NAMES", help="candidates (default: all but y)"
-    )
-    candidates.add_argument(
-        "--exclude", type=names, default=[], metavar="NAMES", help="all but y and these"
-    )
+
+
+def add_candidates(parser: argparse.ArgumentParser, columns: str, exclude: str) -> None:
+    """Which columns of the table take part."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--columns", type=names, metavar="NAMES", help=columns)
+    group.add_argument("--exclude", type=names, default=[], metavar="NAMES", help=exclude)
     parser.add_argument(
         "--numeric-only",
         action="store_true",
-        help="leave out candidates that are not numbers, and say which",
+        help="leave out columns that are not numbers, and say which",
     )
+
+
+def add_permutations(parser: argparse.ArgumentParser, needed: str) -> None:
+    """How many permutations a test takes."""
     parser.add_argument(
-        "--preselected",
-        type=names,
-        default=[],
-        metavar="NAMES",
-        help="condition on these from the start; the result does not list them",
+        "--permutations",
+        type=integer(1, 10**6),
+        metavar="N",
+        help=f"with {needed}: how many (default: 999)",
     )
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """How foci selects: its stopping rules and scales."""
     parser.add_argument(
         "--max-features", type=integer(1), metavar="N", help="select at most N columns"
     )
@@ -140,67 +91,74 @@ def add_foci(commands: Any) -> None:
         help="a step must raise T by more than this (default: 0)",
     )
     parser.add_argument(
-        "--no-stop",
-        action="store_true",
-        help="go on to --max-features, or rank all columns, even where none raises T",
-    )
-    parser.add_argument(
         "--standardize",
         choices=("scale", "bounded", "none"),
         default="scale",
         help="divide columns by their standard deviation, their range, or not (default: scale)",
     )
-    parser.add_argument(
-        "--output",
-        type=output_file(".csv", ".json"),
-        metavar="FILE",
-        help="write the selection to a .csv or .json file too",
-    )
-    _add_dependence(parser)
-    parser.set_defaults(run=run_foci)
 
 
-def _add_dependence(parser: argparse.ArgumentParser) -> None:
+def selection(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_selection`, as `foci` has them."""
+    return {
+        "max_features": options.max_features,
+        "min_gain": options.min_gain,
+        "standardize": None if options.standardize == "none" else options.standardize,
+    }
+
+
+def add_computation(
+    parser: argparse.ArgumentParser,
+    *,
+    distances: bool = True,
+    noise: bool = False,
+    classes: bool = False,
+) -> None:
+    """Ties, missing values, threads, text files and output; the rest where it applies."""
     group = parser.add_argument_group("computation")
     group.add_argument(
         "--ties",
         choices=("average", "random", "first"),
         default="average",
-        help="among equally near rows: their mean, one drawn at random, or the first "
-        "(default: average)",
+        help=f"{'among equally near rows' if distances else 'where x is equal'}: their mean, one "
+        "drawn at random, or the first (default: average)",
     )
-    group.add_argument(
-        "--decimals",
-        type=integer(0, 15),
-        metavar="N",
-        help="how many decimals the columns have: ties then do not depend on their unit (default: "
-        "distances are those of floats, where 0.3 - 0.2 and 0.2 - 0.1 differ)",
-    )
-    group.add_argument(
-        "--noise",
-        type=number(),
-        metavar="SD",
-        help="L-CODEC and L-FOCI: add Gaussian noise of this standard deviation to every column "
-        "first (the paper: 0 to 0.1)",
-    )
-    group.add_argument(
-        "--noise-scale",
-        choices=("absolute", "relative"),
-        help="whether SD is in the units of each column, or a share of its standard deviation "
-        "(default: absolute)",
-    )
+    if distances:
+        group.add_argument(
+            "--decimals",
+            type=integer(0, 15),
+            metavar="N",
+            help="how many decimals the columns have: ties then do not depend on their unit "
+            "(default: distances are those of floats, where 0.3 - 0.2 and 0.2 - 0.1 differ)",
+        )
+    if noise:
+        group.add_argument(
+            "--noise",
+            type=number(),
+            metavar="SD",
+            help="L-CODEC and L-FOCI: add Gaussian noise of this standard deviation to every "
+            "column first (the paper: 0 to 0.1)",
+        )
+        group.add_argument(
+            "--noise-scale",
+            choices=("absolute", "relative"),
+            help="whether SD is in the units of each column, or a share of its standard deviation "
+            "(default: absolute)",
+        )
     group.add_argument(
         "--seed",
         type=seed,
         default=0,
         metavar="N",
-        help="of --noise and --ties random (default: 0)",
+        help="of everything that is drawn at random (default: 0)",
     )
-    group.add_argument(
-        "--classes",
-        action="store_true",
-        help="y holds classes without an order, as text always does, also where it holds numbers",
-    )
+    if classes:
+        group.add_argument(
+            "--classes",
+            action="store_true",
+            help="y holds classes without an order, as text always does, also where it holds "
+            "numbers",
+        )
     group.add_argument(
         "--nan-policy",
         choices=("raise", "omit"),
@@ -259,6 +217,17 @@ def names(text: str) -> list[str]:
     return found
 
 
+def share(text: str) -> float:
+    """A number between 0 and 1, as an option's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1; got {text!r}")
+    return value
+
+
 def _markers(text: str) -> list[str]:
     return [marker.strip() for marker in next(csv.reader([text], skipinitialspace=True), [])]
 
@@ -277,122 +246,15 @@ def _delimiter(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Commands
+# Checks and settings
 
 
-def run_codec(options: argparse.Namespace, console: Console) -> int:
-    """T(y, z | x) of a table's columns."""
-    from lcodec_ext import codec, lcodec
-
-    _check(options)
-    for name in options.z:
-        if name == options.y or name in options.x:
-            other = "--y" if name == options.y else "--x"
-            raise InputError(f"--z and {other} both name column {name!r}; expected different ones")
-    if options.y in options.x:
-        raise InputError(f"--x and --y both name column {options.y!r}; expected different ones")
-    seconds: dict[str, float] = {}
-    wanted = {"--y": [options.y], "--z": options.z, "--x": options.x}
-    table = _load(options, console, seconds, lambda known: _find(wanted, known))
-    (y, labels), z = _response(table, options, console), table.select(options.z)
-    x = table.select(options.x) if options.x else None
-    settings: dict[str, Any] = {
-        "ties": options.ties,
-        "seed": options.seed,
-        "nan_policy": options.nan_policy,
-    }
-    with timed(seconds, "compute"):
-        if options.noise is None:
-            value = codec(y, z, x, **settings, **_decimals(options))
-        else:
-            value = lcodec(y, z, x, **settings, **_noise(options))
-    omitted = _Omitted(table)
-    n = len(table) - omitted.rows
-    result = {
-        "table": options.table,
-        "y": options.y,
-        "z": options.z,
-        "x": options.x,
-        "T": value,
-        "n_samples": n,
-        **omitted.record(),
-        "classes": labels,
-        "options": settings | _decimals(options) | _noise(options),
-        "seconds": seconds,
-    }
-    given = f" | {', '.join(options.x)}" if options.x else ""
-    more = f"; {omitted}" if omitted.rows else ""
-    what = f"T({options.y}, {', '.join(options.z)}{given})"
-    console.emit(result, f"{what} = {value:.6g}   ({counted(n, 'row')}{more})")
-    return OK
-
-
-def run_foci(options: argparse.Namespace, console: Console) -> int:
-    """Select the columns on which y depends."""
-    from lcodec_ext import foci, lfoci
-
-    _check(options)
-    if options.min_gain > 0 and options.no_stop:
-        raise InputError(
-            f"--min-gain {options.min_gain:g} goes without --no-stop: it is a rule for stopping"
-        )
-    for option in ("columns", "exclude", "preselected"):
-        if options.y in (getattr(options, option) or []):
-            raise InputError(f"--{option} names {options.y!r}, which is the response")
-    for name in options.preselected:
-        if name in options.exclude:
-            raise InputError(f"--preselected and --exclude both name column {name!r}")
-    seconds: dict[str, float] = {}
-    table = _load(options, console, seconds, lambda known: _candidates(options, known, console))
-    if len(table.columns) == 1:
-        raise InputError("no candidate is left: --numeric-only leaves them all out")
-    (y, labels), X = _response(table, options, console), table.select(table.columns[1:])
-    omitted, left_out = _Omitted(table), list(table.left_out)
-    n = len(table) - omitted.rows
-    del table
-    settings = {
-        "stop": not options.no_stop,
-        "max_features": options.max_features,
-        "min_gain": options.min_gain,
-        "preselected": options.preselected or None,
-        "standardize": None if options.standardize == "none" else options.standardize,
-        "ties": options.ties,
-        "seed": options.seed,
-        "nan_policy": options.nan_policy,
-    }
-    with timed(seconds, "compute"):
-        if options.noise is None:
-            found = foci(X, y, progress=console.progress, **settings, **_decimals(options))
-        else:
-            found = lfoci(X, y, progress=console.progress, **settings, **_noise(options))
-    result = {
-        "table": options.table,
-        "y": options.y,
-        "selected": _steps(found),
-        "stop_reason": found.stop_reason,
-        "base_T": found.base,
-        "n_samples": n,
-        **omitted.record(),
-        "classes": labels,
-        "n_features": found.n_features,
-        "left_out": left_out,
-        "options": settings | _decimals(options) | _noise(options),
-        "seconds": seconds,
-    }
-    if options.output:
-        if options.output.suffix.lower() == ".csv":
-            write_atomically(options.output, _as_csv(_steps(found)))
-        else:
-            write_atomically(options.output, dump(console.record(result)) + "\n")
-        console.note(f"wrote {options.output}")
-    console.emit(result, _describe(found, omitted, options))
-    return OK
-
-
-def _check(options: argparse.Namespace) -> None:
-    if options.noise_scale and options.noise is None:
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together, and set the threads."""
+    without_noise = getattr(options, "noise", None) is None
+    if without_noise and getattr(options, "noise_scale", None):
         raise InputError(f"--noise-scale {options.noise_scale} needs --noise SD")
-    if options.decimals is not None and options.noise is not None:
+    if not without_noise and options.decimals is not None:
         raise InputError("--decimals goes without --noise, which leaves no ties")
     if options.threads:
         from lcodec_ext import set_num_threads
@@ -400,17 +262,68 @@ def _check(options: argparse.Namespace) -> None:
         set_num_threads(options.threads)
 
 
-def _decimals(options: argparse.Namespace) -> dict[str, Any]:
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Ties, seed and missing values, as functions have them."""
+    return {"ties": options.ties, "seed": options.seed, "nan_policy": options.nan_policy}
+
+
+def decimals(options: argparse.Namespace) -> dict[str, Any]:
+    """--decimals, if it is given."""
     return {} if options.decimals is None else {"decimals": options.decimals}
 
 
-def _noise(options: argparse.Namespace) -> dict[str, Any]:
+def noise(options: argparse.Namespace) -> dict[str, Any]:
+    """--noise and --noise-scale, if they are given."""
     if options.noise is None:
         return {}
     return {"noise": options.noise, "noise_scale": options.noise_scale or "absolute"}
 
 
-class _Omitted:
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def add_plot(parser: argparse.ArgumentParser, what: str) -> None:
+    """Where a picture goes."""
+    parser.add_argument(
+        "--plot",
+        type=output_file(".png", ".svg", ".pdf"),
+        metavar="FILE",
+        help=f"draw {what}, to a .png, .svg or .pdf file",
+    )
+
+
+def check_plot(options: argparse.Namespace, *needed: str) -> None:
+    """Refuse --plot before anything is computed, where a library is missing."""
+    for name in ("matplotlib", *needed):
+        if options.plot and find_spec(name) is None:
+            raise InputError(f"--plot needs {name}: pip install 'lcodec_ext[plot]'")
+
+
+def write_plot(result: Any, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Draw a result where --plot says so; what the record says of it."""
+    if not options.plot:
+        return {}
+    import matplotlib
+
+    if "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("Agg")  # a command opens no window
+    from matplotlib import pyplot
+
+    figure = result.plot().figure
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=options.plot.suffix.lower()[1:], dpi=150)
+    pyplot.close(figure)
+    write_atomically(options.plot, buffer.getvalue())
+    console.note(f"wrote {options.plot}")
+    return {"plot": str(options.plot)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+class Omitted:
     """Rows of a table that are left out, because a value is missing."""
 
     def __init__(self, table: "Table") -> None:
@@ -431,7 +344,7 @@ class _Omitted:
         return f"{self.rows:,} of {self.n:,} left out: missing in {self.where()}"
 
 
-def _load(
+def load(
     options: argparse.Namespace,
     console: Console,
     seconds: dict[str, float],
@@ -450,9 +363,10 @@ def _load(
         raise InputError(
             f"--thousands {options.thousands} needs another decimal point: pass --decimal, too"
         )
+    y, given = getattr(options, "y", None), getattr(options, "preselected", [])
     only = None
     if getattr(options, "numeric_only", False):
-        only = [options.y, *options.preselected]
+        only = [*([y] if y else []), *given]
     try:
         with timed(seconds, "read"):
             table = read_table(
@@ -464,7 +378,7 @@ def _load(
                 decimal=options.decimal,
                 thousands=options.thousands,
                 numeric_only=only,
-                response=options.y,
+                response=y,
             )
     except UnusableColumnsError as error:
         raise InputError(f"{error}{_without(options, list(error.problems))}") from None
@@ -474,7 +388,7 @@ def _load(
         columns = counted(len(table.left_out), "column")
         console.note(f"--numeric-only leaves out {columns}: {listed(table.left_out)}")
     if options.nan_policy == "raise" and (place := table.first(is_missing)):
-        omitted = _Omitted(table)
+        omitted = Omitted(table)
         raise InputError(
             f"{label_of(options.table)}, {place}: a missing value; pass --nan-policy omit to leave "
             f"out rows with missing values, {omitted.rows:,} of {omitted.n:,}: missing in "
@@ -491,7 +405,7 @@ def _is_infinite(values: NDArray) -> NDArray[np.bool_]:
     return np.isinf(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
 
 
-def _response(
+def response(
     table: "Table", options: argparse.Namespace, console: Console
 ) -> tuple[NDArray, list[str] | None]:
     """y, and the labels where it holds classes; these are told."""
@@ -511,8 +425,9 @@ def _response(
 
 
 def _without(options: argparse.Namespace, columns: list[str]) -> str:
-    """How foci goes on without columns that cannot be used, if it can."""
-    if options.command != "foci" or {options.y, *options.preselected} & set(columns):
+    """How a command goes on without columns that cannot be used, if it can."""
+    given = {getattr(options, "y", None), *getattr(options, "preselected", [])}
+    if not hasattr(options, "exclude") or given & set(columns):
         return ""
     if options.columns:
         return "; or pass --numeric-only, or shorten --columns"
@@ -522,7 +437,7 @@ def _without(options: argparse.Namespace, columns: list[str]) -> str:
     return f"; or leave {them} out: --numeric-only, or --exclude {shlex.quote(text.getvalue())}"
 
 
-def _find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
+def find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
     """The wanted columns, if the table has them."""
     from lcodec_ext.cli.columns import headless
 
@@ -541,27 +456,37 @@ def _find(wanted: dict[str, list[str]], names: "Names") -> list[str]:
     return [name for columns in wanted.values() for name in columns]
 
 
-def _candidates(options: argparse.Namespace, names: "Names", console: Console) -> list[str]:
-    """y, and candidates in the order of the table or of --columns."""
+def check_candidates(options: argparse.Namespace) -> None:
+    """Refuse columns that are named in two roles."""
+    y, preselected = getattr(options, "y", None), getattr(options, "preselected", [])
+    for option in ("columns", "exclude", "preselected"):
+        if y is not None and y in (getattr(options, option, None) or []):
+            raise InputError(f"--{option} names {y!r}, which is the response")
+    for name in preselected:
+        if name in options.exclude:
+            raise InputError(f"--preselected and --exclude both name column {name!r}")
+
+
+def candidates(options: argparse.Namespace, names: "Names", console: Console) -> list[str]:
+    """y, where there is one, and candidates in the order of the table or of --columns."""
+    preselected = getattr(options, "preselected", [])
     given = {
-        "--y": [options.y],
+        "--y": [options.y] if getattr(options, "y", None) else [],
         "--columns": options.columns or [],
         "--exclude": options.exclude,
-        "--preselected": options.preselected,
+        "--preselected": preselected,
     }
-    _find(given, names)
+    find(given, names)
+    y = given["--y"]
     if options.columns:
-        extra = [name for name in options.preselected if name not in options.columns]
-        return [options.y, *options.columns, *extra]
-    apart = {options.y, *options.exclude, *names.pandas_index.difference(options.preselected)}
+        extra = [name for name in preselected if name not in options.columns]
+        return [*y, *options.columns, *extra]
+    apart = {*y, *options.exclude, *names.pandas_index.difference(preselected)}
     chosen = [name for name in names if name not in apart]
     if not chosen:
-        raise InputError(
-            f"no candidate is left: the table has only --y {options.y} and the columns of --exclude"
-        )
-    index = sorted(
-        names.pandas_index.difference(given["--y"], options.exclude, options.preselected)
-    )
+        only = f"--y {y[0]} and the columns of --exclude" if y else "the columns of --exclude"
+        raise InputError(f"no candidate is left: the table has only {only}")
+    index = sorted(names.pandas_index.difference(y, options.exclude, preselected))
     if index:
         console.note(
             f"not a candidate: {', '.join(map(repr, index))}, the index of the pandas frame; "
@@ -577,55 +502,4 @@ def _candidates(options: argparse.Namespace, names: "Names", console: Console) -
             f"{unnamed[0]} has no name in the header (row numbers, as pandas writes them?) and is "
             f"a candidate; --exclude '{unnamed[0]}' leaves it out"
         )
-    return [options.y, *chosen]
-
-
-# ---------------------------------------------------------------------------------------------
-# Results
-
-
-def _steps(found: "FociResult") -> list[dict[str, Any]]:
-    return [
-        {
-            "rank": k + 1,
-            "column": (found.names or [])[k],
-            "T": float(found.cumulative[k]),
-            "conditional_T": float(found.conditional[k]),
-        }
-        for k in range(len(found.ordering))
-    ]
-
-
-def _as_csv(steps: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["rank", "column", "T", "conditional_T"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(steps)
-    return text.getvalue()
-
-
-def _describe(found: "FociResult", omitted: _Omitted, options: argparse.Namespace) -> str:
-    reasons = {
-        "no_gain": "no further column raises T",
-        "min_gain": f"no further column raises T by more than {options.min_gain:g}",
-        "not_significant": "the gain of the best remaining column is one that chance makes, too",
-        "max_features": f"--max-features {options.max_features} is reached",
-        "exhausted": "no column is left",
-        "constant_y": f"{options.y} is constant",
-    }
-    n, p = found.n_samples, found.n_features - len(found.preselected)
-    rows = counted(n, "row") + (f" ({omitted})" if omitted.rows else "")
-    lines = [
-        f"{len(found.ordering)} of {counted(p, 'column')} selected for {options.y} on {rows}; "
-        f"{reasons[found.stop_reason]}"
-    ]
-    if found.preselected:
-        lines.append(f"given {', '.join(options.preselected)}: T = {found.base:.4f}")
-    if steps := _steps(found):
-        width = max(6, *(len(step["column"]) for step in steps))
-        lines.append(f"rank  {'column':<{width}}        T  conditional T")
-        lines += [
-            f"{s['rank']:4d}  {s['column']:<{width}}  {s['T']:7.4f}  {s['conditional_T']:13.4f}"
-            for s in steps
-        ]
-    return "\n".join(lines)
+    return [*y, *chosen]

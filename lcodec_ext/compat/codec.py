@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lcodec_ext
-from lcodec_ext.dependence.table import as_features
+from lcodec_ext.dependence.table import as_features, as_target
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +48,19 @@ def _scalars(values: list[float], given: Any) -> list["torch.Tensor"]:
     return list(_like(np.array(values, dtype=np.float64), given))
 
 
+def _one(Y: Any) -> Any:
+    """Y, unless it has several columns: `lcodec_ext.codec` would take them for responses."""
+    if len(getattr(Y, "shape", ())) > 1:
+        as_target(Y)
+    return Y
+
+
 def codec2(Z: Any, Y: Any, n_jobs: Any = None) -> float:
     """T(Y, Z), the dependence of Y on Z: ``lcodec_ext.codec(Y, Z)``.
 
     1.0 with a warning where it is undefined (Y constant).
     """
-    return lcodec_ext.codec(Y, Z)
+    return lcodec_ext.codec(_one(Y), Z)
 
 
 def codec3(Z: Any, Y: Any, X: Any, n_jobs: Any = None) -> float:
@@ -61,7 +68,7 @@ def codec3(Z: Any, Y: Any, X: Any, n_jobs: Any = None) -> float:
 
     1.0 with a warning where it is undefined (Y a function of X in the sample).
     """
-    return lcodec_ext.codec(Y, Z, X)
+    return lcodec_ext.codec(_one(Y), Z, X)
 
 
 def torch_codec2(Z: Any, Y: Any) -> "torch.Tensor":
@@ -121,7 +128,7 @@ def cheap_foci(X: Any, Y: Any, n_jobs: Any = None) -> tuple[list[int], list[floa
 
     Both lists are empty, with a warning, for a constant Y.
     """
-    result = lcodec_ext.foci(X, Y, stop=False, max_features=1, standardize=None)
+    result = lcodec_ext.foci(X, _one(Y), stop=False, max_features=1, standardize=None)
     return result.ordering.tolist(), result.cumulative.tolist()
 
 

@@ -6,6 +6,7 @@ from lcodec_ext.dependence.graph import DependenceGraph, dependence_graph
 from lcodec_ext.dependence.neighbors import nearest_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.significance import CodecTestResult, codec_test
+from lcodec_ext.dependence.stability import StabilityResult, stability
 from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
 from lcodec_ext.dependence.xi_matrix import XiMatrix, xi_matrix
 
@@ -14,6 +15,7 @@ __all__ = [
     "DependenceGraph",
     "FociResult",
     "NoiseScale",
+    "StabilityResult",
     "XiMatrix",
     "XiTestResult",
     "check_noise",
@@ -25,6 +27,7 @@ __all__ = [
     "lcodec",
     "lfoci",
     "nearest_neighbors",
+    "stability",
     "with_noise",
     "xi",
     "xi_matrix",

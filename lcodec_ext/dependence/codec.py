@@ -9,9 +9,18 @@ from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.classes import response_engine
+from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import check_distances, constant_columns, warn_underflow
-from lcodec_ext.dependence.table import Features, as_features, as_target, clean_rows, refuse_classes
+from lcodec_ext.dependence.table import (
+    Y_ORDERS,
+    Features,
+    Target,
+    as_features,
+    as_target,
+    clean_rows,
+    refuse_classes,
+)
 
 
 def codec(
@@ -24,6 +33,8 @@ def codec(
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
     decimals: int | None = None,
+    n_neighbors: int = 1,
+    y_order: Literal["given", "average"] = "given",
 ) -> float:
     """Conditional dependence coefficient T(Y, Z) or T(Y, Z | X).
 
@@ -33,9 +44,11 @@ def codec(
 
     Parameters
     ----------
-    y : array_like of shape (n,) or (n, 1)
+    y : array_like of shape (n,) or (n, q)
         Response, 3 <= n <= 10^6. Only its order counts. Strings and categories are classes
         without an order: the result is the mean over the classes c of ``codec(y == c, z, x)``.
+        Several columns of numbers are one response together, T^q. Those before a column are
+        conditioned on, so they enter distances, in the units of x and z.
         Rows of all arguments belong together by position, also in pandas objects.
     z : array_like of shape (n,) or (n, q)
         Columns whose information about y is measured. Not standardised: distances mix their
@@ -56,7 +69,15 @@ def codec(
     decimals : int, optional
         How many decimals z and x have, 0 to 15. They are then computed as integers, so that
         equal distances are equal: 0.3 - 0.2 and 0.2 - 0.1 differ as floats, and ties of decimal
-        data depend on their unit. Values with more decimals are an error.
+        data depend on their unit. Values with more decimals are an error. Columns of y that
+        enter distances have them, too.
+    n_neighbors : int, default 1
+        How many of a row's nearest rows count. The default is the coefficient as published.
+        More vary less under independence, which finds weak dependence, and see less detail.
+        Equally near rows at the last place share what is left of it; needs ties="average".
+    y_order : {"given", "average"}, default "given"
+        Of several columns of y: their order, as in T^q, or the mean over all orders of at most 5
+        columns, in which none of them comes first. T^q tends to 0 and 1 for either.
 
     Returns
     -------
@@ -69,9 +90,10 @@ def codec(
     ------
     ValueError
         For data that cannot be used: NaN, infinity, not numbers, wrong shapes, fewer than 3
-        rows, distances that overflow. The message names argument, row and column.
+        rows, distances that overflow, as many neighbours as rows. The message names argument,
+        row and column.
     TypeError
-        For a seed that is not an integer.
+        For a seed or a number of neighbours that is not an integer.
     RuntimeError
         If CUDA tensors are given and this build or machine cannot compute on them.
     torch.OutOfMemoryError
@@ -80,12 +102,16 @@ def codec(
     Notes
     -----
     With d columns in all about O(n^(1 + 1/d)) time on continuous data, O(n log n) where many rows
-    share their values, O(d n^2) at worst; O(d n) memory.
+    share their values, O(d n^2) at worst; O(d n) memory. q columns of y take q of these, and
+    q 2^(q - 1) with y_order="average". k neighbours take k times as long; on CUDA they take
+    O(d n^2).
 
     References
     ----------
     M. Azadkia and S. Chatterjee, "A simple measure of conditional dependence", Annals of
-    Statistics 49 (2021), section 2.
+    Statistics 49 (2021), section 2. For several columns J. Ansari and S. Fuchs, "A direct
+    extension of Azadkia & Chatterjee's rank correlation to multi-response vectors",
+    arXiv:2212.01621.
 
     Examples
     --------
@@ -95,11 +121,16 @@ def codec(
     >>> y = (x + z) % 1
     >>> codec(y, z) < 0.1 < 0.6 < codec(y, z, x)
     True
+    >>> both = np.column_stack([x + z, x - z])
+    >>> codec(both, x) < 0.7 < 0.8 < codec(both, np.column_stack([x, z]))
+    True
     """
     chosen = resolve(backend, y=y, z=z, x=x)
-    given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals)
+    check_neighbors(n_neighbors, ties)
+    check_choice(y_order, "y_order", Y_ORDERS)
+    given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals, y_order)
     columns = given.lay_out(chosen)
-    return _coefficient(chosen, columns, given.y, given, ties, seed)
+    return _coefficient(chosen, columns, given.y, given, ties, seed, n_neighbors)
 
 
 def lcodec(
@@ -158,7 +189,7 @@ def lcodec(
     chosen = resolve(backend, y=y, z=z, x=x)
     check_noise(noise, noise_scale, seed)
     given = _prepare(chosen, y, z, x, ties, seed, nan_policy)
-    refuse_classes(given.nominal, "lcodec", "codec")
+    refuse_classes(given.target.nominal, "lcodec", "codec")
     columns = given.lay_out(chosen)
     if noise > 0 and (given.y == given.y[0]).all():
         warnings.warn("y is constant: the value measures the added noise alone", stacklevel=2)
@@ -167,29 +198,37 @@ def lcodec(
 
 
 class _Arguments(NamedTuple):
-    """Clean response, and the columns of x (r of them, or none) and of z side by side."""
+    """Clean response; the columns of x (r of them, or none), of z and some of y side by side."""
 
     y: Any
     table: Any
     x: Features | None
     z: Features
-    nominal: bool  # whether y holds codes of classes without an order
+    target: Target
 
     @property
     def r(self) -> int:
         return 0 if self.x is None else self.x.values.shape[1]
 
+    @property
+    def p(self) -> int:
+        """How many columns x and z have."""
+        return self.r + self.z.values.shape[1]
+
     def label(self, k: int) -> str:
         """A column of the table in a message."""
+        if k >= self.p:
+            return self.target.values.label(k - self.p)
         return self.x.label(k) if self.x and k < self.r else self.z.label(k - self.r)
 
     def lay_out(self, backend: Backend) -> Columns:
         """The table's columns; warns the caller of codec or lcodec of constant ones."""
         columns = backend.lay_out(self.table)
         constant = constant_columns(columns)
-        self.z.warn_constant(constant[self.r :], stacklevel=3)
+        self.z.warn_constant(constant[self.r : self.p], stacklevel=3)
         if self.x is not None:
             self.x.warn_constant(constant[: self.r], stacklevel=3)
+        self.target.warn_constant(self.y, stacklevel=3)
         return columns
 
 
@@ -202,35 +241,45 @@ def _prepare(
     seed: int | None,
     nan_policy: str,
     decimals: int | None = None,
+    y_order: str | None = None,
 ) -> _Arguments:
     check_choice(ties, "ties", TIES)
     check_seed(seed)
     tensors = backend.tensors
-    response, nominal = as_target(y, tensors=tensors)
+    target = as_target(y, tensors=tensors, y_order=y_order, decimals=decimals)
     features = as_features(z, "z", tensors=tensors, decimals=decimals)
     if x is None:
-        rows = clean_rows({"y": response, "z": features}, nan_policy)
+        rows = clean_rows({"y": target.values, "z": features}, nan_policy)
         rows.warn_if_most(stacklevel=3)
-        return _Arguments(rows.values["y"], rows.values["z"], None, features, nominal)
+        table = target.beside(rows.values["z"], rows.values["y"])
+        return _Arguments(rows.values["y"], table, None, features, target)
     given = as_features(x, "x", tensors=tensors, decimals=decimals)
-    rows = clean_rows({"y": response, "z": features, "x": given}, nan_policy)
+    rows = clean_rows({"y": target.values, "z": features, "x": given}, nan_policy)
     rows.warn_if_most(stacklevel=3)
     clean = rows.values
     # conditioning columns first: the order of sums
     table = array_module(clean["z"]).concatenate([clean["x"], clean["z"]], axis=1)
-    return _Arguments(clean["y"], table, given, features, nominal)
+    return _Arguments(clean["y"], target.beside(table, clean["y"]), given, features, target)
 
 
 def _coefficient(
-    backend: Backend, columns: Columns, y: Any, given: _Arguments, ties: Ties, seed: int | None
+    backend: Backend,
+    columns: Columns,
+    y: Any,
+    given: _Arguments,
+    ties: Ties,
+    seed: int | None,
+    n_neighbors: int = 1,
 ) -> float:
     """T(Y, Z | X) of columns laid out from the given ones, or from these with noise."""
     factors = check_distances(columns, given.label)
     warn_underflow(columns, factors, given.label, stacklevel=3)
+    target = given.target
     sums, engine = response_engine(
-        backend, columns, factors, y, given.nominal, ties, tie_seed(ties, seed)
-    )
-    r, last = given.r, len(factors) - 1
+        backend, columns, factors, y, target.nominal, ties, tie_seed(ties, seed), n_neighbors,
+        target.average,
+    )  # fmt: skip
+    r, last = given.r, given.p - 1
     m_x: Any = None
     for column in range(last):
         if column == r - 1:

@@ -23,6 +23,7 @@ from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Leaders,
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.classes import response_engine, responses
 from lcodec_ext.dependence.foci_null import Level, StepNull, check_level
+from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import (
     STANDARDIZE,
@@ -34,6 +35,7 @@ from lcodec_ext.dependence.scaling import (
     warn_underflow,
 )
 from lcodec_ext.dependence.table import (
+    Y_ORDERS,
     Rows,
     as_features,
     as_response,
@@ -100,6 +102,27 @@ class FociResult:
     def __iter__(self) -> Iterator[NDArray]:
         return iter((self.ordering, self.cumulative))
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the cumulative and the conditional T of every step, of the first 60 at most.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            What to draw on; a new figure by default.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        """
+        from lcodec_ext.dependence.plots import plot_path
+
+        return plot_path(self, ax)
+
     def __repr__(self) -> str:
         columns = "column" if self.n_features == 1 else "columns"
         head = (
@@ -141,6 +164,8 @@ def foci(
     backend: BackendLike = "auto",
     progress: bool = False,
     decimals: int | None = None,
+    n_neighbors: int = 1,
+    y_order: Literal["given", "average"] = "given",
     alpha: float | None = None,
     n_permutations: int | None = None,
 ) -> FociResult:
@@ -156,9 +181,11 @@ def foci(
     X : array_like of shape (n, p)
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
-    y : array_like of shape (n,) or (n, 1)
+    y : array_like of shape (n,) or (n, q)
         Response. Only its order counts. Strings and categories are classes without an order: T
-        is the mean over the classes c of the T of ``y == c``.
+        is the mean over the classes c of the T of ``y == c``. Several columns of numbers are one
+        response together, T^q: columns of X are selected that tell about all of them. Columns of
+        y that enter distances are standardised as those of X are.
     stop : bool or "permutation", default True
         Stop when no column gains; False goes on to max_features or to the last column.
         "permutation" stops, too, when the largest gain has a p-value above alpha: among the
@@ -184,6 +211,8 @@ def foci(
         Show a progress bar for each step; needs tqdm.
     decimals : int, optional
         How many decimals the columns of X have, as in `codec`.
+    n_neighbors, y_order
+        As in `codec`.
     alpha : float, optional
         With stop="permutation": level of each step, above 0 and below 1; 0.05 by default.
     n_permutations : int, optional
@@ -203,14 +232,17 @@ def foci(
     -----
     A step with k columns selected takes O(p n^(1 + 1/(k+1))) on continuous data, O(p n log n)
     where many rows share the selected values and in the first step, O(p n^2) at worst. Memory:
-    three times X and O(n) for each thread; on CUDA a workspace of up to 256 MiB more.
+    three times X and O(n) for each thread; on CUDA a workspace of up to 256 MiB more. q columns of
+    y take q times as much, and all candidates are scored to the end. With several neighbours
+    every candidate is searched for by itself, in about the time of `codec`.
     stop="permutation" adds one search of neighbours for each candidate and step, and about 1 ns a
     row, candidate and permutation.
 
     References
     ----------
     M. Azadkia and S. Chatterjee, "A simple measure of conditional dependence", Annals of
-    Statistics 49 (2021), section 5.
+    Statistics 49 (2021), section 5. For several columns of y the MFOCI of J. Ansari and S. Fuchs,
+    arXiv:2212.01621.
 
     Examples
     --------
@@ -222,9 +254,10 @@ def foci(
     """
     chosen = resolve(backend, X=X, y=y)
     check_seed(seed)
+    check_choice(y_order, "y_order", Y_ORDERS)
     task = _Task(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
-        progress, decimals, check_level(stop, alpha, n_permutations),
+        progress, decimals, n_neighbors, y_order, check_level(stop, alpha, n_permutations),
     )  # fmt: skip
     return task.run(task.lay_out(), task.y, seed)
 
@@ -291,7 +324,7 @@ def lfoci(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
         progress,
     )  # fmt: skip
-    refuse_classes(task.nominal, "lfoci", "foci")
+    refuse_classes(task.target.nominal, "lfoci", "foci")
     columns, response = task.lay_out(), task.y
     if not (response == response[0]).all():  # noise would turn a constant into a response
         response, noisy = with_noise(
@@ -354,10 +387,19 @@ class _Task:
         nan_policy: str,
         progress: object,
         decimals: int | None = None,
+        n_neighbors: int = 1,
+        y_order: str | None = None,
         level: Level | None = None,
     ) -> None:
         self.backend, self.level = backend, level
         self.ties = check_choice(ties, "ties", TIES)
+        check_neighbors(n_neighbors, ties)
+        if level is not None and n_neighbors > 1:
+            raise ValueError(
+                f"stop='permutation' takes one neighbour; got n_neighbors={n_neighbors}: pass "
+                "n_neighbors=1, or another stop"
+            )
+        self.n_neighbors = n_neighbors
         self.standardize = check_choice(standardize, "standardize", STANDARDIZE)
         self.progress = check_bool(progress, "progress")
         self.stop = level is not None or check_bool(stop, "stop")
@@ -372,35 +414,53 @@ class _Task:
         self.cap = p - len(self.preselected)
         if max_features is not None:
             self.cap = min(self.cap, check_integer(max_features, "max_features", 1))
-        response, self.nominal = as_target(y, tensors=backend.tensors)
-        self.rows = clean_rows({"X": features, "y": response}, nan_policy)
+        self.target = as_target(y, tensors=backend.tensors, y_order=y_order, decimals=decimals)
+        if level is not None and self.target.given:
+            raise ValueError(
+                "stop='permutation' takes one column of y, and y has several: pass one of them, or "
+                "another stop"
+            )
+        self.rows = clean_rows({"X": features, "y": self.target.values}, nan_policy)
         self.features = features._replace(values=self.rows.values["X"])
         self.y = self.rows.values["y"]
 
     def lay_out(self) -> Columns:
-        """The columns of X; warns the caller of foci or lfoci of constant ones."""
-        columns = self.backend.lay_out(self.features.values)
-        self.features.warn_constant(constant_columns(columns), stacklevel=3)
+        """The columns of X, and of y those in distances; warns the caller of constant ones."""
+        columns = self.backend.lay_out(self.target.beside(self.features.values, self.y))
+        self.features.warn_constant(constant_columns(columns)[: self.p], stacklevel=3)
+        self.target.warn_constant(self.y, stacklevel=3)
         return columns
+
+    @property
+    def p(self) -> int:
+        """How many columns X has."""
+        return int(self.features.values.shape[1])
+
+    def label(self, k: int) -> str:
+        """A column in a message."""
+        if k < self.p:
+            return self.features.label(k)
+        return str(self.target.values.label(k - self.p))
 
     def run(self, columns: Columns, y: Any, seed: int | None) -> FociResult:
         """Select from columns that are X, or X with noise."""
         if (y == y[0]).all():
             warnings.warn("y is constant: nothing is selected", stacklevel=3)
             return self._result([], 0.0, "constant_y")
-        label = self.features.label
-        factors = scale_factors(columns, self.standardize, label)
-        warn_underflow(columns, factors, label, stacklevel=3)
-        reach = _Reach(squared_spans(columns, factors), label)
+        factors = scale_factors(columns, self.standardize, self.label)
+        warn_underflow(columns, factors, self.label, stacklevel=3)
+        reach = _Reach(squared_spans(columns, factors), self.label)
+        for column in range(self.p, len(factors)):
+            reach.add(column)
         if self.level is not None:
             seed = fresh_seed() if seed is None else seed
-        drawn = tie_seed(self.ties, seed)
         response, engine = response_engine(
-            self.backend, columns, factors, y, self.nominal, self.ties, drawn
-        )
+            self.backend, columns, factors, y, self.target.nominal, self.ties,
+            tie_seed(self.ties, seed), self.n_neighbors, self.target.average,
+        )  # fmt: skip
         null = None
         if self.level is not None and seed is not None:
-            found = responses(self.backend, y, self.nominal)
+            found = responses(self.backend, y, self.target.nominal)
             X = self.features.values
             null = StepNull(self.backend, X, factors, found, self.ties, seed, self.level)
         return self._search(engine, response, reach, null)
@@ -417,7 +477,7 @@ class _Task:
             engine.select(column)
         base = float(response.unconditional(m))
         conditioned = bool(self.preselected)
-        candidates = sorted(set(range(reach.p)).difference(self.preselected))
+        candidates = sorted(set(range(self.p)).difference(self.preselected))
         steps: list[tuple[int, float, float]] = []
         tests: list[tuple[float, float]] = []
         reason: StopReason = "exhausted" if self.cap == len(candidates) else "max_features"
@@ -485,7 +545,6 @@ class _Reach:
     """A bound on squared distances in the columns selected so far; refuses what overflows."""
 
     def __init__(self, spans: NDArray, label: Callable[[int], str]) -> None:
-        self.p = len(spans)
         self._spans, self._label, self._bound = spans, label, spans.dtype.type(0)
 
     def check(self, columns: list[int]) -> None:

@@ -21,7 +21,7 @@ from lcodec_ext.dependence.permutation import (
     reordered,
 )
 
-BLOCK = 8  # rows, at least, among which y is permuted once columns are selected
+BLOCK = 5  # rows, at least, among which y is permuted once columns are selected
 _PAIRS = 1 << 22  # of candidates that share the drawing of permutations
 _CLOSE = 1e-12  # what floats of two coefficients may be off
 

@@ -46,6 +46,29 @@ class DependenceGraph:
     results: list[FociResult]
     names: list[str] | None
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the columns on a circle, and an arrow from each selected column to its response.
+
+        Widths are weights. Of more than 60 columns those with most weight are drawn.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            What to draw on; a new figure by default.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib or networkx.
+        """
+        from lcodec_ext.dependence.plots import plot_graph
+
+        return plot_graph(self, ax)
+
     def __repr__(self) -> str:
         p, n = len(self.results), self.results[0].n_samples
         lines = [

@@ -80,7 +80,7 @@ def codec_test(
     *,
     method: Method | None = None,
     n_permutations: int = 999,
-    k_perm: int = 5,
+    k_perm: int = 3,
     alternative: Literal["greater"] = "greater",
     ties: Ties = "average",
     seed: int | None = None,
@@ -104,7 +104,7 @@ def codec_test(
         otherwise.
     n_permutations : int, default 999
         From 1 to 10^6. The smallest p-value is 1 / (n_permutations + 1).
-    k_perm : int, default 5
+    k_perm : int, default 3
         For "local_permutation": rows that change places are in blocks of k_perm to 2 k_perm - 1
         rows, or of more rows with equal x. From 2 to n // 2. Small blocks keep what z owes to x;
         larger ones keep less of what z tells about y, which gives power. Runge (2018) advises 5 to
@@ -229,8 +229,8 @@ Found = tuple[int, NDArray[np.float64]]  # permutations with at least the data's
 def _permuted(plan: _Plan) -> Found | None:
     """T under permutations of y; None for a y that is constant."""
     given = plan.given
-    found = responses(plan.backend, given.y, given.nominal)
-    if len(found) < 1 + given.nominal or found[0].sums.constant:
+    found = responses(plan.backend, given.y, given.target.nominal)
+    if len(found) < 1 + given.target.nominal or found[0].sums.constant:
         return None
     near = find_neighbors(plan.backend, given.table, plan.factors, plan.ties, plan.seed)
     pairs = neighbor_pairs(near)
@@ -266,7 +266,7 @@ class _Sums(NamedTuple):
 def _locally_permuted(plan: _Plan) -> Found | None:
     """T under permutations of z among rows with near x; None if x determines y."""
     given, backend = plan.given, plan.backend
-    found = responses(backend, given.y, given.nominal)
+    found = responses(backend, given.y, given.target.nominal)
     conditioned = [_conditioned(plan, each) for each in found]
     if all(each.denominator == 0 for each in conditioned):
         return None

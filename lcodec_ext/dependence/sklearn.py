@@ -6,7 +6,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lcodec_ext._arrays import as_array, class_codes, listed, refuse_columns, refuse_converted
+from lcodec_ext._arrays import (
+    as_array,
+    class_codes,
+    column_names,
+    in_memory,
+    listed,
+    refuse_columns,
+    refuse_converted,
+)
 from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
@@ -110,7 +118,14 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         """Select features of X, of shape (n_samples, n_features), for at least 3 samples."""
         backend = resolve_on_cpu("FOCISelector", self.backend, X=X, y=y)
         check_choice(self.classes, "classes", ("auto", "yes", "no"))
+        for name, value in (("X", X), ("y", y)):
+            if in_memory(value, name) is not value:
+                raise ValueError(
+                    f"{name} is a {type(value).__name__}, which scikit-learn cannot read: pass "
+                    f"numpy.from_dlpack({name})"
+                )
         refuse_columns(X, "X")  # scikit-learn takes dates for numbers
+        self._names, table = column_names(X), X
         if isinstance(y, list | tuple):
             y = listed(y, "y")
         found = class_codes(y)
@@ -122,10 +137,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         for k, name in enumerate("Xy"):
             if np.ma.is_masked(given[k]):  # scikit-learn would take what is below the mask
                 given[k] = as_array(given[k], name)[0]
-        with np.errstate(all="ignore"):  # its sums may overflow
-            X, y = validate_data(
-                self, *given, dtype=(np.float64, np.float32), y_numeric=True, ensure_min_samples=3
-            )
+        X, y = self._validated(*given)
         refuse_converted(given[0], X, "X")
         refuse_converted(given[1], y, "y")
         likely = _looks_nominal(given[1], y) if found is None else found[1]
@@ -134,9 +146,11 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         seed = None
         if self.ties == "random" or self.stop == "permutation":
             seed = int(check_random_state(self.random_state).randint(2**31))
+        no_policy: Any = None  # messages then do not advise one
         result = foci(
-            X,
+            X if self._names is None else table,  # of a table messages have the names
             y,
+            nan_policy=no_policy,
             stop=self.stop,
             max_features=self.max_features,
             min_gain=self.min_gain,
@@ -153,9 +167,42 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         self.support_[self.ordering_] = True
         return self
 
+    def _validated(self, X: Any, y: Any) -> tuple[NDArray, NDArray]:
+        """X and y as scikit-learn takes them; text in X is told by its column."""
+        try:
+            with np.errstate(all="ignore"):  # its sums may overflow
+                checked: tuple[NDArray, NDArray] = validate_data(
+                    self,
+                    X,
+                    y,
+                    dtype=(np.float64, np.float32),
+                    y_numeric=True,
+                    ensure_all_finite=False,  # foci names the column
+                    ensure_min_samples=3,
+                )
+        except ValueError as error:
+            if "could not convert" in str(error):
+                as_array(X, "X", tensors=False)
+            raise
+        return checked
+
     def _get_support_mask(self) -> NDArray[np.bool_]:
         check_is_fitted(self)
         return self.support_
+
+    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray:
+        """Names of the selected columns, in the order of the input.
+
+        Parameters
+        ----------
+        input_features : array_like of str, optional
+            Names of all columns; by default those of the table that was fitted, also where
+            scikit-learn does not know its library, and x0, x1, ... without any.
+        """
+        if input_features is None and not hasattr(self, "feature_names_in_"):
+            check_is_fitted(self)
+            input_features = None if self._names is None else np.array(self._names, dtype=object)
+        return super().get_feature_names_out(input_features)
 
     def __sklearn_tags__(self) -> Tags:
         tags: Any = super().__sklearn_tags__()

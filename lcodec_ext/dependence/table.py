@@ -22,6 +22,8 @@ from lcodec_ext._arrays import (
 )
 from lcodec_ext._checks import check_choice, check_integer, counted, first_few
 
+Y_ORDERS = ("given", "average")
+MOST_AVERAGED = 5  # columns of y, whose 120 orders are averaged
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
 
 
@@ -97,14 +99,66 @@ def as_response(y: Any, name: str = "y", *, tensors: bool | None = None) -> Any:
     return array
 
 
-def as_target(y: Any, *, tensors: bool | None = None) -> tuple[Any, bool]:
-    """A response, and whether it holds codes of classes without an order.
+class Target(NamedTuple):
+    """A response: one column, or `Features` of several. The first ``given`` are in distances."""
 
-    Strings and unordered categories are such classes; ordered categories become their codes.
+    values: Any
+    nominal: bool = False  # whether it holds codes of classes without an order
+    given: int = 0
+    average: bool = False  # whether the orders of several columns are averaged
+
+    def beside(self, table: Any, y: Any) -> Any:
+        """A table, and behind its columns those of a clean y that are in distances."""
+        if not self.given:
+            return table
+        return array_module(table).concatenate([table, y[:, : self.given]], axis=1)
+
+    def warn_constant(self, y: Any, stacklevel: int) -> None:
+        """One warning for all constant columns of a clean y of several, unless all are."""
+        if not self.given:
+            return
+        flags = (y == y[0]).all(axis=0)
+        flags = flags.cpu().numpy() if is_tensor(flags) else flags
+        if not flags.all():
+            self.values.warn_constant(flags, stacklevel + 1)
+
+
+def as_target(
+    y: Any,
+    *,
+    tensors: bool | None = None,
+    y_order: str | None = None,
+    decimals: int | None = None,
+) -> Target:
+    """A response; of several columns only with a y_order.
+
+    Strings and unordered categories are classes without an order; ordered categories become
+    their codes. With decimals, columns that are in distances are counts of 10**-decimals.
     """
     if isinstance(y, list | tuple):
         y = listed(y, "y")
-    return class_codes(y) or (as_response(y, tensors=tensors), False)
+    if (codes := class_codes(y)) is not None:
+        return Target(*codes)
+    array, names = as_array(y, "y", tensors=tensors)
+    if y_order is None or array.ndim != 2 or min(array.shape) < 2:
+        return Target(as_response(array, tensors=tensors))
+    q = array.shape[1]
+    if y_order == "average" and q > MOST_AVERAGED:
+        raise ValueError(
+            f"y_order='average' goes over all orders of the columns of y, {MOST_AVERAGED} at most; "
+            f"got {q}: pass y_order='given'"
+        )
+    given = q if y_order == "average" else q - 1
+    features = as_features(array, "y", tensors=tensors)._replace(names=names)
+    if decimals is not None:
+        xp = array_module(features.values)
+        counts, last = features.values[:, :given], features.values[:, given:]
+        counts = _counted(
+            features._replace(values=counts), check_integer(decimals, "decimals", 0, 15)
+        ).values
+        last = xp.asarray(last, dtype=counts.dtype)
+        features = features._replace(values=xp.concatenate([counts, last], axis=1))
+    return Target(features, given=given, average=y_order == "average")
 
 
 def refuse_classes(nominal: bool, function: str, instead: str) -> None:

@@ -34,9 +34,8 @@ _GAP = 0.1  # of the validation loss, that trained samples lose less: else there
 _HARDLY = 0.85  # of the loss of guessing
 _SMALL = 0.1  # of the removed samples' gradient: training has converged
 _FAR = 2.0  # times what validation samples lose, or the request lost before
-_POINTS = 0.002  # of accuracy on a thousand validation samples, at least two of them: then half a
-# point may be lost on others, by chance and as the search ends where these samples still hold
-_FEW_POINTS = 0.001  # the same of a finish alone, which these samples stop: others lose more
+_POINTS = 0.005  # of accuracy, which a deletion may cost
+_SURE = 1.645  # standard errors to one side: 95%
 
 
 def warn_of_doubts(request: Request, guard: Guard | None, settings: Settings) -> None:
@@ -214,16 +213,32 @@ def warn_of_shortfall(
             f"{before.forget_loss:.3g}, and samples that were never seen {target:.3g}: the "
             "deletion may have gone too far for them. Compare it with retraining"
         )
-    if guard is not None and guard.watched == "accuracy":
-        fall = guard.before - last.value
-        alone = bool(found.finish) and not found.products
-        if fall > (_FEW_POINTS if alone else _POINTS) and fall * len(guard.losses) > 1.5:
-            told.append(
-                f"accuracy on {counted(len(guard.losses), 'validation sample')} fell from "
-                f"{guard.before:.2%} to {last.value:.2%}"
-            )
+    told += _accuracy_lost(guard)
     for each in told:
         warnings.warn(each, stacklevel=4)
+
+
+def _accuracy_lost(guard: Guard | None) -> list[str]:
+    """What to say where validation samples leave it open that half a point of accuracy is lost.
+
+    By how many of them are no longer right, or right now: a fall on some is chance where as many
+    rise, and hides where they happen to.
+    """
+    if guard is None or guard.watched != "accuracy":
+        return []
+    falls = guard.falls().numpy()
+    n, changed = len(falls), np.count_nonzero(falls)
+    at_most = falls.mean() + _SURE * falls.std() / math.sqrt(n)
+    if at_most <= _POINTS:
+        return []
+    now = guard.before - falls.mean()
+    same = abs(falls.sum()) < 0.5
+    how = f"stayed at {now:.2%}" if same else f"went from {guard.before:.2%} to {now:.2%}"
+    return [
+        f"accuracy on {counted(n, 'validation sample')} {how}, where {changed:,} changed: on other "
+        f"samples it may have fallen by {100 * at_most:.1f} points (95% bound). More validation "
+        "samples would tell"
+    ]
 
 
 _STOPPED = "A stronger step was stopped by "

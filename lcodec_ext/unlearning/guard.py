@@ -42,6 +42,7 @@ class Guard:
     watched: str  # the name of the number
     before: float  # its value at the start
     losses: Tensor  # (n,): of the samples, at the start
+    each: Tensor  # (n,): what `before` is the mean of
 
     @classmethod
     def of(cls, work: Workplace, samples: Samples) -> "Guard":
@@ -53,9 +54,14 @@ class Guard:
         """The present value, minus infinity where the outputs of the model are not finite."""
         with self.work.timed("guard"):
             try:
-                return self.work.quality(self.samples)[1]
+                return self.work.quality(self.samples).value
             except ValueError:  # anything else would have failed at the start
                 return -math.inf
+
+    def falls(self) -> Tensor:
+        """By how much each sample's part of the number fell since the start, shape (n,)."""
+        with self.work.timed("guard"):
+            return self.each - self.work.quality(self.samples).each
 
     def harm(self) -> str:
         """How the samples' mean loss rose, if it did by more than half and more than by chance.
@@ -64,7 +70,7 @@ class Guard:
         Where accuracy is watched, a rise of 0.01 passes.
         """
         with self.work.timed("guard"):
-            rise = self.work.quality(self.samples)[2] - self.losses
+            rise = self.work.quality(self.samples).losses - self.losses
         mean, before = float(rise.mean()), float(self.losses.mean())
         chance = _ERRORS * float(rise.std(correction=0)) / math.sqrt(len(rise))
         floor = _CLASSIFIED if self.watched == "accuracy" else 0.0

@@ -154,12 +154,15 @@ class Workplace:
         """Mean loss without the regulariser. It may be NaN or infinite."""
         return mean_loss(self.model, samples, self.loss_fn, self.settings.batch_size)
 
-    def quality(self, samples: Samples) -> tuple[str, float, Tensor]:
-        """What the guard watches, accuracy, the score or minus the mean loss, its value; losses."""
+    def quality(self, samples: Samples) -> "Quality":
+        """How good the model is on samples: by accuracy, the score or minus the mean loss."""
         found = predict(self.model, samples, self.loss_fn, self.settings.batch_size, self.score)
         if found.accuracy is None:
-            return "minus the mean loss", -float(found.losses.mean()), found.losses
-        return ("accuracy" if self.score is None else "the score"), found.accuracy, found.losses
+            mean = -float(found.losses.mean())
+            return Quality("minus the mean loss", mean, found.losses, -found.losses)
+        assert found.scores is not None
+        watched = "accuracy" if self.score is None else "the score"
+        return Quality(watched, found.accuracy, found.losses, found.scores)
 
     def handed_over(self, model: nn.Module, selection: Selection) -> nn.Module:
         """A copy of a model with the new weights of a selection, and the buffers that have changed.
@@ -182,6 +185,15 @@ class Workplace:
     def take_over(self, model: nn.Module) -> None:
         """Take the parameters of a model."""
         _copy(model.parameters(), self.model.parameters())
+
+
+class Quality(NamedTuple):
+    """A number that tells how good a model is, larger for better, and what it is the mean of."""
+
+    watched: str  # the name of the number
+    value: float
+    losses: Tensor  # (n,)
+    each: Tensor  # (n,), whose mean the value is
 
 
 def copy_state(source: nn.Module, target: nn.Module) -> None:

@@ -196,6 +196,17 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def nearest_minima(
+        self, columns: Any, factors: Any, used: list[int], R: Any, k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(whole, rest, tied): of each row the sum of min(R_i, R_j) over the k nearest rows.
+
+        Distances are those of the columns `used`, in their order. ``tied`` rows are at the k-th
+        smallest distance; if r of them are wanted besides the nearer ones, each counts
+        r / tied. The sum is ``whole + rest / tied``, with rest < tied; k < n.
+        """
+
+    @abstractmethod
     def ranks(self, y: Any) -> tuple[Any, Any]:
         """Max ranks of a response: all that the coefficients know of y.
 

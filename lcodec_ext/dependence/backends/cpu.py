@@ -84,6 +84,19 @@ class CpuBackend(HostBackend):
         blocks = NO_BLOCKS if start is None else start
         return _core.dependence.permutations(n, blocks, seed, first, count, *cpu_settings())
 
+    def nearest_minima(
+        self,
+        columns: CpuColumns,
+        factors: NDArray,
+        used: list[int],
+        R: NDArray[np.int64],
+        k: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        x = columns.values[used]
+        return _core.dependence.nearest_minima(
+            x, factors[used], R.astype(np.int32), k, *cpu_settings()
+        )
+
     def ranks(self, y: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         n = len(y)
         order = np.argsort(y, kind="stable")

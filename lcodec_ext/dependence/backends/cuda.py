@@ -29,6 +29,7 @@ from lcodec_ext.dependence.backends.base import (
 from lcodec_ext.dependence.backends.cpu import CpuBackend
 
 SCRATCH = 1 << 28  # bytes; kScratch of the engine
+_PAIRS = 1 << 22  # of rows, whose distances are in memory at a time
 _MOST_LEADERS = 64  # kMostLeaders of the engine
 _LEADER_WORDS = 1 + 3 * _MOST_LEADERS
 
@@ -251,6 +252,32 @@ class CudaBackend(Backend):
     ) -> NDArray:
         """See `Backend`; drawn on the host."""
         return CpuBackend().permutations(n, start, seed, first, count)
+
+    def nearest_minima(
+        self, columns: CudaColumns, factors: Any, used: list[int], R: torch.Tensor, k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """See `Backend`; by torch, all n^2 distances in blocks of rows, in a column's time each."""
+        X = columns.values
+        n = len(X)
+        found = X.new_empty((3, n), dtype=torch.int64)
+        with self._device.guard():
+            factor = torch.as_tensor(factors, dtype=X.dtype, device=X.device)
+            for rows in torch.split(torch.arange(n, device=X.device), max(1, _PAIRS // n)):
+                distance = X.new_zeros((len(rows), n))
+                for f in used:
+                    scaled = (X[rows, f][:, None] - X[:, f]) * factor[f]
+                    distance += scaled * scaled  # rounded by itself: no kernel has both
+                distance[torch.arange(len(rows), device=X.device), rows] = torch.inf
+                far = distance.topk(k, dim=1, largest=False).values[:, -1:]
+                nearer, tied = distance < far, distance == far
+                minima = torch.minimum(R[rows][:, None], R)
+                count = tied.sum(dim=1)
+                of_tied = (k - nearer.sum(dim=1)) * (minima * tied).sum(dim=1)
+                found[0, rows] = (minima * nearer).sum(dim=1) + of_tied // count
+                found[1, rows] = of_tied % count
+                found[2, rows] = count
+            whole, rest, counts = found.cpu().numpy()
+        return whole, rest, counts
 
     def ranks(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = y.contiguous()

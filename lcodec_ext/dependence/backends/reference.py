@@ -1,5 +1,6 @@
 """The backend that computes everything by its definition, row by row: the oracle of the tests."""
 
+from fractions import Fraction
 from itertools import combinations, groupby, pairwise, product
 
 import numpy as np
@@ -57,18 +58,26 @@ def _lane_sums(columns: NDArray, center: NDArray[np.float64] | None) -> NDArray[
 
 
 @np.errstate(under="ignore")  # expected: the kernels underflow alike
-def _neighbors(
-    X: NDArray, factors: NDArray, columns: list[int], i: int, ties: Ties, word: int
-) -> NDArray[np.int64]:
-    """The nearest rows of row i that a tie rule uses, in increasing order.
+def _distances(X: NDArray, factors: NDArray, columns: list[int], i: int) -> NDArray:
+    """``sum_f ((x_if - x_jf) * c_f)^2`` of row i and every row j.
 
-    The distance is ``sum_f ((x_if - x_jf) * c_f)^2`` in the order of ``columns``, each
-    operation rounded in the dtype of X. ``word`` is the row's `tie_hash`.
+    In the order of ``columns``, each operation rounded in the dtype of X.
     """
     distance = np.zeros(len(X), dtype=X.dtype)
     for f in columns:
         scaled = (X[i, f] - X[:, f]) * factors[f]
         distance = distance + scaled * scaled
+    return distance
+
+
+def _neighbors(
+    X: NDArray, factors: NDArray, columns: list[int], i: int, ties: Ties, word: int
+) -> NDArray[np.int64]:
+    """The nearest rows of row i that a tie rule uses, in increasing order.
+
+    ``word`` is the row's `tie_hash`.
+    """
+    distance = _distances(X, factors, columns, i)
     others = np.delete(np.arange(len(X)), i)
     tied = others[distance[others] == distance[others].min()]
     if ties == "average":
@@ -157,6 +166,27 @@ class ReferenceBackend(HostBackend):
         self, n: int, start: RowNumbers | None, seed: int, first: int, count: int
     ) -> NDArray:
         return np.array([permutation(n, seed, b, start) for b in range(first, first + count)])
+
+    def nearest_minima(
+        self,
+        columns: ReferenceColumns,
+        factors: NDArray,
+        used: list[int],
+        R: NDArray[np.int64],
+        k: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        found = []
+        for i in range(len(R)):
+            distance = np.delete(_distances(columns.values, factors, used, i), i)
+            minima = np.minimum(R[i], np.delete(R, i))
+            far = np.sort(distance)[k - 1]
+            nearer, tied = distance < far, distance == far
+            share = Fraction(k - int(nearer.sum()), int(tied.sum()))
+            total = int(minima[nearer].sum()) + share * int(minima[tied].sum())
+            rest = (total - int(total)) * int(tied.sum())
+            found.append((int(total), int(rest), int(tied.sum())))
+        whole, rests, counts = np.array(found, dtype=np.int64).T
+        return whole, rests, counts
 
     def ranks(self, y: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         R = [np.count_nonzero(y <= value) for value in y]
