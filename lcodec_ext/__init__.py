@@ -10,6 +10,7 @@ from lcodec_ext.dependence import (
     DependenceGraph,
     FociResult,
     StabilityResult,
+    XiMatrix,
     XiTestResult,
     codec,
     dependence_graph,
@@ -19,6 +20,7 @@ from lcodec_ext.dependence import (
     nearest_neighbors,
     stability,
     xi,
+    xi_matrix,
     xi_test,
 )
 
@@ -30,6 +32,7 @@ __all__ = [
     "FOCISelector",
     "FociResult",
     "StabilityResult",
+    "XiMatrix",
     "XiTestResult",
     "build_info",
     "codec",
@@ -44,6 +47,7 @@ __all__ = [
     "set_num_threads",
     "stability",
     "xi",
+    "xi_matrix",
     "xi_test",
 ]
 

@@ -281,6 +281,10 @@ def _large(array: NDArray) -> NDArray[np.bool_]:
 
 def _refuse_rounded(value: Any, array: NDArray, label: str) -> None:
     """Refuse integers of a nested sequence, or objects, that its array of floats has rounded."""
+    with np.errstate(all="ignore"):  # a quick look at both ends; it ignores NaN
+        ends = [each.reduce(array, axis=None, initial=0) for each in (np.fmin, np.fmax)]
+    if max(map(abs, ends)) < MAX_INTEGER:
+        return
     large = _large(array)
     given = np.array(value, dtype=object) if large.any() else array
     for entry in given[large] if given.shape == array.shape else ():
@@ -398,14 +402,7 @@ def _not_numbers(label: str, kind: str) -> ValueError:
 def _real(array: NDArray, label: str) -> NDArray:
     """array, if its dtype is one of real numbers; native byte order, float16 as float32."""
     if array.dtype.kind not in "biuf":
-        what = {"c": "complex numbers", "U": "strings", "S": "strings", "O": "objects"}
-        given = what.get(array.dtype.kind, f"values of dtype {array.dtype}")
-        advice = _advice(given)
-        if given == "objects" and array.size:
-            types = dict.fromkeys(type(entry).__name__ for entry in array.ravel())
-            given = "strings" if [*types] == ["str"] else f"objects ({first_few([*types], 5)})"
-            advice = _advice_on_objects(array)
-        raise ValueError(f"{label} must hold real numbers; got {given}; {advice}")
+        raise _not_real(array, label)
     if array.dtype == np.float16:
         return array.astype(np.float32)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -416,6 +413,37 @@ def _real(array: NDArray, label: str) -> NDArray:
             "torch.set_flush_denormal(True)"
         )
     return array
+
+
+def _not_real(array: NDArray, label: str) -> ValueError:
+    """What is said of an array of another dtype; of a table of text or objects, of its column."""
+    kind, such = array.dtype.kind, ""
+    if array.ndim == 2 and kind in "OUS":
+        column, entry = _first_no_number(array)
+        if column is not None:
+            array, label, such = array[:, column], f"column {column} of {label}", f" ({entry!r})"
+    what = {"c": "complex numbers", "U": "strings", "S": "strings", "O": "objects"}
+    given = what.get(kind, f"values of dtype {array.dtype}")
+    advice = _advice(given)
+    if given == "objects" and array.size:
+        types = dict.fromkeys(type(entry).__name__ for entry in array.ravel())
+        given = "strings" if [*types] == ["str"] else f"objects ({first_few([*types], 5)})"
+        advice = _advice_on_objects(array)
+    if given == "strings" and not such and _first_no_number(array)[0] is None:
+        large = any(abs(float(entry)) > MAX_INTEGER for entry in array.ravel().tolist())
+        advice = f"convert them first, with astype({'int64' if large else 'float'})"
+    return ValueError(f"{label} must hold real numbers; got {given}{such}; {advice}")
+
+
+def _first_no_number(array: NDArray) -> tuple[int | None, Any]:
+    """The first column with an entry that is neither a number nor text of one, and the entry."""
+    for k, column in enumerate(array.reshape(len(array), -1).T):
+        for entry in column.tolist():
+            try:
+                float(0 if _is_missing(entry) else entry)
+            except (TypeError, ValueError):
+                return k, entry
+    return None, None
 
 
 def _has_subnormals(array: NDArray) -> bool:

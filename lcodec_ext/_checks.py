@@ -77,6 +77,16 @@ def check_positive(value: object, name: str) -> float:
     return number
 
 
+def check_probability(value: object, name: str) -> float:
+    """value as a float, if it is a real number between 0 and 1, both excluded."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number between 0 and 1; got {_describe(value)}")
+    number = float(value)
+    if not 0 < number < 1:
+        raise ValueError(f"{name} must be a number between 0 and 1; got {number!r}")
+    return number
+
+
 def check_seed(seed: object, name: str = "seed", *, optional: bool = True) -> int | None:
     """A seed in [0, 2**64), or None where that is allowed."""
     if seed is None and optional:

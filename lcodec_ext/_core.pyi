@@ -1,6 +1,6 @@
 """Types of the compiled module (csrc/bindings); its submodules are written as classes here."""
 
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,11 @@ class dependence:
         level: str,
         threads: int,
     ) -> tuple[_I64, _I64, _I64]: ...
+    # The fields of backends.path_sums.PathSums of all x, and of RankSums of all y.
+    @staticmethod
+    def chatterjee(
+        x: NDArray[np.float64], y: NDArray[np.float64], ties: int, seed: int, threads: int
+    ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]] | None: ...
     # With LCODEC_INSTRUMENTS.
     @staticmethod
     def saturate(level: str, rounds: int) -> int: ...

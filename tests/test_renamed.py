@@ -26,7 +26,11 @@ WITHDRAWN = {
         "nearest": "a step inside the reference engine",
         "tied_neighbors": "a step inside the reference engine",
     },
-    "lcodec_ext.reference.xi": {"ranks": "a step inside the reference sums"},
+    "lcodec_ext.reference.xi": {
+        "ranks": "a step inside the reference sums",
+        "path_length": "backends deliver all sums of xi at once: HostBackend.xi_sums",
+        "null_variance": "the same, with RankSums.limit_variance",
+    },
     "lcodec_ext.unlearning.activations": {"activation_units": "find_calls has what it told"},
     "lcodec_ext.unlearning.selection": {
         "rank_by_score": "a rule ranks its own units",

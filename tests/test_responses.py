@@ -177,8 +177,11 @@ def test_the_order_of_responses_counts_unless_it_is_averaged(rng):
     assert averaged[0] == pytest.approx(averaged[1], abs=1e-12)
     with pytest.raises(ValueError, match="all orders of the columns of y, 5 at most; got 6"):
         codec(np.hstack([Y, Y]), X, y_order="average")
-    with pytest.raises(ValueError, match="y_order must be one of 'given', 'average'; got 'all'"):
-        codec(Y, X, y_order="all")
+    for order in ("all", None):
+        with pytest.raises(ValueError, match="y_order must be one of 'given', 'average'; got"):
+            codec(Y, X, y_order=order)
+        with pytest.raises(ValueError, match="y_order must be one of 'given', 'average'; got"):
+            foci(X, Y, y_order=order)
 
 
 def test_frames_lists_tensors_and_integers_of_responses(rng):

@@ -271,6 +271,40 @@ def test_columns_that_are_not_numbers_are_named(what):
             call()
 
 
+def text_columns():
+    """Tables of no columns with text among numbers, by their kind."""
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    mixed = np.column_stack([x.astype(object), ["red", "blue"] * 20])
+    return {"objects": mixed, "lists": mixed.tolist(), "strings": mixed.astype(str)}
+
+
+@pytest.mark.parametrize("kind", text_columns())
+def test_text_among_numbers_is_told_by_its_column(kind):
+    table, y = text_columns()[kind], np.arange(40.0)
+    for call in (
+        lambda: FOCISelector().fit(table, y),
+        lambda: foci(table, y),
+        lambda: lcodec_ext.codec(y, table),
+        lambda: lcodec_ext.nearest_neighbors(table),
+    ):
+        with pytest.raises(ValueError, match=r"column 2 of [Xz] .*strings \('red'\); encode categ"):
+            call()
+    table = [[*row[:2], float(k)] for k, row in enumerate(text_columns()["lists"])]
+    table[7][1] = "n/a"
+    match = r"column 1 of X must hold .*objects \(float, str\) \('n/a'\); put NaN for text that"
+    for call in (lambda: FOCISelector().fit(table, y), lambda: foci(table, y)):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+@pytest.mark.parametrize(("value", "kind"), [(1.5, "float"), (2**60 + 1, "int64")])
+def test_text_of_numbers_is_to_be_converted(value, kind):
+    table = np.full((40, 2), str(value))
+    for given in (table, table.astype(object), table.tolist()):
+        with pytest.raises(ValueError, match=f"got strings; convert them .* astype.{kind}.$"):
+            foci(given, np.arange(40.0))
+
+
 class LazyFrame:
     """As polars has it, without data."""
 

@@ -170,6 +170,29 @@ def test_memory_is_planned():
     assert plan.bytes / 2 < peak <= plan.bytes
 
 
+@pytest.mark.parametrize("power", [1.0, 1.6, 3.0, 6.0])
+@pytest.mark.parametrize("wanted", [1.3, 3.0, 20.0, 300.0])
+def test_a_step_that_a_small_space_keeps_short_is_lengthened_until_control_groups_arrive(
+    monkeypatch, power, wanted
+):
+    """Losses that rise by any power of the length reach the target within the tries there are."""
+    trial = object.__new__(calibrating._Trial)
+    trial.trained, trial.before, trial.target = 0.1, (0.1,) * 4, 0.6
+    tried = []
+
+    def attempt(damping, length):
+        tried.append(length)
+        level = 0.1 + 0.5 * (length / wanted) ** power
+        objection = "" if level <= 0.6 else "control"
+        return calibrating._Tried(damping, (level,) * 4, 0.0, 0.0, objection, length)
+
+    monkeypatch.setattr(trial, "_try", attempt)
+    found, reason = trial._lengthened(attempt(0.01, 1.0), "residual")
+    assert 0.9 * trial.target <= trial.level(found.control)[0] <= trial.target
+    assert reason in ("control", "residual")
+    assert len(tried) <= 1 + calibrating._LENGTHS
+
+
 # ---------------------------------------------------------------------------------------------
 # Networks
 

@@ -1,6 +1,8 @@
 """Models that are hard to copy, that hold odd state, or that differ in training mode."""
 
+import contextlib
 import copy
+import dataclasses
 import os
 import signal
 import sys
@@ -27,8 +29,8 @@ from lcodec_ext.curvature import (
     ParameterSelection,
     UnitSelection,
 )
+from lcodec_ext.evaluation import evaluate, methods
 from lcodec_ext.evaluation import literature as lit
-from lcodec_ext.evaluation import methods
 from lcodec_ext.evaluation.metrics import relearn_time
 from lcodec_ext.unlearning import TrainingStatistics, Unlearner, unlearn, verify_ledger
 
@@ -313,6 +315,60 @@ def test_a_loss_that_holds_the_model_is_refused():
     ):
         with pytest.raises(ValueError, match="the loss .weight_decay is .* parameter '0.weight'"):
             call()
+
+
+TRAINERS = {
+    **{name: getattr(methods, name) for name in ("fine_tune", "gradient_ascent", "neg_grad_plus")},
+    "lbfgs": methods.lbfgs,
+    **{name: getattr(lit, name) for name in ("scrub", "selective_dampening", "random_labels")},
+    **{name: getattr(lit, name) for name in ("salun", "cf_k", "eu_k", "l1_sparse")},
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("what", ["loss", "model"])
+def test_baselines_refuse_what_computes_with_the_original(name, what):
+    """Their copies would be trained on something that does not depend on them."""
+    model = perceptron() if what == "loss" else Listed()
+    weight = dict(model.named_parameters())["0.weight" if what == "loss" else "net.0.weight"]
+
+    def regularised(outputs, targets):
+        return cross_entropy(outputs, targets) + 0.1 * weight.square().sum()
+
+    loss_fn = regularised if what == "loss" else cross_entropy
+    with pytest.raises(ValueError, match=f"the {what} .*parameter '[a-z.]*[02].weight'"):
+        TRAINERS[name](model, *parts(*data()), loss_fn)
+
+
+@pytest.mark.parametrize("what", ["loss", "model"])
+@pytest.mark.parametrize("function", ["collect", "statistics", "pairs", "evaluate", "relearn_time"])
+def test_others_refuse_what_computes_with_the_original(function, what):
+    model = perceptron() if what == "loss" else Listed()
+    weight = dict(model.named_parameters())["0.weight" if what == "loss" else "net.0.weight"]
+    x, y = data()
+    selection = ParameterSelection({("0.bias" if what == "loss" else "net.0.bias"): [0, 1]})
+    state = {name: p.detach() for name, p in model.named_parameters()}
+
+    def regularised(outputs, targets):
+        return cross_entropy(outputs, targets) + 0.1 * weight.square().sum()
+
+    def kept():
+        collected = TrainingStatistics.collect(perceptron(), (x, y), cross_entropy)
+        return dataclasses.replace(collected, selection=ParameterSelection.of(model))
+
+    loss_fn = regularised if what == "loss" else cross_entropy
+    moved = {name: p + 0.1 for name, p in state.items()}
+    pairs = TrainingStatistics.from_epochs([(state, moved), (moved, state)], N)
+    few = (x[:M], y[:M])
+    call = {
+        "collect": lambda: TrainingStatistics.collect(model, (x, y), loss_fn, selection=selection),
+        "statistics": lambda: kept().operator(model, loss_fn, few, selection),
+        "pairs": lambda: pairs.operator(model, loss_fn, few, selection),
+        "evaluate": lambda: evaluate(model, few, (x, y), (x, y), loss_fn, methods=[]),
+        "relearn_time": lambda: relearn_time(model, (x, y), loss_fn, level=1.0),
+    }[function]
+    with pytest.raises(ValueError, match=f"the {what} .*parameter '[a-z.]*[02].weight'"):
+        call()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -777,23 +833,28 @@ def test_copies_in_two_threads_do_not_disturb_each_other():
         copy.deepcopy(second)  # as ever: only copies of ours take locks
 
 
+def passes_in_a_fork(check):
+    """Whether a forked child passes, and ends at all."""
+    child = os.fork()
+    if not child:
+        failed = 1
+        try:
+            signal.alarm(30)  # ends a deadlock
+            check()
+            failed = 0
+        finally:
+            os._exit(failed)
+    return os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.filterwarnings("ignore:This process")  # has threads, and forks: as it should here
 def test_a_fork_during_a_copy_can_copy():
     model = locked()
     thread = threading.Thread(target=copy_of, args=(model,))
     thread.start()
     model.slow.begun.wait(10)
-    child = os.fork()
-    if not child:
-        failed = 1
-        try:
-            signal.alarm(30)  # ends a deadlock
-            copy_of(locked())
-            failed = 0
-        finally:
-            os._exit(failed)
+    assert passes_in_a_fork(lambda: copy_of(locked()))
     thread.join()
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def compiles():
@@ -801,50 +862,48 @@ def compiles():
     return eval_frame._stance.stance == "default"
 
 
-def test_overlapping_calls_leave_torch_compile_as_it_was():
-    """Two calls that begin and end one after the other: the stance is the whole process's."""
+@contextlib.contextmanager
+def another_threads_call():
+    """A call of another thread, which goes on until the function that is given is called."""
     inside, done = threading.Event(), threading.Event()
 
-    def first():
+    def call():
         with plain_arithmetic():
             inside.set()
             done.wait(10)
 
-    thread = threading.Thread(target=first)
-    thread.start()
-    inside.wait(10)
-    with plain_arithmetic():
+    def end():
         done.set()
         thread.join()
-        assert not compiles()
-    assert compiles()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    inside.wait(10)
+    try:
+        yield end
+    finally:
+        end()
+
+
+def test_overlapping_calls_leave_torch_compile_as_it_was():
+    """Two calls that begin and end one after the other: the stance is the whole process's."""
+    with another_threads_call() as end:
+        with plain_arithmetic():
+            end()
+            assert not compiles()
+        assert compiles()
 
 
 @pytest.mark.filterwarnings("ignore:This process")
 def test_a_fork_amid_another_threads_call_compiles():
-    inside, done = threading.Event(), threading.Event()
-
-    def first():
+    def check():
+        assert compiles()
         with plain_arithmetic():
-            inside.set()
-            done.wait(10)
+            assert not compiles()
+        assert compiles()
 
-    thread = threading.Thread(target=first)
-    thread.start()
-    inside.wait(10)
-    child = os.fork()
-    if not child:
-        failed = 1
-        try:
-            assert compiles()
-            with plain_arithmetic():
-                assert not compiles()
-            failed = 0 if compiles() else 1
-        finally:
-            os._exit(failed)
-    done.set()
-    thread.join()
-    assert os.waitpid(child, 0)[1] == 0
+    with another_threads_call():
+        assert passes_in_a_fork(check)
 
 
 def test_older_torch(monkeypatch):

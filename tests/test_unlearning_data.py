@@ -14,12 +14,13 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    Sampler,
     Subset,
     TensorDataset,
     default_collate,
 )
 
-from lcodec_ext._torch import batches, samples
+from lcodec_ext._torch import batches
 from lcodec_ext.curvature import (
     FisherOperator,
     GaussNewtonOperator,
@@ -27,8 +28,9 @@ from lcodec_ext.curvature import (
     SecantOperator,
     UnitSelection,
 )
-from lcodec_ext.evaluation import metrics
-from lcodec_ext.unlearning import Unlearner, unlearn
+from lcodec_ext.evaluation import evaluate, evaluate_population, methods, metrics
+from lcodec_ext.evaluation.tune import tune
+from lcodec_ext.unlearning import TrainingStatistics, Unlearner, estimate, unlearn
 
 N, D = 60, 4
 OPTIONS = {"damping": 0.1, "max_drop": None, "calibrate": False}
@@ -91,6 +93,108 @@ def test_operators_notice_data_that_change(loaded):
     model, units = nn.Sequential(nn.Linear(D, 3), nn.Tanh()), UnitSelection({"0": [0]})
     with pytest.raises(ValueError, match="data must give the same batches each time it is read"):
         HessianOperator(model, cross_entropy, source, units, cache_bytes=0).to_dense()
+
+
+@pytest.mark.parametrize("late", [0, 3, 6])
+@pytest.mark.parametrize("form", ["callable", "list", "loader"])
+def test_operators_notice_any_batch_that_changes(late, form):
+    """One sample of one batch, whichever it is, and after however many readings."""
+    parts = [tuple(t[k : k + 8] for t in data()) for k in range(0, N, 8)]
+    source = {
+        "callable": lambda: iter(parts),
+        "list": parts,
+        "loader": DataLoader(parts, batch_size=None),
+    }[form]
+    model = nn.Sequential(nn.Linear(D, 3), nn.Tanh())
+    H = HessianOperator(model, cross_entropy, source, UnitSelection({"0": [0]}), cache_bytes=0)
+    vector = torch.ones(H.shape[0])
+    assert torch.equal(H @ vector, H @ vector)
+    parts[late][0][2] *= -1
+    with pytest.raises(ValueError, match=f"batch {late} has another content than before"):
+        H @ vector
+
+
+def test_checksums_tell_contents_apart():
+    x = torch.tensor([[1.0, math.nan], [0.0, 2.0]])
+    others = [x.T, x[:1], x.double(), x.bfloat16(), x.int(), x[0], x > 0, x.roll(1), x[0, 0]]
+    contents = [batches.content_of(each) for each in (x, *others)]
+    assert len(set(contents)) == len(contents)
+    assert batches.content_of(x.clone()) == contents[0]
+    sparse = torch.eye(3).to_sparse()
+    assert batches.content_of(sparse) == batches.content_of(sparse.clone())
+    assert batches.content_of(sparse) != batches.content_of(2 * sparse)
+
+
+IGNORED = [3, 7, 8, 9, 40]
+
+
+def summed(outputs, targets):
+    return cross_entropy(outputs, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator])
+@pytest.mark.parametrize("loss_fn", [cross_entropy, lambda z, y: cross_entropy(z, y)])
+def test_the_mean_over_valid_labels(kind, loss_fn):
+    """In batches with unequal shares of them it is refused; sums are exact, however batched."""
+    x, y = data()
+    valid = torch.ones(N, dtype=bool).index_fill(0, torch.tensor(IGNORED), False)
+    wanted = kind(make_model(), loss_fn, (x[valid], y[valid]), units := UnitSelection({"": [0, 1]}))
+    y = y.where(valid, -100)
+    whole = kind(make_model(), loss_fn, [(x, y)], units)
+    parts = [(x[k : k + 7], y[k : k + 7]) for k in range(0, N, 7)]
+    sums = kind(make_model(), summed, parts, units, reduction="sum") * (1 / int(valid.sum()))
+    for found in (whole, sums):
+        assert torch.allclose(found.to_dense(), wanted.to_dense(), atol=1e-6)
+    with pytest.raises(ValueError, match="ignores 3 of the 7 labels of a batch .* reduction='sum'"):
+        kind(make_model(), loss_fn, parts, units).to_dense()
+    equal = [(x[[k, k + 1, 3]], y[[k, k + 1, 3]]) for k in (0, 4, 10)]  # a third of each
+    kind(make_model(), loss_fn, equal, units).to_dense()
+
+
+class Tokens(nn.Module):
+    """The scores of 5 classes at each of 6 places."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.out = nn.Embedding(5, 4), nn.Linear(4, 5)
+
+    def forward(self, ids):
+        return self.out(self.table(ids))
+
+
+def over_tokens(outputs, targets, reduction="mean"):
+    return cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def test_the_mean_over_valid_tokens():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, (24, 6), generator=generator)
+    labels = ids.roll(-1, 1)
+    for k in range(24):
+        labels[k, : k % 5] = -100
+    units, valid = UnitSelection({"out": [0, 3]}), int((labels >= 0).sum())
+    parts = [(ids[k : k + 5], labels[k : k + 5]) for k in range(0, 24, 5)]
+
+    def sums(outputs, targets):
+        return over_tokens(outputs, targets, "sum")
+
+    wanted = HessianOperator(Tokens(), over_tokens, [(ids, labels)], units).to_dense()
+    found = HessianOperator(Tokens(), sums, parts, units, reduction="sum") * (1 / valid)
+    assert torch.allclose(found.to_dense(), wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="ignores 6 of the 24 labels of .*, and 10 of 30 in"):
+        HessianOperator(Tokens(), over_tokens, parts, units).to_dense()
+    match = "plain mean over the samples .* Take the mean over the labels of each sample first"
+    with pytest.raises(ValueError, match=match):
+        FisherOperator(Tokens(), over_tokens, parts, units).to_dense()
+    with pytest.raises(ValueError, match=match):
+        unlearn(Tokens(), *parts[:2], over_tokens, **OPTIONS)
+
+    def by_sample(outputs, targets):
+        each = cross_entropy(outputs.transpose(1, 2), targets, reduction="none")
+        return (each.sum(1) / (targets >= 0).sum(1)).mean()
+
+    unlearn(Tokens(), *parts[:2], by_sample, **OPTIONS)
 
 
 @pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator, FisherOperator])
@@ -231,8 +335,7 @@ class Sized(Stream):
 @pytest.fixture
 def impatient(monkeypatch):
     """Nobody waits for a million samples here."""
-    for module in (batches, samples):
-        monkeypatch.setattr(module, "ENDLESS", 500)
+    monkeypatch.setattr(batches, "ENDLESS", 500)
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -257,9 +360,82 @@ def test_data_without_an_end(impatient, loaded):
             call()
 
 
+class Batched:
+    """Batches that come one after the other, as many as it says and more."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        x, y = data()
+        return itertools.cycle([(x[:7], y[:7]), (x[7:14], y[7:14])])
+
+
+class BatchStream(Batched, IterableDataset):
+    pass
+
+
+class Again(Sampler):
+    """Draws samples, or lists of them, without an end."""
+
+    def __init__(self, drawn, length):
+        self.drawn, self.length = drawn, length
+
+    def __iter__(self):
+        return itertools.cycle(self.drawn)
+
+    def __len__(self):
+        return self.length
+
+
+@pytest.mark.parametrize(
+    ("source", "length"),
+    [
+        (Batched(5), 5),
+        (Batched(1), 1),
+        (DataLoader(BatchStream(4), batch_size=None), 4),
+        (DataLoader(rows(), 7, sampler=Again(range(N), N)), 9),
+        (DataLoader(rows(), batch_sampler=Again([[0, 1], [2]], 3)), 3),
+    ],
+)
+def test_batches_beyond_their_number(impatient, source, length):
+    """However a collection of batches says how many it has, nobody reads on after them."""
+    match = f"data gives more batches than its length, {length}"
+    for kind in (HessianOperator, GaussNewtonOperator, FisherOperator):
+        with pytest.raises(ValueError, match=match):
+            kind(make_model(), cross_entropy, source, UnitSelection({"": [0]})).to_dense()
+    if isinstance(getattr(source, "dataset", None), IterableDataset):
+        with pytest.raises(ValueError, match=match.replace("data", "retain")):
+            remove(tuple(t[:5] for t in data()), source)
+
+
+def test_batches_of_a_callable_without_an_end(impatient):
+    with pytest.raises(ValueError, match="data has no length and has not ended after 5,0"):
+        HessianOperator(
+            make_model(), cross_entropy, lambda: iter(Batched(5)), UnitSelection({"": [0]})
+        )
+
+
+def test_as_many_batches_as_there_are_said_to_be():
+    x, y = data()
+
+    class Sized(Batched):
+        def __iter__(self):
+            return iter([(x[k : k + 20], y[k : k + 20]) for k in range(0, N, 20)])
+
+    sources = [Sized(3), Sized(N), DataLoader(rows(), 20), (x, y)]
+    found = [
+        HessianOperator(make_model(), cross_entropy, each, UnitSelection({"": [0]})).to_dense()
+        for each in sources
+    ]
+    assert all(torch.allclose(each, found[-1], atol=1e-6) for each in found)
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_data_without_an_end_that_are_large(monkeypatch, loaded):
-    monkeypatch.setattr(samples, "ENDLESS_BYTES", 5000)
     monkeypatch.setattr(batches, "ENDLESS_BYTES", 5000)
     endless = DataLoader(Stream(), 7) if loaded else Stream()
     with pytest.raises(ValueError, match="not ended after [0-9]+ samples of .* GiB: give it"):
@@ -346,13 +522,75 @@ def test_samples_in_other_forms(form):
     assert torch.equal(*(each.to_dense() for each in operators))
 
 
+ADVICE = (
+    r"DataLoader\(data, collate_fn=lambda rows: default_collate\(\[\(x, y\) for x, y, \*_"
+    r".*\[\(row\['x'\], row\['y'\]\) for row in rows\]"
+)
+THREE = {
+    "numbered": lambda k, x, y: (x, y, k),
+    "named": lambda k, x, y: (x, y, f"id {k}"),
+    "of a class": lambda k, x, y: (x, y, object()),
+    "a dict": lambda k, x, y: {"x": x, "y": y},
+    "a dict with another key": lambda k, x, y: {"input": x, "labels": y, "id": k},
+}
+
+
+def three_entries(form, kind):
+    wrap = {"list": list, "duck": Duck, "loader": lambda each: DataLoader(each, 7)}[kind]
+    named = [THREE[form](k, x, y) for k, (x, y) in enumerate(rows())]
+    return wrap(named[:5]), wrap(named[5:]), wrap(named)
+
+
+@pytest.mark.parametrize("form", THREE)
+@pytest.mark.parametrize("kind", ["list", "duck", "loader"])
+@pytest.mark.parametrize("function", ["unlearn", "validation", "Unlearner", "estimate", "collect"])
+def test_deletions_say_how_to_wrap_samples_of_three_entries(form, kind, function):
+    few, most, every = three_entries(form, kind)
+    given = [tuple(t[a:b] for t in data()) for a, b in ((0, 5), (5, N))]
+    call = {
+        "unlearn": lambda: remove(few, most),
+        "validation": lambda: unlearn(
+            make_model(), *given, cross_entropy, validation=most, damping=0.1
+        ),
+        "Unlearner": lambda: Unlearner(make_model(), every, cross_entropy, **OPTIONS),
+        "estimate": lambda: estimate(make_model(), few, most, cross_entropy, **OPTIONS),
+        "collect": lambda: TrainingStatistics.collect(make_model(), every, cross_entropy),
+    }[function]
+    with pytest.raises((ValueError, TypeError), match=ADVICE):
+        call()
+
+
+@pytest.mark.parametrize("form", THREE)
+@pytest.mark.parametrize("kind", ["list", "duck", "loader"])
+@pytest.mark.parametrize(
+    "function", ["Hessian", "Fisher", "accuracy", "evaluate", "population", "tune", "fine_tune"]
+)
+def test_others_say_how_to_wrap_samples_of_three_entries(form, kind, function):
+    few, most, every = three_entries(form, kind)
+    units = UnitSelection({"": [0]})
+    call = {
+        "Hessian": lambda: HessianOperator(make_model(), cross_entropy, every, units),
+        "Fisher": lambda: FisherOperator(make_model(), cross_entropy, every, units).to_dense(),
+        "accuracy": lambda: metrics.accuracy(make_model(), every, cross_entropy),
+        "evaluate": lambda: evaluate(make_model(), few, most, most, cross_entropy, methods=[]),
+        "population": lambda: evaluate_population(
+            lambda data, seed: make_model(), ["fine-tune SGD"], every, [0, 1], most, cross_entropy
+        ),
+        "tune": lambda: tune(
+            lambda data, seed: make_model(), every, 3, cross_entropy, methods=["fine-tune SGD"]
+        ),
+        "fine_tune": lambda: methods.fine_tune(make_model(), few, most, cross_entropy, 0),
+    }[function]
+    listed = function in ("population", "tune") and kind == "loader"
+    advice = r"its dataset, of samples with more entries \[\(x, y\) for x, y, \*_ in data\]"
+    with pytest.raises((ValueError, TypeError), match=advice if listed else ADVICE):
+        call()
+
+
 @pytest.mark.parametrize("name", [int, "id {}".format])
 @pytest.mark.parametrize("form", [list, Duck])
-def test_samples_with_a_third_entry_are_told_how_to_be_wrapped(name, form):
+def test_samples_of_three_entries_are_wrapped_so(name, form):
     named = [(x, y, name(k)) for k, (x, y) in enumerate(rows())]
-    advice = r"DataLoader\(data, collate_fn=lambda rows: default_collate\(\[\(x, y\) for x, y, \*_"
-    with pytest.raises((ValueError, TypeError), match=advice):
-        remove(form(named[:5]), form(named[5:]))
     wrapped = [
         DataLoader(part, collate_fn=lambda rows: default_collate([(x, y) for x, y, *_ in rows]))
         for part in (form(named[:5]), form(named[5:]))
@@ -360,6 +598,34 @@ def test_samples_with_a_third_entry_are_told_how_to_be_wrapped(name, form):
     x, y = data()
     wanted = remove((x[:5], y[:5]), (x[5:], y[5:]))
     assert torch.equal(remove(*wrapped).model.weight, wanted.model.weight)
+    keyed = [
+        DataLoader(
+            [{"x": x, "y": y} for x, y in part],
+            collate_fn=lambda rows: default_collate([(row["x"], row["y"]) for row in rows]),
+        )
+        for part in (rows()[:5], rows()[5:])
+    ]
+    assert torch.equal(remove(*keyed).model.weight, wanted.model.weight)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_population_takes_samples_in_other_forms(form):
+    def train(part, seed):
+        fitted = make_model()
+        for x, y in zip(*part, strict=True) if len(part) == 2 else part:
+            x, y = torch.as_tensor(x), torch.as_tensor(y)
+            gradient = torch.autograd.grad(cross_entropy(fitted(x), y), [fitted.weight])[0]
+            with torch.no_grad():
+                fitted.weight -= 0.1 * gradient
+        return fitted
+
+    def score(given):
+        found = evaluate_population(
+            train, ["fine-tune SGD"], given, [3, 7, 50], data(), cross_entropy, n_models=4, draws=2
+        )
+        return [method["scores"] for method in found.to_dict()["methods"]]
+
+    assert score(FORMS[form](rows())) == score(data())
 
 
 class NoLength(Dataset):

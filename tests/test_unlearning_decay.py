@@ -18,8 +18,9 @@ from lcodec_ext.curvature import (
     SecantOperator,
     UnitSelection,
 )
-from lcodec_ext.evaluation import evaluate
+from lcodec_ext.evaluation import evaluate, evaluate_population, literature, methods
 from lcodec_ext.evaluation.methods import Baseline, fine_tune, lbfgs
+from lcodec_ext.evaluation.tune import tune
 from lcodec_ext.unlearning import (
     Settings,
     TrainingStatistics,
@@ -320,7 +321,9 @@ def test_what_cannot_be_a_weight_decay():
                 call(model, *parts(x, y), mse_loss, weight_decay=given)
         with pytest.raises(kind, match=message):
             HessianOperator(model, mse_loss, (x, y), UnitSelection.all(model), weight_decay=given)
-    with pytest.raises(TypeError, match="pass it to `unlearn`"):
+    with pytest.raises(
+        TypeError, match="to `unlearn`, `Unlearner` or `estimate` weight_decay=optimizer"
+    ):
         Settings.preset("recommended", weight_decay=groups(model, 0.5))
     options = {"update": "certified", "epsilon": 1.0, "delta": 1e-5, "lipschitz": 1.0}
     with pytest.raises(ValueError, match="one number for all parameters|strongly convex"):
@@ -404,3 +407,77 @@ def test_an_evaluation_takes_an_optimizer():
         weight_decay={"weight": 0.5},
     )
     torch.testing.assert_close(tuned.bias, models[1].bias, rtol=1e-3, atol=1e-3)
+
+
+RUNS = {
+    **{name: getattr(methods, name) for name in ("fine_tune", "gradient_ascent", "neg_grad_plus")},
+    "lbfgs": lbfgs,
+    **{name: getattr(literature, name) for name in ("scrub", "selective_dampening", "salun")},
+    **{name: getattr(literature, name) for name in ("random_labels", "bad_teacher", "cf_k")},
+    **{name: getattr(literature, name) for name in ("eu_k", "l1_sparse")},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_baselines_take_the_weight_decay_in_every_form(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = data()[0].float(), torch.arange(N) % 3
+    optimizer = groups(model, 0.5)
+    named = {"0.weight": 0.5, "2.weight": 0.5}
+    found = [
+        RUNS[name](model, *parts(x, y), cross_entropy, 1, weight_decay=each).state_dict()
+        for each in (optimizer, named, 0.0)
+    ]
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    changed = any(not torch.equal(found[0][key], found[2][key]) for key in found[0])
+    assert changed == (name != "selective_dampening")  # trains nothing
+    with pytest.raises(ValueError, match="'0.wieght', which the model does not have; is it '0.we"):
+        RUNS[name](model, *parts(x, y), cross_entropy, weight_decay={"0.wieght": 0.5})
+    other = groups(copy.deepcopy(model), 0.5)
+    with pytest.raises(ValueError, match="optimizer of other parameters than the model's"):
+        RUNS[name](model, *parts(x, y), cross_entropy, weight_decay=other)
+
+
+def test_methods_of_an_evaluation_have_optimizers_of_their_own():
+    x, y = data()
+    model = ridge(x, y, 0.5)
+    own = {"weight_decay": groups(model, 0.5)}
+    found = evaluate(
+        model,
+        *parts(x, y),
+        test=data(seed=5),
+        loss_fn=mse_loss,
+        retrained=[ridge(x[M:], y[M:], 0.5)],
+        methods={"lbfgs": Baseline(lbfgs, {"iterations": 40, **own}), "step": {**STEP, **own}},
+        weight_decay=groups(model, 0.5),
+    )
+    for each in found.methods[2:]:
+        used = found.settings["methods"][each.name]
+        assert used["weight_decay"] == {"weight": 0.5, "bias": 0.0}
+        assert each.metrics["gradient_norm"] < 1e-4
+
+
+def test_where_models_are_made_the_weight_decay_has_names():
+    x, y = data()
+
+    def train(part, seed):
+        return ridge(*part, 0.5)
+
+    decay = {"weight": 0.5}
+    named = evaluate_population(
+        train, ["L-BFGS"], (x, y), range(M), data(seed=5), mse_loss, n_models=4, draws=2,
+        weight_decay=decay,
+    )  # fmt: skip
+    assert named.settings["weight_decay"] == decay
+    tuned = tune(train, (x, y), M, mse_loss, methods=["L-BFGS"], n_settings=1, weight_decay=decay)
+    assert tuned.settings["weight_decay"] == decay
+    optimizer = groups(ridge(x, y, 0.5), 0.5)
+    for call in (
+        lambda: evaluate_population(
+            train, ["L-BFGS"], (x, y), [0], (x, y), mse_loss, weight_decay=optimizer
+        ),
+        lambda: tune(train, (x, y), M, mse_loss, weight_decay=optimizer),
+    ):
+        with pytest.raises(TypeError, match="its model is not known here: pass the numbers by"):
+            call()

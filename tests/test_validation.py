@@ -50,7 +50,11 @@ BAD_DATA = [
     ({"y": Y[np.newaxis]}, ValueError, r"y must be one column.*got shape \(1, 30\)"),
     ({"y": Y.astype(str)}, ValueError, "y has 30 classes on 30 rows; expected classes that repeat"),
     ({"y": ["a", None, 1.5] * 10}, ValueError, "y must hold real numbers; got objects .str, None"),
-    ({"X": X.astype(str)}, ValueError, "[Xz] must hold real numbers; got strings; encode"),
+    (
+        {"X": X.astype(str)},
+        ValueError,
+        "[Xz] must hold real numbers; got strings; convert them first, with astype.float",
+    ),
     ({"y": Y.astype(object)}, ValueError, "y must hold real numbers; got objects"),
     ({"X": X.astype(object)}, ValueError, "[Xz] must hold real numbers; got objects"),
     ({"X": X + 0j}, ValueError, "[Xz] must hold real numbers; got complex numbers"),

@@ -4,7 +4,9 @@ PYBIND11_MODULE(_core, m) {
   using namespace lcodec::bindings;
   m.doc() = "Compiled part of lcodec_ext. Private: use the functions of lcodec_ext itself.";
   register_build_info(m);
-  register_dependence(m.def_submodule("dependence"));
+  const auto dependence = m.def_submodule("dependence");
+  register_dependence(dependence);
+  register_chatterjee(dependence);
   register_curvature(m.def_submodule("curvature"));
 #ifdef LCODEC_HAVE_CUDA
   const auto cuda = m.def_submodule("cuda");

@@ -1,21 +1,35 @@
 """Batches of samples: their forms, and how they are cut and joined."""
 
-import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 SAMPLES = 128  # of one batch, where the package makes the batches
 
+_COMPARED = 32  # batches that must be the same ones whenever they are read
 _LABELS = ("labels", "label")
 _SHOWN = 4  # types in a message
+
+
+#: What to do with samples of other forms.
+SAMPLES_ARE = (
+    "A sample is a pair (input, target) of tensors, arrays or numbers, or a dict with 'labels'. Of "
+    "samples with more entries, such as (x, y, id), pass "
+    "DataLoader(data, collate_fn=lambda rows: default_collate([(x, y) for x, y, *_ in rows])); of "
+    "dicts [(row['x'], row['y']) for row in rows], with the keys that they have"
+)
+
+
+class InputsError(TypeError):
+    """The model does not take the inputs that the samples have."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,20 @@ class Batch:
         """The batch as the operators of `lcodec_ext.curvature` take it."""
         return (self.kwargs or self.args), self.targets
 
+    def outputs(self, model: nn.Module) -> Any:
+        """What a model returns; where it takes other inputs, say how to leave some out."""
+        try:
+            return model(*self.args, **self.kwargs)
+        except TypeError as error:
+            if len(self.args) + len(self.kwargs) < 2:
+                raise
+            inputs = (
+                f"the keywords {list(self.kwargs)}" if self.kwargs else f"{len(self.args)} inputs"
+            )
+            raise InputsError(
+                f"{error}. The model was called with {inputs}. {SAMPLES_ARE}"
+            ) from error
+
     @property
     def kinds(self) -> list[tuple[int, torch.dtype]]:
         """Dimensions and dtype of each tensor."""
@@ -78,20 +106,13 @@ class Batches:
         self._device, self._dtype = device, dtype
         self.cut_here = False
         self._given: list[tuple[Tensor, int]] = []
-        self._first: list[Tensor] = []  # of its first batch
+        self._seen: list[list[Content]] = []  # of the first batches, when they were read first
         self.generators: list[torch.Generator] = []
         self._read: Callable[[], Iterable[Any]]
-        stream = isinstance(getattr(data, "dataset", data), IterableDataset)
-        self._most: float = ENDLESS * (1 if stream else 10)
-        self._length = math.inf  # samples of a stream
-        if stream and getattr(data, "batch_sampler", data) is not None:
-            length = length_of(getattr(data, "dataset", data))
-            self._length = math.inf if length is None else length
-        elif not stream and length_of(data) is not None:
-            self._most = math.inf
+        self._length = Length.of(data)
         check_not_columns(data, "data")
         if isinstance(data, DataLoader):
-            self._read = lambda: data
+            self._read = lambda: _from_loader(data)
             self.generators = _generators(data)
         elif isinstance(data, Dataset) or is_dataset(data) or is_list_of_samples(data):
             self.cut_here = True
@@ -99,6 +120,7 @@ class Batches:
         elif is_batch(data):
             self.cut_here = True
             n = n_samples(data, "data")
+            self._length = Length(n)
             self._given = [(t, t._version) for t in tensors_of(data) if not t.is_inference()]
             self._read = lambda: (
                 part_of(data, n, slice(k, k + SAMPLES)) for k in range(0, n, SAMPLES)
@@ -127,38 +149,44 @@ class Batches:
             )
         begin = 0
         for number, batch in enumerate(self._read()):
+            self._length.check("data", begin, number)
             name = "data" if self.cut_here else f"batch {number} of data"
             if not is_one_batch(batch):
                 raise TypeError(
                     f"{name} must be a pair (inputs, targets) of tensors (torch.as_tensor makes "
-                    f"them of arrays) or a dict with 'labels'; got {described(batch)}"
+                    f"them of arrays) or a dict with 'labels'; got {described(batch)}. "
+                    f"{SAMPLES_ARE}"
                 )
             size = n_samples(batch, name)
-            if begin + size > self._length:
-                raise ValueError(f"data gives more samples than its length, {self._length:,}")
-            if self._length == math.inf and begin >= self._most:
-                raise ValueError(endless("data", begin))
-            moved = _moved(batch, self._device, self._dtype)
-            if number == 0 and not self._given:
-                self._check_first(moved)
-            made = as_batch(moved, size, name)
+            self._length.check("data", begin + size)
+            if number < _COMPARED and not self._given:
+                self._compare(batch, number)
+            made = as_batch(_moved(batch, self._device, self._dtype), size, name)
             yield replace(made, numbers=range(begin, begin + size))
             begin += size
 
-    def _check_first(self, batch: Any) -> None:
-        """Refuse a first batch that is another one than when it was read first."""
-        found = [t.clone() for t in tensors_of(batch)]  # a model may write to its inputs
-        self._first = self._first or found
-        if len(found) != len(self._first) or not all(map(_same, found, self._first)):
+    def _compare(self, batch: Any, number: int) -> None:
+        """Refuse a batch that is another one than when it was read first."""
+        found = [content_of(t) for t in tensors_of(batch)]
+        if number == len(self._seen):
+            self._seen.append(found)
+        elif found != self._seen[number]:
             raise ValueError(
-                "data must give the same batches each time it is read; the first batch has another "
+                f"data must give the same batches each time it is read; batch {number} has another "
                 "content than before. Give data without random augmentation, or read them once, "
                 "list(data)"
             )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+Content = tuple[torch.Size, torch.dtype, int]
+
+
+def content_of(tensor: Tensor) -> Content:
+    """Shape, dtype and a checksum of the entries."""
+    plain = tensor.detach().cpu()
+    plain = plain if plain.layout == torch.strided else plain.to_dense()
+    entries = plain.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.shape, tensor.dtype, zlib.crc32(entries.data)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -261,13 +289,48 @@ def length_of(data: Any) -> int | None:
         return None
 
 
-def endless(name: str, n: int, size: int = 0) -> str:
-    """What to do with data that do not end."""
-    after = f"{n:,} samples" + (f" of {size / 2**30:.2g} GiB" if size > ENDLESS_BYTES else "")
-    return (
-        f"{name} has no length and has not ended after {after}: give it a __len__, or pass "
-        "the samples that you mean, list(itertools.islice(data, n)) for instance"
-    )
+class Length(NamedTuple):
+    """How many samples, or batches, data say that they have; None where they do not say."""
+
+    samples: int | None = None
+    batches: int | None = None
+    most: int = 0  # samples after which nobody expects an end
+
+    @classmethod
+    def of(cls, data: Any) -> "Length":
+        """Of a stream of samples, of a DataLoader, or of an iterable of batches."""
+        source = getattr(data, "dataset", data) if isinstance(data, DataLoader) else data
+        if not isinstance(source, IterableDataset):
+            return cls(batches=length_of(data), most=10 * ENDLESS)
+        if isinstance(data, DataLoader) and data.batch_sampler is None:  # its batches are its own
+            return cls(batches=length_of(source), most=ENDLESS)
+        return cls(length_of(source), most=ENDLESS)
+
+    def check(self, name: str, samples: int, batches: int = 0, size: int = 0) -> None:
+        """Refuse what comes after the end, where there is one.
+
+        Parameters
+        ----------
+        name : str
+            Of the argument.
+        samples, batches : int
+            That were read; of batches, that another one follows.
+        size : int, default 0
+            Bytes that they take, if they are kept.
+        """
+        if self.samples is not None and samples > self.samples:
+            raise ValueError(f"{name} gives more samples than its length, {self.samples:,}")
+        if self.batches is not None and batches >= self.batches:
+            raise ValueError(f"{name} gives more batches than its length, {self.batches:,}")
+        if self.samples is not None or self.batches is not None:
+            return
+        if samples > self.most or size > ENDLESS_BYTES:
+            of = f" of {size / 2**30:.2g} GiB" if size > ENDLESS_BYTES else ""
+            raise ValueError(
+                f"{name} has no length and has not ended after {samples:,} samples{of}: give it a "
+                "__len__, or pass the samples that you mean, list(itertools.islice(data, n)) for "
+                "instance"
+            )
 
 
 def as_batch(batch: Any, size: int, name: str) -> Batch:
@@ -276,7 +339,9 @@ def as_batch(batch: Any, size: int, name: str) -> Batch:
         for key in _LABELS:
             if key in inputs:
                 return Batch((), inputs, inputs.pop(key), size)
-        raise ValueError(f"{name} must have 'labels' among its keys; got {list(inputs)}")
+        raise ValueError(
+            f"{name} must have 'labels' among its keys; got {list(inputs)}. {SAMPLES_ARE}"
+        )
     *args, targets = batch
     if len(args) == 1 and isinstance(args[0], Mapping):
         return Batch((), dict(args[0]), targets, size)
@@ -285,8 +350,42 @@ def as_batch(batch: Any, size: int, name: str) -> Batch:
     return Batch(tuple(args), {}, targets, size)
 
 
+def _from_loader(loader: Any) -> Iterator[Any]:
+    try:
+        yield from loader
+    except TypeError as error:
+        if default_collate.__name__ not in str(error):
+            raise
+        raise TypeError(
+            f"the samples of data do not make a batch: {error}. {SAMPLES_ARE}"
+        ) from error
+
+
 def _from_dataset(dataset: Any) -> Iterator[Any]:
-    return iter(DataLoader(dataset, SAMPLES, collate_fn=default_collate))
+    def collate(rows: list[Any]) -> Any:
+        return collated(rows, default_collate, "data", None)
+
+    return iter(DataLoader(dataset, SAMPLES, collate_fn=collate))
+
+
+def collated(
+    rows: list[Any], collate: Callable[[list[Any]], Any], name: str, first: int | None
+) -> Any:
+    """Some samples of a Dataset as a batch; the number of the first one is for messages."""
+    which = "a sample" if first is None else f"sample {first}"
+    try:
+        data = collate(rows)
+    except (TypeError, RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"the samples of {name} do not make a batch: {error}. {which.capitalize()} is "
+            f"{described(rows[0])}. {SAMPLES_ARE}"
+        ) from error
+    if not is_one_batch(data):
+        raise TypeError(
+            f"{name} must be a Dataset of pairs (input, target), or of dicts with 'labels'; "
+            f"{which} is {described(rows[0])}. {SAMPLES_ARE}"
+        )
+    return data
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:

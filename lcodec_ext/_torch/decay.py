@@ -19,8 +19,8 @@ def check_decay(value: Any, name: str = "weight_decay") -> float | dict[str, flo
     """A number >= 0, or numbers by parameter name."""
     if isinstance(value, torch.optim.Optimizer):
         raise TypeError(
-            f"{name} is an optimizer, and settings do not know its model: pass it to `unlearn`, "
-            "`Unlearner` or `estimate` as weight_decay, or the numbers by parameter name"
+            f"{name} is an optimizer, and its model is not known here: pass the numbers by "
+            "parameter name, or to `unlearn`, `Unlearner` or `estimate` weight_decay=optimizer"
         )
     if not isinstance(value, Mapping):
         return check_real(value, name, 0)

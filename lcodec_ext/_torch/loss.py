@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._torch.batches import Batch, map_tensors, part_of
+from lcodec_ext._torch.batches import Batch, InputsError, map_tensors, part_of, tensors_of
+from lcodec_ext._torch.copies import THE_LOSS, Watched, check_followed, work_copy
 from lcodec_ext._torch.decay import Decay, each_decay
 from lcodec_ext._torch.faults import check_labels, fault_of
-from lcodec_ext._torch.modes import evaluating
+from lcodec_ext._torch.modes import evaluating, twice_differentiable
 from lcodec_ext._torch.samples import Samples, outputs_of
 
 #: From outputs and targets of a batch to the loss of the batch.
@@ -97,6 +99,27 @@ def check_loss_fn(loss_fn: object) -> None:
             "loss_fn must be callable on outputs and targets; got an object of type "
             f"{type(loss_fn).__name__}"
         )
+
+
+def check_copy(model: nn.Module, samples: Samples, loss_fn: LossFunction) -> None:
+    """Refuse a model whose copies, or their loss, compute with its own parameters."""
+    watched: Watched = {}
+    work = work_copy(model, samples.dtype, watched)
+    batch = samples.fetch([0])
+    try:
+        with twice_differentiable(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those who use the model warn
+            outputs = outputs_of(work, batch)
+            found = [*tensors_of(outputs)]
+            loss = loss_in(samples.dtype, loss_fn)(
+                map_tensors(Tensor.detach, outputs), batch.targets
+            )
+    except InputsError:
+        raise
+    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError, KeyError):
+        return  # those who use the model tell
+    check_followed([t for t in found if t.requires_grad], watched, "the model")
+    check_followed([*tensors_of(loss)], watched, THE_LOSS)
 
 
 def loss_in(dtype: torch.dtype, loss_fn: LossFunction) -> LossFunction:
@@ -211,8 +234,15 @@ def check_reduction(
             f"loss_fn must be the plain {reduction} over the samples of a batch{why} "
             f"(reduction={reduction!r}, no class weights, no ignored targets, no mean over tokens "
             f"of samples of unequal length); on {n} samples it is {whole.item():.6g}, and the "
-            f"{reduction} of the losses of its parts is {of_parts.item():.6g}"
+            f"{reduction} of the losses of its parts is {of_parts.item():.6g}{_by_sample(of[1])}"
         )
+
+
+def _by_sample(targets: Any) -> str:
+    """What to do with samples of several labels each."""
+    several = isinstance(targets, Tensor) and targets.ndim > 1 and not targets.is_floating_point()
+    advice = ". Take the mean over the labels of each sample first, then the mean over the samples"
+    return advice if several else ""
 
 
 def check_parts(
@@ -331,6 +361,19 @@ def check_classes(
         return
     if isinstance(outputs, Tensor) and outputs.ndim == 2:
         check_labels(batch, outputs.shape[1], known.ignore_index, name, ignored=ignored)
+
+
+def ignored_labels(loss_fn: LossFunction, outputs: Any, targets: Any) -> tuple[int, int]:
+    """How many of a batch's labels a loss ignores, and of how many.
+
+    A loss that is not known is taken to ignore -100 where outputs are scores of classes.
+    """
+    known = known_loss(loss_fn)
+    labels = isinstance(targets, Tensor) and not targets.is_floating_point()
+    if not labels or not isinstance(outputs, Tensor) or outputs.numel() <= targets.numel():
+        return 0, 1
+    index = getattr(loss_fn, "ignore_index", -100) if known is None else known.ignore_index
+    return int((targets == index).sum()), targets.numel()
 
 
 def loss_of(

@@ -4,7 +4,7 @@ import hashlib
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,13 +25,13 @@ from torch.utils.data import (
 )
 
 from lcodec_ext._torch.batches import (
-    ENDLESS,
-    ENDLESS_BYTES,
     Batch,
+    InputsError,
+    Length,
     as_batch,
     check_not_columns,
+    collated,
     described,
-    endless,
     is_dataset,
     is_list_of_samples,
     is_one_batch,
@@ -49,13 +49,6 @@ Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
 _PROBE, _READINGS = 32, 3  # samples that are read so often, to see whether they change
 _FEWEST = 24  # readings of all of them together
-
-#: What to do with samples of other forms.
-SAMPLES_ARE = (
-    "A sample is a pair (input, target) of tensors, arrays or numbers, or a dict with 'labels'. Of "
-    "samples with more entries, such as (x, y, id), pass "
-    "DataLoader(data, collate_fn=lambda rows: default_collate([(x, y) for x, y, *_ in rows]))"
-)
 
 
 class Source(NamedTuple):
@@ -205,7 +198,7 @@ def _numbers(samples: Samples) -> NDArray[np.int64]:
 
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
     """Call a model on a batch; of the outputs of transformers, the logits."""
-    outputs = model(*batch.args, **batch.kwargs)
+    outputs = batch.outputs(model)
     return getattr(outputs, "logits", outputs)
 
 
@@ -231,6 +224,8 @@ def outputs_in_training(model: nn.Module, batch: Batch) -> Any:
             with undisturbed(model):
                 _MAIN[model] = _main_output(model, batch)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            if isinstance(error, InputsError):
+                raise
             if isinstance(error, NotTrainedError | torch.cuda.OutOfMemoryError):
                 raise
             raise NotTrainedError(
@@ -386,7 +381,7 @@ def _from_dataset(
     dtype: torch.dtype,
 ) -> Samples:
     if isinstance(dataset, IterableDataset):
-        dataset = list(_ending(dataset, length_of(dataset), name))
+        dataset = list(_ending(dataset, name))
     n = length_of(dataset)
     if n is None:
         raise TypeError(
@@ -398,18 +393,7 @@ def _from_dataset(
 
     def fetch(some: list[int]) -> Any:
         rows = [_row(dataset, i, name) for i in some]
-        try:
-            data = collate(rows)
-        except (TypeError, RuntimeError, ValueError, KeyError, IndexError) as error:
-            raise ValueError(
-                f"the samples of {name} do not make a batch: {error}. Sample {some[0]} is "
-                f"{described(rows[0])}. {SAMPLES_ARE}"
-            ) from error
-        if not is_one_batch(data):
-            raise TypeError(
-                f"{name} must be a Dataset of pairs (input, target), or of dicts with 'labels'; "
-                f"sample {some[0]} is {described(rows[0])}. {SAMPLES_ARE}"
-            )
+        data = collated(rows, collate, name, some[0])
         _check(data, name, len(some))
         check_finite(tensors_of(data), some, name, whole=False)
         return data
@@ -430,16 +414,16 @@ def _row(dataset: Any, i: int, name: str) -> Any:
         ) from error
 
 
-def _ending(rows: Iterable[Any], length: int | None, name: str) -> Iterator[Any]:
-    """Samples as they come; refuse more than the length, and without one what will not end."""
-    size = 0
-    for k, row in enumerate(rows):
-        if length is not None and k >= length:
-            raise ValueError(f"{name} gives more samples than its length, {length:,}")
-        size += _nbytes(row)
-        if length is None and (k >= ENDLESS or size > ENDLESS_BYTES):
-            raise ValueError(endless(name, k, size))
-        yield row
+def _ending(data: Any, name: str) -> Iterator[Any]:
+    """The samples of a stream, or of a DataLoader over one, as they come, to be kept."""
+    length, loaded = Length.of(data), isinstance(data, DataLoader)
+    samples = size = 0
+    for number, each in enumerate(data):
+        length.check(name, samples, number)
+        n = n_samples(each, name) if loaded else 1
+        samples, size = samples + n, size + _nbytes(each)
+        length.check(name, samples, size=size)
+        yield from (part_of(each, n, slice(k, k + 1)) for k in range(n)) if loaded else (each,)
 
 
 def _nbytes(tree: Any) -> int:
@@ -448,12 +432,6 @@ def _nbytes(tree: Any) -> int:
     if isinstance(tree, tuple | list):
         return sum(map(_nbytes, tree))
     return int(getattr(tree, "nbytes", 0)) or sys.getsizeof(tree)
-
-
-def _singles(loader: Any, name: str) -> Iterator[Any]:
-    for batch in loader:
-        n = n_samples(batch, name)
-        yield from (part_of(batch, n, slice(k, k + 1)) for k in range(n))
 
 
 def _check_repeatable(
@@ -505,9 +483,7 @@ def _is_resident(dataset: Any) -> bool:
 def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtype) -> Samples:
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
-        # Without batch_size the loader's batches are the stream's own, and may be its length.
-        length = None if loader.batch_sampler is None else length_of(dataset)
-        rows = list(_ending(_singles(loader, name), length, name))
+        rows = list(_ending(loader, name))
         if not rows:
             raise ValueError(f"{name} is empty")
 

@@ -17,6 +17,7 @@ from lcodec_ext._torch.loss import (
     check_loss_fn,
     check_reduction,
     differ_in_shape,
+    ignored_labels,
     loss_in,
     loss_in_parts,
     loss_of,
@@ -101,6 +102,7 @@ class Objective:
         self._random = _OwnRandom(self.masked.device, self.batches.generators)
         self._sizes: list[int] = []
         self._reduction_checked = False
+        self._ignored: tuple[int, int] | None = None
         self._first: tuple[Any, Batch] | None = None
         self._plain: dict[tuple[int, int], bool] = {}
         #: Whether the gradients of a piece of a batch have factors, by batch and first sample.
@@ -203,6 +205,7 @@ class Objective:
             self._check_reduction(outputs, batch)
             self._reduction_checked = True
         if not self.batches.cut_here:
+            self._check_ignored(outputs, batch)
             return
         why = f"since data is cut into batches of {SAMPLES}; or pass batches of your own"
         outputs = map_tensors(Tensor.detach, outputs)
@@ -216,6 +219,20 @@ class Objective:
         both, targets = joined([(outputs, batch.targets), (some, of.targets)], sizes)
         numbers = [*batch.numbers, *of.numbers]
         self.check_plain(both, Batch((), {}, targets, sum(sizes), numbers), batch.size, why)
+
+    def _check_ignored(self, outputs: Any, batch: Batch) -> None:
+        """Refuse a mean over valid labels whose batches have unequal shares of them."""
+        if self.reduction == "sum":
+            return
+        ignored, labels = ignored_labels(self.loss_fn, outputs, batch.targets)
+        self._ignored = before, of = self._ignored or (ignored, labels)
+        if ignored * of != before * labels:
+            raise ValueError(
+                f"loss_fn ignores {ignored:,} of the {labels:,} labels of a batch of data, and "
+                f"{before:,} of {of:,} in the first one: batches count by their samples, which is "
+                "not the mean over the valid labels. Pass reduction='sum' with a loss that sums, "
+                "and multiply the operator with 1 / (number of valid labels)"
+            )
 
     def _check_reduction(self, outputs: Any, batch: Batch) -> None:
         """Refuse a loss that is a sum where a mean was said to be one, and the other way round."""

@@ -7,12 +7,14 @@ from lcodec_ext.dependence.neighbors import nearest_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.stability import StabilityResult, stability
 from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
+from lcodec_ext.dependence.xi_matrix import XiMatrix, xi_matrix
 
 __all__ = [
     "DependenceGraph",
     "FociResult",
     "NoiseScale",
     "StabilityResult",
+    "XiMatrix",
     "XiTestResult",
     "check_noise",
     "codec",
@@ -25,5 +27,6 @@ __all__ = [
     "stability",
     "with_noise",
     "xi",
+    "xi_matrix",
     "xi_test",
 ]

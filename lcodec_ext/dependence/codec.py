@@ -13,6 +13,7 @@ from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import check_distances, constant_columns, warn_underflow
 from lcodec_ext.dependence.table import (
+    Y_ORDERS,
     Features,
     Target,
     as_features,
@@ -126,6 +127,7 @@ def codec(
     """
     chosen = resolve(backend, y=y, z=z, x=x)
     check_neighbors(n_neighbors, ties)
+    check_choice(y_order, "y_order", Y_ORDERS)
     given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals, y_order)
     columns = given.lay_out(chosen)
     return _coefficient(chosen, columns, given.y, given, ties, seed, n_neighbors)

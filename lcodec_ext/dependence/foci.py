@@ -34,6 +34,7 @@ from lcodec_ext.dependence.scaling import (
     warn_underflow,
 )
 from lcodec_ext.dependence.table import (
+    Y_ORDERS,
     Rows,
     as_features,
     as_response,
@@ -225,6 +226,7 @@ def foci(
     """
     chosen = resolve(backend, X=X, y=y)
     check_seed(seed)
+    check_choice(y_order, "y_order", Y_ORDERS)
     task = _Task(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
         progress, decimals, n_neighbors, y_order,

@@ -137,15 +137,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         for k, name in enumerate("Xy"):
             if np.ma.is_masked(given[k]):  # scikit-learn would take what is below the mask
                 given[k] = as_array(given[k], name)[0]
-        with np.errstate(all="ignore"):  # its sums may overflow
-            X, y = validate_data(
-                self,
-                *given,
-                dtype=(np.float64, np.float32),
-                y_numeric=True,
-                ensure_all_finite=False,  # foci names the column
-                ensure_min_samples=3,
-            )
+        X, y = self._validated(*given)
         refuse_converted(given[0], X, "X")
         refuse_converted(given[1], y, "y")
         likely = _looks_nominal(given[1], y) if found is None else found[1]
@@ -174,6 +166,25 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         self.support_ = np.zeros(self.n_features_in_, dtype=bool)
         self.support_[self.ordering_] = True
         return self
+
+    def _validated(self, X: Any, y: Any) -> tuple[NDArray, NDArray]:
+        """X and y as scikit-learn takes them; text in X is told by its column."""
+        try:
+            with np.errstate(all="ignore"):  # its sums may overflow
+                checked: tuple[NDArray, NDArray] = validate_data(
+                    self,
+                    X,
+                    y,
+                    dtype=(np.float64, np.float32),
+                    y_numeric=True,
+                    ensure_all_finite=False,  # foci names the column
+                    ensure_min_samples=3,
+                )
+        except ValueError as error:
+            if "could not convert" in str(error):
+                as_array(X, "X", tensors=False)
+            raise
+        return checked
 
     def _get_support_mask(self) -> NDArray[np.bool_]:
         check_is_fitted(self)

@@ -22,6 +22,7 @@ from lcodec_ext._arrays import (
 )
 from lcodec_ext._checks import check_choice, check_integer, counted, first_few
 
+Y_ORDERS = ("given", "average")
 MOST_AVERAGED = 5  # columns of y, whose 120 orders are averaged
 MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up to here
 
@@ -134,8 +135,6 @@ def as_target(
     Strings and unordered categories are classes without an order; ordered categories become
     their codes. With decimals, columns that are in distances are counts of 10**-decimals.
     """
-    if y_order is not None:
-        check_choice(y_order, "y_order", ("given", "average"))
     if isinstance(y, list | tuple):
         y = listed(y, "y")
     if (codes := class_codes(y)) is not None:

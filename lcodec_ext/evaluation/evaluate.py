@@ -16,7 +16,7 @@ from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool, check_integer, check_seed, counted
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import decay_of
-from lcodec_ext._torch.loss import LossFunction, check_loss_fn
+from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
@@ -410,6 +410,7 @@ def evaluate(
         as_samples(each, name, device, dtype)
         for each, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
     )
+    check_copy(model, retained, loss_fn)
     sets = Sets(removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed)
     n_retrained = n_retrain if callable(retrained) else len(retrained)
     settings: dict[str, Any] = {

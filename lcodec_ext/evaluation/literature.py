@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.copies import copy_of
-from lcodec_ext._torch.decay import Decay
 from lcodec_ext._torch.loss import LossFunction, mean_gradient, trainable
-from lcodec_ext._torch.modes import evaluating, place, plain_arithmetic, seeded
+from lcodec_ext._torch.modes import evaluating, plain_arithmetic, seeded
 from lcodec_ext._torch.predict import log_probabilities_of
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_in_training, outputs_of
+from lcodec_ext._torch.samples import Samples, outputs_in_training, outputs_of
 from lcodec_ext.evaluation.training import (
     adam,
     batch_loss,
     both_sets,
-    check_budget,
     check_part,
+    checked_budget,
     descend,
     epochs_of,
     finished,
+    retained_set,
     sgd,
     start_again,
     take_step,
@@ -50,7 +50,7 @@ def scrub(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     alpha: float = 0.5,
     gamma: float = 1.0,
     ascents: int = 2,
@@ -89,8 +89,8 @@ def scrub(
     check_integer(ascents, "ascents", 0)
     if not check_real(temperature, "temperature", 0) > 0:
         raise ValueError("temperature must be above 0; got 0")
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    removed, retained = both_sets(model, forget, retain)
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain, loss_fn)
     teacher, student = trained_copy(model, training=False), trained_copy(model, training=True)
     steps = adam(student, learning_rate, weight_decay)
 
@@ -118,7 +118,7 @@ def selective_dampening(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     alpha: float = 10.0,
     dampening: float = 1.0,
     n_samples: int | None = 2000,
@@ -135,7 +135,7 @@ def selective_dampening(
         As `fine_tune` takes them.
     seed : int, default 0
         Of the choice of n_samples.
-    weight_decay : float, default 0.0
+    weight_decay : float, Optimizer or mapping of str to float, default 0.0
         Not used: importances are of the loss.
     alpha : float, default 10.0
     dampening : float, default 1.0
@@ -150,8 +150,8 @@ def selective_dampening(
     """
     check_real(alpha, "alpha", 0)
     check_real(dampening, "dampening", 0)
-    check_budget(seed, 0, 1, weight_decay)
-    removed, retained = both_sets(model, forget, retain)
+    checked_budget(model, seed, 0, 1, weight_decay)
+    removed, retained = both_sets(model, forget, retain, loss_fn)
     n_retain, m = len(retained), len(removed)
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < n_retain:
         retained = retained.subset(random_samples(n_retain, n_samples, seed)).loaded()
@@ -190,7 +190,7 @@ def random_labels(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     learning_rate: float = 0.01,
     epochs: int = 5,
     batch_size: int = 128,
@@ -210,11 +210,11 @@ def random_labels(
     L. Graves, V. Nagisetty and V. Ganesh, "Amnesiac Machine Learning", AAAI 2021. A. Golatkar, A.
     Achille and S. Soatto, "Eternal Sunshine of the Spotless Net", CVPR 2020.
     """
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
     tuned = trained_copy(model, training=True)
     steps = sgd(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
-        parts = both_sets(model, forget, retain)
+        parts = both_sets(model, forget, retain, loss_fn)
         descend(tuned, steps, _relabelled(tuned, *parts, epochs, batch_size, seed), loss_fn)
     return finished(tuned, model)
 
@@ -227,7 +227,7 @@ def salun(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     share: float = 0.5,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -250,8 +250,8 @@ def salun(
     Gradient-Based Weight Saliency in Both Image Classification and Generation", ICLR 2024.
     """
     check_part(share, "share")
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    removed, retained = both_sets(model, forget, retain)
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain, loss_fn)
     tuned = copy_of(model)
     weights = trainable(tuned)
     with evaluating(tuned), torch.enable_grad():
@@ -303,7 +303,7 @@ def bad_teacher(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     retain_share: float = 0.3,
     learning_rate: float = 1e-4,
     epochs: int = 1,
@@ -330,8 +330,8 @@ def bad_teacher(
     Forgetting? Unlearning in Deep Networks Using an Incompetent Teacher", AAAI 2023.
     """
     check_part(retain_share, "retain_share")
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    removed, retained = both_sets(model, forget, retain)
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain, None)
     few = max(1, round(retain_share * len(retained)))
     kept = retained.subset(random_samples(len(retained), few, seed))
     both = Samples.joined([kept, removed])
@@ -361,7 +361,7 @@ def cf_k(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     layers: int = 1,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -397,7 +397,7 @@ def eu_k(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     layers: int = 1,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -418,7 +418,7 @@ def _last_layers(
     retain: Any,
     loss_fn: LossFunction,
     seed: int,
-    weight_decay: Decay,
+    weight_decay: Any,
     layers: int,
     learning_rate: float,
     epochs: int,
@@ -426,8 +426,8 @@ def _last_layers(
     restart: bool,
 ) -> nn.Module:
     check_integer(layers, "layers", 1)
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    samples = as_samples(retain, "retain", *place(model))
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
+    samples = retained_set(model, retain, loss_fn)
     tuned = trained_copy(model, training=False)
     trainable(tuned)  # at least one parameter is
     own = [
@@ -461,7 +461,7 @@ def l1_sparse(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     gamma: float = 5e-4,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -484,8 +484,8 @@ def l1_sparse(
     Simplify Machine Unlearning", NeurIPS 2023.
     """
     check_real(gamma, "gamma", 0)
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    samples = as_samples(retain, "retain", *place(model))
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
+    samples = retained_set(model, retain, loss_fn)
     tuned = trained_copy(model, training=True)
     weights = trainable(tuned)
     steps = sgd(tuned, learning_rate, weight_decay)

@@ -19,7 +19,7 @@ from torch import nn
 from lcodec_ext._checks import check_choice, check_integer, check_real
 from lcodec_ext._files import json_ready
 from lcodec_ext._torch.copies import copy_of
-from lcodec_ext._torch.decay import Decay, groups_of, penalty
+from lcodec_ext._torch.decay import groups_of, penalty, with_decay
 from lcodec_ext._torch.loss import (
     LossFunction,
     is_much_worse,
@@ -28,8 +28,7 @@ from lcodec_ext._torch.loss import (
     objective,
     trainable,
 )
-from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic, seeded
-from lcodec_ext._torch.samples import as_samples
+from lcodec_ext._torch.modes import clock, evaluating, plain_arithmetic, seeded
 from lcodec_ext.evaluation.literature import (
     bad_teacher,
     cf_k,
@@ -44,10 +43,11 @@ from lcodec_ext.evaluation.training import (
     adam,
     batch_loss,
     both_sets,
-    check_budget,
+    checked_budget,
     descend,
     epochs_of,
     finished,
+    retained_set,
     sgd,
     take_step,
     trained_copy,
@@ -88,7 +88,7 @@ def fine_tune(
     seed: int = 0,
     *,
     optimizer: Literal["sgd", "adam"] = "sgd",
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     learning_rate: float | None = None,
     epochs: int = 5,
     batch_size: int = 128,
@@ -107,8 +107,9 @@ def fine_tune(
         Of the order of the samples, and of dropout.
     optimizer : {"sgd", "adam"}, default "sgd"
         SGD has momentum 0.9.
-    weight_decay : float or mapping of str to float, default 0.0
-        A mapping has it by parameter name, 0 for the others.
+    weight_decay : float, Optimizer or mapping of str to float, default 0.0
+        An optimizer of the model's parameters has it by groups, a mapping by parameter name (0 for
+        the others).
     learning_rate : float, optional
         By default 0.01 (SGD) or 0.001 (Adam), usual ones for the end of a training.
     epochs : int, default 5
@@ -119,8 +120,8 @@ def fine_tune(
     check_choice(optimizer, "optimizer", ("sgd", "adam"))
     if learning_rate is None:
         learning_rate = 0.01 if optimizer == "sgd" else 0.001
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    samples = as_samples(retain, "retain", *place(model))
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
+    samples = retained_set(model, retain, loss_fn)
     tuned = trained_copy(model, training=True)
     steps = (sgd if optimizer == "sgd" else adam)(tuned, learning_rate, weight_decay)
     with seeded(seed), torch.enable_grad():
@@ -136,7 +137,7 @@ def gradient_ascent(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     learning_rate: float = 0.01,
     epochs: int = 20,
     batch_size: int = 128,
@@ -151,15 +152,15 @@ def gradient_ascent(
     ----------
     model, forget, retain, loss_fn, seed
         As `fine_tune` takes them.
-    weight_decay : float, default 0.0
+    weight_decay : float, Optimizer or mapping of str to float, default 0.0
         It still shrinks the weights.
     learning_rate : float, default 0.01
     epochs : int, default 20
         Over the removed samples.
     batch_size : int, default 128
     """
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    removed, retained = both_sets(model, forget, retain)
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain, loss_fn)
     guard = retained.subset(random_samples(len(retained), min(_GUARD, len(retained)), seed))
     guard = guard.loaded()
     climber = copy_of(model)
@@ -187,7 +188,7 @@ def neg_grad_plus(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     retain_weight: float = 0.95,
     learning_rate: float = 0.01,
     epochs: int = 5,
@@ -216,8 +217,8 @@ def neg_grad_plus(
     """
     if not 0 <= check_real(retain_weight, "retain_weight", 0) <= 1:
         raise ValueError(f"retain_weight must be between 0 and 1; got {retain_weight}")
-    check_budget(seed, epochs, batch_size, weight_decay, learning_rate)
-    removed, retained = both_sets(model, forget, retain)
+    weight_decay = checked_budget(model, seed, epochs, batch_size, weight_decay, learning_rate)
+    removed, retained = both_sets(model, forget, retain, loss_fn)
     tuned = trained_copy(model, training=True)
     steps = sgd(tuned, learning_rate, weight_decay)
     per_epoch = max(1, len(retained) // batch_size)
@@ -238,7 +239,7 @@ def lbfgs(
     loss_fn: LossFunction,
     seed: int = 0,
     *,
-    weight_decay: Decay = 0.0,
+    weight_decay: Any = 0.0,
     iterations: int = 20,
     n_samples: int | None = None,
     batch_size: int = 256,
@@ -261,8 +262,8 @@ def lbfgs(
         Bounds the memory and changes nothing else.
     """
     check_integer(iterations, "iterations", 0)
-    check_budget(seed, 0, batch_size, weight_decay)
-    samples = as_samples(retain, "retain", *place(model))
+    weight_decay = checked_budget(model, seed, 0, batch_size, weight_decay)
+    samples = retained_set(model, retain, loss_fn)
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < len(samples):
         samples = samples.subset(random_samples(len(samples), n_samples, seed)).loaded()
     tuned = copy_of(model)
@@ -371,6 +372,8 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
     if options.pop("inplace", False):
         raise ValueError(f"method {name!r} must not have inplace=True: others need the model")
     preset = options.pop("preset", "recommended")
+    if isinstance(options.get("weight_decay"), torch.optim.Optimizer):
+        options.pop("weight_decay")  # the model is needed to read it
     try:
         if isinstance(preset, Settings):
             dataclasses.replace(preset, **options)
@@ -433,11 +436,13 @@ def carry_out(
         with seeded(seed):
             if isinstance(method, Baseline):
                 options = {"weight_decay": defaults["weight_decay"], **method.options}
+                options = with_decay(options, model)
                 run = getattr(method.run, "func", method.run)  # of a partial
                 settings = {"baseline": getattr(run, "__name__", type(run).__name__), **options}
                 made = method.run(model, forget, retain, loss_fn, seed, **options)
             elif isinstance(method, Mapping):
-                made = unlearn(model, forget, retain, loss_fn, **_given(defaults, method))
+                own = with_decay(method, model)
+                made = unlearn(model, forget, retain, loss_fn, **_given(defaults, own))
             else:
                 made = method(copy_of(model), forget, retain, loss_fn, seed)
         seconds = clock(model) - begin

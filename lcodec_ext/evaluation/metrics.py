@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import Decay, decay_of
-from lcodec_ext._torch.loss import LossFunction, euclidean_norm, objective, trainable
+from lcodec_ext._torch.loss import (
+    LossFunction,
+    check_copy,
+    check_loss_fn,
+    euclidean_norm,
+    objective,
+    trainable,
+)
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
 from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, predict
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
@@ -551,7 +558,9 @@ def relearn_time(
     check_integer(max_steps, "max_steps", 0)
     check_integer(batch_size, "batch_size", 1)
     with plain_arithmetic(), torch.enable_grad():
+        check_loss_fn(loss_fn)
         samples = _samples(model, forget, "forget").loaded()
+        check_copy(model, samples, loss_fn)
         learner = copy_of(model)
         learner.eval()
         weights = trainable(learner)

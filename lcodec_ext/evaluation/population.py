@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from lcodec_ext._build import __version__
-from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
+from lcodec_ext._checks import check_bool, check_integer, check_seed
 from lcodec_ext._progress import progress_bar
+from lcodec_ext._torch.decay import Decay, check_decay
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED, Method, methods_of
 from lcodec_ext.evaluation.metrics import Number, scikit_learn
@@ -58,7 +59,7 @@ def evaluate_population(
     n_models: int = 64,
     processes: int = 1,
     directory: str | Path | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     max_samples: int = 1000,
     draws: int = 20,
     seed: int = 0,
@@ -107,7 +108,7 @@ def evaluate_population(
     directory : path, optional
         Where the margins of each seed are kept, one small file each, as soon as they are there.
         Another call with the same arguments, or more models, goes on from there.
-    weight_decay : float, default 0.0
+    weight_decay : float or mapping of str to float, default 0.0
         Of methods that are options of `unlearn` or baselines.
     max_samples : int, default 1000
         Most samples of each set that are measured; of larger ones so many are drawn.
@@ -164,6 +165,7 @@ def evaluate_population(
     >>> [method.name for method in found.methods]
     ['no-op', 'retrained', 'L-BFGS']
     """
+    weight_decay = check_decay(weight_decay)
     methods = _methods(unlearn, weight_decay, seed)
     _check_train(train)
     n = count(data)
@@ -172,7 +174,6 @@ def evaluate_population(
     check_integer(processes, "processes", 1)
     check_integer(max_samples, "max_samples", 1)
     check_integer(draws, "draws", 2)
-    check_real(weight_decay, "weight_decay", 0)
     check_seed(seed, optional=False)
     check_integer(batch_size, "batch_size", 1)
     check_bool(progress, "progress")
@@ -210,7 +211,7 @@ def _check_train(train: Any) -> None:
         pass
 
 
-def _methods(unlearn: Any, weight_decay: float, seed: int) -> dict[str, Method]:
+def _methods(unlearn: Any, weight_decay: Decay, seed: int) -> dict[str, Method]:
     """The methods by name; a callable becomes one that `carry_out` can call."""
     if isinstance(unlearn, nn.Module | UnlearnResult):
         raise TypeError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lcodec_ext._build import __version__
 from lcodec_ext._files import json_ready, write_atomically
 from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.decay import Decay
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Prediction, predict
@@ -88,7 +89,7 @@ class Work:
     kept: list[int]
     test: Any
     loss_fn: LossFunction
-    weight_decay: float
+    weight_decay: Decay
     max_samples: int
     seed: int
     batch_size: int

@@ -9,31 +9,49 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from lcodec_ext._checks import check_integer, check_real, check_seed, counted
-from lcodec_ext._torch.batches import Batch, described, n_samples, part_of, tensors_of
+from lcodec_ext._torch.batches import (
+    Batch,
+    check_not_columns,
+    described,
+    is_dataset,
+    is_list_of_samples,
+    n_samples,
+    part_of,
+    tensors_of,
+)
 from lcodec_ext._torch.copies import copy_of
-from lcodec_ext._torch.decay import Decay, check_decay, groups_of
-from lcodec_ext._torch.loss import LossFunction, named_trainable
-from lcodec_ext._torch.modes import place
+from lcodec_ext._torch.decay import Decay, decay_of, groups_of
+from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn, named_trainable
+from lcodec_ext._torch.modes import check_module, place
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_in_training
 
 
 def count(data: Any, name: str = "data") -> int:
     """How many samples tensors, a dict of tensors or a Dataset hold; refuse anything else."""
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return len(data)  # type: ignore[arg-type]
+    check_not_columns(data, name)
+    if _is_numbered(data):
+        return len(data)
     if isinstance(data, Mapping) or (
         isinstance(data, tuple | list) and next(tensors_of(data), None) is not None
     ):
         return n_samples(data, name)
     raise TypeError(
-        f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels' or a "
-        f"Dataset with a length; got {described(data)}"
+        f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels', or "
+        f"a Dataset or list of samples (input, target); got {described(data)}. Of a DataLoader "
+        "pass its dataset, of samples with more entries [(x, y) for x, y, *_ in data]"
     )
+
+
+def _is_numbered(data: Any) -> bool:
+    """Whether data have samples by number: a Dataset, what is indexed so, or a list of samples."""
+    if isinstance(data, IterableDataset):
+        return False
+    return isinstance(data, Dataset) or is_dataset(data) or is_list_of_samples(data)
 
 
 def take(data: Any, numbers: Sequence[int]) -> Any:
     """Some samples, of the kind of the data: tensors, a dict of tensors, or a Subset."""
-    if isinstance(data, Dataset):
+    if _is_numbered(data):
         return Subset(data, [int(i) for i in numbers])
     return part_of(data, count(data), torch.as_tensor(np.asarray(numbers, dtype=np.int64)))
 
@@ -52,10 +70,20 @@ def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
     return found
 
 
-def both_sets(model: nn.Module, forget: Any, retain: Any) -> tuple[Samples, Samples]:
-    """The removed and the retained samples, for a model."""
-    where = place(model)
-    return as_samples(forget, "forget", *where), as_samples(retain, "retain", *where)
+def retained_set(model: nn.Module, retain: Any, loss_fn: LossFunction | None) -> Samples:
+    """The retained samples, for copies of a model; refuse a loss that computes with its own."""
+    samples = as_samples(retain, "retain", *place(model))
+    if loss_fn is not None:
+        check_loss_fn(loss_fn)
+        check_copy(model, samples, loss_fn)
+    return samples
+
+
+def both_sets(
+    model: nn.Module, forget: Any, retain: Any, loss_fn: LossFunction | None
+) -> tuple[Samples, Samples]:
+    """The removed samples, and `retained_set`."""
+    return as_samples(forget, "forget", *place(model)), retained_set(model, retain, loss_fn)
 
 
 def check_part(value: float, name: str) -> None:
@@ -64,15 +92,21 @@ def check_part(value: float, name: str) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1; got {value}")
 
 
-def check_budget(
-    seed: int, epochs: int, batch_size: int, weight_decay: Decay, learning_rate: float = 0.0
-) -> None:
-    """Refuse what no baseline can do."""
+def checked_budget(
+    model: nn.Module,
+    seed: int,
+    epochs: int,
+    batch_size: int,
+    weight_decay: Any,
+    learning_rate: float = 0.0,
+) -> Decay:
+    """Refuse what no baseline can do; the weight decay of the model's parameters."""
     check_real(learning_rate, "learning_rate", 0)
     check_seed(seed, optional=False)
     check_integer(epochs, "epochs", 0)
     check_integer(batch_size, "batch_size", 1)
-    check_decay(weight_decay)
+    check_module(model)
+    return decay_of(weight_decay, model)
 
 
 def epochs_of(

@@ -14,6 +14,7 @@ from torch import nn
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_bar
+from lcodec_ext._torch.decay import Decay, check_decay
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
 from lcodec_ext._torch.modes import place, seeded
 from lcodec_ext._torch.predict import Prediction, Score, predict
@@ -150,7 +151,7 @@ def tune(
     epochs: int = 5,
     validation: Any = 0.2,
     n_retrain: int = 3,
-    weight_decay: float = 0.0,
+    weight_decay: Decay = 0.0,
     seed: int = 0,
     batch_size: int = 256,
     score: Score | None = None,
@@ -227,6 +228,7 @@ def tune(
     check_integer(n_retrain, "n_retrain", 3)
     check_seed(seed, optional=False)
     check_bool(progress, "progress")
+    weight_decay = check_decay(weight_decay)
     check_loss_fn(loss_fn)
     if not callable(train):
         raise TypeError(f"train must be callable as train(samples, seed); got {train!r}")

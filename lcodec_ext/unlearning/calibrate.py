@@ -41,7 +41,8 @@ STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the Krylov space takes
 _FEWEST_STEPS = 2
 _START = 1e-2  # of the largest curvature: the damping that is tried first
-_LENGTHS = 6  # that are tried, at most
+_LENGTHS = 8  # that are tried, at most
+_GROWTH = 1.2, 4.0  # of a length from one try to the next
 _CLOSE = 1.15  # between dampings or lengths, where a search ends
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
@@ -573,10 +574,10 @@ class _Trial:
         """A longer step, where the space is too small for one with less damping."""
         if reason != "residual":
             return good, reason
-        bad = None
+        bad, shorter = None, None
         for _ in range(_LENGTHS):
             if bad is None:
-                length = 2 * good.length
+                length = good.length * self._growth(shorter, good)
             else:
                 if self._near(good, bad) or bad.length < _CLOSE * good.length:
                     break
@@ -586,8 +587,20 @@ class _Trial:
             if tried.objection:
                 bad = tried
             else:
-                good = tried
+                shorter, good = good, tried
         return good, reason if bad is None else bad.objection
+
+    def _growth(self, shorter: _Tried | None, good: _Tried) -> float:
+        """How much longer a step should reach the target, by the power that its rise grows with."""
+        rise = self.level(good.control)[0] - self.trained
+        before = 0.0 if shorter is None else self.level(shorter.control)[0] - self.trained
+        wanted = 0.97 * self.target - self.trained
+        power = 2.0
+        if shorter is not None and 0 < before < rise:
+            power = max(1.0, math.log(rise / before) / math.log(good.length / shorter.length))
+        if not 0 < rise < wanted:
+            return _GROWTH[0]
+        return min(max((wanted / rise) ** (1 / power), _GROWTH[0]), _GROWTH[1])
 
     def _near(self, good: _Tried, bad: _Tried) -> bool:
         reached = self.level(good.control)[0] >= _NEAR * self.target

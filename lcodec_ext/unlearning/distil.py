@@ -24,7 +24,6 @@ from lcodec_ext.unlearning.step import Block
 
 BATCH = 128  # retained samples; a quarter as many removed ones are added
 _HARD, _HARD_SHARE = 0.25, 0.4  # the retained samples that lose most, and their share of a batch
-_LED = 0.5  # weight of the removed samples' outputs, added to the loss
 _KEPT, _FRESH = 0.5, 0.2  # of the weights, in a copy that is trained again
 _CONFIDENCE = 1.15  # norm of the copy's logits, as a share of the model's on retained samples
 _MEASURED = 1000  # retained samples whose logits are measured, and that batch norms are set by
@@ -45,6 +44,7 @@ class Pass:
     warm: float  # share of the batches in which the rate rises
     least: int  # batches, in any case
     stream: int  # of random numbers
+    led: float = 0.0  # weight of the removed samples' outputs, added to the loss
 
     def batches(self, n: int) -> int:
         """How many of n samples it takes."""
@@ -52,8 +52,8 @@ class Pass:
 
 
 COPY = Pass(epochs=1.3, rate=0.1, warm=0.2, least=150, stream=8)
-FOLLOW = Pass(epochs=1.25, rate=0.03, warm=0.1, least=150, stream=9)  # the copy
-HOLD = Pass(epochs=0.5, rate=0.01, warm=0.1, least=75, stream=10)  # what a step left
+FOLLOW = Pass(epochs=1.25, rate=0.03, warm=0.1, least=150, stream=9, led=0.5)  # the copy
+HOLD = Pass(epochs=0.5, rate=0.01, warm=0.1, least=75, stream=10, led=1.0)  # what a step left
 
 
 def trained_copy(block: Block, validation: Samples) -> nn.Module:
@@ -154,7 +154,7 @@ def follow(block: Block, teacher: nn.Module, wanted: Tensor, how: Pass) -> int:
     def loss_of(kept: Batch, removed: Batch, targets: Tensor) -> Tensor:
         outputs, led = _both(work.model, kept, removed)
         loss = finite_loss(work.loss_fn, outputs, kept, "retain")
-        return loss + _LED * _apart(block, led, targets)
+        return loss + how.led * _apart(block, led, targets)
 
     def losses() -> Losses:
         for some, hardest, gone in zip(*streams, strict=True):

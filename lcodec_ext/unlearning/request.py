@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._checks import check_integer, check_seed
-from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
+from lcodec_ext._torch.batches import SAMPLES_ARE, Batch, InputsError, map_tensors, tensors_of
 from lcodec_ext._torch.copies import THE_LOSS, check_followed
 from lcodec_ext._torch.loss import check_classes, check_parts, finite_loss, known_loss
 from lcodec_ext._torch.modes import undisturbed
 from lcodec_ext._torch.samples import (
-    SAMPLES_ARE,
     NotTrainedError,
     Samples,
     as_samples,
@@ -314,6 +313,7 @@ def _probe(work: Workplace, sets: list[Samples]) -> None:
                 f"the samples of {sets[0].name} and {samples.name} must be alike; those of "
                 f"{sets[0].name} have tensors of (dimensions, dtype) {known}, of "
                 f"{samples.name} {batch.kinds}"
+                + (f". {SAMPLES_ARE}" if len(batch.kinds) != len(known) else "")
             )
         outputs = _checked_outputs(work, batch, samples.name)
         _check_loss(work, batch, outputs, samples.name)
@@ -329,7 +329,7 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
                 followed = [*tensors_of(outputs_of(work.model, batch.part(slice(2))))]
             single = outputs_of(work.model, batch.part(slice(1)))
     except _FAILURES as error:
-        several = len(batch.args) > 1
+        several = len(batch.args) > 1 and not isinstance(error, InputsError)
         why = f". It was called with {len(batch.args)} inputs. {SAMPLES_ARE}" if several else ""
         raise ValueError(f"the model fails on samples of {name}: {error}{why}") from error
     own = set(map(id, work.parameters.values()))

@@ -14,7 +14,7 @@ from lcodec_ext._checks import check_choice, check_integer, check_real, counted,
 from lcodec_ext._files import file_to_read, write_atomically
 from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import decay_of, vector_of
-from lcodec_ext._torch.loss import LossFunction, mean_gradient
+from lcodec_ext._torch.loss import LossFunction, check_copy, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
 from lcodec_ext.curvature import Selection, UnitSelection, all_trainable, selection_from_dict
@@ -251,6 +251,7 @@ class TrainingStatistics:
         check_real(damping, "damping", 0)
         weight_decay = decay_of(weight_decay, model)
         samples = _samples(model, forget, "forget", dtype)
+        check_copy(model, samples, loss_fn)
         n, m, left = self.n, len(samples), self.n_left(len(samples))
         device, dtype = samples.device, samples.dtype
         layout = selection.layout(model)

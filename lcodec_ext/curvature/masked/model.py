@@ -272,7 +272,7 @@ class MaskedModel:
                     given = {name: value for value, name in watched}
                     forward = _forward(module, groups, given, displacements, calls, layer_outputs)
                     stack.enter_context(_replaced(vars(module), "forward", forward))
-            outputs = self.model(*batch.args, **batch.kwargs)
+            outputs = batch.outputs(self.model)
         logits = getattr(outputs, "logits", None)
         outputs = logits if isinstance(logits, Tensor) else outputs
         if next(tensors_of(outputs), None) is None:

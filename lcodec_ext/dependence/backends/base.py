@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext.dependence import exact
+from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 
 Ties = Literal["average", "random", "first"]
 TIES: tuple[Ties, ...] = ("average", "random", "first")  # a rule's position is its number in _core
@@ -169,13 +170,17 @@ class HostBackend(Backend):
     tensors = False
 
     @abstractmethod
-    def path_length(self, x: NDArray, R: NDArray[np.int64], ties: Ties, seed: int) -> Fraction:
-        """Sum of |R_(k+1) - R_(k)| in the order of x; with ties="average" its expectation."""
+    def xi_sums(
+        self, X: NDArray[np.float64], Y: NDArray[np.float64], ties: Ties, seed: int
+    ) -> tuple[list[PathSums], list[RankSums]] | None:
+        """The sums behind xi of every column x and every response y.
 
-    @abstractmethod
-    def null_variance(self, R: NDArray[np.int64]) -> int:
-        """n^6 (a - 2 b + c^2), the numerator of the variance in Chatterjee (2021), Theorem 2.2.
-
-        Over all pairs of k_ij = min(R_i, R_j): n^2 sum k_ij^2 - 2 n sum_i (sum_j k_ij)^2 +
-        (sum k_ij)^2. Positive unless y is constant.
+        Parameters
+        ----------
+        X, Y : float64 of shape (n,), or (k, n) and (m, n)
+            C-contiguous. None is returned if a value is not finite.
+        ties : {"average", "random", "first"}
+            In what order rows of equal x come; with "average" in all of them.
+        seed : int
+            For ties="random": rows of equal x come in the order of their `tie_hash`.
         """

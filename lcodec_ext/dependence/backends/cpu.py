@@ -1,14 +1,12 @@
 """The backend on CPU threads with SIMD: the only caller of ``_core``'s CPU functions."""
 
-from fractions import Fraction
-
 import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext import _core
 from lcodec_ext._threads import cpu_settings
-from lcodec_ext.dependence.backends import path_sums
 from lcodec_ext.dependence.backends.base import TIES, HostBackend, HostEngine, Scores, Ties
+from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 
 
 class CpuColumns:
@@ -88,8 +86,11 @@ class CpuBackend(HostBackend):
         above[order] = np.repeat(n - first, end - first)
         return below, above
 
-    def path_length(self, x: NDArray, R: NDArray[np.int64], ties: Ties, seed: int) -> Fraction:
-        return path_sums.path_length(x, R, ties, seed)
-
-    def null_variance(self, R: NDArray[np.int64]) -> int:
-        return path_sums.null_variance(R)
+    def xi_sums(
+        self, X: NDArray[np.float64], Y: NDArray[np.float64], ties: Ties, seed: int
+    ) -> tuple[list[PathSums], list[RankSums]] | None:
+        threads = 1 if X.ndim == Y.ndim == 1 else cpu_settings()[1]
+        sums = _core.dependence.chatterjee(X, Y, TIES.index(ties), seed, threads)
+        if sums is None:
+            return None
+        return [PathSums(*path) for path in sums[0]], [RankSums(*ranks) for ranks in sums[1]]

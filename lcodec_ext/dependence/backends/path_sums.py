@@ -1,83 +1,67 @@
-"""The exact sums behind xi, vectorised; `ReferenceBackend` has them as they are defined.
+"""What xi is made of: integers that every backend delivers, and the rationals made of them."""
 
-Sizes in the comments are for the 10^6 rows that validation lets through.
-"""
+import math
+from typing import NamedTuple
 
-from fractions import Fraction
-
-import numpy as np
-from numpy.typing import NDArray
-
-from lcodec_ext._random import tie_hash
-from lcodec_ext.dependence import exact
+from lcodec_ext.dependence.limits import PairSums
 
 
-def _pair_sums(ids: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sum over a < b of |v_a - v_b| among the values (0 to n) of each id.
+class RankSums(NamedTuple):
+    """Sums over a response of n rows, with max ranks R and L = #{y_j >= y_i}."""
 
-    ids are 0, 1, ... without a gap, in increasing order. The k-th smallest of s values
-    (from k = 0) enters with weight 2k - (s - 1). One sort, O(n log n).
+    denominator: int  # sum L_i (n - L_i); 0 if y is constant
+    total: int  # sum R_i
+    squares: int  # sum R_i^2
+    minima: int  # sum_ij min(R_i, R_j)
+    minima_squares: int  # sum_ij min(R_i, R_j)^2
+    minima_rows: int  # sum_i (sum_j min(R_i, R_j))^2
+    distance_rows: int  # sum_i (sum_j abs(R_i - R_j))^2
+    cube: float  # trace of the cube of the centred min(R_i, R_j), over n^3
+
+    def limit_variance(self, n: int) -> int:
+        """n^6 (a - 2 b + c^2), the numerator of the variance in Chatterjee (2021), Theorem 2.2."""
+        return n * n * self.minima_squares - 2 * n * self.minima_rows + self.minima**2
+
+    def distances(self, n: int) -> PairSums:
+        """Sums of the kernel abs(R_i - R_j)."""
+        squares = 2 * (n * self.squares - self.total**2)
+        return PairSums(n, 1, 2 * self.denominator, self.distance_rows, squares)
+
+
+class PathSums(NamedTuple):
+    """Lengths of responses in the order of a column x: sums of fractions where x is tied.
+
+    The length of response j is ``sum_d lengths[j][d] / denominators[d]``. Over pairs of rows it is
+    ``sum_{i != j} a_ij abs(R_i - R_j)``, and `rows` and `squares` belong to the weights a.
     """
-    n = len(ids)
-    ordered = np.sort(ids * (n + 1) + values) % (n + 1)
-    sizes = np.bincount(ids)
-    starts = np.cumsum(sizes) - sizes
-    weights = 2 * (np.arange(n) - np.repeat(starts, sizes)) - np.repeat(sizes - 1, sizes)
-    # |weights| add up to s^2 / 2 at most, so no partial sum exceeds n^3 / 2 = 5e17
-    return np.add.reduceat(weights * ordered, starts)
+
+    denominators: list[int]  # [1] where no tied rows are averaged
+    rows: list[int]  # over 4 of these: sum_i (sum_j a_ij)^2
+    squares: list[int]  # over 2 of these: sum_ij a_ij^2
+    lengths: list[list[int]]
+    cube: float  # trace of the cube of the centred a; 0 where no tied rows are averaged
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the lengths are expectations over orders of tied rows."""
+        return self.denominators != [1]
+
+    def length(self, j: int) -> tuple[int, int]:
+        """Numerator and denominator, not always in lowest terms."""
+        if not self.averaged:
+            return self.lengths[j][0], 1
+        return _added(self.lengths[j], self.denominators)
+
+    def weights(self, n: int) -> PairSums:
+        """Sums of the weights a."""
+        (rows, over), (squares, _) = (
+            _added(each, self.denominators) for each in (self.rows, self.squares)
+        )
+        # over 2 common denominators, and the square of these
+        return PairSums(n, 2 * over, (n - 1) * 2 * over, rows * over, 2 * squares * over)
 
 
-def path_length(x: NDArray, R: NDArray[np.int64], ties: str, seed: int) -> Fraction:
-    """`HostBackend.path_length`.
-
-    With ties="average" each group of tied x comes in a uniformly random order, independent of the
-    others.
-    A step inside a group joins a random pair of it, so the s - 1 steps of a group of s make
-    (2 / s) sum_{a<b} |R_a - R_b|; the step on to a group of t joins a random row of each and
-    makes the mean over their s t pairs, whose sum is that of the two groups taken as one, less
-    their own.
-    """
-    n = len(x)
-    order = np.lexsort((tie_hash(seed, n), x)) if ties == "random" else np.argsort(x, kind="stable")
-    x, R = x[order], R[order]
-    first = np.append(True, x[1:] != x[:-1])
-    if ties != "average" or first.all():
-        return Fraction(int(np.abs(np.diff(R)).sum()))
-    group = np.cumsum(first) - 1
-    sizes = np.bincount(group)
-    within = _pair_sums(group, R)
-    joint = np.empty(len(sizes) - 1, dtype=np.int64)
-    even, odd = joint[0::2], joint[1::2]
-    even[:] = _pair_sums(group // 2, R)[: len(even)]  # groups taken as 01 23 45 ...
-    odd[:] = _pair_sums((group + 1) // 2, R)[1 : len(odd) + 1]  # and as 0 12 34 ...
-    between = joint - within[:-1] - within[1:]
-    # 2 P <= s^2 n / 2 and C <= s t n: those of one denominator add up to n^3 / 2 at most
-    denominators = np.concatenate((sizes, sizes[:-1] * sizes[1:]))
-    distinct, which = np.unique(denominators, return_inverse=True)
-    totals = np.zeros(len(distinct), dtype=np.int64)
-    np.add.at(totals, which, np.concatenate((2 * within, between)))
-    return exact.sum_of_ratios(totals, distinct)
-
-
-def _exact_sum(values: NDArray[np.int64]) -> int:
-    """Sum of nonnegative int64, which may exceed one."""
-    return (int((values >> 32).sum()) << 32) + int((values & 0xFFFFFFFF).sum())
-
-
-def null_variance(R: NDArray[np.int64]) -> int:
-    """`HostBackend.null_variance`: after sorting, R_i is the minimum of 2 (n - i) + 1 pairs.
-
-    It is n^4 times the sum of squares of k centred by rows and columns.
-    """
-    n = len(R)
-    r = np.sort(R)
-    later = np.arange(n - 1, -1, -1)
-    pairs = 2 * later + 1
-    squares = _exact_sum(pairs * r * r)  # each up to 2 n^3 = 2e18
-    total = int((pairs * r).sum())  # up to n^3
-    rows = np.cumsum(r) + later * r  # up to n^2 < 2^40, so that its square takes two halves
-    high, low = rows >> 20, rows & 0xFFFFF
-    row_squares = (
-        (int((high * high).sum()) << 40) + (int((high * low).sum()) << 21) + int((low * low).sum())
-    )
-    return n * n * squares - 2 * n * row_squares + total * total
+def _added(numerators: list[int], denominators: list[int]) -> tuple[int, int]:
+    common = math.lcm(*denominators)
+    pairs = zip(numerators, denominators, strict=True)
+    return sum(number * (common // share) for number, share in pairs), common

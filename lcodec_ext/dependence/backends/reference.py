@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from lcodec_ext._random import pick, tie_hash
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import HostBackend, HostEngine, Scores, Ties
+from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 
 _LANES = 64
 
@@ -165,29 +166,106 @@ class ReferenceBackend(HostBackend):
         L = [np.count_nonzero(y >= value) for value in y]
         return np.array(R, dtype=np.int64), np.array(L, dtype=np.int64)
 
-    def path_length(self, x: NDArray, R: NDArray[np.int64], ties: Ties, seed: int) -> Fraction:
-        xs, rs = x.tolist(), R.tolist()
-        rows = range(len(xs))
-        if ties == "random":
-            words = tie_hash(seed, len(xs)).tolist()
-            order = sorted(rows, key=lambda i: (xs[i], words[i], i))
-        else:
-            order = sorted(rows, key=lambda i: (xs[i], i))
-        if ties != "average":
-            return Fraction(sum(abs(rs[i] - rs[j]) for i, j in pairwise(order)))
-        groups = [[rs[i] for i in group] for _, group in groupby(order, key=lambda i: xs[i])]
-        length = Fraction(0)
-        for group in groups:
-            length += Fraction(2 * sum(abs(a - b) for a, b in combinations(group, 2)), len(group))
-        for left, right in pairwise(groups):
-            total = sum(abs(a - b) for a, b in product(left, right))
-            length += Fraction(total, len(left) * len(right))
-        return length
+    def xi_sums(
+        self, X: NDArray[np.float64], Y: NDArray[np.float64], ties: Ties, seed: int
+    ) -> tuple[list[PathSums], list[RankSums]] | None:
+        if not (np.isfinite(X).all() and np.isfinite(Y).all()):
+            return None
+        ranks = [self.ranks(y) for y in np.atleast_2d(Y)]
+        rs = [R.tolist() for R, _ in ranks]
+        paths = [_path_sums(_grouped(x, ties, seed), rs) for x in np.atleast_2d(X)]
+        return paths, [_rank_sums(R.tolist(), L.tolist()) for R, L in ranks]
 
-    def null_variance(self, R: NDArray[np.int64]) -> int:
-        rs = R.tolist()
-        n = len(rs)
-        rows = [[min(a, b) for b in rs] for a in rs]
-        squares = sum(k * k for row in rows for k in row)
-        sums = [sum(row) for row in rows]
-        return n * n * squares - 2 * n * sum(s * s for s in sums) + sum(sums) ** 2
+
+def _grouped(x: NDArray, ties: Ties, seed: int) -> list[list[int]]:
+    """Rows in the order of x; those that tie are together where they are averaged."""
+    xs = x.tolist()
+    words = tie_hash(seed if ties == "random" else 0, len(xs)).tolist()
+    if ties != "random":
+        words = [0] * len(xs)
+    order = sorted(range(len(xs)), key=lambda i: (xs[i], words[i], i))
+    if ties != "average":
+        return [[i] for i in order]
+    return [list(group) for _, group in groupby(order, key=lambda i: xs[i])]
+
+
+def _path_sums(groups: list[list[int]], rs: list[list[int]]) -> PathSums:
+    """A step inside a group joins a random pair of it, one to the next group a pair of both."""
+    rows: dict[int, int] = {}
+    squares: dict[int, int] = {}
+    lengths: list[dict[int, int]] = [{} for _ in rs]
+    for g, group in enumerate(groups):
+        s = len(group)
+        beside = (g > 0) + (g < len(groups) - 1)
+        rows[s] = rows.get(s, 0) + (2 * (s - 1) + beside) ** 2
+        squares[s] = squares.get(s, 0) + 2 * (s - 1)
+        for R, length in zip(rs, lengths, strict=True):
+            inside = 2 * sum(abs(R[a] - R[b]) for a, b in combinations(group, 2))
+            length[s] = length.get(s, 0) + inside
+    for left, right in pairwise(groups):
+        st = len(left) * len(right)
+        squares[st] = squares.get(st, 0) + 1
+        for R, length in zip(rs, lengths, strict=True):
+            step = sum(abs(R[a] - R[b]) for a, b in product(left, right))
+            length[st] = length.get(st, 0) + step
+    denominators = sorted(squares)
+    rows, squares, *lengths = (
+        {d: sums.get(d, 0) for d in denominators} for sums in (rows, squares, *lengths)
+    )
+    return PathSums(
+        denominators,
+        list(rows.values()),
+        list(squares.values()),
+        [list(length.values()) for length in lengths],
+        _cube_of_weights([len(group) for group in groups]) if denominators != [1] else 0.0,
+    )
+
+
+def _cube_of_weights(sizes: list[int]) -> float:
+    """tr (a H)^3 with H = I - 1 1'/n, added up as in ``csrc/cpu/chatterjee.cpp``."""
+    n, last = sum(sizes), len(sizes) - 1
+    a = [(2 * s - 2 + (g > 0) + (g < last)) / (2 * s) for g, s in enumerate(sizes)]
+    trace = once = twice = 0.0
+    for g, s in enumerate(sizes):
+        trace += (s - 1) * (s - 2) / (s * s)
+        once += s * a[g] * a[g]
+        twice += (s - 1) * a[g] * a[g]
+        if g < last:
+            t = sizes[g + 1]
+            trace += 3 * (s - 1) / (4 * s * s * t) + 3 * (t - 1) / (4 * t * t * s)
+            twice += a[g] * a[g + 1]
+    rest = (n - 1) / n
+    return trace - 3 * twice / n + 3 * rest * once / n - rest * rest * rest
+
+
+def _cube_of_minima(R: list[int]) -> float:
+    """The sum over thresholds s <= t <= u of q_s^2 (q_t p_t) p_u^2, times their orders."""
+    n = len(R)
+    cube = singles = doubles = pairs = 0.0
+    for threshold in range(1, n + 1):
+        below = sum(r < threshold for r in R)
+        q, p = below / n, (n - below) / n
+        cube += (
+            6 * pairs * (p * p)
+            + 3 * (doubles * (p * p) + singles * (q * p * p * p))
+            + (q * p) * (q * p) * (q * p)
+        )
+        pairs += singles * (q * p)
+        doubles += q * q * q * p
+        singles += q * q
+    return cube
+
+
+def _rank_sums(R: list[int], L: list[int]) -> RankSums:
+    n = len(R)
+    minima = [[min(a, b) for b in R] for a in R]
+    return RankSums(
+        denominator=sum(v * (n - v) for v in L),
+        total=sum(R),
+        squares=sum(r * r for r in R),
+        minima=sum(map(sum, minima)),
+        minima_squares=sum(k * k for row in minima for k in row),
+        minima_rows=sum(sum(row) ** 2 for row in minima),
+        distance_rows=sum(sum(abs(a - b) for b in R) ** 2 for a in R),
+        cube=_cube_of_minima(R),
+    )

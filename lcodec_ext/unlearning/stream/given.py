@@ -2,7 +2,6 @@
 
 import functools
 import platform
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -10,16 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lcodec_ext._build import __version__
 from lcodec_ext._checks import check_bool
-from lcodec_ext._torch.batches import map_tensors, tensors_of
-from lcodec_ext._torch.copies import THE_LOSS, Watched, check_followed, work_copy
-from lcodec_ext._torch.loss import LossFunction, check_loss_fn, loss_in
-from lcodec_ext._torch.modes import check_module, twice_differentiable
+from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
+from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score
-from lcodec_ext._torch.samples import Samples, as_samples, outputs_of, working_dtype
+from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
 from lcodec_ext._torch.states import state_hash
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.settings import Settings
@@ -88,30 +85,11 @@ def receive(
             f"statistics must be of the training samples, {len(samples)}; they are of "
             f"{statistics.n}"
         )
-    _check_followed(model, samples, loss_fn, dtype)
+    check_copy(model, samples, loss_fn)
     check_bool(progress, "progress")
     if groups is not None:
         groups = Groups.of(groups, len(samples), "train")
     return Given(samples, validation, loss_fn, score, statistics, progress, settings, groups)
-
-
-def _check_followed(
-    model: nn.Module, train: Samples, loss_fn: LossFunction, dtype: torch.dtype
-) -> None:
-    """Refuse a model whose copies, or their loss, compute with its own parameters."""
-    watched: Watched = {}
-    work = work_copy(model, dtype, watched)
-    try:
-        with twice_differentiable(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # requests warn
-            batch = train.fetch([0])
-            outputs = outputs_of(work, batch)
-            found = [*tensors_of(outputs)]
-            loss = loss_in(dtype, loss_fn)(map_tensors(Tensor.detach, outputs), batch.targets)
-    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError, KeyError):
-        return  # the first request tells
-    check_followed([t for t in found if t.requires_grad], watched, "the model")
-    check_followed([*tensors_of(loss)], watched, THE_LOSS)
 
 
 # ---------------------------------------------------------------------------------------------

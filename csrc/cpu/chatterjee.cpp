@@ -1,0 +1,329 @@
+// The sums behind Chatterjee's xi.
+//
+// A response is ranked once and a column x is sorted once; a pair of them takes one pass over the
+// ranks in the order of x. Where rows tie in x, every order of a group is as likely as any other: a
+// step inside a group of s joins a random pair of it, so that its s - 1 steps make (2 / s)
+// sum_{a < b} |R_a - R_b|, and the step on to a group of t makes the mean over the s t pairs. Both
+// are weighted sums of the group's ranks in increasing order, which one pass over the rows in the
+// order of y delivers.
+#include "lcodec/chatterjee.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+
+#include "common/random.hpp"
+#include "cpu/at.hpp"
+#include "cpu/parallel.hpp"
+#include "cpu/radix_sort.hpp"
+
+namespace lcodec {
+namespace {
+
+__extension__ typedef unsigned __int128 Sum;
+
+Wide wide(Sum sum) {
+  return {static_cast<std::uint64_t>(sum >> 64), static_cast<std::uint64_t>(sum)};
+}
+
+Sum square(std::int64_t value) {
+  return static_cast<Sum>(static_cast<std::uint64_t>(value)) * static_cast<std::uint64_t>(value);
+}
+
+// Memory of a sort, kept by a thread.
+struct Sorter {
+  std::vector<SortWord<double>> words, spare;
+
+  // Rows in increasing order of the column, equal ones in increasing order; false where a value is
+  // not finite.
+  bool sort(const double* column, std::int64_t n) {
+    words.resize(at(n));
+    bool finite = true;
+    for (std::int64_t i = 0; i < n; ++i) {
+      finite &= std::isfinite(column[i]);
+      words[at(i)] = {sort_key(column[i]), static_cast<std::int32_t>(i)};
+    }
+    if (!finite) return false;
+    if (n >= 512) {
+      radix_sort<double>(words, spare);
+    } else {
+      std::sort(words.begin(), words.end(), [](const auto& a, const auto& b) {
+        return a.key != b.key ? a.key < b.key : a.row < b.row;
+      });
+    }
+    return true;
+  }
+
+  // Where the group of equal values that begins at `first` ends.
+  std::int64_t group_end(std::int64_t first) const {
+    std::int64_t end = first + 1;
+    const auto n = static_cast<std::int64_t>(words.size());
+    while (end < n && words[at(end)].key == words[at(first)].key) ++end;
+    return end;
+  }
+};
+
+// The eigenvalues of the centred minima are those of n q_s p_t, s <= t, over thresholds 1 to n of
+// the ranks: p_t is the share of ranks that reach t, and q_t = 1 - p_t. Those
+// between two ranks agree. The sum over s <= t <= u of q_s^2 (q_t p_t) p_u^2,
+// times the orders that s, t, u have.
+double cube_of_minima(const Sorter& sorter, std::int64_t n) {
+  double cube = 0;
+  double singles = 0;  // over thresholds passed: sum q^2,
+  double doubles = 0;  // sum q^3 p,
+  double pairs = 0;    // and over pairs of them sum q_s^2 q_t p_t
+  for (std::int64_t first = 0, end; first < n; first = end) {
+    end = sorter.group_end(first);
+    const double q = static_cast<double>(first) / static_cast<double>(n);
+    const double p = static_cast<double>(n - first) / static_cast<double>(n);
+    for (std::int64_t t = first; t < end; ++t) {
+      cube += 6 * pairs * (p * p) + 3 * (doubles * (p * p) + singles * (q * p * p * p)) +
+              (q * p) * (q * p) * (q * p);
+      pairs += singles * (q * p);
+      doubles += q * q * q * p;
+      singles += q * q;
+    }
+  }
+  return cube;
+}
+
+// Ranks of a response by row, and its rows in increasing order.
+bool rank_response(const double* y, std::int64_t n, Sorter& sorter, std::int32_t* rank,
+                   std::int32_t* order, RankSums& sums) {
+  if (!sorter.sort(y, n)) return false;
+  for (std::int64_t first = 0, end; first < n; first = end) {
+    end = sorter.group_end(first);
+    const std::int64_t above = n - first;
+    sums.denominator += (end - first) * above * first;
+    sums.sum += (end - first) * end;
+    sums.squares += (end - first) * end * end;
+    for (std::int64_t k = first; k < end; ++k) {
+      order[k] = sorter.words[at(k)].row;
+      rank[order[k]] = static_cast<std::int32_t>(end);
+    }
+  }
+  // In this order R_i is the minimum of 2 (n - 1 - i) + 1 pairs.
+  Sum minima_squares = 0;
+  Sum minima_rows = 0;
+  Sum distance_rows = 0;
+  std::int64_t before = 0;
+  for (std::int64_t k = 0; k < n; ++k) {
+    const std::int64_t r = rank[order[k]];
+    const std::int64_t pairs = 2 * (n - 1 - k) + 1;
+    before += r;
+    const std::int64_t row = before + (n - 1 - k) * r;
+    sums.minima += pairs * r;
+    minima_squares += static_cast<std::uint64_t>(pairs * r * r);
+    minima_rows += square(row);
+    distance_rows += square(n * r + sums.sum - 2 * row);
+  }
+  sums.minima_squares = wide(minima_squares);
+  sums.minima_rows = wide(minima_rows);
+  sums.distance_rows = wide(distance_rows);
+  sums.cube = cube_of_minima(sorter, n);
+  return true;
+}
+
+// A column x: its rows in increasing order, and its groups of tied rows where they are averaged.
+struct Order {
+  std::vector<std::int32_t> row;
+  std::vector<std::int32_t> group;    // of a row; empty where no rows tie, or ties are broken
+  std::vector<std::int64_t> begin;    // group g has the places begin[g], ..., begin[g + 1] - 1
+  std::vector<std::size_t> inside;    // which denominator a group's steps have: its size,
+  std::vector<std::size_t> from_one;  // and the step on to the next group: the product of sizes
+};
+
+void break_ties(Sorter& sorter, std::uint64_t seed) {
+  const auto n = static_cast<std::int64_t>(sorter.words.size());
+  for (std::int64_t first = 0, end; first < n; first = end) {
+    end = sorter.group_end(first);
+    if (end == first + 1) continue;
+    std::sort(sorter.words.begin() + first, sorter.words.begin() + end,
+              [seed](const auto& a, const auto& b) {
+                const std::uint64_t word_a = tie_hash(seed, a.row);
+                const std::uint64_t word_b = tie_hash(seed, b.row);
+                return word_a != word_b ? word_a < word_b : a.row < b.row;
+              });
+  }
+}
+
+// The denominators of tied groups and what of the weights does not depend on the response.
+void weigh_groups(Order& order, PathSums& path) {
+  const std::size_t groups = order.begin.size() - 1;
+  const auto size = [&](std::size_t g) { return order.begin[g + 1] - order.begin[g]; };
+  for (std::size_t g = 0; g < groups; ++g) {
+    path.denominator.push_back(size(g));
+    if (g + 1 < groups) path.denominator.push_back(size(g) * size(g + 1));
+  }
+  std::sort(path.denominator.begin(), path.denominator.end());
+  path.denominator.erase(std::unique(path.denominator.begin(), path.denominator.end()),
+                         path.denominator.end());
+  path.rows.assign(path.denominator.size(), 0);
+  path.squares.assign(path.denominator.size(), 0);
+  const auto place = [&](std::int64_t value) {
+    const auto found = std::lower_bound(path.denominator.begin(), path.denominator.end(), value);
+    return static_cast<std::size_t>(found - path.denominator.begin());
+  };
+  for (std::size_t g = 0; g < groups; ++g) {
+    const std::int64_t beside = (g > 0) + (g + 1 < groups);
+    order.inside.push_back(place(size(g)));
+    path.rows[order.inside[g]] += (2 * size(g) - 2 + beside) * (2 * size(g) - 2 + beside);
+    path.squares[order.inside[g]] += 2 * (size(g) - 1);
+    if (g + 1 == groups) break;
+    order.from_one.push_back(place(size(g) * size(g + 1)));
+    path.squares[order.from_one[g]] += 1;
+  }
+}
+
+// The trace of (a H)^3, with H = I - 1 1'/n. Within a group of s, a is 1 / s; between groups of s
+// and t it is 1 / (2 s t). tr a^3 has triples inside a group, and those of two rows of one and one
+// of the group beside it.
+double cube_of_weights(const Order& order) {
+  const std::size_t groups = order.begin.size() - 1;
+  const auto size = [&](std::size_t g) {
+    return static_cast<double>(order.begin[g + 1] - order.begin[g]);
+  };
+  const auto row_sum = [&](std::size_t g) {
+    return (2 * size(g) - 2 + (g > 0) + (g + 1 < groups)) / (2 * size(g));
+  };
+  double trace = 0;
+  double once = 0;   // 1' a^2 1
+  double twice = 0;  // 1' a^3 1
+  for (std::size_t g = 0; g < groups; ++g) {
+    const double s = size(g);
+    const double a = row_sum(g);
+    trace += (s - 1) * (s - 2) / (s * s);
+    once += s * a * a;
+    twice += (s - 1) * a * a;
+    if (g + 1 == groups) break;
+    const double t = size(g + 1);
+    trace += 3 * (s - 1) / (4 * s * s * t) + 3 * (t - 1) / (4 * t * t * s);
+    twice += a * row_sum(g + 1);
+  }
+  const auto n = static_cast<double>(order.row.size());
+  const double all = (n - 1) / n;  // 1' a 1 / n
+  return trace - 3 * twice / n + 3 * all * once / n - all * all * all;
+}
+
+bool order_column(const double* x, std::int64_t n, Ties ties, std::uint64_t seed, Sorter& sorter,
+                  Order& order, PathSums& path) {
+  if (!sorter.sort(x, n)) return false;
+  if (ties == Ties::random) break_ties(sorter, seed);
+  order.row.resize(at(n));
+  for (std::int64_t k = 0; k < n; ++k) order.row[at(k)] = sorter.words[at(k)].row;
+  bool tied = false;
+  for (std::int64_t k = 1; k < n && !tied && ties == Ties::average; ++k)
+    tied = sorter.words[at(k)].key == sorter.words[at(k - 1)].key;
+  if (!tied) {  // the weights are 1/2 on both sides of every row but the first and the last one
+    path = {{1}, {4 * (n - 2) + 2}, {n - 1}, {}, 0};
+    return true;
+  }
+  order.group.resize(at(n));
+  for (std::int64_t first = 0, end; first < n; first = end) {
+    end = sorter.group_end(first);
+    for (std::int64_t k = first; k < end; ++k)
+      order.group[at(order.row[at(k)])] = static_cast<std::int32_t>(order.begin.size());
+    order.begin.push_back(first);
+  }
+  order.begin.push_back(n);
+  weigh_groups(order, path);
+  path.cube = cube_of_weights(order);
+  return true;
+}
+
+// Sum over a < b of |v_a - v_b| of values in increasing order: the k-th of s enters with weight
+// 2 k - (s - 1).
+std::int64_t within(const std::int32_t* value, std::int64_t size) {
+  std::int64_t sum = 0;
+  for (std::int64_t k = 0; k < size; ++k) sum += (2 * k - (size - 1)) * value[k];
+  return sum;
+}
+
+// Sum of |a - b| over the values of two groups, each in increasing order.
+std::int64_t between(const std::int32_t* a, std::int64_t size_a, const std::int32_t* b,
+                     std::int64_t size_b) {
+  std::int64_t total = 0;
+  for (std::int64_t k = 0; k < size_a; ++k) total += a[k];
+  std::int64_t sum = 0;
+  std::int64_t below = 0;
+  std::int64_t passed = 0;
+  for (std::int64_t k = 0; k < size_b; ++k) {
+    while (passed < size_a && a[passed] <= b[k]) below += a[passed++];
+    sum += (2 * passed - size_a) * b[k] + total - 2 * below;
+  }
+  return sum;
+}
+
+// The length of a response in the order of x. Sums of one denominator stay below n^3 / 2 < 2^63:
+// 2 within <= s^2 n / 2 and between <= s t n.
+void add_length(const Order& order, const std::int32_t* rank, const std::int32_t* by_rank,
+                std::vector<std::int64_t>& next, std::vector<std::int32_t>& value,
+                std::int64_t* length) {
+  const auto n = static_cast<std::int64_t>(order.row.size());
+  if (order.group.empty()) {
+    std::int64_t last = rank[order.row[0]];
+    for (std::int64_t k = 1; k < n; ++k) {
+      const std::int64_t here = rank[order.row[at(k)]];
+      length[0] += std::abs(here - last);
+      last = here;
+    }
+    return;
+  }
+  next = order.begin;
+  value.resize(at(n));
+  for (std::int64_t k = 0; k < n; ++k) {
+    const std::int32_t row = by_rank[k];
+    value[at(next[at(order.group[at(row)])]++)] = rank[row];
+  }
+  const std::size_t groups = order.begin.size() - 1;
+  for (std::size_t g = 0; g < groups; ++g) {
+    const std::int32_t* here = value.data() + order.begin[g];
+    const std::int64_t size = order.begin[g + 1] - order.begin[g];
+    length[order.inside[g]] += 2 * within(here, size);
+    if (g + 1 == groups) break;
+    length[order.from_one[g]] +=
+        between(here, size, here + size, order.begin[g + 2] - order.begin[g + 1]);
+  }
+}
+
+}  // namespace
+
+Status chatterjee(const double* x, std::int64_t k, const double* y, std::int64_t m, std::int64_t n,
+                  Ties ties, std::uint64_t seed, std::vector<PathSums>& paths,
+                  std::vector<RankSums>& ranks, bool& finite, const Execution& execution) {
+  std::vector<std::int32_t> rank(at(m * n));
+  std::vector<std::int32_t> by_rank(at(m * n));
+  std::vector<Order> orders(at(k));
+  paths.assign(at(k), {});
+  ranks.assign(at(m), {});
+  std::atomic<bool> usable{true};
+  const Status prepared = parallel_for(k + m, execution, [&] {
+    return [&, sorter = Sorter()](std::int64_t piece) mutable {
+      if (piece < k) {
+        if (!order_column(x + piece * n, n, ties, seed, sorter, orders[at(piece)],
+                          paths[at(piece)]))
+          usable = false;
+        return;
+      }
+      const std::int64_t j = piece - k;
+      if (!rank_response(y + j * n, n, sorter, rank.data() + j * n, by_rank.data() + j * n,
+                         ranks[at(j)]))
+        usable = false;
+    };
+  });
+  finite = usable;
+  if (prepared != Status::ok || !finite) return prepared;
+  for (PathSums& path : paths) path.length.assign(at(m) * path.denominator.size(), 0);
+  return parallel_for(k * m, execution, [&] {
+    return [&, next = std::vector<std::int64_t>(),
+            value = std::vector<std::int32_t>()](std::int64_t pair) mutable {
+      const std::int64_t j = pair % m;
+      PathSums& path = paths[at(pair / m)];
+      add_length(orders[at(pair / m)], rank.data() + j * n, by_rank.data() + j * n, next, value,
+                 path.length.data() + at(j) * path.denominator.size());
+    };
+  });
+}
+
+}  // namespace lcodec
