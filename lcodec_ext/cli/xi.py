@@ -141,7 +141,9 @@ def _one_response(
     with timed(seconds, "compute"):
         test = xi_test(table.select(names), table[options.y], **given)
         values, pvalues, sds = (np.ravel(each) for each in test)
-        adjusted = adjusted_pvalues(pvalues)
+        adjusted = np.full(len(pvalues), np.nan)
+        defined = np.isfinite(pvalues)
+        adjusted[defined] = adjusted_pvalues(pvalues[defined])
     order = np.argsort(-values, kind="stable").tolist()
     steps = [
         {

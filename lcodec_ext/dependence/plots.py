@@ -122,7 +122,9 @@ def plot_matrix(matrix: Any, ax: Any = None) -> Any:
     ax = _axes(ax, side + 1.2, side)
     off_diagonal = np.where(np.eye(p, dtype=bool), np.nan, matrix.statistic)
     ax.set_facecolor(PALE)  # the diagonal, and what is undefined
-    image = ax.imshow(off_diagonal, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    image = ax.imshow(
+        off_diagonal, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
+    )
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.8)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
