@@ -95,7 +95,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
             given |= _test_settings(options)
             found = codec_test(y, z, x, **given, **decimals(options))
             value, test = found.statistic, _test_record(found)
-            picture = write_plot(found, options, console)
+            picture = write_plot(found.plot, options, console)
         elif options.noise is None:
             value = codec(y, z, x, **given, **decimals(options))
         else:

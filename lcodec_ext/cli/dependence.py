@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -300,7 +301,9 @@ def check_plot(options: argparse.Namespace, *needed: str) -> None:
             raise InputError(f"--plot needs {name}: pip install 'lcodec_ext[plot]'")
 
 
-def write_plot(result: Any, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def write_plot(
+    draw: Callable[[], Any], options: argparse.Namespace, console: Console
+) -> dict[str, Any]:
     """Draw a result where --plot says so; what the record says of it."""
     if not options.plot:
         return {}
@@ -310,7 +313,7 @@ def write_plot(result: Any, options: argparse.Namespace, console: Console) -> di
         matplotlib.use("Agg")  # a command opens no window
     from matplotlib import pyplot
 
-    figure = result.plot().figure
+    figure = draw().figure
     buffer = io.BytesIO()
     figure.savefig(buffer, format=options.plot.suffix.lower()[1:], dpi=150)
     pyplot.close(figure)
@@ -349,8 +352,10 @@ def load(
     console: Console,
     seconds: dict[str, float],
     choose: "Choose",
+    *,
+    labels: bool = True,
 ) -> "Table":
-    """The chosen columns; missing values only where they may be left out."""
+    """The chosen columns; missing values only where they may be left out, text in y with labels."""
     from lcodec_ext.cli.tables import (
         UnusableColumnsError,
         is_missing,
@@ -378,7 +383,7 @@ def load(
                 decimal=options.decimal,
                 thousands=options.thousands,
                 numeric_only=only,
-                response=y,
+                response=y if labels else None,
             )
     except UnusableColumnsError as error:
         raise InputError(f"{error}{_without(options, list(error.problems))}") from None

@@ -140,7 +140,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "n_features": found.n_features,
         "left_out": left_out,
         "options": given | decimals(options) | noise(options),
-        **write_plot(found, options, console),
+        **write_plot(found.plot, options, console),
         "seconds": seconds,
     }
     if options.output:

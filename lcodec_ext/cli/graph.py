@@ -82,7 +82,7 @@ def run_graph(options: argparse.Namespace, console: Console) -> int:
         **omitted.record(),
         "left_out": list(table.left_out),
         "options": given,
-        **write_plot(graph, options, console),
+        **write_plot(graph.plot, options, console),
         "seconds": seconds,
     }
     console.emit(result, _describe(graph, omitted))
