@@ -7,12 +7,14 @@ from lcodec_ext._build import build_info, cuda_is_available, cuda_status
 from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext._threads import get_num_threads, set_num_threads
 from lcodec_ext.dependence import (
+    CodecTestResult,
     DependenceGraph,
     FociResult,
     StabilityResult,
     XiMatrix,
     XiTestResult,
     codec,
+    codec_test,
     dependence_graph,
     foci,
     lcodec,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from lcodec_ext.dependence.sklearn import FOCISelector
 
 __all__ = [
+    "CodecTestResult",
     "DependenceGraph",
     "FOCISelector",
     "FociResult",
@@ -36,6 +39,7 @@ __all__ = [
     "XiTestResult",
     "build_info",
     "codec",
+    "codec_test",
     "cuda_is_available",
     "cuda_status",
     "dependence_graph",

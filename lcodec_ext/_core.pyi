@@ -22,6 +22,7 @@ def cuda_probe() -> tuple[bool, str]: ...
 
 _F = TypeVar("_F", np.float32, np.float64)
 _I64 = NDArray[np.int64]
+_I32 = NDArray[np.int32]
 
 class _Engine:
     def select(self, column: int) -> None: ...
@@ -69,6 +70,26 @@ class dependence:
         x: NDArray[_F], factor: NDArray[_F], ties: int, seed: int, level: str, threads: int
     ) -> tuple[_I64, _I64]: ...
     @staticmethod
+    def permuted_sums(
+        rank: _I32,
+        start: _I32,
+        begin: _I64,
+        owner: _I32,
+        other: _I32,
+        label: _I32,
+        size: _I32,
+        segment: _I32,
+        seed: int,
+        first: int,
+        count: int,
+        level: str,
+        threads: int,
+    ) -> _I64: ...
+    @staticmethod
+    def permutations(
+        n: int, start: _I32, seed: int, first: int, count: int, level: str, threads: int
+    ) -> _I32: ...
+    @staticmethod
     def nearest_minima(
         x: NDArray[_F],
         factor: NDArray[_F],
@@ -83,6 +104,8 @@ class dependence:
         x: NDArray[np.float64], y: NDArray[np.float64], ties: int, seed: int, threads: int
     ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]] | None: ...
     # With LCODEC_INSTRUMENTS.
+    @staticmethod
+    def bare_permutations(rank: _I32, other: _I32, seed: int, count: int) -> int: ...
     @staticmethod
     def saturate(level: str, rounds: int) -> int: ...
 
@@ -135,6 +158,7 @@ class Statistics(TypedDict):
 class Neighbors(TypedDict):
     dtype: str
     columns: int
+    factor: int
     n: int
     p: int
     ties: int
@@ -166,6 +190,27 @@ class _CudaEngine:
     def leaders(self, whole: int, fraction: int, candidate: int, out: int, stream: int) -> None: ...
     def row_sums(self, column: int, sum: int, count: int, stream: int) -> None: ...
 
+class Permuted(TypedDict):
+    n: int
+    rank: int
+    start: int
+    segments: int
+    begin: int
+    owner: int
+    other: int
+    labelings: int
+    label: int
+    groups: int
+    size: int
+    segment: int
+    sorted: int
+    place: int
+    seed: int
+    first: int
+    count: int
+    sum: int
+    workspace: int
+
 class cuda:
     class EngineFloat(_CudaEngine): ...
     class EngineDouble(_CudaEngine): ...
@@ -174,6 +219,10 @@ class cuda:
     def column_statistics(given: Statistics, stream: int) -> None: ...
     @staticmethod
     def neighbors(given: Neighbors, stream: int) -> None: ...
+    @staticmethod
+    def permuted_sums_bytes(n: int, groups: int, count: int) -> int: ...
+    @staticmethod
+    def permuted_sums(given: Permuted, stream: int) -> None: ...
 
     CHUNK_BYTES: int
 

@@ -158,7 +158,9 @@ def expected_neighbors(shape, n, p, dtype, ties):
 def call_neighbors(device, X, ties, seed, **arrays):
     """``X`` may be a table by column on the device or 0; arrays that are not given are 0."""
     dtype, columns, n, p = X
-    addresses = {name: int(arrays.get(name, 0)) for name in ("offset", "count", "indices")}
+    addresses = {
+        name: int(arrays.get(name, 0)) for name in ("factor", "offset", "count", "indices")
+    }
     given = {
         "dtype": np.dtype(dtype).name,
         "columns": int(columns),
@@ -170,20 +172,32 @@ def call_neighbors(device, X, ties, seed, **arrays):
     device.module.neighbors(given | addresses, device.stream)
 
 
-def check_neighbors(device, X, ties, expected, seed=SEED):
+def check_neighbors(device, X, ties, expected, seed=SEED, **factor):
     n, p = X.shape
     indptr, indices = expected
     on_device = X.dtype, device.to_device(X.T), n, p
+    held = {name: device.to_device(array) for name, array in factor.items()}
 
     count = device.empty(n, np.int64)
-    call_neighbors(device, on_device, ties, seed, count=count)
+    call_neighbors(device, on_device, ties, seed, count=count, **held)
     np.testing.assert_array_equal(device.to_host(count), np.diff(indptr))
 
     found = device.empty(len(indices), np.int64)
     call_neighbors(
-        device, on_device, ties, seed, offset=device.to_device(indptr[:-1]), indices=found
+        device, on_device, ties, seed, offset=device.to_device(indptr[:-1]), indices=found, **held
     )
     np.testing.assert_array_equal(device.to_host(found), indices)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("p", [1, 2, 3, 129])
+def test_neighbors_in_scaled_columns(device, rng, dtype, ties, p):
+    X = table(grid, 300, p, dtype)
+    factor = rng.uniform(0.1, 3, p).astype(dtype)
+    factor[-1] = 0
+    expected = nearest(ReferenceColumns(X), ties, SEED, factor)
+    check_neighbors(device, X, ties, expected, factor=factor)
 
 
 @pytest.mark.parametrize(

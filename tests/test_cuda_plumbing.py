@@ -39,7 +39,9 @@ def at(pointer, shape, dtype):
 
 # What the compiled functions take by name.
 STATISTICS = itemgetter("dtype", "x", "n", "p", "low", "high", "deviation")
-NEIGHBORS = itemgetter("dtype", "columns", "n", "p", "ties", "seed", "offset", "count", "indices")
+NEIGHBORS = itemgetter(
+    "dtype", "columns", "factor", "n", "p", "ties", "seed", "offset", "count", "indices"
+)
 PROBLEM = itemgetter("x", "n", "p", "factor", "rank", "ties", "seed", "workspace", "scratch")
 
 
@@ -62,10 +64,11 @@ class Kernels:
             at(deviation, (p,), np.float64)[:] = columns.standard_deviations()
 
     def neighbors(self, given, stream):
-        dtype, columns, n, p, ties, seed, offset, count, indices = NEIGHBORS(given)
+        dtype, columns, factor, n, p, ties, seed, offset, count, indices = NEIGHBORS(given)
         self.calls.append(("neighbors", stream))
         table = ReferenceColumns(at(columns, (p, n), dtype).T)
-        indptr, found = ReferenceBackend().nearest(table, TIES[ties], seed)
+        scale = at(factor, (p,), dtype) if factor else None
+        indptr, found = ReferenceBackend().nearest(table, TIES[ties], seed, scale)
         if indices:
             np.testing.assert_array_equal(at(offset, (n + 1,), np.int64), indptr)
             at(indices, (len(found),), np.int64)[:] = found

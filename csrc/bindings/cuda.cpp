@@ -47,7 +47,7 @@ void column_statistics(const py::dict& given, Address stream) {
 
 struct Neighbors {
   std::string dtype;
-  Address columns;
+  Address columns, factor;
   std::int64_t n, p;
   int ties;
   std::uint64_t seed;
@@ -57,6 +57,7 @@ struct Neighbors {
   void each(const Field& field) {
     field("dtype", dtype);
     field("columns", columns);
+    field("factor", factor);
     field("n", n);
     field("p", p);
     field("ties", ties);
@@ -73,9 +74,10 @@ void neighbors(const py::dict& given, Address stream) {
   launched([&] {
     return with_type(a.dtype, [&](auto zero) {
       using T = decltype(zero);
-      return cuda::neighbors(pointer<const T>(a.columns), a.n, a.p, rule, a.seed,
-                             pointer<const std::int64_t>(a.offset), pointer<std::int64_t>(a.count),
-                             pointer<std::int64_t>(a.indices), pointer<void>(stream));
+      return cuda::neighbors(pointer<const T>(a.columns), pointer<const T>(a.factor), a.n, a.p,
+                             rule, a.seed, pointer<const std::int64_t>(a.offset),
+                             pointer<std::int64_t>(a.count), pointer<std::int64_t>(a.indices),
+                             pointer<void>(stream));
     });
   });
 }

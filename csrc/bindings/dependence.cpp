@@ -143,14 +143,17 @@ py::tuple all_neighbors(const Array<T>& x, const Array<T>& factor, int ties, std
   Array<std::int64_t> offset(view.n + 1);
   std::int64_t* starts = offset.mutable_data();
   starts[0] = 0;
+  Array<std::int64_t> lowest(rule == Ties::average ? view.n : 0);
   if (rule == Ties::average) {
+    std::int64_t* lowest_out = lowest.mutable_data();
     run(level, threads, [&](const Execution& execution) {
-      return neighbors(view, rule, seed, nullptr, starts + 1, nullptr, execution);
+      return neighbors(view, rule, seed, nullptr, starts + 1, lowest_out, execution);
     });
   } else {
     std::fill_n(starts + 1, view.n, 1);
   }
   for (std::int64_t i = 0; i < view.n; ++i) starts[i + 1] += starts[i];
+  if (rule == Ties::average && starts[view.n] == view.n) return py::make_tuple(offset, lowest);
   Array<std::int64_t> indices(starts[view.n]);
   std::int64_t* indices_out = indices.mutable_data();
   run(level, threads, [&](const Execution& execution) {

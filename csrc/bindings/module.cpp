@@ -7,10 +7,12 @@ PYBIND11_MODULE(_core, m) {
   const auto dependence = m.def_submodule("dependence");
   register_dependence(dependence);
   register_chatterjee(dependence);
+  register_permutation(dependence);
   register_curvature(m.def_submodule("curvature"));
 #ifdef LCODEC_HAVE_CUDA
   const auto cuda = m.def_submodule("cuda");
   register_cuda(cuda);
+  register_cuda_permutation(cuda);
   register_cuda_curvature(cuda);
 #endif
 }

@@ -40,4 +40,10 @@ std::int64_t baseline_saturate(std::int64_t rounds);
 std::int64_t avx2_saturate(std::int64_t rounds);
 std::int64_t avx512_saturate(std::int64_t rounds);
 
+// Draws permutations 1 to count of n ranks (common/philox.hpp) and adds min(rank'_i,
+// rank'_other[i]) of all rows, on one thread: what a permutation test must do at the least. With
+// LCODEC_INSTRUMENTS only.
+std::int64_t bare_permutations(const std::int32_t* rank, const std::int32_t* other, std::int64_t n,
+                               std::uint64_t seed, std::int64_t count);
+
 }  // namespace lcodec

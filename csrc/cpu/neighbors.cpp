@@ -13,11 +13,12 @@ Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
   const Kernels<T> kernels = pick_kernels<T>(execution.level);
   const TieRule rule{ties, seed};
   const auto report = [&](std::int32_t own, const Nearest& nearest) {
-    const std::int64_t k = rule.taken(own, nearest.count);
-    if (!indices) {
-      count[own] = k == TieRule::kAll ? nearest.count : 1;
+    if (count) {
+      count[own] = nearest.count;
+      if (indices) indices[own] = kth_row(nearest.ranges, nearest.rows, 0, own);
       return;
     }
+    const std::int64_t k = rule.taken(own, nearest.count);
     std::int64_t* out = indices + offset[own];
     if (k != TieRule::kAll) {
       *out = kth_row(nearest.ranges, nearest.rows, k, own);

@@ -4,9 +4,9 @@
 namespace lcodec::cuda {
 
 template <class T>
-Outcome neighbors(const T* columns, std::int64_t n, std::int64_t p, Ties ties, std::uint64_t seed,
-                  const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,
-                  Stream stream) {
+Outcome neighbors(const T* columns, const T* factor, std::int64_t n, std::int64_t p, Ties ties,
+                  std::uint64_t seed, const std::int64_t* offset, std::int64_t* count,
+                  std::int64_t* indices, Stream stream) {
   using Tile = NeighborTile<T>;
   if (n < 2 || n >= INT32_MAX - Tile::size || p < 1) {
     return outcome(cudaErrorInvalidValue, "neighbors");
@@ -16,13 +16,15 @@ Outcome neighbors(const T* columns, std::int64_t n, std::int64_t p, Ties ties, s
     return run("count_one", count_one_kernel, blocks(kOneThreads), dim3(kOneThreads), stream, n,
                count);
   }
-  return run("neighbors", neighbors_kernel<T>, blocks(Tile::rows), dim3(Tile::threads), stream,
-             columns, static_cast<int>(n), p, ties, seed, offset, count, indices);
+  const auto kernel = factor ? neighbors_kernel<T, true> : neighbors_kernel<T, false>;
+  return run("neighbors", kernel, blocks(Tile::rows), dim3(Tile::threads), stream, columns, factor,
+             static_cast<int>(n), p, ties, seed, offset, count, indices);
 }
 
-#define LCODEC_INSTANTIATE(T)                                                              \
-  template Outcome neighbors<T>(const T*, std::int64_t, std::int64_t, Ties, std::uint64_t, \
-                                const std::int64_t*, std::int64_t*, std::int64_t*, Stream);
+#define LCODEC_INSTANTIATE(T)                                                                     \
+  template Outcome neighbors<T>(const T*, const T*, std::int64_t, std::int64_t, Ties,             \
+                                std::uint64_t, const std::int64_t*, std::int64_t*, std::int64_t*, \
+                                Stream);
 LCODEC_INSTANTIATE(float)
 LCODEC_INSTANTIATE(double)
 

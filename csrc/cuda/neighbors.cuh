@@ -1,6 +1,6 @@
 // The rows nearest to every row, by all n^2 distances.
 //
-//   D(i, j) = sum over columns f, in order, of (x_if - x_jf)^2         every operation rounded
+//   D(i, j) = sum over columns f, in order, of ((x_if - x_jf) c_f)^2   every operation rounded
 //   row i's ties are all j != i with the smallest D(i, j); it uses all of them, one drawn by seed
 //   and row (common/random.hpp), or the first, in increasing order
 //
@@ -12,7 +12,9 @@
 //            first. Rows that use several neighbours, or not the first, take a second sweep: warps
 //            vote on a tile, a word for 32 candidates, and a row's words are written in order by
 //            one warp. A block without such rows ends before it, others when all ties are found.
-// Arguments  columns [p][n], T float or double; offset, count [n] and indices of int64; all
+// Arguments  columns [p][n], factor [p], T float or double; without kScaled factor is unused and
+// c_f
+//            is 1; offset, count [n] and indices of int64; all
 //            contiguous. 2 <= n < 2^31 - 512, p >= 1. indices == nullptr: count[i] = how many ties
 //            there are; otherwise row i's neighbours go to indices + offset[i], and count is unused
 // Fast       A column of 8 rows x 4 candidates (float) is 96 operations for 4 + 2 loads: words,
@@ -88,8 +90,8 @@ __device__ __forceinline__ void load_rows(const T* columns, int n, int first_row
 
 // Adds kColumns columns to a thread's distances, one after the other; x is its first candidate in
 // the first of them, and `left` candidates exist from there on. All loads come first.
-template <class T, bool kWhole, int kColumns>
-__device__ __forceinline__ void add_columns(const T* x, int n, int left,
+template <class T, bool kWhole, bool kScaled, int kColumns>
+__device__ __forceinline__ void add_columns(const T* x, const T* factor, int n, int left,
                                             const typename NeighborTile<T>::Own* own, int group,
                                             typename NeighborTile<T>::Distances& distance) {
   using Tile = NeighborTile<T>;
@@ -104,30 +106,34 @@ __device__ __forceinline__ void add_columns(const T* x, int n, int left,
     for (int q = 0; q < Tile::held; ++q) {
       const T mine = own[f].value[group * Tile::held + q];
       for (int k = 0; k < Tile::candidates; ++k) {
-        const T difference = mine - value[f][k];
+        T difference = mine - value[f][k];
+        if constexpr (kScaled) difference = difference * factor[f];
         distance[q][k] = distance[q][k] + difference * difference;
       }
     }
   }
 }
 
-template <class T, bool kWhole>
-__device__ __forceinline__ void add_chunk(const T* x, int n, int left, int size,
+template <class T, bool kWhole, bool kScaled>
+__device__ __forceinline__ void add_chunk(const T* x, const T* factor, int n, int left, int size,
                                           const typename NeighborTile<T>::Own* own, int group,
                                           typename NeighborTile<T>::Distances& distance) {
   int f = 0;
   for (; f + 2 <= size; f += 2) {
-    add_columns<T, kWhole, 2>(x, n, left, own + f, group, distance);
+    add_columns<T, kWhole, kScaled, 2>(x, kScaled ? factor + f : factor, n, left, own + f, group,
+                                       distance);
     x += 2 * static_cast<std::int64_t>(n);
   }
-  if (f < size) add_columns<T, kWhole, 1>(x, n, left, own + f, group, distance);
+  if (f < size)
+    add_columns<T, kWhole, kScaled, 1>(x, kScaled ? factor + f : factor, n, left, own + f, group,
+                                       distance);
 }
 
 // Distances between a thread's rows and its candidates of the tile that begins at `base`; NaN where
 // no candidate exists, or it is the row itself. `own` holds all columns if they fit.
-template <class T>
-__device__ __forceinline__ void tile_distances(const T* columns, int n, std::int64_t p,
-                                               int first_row, int base,
+template <class T, bool kScaled>
+__device__ __forceinline__ void tile_distances(const T* columns, const T* factor, int n,
+                                               std::int64_t p, int first_row, int base,
                                                typename NeighborTile<T>::Own* own, int group,
                                                typename NeighborTile<T>::Distances& distance) {
   using Tile = NeighborTile<T>;
@@ -145,9 +151,11 @@ __device__ __forceinline__ void tile_distances(const T* columns, int n, std::int
       __syncthreads();
     }
     if (whole) {
-      add_chunk<T, true>(x + first, n, n - first, size, own, group, distance);
+      add_chunk<T, true, kScaled>(x + first, kScaled ? factor + f : factor, n, n - first, size, own,
+                                  group, distance);
     } else {
-      add_chunk<T, false>(x + first, n, n - first, size, own, group, distance);
+      add_chunk<T, false, kScaled>(x + first, kScaled ? factor + f : factor, n, n - first, size,
+                                   own, group, distance);
     }
   }
   if (whole && (base >= first_row + Tile::rows || base + Tile::size <= first_row)) return;
@@ -318,10 +326,11 @@ __device__ __forceinline__ void write_ties(const unsigned (&votes)[NeighborTile<
   }
 }
 
-template <class T>
+template <class T, bool kScaled>
 __global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
-    neighbors_kernel(const T* columns, int n, std::int64_t p, Ties ties, std::uint64_t seed,
-                     const std::int64_t* offset, std::int64_t* count, std::int64_t* indices) {
+    neighbors_kernel(const T* columns, const T* factor, int n, std::int64_t p, Ties ties,
+                     std::uint64_t seed, const std::int64_t* offset, std::int64_t* count,
+                     std::int64_t* indices) {
   using Tile = NeighborTile<T>;
   using Own = typename Tile::Own;
   using Parts = typename BlockNearest<T>::Parts;
@@ -348,7 +357,7 @@ __global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
 
   WarpNearest<T> nearest;
   for (int base = 0; base < n; base += Tile::size) {
-    tile_distances(columns, n, p, first_row, base, own, group, distance);
+    tile_distances<T, kScaled>(columns, factor, n, p, first_row, base, own, group, distance);
     nearest.look(distance, base + thread % Tile::stride);
   }
   nearest.add_lanes();
@@ -374,7 +383,7 @@ __global__ void __launch_bounds__(NeighborTile<T>::threads, 2)
   for (int r = 0; r < Tile::owned; ++r) found[r] = 0;
   int side = 0;  // of votes: while one is read, the other one is written
   for (int base = 0; base < n; base += Tile::size) {
-    tile_distances(columns, n, p, first_row, base, own, group, distance);
+    tile_distances<T, kScaled>(columns, factor, n, p, first_row, base, own, group, distance);
     vote<T>(distance, goal, group, votes[side]);
     open = false;
     for (int r = 0; r < Tile::owned; ++r) {

@@ -79,11 +79,12 @@ class Engine {
 };
 
 // Neighbours used by every row in all p columns of columns [p][n] (by column, on the device),
-// without scaling. A first call with indices == nullptr writes count[n], how many each row uses;
-// a second one row i's neighbours to indices + offset[i], in increasing order. O(n^2 p).
+// with factor [p] or, where that is null, without scaling. A first call with indices == nullptr
+// writes count[n], how many each row uses; a second one row i's neighbours to indices + offset[i],
+// in increasing order. O(n^2 p).
 template <class T>
-Outcome neighbors(const T* columns, std::int64_t n, std::int64_t p, Ties ties, std::uint64_t seed,
-                  const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,
-                  Stream stream);
+Outcome neighbors(const T* columns, const T* factor, std::int64_t n, std::int64_t p, Ties ties,
+                  std::uint64_t seed, const std::int64_t* offset, std::int64_t* count,
+                  std::int64_t* indices, Stream stream);
 
 }  // namespace lcodec::cuda

@@ -103,9 +103,9 @@ class Engine {
   std::unique_ptr<State> state_;
 };
 
-// Neighbours used by every row in all p columns. With indices == nullptr only count[n] is written;
-// otherwise row i's neighbours go to indices + offset[i], in increasing order. A k-d tree in few
-// columns, O(n^2 p) in many.
+// Neighbours used by every row in all p columns: row i's go to indices + offset[i], in increasing
+// order. With count != nullptr instead how many are tied, count[n], and the lowest of each row,
+// indices[n]: where each row has one, this is all. A k-d tree in few columns, O(n^2 p) in many.
 template <class T>
 Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
                  const std::int64_t* offset, std::int64_t* count, std::int64_t* indices,

@@ -5,11 +5,13 @@ from lcodec_ext.dependence.foci import FociResult, first_step_scores, foci, lfoc
 from lcodec_ext.dependence.graph import DependenceGraph, dependence_graph
 from lcodec_ext.dependence.neighbors import nearest_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
+from lcodec_ext.dependence.significance import CodecTestResult, codec_test
 from lcodec_ext.dependence.stability import StabilityResult, stability
 from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
 from lcodec_ext.dependence.xi_matrix import XiMatrix, xi_matrix
 
 __all__ = [
+    "CodecTestResult",
     "DependenceGraph",
     "FociResult",
     "NoiseScale",
@@ -18,6 +20,7 @@ __all__ = [
     "XiTestResult",
     "check_noise",
     "codec",
+    "codec_test",
     "dependence_graph",
     "first_step_scores",
     "foci",

@@ -4,7 +4,7 @@ T of classes is averaged over one class against the rest.
 """
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,26 @@ class ClassSums(JointSums):
         if all(value is None for value in values):
             return None
         return sum((Fraction(1) if v is None else v for v in values), Fraction(0)) / len(values)
+
+
+class Response(NamedTuple):
+    """Max ranks of a response of numbers, or of one class against the rest, and their sums."""
+
+    R: Any
+    sums: ResponseSums
+
+
+def responses(backend: Backend, y: Any, nominal: bool) -> list[Response]:
+    """One response of numbers, or one for each code of classes without an order."""
+    codes: Any = np.unique(y) if nominal else []
+    if 2 * len(codes) > len(y):
+        raise ValueError(
+            f"y has {len(codes):,} classes on {len(y):,} rows; expected classes that repeat: pass "
+            "numbers, with astype(float), or astype('int64') for integers, where y is numbers "
+            "written as text"
+        )
+    ranks = [backend.ranks(y == code) for code in codes] if nominal else [backend.ranks(y)]
+    return [Response(R, ResponseSums(R, L)) for R, L in ranks]
 
 
 def response_engine(
@@ -56,17 +76,10 @@ def response_engine(
         return backend.engine(columns, factors, R, ties, seed)
 
     if nominal:
-        codes = np.unique(y)
-        if 2 * len(codes) > len(y):
-            raise ValueError(
-                f"y has {len(codes):,} classes on {len(y):,} rows; expected classes that repeat: "
-                "pass numbers, with astype(float), or astype('int64') for integers, where y is "
-                "numbers written as text"
-            )
-        if len(codes) > 1:
-            ranks = [backend.ranks(y == code) for code in codes]
-            classes = ClassSums([ResponseSums(*each) for each in ranks])
-            return classes, JointEngine([engine_of(R) for R, _ in ranks], classes)
+        found = responses(backend, y, nominal)
+        if len(found) > 1:
+            classes = ClassSums([sums for _, sums in found])
+            return classes, JointEngine([engine_of(R) for R, _ in found], classes)
     elif y.ndim == 2:
         q = y.shape[1]
         first = len(factors) - (q if average else q - 1)

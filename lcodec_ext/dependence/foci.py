@@ -17,11 +17,12 @@ from lcodec_ext._checks import (
     check_seed,
 )
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._random import tie_seed
+from lcodec_ext._random import fresh_seed, tie_seed
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Leaders, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
-from lcodec_ext.dependence.classes import response_engine
+from lcodec_ext.dependence.classes import response_engine, responses
+from lcodec_ext.dependence.foci_null import Level, StepNull, check_level
 from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import (
@@ -43,7 +44,9 @@ from lcodec_ext.dependence.table import (
     refuse_classes,
 )
 
-StopReason = Literal["no_gain", "min_gain", "max_features", "exhausted", "constant_y"]
+StopReason = Literal[
+    "no_gain", "min_gain", "not_significant", "max_features", "exhausted", "constant_y"
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +64,10 @@ class FociResult:
         without preselected columns T(Y, X_l).
     base : float
         T(Y, X_S) of the preselected columns; 0.0 without any.
-    stop_reason : {"no_gain", "min_gain", "max_features", "exhausted", "constant_y"}
-        No column raises T, or none by more than min_gain; the cap is reached; every column is
-        selected; nothing to explain.
+    stop_reason : str
+        "no_gain", "min_gain": no column raises T, or none by more than min_gain;
+        "not_significant": the best column's gain is one that chance makes, too; "max_features": the
+        cap is reached; "exhausted": every column is selected; "constant_y": nothing to explain.
     names : list of str or None
         Names of the selected columns, if X has names.
     preselected : tuple of int
@@ -74,6 +78,11 @@ class FociResult:
         Rows left out by nan_policy="omit".
     missing : dict
         How many NaN the columns with any have, by what messages call them.
+    threshold : ndarray of float64, or None
+        With stop="permutation", of every step, and last of the one that ended the selection: the T
+        that chance reaches, which the cumulative T had to exceed.
+    pvalues : ndarray of float64, or None
+        With stop="permutation", the p-values of these steps.
     """
 
     ordering: NDArray[np.int64]
@@ -87,6 +96,8 @@ class FociResult:
     n_features: int
     n_omitted: int = 0
     missing: dict[str, int] = field(default_factory=dict)
+    threshold: NDArray[np.float64] | None = None
+    pvalues: NDArray[np.float64] | None = None
 
     def __iter__(self) -> Iterator[NDArray]:
         return iter((self.ordering, self.cumulative))
@@ -126,6 +137,7 @@ class FociResult:
         lines = [
             f"  {k + 1:3d}. {self._label(k)}: T = {self.cumulative[k]:.4f}, "
             f"conditional T = {self.conditional[k]:.4f}"
+            + ("" if self.pvalues is None else f", p-value {self.pvalues[k]:.4g}")
             for k in range(min(len(self.ordering), 20))
         ]
         if len(self.ordering) > 20:
@@ -141,7 +153,7 @@ def foci(
     X: Any,
     y: Any,
     *,
-    stop: bool = True,
+    stop: bool | Literal["permutation"] = True,
     max_features: int | None = None,
     min_gain: float = 0.0,
     preselected: Sequence[int | str] | None = None,
@@ -154,12 +166,15 @@ def foci(
     decimals: int | None = None,
     n_neighbors: int = 1,
     y_order: Literal["given", "average"] = "given",
+    alpha: float | None = None,
+    n_permutations: int | None = None,
 ) -> FociResult:
     """FOCI: forward selection of the columns on which y depends.
 
     Every step adds the column l that makes T(Y, X_S + l) largest, compared exactly; on equality
     the lowest index wins. It stops by itself when no column raises T. That is not a test: on noise
-    some columns do, a little. ``docs/dependence.md`` says how to tell chance from dependence.
+    some columns do, a little. stop="permutation" is a test: a step must also beat the best that
+    chance makes of the remaining columns.
 
     Parameters
     ----------
@@ -171,26 +186,37 @@ def foci(
         is the mean over the classes c of the T of ``y == c``. Several columns of numbers are one
         response together, T^q: columns of X are selected that tell about all of them. Columns of
         y that enter distances are standardised as those of X are.
-    stop : bool, default True
+    stop : bool or "permutation", default True
         Stop when no column gains; False goes on to max_features or to the last column.
+        "permutation" stops, too, when the largest gain has a p-value above alpha: among the
+        permutations of y, how often the largest gain of all remaining columns is as large. The
+        first step is an exact test that y is independent of X: if it is, something is selected with
+        probability alpha at most. Later steps permute y in blocks of rows with near values of the
+        selected columns, which is approximate. ``docs/inference.md`` says what that assumes.
     max_features : int, optional
         Cap on the number of columns selected (preselected ones not counted).
     min_gain : float, default 0.0
-        A step must raise the cumulative T by more than this. Needs stop=True.
+        A step must raise the cumulative T by more than this. Not with stop=False.
     preselected : sequence of int or str, optional
         Columns of X to condition on from the start, by position or name, in the order in which
         distances add them up; not part of the result's ordering.
     standardize : {"scale", "bounded", None}, default "scale"
         Divide distances along each column by its standard deviation (as R's FOCI does), by its
         range, or not at all. `codec` never does, so on raw columns its values can differ.
-    ties, seed, nan_policy, backend
+    ties, nan_policy, backend
         As in `codec`.
+    seed : int, optional
+        In [0, 2^64), for ties="random" and for the permutations. None draws a fresh one.
     progress : bool, default False
         Show a progress bar for each step; needs tqdm.
     decimals : int, optional
         How many decimals the columns of X have, as in `codec`.
     n_neighbors, y_order
         As in `codec`.
+    alpha : float, optional
+        With stop="permutation": level of each step, above 0 and below 1; 0.05 by default.
+    n_permutations : int, optional
+        With stop="permutation": from 1 / alpha - 1 to 10^6; 999 by default.
 
     Returns
     -------
@@ -209,6 +235,8 @@ def foci(
     three times X and O(n) for each thread; on CUDA a workspace of up to 256 MiB more. q columns of
     y take q times as much, and all candidates are scored to the end. With several neighbours
     every candidate is searched for by itself, in about the time of `codec`.
+    stop="permutation" adds one search of neighbours for each candidate and step, and about 1 ns a
+    row, candidate and permutation.
 
     References
     ----------
@@ -229,7 +257,7 @@ def foci(
     check_choice(y_order, "y_order", Y_ORDERS)
     task = _Task(
         chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
-        progress, decimals, n_neighbors, y_order,
+        progress, decimals, n_neighbors, y_order, check_level(stop, alpha, n_permutations),
     )  # fmt: skip
     return task.run(task.lay_out(), task.y, seed)
 
@@ -361,14 +389,20 @@ class _Task:
         decimals: int | None = None,
         n_neighbors: int = 1,
         y_order: str | None = None,
+        level: Level | None = None,
     ) -> None:
-        self.backend = backend
+        self.backend, self.level = backend, level
         self.ties = check_choice(ties, "ties", TIES)
         check_neighbors(n_neighbors, ties)
+        if level is not None and n_neighbors > 1:
+            raise ValueError(
+                f"stop='permutation' takes one neighbour; got n_neighbors={n_neighbors}: pass "
+                "n_neighbors=1, or another stop"
+            )
         self.n_neighbors = n_neighbors
         self.standardize = check_choice(standardize, "standardize", STANDARDIZE)
         self.progress = check_bool(progress, "progress")
-        self.stop = check_bool(stop, "stop")
+        self.stop = level is not None or check_bool(stop, "stop")
         self.min_gain = check_real(min_gain, "min_gain", 0)
         if self.min_gain > 0 and not self.stop:
             raise ValueError(
@@ -381,6 +415,11 @@ class _Task:
         if max_features is not None:
             self.cap = min(self.cap, check_integer(max_features, "max_features", 1))
         self.target = as_target(y, tensors=backend.tensors, y_order=y_order, decimals=decimals)
+        if level is not None and self.target.given:
+            raise ValueError(
+                "stop='permutation' takes one column of y, and y has several: pass one of them, or "
+                "another stop"
+            )
         self.rows = clean_rows({"X": features, "y": self.target.values}, nan_policy)
         self.features = features._replace(values=self.rows.values["X"])
         self.y = self.rows.values["y"]
@@ -413,13 +452,22 @@ class _Task:
         reach = _Reach(squared_spans(columns, factors), self.label)
         for column in range(self.p, len(factors)):
             reach.add(column)
+        if self.level is not None:
+            seed = fresh_seed() if seed is None else seed
         response, engine = response_engine(
             self.backend, columns, factors, y, self.target.nominal, self.ties,
             tie_seed(self.ties, seed), self.n_neighbors, self.target.average,
         )  # fmt: skip
-        return self._search(engine, response, reach)
+        null = None
+        if self.level is not None and seed is not None:
+            found = responses(self.backend, y, self.target.nominal)
+            X = self.features.values
+            null = StepNull(self.backend, X, factors, found, self.ties, seed, self.level)
+        return self._search(engine, response, reach, null)
 
-    def _search(self, engine: Any, response: Any, reach: "_Reach") -> FociResult:
+    def _search(
+        self, engine: Any, response: Any, reach: "_Reach", null: StepNull | None
+    ) -> FociResult:
         """The greedy loop: score all candidates, decide exactly, go on or stop."""
         m = response.start
         for column in self.preselected:
@@ -431,19 +479,27 @@ class _Task:
         conditioned = bool(self.preselected)
         candidates = sorted(set(range(self.p)).difference(self.preselected))
         steps: list[tuple[int, float, float]] = []
+        tests: list[tuple[float, float]] = []
         reason: StopReason = "exhausted" if self.cap == len(candidates) else "max_features"
         with progress_bar(self.progress, total=len(candidates), unit="column") as bar:
             while len(steps) < self.cap:
                 reach.check(candidates)
                 bar.set_description(f"FOCI step {len(steps) + 1}")
                 # columns without a gain are compared only if one of them must be taken
-                floor = response.floor(m) if self.stop else 0
+                floor = response.floor(m) if self.stop and null is None else 0
                 leaders = _leaders(engine, np.array(candidates), floor, self.progress, bar)
                 best, m_best = _best(engine, *leaders, response.unconditional) or (-1, m)
                 T = response.unconditional(m_best)
                 gain = T - response.unconditional(m)
+                if null is not None:
+                    selected = [*self.preselected, *(column for column, _, _ in steps)]
+                    by_chance, pvalue = null.step(selected, candidates, gain)
+                    tests.append((float(response.unconditional(m)) + by_chance, pvalue))
                 if self.stop and gain <= Fraction(self.min_gain):
                     reason = "no_gain" if gain <= 0 else "min_gain"
+                    break
+                if self.level is not None and tests[-1][1] > self.level.alpha:
+                    reason = "not_significant"
                     break
                 step = response.conditional(m_best, m) if conditioned else T
                 if step is None:
@@ -457,10 +513,14 @@ class _Task:
                 engine.select(best)
                 candidates.remove(best)
                 m, conditioned = m_best, True
-        return self._result(steps, base, reason)
+        return self._result(steps, base, reason, tests)
 
     def _result(
-        self, steps: list[tuple[int, float, float]], base: float, reason: StopReason
+        self,
+        steps: list[tuple[int, float, float]],
+        base: float,
+        reason: StopReason,
+        tests: Sequence[tuple[float, float]] = (),
     ) -> FociResult:
         ordering = [column for column, _, _ in steps]
         names = self.features.names
@@ -476,6 +536,8 @@ class _Task:
             n_features=self.features.values.shape[1],
             n_omitted=self.rows.n_omitted,
             missing=self.rows.missing,
+            threshold=None if self.level is None else np.array([T for T, _ in tests]),
+            pvalues=None if self.level is None else np.array([p for _, p in tests]),
         )
 
 

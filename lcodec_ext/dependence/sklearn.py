@@ -59,7 +59,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
     max_features, min_gain, stop, standardize, ties, backend, decimals
         As in `lcodec_ext.foci`, with its defaults; backend "cuda" is refused.
     random_state : int, RandomState instance or None
-        For ``ties="random"``.
+        For ``ties="random"`` and ``stop="permutation"``.
     classes : {"auto", "yes", "no"}, default "auto"
         Whether y holds classes without an order, so that their numbers and names change nothing.
         "auto": strings and unordered categories do, and so do integers of 3 to 20 different
@@ -96,7 +96,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         *,
         max_features: int | None = None,
         min_gain: float = 0.0,
-        stop: bool = True,
+        stop: bool | Literal["permutation"] = True,
         standardize: Standardize | None = "scale",
         ties: Ties = "average",
         random_state: int | np.random.RandomState | None = None,
@@ -144,7 +144,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         if self.classes == "yes" or (self.classes == "auto" and likely):
             y = np.unique(y, return_inverse=True)[1].astype(str)
         seed = None
-        if self.ties == "random":
+        if self.ties == "random" or self.stop == "permutation":
             seed = int(check_random_state(self.random_state).randint(2**31))
         no_policy: Any = None  # messages then do not advise one
         result = foci(

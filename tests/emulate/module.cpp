@@ -215,6 +215,7 @@ PYBIND11_MODULE(_emulated, m) {
 
   const auto cuda = m.def_submodule("cuda");  // as _core.cuda
   lcodec::bindings::register_cuda(cuda);
+  lcodec::bindings::register_cuda_permutation(cuda);
   lcodec::bindings::register_cuda_curvature(cuda);
 
   py::enum_<Bug>(m, "Bug")

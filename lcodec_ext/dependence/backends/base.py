@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from fractions import Fraction
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,37 @@ TIES: tuple[Ties, ...] = ("average", "random", "first")  # a rule's position is 
 
 Scores = tuple[NDArray[np.int64], NDArray[np.int64]]
 Leaders = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+RowNumbers = NDArray[np.int32]
+
+
+class Pairs(NamedTuple):
+    """Pairs of rows in segments, and groups of rows all of whose pairs count.
+
+    The sum of a segment is that of min(R_i, R_j) over its pairs (i, j), and over the pairs of all
+    rows of each of its groups.
+
+    Attributes
+    ----------
+    begin : int64 of shape (segments + 1,)
+        Segment s has the pairs ``begin[s]`` to ``begin[s + 1] - 1``.
+    owner : int32 of shape (pairs,)
+        First row of each pair. Empty: pair t of a segment is of row t.
+    other : int32 of shape (pairs,)
+        Second row.
+    label : int32 of shape (labelings, n)
+        Group of each row in each labeling, or -1.
+    size, segment : int32 of shape (groups,)
+        Rows of each group, and the segment that its sum belongs to.
+    """
+
+    begin: NDArray[np.int64]
+    owner: RowNumbers
+    other: RowNumbers
+    label: RowNumbers
+    size: RowNumbers
+    segment: RowNumbers
 
 
 class Columns(Protocol):
@@ -132,8 +163,37 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def nearest(self, columns: Any, ties: Ties, seed: int) -> tuple[Any, Any]:
-        """(indptr, indices) of the nearest other rows that the tie rule uses."""
+    def nearest(self, columns: Any, ties: Ties, seed: int, factors: Any = None) -> tuple[Any, Any]:
+        """(indptr, indices) of the nearest other rows that the tie rule uses.
+
+        Distances along every column are multiplied by its factor, if there are factors.
+        """
+
+    @abstractmethod
+    def permuted_sums(
+        self, pairs: Pairs, R: Any, start: RowNumbers | None, seed: int, count: int
+    ) -> NDArray[np.int64]:
+        """Sums of minima under permutations of a response, shape (count, segments).
+
+        Parameters
+        ----------
+        pairs : Pairs
+        R : integers of shape (n,)
+            Max ranks of the response.
+        start : int32 of shape (n,), optional
+            Where the block of each row begins; rows change places within their blocks.
+        seed, count : int
+            Permutations 0 to count - 1 of `_random.permutation`; 0 leaves the rows as they are.
+        """
+
+    @abstractmethod
+    def permutations(
+        self, n: int, start: RowNumbers | None, seed: int, first: int, count: int
+    ) -> NDArray:
+        """Whose value every row gets under `count` permutations from the `first` one on.
+
+        int32 or int64 of shape (count, n), on the host.
+        """
 
     @abstractmethod
     def nearest_minima(

@@ -5,8 +5,18 @@ from numpy.typing import NDArray
 
 from lcodec_ext import _core
 from lcodec_ext._threads import cpu_settings
-from lcodec_ext.dependence.backends.base import TIES, HostBackend, HostEngine, Scores, Ties
+from lcodec_ext.dependence.backends.base import (
+    TIES,
+    HostBackend,
+    HostEngine,
+    Pairs,
+    RowNumbers,
+    Scores,
+    Ties,
+)
 from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
+
+NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
 class CpuColumns:
@@ -55,11 +65,24 @@ class CpuBackend(HostBackend):
         return CpuEngine(columns, factors, R, ties, seed)
 
     def nearest(
-        self, columns: CpuColumns, ties: Ties, seed: int
+        self, columns: CpuColumns, ties: Ties, seed: int, factors: NDArray | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         x = columns.values
-        ones = np.ones(len(x), dtype=x.dtype)
-        return _core.dependence.neighbors(x, ones, TIES.index(ties), seed, *cpu_settings())
+        used = np.ones(len(x), dtype=x.dtype) if factors is None else factors
+        return _core.dependence.neighbors(x, used, TIES.index(ties), seed, *cpu_settings())
+
+    def permuted_sums(
+        self, pairs: Pairs, R: NDArray[np.int64], start: RowNumbers | None, seed: int, count: int
+    ) -> NDArray[np.int64]:
+        blocks = NO_BLOCKS if start is None else start
+        rank = R.astype(np.int32)
+        return _core.dependence.permuted_sums(rank, blocks, *pairs, seed, 0, count, *cpu_settings())
+
+    def permutations(
+        self, n: int, start: RowNumbers | None, seed: int, first: int, count: int
+    ) -> RowNumbers:
+        blocks = NO_BLOCKS if start is None else start
+        return _core.dependence.permutations(n, blocks, seed, first, count, *cpu_settings())
 
     def nearest_minima(
         self,

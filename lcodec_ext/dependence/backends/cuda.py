@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from lcodec_ext._torch.device import Device
 from lcodec_ext.dependence import exact
-from lcodec_ext.dependence.backends.base import TIES, Backend, Engine, Leaders, Scores, Ties
+from lcodec_ext.dependence.backends.base import (
+    TIES,
+    Backend,
+    Engine,
+    Leaders,
+    Pairs,
+    RowNumbers,
+    Scores,
+    Ties,
+)
+from lcodec_ext.dependence.backends.cpu import CpuBackend
 
 SCRATCH = 1 << 28  # bytes; kScratch of the engine
 _PAIRS = 1 << 22  # of rows, whose distances are in memory at a time
@@ -169,18 +179,22 @@ class CudaBackend(Backend):
         return CudaEngine(columns, factors, R, ties, seed)
 
     def nearest(
-        self, columns: CudaColumns, ties: Ties, seed: int
+        self, columns: CudaColumns, ties: Ties, seed: int, factors: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         X, device = columns.values, columns.device
         n, p = X.shape
         with device.guard():
             transposed = X.t().contiguous()
+            scale = X.new_empty(0)
+            if factors is not None:
+                scale = torch.as_tensor(factors, dtype=X.dtype, device=X.device).contiguous()
             count = X.new_ones(n, dtype=torch.int64)
 
             def run(offset: int, indices: int) -> None:
                 given = {
                     "dtype": _dtype_name(X),
                     "columns": transposed.data_ptr(),
+                    "factor": 0 if factors is None else scale.data_ptr(),
                     "n": n,
                     "p": p,
                     "ties": TIES.index(ties),
@@ -198,6 +212,46 @@ class CudaBackend(Backend):
             indices = X.new_empty(total, dtype=torch.int64)
             run(indptr.data_ptr(), indices.data_ptr())
         return indptr, indices
+
+    def permuted_sums(
+        self, pairs: Pairs, R: torch.Tensor, start: RowNumbers | None, seed: int, count: int
+    ) -> NDArray[np.int64]:
+        """See `Backend`; the pairs go to the device, and the sums come back."""
+        device, module, n = self._device, self._device.module, len(R)
+        with device.guard():
+            rank = R.to(torch.int32).contiguous()
+            ordered = rank.sort(stable=True)  # places are used where there are groups
+            place = torch.empty_like(rank)
+            place[ordered.indices] = torch.arange(n, dtype=torch.int32, device=R.device)
+            held = {name: torch.from_numpy(part).to(R.device) for name, part in _parts(pairs)}
+            held |= {"rank": rank, "sorted": ordered.values.contiguous(), "place": place}
+            if start is not None:
+                held["start"] = torch.from_numpy(start).to(R.device)
+            sums = rank.new_empty((count, len(pairs.begin) - 1), dtype=torch.int64)
+            size = int(module.permuted_sums_bytes(n, len(pairs.size), count))
+            workspace = rank.new_empty(size, dtype=torch.uint8)
+            addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
+            given = {
+                "n": n,
+                "start": 0,
+                "owner": 0,
+                "segments": sums.shape[1],
+                "labelings": len(pairs.label),
+                "groups": len(pairs.size),
+                "seed": seed,
+                "first": 0,
+                "count": count,
+                "sum": sums.data_ptr(),
+                "workspace": workspace.data_ptr(),
+            }
+            module.permuted_sums(given | addresses, device.stream())
+            return sums.cpu().numpy()
+
+    def permutations(
+        self, n: int, start: RowNumbers | None, seed: int, first: int, count: int
+    ) -> NDArray:
+        """See `Backend`; drawn on the host."""
+        return CpuBackend().permutations(n, start, seed, first, count)
 
     def nearest_minima(
         self, columns: CudaColumns, factors: Any, used: list[int], R: torch.Tensor, k: int
@@ -232,6 +286,12 @@ class CudaBackend(Backend):
         ascending = y.sort().values
         below = torch.searchsorted(ascending, y, right=True)
         return below, len(y) - torch.searchsorted(ascending, y)
+
+
+def _parts(pairs: Pairs) -> list[tuple[str, NDArray]]:
+    """The arrays of pairs by name; without the owners where every pair's row is its number."""
+    parts = pairs._asdict()
+    return [(name, parts[name]) for name in parts if name != "owner" or len(pairs.owner)]
 
 
 def _dtype_name(X: torch.Tensor) -> str:

@@ -6,9 +6,16 @@ from itertools import combinations, groupby, pairwise, product
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._random import pick, tie_hash
+from lcodec_ext._random import permutation, pick, tie_hash
 from lcodec_ext.dependence import exact
-from lcodec_ext.dependence.backends.base import HostBackend, HostEngine, Scores, Ties
+from lcodec_ext.dependence.backends.base import (
+    HostBackend,
+    HostEngine,
+    Pairs,
+    RowNumbers,
+    Scores,
+    Ties,
+)
 from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 
 _LANES = 64
@@ -128,17 +135,37 @@ class ReferenceBackend(HostBackend):
         return ReferenceEngine(columns, factors, R, ties, seed)
 
     def nearest(
-        self, columns: ReferenceColumns, ties: Ties, seed: int
+        self, columns: ReferenceColumns, ties: Ties, seed: int, factors: NDArray | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         X = columns.values
         n, p = X.shape
-        ones = np.ones(p, dtype=X.dtype)
+        scales = np.ones(p, dtype=X.dtype) if factors is None else factors
         used = [
-            _neighbors(X, ones, list(range(p)), i, ties, int(word))
+            _neighbors(X, scales, list(range(p)), i, ties, int(word))
             for i, word in enumerate(tie_hash(seed, n))
         ]
         indptr = np.concatenate([[0], np.cumsum([len(js) for js in used])]).astype(np.int64)
         return indptr, np.concatenate(used)
+
+    def permuted_sums(
+        self, pairs: Pairs, R: NDArray[np.int64], start: RowNumbers | None, seed: int, count: int
+    ) -> NDArray[np.int64]:
+        sums = np.zeros((count, len(pairs.begin) - 1), dtype=np.int64)
+        for b in range(count):
+            ranks = R[permutation(len(R), seed, b, start)].tolist()
+            for s, (first, end) in enumerate(pairwise(pairs.begin.tolist())):
+                owners = pairs.owner[first:end] if len(pairs.owner) else range(end - first)
+                for i, j in zip(owners, pairs.other[first:end], strict=True):
+                    sums[b, s] += min(ranks[i], ranks[j])
+            for g, s in enumerate(pairs.segment):
+                members = [i for label in pairs.label for i in np.flatnonzero(label == g)]
+                sums[b, s] += sum(min(ranks[i], ranks[j]) for i, j in combinations(members, 2))
+        return sums
+
+    def permutations(
+        self, n: int, start: RowNumbers | None, seed: int, first: int, count: int
+    ) -> NDArray:
+        return np.array([permutation(n, seed, b, start) for b in range(first, first + count)])
 
     def nearest_minima(
         self,

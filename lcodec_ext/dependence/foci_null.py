@@ -1,0 +1,182 @@
+"""What chance makes of a step of FOCI: the largest gain of all candidates, with y permuted."""
+
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcodec_ext._arrays import is_tensor
+from lcodec_ext._checks import check_integer, check_positive
+from lcodec_ext.dependence.backends.base import Backend, Ties
+from lcodec_ext.dependence.classes import Response
+from lcodec_ext.dependence.permutation import (
+    Blocks,
+    Weighted,
+    find_neighbors,
+    joined,
+    near_blocks,
+    neighbor_pairs,
+    reordered,
+)
+
+BLOCK = 5  # rows, at least, among which y is permuted once columns are selected
+_PAIRS = 1 << 22  # of candidates that share the drawing of permutations
+_CLOSE = 1e-12  # what floats of two coefficients may be off
+
+
+class Level(NamedTuple):
+    """How surely a step must beat chance."""
+
+    alpha: float
+    n_permutations: int
+
+    @property
+    def most(self) -> int:
+        """How many permutations may reach a step's gain, so that its p-value is at most alpha."""
+        return math.floor(Fraction(self.alpha) * (self.n_permutations + 1)) - 1
+
+
+def check_level(stop: object, alpha: object, n_permutations: object) -> Level | None:
+    """The level of stop="permutation", None for another stop."""
+    if not isinstance(stop, bool | np.bool_) and stop != "permutation":
+        error = ValueError if isinstance(stop, str) else TypeError
+        raise error(f"stop must be True, False or 'permutation'; got {stop!r}")
+    if stop != "permutation":
+        for value, name in ((alpha, "alpha"), (n_permutations, "n_permutations")):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} needs stop='permutation'; with stop={stop!r} nothing is "
+                    "tested"
+                )
+        return None
+    level = 0.05 if alpha is None else check_positive(alpha, "alpha")
+    if level >= 1:
+        raise ValueError(f"alpha must be below 1; got {level:g}")
+    count = 999 if n_permutations is None else n_permutations
+    chosen = Level(level, check_integer(count, "n_permutations", 1, 10**6))
+    if chosen.most < 0:
+        raise ValueError(
+            f"n_permutations must be at least {math.ceil(1 / Fraction(level)) - 1} for "
+            f"alpha={level:g}, as the smallest p-value is 1 / (n_permutations + 1); got {count}"
+        )
+    return chosen
+
+
+class StepNull:
+    """Permutations of y for the steps of one selection.
+
+    Parameters
+    ----------
+    backend : Backend
+    X : array or tensor of shape (n, p)
+    factors : array of shape (p,)
+    responses : list of Response
+    ties, seed
+        As in `foci`; the seed is that of the permutations, too.
+    level : Level
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        X: Any,
+        factors: NDArray,
+        responses: list[Response],
+        ties: Ties,
+        seed: int,
+        level: Level,
+    ) -> None:
+        self._backend, self._X, self._factors, self._responses = backend, X, factors, responses
+        self._ties, self._seed, self._level = ties, seed, level
+
+    def step(
+        self, selected: list[int], candidates: list[int], gain: Fraction
+    ) -> tuple[float, float]:
+        """What the gain of a step must exceed, and its p-value.
+
+        The permutations are those of y over all rows in the first step, and in blocks of rows with
+        near values of the selected columns in a later one.
+        """
+        blocks = self._blocks(selected) if selected else None
+        largest = np.full(self._level.n_permutations, -np.inf)
+        reached = np.zeros(self._level.n_permutations, dtype=bool)
+        base = self._values([self._pairs(selected)], blocks)[0] if selected else None
+        lists: list[Weighted] = []
+        for k, column in enumerate(candidates):
+            lists.append(self._pairs([*selected, column]))
+            if k + 1 < len(candidates) and sum(len(x.pairs.other) for x in lists) < _PAIRS:
+                continue
+            for values in self._values(lists, blocks):
+                gains = values.rounded[1:] - (0 if base is None else base.rounded[1:])
+                largest = np.maximum(largest, gains)
+                distance = gains - float(gain)
+                reached |= distance > _CLOSE
+                for b in np.flatnonzero((np.abs(distance) <= _CLOSE) & ~reached).tolist():
+                    exact = values.exact(b + 1) - (0 if base is None else base.exact(b + 1))
+                    reached[b] = exact >= gain
+            lists = []
+        most = self._level.most
+        threshold = np.partition(largest, len(largest) - 1 - most)[len(largest) - 1 - most]
+        return float(threshold), (1 + int(reached.sum())) / (len(largest) + 1)
+
+    def _blocks(self, selected: list[int]) -> Blocks:
+        table = self._X[:, selected]
+        values = table.cpu().numpy() if is_tensor(table) else table
+        return near_blocks(values, self._factors[selected], BLOCK)
+
+    def _pairs(self, columns: list[int]) -> Weighted:
+        found = find_neighbors(
+            self._backend, self._X[:, columns], self._factors[columns], self._ties, self._seed
+        )
+        return neighbor_pairs(found)
+
+    def _values(self, lists: list[Weighted], blocks: Blocks | None) -> list["_Values"]:
+        """T(Y, Z) of each list's columns, of the data and under permutations of y."""
+        pairs = joined(lists)
+        start = None
+        if blocks is not None:
+            pairs, start = reordered(pairs, blocks.position), blocks.start
+        sums = []
+        for R, _ in self._responses:
+            moved = R if blocks is None else R[blocks.order]
+            count = self._level.n_permutations + 1
+            sums.append(self._backend.permuted_sums(pairs, moved, start, self._seed, count))
+        ends = np.cumsum([len(each.num) for each in lists])
+        return [
+            _Values(self._responses, [s[:, end - len(each.num) : end] for s in sums], each)
+            for each, end in zip(lists, ends.tolist(), strict=True)
+        ]
+
+
+class _Values:
+    """T of some columns under permutations: as floats, and one of them exactly."""
+
+    def __init__(
+        self, responses: list[Response], sums: list[NDArray[np.int64]], weighted: Weighted
+    ) -> None:
+        self._responses, self._sums, self._weighted = responses, sums, weighted
+        num, den = (np.array(part, dtype=np.int64) for part in weighted[1:])
+        self.rounded = np.zeros(len(sums[0]))
+        for (_, of_y), found in zip(responses, sums, strict=True):
+            counted = found * num  # below 2 * 10^18
+            whole = (counted // den).sum(axis=1)
+            rest = (counted % den / den).sum(axis=1)
+            integers = of_y.n * whole - of_y.sum_L2
+            self.rounded += (integers + of_y.n * rest) / of_y.denominator
+        self.rounded /= len(responses)
+
+    def exact(self, b: int) -> Fraction:
+        """T under permutation b."""
+        weights = [
+            Fraction(num, den)
+            for num, den in zip(self._weighted.num, self._weighted.den, strict=True)
+        ]
+        total = Fraction(0)
+        for (_, of_y), found in zip(self._responses, self._sums, strict=True):
+            minima = sum(
+                (w * s for w, s in zip(weights, found[b].tolist(), strict=True)), Fraction(0)
+            )
+            total += of_y.unconditional(minima)
+        return total / len(self._responses)

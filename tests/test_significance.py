@@ -1,0 +1,364 @@
+"""codec_test, and foci with stop="permutation"."""
+
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lcodec_ext
+from cuda_on_cpu import cuda_on_cpu
+from lcodec_ext import _emulated, codec, codec_test, foci
+from lcodec_ext._random import permutation
+from lcodec_ext.dependence import exact
+from lcodec_ext.dependence.backends.resolve import HOST
+
+pytestmark = pytest.mark.native
+
+TIES = ["average", "random", "first"]
+EMULATED = cuda_on_cpu(_emulated.cuda)
+
+
+def exact_T(y, z, ties="average", seed=0):
+    """T as a fraction, from the reference's engine."""
+    backend = HOST["reference"]
+    z = np.asarray(z, dtype=float).reshape(len(y), -1)
+    R, L = backend.ranks(np.asarray(y))
+    engine = backend.engine(backend.lay_out(z), np.ones(z.shape[1]), R, ties, seed)
+    for column in range(z.shape[1] - 1):
+        engine.select(column)
+    return exact.ResponseSums(R, L).unconditional(engine.exact_sum(z.shape[1] - 1))
+
+
+def same(a, b):
+    assert tuple(a) == tuple(b)
+    assert (a.method, a.n, a.n_permutations, a.seed) == (b.method, b.n, b.n_permutations, b.seed)
+    assert a.null_distribution.tolist() == b.null_distribution.tolist()
+
+
+# --------------------------------------------------------------------------------------------
+# Permutations of y
+
+
+@st.composite
+def data(draw):
+    n = draw(st.integers(3, 14))
+    levels = draw(st.sampled_from([1, 2, 4, 10**6]))
+    integers = st.lists(st.integers(0, levels), min_size=n, max_size=n)
+    y = draw(st.lists(st.integers(0, draw(st.sampled_from([2, 50]))), min_size=n, max_size=n))
+    y[0], y[1] = 0, 1  # not constant
+    q = draw(st.integers(1, 2))
+    return np.array(y), np.array([draw(integers) for _ in range(q)], dtype=float).T
+
+
+@pytest.mark.filterwarnings("ignore:column")
+@given(sample=data(), ties=st.sampled_from(TIES), seed=st.integers(0, 2**64 - 1))
+def test_pvalue_counts_the_ts_of_permuted_responses(sample, ties, seed):
+    """Compared as fractions, with the coefficient of each permuted response by its definition."""
+    y, z = sample
+    observed = exact_T(y, z, ties, seed)
+    permuted = [exact_T(y[permutation(len(y), seed, b)], z, ties, seed) for b in range(1, 20)]
+    expected = Fraction(1 + sum(T >= observed for T in permuted), 20)
+    for backend in ("cpu", "reference"):
+        result = codec_test(y, z, n_permutations=19, ties=ties, seed=seed, backend=backend)
+        assert result.statistic == float(observed) == codec(y, z, ties=ties, seed=seed)
+        assert result.pvalue == float(expected)
+        assert result.null_distribution.tolist() == [float(T) for T in permuted]
+
+
+def samples(rng, n=60):
+    z = rng.normal(size=n)
+    y = z + rng.normal(size=n)
+    return {
+        "continuous": (y, z),
+        "two columns": (y, np.column_stack([z, rng.normal(size=n)])),
+        "tied": (np.round(y), np.round(z)),
+        "binary": (y > 0, z > 0),
+        "many alike": (np.round(y), np.where(rng.random(n) < 0.6, 0, z)),
+        "classes": (np.array(list("abc"))[np.digitize(y, [-1, 1])], np.round(z, 1)),
+        "single precision": (y, z.astype(np.float32)),
+    }
+
+
+@pytest.mark.parametrize("name", samples(np.random.default_rng(0)))
+@pytest.mark.parametrize("ties", TIES)
+def test_backends_and_threads_agree(rng, threads, name, ties):
+    y, z = samples(rng)[name]
+    options = {"n_permutations": 30, "seed": 5, "ties": ties}
+    results = [codec_test(y, z, backend=backend, **options) for backend in ("cpu", "reference")]
+    if y.dtype.kind != "U":
+        given = torch.as_tensor(y), torch.as_tensor(z)
+        results.append(codec_test(*given, backend=EMULATED, **options))
+    for other in results[1:]:
+        same(results[0], other)
+    assert results[0].statistic == codec(y, z, ties=ties, seed=5)
+
+
+def test_dependence_is_found_and_independence_is_not(rng):
+    x = rng.random(300)
+    assert codec_test((7 * x) % 1, x, seed=0).pvalue == 0.001
+    ps = [codec_test(rng.random(30), x[:30], n_permutations=19, seed=s).pvalue for s in range(400)]
+    rejected = np.mean(np.array(ps) <= 0.1)
+    assert abs(rejected - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 400)
+
+
+def test_size_with_ties(rng):
+    """At most alpha, where T takes few values."""
+    rejected = 0
+    for seed in range(400):
+        y, z = rng.integers(0, 2, (2, 40))
+        y[:2] = 0, 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rejected += codec_test(y, z, n_permutations=19, seed=seed).pvalue <= 0.1
+    assert rejected / 400 < 0.1 + 4 * np.sqrt(0.1 * 0.9 / 400)
+
+
+def test_classes_do_not_depend_on_their_names(rng):
+    z = rng.normal(size=90)
+    kind = np.digitize(z + rng.normal(size=90), [-0.5, 0.5])
+    a = codec_test(np.array(["x", "y", "z"])[kind], z, seed=1)
+    b = codec_test(pd.Categorical(np.array(["q", "b", "m"])[kind]), z, seed=1)
+    assert tuple(a) == tuple(b)
+    np.testing.assert_allclose(a.null_distribution, b.null_distribution, rtol=0, atol=1e-15)
+    assert a.statistic == codec(np.array(["x", "y", "z"])[kind], z)
+
+
+def test_a_seed_is_drawn_and_told(rng):
+    y, z = rng.normal(size=(2, 50))
+    first = codec_test(y, z)
+    assert codec_test(y, z).seed != first.seed
+    same(first, codec_test(y, z, seed=first.seed))
+
+
+def test_result_reads_well(rng):
+    y, z = rng.normal(size=(2, 50))
+    result = codec_test(y, z, seed=0, n_permutations=99)
+    statistic, pvalue = result
+    assert (statistic, pvalue) == (result.statistic, result.pvalue)
+    assert repr(result).startswith(f"CodecTestResult: T = {statistic:.4f}, p-value = {pvalue:.4g}")
+    assert "99 permutations of y" in repr(result)
+    assert "99 permutations of z among rows with near x" in repr(
+        codec_test(y, z, rng.normal(size=50), seed=0, n_permutations=99)
+    )
+
+
+def test_constant_responses_warn():
+    with pytest.warns(UserWarning, match="1 by convention"):
+        result = codec_test(np.ones(20), np.arange(20), n_permutations=9)
+    assert tuple(result) == (1.0, 1.0)
+    with pytest.warns(UserWarning, match="1 by convention"):
+        result = codec_test(["a"] * 20, np.arange(20), n_permutations=9)
+    assert tuple(result) == (1.0, 1.0)
+    x = np.repeat(np.arange(10), 2)
+    with pytest.warns(UserWarning, match="1 by convention"):
+        result = codec_test(x, np.arange(20), x, n_permutations=9, k_perm=2)
+    assert tuple(result) == (1.0, 1.0)
+
+
+def test_rows_with_nan_can_be_left_out(rng):
+    y, z = rng.normal(size=(2, 60))
+    y[3] = z[7] = np.nan
+    keep = ~(np.isnan(y) | np.isnan(z))
+    with pytest.raises(ValueError, match="NaN in y"):
+        codec_test(y, z)
+    result = codec_test(y, z, nan_policy="omit", seed=2)
+    same(result, codec_test(y[keep], z[keep], seed=2))
+    assert result.n == 58
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"method": "permutation", "x": True}, ValueError, "not of z given x"),
+        ({"method": "local_permutation"}, ValueError, "x is None"),
+        ({"method": "bootstrap"}, ValueError, "method must be one of"),
+        ({"alternative": "less"}, ValueError, "alternative must be 'greater'"),
+        ({"alternative": "two-sided"}, ValueError, "no evidence"),
+        ({"alternative": "bigger"}, ValueError, "alternative must be one of"),
+        ({"n_permutations": 0}, ValueError, "n_permutations must be"),
+        ({"n_permutations": 99.0}, TypeError, "n_permutations must be"),
+        ({"k_perm": 1}, ValueError, "k_perm must be"),
+        ({"k_perm": 16, "x": True}, ValueError, "at most n // 2"),
+        ({"seed": -1}, ValueError, "seed must be"),
+        ({"seed": 1.5}, TypeError, "seed must be"),
+        ({"ties": "all"}, ValueError, "ties must be one of"),
+        ({"z": ["a"] * 30}, ValueError, "z"),
+        ({"z": np.zeros((30, 0))}, ValueError, "at least one column"),
+        ({"z": np.arange(29)}, ValueError, "same number of rows"),
+        ({"y": [1, 2], "z": [1, 2]}, ValueError, "at least 3 rows"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(rng, changes, error, message):
+    options = {"y": rng.normal(size=30), "z": rng.normal(size=30)} | changes
+    if options.get("x") is True:
+        options["x"] = rng.normal(size=30)
+    with pytest.raises(error, match=message):
+        codec_test(**options)
+
+
+def test_kinds_of_input_give_the_same(rng):
+    y, z = rng.normal(size=(2, 40))
+    expected = codec_test(y, z, seed=3, n_permutations=49)
+    same(expected, codec_test(y.tolist(), z.tolist(), seed=3, n_permutations=49))
+    same(expected, codec_test(pd.Series(y), pd.DataFrame({"z": z}), seed=3, n_permutations=49))
+    same(expected, codec_test(torch.as_tensor(y), torch.as_tensor(z), seed=3, n_permutations=49))
+
+
+# --------------------------------------------------------------------------------------------
+# Permutations of z among rows with near x
+
+
+@pytest.mark.parametrize("q", [1, 2])
+@pytest.mark.parametrize("kind", ["continuous", "tied", "classes", "float32"])
+def test_local_permutations_are_those_of_codec(rng, q, kind):
+    """Every T under a permutation is codec's of the permuted z; backends agree."""
+    n = 48
+    x, z = rng.normal(size=(n, 2)), rng.normal(size=(n, q))
+    y = x[:, 0] + z[:, 0] + rng.normal(size=n)
+    if kind == "tied":
+        x, z, y = np.round(x[:, :1]), np.round(z), np.round(y)
+    if kind == "float32":
+        x, z = x.astype(np.float32), z.astype(np.float32)
+    given = np.array(["a", "b"])[(y > 0).astype(int)] if kind == "classes" else y
+    options = {"n_permutations": 12, "seed": 8, "k_perm": 4}
+    result = codec_test(given, z, x, **options)
+    assert result.statistic == codec(given, z, x)
+    from lcodec_ext.dependence.permutation import near_blocks
+
+    blocks = near_blocks(x, np.ones(x.shape[1], x.dtype), 4)
+    for b, T in enumerate(result.null_distribution, 1):
+        rows = np.empty(n, dtype=int)
+        rows[blocks.order] = blocks.order[permutation(n, 8, b, blocks.start)]
+        assert abs(T - codec(given, z[rows], x)) < 1e-9
+    same(result, codec_test(given, z, x, backend="reference", **options))
+    if kind != "classes":
+        tensors = (torch.as_tensor(v) for v in (y, z, x))
+        same(result, codec_test(*tensors, backend=EMULATED, **options))
+
+
+def test_conditional_dependence_is_found_and_independence_is_not(rng):
+    x, z = rng.random((2, 300))
+    assert codec_test((x + z) % 1, z, x, seed=0, n_permutations=199).pvalue == 1 / 200
+    rejected = 0
+    for seed in range(200):
+        x = rng.normal(size=60)
+        y, z = x + rng.normal(size=(2, 60))  # dependent, and independent given x
+        rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
+    assert abs(rejected / 200 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 200)
+
+
+def test_local_permutation_is_exact_for_few_values_of_x(rng):
+    rejected = 0
+    for seed in range(300):
+        x = rng.integers(0, 3, 60)
+        y, z = x + rng.random((2, 60))
+        rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
+    assert abs(rejected / 300 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 300)
+
+
+# --------------------------------------------------------------------------------------------
+# foci with stop="permutation"
+
+
+def test_nothing_is_selected_where_y_depends_on_nothing(rng):
+    """In 1 - alpha of runs: the first step is an exact test."""
+    runs, alpha = 300, 0.1
+    selected = 0
+    for seed in range(runs):
+        X, y = rng.normal(size=(50, 6)), rng.normal(size=50)
+        result = foci(X, y, stop="permutation", alpha=alpha, n_permutations=19, seed=seed)
+        selected += len(result.ordering) > 0
+    assert abs(selected / runs - alpha) < 4 * np.sqrt(alpha * (1 - alpha) / runs)
+
+
+def test_columns_that_matter_are_selected(rng):
+    X = rng.normal(size=(500, 8))
+    y = X[:, 2] + X[:, 5]
+    result = foci(X, y, stop="permutation", seed=1, n_permutations=199)
+    assert sorted(result.ordering.tolist()) == [2, 5]
+    assert len(result.threshold) == len(result.pvalues) == 3  # and of the step that ended it
+    assert (result.pvalues[:2] == 1 / 200).all()
+    assert (result.cumulative > result.threshold[:2]).all()
+    assert "p-value 0.005" in repr(result)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "tied", "classes"])
+@pytest.mark.parametrize("ties", TIES)
+def test_backends_agree_on_steps(rng, kind, ties):
+    X = rng.normal(size=(60, 4))
+    y = X[:, 1] + 0.3 * rng.normal(size=60)
+    if kind == "tied":
+        X, y = np.round(X), np.round(y)
+    if kind == "classes":
+        y = np.array(["a", "b", "c"])[np.digitize(y, [-0.5, 0.5])]
+    options = {"stop": "permutation", "alpha": 0.2, "n_permutations": 19, "seed": 4, "ties": ties}
+    results = [foci(X, y, backend=backend, **options) for backend in ("cpu", "reference")]
+    if kind != "classes":
+        results.append(foci(torch.as_tensor(X), torch.as_tensor(y), backend=EMULATED, **options))
+    for other in results[1:]:
+        assert other.ordering.tolist() == results[0].ordering.tolist()
+        assert other.threshold.tolist() == results[0].threshold.tolist()
+        assert other.pvalues.tolist() == results[0].pvalues.tolist()
+        assert other.stop_reason == results[0].stop_reason
+
+
+def test_first_steps_pvalue_is_that_of_the_largest_t(rng):
+    n, p = 30, 4
+    X, y = rng.integers(0, 6, (n, p)).astype(float), rng.integers(0, 4, n)
+    result = foci(
+        X, y, stop="permutation", n_permutations=39, seed=6, standardize=None, max_features=1
+    )
+    best = max(exact_T(y, X[:, k]) for k in range(p))
+    permuted = [y[permutation(n, 6, b)] for b in range(1, 40)]
+    largest = [max(exact_T(one, X[:, k]) for k in range(p)) for one in permuted]
+    assert result.pvalues[0] == (1 + sum(T >= best for T in largest)) / 40
+    assert abs(result.threshold[0] - float(sorted(largest)[-2])) < 1e-12  # alpha 40 = 2
+
+
+def test_preselected_columns_are_permuted_within(rng):
+    X = rng.normal(size=(300, 4))
+    y = X[:, 0] + X[:, 1] + 0.1 * rng.normal(size=300)
+    result = foci(X, y, stop="permutation", preselected=[0], seed=0, n_permutations=99)
+    assert result.ordering.tolist() == [1]
+    assert result.threshold[0] > result.base
+
+
+def test_other_stops_have_no_band(rng):
+    X = rng.normal(size=(50, 3))
+    result = foci(X, X[:, 0])
+    assert result.threshold is None
+    assert result.pvalues is None
+
+
+def test_constant_y_has_an_empty_band(rng):
+    with pytest.warns(UserWarning, match="constant"):
+        result = foci(rng.normal(size=(50, 3)), np.ones(50), stop="permutation")
+    assert len(result.threshold) == len(result.pvalues) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"stop": "permutations"}, ValueError, "stop must be True, False or 'permutation'"),
+        ({"stop": None}, TypeError, "stop must be True, False or 'permutation'"),
+        ({"stop": "permutation", "alpha": 0}, ValueError, "alpha must be"),
+        ({"stop": "permutation", "alpha": 1}, ValueError, "alpha must be below 1"),
+        ({"stop": "permutation", "alpha": "5%"}, TypeError, "alpha must be"),
+        ({"stop": "permutation", "n_permutations": 18}, ValueError, "at least 19"),
+        ({"stop": "permutation", "n_permutations": True}, TypeError, "n_permutations must be"),
+        ({"alpha": 0.05}, ValueError, "needs stop='permutation'"),
+        ({"stop": False, "n_permutations": 99}, ValueError, "needs stop='permutation'"),
+    ],
+)
+def test_levels_that_cannot_be_used_are_refused(rng, options, error, message):
+    with pytest.raises(error, match=message):
+        foci(rng.normal(size=(30, 3)), rng.normal(size=30), **options)
+
+
+def test_public_names():
+    assert {"codec_test", "CodecTestResult"} <= set(lcodec_ext.__all__)
