@@ -207,7 +207,7 @@ def test_chance_beside_the_data(table, y):
 
 
 def test_what_chance_reaches_at_each_step(table, y):
-    result = foci(table, y, stop="permutation", n_permutations=49, seed=0)
+    result = foci(table, table["age"] + y, stop="permutation", n_permutations=49, seed=0)
     bars = result.plot().patches
     steps = len(result.ordering)
     assert steps > 0

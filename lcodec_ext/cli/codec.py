@@ -68,7 +68,7 @@ def add_codec(commands: Any) -> None:
         type=integer(2),
         metavar="N",
         help="with --test and --x: rows that change places are in blocks of N and more rows with "
-        "near x (default: 5)",
+        "near x (default: 3)",
     )
     add_plot(parser, "T and its values under permutation (needs --test)")
     add_computation(parser, noise=True, classes=True)
