@@ -186,7 +186,7 @@ def codec_test(
 
     Notes
     -----
-    "permutation" searches neighbours once. Each permutation then costs about 4 ns a row and thread
+    "permutation" searches neighbours once. Each permutation then costs about 3 ns a row and thread
     on continuous data, once for each class. "local_permutation" searches the neighbours in x once,
     and compares all permutations of a single z in one step of `foci`; with several columns of z it
     costs one `codec` for each permutation.
