@@ -19,7 +19,7 @@ from lcodec_ext.cli import bench, main, tables
 from lcodec_ext.cli.import_path import ImportPathError, call, load_object
 
 GUIDE = Path(__file__).parent.parent / "docs" / "cli.md"
-COMMANDS = ("info", "codec", "foci", "graph", "unlearn", "evaluate", "report", "bench")
+COMMANDS = ("info", "codec", "foci", "xi", "graph", "unlearn", "evaluate", "report", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +171,7 @@ def test_dependence_commands_do_without_torch(table):
 import sys
 from lcodec_ext.cli import main
 for arguments in (["--help"], ["info"], ["codec", {table!r}, "--y", "y", "--z", "x1"],
-                  ["foci", {table!r}, "--y", "y"], ["graph", {table!r}]):
+                  ["foci", {table!r}, "--y", "y"], ["xi", {table!r}], ["graph", {table!r}]):
     main(arguments)
 print([n for n in ("torch", "sklearn", "scipy", "matplotlib") if n in sys.modules])
 """
@@ -239,6 +239,16 @@ def test_decimals_make_ties_of_the_unit_on_paper(run, rng):
     status, _, error = run(*command, "--decimals", "0")
     assert status == 2
     assert "has more than 0 decimals" in error
+
+
+def test_several_neighbors(run, table, data):
+    X, y = data
+    _, out, _ = run("codec", table, "--y", "y", "--z", "x1,x2", "--json", "--n-neighbors", "4")
+    assert json.loads(out)["T"] == lcodec_ext.codec(y, X[:, [1, 2]], n_neighbors=4)
+    assert json.loads(out)["options"]["n_neighbors"] == 4
+    _, out, _ = run("foci", table, "--y", "y", "--json", "--n-neighbors", "4")
+    expected = lcodec_ext.foci(X, y, n_neighbors=4)
+    assert [step["T"] for step in json.loads(out)["selected"]] == expected.cumulative.tolist()
 
 
 def test_noise_makes_it_lcodec(run, table, data):
@@ -352,8 +362,123 @@ def test_graph_of_columns_that_cannot_be_used(run, refused, rng):
     assert "no candidate is left" in refused("graph", path, "--exclude", "a,b,c")
 
 
+def test_codec_test_is_codec_test(run, table, data):
+    X, y = data
+    command = ["codec", table, "--y", "y", "--z", "x1", "--test", "--permutations", "99"]
+    status, out, err = run(*command, "--json", "--seed", "4")
+    assert (status, err) == (0, "")
+    found, expected = json.loads(out), lcodec_ext.codec_test(y, X[:, 1], n_permutations=99, seed=4)
+    assert (found["T"], found["test"]["pvalue"]) == (expected.statistic, expected.pvalue)
+    assert found["test"]["method"] == "permutation"
+    assert found["test"]["null_distribution"] == expected.null_distribution.tolist()
+    assert found["options"]["n_permutations"] == 99
+    _, out, _ = run(*command, "--x", "x4", "--k-perm", "4")
+    expected = lcodec_ext.codec_test(y, X[:, 1], X[:, 4], n_permutations=99, k_perm=4, seed=0)
+    first, second = out.splitlines()
+    assert first == f"T(y, x1 | x4) = {expected.statistic:.6g}   (400 rows)"
+    assert second.startswith(f"p-value {expected.pvalue:.4g} of independence; 99 permutations of z")
+    assert json.loads(run(*command[:6], "--json")[1])["test"] is None
+
+
+def test_options_of_tests_that_do_not_go_together(refused, table):
+    codec = ["codec", table, "--y", "y", "--z", "x1"]
+    foci = ["foci", table, "--y", "y"]
+    for command, message in (
+        ([*codec, "--permutations", "9"], "--permutations 9 needs --test"),
+        ([*codec, "--plot", "a.png"], "--plot a.png needs --test"),
+        ([*codec, "--k-perm", "9"], "--k-perm 9 needs --test and --x"),
+        ([*codec, "--test", "--k-perm", "9"], "--k-perm 9 needs --test and --x"),
+        ([*codec, "--test", "--noise", "1"], "--test goes without --noise"),
+        ([*foci, "--permutations", "9"], "--permutations 9 needs --alpha"),
+        ([*foci, "--alpha", "0.1", "--no-stop"], "--alpha 0.1 goes without --no-stop"),
+        ([*foci, "--alpha", "0.1", "--noise", "1"], "--alpha 0.1 goes without --noise"),
+        ([*foci, "--alpha", "1"], "a number between 0 and 1; got '1'"),
+        ([*foci, "--alpha", "x"], "a number between 0 and 1; got 'x'"),
+        (["xi", table, "--confidence-level", "0.9"], "--confidence-level 0.9 needs --y"),
+        (["xi", table, "--columns", "x1"], "xi needs two columns; got 'x1'"),
+        (["xi", table, "--y", "y", "--exclude", "y"], "--exclude names 'y', which is the response"),
+    ):
+        assert message in refused(*command)
+    assert not Path("a.png").exists()
+
+
+def test_foci_stops_by_permutations(run, table, data):
+    X, y = data
+    command = ["foci", table, "--y", "y", "--alpha", "0.05", "--permutations", "99", "--seed", "2"]
+    status, out, err = run(*command, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    options = {"stop": "permutation", "alpha": 0.05, "n_permutations": 99, "seed": 2}
+    expected = lcodec_ext.foci(X, y, **options)
+    assert [s["T"] for s in found["selected"]] == expected.cumulative.tolist()
+    n_steps = len(expected.ordering)
+    assert [s["pvalue"] for s in found["selected"]] == expected.pvalues[:n_steps].tolist()
+    assert found["stop_reason"] == expected.stop_reason
+    assert {name: found["options"][name] for name in options} == options
+    _, out, _ = run(*command, "--output", "chosen.csv")
+    assert out.splitlines()[1].endswith("p-value")
+    rows = list(csv.DictReader(io.StringIO(Path("chosen.csv").read_text(encoding="utf-8"))))
+    assert [float(row["pvalue"]) for row in rows] == [s["pvalue"] for s in found["selected"]]
+
+
+def test_xi_of_one_response_is_xi_test(run, table, data):
+    X, y = data
+    command = ["xi", table, "--y", "y", "--columns", "x4,x1,x0", "--seed", "1"]
+    status, out, err = run(*command, "--json", "--confidence-level", "0.9")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    expected = lcodec_ext.xi_test(X[:, [4, 1, 0]], y, confidence_level=0.9, seed=1)
+    places = {"x4": 0, "x1": 1, "x0": 2}
+    assert [step["xi"] for step in found["columns"]] == sorted(expected.statistic, reverse=True)
+    for step in found["columns"]:
+        k = places[step["column"]]
+        assert (step["xi"], step["pvalue"]) == (expected.statistic[k], expected.pvalue[k])
+        assert step["confidence_interval"] == [end[k] for end in expected.confidence_interval]
+        assert step["pvalue"] <= step["adjusted"] <= 1
+    _, out, _ = run(*command)
+    lines = out.splitlines()
+    assert lines[0] == "xi of y on 3 columns, on 400 rows"
+    assert lines[1].split() == ["column", "xi", "p-value", "adjusted"]
+    assert [line.split()[0] for line in lines[2:]] == [s["column"] for s in found["columns"]]
+    _, out, _ = run(*command, "--json", "--permutations", "99")
+    found = json.loads(out)
+    expected = lcodec_ext.xi_test(
+        X[:, [4, 1, 0]], y, method="permutation", n_permutations=99, seed=1
+    )
+    assert found["method"] == "permutation"
+    assert sorted(s["pvalue"] for s in found["columns"]) == sorted(expected.pvalue.tolist())
+
+
+def test_xi_of_all_pairs_is_xi_matrix(run, table, data):
+    X, y = data
+    status, out, err = run("xi", table, "--columns", "x0,x1,y", "--json")
+    assert (status, err) == (0, "")
+    found, expected = json.loads(out), lcodec_ext.xi_matrix(np.column_stack([X[:, :2], y]))
+    assert found["columns"] == ["x0", "x1", "y"]
+    assert found["xi"] == expected.statistic.tolist()
+    assert found["adjusted"][0][1] == expected.adjusted[0, 1]
+    assert found["pvalue"][0][0] is None
+    _, out, _ = run("xi", table)
+    lines = out.splitlines()
+    assert lines[0] == "42 pairs of 7 columns, on 400 rows"
+    assert lines[1].split() == ["y", "x", "xi", "p-value", "adjusted"]
+    assert len(lines) == 23
+    assert lines[-1] == "... and 22 more; --json has all"
+
+
+def test_xi_takes_numbers(run, refused, rng):
+    columns = [rng.random(40), rng.random(40), ["red", "blue"] * 20]
+    path = write_csv("mixed.csv", ["a", "b{}", "c"], columns)
+    assert "column 'c': 'red' is not a number" in refused("xi", path, "--y", "c")
+    assert run("xi", path, "--y", "b{}", "--columns", "a")[0] == 0
+    assert run("xi", path, "--numeric-only")[0] == 0
+
+
 PLOTS = {
+    "codec": ["--y", "y", "--z", "x1", "--test", "--permutations", "19"],
     "foci": ["--y", "y"],
+    "xi": [],
+    "xi of one": ["--y", "y"],
     "graph": [],
 }
 
@@ -362,17 +487,18 @@ PLOTS = {
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_plots_are_written(run, table, command, suffix):
     name = f"picture.{suffix}"
-    status, out, err = run(command, table, *PLOTS[command], "--json", "--plot", name)
+    given = [command.split()[0], table, *PLOTS[command], "--json"]
+    status, out, err = run(*given, "--plot", name)
     assert (status, err) == (0, f"wrote {name}\n")
     assert json.loads(out)["plot"] == name
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix]
     assert Path(name).read_bytes().startswith(start)
-    assert "plot" not in json.loads(run(command, table, *PLOTS[command], "--json")[1])
+    assert "plot" not in json.loads(run(*given)[1])
 
 
 @pytest.mark.parametrize("command", PLOTS)
 def test_plots_are_refused_before_anything_is_read(refused, command, here, monkeypatch):
-    given = [command, "none.csv", *PLOTS[command], "--plot"]  # there is no such table
+    given = [command.split()[0], "none.csv", *PLOTS[command], "--plot"]  # there is no such table
     assert "name ending in .png or .svg or .pdf; got 'a.jpg'" in refused(*given, "a.jpg")
     (here / "folder.png").mkdir()
     for place in ("nowhere/a.png", "folder.png", "none.csv/a.png"):
@@ -423,6 +549,10 @@ def test_columns_that_are_not_there(refused, table):
         ("codec table.csv --y y --z x1,", "expected names of columns"),
         ("codec table.csv --y y --z x1 --noise-scale relative", "needs --noise SD"),
         ("codec table.csv --y y --z x1 --noise 1 --decimals 1", "--decimals goes without --noise"),
+        ("foci table.csv --y y --noise 1 --n-neighbors 2", "--n-neighbors goes without --noise"),
+        ("codec table.csv --y y --z x1 --test --n-neighbors 2", "T of one neighbour"),
+        ("codec table.csv --y y --z x1 --n-neighbors 0", "expected an integer"),
+        ("codec table.csv --y y --z x1 --n-neighbors 3 --ties first", "pass ties='average'"),
         ("foci table.csv --y y --decimals 1.5", "expected an integer from 0 to 15; got '1.5'"),
         ("foci table.csv --y y --columns y,x1", "--columns names 'y', which is the response"),
         ("foci table.csv --y y --columns x1 --exclude x2", "not allowed with"),

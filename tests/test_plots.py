@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lcodec_ext import dependence_graph, foci, stability
+from lcodec_ext import codec_test, dependence_graph, foci, stability, xi_matrix
 from lcodec_ext.dependence import plots
 
 NAMES = ["age", "price in $ of the first and $ of the second year", "b\nmi", "ä", "x_1^2", "$z$"]
@@ -43,6 +43,8 @@ def results(table, y):
         "foci, all": foci(table, y, stop=False, preselected=["ä"]),
         "graph": dependence_graph(table.assign(product=y)),
         "stability": stability(table, y, n_pairs=4),
+        "matrix": xi_matrix(table),
+        "test": codec_test(y, table["age"], n_permutations=99, seed=0),
     }
 
 
@@ -71,7 +73,7 @@ def assert_legible(ax):
         assert box.y1 <= figure.bbox.y1 + 1, text
 
 
-@pytest.mark.parametrize("kind", ["foci", "foci, all", "graph", "stability"])
+@pytest.mark.parametrize("kind", ["foci", "foci, all", "graph", "stability", "matrix", "test"])
 def test_axes_in_and_out(table, y, kind):
     result = results(table, y)[kind]
     figure = Figure(figsize=(8, 8), layout="constrained")  # pyplot does not know of it
@@ -100,7 +102,8 @@ def test_names_are_legible(rng, p, long):
     table = pd.DataFrame(X, columns=names)
     y = X[:, 0] + X[:, 1]
     graph = dependence_graph(table, max_features=2, stop=False)
-    for result in (foci(table, y, stop=False), stability(table, y, n_pairs=3), graph):
+    matrix = xi_matrix(table)
+    for result in (foci(table, y, stop=False), stability(table, y, n_pairs=3), graph, matrix):
         ax = result.plot()
         assert_legible(ax)
         shown = texts(ax)
@@ -171,6 +174,44 @@ def test_arrows_of_a_graph(table, y):
     assert (from_, to) == (j, i)  # from the selected column to its response
     again = graph.plot()
     assert np.array_equal(again.collections[-1].get_offsets(), places)
+
+
+def test_heat_map_of_xi(table, y):
+    table["y"], table["one"] = y, 1.0
+    with pytest.warns(UserWarning, match="constant"):
+        matrix = xi_matrix(table)
+    ax = matrix.plot()
+    shown = ax.get_images()[0].get_array()
+    assert np.array_equal(shown.mask, np.eye(8, dtype=bool) | np.isnan(matrix.statistic))
+    assert np.array_equal(shown.compressed(), matrix.statistic[~shown.mask])
+    written = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in ax.texts}
+    assert len(written) == (~shown.mask).sum()
+    for (i, j), text in written.items():
+        assert float(text.rstrip("*")) == pytest.approx(matrix.statistic[i, j], abs=0.0051)
+        assert text.endswith("*") == (matrix.adjusted[i, j] <= 0.05)
+    assert [ax.get_xlabel(), ax.get_ylabel()] == ["y", "x"]
+    small = Figure(figsize=(1, 1)).add_subplot()
+    assert not matrix.plot(small).texts  # no room for numbers
+    many = xi_matrix(np.random.default_rng(0).normal(size=(20, 16)))
+    assert not many.plot().texts
+
+
+def test_chance_beside_the_data(table, y):
+    result = codec_test(y, table[["age", "$z$"]], n_permutations=49, seed=1)
+    ax = result.plot()
+    assert sum(bar.get_height() for bar in ax.patches) == 49
+    assert list(ax.get_lines()[0].get_xdata()) == [result.statistic] * 2
+    with pytest.warns(UserWarning, match="constant"):
+        nothing = codec_test(np.ones(300), table["age"], n_permutations=9, seed=1)
+    nothing.plot().figure.canvas.draw()
+
+
+def test_what_chance_reaches_at_each_step(table, y):
+    result = foci(table, y, stop="permutation", n_permutations=49, seed=0)
+    bars = result.plot().patches
+    steps = len(result.ordering)
+    assert steps > 0
+    assert [bar.get_width() for bar in bars] == result.threshold[:steps].tolist()
 
 
 def test_of_many_columns_those_with_most_weight_are_drawn():

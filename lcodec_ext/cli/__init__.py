@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lcodec_ext.cli import codec, evaluate, foci, graph, machine, report, unlearn
+from lcodec_ext.cli import codec, evaluate, foci, graph, machine, report, unlearn, xi
 from lcodec_ext.cli.console import (
     BAD_INPUT,
     FAILED,
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_info(commands)
     codec.add_codec(commands)
     foci.add_foci(commands)
+    xi.add_xi(commands)
     graph.add_graph(commands)
     unlearn.add_unlearn(commands)
     evaluate.add_evaluate(commands)

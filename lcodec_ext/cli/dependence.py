@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,13 @@ def add_computation(
         )
     if noise:
         group.add_argument(
+            "--n-neighbors",
+            type=integer(1),
+            metavar="N",
+            help="how many of the nearest rows count: more find weak dependence, fewer see more "
+            "detail (default: 1)",
+        )
+        group.add_argument(
             "--noise",
             type=number(),
             metavar="SD",
@@ -256,6 +264,8 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--noise-scale {options.noise_scale} needs --noise SD")
     if not without_noise and options.decimals is not None:
         raise InputError("--decimals goes without --noise, which leaves no ties")
+    if not without_noise and options.n_neighbors is not None:
+        raise InputError("--n-neighbors goes without --noise: L-CODEC and L-FOCI take one")
     if options.threads:
         from lcodec_ext import set_num_threads
 
@@ -267,9 +277,10 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {"ties": options.ties, "seed": options.seed, "nan_policy": options.nan_policy}
 
 
-def decimals(options: argparse.Namespace) -> dict[str, Any]:
-    """--decimals, if it is given."""
-    return {} if options.decimals is None else {"decimals": options.decimals}
+def neighbors(options: argparse.Namespace) -> dict[str, Any]:
+    """--decimals and --n-neighbors, if they are given."""
+    given = {name: getattr(options, name, None) for name in ("decimals", "n_neighbors")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def noise(options: argparse.Namespace) -> dict[str, Any]:
@@ -300,7 +311,9 @@ def check_plot(options: argparse.Namespace, *needed: str) -> None:
             raise InputError(f"--plot needs {name}: pip install 'lcodec_ext[plot]'")
 
 
-def write_plot(result: Any, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def write_plot(
+    draw: Callable[[], Any], options: argparse.Namespace, console: Console
+) -> dict[str, Any]:
     """Draw a result where --plot says so; what the record says of it."""
     if not options.plot:
         return {}
@@ -310,7 +323,7 @@ def write_plot(result: Any, options: argparse.Namespace, console: Console) -> di
         matplotlib.use("Agg")  # a command opens no window
     from matplotlib import pyplot
 
-    figure = result.plot().figure
+    figure = draw().figure
     buffer = io.BytesIO()
     figure.savefig(buffer, format=options.plot.suffix.lower()[1:], dpi=150)
     pyplot.close(figure)
@@ -349,8 +362,10 @@ def load(
     console: Console,
     seconds: dict[str, float],
     choose: "Choose",
+    *,
+    labels: bool = True,
 ) -> "Table":
-    """The chosen columns; missing values only where they may be left out."""
+    """The chosen columns; missing values only where they may be left out, text in y with labels."""
     from lcodec_ext.cli.tables import (
         UnusableColumnsError,
         is_missing,
@@ -378,7 +393,7 @@ def load(
                 decimal=options.decimal,
                 thousands=options.thousands,
                 numeric_only=only,
-                response=y,
+                response=y if labels else None,
             )
     except UnusableColumnsError as error:
         raise InputError(f"{error}{_without(options, list(error.problems))}") from None

@@ -18,6 +18,8 @@ from lcodec_ext._checks import counted
 BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#8A8A8A", "#D9D9D9"
 _MOST = 60  # columns that a picture has room for
 _LONGEST = 28  # letters of a name
+_WRITTEN = 15  # columns of a matrix whose values are written
+_LEVEL = 0.05  # of the p-values that are marked
 _SMALLEST, _LARGEST = 5.5, 9.0  # points
 
 
@@ -33,6 +35,9 @@ def plot_path(result: Any, ax: Any = None) -> Any:
         given = counted(len(result.preselected), "given column")
         labels, T, rows = [given, *labels], [result.base, *T], [0, *rows]
     ax = _axes(ax, 6.4, 1.7 + 0.23 * max(len(rows), 3))
+    if getattr(result, "threshold", None) is not None:
+        reached = result.threshold[:steps]
+        ax.barh(range(1, steps + 1), reached, 0.8, color="#ECECEC", label="reached by chance")
     ax.plot(T, rows, "o-", color=BLUE, markersize=4, label="cumulative T")
     ax.plot(
         result.conditional[:steps],
@@ -61,27 +66,92 @@ def plot_path(result: Any, ax: Any = None) -> Any:
 def plot_stability(result: Any, ax: Any = None, threshold: float = 0.75) -> Any:
     """What `StabilityResult.plot` draws: a bar for each column that was ever selected."""
     frequencies = result.frequencies
-    order = np.argsort(-frequencies, kind="stable")
-    ever = [int(k) for k in order if frequencies[k] > 0]
-    shown = ever[:_MOST]
-    ax = _axes(ax, 6.4, 1.5 + 0.22 * max(len(shown), 3))
-    lengths = frequencies[shown]
-    colours = [BLUE if length >= threshold else PALE for length in lengths]
-    ax.barh(range(len(shown)), lengths, color=colours, height=0.7)
+    ever = [k for k in _descending(frequencies) if frequencies[k] > 0]
+    names = [_column(result.names, k) for k in ever]
+    ax = plot_bars(names, frequencies[ever], frequencies[ever] >= threshold, ax)
     ax.axvline(threshold, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 2)))
-    _name(
-        ax.yaxis, range(len(shown)), _distinct([_column(result.names, k) for k in shown], _LONGEST)
-    )
-    ax.set_ylim(max(len(shown), 1) - 0.4, -0.6)
     ax.set_xlim(0, 1.02)
     ax.set_xlabel(f"share of the {len(result.selected):,} halves on which a column is selected")
-    more = f" (the first {len(shown)} shown)" if len(shown) < len(ever) else ""
+    more = f" (the first {_MOST} shown)" if len(ever) > _MOST else ""
     n_columns = counted(len(frequencies), "column")
     _title(ax, f"{len(ever)} of {n_columns} were ever selected{more}")
-    _plain(ax)
-    if not shown:
+    if not ever:
         _say(ax, "no column was selected")
     return ax
+
+
+def plot_bars(
+    names: Sequence[str], lengths: NDArray[np.float64], marked: NDArray[np.bool_], ax: Any = None
+) -> Any:
+    """Horizontal bars from top to bottom, 60 at most; marked ones are blue."""
+    n = min(len(names), _MOST)
+    ax = _axes(ax, 6.4, 1.5 + 0.22 * max(n, 3))
+    colours = [BLUE if each else PALE for each in marked[:n]]
+    ax.barh(range(n), lengths[:n], color=colours, height=0.7)
+    _name(ax.yaxis, range(n), _distinct(names[:n], _LONGEST))
+    ax.set_ylim(max(n, 1) - 0.4, -0.6)
+    _plain(ax)
+    return ax
+
+
+def _descending(values: NDArray[np.float64]) -> list[int]:
+    return [int(k) for k in np.argsort(-values, kind="stable")]
+
+
+def plot_null(result: Any, ax: Any = None) -> Any:
+    """What `CodecTestResult.plot` draws: T under permutations, and T of the data."""
+    ax = _axes(ax, 6.4, 3.2)
+    values = np.asarray(result.null_distribution)
+    low, high = min(values.min(), result.statistic), max(values.max(), result.statistic)
+    bins = np.linspace(low, high if high > low else low + 1, 61)
+    ax.hist(values, bins, color=PALE, label=f"{counted(len(values), 'permutation')}")
+    ax.axvline(result.statistic, color=BLUE, linewidth=2, label="the data")
+    ax.set_xlabel("T")
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    _title(ax, f"T = {result.statistic:.4f}, p-value {result.pvalue:.3g}", 20)
+    _plain(ax)
+    _legend(ax)
+    return ax
+
+
+def plot_matrix(matrix: Any, ax: Any = None) -> Any:
+    """What `XiMatrix.plot` draws: a heat map, y across and x down."""
+    p = len(matrix.statistic)
+    side = min(12.0, max(4.2, 3.0 + 0.25 * p))
+    ax = _axes(ax, side + 1.2, side)
+    off_diagonal = np.where(np.eye(p, dtype=bool), np.nan, matrix.statistic)
+    ax.set_facecolor(PALE)  # the diagonal, and what is undefined
+    image = ax.imshow(
+        off_diagonal, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
+    )
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    labels = _distinct([_column(matrix.names, k) for k in range(p)], 20)
+    _name(ax.yaxis, range(p), labels)
+    _name(ax.xaxis, range(p), labels, 90)
+    ax.set(xlabel="y", ylabel="x")
+    for side_name in ax.spines:
+        ax.spines[side_name].set_visible(False)
+    stars = ""
+    if p <= _WRITTEN:
+        stars = f"; *: adjusted p ≤ {_LEVEL:g}"
+        _write_cells(ax, off_diagonal, np.asarray(matrix.adjusted) <= _LEVEL)
+    _title(ax, f"xi of y on x, {counted(matrix.n, 'row')}{stars}")
+    return ax
+
+
+def _write_cells(ax: Any, values: NDArray[np.float64], marked: NDArray[np.bool_]) -> None:
+    box = ax.get_window_extent()
+    cell = 72 * min(box.width, box.height) / ax.figure.dpi / len(values)
+    size = min(8.0, 0.3 * cell)
+    if size < _SMALLEST - 1:
+        return
+    for i, j in np.argwhere(np.isfinite(values)):
+        text = f"{values[i, j]:.2f}".replace("-0.00", "0.00") + "*" * bool(marked[i, j])
+        colour = "white" if values[i, j] > 0.6 else "#222222"
+        ax.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def plot_graph(graph: Any, ax: Any = None) -> Any:
@@ -161,7 +231,7 @@ def _names_around(ax: Any, places: Sequence[Any], labels: Sequence[str], size: f
 def _busiest(adjacency: NDArray[np.bool_], weights: NDArray[np.float64]) -> list[int]:
     """All columns, or those with the most weight, as many as there is room for."""
     weight = weights.sum(axis=0) + weights.sum(axis=1)
-    return sorted(int(k) for k in np.argsort(-weight, kind="stable")[:_MOST])
+    return sorted(_descending(weight)[:_MOST])
 
 
 # ---------------------------------------------------------------------------------------------

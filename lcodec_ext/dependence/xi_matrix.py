@@ -42,6 +42,30 @@ class XiMatrix:
     names: list[str] | None
     n: int
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draw a heat map of xi, y across and x down.
+
+        Of up to 15 columns the values are written, with a star where the adjusted p-value is 0.05
+        at most.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            What to draw on; a new figure by default.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        """
+        from lcodec_ext.dependence.plots import plot_matrix
+
+        return plot_matrix(self, ax)
+
     def __repr__(self) -> str:
         p = len(self.statistic)
         tested = int(np.isfinite(self.pvalue).sum())
@@ -127,11 +151,13 @@ def xi_matrix(
     adjusted = pvalue.copy()
     defined = np.isfinite(pvalue)
     if adjust is not None:
-        adjusted[defined] = _adjusted(pvalue[defined], adjust)
+        adjusted[defined] = adjusted_pvalues(pvalue[defined], adjust)
     return XiMatrix(test.statistic, pvalue, adjusted, features.names, test.n)
 
 
-def _adjusted(pvalues: NDArray[np.float64], adjust: str) -> NDArray[np.float64]:
+def adjusted_pvalues(
+    pvalues: NDArray[np.float64], adjust: Literal["bh", "by"] = "bh"
+) -> NDArray[np.float64]:
     """The least q for which the procedure of level q rejects: ``scipy.stats`` has the same."""
     m = len(pvalues)
     order = np.argsort(-pvalues, kind="stable")  # from the largest one down
