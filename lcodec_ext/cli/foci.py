@@ -177,7 +177,7 @@ def _stop(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _steps(found: "FociResult") -> list[dict[str, Any]]:
-    pvalues = getattr(found, "pvalues", None)
+    pvalues = found.pvalues
     return [
         {
             "rank": k + 1,

@@ -63,6 +63,27 @@ class CodecTestResult:
     def __iter__(self) -> Iterator[float]:
         return iter((self.statistic, self.pvalue))
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draw T of the data beside its values under the permutations.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            What to draw on; a new figure by default.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        """
+        from lcodec_ext.dependence.plots import plot_null
+
+        return plot_null(self, ax)
+
     def __repr__(self) -> str:
         what = "y" if self.method == "permutation" else "z among rows with near x"
         low, middle, high = np.quantile(self.null_distribution, (0.05, 0.5, 0.95))
