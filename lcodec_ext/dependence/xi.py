@@ -16,17 +16,19 @@ from lcodec_ext._checks import (
     check_seed,
     first_few,
 )
-from lcodec_ext._random import tie_seed
+from lcodec_ext._random import fresh_seed, tie_seed
 from lcodec_ext.dependence.backends.base import TIES, HostBackend, Ties
 from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.limits import (
+    PairSums,
     normal_interval,
     permutation_variance,
     subsampled_sd,
     upper_tail,
 )
 from lcodec_ext.dependence.table import MAX_ROWS, Features, as_features, as_response, clean_rows
+from lcodec_ext.dependence.xi_null import Path
 
 METHODS = ("asymptotic", "permutation")
 _DOUBLE = np.dtype(np.float64)
@@ -56,7 +58,7 @@ class XiPairs(NamedTuple):
 
     @property
     def n(self) -> int:
-        """Rows."""
+        """How many rows there are."""
         return self.X.shape[-1]
 
     def xi(self, i: int, j: int) -> float:
@@ -69,52 +71,50 @@ class XiPairs(NamedTuple):
 
     def permutation_sd(self, i: int, j: int) -> float:
         """Standard deviation of xi over all permutations of y; nan if it is constant."""
-        n = self.n
         if self.ranks[j].denominator == 0:
             return math.nan
-        variance, over = permutation_variance(self.paths[i].weights(n), self.ranks[j].distances(n))
+        return self._permutation_sd(j, self.paths[i].weights(self.n))
+
+    def _permutation_sd(self, j: int, weights: PairSums) -> float:
+        n = self.n
+        variance, over = permutation_variance(weights, self.ranks[j].distances(n))
         return math.sqrt(n * n * variance / ((2 * self.ranks[j].denominator) ** 2 * over))
 
-    def sd(self, i: int, j: int, y_continuous: bool) -> float:
-        """The standard deviation that a normal approximation takes."""
-        if y_continuous:
-            return math.sqrt(2 / (5 * self.n))
-        if self.ranks[j].denominator == 0:
-            return math.nan
+    def asymptotic(self, i: int, j: int, y_continuous: bool) -> tuple[float, float, float]:
+        """xi, P(xi >= its value) under independence by its limit, and the sd."""
+        n, ranks, value = self.n, self.ranks[j], self.xi(i, j)
+        sd = math.sqrt(2 / (5 * n)) if y_continuous else math.nan
+        if ranks.denominator == 0:
+            return value, math.nan, sd
+        skewness = 0.0
         if self.paths[i].averaged:
-            return self.permutation_sd(i, j)
-        over = self.n * self.ranks[j].denominator ** 2
-        return math.sqrt(self.ranks[j].limit_variance(self.n) / over)
+            weights = self.paths[i].weights(n)
+            sd = sd if y_continuous else self._permutation_sd(j, weights)
+            skewness = self.skewness(i, j, weights)
+        elif not y_continuous:
+            sd = math.sqrt(ranks.limit_variance(n) / (n * ranks.denominator**2))
+        tail = upper_tail(value / sd, skewness) if sd > 0 else 1.0
+        return value, tail, sd
 
-    def tail(self, i: int, j: int, y_continuous: bool) -> float:
-        """P(xi >= its value) under independence, by its limit."""
-        value, sd = self.xi(i, j), self.sd(i, j, y_continuous)
-        if math.isnan(value):
-            return value
-        if sd == 0:
-            return 1.0
-        return upper_tail(value / sd, self.skewness(i, j) if self.paths[i].averaged else 0.0)
-
-    def skewness(self, i: int, j: int) -> float:
+    def skewness(self, i: int, j: int, weights: PairSums) -> float:
         """Skewness of the sum of chi-squares that xi tends to where tied rows are averaged.
 
         It is sum_ab m_a l_b (z_ab^2 - 1) over the eigenvalues m of the centred weights and l of the
         centred minima, whose powers are traces.
         """
-        n = self.n
-        weights = self.paths[i].weights(n)
-        over = weights.over**2
-        squares = (weights.squares - 2 * weights.rows / n + weights.total**2 / n**2) / over
+        n, over = self.n, weights.over**2
+        squares = (n * (n * weights.squares - 2 * weights.rows) + weights.total**2) / (n * n * over)
         minima = self.ranks[j].limit_variance(n) / n**4
         cubes = self.paths[i].cube * self.ranks[j].cube
-        return max(8 * cubes / (2 * squares * minima) ** 1.5, 0.0)
+        return max(8 * cubes / (2 * squares * minima) ** 1.5, 0.0) if squares > 0 else 0.0
 
     def shaped(self, value: Any) -> Any:
-        """value(i, j) of all pairs: a float, or an array."""
+        """value(i, j) of all pairs: as it is, or as an array; an array for each of several."""
         if not self.shape:
             return value(0, 0)
         pairs = [[value(i, j) for j in range(len(self.ranks))] for i in range(len(self.paths))]
-        return np.array(pairs, dtype=np.float64).reshape(self.shape)
+        array = np.array(pairs, dtype=np.float64)
+        return np.moveaxis(array, (0, 1), (-2, -1)).reshape(array.shape[2:] + self.shape)
 
     def warn_constant(self, stacklevel: int) -> None:
         """One warning for all responses that are constant."""
@@ -288,6 +288,11 @@ class XiTestResult(_Triple):
     method: str = "asymptotic"
     n: int = 0
 
+    def __repr__(self) -> str:
+        interval = self.confidence_interval
+        more = "" if interval is None else f", confidence_interval={interval}"
+        return f"{super().__repr__()[:-1]}{more})"
+
 
 def xi_test(
     x: Any,
@@ -324,7 +329,8 @@ def xi_test(
     n_permutations : int
         From 1 to 10^6; 999 by default, which makes 0.001 the smallest p-value.
     confidence_level : float, optional
-        Between 0 and 1: an interval for the xi of the population, xi -+ z s. The standard error s
+        Between 0 and 1: an interval for the xi of the population, xi -+ z s, of at least 6 rows (of
+        about 20, for its level to be near the one asked for). The standard error s
         is from the spread over 200 subsamples, and assumes that sqrt(n) xi is nearly normal, which
         fails where y is a function of x. By default none is computed.
     seed : int in [0, 2**64) or None
@@ -356,7 +362,7 @@ def xi_test(
     >>> x = np.arange(40)
     >>> result = xi_test(x, np.cos(x / 5), method="permutation", seed=0)
     >>> round(result.statistic, 4), round(result.pvalue, 4)
-    (0.7749, 0.001)
+    (0.8143, 0.001)
     """
     check_bool(y_continuous, "y_continuous")
     check_choice(method, "method", METHODS)
@@ -385,15 +391,12 @@ def tested(
     seed: int | None,
 ) -> XiTestResult:
     """The tests of all pairs, of checked options."""
-    values = pairs.shaped(pairs.xi)
     if method == "asymptotic":
-        sds = pairs.shaped(lambda i, j: pairs.sd(i, j, y_continuous))
-        tails = pairs.shaped(lambda i, j: pairs.tail(i, j, y_continuous))
+        result = XiTestResult(*pairs.shaped(lambda i, j: pairs.asymptotic(i, j, y_continuous)))
     else:
-        drawn = tie_seed("random", seed)
-        sds = pairs.shaped(pairs.permutation_sd)
+        drawn = fresh_seed() if seed is None else seed
         tails = _permutation_pvalues(backend, pairs, ties, drawn, n_permutations)
-    result = XiTestResult(values, tails, sds)
+        result = XiTestResult(pairs.shaped(pairs.xi), tails, pairs.shaped(pairs.permutation_sd))
     result.method, result.n = method, pairs.n
     return result
 
@@ -401,7 +404,6 @@ def tested(
 def _permutation_pvalues(
     backend: HostBackend, pairs: XiPairs, ties: Ties, seed: int, count: int
 ) -> Any:
-    from lcodec_ext.dependence.xi_null import Path
 
     X, Y = np.atleast_2d(pairs.X), np.atleast_2d(pairs.Y)
     ranks = [backend.ranks(y)[0] for y in Y]
@@ -424,5 +426,5 @@ def _interval(
         part = pairs._replace(X=X, Y=Y, paths=paths, ranks=ranks)
         return part.shaped(part.xi)
 
-    drawn = tie_seed("random", seed)
+    drawn = fresh_seed() if seed is None else seed
     return normal_interval(values, subsampled_sd(statistic, pairs.n, seed=drawn), level)

@@ -27,7 +27,7 @@ class Path:
         if ties != "average" or first.all():
             ends = order[[0, -1]]
             self.weights = [Fraction(2), Fraction(1)]
-            self.pairs = _pairs([(order[:-1], order[1:]), (ends, ends)])
+            self.pairs = _pairs(n, [(order[:-1], order[1:]), (ends, ends)])
             return
         group = np.empty(n, dtype=np.int64)
         group[order] = np.cumsum(first) - 1
@@ -60,6 +60,7 @@ class Path:
             label[1 + parity, paired] = groups + lower[paired]
         self.weights = list(weights)
         self.pairs = _pairs(
+            len(group),
             [(rows, rows) for rows in listed],
             label,
             np.concatenate([size, size[:-1] + size[1:]]),
@@ -84,6 +85,7 @@ class Path:
 
 
 def _pairs(
+    n: int,
     listed: list[tuple[NDArray, NDArray]],
     label: NDArray | None = None,
     size: NDArray | None = None,
@@ -92,7 +94,6 @@ def _pairs(
     lengths = [len(first) for first, _ in listed]
     first, second = (np.concatenate(each).astype(np.int32) for each in zip(*listed, strict=True))
     none = np.empty(0, dtype=np.int32)
-    n = 0 if label is None else label.shape[1]
     return Pairs(
         np.cumsum([0, *lengths], dtype=np.int64),
         first,

@@ -1,6 +1,7 @@
 """What xi is made of: integers that every backend delivers, and the rationals made of them."""
 
 import math
+from operator import mul
 from typing import NamedTuple
 
 from lcodec_ext.dependence.limits import PairSums
@@ -50,18 +51,13 @@ class PathSums(NamedTuple):
         """Numerator and denominator, not always in lowest terms."""
         if not self.averaged:
             return self.lengths[j][0], 1
-        return _added(self.lengths[j], self.denominators)
+        over = math.lcm(*self.denominators)
+        return sum(map(mul, self.lengths[j], [over // each for each in self.denominators])), over
 
     def weights(self, n: int) -> PairSums:
         """Sums of the weights a."""
-        (rows, over), (squares, _) = (
-            _added(each, self.denominators) for each in (self.rows, self.squares)
-        )
+        over = math.lcm(*self.denominators)
+        shares = [over // each for each in self.denominators]
+        rows, squares = sum(map(mul, self.rows, shares)), sum(map(mul, self.squares, shares))
         # over 2 common denominators, and the square of these
         return PairSums(n, 2 * over, (n - 1) * 2 * over, rows * over, 2 * squares * over)
-
-
-def _added(numerators: list[int], denominators: list[int]) -> tuple[int, int]:
-    common = math.lcm(*denominators)
-    pairs = zip(numerators, denominators, strict=True)
-    return sum(number * (common // share) for number, share in pairs), common
