@@ -241,6 +241,16 @@ def test_decimals_make_ties_of_the_unit_on_paper(run, rng):
     assert "has more than 0 decimals" in error
 
 
+def test_several_neighbors(run, table, data):
+    X, y = data
+    _, out, _ = run("codec", table, "--y", "y", "--z", "x1,x2", "--json", "--n-neighbors", "4")
+    assert json.loads(out)["T"] == lcodec_ext.codec(y, X[:, [1, 2]], n_neighbors=4)
+    assert json.loads(out)["options"]["n_neighbors"] == 4
+    _, out, _ = run("foci", table, "--y", "y", "--json", "--n-neighbors", "4")
+    expected = lcodec_ext.foci(X, y, n_neighbors=4)
+    assert [step["T"] for step in json.loads(out)["selected"]] == expected.cumulative.tolist()
+
+
 def test_noise_makes_it_lcodec(run, table, data):
     X, y = data
     command = ["codec", table, "--y", "y", "--z", "x1", "--x", "x4", "--json", "--noise", "0.1"]
@@ -542,6 +552,10 @@ def test_columns_that_are_not_there(refused, table):
         ("codec table.csv --y y --z x1,", "expected names of columns"),
         ("codec table.csv --y y --z x1 --noise-scale relative", "needs --noise SD"),
         ("codec table.csv --y y --z x1 --noise 1 --decimals 1", "--decimals goes without --noise"),
+        ("foci table.csv --y y --noise 1 --n-neighbors 2", "--n-neighbors goes without --noise"),
+        ("codec table.csv --y y --z x1 --test --n-neighbors 2", "T of one neighbour"),
+        ("codec table.csv --y y --z x1 --n-neighbors 0", "expected an integer"),
+        ("codec table.csv --y y --z x1 --n-neighbors 3 --ties first", "pass ties='average'"),
         ("foci table.csv --y y --decimals 1.5", "expected an integer from 0 to 15; got '1.5'"),
         ("foci table.csv --y y --columns y,x1", "--columns names 'y', which is the response"),
         ("foci table.csv --y y --columns x1 --exclude x2", "not allowed with"),

@@ -185,7 +185,8 @@ def test_full_changes_every_trainable_parameter(name):
 
 def test_rules_of_units_go_on_where_others_have_none():
     model = trained("gru")
-    result = deleted(model, selection="gradient", n_units=2)
+    with pytest.warns(UserWarning, match="108 of 123 trainable parameters belong to none: 'rnn.w"):
+        result = deleted(model, selection="gradient", n_units=2)
     assert isinstance(result.selection, UnitSelection)
     assert torch.equal(result.model.rnn.weight_ih_l0, model.rnn.weight_ih_l0)
     with pytest.raises(ValueError, match="no layer whose units can be selected"):
@@ -532,3 +533,52 @@ def test_states_that_are_no_tensors_have_no_patch():
     )
     with pytest.raises(ValueError, match="there is no patch"):
         result.patch()
+
+
+class Partly(nn.Module):
+    """An RNN and a factor have no units, and the head has."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.scale = nn.LSTM(4, 8, batch_first=True), nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x[:, None])[0][:, -1] * self.scale)
+
+
+RULES_OF_UNITS = {
+    "gradient": {"n_units": 2},
+    "random": {"n_units": 2},
+    "step_units": {"n_units": 2},
+    "lfoci": {},
+    "cheap": {"steps": 1},
+}
+
+
+@pytest.mark.parametrize("rule", [*RULES_OF_UNITS, "full", "step", "given"])
+def test_what_no_unit_covers_is_counted(rule):
+    """By the result always, and by a warning where a rule selects units."""
+    model, x, y = Partly(), torch.randn(60, 4), torch.arange(60) % 3
+    options = {"damping": 1.0, "max_drop": None, "calibrate": False}
+    options |= RULES_OF_UNITS.get(rule, {"max_parameters": 0.2} if rule == "step" else {})
+    selection = UnitSelection.all(model) if rule == "given" else rule
+    total = sum(p.numel() for p in model.parameters())
+    without = total - model.head.weight.numel() - 3
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = unlearn(
+            model, (x[:5], y[:5]), (x[5:], y[5:]), F.cross_entropy, selection=selection, **options
+        )
+    assert (result.n_trainable, result.n_without_units) == (total, without)
+    told = [str(each.message) for each in caught if "belong to none" in str(each.message)]
+    assert len(told) == (rule in RULES_OF_UNITS)
+    for text in told:
+        assert f"{without:,} of {total:,} trainable parameters" in text
+        assert "'scale', 'rnn.weight_ih_l0'" in text
+    units = isinstance(result.selection, UnitSelection)
+    assert (f"{without:,} are in no unit" in repr(result)) == units
+    covered = unlearn(model.head, *[(torch.randn(k, 8), y[:k]) for k in (5, 40)], F.cross_entropy)
+    assert covered.n_without_units == 0
+    assert "in no unit" not in repr(covered)

@@ -279,9 +279,12 @@ def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_s
     return total
 
 
-def is_much_worse(before: float, after: float) -> bool:
-    """Whether a mean loss rose by so much that a warning is due; NaN counts as worse."""
-    return math.isfinite(before) and not after <= before + abs(before) / 2 + 0.05
+def is_much_worse(before: float, after: float, unit: float = 1.0) -> bool:
+    """Whether a mean loss rose by so much that a warning is due; NaN counts as worse.
+
+    unit is the size of losses that are no cross-entropies.
+    """
+    return math.isfinite(before) and not after <= before + abs(before) / 2 + 0.05 * unit
 
 
 def mean_gradient(

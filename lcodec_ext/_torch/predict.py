@@ -1,17 +1,19 @@
 """One pass of a model over samples."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer
-from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, part_of, tensors_of
 from lcodec_ext._torch.faults import sample_in
 from lcodec_ext._torch.loss import (
     LossFunction,
@@ -81,10 +83,7 @@ def predict(
     losses, scores, classified = [], [], []
     with evaluating(model):
         for batch in samples.batches(batch_size):
-            outputs, targets = (
-                map_tensors(lambda t: t.double() if t.is_floating_point() else t, tree)
-                for tree in (outputs_of(model, batch), batch.targets)
-            )
+            outputs, targets = _in_double((outputs_of(model, batch), batch.targets))
             if not all(bool(torch.isfinite(t).all()) for t in tensors_of(outputs)):
                 first = _first_of(outputs, batch, samples)
                 raise ValueError(f"the outputs of the model hold NaN or infinity{first}")
@@ -104,6 +103,43 @@ def predict(
     else:
         right = None
     return Prediction(torch.cat(losses), right, log_probabilities, labels)
+
+
+@plain_arithmetic()
+def size_of_losses(
+    model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int, losses: Tensor
+) -> float:
+    """What losses rise by where outputs are those of other samples: their size, in any unit.
+
+    At least twice its standard error; the spread or the mean of the losses where that vanishes, as
+    of a model whose outputs are all the same. A factor of all losses is one of this, and what is
+    added to them, whatever the outputs are, is nothing.
+    """
+    loss_fn = loss_in(torch.float64, loss_fn)
+    n, rises = len(samples), []
+    order = np.random.default_rng(0).permutation(n)
+    with evaluating(model):
+        for numbers in np.array_split(order, max(1, -(-n // max(2, batch_size)))):
+            batch = samples.fetch(numbers.tolist())
+            outputs, targets = _in_double((outputs_of(model, batch), batch.targets))
+            others = part_of(outputs, batch.size, torch.arange(batch.size).roll(1))
+            try:
+                found = _each_alone(loss_fn, others, targets, batch.size).double().cpu()
+            except (RuntimeError, ValueError, TypeError, IndexError):  # it takes no other outputs
+                continue
+            rises.append(found - losses[torch.from_numpy(numbers)])
+    rise = torch.cat([*rises, torch.zeros(0, dtype=torch.float64)])
+    rise = rise[torch.isfinite(rise)]
+    if len(rise) > 1:
+        least = 2 * float(rise.std()) / math.sqrt(len(rise))
+        if (size := max(float(rise.mean()), least)) > 0:
+            return size
+    spread = float(losses.std(correction=0))
+    return spread or abs(float(losses.mean())) or 1.0
+
+
+def _in_double(tree: Any) -> Any:
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, tree)
 
 
 def _first_of(outputs: Any, batch: Batch, samples: Samples) -> str:

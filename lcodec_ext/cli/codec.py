@@ -15,10 +15,10 @@ from lcodec_ext.cli.dependence import (
     add_table,
     check,
     check_plot,
-    decimals,
     find,
     load,
     names,
+    neighbors,
     noise,
     response,
     settings,
@@ -91,11 +91,11 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     with timed(seconds, "compute"):
         if options.test:
             given |= _test_settings(options)
-            found = codec_test(y, z, x, **given, **decimals(options))
+            found = codec_test(y, z, x, **given, **neighbors(options))
             value, test = found.statistic, _test_record(found)
             picture = write_plot(found.plot, options, console)
         elif options.noise is None:
-            value = codec(y, z, x, **given, **decimals(options))
+            value = codec(y, z, x, **given, **neighbors(options))
         else:
             value = lcodec(y, z, x, **given, **noise(options))
     omitted = Omitted(table)
@@ -110,7 +110,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
         "n_samples": n,
         **omitted.record(),
         "classes": labels,
-        "options": given | decimals(options) | noise(options),
+        "options": given | neighbors(options) | noise(options),
         **picture,
         "seconds": seconds,
     }
@@ -133,6 +133,8 @@ def _check_roles(options: argparse.Namespace) -> None:
         raise InputError(f"--x and --y both name column {options.y!r}; expected different ones")
     if options.test and options.noise is not None:
         raise InputError("--test goes without --noise: it tests T of the data as they are")
+    if options.test and options.n_neighbors:
+        raise InputError("--test goes without --n-neighbors: it tests T of one neighbour")
     if options.k_perm and not (options.test and options.x):
         raise InputError(f"--k-perm {options.k_perm} needs --test and --x")
     if not options.test:

@@ -134,6 +134,13 @@ def add_computation(
         )
     if noise:
         group.add_argument(
+            "--n-neighbors",
+            type=integer(1),
+            metavar="N",
+            help="how many of the nearest rows count: more find weak dependence, fewer see more "
+            "detail (default: 1)",
+        )
+        group.add_argument(
             "--noise",
             type=number(),
             metavar="SD",
@@ -257,6 +264,8 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--noise-scale {options.noise_scale} needs --noise SD")
     if not without_noise and options.decimals is not None:
         raise InputError("--decimals goes without --noise, which leaves no ties")
+    if not without_noise and options.n_neighbors is not None:
+        raise InputError("--n-neighbors goes without --noise: L-CODEC and L-FOCI take one")
     if options.threads:
         from lcodec_ext import set_num_threads
 
@@ -268,9 +277,10 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {"ties": options.ties, "seed": options.seed, "nan_policy": options.nan_policy}
 
 
-def decimals(options: argparse.Namespace) -> dict[str, Any]:
-    """--decimals, if it is given."""
-    return {} if options.decimals is None else {"decimals": options.decimals}
+def neighbors(options: argparse.Namespace) -> dict[str, Any]:
+    """--decimals and --n-neighbors, if they are given."""
+    given = {name: getattr(options, name, None) for name in ("decimals", "n_neighbors")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def noise(options: argparse.Namespace) -> dict[str, Any]:

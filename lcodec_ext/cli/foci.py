@@ -22,9 +22,9 @@ from lcodec_ext.cli.dependence import (
     check,
     check_candidates,
     check_plot,
-    decimals,
     load,
     names,
+    neighbors,
     noise,
     response,
     selection,
@@ -125,7 +125,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
     }
     with timed(seconds, "compute"):
         if options.noise is None:
-            found = foci(X, y, progress=console.progress, **given, **decimals(options))
+            found = foci(X, y, progress=console.progress, **given, **neighbors(options))
         else:
             found = lfoci(X, y, progress=console.progress, **given, **noise(options))
     result = {
@@ -139,7 +139,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "classes": labels,
         "n_features": found.n_features,
         "left_out": left_out,
-        "options": given | decimals(options) | noise(options),
+        "options": given | neighbors(options) | noise(options),
         **write_plot(found.plot, options, console),
         "seconds": seconds,
     }

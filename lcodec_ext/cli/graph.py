@@ -16,8 +16,8 @@ from lcodec_ext.cli.dependence import (
     candidates,
     check,
     check_plot,
-    decimals,
     load,
+    neighbors,
     selection,
     settings,
     write_plot,
@@ -70,7 +70,7 @@ def run_graph(options: argparse.Namespace, console: Console) -> int:
         raise InputError(
             f"a graph needs two columns; got {', '.join(map(repr, table.columns)) or 'none'}"
         )
-    given = selection(options) | settings(options) | decimals(options)
+    given = selection(options) | settings(options) | neighbors(options)
     with timed(seconds, "compute"):
         graph = dependence_graph(table, progress=console.progress, **given)
     omitted = Omitted(table)

@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from lcodec_ext._torch.loss import NotFiniteError
-from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import Calibrated, Calibration, Harm, calibrated
 from lcodec_ext.unlearning.control import control_groups, of_classes_that_stay
@@ -43,12 +42,14 @@ class Guard:
     before: float  # its value at the start
     losses: Tensor  # (n,): of the samples, at the start
     each: Tensor  # (n,): what `before` is the mean of
+    unit: float = 1.0  # what falls are counted in
 
     @classmethod
     def of(cls, work: Workplace, samples: Samples) -> "Guard":
         """Watch samples from the present weights on."""
         with work.timed("guard"):
-            return cls(work, samples, *work.quality(samples))
+            quality = work.quality(samples)
+            return cls(work, samples, *quality, unit=work.unit(samples, quality))
 
     def now(self) -> float:
         """The present value, minus infinity where the outputs of the model are not finite."""
@@ -80,26 +81,13 @@ class Guard:
 
     @property
     def most(self) -> float:
-        """The largest fall that is allowed; of losses above 1, as a share of them."""
+        """The largest fall that is allowed."""
         most = self.work.settings.max_drop
         return math.inf if most is None else most * self.unit
-
-    @property
-    def unit(self) -> float:
-        """What falls are counted in."""
-        return drop_unit(self.before, self.work.score)
 
     def allows(self, value: float) -> bool:
         """Whether the fall since the start is within max_drop. NaN is refused."""
         return self.work.settings.max_drop is None or self.before - value <= self.most
-
-
-def drop_unit(before: float, score: Score | None) -> float:
-    """What max_drop counts in: 1, or where losses above 1 are watched, their size.
-
-    They may be of any scale; accuracy is at most 1.
-    """
-    return max(1.0, abs(before)) if score is None else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +275,8 @@ def _adjusted(block: Block, watch: Watch, unread_loss: float, steps: Steps) -> t
         assert watch.unread is not None
         assert settings.lengthen is not None
         rise = block.work.mean_loss(watch.unread) - unread_loss
-        return rise <= settings.lengthen * len(block.part.forget)  # false for nan
+        unit = 1.0 if guard is None else guard.unit
+        return rise <= settings.lengthen * unit * len(block.part.forget)  # false for nan
 
     short = bool(steps.solves) and steps.solves[-1].residual > _SHORT
     lengthens = short and settings.lengthen is not None and watch.unread is not None
@@ -342,7 +331,8 @@ def _repaired(block: Block, guard: Guard | None) -> bool:
     if guard is None:
         return True
     after = -math.inf if failed else guard.now()
-    if after < before and guard.before - after > (block.work.settings.max_drop or 0.0):
+    most = 0.0 if block.work.settings.max_drop is None else guard.most
+    if after < before and guard.before - after > most:
         block.restore(theta, buffers)
         return False
     return True

@@ -57,6 +57,9 @@ class UnlearnResult:
         Samples removed and retained, and those of the latter that were measured.
     n_parameters, n_trainable : int
         Selected parameters, and trainable ones of the model.
+    n_without_units : int
+        Trainable parameters that belong to no unit (of RNNs, raw ones), which a selection of units
+        leaves as they are; "full" and single parameters do not.
     n_units : int
         Units, or single parameters, that could have been selected.
     n_dead : int
@@ -94,6 +97,9 @@ class UnlearnResult:
     guard : BeforeAfter
         What the guard watched, of the given model and of the result before noise; nan where
         `Settings.max_drop` is None.
+    guard_unit : float
+        What `Settings.max_drop` and `repair_drop` count in: 1, or of losses what they would rise by
+        if outputs were those of other samples.
     watched : str
         What that is: "accuracy", "the score" or, where there is neither, "minus the mean loss".
     calibration : Calibration or None
@@ -117,6 +123,7 @@ class UnlearnResult:
     n_monitored: int
     n_parameters: int
     n_trainable: int
+    n_without_units: int
     n_units: int
     n_dead: int
     skipped: tuple[int, ...]
@@ -135,6 +142,7 @@ class UnlearnResult:
     loss_forget: BeforeAfter
     loss_retain: BeforeAfter
     guard: BeforeAfter
+    guard_unit: float
     watched: str
     calibration: Calibration | None
     guarantee: Guarantee
@@ -190,6 +198,7 @@ class UnlearnResult:
                 if masked
                 else f"  units         {len(self.selection)} of {self.n_units}, {method} "
                 f"({', '.join(layers)}), {self.n_parameters:,} of {self.n_trainable:,} parameters"
+                + (f", {self.n_without_units:,} are in no unit" if self.n_without_units else "")
             ),
             f"  step          {self._step()}",
             f"  forget loss   {change(self.loss_forget)}",
@@ -272,6 +281,7 @@ def result_of(
         n_monitored=0 if request.monitored is None else len(request.monitored),
         n_parameters=layout.size,
         n_trainable=work.n_trainable,
+        n_without_units=sum(work.without_units.values()),
         n_units=last.choice.n_units,
         n_dead=last.choice.n_dead,
         skipped=tuple(k for d in deletions if d.skipped for k in d.numbers),
@@ -292,6 +302,7 @@ def result_of(
         loss_forget=BeforeAfter(before.forget_loss, after.forget_loss),
         loss_retain=BeforeAfter(before.retained_loss, after.retained_loss),
         guard=_guarded(guard, deletions),
+        guard_unit=1.0 if guard is None else guard.unit,
         watched="" if guard is None else guard.watched,
         calibration=last.last.calibration,
         guarantee=guarantee,

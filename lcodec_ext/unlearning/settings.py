@@ -316,8 +316,9 @@ class GuardSettings:
     n_guard : int, optional
         Most validation samples that are used, and most retained ones on which harm is looked for.
     max_drop : float, optional
-        How far accuracy may fall, or without one the mean loss may rise, of losses above 1 as a
-        share of them; beyond it, the step is halved or undone. `repair_drop` counts alike.
+        How far accuracy may fall, or without one the mean loss may rise, as a share of what it
+        would rise by if outputs were those of other samples, whatever the unit of the targets;
+        beyond it, the step is halved or undone. `repair_drop` counts alike.
     halvings : int
         How often a step beyond max_drop is halved.
     lengthen : float, optional

@@ -38,8 +38,9 @@ def warn_of_skipped(
 
 
 def warn_of_left_out(work: Workplace) -> None:
-    """Warn of trainable parameters that selection="full" cannot change."""
+    """Warn of trainable parameters that selection="full", or any choice of units, cannot change."""
     if work.settings.selection != "full":
+        _warn_of_those_without_units(work)
         return
     left = {k: p for k, p in find_parameters(work.model).items() if k in work.parameters}
     left = {k: p for k, p in left.items() if p.refused}
@@ -50,6 +51,21 @@ def warn_of_left_out(work: Workplace) -> None:
             f"selection='full' leaves {n:,} of {work.n_trainable:,} trainable parameters as they "
             f"are: {names}",
             stacklevel=4,
+        )
+
+
+def _warn_of_those_without_units(work: Workplace) -> None:
+    """Warn of trainable parameters that a rule which selects units passes over."""
+    rule, left = work.settings.selection, work.without_units
+    if not isinstance(rule, str) or rule == "step" or work.settings.candidates != "all":
+        return  # a choice of the user's is meant so
+    if left and len(left) < len(work.parameters):  # a model without any unit is refused
+        names = first_few(list(map(repr, left)), 3)
+        warnings.warn(
+            f"selection={rule!r} selects units, and {sum(left.values()):,} of "
+            f"{work.n_trainable:,} trainable parameters belong to none: {names}. They stay as they "
+            "are; selection='full' and 'step' change such parameters, too",
+            stacklevel=5,
         )
 
 
@@ -70,8 +86,9 @@ def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Setti
         )
     assert guard is not None  # nothing else takes back
     return (
-        f"{guard.watched} by more than max_drop={settings.max_drop:g} allows, in the last one by "
-        f"{refused.value - guard.before:.3g}"
+        f"{guard.watched} by more than max_drop={settings.max_drop:g} allows"
+        + ("" if guard.unit == 1 else f" (in units of {guard.unit:.3g})")
+        + f", in the last one by {refused.value - guard.before:.3g}"
     )
 
 
@@ -103,7 +120,8 @@ def warn_of_harm(
     """Warn if losses rose by much, and of a solution that is worse than none."""
     last = deletions[-1].last
     _warn_of_residual(deletions)
-    if is_much_worse(before.retained_loss, after.retained_loss):
+    unit = 1.0 if guard is None else guard.unit
+    if is_much_worse(before.retained_loss, after.retained_loss, unit):
         found = f"the retained samples from {before.retained_loss:.3g} to {after.retained_loss:.3g}"
     else:
         found = guard.harm() if guard is not None and guarantee.sigma == 0 else ""

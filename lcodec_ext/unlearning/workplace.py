@@ -24,12 +24,14 @@ from lcodec_ext._torch.loss import (
     mean_loss,
 )
 from lcodec_ext._torch.modes import check_module
-from lcodec_ext._torch.predict import Score, predict
+from lcodec_ext._torch.predict import Score, predict, size_of_losses
 from lcodec_ext._torch.samples import Samples, working_dtype
-from lcodec_ext.curvature import Selection
+from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
 from lcodec_ext.unlearning.settings import Settings
+
+_LOSS = "minus the mean loss"  # what is watched where there is neither accuracy nor score
 
 
 class LossesAndGradients(NamedTuple):
@@ -114,6 +116,12 @@ class Workplace:
         )
 
     @property
+    def without_units(self) -> dict[str, int]:
+        """Sizes of the trainable parameters that belong to no unit, by name."""
+        covered = UnitSelection.all(self.model).layout(self.model).parameters
+        return {k: p.numel() for k, p in self.parameters.items() if k not in covered}
+
+    @property
     def n_trainable(self) -> int:
         """Trainable parameters."""
         return sum(p.numel() for p in self.parameters.values())
@@ -159,10 +167,17 @@ class Workplace:
         found = predict(self.model, samples, self.loss_fn, self.settings.batch_size, self.score)
         if found.accuracy is None:
             mean = -float(found.losses.mean())
-            return Quality("minus the mean loss", mean, found.losses, -found.losses)
+            return Quality(_LOSS, mean, found.losses, -found.losses)
         assert found.scores is not None
         watched = "accuracy" if self.score is None else "the score"
         return Quality(watched, found.accuracy, found.losses, found.scores)
+
+    def unit(self, samples: Samples, quality: "Quality") -> float:
+        """What a fall of the quality is counted in: 1, or of losses their own size."""
+        if quality.watched != _LOSS:
+            return 1.0
+        options = self.loss_fn, self.settings.batch_size, quality.losses
+        return size_of_losses(self.model, samples, *options)
 
     def handed_over(self, model: nn.Module, selection: Selection) -> nn.Module:
         """A copy of a model with the new weights of a selection, and the buffers that have changed.

@@ -20,7 +20,6 @@ from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import ParameterSelection, Selection
 from lcodec_ext.unlearning.estimate import Estimate
 from lcodec_ext.unlearning.groups import Groups
-from lcodec_ext.unlearning.guard import drop_unit
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import guarantee_of
 from lcodec_ext.unlearning.request import GUARD_SIZE
@@ -206,7 +205,9 @@ def allowed_drops(
     first, last = (result.get("guard") for result in (results[0], results[-1]))
     if not first or not last or first[0] is None or last[1] is None:
         return allowed
-    fallen = max(0.0, first[0] - last[1]) / drop_unit(first[0], score)
+    # Earlier versions counted losses above 1 in their size, and did not record it.
+    unit = max(1.0, abs(first[0])) if score is None else 1.0
+    fallen = max(0.0, first[0] - last[1]) / results[0].get("guard_unit", unit)
     return allowed | {
         name: max(0.0, limit - fallen)
         for name in ("max_drop", "repair_drop")
