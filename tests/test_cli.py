@@ -417,6 +417,8 @@ def test_foci_stops_by_permutations(run, data):
     assert n_steps > 0
     assert [s["pvalue"] for s in found["selected"]] == expected.pvalues[:n_steps].tolist()
     assert found["stop_reason"] == expected.stop_reason
+    assert found["pvalues"] == expected.pvalues.tolist()  # that of the step that ended it, too
+    assert found["threshold"] == expected.threshold.tolist()
     assert {name: found["options"][name] for name in options} == options
     _, out, _ = run(*command, "--output", "chosen.csv")
     assert out.splitlines()[1].endswith("p-value")

@@ -133,6 +133,8 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "y": options.y,
         "selected": _steps(found),
         "stop_reason": found.stop_reason,
+        "pvalues": found.pvalues,
+        "threshold": found.threshold,
         "base_T": found.base,
         "n_samples": n,
         **omitted.record(),
