@@ -342,6 +342,11 @@ def test_graph_is_dependence_graph(run, table, data):
         assert edge["conditional_T"] == graph.weights[i, j]
         assert graph.results[i].ordering[edge["rank"] - 1] == j
         assert graph.results[i].cumulative[edge["rank"] - 1] == edge["T"]
+    _, out, _ = run("graph", table, "--alpha", "0.1", "--permutations", "19", "--json")
+    options = {"stop": "permutation", "alpha": 0.1, "n_permutations": 19, "seed": 0}
+    graph = lcodec_ext.dependence_graph(np.column_stack([X, y]), **options)
+    pvalues = [p for r in graph.results for p in r.pvalues[: len(r.ordering)].tolist()]
+    assert [edge["pvalue"] for edge in json.loads(out)["edges"]] == pvalues
     _, out, _ = run("graph", table, "--columns", "y,x1,x4", "--standardize", "none")
     first, second, *lines = out.splitlines()
     graph = lcodec_ext.dependence_graph(np.column_stack([y, X[:, [1, 4]]]), standardize=None)
@@ -393,6 +398,7 @@ def test_options_of_tests_that_do_not_go_together(refused, table):
         ([*foci, "--permutations", "9"], "--permutations 9 needs --alpha"),
         ([*foci, "--alpha", "0.1", "--no-stop"], "--alpha 0.1 goes without --no-stop"),
         ([*foci, "--alpha", "0.1", "--noise", "1"], "--alpha 0.1 goes without --noise"),
+        (["graph", table, "--permutations", "9"], "--permutations 9 needs --alpha"),
         ([*foci, "--alpha", "1"], "a number between 0 and 1; got '1'"),
         ([*foci, "--alpha", "x"], "a number between 0 and 1; got 'x'"),
         (["xi", table, "--confidence-level", "0.9"], "--confidence-level 0.9 needs --y"),
@@ -403,18 +409,24 @@ def test_options_of_tests_that_do_not_go_together(refused, table):
     assert not Path("a.png").exists()
 
 
-def test_foci_stops_by_permutations(run, table, data):
-    X, y = data
+def test_foci_stops_by_permutations(run, data):
+    X, _ = data
+    y = X[:, 1] + X[:, 4]
+    table = write_csv("sum.csv", [*(f"x{k}" for k in range(6)), "y"], [*X.T.tolist(), y.tolist()])
     command = ["foci", table, "--y", "y", "--alpha", "0.05", "--permutations", "99", "--seed", "2"]
     status, out, err = run(*command, "--json")
     assert (status, err) == (0, "")
     found = json.loads(out)
-    options = {"stop": "permutation", "alpha": 0.05, "n_permutations": 99, "seed": 2}
+    # a product: no column tells much by itself
+    options = {"stop": "permutation", "alpha": 0.9, "n_permutations": 99, "seed": 2}
     expected = lcodec_ext.foci(X, y, **options)
     assert [s["T"] for s in found["selected"]] == expected.cumulative.tolist()
     n_steps = len(expected.ordering)
+    assert n_steps > 0
     assert [s["pvalue"] for s in found["selected"]] == expected.pvalues[:n_steps].tolist()
     assert found["stop_reason"] == expected.stop_reason
+    assert found["pvalues"] == expected.pvalues.tolist()  # that of the step that ended it, too
+    assert found["threshold"] == expected.threshold.tolist()
     assert {name: found["options"][name] for name in options} == options
     _, out, _ = run(*command, "--output", "chosen.csv")
     assert out.splitlines()[1].endswith("p-value")

@@ -1,5 +1,7 @@
 """codec_test, and foci with stop="permutation"."""
 
+import itertools
+import math
 import warnings
 from fractions import Fraction
 
@@ -142,7 +144,7 @@ def test_result_reads_well(rng):
     assert (statistic, pvalue) == (result.statistic, result.pvalue)
     assert repr(result).startswith(f"CodecTestResult: T = {statistic:.4f}, p-value = {pvalue:.4g}")
     assert "99 permutations of y" in repr(result)
-    assert "99 permutations of z among rows with near x" in repr(
+    assert "99 permutations of z where x is near" in repr(
         codec_test(y, z, rng.normal(size=50), seed=0, n_permutations=99)
     )
 
@@ -177,6 +179,10 @@ def test_rows_with_nan_can_be_left_out(rng):
         ({"method": "permutation", "x": True}, ValueError, "not of z given x"),
         ({"method": "local_permutation"}, ValueError, "x is None"),
         ({"method": "bootstrap"}, ValueError, "method must be one of"),
+        ({"method": "asymptotic", "x": True}, ValueError, "no computable distribution"),
+        ({"method": "asymptotic", "y": ["a", "b"] * 15}, ValueError, "takes numbers as y"),
+        ({"confidence_level": 95}, ValueError, "between 0 and 1"),
+        ({"y": np.ones((30, 2))}, ValueError, "y must be one column"),
         ({"alternative": "less"}, ValueError, "alternative must be 'greater'"),
         ({"alternative": "two-sided"}, ValueError, "no evidence"),
         ({"alternative": "bigger"}, ValueError, "alternative must be one of"),
@@ -259,6 +265,92 @@ def test_local_permutation_is_exact_for_few_values_of_x(rng):
         y, z = x + rng.random((2, 60))
         rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
     assert abs(rejected / 300 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 300)
+
+
+# --------------------------------------------------------------------------------------------
+# The normal limit, and intervals
+
+
+def test_normal_limit_has_the_moments_of_all_permutations(rng):
+    """Over all 720 orders of y, tied and not."""
+    for y, z in (
+        (np.arange(6), rng.normal(size=6)),
+        (np.array([0, 0, 1, 1, 2, 5]), np.array([0.0, 0, 1, 3, 3, 4])),
+    ):
+        values = [float(exact_T(np.array(order), z)) for order in itertools.permutations(y)]
+        result = codec_test(y, z, method="asymptotic")
+        assert result.null_mean == pytest.approx(np.mean(values), abs=1e-14)
+        assert result.null_sd == pytest.approx(np.std(values), abs=1e-14)
+        assert result.statistic == codec(y, z)
+        score = (result.statistic - result.null_mean) / result.null_sd
+        assert result.pvalue == pytest.approx(0.5 * math.erfc(score / math.sqrt(2)), rel=1e-12)
+        assert len(result.null_distribution) == result.n_permutations == 0
+        assert "by the normal limit" in repr(result)
+        with pytest.raises(ValueError, match="no permutations"):
+            result.plot()
+
+
+@pytest.mark.parametrize("name", sorted(set(samples(np.random.default_rng(0))) - {"classes"}))
+@pytest.mark.parametrize("ties", TIES)
+def test_limit_is_the_same_on_every_backend(rng, name, ties):
+    y, z = samples(rng)[name]
+    options = {"method": "asymptotic", "seed": 5, "ties": ties}
+    a = codec_test(y, z, **options)
+    b = codec_test(y, z, backend="reference", **options)
+    c = codec_test(torch.as_tensor(y), torch.as_tensor(z), backend=EMULATED, **options)
+    for other in (b, c):
+        same(a, other)
+        assert (a.null_mean, a.null_sd) == (other.null_mean, other.null_sd)
+
+
+def test_interval_is_the_same_on_every_backend(rng):
+    y, z = rng.integers(0, 9, (2, 40))
+    options = {"method": "asymptotic", "confidence_level": 0.9, "seed": 5}
+    a, b = (codec_test(y, z, backend=backend, **options) for backend in ("cpu", "reference"))
+    assert a.confidence_interval == b.confidence_interval
+    low, high = a.confidence_interval
+    assert low < a.statistic < high
+    assert (low + high) / 2 == pytest.approx(a.statistic)
+
+
+def test_limit_agrees_with_permutations(rng):
+    y, z = rng.normal(size=(2, 500))
+    limit = codec_test(y, z, method="asymptotic")
+    drawn = codec_test(y, z, seed=0, n_permutations=1999)
+    assert abs(limit.null_sd - drawn.null_sd) < 4 * limit.null_sd / np.sqrt(2 * 1999)
+    assert abs(limit.null_mean - drawn.null_mean) < 4 * limit.null_sd / np.sqrt(1999)
+    assert abs(limit.pvalue - drawn.pvalue) < 0.05
+
+
+def test_z_that_tells_nothing_has_pvalue_1(rng):
+    with pytest.warns(UserWarning, match="constant"):
+        assert codec_test(rng.normal(size=20), np.ones(20), method="asymptotic").pvalue == 1
+
+
+def test_interval_has_the_t_of_many_samples(rng):
+    """The standard error is about the spread of T over samples."""
+    n = 400
+
+    def sample():
+        z = rng.normal(size=n)
+        return z + rng.normal(size=n), z
+
+    spread = np.std([codec(*sample()) for _ in range(200)], ddof=1)
+    found = codec_test(*sample(), confidence_level=0.6826894921, seed=0, n_permutations=1)
+    low, high = found.confidence_interval
+    assert 0.7 * spread < (high - low) / 2 < 1.5 * spread
+    assert "interval from" in repr(found)
+
+
+def test_intervals_of_conditional_and_nominal_ts(rng):
+    x, z = rng.normal(size=(2, 200))
+    y = x + z + 0.5 * rng.normal(size=200)
+    options = {"confidence_level": 0.95, "n_permutations": 9, "seed": 1}
+    for sample in ((y, z, x), (np.array(["a", "b", "c"])[np.digitize(y, [-1, 1])], z)):
+        result = codec_test(*sample, **options)
+        low, high = result.confidence_interval
+        assert low < result.statistic < high
+        assert result.confidence_interval == codec_test(*sample, **options).confidence_interval
 
 
 # --------------------------------------------------------------------------------------------
@@ -351,13 +443,17 @@ def test_constant_y_has_an_empty_band(rng):
         ({"stop": "permutation", "alpha": "5%"}, TypeError, "alpha must be"),
         ({"stop": "permutation", "n_permutations": 18}, ValueError, "at least 19"),
         ({"stop": "permutation", "n_permutations": True}, TypeError, "n_permutations must be"),
+        ({"stop": "permutation", "n_neighbors": 2}, ValueError, "takes one neighbour"),
+        ({"stop": "permutation", "y": True}, ValueError, "takes one column of y"),
         ({"alpha": 0.05}, ValueError, "needs stop='permutation'"),
         ({"stop": False, "n_permutations": 99}, ValueError, "needs stop='permutation'"),
     ],
 )
 def test_levels_that_cannot_be_used_are_refused(rng, options, error, message):
+    options = dict(options)
+    y = rng.normal(size=(30, 2) if options.pop("y", False) else 30)
     with pytest.raises(error, match=message):
-        foci(rng.normal(size=(30, 3)), rng.normal(size=30), **options)
+        foci(rng.normal(size=(30, 3)), y, **options)
 
 
 def test_public_names():
