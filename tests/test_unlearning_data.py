@@ -820,3 +820,26 @@ def test_a_stream_is_not_copied_nor_pickled():
                 TypeError, match="an Unlearner has a lock .*Copy its model, or give"
             ):
                 call(stream)
+
+
+def test_numbers_of_a_population():
+    arguments = [lambda part, seed: make_model(), ["L-BFGS"], data()]
+    for mask in (np.arange(N) < 5, torch.arange(N) < 5):
+        with pytest.raises(TypeError, match="forget must be .* a mask of bool: pass its nonzero"):
+            evaluate_population(*arguments, mask, data(), cross_entropy)
+    with pytest.raises(TypeError, match="forget must be numbers of samples, integers; got .{,90}$"):
+        evaluate_population(*arguments, [0.5 * k for k in range(50)], data(), cross_entropy)
+
+
+def test_models_with_other_classes_are_not_compared():
+    x, y = data()
+    other, match = nn.Linear(D, 5), "must have the same classes; one has [35] of them for 60 sampl"
+    for call in (
+        lambda: metrics.js_distance(make_model(), other, (x, y)),
+        lambda: metrics.activation_distance(make_model(), other, (x, y)),
+        lambda: evaluate(
+            make_model(), (x, y), (x, y), (x, y), cross_entropy, methods=[], retrained=[other]
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
