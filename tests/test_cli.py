@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -976,6 +977,43 @@ def test_compressed_files():
         Path("cut.tsv" + suffix).write_bytes(data[:-9])
         with pytest.raises(tables.TableError, match=f"cut.tsv{suffix} cannot be decompressed"):
             read("cut.tsv" + suffix)
+
+
+@pytest.mark.parametrize("suffix", ["xlsx", "ods", "json", "pkl", "dta"])
+def test_files_of_other_kinds_say_how_to_convert_them(refused, suffix):
+    """Also an Excel file, which is a ZIP archive as an NPZ is."""
+    with zipfile.ZipFile(f"a.{suffix}", "w") as file:
+        file.writestr("xl/workbook.xml", "<workbook/>")
+    kind = {"xlsx": "excel", "ods": "excel", "pkl": "pickle", "dta": "stata"}.get(suffix, suffix)
+    message = refused("codec", f"a.{suffix}", "--y", "a", "--z", "b")
+    assert f"pandas.read_{kind}('a.{suffix}').to_parquet('table.parquet')" in message
+
+
+@pytest.mark.parametrize(
+    ("cell", "advice"),
+    [
+        ("-0.7%", "take the signs beside the number out first"),
+        ("$1", "take the signs beside the number out first"),
+        ("17 °", "take the signs beside the number out first"),
+        ("2020-01-31", "make it a number first, for instance days since a date"),
+        ("31.1.2020 17:00", "make it a number first, for instance days since a date"),
+        ("17:05", "make it a number first, for instance days since a date"),
+        ("red", "encode categories as numbers first"),
+        ("17 apples", "encode categories as numbers first"),
+    ],
+)
+def test_cells_that_are_no_numbers_say_what_to_do(refused, cell, advice):
+    path = write("a.csv", f"y,a,b\n1,2,3\n2,{cell},4\n3,1,4\n")
+    message = refused("foci", path, "--y", "y")
+    assert f"{cell!r} is not a number; {advice}" in message
+
+
+def test_a_column_is_left_out_in_one_way(refused):
+    for cells, what in ((["", "", ""], "missing"), ([2**60 + 1, 2, 3], "apart")):
+        rows = "\n".join(f"{k},{cell},4" for k, cell in enumerate(cells))
+        message = refused("foci", write("a.csv", f"y,a,b\n{rows}\n"), "--y", "y")
+        assert what in message
+        assert message.count("leave") == 1
 
 
 def test_files_without_a_known_suffix(refused):
