@@ -286,6 +286,7 @@ def test_result_is_a_tuple_of_three_with_attributes():
     assert (low + high) / 2 == pytest.approx(statistic)
     assert (result.method, result.n) == ("asymptotic", 60)
     assert xi_test(x, y).confidence_interval is None
+    assert repr(result).endswith(f", confidence_interval=({low}, {high}))")
     assert (pvalue, sd) == xi_test(x, y)[1:]
     copy = pickle.loads(pickle.dumps(result))
     assert isinstance(copy, XiTestResult)
@@ -310,6 +311,7 @@ def test_an_interval_of_a_rare_class_leaves_out_what_is_undefined():
         ({"n_permutations": 0}, ValueError, "n_permutations must be an integer from 1 to"),
         ({"n_permutations": 99.0}, TypeError, "n_permutations"),
         ({"confidence_level": 95}, ValueError, "confidence_level must be a number between 0 and 1"),
+        ({"confidence_level": 0.9}, ValueError, "an interval needs at least 6 rows; got 4"),
         ({"confidence_level": "0.9"}, TypeError, "confidence_level"),
         ({"seed": -1, "method": "permutation"}, ValueError, "seed"),
     ],

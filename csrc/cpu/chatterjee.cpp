@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <numeric>
 
 #include "common/random.hpp"
 #include "cpu/at.hpp"
@@ -125,13 +126,19 @@ bool rank_response(const double* y, std::int64_t n, Sorter& sorter, std::int32_t
   return true;
 }
 
+// A sum over one of the denominators.
+struct Share {
+  std::size_t place;
+  std::int64_t times;
+};
+
 // A column x: its rows in increasing order, and its groups of tied rows where they are averaged.
 struct Order {
   std::vector<std::int32_t> row;
-  std::vector<std::int32_t> group;    // of a row; empty where no rows tie, or ties are broken
-  std::vector<std::int64_t> begin;    // group g has the places begin[g], ..., begin[g + 1] - 1
-  std::vector<std::size_t> inside;    // which denominator a group's steps have: its size,
-  std::vector<std::size_t> from_one;  // and the step on to the next group: the product of sizes
+  std::vector<std::int32_t> group;  // of a row; empty where no rows tie, or ties are broken
+  std::vector<std::int64_t> begin;  // group g has the places begin[g], ..., begin[g + 1] - 1
+  std::vector<Share> inside;        // of a group's steps: over its size
+  std::vector<Share> onward;        // of the step on to the next group: over the product of sizes
 };
 
 void break_ties(Sorter& sorter, std::uint64_t seed) {
@@ -148,31 +155,43 @@ void break_ties(Sorter& sorter, std::uint64_t seed) {
   }
 }
 
+// Up to here sums are kept over one denominator, the least common multiple of all: lengths are n^2
+// at most, so that n^2 times as much is below 2^60.
+constexpr std::int64_t kLargestCommon = 1 << 20;
+
 // The denominators of tied groups and what of the weights does not depend on the response.
 void weigh_groups(Order& order, PathSums& path) {
   const std::size_t groups = order.begin.size() - 1;
   const auto size = [&](std::size_t g) { return order.begin[g + 1] - order.begin[g]; };
+  auto& denominator = path.denominator;
   for (std::size_t g = 0; g < groups; ++g) {
-    path.denominator.push_back(size(g));
-    if (g + 1 < groups) path.denominator.push_back(size(g) * size(g + 1));
+    denominator.push_back(size(g));
+    if (g + 1 < groups) denominator.push_back(size(g) * size(g + 1));
   }
-  std::sort(path.denominator.begin(), path.denominator.end());
-  path.denominator.erase(std::unique(path.denominator.begin(), path.denominator.end()),
-                         path.denominator.end());
-  path.rows.assign(path.denominator.size(), 0);
-  path.squares.assign(path.denominator.size(), 0);
-  const auto place = [&](std::int64_t value) {
-    const auto found = std::lower_bound(path.denominator.begin(), path.denominator.end(), value);
-    return static_cast<std::size_t>(found - path.denominator.begin());
+  std::sort(denominator.begin(), denominator.end());
+  denominator.erase(std::unique(denominator.begin(), denominator.end()), denominator.end());
+  std::int64_t common = 1;
+  for (const std::int64_t each : denominator)
+    if (common <= kLargestCommon) common = std::lcm(common, each);
+  if (common <= kLargestCommon) denominator.assign(1, common);
+  path.rows.assign(denominator.size(), 0);
+  path.squares.assign(denominator.size(), 0);
+  const auto share = [&](std::int64_t value) -> Share {
+    if (common <= kLargestCommon) return {0, common / value};
+    const auto found = std::lower_bound(denominator.begin(), denominator.end(), value);
+    return {static_cast<std::size_t>(found - denominator.begin()), 1};
   };
   for (std::size_t g = 0; g < groups; ++g) {
     const std::int64_t beside = (g > 0) + (g + 1 < groups);
-    order.inside.push_back(place(size(g)));
-    path.rows[order.inside[g]] += (2 * size(g) - 2 + beside) * (2 * size(g) - 2 + beside);
-    path.squares[order.inside[g]] += 2 * (size(g) - 1);
+    const std::int64_t row = 2 * size(g) - 2 + beside;
+    const Share inside = share(size(g));
+    order.inside.push_back(inside);
+    path.rows[inside.place] += row * row * inside.times;
+    path.squares[inside.place] += 2 * (size(g) - 1) * inside.times;
     if (g + 1 == groups) break;
-    order.from_one.push_back(place(size(g) * size(g + 1)));
-    path.squares[order.from_one[g]] += 1;
+    const Share onward = share(size(g) * size(g + 1));
+    order.onward.push_back(onward);
+    path.squares[onward.place] += onward.times;
   }
 }
 
@@ -280,10 +299,11 @@ void add_length(const Order& order, const std::int32_t* rank, const std::int32_t
   for (std::size_t g = 0; g < groups; ++g) {
     const std::int32_t* here = value.data() + order.begin[g];
     const std::int64_t size = order.begin[g + 1] - order.begin[g];
-    length[order.inside[g]] += 2 * within(here, size);
+    length[order.inside[g].place] += 2 * within(here, size) * order.inside[g].times;
     if (g + 1 == groups) break;
-    length[order.from_one[g]] +=
-        between(here, size, here + size, order.begin[g + 2] - order.begin[g + 1]);
+    length[order.onward[g].place] +=
+        between(here, size, here + size, order.begin[g + 2] - order.begin[g + 1]) *
+        order.onward[g].times;
   }
 }
 

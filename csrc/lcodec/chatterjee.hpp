@@ -37,7 +37,7 @@ struct RankSums {
 // sum_i a_i.^2 = sum_d rows[d] / denominator[d] / 4, sum_ij a_ij^2 = sum_d squares[d] /
 // denominator[d] / 2.
 struct PathSums {
-  std::vector<std::int64_t> denominator;  // increasing
+  std::vector<std::int64_t> denominator;  // increasing; only the common one up to 2^20
   std::vector<std::int64_t> rows;
   std::vector<std::int64_t> squares;
   std::vector<std::int64_t> length;  // [responses][denominators]

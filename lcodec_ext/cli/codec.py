@@ -77,7 +77,7 @@ def add_codec(commands: Any) -> None:
 
 def run_codec(options: argparse.Namespace, console: Console) -> int:
     """T(y, z | x) of a table's columns."""
-    from lcodec_ext import codec, lcodec
+    from lcodec_ext import codec, codec_test, lcodec
 
     _check_roles(options)
     seconds: dict[str, float] = {}
@@ -90,8 +90,6 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     picture: dict[str, Any] = {}
     with timed(seconds, "compute"):
         if options.test:
-            from lcodec_ext import codec_test
-
             given |= _test_settings(options)
             found = codec_test(y, z, x, **given, **neighbors(options))
             value, test = found.statistic, _test_record(found)

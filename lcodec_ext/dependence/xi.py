@@ -288,6 +288,11 @@ class XiTestResult(_Triple):
     method: str = "asymptotic"
     n: int = 0
 
+    def __repr__(self) -> str:
+        interval = self.confidence_interval
+        more = "" if interval is None else f", confidence_interval={interval}"
+        return f"{super().__repr__()[:-1]}{more})"
+
 
 def xi_test(
     x: Any,
@@ -324,7 +329,8 @@ def xi_test(
     n_permutations : int
         From 1 to 10^6; 999 by default, which makes 0.001 the smallest p-value.
     confidence_level : float, optional
-        Between 0 and 1: an interval for the xi of the population, xi -+ z s. The standard error s
+        Between 0 and 1: an interval for the xi of the population, xi -+ z s, of at least 6 rows (of
+        about 20, for its level to be near the one asked for). The standard error s
         is from the spread over 200 subsamples, and assumes that sqrt(n) xi is nearly normal, which
         fails where y is a function of x. By default none is computed.
     seed : int in [0, 2**64) or None

@@ -36,7 +36,7 @@ class PathSums(NamedTuple):
     ``sum_{i != j} a_ij abs(R_i - R_j)``, and `rows` and `squares` belong to the weights a.
     """
 
-    denominators: list[int]  # [1] where no tied rows are averaged
+    denominators: list[int]  # the common one alone up to 2^20; 1 where no tied rows are averaged
     rows: list[int]  # over 4 of these: sum_i (sum_j a_ij)^2
     squares: list[int]  # over 2 of these: sum_ij a_ij^2
     lengths: list[list[int]]
@@ -49,15 +49,17 @@ class PathSums(NamedTuple):
 
     def length(self, j: int) -> tuple[int, int]:
         """Numerator and denominator, not always in lowest terms."""
-        if not self.averaged:
-            return self.lengths[j][0], 1
+        if len(self.denominators) == 1:
+            return self.lengths[j][0], self.denominators[0]
         over = math.lcm(*self.denominators)
         return sum(map(mul, self.lengths[j], [over // each for each in self.denominators])), over
 
     def weights(self, n: int) -> PairSums:
         """Sums of the weights a."""
-        over = math.lcm(*self.denominators)
-        shares = [over // each for each in self.denominators]
-        rows, squares = sum(map(mul, self.rows, shares)), sum(map(mul, self.squares, shares))
+        over, rows, squares = self.denominators[0], self.rows[0], self.squares[0]
+        if len(self.denominators) > 1:
+            over = math.lcm(*self.denominators)
+            shares = [over // each for each in self.denominators]
+            rows, squares = sum(map(mul, self.rows, shares)), sum(map(mul, self.squares, shares))
         # over 2 common denominators, and the square of these
         return PairSums(n, 2 * over, (n - 1) * 2 * over, rows * over, 2 * squares * over)

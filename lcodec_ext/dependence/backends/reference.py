@@ -1,5 +1,6 @@
 """The backend that computes everything by its definition, row by row: the oracle of the tests."""
 
+import math
 from fractions import Fraction
 from itertools import combinations, groupby, pairwise, product
 
@@ -236,16 +237,16 @@ def _path_sums(groups: list[list[int]], rs: list[list[int]]) -> PathSums:
             step = sum(abs(R[a] - R[b]) for a, b in product(left, right))
             length[st] = length.get(st, 0) + step
     denominators = sorted(squares)
-    rows, squares, *lengths = (
-        {d: sums.get(d, 0) for d in denominators} for sums in (rows, squares, *lengths)
-    )
-    return PathSums(
-        denominators,
-        list(rows.values()),
-        list(squares.values()),
-        [list(length.values()) for length in lengths],
-        _cube_of_weights([len(group) for group in groups]) if denominators != [1] else 0.0,
-    )
+    cube = _cube_of_weights([len(group) for group in groups]) if denominators != [1] else 0.0
+    found = [[sums.get(d, 0) for d in denominators] for sums in (rows, squares, *lengths)]
+    common = math.lcm(*denominators)
+    if common <= 1 << 20:
+        found = [
+            [sum(value * (common // d) for value, d in zip(values, denominators, strict=True))]
+            for values in found
+        ]
+        denominators = [common]
+    return PathSums(denominators, found[0], found[1], found[2:], cube)
 
 
 def _cube_of_weights(sizes: list[int]) -> float:
