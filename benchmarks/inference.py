@@ -4,8 +4,9 @@
 
 "cost": codec_test with 999 permutations beside what it must do at the least, a bare loop that draws
 999 permutations and adds the minima of n pairs, and beside 999 calls of codec. Times are seconds of
-CPU of one thread, in turns; the build must have LCODEC_INSTRUMENTS, as that of the Makefile has. A
-part that is not measured stays in the file as it was.
+CPU of one thread, in turns; the build must have LCODEC_INSTRUMENTS, as that of the Makefile has.
+"simulation": shares of runs in which tests reject, and intervals cover (`inference_levels.py`); its
+picture is docs/inference.png. A part that is not measured stays in the file as it was.
 """
 
 import argparse
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     environment.limit_threads(1)
 
 import numpy as np
+from inference_levels import figure, simulation
 from results import SCHEMA, load
 from run import save
 
@@ -118,7 +120,7 @@ def cost(quick: bool) -> dict[str, Any]:
     return {"permutations": PERMUTATIONS, "floor_ns_an_element": FLOOR_NS, "points": points}
 
 
-PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {"cost": cost}
+PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {"cost": cost, "simulation": simulation}
 
 
 def begun(previous: Path, quick: bool) -> dict[str, Any]:
@@ -154,6 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
             found = PARTS[part](options.quick)
             result["inference"][part] = {"commit": result["commit"]} | found
             save(result, options.output)
+    if "simulation" in parts and not options.quick:
+        picture = environment.ROOT / "docs/inference.png"
+        figure(result["inference"]["simulation"]["points"]).savefig(picture, dpi=110)
     claims = [
         claim
         for part in result["inference"].values()
