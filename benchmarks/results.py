@@ -27,6 +27,10 @@ cases: by name
         left_out: reasons by implementation
         metrics: further numbers by name
         claims: quantity, at_least or at_most, value, met
+inference: in the file of inference.py, whose `cases` are empty; by part, each with its commit
+    cost: permutations; floor_ns_an_element: what drawing and adding one was expected to take
+        points: kind of data, n; samples and seconds of codec_test, the bare loop and one codec;
+            ns_an_element; over_bare_loop; codec_calls_over_test; claims
 deletion: in the file of deletion.py, whose `cases` are empty
     size, training_accuracy
     requests: sample, units, steps of the search, parameters, matrix_gb: of one dense matrix

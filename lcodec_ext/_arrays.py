@@ -5,7 +5,7 @@ torch and pandas are used only if they are loaded already.
 
 import numbers
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -360,7 +360,10 @@ _ADVICE = {  # for words in a dtype's or a type's name
     ("list", "struct", "array"): "pass columns of numbers",
     ("date", "time", "duration", "period"): "pass the number that is meant, such as days since "
     "a day of your choice",
-    ("decimal",): "convert them to floats first, less an offset where they have over 15 digits",
+    (
+        "decimal",
+        "fraction",
+    ): "convert them to floats first, less an offset where they have over 15 digits",
     ("int128",): "convert them to 64 bits first, as far as they fit",
     ("sparse",): "make the column dense first",
     ("(float", "(int", "(bool"): "convert them first, with astype(float) or astype('int64')",
@@ -429,6 +432,10 @@ def _not_real(array: NDArray, label: str) -> ValueError:
         types = dict.fromkeys(type(entry).__name__ for entry in array.ravel())
         given = "strings" if [*types] == ["str"] else f"objects ({first_few([*types], 5)})"
         advice = _advice_on_objects(array)
+        if array.ndim == 0 and isinstance(array.item(), Iterable):
+            advice = f"pass a list of what it holds, list({label})"
+            if isinstance(array.item(), set | frozenset):
+                advice = "a set has no order: pass a list"
     if given == "strings" and not such and _first_no_number(array)[0] is None:
         large = any(abs(float(entry)) > MAX_INTEGER for entry in array.ravel().tolist())
         advice = f"convert them first, with astype({'int64' if large else 'float'})"

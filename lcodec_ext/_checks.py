@@ -1,11 +1,25 @@
 """Checks of single arguments; messages name the argument, what was given and expected."""
 
+import itertools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
+
+
+def at_most(values: Iterable[Any], most: int, name: str) -> list[Any]:
+    """The entries of what may be an iterator, which may have no end: refuse more than there are."""
+    if isinstance(values, Sized):
+        return list(values)
+    found = list(itertools.islice(values, most + 1))
+    if len(found) > most:
+        raise ValueError(
+            f"{name} goes on after {most:,} entries, and there are no more: pass those that you "
+            f"mean, list(itertools.islice({name}, n)) for instance"
+        )
+    return found
 
 
 def _describe(value: object) -> str:

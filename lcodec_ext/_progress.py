@@ -18,7 +18,7 @@ def progress_bar(enabled: bool, **options: Any) -> Any:
     ImportError
         If a bar is wanted and tqdm is not installed.
     """
-    if not enabled:
+    if not enabled or not _is_shown():
         return _Silent()
     try:
         from tqdm.auto import tqdm
@@ -33,8 +33,13 @@ def progress_bar(enabled: bool, **options: Any) -> Any:
 
 def progress_line(enabled: bool, text: str) -> None:
     """A line before the next bar."""
-    if enabled:
+    if enabled and _is_shown():
         print(text, file=sys.stderr)
+
+
+def _is_shown() -> bool:
+    """Whether there is a standard error: services, and programs without a console, have none."""
+    return sys.stderr is not None and not getattr(sys.stderr, "closed", False)
 
 
 def counted(enabled: bool, items: Iterable[_T], **options: Any) -> Iterator[_T]:

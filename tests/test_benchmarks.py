@@ -29,6 +29,7 @@ import compare  # noqa: E402
 import deletion  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
+import inference  # noqa: E402
 import masks  # noqa: E402
 import networks  # noqa: E402
 import ordinary  # noqa: E402
@@ -969,6 +970,33 @@ def test_the_guide_has_the_recorded_users():
             for way, (of, _) in users.ways(("known", "unseen")).items():
                 if way in point:
                     assert point[way]["calibration"]["groups_of"] == of
+
+
+def test_permutations_cost_no_more_than_they_must():
+    """On record; and a small run goes through, and keeps the parts that it does not measure."""
+    found = results.load(ROOT / "benchmarks/results/inference.json")["inference"]["cost"]
+    claimed = [point for point in found["points"] if "claims" in point]
+    assert [point["n"] for point in claimed] == [1000, 100_000]
+    for point in claimed:
+        assert all(claim["met"] for claim in point["claims"])
+        assert point["over_bare_loop"] <= inference.MOST
+        assert point["codec_calls_over_test"] >= inference.LEAST
+        assert point["ns_an_element"]["codec_test"] <= 1.5 * inference.FLOOR_NS
+    text = " ".join((ROOT / "docs/inference.md").read_text(encoding="utf-8").split())
+    seconds = claimed[1]["seconds"]["codec_test"]
+    assert f"999 permutations of 100 000 rows take about {seconds:.1f} s on one thread" in text
+
+
+def test_a_quick_run_of_inference(tmp_path):
+    path = tmp_path / "inference.json"
+    kept = {"schema": results.SCHEMA, "inference": {"simulation": {"points": []}}}
+    path.write_text(json.dumps(kept))
+    inference.main(["--parts", "cost", "--quick", "--output", str(path)])
+    found = results.load(path)["inference"]
+    assert found["simulation"] == {"points": []}
+    assert [point["kind"] for point in found["cost"]["points"]] == list(inference.samples(3))
+    with pytest.raises(SystemExit):
+        inference.main(["--parts", "power"])
 
 
 def test_users_with_habits():

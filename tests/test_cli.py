@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +342,11 @@ def test_graph_is_dependence_graph(run, table, data):
         assert edge["conditional_T"] == graph.weights[i, j]
         assert graph.results[i].ordering[edge["rank"] - 1] == j
         assert graph.results[i].cumulative[edge["rank"] - 1] == edge["T"]
+    _, out, _ = run("graph", table, "--alpha", "0.1", "--permutations", "19", "--json")
+    options = {"stop": "permutation", "alpha": 0.1, "n_permutations": 19, "seed": 0}
+    graph = lcodec_ext.dependence_graph(np.column_stack([X, y]), **options)
+    pvalues = [p for r in graph.results for p in r.pvalues[: len(r.ordering)].tolist()]
+    assert [edge["pvalue"] for edge in json.loads(out)["edges"]] == pvalues
     _, out, _ = run("graph", table, "--columns", "y,x1,x4", "--standardize", "none")
     first, second, *lines = out.splitlines()
     graph = lcodec_ext.dependence_graph(np.column_stack([y, X[:, [1, 4]]]), standardize=None)
@@ -392,6 +398,7 @@ def test_options_of_tests_that_do_not_go_together(refused, table):
         ([*foci, "--permutations", "9"], "--permutations 9 needs --alpha"),
         ([*foci, "--alpha", "0.1", "--no-stop"], "--alpha 0.1 goes without --no-stop"),
         ([*foci, "--alpha", "0.1", "--noise", "1"], "--alpha 0.1 goes without --noise"),
+        (["graph", table, "--permutations", "9"], "--permutations 9 needs --alpha"),
         ([*foci, "--alpha", "1"], "a number between 0 and 1; got '1'"),
         ([*foci, "--alpha", "x"], "a number between 0 and 1; got 'x'"),
         (["xi", table, "--confidence-level", "0.9"], "--confidence-level 0.9 needs --y"),
@@ -402,18 +409,24 @@ def test_options_of_tests_that_do_not_go_together(refused, table):
     assert not Path("a.png").exists()
 
 
-def test_foci_stops_by_permutations(run, table, data):
-    X, y = data
+def test_foci_stops_by_permutations(run, data):
+    X, _ = data
+    y = X[:, 1] + X[:, 4]
+    table = write_csv("sum.csv", [*(f"x{k}" for k in range(6)), "y"], [*X.T.tolist(), y.tolist()])
     command = ["foci", table, "--y", "y", "--alpha", "0.05", "--permutations", "99", "--seed", "2"]
     status, out, err = run(*command, "--json")
     assert (status, err) == (0, "")
     found = json.loads(out)
-    options = {"stop": "permutation", "alpha": 0.05, "n_permutations": 99, "seed": 2}
+    # a product: no column tells much by itself
+    options = {"stop": "permutation", "alpha": 0.9, "n_permutations": 99, "seed": 2}
     expected = lcodec_ext.foci(X, y, **options)
     assert [s["T"] for s in found["selected"]] == expected.cumulative.tolist()
     n_steps = len(expected.ordering)
+    assert n_steps > 0
     assert [s["pvalue"] for s in found["selected"]] == expected.pvalues[:n_steps].tolist()
     assert found["stop_reason"] == expected.stop_reason
+    assert found["pvalues"] == expected.pvalues.tolist()  # that of the step that ended it, too
+    assert found["threshold"] == expected.threshold.tolist()
     assert {name: found["options"][name] for name in options} == options
     _, out, _ = run(*command, "--output", "chosen.csv")
     assert out.splitlines()[1].endswith("p-value")
@@ -949,6 +962,43 @@ def test_compressed_files():
         Path("cut.tsv" + suffix).write_bytes(data[:-9])
         with pytest.raises(tables.TableError, match=f"cut.tsv{suffix} cannot be decompressed"):
             read("cut.tsv" + suffix)
+
+
+@pytest.mark.parametrize("suffix", ["xlsx", "ods", "json", "pkl", "dta"])
+def test_files_of_other_kinds_say_how_to_convert_them(refused, suffix):
+    """Also an Excel file, which is a ZIP archive as an NPZ is."""
+    with zipfile.ZipFile(f"a.{suffix}", "w") as file:
+        file.writestr("xl/workbook.xml", "<workbook/>")
+    kind = {"xlsx": "excel", "ods": "excel", "pkl": "pickle", "dta": "stata"}.get(suffix, suffix)
+    message = refused("codec", f"a.{suffix}", "--y", "a", "--z", "b")
+    assert f"pandas.read_{kind}('a.{suffix}').to_parquet('table.parquet')" in message
+
+
+@pytest.mark.parametrize(
+    ("cell", "advice"),
+    [
+        ("-0.7%", "take the signs beside the number out first"),
+        ("$1", "take the signs beside the number out first"),
+        ("17 °", "take the signs beside the number out first"),
+        ("2020-01-31", "make it a number first, for instance days since a date"),
+        ("31.1.2020 17:00", "make it a number first, for instance days since a date"),
+        ("17:05", "make it a number first, for instance days since a date"),
+        ("red", "encode categories as numbers first"),
+        ("17 apples", "encode categories as numbers first"),
+    ],
+)
+def test_cells_that_are_no_numbers_say_what_to_do(refused, cell, advice):
+    path = write("a.csv", f"y,a,b\n1,2,3\n2,{cell},4\n3,1,4\n")
+    message = refused("foci", path, "--y", "y")
+    assert f"{cell!r} is not a number; {advice}" in message
+
+
+def test_a_column_is_left_out_in_one_way(refused):
+    for cells, what in ((["", "", ""], "missing"), ([2**60 + 1, 2, 3], "apart")):
+        rows = "\n".join(f"{k},{cell},4" for k, cell in enumerate(cells))
+        message = refused("foci", write("a.csv", f"y,a,b\n{rows}\n"), "--y", "y")
+        assert what in message
+        assert message.count("leave") == 1
 
 
 def test_files_without_a_known_suffix(refused):

@@ -14,7 +14,17 @@ from sklearn.linear_model import LinearRegression
 from sklearn.pipeline import make_pipeline
 
 import lcodec_ext
-from lcodec_ext import FOCISelector, codec, dependence_graph, foci, nearest_neighbors, stability, xi
+from lcodec_ext import (
+    FOCISelector,
+    codec,
+    codec_test,
+    dependence_graph,
+    foci,
+    nearest_neighbors,
+    stability,
+    xi,
+    xi_matrix,
+)
 
 N = 60
 NAMES = ["age", "bmi", "bp"]
@@ -157,8 +167,9 @@ def test_names_go_everywhere(kind):
     graph = dependence_graph(X, stop=False)
     assert graph.names == NAMES
     assert graph.results[1].names == [NAMES[k] for k in graph.results[1].ordering]
-    assert stability(X, Y, n_pairs=2).names == NAMES
+    assert stability(X, Y, n_pairs=2).names == xi_matrix(X).names == NAMES
     assert codec(Y, X) == codec(Y, A)
+    assert codec_test(Y, X, n_permutations=9, seed=1).statistic == codec(Y, A)
     assert nearest_neighbors(X).tolist() == nearest_neighbors(A).tolist()
     selector = FOCISelector(max_features=2, stop=False).fit(X, Y)
     assert selector.ordering_.tolist() == expected.ordering[:2].tolist()
@@ -337,6 +348,7 @@ def test_clones_have_all_options_and_nothing_else():
     options = {
         "max_features": 2, "min_gain": 0.1, "stop": True, "standardize": "bounded",
         "ties": "random", "random_state": 3, "backend": "cpu", "classes": "no", "decimals": 2,
+        "alpha": None, "n_permutations": None,
     }  # fmt: skip
     selector = FOCISelector(**options)
     assert selector.get_params() == options  # and so no n_jobs: threads are those of the package

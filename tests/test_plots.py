@@ -206,7 +206,8 @@ def test_chance_beside_the_data(table, y):
     nothing.plot().figure.canvas.draw()
 
 
-def test_what_chance_reaches_at_each_step(table, y):
+def test_what_chance_reaches_at_each_step(table):
+    y = table["age"] + table["$z$"]
     result = foci(table, y, stop="permutation", n_permutations=49, seed=0)
     bars = result.plot().patches
     steps = len(result.ordering)

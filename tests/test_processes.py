@@ -1,5 +1,6 @@
 """Threads, forks, the end of the interpreter, and what other libraries set for a thread."""
 
+import io
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 import lcodec_ext
 from lcodec_ext import _threads
+from lcodec_ext._progress import progress_line
 
 rng0 = np.random.default_rng(1)
 X = rng0.normal(size=(60, 4))
@@ -87,6 +89,17 @@ def test_without_a_bar_tqdm_is_not_loaded_and_no_thread_stays():
         """
     )
     assert output.split("\n") == ["False 1", "True 1"]
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_bars_are_left_out_where_there_is_no_standard_error(monkeypatch, stream):
+    if stream is not None:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    x = np.random.default_rng(0).normal(size=(50, 3))
+    found = lcodec_ext.foci(x, x[:, 0], progress=True)
+    assert found.ordering[0] == 0
+    progress_line(True, "nobody reads this")
 
 
 def test_threads_of_the_kernels_end_with_the_call(monkeypatch):

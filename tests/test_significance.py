@@ -286,6 +286,8 @@ def test_normal_limit_has_the_moments_of_all_permutations(rng):
         assert result.pvalue == pytest.approx(0.5 * math.erfc(score / math.sqrt(2)), rel=1e-12)
         assert len(result.null_distribution) == result.n_permutations == 0
         assert "by the normal limit" in repr(result)
+        with pytest.raises(ValueError, match="no permutations"):
+            result.plot()
 
 
 @pytest.mark.parametrize("name", sorted(set(samples(np.random.default_rng(0))) - {"classes"}))

@@ -79,6 +79,18 @@ def test_options_are_those_of_foci(data, options):
     assert selector.cumulative_.tolist() == expected.cumulative.tolist()
 
 
+def test_a_step_may_be_tested(data):
+    X, y = data
+    options = {"stop": "permutation", "alpha": 0.2, "n_permutations": 19}
+    seed = int(np.random.RandomState(3).randint(2**31))
+    expected = foci(X, y, seed=seed, **options)
+    for _ in range(2):
+        selector = FOCISelector(random_state=3, **options).fit(X, y)
+        assert selector.ordering_.tolist() == expected.ordering.tolist()
+    with pytest.raises(ValueError, match="alpha"):
+        FOCISelector(alpha=0.2).fit(X, y)
+
+
 def test_float32_is_computed_in_float32(data):
     X, y = data
     X = (X * 1e-3 + 1).astype(np.float32)

@@ -44,6 +44,7 @@ def halves(n, n_pairs, seed):
         {"max_features": 1, "stop": False},
         {"preselected": [3, 0]},
         {"n_neighbors": 3},
+        {"stop": "permutation", "alpha": 0.3, "n_permutations": 19},
     ],
 )
 def test_each_half_is_a_run_of_foci(data, options):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -732,3 +733,54 @@ def test_a_loss_that_fails_on_one_sample_names_it():
     for given in ((x, y), TensorDataset(x, y)):
         with pytest.raises(ValueError, match=r"seven \(sample 123 of retain, with target 7, fails"):
             unlearn(make_model(), (x[:5] + 1, y[:5]), given, loss_fn, **OPTIONS, n_monitor=None)
+
+
+def test_numbers_without_an_end():
+    """Of samples to remove, of groups, of control samples; generators with an end are taken."""
+    train = [lambda part, seed: make_model(), data()]
+    with Unlearner(make_model(), data(), cross_entropy, **OPTIONS) as stream:
+        for endless in (itertools.count(), itertools.cycle([1, 2])):
+            with pytest.raises(ValueError, match="ids goes on after 60 entries.*itertools.islice"):
+                stream.remove(endless)
+        stream.remove(k for k in range(3))
+        assert stream.removed == (0, 1, 2)
+    with pytest.raises(ValueError, match="groups goes on after 60 entries"):
+        Unlearner(make_model(), data(), cross_entropy, groups=itertools.repeat("u"), **OPTIONS)
+    with pytest.raises(ValueError, match="control goes on after 60 entries"):
+        tune(*train, itertools.cycle([1, 2]), cross_entropy)
+    with pytest.raises(ValueError, match="forget goes on after 60 entries"):
+        evaluate_population(
+            train[0], ["L-BFGS"], data(), itertools.cycle([1]), data(), cross_entropy
+        )
+    ids = [f"u{k % 9}" for k in range(N)]
+    with Unlearner(make_model(), data(), cross_entropy, groups=iter(ids), **OPTIONS) as stream:
+        with pytest.raises(ValueError, match="groups goes on after 9 entries"):
+            stream.remove(groups=itertools.cycle(["u1"]))
+        stream.remove(groups=(f"u{k}" for k in range(2)))
+        assert len(stream.removed) == sum(each in ("u0", "u1") for each in ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "way", "made"),
+    [
+        (lambda y: y.int(), ".long()", lambda y: y.long()),
+        (lambda y: y.float(), ".long()", lambda y: y.long()),
+        (lambda y: y[:, None], ".flatten()", lambda y: y.flatten()),
+        (lambda y: y[:, None].float(), ".flatten().long()", lambda y: y.flatten().long()),
+    ],
+)
+def test_targets_that_are_no_classes_say_how_to_make_them(change, way, made):
+    x, y = data()
+    y, match = change(y), re.escape(f"Pass the targets as targets{way}") + "$"
+    with pytest.raises(ValueError, match=match):
+        remove((x[:5], y[:5]), (x[5:], y[5:]))
+    with pytest.raises(ValueError, match=match):
+        HessianOperator(make_model(), cross_entropy, (x, y), UnitSelection({"": [0]}))
+    y = made(y)
+    assert remove((x[:5], y[:5]), (x[5:], y[5:])).n_forget == 5
+
+
+def test_a_loss_that_is_no_tensor_is_named_once():
+    x, y = data()
+    with pytest.raises(ValueError, match="scalar tensor, the mean loss; got float$"):
+        unlearn(make_model(), (x[:5], y[:5]), (x[5:], y[5:]), lambda z, t: 1.0, **OPTIONS)

@@ -695,3 +695,31 @@ def test_tables_of_mixed_types_against_exact_rationals(data):
     except ValueError as error:
         found = expected if "float64 cannot tell" in str(error) else [str(error)]
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda v: (each for each in v),
+        lambda v: map(float, v),
+        set,
+        lambda v: zip(v, v, strict=True),
+    ],
+)
+def test_what_is_no_sequence_is_to_be_listed(given):
+    values = list(np.random.default_rng(0).normal(size=30))
+    for call, name in (
+        (lambda: lcodec_ext.codec(given(values), values), "y"),
+        (lambda: lcodec_ext.codec(values, given(values)), "z"),
+        (lambda: lcodec_ext.foci(given(values), values), "X"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{name} must .*(list\({name}\)|order: pass a list)$"
+        ):
+            call()
+
+
+def test_fractions_are_to_be_converted():
+    values = [Fraction(k, 3) for k in range(30)]
+    with pytest.raises(ValueError, match="objects .Fraction.; convert them to floats first"):
+        lcodec_ext.codec(values, np.arange(30.0))

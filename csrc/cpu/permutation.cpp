@@ -18,22 +18,30 @@
 namespace lcodec {
 namespace {
 
-// Permutation `stream` of n values in place.
-void shuffle(std::int32_t* value, std::int64_t n, const std::int32_t* start, std::uint64_t seed,
-             std::uint64_t stream) {
-  if (stream == 0) return;
+template <bool kBlocks>
+void exchange(std::int32_t* value, std::int64_t n, [[maybe_unused]] const std::int32_t* start,
+              std::uint64_t seed, std::uint64_t stream) {
   for (std::int64_t block = (n - 1) / kWordsAtOnce; block >= 0; --block) {
     std::uint32_t word[kWordsAtOnce];
     philox(seed, stream, static_cast<std::uint64_t>(block), 0, word);
     const std::int64_t base = block * kWordsAtOnce;
     for (std::int64_t t = std::min<std::int64_t>(kWordsAtOnce, n - base) - 1; t >= 0; --t) {
       const std::int64_t i = base + t;
-      const std::int64_t low = start ? start[i] : 0;
+      std::int64_t low = 0;
+      if constexpr (kBlocks) low = start[i];
       const auto bound = static_cast<std::uint32_t>(i - low + 1);
       std::swap(value[i],
                 value[low + bounded(word[t], bound, seed, stream, static_cast<std::uint64_t>(i))]);
     }
   }
+}
+
+// Permutation `stream` of n values in place.
+void shuffle(std::int32_t* value, std::int64_t n, const std::int32_t* start, std::uint64_t seed,
+             std::uint64_t stream) {
+  if (stream == 0) return;
+  start ? exchange<true>(value, n, start, seed, stream)
+        : exchange<false>(value, n, start, seed, stream);
 }
 
 // Ranks in increasing order, and every row's place among them: equal ones in the order of rows.

@@ -75,6 +75,8 @@ def fault_of(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, batch: Batch, 
         try:
             with torch.no_grad():
                 loss = loss_fn(own, targets)
+            if not isinstance(loss, Tensor):  # of whichever sample
+                return ""
             if bool(torch.isfinite(loss).all()):
                 continue
             found = f"has the loss {float(loss.sum()):g}"

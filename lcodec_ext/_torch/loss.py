@@ -390,12 +390,26 @@ def loss_of(
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        found = fault_of(loss_fn, outputs, batch, name)
-        at = f" ({found})" if found else ""
+        at = _as_classes(loss_fn, outputs, batch.targets)
+        if not at and (found := fault_of(loss_fn, outputs, batch, name)):
+            at = f" ({found})"
         raise ValueError(
             f"loss_fn fails on the model's outputs for samples of {name} and their targets: "
             f"{error}{at}"
         ) from error
+
+
+def _as_classes(loss_fn: LossFunction, outputs: Any, targets: Any) -> str:
+    """How to make classes of targets that cross-entropy does not take for such."""
+    known = known_loss(loss_fn)
+    if known is None or known.kind != "cross_entropy" or not isinstance(outputs, Tensor):
+        return ""
+    if not isinstance(targets, Tensor) or outputs.ndim != 2 or targets.is_complex():
+        return ""
+    if targets.numel() != len(outputs) or bool((targets != targets.round()).any()):
+        return ""
+    ways = ".flatten()" * (targets.ndim > 1) + ".long()" * (targets.dtype != torch.int64)
+    return f". Pass the targets as targets{ways}" if ways else ""
 
 
 def finite_loss(loss_fn: LossFunction, outputs: Any, batch: Batch, name: str) -> Tensor:

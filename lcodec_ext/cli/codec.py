@@ -68,7 +68,7 @@ def add_codec(commands: Any) -> None:
         type=integer(2),
         metavar="N",
         help="with --test and --x: rows that change places are in blocks of N and more rows with "
-        "near x (default: 5)",
+        "near x (default: 3)",
     )
     add_plot(parser, "T and its values under permutation (needs --test)")
     add_computation(parser, noise=True, classes=True)
@@ -77,7 +77,7 @@ def add_codec(commands: Any) -> None:
 
 def run_codec(options: argparse.Namespace, console: Console) -> int:
     """T(y, z | x) of a table's columns."""
-    from lcodec_ext import codec, lcodec
+    from lcodec_ext import codec, codec_test, lcodec
 
     _check_roles(options)
     seconds: dict[str, float] = {}
@@ -90,8 +90,6 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     picture: dict[str, Any] = {}
     with timed(seconds, "compute"):
         if options.test:
-            from lcodec_ext import codec_test
-
             given |= _test_settings(options)
             found = codec_test(y, z, x, **given, **neighbors(options))
             value, test = found.statistic, _test_record(found)

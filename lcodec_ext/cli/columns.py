@@ -15,6 +15,7 @@ ENCODE = (
     "encode categories as numbers first: one column of 0 and 1 for each, or codes where their "
     "order is meant"
 )
+DATES = "make it a number first, for instance days since a date"
 _MOST_NAMED = 50
 
 
@@ -182,7 +183,7 @@ def not_numbers(kind: str) -> Unusable:
     """A column of a type that is not numbers."""
     advice = ENCODE
     if re.search("date|time|duration", kind):
-        advice = "make it a number first, for instance days since a date"
+        advice = DATES
     elif "decimal" in kind:
         advice = "convert it to float64 first, less an offset where it has over 15 digits"
     return Unusable("", f" is of {kind}; expected numbers", advice)
@@ -192,5 +193,5 @@ def rounded(number: object) -> tuple[str, str]:
     """What is wrong with an integer that float64 rounds, and what to do."""
     return (
         f": {number} is beyond 2**53, where float64 cannot tell integers apart",
-        "leave the column out, or subtract an offset first",
+        "subtract an offset first",
     )

@@ -99,6 +99,41 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_level(parser: argparse.ArgumentParser) -> None:
+    """A test as the rule for stopping."""
+    parser.add_argument(
+        "--alpha",
+        type=share,
+        metavar="A",
+        help="stop where the best column has a p-value above A under permutation of y",
+    )
+    add_permutations(parser, "--alpha")
+
+
+def check_level(options: argparse.Namespace) -> None:
+    """Refuse rules for stopping that do not go together."""
+    if options.min_gain > 0 and getattr(options, "no_stop", False):
+        raise InputError(
+            f"--min-gain {options.min_gain:g} goes without --no-stop: it is a rule for stopping"
+        )
+    if options.alpha is None:
+        if options.permutations:
+            raise InputError(f"--permutations {options.permutations} needs --alpha")
+        return
+    for name in ("no_stop", "noise"):
+        if getattr(options, name, None) not in (None, False):
+            option = name.replace("_", "-")
+            raise InputError(f"--alpha {options.alpha:g} goes without --{option}")
+
+
+def stop(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_level` and --no-stop, as `foci` has them."""
+    if options.alpha is None:
+        return {"stop": not getattr(options, "no_stop", False)}
+    given = {"stop": "permutation", "alpha": options.alpha}
+    return given | ({"n_permutations": options.permutations} if options.permutations else {})
+
+
 def selection(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_selection`, as `foci` has them."""
     return {

@@ -13,7 +13,7 @@ from lcodec_ext.cli.dependence import (
     Omitted,
     add_candidates,
     add_computation,
-    add_permutations,
+    add_level,
     add_plot,
     add_response,
     add_selection,
@@ -21,6 +21,7 @@ from lcodec_ext.cli.dependence import (
     candidates,
     check,
     check_candidates,
+    check_level,
     check_plot,
     load,
     names,
@@ -29,7 +30,7 @@ from lcodec_ext.cli.dependence import (
     response,
     selection,
     settings,
-    share,
+    stop,
     write_plot,
 )
 
@@ -78,13 +79,7 @@ def add_foci(commands: Any) -> None:
         help="condition on these from the start; the result does not list them",
     )
     add_selection(parser)
-    parser.add_argument(
-        "--alpha",
-        type=share,
-        metavar="A",
-        help="stop where the best column has a p-value above A under permutation of y",
-    )
-    add_permutations(parser, "--alpha")
+    add_level(parser)
     parser.add_argument(
         "--no-stop",
         action="store_true",
@@ -107,7 +102,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
 
     check(options)
     check_candidates(options)
-    _check_stop(options)
+    check_level(options)
     check_plot(options)
     seconds: dict[str, float] = {}
     table = load(options, console, seconds, lambda known: candidates(options, known, console))
@@ -118,7 +113,7 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
     n = len(table) - omitted.rows
     del table
     given = {
-        **_stop(options),
+        **stop(options),
         **selection(options),
         "preselected": options.preselected or None,
         **settings(options),
@@ -133,6 +128,8 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "y": options.y,
         "selected": _steps(found),
         "stop_reason": found.stop_reason,
+        "pvalues": found.pvalues,
+        "threshold": found.threshold,
         "base_T": found.base,
         "n_samples": n,
         **omitted.record(),
@@ -153,31 +150,8 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
     return OK
 
 
-def _check_stop(options: argparse.Namespace) -> None:
-    """Refuse rules for stopping that do not go together."""
-    if options.min_gain > 0 and options.no_stop:
-        raise InputError(
-            f"--min-gain {options.min_gain:g} goes without --no-stop: it is a rule for stopping"
-        )
-    if options.alpha is None:
-        if options.permutations:
-            raise InputError(f"--permutations {options.permutations} needs --alpha")
-        return
-    for name in ("no_stop", "noise"):
-        if getattr(options, name) not in (None, False):
-            option = name.replace("_", "-")
-            raise InputError(f"--alpha {options.alpha:g} goes without --{option}")
-
-
-def _stop(options: argparse.Namespace) -> dict[str, Any]:
-    if options.alpha is None:
-        return {"stop": not options.no_stop}
-    given = {"stop": "permutation", "alpha": options.alpha}
-    return given | ({"n_permutations": options.permutations} if options.permutations else {})
-
-
 def _steps(found: "FociResult") -> list[dict[str, Any]]:
-    pvalues = getattr(found, "pvalues", None)
+    pvalues = found.pvalues
     return [
         {
             "rank": k + 1,

@@ -10,16 +10,19 @@ from lcodec_ext.cli.dependence import (
     Omitted,
     add_candidates,
     add_computation,
+    add_level,
     add_plot,
     add_selection,
     add_table,
     candidates,
     check,
+    check_level,
     check_plot,
     load,
     neighbors,
     selection,
     settings,
+    stop,
     write_plot,
 )
 
@@ -31,13 +34,15 @@ Which columns of a table depend on which others: FOCI with every column in turn 
 
 A line for each column has the columns that were selected for it, in the order of selection, and the
 conditional T of each: what it tells given those before it. The graph has directions: b may be
-selected for a, and a not for b.
+selected for a, and a not for b. --alpha tests every step of every column by permutations: of p
+columns that depend on nothing, about A p then have a dependence.
 """
 
 GRAPH_EXAMPLES = """\
 examples:
   lcodec-ext graph table.csv
   lcodec-ext graph table.csv --exclude id --max-features 3 --plot graph.png
+  lcodec-ext graph table.csv --alpha 0.01
   lcodec-ext graph table.csv --numeric-only --json
 """
 
@@ -53,6 +58,7 @@ def add_graph(commands: Any) -> None:
     add_table(parser)
     add_candidates(parser, "the columns (default: all)", "all but these")
     add_selection(parser)
+    add_level(parser)
     add_plot(parser, "the graph")
     add_computation(parser)
     parser.set_defaults(run=run_graph)
@@ -63,6 +69,7 @@ def run_graph(options: argparse.Namespace, console: Console) -> int:
     from lcodec_ext import dependence_graph
 
     check(options)
+    check_level(options)
     check_plot(options, "networkx")
     seconds: dict[str, float] = {}
     table = load(options, console, seconds, lambda known: candidates(options, known, console))
@@ -70,7 +77,7 @@ def run_graph(options: argparse.Namespace, console: Console) -> int:
         raise InputError(
             f"a graph needs two columns; got {', '.join(map(repr, table.columns)) or 'none'}"
         )
-    given = selection(options) | settings(options) | neighbors(options)
+    given = stop(options) | selection(options) | settings(options) | neighbors(options)
     with timed(seconds, "compute"):
         graph = dependence_graph(table, progress=console.progress, **given)
     omitted = Omitted(table)
@@ -99,6 +106,7 @@ def _edges(graph: "DependenceGraph") -> list[dict[str, Any]]:
             "rank": rank,
             "T": float(result.cumulative[rank - 1]),
             "conditional_T": float(result.conditional[rank - 1]),
+            **({} if result.pvalues is None else {"pvalue": float(result.pvalues[rank - 1])}),
         }
         for i, result in enumerate(graph.results)
         for rank, j in enumerate(result.ordering, 1)

@@ -43,7 +43,17 @@ _READERS: dict[str, Callable[[Source], Reader]] = {
     ".npy": ArrayReader,
     ".parquet": ParquetReader,
 }
-_EMPTY = Unusable("", " is empty: all its values are missing", "leave the column out")
+_EMPTY = Unusable("", " is empty: all its values are missing", "fill it in")
+#: What pandas reads, by the name of its function.
+_OTHERS = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "excel"),
+    **{f".{kind}": kind for kind in ("json", "feather", "xml", "html", "orc")},
+    ".pkl": "pickle",
+    ".h5": "hdf",
+    ".dta": "stata",
+    ".sav": "spss",
+    ".sas7bdat": "sas",
+}
 _EXPECTED = ".csv, .tsv, .tab, .npz, .npy or .parquet"
 
 
@@ -86,6 +96,11 @@ def read_table(
     """
     source = Source(path)
     suffix = source.suffix if source.suffix in {*_DELIMITERS, *_READERS} else source.held
+    if delimiter is None and (kind := _OTHERS.get(source.suffix)):
+        raise TableError(
+            f"{path} ends in {source.suffix!r}; expected {_EXPECTED}: convert it first, for "
+            f"instance pandas.read_{kind}({path!r}).to_parquet('table.parquet')"
+        )
     if not suffix and source.is_stream and not source.suffix:
         suffix = ".csv"
     text = suffix in _DELIMITERS or (delimiter is not None and not suffix)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lcodec_ext._checks import counted
 from lcodec_ext.cli.columns import (
+    DATES,
     ENCODE,
     EXACT_INTEGER,
     TableError,
@@ -331,6 +332,10 @@ class TextReader:
             return f"if it has thousands, pass {option('thousands', mark)}{decimal}"
         if not any(map(str.isalnum, text)) or text.lower() in _MARKERS:
             return f"if it marks a missing value, pass {option('na', text)}"
+        if re.fullmatch(r"(\d{1,4}([-/.])\d{1,2}\2\d{1,4}.*|\d{1,2}:\d{2}(:\d{2}.*)?)", text):
+            return DATES
+        if re.search(r"\d", text) and not re.search(r"[^\W\d_]", text):
+            return "take the signs beside the number out first"
         return ENCODE
 
 

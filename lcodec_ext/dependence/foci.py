@@ -105,6 +105,8 @@ class FociResult:
     def plot(self, ax: Any = None) -> Any:
         """Draw the cumulative and the conditional T of every step, of the first 60 at most.
 
+        With stop="permutation" also the T that chance reaches.
+
         Parameters
         ----------
         ax : matplotlib.axes.Axes, optional

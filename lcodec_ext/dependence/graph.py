@@ -94,7 +94,7 @@ class DependenceGraph:
 def dependence_graph(
     X: Any,
     *,
-    stop: bool = True,
+    stop: bool | Literal["permutation"] = True,
     max_features: int | None = None,
     min_gain: float = 0.0,
     standardize: Standardize | None = "scale",
@@ -104,6 +104,8 @@ def dependence_graph(
     backend: BackendLike = "auto",
     progress: bool = False,
     decimals: int | None = None,
+    alpha: float | None = None,
+    n_permutations: int | None = None,
 ) -> DependenceGraph:
     """Run `foci` with every column in turn as the response and the others as candidates.
 
@@ -111,8 +113,11 @@ def dependence_graph(
     ----------
     X : array_like of shape (n, p)
         At least two columns.
-    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress, decimals
-        As in `foci`. With nan_policy="omit" a row with a NaN in any column is left out for all.
+    stop, max_features, min_gain, standardize, ties, seed, nan_policy, backend, progress, decimals,
+    alpha, n_permutations
+        As in `foci`. With nan_policy="omit" a row with a NaN in any column is left out for all. The
+        level alpha is that of each step of each response: of p responses that depend on nothing,
+        about alpha p have an arrow. Divide alpha by p where there should be none.
 
     Returns
     -------
@@ -166,6 +171,8 @@ def dependence_graph(
                     ties=ties,
                     seed=seed,
                     backend=chosen,
+                    alpha=alpha,
+                    n_permutations=n_permutations,
                 )
             selected = others[result.ordering]
             adjacency[i, selected] = True

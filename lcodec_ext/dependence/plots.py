@@ -35,7 +35,7 @@ def plot_path(result: Any, ax: Any = None) -> Any:
         given = counted(len(result.preselected), "given column")
         labels, T, rows = [given, *labels], [result.base, *T], [0, *rows]
     ax = _axes(ax, 6.4, 1.7 + 0.23 * max(len(rows), 3))
-    if getattr(result, "threshold", None) is not None:
+    if result.threshold is not None:
         reached = result.threshold[:steps]
         ax.barh(range(1, steps + 1), reached, 0.8, color="#ECECEC", label="reached by chance")
     ax.plot(T, rows, "o-", color=BLUE, markersize=4, label="cumulative T")

@@ -56,7 +56,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
 
     Parameters
     ----------
-    max_features, min_gain, stop, standardize, ties, backend, decimals
+    max_features, min_gain, stop, alpha, n_permutations, standardize, ties, backend, decimals
         As in `lcodec_ext.foci`, with its defaults; backend "cuda" is refused.
     random_state : int, RandomState instance or None
         For ``ties="random"`` and ``stop="permutation"``.
@@ -103,6 +103,8 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         backend: BackendLike = "auto",
         classes: Literal["auto", "yes", "no"] = "auto",
         decimals: int | None = None,
+        alpha: float | None = None,
+        n_permutations: int | None = None,
     ) -> None:
         self.max_features = max_features
         self.min_gain = min_gain
@@ -113,6 +115,8 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         self.backend = backend
         self.classes = classes
         self.decimals = decimals
+        self.alpha = alpha
+        self.n_permutations = n_permutations
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "FOCISelector":
         """Select features of X, of shape (n_samples, n_features), for at least 3 samples."""
@@ -159,6 +163,8 @@ class FOCISelector(SelectorMixin, BaseEstimator):
             seed=seed,
             backend=backend,
             decimals=self.decimals,
+            alpha=self.alpha,
+            n_permutations=self.n_permutations,
         )
         self.ordering_ = result.ordering
         self.cumulative_ = result.cumulative

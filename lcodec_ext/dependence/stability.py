@@ -169,8 +169,8 @@ def stability(
     progress : bool, default False
         Show a progress bar of the halves; needs tqdm.
     **options
-        Further options of `foci`: stop, max_features, min_gain, standardize, ties,
-        n_neighbors, y_order.
+        Further options of `foci`: stop, alpha, n_permutations, max_features, min_gain, standardize,
+        ties, n_neighbors, y_order.
 
     Returns
     -------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from lcodec_ext._checks import check_integer, check_real, check_seed, counted
+from lcodec_ext._checks import at_most, check_integer, check_real, check_seed, counted
 from lcodec_ext._torch.batches import (
     Batch,
     check_not_columns,
@@ -59,7 +59,9 @@ def take(data: Any, numbers: Sequence[int]) -> Any:
 def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
     """Numbers of some of n samples, ascending; refuse none, all, repeated ones and others."""
     try:
-        found = sorted(check_integer(number, name, 0, n - 1) for number in numbers)
+        found = sorted(
+            check_integer(number, name, 0, n - 1) for number in at_most(numbers, n, name)
+        )
     except TypeError:
         raise TypeError(f"{name} must be numbers of samples, integers; got {numbers!r}") from None
     if not found or len(set(found)) < len(found) or len(found) == n:

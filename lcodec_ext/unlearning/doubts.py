@@ -35,6 +35,7 @@ _HARDLY = 0.85  # of the loss of guessing
 _SMALL = 0.1  # of the removed samples' gradient: training has converged
 _FAR = 2.0  # times what validation samples lose, or the request lost before
 _POINTS = 0.005  # of accuracy, which a deletion may cost
+_ANSWERS = 5  # the same of fewer than a thousand samples, which cannot tell half a point
 _SURE = 1.645  # standard errors to one side: 95%
 
 
@@ -221,15 +222,15 @@ def warn_of_shortfall(
 def _accuracy_lost(guard: Guard | None) -> list[str]:
     """What to say where validation samples leave it open that half a point of accuracy is lost.
 
-    By how many of them are no longer right, or right now: a fall on some is chance where as many
-    rise, and hides where they happen to.
+    Or five answers, of fewer than a thousand. By how many of them are no longer right, or right
+    now: a fall on some is chance where as many rise, and hides where they happen to.
     """
     if guard is None or guard.watched != "accuracy":
         return []
     falls = guard.falls().numpy()
     n, changed = len(falls), np.count_nonzero(falls)
     at_most = falls.mean() + _SURE * falls.std() / math.sqrt(n)
-    if at_most <= _POINTS:
+    if at_most <= max(_POINTS, _ANSWERS / n):
         return []
     now = guard.before - falls.mean()
     same = abs(falls.sum()) < 0.5

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcodec_ext._checks import first_few
+from lcodec_ext._checks import at_most, first_few
 
 Id = int | str  # of a user, a device, a source: whoever may ask
 
@@ -54,7 +54,7 @@ class Groups:
         """Take the ids of n samples as they were given, one for each, and check them."""
         if isinstance(given, Groups):
             return given
-        values = _listed(given)
+        values = _listed(given, n)
         if len(values) != n:
             raise ValueError(
                 f"groups must have one id for each sample of {whose}, {n:,}; got {len(values):,}"
@@ -104,7 +104,7 @@ class Groups:
     def named(self, given: Any) -> list[Id]:
         """The groups of a request, each once, if they exist."""
         single = isinstance(given, str | numbers.Integral)
-        wanted = [given] if single else _listed(given)
+        wanted = [given] if single else _listed(given, len(self.ids))
         if not wanted:
             raise ValueError("groups must name at least one group; got none")
         found = [_checked(each, f"groups[{k}]") for k, each in enumerate(wanted)]
@@ -125,7 +125,7 @@ class Groups:
         return f"{message}. There are {len(self):,}: {first_few([*map(repr, self.ids)], _LISTED)}"
 
 
-def _listed(given: Any) -> list[Any]:
+def _listed(given: Any, most: int) -> list[Any]:
     """Values of an array, list, series of pandas or polars, or tensor."""
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise TypeError(
@@ -136,7 +136,7 @@ def _listed(given: Any) -> list[Any]:
         if hasattr(given, name):
             found = getattr(given, name)()
             return found if isinstance(found, list) else [found]
-    return list(given)
+    return at_most(given, most, "groups")
 
 
 def _checked(value: object, name: str) -> Id:

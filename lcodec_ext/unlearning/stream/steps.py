@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_integer, first_few
+from lcodec_ext._checks import at_most, check_integer, first_few
 from lcodec_ext._files import ranges_of
 from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
 from lcodec_ext._torch.predict import Score
@@ -77,7 +77,7 @@ def _check_numbers(
         ids = ids.tolist()
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         ids = [ids]
-    ids = list(ids)
+    ids = at_most(ids, n, "ids")
     if groups is not None and any(isinstance(i, str) for i in ids):
         raise TypeError(f"ids must be numbers of samples; got {ids[0]!r}: pass it as groups=")
     numbers = [check_integer(i, f"ids[{k}]", 0, n - 1) for k, i in enumerate(ids)]
