@@ -316,7 +316,7 @@ def test_an_interval_of_a_rare_class_leaves_out_what_is_undefined():
         ({"n_permutations": 0}, ValueError, "n_permutations must be an integer from 1 to"),
         ({"n_permutations": 99.0}, TypeError, "n_permutations"),
         ({"confidence_level": 95}, ValueError, "confidence_level must be a number between 0 and 1"),
-        ({"confidence_level": 0.9}, ValueError, "an interval needs at least 6 rows; got 4"),
+        ({"confidence_level": 0.9}, ValueError, "an interval needs at least 20 rows; got 4"),
         ({"confidence_level": "0.9"}, TypeError, "confidence_level"),
         ({"seed": -1, "method": "permutation"}, ValueError, "seed"),
     ],

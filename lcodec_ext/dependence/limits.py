@@ -252,8 +252,8 @@ def subsampled_sd(
         The same bits on every machine where the statistic has them. nan where fewer than two
         subsamples define the statistic.
     """
-    if n < 6:
-        raise ValueError(f"an interval needs at least 6 rows; got {n}: leave confidence_level out")
+    if n < 20:
+        raise ValueError(f"an interval needs at least 20 rows; got {n}: leave confidence_level out")
     m = min(max(n // 10, 30), 5000, n // 2) if size is None else size
     values = np.array([statistic(rows) for rows in subsamples(n, m, n_subsamples, seed)])
     sds = [_spread(column, m / (n - m)) for column in values.reshape(len(values), -1).T.tolist()]
