@@ -1,11 +1,14 @@
 """Data as people have them: that change, do not end, are lists, or hold a wrong entry."""
 
+import copy
 import itertools
 import math
+import pickle
 import random
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -765,6 +768,7 @@ def test_numbers_without_an_end():
     [
         (lambda y: y.int(), ".long()", lambda y: y.long()),
         (lambda y: y.float(), ".long()", lambda y: y.long()),
+        (lambda y: y > 0, ".long()", lambda y: y.long()),
         (lambda y: y[:, None], ".flatten()", lambda y: y.flatten()),
         (lambda y: y[:, None].float(), ".flatten().long()", lambda y: y.flatten().long()),
     ],
@@ -784,3 +788,58 @@ def test_a_loss_that_is_no_tensor_is_named_once():
     x, y = data()
     with pytest.raises(ValueError, match="scalar tensor, the mean loss; got float$"):
         unlearn(make_model(), (x[:5], y[:5]), (x[5:], y[5:]), lambda z, t: 1.0, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (
+            lambda: zip(*data(), strict=True),
+            "type zip, which can be read once or .* pass list.data",
+        ),
+        (
+            lambda: (row for row in rows()),
+            "type generator, which .*: pass list.data., a list of its",
+        ),
+        (lambda: Batched(3), "type Batched, which can .*: pass list.data., a list of its samples"),
+        (lambda: pd.DataFrame(data()[0]), "DataFrame; torch.from_numpy makes tensors of columns"),
+        (lambda: {"input": [[1.0] * D], "labels": [1]}, "torch.as_tensor makes them of lists"),
+    ],
+)
+def test_other_collections_say_what_to_pass(make, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        remove(tuple(t[:5] for t in data()), make())
+    with pytest.raises((TypeError, ValueError), match=match):
+        metrics.accuracy(make_model(), make(), cross_entropy)
+
+
+def test_a_stream_is_not_copied_nor_pickled():
+    with Unlearner(make_model(), data(), cross_entropy, **OPTIONS) as stream:
+        for call in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(
+                TypeError, match="an Unlearner has a lock .*Copy its model, or give"
+            ):
+                call(stream)
+
+
+def test_numbers_of_a_population():
+    arguments = [lambda part, seed: make_model(), ["L-BFGS"], data()]
+    for mask in (np.arange(N) < 5, torch.arange(N) < 5):
+        with pytest.raises(TypeError, match="forget must be .* a mask of bool: pass its nonzero"):
+            evaluate_population(*arguments, mask, data(), cross_entropy)
+    with pytest.raises(TypeError, match="forget must be numbers of samples, integers; got .{,90}$"):
+        evaluate_population(*arguments, [0.5 * k for k in range(50)], data(), cross_entropy)
+
+
+def test_models_with_other_classes_are_not_compared():
+    x, y = data()
+    other, match = nn.Linear(D, 5), "must have the same classes; one has [35] of them for 60 sampl"
+    for call in (
+        lambda: metrics.js_distance(make_model(), other, (x, y)),
+        lambda: metrics.activation_distance(make_model(), other, (x, y)),
+        lambda: evaluate(
+            make_model(), (x, y), (x, y), (x, y), cross_entropy, methods=[], retrained=[other]
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()

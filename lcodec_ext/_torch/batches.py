@@ -425,7 +425,10 @@ def _like(tree: Any, made: dict[str, Any]) -> Any:
 def n_samples(batch: Any, name: str) -> int:
     first = next(tensors_of(batch), None)
     if first is None or first.ndim == 0:
-        raise ValueError(f"{name} must hold tensors with samples along their first axis")
+        raise ValueError(
+            f"{name} must hold tensors with samples along their first axis; torch.as_tensor makes "
+            "them of lists"
+        )
     if len(first) == 0:
         raise ValueError(f"{name} is empty: its first tensor has shape {tuple(first.shape)}")
     if isinstance(batch, Mapping):

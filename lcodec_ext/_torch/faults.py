@@ -74,7 +74,7 @@ def fault_of(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, batch: Batch, 
         own, targets = part_of((outputs, batch.targets), n, slice(k, k + 1))
         try:
             with torch.no_grad():
-                loss = loss_fn(own, targets)
+                loss: Any = loss_fn(own, targets)
             if not isinstance(loss, Tensor):  # of whichever sample
                 return ""  # type: ignore[unreachable]
             if bool(torch.isfinite(loss).all()):

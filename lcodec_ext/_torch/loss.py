@@ -406,7 +406,7 @@ def _as_classes(loss_fn: LossFunction, outputs: Any, targets: Any) -> str:
         return ""
     if not isinstance(targets, Tensor) or outputs.ndim != 2 or targets.is_complex():
         return ""
-    if targets.numel() != len(outputs) or bool((targets != targets.round()).any()):
+    if targets.numel() != len(outputs) or bool((targets.double() % 1 != 0).any()):
         return ""
     ways = ".flatten()" * (targets.ndim > 1) + ".long()" * (targets.dtype != torch.int64)
     return f". Pass the targets as targets{ways}" if ways else ""

@@ -4,7 +4,7 @@ import hashlib
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -348,6 +348,10 @@ def _advice(data: Any) -> str:
         )
     if any(isinstance(part, np.ndarray) for part in [data, *parts]):
         return "; torch.from_numpy makes tensors of arrays"
+    if hasattr(data, "to_numpy"):
+        return "; torch.from_numpy makes tensors of columns, frame[columns].to_numpy() for instance"
+    if isinstance(data, Iterable) and not isinstance(data, tuple | list | str | bytes):
+        return ", which can be read once or only in order: pass list(data), a list of its samples"
     return ""
 
 

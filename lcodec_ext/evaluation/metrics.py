@@ -123,6 +123,7 @@ def js_distances(log_p: Tensor, log_q: Tensor) -> Tensor:
     m ((1 + d) log(1 + d) + (1 - d) log(1 - d)) / 2. These terms are not negative, so that small
     distances do not cancel, as they do in `scipy.spatial.distance.jensenshannon`.
     """
+    _check_alike(log_p, log_q)
     d = torch.where(log_p == log_q, 0.0, (log_p - log_q) / 2).tanh()
     square = d.square()
     series = square * (
@@ -134,8 +135,18 @@ def js_distances(log_p: Tensor, log_q: Tensor) -> Tensor:
     return ((middle * term).sum(1) / (2 * np.log(2))).sqrt()
 
 
+def _check_alike(log_p: Tensor, log_q: Tensor) -> None:
+    if log_p.shape != log_q.shape:
+        (n, ours), (m, theirs) = log_p.shape, log_q.shape
+        raise ValueError(
+            f"models that are compared must have the same classes; one has {ours} of them for {n} "
+            f"samples, the other {theirs} for {m}"
+        )
+
+
 def activation_distances(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Euclidean distance of the probabilities of each row, shape (n,)."""
+    _check_alike(log_p, log_q)
     return (log_p.exp() - log_q.exp()).norm(dim=1)
 
 

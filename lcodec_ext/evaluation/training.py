@@ -1,5 +1,6 @@
 """What baselines train with: parts of data, batches of epochs, steps, and copies of models."""
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,12 +59,19 @@ def take(data: Any, numbers: Sequence[int]) -> Any:
 
 def check_numbers(numbers: Any, name: str, n: int) -> list[int]:
     """Numbers of some of n samples, ascending; refuse none, all, repeated ones and others."""
+    if isinstance(numbers, Tensor | np.ndarray):
+        if numbers.dtype in (torch.bool, np.dtype(bool)):
+            raise TypeError(
+                f"{name} must be numbers of samples; got a mask of bool: pass its nonzero()"
+            )
+        numbers = numbers.tolist()
     try:
         found = sorted(
             check_integer(number, name, 0, n - 1) for number in at_most(numbers, n, name)
         )
     except TypeError:
-        raise TypeError(f"{name} must be numbers of samples, integers; got {numbers!r}") from None
+        given = reprlib.repr(numbers)
+        raise TypeError(f"{name} must be numbers of samples, integers; got {given}") from None
     if not found or len(set(found)) < len(found) or len(found) == n:
         raise ValueError(
             f"{name} must be different numbers of some of the {n} samples, at least one and not "

@@ -515,6 +515,13 @@ class Unlearner:
         self._closed = True
         self._store.close()
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an Unlearner has a lock and open files, and is of one process: it cannot be copied or "
+            "pickled. Copy its model, or give it a directory and call Unlearner.resume in the "
+            "other process once this one has closed it"
+        )
+
     def __enter__(self) -> Self:
         return self
 
