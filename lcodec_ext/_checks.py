@@ -58,17 +58,18 @@ def check_bool(value: object, name: str) -> bool:
 
 def check_integer(value: object, name: str, minimum: int, maximum: int | None = None) -> int:
     """value as an int, if it is an integer (not a bool or a float) in the range."""
-    expected = (
-        f"an integer >= {minimum}"
-        if maximum is None
-        else (f"an integer from {minimum} to {maximum}")
+    whole = type(value) is int or (
+        isinstance(value, numbers.Integral) and not isinstance(value, bool | np.bool_)
     )
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+    number = int(value) if whole else 0  # type: ignore[call-overload]
+    if whole and minimum <= number and (maximum is None or number <= maximum):
+        return number
+    expected = f"an integer >= {minimum}"
+    if maximum is not None:
+        expected = f"an integer from {minimum} to {maximum}"
+    if not whole:
         raise TypeError(f"{name} must be {expected}; got {_describe(value)}")
-    number = int(value)
-    if number < minimum or (maximum is not None and number > maximum):
-        raise ValueError(f"{name} must be {expected}; got {number}")
-    return number
+    raise ValueError(f"{name} must be {expected}; got {number}")
 
 
 def check_real(value: object, name: str, minimum: float) -> float:

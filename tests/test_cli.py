@@ -384,6 +384,16 @@ def test_codec_test_is_codec_test(run, table, data):
     assert first == f"T(y, x1 | x4) = {expected.statistic:.6g}   (400 rows)"
     assert second.startswith(f"p-value {expected.pvalue:.4g} of independence; 99 permutations of z")
     assert json.loads(run(*command[:6], "--json")[1])["test"] is None
+    level = ["--method", "asymptotic", "--confidence-level", "0.9"]
+    _, out, _ = run(*command[:7], *level)
+    options = {"method": "asymptotic", "confidence_level": 0.9, "seed": 0}
+    expected = lcodec_ext.codec_test(y, X[:, 1], **options)
+    low, high = expected.confidence_interval
+    assert f"p-value {expected.pvalue:.4g} of independence; all permutations of y" in out
+    assert out.endswith(f"0.9 interval: {low:.4f} to {high:.4f}\n")
+    found = json.loads(run(*command[:7], *level, "--json")[1])["test"]
+    assert found["confidence_interval"] == [low, high]
+    assert found["null_sd"] == expected.null_sd
 
 
 def test_options_of_tests_that_do_not_go_together(refused, table):
@@ -392,6 +402,12 @@ def test_options_of_tests_that_do_not_go_together(refused, table):
     for command, message in (
         ([*codec, "--permutations", "9"], "--permutations 9 needs --test"),
         ([*codec, "--plot", "a.png"], "--plot a.png needs --test"),
+        ([*codec, "--method", "asymptotic"], "--method asymptotic needs --test"),
+        ([*codec, "--confidence-level", "0.9"], "--confidence-level 0.9 needs --test"),
+        (
+            [*codec, "--test", "--method", "asymptotic", "--plot", "a.png"],
+            "--plot a.png goes without --method asymptotic",
+        ),
         ([*codec, "--k-perm", "9"], "--k-perm 9 needs --test and --x"),
         ([*codec, "--test", "--k-perm", "9"], "--k-perm 9 needs --test and --x"),
         ([*codec, "--test", "--noise", "1"], "--test goes without --noise"),
@@ -417,8 +433,7 @@ def test_foci_stops_by_permutations(run, data):
     status, out, err = run(*command, "--json")
     assert (status, err) == (0, "")
     found = json.loads(out)
-    # a product: no column tells much by itself
-    options = {"stop": "permutation", "alpha": 0.9, "n_permutations": 99, "seed": 2}
+    options = {"stop": "permutation", "alpha": 0.05, "n_permutations": 99, "seed": 2}
     expected = lcodec_ext.foci(X, y, **options)
     assert [s["T"] for s in found["selected"]] == expected.cumulative.tolist()
     n_steps = len(expected.ordering)

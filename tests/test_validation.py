@@ -122,7 +122,7 @@ def test_bad_input(call, arguments, error, message):
         ({"min_gain": np.nan}, ValueError, "min_gain must be a finite number >= 0; got nan"),
         ({"min_gain": "0"}, TypeError, "min_gain must be a number"),
         ({"min_gain": 0.1, "stop": False}, ValueError, "min_gain=0.1 needs stop=True"),
-        ({"stop": 1}, TypeError, "stop must be True or False; got 1"),
+        ({"stop": 1}, TypeError, "stop must be True, False or 'permutation'; got 1"),
         (
             {"standardize": "zscore"},
             ValueError,

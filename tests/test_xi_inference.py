@@ -1,9 +1,13 @@
 """xi of many pairs at once, its distribution under independence, its intervals, and its matrix."""
 
+import json
 import math
 import pickle
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import pairwise, permutations
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -22,6 +26,7 @@ from lcodec_ext.dependence.limits import upper_tail
 from lcodec_ext.dependence.xi import pairs_of
 
 CPU, REFERENCE = CpuBackend(), ReferenceBackend()
+ROOT = Path(__file__).parent.parent
 TIES = ["average", "random", "first"]
 
 
@@ -311,7 +316,7 @@ def test_an_interval_of_a_rare_class_leaves_out_what_is_undefined():
         ({"n_permutations": 0}, ValueError, "n_permutations must be an integer from 1 to"),
         ({"n_permutations": 99.0}, TypeError, "n_permutations"),
         ({"confidence_level": 95}, ValueError, "confidence_level must be a number between 0 and 1"),
-        ({"confidence_level": 0.9}, ValueError, "an interval needs at least 6 rows; got 4"),
+        ({"confidence_level": 0.9}, ValueError, "an interval needs at least 20 rows; got 4"),
         ({"confidence_level": "0.9"}, TypeError, "confidence_level"),
         ({"seed": -1, "method": "permutation"}, ValueError, "seed"),
     ],
@@ -395,3 +400,28 @@ def test_rows_that_the_matrix_omits():
 def test_bad_matrices(X, options, message):
     with pytest.raises(ValueError, match=message):
         xi_matrix(X, **options)
+
+
+# --------------------------------------------------------------------------------------------
+# The record
+
+
+def test_the_record_keeps_its_promises():
+    record = json.loads((ROOT / "benchmarks/results/xi_inference.json").read_text())
+    for calls in record["cost"]["calls"].values():
+        assert max(calls["xi"], calls["xi_test"]) <= record["cost"]["at_most_us"]
+    for row in record["level"]:
+        if row["n"] >= 50 or row["method"] == "permutation":
+            for alpha in (0.05, 0.01):
+                assert abs(row[f"share_{alpha}"] - alpha) < 4 * row[f"error_{alpha}"]
+    shares = [row["covered"] for row in record["coverage"]]
+    assert min(shares) > 0.9
+    text = (ROOT / "docs/inference.md").read_text()
+    assert f"held it in {100 * min(shares):.1f}% to {100 * max(shares):.1f}%\nof" in text
+
+
+def test_the_benchmark_runs(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/xi_inference.py", "--quick", "--parts", "cost"]
+    file = tmp_path / "record.json"
+    subprocess.run([*command, "--output", file], check=True, capture_output=True)
+    assert set(json.loads(file.read_text())["cost"]["calls"]) >= {"continuous", "both tied"}

@@ -1,7 +1,7 @@
 """``lcodec-ext codec``: how strongly y depends on z, given x, and whether chance does that."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcodec_ext._checks import counted
 from lcodec_ext.cli.console import OK, Console, InputError, integer, timed
@@ -22,8 +22,12 @@ from lcodec_ext.cli.dependence import (
     noise,
     response,
     settings,
+    share,
     write_plot,
 )
+
+if TYPE_CHECKING:
+    from lcodec_ext.dependence.significance import CodecTestResult
 
 CODEC = """\
 The conditional dependence coefficient T(Y, Z) or T(Y, Z | X) of columns of a table.
@@ -69,6 +73,18 @@ def add_codec(commands: Any) -> None:
         metavar="N",
         help="with --test and --x: rows that change places are in blocks of N and more rows with "
         "near x (default: 3)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("permutation", "local_permutation", "asymptotic"),
+        help="with --test: of y, of z among rows with near x, or the normal limit without x "
+        "(default: local_permutation with --x, otherwise permutation)",
+    )
+    parser.add_argument(
+        "--confidence-level",
+        type=share,
+        metavar="C",
+        help="with --test: an interval for T, from subsamples",
     )
     add_plot(parser, "T and its values under permutation (needs --test)")
     add_computation(parser, noise=True, classes=True)
@@ -118,7 +134,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     more = f"; {omitted}" if omitted.rows else ""
     what = f"T({options.y}, {', '.join(options.z)}{conditions})"
     text = f"{what} = {value:.6g}   ({counted(n, 'row')}{more})"
-    console.emit(result, text if test is None else f"{text}\n{_test_text(test)}")
+    console.emit(result, text if test is None else f"{text}\n{_test_text(test, given)}")
     return OK
 
 
@@ -138,32 +154,50 @@ def _check_roles(options: argparse.Namespace) -> None:
     if options.k_perm and not (options.test and options.x):
         raise InputError(f"--k-perm {options.k_perm} needs --test and --x")
     if not options.test:
+        for option in ("permutations", "method", "confidence_level", "plot"):
+            if value := getattr(options, option):
+                raise InputError(f"--{option.replace('_', '-')} {value} needs --test")
+    if options.method == "asymptotic":
         for option in ("permutations", "plot"):
-            if getattr(options, option):
-                raise InputError(f"--{option} {getattr(options, option)} needs --test")
+            if value := getattr(options, option):
+                raise InputError(f"--{option} {value} goes without --method asymptotic")
     check_plot(options)
 
 
 def _test_settings(options: argparse.Namespace) -> dict[str, Any]:
-    given = {"n_permutations": options.permutations, "k_perm": options.k_perm}
+    given = {
+        "method": options.method,
+        "n_permutations": options.permutations,
+        "k_perm": options.k_perm,
+        "confidence_level": options.confidence_level,
+    }
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _test_record(found: Any) -> dict[str, Any]:
+def _test_record(found: "CodecTestResult") -> dict[str, Any]:
     return {
         "pvalue": found.pvalue,
         "method": found.method,
         "n_permutations": found.n_permutations,
         "null_distribution": found.null_distribution,
+        "null_mean": found.null_mean,
+        "null_sd": found.null_sd,
+        "confidence_interval": found.confidence_interval,
     }
 
 
-def _test_text(test: dict[str, Any]) -> str:
-    import numpy as np
-
-    low, high = np.quantile(test["null_distribution"], (0.05, 0.95))
-    what = "y" if test["method"] == "permutation" else "z among rows with near x"
-    return (
-        f"p-value {test['pvalue']:.4g} of independence; {test['n_permutations']:,} permutations of "
-        f"{what} give T from {low:.4f} to {high:.4f} (90%)"
-    )
+def _test_text(test: dict[str, Any], given: dict[str, Any]) -> str:
+    what = {
+        "permutation": "permutations of y",
+        "local_permutation": "permutations of z among rows with near x",
+        "asymptotic": "all permutations of y",
+    }[test["method"]]
+    count = f"{test['n_permutations']:,} " if test["n_permutations"] else ""
+    lines = [
+        f"p-value {test['pvalue']:.4g} of independence; {count}{what} give T a mean of "
+        f"{test['null_mean']:.4f} and a standard deviation of {test['null_sd']:.4f}"
+    ]
+    if test["confidence_interval"]:
+        low, high = test["confidence_interval"]
+        lines.append(f"{given['confidence_level']:g} interval: {low:.4f} to {high:.4f}")
+    return "\n".join(lines)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lcodec_ext
-from lcodec_ext.dependence.table import as_features, as_target
+from lcodec_ext.dependence.table import as_features, as_response
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +48,11 @@ def _scalars(values: list[float], given: Any) -> list["torch.Tensor"]:
     return list(_like(np.array(values, dtype=np.float64), given))
 
 
-def _one(Y: Any) -> Any:
-    """Y, unless it has several columns: `lcodec_ext.codec` would take them for responses."""
-    if len(getattr(Y, "shape", ())) > 1:
-        as_target(Y)
-    return Y
+def _one(values: Any, name: str = "Y") -> Any:
+    """The values, unless they are several columns, which `codec` and `xi` take in another way."""
+    if len(getattr(values, "shape", ())) > 1:
+        as_response(values, name)
+    return values
 
 
 def codec2(Z: Any, Y: Any, n_jobs: Any = None) -> float:
@@ -171,7 +171,7 @@ def createFOCIGraph(X: Any) -> NDArray[np.float64]:
 
 def chattCorr(Z: Any, Y: Any) -> float:
     """Chatterjee's coefficient of Y on the single column Z: ``lcodec_ext.xi(Z, Y)``."""
-    return lcodec_ext.xi(Z, Y)
+    return lcodec_ext.xi(_one(Z, "Z"), _one(Y))
 
 
 def OneNN_Scikit(X: Any, p: int = 2) -> Any:

@@ -104,9 +104,11 @@ class StepNull:
         reached = np.zeros(self._level.n_permutations, dtype=bool)
         base = self._values([self._pairs(selected)], blocks)[0] if selected else None
         lists: list[Weighted] = []
-        for k, column in enumerate(candidates):
+        listed = 0
+        for k, column in enumerate(candidates, 1):
             lists.append(self._pairs([*selected, column]))
-            if k + 1 < len(candidates) and sum(len(x.pairs.other) for x in lists) < _PAIRS:
+            listed += lists[-1].pairs.other.size + lists[-1].pairs.label.size
+            if k < len(candidates) and listed < _PAIRS:
                 continue
             for values in self._values(lists, blocks):
                 gains = values.rounded[1:] - (0 if base is None else base.rounded[1:])
@@ -116,7 +118,7 @@ class StepNull:
                 for b in np.flatnonzero((np.abs(distance) <= _CLOSE) & ~reached).tolist():
                     exact = values.exact(b + 1) - (0 if base is None else base.exact(b + 1))
                     reached[b] = exact >= gain
-            lists = []
+            lists, listed = [], 0
         most = self._level.most
         threshold = np.partition(largest, len(largest) - 1 - most)[len(largest) - 1 - most]
         return float(threshold), (1 + int(reached.sum())) / (len(largest) + 1)

@@ -43,8 +43,9 @@ def permutation_variance(weights: PairSums, kernel: PairSums) -> tuple[int, int]
     second = 2 * a.squares * k.squares * (n - 2)
     second += 4 * (a.rows - a.squares) * (k.rows - k.squares)
     if n > 3:
-        none = [each.total**2 - 4 * each.rows + 2 * each.squares for each in (a, k)]
-        second = second * (n - 3) + none[0] * none[1]
+        none_a = a.total**2 - 4 * a.rows + 2 * a.squares
+        none_k = k.total**2 - 4 * k.rows + 2 * k.squares
+        second = second * (n - 3) + none_a * none_k
     rest = (n - 2) * max(n - 3, 1)
     variance = second * pairs - (a.total * k.total) ** 2 * rest
     return variance, (a.over * k.over * pairs) ** 2 * rest
@@ -251,8 +252,8 @@ def subsampled_sd(
         The same bits on every machine where the statistic has them. nan where fewer than two
         subsamples define the statistic.
     """
-    if n < 6:
-        raise ValueError(f"an interval needs at least 6 rows; got {n}: leave confidence_level out")
+    if n < 20:
+        raise ValueError(f"an interval needs at least 20 rows; got {n}: leave confidence_level out")
     m = min(max(n // 10, 30), 5000, n // 2) if size is None else size
     values = np.array([statistic(rows) for rows in subsamples(n, m, n_subsamples, seed)])
     sds = [_spread(column, m / (n - m)) for column in values.reshape(len(values), -1).T.tolist()]

@@ -329,10 +329,9 @@ def xi_test(
     n_permutations : int
         From 1 to 10^6; 999 by default, which makes 0.001 the smallest p-value.
     confidence_level : float, optional
-        Between 0 and 1: an interval for the xi of the population, xi -+ z s, of at least 6 rows (of
-        about 20, for its level to be near the one asked for). The standard error s
-        is from the spread over 200 subsamples, and assumes that sqrt(n) xi is nearly normal, which
-        fails where y is a function of x. By default none is computed.
+        Between 0 and 1: an interval for the xi of the population, xi -+ z s, of at least 20 rows.
+        The standard error s is from the spread over 200 subsamples, and assumes that sqrt(n) xi is
+        nearly normal, which fails where y is a function of x. By default none is computed.
     seed : int in [0, 2**64) or None
         Of ``ties="random"``, permutations and subsamples; None (default) draws a fresh one.
 
