@@ -182,7 +182,7 @@ def test_rows_with_nan_can_be_left_out(rng):
         ({"method": "asymptotic", "x": True}, ValueError, "no computable distribution"),
         ({"method": "asymptotic", "y": ["a", "b"] * 15}, ValueError, "takes numbers as y"),
         ({"confidence_level": 95}, ValueError, "between 0 and 1"),
-        ({"confidence_level": 0.9, "y": range(5), "z": range(5)}, ValueError, "at least 6 rows"),
+        ({"confidence_level": 0.9, "y": range(19), "z": range(19)}, ValueError, "at least 20 rows"),
         ({"y": np.ones((30, 2))}, ValueError, "y must be one column"),
         ({"alternative": "less"}, ValueError, "alternative must be 'greater'"),
         ({"alternative": "two-sided"}, ValueError, "no evidence"),

@@ -165,7 +165,7 @@ def codec_test(
     alternative : {"greater"}
         Dependence makes T large. A small T is no evidence of anything: there is no other test.
     confidence_level : float, optional
-        Between 0 and 1, with at least 6 rows: an interval for the T of the population, T -+ c s.
+        Between 0 and 1, with at least 20 rows: an interval for the T of the population, T -+ c s.
         The standard error s is from the spread of T over 200 subsamples, in the time of 200 calls
         of `codec` on a tenth of the rows. It covers how T varies, not its bias. By default none is
         computed.
