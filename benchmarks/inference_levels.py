@@ -125,8 +125,15 @@ def conditional_sample(kind: str, n: int, rng: np.random.Generator) -> Sample:
     if kind == "null, discrete x":
         x = np.floor(3 * rng.random(n))
         return x + b, x + a, x
+    if kind == "null, steep":
+        return np.sin(6 * x) + 0.3 * b, np.sin(6 * x) + 0.3 * a, x
+    if kind == "null, three columns of x":
+        X = rng.normal(size=(n, 3))
+        return X.sum(axis=1) + b, X.sum(axis=1) + a, X
     if kind == "linear":
         return x + z + b, z, x
+    if kind == "little":
+        return x + 0.4 * z + b, z, x
     if kind == "product":
         return a * (1 + x) + b, z, x
     if kind == "parabola":
@@ -134,8 +141,10 @@ def conditional_sample(kind: str, n: int, rng: np.random.Generator) -> Sample:
     raise ValueError(f"kind {kind!r} is unknown")
 
 
-NULLS = ("null, linear", "null, curved", "null, discrete x")
-KINDS = (*NULLS, "linear", "product", "parabola")
+KINDS = (
+    "null, linear", "null, curved", "null, discrete x", "null, steep", "null, three columns of x",
+    "linear", "little", "product", "parabola",
+)  # fmt: skip
 
 
 def rivals() -> dict[str, Callable[[Sample, int], float]]:
@@ -147,7 +156,7 @@ def rivals() -> dict[str, Callable[[Sample, int], float]]:
         return {}
 
     def of(test: Any, sample: Sample) -> float:
-        y, z, x = (column[:, None] for column in sample)
+        y, z, x = (column.reshape(len(column), -1) for column in sample)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its own
             return float(test.run_test_raw(y, z, x)[1])
@@ -165,6 +174,17 @@ def rivals() -> dict[str, Callable[[Sample, int], float]]:
     return {"CMIknn": cmi_knn, "partial correlation": partial_correlation}
 
 
+def _y_permuted(sample: Sample, run: int) -> float:
+    """The p-value of a step of FOCI from x to z, which permutes y instead of z."""
+    y, z, x = sample
+    X = np.column_stack([x, z])
+    found = foci(
+        X, y, preselected=range(X.shape[1] - 1), max_features=1, stop="permutation",
+        n_permutations=PERMUTATIONS, seed=run, standardize=None,
+    )  # fmt: skip
+    return 1.0 if found.pvalues is None or not len(found.pvalues) else float(found.pvalues[0])
+
+
 def conditional(n: int, runs: int, rival_runs: int) -> list[dict[str, Any]]:
     """Size and power of the local permutation test at 5%, beside the rivals'."""
     ours: dict[str, Callable[[Sample, int], float]] = {
@@ -173,6 +193,7 @@ def conditional(n: int, runs: int, rival_runs: int) -> list[dict[str, Any]]:
         )
         for k in (3, 5, 10)
     }
+    ours["y permuted, by foci"] = _y_permuted
     points = []
     for kind in KINDS:
         for name, test in (ours | rivals()).items():
@@ -240,11 +261,52 @@ def simulation(quick: bool) -> dict[str, Any]:
     return {"alpha": ALPHA, "permutations": PERMUTATIONS, "points": points}
 
 
+def table(points: list[dict[str, Any]]) -> str:
+    """The tables of docs/inference.md: shares in percent."""
+    found = [*_table("y", _null(points)), ""]
+    given = [p for p in points if p["part"] == "conditional"]
+    found += _table("y and z, given x", {(p["kind"], p["test"]): _percent(p) for p in given})
+    times: dict[str, list[float]] = {}
+    for point in given:
+        times.setdefault(point["test"], []).append(point["ms"])
+    found.append(f"| ms a test | {' | '.join(f'{np.mean(ms):.1f}' for ms in times.values())} |")
+    covered = [p for p in points if p["part"] == "coverage"]
+    columns = {1: "one column", 3: "three, of which two are needless"}
+    cells = {(p["shape"], columns[p["columns"]]): _percent(p) for p in covered}
+    return "\n".join([*found, "", *_table("y as a function of z", cells)])
+
+
+def _null(points: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """What tests reject where nothing depends on anything."""
+    found = {}
+    for p in points:
+        columns = f"{p.get('columns')} column{'s' * (p.get('columns') != 1)}"
+        if p["part"] == "unconditional" and p["shape"] == "independent":
+            found[p["response"], f"{p['test']}, {columns}"] = _percent(p)
+        if p["part"] == "selection":
+            found[p["response"], f"`foci`, {p['stop']}, {columns}"] = _percent(p)
+    return found
+
+
+def _percent(point: dict[str, Any]) -> str:
+    return f"{100 * point['share']:.1f}"
+
+
+def _table(head: str, cells: dict[tuple[str, str], str]) -> list[str]:
+    """A table of cells by row and column."""
+    columns, rows = (list(dict.fromkeys(key[k] for key in cells)) for k in (1, 0))
+    lines = [f"| {head} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
+    return lines + [
+        f"| {row} | {' | '.join(cells.get((row, column), '') for column in columns)} |"
+        for row in rows
+    ]
+
+
 def figure(points: list[dict[str, Any]]) -> Any:
     """Levels of tests under independence, power given x, and the coverage of intervals."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(11, 4.2), layout="constrained")
+    drawn = Figure(figsize=(13, 4.2), layout="constrained")
     levels, power, covered = drawn.subplots(1, 3, width_ratios=(1.15, 1.25, 1))
     null = [p for p in points if p["part"] == "unconditional" and p["shape"] == "independent"]
     _dots(
@@ -265,7 +327,7 @@ def figure(points: list[dict[str, Any]]) -> Any:
         dict.fromkeys(p["test"] for p in points if p["part"] == "conditional")
     ):
         own = [p for p in points if p["part"] == "conditional" and p["test"] == test]
-        at = np.arange(len(own)) + 0.14 * (k - 2)
+        at = np.arange(len(own)) + 0.13 * (k - 2.5)
         power.errorbar(
             [p["share"] for p in own], at, xerr=[2 * p["error"] for p in own], fmt="o", ms=4,
             label=test,
@@ -274,7 +336,7 @@ def figure(points: list[dict[str, Any]]) -> Any:
     power.invert_yaxis()
     power.axvline(ALPHA, color="0.6", linewidth=1, zorder=0)
     power.set(title="Rejected, given x (level 5%)", xlim=(-0.03, 1.05))
-    power.legend(fontsize=7, loc="lower center")
+    power.legend(fontsize=7, loc="upper right")
     _dots(
         covered,
         {
@@ -285,6 +347,9 @@ def figure(points: list[dict[str, Any]]) -> Any:
     )
     covered.axvline(0.95, color="0.6", linewidth=1, zorder=0)
     covered.set(title="Intervals that cover T (95%)", xlim=(0.5, 1.02))
+    for axes in (levels, power, covered):
+        axes.title.set_size(10)
+        axes.tick_params("both", labelsize=8)
     return drawn
 
 
@@ -293,5 +358,4 @@ def _dots(axes: Any, points: dict[str, dict[str, Any]]) -> None:
     for k, point in enumerate(points.values()):
         axes.errorbar(point["share"], k, xerr=2 * point["error"], fmt="o", ms=4, color="C0")
     axes.set_yticks(range(len(points)), list(points))
-    axes.tick_params("y", labelsize=7)
     axes.invert_yaxis()
