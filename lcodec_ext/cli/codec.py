@@ -77,7 +77,7 @@ def add_codec(commands: Any) -> None:
     parser.add_argument(
         "--method",
         choices=("permutation", "local_permutation", "asymptotic"),
-        help="with --test: of y, of z among rows with near x, or the normal limit without x "
+        help="with --test: of y, of z among rows with near x, or the limit of many rows without x "
         "(default: local_permutation with --x, otherwise permutation)",
     )
     parser.add_argument(

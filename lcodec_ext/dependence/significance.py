@@ -19,7 +19,10 @@ from lcodec_ext.dependence.classes import Response, responses
 from lcodec_ext.dependence.codec import _Arguments, _prepare, codec
 from lcodec_ext.dependence.exact import FRACTION_BITS
 from lcodec_ext.dependence.limits import (
+    graph_cube,
     graph_sums,
+    limit_skewness,
+    minima_traces,
     normal_interval,
     null_moments,
     subsampled_sd,
@@ -49,8 +52,8 @@ class CodecTestResult:
     statistic : float
         T(Y, Z) or T(Y, Z | X), the value of `codec`.
     pvalue : float
-        ``(1 + #{T_b >= T}) / (n_permutations + 1)``, compared exactly; by a normal distribution
-        with method="asymptotic".
+        ``(1 + #{T_b >= T}) / (n_permutations + 1)``, compared exactly; by a normal or gamma
+        distribution with method="asymptotic".
     method : {"permutation", "local_permutation", "asymptotic"}
     alternative : {"greater"}
     n : int
@@ -119,7 +122,7 @@ class CodecTestResult:
         by = {
             "permutation": f"{self.n_permutations:,} permutations of y",
             "local_permutation": f"{self.n_permutations:,} permutations of z where x is near",
-            "asymptotic": "the normal limit",
+            "asymptotic": "the limit of many rows",
         }[self.method]
         return f"{head}\n  by chance T is {self.null_mean:.4f} +- {self.null_sd:.4f}, by {by}"
 
@@ -154,8 +157,8 @@ def codec_test(
         "local_permutation", the default with x, permutes z among rows whose x are near each other:
         a test of independence given x. It is exact where x has few different rows, and approximate
         otherwise. "asymptotic" takes no x: a normal distribution with the exact mean and variance
-        of T over all permutations of y, which needs no permutations. It is not right where z has
-        few different rows.
+        of T over all permutations of y, which needs no permutations. Where z has few different
+        rows, a gamma distribution with the skewness of the limit takes the normal one's place.
     n_permutations : int, default 999
         From 1 to 10^6. The smallest p-value is 1 / (n_permutations + 1).
     k_perm : int, default 3
@@ -333,7 +336,7 @@ def _permuted(plan: _Plan) -> _Null | None:
 
 
 def _normal(plan: _Plan) -> _Null | None:
-    """A normal distribution with the mean and variance of T over all permutations of y."""
+    """The mean and variance of T over all permutations of y, and the skewness of its limit."""
     if plan.given.target.nominal:
         raise ValueError(
             "method='asymptotic' takes numbers as y; got classes without an order: pass "
@@ -342,6 +345,12 @@ def _normal(plan: _Plan) -> _Null | None:
     found = _responses(plan)
     if found is None:
         return None
+    if plan.ties == "first" and _repeats(plan.given.table):
+        raise ValueError(
+            "method='asymptotic' goes without ties='first' where rows of z are equal: all of them "
+            "have the first one as neighbour, and T has another limit; pass ties='average', or "
+            "method='permutation'"
+        )
     R, sums = found[0]
     near = _neighbors(plan)
     minima, common = numerators(
@@ -351,8 +360,17 @@ def _normal(plan: _Plan) -> _Null | None:
     ranks = R.cpu().numpy() if is_tensor(R) else R
     graph = graph_sums(near.indptr, near.indices, near.points.size)
     mean, sd = null_moments(sums, ranks, graph)
-    pvalue = 1.0 if sd == 0 else upper_tail((statistic - mean) / sd)
+    cube = graph_cube(near.indptr, near.indices, near.points.size)
+    skewness = limit_skewness(graph, cube, *minima_traces(ranks))
+    pvalue = 1.0 if sd == 0 else upper_tail((statistic - mean) / sd, skewness)
     return _Null(statistic, pvalue, np.empty(0), mean, sd)
+
+
+def _repeats(table: Any) -> bool:
+    """Whether rows of a table are equal."""
+    values = table.cpu().numpy() if is_tensor(table) else table
+    ordered = values[np.lexsort(values.T)]
+    return bool((ordered[1:] == ordered[:-1]).all(axis=1).any())
 
 
 def _interval(plan: _Plan, statistic: float, level: float | None) -> tuple[float, float] | None:

@@ -22,6 +22,7 @@ from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.limits import (
     PairSums,
+    limit_skewness,
     normal_interval,
     permutation_variance,
     subsampled_sd,
@@ -97,16 +98,10 @@ class XiPairs(NamedTuple):
         return value, tail, sd
 
     def skewness(self, i: int, j: int, weights: PairSums) -> float:
-        """Skewness of the sum of chi-squares that xi tends to where tied rows are averaged.
-
-        It is sum_ab m_a l_b (z_ab^2 - 1) over the eigenvalues m of the centred weights and l of the
-        centred minima, whose powers are traces.
-        """
-        n, over = self.n, weights.over**2
-        squares = (n * (n * weights.squares - 2 * weights.rows) + weights.total**2) / (n * n * over)
-        minima = self.ranks[j].limit_variance(n) / n**4
-        cubes = self.paths[i].cube * self.ranks[j].cube
-        return max(8 * cubes / (2 * squares * minima) ** 1.5, 0.0) if squares > 0 else 0.0
+        """Skewness of the sum of chi-squares that xi tends to where tied rows are averaged."""
+        ranks = self.ranks[j]
+        minima = ranks.limit_variance(self.n) / self.n**4
+        return limit_skewness(weights, self.paths[i].cube, minima, ranks.cube)
 
     def shaped(self, value: Any) -> Any:
         """value(i, j) of all pairs: as it is, or as an array; an array for each of several."""
