@@ -179,7 +179,7 @@ def test_an_interval_covers_the_mean_of_T(conditional):
             return codec(y[rows], z[rows], x[rows] if conditional else None)
 
         values.append(T(np.arange(n)))
-        sds.append(subsampled_sd(T, n, n_subsamples=60, seed=run))
+        sds.append(subsampled_sd(T, n, n_subsamples=60, seed=run).sd)
     bounds = [normal_interval(v, sd, 0.95) for v, sd in zip(values, sds, strict=True)]
     covered = sum(low <= np.mean(values) <= high for low, high in bounds) / runs
     assert covered > 0.95 - 4 * math.sqrt(0.95 * 0.05 / runs)  # it errs on the safe side

@@ -11,6 +11,7 @@ share a neighbour, over n: the sums of the weights below hold both.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from statistics import NormalDist
@@ -21,6 +22,9 @@ from numpy.typing import NDArray
 
 from lcodec_ext._random import tie_hash
 from lcodec_ext.dependence.exact import ResponseSums, sum_of_ratios
+
+MIN_ROWS = 20  # of an interval
+_UNDEFINED = 0.05  # the share of subsamples above which one is warned
 
 
 class PairSums(NamedTuple):
@@ -283,6 +287,49 @@ def normal_interval(value: Any, sd: Any, confidence_level: float) -> tuple[Any, 
     return value - half, value + half
 
 
+class Spread(NamedTuple):
+    """What subsamples tell about a coefficient, or about several of them."""
+
+    sd: Any
+    undefined: Any  # how many subsamples leave it undefined
+    drawn: int  # subsamples
+
+
+def interval(
+    value: Any, spread: Spread, confidence_level: float, stacklevel: int
+) -> tuple[Any, Any]:
+    """value -+ z sd, at most 1; nan with a warning where subsamples tell no spread.
+
+    The lower end is not cut at 0: a coefficient of few rows can be below 0, and the width of the
+    interval says how sure it is.
+    """
+    values, sd, undefined = (np.asarray(each) for each in (value, spread.sd, spread.undefined))
+    asked = np.isfinite(values)  # of a constant y one has been warned already
+    flat = asked & ~(sd > 0)
+    few = asked & ~flat & (undefined > _UNDEFINED * spread.drawn)
+
+    def of(some: NDArray[np.bool_]) -> str:
+        return f"{some.sum()} of {some.size} coefficients: " if some.ndim else ""
+
+    if flat.any():
+        warnings.warn(
+            f"{of(flat)}subsamples do not tell how much the coefficient varies, because it is the "
+            "same on all that define it: the interval is nan",
+            stacklevel=stacklevel + 1,
+        )
+    if few.any():
+        most = int(undefined[few].max())
+        warnings.warn(
+            f"{of(few)}{'up to ' if few.ndim else ''}{most} of {spread.drawn} subsamples leave the "
+            "coefficient undefined, because y is constant in them or has a class of too few rows: "
+            "the interval rests on the others and can be too narrow",
+            stacklevel=stacklevel + 1,
+        )
+    low, high = normal_interval(values, np.where(sd > 0, sd, math.nan), confidence_level)
+    high = np.minimum(high, 1.0)
+    return (low, high) if values.ndim else (float(low), float(high))
+
+
 def subsamples(n: int, size: int, count: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """Rows of `count` subsamples without replacement, in increasing order.
 
@@ -300,7 +347,7 @@ def subsampled_sd(
     n_subsamples: int = 200,
     size: int | None = None,
     seed: int,
-) -> Any:
+) -> Spread:
     """Standard deviation of a coefficient of n rows, from its spread over subsamples of m rows.
 
     Their variance times m / n is that of n rows where the coefficient is sqrt(n)-normal and m / n
@@ -320,16 +367,20 @@ def subsampled_sd(
 
     Returns
     -------
-    float, or an array of the statistic's shape
-        The same bits on every machine where the statistic has them. nan where fewer than two
-        subsamples define the statistic.
+    Spread
+        `sd` and `undefined` are numbers, or arrays of the statistic's shape: the same bits on every
+        machine where the statistic has them. `sd` is nan where fewer than two subsamples define the
+        statistic.
     """
-    if n < 20:
+    if n < MIN_ROWS:
         raise ValueError(f"an interval needs at least 20 rows; got {n}: leave confidence_level out")
     m = min(max(n // 10, 30), 5000, n // 2) if size is None else size
     values = np.array([statistic(rows) for rows in subsamples(n, m, n_subsamples, seed)])
     sds = [_spread(column, m / (n - m)) for column in values.reshape(len(values), -1).T.tolist()]
-    return np.reshape(sds, values.shape[1:]) if values.ndim > 1 else sds[0]
+    undefined = np.isnan(values).sum(axis=0)
+    if values.ndim == 1:
+        return Spread(sds[0], int(undefined), n_subsamples)
+    return Spread(np.reshape(sds, values.shape[1:]), undefined, n_subsamples)
 
 
 def _spread(values: list[float], factor: float) -> float:
