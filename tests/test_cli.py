@@ -529,7 +529,8 @@ def test_plots_are_refused_before_anything_is_read(refused, command, here, monke
     given = [command.split()[0], "none.csv", *PLOTS[command], "--plot"]  # there is no such table
     assert "name ending in .png or .svg or .pdf; got 'a.jpg'" in refused(*given, "a.jpg")
     (here / "folder.png").mkdir()
-    for place in ("nowhere/a.png", "folder.png", "none.csv/a.png"):
+    assert "folder.png is a folder; expected the name of a file" in refused(*given, "folder.png")
+    for place in ("nowhere/a.png", "none.csv/a.png"):
         assert "a folder that can be written" in refused(*given, place)
     assert "none.csv" in refused(*given, "a.png")
     assert not Path("a.png").exists()
