@@ -148,6 +148,8 @@ def codec_test(
     ----------
     y, z, x, ties, nan_policy, backend, decimals
         As in `codec`. With strings or categories as y all classes are permuted together.
+        Columns of z and x are not standardised, and those of `foci` are: T of two or more columns
+        depends on their units, so scale them first, ``table / table.std()``, unless they share one.
     method : {"permutation", "local_permutation", "asymptotic"}, optional
         "permutation", the default without x, permutes y: an exact test of independence of y and
         z, for any distribution, ties and number of columns, if rows are independent.
