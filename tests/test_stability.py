@@ -127,7 +127,7 @@ def test_names_and_what_is_printed(data):
     assert result.preselected == (2,)
     lines = repr(result).splitlines()
     assert lines[0].startswith("StabilityResult: 5 columns on 10 halves of 61 rows, ")
-    assert lines[1] == "  given columns [2]"
+    assert lines[1] == "  given 'c' (2)"
     best = int(np.argmax(result.frequencies))
     assert lines[2].split() == [
         f"{result.frequencies[best]:.0%}",

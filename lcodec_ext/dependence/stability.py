@@ -17,7 +17,13 @@ from lcodec_ext._threads import get_num_threads, use_threads_here
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.foci import _check_preselected, foci
 from lcodec_ext.dependence.scaling import constant_columns
-from lcodec_ext.dependence.table import as_features, as_target, clean_rows
+from lcodec_ext.dependence.table import (
+    as_features,
+    as_target,
+    clean_rows,
+    refuse_swapped,
+    said_columns,
+)
 
 _SHOWN = 20  # columns that are printed
 _BESIDE = 1 << 28  # bytes that halves may take which are computed at a time
@@ -125,7 +131,8 @@ class StabilityResult:
         if self.n_omitted:
             lines.append(f"  {self.n_omitted:,} more rows left out: NaN")
         if self.preselected:
-            lines.append(f"  given columns {list(self.preselected)}")
+            names = self.names and [self.names[k] for k in self.preselected]
+            lines.append(f"  given {said_columns(self.preselected, names)}")
         frequencies = self.frequencies
         order = np.argsort(-frequencies, kind="stable")
         ever = [int(k) for k in order if frequencies[k] > 0]
@@ -205,6 +212,7 @@ def stability(
     check_bool(progress, "progress")
     n_halves = 2 * check_integer(n_pairs, "n_pairs", 1, 10**6)
     check_seed(seed, optional=False)
+    refuse_swapped(X, y)
     features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
     order = options.get("y_order", "given")
     response = as_target(y, tensors=chosen.tensors, y_order=order, decimals=decimals)

@@ -5,6 +5,7 @@ Every message names the argument, says what was given and what was expected.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +85,13 @@ def _column(k: int, names: list[str] | None) -> str:
     return f"column {k}" if names is None else f"column {names[k]!r} (index {k})"
 
 
+def said_columns(columns: Sequence[int], names: Sequence[str] | None) -> str:
+    """Columns in a result: "'age' (3), 'bmi' (2)", or "columns 3, 2" without names."""
+    if names is None:
+        return f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
+    return ", ".join(f"{name!r} ({k})" for k, name in zip(columns, names, strict=True))
+
+
 def as_response(y: Any, name: str = "y", *, tensors: bool | None = None) -> Any:
     """A response as a 1-d array or tensor of its own dtype: ranks need no conversion.
 
@@ -161,6 +169,16 @@ def as_target(
     return Target(features, given=given, average=y_order == "average")
 
 
+def refuse_swapped(X: Any, y: Any) -> None:
+    """Refuse a column as X and a table as y, the order in which R's FOCI takes them."""
+    shapes = [tuple(getattr(each, "shape", ())) for each in (X, y)]
+    if [len(shape) for shape in shapes] == [1, 2] and shapes[1][1] > 1:
+        raise ValueError(
+            f"X must be a table and y a column; got X of shape {shapes[0]} and y of shape "
+            f"{shapes[1]}: are the arguments swapped?"
+        )
+
+
 def refuse_classes(nominal: bool, function: str, instead: str) -> None:
     """Refuse classes without an order where noise would be added to them."""
     if nominal:
@@ -189,7 +207,8 @@ def as_features(
         label = getattr(X, "name", None)
         names = [label] if isinstance(label, str) else None
     if array.ndim != 2:
-        hint = f"; for one feature pass {name}.reshape(-1, 1)" if array.ndim == 1 else ""
+        way = "to_frame()" if hasattr(X, "to_frame") else "reshape(-1, 1)"
+        hint = f"; for one feature pass {name}.{way}" if array.ndim == 1 else ""
         shapes = "(n,) or (n, p)" if allow_1d else "(n, p)"
         raise ValueError(f"{name} must have shape {shapes}; got shape {tuple(array.shape)}{hint}")
     if array.shape[1] == 0:
