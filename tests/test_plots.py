@@ -207,6 +207,30 @@ def test_chance_beside_the_data(table, y):
     nothing.plot().figure.canvas.draw()
 
 
+def test_the_normal_limit_and_an_interval_beside_the_data(table, y):
+    result = codec_test(y, table["age"], method="asymptotic", confidence_level=0.9, seed=1)
+    ax = result.plot()
+    (curve,) = ax.collections
+    assert curve.get_label() == "the normal limit"
+    across = curve.get_paths()[0].vertices[:, 0]
+    ends = result.null_mean + result.null_sd * np.array([-4, 4])
+    assert np.allclose([across.min(), across.max()], ends)
+    (interval,) = ax.patches
+    box = interval.get_extents().transformed(ax.transData.inverted())
+    assert np.allclose([box.x0, box.x1], result.confidence_interval)
+    assert_legible(ax)
+    with pytest.warns(UserWarning, match="constant"):
+        nothing = codec_test(y, np.ones(300), method="asymptotic")
+    nothing.plot().figure.canvas.draw()
+
+
+def test_intervals_of_bars():
+    ends = np.array([[0.1, -0.2], [0.9, 0.3]])
+    ax = plots.plot_bars(["a", "b"], np.array([0.5, 0.1]), np.array([True, False]), ends=ends)
+    (lines,) = ax.collections
+    assert [segment[:, 0].tolist() for segment in lines.get_segments()] == ends.T.tolist()
+
+
 def test_what_chance_reaches_at_each_step(table):
     y = table["age"] + table["$z$"]
     result = foci(table, y, stop="permutation", n_permutations=49, seed=0)

@@ -102,13 +102,23 @@ def plot_stability(result: Any, ax: Any = None, threshold: float = 0.75) -> Any:
 
 
 def plot_bars(
-    names: Sequence[str], lengths: NDArray[np.float64], marked: NDArray[np.bool_], ax: Any = None
+    names: Sequence[str],
+    lengths: NDArray[np.float64],
+    marked: NDArray[np.bool_],
+    ax: Any = None,
+    *,
+    ends: NDArray[np.float64] | None = None,
 ) -> Any:
-    """Horizontal bars from top to bottom, 60 at most; marked ones are blue."""
+    """Horizontal bars from top to bottom, 60 at most; marked ones are blue.
+
+    `ends`, of shape (2, number of bars), are intervals, drawn as lines.
+    """
     n = min(len(names), _MOST)
     ax = _axes(ax, 6.4, 1.5 + 0.22 * max(n, 3))
     colours = [BLUE if each else PALE for each in marked[:n]]
     ax.barh(range(n), lengths[:n], color=colours, height=0.7)
+    if ends is not None:
+        ax.hlines(range(n), ends[0, :n], ends[1, :n], color="#222222", linewidth=1.2)
     _name(ax.yaxis, range(n), _distinct(names[:n], _LONGEST))
     ax.set_ylim(max(n, 1) - 0.4, -0.6)
     _plain(ax)
@@ -120,12 +130,19 @@ def _descending(values: NDArray[np.float64]) -> list[int]:
 
 
 def plot_null(result: Any, ax: Any = None) -> Any:
-    """What `CodecTestResult.plot` draws: T under permutations, and T of the data."""
+    """What `CodecTestResult.plot` draws: T by chance, T of the data, and its interval."""
     ax = _axes(ax, 6.4, 3.2)
     values = np.asarray(result.null_distribution)
-    low, high = min(values.min(), result.statistic), max(values.max(), result.statistic)
-    bins = np.linspace(low, high if high > low else low + 1, 61)
-    ax.hist(values, bins, color=PALE, label=f"{counted(len(values), 'permutation')}")
+    if len(values):
+        low, high = min(values.min(), result.statistic), max(values.max(), result.statistic)
+        bins = np.linspace(low, high if high > low else low + 1, 61)
+        ax.hist(values, bins, color=PALE, label=f"{counted(len(values), 'permutation')}")
+    elif result.null_sd > 0:
+        places = result.null_mean + result.null_sd * np.linspace(-4, 4, 201)
+        heights = np.exp(-0.5 * np.linspace(-4, 4, 201) ** 2)
+        ax.fill_between(places, heights, color=PALE, label="the normal limit")
+    if result.confidence_interval is not None:
+        ax.axvspan(*result.confidence_interval, color=BLUE, alpha=0.15, lw=0, label="interval")
     ax.axvline(result.statistic, color=BLUE, linewidth=2, label="the data")
     ax.set_xlabel("T")
     ax.set_yticks([])

@@ -84,7 +84,7 @@ class CodecTestResult:
         return iter((self.statistic, self.pvalue))
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw T under the permutations, and T of the data.
+        """Draw T under the permutations, or its normal limit, and T of the data with its interval.
 
         Parameters
         ----------
@@ -99,11 +99,7 @@ class CodecTestResult:
         ------
         ImportError
             Without matplotlib.
-        ValueError
-            With method="asymptotic", which draws no permutations.
         """
-        if not self.n_permutations:
-            raise ValueError("method='asymptotic' draws no permutations that could be plotted")
         from lcodec_ext.dependence.plots import plot_null
 
         return plot_null(self, ax)
