@@ -37,9 +37,11 @@ from lcodec_ext.dependence.scaling import (
 from lcodec_ext.dependence.table import (
     Y_ORDERS,
     Rows,
+    Target,
     as_features,
     as_response,
     as_target,
+    check_classes,
     clean_rows,
     refuse_classes,
     refuse_swapped,
@@ -433,6 +435,8 @@ class _Task:
         self.rows = clean_rows({"X": features, "y": self.target.values}, nan_policy)
         self.features = features._replace(values=self.rows.values["X"])
         self.y = self.rows.values["y"]
+        if not isinstance(y, Target):
+            check_classes(self.y, self.target.nominal)
 
     def lay_out(self) -> Columns:
         """The columns of X, and of y those in distances; warns the caller of constant ones."""

@@ -138,11 +138,13 @@ def as_target(
     y_order: str | None = None,
     decimals: int | None = None,
 ) -> Target:
-    """A response; of several columns only with a y_order.
+    """A response; of several columns only with a y_order. A target is taken as it is.
 
     Strings and unordered categories are classes without an order; ordered categories become
     their codes. With decimals, columns that are in distances are counts of 10**-decimals.
     """
+    if isinstance(y, Target):
+        return y
     if isinstance(y, list | tuple):
         y = listed(y, "y")
     if (codes := class_codes(y)) is not None:
@@ -176,6 +178,16 @@ def refuse_swapped(X: Any, y: Any) -> None:
         raise ValueError(
             f"X must be a table and y a column; got X of shape {shapes[0]} and y of shape "
             f"{shapes[1]}: are the arguments swapped?"
+        )
+
+
+def check_classes(y: Any, nominal: bool) -> None:
+    """Refuse codes of classes of which most are rare: numbers that are written as text."""
+    if nominal and 2 * (count := len(np.unique(y))) > len(y):
+        raise ValueError(
+            f"y has {count:,} classes on {len(y):,} rows; expected classes that repeat: pass "
+            "numbers, with astype(float), or astype('int64') for integers, where y is numbers "
+            "written as text"
         )
 
 
