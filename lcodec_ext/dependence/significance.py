@@ -84,7 +84,7 @@ class CodecTestResult:
         return iter((self.statistic, self.pvalue))
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw T under the permutations, and T of the data.
+        """Draw T under the permutations, or its normal limit, and T of the data with its interval.
 
         Parameters
         ----------
@@ -99,11 +99,7 @@ class CodecTestResult:
         ------
         ImportError
             Without matplotlib.
-        ValueError
-            With method="asymptotic", which draws no permutations.
         """
-        if not self.n_permutations:
-            raise ValueError("method='asymptotic' draws no permutations that could be plotted")
         from lcodec_ext.dependence.plots import plot_null
 
         return plot_null(self, ax)
@@ -148,6 +144,8 @@ def codec_test(
     ----------
     y, z, x, ties, nan_policy, backend, decimals
         As in `codec`. With strings or categories as y all classes are permuted together.
+        Columns of z and x are not standardised, and those of `foci` are: T of two or more columns
+        depends on their units, so scale them first, ``table / table.std()``, unless they share one.
     method : {"permutation", "local_permutation", "asymptotic"}, optional
         "permutation", the default without x, permutes y: an exact test of independence of y and
         z, for any distribution, ties and number of columns, if rows are independent.
