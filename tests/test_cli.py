@@ -384,7 +384,8 @@ def test_codec_test_is_codec_test(run, table, data):
     assert found["options"]["n_permutations"] == 99
     _, out, _ = run(*command, "--x", "x4", "--k-perm", "4")
     expected = lcodec_ext.codec_test(y, X[:, 1], X[:, 4], n_permutations=99, k_perm=4, seed=0)
-    first, second = out.splitlines()
+    first, second, third = out.splitlines()
+    assert third.startswith("0.95 interval: ")
     assert first == f"T(y, x1 | x4) = {expected.statistic:.6g}   (400 rows)"
     assert second.startswith(f"p-value {expected.pvalue:.4g} of independence; 99 permutations of z")
     assert json.loads(run(*command[:6], "--json")[1])["test"] is None
