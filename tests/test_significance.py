@@ -235,9 +235,9 @@ def test_local_permutations_are_those_of_codec(rng, q, kind):
     options = {"n_permutations": 12, "seed": 8, "k_perm": 4}
     result = codec_test(given, z, x, **options)
     assert result.statistic == codec(given, z, x)
-    from lcodec_ext.dependence.permutation import near_blocks
+    from lcodec_ext.dependence.permutation import column_ranks, near_blocks
 
-    blocks = near_blocks(x, np.ones(x.shape[1], x.dtype), 4)
+    blocks = near_blocks(column_ranks(x), 4)
     for b, T in enumerate(result.null_distribution, 1):
         rows = np.empty(n, dtype=int)
         rows[blocks.order] = blocks.order[permutation(n, 8, b, blocks.start)]
@@ -266,6 +266,17 @@ def test_local_permutation_is_exact_for_few_values_of_x(rng):
         y, z = x + rng.random((2, 60))
         rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
     assert abs(rejected / 300 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 300)
+
+
+def test_columns_of_x_count_alike_whatever_their_units(rng):
+    """z and y follow a group; the other column of x has a large unit, and tells nothing."""
+    rejected = 0
+    for seed in range(100):
+        group, age = rng.integers(0, 2, 200), np.round(15 * rng.normal(size=200))
+        y, z = 3 * group + rng.normal(size=(2, 200))
+        x = np.column_stack([group, age])
+        rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
+    assert rejected / 100 < 0.1 + 4 * np.sqrt(0.1 * 0.9 / 100)
 
 
 # --------------------------------------------------------------------------------------------

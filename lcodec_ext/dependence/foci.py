@@ -193,7 +193,7 @@ def foci(
         "permutation" stops, too, when the largest gain has a p-value above alpha: among the
         permutations of y, how often the largest gain of all remaining columns is as large. The
         first step is an exact test that y is independent of X: if it is, something is selected with
-        probability alpha at most. Later steps permute y in blocks of rows with near values of the
+        probability alpha at most. Later steps permute y in blocks of rows with near ranks in the
         selected columns, which is approximate. ``docs/inference.md`` says what that assumes.
     max_features : int, optional
         Cap on the number of columns selected (preselected ones not counted).

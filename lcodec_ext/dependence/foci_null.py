@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._arrays import is_tensor
 from lcodec_ext._checks import check_integer, check_positive
 from lcodec_ext.dependence.backends.base import Backend, Ties
 from lcodec_ext.dependence.classes import Response
 from lcodec_ext.dependence.permutation import (
     Blocks,
     Weighted,
+    column_ranks,
     find_neighbors,
     joined,
     near_blocks,
@@ -124,9 +124,7 @@ class StepNull:
         return float(threshold), (1 + int(reached.sum())) / (len(largest) + 1)
 
     def _blocks(self, selected: list[int]) -> Blocks:
-        table = self._X[:, selected]
-        values = table.cpu().numpy() if is_tensor(table) else table
-        return near_blocks(values, self._factors[selected], BLOCK)
+        return near_blocks(column_ranks(self._X[:, selected]), BLOCK)
 
     def _pairs(self, columns: list[int]) -> Weighted:
         found = find_neighbors(

@@ -27,6 +27,7 @@ from lcodec_ext.dependence.limits import (
 )
 from lcodec_ext.dependence.permutation import (
     Neighbors,
+    column_ranks,
     find_neighbors,
     near_blocks,
     neighbor_pairs,
@@ -161,7 +162,8 @@ def codec_test(
     k_perm : int, default 3
         For "local_permutation": rows that change places are in blocks of k_perm to 2 k_perm - 1
         rows, or of more rows with equal x. From 2 to n // 2. Small blocks keep what z owes to x,
-        and so the level of the test; larger ones gain little power.
+        and so the level of the test; larger ones gain little power. Rows are near by the ranks of
+        each column of x, whatever its unit.
     alternative : {"greater"}
         Dependence makes T large. A small T is no evidence of anything: there is no other test.
     confidence_level : float, optional
@@ -458,7 +460,7 @@ def _permuted_tables(plan: _Plan) -> Iterator[Any]:
     given, r = plan.given, plan.given.r
     x, z = given.table[:, :r], given.table[:, r:]
     n, q = z.shape
-    blocks = near_blocks(x.cpu().numpy() if is_tensor(x) else x, plan.factors[:r], plan.k_perm)
+    blocks = near_blocks(column_ranks(x), plan.k_perm)
     size = max(16, _CHUNK // (n * q))
     for first in range(1, plan.n_permutations + 1, size):
         count = min(size, plan.n_permutations + 1 - first)
