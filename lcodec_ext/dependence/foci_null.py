@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from lcodec_ext._checks import check_integer, check_positive
 from lcodec_ext.dependence.backends.base import Backend, Ties
 from lcodec_ext.dependence.classes import Response
+from lcodec_ext.dependence.exchangeable import NearRows
 from lcodec_ext.dependence.permutation import (
     Blocks,
     Weighted,
-    column_ranks,
     find_neighbors,
     joined,
-    near_blocks,
     neighbor_pairs,
     reordered,
 )
@@ -64,6 +63,14 @@ def check_level(stop: object, alpha: object, n_permutations: object) -> Level | 
     return chosen
 
 
+class StepTest(NamedTuple):
+    """Of one step: what its gain must exceed, and two p-values."""
+
+    threshold: float
+    pvalue: float
+    exchangeability: float  # that y is exchangeable in the blocks; nan where it is permuted freely
+
+
 class StepNull:
     """Permutations of y for the steps of one selection.
 
@@ -91,15 +98,14 @@ class StepNull:
         self._backend, self._X, self._factors, self._responses = backend, X, factors, responses
         self._ties, self._seed, self._level = ties, seed, level
 
-    def step(
-        self, selected: list[int], candidates: list[int], gain: Fraction
-    ) -> tuple[float, float]:
-        """What the gain of a step must exceed, and its p-value.
+    def step(self, selected: list[int], candidates: list[int], gain: Fraction) -> StepTest:
+        """Test a step, by permutations of y.
 
-        The permutations are those of y over all rows in the first step, and in blocks of rows with
-        near values of the selected columns in a later one.
+        They are those over all rows in the first step, and in blocks of rows with near ranks in
+        the selected columns in a later one.
         """
-        blocks = self._blocks(selected) if selected else None
+        near = NearRows(self._backend, self._X[:, selected], BLOCK) if selected else None
+        blocks = near.blocks if near else None
         largest = np.full(self._level.n_permutations, -np.inf)
         reached = np.zeros(self._level.n_permutations, dtype=bool)
         base = self._values([self._pairs(selected)], blocks)[0] if selected else None
@@ -121,10 +127,10 @@ class StepNull:
             lists, listed = [], 0
         most = self._level.most
         threshold = np.partition(largest, len(largest) - 1 - most)[len(largest) - 1 - most]
-        return float(threshold), (1 + int(reached.sum())) / (len(largest) + 1)
-
-    def _blocks(self, selected: list[int]) -> Blocks:
-        return near_blocks(column_ranks(self._X[:, selected]), BLOCK)
+        kept = math.nan
+        if near:
+            kept = near.exchangeability(self._responses, self._seed, self._level.n_permutations)
+        return StepTest(float(threshold), (1 + int(reached.sum())) / (len(largest) + 1), kept)
 
     def _pairs(self, columns: list[int]) -> Weighted:
         found = find_neighbors(

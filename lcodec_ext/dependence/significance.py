@@ -18,6 +18,7 @@ from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.classes import Response, responses
 from lcodec_ext.dependence.codec import _Arguments, _prepare, codec
 from lcodec_ext.dependence.exact import FRACTION_BITS
+from lcodec_ext.dependence.exchangeable import DOUBTFUL, NearRows
 from lcodec_ext.dependence.limits import (
     graph_sums,
     normal_interval,
@@ -26,10 +27,9 @@ from lcodec_ext.dependence.limits import (
     upper_tail,
 )
 from lcodec_ext.dependence.permutation import (
+    Blocks,
     Neighbors,
-    column_ranks,
     find_neighbors,
-    near_blocks,
     neighbor_pairs,
     numerators,
     permuted_values,
@@ -67,6 +67,10 @@ class CodecTestResult:
         Lower and upper end; None where none was asked for.
     seed : int
         From which permutations and subsamples were drawn: with it the test gives the same again.
+    exchangeability_pvalue : float, or None
+        With method="local_permutation", a p-value of its assumption: that z is exchangeable where x
+        is near. A small one says that z follows x within the blocks: a small `pvalue` then is no
+        evidence. None for other methods, and where T is 1 by convention.
     """
 
     statistic: float
@@ -80,6 +84,7 @@ class CodecTestResult:
     null_sd: float
     confidence_interval: tuple[float, float] | None
     seed: int
+    exchangeability_pvalue: float | None = None
 
     def __iter__(self) -> Iterator[float]:
         return iter((self.statistic, self.pvalue))
@@ -122,7 +127,14 @@ class CodecTestResult:
             "local_permutation": f"{self.n_permutations:,} permutations of z where x is near",
             "asymptotic": "the normal limit",
         }[self.method]
-        return f"{head}\n  by chance T is {self.null_mean:.4f} +- {self.null_sd:.4f}, by {by}"
+        head += f"\n  by chance T is {self.null_mean:.4f} +- {self.null_sd:.4f}, by {by}"
+        if self.exchangeability_pvalue is not None:
+            doubt = ": trust no small p-value" if self.exchangeability_pvalue <= DOUBTFUL else ""
+            head += (
+                "\n  that z is exchangeable where x is near has p-value "
+                f"{self.exchangeability_pvalue:.4g}{doubt}"
+            )
+        return head
 
 
 def codec_test(
@@ -180,7 +192,7 @@ def codec_test(
     -------
     CodecTestResult
         With p-value 1, and a warning, where T is 1 by convention: y is constant, or a function of
-        x on this sample.
+        x on this sample. With a warning where `exchangeability_pvalue` is 0.05 at most.
 
     Raises
     ------
@@ -205,7 +217,7 @@ def codec_test(
     Examples
     --------
     >>> import numpy as np
-    >>> x, z = np.random.default_rng(0).random((2, 300))
+    >>> x, z = np.random.default_rng(1).random((2, 300))
     >>> y = (x + z) % 1
     >>> codec_test(y, z, seed=1).pvalue > 0.05
     True
@@ -238,6 +250,8 @@ def codec_test(
             stacklevel=2,
         )
         found = _Null(1.0, 1.0, np.ones(n_permutations), 1.0, 0.0)
+    if found.exchangeability is not None:
+        _warn_of_blocks(found.exchangeability)
     return CodecTestResult(
         statistic=found.statistic,
         pvalue=found.pvalue,
@@ -250,7 +264,20 @@ def codec_test(
         null_sd=found.sd,
         confidence_interval=_interval(plan, found.statistic, confidence_level),
         seed=drawn,
+        exchangeability_pvalue=found.exchangeability,
     )
+
+
+def _warn_of_blocks(pvalue: float) -> None:
+    """Say that permutations of z lose what z owes to x."""
+    if pvalue <= DOUBTFUL:
+        warnings.warn(
+            "z follows x even within the blocks of near rows in which it is permuted (p-value "
+            f"{pvalue:.3g} that it does not): a small p-value of the test is no evidence that y "
+            "depends on z given x; pass more rows, fewer columns of x, or k_perm=2, so that blocks "
+            "have nearer rows",
+            stacklevel=3,
+        )
 
 
 def _check_method(method: object, x: Any, alternative: object) -> Method:
@@ -302,6 +329,7 @@ class _Null(NamedTuple):
     values: NDArray[np.float64]  # under permutations
     mean: float
     sd: float
+    exchangeability: float | None = None
 
     @classmethod
     def of(cls, exceed: int, values: NDArray[np.float64]) -> "_Null":
@@ -429,7 +457,8 @@ def _locally_permuted(plan: _Plan) -> _Null | None:
     slack = sum((1 / each.denominator for each in conditioned if each.denominator), Fraction(0))
     slack *= Fraction(len(given.table), len(conditioned) << FRACTION_BITS)
     values, exceed = [observed], 0
-    for permuted in _permuted_tables(plan):
+    near = NearRows(backend, given.table[:, : given.r], plan.k_perm)
+    for permuted in _permuted_tables(plan, near.blocks):
         sums = _compare(plan, conditioned, permuted)
         for k, (low, rounded) in enumerate(zip(sums.low, sums.rounded, strict=True)):
             value = mean(low)
@@ -437,7 +466,10 @@ def _locally_permuted(plan: _Plan) -> _Null | None:
                 value = mean(sums.exact(k))
             exceed += value >= observed
             values.append(value)
-    return _Null.of(exceed, np.array([float(value) for value in values]))
+    columns = [responses(backend, z, False)[0] for z in given.table[:, given.r :].T]
+    return _Null.of(exceed, np.array([float(value) for value in values]))._replace(
+        exchangeability=near.exchangeability(columns, plan.seed, plan.n_permutations)
+    )
 
 
 def _conditioned(plan: _Plan, response: Response) -> _Given:
@@ -455,12 +487,11 @@ def _engine(plan: _Plan, R: Any, table: Any) -> Any:
     return plan.backend.engine(columns, factors, R, plan.ties, plan.seed)
 
 
-def _permuted_tables(plan: _Plan) -> Iterator[Any]:
+def _permuted_tables(plan: _Plan, blocks: Blocks) -> Iterator[Any]:
     """The columns of z under some permutations at a time, of shape (n, permutations, q)."""
     given, r = plan.given, plan.given.r
-    x, z = given.table[:, :r], given.table[:, r:]
+    z = given.table[:, r:]
     n, q = z.shape
-    blocks = near_blocks(column_ranks(x), plan.k_perm)
     size = max(16, _CHUNK // (n * q))
     for first in range(1, plan.n_permutations + 1, size):
         count = min(size, plan.n_permutations + 1 - first)
