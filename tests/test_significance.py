@@ -16,8 +16,9 @@ import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
 from lcodec_ext import _emulated, codec, codec_test, dependence_graph, foci
 from lcodec_ext._random import permutation
-from lcodec_ext.dependence import exact
+from lcodec_ext.dependence import exact, foci_null
 from lcodec_ext.dependence.backends.resolve import HOST
+from lcodec_ext.dependence.foci_null import Level, check_level
 
 pytestmark = pytest.mark.native
 
@@ -517,6 +518,64 @@ def test_a_step_that_is_not_taken_is_not_doubted(rng):
         result = foci(X, y, preselected=range(8), stop="permutation", n_permutations=99, seed=0)
     assert result.ordering.tolist() == []
     assert result.exchangeability_pvalues.tolist() == [0.01]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "n_permutations", "most"),
+    [
+        (0.3, 9, 2),
+        (0.05, 999, 49),
+        (0.1, 19, 1),
+        (0.29, 99, 28),
+        (1e-6, 999_999, 0),
+        (0.05, 18, -1),
+    ],
+)
+def test_threshold_and_pvalue_decide_alike(alpha, n_permutations, most):
+    """As many permutations may reach a gain as leave its p-value, as a float, at most alpha."""
+    assert Level(alpha, n_permutations).most == most
+    assert (2 + most) / (n_permutations + 1) > alpha
+
+
+def test_smallest_levels_are_taken():
+    assert check_level("permutation", 1e-6, 999_999).most == 0
+    for n in (9, 18, 22, 48, 99, 106, 999):
+        assert check_level("permutation", 1 / (n + 1), n).most == 0
+        with pytest.raises(ValueError, match=f"at least {n} for"):
+            check_level("permutation", 1 / (n + 1), n - 1)
+
+
+def test_a_step_that_is_taken_exceeds_its_threshold(rng):
+    for seed in range(60):
+        X, y = rng.normal(size=(30, 3)), rng.normal(size=30)
+        found = foci(
+            X, y, stop="permutation", alpha=0.3, n_permutations=9, seed=seed, max_features=1
+        )
+        taken = len(found.ordering)
+        assert (found.cumulative > found.threshold[:taken]).all()
+        assert (found.pvalues[:taken] <= 0.3).all()
+
+
+def test_many_permutations_are_held_a_few_columns_at_a_time(rng, monkeypatch):
+    X, y = np.round(rng.normal(size=(2, 40, 9)), 1)
+    y = y[:, 0] + X[:, 1]
+    options = {"stop": "permutation", "n_permutations": 99, "seed": 0, "max_features": 1}
+    sizes = []
+    sums = type(HOST["cpu"]).permuted_sums
+
+    def counted(*given):
+        found = sums(*given)
+        sizes.append(found.size)
+        return found
+
+    monkeypatch.setattr(type(HOST["cpu"]), "permuted_sums", counted)
+    expected = foci(X, y, **options)
+    assert len(sizes) == 1
+    monkeypatch.setattr(foci_null, "_SUMS", sizes[0] // 4)
+    found = foci(X, y, **options)
+    assert max(sizes[1:]) < sizes[0] / 2
+    assert found.pvalues.tolist() == expected.pvalues.tolist()
+    assert found.threshold.tolist() == expected.threshold.tolist()
 
 
 def test_other_stops_have_no_band(rng):

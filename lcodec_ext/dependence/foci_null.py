@@ -1,6 +1,7 @@
 """What chance makes of a step of FOCI: the largest gain of all candidates, with y permuted."""
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from lcodec_ext.dependence.permutation import (
 
 BLOCK = 5  # rows, at least, among which y is permuted once columns are selected
 _PAIRS = 1 << 22  # of candidates that share the drawing of permutations
+_SUMS = 1 << 24  # of these candidates under all permutations
 _CLOSE = 1e-12  # what floats of two coefficients may be off
 
 
@@ -34,7 +36,11 @@ class Level(NamedTuple):
     @property
     def most(self) -> int:
         """How many permutations may reach a step's gain, so that its p-value is at most alpha."""
-        return math.floor(Fraction(self.alpha) * (self.n_permutations + 1)) - 1
+        values = self.n_permutations + 1
+        most = math.floor(self.alpha * values)  # or one more or less, as floats are rounded
+        while (1 + most) / values > self.alpha:
+            most -= 1
+        return most
 
 
 def check_level(stop: object, alpha: object, n_permutations: object) -> Level | None:
@@ -56,9 +62,12 @@ def check_level(stop: object, alpha: object, n_permutations: object) -> Level | 
     count = 999 if n_permutations is None else n_permutations
     chosen = Level(level, check_integer(count, "n_permutations", 1, 10**6))
     if chosen.most < 0:
+        least = math.floor(1 / level) - 1  # or one more
+        while least < 1 or 1 / (least + 1) > level:
+            least += 1
         raise ValueError(
-            f"n_permutations must be at least {math.ceil(1 / Fraction(level)) - 1} for "
-            f"alpha={level:g}, as the smallest p-value is 1 / (n_permutations + 1); got {count}"
+            f"n_permutations must be at least {least:,} for alpha={level:g}, as the smallest p-value "
+            f"is 1 / (n_permutations + 1); got {count:,}"
         )
     return chosen
 
@@ -108,13 +117,15 @@ class StepNull:
         blocks = near.blocks if near else None
         largest = np.full(self._level.n_permutations, -np.inf)
         reached = np.zeros(self._level.n_permutations, dtype=bool)
-        base = self._values([self._pairs(selected)], blocks)[0] if selected else None
+        base = next(self._values([self._pairs(selected)], blocks)) if selected else None
         lists: list[Weighted] = []
-        listed = 0
+        listed = segments = 0
+        most_segments = _SUMS // ((len(largest) + 1) * len(self._responses))
         for k, column in enumerate(candidates, 1):
             lists.append(self._pairs([*selected, column]))
             listed += lists[-1].pairs.other.size + lists[-1].pairs.label.size
-            if k < len(candidates) and listed < _PAIRS:
+            segments += len(lists[-1].num)
+            if k < len(candidates) and listed < _PAIRS and segments < most_segments:
                 continue
             for values in self._values(lists, blocks):
                 gains = values.rounded[1:] - (0 if base is None else base.rounded[1:])
@@ -124,7 +135,7 @@ class StepNull:
                 for b in np.flatnonzero((np.abs(distance) <= _CLOSE) & ~reached).tolist():
                     exact = values.exact(b + 1) - (0 if base is None else base.exact(b + 1))
                     reached[b] = exact >= gain
-            lists, listed = [], 0
+            lists, listed, segments = [], 0, 0
         most = self._level.most
         threshold = np.partition(largest, len(largest) - 1 - most)[len(largest) - 1 - most]
         kept = math.nan
@@ -138,8 +149,8 @@ class StepNull:
         )
         return neighbor_pairs(found)
 
-    def _values(self, lists: list[Weighted], blocks: Blocks | None) -> list["_Values"]:
-        """T(Y, Z) of each list's columns, of the data and under permutations of y."""
+    def _values(self, lists: list[Weighted], blocks: Blocks | None) -> Iterator["_Values"]:
+        """T(Y, Z) of each list's columns in turn, of the data and under permutations of y."""
         pairs = joined(lists)
         start = None
         if blocks is not None:
@@ -150,10 +161,8 @@ class StepNull:
             count = self._level.n_permutations + 1
             sums.append(self._backend.permuted_sums(pairs, moved, start, self._seed, count))
         ends = np.cumsum([len(each.num) for each in lists])
-        return [
-            _Values(self._responses, [s[:, end - len(each.num) : end] for s in sums], each)
-            for each, end in zip(lists, ends.tolist(), strict=True)
-        ]
+        for each, end in zip(lists, ends.tolist(), strict=True):
+            yield _Values(self._responses, [s[:, end - len(each.num) : end] for s in sums], each)
 
 
 class _Values:
