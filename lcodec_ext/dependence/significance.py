@@ -18,6 +18,7 @@ from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.classes import Response, responses
 from lcodec_ext.dependence.codec import _Arguments, _prepare, codec
 from lcodec_ext.dependence.exact import FRACTION_BITS
+from lcodec_ext.dependence.exchangeable import DOUBTFUL, NearRows
 from lcodec_ext.dependence.limits import (
     MIN_ROWS,
     graph_cube,
@@ -30,9 +31,9 @@ from lcodec_ext.dependence.limits import (
     upper_tail,
 )
 from lcodec_ext.dependence.permutation import (
+    Blocks,
     Neighbors,
     find_neighbors,
-    near_blocks,
     neighbor_pairs,
     numerators,
     permuted_values,
@@ -74,6 +75,10 @@ class CodecTestResult:
         As it was asked for.
     seed : int
         From which permutations and subsamples were drawn: with it the test gives the same again.
+    exchangeability_pvalue : float, or None
+        With method="local_permutation", a p-value of its assumption: that z is exchangeable where x
+        is near. A small one says that z follows x within the blocks: a small `pvalue` then is no
+        evidence. None for other methods, and where T is 1 by convention.
     """
 
     statistic: float
@@ -88,12 +93,13 @@ class CodecTestResult:
     confidence_interval: tuple[float, float] | None
     confidence_level: float | None
     seed: int
+    exchangeability_pvalue: float | None = None
 
     def __iter__(self) -> Iterator[float]:
         return iter((self.statistic, self.pvalue))
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw T under the permutations, and T of the data.
+        """Draw T under the permutations, or its normal limit, and T of the data with its interval.
 
         Parameters
         ----------
@@ -108,11 +114,7 @@ class CodecTestResult:
         ------
         ImportError
             Without matplotlib.
-        ValueError
-            With method="asymptotic", which draws no permutations.
         """
-        if not self.n_permutations:
-            raise ValueError("method='asymptotic' draws no permutations that could be plotted")
         from lcodec_ext.dependence.plots import plot_null
 
         return plot_null(self, ax)
@@ -129,7 +131,14 @@ class CodecTestResult:
             "local_permutation": f"{self.n_permutations:,} permutations of z where x is near",
             "asymptotic": "the limit of many rows",
         }[self.method]
-        return f"{head}\n  by chance T is {self.null_mean:.4f} +- {self.null_sd:.4f}, by {by}"
+        head += f"\n  by chance T is {self.null_mean:.4f} +- {self.null_sd:.4f}, by {by}"
+        if self.exchangeability_pvalue is not None:
+            doubt = ": trust no small p-value" if self.exchangeability_pvalue <= DOUBTFUL else ""
+            head += (
+                "\n  that z is exchangeable where x is near has p-value "
+                f"{self.exchangeability_pvalue:.4g}{doubt}"
+            )
+        return head
 
     def _interval(self) -> str:
         if self.confidence_interval is None:
@@ -167,6 +176,8 @@ def codec_test(
     ----------
     y, z, x, ties, nan_policy, backend, decimals
         As in `codec`. With strings or categories as y all classes are permuted together.
+        Columns of z and x are not standardised, and those of `foci` are: T of two or more columns
+        depends on their units, so scale them first, ``table / table.std()``, unless they share one.
     method : {"permutation", "local_permutation", "asymptotic"}, optional
         "permutation", the default without x, permutes y: an exact test of independence of y and
         z, for any distribution, ties and number of columns, if rows are independent.
@@ -180,7 +191,8 @@ def codec_test(
     k_perm : int, default 3
         For "local_permutation": rows that change places are in blocks of k_perm to 2 k_perm - 1
         rows, or of more rows with equal x. From 2 to n // 2. Small blocks keep what z owes to x,
-        and so the level of the test; larger ones gain little power.
+        and so the level of the test; larger ones gain little power. Rows are near by the ranks of
+        each column of x, whatever its unit.
     alternative : {"greater"}
         Dependence makes T large. A small T is no evidence of anything: there is no other test.
     confidence_level : float or None, default 0.95
@@ -199,7 +211,7 @@ def codec_test(
         With p-value 1, an interval of nan, and a warning, where T is 1 by convention: y is
         constant, or a function of x on this sample. With a warning, the interval is nan where T is
         the same on all subsamples. There is a warning, too, where T is undefined on more than 5%
-        of them, as where a class of y is rare.
+        of them, as where a class of y is rare, and where `exchangeability_pvalue` is 0.05 at most.
 
     Raises
     ------
@@ -226,7 +238,7 @@ def codec_test(
     Examples
     --------
     >>> import numpy as np
-    >>> x, z = np.random.default_rng(0).random((2, 300))
+    >>> x, z = np.random.default_rng(1).random((2, 300))
     >>> y = (x + z) % 1
     >>> codec_test(y, z, seed=1).pvalue > 0.05
     True
@@ -261,6 +273,8 @@ def codec_test(
     ends = None if confidence_level is None else _interval(plan, found, confidence_level)
     if found is None:
         found = _Null(1.0, 1.0, np.ones(n_permutations), 1.0, 0.0)
+    if found.exchangeability is not None:
+        _warn_of_blocks(found.exchangeability)
     return CodecTestResult(
         statistic=found.statistic,
         pvalue=found.pvalue,
@@ -274,7 +288,20 @@ def codec_test(
         confidence_interval=ends,
         confidence_level=confidence_level,
         seed=drawn,
+        exchangeability_pvalue=found.exchangeability,
     )
+
+
+def _warn_of_blocks(pvalue: float) -> None:
+    """Say that permutations of z lose what z owes to x."""
+    if pvalue <= DOUBTFUL:
+        warnings.warn(
+            "z follows x even within the blocks of near rows in which it is permuted (p-value "
+            f"{pvalue:.3g} that it does not): a small p-value of the test is no evidence that y "
+            "depends on z given x; pass more rows, fewer columns of x, or k_perm=2, so that blocks "
+            "have nearer rows",
+            stacklevel=3,
+        )
 
 
 def _check_method(method: object, x: Any, alternative: object) -> Method:
@@ -326,6 +353,7 @@ class _Null(NamedTuple):
     values: NDArray[np.float64]  # under permutations
     mean: float
     sd: float
+    exchangeability: float | None = None
 
     @classmethod
     def of(cls, exceed: int, values: NDArray[np.float64]) -> "_Null":
@@ -469,7 +497,8 @@ def _locally_permuted(plan: _Plan) -> _Null | None:
     slack = sum((1 / each.denominator for each in conditioned if each.denominator), Fraction(0))
     slack *= Fraction(len(given.table), len(conditioned) << FRACTION_BITS)
     values, exceed = [observed], 0
-    for permuted in _permuted_tables(plan):
+    near = NearRows(backend, given.table[:, : given.r], plan.k_perm)
+    for permuted in _permuted_tables(plan, near.blocks):
         sums = _compare(plan, conditioned, permuted)
         for k, (low, rounded) in enumerate(zip(sums.low, sums.rounded, strict=True)):
             value = mean(low)
@@ -477,7 +506,10 @@ def _locally_permuted(plan: _Plan) -> _Null | None:
                 value = mean(sums.exact(k))
             exceed += value >= observed
             values.append(value)
-    return _Null.of(exceed, np.array([float(value) for value in values]))
+    columns = [responses(backend, z, False)[0] for z in given.table[:, given.r :].T]
+    return _Null.of(exceed, np.array([float(value) for value in values]))._replace(
+        exchangeability=near.exchangeability(columns, plan.seed, plan.n_permutations)
+    )
 
 
 def _conditioned(plan: _Plan, response: Response) -> _Given:
@@ -495,12 +527,11 @@ def _engine(plan: _Plan, R: Any, table: Any) -> Any:
     return plan.backend.engine(columns, factors, R, plan.ties, plan.seed)
 
 
-def _permuted_tables(plan: _Plan) -> Iterator[Any]:
+def _permuted_tables(plan: _Plan, blocks: Blocks) -> Iterator[Any]:
     """The columns of z under some permutations at a time, of shape (n, permutations, q)."""
     given, r = plan.given, plan.given.r
-    x, z = given.table[:, :r], given.table[:, r:]
+    z = given.table[:, r:]
     n, q = z.shape
-    blocks = near_blocks(x.cpu().numpy() if is_tensor(x) else x, plan.factors[:r], plan.k_perm)
     size = max(16, _CHUNK // (n * q))
     for first in range(1, plan.n_permutations + 1, size):
         count = min(size, plan.n_permutations + 1 - first)
