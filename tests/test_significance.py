@@ -68,7 +68,9 @@ def test_pvalue_counts_the_ts_of_permuted_responses(sample, ties, seed):
     permuted = [exact_T(y[permutation(len(y), seed, b)], z, ties, seed) for b in range(1, 20)]
     expected = Fraction(1 + sum(T >= observed for T in permuted), 20)
     for backend in ("cpu", "reference"):
-        result = codec_test(y, z, n_permutations=19, ties=ties, seed=seed, backend=backend)
+        result = codec_test(
+            y, z, confidence_level=None, n_permutations=19, ties=ties, seed=seed, backend=backend
+        )
         assert result.statistic == float(observed) == codec(y, z, ties=ties, seed=seed)
         assert result.pvalue == float(expected)
         assert result.null_distribution.tolist() == [float(T) for T in permuted]
@@ -92,7 +94,7 @@ def samples(rng, n=60):
 @pytest.mark.parametrize("ties", TIES)
 def test_backends_and_threads_agree(rng, threads, name, ties):
     y, z = samples(rng)[name]
-    options = {"n_permutations": 30, "seed": 5, "ties": ties}
+    options = {"n_permutations": 30, "seed": 5, "ties": ties, "confidence_level": None}
     results = [codec_test(y, z, backend=backend, **options) for backend in ("cpu", "reference")]
     if y.dtype.kind != "U":
         given = torch.as_tensor(y), torch.as_tensor(z)
@@ -105,7 +107,10 @@ def test_backends_and_threads_agree(rng, threads, name, ties):
 def test_dependence_is_found_and_independence_is_not(rng):
     x = rng.random(300)
     assert codec_test((7 * x) % 1, x, seed=0).pvalue == 0.001
-    ps = [codec_test(rng.random(30), x[:30], n_permutations=19, seed=s).pvalue for s in range(400)]
+    ps = [
+        codec_test(rng.random(30), x[:30], confidence_level=None, n_permutations=19, seed=s).pvalue
+        for s in range(400)
+    ]
     rejected = np.mean(np.array(ps) <= 0.1)
     assert abs(rejected - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 400)
 
@@ -118,7 +123,9 @@ def test_size_with_ties(rng):
         y[:2] = 0, 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            rejected += codec_test(y, z, n_permutations=19, seed=seed).pvalue <= 0.1
+            rejected += (
+                codec_test(y, z, confidence_level=None, n_permutations=19, seed=seed).pvalue <= 0.1
+            )
     assert rejected / 400 < 0.1 + 4 * np.sqrt(0.1 * 0.9 / 400)
 
 
@@ -233,7 +240,7 @@ def test_local_permutations_are_those_of_codec(rng, q, kind):
     if kind == "float32":
         x, z = x.astype(np.float32), z.astype(np.float32)
     given = np.array(["a", "b"])[(y > 0).astype(int)] if kind == "classes" else y
-    options = {"n_permutations": 12, "seed": 8, "k_perm": 4}
+    options = {"n_permutations": 12, "seed": 8, "k_perm": 4, "confidence_level": None}
     result = codec_test(given, z, x, **options)
     assert result.statistic == codec(given, z, x)
     from lcodec_ext.dependence.permutation import column_ranks, near_blocks
@@ -257,7 +264,9 @@ def test_conditional_dependence_is_found_and_independence_is_not(rng):
     for seed in range(200):
         x = rng.normal(size=60)
         y, z = x + rng.normal(size=(2, 60))  # dependent, and independent given x
-        rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
+        rejected += (
+            codec_test(y, z, x, confidence_level=None, n_permutations=19, seed=seed).pvalue <= 0.1
+        )
     assert abs(rejected / 200 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 200)
 
 
@@ -267,7 +276,9 @@ def test_local_permutation_is_exact_for_few_values_of_x(rng):
     for seed in range(300):
         x = rng.integers(0, 3, 60)
         y, z = x + rng.random((2, 60))
-        rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
+        rejected += (
+            codec_test(y, z, x, confidence_level=None, n_permutations=19, seed=seed).pvalue <= 0.1
+        )
     assert abs(rejected / 300 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 300)
 
 
@@ -279,7 +290,9 @@ def test_columns_of_x_count_alike_whatever_their_units(rng):
         group, age = rng.integers(0, 2, 200), np.round(15 * rng.normal(size=200))
         y, z = 3 * group + rng.normal(size=(2, 200))
         x = np.column_stack([group, age])
-        rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
+        rejected += (
+            codec_test(y, z, x, confidence_level=None, n_permutations=19, seed=seed).pvalue <= 0.1
+        )
     assert rejected / 100 < 0.1 + 4 * np.sqrt(0.1 * 0.9 / 100)
 
 
@@ -294,7 +307,7 @@ def test_z_that_follows_x_within_blocks_is_told(rng, q):
     x, y, z = follows(rng, 5)
     z = np.column_stack([rng.normal(size=(200, q - 1)), z])
     with pytest.warns(UserWarning, match="even within the blocks") as caught:
-        result = codec_test(y, z, x, n_permutations=99, seed=0)
+        result = codec_test(y, z, x, confidence_level=None, n_permutations=99, seed=0)
     assert caught[0].filename == __file__
     assert result.exchangeability_pvalue == 0.01
     assert "has p-value 0.01: trust no small p-value" in repr(result)
@@ -307,7 +320,9 @@ def test_exchangeability_is_tested_exactly(rng, q):
     rejected = 0
     for seed in range(200):
         x, y, *z = rng.normal(size=(q + 2, 60))
-        found = codec_test(y, np.transpose(z), x, n_permutations=19, seed=seed)
+        found = codec_test(
+            y, np.transpose(z), x, confidence_level=None, n_permutations=19, seed=seed
+        )
         rejected += found.exchangeability_pvalue <= 0.1
     assert abs(rejected / 200 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 200)
 
@@ -366,7 +381,7 @@ def test_normal_limit_has_the_moments_of_all_permutations(rng):
 @pytest.mark.parametrize("ties", TIES)
 def test_limit_is_the_same_on_every_backend(rng, name, ties):
     y, z = samples(rng)[name]
-    options = {"method": "asymptotic", "seed": 5, "ties": ties}
+    options = {"method": "asymptotic", "seed": 5, "ties": ties, "confidence_level": None}
     table = np.reshape(np.asarray(z), (len(z), -1))
     if ties == "first" and len(np.unique(table, axis=0)) < len(table):
         with pytest.raises(ValueError, match="goes without ties='first' where rows of z are equal"):
