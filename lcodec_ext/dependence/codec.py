@@ -18,6 +18,7 @@ from lcodec_ext.dependence.table import (
     Target,
     as_features,
     as_target,
+    check_classes,
     clean_rows,
     refuse_classes,
 )
@@ -251,11 +252,13 @@ def _prepare(
     if x is None:
         rows = clean_rows({"y": target.values, "z": features}, nan_policy)
         rows.warn_if_most(stacklevel=3)
+        check_classes(rows.values["y"], target.nominal)
         table = target.beside(rows.values["z"], rows.values["y"])
         return _Arguments(rows.values["y"], table, None, features, target)
     given = as_features(x, "x", tensors=tensors, decimals=decimals)
     rows = clean_rows({"y": target.values, "z": features, "x": given}, nan_policy)
     rows.warn_if_most(stacklevel=3)
+    check_classes(rows.values["y"], target.nominal)
     clean = rows.values
     # conditioning columns first: the order of sums
     table = array_module(clean["z"]).concatenate([clean["x"], clean["z"]], axis=1)
