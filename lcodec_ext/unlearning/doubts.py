@@ -189,14 +189,12 @@ def warn_of_shortfall(
     reason = _REASONS.get(found.stopped_by, found.stopped_by)
     start, target = found.trained, found.validation_before
     if step_norm == 0:
-        warnings.warn(
+        told.append(
             "the model is unchanged: nothing was found that makes deleted samples more like the "
             f"validation samples, and none is removed. They lose {after.forget_loss:.3g}, and "
             f"validation samples {target:.3g}. Pass validation samples that the model was not "
             "trained on, or train again without the deleted samples",
-            stacklevel=4,
         )
-        return
     gap = found.unseen - start
     reached = (found.control - start) / gap if gap > _GAP * abs(found.unseen) else 1.0
     solved = found.stopped_by == "range" and training_norm < _SMALL * norm(before.forget)
