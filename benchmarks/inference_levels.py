@@ -70,7 +70,12 @@ def unconditional(n: int, runs: int) -> list[dict[str, Any]]:
                     y = become(of(z[:, 0], e))
                     for method in hits:
                         found = codec_test(
-                            y, z, method=method, n_permutations=PERMUTATIONS, seed=run
+                            y,
+                            z,
+                            method=method,
+                            n_permutations=PERMUTATIONS,
+                            confidence_level=None,
+                            seed=run,
                         )
                         hits[method] += found.pvalue <= ALPHA
                 for method, count in hits.items():
@@ -189,7 +194,9 @@ def conditional(n: int, runs: int, rival_runs: int) -> list[dict[str, Any]]:
     """Size and power of the local permutation test at 5%, beside the rivals'."""
     ours: dict[str, Callable[[Sample, int], float]] = {
         f"local permutation, k_perm={k}": lambda sample, run, k=k: (
-            codec_test(*sample, k_perm=k, n_permutations=PERMUTATIONS, seed=run).pvalue
+            codec_test(
+                *sample, k_perm=k, n_permutations=PERMUTATIONS, confidence_level=None, seed=run
+            ).pvalue
         )
         for k in (3, 5, 10)
     }

@@ -384,7 +384,8 @@ def test_codec_test_is_codec_test(run, table, data):
     assert found["options"]["n_permutations"] == 99
     _, out, _ = run(*command, "--x", "x4", "--k-perm", "4")
     expected = lcodec_ext.codec_test(y, X[:, 1], X[:, 4], n_permutations=99, k_perm=4, seed=0)
-    first, second = out.splitlines()
+    first, second, third = out.splitlines()
+    assert third.startswith("0.95 interval: ")
     assert first == f"T(y, x1 | x4) = {expected.statistic:.6g}   (400 rows)"
     assert second.startswith(f"p-value {expected.pvalue:.4g} of independence; 99 permutations of z")
     assert json.loads(run(*command[:6], "--json")[1])["test"] is None
@@ -566,7 +567,8 @@ def test_plots_are_refused_before_anything_is_read(refused, command, here, monke
     given = [command.split()[0], "none.csv", *PLOTS[command], "--plot"]  # there is no such table
     assert "name ending in .png or .svg or .pdf; got 'a.jpg'" in refused(*given, "a.jpg")
     (here / "folder.png").mkdir()
-    for place in ("nowhere/a.png", "folder.png", "none.csv/a.png"):
+    assert "folder.png is a folder; expected the name of a file" in refused(*given, "folder.png")
+    for place in ("nowhere/a.png", "none.csv/a.png"):
         assert "a folder that can be written" in refused(*given, place)
     assert "none.csv" in refused(*given, "a.png")
     assert not Path("a.png").exists()

@@ -14,6 +14,7 @@ from lcodec_ext import _core
 from lcodec_ext._random import permutation
 from lcodec_ext.dependence.backends.resolve import HOST
 from lcodec_ext.dependence.permutation import (
+    column_ranks,
     find_neighbors,
     joined,
     near_blocks,
@@ -264,8 +265,8 @@ def test_cuda_sums_equal_the_cpus(rng, device, n):
 
 @given(table=tables(), least=st.integers(2, 6))
 def test_blocks_partition_the_rows(table, least):
-    X, _, factors = table
-    blocks = near_blocks(X, factors, least)
+    X, _, _ = table
+    blocks = near_blocks(column_ranks(X), least)
     n = len(X)
     assert sorted(blocks.order) == list(range(n))
     np.testing.assert_array_equal(blocks.order[blocks.position], np.arange(n))
@@ -277,13 +278,38 @@ def test_blocks_partition_the_rows(table, least):
 
 def test_blocks_of_continuous_data_are_small(rng):
     X = rng.normal(size=(1000, 2))
-    sizes = np.bincount(near_blocks(X, np.ones(2), 5).start)
+    sizes = np.bincount(near_blocks(column_ranks(X), 5).start)
     assert set(sizes[sizes > 0]) <= set(range(5, 10))
+
+
+def test_blocks_know_no_units(rng):
+    """Columns that are stretched, or bent upwards, have the same blocks."""
+    X = rng.normal(size=(200, 3))
+    a = near_blocks(column_ranks(X), 3)
+    b = near_blocks(column_ranks(np.column_stack([np.exp(9 * X[:, 0]), 1e6 * X[:, 1], X[:, 2]])), 3)
+    assert a.order.tolist() == b.order.tolist()
+    assert a.start.tolist() == b.start.tolist()
+
+
+def test_rows_of_two_groups_are_apart(rng):
+    """A column of 0 and 1 beside one of many values, of a large unit."""
+    X = np.column_stack([rng.integers(0, 2, 200), np.round(15 * rng.normal(size=200))])
+    blocks = near_blocks(column_ranks(X), 3)
+    mixed = [
+        len(np.unique(X[blocks.order[blocks.start == begin], 0])) > 1
+        for begin in np.unique(blocks.start)
+    ]
+    assert not any(mixed)
+
+
+def test_equal_values_have_equal_ranks():
+    ranks = column_ranks(np.array([[3.0, 0.0], [1.0, -0.0], [3.0, 5e-324]]))
+    assert ranks.tolist() == [[4, 2], [1, 2], [4, 5]]
 
 
 def test_equal_rows_are_a_block(rng):
     x = rng.integers(0, 4, (200, 1)).astype(float)
-    blocks = near_blocks(x, np.ones(1), 5)
+    blocks = near_blocks(column_ranks(x), 5)
     for begin in np.unique(blocks.start):
         assert len(np.unique(x[blocks.order[blocks.start == begin]])) == 1
     assert len(np.unique(blocks.start)) == 4

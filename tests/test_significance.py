@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
-from lcodec_ext import _emulated, codec, codec_test, foci
+from lcodec_ext import _emulated, codec, codec_test, dependence_graph, foci
 from lcodec_ext._random import permutation
-from lcodec_ext.dependence import exact
+from lcodec_ext.dependence import exact, foci_null
 from lcodec_ext.dependence.backends.resolve import HOST
+from lcodec_ext.dependence.foci_null import Level, check_level
 
 pytestmark = pytest.mark.native
 
@@ -39,6 +40,7 @@ def exact_T(y, z, ties="average", seed=0):
 def same(a, b):
     assert tuple(a) == tuple(b)
     assert (a.method, a.n, a.n_permutations, a.seed) == (b.method, b.n, b.n_permutations, b.seed)
+    assert a.exchangeability_pvalue == b.exchangeability_pvalue
     assert a.null_distribution.tolist() == b.null_distribution.tolist()
 
 
@@ -182,7 +184,6 @@ def test_rows_with_nan_can_be_left_out(rng):
         ({"method": "asymptotic", "x": True}, ValueError, "no computable distribution"),
         ({"method": "asymptotic", "y": ["a", "b"] * 15}, ValueError, "takes numbers as y"),
         ({"confidence_level": 95}, ValueError, "between 0 and 1"),
-        ({"confidence_level": 0.9, "y": range(19), "z": range(19)}, ValueError, "at least 20 rows"),
         ({"y": np.ones((30, 2))}, ValueError, "y must be one column"),
         ({"alternative": "less"}, ValueError, "alternative must be 'greater'"),
         ({"alternative": "two-sided"}, ValueError, "no evidence"),
@@ -235,9 +236,9 @@ def test_local_permutations_are_those_of_codec(rng, q, kind):
     options = {"n_permutations": 12, "seed": 8, "k_perm": 4}
     result = codec_test(given, z, x, **options)
     assert result.statistic == codec(given, z, x)
-    from lcodec_ext.dependence.permutation import near_blocks
+    from lcodec_ext.dependence.permutation import column_ranks, near_blocks
 
-    blocks = near_blocks(x, np.ones(x.shape[1], x.dtype), 4)
+    blocks = near_blocks(column_ranks(x), 4)
     for b, T in enumerate(result.null_distribution, 1):
         rows = np.empty(n, dtype=int)
         rows[blocks.order] = blocks.order[permutation(n, 8, b, blocks.start)]
@@ -248,6 +249,7 @@ def test_local_permutations_are_those_of_codec(rng, q, kind):
         same(result, codec_test(*tensors, backend=EMULATED, **options))
 
 
+@pytest.mark.filterwarnings("ignore:z follows x")
 def test_conditional_dependence_is_found_and_independence_is_not(rng):
     x, z = rng.random((2, 300))
     assert codec_test((x + z) % 1, z, x, seed=0, n_permutations=199).pvalue == 1 / 200
@@ -259,6 +261,7 @@ def test_conditional_dependence_is_found_and_independence_is_not(rng):
     assert abs(rejected / 200 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 200)
 
 
+@pytest.mark.filterwarnings("ignore:z follows x")
 def test_local_permutation_is_exact_for_few_values_of_x(rng):
     rejected = 0
     for seed in range(300):
@@ -266,6 +269,73 @@ def test_local_permutation_is_exact_for_few_values_of_x(rng):
         y, z = x + rng.random((2, 60))
         rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
     assert abs(rejected / 300 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 300)
+
+
+@pytest.mark.filterwarnings("ignore:z follows x")
+def test_columns_of_x_count_alike_whatever_their_units(rng):
+    """z and y follow a group; the other column of x has a large unit, and tells nothing."""
+    rejected = 0
+    for seed in range(100):
+        group, age = rng.integers(0, 2, 200), np.round(15 * rng.normal(size=200))
+        y, z = 3 * group + rng.normal(size=(2, 200))
+        x = np.column_stack([group, age])
+        rejected += codec_test(y, z, x, n_permutations=19, seed=seed).pvalue <= 0.1
+    assert rejected / 100 < 0.1 + 4 * np.sqrt(0.1 * 0.9 / 100)
+
+
+def follows(rng, d):
+    x = rng.normal(size=(200, d))
+    return x, *(x.sum(axis=1) + 0.5 * rng.normal(size=(2, 200)))
+
+
+@pytest.mark.parametrize("q", [1, 3])
+def test_z_that_follows_x_within_blocks_is_told(rng, q):
+    """With five columns of x the test would reject nearly always, though y is independent of z."""
+    x, y, z = follows(rng, 5)
+    z = np.column_stack([rng.normal(size=(200, q - 1)), z])
+    with pytest.warns(UserWarning, match="even within the blocks") as caught:
+        result = codec_test(y, z, x, n_permutations=99, seed=0)
+    assert caught[0].filename == __file__
+    assert result.exchangeability_pvalue == 0.01
+    assert "has p-value 0.01: trust no small p-value" in repr(result)
+
+
+@pytest.mark.filterwarnings("ignore:z follows x")
+@pytest.mark.parametrize("q", [1, 2])
+def test_exchangeability_is_tested_exactly(rng, q):
+    """Where it holds, the p-value is at most alpha with probability alpha."""
+    rejected = 0
+    for seed in range(200):
+        x, y, *z = rng.normal(size=(q + 2, 60))
+        found = codec_test(y, np.transpose(z), x, n_permutations=19, seed=seed)
+        rejected += found.exchangeability_pvalue <= 0.1
+    assert abs(rejected / 200 - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 200)
+
+
+def test_blocks_of_equal_x_are_not_doubted(rng):
+    x = rng.integers(0, 3, 60)
+    y, z = x + rng.random((2, 60))
+    assert codec_test(y, z, x, n_permutations=9).exchangeability_pvalue == 1
+
+
+def test_exchangeability_is_that_of_every_permuted_z(rng):
+    from lcodec_ext.dependence.permutation import column_ranks, near_blocks
+
+    x, z = rng.normal(size=(2, 40))
+    z = np.round(z + x, 1)
+    found = codec_test(rng.normal(size=40), z, x, n_permutations=19, seed=3)
+    blocks = near_blocks(column_ranks(x[:, None]), 3)
+    values = []
+    for b in range(20):
+        rows = np.empty(40, dtype=int)
+        rows[blocks.order] = blocks.order[permutation(40, 3, b, blocks.start)]
+        values.append(exact_T(z[rows], column_ranks(x[:, None])))
+    assert found.exchangeability_pvalue == sum(T >= values[0] for T in values) / 20
+
+
+def test_only_local_permutation_has_an_exchangeability_pvalue(rng):
+    y, z = rng.normal(size=(2, 30))
+    assert codec_test(y, z, n_permutations=9).exchangeability_pvalue is None
 
 
 # --------------------------------------------------------------------------------------------
@@ -284,9 +354,10 @@ def test_normal_limit_has_the_moments_of_all_permutations(rng):
         assert result.null_sd == pytest.approx(np.std(values), abs=1e-14)
         assert result.statistic == codec(y, z)
         score = (result.statistic - result.null_mean) / result.null_sd
-        assert result.pvalue == pytest.approx(0.5 * math.erfc(score / math.sqrt(2)), rel=1e-12)
+        normal = 0.5 * math.erfc(score / math.sqrt(2))
+        assert abs(result.pvalue - normal) < 0.05
         assert len(result.null_distribution) == result.n_permutations == 0
-        assert "by the normal limit" in repr(result)
+        assert "by the limit of many rows" in repr(result)
 
 
 @pytest.mark.parametrize("name", sorted(set(samples(np.random.default_rng(0))) - {"classes"}))
@@ -294,12 +365,30 @@ def test_normal_limit_has_the_moments_of_all_permutations(rng):
 def test_limit_is_the_same_on_every_backend(rng, name, ties):
     y, z = samples(rng)[name]
     options = {"method": "asymptotic", "seed": 5, "ties": ties}
+    table = np.reshape(np.asarray(z), (len(z), -1))
+    if ties == "first" and len(np.unique(table, axis=0)) < len(table):
+        with pytest.raises(ValueError, match="goes without ties='first' where rows of z are equal"):
+            codec_test(y, z, **options)
+        return
     a = codec_test(y, z, **options)
     b = codec_test(y, z, backend="reference", **options)
     c = codec_test(torch.as_tensor(y), torch.as_tensor(z), backend=EMULATED, **options)
     for other in (b, c):
         same(a, other)
         assert (a.null_mean, a.null_sd) == (other.null_mean, other.null_sd)
+
+
+def test_limit_of_a_binary_z_has_the_level_of_its_tail():
+    """A sum of chi-squares: with a normal tail 3.8% are below 0.01."""
+    runs = 2000
+    below = np.zeros(2)
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        y, z = rng.normal(size=100), rng.integers(0, 2, 100)
+        found = codec_test(y, z, method="asymptotic", confidence_level=None)
+        below += found.pvalue <= np.array([0.05, 0.01])
+    for share, alpha in zip(below / runs, (0.05, 0.01), strict=True):
+        assert abs(share - alpha) < 4 * np.sqrt(alpha * (1 - alpha) / runs)
 
 
 def test_interval_is_the_same_on_every_backend(rng):
@@ -322,8 +411,9 @@ def test_limit_agrees_with_permutations(rng):
 
 
 def test_z_that_tells_nothing_has_pvalue_1(rng):
+    y = rng.normal(size=19)
     with pytest.warns(UserWarning, match="constant"):
-        assert codec_test(rng.normal(size=20), np.ones(20), method="asymptotic").pvalue == 1
+        assert codec_test(y, np.ones(19), method="asymptotic").pvalue == 1
 
 
 def test_interval_has_the_t_of_many_samples(rng):
@@ -338,7 +428,7 @@ def test_interval_has_the_t_of_many_samples(rng):
     found = codec_test(*sample(), confidence_level=0.6826894921, seed=0, n_permutations=1)
     low, high = found.confidence_interval
     assert 0.7 * spread < (high - low) / 2 < 1.5 * spread
-    assert "interval from" in repr(found)
+    assert f"  68.2689% interval from {low:.4f} to {high:.4f} for the mean of T" in repr(found)
 
 
 def test_intervals_of_conditional_and_nominal_ts(rng):
@@ -350,6 +440,65 @@ def test_intervals_of_conditional_and_nominal_ts(rng):
         low, high = result.confidence_interval
         assert low < result.statistic < high
         assert result.confidence_interval == codec_test(*sample, **options).confidence_interval
+
+
+def test_an_interval_is_the_default():
+    y, z = np.random.default_rng(0).normal(size=(2, 30))
+    found = codec_test(y, z, seed=1)
+    assert found.confidence_level == 0.95
+    again = codec_test(y, z, seed=1, confidence_level=0.95)
+    assert found.confidence_interval == again.confidence_interval
+    without = codec_test(y, z, seed=1, confidence_level=None)
+    assert without.confidence_interval is None
+    assert "interval" not in repr(without)
+    few = codec_test(y[:19], z[:19], seed=1)
+    assert few.confidence_interval is None
+    assert "no interval: it needs at least 20 rows" in repr(few)
+
+
+def test_an_interval_ends_at_1():
+    z = np.arange(60.0)
+    found = codec_test(np.abs(z - 20) // 3, z, confidence_level=0.9999, seed=0)
+    assert found.confidence_interval[1] == 1.0
+    assert found.confidence_interval[0] < found.statistic
+
+
+@pytest.mark.filterwarnings("ignore:column 0 of z is constant")
+@pytest.mark.parametrize("case", ["one class is a single row", "constant z"])
+def test_an_interval_without_spread_is_nan(case):
+    z = np.random.default_rng(0).normal(size=300)
+    y = np.arange(300) == 7
+    if case == "constant z":
+        y, z = z, np.ones(300)
+    with pytest.warns(UserWarning, match="the same on all that define it: the interval is nan"):
+        found = codec_test(y, z, n_permutations=9, seed=0)
+    assert np.isnan(found.confidence_interval).all()
+    assert "no 95% interval: subsamples do not tell how much T varies" in repr(found)
+
+
+def test_subsamples_without_t_are_told():
+    z = np.random.default_rng(0).normal(size=60)
+    with pytest.warns(UserWarning, match=r"\d+ of 200 subsamples leave the coefficient undefined"):
+        codec_test(np.arange(60) % 20 == 7, z, n_permutations=9, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codec_test(np.arange(60) % 4 == 1, z, n_permutations=9, seed=0)
+
+
+def test_a_t_by_convention_has_no_interval():
+    with pytest.warns(UserWarning, match="1 by convention") as told:
+        found = codec_test(np.ones(30), np.arange(30), n_permutations=9)
+    assert len(told) == 1
+    assert np.isnan(found.confidence_interval).all()
+
+
+def test_an_interval_below_0_says_so():
+    """Irrelevant z given two columns that tell y: T of the population is 0."""
+    a, b, z = np.random.default_rng(0).normal(size=(3, 300))
+    y = np.sin(3 * a) + b**2
+    found = codec_test(y, z, np.column_stack([a, b]), n_permutations=9, seed=0)
+    assert found.confidence_interval[1] < 0
+    assert "it lies below 0, where no population has T" in repr(found)
 
 
 # --------------------------------------------------------------------------------------------
@@ -367,6 +516,7 @@ def test_nothing_is_selected_where_y_depends_on_nothing(rng):
     assert abs(selected / runs - alpha) < 4 * np.sqrt(alpha * (1 - alpha) / runs)
 
 
+@pytest.mark.filterwarnings("ignore:y follows")
 def test_columns_that_matter_are_selected(rng):
     X = rng.normal(size=(500, 8))
     y = X[:, 2] + X[:, 5]
@@ -395,6 +545,8 @@ def test_backends_agree_on_steps(rng, kind, ties):
         assert other.ordering.tolist() == results[0].ordering.tolist()
         assert other.threshold.tolist() == results[0].threshold.tolist()
         assert other.pvalues.tolist() == results[0].pvalues.tolist()
+        kept = [each.exchangeability_pvalues for each in (other, results[0])]
+        np.testing.assert_array_equal(*kept)
         assert other.stop_reason == results[0].stop_reason
 
 
@@ -417,6 +569,89 @@ def test_preselected_columns_are_permuted_within(rng):
     result = foci(X, y, stop="permutation", preselected=[0], seed=0, n_permutations=99)
     assert result.ordering.tolist() == [1]
     assert result.threshold[0] > result.base
+
+
+def test_y_that_follows_the_selected_columns_within_blocks_is_told(rng):
+    x, y, _ = follows(rng, 8)
+    needless = x.sum(axis=1) + 0.1 * rng.normal(size=200)
+    X = np.column_stack([x, needless])
+    options = {"stop": "permutation", "n_permutations": 99, "seed": 0}
+    with pytest.warns(UserWarning, match="when column 8 was selected") as caught:
+        result = foci(X, y, preselected=range(8), **options)
+    assert caught[0].filename == __file__
+    assert result.exchangeability_pvalues.tolist() == [0.01]
+    X = np.random.default_rng(2).normal(size=(400, 3))
+    with pytest.warns(UserWarning, match="for 1 of 4 columns, the column follows") as caught:
+        dependence_graph(np.column_stack([X, X.sum(axis=1)]), **options)
+    assert len(caught) == 1
+
+
+def test_a_step_that_is_not_taken_is_not_doubted(rng):
+    x, y, _ = follows(rng, 8)
+    X = np.column_stack([x, rng.normal(size=200)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = foci(X, y, preselected=range(8), stop="permutation", n_permutations=99, seed=0)
+    assert result.ordering.tolist() == []
+    assert result.exchangeability_pvalues.tolist() == [0.01]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "n_permutations", "most"),
+    [
+        (0.3, 9, 2),
+        (0.05, 999, 49),
+        (0.1, 19, 1),
+        (0.29, 99, 28),
+        (1e-6, 999_999, 0),
+        (0.05, 18, -1),
+    ],
+)
+def test_threshold_and_pvalue_decide_alike(alpha, n_permutations, most):
+    """As many permutations may reach a gain as leave its p-value, as a float, at most alpha."""
+    assert Level(alpha, n_permutations).most == most
+    assert (2 + most) / (n_permutations + 1) > alpha
+
+
+def test_smallest_levels_are_taken():
+    assert check_level("permutation", 1e-6, 999_999).most == 0
+    for n in (9, 18, 22, 48, 99, 106, 999):
+        assert check_level("permutation", 1 / (n + 1), n).most == 0
+        with pytest.raises(ValueError, match=f"at least {n} for"):
+            check_level("permutation", 1 / (n + 1), n - 1)
+
+
+def test_a_step_that_is_taken_exceeds_its_threshold(rng):
+    for seed in range(60):
+        X, y = rng.normal(size=(30, 3)), rng.normal(size=30)
+        found = foci(
+            X, y, stop="permutation", alpha=0.3, n_permutations=9, seed=seed, max_features=1
+        )
+        taken = len(found.ordering)
+        assert (found.cumulative > found.threshold[:taken]).all()
+        assert (found.pvalues[:taken] <= 0.3).all()
+
+
+def test_many_permutations_are_held_a_few_columns_at_a_time(rng, monkeypatch):
+    X, y = np.round(rng.normal(size=(2, 40, 9)), 1)
+    y = y[:, 0] + X[:, 1]
+    options = {"stop": "permutation", "n_permutations": 99, "seed": 0, "max_features": 1}
+    sizes = []
+    sums = type(HOST["cpu"]).permuted_sums
+
+    def counted(*given):
+        found = sums(*given)
+        sizes.append(found.size)
+        return found
+
+    monkeypatch.setattr(type(HOST["cpu"]), "permuted_sums", counted)
+    expected = foci(X, y, **options)
+    assert len(sizes) == 1
+    monkeypatch.setattr(foci_null, "_SUMS", sizes[0] // 4)
+    found = foci(X, y, **options)
+    assert max(sizes[1:]) < sizes[0] / 2
+    assert found.pvalues.tolist() == expected.pvalues.tolist()
+    assert found.threshold.tolist() == expected.threshold.tolist()
 
 
 def test_other_stops_have_no_band(rng):

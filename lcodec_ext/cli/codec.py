@@ -79,14 +79,14 @@ def add_codec(commands: Any) -> None:
     parser.add_argument(
         "--method",
         choices=("permutation", "local_permutation", "asymptotic"),
-        help="with --test: of y, of z among rows with near x, or the normal limit without x "
+        help="with --test: of y, of z among rows with near x, or the limit of many rows without x "
         "(default: local_permutation with --x, otherwise permutation)",
     )
     parser.add_argument(
         "--confidence-level",
         type=share,
         metavar="C",
-        help="with --test: an interval for T, from subsamples",
+        help="with --test: of the interval for T, from subsamples (default: 0.95)",
     )
     add_plot(parser, "T and its values under permutation (needs --test)")
     add_computation(parser, noise=True, classes=True)
@@ -141,7 +141,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     more = f"; {omitted}" if omitted.rows else ""
     what = f"T({options.y}, {', '.join(options.z)}{conditions})"
     text = f"{what} = {value:.6g}   ({counted(n, 'row')}{more})"
-    console.emit(result, text if test is None else f"{text}\n{_test_text(test, given)}")
+    console.emit(result, text if test is None else f"{text}\n{_test_text(test)}")
     return OK
 
 
@@ -206,10 +206,11 @@ def _test_record(found: "CodecTestResult") -> dict[str, Any]:
         "null_mean": found.null_mean,
         "null_sd": found.null_sd,
         "confidence_interval": found.confidence_interval,
+        "confidence_level": found.confidence_level,
     }
 
 
-def _test_text(test: dict[str, Any], given: dict[str, Any]) -> str:
+def _test_text(test: dict[str, Any]) -> str:
     what = {
         "permutation": "permutations of y",
         "local_permutation": "permutations of z among rows with near x",
@@ -222,5 +223,5 @@ def _test_text(test: dict[str, Any], given: dict[str, Any]) -> str:
     ]
     if test["confidence_interval"]:
         low, high = test["confidence_interval"]
-        lines.append(f"{given['confidence_level']:g} interval: {low:.4f} to {high:.4f}")
+        lines.append(f"{test['confidence_level']:g} interval: {low:.4f} to {high:.4f}")
     return "\n".join(lines)

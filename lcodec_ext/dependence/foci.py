@@ -15,6 +15,7 @@ from lcodec_ext._checks import (
     check_integer,
     check_real,
     check_seed,
+    first_few,
 )
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import fresh_seed, tie_seed
@@ -22,7 +23,8 @@ from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Leaders, Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.classes import response_engine, responses
-from lcodec_ext.dependence.foci_null import Level, StepNull, check_level
+from lcodec_ext.dependence.exchangeable import DOUBTFUL
+from lcodec_ext.dependence.foci_null import Level, StepNull, StepTest, check_level
 from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.scaling import (
@@ -89,6 +91,9 @@ class FociResult:
         that chance reaches, which the cumulative T had to exceed.
     pvalues : ndarray of float64, or None
         With stop="permutation", the p-values of these steps.
+    exchangeability_pvalues : ndarray of float64, or None
+        With stop="permutation", p-values of what these steps assume: that y is exchangeable among
+        rows that are near in the columns selected before. nan where none were.
     """
 
     ordering: NDArray[np.int64]
@@ -105,9 +110,18 @@ class FociResult:
     threshold: NDArray[np.float64] | None = None
     pvalues: NDArray[np.float64] | None = None
     preselected_names: list[str] | None = None
+    exchangeability_pvalues: NDArray[np.float64] | None = None
 
     def __iter__(self) -> Iterator[NDArray]:
         return iter((self.ordering, self.cumulative))
+
+    @property
+    def _doubtful(self) -> list[int]:
+        """Steps that were taken by a test whose assumption does not hold."""
+        kept = self.exchangeability_pvalues
+        return (
+            [] if kept is None else np.flatnonzero(kept[: len(self.ordering)] <= DOUBTFUL).tolist()
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the cumulative and the conditional T of every step, of the first 60 at most.
@@ -202,8 +216,9 @@ def foci(
         "permutation" stops, too, when the largest gain has a p-value above alpha: among the
         permutations of y, how often the largest gain of all remaining columns is as large. The
         first step is an exact test that y is independent of X: if it is, something is selected with
-        probability alpha at most. Later steps permute y in blocks of rows with near values of the
-        selected columns, which is approximate. ``docs/inference.md`` says what that assumes.
+        probability alpha at most. Later steps permute y in blocks of rows with near ranks in the
+        selected columns, which is approximate; a warning says where the data speak against it.
+        ``docs/inference.md`` says what that assumes.
     max_features : int, optional
         Cap on the number of columns selected (preselected ones not counted).
     min_gain : float, default 0.0
@@ -493,7 +508,7 @@ class _Task:
         conditioned = bool(self.preselected)
         candidates = sorted(set(range(self.p)).difference(self.preselected))
         steps: list[tuple[int, float, float]] = []
-        tests: list[tuple[float, float]] = []
+        tests: list[StepTest] = []
         reason: StopReason = "exhausted" if self.cap == len(candidates) else "max_features"
         with progress_bar(self.progress, total=len(candidates), unit="column") as bar:
             while len(steps) < self.cap:
@@ -507,12 +522,13 @@ class _Task:
                 gain = T - response.unconditional(m)
                 if null is not None:
                     selected = [*self.preselected, *(column for column, _, _ in steps)]
-                    by_chance, pvalue = null.step(selected, candidates, gain)
-                    tests.append((float(response.unconditional(m)) + by_chance, pvalue))
+                    test = null.step(selected, candidates, gain)
+                    reached = float(response.unconditional(m)) + test.threshold
+                    tests.append(test._replace(threshold=reached))
                 if self.stop and gain <= Fraction(self.min_gain):
                     reason = "no_gain" if gain <= 0 else "min_gain"
                     break
-                if self.level is not None and tests[-1][1] > self.level.alpha:
+                if self.level is not None and tests[-1].pvalue > self.level.alpha:
                     reason = "not_significant"
                     break
                 step = response.conditional(m_best, m) if conditioned else T
@@ -527,14 +543,16 @@ class _Task:
                 engine.select(best)
                 candidates.remove(best)
                 m, conditioned = m_best, True
-        return self._result(steps, base, reason, tests)
+        result = self._result(steps, base, reason, tests)
+        _warn_of_blocks(result)
+        return result
 
     def _result(
         self,
         steps: list[tuple[int, float, float]],
         base: float,
         reason: StopReason,
-        tests: Sequence[tuple[float, float]] = (),
+        tests: Sequence[StepTest] = (),
     ) -> FociResult:
         ordering = [column for column, _, _ in steps]
         names = self.features.names
@@ -551,9 +569,28 @@ class _Task:
             n_features=self.features.values.shape[1],
             n_omitted=self.rows.n_omitted,
             missing=self.rows.missing,
-            threshold=None if self.level is None else np.array([T for T, _ in tests]),
-            pvalues=None if self.level is None else np.array([p for _, p in tests]),
+            threshold=self._of_tests(tests, "threshold"),
+            pvalues=self._of_tests(tests, "pvalue"),
+            exchangeability_pvalues=self._of_tests(tests, "exchangeability"),
         )
+
+    def _of_tests(self, tests: Sequence[StepTest], name: str) -> NDArray[np.float64] | None:
+        return None if self.level is None else np.array([getattr(each, name) for each in tests])
+
+
+def _warn_of_blocks(result: FociResult) -> None:
+    """Say once that steps were taken by a test whose assumption does not hold."""
+    kept, doubtful = result.exchangeability_pvalues, result._doubtful
+    if kept is None or not doubtful:
+        return
+    which = first_few([result._label(k) for k in doubtful], 5)
+    warnings.warn(
+        "y follows the selected columns even within the blocks of near rows in which it is "
+        f"permuted (p-value {kept[doubtful[0]]:.3g} that it does not), when {which} "
+        f"{'was' if len(doubtful) == 1 else 'were'} selected: chance may take such a step more "
+        "often than alpha says; pass more rows, or look at these columns by `stability`",
+        stacklevel=5,
+    )
 
 
 class _Reach:

@@ -1,28 +1,29 @@
 """What chance makes of a step of FOCI: the largest gain of all candidates, with y permuted."""
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._arrays import is_tensor
 from lcodec_ext._checks import check_integer, check_positive
 from lcodec_ext.dependence.backends.base import Backend, Ties
 from lcodec_ext.dependence.classes import Response
+from lcodec_ext.dependence.exchangeable import NearRows
 from lcodec_ext.dependence.permutation import (
     Blocks,
     Weighted,
     find_neighbors,
     joined,
-    near_blocks,
     neighbor_pairs,
     reordered,
 )
 
 BLOCK = 5  # rows, at least, among which y is permuted once columns are selected
 _PAIRS = 1 << 22  # of candidates that share the drawing of permutations
+_SUMS = 1 << 24  # of these candidates under all permutations
 _CLOSE = 1e-12  # what floats of two coefficients may be off
 
 
@@ -35,7 +36,11 @@ class Level(NamedTuple):
     @property
     def most(self) -> int:
         """How many permutations may reach a step's gain, so that its p-value is at most alpha."""
-        return math.floor(Fraction(self.alpha) * (self.n_permutations + 1)) - 1
+        values = self.n_permutations + 1
+        most = math.floor(self.alpha * values)  # or one more or less, as floats are rounded
+        while (1 + most) / values > self.alpha:
+            most -= 1
+        return most
 
 
 def check_level(stop: object, alpha: object, n_permutations: object) -> Level | None:
@@ -57,11 +62,22 @@ def check_level(stop: object, alpha: object, n_permutations: object) -> Level | 
     count = 999 if n_permutations is None else n_permutations
     chosen = Level(level, check_integer(count, "n_permutations", 1, 10**6))
     if chosen.most < 0:
+        least = math.floor(1 / level) - 1  # or one more
+        while least < 1 or 1 / (least + 1) > level:
+            least += 1
         raise ValueError(
-            f"n_permutations must be at least {math.ceil(1 / Fraction(level)) - 1} for "
-            f"alpha={level:g}, as the smallest p-value is 1 / (n_permutations + 1); got {count}"
+            f"n_permutations must be at least {least:,} for alpha={level:g}, as the smallest "
+            f"p-value is 1 / (n_permutations + 1); got {count:,}"
         )
     return chosen
+
+
+class StepTest(NamedTuple):
+    """Of one step: what its gain must exceed, and two p-values."""
+
+    threshold: float
+    pvalue: float
+    exchangeability: float  # that y is exchangeable in the blocks; nan where it is permuted freely
 
 
 class StepNull:
@@ -91,24 +107,25 @@ class StepNull:
         self._backend, self._X, self._factors, self._responses = backend, X, factors, responses
         self._ties, self._seed, self._level = ties, seed, level
 
-    def step(
-        self, selected: list[int], candidates: list[int], gain: Fraction
-    ) -> tuple[float, float]:
-        """What the gain of a step must exceed, and its p-value.
+    def step(self, selected: list[int], candidates: list[int], gain: Fraction) -> StepTest:
+        """Test a step, by permutations of y.
 
-        The permutations are those of y over all rows in the first step, and in blocks of rows with
-        near values of the selected columns in a later one.
+        They are those over all rows in the first step, and in blocks of rows with near ranks in
+        the selected columns in a later one.
         """
-        blocks = self._blocks(selected) if selected else None
+        near = NearRows(self._backend, self._X[:, selected], BLOCK) if selected else None
+        blocks = near.blocks if near else None
         largest = np.full(self._level.n_permutations, -np.inf)
         reached = np.zeros(self._level.n_permutations, dtype=bool)
-        base = self._values([self._pairs(selected)], blocks)[0] if selected else None
+        base = next(self._values([self._pairs(selected)], blocks)) if selected else None
         lists: list[Weighted] = []
-        listed = 0
+        listed = segments = 0
+        most_segments = _SUMS // ((len(largest) + 1) * len(self._responses))
         for k, column in enumerate(candidates, 1):
             lists.append(self._pairs([*selected, column]))
             listed += lists[-1].pairs.other.size + lists[-1].pairs.label.size
-            if k < len(candidates) and listed < _PAIRS:
+            segments += len(lists[-1].num)
+            if k < len(candidates) and listed < _PAIRS and segments < most_segments:
                 continue
             for values in self._values(lists, blocks):
                 gains = values.rounded[1:] - (0 if base is None else base.rounded[1:])
@@ -118,15 +135,13 @@ class StepNull:
                 for b in np.flatnonzero((np.abs(distance) <= _CLOSE) & ~reached).tolist():
                     exact = values.exact(b + 1) - (0 if base is None else base.exact(b + 1))
                     reached[b] = exact >= gain
-            lists, listed = [], 0
+            lists, listed, segments = [], 0, 0
         most = self._level.most
         threshold = np.partition(largest, len(largest) - 1 - most)[len(largest) - 1 - most]
-        return float(threshold), (1 + int(reached.sum())) / (len(largest) + 1)
-
-    def _blocks(self, selected: list[int]) -> Blocks:
-        table = self._X[:, selected]
-        values = table.cpu().numpy() if is_tensor(table) else table
-        return near_blocks(values, self._factors[selected], BLOCK)
+        kept = math.nan
+        if near:
+            kept = near.exchangeability(self._responses, self._seed, self._level.n_permutations)
+        return StepTest(float(threshold), (1 + int(reached.sum())) / (len(largest) + 1), kept)
 
     def _pairs(self, columns: list[int]) -> Weighted:
         found = find_neighbors(
@@ -134,8 +149,8 @@ class StepNull:
         )
         return neighbor_pairs(found)
 
-    def _values(self, lists: list[Weighted], blocks: Blocks | None) -> list["_Values"]:
-        """T(Y, Z) of each list's columns, of the data and under permutations of y."""
+    def _values(self, lists: list[Weighted], blocks: Blocks | None) -> Iterator["_Values"]:
+        """T(Y, Z) of each list's columns in turn, of the data and under permutations of y."""
         pairs = joined(lists)
         start = None
         if blocks is not None:
@@ -146,10 +161,8 @@ class StepNull:
             count = self._level.n_permutations + 1
             sums.append(self._backend.permuted_sums(pairs, moved, start, self._seed, count))
         ends = np.cumsum([len(each.num) for each in lists])
-        return [
-            _Values(self._responses, [s[:, end - len(each.num) : end] for s in sums], each)
-            for each, end in zip(lists, ends.tolist(), strict=True)
-        ]
+        for each, end in zip(lists, ends.tolist(), strict=True):
+            yield _Values(self._responses, [s[:, end - len(each.num) : end] for s in sums], each)
 
 
 class _Values:

@@ -161,6 +161,7 @@ def dependence_graph(
             others = np.delete(np.arange(p), i)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* constant")  # said once above
+                warnings.filterwarnings("ignore", "y follows the selected")  # and below
                 result = foci(
                     values[:, others],
                     values[:, i],
@@ -181,4 +182,12 @@ def dependence_graph(
             result = replace(result, ordering=selected, names=chosen_names, n_features=p)
             results.append(replace(result, n_omitted=rows.n_omitted, missing=rows.missing))
             bar.update()
+    doubtful = sum(bool(result._doubtful) for result in results)
+    if doubtful:
+        warnings.warn(
+            f"for {doubtful} of {p} columns, the column follows those selected for it even within "
+            "the blocks of near rows in which it is permuted: chance may take its later steps more "
+            "often than alpha says; exchangeability_pvalues in `results` say which",
+            stacklevel=2,
+        )
     return DependenceGraph(adjacency, weights, results, names)

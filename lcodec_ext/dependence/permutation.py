@@ -269,27 +269,43 @@ class Blocks(NamedTuple):
         return position
 
 
-def near_blocks(table: NDArray, factors: NDArray, least: int) -> Blocks:
-    """Blocks of at least `least` rows that are near each other in a table.
+def near_blocks(ranks: NDArray, least: int) -> Blocks:
+    """Blocks of at least `least` rows that are near each other, by the ranks of every column.
 
     A block of twice as many rows is halved, where the sorted values of its widest column change
     nearest to the middle; if they change nowhere with enough rows on both sides, the next widest
     column is taken. Rows that are equal in all columns are one block, however many they are, if
     they are enough.
+
+    Parameters
+    ----------
+    ranks : array of shape (n, k)
+        As `column_ranks` gives them. Columns of any units and shape count alike: of raw values the
+        widest column would be halved time and again, and the others never.
+    least : int
     """
-    values = np.ascontiguousarray(table) * factors
-    order = np.arange(len(values))
-    start = np.zeros(len(values), dtype=np.int32)
-    open_blocks = [(0, len(values))]
+    order = np.arange(len(ranks))
+    start = np.zeros(len(ranks), dtype=np.int32)
+    open_blocks = [(0, len(ranks))]
     while open_blocks:
         a, b = open_blocks.pop()
         start[a:b] = a
-        middle = _halved(values, order[a:b], least) if b - a >= 2 * least else None
+        middle = _halved(ranks, order[a:b], least) if b - a >= 2 * least else None
         if middle is not None:
             rows, at = middle
             order[a:b] = rows
             open_blocks += [(a, a + at), (a + at, b)]
     return Blocks(order, start)
+
+
+def column_ranks(table: Any) -> NDArray[np.float64]:
+    """How many rows are smaller, and how many at most as large, together: of every value."""
+    values = table.cpu().numpy() if is_tensor(table) else table
+    ranks = np.empty(values.shape)
+    for k, column in enumerate(values.T):
+        ordered = np.sort(column)
+        ranks[:, k] = np.searchsorted(ordered, column) + np.searchsorted(ordered, column, "right")
+    return ranks
 
 
 def _halved(

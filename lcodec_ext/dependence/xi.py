@@ -14,6 +14,7 @@ from lcodec_ext._checks import (
     check_integer,
     check_probability,
     check_seed,
+    counted,
     first_few,
 )
 from lcodec_ext._random import fresh_seed, tie_seed
@@ -22,7 +23,8 @@ from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.limits import (
     PairSums,
-    normal_interval,
+    interval,
+    limit_skewness,
     permutation_variance,
     subsampled_sd,
     upper_tail,
@@ -97,16 +99,10 @@ class XiPairs(NamedTuple):
         return value, tail, sd
 
     def skewness(self, i: int, j: int, weights: PairSums) -> float:
-        """Skewness of the sum of chi-squares that xi tends to where tied rows are averaged.
-
-        It is sum_ab m_a l_b (z_ab^2 - 1) over the eigenvalues m of the centred weights and l of the
-        centred minima, whose powers are traces.
-        """
-        n, over = self.n, weights.over**2
-        squares = (n * (n * weights.squares - 2 * weights.rows) + weights.total**2) / (n * n * over)
-        minima = self.ranks[j].limit_variance(n) / n**4
-        cubes = self.paths[i].cube * self.ranks[j].cube
-        return max(8 * cubes / (2 * squares * minima) ** 1.5, 0.0) if squares > 0 else 0.0
+        """Skewness of the sum of chi-squares that xi tends to where tied rows are averaged."""
+        ranks = self.ranks[j]
+        minima = ranks.limit_variance(self.n) / self.n**4
+        return limit_skewness(weights, self.paths[i].cube, minima, ranks.cube)
 
     def shaped(self, value: Any) -> Any:
         """value(i, j) of all pairs: as it is, or as an array; an array for each of several."""
@@ -269,6 +265,9 @@ class _Triple(NamedTuple):
 class XiTestResult(_Triple):
     """The result of :func:`xi_test`: a tuple (statistic, pvalue, sd), and what belongs to it.
 
+    It unpacks into three: ``statistic, pvalue, sd = xi_test(x, y)``. What `codec_test` returns
+    unpacks into two.
+
     Attributes
     ----------
     statistic : float or ndarray
@@ -279,19 +278,41 @@ class XiTestResult(_Triple):
         Standard deviation of xi under independence, where its mean is 0.
     confidence_interval : tuple of two, or None
         Lower and upper end, floats or arrays; None where none was asked for.
+    confidence_level : float or None
+        As it was asked for.
     method : {"asymptotic", "permutation"}
     n : int
         How many rows were used.
     """
 
     confidence_interval: tuple[Any, Any] | None = None
+    confidence_level: float | None = None
     method: str = "asymptotic"
     n: int = 0
 
+    def _replace(self, **changes: Any) -> "XiTestResult":
+        """Another result with some of the three values replaced; the rest is kept."""
+        made = super()._replace(**changes)
+        made.__dict__.update(self.__dict__)
+        return made
+
     def __repr__(self) -> str:
-        interval = self.confidence_interval
-        more = "" if interval is None else f", confidence_interval={interval}"
-        return f"{super().__repr__()[:-1]}{more})"
+        by = "permutations" if self.method == "permutation" else "the limit of many rows"
+        of = f"on {counted(self.n, 'row')}, by {by}"
+        ends = self.confidence_interval
+        level = f"{100 * (self.confidence_level or 0):.6g}% interval"
+        if np.ndim(self.statistic) == 0:
+            head = f"xi = {self.statistic:.4f}, p-value = {self.pvalue:.4g}, sd = {self.sd:.4f}"
+            more = "" if ends is None else f"\n  {level} from {ends[0]:.4f} to {ends[1]:.4f}"
+            return f"XiTestResult: {head} {of}{more}"
+        lines = [f"XiTestResult: {counted(self.statistic.size, 'pair')} {of}"]
+        shown = {"xi": self.statistic, "p-value": self.pvalue, "sd": self.sd}
+        if ends is not None:
+            shown |= {f"{level} from": ends[0], "to": ends[1]}
+        for name, values in shown.items():
+            text = np.array2string(values, precision=4, threshold=20, suppress_small=False)
+            lines.append(f"  {name}, of shape {values.shape}: {' '.join(text.split())}")
+        return "\n".join(lines)
 
 
 def xi_test(
@@ -331,7 +352,10 @@ def xi_test(
     confidence_level : float, optional
         Between 0 and 1: an interval for the xi of the population, xi -+ z s, of at least 20 rows.
         The standard error s is from the spread over 200 subsamples, and assumes that sqrt(n) xi is
-        nearly normal, which fails where y is a function of x. By default none is computed.
+        nearly normal. That fails where y is a function of x: there the interval means nothing. It
+        ends at 1 at most, and is not cut at 0. With a warning, it is nan where xi is the same on
+        all subsamples. There is a warning, too, where y is constant in more than 5% of them. By
+        default none is computed.
     seed : int in [0, 2**64) or None
         Of ``ties="random"``, permutations and subsamples; None (default) draws a fresh one.
 
@@ -376,6 +400,7 @@ def xi_test(
     pairs.warn_constant(stacklevel=2)
     result = tested(chosen, pairs, y_continuous, method, n_permutations, ties, seed)
     if level is not None:
+        result.confidence_level = level
         result.confidence_interval = _interval(chosen, pairs, result.statistic, level, ties, seed)
     return result
 
@@ -426,4 +451,4 @@ def _interval(
         return part.shaped(part.xi)
 
     drawn = fresh_seed() if seed is None else seed
-    return normal_interval(values, subsampled_sd(statistic, pairs.n, seed=drawn), level)
+    return interval(values, subsampled_sd(statistic, pairs.n, seed=drawn), level, stacklevel=3)

@@ -81,8 +81,9 @@ def unlearn(
         Where the options start from. "recommended": one Gauss-Newton step by conjugate gradients
         on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
     validation : tensors, Dataset or DataLoader, optional
-        What the guard watches accuracy on, with `max_drop`; by default retained samples that the
-        step has not read, if it has not read all.
+        What the strength is found by, and the guard watches accuracy on, with `max_drop`. Without
+        them the strength is a constant, and the guard watches retained samples, those that the step
+        has not read if there are any; the preset's max_drop is then 0.005.
     groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
         Where forget has all samples of one user or of several: the id of each retained sample's
         user. The control groups of a calibrated step are then other users, with about as many
