@@ -325,3 +325,14 @@ def test_without_a_library_the_error_says_what_to_install(missing, name):
         f"assert {missing!r} in text and '[plot]' in text"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_a_matrix_explains_stars_where_there_are_some():
+    X = np.random.default_rng(0).normal(size=(100, 4))
+    assert "*" not in xi_matrix(X, seed=0).plot().get_title(loc="left")
+    X[:, 1] = X[:, 0] ** 2
+    assert xi_matrix(X).plot().get_title(loc="left").endswith("*: adjusted p ≤ 0.05")
+    title = xi_matrix(X, adjust=None).plot().get_title(loc="left")
+    assert title.endswith("*: p ≤ 0.05")
+    many = np.column_stack([X] * 10)
+    assert "*" not in xi_matrix(many).plot().get_title(loc="left")

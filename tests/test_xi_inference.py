@@ -372,9 +372,30 @@ def test_the_matrix_has_all_pairs():
         assert np.isnan(np.diag(adjusted)).all()
     plain = xi_matrix(table, adjust=None)
     assert np.array_equal(plain.adjusted, plain.pvalue, equal_nan=True)
+    assert ", not adjusted" in repr(plain)
+    assert "adjusted 0." in repr(found)
     permuted = xi_matrix(table, method="permutation", n_permutations=19, seed=0)
+    assert np.isnan(np.diag(permuted.pvalue)).all()
     one = xi_test(table[:, 1], table[:, 2], method="permutation", n_permutations=19, seed=0)
     assert permuted.pvalue[1, 2] == one.pvalue
+
+
+def test_a_matrix_draws_permutations_once_for_each_response(monkeypatch):
+    calls = []
+    original = type(CPU).permuted_sums
+
+    def counted(self, *args):
+        calls.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(type(CPU), "permuted_sums", counted)
+    rng = np.random.default_rng(1)
+    table = np.column_stack([rng.normal(size=(30, 4)), rng.integers(0, 4, (30, 2))])
+    found = xi_matrix(table, method="permutation", n_permutations=49, seed=3)
+    assert len(calls) == 6
+    for i, j in permutations(range(6), 2):
+        one = xi_test(table[:, i], table[:, j], method="permutation", n_permutations=49, seed=3)
+        assert found.pvalue[i, j] == one.pvalue
 
 
 def test_the_matrix_prints_its_largest_pairs():

@@ -174,24 +174,28 @@ def plot_matrix(matrix: Any, ax: Any = None) -> Any:
     ax.set(xlabel="y", ylabel="x")
     for side_name in ax.spines:
         ax.spines[side_name].set_visible(False)
-    stars = ""
-    if p <= _WRITTEN:
-        stars = f"; *: adjusted p ≤ {_LEVEL:g}"
-        _write_cells(ax, off_diagonal, np.asarray(matrix.adjusted) <= _LEVEL)
-    _title(ax, f"xi of y on x, {counted(matrix.n, 'row')}{stars}")
+    title = f"xi of y on x, {counted(matrix.n, 'row')}"
+    marked = np.asarray(matrix.adjusted) <= _LEVEL
+    if p <= _WRITTEN and _write_cells(ax, off_diagonal, marked) and marked.any():
+        stars = f"*: {'adjusted ' if matrix.adjust else ''}p ≤ {_LEVEL:g}"
+        room = 72 * ax.get_window_extent().width / ax.figure.dpi
+        title += f"; {stars}" if 4.5 * len(f"{title}; {stars}") < room else f"\n{stars}"
+    _title(ax, title)
     return ax
 
 
-def _write_cells(ax: Any, values: NDArray[np.float64], marked: NDArray[np.bool_]) -> None:
+def _write_cells(ax: Any, values: NDArray[np.float64], marked: NDArray[np.bool_]) -> bool:
+    """Whether there was room."""
     box = ax.get_window_extent()
     cell = 72 * min(box.width, box.height) / ax.figure.dpi / len(values)
     size = min(8.0, 0.3 * cell)
     if size < _SMALLEST - 1:
-        return
+        return False
     for i, j in np.argwhere(np.isfinite(values)):
         text = f"{values[i, j]:.2f}".replace("-0.00", "0.00") + "*" * bool(marked[i, j])
         colour = "white" if values[i, j] > 0.6 else "#222222"
         ax.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
+    return True
 
 
 def plot_graph(graph: Any, ax: Any = None) -> Any:

@@ -29,10 +29,12 @@ from lcodec_ext.dependence.limits import (
     subsampled_sd,
     upper_tail,
 )
+from lcodec_ext.dependence.permutation import Weighted, joined
 from lcodec_ext.dependence.table import MAX_ROWS, Features, as_features, as_response, clean_rows
 from lcodec_ext.dependence.xi_null import Path
 
 METHODS = ("asymptotic", "permutation")
+_AT_ONCE = 1 << 22  # rows, or sums, of columns that share their permutations
 _DOUBLE = np.dtype(np.float64)
 Sums = tuple[list[PathSums], list[RankSums]]
 
@@ -398,7 +400,7 @@ def xi_test(
     chosen = resolve_on_cpu("xi_test", backend, x=x, y=y)
     pairs = pairs_of(chosen, x, y, ties, seed, nan_policy)
     pairs.warn_constant(stacklevel=2)
-    result = tested(chosen, pairs, y_continuous, method, n_permutations, ties, seed)
+    result = tested(chosen, pairs, y_continuous, method, n_permutations, ties, seed, True)
     if level is not None:
         result.confidence_level = level
         result.confidence_interval = _interval(chosen, pairs, result.statistic, level, ties, seed)
@@ -413,32 +415,41 @@ def tested(
     n_permutations: int,
     ties: Ties,
     seed: int | None,
+    diagonal: bool,
 ) -> XiTestResult:
-    """The tests of all pairs, of checked options."""
+    """The tests of all pairs, of checked options; without a diagonal, p-values there are nan."""
     if method == "asymptotic":
         result = XiTestResult(*pairs.shaped(lambda i, j: pairs.asymptotic(i, j, y_continuous)))
     else:
         drawn = fresh_seed() if seed is None else seed
-        tails = _permutation_pvalues(backend, pairs, ties, drawn, n_permutations)
+        tails = _permutation_pvalues(backend, pairs, ties, drawn, n_permutations, diagonal)
         result = XiTestResult(pairs.shaped(pairs.xi), tails, pairs.shaped(pairs.permutation_sd))
     result.method, result.n = method, pairs.n
     return result
 
 
 def _permutation_pvalues(
-    backend: HostBackend, pairs: XiPairs, ties: Ties, seed: int, count: int
+    backend: HostBackend, pairs: XiPairs, ties: Ties, seed: int, count: int, diagonal: bool
 ) -> Any:
-
+    """The p-values of all pairs. Permutations of a response are drawn once for many columns."""
     X, Y = np.atleast_2d(pairs.X), np.atleast_2d(pairs.Y)
-    ranks = [backend.ranks(y)[0] for y in Y]
     paths = [Path(x, ties, pairs.tie_seed) for x in X]
-
-    def pvalue(i: int, j: int) -> float:
+    segments = max(len(path.weights) for path in paths)
+    at_once = max(1, _AT_ONCE // max(pairs.n, (count + 1) * segments))
+    tails = np.full((len(X), len(Y)), math.nan)
+    for j in range(len(Y)):
         if pairs.ranks[j].denominator == 0:
-            return math.nan
-        return (1 + paths[i].exceeding(backend, ranks[j], seed, count)) / (1 + count)
-
-    return pairs.shaped(pvalue)
+            continue
+        R = backend.ranks(Y[j])[0]
+        used = [i for i in range(len(X)) if diagonal or i != j]
+        for first in range(0, len(used), at_once):
+            some = used[first : first + at_once]
+            together = joined([Weighted(paths[i].pairs, [], []) for i in some])
+            sums = backend.permuted_sums(together, R, None, seed, count + 1)
+            ends = np.cumsum([len(paths[i].weights) for i in some])[:-1]
+            for i, own in zip(some, np.split(sums, ends, axis=1), strict=True):
+                tails[i, j] = (1 + paths[i].exceeding(own)) / (1 + count)
+    return pairs.shaped(lambda i, j: float(tails[i, j]))
 
 
 def _interval(
