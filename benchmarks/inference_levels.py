@@ -257,7 +257,7 @@ def simulation(quick: bool) -> dict[str, Any]:
     parts = (
         lambda: unconditional(n, runs),
         lambda: coverage(n, half),
-        lambda: conditional(n, half, 2 if quick else 100),
+        lambda: conditional(n, half, 2 if quick else 50),
         lambda: selection(n, half),
     )
     points = []

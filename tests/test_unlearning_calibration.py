@@ -22,6 +22,7 @@ from lcodec_ext.curvature import (
 from lcodec_ext.curvature.solvers import Krylov, conjugate_gradient
 from lcodec_ext.unlearning import Settings, Unlearner, unlearn, verify_ledger
 from lcodec_ext.unlearning import calibrate as calibrating
+from lcodec_ext.unlearning import finish as finishing
 from lcodec_ext.unlearning import guard as guarding
 from lcodec_ext.unlearning.calibrate import robust_mean
 from lcodec_ext.unlearning.control import control_groups, known_classes, labels_of
@@ -528,6 +529,26 @@ def test_the_strict_guard_is_that_of_the_constant_alone():
     )
     assert most(retained=False) is None
     assert most(retained=False, validation=True) == 0.1
+
+
+def test_a_model_that_stays_is_not_said_to_have_forgotten(trained, monkeypatch):
+    """Validation samples that the model was trained on, which no further training improves."""
+    model, forget, retain, _ = trained
+    monkeypatch.setattr(finishing, "_lbfgs", lambda *_, **__: 0)
+    known = tuple(t[:300] for t in retain)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = run((model, forget, retain, known))
+    first, last = (str(each.message) for each in told)
+    assert first.startswith("300 of 300 validation samples are training samples")
+    assert last.startswith("the model is unchanged: nothing was found")
+    assert result.step_norm == 0
+    text = repr(result)
+    assert text.startswith(
+        "UnlearnResult: THE MODEL IS UNCHANGED; asked for were 30 of 1,000 samples"
+    )
+    assert " inf" not in text
+    assert "samples removed" not in text
 
 
 def test_harm_is_told_in_the_losses_own_scale():

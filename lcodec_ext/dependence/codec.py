@@ -3,7 +3,7 @@
 import warnings
 from typing import Any, Literal, NamedTuple
 
-from lcodec_ext._arrays import array_module
+from lcodec_ext._arrays import array_module, class_codes
 from lcodec_ext._checks import check_choice, check_seed
 from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Ties
@@ -255,6 +255,12 @@ def _prepare(
         check_classes(rows.values["y"], target.nominal)
         table = target.beside(rows.values["z"], rows.values["y"])
         return _Arguments(rows.values["y"], table, None, features, target)
+    if class_codes(x) is not None:
+        raise ValueError(
+            "x holds categories or strings; expected numbers: pass its codes, x.cat.codes, or a "
+            "column of 0 and 1 for each category, pandas.get_dummies(x): rows of equal x are then "
+            "strata"
+        )
     given = as_features(x, "x", tensors=tensors, decimals=decimals)
     rows = clean_rows({"y": target.values, "z": features, "x": given}, nan_policy)
     rows.warn_if_most(stacklevel=3)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._checks import counted
+from lcodec_ext.dependence.limits import upper_tail
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#8A8A8A", "#D9D9D9"
@@ -138,10 +139,11 @@ def plot_null(result: Any, ax: Any = None) -> Any:
         bins = np.linspace(low, high if high > low else low + 1, 61)
         ax.hist(values, bins, color=PALE, label=f"{counted(len(values), 'permutation')}")
     elif result.null_sd > 0:
-        places = result.null_mean + result.null_sd * np.linspace(-4, 4, 201)
-        heights = np.exp(-0.5 * np.linspace(-4, 4, 201) ** 2)
-        ax.fill_between(places, heights, color=PALE, label="the normal limit")
-    if result.confidence_interval is not None:
+        ends = np.linspace(-4, 5, 181)  # in standard deviations
+        heights = -np.diff([upper_tail(float(end), result.null_skewness) for end in ends])
+        places = result.null_mean + result.null_sd * (ends[1:] + ends[:-1]) / 2
+        ax.fill_between(places, heights, color=PALE, label="the limit of many rows")
+    if result.confidence_interval is not None and np.isfinite(result.confidence_interval).all():
         ax.axvspan(*result.confidence_interval, color=BLUE, alpha=0.15, lw=0, label="interval")
     ax.axvline(result.statistic, color=BLUE, linewidth=2, label="the data")
     ax.set_xlabel("T")

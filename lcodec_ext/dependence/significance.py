@@ -67,6 +67,9 @@ class CodecTestResult:
     null_mean, null_sd : float
         Mean and standard deviation of T where nothing but chance makes it: of the permutations
         drawn, or, with method="asymptotic", exactly over all permutations of y.
+    null_skewness : float
+        Of the limit of many rows, with method="asymptotic": 0 for a normal distribution, otherwise
+        that of a gamma distribution. 0 for other methods.
     confidence_interval : tuple of two floats, or None
         Lower and upper end, for the mean of T on so many rows: bias is not covered, so an interval
         can lie below 0, where no T of a population is. nan where the subsamples tell no spread;
@@ -94,12 +97,13 @@ class CodecTestResult:
     confidence_level: float | None
     seed: int
     exchangeability_pvalue: float | None = None
+    null_skewness: float = 0.0
 
     def __iter__(self) -> Iterator[float]:
         return iter((self.statistic, self.pvalue))
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw T under the permutations, or its normal limit, and T of the data with its interval.
+        """Draw T under the permutations, or by its limit, and T of the data with its interval.
 
         Parameters
         ----------
@@ -289,6 +293,7 @@ def codec_test(
         confidence_level=confidence_level,
         seed=drawn,
         exchangeability_pvalue=found.exchangeability,
+        null_skewness=found.skewness,
     )
 
 
@@ -354,6 +359,7 @@ class _Null(NamedTuple):
     mean: float
     sd: float
     exchangeability: float | None = None
+    skewness: float = 0.0  # of the limit
 
     @classmethod
     def of(cls, exceed: int, values: NDArray[np.float64]) -> "_Null":
@@ -414,7 +420,7 @@ def _normal(plan: _Plan) -> _Null | None:
     cube = graph_cube(near.indptr, near.indices, near.points.size)
     skewness = limit_skewness(graph, cube, *minima_traces(ranks))
     pvalue = 1.0 if sd == 0 else upper_tail((statistic - mean) / sd, skewness)
-    return _Null(statistic, pvalue, np.empty(0), mean, sd)
+    return _Null(statistic, pvalue, np.empty(0), mean, sd, skewness=skewness)
 
 
 def _repeats(table: Any) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -700,8 +700,18 @@ def _check_names(options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            hint = f"; is it {near[0]!r}?" if near else f"; options are {', '.join(known)}"
-            raise TypeError(f"unknown option {key!r}{hint}")
+            hint = f"is it {near[0]!r}?" if near else _elsewhere(key, known)
+            raise TypeError(f"unknown option {key!r}; {hint}")
+
+
+def _elsewhere(key: str, known: Sequence[str]) -> str:
+    """What to say of a name that is like no option's: where it belongs, or what is nearest."""
+    if key == "device":
+        return "everything runs where the model is: move the model, as by model.to('cuda')"
+    near = ["learning_rate", "repair_learning_rate"] if key == "lr" else []
+    near = near or difflib.get_close_matches(key, known, 3, cutoff=0.3)
+    nearest = f"the nearest are {', '.join(map(repr, near))}; " * bool(near)
+    return f"{nearest}help(lcodec_ext.unlearning.Settings) describes all"
 
 
 def _check_used(options: Mapping[str, Any], settings: Settings) -> None:

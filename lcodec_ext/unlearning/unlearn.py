@@ -197,7 +197,8 @@ def unlearn(
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
-    warn_of_shortfall(before, after, deletions, watch.guard, training_norm(before, request))
+    trained = training_norm(before, request)
+    warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
     patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
