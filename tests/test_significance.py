@@ -152,6 +152,9 @@ def test_result_reads_well(rng):
 
 
 def test_constant_responses_warn():
+    with pytest.warns(UserWarning, match="y is constant: the"):
+        result = codec_test(np.ones(20), np.arange(20), method="asymptotic")
+    assert (*result, result.n_permutations) == (1.0, 1.0, 0)
     with pytest.warns(UserWarning, match="1 by convention"):
         result = codec_test(np.ones(20), np.arange(20), n_permutations=9)
     assert tuple(result) == (1.0, 1.0)
@@ -159,7 +162,7 @@ def test_constant_responses_warn():
         result = codec_test(["a"] * 20, np.arange(20), n_permutations=9)
     assert tuple(result) == (1.0, 1.0)
     x = np.repeat(np.arange(10), 2)
-    with pytest.warns(UserWarning, match="1 by convention"):
+    with pytest.warns(UserWarning, match="y is a function of x on this sample: the"):
         result = codec_test(x, np.arange(20), x, n_permutations=9, k_perm=2)
     assert tuple(result) == (1.0, 1.0)
 
@@ -193,6 +196,9 @@ def test_rows_with_nan_can_be_left_out(rng):
         ({"n_permutations": 99.0}, TypeError, "n_permutations must be"),
         ({"k_perm": 1}, ValueError, "k_perm must be"),
         ({"k_perm": 16, "x": True}, ValueError, "at most n // 2"),
+        ({"k_perm": 3}, ValueError, "k_perm=3 needs an x"),
+        ({"x": [1, 2, 3], "y": [1, 2, 3], "z": [1, 2, 3]}, ValueError, "at least 4 rows"),
+        ({"method": "asymptotic", "n_permutations": 99}, ValueError, "draws no permutations"),
         ({"seed": -1}, ValueError, "seed must be"),
         ({"seed": 1.5}, TypeError, "seed must be"),
         ({"ties": "all"}, ValueError, "ties must be one of"),

@@ -66,8 +66,8 @@ def check_level(stop: object, alpha: object, n_permutations: object) -> Level | 
         while least < 1 or 1 / (least + 1) > level:
             least += 1
         raise ValueError(
-            f"n_permutations must be at least {least:,} for alpha={level:g}, as the smallest p-value "
-            f"is 1 / (n_permutations + 1); got {count:,}"
+            f"n_permutations must be at least {least:,} for alpha={level:g}, as the smallest "
+            f"p-value is 1 / (n_permutations + 1); got {count:,}"
         )
     return chosen
 

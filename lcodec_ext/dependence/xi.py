@@ -11,7 +11,6 @@ from lcodec_ext._arrays import as_array, beyond_float64
 from lcodec_ext._checks import (
     check_bool,
     check_choice,
-    check_integer,
     check_probability,
     check_seed,
     first_few,
@@ -27,6 +26,7 @@ from lcodec_ext.dependence.limits import (
     subsampled_sd,
     upper_tail,
 )
+from lcodec_ext.dependence.permutation import check_permutations
 from lcodec_ext.dependence.table import MAX_ROWS, Features, as_features, as_response, clean_rows
 from lcodec_ext.dependence.xi_null import Path
 
@@ -300,7 +300,7 @@ def xi_test(
     *,
     y_continuous: bool = False,
     method: Literal["asymptotic", "permutation"] = "asymptotic",
-    n_permutations: int = 999,
+    n_permutations: int | None = None,
     confidence_level: float | None = None,
     ties: Ties = "average",
     seed: int | None = None,
@@ -326,8 +326,9 @@ def xi_test(
         it tends to a sum of chi-squares the fewer values x has; a gamma distribution then takes the
         normal one's place. "permutation": p = (1 + b) / (1 + n_permutations), where b random
         permutations of y have at least the given xi. It is right for every n and all ties.
-    n_permutations : int
-        From 1 to 10^6; 999 by default, which makes 0.001 the smallest p-value.
+    n_permutations : int, optional
+        For method="permutation": from 1 to 10^6; 999 by default, which makes 0.001 the smallest
+        p-value.
     confidence_level : float, optional
         Between 0 and 1: an interval for the xi of the population, xi -+ z s, of at least 20 rows.
         The standard error s is from the spread over 200 subsamples, and assumes that sqrt(n) xi is
@@ -365,7 +366,12 @@ def xi_test(
     """
     check_bool(y_continuous, "y_continuous")
     check_choice(method, "method", METHODS)
-    check_integer(n_permutations, "n_permutations", 1, 10**6)
+    count = check_permutations(method, n_permutations)
+    if y_continuous and count:
+        raise ValueError(
+            "y_continuous=True is for method='asymptotic': permutations need to know nothing of y; "
+            "leave it out"
+        )
     level = (
         None
         if confidence_level is None
@@ -374,7 +380,7 @@ def xi_test(
     chosen = resolve_on_cpu("xi_test", backend, x=x, y=y)
     pairs = pairs_of(chosen, x, y, ties, seed, nan_policy)
     pairs.warn_constant(stacklevel=2)
-    result = tested(chosen, pairs, y_continuous, method, n_permutations, ties, seed)
+    result = tested(chosen, pairs, y_continuous, method, count, ties, seed)
     if level is not None:
         result.confidence_interval = _interval(chosen, pairs, result.statistic, level, ties, seed)
     return result

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._checks import check_choice, check_integer
+from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.table import as_features
+from lcodec_ext.dependence.permutation import check_permutations
 from lcodec_ext.dependence.xi import METHODS, pairs_of, tested
 
 _SHOWN = 10  # pairs that are printed
@@ -90,7 +91,7 @@ def xi_matrix(
     *,
     adjust: Literal["bh", "by"] | None = "bh",
     method: Literal["asymptotic", "permutation"] = "asymptotic",
-    n_permutations: int = 999,
+    n_permutations: int | None = None,
     ties: Ties = "average",
     seed: int | None = None,
     nan_policy: Literal["raise", "omit"] = "raise",
@@ -138,14 +139,14 @@ def xi_matrix(
     """
     check_choice(adjust, "adjust", ("bh", "by", None))
     check_choice(method, "method", METHODS)
-    check_integer(n_permutations, "n_permutations", 1, 10**6)
+    count = check_permutations(method, n_permutations)
     chosen = resolve_on_cpu("xi_matrix", backend, X=X)
     features = as_features(X, "X", allow_1d=False, tensors=False)
     if features.values.shape[1] < 2:
         raise ValueError("X must have at least two columns; got 1: xi_test tests a single pair")
     pairs = pairs_of(chosen, features, features, ties, seed, nan_policy)
     pairs.warn_constant(stacklevel=2)
-    test = tested(chosen, pairs, False, method, n_permutations, ties, seed)
+    test = tested(chosen, pairs, False, method, count, ties, seed)
     pvalue = test.pvalue
     np.fill_diagonal(pvalue, np.nan)
     adjusted = pvalue.copy()
