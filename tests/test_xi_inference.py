@@ -329,6 +329,24 @@ def test_bad_options(options, error, message):
         xi_test([1, 2, 3, 4], [1, 2, 4, 3], **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"method": "permutation"}, {"confidence_level": 0.9}, {"ties": "random"}]
+)
+def test_the_seed_that_was_drawn_is_in_the_result(rng, options):
+    x, y = rng.integers(0, 5, (2, 40))
+    first = xi_test(x, y, **options)
+    again = xi_test(x, y, seed=first.seed, **options)
+    assert first.seed == again.seed
+    assert tuple(first) == tuple(again)
+    assert first.confidence_interval == again.confidence_interval
+    assert xi_test(x, y, seed=5).seed is None
+    if "confidence_level" not in options:
+        X = rng.integers(0, 5, (40, 3))
+        matrix = xi_matrix(X, **options)
+        assert xi_matrix(X, seed=matrix.seed, **options).pvalue[0, 1] == matrix.pvalue[0, 1]
+        assert xi_matrix(X, seed=5).seed is None
+
+
 def test_a_matrix_refuses_what_it_would_ignore():
     with pytest.raises(ValueError, match="draws no permutations"):
         xi_matrix(np.eye(4), n_permutations=99)

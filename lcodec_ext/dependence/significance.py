@@ -174,10 +174,10 @@ def codec_test(
         From 1 to 10^6, 999 by default. The smallest p-value is 1 / (n_permutations + 1). Not with
         "asymptotic".
     k_perm : int, optional
-        Only for "local_permutation", 3 by default: rows that change places are in blocks of k_perm to 2 k_perm - 1
-        rows, or of more rows with equal x. From 2 to n // 2. Small blocks keep what z owes to x,
-        and so the level of the test; larger ones gain little power. Rows are near by the ranks of
-        each column of x, whatever its unit.
+        Only for "local_permutation", 3 by default: rows that change places are in blocks of k_perm
+        to 2 k_perm - 1 rows, or of more rows with equal x. From 2 to n // 2. Small blocks keep what
+        z owes to x, and so the level of the test; larger ones gain little power. Rows are near by
+        the ranks of each column of x, whatever its unit.
     alternative : {"greater"}
         Dependence makes T large. A small T is no evidence of anything: there is no other test.
     confidence_level : float, optional

@@ -282,11 +282,14 @@ class XiTestResult(_Triple):
     method : {"asymptotic", "permutation"}
     n : int
         How many rows were used.
+    seed : int or None
+        What permutations, subsamples and random ties were drawn from; None where none were.
     """
 
     confidence_interval: tuple[Any, Any] | None = None
     method: str = "asymptotic"
     n: int = 0
+    seed: int | None = None
 
     def __repr__(self) -> str:
         interval = self.confidence_interval
@@ -378,12 +381,21 @@ def xi_test(
         else check_probability(confidence_level, "confidence_level")
     )
     chosen = resolve_on_cpu("xi_test", backend, x=x, y=y)
-    pairs = pairs_of(chosen, x, y, ties, seed, nan_policy)
+    drawn = seed_of_test(seed, bool(count) or level is not None, ties)
+    pairs = pairs_of(chosen, x, y, ties, drawn, nan_policy)
     pairs.warn_constant(stacklevel=2)
-    result = tested(chosen, pairs, y_continuous, method, count, ties, seed)
+    result = tested(chosen, pairs, y_continuous, method, count, ties, drawn)
     if level is not None:
-        result.confidence_interval = _interval(chosen, pairs, result.statistic, level, ties, seed)
+        result.confidence_interval = _interval(chosen, pairs, result.statistic, level, ties, drawn)
     return result
+
+
+def seed_of_test(seed: int | None, draws: bool, ties: str) -> int | None:
+    """The seed that permutations, subsamples and ties share; None where nothing is drawn."""
+    check_seed(seed)
+    if not draws and ties != "random":
+        return None
+    return fresh_seed() if seed is None else int(seed)
 
 
 def tested(
@@ -399,10 +411,9 @@ def tested(
     if method == "asymptotic":
         result = XiTestResult(*pairs.shaped(lambda i, j: pairs.asymptotic(i, j, y_continuous)))
     else:
-        drawn = fresh_seed() if seed is None else seed
-        tails = _permutation_pvalues(backend, pairs, ties, drawn, n_permutations)
+        tails = _permutation_pvalues(backend, pairs, ties, seed or 0, n_permutations)
         result = XiTestResult(pairs.shaped(pairs.xi), tails, pairs.shaped(pairs.permutation_sd))
-    result.method, result.n = method, pairs.n
+    result.method, result.n, result.seed = method, pairs.n, seed
     return result
 
 
@@ -431,5 +442,4 @@ def _interval(
         part = pairs._replace(X=X, Y=Y, paths=paths, ranks=ranks)
         return part.shaped(part.xi)
 
-    drawn = fresh_seed() if seed is None else seed
-    return normal_interval(values, subsampled_sd(statistic, pairs.n, seed=drawn), level)
+    return normal_interval(values, subsampled_sd(statistic, pairs.n, seed=seed or 0), level)

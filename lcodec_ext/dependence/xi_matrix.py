@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
-from lcodec_ext.dependence.table import as_features
 from lcodec_ext.dependence.permutation import check_permutations
-from lcodec_ext.dependence.xi import METHODS, pairs_of, tested
+from lcodec_ext.dependence.table import as_features
+from lcodec_ext.dependence.xi import METHODS, pairs_of, seed_of_test, tested
 
 _SHOWN = 10  # pairs that are printed
 
@@ -35,6 +35,8 @@ class XiMatrix:
         Column names of X.
     n : int
         How many rows were used.
+    seed : int or None
+        What permutations and random ties were drawn from; None where none were.
     """
 
     statistic: NDArray[np.float64]
@@ -42,6 +44,7 @@ class XiMatrix:
     adjusted: NDArray[np.float64]
     names: list[str] | None
     n: int
+    seed: int | None = None
 
     def plot(self, ax: Any = None) -> Any:
         """Draw a heat map of xi, y across and x down.
@@ -144,16 +147,17 @@ def xi_matrix(
     features = as_features(X, "X", allow_1d=False, tensors=False)
     if features.values.shape[1] < 2:
         raise ValueError("X must have at least two columns; got 1: xi_test tests a single pair")
-    pairs = pairs_of(chosen, features, features, ties, seed, nan_policy)
+    drawn = seed_of_test(seed, bool(count), ties)
+    pairs = pairs_of(chosen, features, features, ties, drawn, nan_policy)
     pairs.warn_constant(stacklevel=2)
-    test = tested(chosen, pairs, False, method, count, ties, seed)
+    test = tested(chosen, pairs, False, method, count, ties, drawn)
     pvalue = test.pvalue
     np.fill_diagonal(pvalue, np.nan)
     adjusted = pvalue.copy()
     defined = np.isfinite(pvalue)
     if adjust is not None:
         adjusted[defined] = adjusted_pvalues(pvalue[defined], adjust)
-    return XiMatrix(test.statistic, pvalue, adjusted, features.names, test.n)
+    return XiMatrix(test.statistic, pvalue, adjusted, features.names, test.n, drawn)
 
 
 def adjusted_pvalues(
