@@ -73,8 +73,9 @@ def unconditional(n: int, runs: int) -> list[dict[str, Any]]:
                             y,
                             z,
                             method=method,
-                            seed=run,
                             n_permutations=PERMUTATIONS if method == "permutation" else None,
+                            confidence_level=None,
+                            seed=run,
                         )
                         hits[method] += found.pvalue <= ALPHA
                 for method, count in hits.items():
@@ -193,7 +194,9 @@ def conditional(n: int, runs: int, rival_runs: int) -> list[dict[str, Any]]:
     """Size and power of the local permutation test at 5%, beside the rivals'."""
     ours: dict[str, Callable[[Sample, int], float]] = {
         f"local permutation, k_perm={k}": lambda sample, run, k=k: (
-            codec_test(*sample, k_perm=k, n_permutations=PERMUTATIONS, seed=run).pvalue
+            codec_test(
+                *sample, k_perm=k, n_permutations=PERMUTATIONS, confidence_level=None, seed=run
+            ).pvalue
         )
         for k in (3, 5, 10)
     }
@@ -254,7 +257,7 @@ def simulation(quick: bool) -> dict[str, Any]:
     parts = (
         lambda: unconditional(n, runs),
         lambda: coverage(n, half),
-        lambda: conditional(n, half, 2 if quick else 100),
+        lambda: conditional(n, half, 2 if quick else 50),
         lambda: selection(n, half),
     )
     points = []

@@ -8,8 +8,9 @@ the paper's code. All of this code was written for these benchmarks. Libraries a
 they are used, so a missing one costs only the comparison with it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,23 @@ class Selection(NamedTuple):
 
     ordering: tuple[int, ...]
     cumulative: tuple[float, ...]
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads, and as many as before afterwards.
+
+    The number is the process's: left behind, it is that of all later work, and a forked child of a
+    process with more than one may hang in OpenMP.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # --------------------------------------------------------------------------------------------
@@ -96,33 +114,33 @@ def published_gains(
 def published_foci(X: Any, y: Any, steps: int, threads: int, exact: bool = False) -> Selection:
     import torch
 
-    torch.set_num_threads(threads)
-    columns, response = torch.as_tensor(X).float(), torch.as_tensor(y).float()
-    ordering: list[int] = []
-    cumulative: list[float] = []
-    for _ in range(steps):
-        left = [c for c in range(X.shape[1]) if c not in ordering]
-        values = published_gains(columns, response, ordering, left, exact)
-        best = int(np.argmax(values))
-        ordering.append(left[best])
-        before = cumulative[-1] if cumulative else 0.0
-        cumulative.append(before + values[best] * (1 - before))  # without ties
-    return Selection(tuple(ordering), tuple(cumulative))
+    with torch_threads(threads):
+        columns, response = torch.as_tensor(X).float(), torch.as_tensor(y).float()
+        ordering: list[int] = []
+        cumulative: list[float] = []
+        for _ in range(steps):
+            left = [c for c in range(X.shape[1]) if c not in ordering]
+            values = published_gains(columns, response, ordering, left, exact)
+            best = int(np.argmax(values))
+            ordering.append(left[best])
+            before = cumulative[-1] if cumulative else 0.0
+            cumulative.append(before + values[best] * (1 - before))  # without ties
+        return Selection(tuple(ordering), tuple(cumulative))
 
 
 def published_codec(y: Any, z: Any, x: Any, threads: int) -> float:
     import torch
 
-    torch.set_num_threads(threads)
-    tensors = [torch.as_tensor(a).float() for a in (z, y, x)]
-    return float(_published_codec3(*tensors, exact=False))
+    with torch_threads(threads):
+        tensors = [torch.as_tensor(a).float() for a in (z, y, x)]
+        return float(_published_codec3(*tensors, exact=False))
 
 
 def published_neighbors(X: Any, threads: int) -> NDArray:
     import torch
 
-    torch.set_num_threads(threads)
-    return _published_nearest(torch.as_tensor(X).float(), exact=False).cpu().numpy()
+    with torch_threads(threads):
+        return _published_nearest(torch.as_tensor(X).float(), exact=False).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------
@@ -383,26 +401,31 @@ def faiss_neighbors(X: NDArray, threads: int) -> NDArray:
     """The flat index: all distances; with many columns from a float32 matrix product."""
     import faiss
 
+    before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
-    index = faiss.IndexFlatL2(X.shape[1])
-    index.add(np.ascontiguousarray(X, dtype=np.float32))
-    return _second_unless_self(index.search(np.ascontiguousarray(X, dtype=np.float32), 2)[1])
+    try:
+        index = faiss.IndexFlatL2(X.shape[1])
+        index.add(np.ascontiguousarray(X, dtype=np.float32))
+        return _second_unless_self(index.search(np.ascontiguousarray(X, dtype=np.float32), 2)[1])
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 # --------------------------------------------------------------------------------------------
 # (1/n) G^T G v + damping v on segments of columns, in torch. Data are NumPy arrays.
 
 
+@contextmanager
 def _torch_segments(
     G: NDArray, v: NDArray, segments: NDArray, threads: int
-) -> tuple["torch.Tensor", "torch.Tensor", list["torch.Tensor"], list["torch.Tensor"]]:
-    """G and v, and for every segment its columns of G and its part of v."""
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor", list["torch.Tensor"], list["torch.Tensor"]]]:
+    """G and v, and for every segment its columns of G and its part of v; torch on its threads."""
     import torch
 
-    torch.set_num_threads(threads)
-    matrix, vector = torch.as_tensor(G), torch.as_tensor(v)
-    columns = [matrix[:, start : start + length] for start, length in segments.tolist()]
-    return matrix, vector, columns, list(vector.split(segments[:, 1].tolist()))
+    with torch_threads(threads):
+        matrix, vector = torch.as_tensor(G), torch.as_tensor(v)
+        columns = [matrix[:, start : start + length] for start, length in segments.tolist()]
+        yield matrix, vector, columns, list(vector.split(segments[:, 1].tolist()))
 
 
 def gather_then_gemv(
@@ -411,22 +434,22 @@ def gather_then_gemv(
     """Copy the selected columns by concatenation, which is faster than by index."""
     import torch
 
-    _, vector, columns, _ = _torch_segments(G, v, segments, threads)
-    selected = torch.cat(columns, dim=1)
-    return (selected.T @ (selected @ vector) / len(G) + damping * vector).numpy()
+    with _torch_segments(G, v, segments, threads) as (_, vector, columns, _):
+        selected = torch.cat(columns, dim=1)
+        return (selected.T @ (selected @ vector) / len(G) + damping * vector).numpy()
 
 
 def padded_gemv(G: NDArray, v: NDArray, segments: NDArray, damping: float, threads: int) -> NDArray:
     """v with zeros for the columns that are not selected."""
     import torch
 
-    matrix, vector, _, parts = _torch_segments(G, v, segments, threads)
-    padded = torch.zeros(matrix.shape[1])
-    for (start, length), part in zip(segments.tolist(), parts, strict=True):
-        padded[start : start + length] = part
-    product = matrix.T @ (matrix @ padded) / len(G)
-    selected = torch.cat([product[start : start + n] for start, n in segments.tolist()])
-    return (selected + damping * vector).numpy()
+    with _torch_segments(G, v, segments, threads) as (matrix, vector, _, parts):
+        padded = torch.zeros(matrix.shape[1])
+        for (start, length), part in zip(segments.tolist(), parts, strict=True):
+            padded[start : start + length] = part
+        product = matrix.T @ (matrix @ padded) / len(G)
+        selected = torch.cat([product[start : start + n] for start, n in segments.tolist()])
+        return (selected + damping * vector).numpy()
 
 
 def segment_gemv(
@@ -435,17 +458,18 @@ def segment_gemv(
     """Nothing is copied; the selected columns are read twice."""
     import torch
 
-    _, vector, columns, parts = _torch_segments(G, v, segments, threads)
-    dots = torch.stack([x @ part for x, part in zip(columns, parts, strict=True)]).sum(0)
-    return (torch.cat([x.T @ dots for x in columns]) / len(G) + damping * vector).numpy()
+    with _torch_segments(G, v, segments, threads) as (_, vector, columns, parts):
+        dots = torch.stack([x @ part for x, part in zip(columns, parts, strict=True)]).sum(0)
+        return (torch.cat([x.T @ dots for x in columns]) / len(G) + damping * vector).numpy()
 
 
 def read_once(G: NDArray, v: NDArray, segments: NDArray, damping: float, threads: int) -> NDArray:
     """The first half of the product alone."""
     import torch
 
-    _, _, columns, parts = _torch_segments(G, v, segments, threads)
-    return torch.stack([x @ part for x, part in zip(columns, parts, strict=True)]).sum(0).numpy()
+    with _torch_segments(G, v, segments, threads) as (_, _, columns, parts):
+        dots = [x @ part for x, part in zip(columns, parts, strict=True)]
+        return torch.stack(dots).sum(0).numpy()
 
 
 # --------------------------------------------------------------------------------------------
@@ -473,17 +497,18 @@ def functional_product(
     def gradient(z: torch.Tensor) -> torch.Tensor:
         return grad(lambda z: loss_fn(z, y))(z)
 
-    torch.set_num_threads(threads)
-    theta = {name: p.detach() for name, p in model.named_parameters()}
-    tangent = {name: torch.zeros_like(p) for name, p in theta.items()}
-    selection.scatter_(tangent, torch.from_numpy(v), model=model)
-    with _differentiable_attention():
-        if kind == "Hessian":
-            product = jvp(grad(lambda theta: loss_fn(outputs(theta), y)), (theta,), (tangent,))[1]
-        else:
-            z, along = jvp(outputs, (theta,), (tangent,))
-            (product,) = vjp(outputs, theta)[1](jvp(gradient, (z,), (along,))[1])
-    return selection.gather(product, model=model).numpy()
+    with torch_threads(threads):
+        theta = {name: p.detach() for name, p in model.named_parameters()}
+        tangent = {name: torch.zeros_like(p) for name, p in theta.items()}
+        selection.scatter_(tangent, torch.from_numpy(v), model=model)
+        with _differentiable_attention():
+            if kind == "Hessian":
+                of_loss = grad(lambda theta: loss_fn(outputs(theta), y))
+                product = jvp(of_loss, (theta,), (tangent,))[1]
+            else:
+                z, along = jvp(outputs, (theta,), (tangent,))
+                (product,) = vjp(outputs, theta)[1](jvp(gradient, (z,), (along,))[1])
+        return selection.gather(product, model=model).numpy()
 
 
 def curvlinops_product(
@@ -500,20 +525,20 @@ def curvlinops_product(
     import curvlinops
     import torch
 
-    torch.set_num_threads(threads)
-    made = {
-        "Hessian": curvlinops.HessianLinearOperator,
-        "Gauss-Newton": curvlinops.GGNLinearOperator,
-    }[kind]
-    theta = dict(model.named_parameters())
-    tangent = {name: torch.zeros_like(p) for name, p in theta.items()}
-    selection.scatter_(tangent, torch.from_numpy(v), model=model)
-    operator = made(
-        model, loss_fn, [*theta.values()], [(X, y)], check_deterministic=False, num_data=len(y)
-    )
-    with _differentiable_attention():
-        product = operator @ [*tangent.values()]
-    return selection.gather(dict(zip(theta, product, strict=True)), model=model).numpy()
+    with torch_threads(threads):
+        made = {
+            "Hessian": curvlinops.HessianLinearOperator,
+            "Gauss-Newton": curvlinops.GGNLinearOperator,
+        }[kind]
+        theta = dict(model.named_parameters())
+        tangent = {name: torch.zeros_like(p) for name, p in theta.items()}
+        selection.scatter_(tangent, torch.from_numpy(v), model=model)
+        operator = made(
+            model, loss_fn, [*theta.values()], [(X, y)], check_deterministic=False, num_data=len(y)
+        )
+        with _differentiable_attention():
+            product = operator @ [*tangent.values()]
+        return selection.gather(dict(zip(theta, product, strict=True)), model=model).numpy()
 
 
 def dense_curvature(

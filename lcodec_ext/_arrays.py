@@ -81,6 +81,11 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
         return _real(value, name), None
     if value is None:
         raise ValueError(f"{name} must be an array of numbers; got None")
+    if isinstance(value, str | bytes):
+        raise ValueError(
+            f"{name} must be an array, a column or a table; got the {type(value).__name__} "
+            f"{value!r}: pass the data, such as df[{value!r}]"
+        )
     if is_tensor(value):
         keep = on_cuda(value) if tensors is None else tensors
         return (_real_tensor if keep else _tensor_to_numpy)(value, name), None
@@ -141,10 +146,10 @@ def column_names(value: Any) -> list[str] | None:
 
 
 def refuse_columns(value: Any, name: str) -> None:
-    """Refuse a data frame with columns that are not numbers, and a dict; leave arrays to others."""
+    """Refuse a data frame whose columns are not numbers, a dict, text; leave arrays to others."""
     fields = getattr(getattr(value, "dtype", None), "names", None)  # of a structured array
-    other = type(value).__name__ == "LazyFrame" or isinstance(value, Mapping) or fields
-    if other or _frame(value) is not None:
+    other = isinstance(value, Mapping | str | bytes) or type(value).__name__ == "LazyFrame"
+    if other or fields or _frame(value) is not None:
         as_array(value, name, tensors=False)
 
 
@@ -444,7 +449,7 @@ def _not_real(array: NDArray, label: str) -> ValueError:
 
 def _first_no_number(array: NDArray) -> tuple[int | None, Any]:
     """The first column with an entry that is neither a number nor text of one, and the entry."""
-    for k, column in enumerate(array.reshape(len(array), -1).T):
+    for k, column in enumerate(array.reshape(len(array) if array.ndim else 1, -1).T):
         for entry in column.tolist():
             try:
                 float(0 if _is_missing(entry) else entry)

@@ -377,12 +377,17 @@ def test_codec_test_is_codec_test(run, table, data):
     assert (found["T"], found["test"]["pvalue"]) == (expected.statistic, expected.pvalue)
     assert found["test"]["method"] == "permutation"
     assert (found["test"]["seed"], found["test"]["exchangeability_pvalue"]) == (4, None)
-    assert found["test"]["null_distribution"] == expected.null_distribution.tolist()
+    assert "null_distribution" not in found["test"]
+    quantiles = found["test"]["null_quantiles"]
+    assert quantiles["0.95"] == np.quantile(expected.null_distribution, 0.95)
+    assert list(quantiles.values()) == sorted(quantiles.values())
+    assert len(out.splitlines()) < 60
     assert found["options"]["n_permutations"] == 99
     _, out, _ = run(*command, "--x", "x4", "--k-perm", "4")
     expected = lcodec_ext.codec_test(y, X[:, 1], X[:, 4], n_permutations=99, k_perm=4, seed=0)
-    first, second, third = out.splitlines()
+    first, second, third, fourth = out.splitlines()
     assert third.startswith(f"p-value {expected.exchangeability_pvalue:.4g} that z is exchangeable")
+    assert fourth.startswith("0.95 interval: ")
     assert first == f"T(y, x1 | x4) = {expected.statistic:.6g}   (400 rows)"
     assert second.startswith(f"p-value {expected.pvalue:.4g} of independence; 99 permutations of z")
     assert json.loads(run(*command[:6], "--json")[1])["test"] is None
@@ -396,6 +401,9 @@ def test_codec_test_is_codec_test(run, table, data):
     found = json.loads(run(*command[:7], *level, "--json")[1])["test"]
     assert found["confidence_interval"] == [low, high]
     assert found["null_sd"] == expected.null_sd
+    assert found["null_quantiles"] is None
+    assert run(*command[:7], *level, "--plot", "a.png")[0] == 0
+    assert Path("a.png").exists()
 
 
 def test_options_of_tests_that_do_not_go_together(refused, table):
@@ -407,9 +415,28 @@ def test_options_of_tests_that_do_not_go_together(refused, table):
         ([*codec, "--method", "asymptotic"], "--method asymptotic needs --test"),
         ([*codec, "--confidence-level", "0.9"], "--confidence-level 0.9 needs --test"),
         (
-            [*codec, "--test", "--method", "asymptotic", "--plot", "a.png"],
-            "--plot a.png goes without --method asymptotic",
+            [*codec, "--test", "--method", "asymptotic", "--permutations", "9"],
+            "--permutations 9 goes without --method asymptotic",
         ),
+        (
+            [*codec, "--test", "--method", "permutation", "--x", "x2"],
+            "--method permutation goes without --x",
+        ),
+        (
+            [*codec, "--test", "--method", "asymptotic", "--x", "x2"],
+            "--method asymptotic goes without --x",
+        ),
+        (
+            [*codec, "--test", "--method", "local_permutation"],
+            "--method local_permutation needs --x",
+        ),
+        ([*foci, "--alpha", "0.1", "--n-neighbors", "3"], "--n-neighbors 3 goes without --alpha"),
+        (
+            [*foci, "--alpha", "0.01", "--permutations", "98"],
+            "--alpha 0.01 needs --permutations 99 or more",
+        ),
+        ([*foci, "--x", "x1"], "--columns names the columns here"),
+        (["xi", table, "--x", "x1"], "--columns names the columns here"),
         ([*codec, "--k-perm", "9"], "--k-perm 9 needs --test and --x"),
         ([*codec, "--test", "--k-perm", "9"], "--k-perm 9 needs --test and --x"),
         ([*codec, "--test", "--noise", "1"], "--test goes without --noise"),
@@ -425,6 +452,13 @@ def test_options_of_tests_that_do_not_go_together(refused, table):
     ):
         assert message in refused(*command)
     assert not Path("a.png").exists()
+
+
+def test_the_normal_limit_takes_no_classes(run, table):
+    options = ["--y", "y", "--z", "x1", "--test", "--method", "asymptotic", "--classes"]
+    status, _, err = run("codec", table, *options)
+    assert status == 2
+    assert "--method asymptotic takes numbers, and y holds classes" in err.splitlines()[-1]
 
 
 def test_foci_stops_by_permutations(run, data):
@@ -450,6 +484,9 @@ def test_foci_stops_by_permutations(run, data):
     assert out.splitlines()[1].endswith("p-value")
     last = f"the best of the others, x{expected.not_taken}, has p-value {expected.pvalues[-1]:.4g}"
     assert out.splitlines()[-1] == last
+    if expected.stop_reason == "not_significant":
+        pvalue = f"p = {expected.pvalues[-1]:.4g}, --alpha 0.05"
+        assert f"; no other column does better than chance ({pvalue})" in out.splitlines()[0]
     rows = list(csv.DictReader(io.StringIO(Path("chosen.csv").read_text(encoding="utf-8"))))
     assert [float(row["pvalue"]) for row in rows] == [s["pvalue"] for s in found["selected"]]
 
@@ -468,6 +505,7 @@ def test_xi_of_one_response_is_xi_test(run, table, data):
         assert (step["xi"], step["pvalue"]) == (expected.statistic[k], expected.pvalue[k])
         assert step["confidence_interval"] == [end[k] for end in expected.confidence_interval]
         assert step["pvalue"] <= step["adjusted"] <= 1
+    assert run(*command, "--confidence-level", "0.9", "--plot", "xi.png")[0] == 0
     _, out, _ = run(*command)
     lines = out.splitlines()
     assert lines[0] == "xi of y on 3 columns, on 400 rows"
@@ -534,7 +572,8 @@ def test_plots_are_refused_before_anything_is_read(refused, command, here, monke
     given = [command.split()[0], "none.csv", *PLOTS[command], "--plot"]  # there is no such table
     assert "name ending in .png or .svg or .pdf; got 'a.jpg'" in refused(*given, "a.jpg")
     (here / "folder.png").mkdir()
-    for place in ("nowhere/a.png", "folder.png", "none.csv/a.png"):
+    assert "folder.png is a folder; expected the name of a file" in refused(*given, "folder.png")
+    for place in ("nowhere/a.png", "none.csv/a.png"):
         assert "a folder that can be written" in refused(*given, place)
     assert "none.csv" in refused(*given, "a.png")
     assert not Path("a.png").exists()

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import lcodec_ext
+from lcodec_ext.cli import _parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {  # and how many examples each has
-    "README.md": 2,
+    "README.md": 3,
     "docs/curvature.md": 3,
     "docs/dependence.md": 13,
     "docs/evaluation.md": 3,
@@ -69,8 +70,14 @@ def test_the_figures_of_the_readme_are_those_on_record():
         in text
     )
     assert "{under} forgot less and {over} more".format(**total) in text
-    assert (fell, round(worst), total["silent"]) == (9, 1, 4)
-    assert "more than half a point in nine, by one point at worst, and in four of these" in text
+    assert (fell, total["silent"]) == (5, 0)
+    assert f"more than half a point in five, by {worst:.1f} points at worst, and each of" in text
+
+
+def test_the_readme_names_all_commands():
+    listed = re.search(r"the command line: (.*) \|", TEXTS["README.md"]).group(1)
+    (commands,) = (each for each in _parser()._actions if each.dest == "command")
+    assert re.findall(r"`(?:lcodec-ext )?(\w+)`", listed) == list(commands.choices)
 
 
 def anchors(text):

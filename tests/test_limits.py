@@ -14,7 +14,10 @@ from lcodec_ext.dependence.backends.reference import ReferenceBackend
 from lcodec_ext.dependence.exact import ResponseSums
 from lcodec_ext.dependence.limits import (
     distance_sums,
+    graph_cube,
     graph_sums,
+    limit_skewness,
+    minima_traces,
     minimum_sums,
     normal_interval,
     null_moments,
@@ -61,6 +64,33 @@ def test_moments_of_T_are_those_over_all_permutations(table):
     found, sd = null_moments(ResponseSums(R, L), R, graph_sums(indptr, indices))
     assert found == pytest.approx(float(mean), rel=1e-12)
     assert sd**2 == pytest.approx(float(variance), rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_skewness_is_that_of_the_eigenvalues(seed):
+    """Of one column with many ties, few ties, and single rows next to large groups."""
+    rng = np.random.default_rng(seed)
+    z = (rng.integers(0, 3, 60), rng.integers(0, 50, 60), rng.normal(size=60))[seed % 3]
+    z = np.where(rng.random(60) < 0.4, 0, z)[:, None].astype(float)
+    R = BACKEND.ranks((rng.normal(size=60) * 3).round(seed % 2))[0]
+    indptr, indices = nearest_neighbors(z, ties="all")
+    W = np.zeros((60, 60))
+    for i in range(60):
+        near = indices[indptr[i] : indptr[i + 1]]
+        W[i, near] = 1 / len(near)
+    H = np.eye(60) - 1 / 60
+    A, K = H @ (W + W.T) @ H / 2, H @ np.minimum.outer(R, R) @ H / 60
+    distinct, size = np.unique(z, return_counts=True)
+    graph = nearest_neighbors(distinct[:, None], ties="all")
+    cube = graph_cube(*graph, size)
+    assert cube == pytest.approx(np.trace(A @ A @ A), abs=1e-9)
+    square_k, cube_k = minima_traces(R)
+    assert square_k == pytest.approx(np.trace(K @ K), rel=1e-9)
+    assert cube_k == pytest.approx(np.trace(K @ K @ K), rel=1e-9)
+    m, k = np.linalg.eigvalsh(A), np.linalg.eigvalsh(K)
+    expected = 8 * (m**3).sum() * (k**3).sum() / (2 * (m**2).sum() * (k**2).sum()) ** 1.5
+    found = limit_skewness(graph_sums(*graph, size), cube, square_k, cube_k)
+    assert found == pytest.approx(max(expected, 0), rel=1e-6, abs=1e-9)
 
 
 @given(tables())
@@ -149,7 +179,7 @@ def test_an_interval_covers_the_mean_of_T(conditional):
             return codec(y[rows], z[rows], x[rows] if conditional else None)
 
         values.append(T(np.arange(n)))
-        sds.append(subsampled_sd(T, n, n_subsamples=60, seed=run))
+        sds.append(subsampled_sd(T, n, n_subsamples=60, seed=run).sd)
     bounds = [normal_interval(v, sd, 0.95) for v, sd in zip(values, sds, strict=True)]
     covered = sum(low <= np.mean(values) <= high for low, high in bounds) / runs
     assert covered > 0.95 - 4 * math.sqrt(0.95 * 0.05 / runs)  # it errs on the safe side

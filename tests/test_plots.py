@@ -133,7 +133,7 @@ def test_path_of_foci(table, y):
     assert list(steps.get_ydata()) == list(range(1, 6))
     assert ax.get_yticklabels()[0].get_text() == "1 given column"
     assert ax.yaxis_inverted()
-    assert "5 of 6 columns selected; exhausted" in ax.get_title(loc="left")
+    assert "5 of 6 columns selected; none is left" in ax.get_title(loc="left")
 
 
 def test_nothing_selected_is_said(table):
@@ -154,6 +154,7 @@ def test_bars_of_stability(table, y):
     blue = matplotlib.colors.to_rgba(plots.BLUE)
     assert [bar.get_facecolor() == blue for bar in ax.patches] == (ever >= 0.6).tolist()
     assert list(ax.get_lines()[0].get_xdata()) == [0.6, 0.6]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["threshold 0.6"]
     with pytest.raises(ValueError, match="threshold"):
         result.plot(threshold=0.4)
 
@@ -197,22 +198,85 @@ def test_heat_map_of_xi(table, y):
 
 
 def test_chance_beside_the_data(table, y):
-    result = codec_test(y, table[["age", "$z$"]], n_permutations=49, seed=1)
+    options = {"confidence_level": None, "seed": 1}
+    result = codec_test(y, table[["age", "$z$"]], n_permutations=49, **options)
     ax = result.plot()
     assert sum(bar.get_height() for bar in ax.patches) == 49
     assert list(ax.get_lines()[0].get_xdata()) == [result.statistic] * 2
     with pytest.warns(UserWarning, match="constant"):
-        nothing = codec_test(np.ones(300), table["age"], n_permutations=9, seed=1)
+        nothing = codec_test(np.ones(300), table["age"], n_permutations=9, **options)
     nothing.plot().figure.canvas.draw()
+
+
+def test_the_limit_and_an_interval_beside_the_data(table, y):
+    z = table["age"].round()  # few values: the limit is no normal one
+    for column, ties in ((table["age"], False), (z, True)):
+        result = codec_test(y, column, method="asymptotic", confidence_level=0.9, seed=1)
+        assert (result.null_skewness > 0.02) == ties
+        ax = result.plot()
+        (curve,) = ax.collections
+        assert curve.get_label() == "the limit of many rows"
+        across, up = curve.get_paths()[0].vertices.T
+        mode = across[np.argmax(up)]
+        if ties:
+            assert mode < result.null_mean - 0.01 * result.null_sd
+        else:
+            assert abs(mode - result.null_mean) < 0.1 * result.null_sd
+        assert across.min() < result.null_mean < across.max()
+        (interval,) = ax.patches
+        box = interval.get_extents().transformed(ax.transData.inverted())
+        assert np.allclose([box.x0, box.x1], result.confidence_interval)
+        assert_legible(ax)
+    with pytest.warns(UserWarning, match="constant"):
+        nothing = codec_test(y, np.ones(300), method="asymptotic", confidence_level=None)
+    nothing.plot().figure.canvas.draw()
+
+
+def test_intervals_of_bars():
+    ends = np.array([[0.1, -0.2], [0.9, 0.3]])
+    ax = plots.plot_bars(["a", "b"], np.array([0.5, 0.1]), np.array([True, False]), ends=ends)
+    (lines,) = ax.collections
+    assert [segment[:, 0].tolist() for segment in lines.get_segments()] == ends.T.tolist()
 
 
 def test_what_chance_reaches_at_each_step(table):
     y = table["age"] + table["$z$"]
     result = foci(table, y, stop="permutation", n_permutations=49, seed=0)
-    bars = result.plot().patches
+    ax = result.plot()
     steps = len(result.ordering)
     assert steps > 0
-    assert [bar.get_width() for bar in bars] == result.threshold[:steps].tolist()
+    marks = next(line for line in ax.get_lines() if "chance" in str(line.get_label()))
+    assert list(marks.get_xdata()) == result.threshold.tolist()
+    assert list(marks.get_ydata()) == list(range(1, steps + 2))
+    assert ax.get_yticklabels()[-1].get_text() == f"next: p-value {result.pvalues[-1]:.3g}"
+    assert not ax.patches  # no bar around the conditional T, which the threshold is not of
+    assert_legible(ax)
+    capped = foci(table, y, stop="permutation", n_permutations=49, seed=0, max_features=1)
+    assert len(capped.plot().get_yticklabels()) == 1
+
+
+def test_where_nothing_is_significant_the_threshold_is_drawn(table, rng):
+    result = foci(table, rng.normal(size=300), stop="permutation", n_permutations=49, seed=3)
+    assert result.stop_reason == "not_significant"
+    assert len(result.ordering) == 0
+    ax = result.plot()
+    assert "0 of 6 columns selected; no other is significant" not in ax.get_title(loc="left")
+    assert "0 of 6 columns selected; none is significant" in ax.get_title(loc="left")
+    (label,) = ax.get_yticklabels()
+    assert label.get_text() == f"best: p-value {result.pvalues[0]:.3g}"
+    marks = next(line for line in ax.get_lines() if "chance" in str(line.get_label()))
+    assert list(marks.get_xdata()) == result.threshold.tolist()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cumulative T by chance"]
+    assert not ax.texts
+
+
+@pytest.mark.parametrize("p", [2, 4, 7, 8, 12, 16, 20])
+def test_names_around_a_graph_are_horizontal(rng, p):
+    table = pd.DataFrame(rng.normal(size=(40, p)), columns=[f"measurement {k}" for k in range(p)])
+    ax = dependence_graph(table, max_features=1, stop=False).plot()
+    assert len(ax.texts) == p
+    assert {text.get_rotation() for text in ax.texts} == {0}
+    assert_legible(ax)
 
 
 def test_of_many_columns_those_with_most_weight_are_drawn():
@@ -261,3 +325,14 @@ def test_without_a_library_the_error_says_what_to_install(missing, name):
         f"assert {missing!r} in text and '[plot]' in text"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_a_matrix_explains_stars_where_there_are_some():
+    X = np.random.default_rng(0).normal(size=(100, 4))
+    assert "*" not in xi_matrix(X, seed=0).plot().get_title(loc="left")
+    X[:, 1] = X[:, 0] ** 2
+    assert xi_matrix(X).plot().get_title(loc="left").endswith("*: adjusted p ≤ 0.05")
+    title = xi_matrix(X, adjust=None).plot().get_title(loc="left")
+    assert title.endswith("*: p ≤ 0.05")
+    many = np.column_stack([X] * 10)
+    assert "*" not in xi_matrix(many).plot().get_title(loc="left")

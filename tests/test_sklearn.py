@@ -332,3 +332,22 @@ def test_a_lazy_frame_is_to_be_collected():
     ):
         with pytest.raises(ValueError, match=r"[Xy] is a LazyFrame.*pass [Xy].collect\(\)"):
             call()
+
+
+def test_the_test_of_every_step_is_kept(rng):
+    X = rng.normal(size=(200, 4))
+    y = X[:, 1] + 0.1 * rng.normal(size=200)
+    selector = FOCISelector(stop="permutation", n_permutations=99, random_state=0).fit(X, y)
+    assert selector.ordering_[0] == 1
+    assert len(selector.pvalues_) == len(selector.threshold_) >= 1
+    assert selector.pvalues_[0] == 0.01
+    assert selector.threshold_[0] < selector.cumulative_[0]
+    selector.set_params(stop=True, n_permutations=None).fit(X, y)
+    assert selector.pvalues_ is None
+    assert selector.threshold_ is None
+
+
+def test_a_pipeline_that_must_go_on(rng):
+    X, y = rng.normal(size=(100, 4)), rng.normal(size=100)
+    selector = FOCISelector(stop=False, max_features=1)
+    assert make_pipeline(selector, LinearRegression()).fit(X, y).predict(X).shape == (100,)

@@ -13,6 +13,7 @@ import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
 from lcodec_ext import _emulated, _threads, foci, stability
 from lcodec_ext._random import random_order, tie_hash
+from lcodec_ext.dependence.stability import _half
 
 N, P = 61, 5  # an odd number of rows: a pair leaves one out
 
@@ -127,7 +128,7 @@ def test_names_and_what_is_printed(data):
     assert result.preselected == (2,)
     lines = repr(result).splitlines()
     assert lines[0].startswith("StabilityResult: 5 columns on 10 halves of 61 rows, ")
-    assert lines[1] == "  given columns [2]"
+    assert lines[1] == "  given 'c' (2)"
     best = int(np.argmax(result.frequencies))
     assert lines[2].split() == [
         f"{result.frequencies[best]:.0%}",
@@ -228,6 +229,11 @@ def test_noise_is_rarely_stable(rng):
         ({"preselected": [P]}, ValueError, "preselected columns must be in 0 .. 4"),
         ({"preselected": ["a"]}, ValueError, "no column names"),
         ({"backend": "cuda"}, ValueError, "cuda"),
+        ({"threshold": 0.6}, TypeError, r"stability\(\) got .* 'threshold'; result.stable"),
+        ({"tresh": 0.6}, TypeError, r"stability\(\) got .* 'tresh': its options are"),
+        ({"n_neighbors": N // 2}, ValueError, "below the number of rows of a half"),
+        ({"n_neighbors": 1.5}, TypeError, "n_neighbors"),
+        ({"y": [f"class {k}" for k in range(N)]}, ValueError, f"{N} classes on {N} rows"),
     ],
 )
 def test_bad_input(data, change, error, message):
@@ -235,6 +241,15 @@ def test_bad_input(data, change, error, message):
     given = {"X": X, "y": y, **change}
     with pytest.raises(error, match=message):
         stability(given.pop("X"), given.pop("y"), **given)
+
+
+def test_classes_that_foci_takes_may_be_rare_on_a_half(rng):
+    y = np.repeat([f"class {k}" for k in range(20)], 2)
+    X = rng.normal(size=(40, 3))
+    foci(X, y)
+    halves = [y[_half(k, 40, 0)] for k in range(10)]
+    assert any(2 * len(set(half)) > len(half) for half in halves)
+    assert stability(X, y, n_pairs=5).selected.shape == (10, 3)
 
 
 def test_what_is_constant_is_said_once(data):

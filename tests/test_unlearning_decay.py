@@ -2,6 +2,7 @@
 
 import copy
 import types
+import warnings
 
 import pytest
 import torch
@@ -217,6 +218,28 @@ def test_an_optimizer_of_one_group_is_its_number():
     ]
     assert results[1].settings.weight_decay == 0.5
     assert torch.equal(*(each.model.weight for each in results))
+
+
+def test_decoupled_decay_is_told_of():
+    """AdamW decays weights outside of the objective: its number is an approximation here."""
+    model = nn.Linear(3, 2)
+    data = torch.randn(20, 3, generator=torch.manual_seed(0)), torch.arange(20) % 2
+    sets = tuple(t[:2] for t in data), tuple(t[2:] for t in data)
+
+    def told(weight_decay):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            result = unlearn(model, *sets, cross_entropy, damping=0.1, weight_decay=weight_decay)
+        assert all(each.filename == __file__ for each in found)
+        return result.settings.weight_decay, [str(each.message) for each in found]
+
+    decay, (message,) = told(torch.optim.AdamW(model.parameters(), weight_decay=0.02))
+    assert decay == 0.02
+    assert message.startswith("AdamW decays weights apart from the loss")
+    assert "Its weight_decay 0.02 is taken as that of an L2 penalty" in message
+    assert told(0.02) == (0.02, [])
+    assert told(torch.optim.AdamW(model.parameters(), weight_decay=0.0)) == (0.0, [])
+    assert told(torch.optim.Adam(model.parameters(), weight_decay=0.02)) == (0.02, [])
 
 
 def test_statistics_take_groups():

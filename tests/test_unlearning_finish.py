@@ -156,7 +156,7 @@ def test_suspects_that_are_no_outliers_get_a_step(batches, monkeypatch):
     suspected = run(case)
     assert torch.equal(weights(suspected.model), weights(plain.model))
     assert suspected.calibration.strength == plain.calibration.strength
-    told = "undone: alone it left the deleted samples too well known"
+    told = "undone: training on the retained samples alone left the deleted ones too low a loss"
     assert told in suspected.calibration.finish_by
     assert told not in plain.calibration.finish_by
 

@@ -1311,6 +1311,18 @@ def test_settings_go_through_json(preset, options):
         assert torch.equal(first, second)
 
 
+def test_an_unknown_option_is_told_the_nearest():
+    """Short: 49 names hide the one that is meant."""
+    for key, hint in (
+        ("device", "everything runs where the model is: move the model"),
+        ("lr", "the nearest are 'learning_rate', 'repair_learning_rate'; help"),
+        ("zzz", "help"),
+    ):
+        with pytest.raises(TypeError, match=f"unknown option '{key}'; {hint}") as caught:
+            Settings.preset("recommended", **{key: 1})
+        assert len(str(caught.value)) < 200
+
+
 def test_settings_that_cannot_be_read():
     def jitter(inputs, rng):
         return inputs

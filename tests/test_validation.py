@@ -112,8 +112,8 @@ def test_bad_input(call, arguments, error, message):
         ({"preselected": [-1]}, ValueError, "preselected column must be an integer >= 0; got -1"),
         ({"preselected": [1, 1]}, ValueError, "preselected names column 1 twice"),
         ({"preselected": [0.5]}, TypeError, "preselected column must be an integer"),
-        ({"preselected": 1}, TypeError, "preselected must be a sequence"),
-        ({"preselected": "x1"}, TypeError, "preselected must be a sequence"),
+        ({"preselected": 1}, TypeError, r"preselected must be a list.*pass \[1\]"),
+        ({"preselected": "x1"}, TypeError, r"preselected must be a list.*pass \['x1'\]"),
         ({"preselected": ["age"]}, ValueError, "column 'age': X has no column names"),
         ({"max_features": -1}, ValueError, "max_features must be an integer >= 1; got -1"),
         ({"max_features": 0}, ValueError, "max_features must be an integer >= 1; got 0"),
@@ -723,3 +723,50 @@ def test_fractions_are_to_be_converted():
     values = [Fraction(k, 3) for k in range(30)]
     with pytest.raises(ValueError, match="objects .Fraction.; convert them to floats first"):
         lcodec_ext.codec(values, np.arange(30.0))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: lcodec_ext.foci(X, "target"),
+        lambda: lcodec_ext.lfoci(X, "target"),
+        lambda: lcodec_ext.codec("target", X),
+        lambda: lcodec_ext.codec(Y, "target"),
+        lambda: lcodec_ext.codec_test("target", "bmi", X),
+        lambda: lcodec_ext.codec_test(Y, X, "target"),
+        lambda: lcodec_ext.xi(Y, "target"),
+        lambda: lcodec_ext.xi_test("target", Y),
+        lambda: lcodec_ext.xi_matrix("target"),
+        lambda: lcodec_ext.stability(X, "target"),
+        lambda: lcodec_ext.dependence_graph("target"),
+        lambda: lcodec_ext.nearest_neighbors("target"),
+        lambda: lcodec_ext.FOCISelector().fit(X, "target"),
+    ],
+)
+def test_the_name_of_a_column_is_not_its_data(call):
+    with pytest.raises(ValueError, match=r"[Xyxz] must be .*; got the str 'target': pass the data"):
+        call()
+
+
+@pytest.mark.parametrize("function", [lcodec_ext.foci, lcodec_ext.lfoci, lcodec_ext.stability])
+@pytest.mark.parametrize("frame", [False, True])
+def test_arguments_in_the_order_of_r(function, frame):
+    table, column = (pd.DataFrame(X), pd.Series(Y)) if frame else (X, Y)
+    with pytest.raises(ValueError, match=r"X of shape \(30,\).*are the arguments swapped"):
+        function(column, table)
+
+
+def test_one_column_as_x_is_told_how_to_be_a_table():
+    with pytest.raises(ValueError, match=r"pass X.to_frame\(\)"):
+        lcodec_ext.foci(pd.Series(Y), Y)
+    with pytest.raises(ValueError, match=r"pass X.reshape\(-1, 1\)"):
+        lcodec_ext.foci(Y, Y)
+
+
+def test_a_result_names_given_columns():
+    table = pd.DataFrame(X, columns=["age", "bmi", "bp"])
+    result = lcodec_ext.foci(table, Y, preselected=["bmi", 0])
+    assert result.preselected_names == ["bmi", "age"]
+    assert "given 'bmi' (1), 'age' (0): T = " in repr(result)
+    assert "given columns 1, 0: T = " in repr(lcodec_ext.foci(X, Y, preselected=[1, 0]))
+    assert "given column 2: T = " in repr(lcodec_ext.foci(X, Y, preselected=[2]))

@@ -292,7 +292,16 @@ def test_result_is_a_tuple_of_three_with_attributes():
     assert (low + high) / 2 == pytest.approx(statistic)
     assert (result.method, result.n) == ("asymptotic", 60)
     assert xi_test(x, y).confidence_interval is None
-    assert repr(result).endswith(f", confidence_interval=({low}, {high}))")
+    assert repr(result) == (
+        f"XiTestResult: xi = {statistic:.4f}, p-value = {pvalue:.4g}, sd = {sd:.4f} on 60 rows, "
+        f"by the limit of many rows\n  50% interval from {low:.4f} to {high:.4f}"
+    )
+    other = result._replace(pvalue=0.5)
+    assert (other.pvalue, other.statistic, other.n) == (0.5, statistic, 60)
+    assert other.confidence_interval == result.confidence_interval
+    several = repr(xi_test(np.column_stack([x, y]), y))
+    assert several.startswith("XiTestResult: 2 pairs on 60 rows")
+    assert "\n  p-value, of shape (2,): [" in several
     assert (pvalue, sd) == xi_test(x, y)[1:]
     copy = pickle.loads(pickle.dumps(result))
     assert isinstance(copy, XiTestResult)
@@ -305,9 +314,20 @@ def test_result_is_a_tuple_of_three_with_attributes():
 
 def test_an_interval_of_a_rare_class_leaves_out_what_is_undefined():
     y = np.arange(100) < 3  # many a subsample of 30 rows has none of them
-    low, high = xi_test(np.arange(100), y, confidence_level=0.95, seed=0).confidence_interval
+    with pytest.warns(UserWarning, match="of 200 subsamples leave the coefficient undefined"):
+        low, high = xi_test(np.arange(100), y, confidence_level=0.95, seed=0).confidence_interval
     assert math.isfinite(low)
     assert low < high
+
+
+def test_an_interval_without_spread_is_nan():
+    x = np.arange(50.0)
+    y = np.random.default_rng(0).normal(size=50)
+    with pytest.warns(UserWarning, match="the same on all that define it: the interval is nan"):
+        assert np.isnan(xi_test(x, x, confidence_level=0.95, seed=0).confidence_interval).all()
+    with pytest.warns(UserWarning, match="^2 of 3 coefficients: subsamples do not tell"):
+        found = xi_test(x, np.column_stack([x, y, -x]), confidence_level=0.95, seed=0)
+    assert np.isnan(found.confidence_interval).sum() == 4
 
 
 @pytest.mark.parametrize(
@@ -378,9 +398,30 @@ def test_the_matrix_has_all_pairs():
         assert np.isnan(np.diag(adjusted)).all()
     plain = xi_matrix(table, adjust=None)
     assert np.array_equal(plain.adjusted, plain.pvalue, equal_nan=True)
+    assert ", not adjusted" in repr(plain)
+    assert "adjusted 0." in repr(found)
     permuted = xi_matrix(table, method="permutation", n_permutations=19, seed=0)
+    assert np.isnan(np.diag(permuted.pvalue)).all()
     one = xi_test(table[:, 1], table[:, 2], method="permutation", n_permutations=19, seed=0)
     assert permuted.pvalue[1, 2] == one.pvalue
+
+
+def test_a_matrix_draws_permutations_once_for_each_response(monkeypatch):
+    calls = []
+    original = type(CPU).permuted_sums
+
+    def counted(self, *args):
+        calls.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(type(CPU), "permuted_sums", counted)
+    rng = np.random.default_rng(1)
+    table = np.column_stack([rng.normal(size=(30, 4)), rng.integers(0, 4, (30, 2))])
+    found = xi_matrix(table, method="permutation", n_permutations=49, seed=3)
+    assert len(calls) == 6
+    for i, j in permutations(range(6), 2):
+        one = xi_test(table[:, i], table[:, j], method="permutation", n_permutations=49, seed=3)
+        assert found.pvalue[i, j] == one.pvalue
 
 
 def test_the_matrix_prints_its_largest_pairs():

@@ -1,6 +1,7 @@
 """Weight decay: one number for all parameters, or one for each."""
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -77,10 +78,28 @@ def decay_of(value: Any, model: nn.Module, name: str = "weight_decay") -> float 
 def with_decay(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Options with the numbers of a model's parameters in place of the optimizer that has them."""
     found = dict(options)
-    if isinstance(found.get("weight_decay"), torch.optim.Optimizer | Mapping):
+    given = found.get("weight_decay")
+    if isinstance(given, torch.optim.Optimizer | Mapping):
         check_module(model)
-        found["weight_decay"] = decay_of(found["weight_decay"], model)
+        found["weight_decay"] = decay = decay_of(given, model)
+        if _is_decoupled(given) and decay:
+            name = type(given).__name__
+            warnings.warn(
+                f"{name} decays weights apart from the loss: what it minimised has no such term. "
+                f"Its weight_decay {decay_text(decay)} is taken as that of an L2 penalty, which is "
+                "an approximation: compare the result with retraining. The number itself, "
+                "weight_decay=1e-2 for example, says that this is meant",
+                stacklevel=4,  # behind unlearn and its decorator
+            )
     return found
+
+
+def _is_decoupled(given: Any) -> bool:
+    """Whether an optimizer decays weights outside of the loss's gradient."""
+    return isinstance(given, torch.optim.Optimizer) and (
+        isinstance(given, torch.optim.AdamW)
+        or any(group.get("decoupled_weight_decay") for group in given.param_groups)
+    )
 
 
 def each_decay(value: Decay, names: Iterable[str]) -> dict[str, float]:

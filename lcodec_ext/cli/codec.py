@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lcodec_ext._checks import counted
 from lcodec_ext.cli.console import OK, Console, InputError, integer, timed
 from lcodec_ext.cli.dependence import (
@@ -77,14 +79,14 @@ def add_codec(commands: Any) -> None:
     parser.add_argument(
         "--method",
         choices=("permutation", "local_permutation", "asymptotic"),
-        help="with --test: of y, of z among rows with near x, or the normal limit without x "
+        help="with --test: of y, of z among rows with near x, or the limit of many rows without x "
         "(default: local_permutation with --x, otherwise permutation)",
     )
     parser.add_argument(
         "--confidence-level",
         type=share,
         metavar="C",
-        help="with --test: an interval for T, from subsamples",
+        help="with --test: of the interval for T, from subsamples (default: 0.95)",
     )
     add_plot(parser, "T and its values under permutation (needs --test)")
     add_computation(parser, noise=True, classes=True)
@@ -101,6 +103,11 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     table = load(options, console, seconds, lambda known: find(wanted, known))
     (y, labels), z = response(table, options, console), table.select(options.z)
     x = table.select(options.x) if options.x else None
+    if labels and options.method == "asymptotic":
+        raise InputError(
+            f"--method asymptotic takes numbers, and {options.y} holds classes: pass --method "
+            "permutation"
+        )
     given = settings(options)
     test: dict[str, Any] | None = None
     picture: dict[str, Any] = {}
@@ -134,7 +141,7 @@ def run_codec(options: argparse.Namespace, console: Console) -> int:
     more = f"; {omitted}" if omitted.rows else ""
     what = f"T({options.y}, {', '.join(options.z)}{conditions})"
     text = f"{what} = {value:.6g}   ({counted(n, 'row')}{more})"
-    console.emit(result, text if test is None else f"{text}\n{_test_text(test, given)}")
+    console.emit(result, text if test is None else f"{text}\n{_test_text(test)}")
     return OK
 
 
@@ -157,10 +164,17 @@ def _check_roles(options: argparse.Namespace) -> None:
         for option in ("permutations", "method", "confidence_level", "plot"):
             if value := getattr(options, option):
                 raise InputError(f"--{option.replace('_', '-')} {value} needs --test")
-    if options.method == "asymptotic":
-        for option in ("permutations", "plot"):
-            if value := getattr(options, option):
-                raise InputError(f"--{option} {value} goes without --method asymptotic")
+    if options.method == "asymptotic" and options.permutations:
+        raise InputError(
+            f"--permutations {options.permutations} goes without --method asymptotic: it draws none"
+        )
+    if options.method == "local_permutation" and not options.x:
+        raise InputError("--method local_permutation needs --x: it permutes z where x is near")
+    if options.method in ("permutation", "asymptotic") and options.x:
+        raise InputError(
+            f"--method {options.method} goes without --x: it tests whether y is independent of all "
+            "other columns together; pass --method local_permutation, or leave out --x"
+        )
     check_plot(options)
 
 
@@ -174,21 +188,31 @@ def _test_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _quantiles(found: "CodecTestResult") -> dict[str, float] | None:
+    """Of T under permutations; None where the normal limit needs none."""
+    if not found.n_permutations:
+        return None
+    shares = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+    values = np.quantile(found.null_distribution, shares).tolist()
+    return {f"{share:g}": value for share, value in zip(shares, values, strict=True)}
+
+
 def _test_record(found: "CodecTestResult") -> dict[str, Any]:
     return {
         "pvalue": found.pvalue,
         "method": found.method,
         "n_permutations": found.n_permutations,
-        "null_distribution": found.null_distribution,
+        "null_quantiles": _quantiles(found),
         "null_mean": found.null_mean,
         "null_sd": found.null_sd,
         "confidence_interval": found.confidence_interval,
+        "confidence_level": found.confidence_level,
         "exchangeability_pvalue": found.exchangeability_pvalue,
         "seed": found.seed,
     }
 
 
-def _test_text(test: dict[str, Any], given: dict[str, Any]) -> str:
+def _test_text(test: dict[str, Any]) -> str:
     what = {
         "permutation": "permutations of y",
         "local_permutation": "permutations of z among rows with near x",
@@ -205,5 +229,5 @@ def _test_text(test: dict[str, Any], given: dict[str, Any]) -> str:
         )
     if test["confidence_interval"]:
         low, high = test["confidence_interval"]
-        lines.append(f"{given['confidence_level']:g} interval: {low:.4f} to {high:.4f}")
+        lines.append(f"{test['confidence_level']:g} interval: {low:.4f} to {high:.4f}")
     return "\n".join(lines)

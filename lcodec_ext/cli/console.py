@@ -182,7 +182,9 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
         if path.suffix.lower() not in suffixes:
             expected = " or ".join(suffixes)
             raise argparse.ArgumentTypeError(f"expected a name ending in {expected}; got {text!r}")
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder; expected the name of a file")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise argparse.ArgumentTypeError(
                 f"expected a file in a folder that can be written; got {text!r}"
             )

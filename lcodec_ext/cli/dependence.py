@@ -4,11 +4,13 @@ import argparse
 import csv
 import difflib
 import io
+import math
 import re
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +64,16 @@ def add_candidates(parser: argparse.ArgumentParser, columns: str, exclude: str) 
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--columns", type=names, metavar="NAMES", help=columns)
     group.add_argument("--exclude", type=names, default=[], metavar="NAMES", help=exclude)
+    parser.add_argument("--x", type=_elsewhere, help=argparse.SUPPRESS)  # as `codec` calls them
     parser.add_argument(
         "--numeric-only",
         action="store_true",
         help="leave out columns that are not numbers, and say which",
     )
+
+
+def _elsewhere(_: str) -> None:
+    raise argparse.ArgumentTypeError("--columns names the columns here")
 
 
 def add_permutations(parser: argparse.ArgumentParser, needed: str) -> None:
@@ -120,6 +127,16 @@ def check_level(options: argparse.Namespace) -> None:
         if options.permutations:
             raise InputError(f"--permutations {options.permutations} needs --alpha")
         return
+    fewest = math.ceil(1 / Fraction(options.alpha)) - 1
+    if (options.permutations or 999) < fewest:
+        raise InputError(
+            f"--alpha {options.alpha:g} needs --permutations {fewest} or more, as the smallest "
+            f"p-value is 1 / (N + 1); got {options.permutations or 999}"
+        )
+    if (getattr(options, "n_neighbors", None) or 1) > 1:
+        raise InputError(
+            f"--n-neighbors {options.n_neighbors} goes without --alpha: the test takes one"
+        )
     for name in ("no_stop", "noise"):
         if getattr(options, name, None) not in (None, False):
             option = name.replace("_", "-")

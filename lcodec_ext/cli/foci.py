@@ -176,11 +176,21 @@ def _as_csv(steps: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def _chance(found: "FociResult", options: argparse.Namespace) -> str:
+    if found.pvalues is None or not len(found.pvalues):
+        return ""
+    other = "other " if len(found.ordering) else ""
+    return (
+        f"no {other}column does better than chance (p = {found.pvalues[-1]:.4g}, "
+        f"--alpha {options.alpha:g})"
+    )
+
+
 def _describe(found: "FociResult", omitted: Omitted, options: argparse.Namespace) -> str:
     reasons = {
         "no_gain": "no further column raises T",
         "min_gain": f"no further column raises T by more than {options.min_gain:g}",
-        "not_significant": f"chance makes as much of the others (--alpha {options.alpha})",
+        "not_significant": _chance(found, options),
         "max_features": f"--max-features {options.max_features} is reached",
         "exhausted": "no column is left",
         "constant_y": f"{options.y} is constant",

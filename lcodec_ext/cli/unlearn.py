@@ -271,8 +271,6 @@ def _check_patch(options: argparse.Namespace) -> None:
         raise InputError("--patch needs --forget or --forget-group: it is what a request changes")
     if options.epsilon is not None:
         raise InputError("--patch has no noise, and --epsilon asks for it: leave one of them out")
-    if options.patch.is_dir():
-        raise InputError(f"--patch {options.patch} is a folder; expected the name of a file")
 
 
 def _check_estimate(options: argparse.Namespace) -> None:

@@ -74,8 +74,6 @@ def check_writable(path: Path, model: "nn.Module") -> None:
     """
     import torch
 
-    if path.is_dir():
-        raise InputError(f"--output {path} is a folder; expected the name of a file")
     try:
         zeros = {key: torch.zeros_like(t, device="cpu") for key, t in model.state_dict().items()}
         write = _writer(zeros, path)

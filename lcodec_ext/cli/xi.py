@@ -163,7 +163,10 @@ def _one_response(
     def draw() -> Any:
         from lcodec_ext.dependence.plots import plot_bars
 
-        ax = plot_bars([names[k] for k in order], values[order], adjusted[order] <= 0.05)
+        ends = None
+        if test.confidence_interval is not None:
+            ends = np.array([np.ravel(end)[order] for end in test.confidence_interval])
+        ax = plot_bars([names[k] for k in order], values[order], adjusted[order] <= 0.05, ends=ends)
         ax.set_xlabel(f"xi of {options.y} on each column; blue: adjusted p-value at most 0.05")
         ax.xaxis.label.set_parse_math(False)
         return ax

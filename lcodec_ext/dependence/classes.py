@@ -39,12 +39,6 @@ class Response(NamedTuple):
 def responses(backend: Backend, y: Any, nominal: bool) -> list[Response]:
     """One response of numbers, or one for each code of classes without an order."""
     codes: Any = np.unique(y) if nominal else []
-    if 2 * len(codes) > len(y):
-        raise ValueError(
-            f"y has {len(codes):,} classes on {len(y):,} rows; expected classes that repeat: pass "
-            "numbers, with astype(float), or astype('int64') for integers, where y is numbers "
-            "written as text"
-        )
     ranks = [backend.ranks(y == code) for code in codes] if nominal else [backend.ranks(y)]
     return [Response(R, ResponseSums(R, L)) for R, L in ranks]
 

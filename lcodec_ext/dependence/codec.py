@@ -3,7 +3,7 @@
 import warnings
 from typing import Any, Literal, NamedTuple
 
-from lcodec_ext._arrays import array_module
+from lcodec_ext._arrays import array_module, class_codes
 from lcodec_ext._checks import check_choice, check_seed
 from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Ties
@@ -18,6 +18,7 @@ from lcodec_ext.dependence.table import (
     Target,
     as_features,
     as_target,
+    check_classes,
     clean_rows,
     refuse_classes,
 )
@@ -251,11 +252,19 @@ def _prepare(
     if x is None:
         rows = clean_rows({"y": target.values, "z": features}, nan_policy)
         rows.warn_if_most(stacklevel=3)
+        check_classes(rows.values["y"], target.nominal)
         table = target.beside(rows.values["z"], rows.values["y"])
         return _Arguments(rows.values["y"], table, None, features, target)
+    if class_codes(x) is not None:
+        raise ValueError(
+            "x holds categories or strings; expected numbers: pass its codes, x.cat.codes, or a "
+            "column of 0 and 1 for each category, pandas.get_dummies(x): rows of equal x are then "
+            "strata"
+        )
     given = as_features(x, "x", tensors=tensors, decimals=decimals)
     rows = clean_rows({"y": target.values, "z": features, "x": given}, nan_policy)
     rows.warn_if_most(stacklevel=3)
+    check_classes(rows.values["y"], target.nominal)
     clean = rows.values
     # conditioning columns first: the order of sums
     table = array_module(clean["z"]).concatenate([clean["x"], clean["z"]], axis=1)

@@ -39,11 +39,15 @@ from lcodec_ext.dependence.scaling import (
 from lcodec_ext.dependence.table import (
     Y_ORDERS,
     Rows,
+    Target,
     as_features,
     as_response,
     as_target,
+    check_classes,
     clean_rows,
     refuse_classes,
+    refuse_swapped,
+    said_columns,
 )
 
 StopReason = Literal[
@@ -74,6 +78,8 @@ class FociResult:
         Names of the selected columns, if X has names.
     preselected : tuple of int
         The conditioning columns that were given.
+    preselected_names : list of str or None
+        Their names, if X has names.
     n_samples, n_features : int
         Rows used (after omitting NaN) and columns of X.
     n_omitted : int
@@ -109,6 +115,7 @@ class FociResult:
     missing: dict[str, int] = field(default_factory=dict)
     threshold: NDArray[np.float64] | None = None
     pvalues: NDArray[np.float64] | None = None
+    preselected_names: list[str] | None = None
     exchangeability_pvalues: NDArray[np.float64] | None = None
     not_taken: int | None = None
     not_taken_name: str | None = None
@@ -128,7 +135,8 @@ class FociResult:
     def plot(self, ax: Any = None) -> Any:
         """Draw the cumulative and the conditional T of every step, of the first 60 at most.
 
-        With stop="permutation" also the T that chance reaches.
+        With stop="permutation" also the cumulative T that chance reaches, and the p-value of the
+        step that ended the selection.
 
         Parameters
         ----------
@@ -158,7 +166,8 @@ class FociResult:
             n = self.n_samples + self.n_omitted
             head += f"\n  {Rows({}, n, self.n_omitted, self.missing).said()}"
         if self.preselected:
-            head += f"\n  given columns {list(self.preselected)}: T = {self.base:.4f}"
+            given = said_columns(self.preselected, self.preselected_names)
+            head += f"\n  given {given}: T = {self.base:.4f}"
         lines = [
             f"  {k + 1:3d}. {self._label(k)}: T = {self.cumulative[k]:.4f}, "
             f"conditional T = {self.conditional[k]:.4f}"
@@ -443,6 +452,7 @@ class _Task:
             raise ValueError(
                 f"min_gain={self.min_gain:g} needs stop=True: with stop=False nothing is left out"
             )
+        refuse_swapped(X, y)
         features = as_features(X, "X", allow_1d=False, tensors=backend.tensors, decimals=decimals)
         p = features.values.shape[1]
         self.preselected = _check_preselected(preselected, p, features.names)
@@ -458,6 +468,8 @@ class _Task:
         self.rows = clean_rows({"X": features, "y": self.target.values}, nan_policy)
         self.features = features._replace(values=self.rows.values["X"])
         self.y = self.rows.values["y"]
+        if not isinstance(y, Target):
+            check_classes(self.y, self.target.nominal)
 
     def lay_out(self) -> Columns:
         """The columns of X, and of y those in distances; warns the caller of constant ones."""
@@ -581,6 +593,7 @@ class _Task:
             stop_reason=reason,
             names=None if names is None else [names[column] for column in ordering],
             preselected=self.preselected,
+            preselected_names=None if names is None else [names[k] for k in self.preselected],
             n_samples=self.features.values.shape[0],
             n_features=self.features.values.shape[1],
             n_omitted=self.rows.n_omitted,
@@ -637,8 +650,8 @@ def _check_preselected(
         return ()
     if isinstance(preselected, str | bytes) or not isinstance(preselected, Sequence | np.ndarray):
         raise TypeError(
-            "preselected must be a sequence of column indices or names; got "
-            f"{preselected!r} ({type(preselected).__name__})"
+            "preselected must be a list of column indices or names; got "
+            f"{preselected!r} ({type(preselected).__name__}): pass [{preselected!r}] for one column"
         )
     indices: list[int] = []
     for column in preselected:

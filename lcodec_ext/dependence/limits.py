@@ -11,6 +11,7 @@ share a neighbour, over n: the sums of the weights below hold both.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from statistics import NormalDist
@@ -21,6 +22,9 @@ from numpy.typing import NDArray
 
 from lcodec_ext._random import tie_hash
 from lcodec_ext.dependence.exact import ResponseSums, sum_of_ratios
+
+MIN_ROWS = 20  # of an interval
+_UNDEFINED = 0.05  # the share of subsamples above which one is warned
 
 
 class PairSums(NamedTuple):
@@ -163,17 +167,10 @@ def graph_sums(
     neighbour, or an equal row; else two of its sums add rounded quotients.
     """
     rows = len(indptr) - 1
-    sizes = np.ones(rows, dtype=np.int64) if size is None else size
-    listed = np.diff(indptr)
-    start = np.repeat(np.arange(rows), listed)
-    alone = sizes[start] == 1
-    start, end = start[alone], indices[alone]
-    counts = np.bincount(start, weights=sizes[end], minlength=rows).astype(np.int64)
+    sizes, start, end, counts, received = _links(indptr, indices, size)
     grouped = sizes > 1
-    counts[grouped] = sizes[grouped] - 1
     # what a row receives is 1 in the mean, so that its square is the rest of a row sum's
-    received = np.bincount(end, weights=1 / counts[start], minlength=rows) + grouped - 1
-    uneven = math.fsum((sizes * received**2).tolist())
+    uneven = math.fsum((sizes * (received - 1) ** 2).tolist())
     mutual = np.isin(end * rows + start, start * rows + end)
     shares = math.fsum((1 / (counts[start] * counts[end]))[mutual].tolist())
     n = int(sizes.sum())
@@ -181,6 +178,86 @@ def graph_sums(
     row_sums = n + Fraction(uneven) / 4
     over = math.lcm(row_sums.denominator, 2 * squares.denominator)
     return PairSums(n, over, n * over, int(row_sums * over**2), int(squares / 2 * over**2))
+
+
+class _Links(NamedTuple):
+    """The graph of distinct rows without what equal rows give each other."""
+
+    sizes: NDArray[np.int64]
+    start: NDArray[np.int64]  # rows that have no equal one, once for each neighbour
+    end: NDArray[np.int64]
+    counts: NDArray[np.int64]  # neighbours of each
+    received: NDArray[np.float64]  # the sum of what others give each
+
+
+def _links(
+    indptr: NDArray[np.int64], indices: NDArray[np.int64], size: NDArray[np.int64] | None
+) -> _Links:
+    rows = len(indptr) - 1
+    sizes = np.ones(rows, dtype=np.int64) if size is None else size
+    start = np.repeat(np.arange(rows), np.diff(indptr))
+    alone = sizes[start] == 1
+    start, end = start[alone], indices[alone]
+    counts = np.bincount(start, weights=sizes[end], minlength=rows).astype(np.int64)
+    grouped = sizes > 1
+    counts[grouped] = sizes[grouped] - 1
+    received = np.bincount(end, weights=1 / counts[start], minlength=rows) + grouped.astype(float)
+    return _Links(sizes, start, end, counts, received)
+
+
+def graph_cube(
+    indptr: NDArray[np.int64], indices: NDArray[np.int64], size: NDArray[np.int64]
+) -> float:
+    """Trace of the cube of the centred weights of T, of the arguments of `graph_sums`.
+
+    It adds up triangles of rows that are next to each other. Three different rows hardly ever are
+    and are not counted; in one column they never are.
+    """
+    sizes, start, end, counts, received = _links(indptr, indices, size)
+    n = int(sizes.sum())
+    grouped = sizes > 1
+    s = sizes[grouped].astype(np.float64)
+    joined = grouped[end]
+    triangles = math.fsum((s * (s - 2) / (s - 1) ** 2).tolist())
+    triangles += math.fsum((0.75 * sizes[end] / counts[start] ** 2)[joined].tolist())
+    u = (1 + received) / 2  # the sums of the rows
+    near = np.bincount(start, weights=sizes[end] * u[end] / counts[start], minlength=len(u))
+    near[grouped] = u[grouped]
+    twice = math.fsum((sizes * u * near).tolist())
+    once = math.fsum((sizes * u * u).tolist())
+    return triangles - 3 * twice / n + 3 * once / n - 1
+
+
+def minima_traces(R: NDArray[np.int64]) -> tuple[float, float]:
+    """Traces of square and cube of the centred min(R_i, R_j) / n of max ranks.
+
+    min(R_i, R_j) is a sum over thresholds t of whether both are at least t, and the covariance of
+    two thresholds s <= t is q_s p_t, with q_s the share of ranks below s and p_t = 1 - q_t.
+    """
+    n = len(R)
+    q = np.cumsum(np.bincount(R, minlength=n + 1))[:n] / n
+    p = 1 - q
+
+    def before(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.cumsum(terms) - terms
+
+    singles = before(q * q)
+    square = (q * p) ** 2 + 2 * singles * p * p
+    cube = (q * p) ** 3 + 3 * (before(q**3 * p) * p * p + singles * q * p**3)
+    cube += 6 * before(singles * q * p) * p * p
+    return math.fsum(square.tolist()), math.fsum(cube.tolist())
+
+
+def limit_skewness(weights: PairSums, cube: float, squares: float, cubes: float) -> float:
+    """Skewness of the weighted sum of chi-squares to which a sum over pairs of rows tends.
+
+    It is sum_ab m_a l_b (z_ab^2 - 1) over the eigenvalues m of the centred weights and l of the
+    centred minima, whose powers are traces: those of the weights' cube, and of the minima's square
+    and cube.
+    """
+    n, over = weights.n, weights.over**2
+    own = (n * (n * weights.squares - 2 * weights.rows) + weights.total**2) / (n * n * over)
+    return max(8 * cube * cubes / (2 * own * squares) ** 1.5, 0.0) if own > 0 else 0.0
 
 
 def _ratios(sizes: NDArray[np.int64], counts: NDArray[np.int64]) -> Fraction:
@@ -193,8 +270,7 @@ def null_moments(sums: ResponseSums, R: NDArray[np.int64], graph: PairSums) -> t
     """Mean and standard deviation of T(Y, Z) where y is permuted against Z, of a y not constant.
 
     The mean is -1 / (n - 1). In the limit T is normal if the ties in Z are groups of bounded size;
-    with few distinct rows in Z it tends to a weighted sum of chi-squares, which a permutation test
-    knows and a normal approximation does not.
+    with few distinct rows in Z it tends to a weighted sum of chi-squares (`limit_skewness`).
     """
     mean, variance = permutation_moments(graph, minimum_sums(R))
     scale = Fraction(sums.n, sums.denominator)
@@ -209,6 +285,49 @@ def normal_interval(value: Any, sd: Any, confidence_level: float) -> tuple[Any, 
     """value -+ z sd, where a normal variable is in (-z, z) with the probability asked for."""
     half = NormalDist().inv_cdf((1 + confidence_level) / 2) * sd
     return value - half, value + half
+
+
+class Spread(NamedTuple):
+    """What subsamples tell about a coefficient, or about several of them."""
+
+    sd: Any
+    undefined: Any  # how many subsamples leave it undefined
+    drawn: int  # subsamples
+
+
+def interval(
+    value: Any, spread: Spread, confidence_level: float, stacklevel: int
+) -> tuple[Any, Any]:
+    """value -+ z sd, at most 1; nan with a warning where subsamples tell no spread.
+
+    The lower end is not cut at 0: a coefficient of few rows can be below 0, and the width of the
+    interval says how sure it is.
+    """
+    values, sd, undefined = (np.asarray(each) for each in (value, spread.sd, spread.undefined))
+    asked = np.isfinite(values)  # of a constant y one has been warned already
+    flat = asked & ~(sd > 0)
+    few = asked & ~flat & (undefined > _UNDEFINED * spread.drawn)
+
+    def of(some: NDArray[np.bool_]) -> str:
+        return f"{some.sum()} of {some.size} coefficients: " if some.ndim else ""
+
+    if flat.any():
+        warnings.warn(
+            f"{of(flat)}subsamples do not tell how much the coefficient varies, because it is the "
+            "same on all that define it: the interval is nan",
+            stacklevel=stacklevel + 1,
+        )
+    if few.any():
+        most = int(undefined[few].max())
+        warnings.warn(
+            f"{of(few)}{'up to ' if few.ndim else ''}{most} of {spread.drawn} subsamples leave the "
+            "coefficient undefined, because y is constant in them or has a class of too few rows: "
+            "the interval rests on the others and can be too narrow",
+            stacklevel=stacklevel + 1,
+        )
+    low, high = normal_interval(values, np.where(sd > 0, sd, math.nan), confidence_level)
+    high = np.minimum(high, 1.0)
+    return (low, high) if values.ndim else (float(low), float(high))
 
 
 def subsamples(n: int, size: int, count: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -228,7 +347,7 @@ def subsampled_sd(
     n_subsamples: int = 200,
     size: int | None = None,
     seed: int,
-) -> Any:
+) -> Spread:
     """Standard deviation of a coefficient of n rows, from its spread over subsamples of m rows.
 
     Their variance times m / n is that of n rows where the coefficient is sqrt(n)-normal and m / n
@@ -248,16 +367,20 @@ def subsampled_sd(
 
     Returns
     -------
-    float, or an array of the statistic's shape
-        The same bits on every machine where the statistic has them. nan where fewer than two
-        subsamples define the statistic.
+    Spread
+        `sd` and `undefined` are numbers, or arrays of the statistic's shape: the same bits on every
+        machine where the statistic has them. `sd` is nan where fewer than two subsamples define the
+        statistic.
     """
-    if n < 20:
+    if n < MIN_ROWS:
         raise ValueError(f"an interval needs at least 20 rows; got {n}: leave confidence_level out")
     m = min(max(n // 10, 30), 5000, n // 2) if size is None else size
     values = np.array([statistic(rows) for rows in subsamples(n, m, n_subsamples, seed)])
     sds = [_spread(column, m / (n - m)) for column in values.reshape(len(values), -1).T.tolist()]
-    return np.reshape(sds, values.shape[1:]) if values.ndim > 1 else sds[0]
+    undefined = np.isnan(values).sum(axis=0)
+    if values.ndim == 1:
+        return Spread(sds[0], int(undefined), n_subsamples)
+    return Spread(np.reshape(sds, values.shape[1:]), undefined, n_subsamples)
 
 
 def _spread(values: list[float], factor: float) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._checks import counted
+from lcodec_ext.dependence.limits import upper_tail
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREY, PALE = "#0072B2", "#D55E00", "#8A8A8A", "#D9D9D9"
@@ -21,6 +22,15 @@ _LONGEST = 28  # letters of a name
 _WRITTEN = 15  # columns of a matrix whose values are written
 _LEVEL = 0.05  # of the p-values that are marked
 _SMALLEST, _LARGEST = 5.5, 9.0  # points
+_HORIZONTAL = 20  # names around a circle that fit without being turned
+_ENDS = {  # of a selection
+    "no_gain": "no other raises T",
+    "min_gain": "no other raises T enough",
+    "not_significant": "no other is significant",
+    "max_features": "max_features is reached",
+    "exhausted": "none is left",
+    "constant_y": "y is constant",
+}
 
 
 def plot_path(result: Any, ax: Any = None) -> Any:
@@ -34,11 +44,14 @@ def plot_path(result: Any, ax: Any = None) -> Any:
     if not first:
         given = counted(len(result.preselected), "given column")
         labels, T, rows = [given, *labels], [result.base, *T], [0, *rows]
+    reached = [] if result.threshold is None else list(result.threshold)
+    if steps == len(result.ordering) < len(reached):  # the step that ended the selection
+        labels.append(f"{'next' if steps else 'best'}: p-value {result.pvalues[-1]:.3g}")
+        rows.append(steps + 1)
+    else:
+        reached = reached[:steps]
     ax = _axes(ax, 6.4, 1.7 + 0.23 * max(len(rows), 3))
-    if result.threshold is not None:
-        reached = result.threshold[:steps]
-        ax.barh(range(1, steps + 1), reached, 0.8, color="#ECECEC", label="reached by chance")
-    ax.plot(T, rows, "o-", color=BLUE, markersize=4, label="cumulative T")
+    ax.plot(T, rows[: len(T)], "o-", color=BLUE, markersize=4, label="cumulative T" if T else None)
     ax.plot(
         result.conditional[:steps],
         range(1, steps + 1),
@@ -46,14 +59,21 @@ def plot_path(result: Any, ax: Any = None) -> Any:
         color=ORANGE,
         markersize=3.5,
         markerfacecolor="white",
-        label="conditional T",
+        label="conditional T" if steps else None,
     )
+    if reached:
+        at = range(1, len(reached) + 1)
+        mark = {"markersize": 13, "markeredgewidth": 2, "color": GREY}
+        ax.plot(reached, at, "|", label="cumulative T by chance", zorder=1, **mark)
     _name(ax.yaxis, rows, labels)
     ax.set_ylim(max(rows, default=1) + 0.6, min(rows, default=0) - 0.6)
     _room_for_zero(ax)
     more = f", the first {steps} shown" if steps < len(result.ordering) else ""
     what = f"{len(result.ordering)} of {counted(result.n_features, 'column')} selected"
-    _title(ax, f"{what}{more}; {str(result.stop_reason).replace('_', ' ')}", 20)
+    end = _ENDS[result.stop_reason]
+    if first and not steps:
+        end = end.replace("no other", "none")
+    _title(ax, f"{what}{more}; {end}", 20)
     _plain(ax)
     if rows:
         _legend(ax)
@@ -69,25 +89,37 @@ def plot_stability(result: Any, ax: Any = None, threshold: float = 0.75) -> Any:
     ever = [k for k in _descending(frequencies) if frequencies[k] > 0]
     names = [_column(result.names, k) for k in ever]
     ax = plot_bars(names, frequencies[ever], frequencies[ever] >= threshold, ax)
-    ax.axvline(threshold, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 2)))
+    dashes = {"color": ORANGE, "linewidth": 1.2, "linestyle": (0, (4, 2))}
+    ax.axvline(threshold, label=f"threshold {threshold:g}", **dashes)
     ax.set_xlim(0, 1.02)
     ax.set_xlabel(f"share of the {len(result.selected):,} halves on which a column is selected")
     more = f" (the first {_MOST} shown)" if len(ever) > _MOST else ""
     n_columns = counted(len(frequencies), "column")
-    _title(ax, f"{len(ever)} of {n_columns} were ever selected{more}")
+    _title(ax, f"{len(ever)} of {n_columns} were ever selected{more}", 20)
+    _legend(ax)
     if not ever:
         _say(ax, "no column was selected")
     return ax
 
 
 def plot_bars(
-    names: Sequence[str], lengths: NDArray[np.float64], marked: NDArray[np.bool_], ax: Any = None
+    names: Sequence[str],
+    lengths: NDArray[np.float64],
+    marked: NDArray[np.bool_],
+    ax: Any = None,
+    *,
+    ends: NDArray[np.float64] | None = None,
 ) -> Any:
-    """Horizontal bars from top to bottom, 60 at most; marked ones are blue."""
+    """Horizontal bars from top to bottom, 60 at most; marked ones are blue.
+
+    `ends`, of shape (2, number of bars), are intervals, drawn as lines.
+    """
     n = min(len(names), _MOST)
     ax = _axes(ax, 6.4, 1.5 + 0.22 * max(n, 3))
     colours = [BLUE if each else PALE for each in marked[:n]]
     ax.barh(range(n), lengths[:n], color=colours, height=0.7)
+    if ends is not None:
+        ax.hlines(range(n), ends[0, :n], ends[1, :n], color="#222222", linewidth=1.2)
     _name(ax.yaxis, range(n), _distinct(names[:n], _LONGEST))
     ax.set_ylim(max(n, 1) - 0.4, -0.6)
     _plain(ax)
@@ -99,12 +131,20 @@ def _descending(values: NDArray[np.float64]) -> list[int]:
 
 
 def plot_null(result: Any, ax: Any = None) -> Any:
-    """What `CodecTestResult.plot` draws: T under permutations, and T of the data."""
+    """What `CodecTestResult.plot` draws: T by chance, T of the data, and its interval."""
     ax = _axes(ax, 6.4, 3.2)
     values = np.asarray(result.null_distribution)
-    low, high = min(values.min(), result.statistic), max(values.max(), result.statistic)
-    bins = np.linspace(low, high if high > low else low + 1, 61)
-    ax.hist(values, bins, color=PALE, label=f"{counted(len(values), 'permutation')}")
+    if len(values):
+        low, high = min(values.min(), result.statistic), max(values.max(), result.statistic)
+        bins = np.linspace(low, high if high > low else low + 1, 61)
+        ax.hist(values, bins, color=PALE, label=f"{counted(len(values), 'permutation')}")
+    elif result.null_sd > 0:
+        ends = np.linspace(-4, 5, 181)  # in standard deviations
+        heights = -np.diff([upper_tail(float(end), result.null_skewness) for end in ends])
+        places = result.null_mean + result.null_sd * (ends[1:] + ends[:-1]) / 2
+        ax.fill_between(places, heights, color=PALE, label="the limit of many rows")
+    if result.confidence_interval is not None and np.isfinite(result.confidence_interval).all():
+        ax.axvspan(*result.confidence_interval, color=BLUE, alpha=0.15, lw=0, label="interval")
     ax.axvline(result.statistic, color=BLUE, linewidth=2, label="the data")
     ax.set_xlabel("T")
     ax.set_yticks([])
@@ -134,24 +174,28 @@ def plot_matrix(matrix: Any, ax: Any = None) -> Any:
     ax.set(xlabel="y", ylabel="x")
     for side_name in ax.spines:
         ax.spines[side_name].set_visible(False)
-    stars = ""
-    if p <= _WRITTEN:
-        stars = f"; *: adjusted p ≤ {_LEVEL:g}"
-        _write_cells(ax, off_diagonal, np.asarray(matrix.adjusted) <= _LEVEL)
-    _title(ax, f"xi of y on x, {counted(matrix.n, 'row')}{stars}")
+    title = f"xi of y on x, {counted(matrix.n, 'row')}"
+    marked = np.asarray(matrix.adjusted) <= _LEVEL
+    if p <= _WRITTEN and _write_cells(ax, off_diagonal, marked) and marked.any():
+        stars = f"*: {'adjusted ' if matrix.adjust else ''}p ≤ {_LEVEL:g}"
+        room = 72 * ax.get_window_extent().width / ax.figure.dpi
+        title += f"; {stars}" if 4.5 * len(f"{title}; {stars}") < room else f"\n{stars}"
+    _title(ax, title)
     return ax
 
 
-def _write_cells(ax: Any, values: NDArray[np.float64], marked: NDArray[np.bool_]) -> None:
+def _write_cells(ax: Any, values: NDArray[np.float64], marked: NDArray[np.bool_]) -> bool:
+    """Whether there was room."""
     box = ax.get_window_extent()
     cell = 72 * min(box.width, box.height) / ax.figure.dpi / len(values)
     size = min(8.0, 0.3 * cell)
     if size < _SMALLEST - 1:
-        return
+        return False
     for i, j in np.argwhere(np.isfinite(values)):
         text = f"{values[i, j]:.2f}".replace("-0.00", "0.00") + "*" * bool(marked[i, j])
         colour = "white" if values[i, j] > 0.6 else "#222222"
         ax.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
+    return True
 
 
 def plot_graph(graph: Any, ax: Any = None) -> Any:
@@ -180,7 +224,8 @@ def plot_graph(graph: Any, ax: Any = None) -> Any:
         key=lambda edge: edge[2],
     )
     drawn.add_weighted_edges_from(edges)
-    places = list(networkx.circular_layout(drawn).values())
+    angles = 2 * math.pi * (np.arange(p) + (0.5 if p % 4 == 0 else 0)) / p  # none at a pole
+    places = np.column_stack([np.cos(angles), np.sin(angles)])
     dot = 30.0 if p <= 30 else 14.0
     strength = np.array([weight for _, _, weight in edges])
     widths = 0.6 + (4.0 if p <= 30 else 2.4) * strength
@@ -199,11 +244,13 @@ def plot_graph(graph: Any, ax: Any = None) -> Any:
     joined = joined.any(axis=0) | joined.any(axis=1)
     colours = [BLUE if each else PALE for each in joined]
     ax.scatter(*np.transpose(places), s=dot, c=colours, zorder=3)
-    _names_around(ax, places, labels, size)
+    _names_around(ax, list(places), labels, size)
     shares = [0.55 * size * max(len(label), 3) / room for label in labels]
-    straight = [max(abs(place)) for place in places]
-    reach = max(1.1 * c / max(1 - 2 * share * c, 0.3)
-                for c, share in zip(straight, shares, strict=True))  # fmt: skip
+    reach = 1.15
+    for (across, up), share in zip(np.abs(places), shares, strict=True):
+        turned = p > _HORIZONTAL
+        far = max(across, up) if turned else across
+        reach = max(reach, 1.1 * far / max(1 - 2 * share * (far if turned else 1), 0.3))
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     ax.set_axis_off()
     of = f"{p} of {counted(len(graph.adjacency), 'column')}: " if p < len(graph.adjacency) else ""
@@ -212,14 +259,15 @@ def plot_graph(graph: Any, ax: Any = None) -> Any:
 
 
 def _names_around(ax: Any, places: Sequence[Any], labels: Sequence[str], size: float) -> None:
-    """Names outside the circle, each on the ray to its place, none upside down."""
+    """Names outside the circle; where they are many each on the ray to its place."""
+    turned = len(labels) > _HORIZONTAL
     for place, label in zip(places, labels, strict=True):
         angle = math.degrees(math.atan2(place[1], place[0]))
         left = abs(angle) > 90.5
         ax.text(
             *(1.07 * place),
             label,
-            rotation=angle + 180 if left else angle,
+            rotation=(angle + 180 if left else angle) if turned else 0,
             rotation_mode="anchor",
             ha="right" if left else "left",
             va="center",

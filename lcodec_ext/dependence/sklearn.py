@@ -75,11 +75,21 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         T(y, selected so far) after each step.
     conditional_ : ndarray of float64, shape (n_selected,)
         T(y, column | those before) of each step.
+    threshold_, pvalues_ : ndarray of float64, or None
+        With ``stop="permutation"``, of every step and last of the one that ended the selection: the
+        T that chance reaches, and the p-value. None with another stop.
     support_ : ndarray of bool, shape (n_features_in_,)
-        Which columns were selected; none, if none has T > 0.
+        Which columns were selected; none, if none has T > 0, or none passes the test of
+        ``stop="permutation"``.
     n_features_in_ : int
     feature_names_in_ : ndarray of str, shape (n_features_in_,)
         Only if X has column names that are all strings.
+
+    Notes
+    -----
+    Where nothing is selected, ``transform`` warns and returns a table without columns, which the
+    next step of a pipeline refuses. There is nothing to predict y by, then. A pipeline that must go
+    on takes the best column at any rate: ``FOCISelector(stop=False, max_features=1)``.
 
     Examples
     --------
@@ -169,6 +179,7 @@ class FOCISelector(SelectorMixin, BaseEstimator):
         self.ordering_ = result.ordering
         self.cumulative_ = result.cumulative
         self.conditional_ = result.conditional
+        self.threshold_, self.pvalues_ = result.threshold, result.pvalues
         self.support_ = np.zeros(self.n_features_in_, dtype=bool)
         self.support_[self.ordering_] = True
         return self

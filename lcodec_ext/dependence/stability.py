@@ -17,8 +17,20 @@ from lcodec_ext._threads import get_num_threads, use_threads_here
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.foci import _check_preselected, foci
 from lcodec_ext.dependence.scaling import constant_columns
-from lcodec_ext.dependence.table import as_features, as_target, clean_rows
+from lcodec_ext.dependence.table import (
+    Target,
+    as_features,
+    as_target,
+    check_classes,
+    clean_rows,
+    refuse_swapped,
+    said_columns,
+)
 
+_OPTIONS = (  # of `foci`
+    "stop", "alpha", "n_permutations", "max_features", "min_gain", "standardize", "ties",
+    "n_neighbors", "y_order",
+)  # fmt: skip
 _SHOWN = 20  # columns that are printed
 _BESIDE = 1 << 28  # bytes that halves may take which are computed at a time
 
@@ -125,7 +137,8 @@ class StabilityResult:
         if self.n_omitted:
             lines.append(f"  {self.n_omitted:,} more rows left out: NaN")
         if self.preselected:
-            lines.append(f"  given columns {list(self.preselected)}")
+            names = self.names and [self.names[k] for k in self.preselected]
+            lines.append(f"  given {said_columns(self.preselected, names)}")
         frequencies = self.frequencies
         order = np.argsort(-frequencies, kind="stable")
         ever = [int(k) for k in order if frequencies[k] > 0]
@@ -202,25 +215,27 @@ def stability(
     [1, 4]
     """
     chosen = resolve(backend, X=X, y=y)
+    _check_options(options)
     check_bool(progress, "progress")
     n_halves = 2 * check_integer(n_pairs, "n_pairs", 1, 10**6)
     check_seed(seed, optional=False)
+    refuse_swapped(X, y)
     features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
     order = options.get("y_order", "given")
     response = as_target(y, tensors=chosen.tensors, y_order=order, decimals=decimals)
     rows = clean_rows({"X": features, "y": response.values}, nan_policy, minimum=6)
     values, target = rows.values["X"], rows.values["y"]
     given = _check_preselected(preselected, values.shape[1], features.names)
+    _check_halves(options, target, response.nominal)
     features.warn_constant(constant_columns(chosen.lay_out(values)), stacklevel=2)
-    if response.nominal:
-        target = target.astype(str)
     seeds = tie_hash(seed, n_halves)
 
     def select(half: int) -> tuple[NDArray[np.int64], bool]:
         chosen_rows = _half(half, len(target), seed)
+        part = target[chosen_rows]
         found = foci(
             values[chosen_rows],
-            target[chosen_rows],
+            Target(part, nominal=True) if response.nominal else part,
             preselected=given,
             seed=int(seeds[half]),
             backend=chosen,
@@ -241,6 +256,27 @@ def stability(
             stacklevel=2,
         )
     return StabilityResult(selected, features.names, given, len(target), rows.n_omitted)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            hint = "; result.stable(threshold) and result.plot(threshold=...) take it"
+            raise TypeError(
+                f"stability() got an unexpected keyword argument {name!r}"
+                f"{hint if name == 'threshold' else ': its options are those of foci'}"
+            )
+
+
+def _check_halves(options: dict[str, Any], y: Any, nominal: bool) -> None:
+    """Refuse classes that most rows have for themselves, and more neighbours than a half has."""
+    check_classes(y, nominal)
+    n_neighbors, half = options.get("n_neighbors", 1), len(y) // 2
+    if check_integer(n_neighbors, "n_neighbors", 1) >= half:
+        raise ValueError(
+            f"n_neighbors must be below the number of rows of a half, {half:,} of {len(y):,}; got "
+            f"{n_neighbors:,}"
+        )
 
 
 def _half(half: int, n: int, seed: int) -> NDArray[np.int64]:

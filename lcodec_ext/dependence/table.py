@@ -5,6 +5,7 @@ Every message names the argument, says what was given and what was expected.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +85,13 @@ def _column(k: int, names: list[str] | None) -> str:
     return f"column {k}" if names is None else f"column {names[k]!r} (index {k})"
 
 
+def said_columns(columns: Sequence[int], names: Sequence[str] | None) -> str:
+    """Columns in a result: "'age' (3), 'bmi' (2)", or "columns 3, 2" without names."""
+    if names is None:
+        return f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
+    return ", ".join(f"{name!r} ({k})" for k, name in zip(columns, names, strict=True))
+
+
 def as_response(y: Any, name: str = "y", *, tensors: bool | None = None) -> Any:
     """A response as a 1-d array or tensor of its own dtype: ranks need no conversion.
 
@@ -130,11 +138,13 @@ def as_target(
     y_order: str | None = None,
     decimals: int | None = None,
 ) -> Target:
-    """A response; of several columns only with a y_order.
+    """A response; of several columns only with a y_order. A target is taken as it is.
 
     Strings and unordered categories are classes without an order; ordered categories become
     their codes. With decimals, columns that are in distances are counts of 10**-decimals.
     """
+    if isinstance(y, Target):
+        return y
     if isinstance(y, list | tuple):
         y = listed(y, "y")
     if (codes := class_codes(y)) is not None:
@@ -159,6 +169,26 @@ def as_target(
         last = xp.asarray(last, dtype=counts.dtype)
         features = features._replace(values=xp.concatenate([counts, last], axis=1))
     return Target(features, given=given, average=y_order == "average")
+
+
+def refuse_swapped(X: Any, y: Any) -> None:
+    """Refuse a column as X and a table as y, the order in which R's FOCI takes them."""
+    shapes = [tuple(getattr(each, "shape", ())) for each in (X, y)]
+    if [len(shape) for shape in shapes] == [1, 2] and shapes[1][1] > 1:
+        raise ValueError(
+            f"X must be a table and y a column; got X of shape {shapes[0]} and y of shape "
+            f"{shapes[1]}: are the arguments swapped?"
+        )
+
+
+def check_classes(y: Any, nominal: bool) -> None:
+    """Refuse codes of classes of which most are rare: numbers that are written as text."""
+    if nominal and 2 * (count := len(np.unique(y))) > len(y):
+        raise ValueError(
+            f"y has {count:,} classes on {len(y):,} rows; expected classes that repeat: pass "
+            "numbers, with astype(float), or astype('int64') for integers, where y is numbers "
+            "written as text"
+        )
 
 
 def refuse_classes(nominal: bool, function: str, instead: str) -> None:
@@ -189,7 +219,8 @@ def as_features(
         label = getattr(X, "name", None)
         names = [label] if isinstance(label, str) else None
     if array.ndim != 2:
-        hint = f"; for one feature pass {name}.reshape(-1, 1)" if array.ndim == 1 else ""
+        way = "to_frame()" if hasattr(X, "to_frame") else "reshape(-1, 1)"
+        hint = f"; for one feature pass {name}.{way}" if array.ndim == 1 else ""
         shapes = "(n,) or (n, p)" if allow_1d else "(n, p)"
         raise ValueError(f"{name} must have shape {shapes}; got shape {tuple(array.shape)}{hint}")
     if array.shape[1] == 0:

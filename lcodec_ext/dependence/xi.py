@@ -13,6 +13,7 @@ from lcodec_ext._checks import (
     check_choice,
     check_probability,
     check_seed,
+    counted,
     first_few,
 )
 from lcodec_ext._random import fresh_seed, tie_seed
@@ -21,16 +22,18 @@ from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
 from lcodec_ext.dependence.limits import (
     PairSums,
-    normal_interval,
+    interval,
+    limit_skewness,
     permutation_variance,
     subsampled_sd,
     upper_tail,
 )
-from lcodec_ext.dependence.permutation import check_permutations
+from lcodec_ext.dependence.permutation import Weighted, check_permutations, joined
 from lcodec_ext.dependence.table import MAX_ROWS, Features, as_features, as_response, clean_rows
 from lcodec_ext.dependence.xi_null import Path
 
 METHODS = ("asymptotic", "permutation")
+_AT_ONCE = 1 << 22  # rows, or sums, of columns that share their permutations
 _DOUBLE = np.dtype(np.float64)
 Sums = tuple[list[PathSums], list[RankSums]]
 
@@ -97,16 +100,10 @@ class XiPairs(NamedTuple):
         return value, tail, sd
 
     def skewness(self, i: int, j: int, weights: PairSums) -> float:
-        """Skewness of the sum of chi-squares that xi tends to where tied rows are averaged.
-
-        It is sum_ab m_a l_b (z_ab^2 - 1) over the eigenvalues m of the centred weights and l of the
-        centred minima, whose powers are traces.
-        """
-        n, over = self.n, weights.over**2
-        squares = (n * (n * weights.squares - 2 * weights.rows) + weights.total**2) / (n * n * over)
-        minima = self.ranks[j].limit_variance(n) / n**4
-        cubes = self.paths[i].cube * self.ranks[j].cube
-        return max(8 * cubes / (2 * squares * minima) ** 1.5, 0.0) if squares > 0 else 0.0
+        """Skewness of the sum of chi-squares that xi tends to where tied rows are averaged."""
+        ranks = self.ranks[j]
+        minima = ranks.limit_variance(self.n) / self.n**4
+        return limit_skewness(weights, self.paths[i].cube, minima, ranks.cube)
 
     def shaped(self, value: Any) -> Any:
         """value(i, j) of all pairs: as it is, or as an array; an array for each of several."""
@@ -269,6 +266,9 @@ class _Triple(NamedTuple):
 class XiTestResult(_Triple):
     """The result of :func:`xi_test`: a tuple (statistic, pvalue, sd), and what belongs to it.
 
+    It unpacks into three: ``statistic, pvalue, sd = xi_test(x, y)``. What `codec_test` returns
+    unpacks into two.
+
     Attributes
     ----------
     statistic : float or ndarray
@@ -279,6 +279,8 @@ class XiTestResult(_Triple):
         Standard deviation of xi under independence, where its mean is 0.
     confidence_interval : tuple of two, or None
         Lower and upper end, floats or arrays; None where none was asked for.
+    confidence_level : float or None
+        As it was asked for.
     method : {"asymptotic", "permutation"}
     n : int
         How many rows were used.
@@ -287,14 +289,34 @@ class XiTestResult(_Triple):
     """
 
     confidence_interval: tuple[Any, Any] | None = None
+    confidence_level: float | None = None
     method: str = "asymptotic"
     n: int = 0
     seed: int | None = None
 
+    def _replace(self, **changes: Any) -> "XiTestResult":
+        """Another result with some of the three values replaced; the rest is kept."""
+        made = super()._replace(**changes)
+        made.__dict__.update(self.__dict__)
+        return made
+
     def __repr__(self) -> str:
-        interval = self.confidence_interval
-        more = "" if interval is None else f", confidence_interval={interval}"
-        return f"{super().__repr__()[:-1]}{more})"
+        by = "permutations" if self.method == "permutation" else "the limit of many rows"
+        of = f"on {counted(self.n, 'row')}, by {by}"
+        ends = self.confidence_interval
+        level = f"{100 * (self.confidence_level or 0):.6g}% interval"
+        if np.ndim(self.statistic) == 0:
+            head = f"xi = {self.statistic:.4f}, p-value = {self.pvalue:.4g}, sd = {self.sd:.4f}"
+            more = "" if ends is None else f"\n  {level} from {ends[0]:.4f} to {ends[1]:.4f}"
+            return f"XiTestResult: {head} {of}{more}"
+        lines = [f"XiTestResult: {counted(self.statistic.size, 'pair')} {of}"]
+        shown = {"xi": self.statistic, "p-value": self.pvalue, "sd": self.sd}
+        if ends is not None:
+            shown |= {f"{level} from": ends[0], "to": ends[1]}
+        for name, values in shown.items():
+            text = np.array2string(values, precision=4, threshold=20, suppress_small=False)
+            lines.append(f"  {name}, of shape {values.shape}: {' '.join(text.split())}")
+        return "\n".join(lines)
 
 
 def xi_test(
@@ -335,7 +357,10 @@ def xi_test(
     confidence_level : float, optional
         Between 0 and 1: an interval for the xi of the population, xi -+ z s, of at least 20 rows.
         The standard error s is from the spread over 200 subsamples, and assumes that sqrt(n) xi is
-        nearly normal, which fails where y is a function of x. By default none is computed.
+        nearly normal. That fails where y is a function of x: there the interval means nothing. It
+        ends at 1 at most, and is not cut at 0. With a warning, it is nan where xi is the same on
+        all subsamples. There is a warning, too, where y is constant in more than 5% of them. By
+        default none is computed.
     seed : int in [0, 2**64) or None
         Of ``ties="random"``, permutations and subsamples; None (default) draws a fresh one.
 
@@ -384,8 +409,9 @@ def xi_test(
     drawn = seed_of_test(seed, bool(count) or level is not None, ties)
     pairs = pairs_of(chosen, x, y, ties, drawn, nan_policy)
     pairs.warn_constant(stacklevel=2)
-    result = tested(chosen, pairs, y_continuous, method, count, ties, drawn)
+    result = tested(chosen, pairs, y_continuous, method, count, ties, drawn, True)
     if level is not None:
+        result.confidence_level = level
         result.confidence_interval = _interval(chosen, pairs, result.statistic, level, ties, drawn)
     return result
 
@@ -406,31 +432,40 @@ def tested(
     n_permutations: int,
     ties: Ties,
     seed: int | None,
+    diagonal: bool,
 ) -> XiTestResult:
-    """The tests of all pairs, of checked options."""
+    """The tests of all pairs, of checked options; without a diagonal, p-values there are nan."""
     if method == "asymptotic":
         result = XiTestResult(*pairs.shaped(lambda i, j: pairs.asymptotic(i, j, y_continuous)))
     else:
-        tails = _permutation_pvalues(backend, pairs, ties, seed or 0, n_permutations)
+        tails = _permutation_pvalues(backend, pairs, ties, seed or 0, n_permutations, diagonal)
         result = XiTestResult(pairs.shaped(pairs.xi), tails, pairs.shaped(pairs.permutation_sd))
     result.method, result.n, result.seed = method, pairs.n, seed
     return result
 
 
 def _permutation_pvalues(
-    backend: HostBackend, pairs: XiPairs, ties: Ties, seed: int, count: int
+    backend: HostBackend, pairs: XiPairs, ties: Ties, seed: int, count: int, diagonal: bool
 ) -> Any:
-
+    """The p-values of all pairs. Permutations of a response are drawn once for many columns."""
     X, Y = np.atleast_2d(pairs.X), np.atleast_2d(pairs.Y)
-    ranks = [backend.ranks(y)[0] for y in Y]
     paths = [Path(x, ties, pairs.tie_seed) for x in X]
-
-    def pvalue(i: int, j: int) -> float:
+    segments = max(len(path.weights) for path in paths)
+    at_once = max(1, _AT_ONCE // max(pairs.n, (count + 1) * segments))
+    tails = np.full((len(X), len(Y)), math.nan)
+    for j in range(len(Y)):
         if pairs.ranks[j].denominator == 0:
-            return math.nan
-        return (1 + paths[i].exceeding(backend, ranks[j], seed, count)) / (1 + count)
-
-    return pairs.shaped(pvalue)
+            continue
+        R = backend.ranks(Y[j])[0]
+        used = [i for i in range(len(X)) if diagonal or i != j]
+        for first in range(0, len(used), at_once):
+            some = used[first : first + at_once]
+            together = joined([Weighted(paths[i].pairs, [], []) for i in some])
+            sums = backend.permuted_sums(together, R, None, seed, count + 1)
+            ends = np.cumsum([len(paths[i].weights) for i in some])[:-1]
+            for i, own in zip(some, np.split(sums, ends, axis=1), strict=True):
+                tails[i, j] = (1 + paths[i].exceeding(own)) / (1 + count)
+    return pairs.shaped(lambda i, j: float(tails[i, j]))
 
 
 def _interval(
@@ -442,4 +477,5 @@ def _interval(
         part = pairs._replace(X=X, Y=Y, paths=paths, ranks=ranks)
         return part.shaped(part.xi)
 
-    return normal_interval(values, subsampled_sd(statistic, pairs.n, seed=seed or 0), level)
+    spread = subsampled_sd(statistic, pairs.n, seed=seed or 0)
+    return interval(values, spread, level, stacklevel=3)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._random import tie_hash
-from lcodec_ext.dependence.backends.base import HostBackend, Pairs, Ties
+from lcodec_ext.dependence.backends.base import Pairs, Ties
 
 
 class Path:
@@ -67,9 +67,8 @@ class Path:
             np.concatenate([own_segment, joint_segment[:-1]]),
         )
 
-    def exceeding(self, backend: HostBackend, R: NDArray[np.int64], seed: int, count: int) -> int:
-        """How many of so many permutations of R have a length of at most that of R itself."""
-        sums = backend.permuted_sums(self.pairs, R, None, seed, count + 1)
+    def exceeding(self, sums: NDArray[np.int64]) -> int:
+        """How many permutations have a length of at most that of the data, which come first."""
         weights = np.array([float(weight) for weight in self.weights])
         close = sums @ weights
         slack = 1e-12 * (sums @ np.abs(weights)).max()

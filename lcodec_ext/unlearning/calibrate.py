@@ -192,8 +192,9 @@ class Calibration:
         return found
 
     def __str__(self) -> str:
-        finish = f", {self.finish} of {self.finish_by}" * bool(self.finish)
-        finish = finish or f", finish {self.finish_by}" * bool(self.finish_by)
+        undone = self.finish_by.startswith("undone")  # and nothing else came of it
+        finish = f", finish {f'of {self.finish} steps by ' * (not undone)}{self.finish_by}"
+        finish *= bool(self.finish_by)
         if not self.control_after:
             return (
                 "outliers" * self.outliers
@@ -206,8 +207,8 @@ class Calibration:
             f"{len(self.control_after)} control groups of {self.group_size}"
             + " samples of other users" * (self.groups_of == "users")
             + f": loss {self.trained:.3g} -> "
-            f"{self.control:.3g} +- {self.spread:.2g}, unseen {self.unseen:.3g} (none above "
-            f"{self.cap:.3g}); validation {self.validation_before:.3g} -> "
+            f"{self.control:.3g} +- {self.spread:.2g}, unseen {self.unseen:.3g} (single "
+            f"losses count for at most {self.cap:.3g}); validation {self.validation_before:.3g} -> "
             f"{self.validation_after:.3g}, stopped by {self.stopped_by}" + finish
         )
 

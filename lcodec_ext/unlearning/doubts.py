@@ -64,7 +64,7 @@ def _doubts(request: Request, guard: Guard | None) -> Iterator[str]:
     if shared > _SHARED * len(some):
         yield (
             f"{shared:,} of {len(some):,} validation samples are training samples: the deletion "
-            "will forget too little. Pass samples that the model was not trained on"
+            "will forget too little or nothing. Pass samples that the model was not trained on"
         )
     if guard is not None:
         yield from _unsure(guard.losses.numpy())
@@ -173,6 +173,7 @@ def warn_of_shortfall(
     deletions: Sequence[Deletion],
     guard: Guard | None,
     training_norm: float,
+    step_norm: float,
 ) -> None:
     """Warn of a calibrated step that stayed far from its aim, or that cost what losses hide.
 
@@ -187,6 +188,13 @@ def warn_of_shortfall(
     told = []
     reason = _REASONS.get(found.stopped_by, found.stopped_by)
     start, target = found.trained, found.validation_before
+    if step_norm == 0:
+        told.append(
+            "the model is unchanged: nothing was found that makes deleted samples more like the "
+            f"validation samples, and none is removed. They lose {after.forget_loss:.3g}, and "
+            f"validation samples {target:.3g}. Pass validation samples that the model was not "
+            "trained on, or train again without the deleted samples",
+        )
     gap = found.unseen - start
     reached = (found.control - start) / gap if gap > _GAP * abs(found.unseen) else 1.0
     solved = found.stopped_by == "range" and training_norm < _SMALL * norm(before.forget)

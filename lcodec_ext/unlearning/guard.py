@@ -202,7 +202,8 @@ def _instead_of_a_step(
         before = tuple(block.work.mean_loss(each) for each in control.groups)
     done = finish_alone(block, harm, outliers=outliers, known=False)
     if done is None:
-        return None, unlike, "undone: alone it left the deleted samples too well known"
+        why = "training on the retained samples alone left the deleted ones too low a loss"
+        return None, unlike, f"undone: {why}"
     found = Calibration.without_a_step(harm, control, before, unlike, outliers)
     attempt = _finished(block, guard, harm, found, Steps(), done)
     if not attempt.accepted and (more := finish_step(block, harm)) is not None:

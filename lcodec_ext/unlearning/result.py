@@ -188,10 +188,14 @@ class UnlearnResult:
         layers = [f"{name or '(model)'}: {count:,}" for name, count in counts.items()]
         if len(layers) > _LAYERS:
             layers = [*layers[: _LAYERS - 1], f"{len(layers) - _LAYERS + 1} layers more"]
+        asked = self.n_forget - len(self.skipped)
+        unchanged = bool(asked) and self.step_norm == 0 and self.guarantee.sigma == 0
         lines = [
-            f"UnlearnResult: {self.n_forget - len(self.skipped)} of "
-            f"{counted(self.n_forget + self.n_retain, 'sample')} removed in "
-            f"{self.seconds['total']:.2f} s",
+            "UnlearnResult: "
+            + "THE MODEL IS UNCHANGED; asked for were " * unchanged
+            + f"{asked} of {counted(self.n_forget + self.n_retain, 'sample')}"
+            + (" in " if unchanged else " removed in ")
+            + f"{self.seconds['total']:.2f} s",
             (
                 f"  parameters    {self.n_parameters:,} of {self.n_trainable:,}, {method} "
                 f"({', '.join(layers)})"
@@ -226,6 +230,8 @@ class UnlearnResult:
 
     def _step(self) -> str:
         """How it was solved, in a few words."""
+        if math.isinf(self.damping):
+            return f"none{', a finish alone' * (self.step_norm > 0)}, norm {self.step_norm:.4g}"
         parts = [f"damping {self.damping:g}", self.solve_method]
         if self.solve_iterations:
             parts[1] += f" of {counted(self.solve_iterations, 'iteration')}"

@@ -81,8 +81,9 @@ def unlearn(
         Where the options start from. "recommended": one Gauss-Newton step by conjugate gradients
         on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
     validation : tensors, Dataset or DataLoader, optional
-        What the guard watches accuracy on, with `max_drop`; by default retained samples that the
-        step has not read, if it has not read all.
+        What the strength is found by, and the guard watches accuracy on, with `max_drop`. Without
+        them the strength is a constant, and the guard watches retained samples, those that the step
+        has not read if there are any; the preset's max_drop is then 0.005.
     groups : array_like, Series or Tensor of int or str, shape (n_retained,), optional
         Where forget has all samples of one user or of several: the id of each retained sample's
         user. The control groups of a calibrated step are then other users, with about as many
@@ -196,7 +197,8 @@ def unlearn(
         changed = with_noise(work, changed, guarantee)
         after = work.measure(request.forget, request.monitored)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
-    warn_of_shortfall(before, after, deletions, watch.guard, training_norm(before, request))
+    trained = training_norm(before, request)
+    warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
     patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
