@@ -73,7 +73,7 @@ def unconditional(n: int, runs: int) -> list[dict[str, Any]]:
                             y,
                             z,
                             method=method,
-                            n_permutations=PERMUTATIONS,
+                            n_permutations=PERMUTATIONS if method == "permutation" else None,
                             confidence_level=None,
                             seed=run,
                         )

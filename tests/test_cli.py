@@ -376,6 +376,7 @@ def test_codec_test_is_codec_test(run, table, data):
     found, expected = json.loads(out), lcodec_ext.codec_test(y, X[:, 1], n_permutations=99, seed=4)
     assert (found["T"], found["test"]["pvalue"]) == (expected.statistic, expected.pvalue)
     assert found["test"]["method"] == "permutation"
+    assert (found["test"]["seed"], found["test"]["exchangeability_pvalue"]) == (4, None)
     assert "null_distribution" not in found["test"]
     quantiles = found["test"]["null_quantiles"]
     assert quantiles["0.95"] == np.quantile(expected.null_distribution, 0.95)
@@ -384,8 +385,9 @@ def test_codec_test_is_codec_test(run, table, data):
     assert found["options"]["n_permutations"] == 99
     _, out, _ = run(*command, "--x", "x4", "--k-perm", "4")
     expected = lcodec_ext.codec_test(y, X[:, 1], X[:, 4], n_permutations=99, k_perm=4, seed=0)
-    first, second, third = out.splitlines()
-    assert third.startswith("0.95 interval: ")
+    first, second, third, fourth = out.splitlines()
+    assert third.startswith(f"p-value {expected.exchangeability_pvalue:.4g} that z is exchangeable")
+    assert fourth.startswith("0.95 interval: ")
     assert first == f"T(y, x1 | x4) = {expected.statistic:.6g}   (400 rows)"
     assert second.startswith(f"p-value {expected.pvalue:.4g} of independence; 99 permutations of z")
     assert json.loads(run(*command[:6], "--json")[1])["test"] is None
@@ -476,9 +478,12 @@ def test_foci_stops_by_permutations(run, data):
     assert found["stop_reason"] == expected.stop_reason
     assert found["pvalues"] == expected.pvalues.tolist()  # that of the step that ended it, too
     assert found["threshold"] == expected.threshold.tolist()
+    assert (found["seed"], found["not_taken"]) == (2, f"x{expected.not_taken}")
     assert {name: found["options"][name] for name in options} == options
     _, out, _ = run(*command, "--output", "chosen.csv")
     assert out.splitlines()[1].endswith("p-value")
+    last = f"the best of the others, x{expected.not_taken}, has p-value {expected.pvalues[-1]:.4g}"
+    assert out.splitlines()[-1] == last
     if expected.stop_reason == "not_significant":
         pvalue = f"p = {expected.pvalues[-1]:.4g}, --alpha 0.05"
         assert f"; no other column does better than chance ({pvalue})" in out.splitlines()[0]
@@ -511,7 +516,7 @@ def test_xi_of_one_response_is_xi_test(run, table, data):
     expected = lcodec_ext.xi_test(
         X[:, [4, 1, 0]], y, method="permutation", n_permutations=99, seed=1
     )
-    assert found["method"] == "permutation"
+    assert (found["method"], found["seed"]) == ("permutation", 1)
     assert sorted(s["pvalue"] for s in found["columns"]) == sorted(expected.pvalue.tolist())
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
-from lcodec_ext import _emulated, codec, codec_test, dependence_graph, foci
+from lcodec_ext import _emulated, codec, codec_test, dependence_graph, foci, lfoci
 from lcodec_ext._random import permutation
 from lcodec_ext.dependence import exact, foci_null
 from lcodec_ext.dependence.backends.resolve import HOST
@@ -159,6 +159,9 @@ def test_result_reads_well(rng):
 
 
 def test_constant_responses_warn():
+    with pytest.warns(UserWarning, match="y is constant: the"):
+        result = codec_test(np.ones(20), np.arange(20), method="asymptotic")
+    assert (*result, result.n_permutations) == (1.0, 1.0, 0)
     with pytest.warns(UserWarning, match="1 by convention"):
         result = codec_test(np.ones(20), np.arange(20), n_permutations=9)
     assert tuple(result) == (1.0, 1.0)
@@ -166,7 +169,7 @@ def test_constant_responses_warn():
         result = codec_test(["a"] * 20, np.arange(20), n_permutations=9)
     assert tuple(result) == (1.0, 1.0)
     x = np.repeat(np.arange(10), 2)
-    with pytest.warns(UserWarning, match="1 by convention"):
+    with pytest.warns(UserWarning, match="y is a function of x on this sample: the"):
         result = codec_test(x, np.arange(20), x, n_permutations=9, k_perm=2)
     assert tuple(result) == (1.0, 1.0)
 
@@ -199,6 +202,9 @@ def test_rows_with_nan_can_be_left_out(rng):
         ({"n_permutations": 99.0}, TypeError, "n_permutations must be"),
         ({"k_perm": 1}, ValueError, "k_perm must be"),
         ({"k_perm": 16, "x": True}, ValueError, "at most n // 2"),
+        ({"k_perm": 3}, ValueError, "k_perm=3 needs an x"),
+        ({"x": [1, 2, 3], "y": [1, 2, 3], "z": [1, 2, 3]}, ValueError, "at least 4 rows"),
+        ({"method": "asymptotic", "n_permutations": 99}, ValueError, "draws no permutations"),
         ({"seed": -1}, ValueError, "seed must be"),
         ({"seed": 1.5}, TypeError, "seed must be"),
         ({"ties": "all"}, ValueError, "ties must be one of"),
@@ -667,6 +673,47 @@ def test_many_permutations_are_held_a_few_columns_at_a_time(rng, monkeypatch):
     assert max(sizes[1:]) < sizes[0] / 2
     assert found.pvalues.tolist() == expected.pvalues.tolist()
     assert found.threshold.tolist() == expected.threshold.tolist()
+
+
+def test_the_best_column_that_was_not_taken_is_named(rng):
+    X = pd.DataFrame(rng.normal(size=(60, 3)), columns=["age", "size", "place"])
+    y = X["size"] + 0.1 * rng.normal(size=60)
+    options = {"stop": "permutation", "n_permutations": 99, "seed": 0}
+    found = foci(X, y, **options)
+    assert found.names == ["size"]
+    best = foci(X, y, stop=False, preselected=["size"], max_features=1)
+    assert (found.not_taken, [found.not_taken_name]) == (best.ordering[0], best.names)
+    last = f"stopped: the best of the others, {found.not_taken_name!r} ({found.not_taken}), has"
+    assert f"{last} p-value {found.pvalues[-1]:.4g}" in repr(found)
+    nothing = foci(X.to_numpy(), rng.normal(size=60), **options)
+    assert nothing.ordering.tolist() == []
+    assert f"others, column {nothing.not_taken}, has p-value {nothing.pvalues[0]:.4g}" in repr(
+        nothing
+    )
+    assert nothing.not_taken_name is None
+    plain = foci(X, y)
+    assert (plain.stop_reason, plain.not_taken) == ("no_gain", None)
+    graph = dependence_graph(X, **options)
+    for k, result in enumerate(graph.results):
+        if result.not_taken is not None:
+            assert result.not_taken != k
+            assert result.not_taken_name == X.columns[result.not_taken]
+
+
+def test_the_seed_that_was_drawn_is_in_the_result(rng):
+    X, y = np.round(rng.normal(size=(60, 3)), 1), np.round(rng.normal(size=60), 1)
+    for options in ({"stop": "permutation", "n_permutations": 49}, {"ties": "random"}):
+        first = foci(X, y, **options)
+        again = foci(X, y, seed=first.seed, **options)
+        assert first.seed == again.seed
+        assert repr(first) == repr(again)
+        graph = dependence_graph(X, **options)
+        assert graph.seed == dependence_graph(X, seed=graph.seed, **options).seed
+        assert {result.seed for result in graph.results} == {graph.seed}
+        assert repr(graph) == repr(dependence_graph(X, seed=graph.seed, **options))
+    assert foci(X, y, seed=3).seed is dependence_graph(X, seed=3).seed is None
+    assert lfoci(X, y).seed == 0
+    assert lfoci(X, y, noise=0).seed is None
 
 
 def test_other_stops_have_no_band(rng):

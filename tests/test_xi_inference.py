@@ -111,10 +111,11 @@ def test_a_batch_has_the_values_of_its_pairs(ties):
     assert xi(X, Y[:, [1]], **options).shape == (3, 1)
     assert xi(X[:, [0]], Y[:, [1]], **options) == expected[0][1]  # a float
     options |= {"confidence_level": 0.9}
-    for method in ("asymptotic", "permutation"):
-        result = xi_test(X, Y, method=method, n_permutations=49, **options)
+    for method, count in (("asymptotic", None), ("permutation", 49)):
+        options["n_permutations"] = count
+        result = xi_test(X, Y, method=method, **options)
         assert result.statistic.tolist() == expected
-        one = xi_test(X[:, 2], Y[:, 3], method=method, n_permutations=49, **options)
+        one = xi_test(X[:, 2], Y[:, 3], method=method, **options)
         assert [each[2, 3] for each in result] == list(one)
         assert tuple(end[2, 3] for end in result.confidence_interval) == one.confidence_interval
 
@@ -216,19 +217,19 @@ def test_permutation_pvalues_do_not_depend_on_threads():
 
 def test_a_constant_x_tells_nothing():
     for method in ("asymptotic", "permutation"):
-        result = xi_test(np.ones(9), np.arange(9), method=method, n_permutations=19, seed=0)
+        result = xi_test(np.ones(9), np.arange(9), method=method, seed=0)
         assert tuple(result) == (0.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("method", ["asymptotic", "permutation"])
+@pytest.mark.parametrize(("method", "count"), [("asymptotic", None), ("permutation", 99)])
 @pytest.mark.parametrize("levels", [2, 6])
-def test_level_where_few_values_are_averaged(method, levels):
+def test_level_where_few_values_are_averaged(method, count, levels):
     rng = np.random.default_rng(levels)
     runs, n = 1200, 60
     pvalues = []
     for run in range(runs):
         x, y = rng.integers(0, levels, n).astype(float), np.floor(4 * rng.random(n))
-        pvalues.append(xi_test(x, y, method=method, n_permutations=99, seed=run).pvalue)
+        pvalues.append(xi_test(x, y, method=method, n_permutations=count, seed=run).pvalue)
     for alpha in (0.05, 0.01):  # a normal tail has 0.07 and 0.035
         rejected = (np.array(pvalues) <= alpha).mean()
         assert abs(rejected - alpha) < 4 * math.sqrt(alpha * (1 - alpha) / runs)
@@ -335,6 +336,8 @@ def test_an_interval_without_spread_is_nan():
         ({"method": "exact"}, ValueError, "method must be one of 'asymptotic', 'permutation'"),
         ({"n_permutations": 0}, ValueError, "n_permutations must be an integer from 1 to"),
         ({"n_permutations": 99.0}, TypeError, "n_permutations"),
+        ({"n_permutations": 99}, ValueError, "draws no permutations"),
+        ({"method": "permutation", "y_continuous": True}, ValueError, "is for method='asymptotic'"),
         ({"confidence_level": 95}, ValueError, "confidence_level must be a number between 0 and 1"),
         ({"confidence_level": 0.9}, ValueError, "an interval needs at least 20 rows; got 4"),
         ({"confidence_level": "0.9"}, TypeError, "confidence_level"),
@@ -344,6 +347,29 @@ def test_an_interval_without_spread_is_nan():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         xi_test([1, 2, 3, 4], [1, 2, 4, 3], **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "permutation"}, {"confidence_level": 0.9}, {"ties": "random"}]
+)
+def test_the_seed_that_was_drawn_is_in_the_result(rng, options):
+    x, y = rng.integers(0, 5, (2, 40))
+    first = xi_test(x, y, **options)
+    again = xi_test(x, y, seed=first.seed, **options)
+    assert first.seed == again.seed
+    assert tuple(first) == tuple(again)
+    assert first.confidence_interval == again.confidence_interval
+    assert xi_test(x, y, seed=5).seed is None
+    if "confidence_level" not in options:
+        X = rng.integers(0, 5, (40, 3))
+        matrix = xi_matrix(X, **options)
+        assert xi_matrix(X, seed=matrix.seed, **options).pvalue[0, 1] == matrix.pvalue[0, 1]
+        assert xi_matrix(X, seed=5).seed is None
+
+
+def test_a_matrix_refuses_what_it_would_ignore():
+    with pytest.raises(ValueError, match="draws no permutations"):
+        xi_matrix(np.eye(4), n_permutations=99)
 
 
 # --------------------------------------------------------------------------------------------

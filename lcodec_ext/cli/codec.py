@@ -207,6 +207,8 @@ def _test_record(found: "CodecTestResult") -> dict[str, Any]:
         "null_sd": found.null_sd,
         "confidence_interval": found.confidence_interval,
         "confidence_level": found.confidence_level,
+        "exchangeability_pvalue": found.exchangeability_pvalue,
+        "seed": found.seed,
     }
 
 
@@ -221,6 +223,10 @@ def _test_text(test: dict[str, Any]) -> str:
         f"p-value {test['pvalue']:.4g} of independence; {count}{what} give T a mean of "
         f"{test['null_mean']:.4f} and a standard deviation of {test['null_sd']:.4f}"
     ]
+    if test["exchangeability_pvalue"] is not None:
+        lines.append(
+            f"p-value {test['exchangeability_pvalue']:.4g} that z is exchangeable where x is near"
+        )
     if test["confidence_interval"]:
         low, high = test["confidence_interval"]
         lines.append(f"{test['confidence_level']:g} interval: {low:.4f} to {high:.4f}")

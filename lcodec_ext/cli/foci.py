@@ -130,6 +130,9 @@ def run_foci(options: argparse.Namespace, console: Console) -> int:
         "stop_reason": found.stop_reason,
         "pvalues": found.pvalues,
         "threshold": found.threshold,
+        "exchangeability_pvalues": found.exchangeability_pvalues,
+        "not_taken": found.not_taken_name,
+        "seed": found.seed,
         "base_T": found.base,
         "n_samples": n,
         **omitted.record(),
@@ -209,4 +212,8 @@ def _describe(found: "FociResult", omitted: Omitted, options: argparse.Namespace
             + (f"  {s['pvalue']:8.4g}" if tested else "")
             for s in steps
         ]
+    if found.not_taken is not None and found.pvalues is not None:
+        lines.append(
+            f"the best of the others, {found.not_taken_name}, has p-value {found.pvalues[-1]:.4g}"
+        )
     return "\n".join(lines)

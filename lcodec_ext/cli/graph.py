@@ -85,6 +85,7 @@ def run_graph(options: argparse.Namespace, console: Console) -> int:
         "table": options.table,
         "columns": table.columns,
         "edges": _edges(graph),
+        "seed": graph.seed,
         "n_samples": graph.results[0].n_samples,
         **omitted.record(),
         "left_out": list(table.left_out),

@@ -173,7 +173,11 @@ def _one_response(
 
     picture = write_plot(draw, options, console)
     title = f"xi of {options.y} on {counted(len(steps), 'column')},"
-    return _Found({"columns": steps, "method": test.method, **picture}, title, _rows(steps, given))
+    return _Found(
+        {"columns": steps, "method": test.method, "seed": test.seed, **picture},
+        title,
+        _rows(steps, given),
+    )
 
 
 def _rows(steps: list[dict[str, Any]], given: dict[str, Any]) -> list[str]:
@@ -225,6 +229,7 @@ def _all_pairs(
         "xi": matrix.statistic,
         "pvalue": matrix.pvalue,
         "adjusted": matrix.adjusted,
+        "seed": matrix.seed,
         **picture,
     }
     return _Found(record, f"{len(order):,} pairs of {counted(p, 'column')},", lines)

@@ -94,6 +94,12 @@ class FociResult:
     exchangeability_pvalues : ndarray of float64, or None
         With stop="permutation", p-values of what these steps assume: that y is exchangeable among
         rows that are near in the columns selected before. nan where none were.
+    not_taken : int or None
+        With stop="permutation", the best of the other columns in the step that ended the selection,
+        which has the last p-value; `not_taken_name` is its name, if X has names.
+    seed : int or None
+        What permutations, random ties and noise were drawn from: with it the selection is the same
+        again. None where nothing was drawn.
     """
 
     ordering: NDArray[np.int64]
@@ -111,6 +117,9 @@ class FociResult:
     pvalues: NDArray[np.float64] | None = None
     preselected_names: list[str] | None = None
     exchangeability_pvalues: NDArray[np.float64] | None = None
+    not_taken: int | None = None
+    not_taken_name: str | None = None
+    seed: int | None = None
 
     def __iter__(self) -> Iterator[NDArray]:
         return iter((self.ordering, self.cumulative))
@@ -167,6 +176,12 @@ class FociResult:
         ]
         if len(self.ordering) > 20:
             lines.append(f"  ... and {len(self.ordering) - 20} more")
+        if self.not_taken is not None and self.pvalues is not None:
+            name = self.not_taken_name
+            best = f"column {self.not_taken}" if name is None else f"{name!r} ({self.not_taken})"
+            lines.append(
+                f"  stopped: the best of the others, {best}, has p-value {self.pvalues[-1]:.4g}"
+            )
         return "\n".join([head, *lines])
 
     def _label(self, k: int) -> str:
@@ -232,7 +247,8 @@ def foci(
     ties, nan_policy, backend
         As in `codec`.
     seed : int, optional
-        In [0, 2^64), for ties="random" and for the permutations. None draws a fresh one.
+        In [0, 2^64), for ties="random" and for the permutations. None draws a fresh one, which is
+        in the result.
     progress : bool, default False
         Show a progress bar for each step; needs tqdm.
     decimals : int, optional
@@ -357,6 +373,7 @@ def lfoci(
             chosen, response, task.features.values, columns, noise, noise_scale, seed
         )
         columns = chosen.lay_out(noisy)
+        task.seed = int(seed) if noise else None
     return task.run(columns, response, seed)
 
 
@@ -418,6 +435,7 @@ class _Task:
         level: Level | None = None,
     ) -> None:
         self.backend, self.level = backend, level
+        self.seed: int | None = None  # once something is drawn
         self.ties = check_choice(ties, "ties", TIES)
         check_neighbors(n_neighbors, ties)
         if level is not None and n_neighbors > 1:
@@ -481,8 +499,9 @@ class _Task:
         reach = _Reach(squared_spans(columns, factors), self.label)
         for column in range(self.p, len(factors)):
             reach.add(column)
-        if self.level is not None:
-            seed = fresh_seed() if seed is None else seed
+        if self.level is not None or self.ties == "random":
+            seed = fresh_seed() if seed is None else int(seed)
+            self.seed = seed
         response, engine = response_engine(
             self.backend, columns, factors, y, self.target.nominal, self.ties,
             tie_seed(self.ties, seed), self.n_neighbors, self.target.average,
@@ -509,6 +528,7 @@ class _Task:
         candidates = sorted(set(range(self.p)).difference(self.preselected))
         steps: list[tuple[int, float, float]] = []
         tests: list[StepTest] = []
+        not_taken = None
         reason: StopReason = "exhausted" if self.cap == len(candidates) else "max_features"
         with progress_bar(self.progress, total=len(candidates), unit="column") as bar:
             while len(steps) < self.cap:
@@ -525,11 +545,9 @@ class _Task:
                     test = null.step(selected, candidates, gain)
                     reached = float(response.unconditional(m)) + test.threshold
                     tests.append(test._replace(threshold=reached))
-                if self.stop and gain <= Fraction(self.min_gain):
-                    reason = "no_gain" if gain <= 0 else "min_gain"
-                    break
-                if self.level is not None and tests[-1].pvalue > self.level.alpha:
-                    reason = "not_significant"
+                ending = self._ending(gain, tests)
+                if ending is not None:
+                    reason, not_taken = ending, best
                     break
                 step = response.conditional(m_best, m) if conditioned else T
                 if step is None:
@@ -543,9 +561,17 @@ class _Task:
                 engine.select(best)
                 candidates.remove(best)
                 m, conditioned = m_best, True
-        result = self._result(steps, base, reason, tests)
+        result = self._result(steps, base, reason, tests, not_taken)
         _warn_of_blocks(result)
         return result
+
+    def _ending(self, gain: Fraction, tests: list[StepTest]) -> StopReason | None:
+        """Why the best step is not taken; None if it is."""
+        if self.stop and gain <= Fraction(self.min_gain):
+            return "no_gain" if gain <= 0 else "min_gain"
+        if self.level is not None and tests[-1].pvalue > self.level.alpha:
+            return "not_significant"
+        return None
 
     def _result(
         self,
@@ -553,7 +579,10 @@ class _Task:
         base: float,
         reason: StopReason,
         tests: Sequence[StepTest] = (),
+        not_taken: int | None = None,
     ) -> FociResult:
+        if self.level is None:
+            not_taken = None  # which was compared with nothing
         ordering = [column for column, _, _ in steps]
         names = self.features.names
         return FociResult(
@@ -572,6 +601,9 @@ class _Task:
             threshold=self._of_tests(tests, "threshold"),
             pvalues=self._of_tests(tests, "pvalue"),
             exchangeability_pvalues=self._of_tests(tests, "exchangeability"),
+            not_taken=not_taken,
+            not_taken_name=None if names is None or not_taken is None else names[not_taken],
+            seed=self.seed,
         )
 
     def _of_tests(self, tests: Sequence[StepTest], name: str) -> NDArray[np.float64] | None:

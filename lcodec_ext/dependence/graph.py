@@ -7,8 +7,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._checks import check_bool, check_choice, first_few
+from lcodec_ext._checks import check_bool, check_choice, check_seed, first_few
 from lcodec_ext._progress import progress_bar
+from lcodec_ext._random import fresh_seed
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.foci import FociResult, foci
@@ -39,12 +40,15 @@ class DependenceGraph:
         One for each column as the response; their indices are those of X.
     names : list of str or None
         Column names of X.
+    seed : int or None
+        What permutations and random ties of all responses were drawn from; None without any.
     """
 
     adjacency: NDArray[np.bool_]
     weights: NDArray[np.float64]
     results: list[FociResult]
     names: list[str] | None
+    seed: int | None = None
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the columns on a circle, and an arrow from each selected column to its response.
@@ -142,6 +146,11 @@ def dependence_graph(
     """
     chosen = resolve(backend, X=X)
     check_bool(progress, "progress")
+    check_seed(seed)
+    if stop != "permutation" and ties != "random":
+        seed = None  # nothing is drawn
+    elif seed is None:
+        seed = fresh_seed()
     check_choice(standardize, "standardize", STANDARDIZE)
     features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
     p, names = features.values.shape[1], features.names
@@ -180,6 +189,10 @@ def dependence_graph(
             weights[i, selected] = result.conditional
             chosen_names = None if names is None else [names[k] for k in selected]
             result = replace(result, ordering=selected, names=chosen_names, n_features=p)
+            if result.not_taken is not None:
+                best = int(others[result.not_taken])
+                name = None if names is None else names[best]
+                result = replace(result, not_taken=best, not_taken_name=name)
             results.append(replace(result, n_omitted=rows.n_omitted, missing=rows.missing))
             bar.update()
     doubtful = sum(bool(result._doubtful) for result in results)
@@ -190,4 +203,4 @@ def dependence_graph(
             "often than alpha says; exchangeability_pvalues in `results` say which",
             stacklevel=2,
         )
-    return DependenceGraph(adjacency, weights, results, names)
+    return DependenceGraph(adjacency, weights, results, names, None if seed is None else int(seed))

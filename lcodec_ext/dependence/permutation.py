@@ -12,11 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, is_tensor
+from lcodec_ext._checks import check_integer
 from lcodec_ext.dependence.backends.base import Backend, Pairs, RowNumbers, Ties
 from lcodec_ext.dependence.classes import Response
 
 _LISTED = 8  # rows of a group up to which its pairs are listed
 _NONE = np.empty(0, dtype=np.int32)
+
+
+def check_permutations(method: str, n_permutations: object) -> int:
+    """How many permutations a method draws: none for the limit, which refuses a number of them."""
+    if n_permutations is None:
+        return 0 if method == "asymptotic" else 999
+    count = check_integer(n_permutations, "n_permutations", 1, 10**6)
+    if method == "asymptotic":
+        raise ValueError(
+            f"method='asymptotic' draws no permutations; got n_permutations={count}: leave it out, "
+            "or pass method='permutation'"
+        )
+    return count
 
 
 class Weighted(NamedTuple):

@@ -33,6 +33,7 @@ from lcodec_ext.dependence.limits import (
 from lcodec_ext.dependence.permutation import (
     Blocks,
     Neighbors,
+    check_permutations,
     find_neighbors,
     neighbor_pairs,
     numerators,
@@ -162,8 +163,8 @@ def codec_test(
     x: Any = None,
     *,
     method: Method | None = None,
-    n_permutations: int = 999,
-    k_perm: int = 3,
+    n_permutations: int | None = None,
+    k_perm: int | None = None,
     alternative: Literal["greater"] = "greater",
     confidence_level: float | None = 0.95,
     ties: Ties = "average",
@@ -190,13 +191,14 @@ def codec_test(
         otherwise. "asymptotic" takes no x: a normal distribution with the exact mean and variance
         of T over all permutations of y, which needs no permutations. Where z has few different
         rows, a gamma distribution with the skewness of the limit takes the normal one's place.
-    n_permutations : int, default 999
-        From 1 to 10^6. The smallest p-value is 1 / (n_permutations + 1).
-    k_perm : int, default 3
-        For "local_permutation": rows that change places are in blocks of k_perm to 2 k_perm - 1
-        rows, or of more rows with equal x. From 2 to n // 2. Small blocks keep what z owes to x,
-        and so the level of the test; larger ones gain little power. Rows are near by the ranks of
-        each column of x, whatever its unit.
+    n_permutations : int, optional
+        From 1 to 10^6, 999 by default. The smallest p-value is 1 / (n_permutations + 1). Not with
+        "asymptotic".
+    k_perm : int, optional
+        Only for "local_permutation", 3 by default: rows that change places are in blocks of k_perm
+        to 2 k_perm - 1 rows, or of more rows with equal x. From 2 to n // 2. Small blocks keep what
+        z owes to x, and so the level of the test; larger ones gain little power. Rows are near by
+        the ranks of each column of x, whatever its unit.
     alternative : {"greater"}
         Dependence makes T large. A small T is no evidence of anything: there is no other test.
     confidence_level : float or None, default 0.95
@@ -251,32 +253,29 @@ def codec_test(
     """
     chosen = resolve(backend, y=y, z=z, x=x)
     chosen_method = _check_method(method, x, alternative)
-    check_integer(n_permutations, "n_permutations", 1, 10**6)
-    check_integer(k_perm, "k_perm", 2)
+    count = check_permutations(chosen_method, n_permutations)
+    least = _check_block(chosen_method, k_perm)
     if confidence_level is not None:
         check_probability(confidence_level, "confidence_level")
     given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals)
     n = len(given.table)
-    if x is not None and k_perm > n // 2:
-        raise ValueError(
-            f"k_perm must be at most n // 2, which is {n // 2} for the {n} rows used, so that not "
-            f"all of z is permuted; got {k_perm}"
-        )
+    if x is not None:
+        _check_rows(n, least)
     columns = given.lay_out(chosen)
     factors = check_distances(columns, given.label)
     warn_underflow(columns, factors, given.label, stacklevel=2)
     drawn = fresh_seed() if seed is None else int(seed)
-    plan = _Plan(chosen, given, factors, ties, drawn, int(n_permutations), int(k_perm))
+    plan = _Plan(chosen, given, factors, ties, drawn, count, least)
     found = _NULLS[chosen_method](plan)
     if found is None:
+        constant = bool((given.y == given.y[0]).all())
+        reason = "constant" if constant else "a function of x on this sample"
         warnings.warn(
-            "y is constant, or a function of x on this sample: the coefficient and its p-value are "
-            "1 by convention",
-            stacklevel=2,
+            f"y is {reason}: the coefficient and its p-value are 1 by convention", stacklevel=2
         )
     ends = None if confidence_level is None else _interval(plan, found, confidence_level)
     if found is None:
-        found = _Null(1.0, 1.0, np.ones(n_permutations), 1.0, 0.0)
+        found = _Null(1.0, 1.0, np.ones(count), 1.0, 0.0)
     if found.exchangeability is not None:
         _warn_of_blocks(found.exchangeability)
     return CodecTestResult(
@@ -336,6 +335,32 @@ def _check_method(method: object, x: Any, alternative: object) -> Method:
     if method == "asymptotic":
         return "asymptotic"
     return "permutation" if x is None else "local_permutation"
+
+
+def _check_block(method: Method, k_perm: int | None) -> int:
+    """How many rows a block has at least; refuse what would be ignored."""
+    if k_perm is None:
+        return 3
+    least = check_integer(k_perm, "k_perm", 2)
+    if method != "local_permutation":
+        raise ValueError(
+            f"k_perm={least} needs an x, among whose near rows z is permuted; pass x, or leave out "
+            "k_perm"
+        )
+    return least
+
+
+def _check_rows(n: int, k_perm: int) -> None:
+    """Refuse blocks that would be one."""
+    if n < 4:
+        raise ValueError(
+            f"a test given x needs at least 4 rows, for two blocks of two; got {n}: pass more rows"
+        )
+    if k_perm > n // 2:
+        raise ValueError(
+            f"k_perm must be at most n // 2, which is {n // 2} for the {n} rows used, so that not "
+            f"all of z is permuted; got {k_perm}"
+        )
 
 
 class _Plan(NamedTuple):

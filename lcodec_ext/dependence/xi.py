@@ -11,7 +11,6 @@ from lcodec_ext._arrays import as_array, beyond_float64
 from lcodec_ext._checks import (
     check_bool,
     check_choice,
-    check_integer,
     check_probability,
     check_seed,
     counted,
@@ -29,7 +28,7 @@ from lcodec_ext.dependence.limits import (
     subsampled_sd,
     upper_tail,
 )
-from lcodec_ext.dependence.permutation import Weighted, joined
+from lcodec_ext.dependence.permutation import Weighted, check_permutations, joined
 from lcodec_ext.dependence.table import MAX_ROWS, Features, as_features, as_response, clean_rows
 from lcodec_ext.dependence.xi_null import Path
 
@@ -285,12 +284,15 @@ class XiTestResult(_Triple):
     method : {"asymptotic", "permutation"}
     n : int
         How many rows were used.
+    seed : int or None
+        What permutations, subsamples and random ties were drawn from; None where none were.
     """
 
     confidence_interval: tuple[Any, Any] | None = None
     confidence_level: float | None = None
     method: str = "asymptotic"
     n: int = 0
+    seed: int | None = None
 
     def _replace(self, **changes: Any) -> "XiTestResult":
         """Another result with some of the three values replaced; the rest is kept."""
@@ -323,7 +325,7 @@ def xi_test(
     *,
     y_continuous: bool = False,
     method: Literal["asymptotic", "permutation"] = "asymptotic",
-    n_permutations: int = 999,
+    n_permutations: int | None = None,
     confidence_level: float | None = None,
     ties: Ties = "average",
     seed: int | None = None,
@@ -349,8 +351,9 @@ def xi_test(
         it tends to a sum of chi-squares the fewer values x has; a gamma distribution then takes the
         normal one's place. "permutation": p = (1 + b) / (1 + n_permutations), where b random
         permutations of y have at least the given xi. It is right for every n and all ties.
-    n_permutations : int
-        From 1 to 10^6; 999 by default, which makes 0.001 the smallest p-value.
+    n_permutations : int, optional
+        For method="permutation": from 1 to 10^6; 999 by default, which makes 0.001 the smallest
+        p-value.
     confidence_level : float, optional
         Between 0 and 1: an interval for the xi of the population, xi -+ z s, of at least 20 rows.
         The standard error s is from the spread over 200 subsamples, and assumes that sqrt(n) xi is
@@ -391,20 +394,34 @@ def xi_test(
     """
     check_bool(y_continuous, "y_continuous")
     check_choice(method, "method", METHODS)
-    check_integer(n_permutations, "n_permutations", 1, 10**6)
+    count = check_permutations(method, n_permutations)
+    if y_continuous and count:
+        raise ValueError(
+            "y_continuous=True is for method='asymptotic': permutations need to know nothing of y; "
+            "leave it out"
+        )
     level = (
         None
         if confidence_level is None
         else check_probability(confidence_level, "confidence_level")
     )
     chosen = resolve_on_cpu("xi_test", backend, x=x, y=y)
-    pairs = pairs_of(chosen, x, y, ties, seed, nan_policy)
+    drawn = seed_of_test(seed, bool(count) or level is not None, ties)
+    pairs = pairs_of(chosen, x, y, ties, drawn, nan_policy)
     pairs.warn_constant(stacklevel=2)
-    result = tested(chosen, pairs, y_continuous, method, n_permutations, ties, seed, True)
+    result = tested(chosen, pairs, y_continuous, method, count, ties, drawn, True)
     if level is not None:
         result.confidence_level = level
-        result.confidence_interval = _interval(chosen, pairs, result.statistic, level, ties, seed)
+        result.confidence_interval = _interval(chosen, pairs, result.statistic, level, ties, drawn)
     return result
+
+
+def seed_of_test(seed: int | None, draws: bool, ties: str) -> int | None:
+    """The seed that permutations, subsamples and ties share; None where nothing is drawn."""
+    check_seed(seed)
+    if not draws and ties != "random":
+        return None
+    return fresh_seed() if seed is None else int(seed)
 
 
 def tested(
@@ -421,10 +438,9 @@ def tested(
     if method == "asymptotic":
         result = XiTestResult(*pairs.shaped(lambda i, j: pairs.asymptotic(i, j, y_continuous)))
     else:
-        drawn = fresh_seed() if seed is None else seed
-        tails = _permutation_pvalues(backend, pairs, ties, drawn, n_permutations, diagonal)
+        tails = _permutation_pvalues(backend, pairs, ties, seed or 0, n_permutations, diagonal)
         result = XiTestResult(pairs.shaped(pairs.xi), tails, pairs.shaped(pairs.permutation_sd))
-    result.method, result.n = method, pairs.n
+    result.method, result.n, result.seed = method, pairs.n, seed
     return result
 
 
@@ -461,5 +477,5 @@ def _interval(
         part = pairs._replace(X=X, Y=Y, paths=paths, ranks=ranks)
         return part.shaped(part.xi)
 
-    drawn = fresh_seed() if seed is None else seed
-    return interval(values, subsampled_sd(statistic, pairs.n, seed=drawn), level, stacklevel=3)
+    spread = subsampled_sd(statistic, pairs.n, seed=seed or 0)
+    return interval(values, spread, level, stacklevel=3)

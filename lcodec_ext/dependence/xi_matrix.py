@@ -6,11 +6,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._checks import check_choice, check_integer
+from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve_on_cpu
+from lcodec_ext.dependence.permutation import check_permutations
 from lcodec_ext.dependence.table import as_features
-from lcodec_ext.dependence.xi import METHODS, pairs_of, tested
+from lcodec_ext.dependence.xi import METHODS, pairs_of, seed_of_test, tested
 
 _SHOWN = 10  # pairs that are printed
 
@@ -36,6 +37,8 @@ class XiMatrix:
         How many rows were used.
     adjust : {"bh", "by", None}
         As it was asked for; with None `adjusted` has the p-values as they are.
+    seed : int or None
+        What permutations and random ties were drawn from; None where none were.
     """
 
     statistic: NDArray[np.float64]
@@ -44,6 +47,7 @@ class XiMatrix:
     names: list[str] | None
     n: int
     adjust: Literal["bh", "by"] | None = "bh"
+    seed: int | None = None
 
     def plot(self, ax: Any = None) -> Any:
         """Draw a heat map of xi, y across and x down.
@@ -94,7 +98,7 @@ def xi_matrix(
     *,
     adjust: Literal["bh", "by"] | None = "bh",
     method: Literal["asymptotic", "permutation"] = "asymptotic",
-    n_permutations: int = 999,
+    n_permutations: int | None = None,
     ties: Ties = "average",
     seed: int | None = None,
     nan_policy: Literal["raise", "omit"] = "raise",
@@ -144,21 +148,22 @@ def xi_matrix(
     """
     check_choice(adjust, "adjust", ("bh", "by", None))
     check_choice(method, "method", METHODS)
-    check_integer(n_permutations, "n_permutations", 1, 10**6)
+    count = check_permutations(method, n_permutations)
     chosen = resolve_on_cpu("xi_matrix", backend, X=X)
     features = as_features(X, "X", allow_1d=False, tensors=False)
     if features.values.shape[1] < 2:
         raise ValueError("X must have at least two columns; got 1: xi_test tests a single pair")
-    pairs = pairs_of(chosen, features, features, ties, seed, nan_policy)
+    drawn = seed_of_test(seed, bool(count), ties)
+    pairs = pairs_of(chosen, features, features, ties, drawn, nan_policy)
     pairs.warn_constant(stacklevel=2)
-    test = tested(chosen, pairs, False, method, n_permutations, ties, seed, False)
+    test = tested(chosen, pairs, False, method, count, ties, drawn, False)
     pvalue = test.pvalue
     np.fill_diagonal(pvalue, np.nan)
     adjusted = pvalue.copy()
     defined = np.isfinite(pvalue)
     if adjust is not None:
         adjusted[defined] = adjusted_pvalues(pvalue[defined], adjust)
-    return XiMatrix(test.statistic, pvalue, adjusted, features.names, test.n, adjust)
+    return XiMatrix(test.statistic, pvalue, adjusted, features.names, test.n, adjust, drawn)
 
 
 def adjusted_pvalues(
