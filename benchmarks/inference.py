@@ -1,12 +1,12 @@
 """What a test of dependence costs; how often it errs, and how often it finds what is there.
 
-    python benchmarks/inference.py [--parts cost,simulation] [--quick] [--output FILE]
+    python benchmarks/inference.py [--parts cost,simulation,given] [--quick] [--output FILE]
 
 "cost": codec_test with 999 permutations beside what it must do at the least, a bare loop that draws
 999 permutations and adds the minima of n pairs, and beside 999 calls of codec. Times are seconds of
 CPU of one thread, in turns; the build must have LCODEC_INSTRUMENTS, as that of the Makefile has.
-"simulation": shares of runs in which tests reject, and intervals cover (`inference_levels.py`); its
-picture is docs/inference.png. A part that is not measured stays in the file as it was.
+"simulation" and, given x, "given": shares of runs in which tests reject, and intervals cover
+(`inference_levels.py`); docs/inference.png is their picture. A part that is not measured stays in the file as it was.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     environment.limit_threads(1)
 
 import numpy as np
-from inference_levels import figure, simulation
+from inference_levels import figure, given, simulation
 from results import SCHEMA, load
 from run import save
 
@@ -122,7 +122,11 @@ def cost(quick: bool) -> dict[str, Any]:
     return {"permutations": PERMUTATIONS, "floor_ns_an_element": FLOOR_NS, "points": points}
 
 
-PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {"cost": cost, "simulation": simulation}
+PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    "cost": cost,
+    "simulation": simulation,
+    "given": given,
+}
 
 
 def begun(previous: Path, quick: bool) -> dict[str, Any]:
@@ -158,9 +162,10 @@ def main(arguments: list[str] | None = None) -> int:
             found = PARTS[part](options.quick)
             result["inference"][part] = {"commit": result["commit"]} | found
             save(result, options.output)
-    if "simulation" in parts and not options.quick:
+    if {"simulation", "given"} <= set(result["inference"]) and not options.quick:
+        points = [result["inference"][part]["points"] for part in ("simulation", "given")]
         picture = environment.ROOT / "docs/inference.png"
-        figure(result["inference"]["simulation"]["points"]).savefig(picture, dpi=110)
+        figure([*points[0], *points[1]]).savefig(picture, dpi=110)
     claims = [
         claim
         for part in result["inference"].values()
