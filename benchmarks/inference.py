@@ -6,7 +6,8 @@
 999 permutations and adds the minima of n pairs, and beside 999 calls of codec. Times are seconds of
 CPU of one thread, in turns; the build must have LCODEC_INSTRUMENTS, as that of the Makefile has.
 "simulation" and, given x, "given": shares of runs in which tests reject, and intervals cover
-(`inference_levels.py`); docs/inference.png is their picture. A part that is not measured stays in the file as it was.
+(`inference_levels.py`); docs/inference.png is their picture. A part that is not measured stays in
+the file as it was.
 """
 
 import argparse
