@@ -180,10 +180,7 @@ def _chance(found: "FociResult", options: argparse.Namespace) -> str:
     if found.pvalues is None or not len(found.pvalues):
         return ""
     other = "other " if len(found.ordering) else ""
-    return (
-        f"no {other}column does better than chance (p = {found.pvalues[-1]:.4g}, "
-        f"--alpha {options.alpha:g})"
-    )
+    return f"no {other}column does better than chance (--alpha {options.alpha:g})"
 
 
 def _describe(found: "FociResult", omitted: Omitted, options: argparse.Namespace) -> str:
