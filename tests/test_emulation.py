@@ -312,6 +312,7 @@ def test_device_memory_can_run_out():
         with pytest.raises(RuntimeError, match="^cudaErrorMemoryAllocation$"):
             _emulated.sums(values)
         assert _emulated.allocated_bytes() == 0
+        assert _emulated.count_threads((1, 1, 1), (1, 1, 1)) == 1  # no error is left behind
     _emulated.configure("forward", memory=2 * needed)
     _emulated.sums(values)
 

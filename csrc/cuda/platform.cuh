@@ -53,6 +53,7 @@ template <class... P>
 cudaError_t launch([[maybe_unused]] const char* name, void (*kernel)(P...), dim3 grid, dim3 block,
                    std::size_t shared_bytes, [[maybe_unused]] cudaStream_t stream,
                    std::type_identity_t<P>... arguments) {
+  static_cast<void>(cudaGetLastError());  // what an earlier call left is no failure of this launch
   constexpr std::size_t kGrantedUnasked = 48 * 1024;
   if (shared_bytes > kGrantedUnasked &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
