@@ -30,6 +30,7 @@ import deletion  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
 import inference  # noqa: E402
+import inference_levels  # noqa: E402
 import masks  # noqa: E402
 import networks  # noqa: E402
 import ordinary  # noqa: E402
@@ -991,6 +992,21 @@ def test_permutations_cost_no_more_than_they_must():
     text = " ".join((ROOT / "docs/inference.md").read_text(encoding="utf-8").split())
     seconds = claimed[1]["seconds"]["codec_test"]
     assert f"999 permutations of 100 000 rows take about {seconds:.1f} s on one thread" in text
+
+
+def test_the_guide_has_the_recorded_levels():
+    """Exact tests keep their level within four standard errors; the tables are the record's."""
+    found = results.load(ROOT / "benchmarks/results/inference.json")["inference"]
+    points = [point for part in ("simulation", "given") for point in found[part]["points"]]
+    text = (ROOT / "docs/inference.md").read_text(encoding="utf-8")
+    for each in inference_levels.table(points).split("\n\n"):
+        assert each in text
+    claimed = [claim for point in points for claim in point.get("claims", ())]
+    assert len(claimed) == 12
+    assert all(claim["met"] for claim in claimed)
+    slow = [point["ms"] for point in points if point.get("test") == "CMIknn"]
+    ours = [point["ms"] for point in points if point.get("test") == "local permutation, k_perm=3"]
+    assert 60 < np.mean(slow) / np.mean(ours) < 80
 
 
 def test_a_quick_run_of_inference(tmp_path):
