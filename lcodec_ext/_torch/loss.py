@@ -282,7 +282,7 @@ def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_s
 def is_much_worse(before: float, after: float, unit: float = 1.0) -> bool:
     """Whether a mean loss rose by so much that a warning is due; NaN counts as worse.
 
-    unit is the size of losses that are no cross-entropies.
+    unit is what counts as 1 for the loss; it is 1 for a cross-entropy.
     """
     return math.isfinite(before) and not after <= before + abs(before) / 2 + 0.05 * unit
 
