@@ -3,23 +3,23 @@
 //   sum[b][s] = sum over the pairs (i, j) of segment s, and of its groups, of
 //               min(rank[p_b(i)], rank[p_b(j)])          p_b as common/philox.hpp defines it
 //
-// Mapping    a block takes permutations b, b + gridDim.x, ... All its threads draw the partners of
-//            kDrawn positions at a time into shared memory, a thread eight of them; thread 0
-//            exchanges, since one exchange needs the one before it. All threads then go over the
-//            pairs of a segment, and a warp adds to sum[b][s] at once. A labeling's groups are
-//            added up by one thread, in increasing order of rank.
+// Mapping    a block takes permutations b, b + gridDim.x, ... All its threads draw the words of
+//            kDrawn positions at a time into shared memory, a thread eight of them, and then turn
+//            them into partners, a thread every 256th; thread 0 exchanges, since one exchange needs
+//            the one before it. All threads then go over the pairs of a segment, and a warp adds to
+//            sum[b][s] at once. A labeling's groups are added up by one thread, in increasing order
+//            of rank.
 // Arguments  those of lcodec::PermutedPairs; place and sorted [n] where there are groups; sum
 //            [count][segments]; values [gridDim.x][n], and with groups by_rank, exchanged
 //            [gridDim.x][n] and left [gridDim.x][groups], of int32
 // Fast       Bound by the latency of thread 0's exchanges: 2 loads and 2 stores a position, about
-// 400
-//            cycles from the second-level cache; a block of 1000 rows takes 0.25 ms, and eight of
-//            them share a multiprocessor. 999 permutations of 10^5 rows: 24 ms a block, one block a
-//            permutation, all of them at a time. Drawing takes 20 wide products for eight
+//            400 cycles from the second-level cache; a block of 1000 rows takes 0.25 ms, and eight
+//            of them share a multiprocessor. 999 permutations of 10^5 rows: 24 ms a block, one
+//            block a permutation, all of them at a time. Drawing takes 20 wide products for eight
 //            positions, a pair 3 loads, 1 comparison and 1 addition.
 // Must not   exchange out of order, or draw from a state: a partner is a function of seed,
-// permutation
-//            and position. Sums are integers, so that atomics may add them in any order.
+//            permutation and position. Sums are integers, so that atomics may add them in any
+//            order.
 // Twin       lcodec_ext/dependence/backends/reference.py; on the CPU cpu/permutation.cpp
 #pragma once
 
@@ -46,27 +46,30 @@ struct PermutationSpace {
 // Permutation `stream` of n values in place, by all threads of the block.
 __device__ __forceinline__ void exchange(const PermutedPairs& pairs, std::uint64_t seed,
                                          std::uint64_t stream, std::int32_t* value) {
-  LCODEC_SHARED_ARRAY(std::int32_t, partner, kDrawn);
+  LCODEC_SHARED_ARRAY(std::uint32_t, drawn, kDrawn);  // words, then partners
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t n = pairs.n;
   if (stream == 0) return;  // for all threads
   for (std::int64_t base = (n - 1) / kDrawn * kDrawn; base >= 0; base -= kDrawn) {
-    const std::int64_t own = base + thread * kWordsAtOnce;
-    if (own < n) {
-      std::uint32_t word[kWordsAtOnce];
-      philox(seed, stream, static_cast<std::uint64_t>(own / kWordsAtOnce), 0, word);
-      for (int t = 0; t < kWordsAtOnce && own + t < n; ++t) {
-        const std::int64_t i = own + t;
-        const std::int32_t low = pairs.start ? pairs.start[i] : 0;
-        const auto bound = static_cast<std::uint32_t>(i - low + 1);
-        partner[thread * kWordsAtOnce + t] =
-            low + bounded(word[t], bound, seed, stream, static_cast<std::uint64_t>(i));
-      }
+    std::uint32_t word[kWordsAtOnce];
+    philox(seed, stream, static_cast<std::uint64_t>(base / kWordsAtOnce + thread), 0, word);
+    LCODEC_UNROLL
+    for (int t = 0; t < kWordsAtOnce; ++t) drawn[thread * kWordsAtOnce + t] = word[t];
+    __syncthreads();
+    // The rare further attempts are long code: one copy of it.
+    LCODEC_NO_UNROLL
+    for (int t = thread; t < kDrawn && base + t < n; t += kPermutationThreads) {
+      const std::int64_t i = base + t;
+      const std::int32_t low = pairs.start ? pairs.start[i] : 0;
+      const auto bound = static_cast<std::uint32_t>(i - low + 1);
+      const std::int32_t more =
+          bounded(drawn[t], bound, seed, stream, static_cast<std::uint64_t>(i));
+      drawn[t] = static_cast<std::uint32_t>(low + more);
     }
     __syncthreads();
     if (thread == 0) {
       for (std::int64_t i = base + kDrawn < n ? base + kDrawn - 1 : n - 1; i >= base; --i) {
-        const std::int32_t other = partner[i - base];
+        const auto other = static_cast<std::int32_t>(drawn[i - base]);
         const std::int32_t kept = value[i];
         value[i] = value[other];
         value[other] = kept;
