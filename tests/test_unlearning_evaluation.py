@@ -81,7 +81,7 @@ def same(model, expected):
 # ---------------------------------------------------------------------------------------------
 # Floor and gap
 
-distances = st.floats(0, 10)
+distances = st.integers(0, 10**10).map(lambda k: k / 1e9)
 
 
 @given(distances, distances, distances)

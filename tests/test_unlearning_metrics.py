@@ -564,3 +564,13 @@ def test_arguments_are_checked():
         accuracy(nn.Tanh(), (x, y), F.cross_entropy)
     with pytest.raises(TypeError, match="max_steps must be an integer"):
         relearn_time(mlp(), (x, y), F.cross_entropy, 0.0, max_steps=0.5)
+
+
+@pytest.mark.parametrize("n", [(8, 3, 6), (8, 3, 24), (8, 4, 18)])
+def test_attack_on_a_model_that_tells_no_samples_apart(n):
+    model = nn.Linear(2, 2)
+    nn.init.zeros_(model.weight)
+    sets = [(torch.randn(size, 2), torch.zeros(size, dtype=torch.int64)) for size in n]
+    found = membership_inference(model, *sets, F.cross_entropy)
+    assert found.auc == 0.5
+    assert found.accuracy == pytest.approx(0.5)

@@ -12,6 +12,7 @@ targets 0 and 1.
 metric is a function and an entry there.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -486,9 +487,12 @@ def attack(
         return (below + above) / len(pooled["loss"]) - 1
 
     seen = [quantiles(each) for each in sets]
-    fitted = logistic_regression(
-        C=1.0, class_weight="balanced", solver="newton-cholesky", tol=1e-6
-    ).fit(np.concatenate(seen[1:3]), np.repeat([1, 0], [len(seen[1]), len(seen[2])]))
+    with warnings.catch_warnings():
+        # Rounding can end the line search of a fit that starts at its optimum; L-BFGS takes over.
+        warnings.filterwarnings("ignore", message="Line search of Newton solver")
+        fitted = logistic_regression(
+            C=1.0, class_weight="balanced", solver="newton-cholesky", tol=1e-6
+        ).fit(np.concatenate(seen[1:3]), np.repeat([1, 0], [len(seen[1]), len(seen[2])]))
     scores = [fitted.decision_function(each) for each in seen]
     # A score of 0 is a guess, also where the fit has rounded it.
     judged = [
