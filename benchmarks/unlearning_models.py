@@ -120,9 +120,14 @@ class Task:
         return self.X[wanted], self.y[wanted]
 
 
-def fashion_mnist() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fashion_mnist(folder: Path = FASHION_MNIST) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def read(name: str) -> Tensor:
-        with gzip.open(FASHION_MNIST / f"{name}.gz") as file:
+        if not (folder / f"{name}.gz").is_file():
+            raise SystemExit(
+                f"{folder} has no {name}.gz, a file of Fashion-MNIST. On Debian: "
+                "apt-get install dataset-fashion-mnist"
+            )
+        with gzip.open(folder / f"{name}.gz") as file:
             raw = bytearray(file.read())
         axes = raw[3]
         shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]

@@ -15,7 +15,7 @@ def files(folder, *endings):
 
 
 PACKAGE = files("lcodec_ext", ".py")
-PYTHON = PACKAGE | files("benchmarks", ".py")
+PYTHON = PACKAGE | files("benchmarks", ".py") | files("examples", ".py")
 NATIVE = files("csrc", ".cpp", ".hpp", ".cu", ".cuh")
 LONGEST_FUNCTION, LONGEST_FILE = 80, 700  # lines of code
 
