@@ -88,18 +88,14 @@ def test_groups_of_the_test_set_have_one_size_per_class():
     assert (sizes == sizes[0]).all()
 
 
-def test_reduced_form(tmp_path):
-    """One seed: the worst group gains by the penalty on what FOCI selects."""
-    arguments = spurious.parser().parse_args([])
-    record = spurious.compare(spurious.digits, range(1), [], (0.5,), 6)
-    worst = {name: found["worst"]["mean"] for name, found in record["methods"].items()}
-    assert record["selected_by_foci"][0][:2] == ["mark 1", "mark 2"]
-    assert worst["FOCI"] > worst["none"] + 5
-    record["data"] = "digits"
-    spurious.draw(record, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 5000
-    assert "FOCI" in spurious.show(record)
-    assert arguments.target == "No_Beard"
+def test_penalty_raises_the_worst_group():
+    """The reduced form's training of one seed: 35 to 48 points were gained on three others."""
+    problem = spurious.digits(0)
+    worst = {}
+    for name in ("none", "FOCI"):
+        given = {"penalised": spurious.selections(problem, 0)[name], "judged": [0, 1]}
+        worst[name] = spurious.trial(problem, given, 0.2, 0, 16, "test")["worst"]
+    assert worst["FOCI"] > worst["none"] + 0.1
 
 
 def celeba(folder, form="csv", count=160):
@@ -149,6 +145,9 @@ def test_celeba_run(tmp_path):
     record = spurious.compare(problem_of, range(1), [], (0.1,), 1)
     assert record["selected_by_foci"][0][0] == "Eyeglasses" == record["judged"][0]
     assert set(record["methods"]) == set(spurious.METHODS)
+    spurious.draw(record, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert "FOCI selected: ['Eyeglasses'" in spurious.show({"data": "CelebA"} | record)
     with pytest.raises(SystemExit, match="no group of the target .* read more images"):
         spurious.compare(spurious.celeba(tmp_path, "No_Beard", 80, side=8), range(1), [], (0.1,), 1)
 
