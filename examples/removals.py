@@ -21,6 +21,7 @@ from pathlib import Path
 
 import common
 import torch
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
@@ -451,6 +452,9 @@ ROWS = {
 }
 
 
+LIMITS = {"gradient_norm": (0.01, 100.0), "loss_removed": (0, 1.2)}  # what grows beyond is cut
+
+
 def draw(record: dict, file: Path) -> None:
     columns = len(record["models"])
     with common.figure(file, len(ROWS), columns, (3.3 * columns, 7.2)) as axes:
@@ -484,8 +488,12 @@ def panel(axis, found: dict, key: str) -> None:
     marks = [p["removed"] for p in found["retrained"]]
     look = {"linestyle": "none", "markersize": 4.5, "color": DARK, "zorder": 5}
     axis.plot(marks, [p[key] for p in found["retrained"]], marker="o", label="retrained", **look)
+    if key in LIMITS:
+        axis.set_ylim(LIMITS[key])
     if key == "gradient_norm":
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     if key == "loss_removed":
         axis.plot(
             marks,
@@ -494,6 +502,25 @@ def panel(axis, found: dict, key: str) -> None:
             label="nothing done",
             **look,
         )
+
+
+def row(found: dict, way: str, end: dict) -> str:
+    """A row of the page's table: how a way ends."""
+    stream, apart = found["ways"].get(way, {}), found["distances"][way][-1]
+    numbers = (
+        (end["gradient_norm"], 2),
+        (end["sample_gradient_norm"], 1),
+        (end["accuracy"], 3),
+        (end["loss_removed"], 3),
+        (apart["js_removed"], 3),
+        (apart["js_test"], 3),
+    )
+    cells = [f"{x:.{digits}f}" if x < 1000 else f"{x:.0e}" for x, digits in numbers]
+    cells += [f"{stream['units']:.0f}" if stream.get("units") else ""]
+    cells += (
+        [f"{stream['refused']}", f"{stream['cpu_seconds_per_sample']:.3f}"] if stream else ["", ""]
+    )
+    return f"| {way} | " + " | ".join(cells) + " |"
 
 
 def show(record: dict) -> str:
