@@ -6,7 +6,7 @@ ResNet-18, a MobileNet, a DenseNet and a network of two layers, by the default o
 by the paper's preset. Networks trained again without these images are the yardstick.
 
 Reduced: scikit-learn's digits at 16 x 16 and very narrow networks, in half a minute. --full: 3000
-images of Fashion-MNIST at 32 x 32, or of CIFAR-10 if --data has them, in some minutes of CPU time.
+images of Fashion-MNIST at 32 x 32, or of CIFAR-10 if --data has them, in five minutes of CPU time.
 """
 
 import math
@@ -312,6 +312,16 @@ def draw(record: dict, file: Path) -> None:
         axes[0].figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LOOKS)
         )
+
+
+def row(network: dict, method: str) -> str:
+    """A row of the page's table."""
+    found, seconds = network["methods"][method], network["methods"][method]["cpu_seconds"]
+    seconds = network["training_cpu_seconds"] if method == "retrained" else seconds
+    cells = [f"{found['loss_forget']:.3f}", f"{found['js_forget']:.3f}"]
+    cells += [f"{found[key]:.3f}" for key in ("accuracy_retain", "accuracy_test", "mia_auc")]
+    cells += ["" if seconds is None else f"{seconds:.1f}"]
+    return f"| {network['network']} | {LOOKS[method][0]} | " + " | ".join(cells) + " |"
 
 
 def show(record: dict) -> str:
