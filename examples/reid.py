@@ -19,15 +19,16 @@ import time
 import warnings
 from dataclasses import dataclass
 
+import common
 import numpy as np
 import torch
+from reid_data import DISTRACTOR, JUNK, generated, market, pixels_of, split
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-import common
+from lcodec_ext.curvature import IndefiniteCurvatureError
 from lcodec_ext.evaluation.figures import BLUE, DARK, ORANGE, PALE
 from lcodec_ext.unlearning import unlearn
-from reid_data import DISTRACTOR, JUNK, generated, market, pixels_of, split
 
 MARGIN, SMOOTHING = 0.3, 0.1  # of the triplet loss; of the labels
 WEIGHT_DECAY, RATE, BATCH = 5e-4, 2e-3, 32
@@ -59,7 +60,7 @@ class Form:
 
 
 FULL = Form(
-    networks=("resnet", "mobilenet"),
+    retrainings=2,
     depths=(2, 2, 2, 2),
     trained=32,
     tested=40,
@@ -295,31 +296,53 @@ def tasks(parts: dict, form: Form, seed: int) -> dict[str, Task]:
     return found
 
 
-def deletion(model, task: Task, form: Form, method: str, seed: int):
-    """The result of a deletion, what it warned of, and its seconds."""
-    if method == "calibrated":
-        options = {"validation": task.validation, "score": right}
-    else:
-        options = {
-            "preset": "paper",
-            "damping": LAMBDA,
-            "n_perturbations": form.perturbations,
-            "order": "sequential",
-            "n_curvature": CURVATURE,
-        }
+def deletion(model, task: Task, form: Form, method: str, seed: int) -> tuple[nn.Module, dict]:
+    """The model after a deletion, and what to record of it."""
     began = time.perf_counter()
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        result = unlearn(
-            model,
-            task.forget,
-            task.retain,
-            loss_fn,
-            weight_decay=WEIGHT_DECAY,
-            seed=seed,
-            **options,
-        )
-    return result, [str(each.message) for each in heard], time.perf_counter() - began
+        if method == "paper":
+            changed, found = papers_way(model, task, form, seed)
+        else:
+            result = unlearn(
+                model,
+                task.forget,
+                task.retain,
+                loss_fn,
+                validation=task.validation,
+                score=right,
+                weight_decay=WEIGHT_DECAY,
+                seed=seed,
+            )
+            changed = result.model
+            found = {"units": result.n_units, "strength": str(result.calibration)}
+    seconds = time.perf_counter() - began
+    return changed, found | {"seconds": seconds, "warnings": [str(each.message) for each in heard]}
+
+
+def papers_way(model, task: Task, form: Form, seed: int) -> tuple[nn.Module, dict]:
+    """Delete the images one after another; an image whose secant is not positive is skipped."""
+    units, skipped = [], 0
+    for k, image in enumerate(common.progress(list(zip(*task.forget, strict=True)), "paper")):
+        try:
+            result = unlearn(
+                model,
+                tuple(each[None] for each in image),
+                task.retain,
+                loss_fn,
+                preset="paper",
+                damping=LAMBDA,
+                n_perturbations=form.perturbations,
+                n_curvature=CURVATURE,
+                weight_decay=WEIGHT_DECAY,
+                seed=seed + k,
+            )
+        except IndefiniteCurvatureError:
+            skipped += 1
+            continue
+        model = result.model
+        units.append(result.n_units)
+    return model, {"units": float(np.mean(units)) if units else 0.0, "skipped": skipped}
 
 
 def noise(model, n: int, images) -> dict:
@@ -346,20 +369,12 @@ def one_network(parts: dict, form: Form, network: str, width: float, seed: int) 
     model = learn(first.samples, seed=seed, what=f"{TITLES[network]}, training")
     found = {"training_seconds": time.perf_counter() - began, "person": first.person}
     found |= {"parameters": sum(p.numel() for p in model.parameters()), "requests": {}}
-    maps = {}
+    maps: dict = {}
     for request, task in asked.items():
         models, rows = {"before": model}, {"before": judged(model, task)}
         for method in ("calibrated", "paper"):
-            result, heard, seconds = deletion(model, task, form, method, seed)
-            models[method] = result.model
-            rows[method] = judged(result.model, task) | {
-                "seconds": seconds,
-                "warnings": heard,
-                "changed": result.n_parameters,
-                "units": result.n_units,
-            }
-            if result.calibration is not None:
-                rows[method]["strength"] = str(result.calibration)
+            models[method], told = deletion(model, task, form, method, seed)
+            rows[method] = judged(models[method], task) | told
             print(f"{network}, {request}, {method}: {line_of(rows[method])}", flush=True)
         for k in range(form.retrainings):
             again = learn(task.retain, seed=seed + 1000 + k, what="retraining")
@@ -477,7 +492,71 @@ def show(record: dict) -> str:
 
 
 def draw(record: dict, file) -> None:
-    pass
+    """Bars of both requests, and activation maps of the first network."""
+    with common.figure(file, size=(9, 6.6)) as axes:
+        whole = axes.figure
+        axes.remove()
+        top, bottom = whole.subfigures(2, 1, height_ratios=[1, 1.35])
+        bars(top, record)
+        network, found = next(iter(record["networks"].items()))
+        if found["maps"]:
+            shown_maps(bottom, found["maps"], TITLES[network])
+
+
+def bars(part, record: dict) -> None:
+    """Retrieval of the others and of the deleted person, and the loss of the deleted images."""
+    cases = [
+        (f"{TITLES[network].removesuffix('-V2')}\n{request}", asked["methods"])
+        for network, found in record["networks"].items()
+        for request, asked in found["requests"].items()
+    ]
+    panels = {
+        "mAP of others (dots: rank 1)": lambda row: row["others"]["mAP"],
+        "mAP of the deleted person": lambda row: row["person"]["mAP"],
+        "Loss of the deleted images": lambda row: row["loss_deleted"],
+    }
+    panes = part.subplots(1, len(panels))
+    for axes, (title, value) in zip(panes, panels.items(), strict=True):
+        for k, (method, colour) in enumerate(METHODS.items()):
+            rows = [[r for n, r in rows.items() if n.startswith(method)] for _, rows in cases]
+            at = np.arange(len(cases)) + 0.2 * (k - 1.5)
+            heights = [np.mean([value(row) for row in each]) for each in rows]
+            edge = DARK if colour == PALE else colour
+            axes.bar(at, heights, 0.18, color=colour, edgecolor=edge, linewidth=0.6, label=method)
+            if value is panels["mAP of others (dots: rank 1)"]:
+                ranks = [np.mean([row["others"]["rank1"] for row in each]) for each in rows]
+                axes.plot(at, ranks, ".", color=DARK, markersize=4)
+        axes.set_xticks(range(len(cases)), [name for name, _ in cases], fontsize=7)
+        axes.set_title(title)
+        if "mAP" in title:
+            axes.set_ylim(0, 1)
+    part.legend(*panes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+
+
+def shown_maps(part, maps: dict, title: str) -> None:
+    """The images, and the maps of every network over them."""
+    images = unpacked(maps["images"], maps["shape"])
+    grey = images.mean(3) / 255
+    height, width = grey.shape[1:]
+    columns = 1 + len(maps["methods"])
+    panes = part.subplots(2, 2 * columns)
+    for k, image in enumerate(images):
+        row = panes[k // 2][columns * (k % 2) :][:columns]
+        row[0].imshow(image)
+        row[0].set_title("deleted" if k < 2 else "other", fontsize=8)
+        for axes, (method, found) in zip(row[1:], maps["methods"].items(), strict=True):
+            axes.imshow(grey[k], cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+            axes.imshow(
+                unpacked(found["maps"], found["shape"])[k],
+                cmap="inferno",
+                alpha=0.6,
+                interpolation="bilinear",
+                extent=(0, width, height, 0),
+            )
+            axes.set_title(method, fontsize=8)
+    for axes in panes.flat:
+        axes.set_axis_off()
+    part.suptitle(f"Where the {title}'s last feature map is large, all images deleted", fontsize=9)
 
 
 def options():
