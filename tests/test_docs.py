@@ -24,7 +24,7 @@ DOCUMENTS = {  # and how many examples each has
     "docs/privacy.md": 3,
     "docs/unlearning.md": 7,
 }
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 EXAMPLES = [
     (name, *example)
