@@ -393,7 +393,7 @@ def line_of(row: dict) -> str:
     person, others = row["person"], row["others"]
     return (
         f"mAP of others {others['mAP']:.3f}, of the person {person['mAP']:.3f}, deleted images "
-        f"lose {row['loss_deleted']:.2f}"
+        f"lose {row['loss_deleted']:.3g}"
     )
 
 
@@ -471,8 +471,8 @@ def retrained_rows(rows: dict) -> list[dict]:
 def show(record: dict) -> str:
     """The table."""
     lines = [
-        f"{'':<18}{'others':>8}{'rank 1':>8}{'person':>8}{'named':>8}{'deleted':>9}{'kept':>7}",
-        f"{'':<18}{'mAP':>8}{'':>8}{'mAP':>8}{'':>8}{'loss':>9}{'loss':>7}",
+        f"{'':<18}{'others':>8}{'rank 1':>8}{'person':>8}{'named':>8}{'deleted':>9}{'kept':>9}",
+        f"{'':<18}{'mAP':>8}{'':>8}{'mAP':>8}{'':>8}{'loss':>9}{'loss':>9}",
     ]
     for network, found in record["networks"].items():
         for request, asked in found["requests"].items():
@@ -482,8 +482,8 @@ def show(record: dict) -> str:
                 others, person = row["others"], row["person"]
                 lines.append(
                     f"  {name:<16}{others['mAP']:>8.3f}{others['rank1']:>8.3f}"
-                    f"{person['mAP']:>8.3f}{row['named']:>8.2f}{row['loss_deleted']:>9.2f}"
-                    f"{row['loss_retained']:>7.2f}"
+                    f"{person['mAP']:>8.3f}{row['named']:>8.2f}{row['loss_deleted']:>9.3g}"
+                    f"{row['loss_retained']:>9.3g}"
                 )
     lines.append(
         "others: people of the test. person: the deleted one, by held-out images among the test's "
