@@ -173,7 +173,10 @@ class Classifier(nn.Module):
 
         if folder is not None:
             self.bert = DistilBertForSequenceClassification.from_pretrained(
-                folder, num_labels=len(data.classes), attn_implementation="eager"
+                folder,
+                num_labels=len(data.classes),
+                attn_implementation="eager",
+                ignore_mismatched_sizes=True,  # of the last layer of a model with other classes
             )
             return
         config = DistilBertConfig(
