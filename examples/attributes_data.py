@@ -76,10 +76,13 @@ def celeba(folder: Path) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     with file.open(newline="") as lines:
         if file.suffix == ".csv":
             table = [row for row in csv.reader(lines) if row]
-            header, rows = table[0][1:], table[1:]
+            names = 0
         else:  # the number of rows, the names, then a file's name and its values in each line
             table = [line.split() for line in lines if line.strip()]
-            header, rows = table[1], table[2:]
+            names = 1
+    if len(table) <= names:
+        raise SystemExit(f"--data: {file.name} holds no header")
+    header, rows = table[names][1 - names :], table[names + 1 :]
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header) + 1 or not {"-1", "1"}.issuperset(row[1:]):
             raise SystemExit(
