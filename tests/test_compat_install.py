@@ -370,7 +370,9 @@ def test_a_loss_of_zero_is_skipped(reference_bugs):
     assert measured[2] == measured[3] == 0
 
 
-def test_noise_adds_up_is_said(tmp_path):
+def test_noise_adds_up_is_said(tmp_path, monkeypatch):
+    # Noise is from the system's entropy: whether it spoils one sample is chance.
+    monkeypatch.setattr("lcodec_ext.compat.deletion.is_much_worse", lambda was, now: True)
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(40, 5), torch.arange(40) % 3)
     model, stem = nn.Linear(5, 3), str(tmp_path / "x")
