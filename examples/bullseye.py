@@ -312,7 +312,7 @@ def draw(record: dict, file: Path) -> None:
         "CMI, k = 5": (ORANGE, "-"),
     }
     grid = np.linspace(0, 1, 101)
-    with common.figure(file, columns=3, size=(10, 3.4)) as (left, middle, right):
+    with common.figure(file, columns=3, size=(10, 4)) as (left, middle, right):
         titles = {"points": "Points in three dimensions", "radii": "Radii (known to matter)"}
         for axes, what in ((left, "points"), (middle, "radii")):
             for kind, (color, line) in looks.items():
@@ -322,7 +322,8 @@ def draw(record: dict, file: Path) -> None:
             axes.plot([0, 1], [0, 1], color="0.8", linewidth=0.8, zorder=0)
             axes.set(title=titles[what], xlabel="false members kept", ylabel="true members kept")
             axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-            axes.legend(loc="lower right", fontsize=8, title="area below", title_fontsize=8)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
+            axes.legend(fontsize=8, title="area below", title_fontsize=8, **below)
         names = list(looks)
         for offset, what, alpha in ((-0.2, "points", 1.0), (0.2, "radii", 0.5)):
             seconds = [part[what][kind]["seconds"] for kind in names]
@@ -334,6 +335,7 @@ def draw(record: dict, file: Path) -> None:
         right.invert_yaxis()
         right.set(xscale="log", title="CPU time of a search (pale: radii)", xlabel="seconds")
         right.set_xlim(right=right.get_xlim()[1] * 8)
+        right.xaxis.set_major_formatter("{x:g}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""The Bullseye example: its network, its search, its estimates, and what its page says."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import bullseye
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_network():
+    y, points = bullseye.bullseye(4000, np.random.default_rng(0))
+    assert y.shape == (4000,)
+    assert [z.shape for z in points] == [(4000, 3)] * 6
+    for values in (y, *points):
+        assert values.mean(0) == pytest.approx(0, abs=1e-9)
+        assert values.std(0) == pytest.approx(1, abs=1e-9)
+    radii = [np.linalg.norm(z, axis=1) for z in points]
+    correlations = [np.corrcoef(y, radius)[0, 1] for radius in radii]
+    assert min(correlations) > 0.9
+    assert abs(np.corrcoef(y, points[5][:, 0])[0, 1]) < 0.1  # the direction says nothing
+
+
+def test_the_search_finds_the_blanket_if_the_tests_are_right():
+    near, parents_of_child = {2, 4, 5}, (3,)
+
+    def independent(i, given):
+        if i in near:
+            return False
+        if i in parents_of_child and 5 in given:
+            return False  # a common child makes them dependent
+        return set(given) >= {2, 4} - {i}
+
+    assert bullseye.blanket(independent, 2) == {2, 3, 4, 5}
+    assert bullseye.blanket(lambda i, given: True, 2) == set()
+    assert bullseye.blanket(lambda i, given: False, 2) == set(range(6))
+    asked = []
+    bullseye.blanket(lambda i, given: asked.append((i, given)) or False, 1)
+    assert sorted(asked) == sorted(
+        (i, given)
+        for i in range(6)
+        for size in (0, 1)
+        for given in combinations([j for j in range(6) if j != i], size)
+    )
+
+
+def test_the_estimates_of_information():
+    rng = np.random.default_rng(0)
+    z, noise, x = rng.standard_normal((3, 800, 1))
+    linear = 0.8 * z + 0.6 * noise
+    known = -0.5 * np.log(1 - 0.64)
+    tables = [bullseye.distances(part) for part in (linear, z, x)]
+    assert bullseye.cmi(tables[0], tables[1], None) == pytest.approx(known, abs=0.12)
+    assert bullseye.cmi(*tables) == pytest.approx(known, abs=0.2)
+    assert np.abs(bullseye.cmi(tables[0], tables[2], None)).max() < 0.12
+
+
+def test_local_permutations_stay_near():
+    x = np.arange(60.0)[:, None]
+    order = bullseye.local_permutation(x, np.random.default_rng(0))
+    assert np.abs(order - np.arange(60)).max() < bullseye.NEAR
+    assert len(set(order)) > 40
+    assert (order != np.arange(60)).sum() > 30
+
+
+def test_the_tests_tell_dependence():
+    rng = np.random.default_rng(1)
+    z, other = rng.standard_normal((2, 300, 1))
+    y = z[:, 0] ** 2
+    assert bullseye.t_pvalue(y, z, None, 19, 0) == 0.05
+    assert bullseye.t_pvalue(y, other, None, 99, 0) > 0.02
+    assert (bullseye.cmi_pvalues(y, z, None, 19, rng) == 0.05).all()
+
+
+def test_rates_and_areas(monkeypatch):
+    assert bullseye.rates({2, 3, 4, 5}) == (1.0, 0.0)
+    assert bullseye.rates({0, 2}) == (0.25, 0.5)
+    monkeypatch.setitem(
+        bullseye.SIZES, "tiny", {"n": 120, "runs": 2, "permutations": 19, "given": 0}
+    )
+    kinds = ("CODEC", "T alone", "CMI, k = 5")
+    found = bullseye.one_size("tiny", kinds, 3)
+    for what in ("points", "radii"):
+        for kind in kinds:
+            assert len(found[what][kind]) == 2
+            summary = bullseye.summary(found[what][kind])
+            assert 0 <= summary["auc"] <= 1
+            assert summary["seconds"] > 0
+            assert len(summary["rates"]) == len(bullseye.LEVELS)
+    # Of all variables by a marginal test: dependent, the false ones as well.
+    assert found["radii"]["CODEC"][0]["found"]["0.9"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_page_has_the_figures_on_record():
+    record = json.loads((ROOT / "examples/results/bullseye.json").read_text())
+    page = (ROOT / "docs/experiments/bullseye.md").read_text(encoding="utf-8")
+    for part in record["parts"].values():
+        for what in ("points", "radii"):
+            for found in part[what].values():
+                assert f"{found['auc']:.2f} ± {found['standard_error']:.2f}" in page
+                assert f"{found['seconds']:.2g}" in page
