@@ -333,7 +333,7 @@ def draw(record: dict, file: Path) -> None:
                 right.text(value * 1.15, place, f"{value:.2g} s", va="center", fontsize=8)
         right.set_yticks(range(len(names)), names)
         right.invert_yaxis()
-        right.set(xscale="log", title="CPU time of a search (pale: radii)", xlabel="seconds")
+        right.set(xscale="log", title="CPU time of a search", xlabel="seconds (pale: radii)")
         right.set_xlim(right=right.get_xlim()[1] * 8)
         right.xaxis.set_major_formatter("{x:g}")
 
