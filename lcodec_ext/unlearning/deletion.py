@@ -68,10 +68,11 @@ def delete(work: Workplace, part: Part, watch: Watch) -> Deletion:
         with work.timed("gradients"):
             gradient = work.gradient(part.forget)[1]
         choice = choose(work, part, gradient, taken)
-        if not choice.selection:
-            if not number:  # the loss is 0, whatever is perturbed
-                taken = choice.selection
-                rounds.append((Attempt(work.settings.damping, Steps()),))
+        if number and not choice.selection:
+            break
+        if choice.zero_loss:
+            taken = choice.selection
+            rounds.append((Attempt(work.settings.damping, Steps()),))
             break
         block = Block.of(work, part, choice.selection, gradient)
         del gradient  # as large as the model

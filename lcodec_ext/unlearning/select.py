@@ -187,10 +187,11 @@ class Question:
 class Choice:
     """What a rule selected."""
 
-    selection: Selection  # empty if a repeated rule finds nothing more, or the loss is 0
+    selection: Selection  # empty if a repeated rule finds nothing more, or `zero_loss`
     n_units: int  # or single parameters, that it could have selected
     n_dead: int = 0  # of these, units that no perturbation moved
     foci: FociResult | None = None
+    zero_loss: bool = False  # under all perturbations: no unit can be selected
 
 
 def choose(
@@ -304,6 +305,7 @@ def _by_lfoci(question: Question) -> Choice:
     """A Markov blanket of the loss under perturbation, the paper's selection."""
     work, settings, candidates = question.work, question.work.settings, question.candidates
     recording = question.recorded()
+    nothing = Choice(UnitSelection({}), len(candidates.units), len(recording.dead))
     most = settings.n_units
     budget = settings.parameters_allowed(work.n_trainable)
     if budget < math.inf:
@@ -318,8 +320,8 @@ def _by_lfoci(question: Question) -> Choice:
             progress=work.progress,
         )
     except ZeroLossError:
-        return Choice(UnitSelection({}), len(candidates.units), len(recording.dead))
-    return Choice(question.take(ranked), len(candidates.units), len(recording.dead), foci)
+        return dataclasses.replace(nothing, zero_loss=True)
+    return dataclasses.replace(nothing, selection=question.take(ranked), foci=foci)
 
 
 def _by_cheap(question: Question) -> Choice:
@@ -331,7 +333,7 @@ def _by_cheap(question: Question) -> Choice:
     try:
         ranked, values = select_cheap(recording, max_units=most)
     except ZeroLossError:
-        return nothing
+        return dataclasses.replace(nothing, zero_loss=True)
     except ValueError:
         if not taken or not recording.finite:
             raise
@@ -474,7 +476,10 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
         )
     noise = recording.resolution * np.abs(recording.losses).max() + 2 * recording.loss_rounding
     if not recording.losses.any():
-        raise ZeroLossError("the loss of the request is 0 under all perturbations")
+        raise ZeroLossError(
+            "the loss of the request is 0 under all perturbations: it depends on no unit, so there "
+            "is nothing to select from"
+        )
     if np.ptp(recording.losses) <= noise:
         raise ValueError(
             "the loss of the request is the same under all perturbations: noise_std is too small "

@@ -39,8 +39,8 @@ def warn_of_skipped(
 
 
 def _warn_of_zero_loss(deletions: Sequence[Deletion]) -> None:
-    """Warn of samples for which nothing was selected, and which are deleted without a step."""
-    idle = sum(len(d.numbers) for d in deletions if not d.selection)
+    """Warn of samples whose loss is 0, and which are deleted without a step."""
+    idle = sum(len(d.numbers) for d in deletions if d.choice.zero_loss and not d.selection)
     if idle:
         warnings.warn(
             f"the loss of {counted(idle, 'sample')} is 0 under all perturbations: it depends on no "
