@@ -259,6 +259,11 @@ def test_text_whose_gradients_were_zeroed(texts, tmp_path, approx):
         if approx == "FD" and len(gone) == 1:
             with pytest.warns(UserWarning, match="They are computed at the weights in these files"):
                 scrub.inp_perturb(*arguments, is_nlp=True)
+        elif approx == "Fisher":
+            taken = f"made last, of {40 - len(gone)} samples, is taken"
+            with pytest.warns(UserWarning, match=taken) as warned:
+                scrub.inp_perturb(*arguments, is_nlp=True)
+            assert warned[0].filename == __file__
         else:  # computed once
             scrub.inp_perturb(*arguments, is_nlp=True)
     assert not torch.equal(model.classifier.weight, before)
@@ -273,6 +278,43 @@ def test_residual_set_is_that_of_the_request(texts):
     assert residual_set(Subset(texts, [3])) is None  # which it has
     assert residual_set(Subset(list(range(40)), [2])) is None  # of another dataset
     assert residual_set(texts) is None
+
+
+def test_a_residual_set_of_other_samples_is_not_taken(monkeypatch, tmp_path):
+    samples = TensorDataset(torch.randn(40, 2), torch.arange(40) % 2)
+    other = TensorDataset(torch.randn(40, 2), torch.arange(40) % 2)  # as many, of the same class
+    scrub.SubsetDataWrapper(other, exclude_indices=[2])
+    assert residual_set(Subset(samples, [2])) is None
+    scrub.SubsetDataWrapper(samples, exclude_indices=[2])
+    assert residual_set(Subset(samples, [2])) is not None
+    assert residual_set(Subset(samples, [-1])) is None  # which is sample 39
+    # A training set that is read again is the same one; a validation set is another.
+    made = [TensorDataset(torch.randn(40, 2), torch.arange(40) % 2) for _ in range(4)]
+    parts = iter(made)
+    monkeypatch.setattr("lcodec_ext.compat.data._mnist", lambda part: next(parts))
+    train, validation = scrub.getDatasets("mnist")
+    residual, _ = scrub.getDatasets("mnist", exclude_indices=[5])
+    assert residual_set(Subset(train, [5])) is residual
+    assert residual_set(Subset(validation, [5])) is None
+
+
+def test_uninstalled_in_any_order():
+    before = sys.modules.get("scrub_tools")
+    first = compat.install(reference_bugs=True)
+    second = compat.install(approxType="GaussNewton", keep=["codec"])
+    own = sys.modules["scrub_tools"]
+    first.uninstall()
+    assert (SWITCH.reference_bugs, SWITCH.approx_type) == (False, "GaussNewton")
+    assert sys.modules["scrub_tools"] is own
+    assert "codec" not in sys.modules
+    second.uninstall()
+    assert (SWITCH.reference_bugs, SWITCH.approx_type) == (False, None)
+    assert sys.modules.get("scrub_tools") is before
+    with compat.install(reference_bugs=True):
+        with compat.install():
+            assert not SWITCH.reference_bugs
+        assert SWITCH.reference_bugs
+    assert not SWITCH.reference_bugs
 
 
 def test_batches_of_people_and_what_is_no_batch():

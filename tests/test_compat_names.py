@@ -121,7 +121,7 @@ def test_data_sets(tmp_path, monkeypatch):
     folder.mkdir()
     pixels = np.arange(2 * 3072, dtype=np.uint32).astype(np.uint8).reshape(2, -1)
     for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
-        (folder / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": [3, 5]}))
+        (folder / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": [3, 5]}, 4))
     train, val = scrub.getDatasets("cifar10", data_augment=True)
     assert (len(train), len(val), train[0][0].shape, val[1][1]) == (10, 2, (3, 32, 32), 5)
     (folder / "test_batch").write_bytes(pickle.dumps(print))

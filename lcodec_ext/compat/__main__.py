@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         replace=True,
     )
     sys.argv = [options.script, *options.arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(options.script))
+    folder = os.path.dirname(os.path.abspath(options.script))
+    sys.path[: 0 if sys.flags.safe_path else 1] = [folder]  # -P puts no folder first
     runpy.run_path(options.script, run_name="__main__")
 
 

@@ -55,19 +55,25 @@ _LAST: list[SubsetDataWrapper] = []  # that was made
 
 
 def residual_set(request: Any) -> SubsetDataWrapper | None:
-    """The last SubsetDataWrapper, if it is of a dataset like the request's and leaves it out.
+    """The last SubsetDataWrapper, if it is of the request's dataset and leaves the request out.
 
-    Scripts make it before each removal, and pass it to nothing but their evaluation.
+    Scripts make it before each removal, and pass it to nothing but their evaluation. A training set
+    that `getDatasets` reads again is the same dataset.
     """
     indices = getattr(request, "indices", getattr(request, "include_indices", None))
     if not _LAST or indices is None:
         return None
     residual, whole = _LAST[0], request.dataset
-    alike = residual.dataset is whole or (
-        type(residual.dataset) is type(whole) and len(residual.dataset) == len(whole)
+    origin = getattr(whole, "_origin", None)
+    same = residual.dataset is whole or (
+        origin is not None and getattr(residual.dataset, "_origin", None) == origin
     )
-    stay = {int(i) for i in residual.include_indices}
-    return residual if alike and stay and stay.isdisjoint(map(int, indices)) else None
+    if not same:
+        return None
+    stay, leave = ({int(i) % len(whole) for i in s} for s in (residual.include_indices, indices))
+    if not stay or stay & leave:
+        return None
+    return residual
 
 
 class LabelSubsetWrapper(Dataset):
@@ -223,6 +229,7 @@ def getDatasets(
             "name must be 'mnist', 'binary-mnist', 'cifar10', 'vggface' or 'celeba_ID'; got "
             f"{name!r}. Keep a data_utils.py of your own with install(keep=['data_utils'])"
         )
+    train._origin = name, data_augment  # the same samples when they are read again
     if include_indices is not None or exclude_indices is not None:
         train = SubsetDataWrapper(train, exclude_indices, include_indices)
     return train, val

@@ -35,7 +35,7 @@ class _Hooked(nn.Module):
 
     def _record(self, module: nn.Module, _: Any, output: Tensor) -> None:
         over = [0, 2, 3] if isinstance(module, nn.Conv2d) else list(range(output.ndim - 1))
-        self._calls.append((module, output.mean(over)))
+        self._calls.append((module, output.mean(over) if over else output))
 
     def _run(self, call: Callable[[], Any]) -> tuple[list[Tensor], Any]:
         self._calls = []

@@ -51,22 +51,33 @@ class Installed:
 
     def __init__(self, modules: dict[str, ModuleType], switch: Switch) -> None:
         self.modules = tuple(modules)
-        self._own = modules
-        self._before = {name: sys.modules.get(name) for name in modules}
-        self._switch = Switch(**vars(SWITCH))
+        self._own, self._switch = modules, switch
+        for name in modules:
+            _BEFORE.setdefault(name, sys.modules.get(name))
         sys.modules.update(modules)
         vars(SWITCH).update(vars(switch))
+        _STACK.append(self)
 
     def uninstall(self) -> None:
-        """Restore the modules and settings of before; a second call does nothing."""
-        for name, before in self._before.items():
-            if sys.modules.get(name) is self._own[name]:
+        """Restore the modules and settings of before; a second call does nothing.
+
+        Where `install` was called several times, those that are left stay in force, in any order.
+        """
+        if self not in _STACK:
+            return
+        _STACK.remove(self)
+        for name, own in self._own.items():
+            if sys.modules.get(name) is not own:
+                continue
+            below = [each._own[name] for each in _STACK if name in each._own]
+            found = below[-1] if below else _BEFORE[name]
+            if found is None:
                 del sys.modules[name]
-                if before is not None:
-                    sys.modules[name] = before
-        if self._before:
-            vars(SWITCH).update(vars(self._switch))
-        self._before = {}
+            else:
+                sys.modules[name] = found
+        vars(SWITCH).update(vars(_STACK[-1]._switch if _STACK else Switch()))
+        if not _STACK:
+            _BEFORE.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +89,8 @@ class Installed:
         return f"Installed({', '.join(self.modules)})"
 
 
-_STACK: list[Installed] = []
+_STACK: list[Installed] = []  # in force
+_BEFORE: dict[str, ModuleType | None] = {}  # modules of these names before all of them
 
 
 def install(
@@ -132,15 +144,13 @@ def install(
     modules = {k: m for k, m in _made().items() if k.split(".")[0] not in kept}
     if not replace:
         _refuse_others(name for name in modules if "." not in name)
-    installed = Installed(modules, Switch(reference_bugs, approxType))
-    _STACK.append(installed)
-    return installed
+    return Installed(modules, Switch(reference_bugs, approxType))
 
 
 def uninstall() -> None:
     """Take out all that `install` put in place; restore the modules and settings of before."""
     while _STACK:
-        _STACK.pop().uninstall()
+        _STACK[-1].uninstall()
 
 
 def _made() -> dict[str, ModuleType]:

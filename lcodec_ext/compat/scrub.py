@@ -228,7 +228,7 @@ def _inp_perturb(
             model, request, criterion, params, zero_grad, outString, stepped=model_copy
         )
     else:
-        retained = residual_set(dataset) if retained is None else retained
+        retained = _made_last(dataset, params) if retained is None else retained
         request, kept = _collated(dataset, pick, device), _picked(retained, pick)
         measured = deletion.step(model, request, kept, criterion, params, outString)
     return 0, model.state_dict(), *measured
@@ -274,7 +274,7 @@ def reid_inp_perturb(
         zero_grad = engine.optimizer.zero_grad
         measured = defects.step(model, request, loss_fn, params, zero_grad, outString, reid=True)
     else:
-        retained = residual_set(dataset) if retained is None else retained
+        retained = _made_last(dataset, params) if retained is None else retained
         request, kept = _collated(dataset, _person, device), _picked(retained, _person)
         hook = model.register_forward_pre_hook(_classify)
         try:
@@ -327,6 +327,18 @@ def _check(params: Any, reference_bugs: bool) -> None:
 #: these params have started from these.
 _LAST: dict[str, Any] = {"params": None, "start": "", "times": 0}
 _TOLD = (3, 10, 30, 100, 300)  # rejections in a row
+
+
+def _made_last(dataset: Any, params: Any) -> SubsetDataWrapper | None:
+    """The residual set that the script made; a warning where the curvature is certainly of it."""
+    residual = residual_set(dataset)
+    if residual is not None and deletion.approx_type(params) != "FD":
+        warnings.warn(
+            f"retained= is not given: the SubsetDataWrapper that was made last, of {len(residual)} "
+            "samples, is taken for the samples that stay",
+            stacklevel=3,
+        )
+    return residual
 
 
 def _warn_of_rejections(model: nn.Module, params: Any) -> None:

@@ -27,12 +27,13 @@ def warn_of_skipped(
             stacklevel=4,  # behind unlearn and its decorator
         )
     _warn_of_zero_loss(deletions)
-    fewest = min(len(d.selection) for d in deletions)
+    selected = [len(d.selection) for d in deletions if not d.choice.zero_loss]
     rule = RULES.get(settings.selection) if isinstance(settings.selection, str) else None
     repeated = rule is not None and rule.repeated
-    if not repeated and settings.n_units is not None and fewest < settings.n_units:
+    most = settings.n_units
+    if not repeated and most is not None and selected and min(selected) < most:
         warnings.warn(
-            f"n_units is {settings.n_units}, and only {counted(fewest, 'unit')} can be ranked: the "
+            f"n_units is {most}, and only {counted(min(selected), 'unit')} can be ranked: the "
             "others are dead, or there are no more",
             stacklevel=4,
         )
@@ -44,7 +45,7 @@ def _warn_of_zero_loss(deletions: Sequence[Deletion]) -> None:
     if idle:
         warnings.warn(
             f"the loss of {counted(idle, 'sample')} is 0 under all perturbations: it depends on no "
-            "unit, so none was selected, and the deletion leaves the weights as they are",
+            "unit, so none was selected, and the step leaves the weights as they are",
             stacklevel=5,
         )
 
