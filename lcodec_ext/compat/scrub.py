@@ -336,7 +336,7 @@ def _made_last(dataset: Any, params: Any) -> SubsetDataWrapper | None:
         warnings.warn(
             f"retained= is not given: the SubsetDataWrapper that was made last, of {len(residual)} "
             "samples, is taken for the samples that stay",
-            stacklevel=3,
+            stacklevel=4,
         )
     return residual
 
