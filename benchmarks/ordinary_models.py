@@ -68,25 +68,27 @@ def fashion() -> Pool:
     return Pool((x, y), torch.tensor(clusters, dtype=torch.int64), (test[0], test[1]))
 
 
-def docstrings() -> Pool:
+def docstrings(
+    length: int = LENGTH, libraries: tuple[str, ...] = LIBRARIES, most: int = 1500
+) -> Pool:
     """The first words of docstrings of functions and classes, by hash; the class is the library.
 
     A user is a module. Which texts there are depends on the versions that are installed.
     """
     rows, labels, users = [], [], []
-    for label, library in enumerate(LIBRARIES):
+    for label, library in enumerate(libraries):
         paths = {name: Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")}
-        folder = paths["stdlib"] if label == 0 else paths["purelib"] / library
+        folder = paths["stdlib"] if library == LIBRARIES[0] else paths["purelib"] / library
         files = [f for f in sorted(folder.rglob("*.py")) if _is_source(f.relative_to(folder))]
         found: dict[str, int] = {}
         for number in torch.randperm(
             len(files), generator=torch.Generator().manual_seed(label)
         ).tolist():
-            for text in _texts(files[number]):
+            for text in _texts(files[number], length):
                 found.setdefault(text, 1000 * label + number)
-            if len(found) >= 1500:
+            if len(found) >= most:
                 break
-        rows += [_hashed(text) for text in found]
+        rows += [hashed_words(text, length) for text in found]
         labels += [label] * len(found)
         users += list(found.values())
     return Pool((torch.stack(rows), torch.tensor(labels)), torch.tensor(users), None)
@@ -96,20 +98,20 @@ def _is_source(path: Path) -> bool:
     return not {"site-packages", "tests", "test", "idlelib"} & set(path.parts)
 
 
-def _texts(path: Path) -> list[str]:
+def _texts(path: Path, length: int) -> list[str]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
     except SyntaxError:
         return []
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     texts = [ast.get_docstring(node) or "" for node in nodes]
-    return [" ".join(text.split()[:LENGTH]) for text in texts if len(text.split()) >= 8]
+    return [" ".join(text.split()[:length]) for text in texts if len(text.split()) >= 8]
 
 
-def _hashed(text: str) -> Tensor:
+def hashed_words(text: str, length: int) -> Tensor:
     """Numbers of its words from 1 on, behind them zeros."""
     words = [1 + zlib.crc32(word.lower().encode()) % (WORDS - 1) for word in text.split()]
-    return torch.tensor(words + [0] * (LENGTH - len(words)))
+    return torch.tensor(words + [0] * (length - len(words)))
 
 
 # ---------------------------------------------------------------------------------------------

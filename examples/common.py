@@ -53,8 +53,9 @@ def main(
     if "torch" in sys.modules:  # a second thread gains little on networks this small
         sys.modules["torch"].set_num_threads(1)
     began = time.perf_counter(), time.process_time()
+    start = head(name, arguments)  # the commit that runs, whatever is edited meanwhile
     found = run(arguments)
-    record = head(name, arguments) | {
+    record = start | {
         "seconds": round(time.perf_counter() - began[0], 1),
         "cpu_seconds": round(time.process_time() - began[1], 1),
     }

@@ -830,3 +830,12 @@ def test_noise_refuses():
         add_noise(torch.arange(3), 1.0)
     with pytest.raises(ValueError, match="sigma must be a finite number >= 0"):
         add_noise(torch.zeros(3), -1.0)
+
+
+def test_noise_is_that_of_box_and_muller():
+    words = np.random.Philox(5).random_raw(8) >> np.uint64(11)
+    uniform = (words + 0.5) * 2.0**-53
+    length, angle = np.sqrt(-2 * np.log(uniform[:4])), 2 * math.pi * uniform[4:]
+    expected = np.concatenate([length * np.cos(angle), length * np.sin(angle)])[:7]
+    drawn = add_noise(torch.zeros(7, dtype=torch.float64), 1.0, seed=5)
+    np.testing.assert_allclose(drawn, expected, rtol=1e-12, atol=1e-12)

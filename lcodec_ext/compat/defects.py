@@ -9,6 +9,7 @@ does on PyTorch 2; where that always ends in an exception, it does what is evide
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._torch.batches import map_tensors
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext.compat.codec import cheap_torch_foci, torch_foci
 from lcodec_ext.compat.epoch_files import (
@@ -26,9 +28,15 @@ from lcodec_ext.compat.epoch_files import (
     read_epoch,
     write_epoch,
 )
+from lcodec_ext.compat.steps import (
+    Slices,
+    getHessian,
+    getVectorizedGrad,
+    reverseLinearIndexingToLayers,
+    updateModelParams,
+)
 
-Slices = list[tuple[nn.Module, int]]
-Places = dict[tuple[str, str, int], tuple[slice, nn.Parameter]]
+NOTHING = "the loss of the request is 0 under all perturbations: no unit is selected and changed"
 _TOKENS = (999, 30521)  # of DistilBERT's uncased vocabulary, whatever the model's is
 
 
@@ -41,7 +49,7 @@ class GradientBank:
 
     def add(self) -> None:
         """Add the gradients that the model has now."""
-        of_batch = getGradObjs(self._model)[0]
+        of_batch = getGradObjs(self._model, reference_bugs=True)[0]
         if not self._bank:
             self._bank = of_batch
             return
@@ -51,7 +59,7 @@ class GradientBank:
     def write(self, stem: str, epoch: int, n: int) -> None:
         """Write the sums over n samples, and the parameters."""
         means = {key: g / n for key, g in self._bank.items()}
-        write_epoch(stem, epoch, means, getGradObjs(self._model)[1])
+        write_epoch(stem, epoch, means, getGradObjs(self._model, reference_bugs=True)[1])
 
 
 def disable_batch_norm(model: nn.Module) -> None:
@@ -71,12 +79,15 @@ def step(
     stem: str,
     *,
     reid: bool = False,
+    stepped: nn.Module | None = None,
 ) -> Measured:
     """Change a model in place; return losses and gradient norms of the request, before and after.
 
     The request is a batch (inputs, targets), or a dict of tensors with "labels". `zero_grad` is the
     optimizer's. `reid` means re-identification: activations are recorded with the root in training
-    mode, and "Random" takes 10 units.
+    mode, and "Random" takes 10 units. `stepped` is the face code's copy of the model: it takes a
+    gradient step, and the sample's Hessian is the difference of both gradients. Elsewhere that is
+    the difference of a gradient with itself.
     """
     if isinstance(request, dict):
         inputs: Any = {key: value for key, value in request.items() if key != "labels"}
@@ -85,8 +96,7 @@ def step(
         inputs, targets = request
 
     def loss_of(inputs: Any) -> Tensor:
-        outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-        return loss_fn(getattr(outputs, "logits", outputs), targets)
+        return _loss(model, inputs, targets, loss_fn)
 
     def measure() -> tuple[Tensor, float]:
         zero_grad()
@@ -96,20 +106,26 @@ def step(
     if reid:
         disable_batch_norm(model)
     layers, activations, losses = _record(model, inputs, loss_of, params)
-    slices = _slices(_select(activations, losses, params, 10 if reid else None), layers)
+    selected = _select(activations, losses, params, 10 if reid else None)
+    slices = reverseLinearIndexingToLayers(selected, layers)
 
     model.train()
     disable_batch_norm(model)
     loss_before, norm_before = measure()
-    gradient, weights, places = _vectors(getGradObjs(model)[0], slices)
+    if not slices:
+        warnings.warn(f"{NOTHING}, with or without reference_bugs", stacklevel=4)
+        model.zero_grad()
+        return loss_before, loss_before, norm_before, norm_before
+    gradient, weights, places = _vectors(model, slices, getGradObjs(model, reference_bugs=True)[0])
     model.zero_grad()
     if params.order == "Hessian":
-        changed = _newton(gradient, weights, slices, params, stem)
+        after = gradient, weights
+        if stepped is not None:
+            after = _after_a_step(stepped, inputs, targets, loss_fn, selected, weights.device)
+        changed = _newton(model, (gradient, weights), after, slices, params, stem)
     else:
         changed = weights + params.lr * gradient
-    with torch.no_grad():
-        for (_, _, unit), (place, parameter) in places.items():
-            parameter[unit] = changed[place].reshape(parameter[unit].shape)
+    updateModelParams(changed, places, model)
     loss_after, norm_after = measure()
     model.zero_grad()
     return loss_before, loss_after, norm_before, norm_after
@@ -170,57 +186,70 @@ def _select(activations: Tensor, losses: Tensor, params: Any, n_random: int | No
     return np.random.permutation(n_units)[:n].tolist()  # noqa: NPY002, the scripts seed this
 
 
-def _slices(selected: list[int], layers: list[nn.Module]) -> Slices:
-    units: Slices = [(layer, k) for layer in layers for k in range(len(layer.weight))]  # type: ignore[arg-type]
-    for column in selected:
-        if column >= len(units):
-            raise IndexError(
-                f"column {column} of the activations is beyond the {len(units)} units of the "
-                "layers: a layer is called more than once, and the published code ends here"
-            )
-    return [units[column] for column in selected]
+def _loss(model: nn.Module, inputs: Any, targets: Any, loss_fn: LossFunction) -> Tensor:
+    outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return loss_fn(getattr(outputs, "logits", outputs), targets)
 
 
 def _vectors(
-    gradients: dict, slices: Slices, parameters: dict | None = None
-) -> tuple[Tensor, Tensor, Places]:
+    model: nn.Module, slices: Slices, gradients: Bank, parameters: Bank | None = None
+) -> tuple[Tensor, Tensor, Any]:
     """Collect gradients and weights under str(layer); where slices collide, the last one stays."""
-    gradient, weights = [], []
-    places: Places = {}
-    start = 0
-    for layer, unit in slices:
-        for name, parameter in layer.named_parameters():
-            key = str(layer), name
-            stored = parameter if parameters is None else parameters[key]
-            weights.append(stored[unit].detach().flatten())
-            gradient.append(gradients[key][unit].detach().flatten())
-            end = start + len(weights[-1])
-            places[(*key, unit)] = slice(start, end), parameter
-            start = end
-    return torch.cat(gradient), torch.cat(weights), places
+    device = next(model.parameters()).device
+    return getVectorizedGrad(gradients, model, slices, device, parameters, reference_bugs=True)
 
 
-def _hessian(g: Tensor, g2: Tensor, w: Tensor, w2: Tensor, params: Any) -> Tensor:
-    if params.approxType == "Fisher":
-        return torch.outer(g, g)
-    # PairwiseDistance adds 1e-6 to every difference: not 0 where the weights are the same.
-    length = nn.PairwiseDistance(p=1)(w[None], w2[None])
-    return torch.outer(g - g2, g - g2) / length
+def _after_a_step(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any,
+    loss_fn: LossFunction,
+    selected: list[int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Gradient and weights of the selected units of a copy, after a gradient step of 0.001."""
+    own = next(model.parameters()).device
+    inputs, targets = map_tensors(lambda tensor: tensor.to(own), (inputs, targets))
+    model.train()
+    disable_batch_norm(model)
+    optim = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for take in (optim.step, None):
+        optim.zero_grad()
+        backward(_loss(model, inputs, targets, loss_fn), model)
+        if take is not None:
+            take()
+    kinds = (nn.Linear,) if isinstance(inputs, dict) else (nn.Linear, nn.Conv2d)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    slices = reverseLinearIndexingToLayers(selected, layers)
+    gradient, weights, _ = _vectors(model, slices, getGradObjs(model, reference_bugs=True)[0])
+    return gradient.to(device), weights.to(device)
 
 
-def _newton(gradient: Tensor, weights: Tensor, slices: Slices, params: Any, stem: str) -> Tensor:
+def _newton(
+    model: nn.Module,
+    before: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor],
+    slices: Slices,
+    params: Any,
+    stem: str,
+) -> Tensor:
     device = torch.device(params.hessian_device)
-    g, w = gradient.to(device), weights.to(device)
-    n = params.orig_trainset_size
-    matrix = _hessian(g, g, w, w, params)  # zero for "FD"
+    (g, w), (gs, ws) = ([each.to(device) for each in pair] for pair in (before, after))
+    weights, n = before[1], params.orig_trainset_size
+
+    def hessian(g: Tensor, g2: Tensor, w: Tensor, w2: Tensor) -> Tensor:
+        return getHessian(g, g2, params.approxType, w, w2, device, reference_bugs=True)
+
+    matrix = hessian(g, gs, w, ws)  # zero for "FD", but for faces
     scale = 1.0
     if params.HessType == "Sekhari":
         (g1, w1), (g2, w2) = (
-            _vectors(gradients, slices, parameters)[:2]
+            _vectors(model, slices, gradients, parameters)[:2]
             for epoch in (params.train_epochs - 2, params.train_epochs - 1)
-            for gradients, parameters in [read_epoch(stem, epoch, device)]
+            for gradients, parameters in [read_epoch(stem, epoch, weights.device)]
         )
-        matrix = (n * _hessian(g1, g2, w1, w2, params) - matrix) / (n - 1)
+        old = hessian(*(each.to(device) for each in (g1, g2, w1, w2)))
+        matrix = (n * old - matrix) / (n - 1)
         scale = 1 / (n - 1)
     matrix = matrix + params.l2_reg * torch.eye(len(matrix), device=device)
     changed = weights + scale * torch.linalg.solve(matrix, g).to(weights.device)

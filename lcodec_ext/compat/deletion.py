@@ -1,5 +1,7 @@
 """The deletion step of :mod:`~lcodec_ext.compat.scrub`, without the published code's defects."""
 
+import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,17 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.copies import copy_of
-from lcodec_ext._torch.loss import LossFunction, mean_loss
+from lcodec_ext._torch.loss import (
+    LossFunction,
+    is_much_worse,
+    mean_gradient,
+    mean_loss,
+    named_trainable,
+)
 from lcodec_ext._torch.modes import evaluating, place
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 from lcodec_ext.compat.epoch_files import Measured, backward, file_name, of_root, read_epoch
+from lcodec_ext.compat.switch import SWITCH
 from lcodec_ext.unlearning import (
     Settings,
     TokenReplacement,
@@ -22,7 +31,13 @@ from lcodec_ext.unlearning import (
 )
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, warn_of_noise
 from lcodec_ext.unlearning.record import record
-from lcodec_ext.unlearning.select import find_candidates, select_cheap, select_lfoci, take
+from lcodec_ext.unlearning.select import (
+    ZeroLossError,
+    find_candidates,
+    select_cheap,
+    select_lfoci,
+    take,
+)
 
 CURVATURES = {"FD": "secant", "Fisher": "fisher", "GaussNewton": "gauss_newton"}
 _BERT_UNCASED, _FIRST_WORD = 30522, 999  # before it: special and unused tokens, and characters
@@ -47,7 +62,11 @@ def step(
         try:
             loss_before, norm_before = measure()
             seed = int(torch.randint(2**62, ()))  # manual_seed governs it
-            selection = _select(model, samples, loss_fn, params, seed)
+            try:
+                selection = _select(model, samples, loss_fn, params, seed)
+            except ZeroLossError as error:
+                warnings.warn(f"{error}: no unit is selected and changed", stacklevel=5)
+                return loss_before, loss_before, norm_before, norm_before
             if params.order == "BP":
                 gradient = {
                     name: torch.zeros_like(p) if p.grad is None else p.grad
@@ -130,15 +149,18 @@ def _newton(
     seed: int,
 ) -> None:
     n = check_integer(params.orig_trainset_size, "params.orig_trainset_size", len(samples) + 1)
-    secant = params.approxType == "FD"
+    approx = approx_type(params)
+    secant = approx == "FD"
     options: dict[str, Any] = {}
     if secant:
         check_integer(params.train_epochs, "params.train_epochs", 2)
-        options["statistics"] = _statistics(model, stem, params.train_epochs, n)
+        snapshots = _snapshots(model, samples, retained, loss_fn, stem, params.train_epochs)
+        options["statistics"] = TrainingStatistics.from_epochs(snapshots, n)
     elif retained is None:
         raise ValueError(
-            f"params.approxType={params.approxType!r} needs the training samples that stay: pass "
-            "retained=, a dataset like that of the samples to delete"
+            f"approxType={approx!r} needs the training samples that stay: pass retained=, a "
+            "dataset like that of the samples to delete. Scripts do without where they delete a "
+            "Subset of the dataset from which they make a SubsetDataWrapper of the others"
         )
     if params.HessType == "Sekhari" and params.delta < 1:  # with delta = 1 any release will do
         options |= {"epsilon": params.epsilon, "delta": params.delta}
@@ -150,7 +172,7 @@ def _newton(
         loss_fn,
         preset="paper",
         selection=selection,
-        curvature=CURVATURES[params.approxType],
+        curvature=CURVATURES[approx],
         weight_decay=params.l2_reg,
         damping=0.0,
         seed=seed,
@@ -159,6 +181,7 @@ def _newton(
     )
     if secant:  # with retained samples, `unlearn` warns
         _warn_of_noise(before, samples, loss_fn, result.guarantee)
+    _warn_of_sums(before, samples, loss_fn, result.guarantee, params)
 
 
 def _warn_of_noise(
@@ -171,27 +194,120 @@ def _warn_of_noise(
     if guarantee.sigma > 0:
         noisy = add_noise(before, guarantee.sigma)
         was, now = (mean_loss(model, samples, loss_fn, len(samples)) for model in (before, noisy))
-        warn_of_noise(was, now, guarantee, "the samples to delete, without a step,", stacklevel=5)
+        warn_of_noise(was, now, guarantee, "the samples to delete, without a step,", stacklevel=6)
 
 
-def _statistics(model: nn.Module, stem: str, epochs: int, n: int) -> TrainingStatistics:
-    """The secant pair that the files of the last two epochs determine."""
+def _warn_of_sums(
+    before: nn.Module, samples: Samples, loss_fn: LossFunction, guarantee: Guarantee, params: Any
+) -> None:
+    """Say at the first noise that noise adds up, and later where it spoils the model."""
+    if guarantee.sigma == 0:
+        return
+    again = _NOISE["params"] is params
+    times = _NOISE["times"] + 1 if again else 1
+    variance = guarantee.sigma**2 + (_NOISE["variance"] if again else 0.0)
+    _NOISE.update(params=params, times=times, variance=variance)
+    if times == 1:
+        warnings.warn(
+            "HessType='Sekhari' puts noise on every parameter at each request, here with standard "
+            f"deviation {guarantee.sigma:.3g}. It adds up: after k requests it is sqrt(k) times as "
+            "much. lcodec_ext.unlearning.Unlearner puts noise on releases alone",
+            stacklevel=6,
+        )
+    elif times in _TOLD:
+        noisy = add_noise(before, variance**0.5)
+        was, now = (mean_loss(model, samples, loss_fn, len(samples)) for model in (before, noisy))
+        if is_much_worse(was, now):
+            warnings.warn(
+                f"the noise of {times} requests together has a standard deviation of "
+                f"{variance**0.5:.3g}; as much again raises the mean loss of the samples to delete "
+                f"from {was:.3g} to {now:.3g}",
+                stacklevel=6,
+            )
+
+
+#: Of the last request with noise: its params, how many there were with these, and the sum of their
+#: variances.
+_NOISE: dict[str, Any] = {"params": None, "times": 0, "variance": 0.0}
+_TOLD = (10, 30, 100, 300, 1000)
+
+
+def approx_type(params: Any) -> str:
+    """What `install` was told, else what the script says."""
+    return SWITCH.approx_type or params.approxType
+
+
+Snapshot = tuple[dict[str, Tensor], dict[str, Tensor]]  # parameters and gradient
+_COMPUTED: dict[Any, list[Snapshot]] = {}  # of the files that were last found without a gradient
+
+
+def _snapshots(
+    model: nn.Module,
+    samples: Samples,
+    retained: Any,
+    loss_fn: LossFunction,
+    stem: str,
+    epochs: int,
+) -> list[Snapshot]:
+    """Weights and gradients of the last two epochs, of positive curvature.
+
+    They come from the files. Gradients that are zero or cannot be those of the training set are
+    computed at the weights in the files, once, if the samples that stay are known.
+    """
     device = next(model.parameters()).device
-    snapshots = []
+    snapshots: list[Snapshot] = []
     for epoch in (epochs - 2, epochs - 1):
         gradients, parameters = (
             of_root(bank, model, file_name(stem, epoch, what))
             for bank, what in zip(read_epoch(stem, epoch, device), ("grads", "params"), strict=True)
         )
         snapshots.append((parameters, gradients))
+    curvature = _curvature(snapshots)
+    if curvature > 0:
+        return snapshots
+    names = [file_name(stem, epoch, "params") for epoch in (epochs - 2, epochs - 1)]
+    found = "no positive curvature: the change of the gradient times that of the parameters is "
+    if retained is not None:
+        key = tuple((os.path.abspath(name), os.stat(name).st_mtime_ns) for name in names)
+        if key not in _COMPUTED:
+            warnings.warn(
+                f"the files {names[0]} and {names[1]} belong to gradients that hold {found}"
+                f"{curvature:.3g}. They are computed at the weights in these files, over the "
+                "samples that stay and those to delete",
+                stacklevel=6,
+            )
+            data = [as_samples(retained, "retained", *place(model)), samples]
+            computed = [(at, _gradient(model, at, data, loss_fn)) for at, _ in snapshots]
+            _COMPUTED.clear()
+            _COMPUTED[key] = computed
+        snapshots = _COMPUTED[key]
+        curvature = _curvature(snapshots)
+        if curvature > 0:
+            return snapshots
+    raise ValueError(
+        f"the files {file_name(stem, epochs - 2, '*')} and {file_name(stem, epochs - 1, '*')} "
+        f"hold {found}{curvature:.3g}. Gradients that the published code wrote are not those of "
+        "the training set; or the training has not settled. Write the files with do_epoch of this "
+        "module and train longer, or pass retained= and params.approxType='GaussNewton'"
+    )
+
+
+def _curvature(snapshots: list[Snapshot]) -> float:
     (w1, g1), (w2, g2) = snapshots
-    curvature = sum(float(((w2[k] - w1[k]) * (g2[k] - g1[k])).sum()) for k in w1)
-    if not curvature > 0:
-        raise ValueError(
-            f"the files {file_name(stem, epochs - 2, '*')} and {file_name(stem, epochs - 1, '*')} "
-            "hold no positive curvature: the change of the gradient times that of the parameters "
-            f"is {curvature:.3g}. Gradients that the published code wrote are not those of the "
-            "training set; or the training has not settled. Write the files with do_epoch of this "
-            "module and train longer, or pass retained= and params.approxType='GaussNewton'"
-        )
-    return TrainingStatistics.from_epochs(snapshots, n)
+    return sum(float(((w2[k] - w1[k]) * (g2[k] - g1[k])).sum()) for k in w1)
+
+
+def _gradient(
+    model: nn.Module, weights: dict[str, Tensor], data: list[Samples], loss_fn: LossFunction
+) -> dict[str, Tensor]:
+    """The mean gradient over samples in parts, at other weights."""
+    other, n = copy_of(model), sum(map(len, data))
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(weights[name])
+    trained = named_trainable(other)
+    gradient = {name: torch.zeros_like(p) for name, p in other.named_parameters()}
+    for samples in data:
+        for name, g in mean_gradient(other, samples, loss_fn, trained, 256)[1].items():
+            gradient[name] += g * (len(samples) / n)
+    return gradient

@@ -12,24 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._checks import first_few
+from lcodec_ext.compat.switch import bugs
+
 Bank = dict[tuple[str, str], Any]  # to a tensor, or None for a parameter without a gradient
 Measured = tuple[Tensor, Tensor, float, float]  # loss before and after, gradient norm likewise
 
 
-def getGradObjs(model: nn.Module) -> tuple[Bank, Bank]:
+def getGradObjs(model: nn.Module, *, reference_bugs: bool | None = None) -> tuple[Bank, Bank]:
     """Collect the gradients and the parameters of a model by (str(module), parameter name).
 
     Returns
     -------
     grad_objs, param_objs : dict
-        To ``.grad`` (None where there is none) and ``.data``, not to copies. Of modules that print
-        the same, the last one counts. The entries of the model itself are complete.
+        To ``.grad`` and ``.data``, not to copies. Where there is no gradient, zeros, so that
+        scripts can add them up; with `reference_bugs` None. Of modules that print the same, the
+        last one counts. The entries of the model itself are complete.
     """
+    zeros: dict[nn.Parameter, Tensor] = {}
+    if not bugs(reference_bugs):
+        zeros = {p: torch.zeros_like(p.data) for p in model.parameters() if p.grad is None}
     gradients: Bank = {}
     parameters: Bank = {}
     for module in model.modules():
         for name, parameter in module.named_parameters():
-            gradients[str(module), name] = parameter.grad
+            gradients[str(module), name] = zeros.get(parameter, parameter.grad)
             parameters[str(module), name] = parameter.data
     return gradients, parameters
 
@@ -66,7 +73,7 @@ def read_epoch(stem: str, epoch: int, device: torch.device) -> tuple[Bank, Bank]
             raise FileNotFoundError(
                 errno.ENOENT,
                 f"{os.strerror(errno.ENOENT)}; approxType='FD' reads what do_epoch wrote in the "
-                "last two of params.train_epochs epochs, under the stem outString",
+                f"last two of params.train_epochs epochs, under the stem outString{_others(name)}",
                 name,
             )
         bank = torch.load(name, map_location=device, weights_only=True)
@@ -74,6 +81,19 @@ def read_epoch(stem: str, epoch: int, device: torch.device) -> tuple[Bank, Bank]
             raise ValueError(f"{name} must hold a dict; it holds a {type(bank).__name__}")
         banks.append(bank)
     return banks[0], banks[1]
+
+
+def _others(name: str) -> str:
+    """Which files of that kind there are: scripts that train name them otherwise than others."""
+    folder, ending = os.path.dirname(name) or ".", "_params.pt"
+    found = (
+        sorted(each for each in os.listdir(folder) if each.endswith(ending))
+        if (os.path.isdir(folder))
+        else []
+    )
+    if not found:
+        return ""
+    return f". That folder has {first_few(found, 4)}: rename the files or set the script's stem"
 
 
 def of_root(bank: Bank, model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -41,32 +41,70 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from lcodec_ext._checks import check_bool, check_choice, check_integer
+from lcodec_ext._checks import check_choice, check_integer
 from lcodec_ext._torch.batches import map_tensors
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.states import state_hash
 from lcodec_ext.compat import defects, deletion
+from lcodec_ext.compat.data import (
+    BinaryDatasetWrapper,
+    LabelSubsetWrapper,
+    SubsetDataWrapper,
+    getDatasets,
+    residual_set,
+)
 from lcodec_ext.compat.epoch_files import Measured as Measured
 from lcodec_ext.compat.epoch_files import getGradObjs, gradNorm
+from lcodec_ext.compat.hooks import ActivationsHook, HyperC, NLP_ActivationsHook
+from lcodec_ext.compat.steps import (
+    CR_NaiveNewton,
+    NewtonScrubStep,
+    NoisyReturn,
+    getHessian,
+    getHyperColumn,
+    getOldPandG,
+    getVectorizedGrad,
+    myFOCI,
+    reverseIndexingToLayers,
+    reverseLinearIndexingToLayers,
+    updateModelParams,
+)
+from lcodec_ext.compat.switch import SWITCH, bugs
 from lcodec_ext.compat.training import (
     DisableBatchNorm,
-    SubsetDataWrapper,
     do_epoch,
     manual_seed,
     retrain_model,
 )
 
 __all__ = [
+    "ActivationsHook",
+    "BinaryDatasetWrapper",
+    "CR_NaiveNewton",
     "DisableBatchNorm",
+    "HyperC",
+    "LabelSubsetWrapper",
+    "NLP_ActivationsHook",
+    "NewtonScrubStep",
+    "NoisyReturn",
     "SubsetDataWrapper",
     "do_epoch",
+    "getDatasets",
     "getGradObjs",
+    "getHessian",
+    "getHyperColumn",
+    "getOldPandG",
+    "getVectorizedGrad",
     "gradNorm",
     "inp_perturb",
     "manual_seed",
+    "myFOCI",
     "reid_inp_perturb",
     "retrain_model",
+    "reverseIndexingToLayers",
+    "reverseLinearIndexingToLayers",
     "scrubSample",
+    "updateModelParams",
     "vgg_inp_perturb",
 ]
 
@@ -87,7 +125,7 @@ def inp_perturb(
     is_nlp: bool = False,
     *,
     retained: Any = None,
-    reference_bugs: bool = False,
+    reference_bugs: bool | None = None,
 ) -> tuple[int, dict[str, Any], Tensor, Tensor, float, float]:
     """Delete samples from a model: perturb them, select units, and step on these units' parameters.
 
@@ -111,9 +149,12 @@ def inp_perturb(
         Call the model as ``model(input_ids=..., attention_mask=...)``, and perturb by replacing
         tokens instead of adding noise.
     retained : Dataset, optional
-        The training samples that stay, in the form of `dataset`; for "Fisher" and "GaussNewton".
-    reference_bugs : bool
-        Do what the published code does, with its defects.
+        The training samples that stay, in the form of `dataset`; for "Fisher" and "GaussNewton",
+        and for "FD" where the files have no gradient. By default the `SubsetDataWrapper` that the
+        script made last, if it leaves out these samples of the same dataset.
+    reference_bugs : bool, optional
+        Do what the published code does, with its defects. By default as `install` was told, else
+        False.
 
     Returns
     -------
@@ -137,17 +178,57 @@ def inp_perturb(
     Warns
     -----
     UserWarning
-        Where the noise spoils the model; and where the script has taken back three removals in a
-        row, 10, 30, 100 or 300.
+        Where the noise of this request, or of all so far, spoils the model; where the loss is 0
+        under all perturbations, so that nothing is selected and changed; where files without a
+        gradient are made up for by the residual set; and where the script has taken back three
+        removals in a row, 10, 30, 100 or 300.
+
+    Notes
+    -----
+    HessType="Sekhari" puts noise on every trainable parameter at each request, as its guarantee
+    needs. A model that goes on from it has the noise of all: after k requests sqrt(k) times as
+    much. `Unlearner` keeps the weights without noise, and puts noise on releases alone.
     """
+    return _inp_perturb(
+        model,
+        dataset,
+        criterion,
+        params,
+        optim,
+        device,
+        outString,
+        is_nlp,
+        retained=retained,
+        reference_bugs=reference_bugs,
+    )
+
+
+def _inp_perturb(
+    model: nn.Module,
+    dataset: Any,
+    criterion: LossFunction,
+    params: Any,
+    optim: torch.optim.Optimizer | None,
+    device: Any,
+    outString: str,
+    is_nlp: bool,
+    model_copy: nn.Module | None = None,
+    *,
+    retained: Any = None,
+    reference_bugs: bool | None = None,
+) -> tuple[int, dict[str, Any], Tensor, Tensor, float, float]:
+    reference_bugs = bugs(reference_bugs)
     _check(params, reference_bugs)
     _warn_of_rejections(model, params)
     pick = _text if is_nlp else tuple
     if reference_bugs:
         request = _collated(dataset, pick, device, params.scrub_batch_size or 1)
         zero_grad = model.zero_grad if optim is None else optim.zero_grad
-        measured = defects.step(model, request, criterion, params, zero_grad, outString)
+        measured = defects.step(
+            model, request, criterion, params, zero_grad, outString, stepped=model_copy
+        )
     else:
+        retained = residual_set(dataset) if retained is None else retained
         request, kept = _collated(dataset, pick, device), _picked(retained, pick)
         measured = deletion.step(model, request, kept, criterion, params, outString)
     return 0, model.state_dict(), *measured
@@ -162,7 +243,7 @@ def reid_inp_perturb(
     outString: str,
     *,
     retained: Any = None,
-    reference_bugs: bool = False,
+    reference_bugs: bool | None = None,
 ) -> tuple[dict[str, Any], Tensor, Tensor, float, float]:
     """:func:`inp_perturb` for the models of torchreid, which classify in training mode only.
 
@@ -181,6 +262,7 @@ def reid_inp_perturb(
     state_dict, loss_before, loss_after, gradnorm_before, gradnorm_after
         As there.
     """
+    reference_bugs = bugs(reference_bugs)
     _check(params, reference_bugs)
     _warn_of_rejections(model, params)
 
@@ -192,6 +274,7 @@ def reid_inp_perturb(
         zero_grad = engine.optimizer.zero_grad
         measured = defects.step(model, request, loss_fn, params, zero_grad, outString, reid=True)
     else:
+        retained = residual_set(dataset) if retained is None else retained
         request, kept = _collated(dataset, _person, device), _picked(retained, _person)
         hook = model.register_forward_pre_hook(_classify)
         try:
@@ -213,21 +296,27 @@ def vgg_inp_perturb(
     is_nlp: bool = False,
     **options: Any,
 ) -> tuple[int, dict[str, Any], Tensor, Tensor, float, float]:
-    """:func:`inp_perturb` with one argument more, a copy of the model, which it does not use."""
-    return inp_perturb(
-        model, dataset, criterion, params, optim, device, outString, is_nlp, **options
+    """:func:`inp_perturb` with one argument more, a copy of the model.
+
+    It is not used, except with `reference_bugs`: there it takes a gradient step of 0.001, from
+    which the face code has the sample's Hessian.
+    """
+    if not bugs(options.get("reference_bugs")):
+        model_copy = None
+    return _inp_perturb(
+        model, dataset, criterion, params, optim, device, outString, is_nlp, model_copy, **options
     )
 
 
-def _check(params: Any, reference_bugs: object) -> None:
-    check_bool(reference_bugs, "reference_bugs")
+def _check(params: Any, reference_bugs: bool) -> None:
     for name, choices in (
         ("selectionType", ("Full", "FOCI", "Random", "One")),
         ("order", ("Hessian", "BP")),
         ("HessType", ("Sekhari", "CR")),
         ("approxType", ("FD", "Fisher") if reference_bugs else tuple(deletion.CURVATURES)),
     ):
-        check_choice(getattr(params, name), f"params.{name}", choices)
+        given = SWITCH.approx_type if name == "approxType" and not reference_bugs else None
+        check_choice(given or getattr(params, name), f"params.{name}", choices)
     if params.selectionType == "FOCI":
         check_choice(params.FOCIType, "params.FOCIType", ("full", "cheap"))
     if params.selectionType in ("FOCI", "Random"):
@@ -255,7 +344,7 @@ def _warn_of_rejections(model: nn.Module, params: Any) -> None:
             f"weights. With {how} they do harm. The noise of HessType='Sekhari' may spoil the "
             "model whatever is removed, and approxType='FD' makes steps that are too long: take "
             "HessType='CR', a larger epsilon, or approxType='GaussNewton' with retained=",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -1,19 +1,19 @@
 """What scripts import from ``nn_utils`` and ``data_utils`` of the published code."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset
 
-from lcodec_ext._checks import check_bool
+from lcodec_ext._torch.batches import map_tensors
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext.compat.defects import GradientBank
 from lcodec_ext.compat.epoch_files import backward, getGradObjs, write_epoch
+from lcodec_ext.compat.switch import bugs
 
 
 def manual_seed(seed: int) -> None:
@@ -33,36 +33,6 @@ def DisableBatchNorm(model: nn.Module) -> nn.Module:
     return model
 
 
-class SubsetDataWrapper(Dataset):
-    """Some samples of a dataset, or all but some.
-
-    Parameters
-    ----------
-    dataset : Dataset
-    exclude_indices, include_indices : sequence of int, optional
-        One of the two. `include_indices` keeps its order and takes precedence.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        exclude_indices: Iterable[int] | None = None,
-        include_indices: Sequence[int] | None = None,
-    ) -> None:
-        if include_indices is None:
-            if exclude_indices is None:
-                raise ValueError("exclude_indices or include_indices must be given; both are None")
-            left_out = {int(i) for i in exclude_indices}
-            include_indices = [i for i in range(len(dataset)) if i not in left_out]
-        self.dataset, self.include_indices = dataset, include_indices
-
-    def __len__(self) -> int:
-        return len(self.include_indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.include_indices[index]]
-
-
 def do_epoch(
     model: nn.Module,
     dataloader: Any,
@@ -75,7 +45,7 @@ def do_epoch(
     compute_grads: bool = False,
     retrain: bool = False,
     *,
-    reference_bugs: bool = False,
+    reference_bugs: bool | None = None,
 ) -> tuple[float, ...]:
     """Train for an epoch, or evaluate. Training writes the files of its last two epochs.
 
@@ -84,7 +54,9 @@ def do_epoch(
     model : Module
         Put in training mode with `optim`, in evaluation mode without.
     dataloader : DataLoader
-        Of pairs (inputs, class indices), which are moved to `device`.
+        Of pairs (inputs, targets), which are moved to `device`; of four tensors (input_ids,
+        attention_mask, anything, labels) or dicts with "labels", whose others the model takes by
+        name; or of dicts with "img" and "pid". Targets are class indices, or rows of 0 and 1.
     criterion : callable
         From (outputs, targets) to the mean loss of a batch.
     epoch, nepochs : int
@@ -98,14 +70,15 @@ def do_epoch(
         In an evaluation, measure the gradient too.
     retrain : bool
         Write no files.
-    reference_bugs : bool
+    reference_bugs : bool, optional
         Write the published code's sums of gradients, and return its means of batch means and of
-        batch norms.
+        batch norms. By default as `install` was told, else False.
 
     Returns
     -------
     mean_loss, mean_accuracy : float
-        Means over the samples; in training, each batch counts at the weights that it met.
+        Means over the samples; in training, each batch counts at the weights that it met. With
+        several labels a prediction is right if the largest output is one of them.
     mean_gradnorm : float
         With `compute_grads`: the norm of the mean loss's gradient.
 
@@ -119,7 +92,7 @@ def do_epoch(
     The files hold the weights and the gradient of the mean loss at these weights, in evaluation
     mode. This takes one more pass over `dataloader`, which leaves PyTorch's random state as it was.
     """
-    check_bool(reference_bugs, "reference_bugs")
+    reference_bugs = bugs(reference_bugs)
     saves = optim is not None and not retrain and epoch >= nepochs - 2
     bank = GradientBank(model) if saves and reference_bugs else None
     gradient = _MeanGradient(model) if optim is None and compute_grads else None
@@ -168,13 +141,33 @@ def _one_pass(
 ) -> list[tuple[int, float, int]]:
     """Size, mean loss and number of correct predictions of each batch; `after` gets its loss."""
     batches = []
-    for x, y in dataloader:
-        x, y = x.to(device), y.to(device)
-        outputs = model(x)
+    for batch in dataloader:
+        x, y = map_tensors(lambda tensor: tensor.to(device), inputs_and_targets(batch))
+        outputs = model(**x) if isinstance(x, Mapping) else model(x)
+        outputs = getattr(outputs, "logits", outputs)
         loss = criterion(outputs, y)
         after(loss, len(y))
-        batches.append((len(y), loss.item(), int((outputs.max(1)[1] == y).sum())))
+        predicted = outputs.max(1)[1]
+        right = predicted == y if y.ndim == 1 else y.gather(1, predicted[:, None]) > 0
+        batches.append((len(y), loss.item(), int(right.sum())))
     return batches
+
+
+def inputs_and_targets(batch: Any) -> tuple[Any, Tensor]:
+    """Both parts of a batch of a script's loader, inputs as a dict where the model takes names."""
+    if isinstance(batch, Mapping) and "pid" in batch:
+        return batch["img"], batch["pid"]
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 4:
+        return {"input_ids": batch[0], "attention_mask": batch[1]}, batch[3]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    has = f"keys {sorted(batch)}" if isinstance(batch, Mapping) else f"{len(batch)} parts"
+    raise ValueError(
+        "batches must be (inputs, targets), four tensors (input_ids, attention_mask, anything, "
+        f"labels), or dicts with 'labels' or with 'img' and 'pid'; got one of {has}"
+    )
 
 
 class _MeanGradient:
@@ -231,6 +224,8 @@ def retrain_model(
     nepochs: int,
     optim: torch.optim.Optimizer,
     device: Any = "cpu",
+    *,
+    reference_bugs: bool | None = None,
 ) -> tuple[float, float, float, float, float]:
     """Train a model with a cosine schedule of period 200, and evaluate it.
 
@@ -239,13 +234,25 @@ def retrain_model(
     val_loss, val_accuracy, train_loss, train_accuracy, train_gradnorm : float
         As :func:`do_epoch` measures them after training.
     """
+    bugs_here = bugs(reference_bugs)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, T_max=200)
     for epoch in range(nepochs):
         do_epoch(model, train_loader, criterion, epoch, nepochs, optim, device, retrain=True)
         schedule.step()
+
+    def measured(loader: Any, *, compute_grads: bool = False) -> tuple[float, ...]:
+        return do_epoch(
+            model,
+            loader,
+            criterion,
+            0,
+            0,
+            device=device,
+            compute_grads=compute_grads,
+            reference_bugs=bugs_here,
+        )
+
     with torch.no_grad():
-        val_loss, val_accuracy = do_epoch(model, val_loader, criterion, 0, 0, device=device)
-    loss, accuracy, norm = do_epoch(
-        model, train_loader, criterion, 0, 0, device=device, compute_grads=True
-    )
+        val_loss, val_accuracy = measured(val_loader)
+    loss, accuracy, norm = measured(train_loader, compute_grads=True)
     return val_loss, val_accuracy, loss, accuracy, norm

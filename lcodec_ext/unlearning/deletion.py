@@ -8,7 +8,7 @@ from lcodec_ext.unlearning.guard import Attempt, Watch, guarded_step
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.select import Choice, choose, joined
-from lcodec_ext.unlearning.step import Block
+from lcodec_ext.unlearning.step import Block, Steps
 from lcodec_ext.unlearning.workplace import Workplace
 
 _ROUNDS = 100  # after which a repeated selection ends in any case; the paper has no such end
@@ -68,7 +68,10 @@ def delete(work: Workplace, part: Part, watch: Watch) -> Deletion:
         with work.timed("gradients"):
             gradient = work.gradient(part.forget)[1]
         choice = choose(work, part, gradient, taken)
-        if number and not choice.selection:
+        if not choice.selection:
+            if not number:  # the loss is 0, whatever is perturbed
+                taken = choice.selection
+                rounds.append((Attempt(work.settings.damping, Steps()),))
             break
         block = Block.of(work, part, choice.selection, gradient)
         del gradient  # as large as the model

@@ -26,6 +26,14 @@ from lcodec_ext.unlearning.workplace import Workplace
 
 Unit = tuple[str, int]
 
+
+class ZeroLossError(ValueError):
+    """The loss is 0 under all perturbations, as of a sample that is fitted: it depends on nothing.
+
+    Rules that perturb then select nothing, and the step leaves the weights as they are.
+    """
+
+
 CHEAP_THRESHOLD = 0.05  # the T below which "cheap" stops, as in the published code
 
 
@@ -179,7 +187,7 @@ class Question:
 class Choice:
     """What a rule selected."""
 
-    selection: Selection  # empty if a repeated rule finds nothing more
+    selection: Selection  # empty if a repeated rule finds nothing more, or the loss is 0
     n_units: int  # or single parameters, that it could have selected
     n_dead: int = 0  # of these, units that no perturbation moved
     foci: FociResult | None = None
@@ -301,13 +309,16 @@ def _by_lfoci(question: Question) -> Choice:
     if budget < math.inf:
         fit = np.searchsorted(np.cumsum(np.sort(candidates.sizes)), budget, side="right")
         most = max(1, int(fit))
-    ranked, foci = select_lfoci(
-        recording,
-        max_units=most,
-        stop=most is None,
-        seed=settings.seed,
-        progress=work.progress,
-    )
+    try:
+        ranked, foci = select_lfoci(
+            recording,
+            max_units=most,
+            stop=most is None,
+            seed=settings.seed,
+            progress=work.progress,
+        )
+    except ZeroLossError:
+        return Choice(UnitSelection({}), len(candidates.units), len(recording.dead))
     return Choice(question.take(ranked), len(candidates.units), len(recording.dead), foci)
 
 
@@ -319,6 +330,8 @@ def _by_cheap(question: Question) -> Choice:
     most = None if settings.max_parameters is not None else 1
     try:
         ranked, values = select_cheap(recording, max_units=most)
+    except ZeroLossError:
+        return nothing
     except ValueError:
         if not taken or not recording.finite:
             raise
@@ -460,6 +473,8 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
             f"unit {owner.unit} of layer {owner.layer!r} has activations NaN or infinite"
         )
     noise = recording.resolution * np.abs(recording.losses).max() + 2 * recording.loss_rounding
+    if not recording.losses.any():
+        raise ZeroLossError("the loss of the request is 0 under all perturbations")
     if np.ptp(recording.losses) <= noise:
         raise ValueError(
             "the loss of the request is the same under all perturbations: noise_std is too small "

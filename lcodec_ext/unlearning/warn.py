@@ -26,6 +26,7 @@ def warn_of_skipped(
             f"{'This sample needs' if skipped == 1 else 'These samples need'} retraining",
             stacklevel=4,  # behind unlearn and its decorator
         )
+    _warn_of_zero_loss(deletions)
     fewest = min(len(d.selection) for d in deletions)
     rule = RULES.get(settings.selection) if isinstance(settings.selection, str) else None
     repeated = rule is not None and rule.repeated
@@ -34,6 +35,17 @@ def warn_of_skipped(
             f"n_units is {settings.n_units}, and only {counted(fewest, 'unit')} can be ranked: the "
             "others are dead, or there are no more",
             stacklevel=4,
+        )
+
+
+def _warn_of_zero_loss(deletions: Sequence[Deletion]) -> None:
+    """Warn of samples for which nothing was selected, and which are deleted without a step."""
+    idle = sum(len(d.numbers) for d in deletions if not d.selection)
+    if idle:
+        warnings.warn(
+            f"the loss of {counted(idle, 'sample')} is 0 under all perturbations: it depends on no "
+            "unit, so none was selected, and the deletion leaves the weights as they are",
+            stacklevel=5,
         )
 
 

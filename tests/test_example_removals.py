@@ -1,0 +1,131 @@
+"""The example of a thousand removals: its reduced form, its parts, its data and its page."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import removals
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+ROOT = Path(__file__).parent.parent
+SIZE = replace(
+    removals.REDUCED, epochs=30, removals=(20, 20, 20), perturbations=60, checkpoint=10, measured=10
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # ten samples are few to judge by
+
+
+@pytest.fixture(scope="module")
+def found():
+    data = removals.load(None, SIZE, 0, full=False)
+    made = removals.models(SIZE, data.x.shape[1])
+    models = [
+        removals.experiment(name, make, which, data, SIZE, 0)
+        for which, (name, make) in enumerate(made.items())
+    ]
+    return {"data": data.name, "size": vars(SIZE), "models": models}
+
+
+def test_the_default_comes_nearest_to_retraining(found):
+    logistic = found["models"][0]
+    ends = {way: of["points"][-1] for way, of in logistic["ways"].items()}
+    before = logistic["no_op"][-1]["gradient_norm"]
+    assert ends["default"]["gradient_norm"] < before / 2
+    assert ends["full"]["gradient_norm"] > 2 * ends["default"]["gradient_norm"]
+    js = {way: of[-1]["js_removed"] for way, of in logistic["distances"].items()}
+    assert js["default"] < js["no-op"] / 2
+    assert js["default"] < js["full"] / 2
+    for model in found["models"]:
+        assert model["ways"]["default"]["points"][-1]["accuracy"] > 0.85
+        assert all(len(way["points"]) == 3 for way in model["ways"].values())
+
+
+def test_every_model_has_its_ways(found):
+    ways = [set(model["ways"]) for model in found["models"]]
+    plain = {"full", "L-FOCI", "random units", "default"}
+    assert ways == [plain, plain | set(removals.NOISY), {"full", "L-FOCI", "K-FAC", "default"}]
+
+
+def test_figure_and_table(found, tmp_path):
+    removals.draw(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    table = removals.show(found)
+    assert "logistic regression, 20 of 900 samples removed" in table
+    assert "K-FAC" in table
+
+
+def test_kfac_is_exact_for_one_sample():
+    torch.manual_seed(0)
+    model, x, damping = nn.Linear(3, 4), torch.randn(1, 3), 0.1
+    g = torch.randn(4, 4)
+    p = model(x).softmax(1)[0].detach()
+    one = nn.functional.pad(x[0], (0, 1), value=1.0)
+    fisher = torch.kron(torch.diag(p) - torch.outer(p, p), torch.outer(one, one))
+    expected = torch.linalg.solve(fisher + damping * torch.eye(16), g.flatten()).reshape(4, 4)
+    (step,) = removals.Kfac(model, x, damping).solve([g])
+    torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_norms():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 4), torch.randn(5, 3), torch.arange(5) % 4
+    norms = []
+    for i in range(5):
+        parts = torch.autograd.grad(
+            cross_entropy(model(x[i : i + 1]), y[i : i + 1]), [*model.parameters()]
+        )
+        norms.append(float(sum(part.square().sum() for part in parts)) ** 0.5)
+    assert removals.sample_gradient_norm(model, x, y) == pytest.approx(sum(norms) / 5, rel=1e-5)
+    decayed = cross_entropy(model(x), y) + 0.005 * sum(p.square().sum() for p in model.parameters())
+    parts = torch.autograd.grad(decayed, [*model.parameters()])
+    norm = float(sum(part.square().sum() for part in parts)) ** 0.5
+    assert removals.gradient_norm(model, x, y) == pytest.approx(norm, rel=1e-5)
+
+
+def test_the_papers_noise():
+    assert removals.noise(60_000) == pytest.approx(0.00432, rel=1e-2)
+    assert removals.noise(10_000) == pytest.approx(36 * removals.noise(60_000))
+
+
+def test_noise_on_chosen_units_alone():
+    model = nn.Sequential(nn.Linear(3, 4))
+    before = model[0].weight.detach().clone()
+    removals.add_noise_on(model, {"0": (1, 3)}, 1.0, torch.Generator().manual_seed(0))
+    moved = (model[0].weight != before).any(1)
+    assert moved.tolist() == [False, True, False, True]
+
+
+def write_idx(folder, name, values):
+    sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
+    content = bytes([0, 0, 8, values.ndim]) + sizes + bytes(values.flatten().tolist())
+    (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+
+
+def test_mnist_as_published(tmp_path):
+    for part, n in (("train", 40), ("t10k", 6)):
+        write_idx(
+            tmp_path, f"{part}-images-idx3-ubyte", torch.arange(n * 784).reshape(n, 28, 28) % 256
+        )
+        write_idx(tmp_path, f"{part}-labels-idx1-ubyte", torch.arange(n) % 10)
+    data = removals.load(tmp_path, replace(SIZE, n=20), 0, full=False)
+    assert data.x.shape == (20, 784)
+    assert len(data.validation[1]) == 20
+    assert data.test[1].tolist() == [0, 1, 2, 3, 4, 5]
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(SystemExit, match=r"lacks t10k-labels-idx1-ubyte.gz. It should hold MNIST"):
+        removals.load(tmp_path, SIZE, 0, full=False)
+
+
+def test_the_page_has_the_figures_of_the_record():
+    record = json.loads((ROOT / "examples/results/removals.json").read_text())
+    page = (ROOT / "docs/experiments/removals.md").read_text()
+    assert record["dirty"] is False
+    for found in record["models"]:
+        ends = {"retrained": found["retrained"][-1], "no-op": found["no_op"][-1]}
+        ends |= {way: stream["points"][-1] for way, stream in found["ways"].items()}
+        for way, end in ends.items():
+            assert removals.row(found, way, end) in page
