@@ -6,8 +6,8 @@ falls from .98 to .42 after 10 removals and to .15 after 20. Here a narrow VGG l
 faces; samples of one identity are removed in the paper's way, with and without its noise, and by
 the default of this package. Networks trained again without the removed samples are the yardstick.
 
-Reduced: VGG-11, 12 identities, 20 removals. --full: VGG-16, 24 identities, 40 removals, three
-starts. The cheap form selects up to 3 units for each removal instead of up to 100.
+Reduced: VGG-11, 12 identities, 20 removals. --full: VGG-16, 24 identities, 20 removals, two
+starts, a few minutes. The cheap form takes the top unit once, as the published code in effect does.
 """
 
 import copy
@@ -40,7 +40,7 @@ VGG = {
 }
 DECAY, DAMPING, EPSILON, DELTA = 0.01, 0.01, 1e-4, 0.01  # the paper's
 HESSIAN_LIPSCHITZ, LIPSCHITZ, PAPER_N = 0.25, 1.0, 982_803  # as the paper's code has them
-ROUNDS = 3  # of the cheap selection: with 5 perturbations T stays above 0.05 for all 100
+ROUNDS = 1  # of the cheap selection: the top unit, once
 PAPER, QUIET, DEFAULT, RETRAINED = "paper", "paper, without noise", "default", "retrained"
 
 
@@ -62,7 +62,7 @@ class Size:
     starts: int
 
 
-FULL = Size(16, 1 / 8, 32, 24, 50, 12, 20, 40, 40, 10, 20, 3)
+FULL = Size(16, 1 / 8, 32, 24, 40, 12, 20, 40, 20, 10, 20, 2)
 REDUCED = Size(11, 1 / 8, 32, 12, 30, 16, 20, 25, 20, 10, 20, 1)
 
 
@@ -136,7 +136,8 @@ VARIATION = {
     "slope_x": 0.12,
     "slope_y": 0.08,
 }
-NOISE = 0.05
+NOISE = 0.08  # of each pixel; this and the next two were chosen on seeds 77 to 79
+APART, VARIED = 0.9, 1.2  # factors of the ranges of traits and of the deviations
 
 
 def generate(identities: int, images: int, pixels: int, seed: int) -> NDArray[np.float32]:
@@ -144,10 +145,11 @@ def generate(identities: int, images: int, pixels: int, seed: int) -> NDArray[np
     rng = np.random.default_rng(seed)
     traits, moods = {}, {}
     for name, (low, high) in TRAITS.items():
-        of_identity = rng.uniform(low, high, identities)
+        middle, half = (low + high) / 2, APART * (high - low) / 2
+        of_identity = rng.uniform(middle - half, middle + half, identities)
         traits[name] = np.repeat(of_identity, images)[:, None, None].astype(np.float32)
     for name, spread in VARIATION.items():
-        drawn = spread * rng.standard_normal(identities * images)
+        drawn = VARIED * spread * rng.standard_normal(identities * images)
         moods[name] = drawn[:, None, None].astype(np.float32)
     faces = draw_faces(traits, moods, pixels)
     faces += NOISE * rng.standard_normal(faces.shape, dtype=np.float32)
@@ -316,7 +318,7 @@ def train(x: Tensor, y: Tensor, classes: int, size: Size, seed: int) -> nn.Modul
     return model.eval()
 
 
-PENALTY = 1e-4  # of our training; the paper's .01 keeps a network this small from learning
+PENALTY = 1e-4  # with the paper's .01 a network learns as well, and retraining hardly differs
 
 
 @torch.no_grad()
@@ -339,9 +341,9 @@ def point(model: nn.Module, data: Data, removed: int) -> dict:
     return found
 
 
-def noise() -> float:
-    """Noise for one sample of the paper's n: with n of the generated set it would be thousands."""
-    gamma = 2 * HESSIAN_LIPSCHITZ * LIPSCHITZ**2 / (PAPER_N**2 * DECAY**3)
+def noise(n: int = PAPER_N) -> float:
+    """Standard deviation of the noise for one of n samples, by the paper's formula."""
+    gamma = 2 * HESSIAN_LIPSCHITZ * LIPSCHITZ**2 / (n**2 * DECAY**3)
     return gaussian_sigma(gamma, EPSILON, DELTA)
 
 
@@ -460,6 +462,7 @@ def run(arguments) -> dict:
         "identities": len(faces),
         "size": vars(size),
         "sigma": noise(),
+        "sigma_of_own_n": noise(size.train * len(faces)),
         "runs": runs,
         "residual_kept": kept(runs),
     }
@@ -477,7 +480,7 @@ def kept(runs: list[dict], removed: int = 20) -> dict[str, float]:
 
 def curve(record: dict, way: str, what: str) -> tuple[list[int], NDArray, NDArray]:
     """Removals, and mean and standard deviation over the starts."""
-    points = [one[way]["points"] for one in record["runs"]]
+    points = [[p for p in one[way]["points"] if what in p] for one in record["runs"]]
     values = np.array([[p[what] for p in each] for each in points])
     return [p["removed"] for p in points[0]], values.mean(0), values.std(0)
 
@@ -489,10 +492,15 @@ def draw(record: dict, file: Path) -> None:
         DEFAULT: (BLUE, "o-"),
         RETRAINED: (DARK, "s"),
     }
-    with common.figure(file, 1, 3, (10, 3.2)) as (strip, *panels):
+    with common.figure(file, 1, 4, (13, 3.2)) as (strip, *panels):
         show_strip(strip, record)
-        titles = ("All other identities", "The identity of the deleted samples")
-        for axes, what, title in zip(panels, ("residual", "identity"), titles, strict=True):
+        titles = (
+            "All other identities",
+            "The deleted identity",
+            "Mean loss of the deleted samples",
+        )
+        whats = ("residual", "identity", "loss_deleted")
+        for axes, what, title in zip(panels, whats, titles, strict=True):
             for way, (hue, line) in looks.items():
                 at, mean, spread = curve(record, way, what)
                 axes.plot(at, mean, line, color=hue, label=way, markersize=4, linewidth=1.5)
@@ -500,7 +508,12 @@ def draw(record: dict, file: Path) -> None:
                     axes.errorbar(at, mean, spread, fmt="none", color=hue, linewidth=1)
                 else:
                     axes.fill_between(at, mean - spread, mean + spread, color=hue, alpha=0.15, lw=0)
-            axes.set(title=title, xlabel="samples deleted", ylim=(-0.02, 1.02))
+            axes.set(title=title, xlabel="samples deleted")
+            if what == "loss_deleted":
+                axes.set_yscale("symlog", linthresh=1)
+                axes.set_ylim(bottom=0)
+            else:
+                axes.set_ylim(-0.02, 1.02)
         panels[0].set_ylabel("accuracy on held-out images")
         panels[0].legend(loc="lower left")
 
@@ -519,14 +532,14 @@ def show_strip(axes, record: dict) -> None:
 
 def show(record: dict) -> str:
     lines = [f"{record['network']}, {record['identities']} identities: {record['data']}", ""]
-    lines += [f"{'':22}  removed  residual  identity  deleted"]
+    lines += [f"{'':22}  removed  residual  identity   deleted      loss"]
     for way in (PAPER, QUIET, DEFAULT, RETRAINED):
         points = [one[way]["points"] for one in record["runs"]]
         for same in zip(*points, strict=True):
             if same[0]["removed"] % 10 == 0:
                 means = (
                     np.mean([p.get(w, np.nan) for p in same])
-                    for w in ("residual", "identity", "deleted")
+                    for w in ("residual", "identity", "deleted", "loss_deleted")
                 )
                 line = "  ".join(f"{mean:8.3f}" for mean in means)
                 lines.append(f"{way:22}  {same[0]['removed']:7}  {line}")
