@@ -1,6 +1,8 @@
 """The example on faces: its images, the loaders of both layouts, and the networks."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import faces
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = replace(faces.REDUCED, identities=2, train=2, validation=1, test=1)
 
 
@@ -73,3 +76,31 @@ def test_errors_name_what_is_missing(tmp_path):
     (tmp_path / "table.csv").write_text("Person,FilePath\n" + "\n".join(lines))
     with pytest.raises(SystemExit, match="is listed and does not exist"):
         faces.read(tmp_path, SMALL)
+
+
+def test_the_default_keeps_the_accuracy_on_other_identities():
+    size = faces.REDUCED
+    data = faces.split(faces.faces_of(None, size, 0), size, 0)
+    model = faces.train(data.x, data.y, data.classes, size, 0)
+    found = faces.default_stream(model, data, size, 0)["points"]
+    assert [p["removed"] for p in found] == [0, 10, 20]
+    assert found[0]["residual"] > 0.6
+    assert found[-1]["residual"] >= 0.95 * found[0]["residual"]
+
+
+def test_the_paper_s_way_changes_one_unit_a_sample():
+    size = replace(faces.REDUCED, identities=4, train=12, epochs=4, removals=2)
+    data = faces.split(faces.faces_of(None, size, 0), size, 0)
+    model = faces.train(data.x, data.y, data.classes, size, 0)
+    found = faces.paper_stream(model, data, size, 0, faces.noise())
+    assert [p["removed"] for p in found["points"]] == [0, 1, 2]
+
+
+def test_the_page_has_the_table_of_the_record():
+    record = json.loads((ROOT / "examples/results/faces.json").read_text())
+    page = (ROOT / "docs/experiments/faces.md").read_text()
+    assert faces.show(record) in page
+    for way, share in record["residual_kept"].items():
+        assert f"| {way} | {share:.3f} |" in page
+    assert f"{record['sigma']:.4f}" in page
+    assert f"{record['sigma_of_own_n']:.0f}" in page
