@@ -510,7 +510,6 @@ def draw(record: dict, file: Path) -> None:
                     axes.fill_between(at, mean - spread, mean + spread, color=hue, alpha=0.15, lw=0)
             axes.set(title=title, xlabel="samples deleted")
             if what == "loss_deleted":
-                axes.set_yscale("symlog", linthresh=1)
                 axes.set_ylim(bottom=0)
             else:
                 axes.set_ylim(-0.02, 1.02)
