@@ -136,7 +136,7 @@ VARIATION = {
     "slope_x": 0.12,
     "slope_y": 0.08,
 }
-NOISE = 0.08  # of each pixel; this and the next two were chosen on seeds 77 to 79
+NOISE = 0.08  # of each pixel; this and the next two are from trials on seeds 77 to 79
 APART, VARIED = 0.9, 1.2  # factors of the ranges of traits and of the deviations
 
 
