@@ -89,6 +89,19 @@ def progress(items: Iterable, what: str, unit: str = "it"):
     return tqdm(items, desc=what, unit=unit, dynamic_ncols=True)
 
 
+def add_noise_on(model, units, sigma: float, generator) -> None:
+    """Noise on the weights and biases of these units alone, as the published code adds it."""
+    import torch
+
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, rows in units.items():
+            for parameter in modules[name].parameters(recurse=False):
+                chosen = torch.as_tensor(rows)
+                drawn = torch.randn(parameter[chosen].shape, generator=generator)
+                parameter[chosen] += sigma * drawn
+
+
 @contextmanager
 def figure(file: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3.2)):
     """Axes of a figure in the package's style, which is saved at the end."""

@@ -347,16 +347,6 @@ def noise(n: int = PAPER_N) -> float:
     return gaussian_sigma(gamma, EPSILON, DELTA)
 
 
-def add_noise_on(model: nn.Module, units, sigma: float, generator: torch.Generator) -> None:
-    """Noise on the weights and biases of these units, as the paper's code adds it."""
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for name, rows in units.items():
-            for parameter in modules[name].parameters(recurse=False):
-                rows = torch.as_tensor(rows)
-                parameter[rows] += sigma * torch.randn(parameter[rows].shape, generator=generator)
-
-
 def paper_stream(start: nn.Module, data: Data, size: Size, seed: int, sigma: float) -> dict:
     """One sample after the other, by Algorithm 1 with the cheap selection of units."""
     model, generator = copy.deepcopy(start), torch.Generator().manual_seed(seed)
@@ -383,7 +373,7 @@ def paper_stream(start: nn.Module, data: Data, size: Size, seed: int, sigma: flo
             reasons[str(error)[:60]] += 1  # no step came about
         else:
             if sigma:
-                add_noise_on(model, result.selection.units, sigma, generator)
+                common.add_noise_on(model, result.selection.units, sigma, generator)
         seconds += time.process_time() - began
         points.append(point(model, data, i + 1))
     return {"points": points, "without_step": dict(reasons), "seconds": round(seconds, 2)}

@@ -272,17 +272,6 @@ def sigma(epsilon: float, n: int = PAPER_N) -> float:
     return gaussian_sigma(gamma, epsilon, DELTA)
 
 
-def add_noise_on(model: nn.Module, units, scale: float, generator: torch.Generator) -> None:
-    """Noise on the weights and biases of these units, as the published code adds it."""
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for name, rows in units.items():
-            for parameter in modules[name].parameters(recurse=False):
-                chosen = torch.as_tensor(rows)
-                drawn = torch.randn(parameter[chosen].shape, generator=generator)
-                parameter[chosen] += scale * drawn
-
-
 def end(points: list[dict], model: nn.Module, data: Data, asked: Tensor) -> dict:
     removed = asked[: points[-1]["removed"]]
     return {"points": points, "broken_after": broken_after(points)} | {
@@ -324,7 +313,7 @@ def paper_stream(
             units = result.selection.units
             counts.append(sum(len(rows) for rows in units.values()))
             if noise:
-                add_noise_on(model, units, noise, generator)
+                common.add_noise_on(model, units, noise, generator)
         if measured(k + 1) or k + 1 == len(asked):
             points.append(point(model, data, k + 1))
             if points[-1]["macro_f1"] < GIVEN_UP * points[0]["macro_f1"]:

@@ -201,17 +201,6 @@ def noise(n: int) -> float:
     return gaussian_sigma(gamma, EPSILON, DELTA)
 
 
-def add_noise_on(model: nn.Module, units, sigma: float, generator: torch.Generator) -> None:
-    """Noise on the weights and biases of these units, as the paper's code adds it."""
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for name, rows in units.items():
-            for parameter in modules[name].parameters(recurse=False):
-                rows = torch.as_tensor(rows)
-                drawn = torch.randn(parameter[rows].shape, generator=generator)
-                parameter[rows] += sigma * drawn
-
-
 def paper_stream(
     model: nn.Module, data: Data, size: Size, removals: int, way: str, seed: int, **options
 ) -> Stream:
@@ -244,7 +233,7 @@ def paper_stream(
             units = result.selection.units
             counts.append(sum(len(rows) for rows in units.values()))
             if sigma:
-                add_noise_on(model, units, sigma, generator)
+                common.add_noise_on(model, units, sigma, generator)
         stream.seconds += time.process_time() - began
         record_point(stream, model, data, size, i + 1)
     if counts:

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import common
 import pytest
 import removals
 import torch
@@ -94,7 +95,7 @@ def test_the_papers_noise():
 def test_noise_on_chosen_units_alone():
     model = nn.Sequential(nn.Linear(3, 4))
     before = model[0].weight.detach().clone()
-    removals.add_noise_on(model, {"0": (1, 3)}, 1.0, torch.Generator().manual_seed(0))
+    common.add_noise_on(model, {"0": (1, 3)}, 1.0, torch.Generator().manual_seed(0))
     moved = (model[0].weight != before).any(1)
     assert moved.tolist() == [False, True, False, True]
 
