@@ -113,9 +113,13 @@ def unlearn(
     IndefiniteCurvatureError
         If the damped curvature is found not to be positive definite, or conjugate gradients do not
         converge with neither weight decay nor damping.
+    NothingSelectedError
+        If L-FOCI or another rule that perturbs finds no unit on which the loss depends.
+    NotFiniteError
+        If a loss, a gradient or an activation is NaN or infinite.
     ValueError
-        For samples, a model or options that cannot be used, if L-FOCI selects nothing, and for NaN
-        and infinity; the message names them.
+        For samples, a model or options that cannot be used; the message names them. The errors
+        above are ValueErrors, too.
     TypeError
         For arguments of the wrong type, and unknown options.
 
