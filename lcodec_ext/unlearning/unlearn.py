@@ -92,8 +92,8 @@ def unlearn(
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
     score : callable, optional
-        ``score(outputs, targets)``, one number per sample, whose mean the guard takes for accuracy.
-        By default whether the largest output is the target.
+        ``score(outputs, targets)``, one number per sample. Guard and calibration take its mean for
+        accuracy. By default whether the largest output is the target.
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
