@@ -8,6 +8,7 @@ of waiting for it.
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lcodec_ext._build import build_info
 
-Result = TypeVar("Result")
+Piece = TypeVar("Piece")
 
 _SHOWN = 120  # characters of a value in a message
 
@@ -144,6 +145,18 @@ class Ranks:
         padded[: len(own)] = np.frombuffer(own, dtype=np.uint8)
         told = self.gather(padded)
         return [told[r, : lengths[r]].tobytes() for r in range(self.size)]
+
+    def share_out(self, count: int, what: str, work: Callable[[range], Piece]) -> list[Piece]:
+        """What `work` makes of the numbers below `count`, a contiguous share on each rank.
+
+        Every rank has all pieces, by rank, and so in the order of the numbers. They are pickled:
+        ranks trust each other. A share may be empty. A failure on one rank ends all.
+        """
+        least, more = divmod(count, self.size)
+        first = self.rank * least + min(self.rank, more)
+        with self.alone(what):
+            own = pickle.dumps(work(range(first, first + least + (self.rank < more))))
+        return [pickle.loads(told) for told in self.gather_bytes(own)]
 
     def broadcast(self, values: Tensor, source: int) -> Tensor:
         """A tensor of rank `source`, on every rank; in place where it can be."""
