@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_choice, check_seed, first_few
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import fresh_seed
@@ -159,7 +160,7 @@ def dependence_graph(
     rows = clean_rows({"X": features}, nan_policy)
     values = rows.values["X"]
     columns = chosen.lay_out(values)
-    features.warn_constant(constant_columns(columns), stacklevel=2)
+    features.warn_constant(constant_columns(columns))
     spans = squared_spans(columns, scale_factors(columns, standardize, features.label))
     check_overflow(spans, features.label)
     adjacency = np.zeros((p, p), dtype=bool)
@@ -197,10 +198,9 @@ def dependence_graph(
             bar.update()
     doubtful = sum(bool(result._doubtful) for result in results)
     if doubtful:
-        warnings.warn(
+        warn(
             f"for {doubtful} of {p} columns, the column follows those selected for it even within "
             "the blocks of near rows in which it is permuted: chance may take its later steps more "
             "often than alpha says; exchangeability_pvalues in `results` say which",
-            stacklevel=2,
         )
     return DependenceGraph(adjacency, weights, results, names, None if seed is None else int(seed))
