@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, settings
 
 import lcodec_ext
 from devices import DEVICES, PARAMETERS
+from processes import Group, Processes
 
 settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
 # CI tries the same examples each time, so that a failure can be repeated. Elsewhere they are new.
@@ -89,6 +90,19 @@ def _torch_keeps_its_threads():
     before = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == before
+
+
+@pytest.fixture(scope="session")
+def processes():
+    three = Processes(3)
+    yield three
+    three.stop()
+
+
+@pytest.fixture(params=[2, 3])
+def ranks(request, processes):
+    """`ranks.run(function, ...)` in groups of two and of three processes; see processes.py."""
+    return Group(processes, request.param)
 
 
 @pytest.fixture

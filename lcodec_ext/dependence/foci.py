@@ -1,6 +1,5 @@
 """FOCI and L-FOCI: greedy selection of the columns on which a response depends."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import (
     check_bool,
     check_choice,
@@ -474,8 +474,8 @@ class _Task:
     def lay_out(self) -> Columns:
         """The columns of X, and of y those in distances; warns the caller of constant ones."""
         columns = self.backend.lay_out(self.target.beside(self.features.values, self.y))
-        self.features.warn_constant(constant_columns(columns)[: self.p], stacklevel=3)
-        self.target.warn_constant(self.y, stacklevel=3)
+        self.features.warn_constant(constant_columns(columns)[: self.p])
+        self.target.warn_constant(self.y)
         return columns
 
     @property
@@ -492,10 +492,10 @@ class _Task:
     def run(self, columns: Columns, y: Any, seed: int | None) -> FociResult:
         """Select from columns that are X, or X with noise."""
         if (y == y[0]).all():
-            warnings.warn("y is constant: nothing is selected", stacklevel=3)
+            warn("y is constant: nothing is selected")
             return self._result([], 0.0, "constant_y")
         factors = scale_factors(columns, self.standardize, self.label)
-        warn_underflow(columns, factors, self.label, stacklevel=3)
+        warn_underflow(columns, factors, self.label)
         reach = _Reach(squared_spans(columns, factors), self.label)
         for column in range(self.p, len(factors)):
             reach.add(column)
@@ -551,10 +551,9 @@ class _Task:
                     break
                 step = response.conditional(m_best, m) if conditioned else T
                 if step is None:
-                    warnings.warn(
+                    warn(
                         "y is a function of the columns selected so far: the conditional "
                         "coefficient of this step is 1 by convention",
-                        stacklevel=4,
                     )
                 steps.append((best, float(T), 1.0 if step is None else float(step)))
                 reach.add(best)
@@ -616,12 +615,11 @@ def _warn_of_blocks(result: FociResult) -> None:
     if kept is None or not doubtful:
         return
     which = first_few([result._label(k) for k in doubtful], 5)
-    warnings.warn(
+    warn(
         "y follows the selected columns even within the blocks of near rows in which it is "
         f"permuted (p-value {kept[doubtful[0]]:.3g} that it does not), when {which} "
         f"{'was' if len(doubtful) == 1 else 'were'} selected: chance may take such a step more "
         "often than alpha says; pass more rows, or look at these columns by `stability`",
-        stacklevel=5,
     )
 
 

@@ -4,7 +4,6 @@ CUDA tensors are checked and converted where they lie; nothing but verdicts is r
 Every message names the argument, says what was given and what was expected.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from lcodec_ext._arrays import (
     listed,
     refuse_merged,
 )
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_choice, check_integer, counted, first_few
 
 Y_ORDERS = ("given", "average")
@@ -44,16 +44,15 @@ class Features(NamedTuple):
         """A column in a message: "column 'age' (index 3) of X"."""
         return f"{_column(k, self.names)} of {self.argument}"
 
-    def warn_constant(self, flags: NDArray[np.bool_], stacklevel: int) -> None:
+    def warn_constant(self, flags: NDArray[np.bool_]) -> None:
         """One warning for all columns that are flagged as constant; it names the first five."""
         constant = np.flatnonzero(flags)
         if not len(constant):
             return
         shown = first_few([_column(int(k), self.names) for k in constant], 5)
         verb = "is" if len(constant) == 1 else "are"
-        warnings.warn(
+        warn(
             f"{shown} of {self.argument} {verb} constant and can tell nothing",
-            stacklevel=stacklevel + 1,
         )
 
 
@@ -75,10 +74,10 @@ class Rows(NamedTuple):
         where = first_few([f"{label} ({count:,})" for label, count in most], 3)
         return f"{self.n_omitted:,} of {counted(self.n, 'row')} left out: NaN in {where}"
 
-    def warn_if_most(self, stacklevel: int) -> None:
+    def warn_if_most(self) -> None:
         """Warn where more than half of the rows are left out and a number cannot say so."""
         if 2 * self.n_omitted > self.n:
-            warnings.warn(self.said(), stacklevel=stacklevel + 1)
+            warn(self.said())
 
 
 def _column(k: int, names: list[str] | None) -> str:
@@ -121,14 +120,14 @@ class Target(NamedTuple):
             return table
         return array_module(table).concatenate([table, y[:, : self.given]], axis=1)
 
-    def warn_constant(self, y: Any, stacklevel: int) -> None:
+    def warn_constant(self, y: Any) -> None:
         """One warning for all constant columns of a clean y of several, unless all are."""
         if not self.given:
             return
         flags = (y == y[0]).all(axis=0)
         flags = flags.cpu().numpy() if is_tensor(flags) else flags
         if not flags.all():
-            self.values.warn_constant(flags, stacklevel + 1)
+            self.values.warn_constant(flags)
 
 
 def as_target(

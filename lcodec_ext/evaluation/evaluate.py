@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from lcodec_ext._build import __version__
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed, counted
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import decay_of
@@ -442,7 +442,7 @@ def evaluate(
                 settings["methods"][name] = done.settings
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
-                warnings.warn(f"method {name!r} failed. {message}", stacklevel=2)
+                warn(f"method {name!r} failed. {message}")
                 entries.append(yardstick.failure(name, message))
             bar.update()
     return Evaluation(
@@ -521,11 +521,10 @@ def _measure_retrained(
                 f"{type(reference).__name__}"
             )
         if k == 1 and callable(retrained) and _equal_weights(found[0].model, reference):
-            warnings.warn(
+            warn(
                 f"retrained({seed - 1}) and retrained({seed}) have equal weights: where "
                 "training draws anything at random, it must use its seed. What retrained "
                 "models differ by is the floor of every comparison",
-                stacklevel=3,
             )
         found.append(measure(reference, sets))
         bar.update()

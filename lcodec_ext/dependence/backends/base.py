@@ -171,7 +171,7 @@ class Backend(ABC):
 
     @abstractmethod
     def permuted_sums(
-        self, pairs: Pairs, R: Any, start: RowNumbers | None, seed: int, count: int
+        self, pairs: Pairs, R: Any, start: RowNumbers | None, seed: int, count: int, first: int = 0
     ) -> NDArray[np.int64]:
         """Sums of minima under permutations of a response, shape (count, segments).
 
@@ -182,8 +182,9 @@ class Backend(ABC):
             Max ranks of the response.
         start : int32 of shape (n,), optional
             Where the block of each row begins; rows change places within their blocks.
-        seed, count : int
-            Permutations 0 to count - 1 of `_random.permutation`; 0 leaves the rows as they are.
+        seed, count, first : int
+            `count` permutations of `_random.permutation` from the `first` one on; 0 leaves the rows
+            as they are.
         """
 
     @abstractmethod

@@ -214,7 +214,13 @@ class CudaBackend(Backend):
         return indptr, indices
 
     def permuted_sums(
-        self, pairs: Pairs, R: torch.Tensor, start: RowNumbers | None, seed: int, count: int
+        self,
+        pairs: Pairs,
+        R: torch.Tensor,
+        start: RowNumbers | None,
+        seed: int,
+        count: int,
+        first: int = 0,
     ) -> NDArray[np.int64]:
         """See `Backend`; the pairs go to the device, and the sums come back."""
         device, module, n = self._device, self._device.module, len(R)
@@ -239,7 +245,7 @@ class CudaBackend(Backend):
                 "labelings": len(pairs.label),
                 "groups": len(pairs.size),
                 "seed": seed,
-                "first": 0,
+                "first": first,
                 "count": count,
                 "sum": sums.data_ptr(),
                 "workspace": workspace.data_ptr(),
