@@ -380,7 +380,7 @@ def lfoci(
         Of the noise, and of ties="random". y draws from stream 0 of Philox(seed), column k of X
         from stream k + 1.
     group : torch.distributed.ProcessGroup, optional
-        Spread the columns over the ranks of a group, as in `foci`; the noise is that of one process.
+        Spread the columns over the ranks of a group, as in `foci`, with the same noise.
 
     Returns
     -------
@@ -636,10 +636,10 @@ class _Task:
         asked["preselected"] = list(self.preselected)
         shape = f"{len(y)} rows and {self.n_features} columns of {laid.factors.dtype}"
         of = {
-            "X": f"{shape}, digest {word:016x}",
-            "y": digest(y),
             **asked,
             "seed": self.seed,
+            "X": f"{shape}, digest {word:016x}",
+            "y": digest(y),
         }
         return self.checkpoint.resume(json_ready(of))
 
