@@ -246,6 +246,10 @@ class Ranks:
         self._talk(lambda: dist.broadcast(sent, root, group=self._group), sent)
         return sent.to(values.device)
 
+    def broadcast_array(self, values: NDArray, source: int) -> NDArray:
+        """An array of rank `source`, on every rank; of one shape and dtype on all."""
+        return self.broadcast(torch.from_numpy(values), source).cpu().numpy()
+
     def add(self, values: Tensor) -> Tensor:
         """The sum over ranks of tensors of one shape, on every rank, with the same bits on each.
 
