@@ -26,10 +26,11 @@ LEVELS = (0.05, 0.1, 0.5, 0.9)  # the paper's: independent if p >= 1 - level, or
 NEIGHBOURS = (3, 5, 10)  # of the CMI
 NEAR = 5  # rows among which values change places, given others
 NOISE = 0.01  # of L-CODEC
-SIZES = {  # samples, runs, permutations, most variables to condition on
-    "reduced": {"n": 200, "runs": 2, "permutations": 9, "given": 1},
-    "full": {"n": 1000, "runs": 6, "permutations": 19, "given": 2},
-    "paper's n": {"n": 5000, "runs": 3, "permutations": 19, "given": 1},
+BOTH = ("points", "radii")
+SIZES = {  # samples, runs, permutations, most variables to condition on, where the CMI is computed
+    "reduced": {"n": 200, "runs": 2, "permutations": 9, "given": 1, "cmi": BOTH},
+    "full": {"n": 1000, "runs": 3, "permutations": 19, "given": 1, "cmi": BOTH},
+    "paper's n": {"n": 5000, "runs": 2, "permutations": 19, "given": 1, "cmi": BOTH[:1]},
 }
 
 
@@ -267,9 +268,10 @@ def one_size(name: str, kinds: Sequence[str], seed: int) -> dict:
         radii = [standardised(np.linalg.norm(z, axis=1, keepdims=True)) for z in points]
         for what, variables in (("points", points), ("radii", radii)):
             tests = Tests(y, variables, size, 1000 * seed + run)
-            for kind in kinds:
+            some = [kind for kind in kinds if "CMI" not in kind or what in size["cmi"]]
+            for kind in some:
                 result[what].setdefault(kind, []).append(roc(tests, kind))
-            for kind in kinds:  # the CMI's neighbours share one computation
+            for kind in some:  # the CMI's neighbours share one computation
                 result[what][kind][-1]["seconds"] = tests.seconds[kind.partition(",")[0]]
                 result[what][kind][-1]["tests"] = tests.count(kind)
     result["one_k"] = seconds(NEIGHBOURS[1:2]) / seconds(NEIGHBOURS)
@@ -309,8 +311,7 @@ def run(options) -> dict:
     for name in ("full", "paper's n") if options.full else ("reduced",):
         found = one_size(name, kinds, options.seed)
         result["parts"][name] = {"size": found["size"], "one_k": found["one_k"]} | {
-            what: {kind: summary(found[what][kind]) for kind in kinds}
-            for what in ("points", "radii")
+            what: {kind: summary(runs) for kind, runs in found[what].items()} for what in BOTH
         }
     return result
 
@@ -323,10 +324,12 @@ def share(part: dict, what: str) -> float:
 def row(part: dict, kind: str) -> str:
     """A row of the page's table."""
     cells = ""
-    for what in ("points", "radii"):
-        found = part[what][kind]
+    for what in BOTH:
+        found = part[what].get(kind)
+        if found is None:
+            cells += " | |"
+            continue
         cells += f" {found['auc']:.2f} ± {found['standard_error']:.2f} | {found['seconds']:.2g} |"
-        cells += f" {found['tests']:.0f} |"
     return f"| {kind} |{cells}"
 
 
@@ -336,7 +339,7 @@ def show(record: dict) -> str:
         size = part["size"]
         lines += [
             f"{size['runs']} runs of n = {size['n']:,}, {size['permutations']} permutations a test",
-            "| test | points: AUC | CPU s | tests | radii: AUC | CPU s | tests |",
+            "| test | points: AUC | CPU s | radii: AUC | CPU s |",
             *(row(part, kind) for kind in part["points"]),
         ]
     lines.append("AUC: of true against false positives over all thresholds; ± one standard error")
@@ -363,7 +366,9 @@ def draw_part(axes, part: dict) -> None:
     titles = {"points": f"Points, {n}", "radii": f"Radii (known to matter), {n}"}
     for curves, what in zip(axes, titles, strict=False):
         for kind, (color, line) in looks.items():
-            found = part[what][kind]
+            found = part[what].get(kind)
+            if found is None:
+                continue
             label = f"{kind}: {found['auc']:.2f} ± {found['standard_error']:.2f}"
             curves.plot(grid, found["curve"], line, color=color, label=label, linewidth=1.8)
         curves.plot([0, 1], [0, 1], color="0.8", linewidth=0.8, zorder=0)
@@ -373,9 +378,10 @@ def draw_part(axes, part: dict) -> None:
         curves.legend(fontsize=8, title="area below", title_fontsize=8, **below)
     names, bars = list(looks), axes[2]
     for offset, what, alpha in ((-0.2, "points", 1.0), (0.2, "radii", 0.5)):
-        seconds = [part[what][kind]["seconds"] for kind in names]
-        places = np.arange(len(names)) + offset
-        bars.barh(places, seconds, 0.38, color=[looks[k][0] for k in names], alpha=alpha)
+        known = [kind for kind in names if kind in part[what]]
+        seconds = [part[what][kind]["seconds"] for kind in known]
+        places = np.arange(len(known)) + offset
+        bars.barh(places, seconds, 0.38, color=[looks[k][0] for k in known], alpha=alpha)
         for place, value in zip(places, seconds, strict=True):
             bars.text(value * 1.15, place, f"{value:.2g} s", va="center", fontsize=8)
     bars.set_yticks(range(len(names)), names)

@@ -498,7 +498,15 @@ def limit(axis, key: str) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-QUANTITIES = {"gradient_norm": 2, "accuracy": 3, "loss_removed": 3, "js_removed": 3}  # decimals
+QUANTITIES = {  # of the tables: heading and decimals
+    "gradient_norm": ("gradient", 2),
+    "sample_gradient_norm": ("sample's gradient", 1),
+    "accuracy": ("test accuracy", 3),
+    "loss_removed": ("loss", 3),
+    "js_removed": ("JS, removed", 3),
+    "js_test": ("JS, test", 3),
+}
+OF_SEEDS = ("accuracy", "loss_removed", "js_removed")  # what the tables have of all seeds
 
 
 def at(run: dict, way: str, removed: int) -> dict:
@@ -523,13 +531,11 @@ def number(values: list[float], digits: int) -> str:
 
 def row(found: dict, way: str) -> str:
     """A row of the page's table: a way over all seeds, and at the end of the first one."""
-    first = found["runs"][0]
-    ends = [found["runs"]] * (len(found["runs"]) > 1) + [[first]]
-    cells = []
-    for runs in ends:
+    first, cells = found["runs"][0], []
+    for runs, quantities in groups(found):
         points = [at(run, way, runs[-1]["removals"]) for run in runs]
-        for key, digits in QUANTITIES.items():
-            cells.append(number([point[key] for point in points if point], digits))
+        for key in quantities:
+            cells.append(number([point[key] for point in points if point], QUANTITIES[key][1]))
     cells += ["", "", ""]
     stream = first["ways"].get(way)
     if stream:
@@ -538,11 +544,19 @@ def row(found: dict, way: str) -> str:
     return f"| {way} | " + " | ".join(cells) + " |"
 
 
+def groups(found: dict) -> list[tuple[list[dict], tuple[str, ...]]]:
+    """The runs and quantities of a table's columns: all seeds, if there are several, and one."""
+    runs = found["runs"]
+    several = [(runs, OF_SEEDS)] if len(runs) > 1 else []
+    return [*several, (runs[:1], tuple(QUANTITIES))]
+
+
 def heading(found: dict) -> str:
-    """What is above the rows of a model: quantities, and after how many removals."""
-    ends = sorted({run["removals"] for run in found["runs"]})
-    names = ("gradient", "accuracy", "loss", "JS")
-    heads = [f"{name}, {removed:,}" for removed in ends for name in names]
+    """What is above the rows of a model; with several seeds also after how many removals."""
+    heads = []
+    for runs, quantities in groups(found):
+        after = f" ({runs[-1]['removals']:,})" if len(found["runs"]) > 1 else ""
+        heads += [QUANTITIES[key][0] + after for key in quantities]
     return "| way | " + " | ".join([*heads, "units", "refused", "CPU s"]) + " |"
 
 
@@ -558,8 +572,9 @@ def show(record: dict) -> str:
     lines += [
         "",
         "A number with a standard deviation is of several seeds, any other of the first. gradient:",
-        "norm, of the retained objective. loss, JS: of the removed samples; JS is the distance to",
-        "the outputs of the retrained network (in its own row: of another one). CPU s: a sample.",
+        "norm, of the retained objective; sample's gradient: of the last removed samples' losses.",
+        "loss: of the removed samples. JS: distance to the outputs of the retrained network (in",
+        "its own row: of another one). CPU s: for a sample.",
     ]
     return "\n".join(lines)
 

@@ -97,7 +97,9 @@ def test_rates_and_areas(monkeypatch):
     assert bullseye.rates({2, 3, 4, 5}) == (1.0, 0.0)
     assert bullseye.rates({0, 2}) == (0.25, 0.5)
     monkeypatch.setitem(
-        bullseye.SIZES, "tiny", {"n": 120, "runs": 2, "permutations": 19, "given": 0}
+        bullseye.SIZES,
+        "tiny",
+        {"n": 120, "runs": 2, "permutations": 19, "given": 0, "cmi": ("points", "radii")},
     )
     kinds = ("CODEC", "T alone", "CMI, k = 5")
     found = bullseye.one_size("tiny", kinds, 3)
