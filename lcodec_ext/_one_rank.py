@@ -19,6 +19,10 @@ class OneRank:
         """A failure is told by itself."""
         return nullcontext()
 
+    def share(self, count: int) -> range:
+        """All of it."""
+        return range(count)
+
     def share_out(self, count: int, what: str, work: Callable[[range], Piece]) -> list[Piece]:
         """All of the work, in one piece."""
         return [work(range(count))]
