@@ -35,7 +35,7 @@ from lcodec_ext.unlearning import (
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, warn_of_noise
 from lcodec_ext.unlearning.record import record
 from lcodec_ext.unlearning.select import (
-    NoUnitError,
+    NothingSelectedError,
     ZeroLossError,
     find_candidates,
     select_cheap,
@@ -67,7 +67,7 @@ def step(
             loss_before, norm_before = measure()
             try:
                 _change(model, samples, retained, loss_fn, params, stem)
-            except (NoUnitError, IndefiniteCurvatureError) as error:
+            except (NothingSelectedError, IndefiniteCurvatureError) as error:
                 if isinstance(error, IndefiniteCurvatureError) and approx_type(params) != "FD":
                     raise
                 what = f"{error}, and the weights stay"

@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._callers import warn
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._random import tie_hash
 from lcodec_ext.dependence.exact import ResponseSums, sum_of_ratios
+from lcodec_ext.dependence.ranks import AnyRanks
 
 MIN_ROWS = 20  # of an interval
 _UNDEFINED = 0.05  # the share of subsamples above which one is warned
@@ -326,12 +328,14 @@ def interval(value: Any, spread: Spread, confidence_level: float) -> tuple[Any, 
     return (low, high) if values.ndim else (float(low), float(high))
 
 
-def subsamples(n: int, size: int, count: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Rows of `count` subsamples without replacement, in increasing order.
+def subsamples(
+    n: int, size: int, count: int, seed: int, first: int = 0
+) -> Iterator[NDArray[np.int64]]:
+    """Rows of `count` subsamples without replacement, in increasing order, from the `first` one on.
 
     A subsample's rows are those with the smallest `tie_hash` of its own seed, drawn from `seed`.
     """
-    for own in tie_hash(seed, count).tolist():
+    for own in tie_hash(seed, first + count)[first:].tolist():
         words = tie_hash(own, n)
         yield np.sort(np.argpartition(words, size - 1)[:size])
 
@@ -343,6 +347,7 @@ def subsampled_sd(
     n_subsamples: int = 200,
     size: int | None = None,
     seed: int,
+    ranks: AnyRanks = ONE_RANK,
 ) -> Spread:
     """Standard deviation of a coefficient of n rows, from its spread over subsamples of m rows.
 
@@ -360,6 +365,8 @@ def subsampled_sd(
         several. Where a subsample leaves it undefined, nan; those values are not counted.
     size
         m, by default n / 10, but 30 to 5000, and at most n / 2.
+    ranks
+        Subsamples are shared out over them; the statistic is then a float.
 
     Returns
     -------
@@ -371,7 +378,12 @@ def subsampled_sd(
     if n < MIN_ROWS:
         raise ValueError(f"an interval needs at least 20 rows; got {n}: leave confidence_level out")
     m = min(max(n // 10, 30), 5000, n // 2) if size is None else size
-    values = np.array([statistic(rows) for rows in subsamples(n, m, n_subsamples, seed)])
+
+    def of(some: range) -> NDArray:
+        drawn = subsamples(n, m, len(some), seed, some.start)
+        return np.array([statistic(rows) for rows in drawn])
+
+    values = np.concatenate(ranks.share_out(n_subsamples, "the subsamples", of))
     sds = [_spread(column, m / (n - m)) for column in values.reshape(len(values), -1).T.tolist()]
     undefined = np.isnan(values).sum(axis=0)
     if values.ndim == 1:

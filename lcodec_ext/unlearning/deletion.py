@@ -12,7 +12,7 @@ from lcodec_ext.curvature import (
 from lcodec_ext.unlearning.guard import Attempt, Watch, guarded_step
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.rules import RULES
-from lcodec_ext.unlearning.select import Choice, NoUnitError, choose, joined
+from lcodec_ext.unlearning.select import Choice, NothingSelectedError, choose, joined
 from lcodec_ext.unlearning.step import Block, Steps
 from lcodec_ext.unlearning.workplace import Workplace
 
@@ -74,9 +74,9 @@ def delete(work: Workplace, part: Part, watch: Watch, *, goes_on: bool = False) 
     for number in range(work.settings.n_units or _ROUNDS if repeated else 1):
         try:
             choice, attempts = _round(work, part, watch, taken)
-        except (NoUnitError, IndefiniteCurvatureError) as error:
+        except (NothingSelectedError, IndefiniteCurvatureError) as error:
             secant = work.settings.curvature == "secant"
-            if not goes_on or not (secant or isinstance(error, NoUnitError)):
+            if not goes_on or not (secant or isinstance(error, NothingSelectedError)):
                 raise
             if number:  # one unit less
                 break

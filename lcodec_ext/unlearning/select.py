@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real, counted
-from lcodec_ext._torch.loss import Gradient
+from lcodec_ext._torch.loss import Gradient, NotFiniteError
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import CONVOLUTIONS, TRANSPOSED, is_linear
 from lcodec_ext.curvature.layout import UnitLayout
@@ -27,11 +27,11 @@ from lcodec_ext.unlearning.workplace import Workplace
 Unit = tuple[str, int]
 
 
-class NoUnitError(ValueError):
-    """The loss depends on no unit under perturbation, measurably, so that none can be selected."""
+class NothingSelectedError(ValueError):
+    """A rule that perturbs finds no unit on which the loss depends."""
 
 
-class ZeroLossError(NoUnitError):
+class ZeroLossError(NothingSelectedError):
     """It is always 0, as of a sample that is fitted: it depends on nothing."""
 
 
@@ -475,17 +475,17 @@ def select_cheap(
 def _alive(recording: Recording) -> NDArray[np.int64]:
     """The columns to select from; refuse recordings without any, or with a constant loss."""
     if not np.isfinite(recording.losses).all():
-        raise ValueError("the loss of the perturbed request is NaN or infinite")
+        raise NotFiniteError("the loss of the perturbed request is NaN or infinite")
     for column in np.flatnonzero(~np.isfinite(recording.activations.sum(0)))[:1]:
         owner = recording.owners[column]
-        raise ValueError(
+        raise NotFiniteError(
             f"unit {owner.unit} of layer {owner.layer!r} has activations NaN or infinite"
         )
     noise = recording.resolution * np.abs(recording.losses).max() + 2 * recording.loss_rounding
     if not recording.losses.any():
         raise ZeroLossError(no_unit("the request"))
     if np.ptp(recording.losses) <= noise:
-        raise NoUnitError(
+        raise NothingSelectedError(
             f"{no_unit('the request', float(recording.losses[0]))}. noise_std is too small for the "
             "inputs, or perturb changes nothing, or the network is dead there"
         )
@@ -494,8 +494,8 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
     return recording.alive
 
 
-def _nothing(recording: Recording, what: str) -> NoUnitError:
-    return NoUnitError(
+def _nothing(recording: Recording, what: str) -> NothingSelectedError:
+    return NothingSelectedError(
         f"{what}: in {counted(len(recording.losses), 'row')} the loss depends on no unit "
         "measurably. Pass more n_perturbations, a larger noise_std or another perturb, or "
         "selection='full'"

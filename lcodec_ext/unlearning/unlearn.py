@@ -93,8 +93,8 @@ def unlearn(
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
     score : callable, optional
-        ``score(outputs, targets)``, one number per sample, whose mean the guard takes for accuracy.
-        By default whether the largest output is the target.
+        ``score(outputs, targets)``, one number per sample. Guard and calibration take its mean for
+        accuracy. By default whether the largest output is the target.
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
@@ -114,9 +114,13 @@ def unlearn(
     IndefiniteCurvatureError
         If the damped curvature is found not to be positive definite, or conjugate gradients do not
         converge with neither weight decay nor damping.
+    NothingSelectedError
+        If L-FOCI or another rule that perturbs finds no unit on which the loss depends.
+    NotFiniteError
+        If a loss, a gradient or an activation is NaN or infinite.
     ValueError
-        For samples, a model or options that cannot be used, if L-FOCI selects nothing, and for NaN
-        and infinity; the message names them.
+        For samples, a model or options that cannot be used; the message names them. The errors
+        above are ValueErrors, too.
     TypeError
         For arguments of the wrong type, and unknown options.
 
