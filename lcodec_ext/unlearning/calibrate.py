@@ -1,6 +1,7 @@
 """The strength of a step, found by deleting control groups of retained samples in the same way."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -46,6 +47,7 @@ _GROWTH = 1.2, 4.0  # of a length from one try to the next
 _CLOSE = 1.15  # between dampings or lengths, where a search ends
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
+_RIGHT = 2  # of a sample that is classified right; 1 of another one, 0 of none that is classified
 _NEAR = 0.9  # of the target, from which the control groups have reached it
 TRIALS = _DECADES + _BISECTIONS + _LENGTHS  # dampings and lengths after the first one, at most
 
@@ -290,8 +292,8 @@ class Fetched:
     """Samples whose loss is taken again and again, in batches that are kept."""
 
     def __init__(self, work: Workplace, samples: Samples) -> None:
-        self.samples, self._work = samples, work
-        self._batches = list(samples.batches(work.settings.batch_size))
+        self.samples = samples.kept(work.settings.batch_size, sys.maxsize)
+        self._work = work
         self.right: Tensor | None = None  # which are classified right, as of the last loss
 
     def __len__(self) -> int:
@@ -300,15 +302,27 @@ class Fetched:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean loss at the present weights; it may be NaN or infinite."""
+        like = torch.zeros(1 + len(self), dtype=torch.float64)
+        (found,) = self.samples.summed(
+            f"the loss of the {self.samples.name} samples", lambda: [self._own()], [like]
+        )
+        self.right = found[1:] == _RIGHT if bool((found[1:] > 0).all()) else None
+        return float(found[0]) / len(self)
+
+    def _own(self) -> Tensor:
+        """Of the samples that are here, the sum of the losses, and for each whether it is right."""
         work, total, right = self._work, 0.0, []
-        for batch in self._batches:
+        found = torch.zeros(1 + len(self), dtype=torch.float64)
+        for batch in self.samples.batches(work.settings.batch_size):
             outputs, targets = outputs_of(work.model, batch), batch.targets
             total += float(work.loss_fn(outputs, targets)) * batch.size
             labels = classes_of(targets)
             if labels is not None and isinstance(outputs, Tensor) and outputs.ndim == 2:
-                right.append(outputs.argmax(1) == labels)
-        self.right = torch.cat(right) if right else None
-        return total / len(self)
+                right.append((outputs.argmax(1) == labels).cpu() + (_RIGHT - 1))
+        if right:
+            found[1 + torch.from_numpy(self.samples.places)] = torch.cat(right).double()
+        found[0] = total
+        return found
 
     def losses(self) -> Tensor:
         """Of each sample, shape (n,); NaN where one is not finite."""
