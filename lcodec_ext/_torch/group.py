@@ -8,6 +8,7 @@ of waiting for it.
 
 import hashlib
 import json
+import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lcodec_ext._build import build_info
 
-Result = TypeVar("Result")
+Piece = TypeVar("Piece")
 
 _SHOWN = 120  # characters of a value in a message
 
@@ -231,12 +232,32 @@ class Ranks:
         told = self.gather(padded)
         return [told[r, : lengths[r]].tobytes() for r in range(self.size)]
 
+    def share(self, count: int) -> range:
+        """Which of the numbers below `count` are this rank's: contiguous ones, or none."""
+        least, more = divmod(count, self.size)
+        first = self.rank * least + min(self.rank, more)
+        return range(first, first + least + (self.rank < more))
+
+    def share_out(self, count: int, what: str, work: Callable[[range], Piece]) -> list[Piece]:
+        """What `work` makes of the numbers below `count`, its own `share` on each rank.
+
+        Every rank has all pieces, by rank, and so in the order of the numbers. They are pickled:
+        ranks trust each other. A failure on one rank ends all.
+        """
+        with self.alone(what):
+            own = pickle.dumps(work(self.share(count)))
+        return [pickle.loads(told) for told in self.gather_bytes(own)]
+
     def broadcast(self, values: Tensor, source: int) -> Tensor:
         """A tensor of rank `source`, on every rank; in place where it can be."""
         sent = values.contiguous() if self._device is None else values.to(self._device).contiguous()
         root = dist.get_global_rank(self._group, source)
         self._talk(lambda: dist.broadcast(sent, root, group=self._group), sent)
         return sent.to(values.device)
+
+    def broadcast_array(self, values: NDArray, source: int) -> NDArray:
+        """An array of rank `source`, on every rank; of one shape and dtype on all."""
+        return self.broadcast(torch.from_numpy(values), source).cpu().numpy()
 
     def add(self, values: Tensor) -> Tensor:
         """The sum over ranks of tensors of one shape, on every rank, with the same bits on each.

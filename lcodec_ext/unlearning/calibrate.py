@@ -13,7 +13,7 @@ from torch import Tensor
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import is_much_worse
-from lcodec_ext._torch.predict import classes_of
+from lcodec_ext._torch.predict import classes_of, scores_of
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
@@ -47,7 +47,6 @@ _GROWTH = 1.2, 4.0  # of a length from one try to the next
 _CLOSE = 1.15  # between dampings or lengths, where a search ends
 _DECADES = 8  # below, to which dampings are tried
 _BISECTIONS = 4  # of a decade, at most
-_RIGHT = 2  # of a sample that is classified right; 1 of another one, 0 of none that is classified
 _NEAR = 0.9  # of the target, from which the control groups have reached it
 TRIALS = _DECADES + _BISECTIONS + _LENGTHS  # dampings and lengths after the first one, at most
 
@@ -294,7 +293,7 @@ class Fetched:
     def __init__(self, work: Workplace, samples: Samples) -> None:
         self.samples = samples.kept(work.settings.batch_size, sys.maxsize)
         self._work = work
-        self.right: Tensor | None = None  # which are classified right, as of the last loss
+        self.right: Tensor | None = None  # as of the last loss: 1 where right, or the score
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -302,25 +301,29 @@ class Fetched:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean loss at the present weights; it may be NaN or infinite."""
-        like = torch.zeros(1 + len(self), dtype=torch.float64)
-        (found,) = self.samples.summed(
-            f"the loss of the {self.samples.name} samples", lambda: [self._own()], [like]
-        )
-        self.right = found[1:] == _RIGHT if bool((found[1:] > 0).all()) else None
-        return float(found[0]) / len(self)
+        n = len(self)
+        like = torch.zeros(1 + 2 * n, dtype=torch.float64)
+        what = f"the loss of the {self.samples.name} samples"
+        (found,) = self.samples.summed(what, lambda: [self._own()], [like])
+        self.right = found[1 : 1 + n] if bool(found[1 + n :].all()) else None
+        return float(found[0]) / n
 
     def _own(self) -> Tensor:
-        """Of the samples that are here, the sum of the losses, and for each whether it is right."""
-        work, total, right = self._work, 0.0, []
-        found = torch.zeros(1 + len(self), dtype=torch.float64)
+        """The sum of the losses; for each sample `right`, and whether there is such a number."""
+        work, total, right, n = self._work, 0.0, [], len(self)
+        found = torch.zeros(1 + 2 * n, dtype=torch.float64)
         for batch in self.samples.batches(work.settings.batch_size):
             outputs, targets = outputs_of(work.model, batch), batch.targets
             total += float(work.loss_fn(outputs, targets)) * batch.size
+            if work.score is not None:
+                right.append(scores_of(work.score, outputs, targets, batch.size))
+                continue
             labels = classes_of(targets)
             if labels is not None and isinstance(outputs, Tensor) and outputs.ndim == 2:
-                right.append((outputs.argmax(1) == labels).cpu() + (_RIGHT - 1))
+                right.append((outputs.argmax(1) == labels).double().cpu())
         if right:
-            found[1 + torch.from_numpy(self.samples.places)] = torch.cat(right).double()
+            at = 1 + torch.from_numpy(self.samples.places)
+            found[at], found[n + at] = torch.cat(right), 1.0
         found[0] = total
         return found
 
@@ -488,13 +491,13 @@ class Harm:
         """Whether fewer validation samples are right than before, as of the last `now`.
 
         By more than 0.3%, than two samples, and than half a standard error of the difference: what
-        losses hide where samples are near the border of two classes.
+        losses hide where samples are near the border of two classes. The caller's score counts for
+        accuracy, as it does for the guard.
         """
         if self._right is None or self._held.right is None:
             return False
-        lost = int((self._right & ~self._held.right).sum())
-        won = int((self._held.right & ~self._right).sum())
-        return lost - won > max(2, POINTS * len(self._right), math.sqrt(lost + won) / 2)
+        falls = self._right - self._held.right
+        return float(falls.sum()) > max(2, POINTS * len(falls), float(falls.norm()) / 2)
 
     def each(self) -> Tensor:
         """The loss of each validation sample, at the present weights."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_integer, check_seed
 from lcodec_ext._torch.batches import (
     SAMPLES_ARE,
@@ -217,7 +217,7 @@ def checked_request(
                 groups = Groups.of(groups, 0 if kept is None else len(kept), "retain").each()
         removed, kept, held, groups = _over_ranks(work.ranks, removed, kept, held, groups)
     if kept is not None and kept.in_memory:
-        warn_of_overlap(removed, kept, stacklevel=4)  # behind unlearn and its decorator
+        warn_of_overlap(removed, kept)
     m = len(removed)
     if kept is not None:
         n_retain = len(kept)
@@ -507,17 +507,16 @@ def _with_gradient(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
-def warn_of_overlap(forget: Samples, retain: Samples, stacklevel: int = 2) -> None:
+def warn_of_overlap(forget: Samples, retain: Samples) -> None:
     """Warn if half of the samples to delete, or more, are also among those to retain.
 
     Fewer may be true duplicates.
     """
     m, k = len(forget), n_shared(forget, retain)
     if 2 * k >= m:
-        warnings.warn(
+        warn(
             f"{k:,} of {m:,} samples of forget are also among those of retain: pass as retain the "
             "training samples that stay, without the deleted ones",
-            stacklevel=stacklevel + 1,
         )
 
 

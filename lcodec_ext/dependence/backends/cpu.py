@@ -28,6 +28,13 @@ class CpuColumns:
     def standard_deviations(self) -> NDArray[np.float64]:
         return _core.dependence.standard_deviations(self.values, *cpu_settings())
 
+    def take(self, columns: list[int]) -> NDArray:
+        return self.values[columns].T
+
+    def put(self, column: int, values: NDArray) -> bool:
+        self.values[column] = values
+        return True
+
 
 class CpuEngine(HostEngine):
     """The compiled engine. Costs are in ``csrc/lcodec/engine.hpp``."""
@@ -72,11 +79,18 @@ class CpuBackend(HostBackend):
         return _core.dependence.neighbors(x, used, TIES.index(ties), seed, *cpu_settings())
 
     def permuted_sums(
-        self, pairs: Pairs, R: NDArray[np.int64], start: RowNumbers | None, seed: int, count: int
+        self,
+        pairs: Pairs,
+        R: NDArray[np.int64],
+        start: RowNumbers | None,
+        seed: int,
+        count: int,
+        first: int = 0,
     ) -> NDArray[np.int64]:
         blocks = NO_BLOCKS if start is None else start
         rank = R.astype(np.int32)
-        return _core.dependence.permuted_sums(rank, blocks, *pairs, seed, 0, count, *cpu_settings())
+        drawn = seed, first, count
+        return _core.dependence.permuted_sums(rank, blocks, *pairs, *drawn, *cpu_settings())
 
     def permutations(
         self, n: int, start: RowNumbers | None, seed: int, first: int, count: int
