@@ -253,7 +253,10 @@ def test_the_recording_is_that_of_one_process(ranks, rows, words):
 def from_loader(rank, size, group, drop):
     gone, kept, held = data()
     dataset = TensorDataset(*(t[:89] for t in kept))
-    sampler = DistributedSampler(dataset, size, rank, shuffle=True, seed=5, drop_last=drop)
+    others = size + (drop == "others")
+    sampler = DistributedSampler(
+        dataset, others, rank, shuffle=True, seed=5, drop_last=drop is True
+    )
     loader = DataLoader(dataset, batch_size=8, sampler=sampler)
     found = unlearn(
         trained(), gone, loader, F.cross_entropy, validation=held, damping=0.01,
@@ -274,6 +277,8 @@ def test_a_distributed_sampler_repeats_nothing(ranks):
         assert loss == pytest.approx(one.loss_retain.before, rel=1e-6)
     for failure in ranks.failures(from_loader, True):
         assert "of retain leaves out" in failure.message
+    for failure in ranks.failures(from_loader, "others"):
+        assert f"of {ranks.size + 1}, and this is rank" in failure.message
 
 
 class Failing(nn.Module):

@@ -212,11 +212,11 @@ def _unpacked(data: bytes) -> list[Tensor | None]:
     return found
 
 
-def own_samples(data: Any, name: str, like: Samples) -> Samples:
+def own_samples(data: Any, name: str, like: Samples, ranks: Ranks) -> Samples:
     """The samples of this rank, in any form; there may be none."""
     try:
         if isinstance(data, DataLoader):
-            data = _without_repeats(data, name)
+            data = _without_repeats(data, name, ranks)
         if isinstance(data, list | tuple) and not len(data):
             return replace(like.subset([]), name=name)
         return as_samples(data, name, like.device, like.dtype)
@@ -224,12 +224,17 @@ def own_samples(data: Any, name: str, like: Samples) -> Samples:
         return replace(like.subset([]), name=name)
 
 
-def _without_repeats(loader: Any, name: str) -> Any:
+def _without_repeats(loader: Any, name: str, ranks: Ranks) -> Any:
     """A loader with a DistributedSampler, without the samples that it repeats."""
     batches = loader.batch_sampler
     sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler
     if type(sampler) is not DistributedSampler:
         return loader
+    if (sampler.rank, sampler.num_replicas) != (ranks.rank, ranks.size):
+        raise ValueError(
+            f"the DistributedSampler of {name} is of rank {sampler.rank} of "
+            f"{sampler.num_replicas}, and this is rank {ranks.rank} of {ranks.size} of the group"
+        )
     n = len(loader.dataset)
     if sampler.total_size < n:
         raise ValueError(

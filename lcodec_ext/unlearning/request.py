@@ -257,7 +257,7 @@ def _taken(
     removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
     kept: Samples | None = None
     if retain is not None and work.ranks is not None:
-        kept = own_samples(retain, "retain", removed)
+        kept = own_samples(retain, "retain", removed, work.ranks)
     elif retain is not None:
         kept = as_samples(retain, "retain", work.device, work.dtype)
     held = None
