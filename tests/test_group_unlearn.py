@@ -379,3 +379,38 @@ def test_nan_on_one_rank_is_met_by_all(ranks, after):
     *first, last = ranks.failures(failing, "nan", after)
     assert last.kind in ("ValueError", "NotFiniteError")
     assert {failure.kind for failure in first} <= {"RuntimeError", last.kind}
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x, scale):
+        return self.body(x) * scale[:, None]
+
+
+def named(samples):
+    return [{"x": x, "scale": torch.ones(()), "labels": y} for x, y in zip(*samples, strict=True)]
+
+
+def of_datasets(rank, size, group):
+    gone, kept, held = data()
+    own = named(shard(kept, rank, size, None if group is None else 0))
+    options = {"repair_epochs": 1, "repair_drop": None, "n_recalibrate": 40}
+    found = unlearn(
+        Named(), named(gone), own, F.cross_entropy, validation=named(held), damping=0.1,
+        calibrate=False, order="sequential", n_curvature=None, group=group, **options,
+    )  # fmt: skip
+    return {k: v.numpy() for k, v in found.model.state_dict().items()}, found.n_retain
+
+
+def test_datasets_of_dicts_and_a_rank_without_any(ranks):
+    weights, n = of_datasets(0, 1, None)
+    found = ranks.run(of_datasets)
+    for own, told in found:
+        assert told == n == N
+        for key, value in own.items():
+            np.testing.assert_array_equal(value, found[0][0][key])
+            np.testing.assert_allclose(value, weights[key], rtol=5e-3, atol=5e-4)
