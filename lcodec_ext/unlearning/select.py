@@ -183,6 +183,7 @@ class Question:
                 batch_size=settings.batch_size,
                 seed=settings.seed,
                 progress=self.work.progress,
+                ranks=self.work.ranks,
             )
 
     def take(self, ranked: Sequence[Unit]) -> UnitSelection:
