@@ -7,6 +7,7 @@ from pathlib import Path
 import bullseye
 import numpy as np
 import pytest
+from scipy.special import digamma
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,15 +53,32 @@ def test_the_estimates_of_information():
     z, noise, x = rng.standard_normal((3, 800, 1))
     linear = 0.8 * z + 0.6 * noise
     known = -0.5 * np.log(1 - 0.64)
-    tables = [bullseye.distances(part) for part in (linear, z, x)]
-    assert bullseye.cmi(tables[0], tables[1], None) == pytest.approx(known, abs=0.12)
-    assert bullseye.cmi(*tables) == pytest.approx(known, abs=0.2)
-    assert np.abs(bullseye.cmi(tables[0], tables[2], None)).max() < 0.12
+    assert bullseye.cmi(linear, z, None) == pytest.approx(known, abs=0.12)
+    assert bullseye.cmi(linear, z, x) == pytest.approx(known, abs=0.2)
+    assert np.abs(bullseye.cmi(linear, x, None)).max() < 0.12
+
+
+def test_the_estimate_is_that_of_its_definition():
+    rng = np.random.default_rng(0)
+    y, z, x = rng.standard_normal((90, 1)), rng.standard_normal((90, 3)), rng.random((90, 2))
+
+    def apart(*parts):
+        values = np.hstack(parts)
+        return np.abs(values[:, None] - values).max(2)
+
+    for given in (None, x):
+        beside = [] if given is None else [given]
+        radius = np.sort(apart(y, z, *beside), axis=1)[:, 4, None]
+        of_y, of_z = ((apart(each, *beside) < radius).sum(1) for each in (y, z))
+        rest = 90 if given is None else (apart(x) < radius).sum(1)
+        psi = [digamma(count).mean() for count in (4, rest, of_y, of_z)]
+        expected = psi[0] + psi[1] - psi[2] - psi[3]
+        assert bullseye.cmi(y, z, given, (4,)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_local_permutations_stay_near():
     x = np.arange(60.0)[:, None]
-    order = bullseye.local_permutation(x, np.random.default_rng(0))
+    order = bullseye.local_permutation(bullseye.near_rows(x), np.random.default_rng(0))
     assert np.abs(order - np.arange(60)).max() < bullseye.NEAR
     assert len(set(order)) > 40
     assert (order != np.arange(60)).sum() > 30
@@ -79,7 +97,9 @@ def test_rates_and_areas(monkeypatch):
     assert bullseye.rates({2, 3, 4, 5}) == (1.0, 0.0)
     assert bullseye.rates({0, 2}) == (0.25, 0.5)
     monkeypatch.setitem(
-        bullseye.SIZES, "tiny", {"n": 120, "runs": 2, "permutations": 19, "given": 0}
+        bullseye.SIZES,
+        "tiny",
+        {"n": 120, "runs": 2, "permutations": 19, "given": 0, "cmi": ("points", "radii")},
     )
     kinds = ("CODEC", "T alone", "CMI, k = 5")
     found = bullseye.one_size("tiny", kinds, 3)
@@ -97,8 +117,7 @@ def test_rates_and_areas(monkeypatch):
 def test_the_page_has_the_figures_on_record():
     record = json.loads((ROOT / "examples/results/bullseye.json").read_text())
     page = (ROOT / "docs/experiments/bullseye.md").read_text(encoding="utf-8")
+    assert record["dirty"] is False
     for part in record["parts"].values():
-        for what in ("points", "radii"):
-            for found in part[what].values():
-                assert f"{found['auc']:.2f} ± {found['standard_error']:.2f}" in page
-                assert f"{found['seconds']:.2g}" in page
+        for kind in part["points"]:
+            assert bullseye.row(part, kind) in page

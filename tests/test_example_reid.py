@@ -23,14 +23,26 @@ def record():
 
 
 def test_a_deletion_leaves_the_others_to_be_found(record):
-    rows = record["networks"]["resnet"]["requests"]["all"]["methods"]
+    found = record["networks"]["resnet"]
+    rows = found["persons"][0]["methods"]
     before, after = rows["before"], rows["calibrated"]
-    assert set(rows) == {"before", "calibrated", "paper", "retrained 1"}
+    assert set(rows) == set(reid.METHODS)
     assert before["others"]["queries"] == 18
     assert after["others"]["mAP"] > before["others"]["mAP"] - 0.1
+    assert found["change"]["calibrated"]["mean"] > -0.1
     assert after["loss_deleted"] > before["loss_deleted"]
-    assert rows["retrained 1"]["named"] == 0  # it has no image of that person
+    assert rows["retrained"]["named"] == 0  # it has no image of that person
     assert rows["paper"]["changed"] < after["changed"]
+
+
+def test_changes_have_a_standard_error():
+    def person(before, after):
+        return {"methods": {"before": {"others": {"mAP": before}}, "x": {"others": {"mAP": after}}}}
+
+    one = reid.change([person(0.5, 0.49)], "x")
+    assert reid.in_points(one) == "-1.0"
+    both = reid.change([person(0.5, 0.49), person(0.6, 0.57)], "x")
+    assert reid.in_points(both) == "-2.0 +- 1.0"
 
 
 def test_the_papers_noise_drowns_the_weights(record):
@@ -55,13 +67,24 @@ def test_a_run_starts_from_the_options(monkeypatch):
 
 
 @pytest.mark.parametrize("network", reid.NETWORKS)
-def test_both_networks(network):
+def test_all_networks(network):
     model = reid.Identifier(*reid.NETWORKS[network](0.125, (1, 1, 1, 1)), 5).eval()
     images = torch.randn(3, 3, 64, 32)
     scores, distances = model(images)
     assert scores.shape == distances.shape == (3, 5)
     assert model.maps(images).shape[2] >= 4
     assert model.features(images).shape == (3, model.centres.shape[1])
+
+
+def test_osnet_has_its_papers_size():
+    model, size = reid.NETWORKS["osnet"](1.0, ())
+    assert size == 512
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.9e6, rel=0.05)
+    block = model[4]
+    maps = torch.zeros(1, 64, 21, 21, requires_grad=True)
+    for t, stream in enumerate(block.eval().streams, start=1):  # sees 2t + 1 pixels each way
+        (seen,) = torch.autograd.grad(stream(block.first(maps))[0, :, 10, 10].sum(), maps)
+        assert int((seen[0].abs().sum((0, 2)) > 0).sum()) <= 2 * t + 1
 
 
 # --- the loss --------------------------------------------------------------------------------
@@ -173,9 +196,11 @@ def test_the_loader_reads_names_and_images(folder):
     assert parts["gallery"].person.tolist() == [-1, 0, 11, 11]
     assert parts["gallery"].camera.tolist() == [1, 2, 1, 3]
     assert reid.pixels_of(parts["query"].images)[0, 0, 0, 2] == pytest.approx(200 / 255, abs=0.02)
-    task = reid.tasks(parts, reid.FULL, seed=0)["half"]
-    assert len(task.forget[1]) + len(task.retain[1]) == 24
-    assert set(task.forget[1].tolist()) == {task.label}
+    asked = reid.tasks(parts, reid.FULL, seed=0)
+    assert sorted(task.person for task in asked) == [2, 5, 9]
+    for task in asked:
+        assert len(task.retain[1]) == 16
+        assert task.forget[1].tolist() == 8 * [task.label]
 
 
 def test_errors_name_what_is_missing(folder):
@@ -207,14 +232,19 @@ def test_the_pages_figures_are_those_of_the_record():
     assert record["dirty"] is False
     assert record["options"]["full"] is True
     assert (ROOT / "examples/results/reid.png").stat().st_size > 10_000
-    found = record["networks"]["resnet"]
-    for request, asked in found["requests"].items():
-        for name, row in asked["methods"].items():
-            cells = [row["others"][key] for key in ("mAP", "rank1", "rank5", "rank10")]
-            cells += [row["person"]["mAP"], row["named"]]
-            losses = [row["loss_deleted"], row["loss_retained"]]
-            told = [f"{100 * x:.1f}" for x in cells] + [f"{x:.2f}" for x in losses]
-            assert f"| {request} | {name} | {' | '.join(told)} |" in page
-    told = f"{found['noise']['sigma']:,.0f}", f"{found['noise']['weights']:.2f}"
+    for network, found in record["networks"].items():
+        for asked in found["persons"]:
+            for name, row in asked["methods"].items():
+                cells = [row["others"][key] for key in ("mAP", "rank1", "rank5", "rank10")]
+                cells += [row["person"]["mAP"], row["named"]]
+                losses = [row["loss_deleted"], row["loss_retained"]]
+                told = [f"{100 * x:.1f}" for x in cells] + [f"{x:.2f}" for x in losses]
+                where = f"{reid.TITLES[network]} | {asked['person']}"
+                assert f"| {where} | {name} | {' | '.join(told)} |" in page
+        told = [reid.in_points(found["change"][name]) for name in reid.METHODS if name != "before"]
+        assert f"| {reid.TITLES[network]} | {' | '.join(told)} |" in page
+        assert abs(found["change"]["calibrated"]["mean"]) < 0.01  # within a point
+    noise = record["networks"]["resnet"]["noise"]
+    told = f"{noise['sigma']:,.0f}", f"{noise['weights']:.2f}"
     assert "a standard deviation of {} next to weights of {}".format(*told) in page
     assert f"{record['cpu_seconds'] / 60:.0f} minutes of CPU time" in page

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 SIZE = replace(
     removals.REDUCED, epochs=30, removals=(20, 20, 20), perturbations=60, checkpoint=10, measured=10
 )
+SIZE = replace(SIZE, again=(10, 10, 10))
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # ten samples are few to judge by
 
@@ -24,15 +25,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # ten samples ar
 def found():
     data = removals.load(None, SIZE, 0, full=False)
     made = removals.models(SIZE, data.x.shape[1])
-    models = [
-        removals.experiment(name, make, which, data, SIZE, 0)
-        for which, (name, make) in enumerate(made.items())
-    ]
+    models = []
+    for which, (name, make) in enumerate(made.items()):
+        runs = [removals.experiment(name, make, which, data, SIZE, 0)]
+        if which == 1:
+            runs.append(removals.experiment(name, make, which, data, SIZE, 10_000, first=False))
+        models.append({"model": name, "n": len(data.y), "runs": runs})
     return {"data": data.name, "size": vars(SIZE), "models": models}
 
 
 def test_the_default_comes_nearest_to_retraining(found):
-    logistic = found["models"][0]
+    logistic = found["models"][0]["runs"][0]
     ends = {way: of["points"][-1] for way, of in logistic["ways"].items()}
     before = logistic["no_op"][-1]["gradient_norm"]
     assert ends["default"]["gradient_norm"] < before / 2
@@ -41,22 +44,37 @@ def test_the_default_comes_nearest_to_retraining(found):
     assert js["default"] < js["no-op"] / 2
     assert js["default"] < js["full"] / 2
     for model in found["models"]:
-        assert model["ways"]["default"]["points"][-1]["accuracy"] > 0.85
-        assert all(len(way["points"]) == 3 for way in model["ways"].values())
+        run = model["runs"][0]
+        assert run["ways"]["default"]["points"][-1]["accuracy"] > 0.85
+        assert all(len(way["points"]) == 3 for way in run["ways"].values())
 
 
 def test_every_model_has_its_ways(found):
-    ways = [set(model["ways"]) for model in found["models"]]
+    ways = [set(model["runs"][0]["ways"]) for model in found["models"]]
     plain = {"full", "L-FOCI", "random units", "default"}
     assert ways == [plain, plain | set(removals.NOISY), {"full", "L-FOCI", "K-FAC", "default"}]
+    again = found["models"][1]["runs"][1]
+    assert set(again["ways"]) == plain
+    assert again["removals"] == 10
 
 
 def test_figure_and_table(found, tmp_path):
     removals.draw(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     table = removals.show(found)
-    assert "logistic regression, 20 of 900 samples removed" in table
+    assert "logistic regression, trained on 900 samples" in table
+    assert "| way | test accuracy (10) | loss (10) | JS, removed (10) | gradient (20) |" in table
     assert "K-FAC" in table
+    for way in removals.ways(found["models"][1]):
+        noisy = way in removals.NOISY
+        assert removals.row(found["models"][1], way).count("±") == 3 * (not noisy), way
+    json.loads(common.as_json(found), parse_constant=pytest.fail)
+
+
+def test_what_grew_beyond_all_measure_has_a_range():
+    assert removals.number([0.5, 0.7], 2) == "0.60 ± 0.14"
+    assert removals.number([3e16, float("inf")], 2) == "3e+16 to inf"
+    assert removals.number([3e16], 2) == "3e+16"
 
 
 def test_kfac_is_exact_for_one_sample():
@@ -126,7 +144,6 @@ def test_the_page_has_the_figures_of_the_record():
     page = (ROOT / "docs/experiments/removals.md").read_text()
     assert record["dirty"] is False
     for found in record["models"]:
-        ends = {"retrained": found["retrained"][-1], "no-op": found["no_op"][-1]}
-        ends |= {way: stream["points"][-1] for way, stream in found["ways"].items()}
-        for way, end in ends.items():
-            assert removals.row(found, way, end) in page
+        assert removals.heading(found) in page
+        for way in removals.ways(found):
+            assert removals.row(found, way) in page

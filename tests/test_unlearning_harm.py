@@ -1,5 +1,6 @@
 """No silent harm: whatever is asked of a default deletion, it is harmless, refused or warned of."""
 
+import copy
 import math
 import re
 import warnings
@@ -246,6 +247,30 @@ def test_a_step_ends_where_accuracy_falls(known, monkeypatch):
     assert any("stopped by accuracy on validation samples" in each for each in told)
 
 
+def test_a_score_ends_steps_as_accuracy_does(known):
+    """Of a model with several outputs, whose accuracy nothing but the score tells."""
+
+    class Pair(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.start = model, copy.deepcopy(model).requires_grad_(False)
+
+        def forward(self, x):
+            return self.model(x), self.start(x)
+
+    def unmoved(outputs, targets):
+        return -1e6 * (outputs[0] - outputs[1]).abs().sum(1)
+
+    model, train, validation, _ = known
+    options = {"loss": lambda outputs, targets: cross_entropy(outputs[0], targets), "finish": 0}
+    whole = deleted(Pair(model), train, validation, **options)[0].calibration
+    result, told = deleted(Pair(model), train, validation, score=unmoved, max_drop=1e9, **options)
+    assert whole.stopped_by != "accuracy"
+    assert result.calibration.stopped_by == "accuracy"
+    assert result.calibration.strength > 100 * whole.strength
+    assert any("stopped by accuracy on validation samples" in each for each in told)
+
+
 LEVELS = calibrate.Levels(cap=9.0, trained=0.0, unseen=1.0)  # which accuracy does not go by
 
 
@@ -257,9 +282,9 @@ def test_how_far_accuracy_may_fall():
             self.right = right
 
     def costs(n, lost, won):
-        before, after = torch.ones(n, dtype=bool), torch.ones(n, dtype=bool)
-        after[:lost] = False
-        before[lost : lost + won] = False
+        before, after = torch.ones(n), torch.ones(n)
+        after[:lost] = 0
+        before[lost : lost + won] = 0
         held = Held(before)
         harm = calibrate.Harm(held, None, 1.0, 1.0, LEVELS)
         held.right = after

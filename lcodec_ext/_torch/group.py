@@ -9,7 +9,8 @@ of waiting for it.
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -108,8 +109,16 @@ class Ranks:
                 )
 
     @contextmanager
-    def alone(self, what: str) -> Iterator[None]:
+    def alone(self, what: str, same: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         """Work that this rank does by itself; a failure here ends all ranks.
+
+        Parameters
+        ----------
+        what : str
+            That failed, for messages.
+        same : tuple of types, optional
+            Errors that the caller goes on after: the others raise the same type, so that they go on
+            in the same way.
 
         Raises
         ------
@@ -119,14 +128,86 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self._failures(f"{type(error).__name__}: {error}")
-            raise
-        for rank, failure in enumerate(self._failures("")):
-            if failure:
-                raise RuntimeError(f"{what} failed on rank {rank} of the group: {failure}")
+            self._end(what, error, same)
+        else:
+            self._end(what, None, same)
 
-    def _failures(self, own: str) -> list[str]:
-        return [text.decode() for text in self.gather_bytes(own.encode())]
+    def _end(self, what: str, error: Exception | None, same: tuple[type[Exception], ...]) -> None:
+        """Raise what the first rank that failed did, of whatever type it is there."""
+        kind = next((k for k, each in enumerate(same) if isinstance(error, each)), len(same))
+        own = "" if error is None else f"{kind} {type(error).__name__}: {error}"
+        for rank, told in enumerate(self.gather_bytes(own.encode())):
+            if not told:
+                continue
+            number, _, failure = told.decode().partition(" ")
+            if error is not None and int(number) == kind:
+                raise error
+            message = f"{what} failed on rank {rank} of the group: {failure}"
+            raise (*same, RuntimeError)[int(number)](message) from error
+
+    def total(
+        self,
+        what: str,
+        own: Callable[[], Sequence[Tensor]],
+        like: Sequence[Tensor],
+        *,
+        given: Sequence[Tensor] = (),
+        same: tuple[type[Exception], ...] = (),
+    ) -> list[Tensor]:
+        """The sums over ranks of tensors that each works out alone; a failure ends all.
+
+        One reduction for each dtype. The first one also carries a number for each rank: a checksum
+        of what must be equal there, or that it failed.
+
+        Parameters
+        ----------
+        what, same
+            As for `alone`.
+        own : callable
+            To this rank's tensors.
+        like : sequence of Tensor
+            Shapes, dtypes (float32 or float64) and devices of these.
+        given : sequence of Tensor, optional
+            What they are worked out from, and all ranks must have.
+
+        Raises
+        ------
+        RuntimeError
+            As `alone`; and on all ranks if they were given different numbers.
+        """
+        error: Exception | None = None
+        status = 0
+        parts: Sequence[Tensor] = ()
+        try:
+            parts = own()
+            for each in given:
+                array = each.detach().cpu().contiguous().numpy()
+                status = zlib.crc32(array.data, status)
+            status &= 0xFFFFFF  # which float32 holds
+        except Exception as failed:
+            error, status, parts = failed, -1, [torch.zeros_like(each) for each in like]
+        seats = torch.zeros(self.size, dtype=like[0].dtype, device=like[0].device)
+        seats[self.rank] = status
+        found = [torch.empty(0)] * len(like)
+        for dtype in dict.fromkeys(each.dtype for each in like):
+            chosen = [k for k, each in enumerate(like) if each.dtype == dtype]
+            sent = [parts[k].detach().to(dtype).reshape(-1) for k in chosen]
+            sent += [seats] * (chosen[0] == 0)
+            summed = torch.split(self.add(torch.cat(sent)), [each.numel() for each in sent])
+            for k, each in zip(chosen, summed, strict=False):
+                found[k] = each.reshape(like[k].shape)
+            seats = summed[-1] if chosen[0] == 0 else seats
+        seen = seats.tolist()
+        if -1 in seen:
+            self._end(what, error, same)
+        other = next((r for r, each in enumerate(seen) if each != seen[0]), None)
+        if other is not None:
+            raise RuntimeError(
+                f"{self._function}: {what} is worked out from different numbers on rank 0 and on "
+                f"rank {other}. Ranks must compute alike: give them the same kind of processor or "
+                "GPU, version of PyTorch and number of threads"
+            )
+        return found
 
     def gather(self, values: NDArray) -> NDArray:
         """Arrays of one shape and dtype, stacked by rank: shape (size, ...)."""
@@ -168,6 +249,10 @@ class Ranks:
         root = dist.get_global_rank(self._group, source)
         self._talk(lambda: dist.broadcast(sent, root, group=self._group), sent)
         return sent.to(values.device)
+
+    def broadcast_array(self, values: NDArray, source: int) -> NDArray:
+        """An array of rank `source`, on every rank; of one shape and dtype on all."""
+        return self.broadcast(torch.from_numpy(values), source).cpu().numpy()
 
     def add(self, values: Tensor) -> Tensor:
         """The sum over ranks of tensors of one shape, on every rank, with the same bits on each.

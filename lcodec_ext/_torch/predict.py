@@ -91,7 +91,7 @@ def predict(
             classes = _classes(outputs, targets, loss_fn)
             classified.append(None if classes is None else tuple(t.cpu() for t in classes))
             if score is not None:
-                scores.append(_scores(score, outputs, targets, batch.size))
+                scores.append(scores_of(score, outputs, targets, batch.size))
     known = [pair for pair in classified if pair is not None]
     log_probabilities = labels = None
     if len(known) == len(classified):
@@ -208,7 +208,8 @@ def _each_alone(loss_fn: LossFunction, outputs: Any, targets: Any, n: int) -> Te
         return torch.stack(rows)
 
 
-def _scores(score: Score, outputs: Any, targets: Any, n: int) -> Tensor:
+def scores_of(score: Score, outputs: Any, targets: Any, n: int) -> Tensor:
+    """The caller's score of each sample of a batch, shape (n,), in float64 on the CPU."""
     each = score(outputs, targets)
     if not isinstance(each, Tensor) or each.shape != (n,):
         given = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each)

@@ -1,13 +1,13 @@
 """The deletion step of :mod:`~lcodec_ext.compat.scrub`, without the published code's defects."""
 
 import os
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.copies import copy_of
@@ -65,7 +65,7 @@ def step(
             try:
                 selection = _select(model, samples, loss_fn, params, seed)
             except ZeroLossError as error:
-                warnings.warn(f"{error}: no unit is selected and changed", stacklevel=5)
+                warn(f"{error}: no unit is selected and changed")
                 return loss_before, loss_before, norm_before, norm_before
             if params.order == "BP":
                 gradient = {
@@ -194,7 +194,7 @@ def _warn_of_noise(
     if guarantee.sigma > 0:
         noisy = add_noise(before, guarantee.sigma)
         was, now = (mean_loss(model, samples, loss_fn, len(samples)) for model in (before, noisy))
-        warn_of_noise(was, now, guarantee, "the samples to delete, without a step,", stacklevel=6)
+        warn_of_noise(was, now, guarantee, "the samples to delete, without a step,")
 
 
 def _warn_of_sums(
@@ -208,21 +208,19 @@ def _warn_of_sums(
     variance = guarantee.sigma**2 + (_NOISE["variance"] if again else 0.0)
     _NOISE.update(params=params, times=times, variance=variance)
     if times == 1:
-        warnings.warn(
+        warn(
             "HessType='Sekhari' puts noise on every parameter at each request, here with standard "
             f"deviation {guarantee.sigma:.3g}. It adds up: after k requests it is sqrt(k) times as "
             "much. lcodec_ext.unlearning.Unlearner puts noise on releases alone",
-            stacklevel=6,
         )
     elif times in _TOLD:
         noisy = add_noise(before, variance**0.5)
         was, now = (mean_loss(model, samples, loss_fn, len(samples)) for model in (before, noisy))
         if is_much_worse(was, now):
-            warnings.warn(
+            warn(
                 f"the noise of {times} requests together has a standard deviation of "
                 f"{variance**0.5:.3g}; as much again raises the mean loss of the samples to delete "
                 f"from {was:.3g} to {now:.3g}",
-                stacklevel=6,
             )
 
 
@@ -270,11 +268,10 @@ def _snapshots(
     if retained is not None:
         key = tuple((os.path.abspath(name), os.stat(name).st_mtime_ns) for name in names)
         if key not in _COMPUTED:
-            warnings.warn(
+            warn(
                 f"the files {names[0]} and {names[1]} belong to gradients that hold {found}"
                 f"{curvature:.3g}. They are computed at the weights in these files, over the "
                 "samples that stay and those to delete",
-                stacklevel=6,
             )
             data = [as_samples(retained, "retained", *place(model)), samples]
             computed = [(at, _gradient(model, at, data, loss_fn)) for at, _ in snapshots]

@@ -34,13 +34,13 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.compat.scrub needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_choice, check_integer
 from lcodec_ext._torch.batches import map_tensors
 from lcodec_ext._torch.loss import LossFunction
@@ -333,10 +333,9 @@ def _made_last(dataset: Any, params: Any) -> SubsetDataWrapper | None:
     """The residual set that the script made; a warning where the curvature is certainly of it."""
     residual = residual_set(dataset)
     if residual is not None and deletion.approx_type(params) != "FD":
-        warnings.warn(
+        warn(
             f"retained= is not given: the SubsetDataWrapper that was made last, of {len(residual)} "
             "samples, is taken for the samples that stay",
-            stacklevel=4,
         )
     return residual
 
@@ -351,12 +350,11 @@ def _warn_of_rejections(model: nn.Module, params: Any) -> None:
         how = f"HessType={params.HessType!r}, approxType={params.approxType!r}"
         if params.HessType == "Sekhari":
             how += f", epsilon={params.epsilon:g}, delta={params.delta:g}"
-        warnings.warn(
+        warn(
             f"{times} removals in a row were taken back by the script: each began from the same "
             f"weights. With {how} they do harm. The noise of HessType='Sekhari' may spoil the "
             "model whatever is removed, and approxType='FD' makes steps that are too long: take "
             "HessType='CR', a larger epsilon, or approxType='GaussNewton' with retained=",
-            stacklevel=4,
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_choice, check_seed, first_few
 from lcodec_ext._progress import counted
 from lcodec_ext._random import fresh_seed
@@ -163,7 +164,7 @@ def dependence_graph(
             raise ValueError(f"X must have at least two columns for a graph; got {p}")
         rows = clean_rows({"X": features}, nan_policy)
         columns = chosen.lay_out(rows.values["X"])
-        features.warn_constant(constant_columns(columns), stacklevel=2)
+        features.warn_constant(constant_columns(columns))
         spans = squared_spans(columns, scale_factors(columns, standardize, features.label))
         check_overflow(spans, features.label)
     options: dict[str, Any] = {
@@ -198,11 +199,10 @@ def dependence_graph(
         weights[i, result.ordering] = result.conditional
     doubtful = sum(bool(result._doubtful) for result in results)
     if doubtful:
-        warnings.warn(
+        warn(
             f"for {doubtful} of {p} columns, the column follows those selected for it even within "
             "the blocks of near rows in which it is permuted: chance may take its later steps more "
             "often than alpha says; exchangeability_pvalues in `results` say which",
-            stacklevel=2,
         )
     return DependenceGraph(adjacency, weights, results, names, None if seed is None else int(seed))
 

@@ -11,7 +11,6 @@ share a neighbour, over n: the sums of the weights below hold both.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from statistics import NormalDist
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
 from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._random import tie_hash
 from lcodec_ext.dependence.exact import ResponseSums, sum_of_ratios
@@ -297,9 +297,7 @@ class Spread(NamedTuple):
     drawn: int  # subsamples
 
 
-def interval(
-    value: Any, spread: Spread, confidence_level: float, stacklevel: int
-) -> tuple[Any, Any]:
+def interval(value: Any, spread: Spread, confidence_level: float) -> tuple[Any, Any]:
     """value -+ z sd, at most 1; nan with a warning where subsamples tell no spread.
 
     The lower end is not cut at 0: a coefficient of few rows can be below 0, and the width of the
@@ -314,18 +312,16 @@ def interval(
         return f"{some.sum()} of {some.size} coefficients: " if some.ndim else ""
 
     if flat.any():
-        warnings.warn(
+        warn(
             f"{of(flat)}subsamples do not tell how much the coefficient varies, because it is the "
             "same on all that define it: the interval is nan",
-            stacklevel=stacklevel + 1,
         )
     if few.any():
         most = int(undefined[few].max())
-        warnings.warn(
+        warn(
             f"{of(few)}{'up to ' if few.ndim else ''}{most} of {spread.drawn} subsamples leave the "
             "coefficient undefined, because y is constant in them or has a class of too few rows: "
             "the interval rests on the others and can be too narrow",
-            stacklevel=stacklevel + 1,
         )
     low, high = normal_interval(values, np.where(sd > 0, sd, math.nan), confidence_level)
     high = np.minimum(high, 1.0)

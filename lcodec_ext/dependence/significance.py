@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, is_tensor
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_choice, check_integer, check_probability, counted
 from lcodec_ext._random import fresh_seed
 from lcodec_ext.dependence.backends.base import Backend, Ties
@@ -273,7 +274,7 @@ def codec_test(
             _check_rows(n, least)
         columns = given.lay_out(chosen)
         factors = check_distances(columns, given.label)
-        warn_underflow(columns, factors, given.label, stacklevel=2)
+        warn_underflow(columns, factors, given.label)
     _agree(ranks, given, chosen_method, count, least, confidence_level, ties, seed)
     drawn = ranks.share_out(1, "the seed", lambda _: fresh_seed() if seed is None else int(seed))[0]
     plan = _Plan(chosen, given, factors, ties, drawn, count, least, ranks)
@@ -281,9 +282,7 @@ def codec_test(
     if found is None:
         constant = bool((given.y == given.y[0]).all())
         reason = "constant" if constant else "a function of x on this sample"
-        warnings.warn(
-            f"y is {reason}: the coefficient and its p-value are 1 by convention", stacklevel=2
-        )
+        warn(f"y is {reason}: the coefficient and its p-value are 1 by convention")
     ends = None if confidence_level is None else _interval(plan, found, confidence_level)
     if found is None:
         found = _Null(1.0, 1.0, np.ones(count), 1.0, 0.0)
@@ -324,12 +323,11 @@ def _agree(ranks: AnyRanks, given: _Arguments, method: Method, *options: Any) ->
 def _warn_of_blocks(pvalue: float) -> None:
     """Say that permutations of z lose what z owes to x."""
     if pvalue <= DOUBTFUL:
-        warnings.warn(
+        warn(
             "z follows x even within the blocks of near rows in which it is permuted (p-value "
             f"{pvalue:.3g} that it does not): a small p-value of the test is no evidence that y "
             "depends on z given x; pass more rows, fewer columns of x, or k_perm=2, so that blocks "
             "have nearer rows",
-            stacklevel=3,
         )
 
 
@@ -512,7 +510,7 @@ def _interval(plan: _Plan, found: _Null | None, level: float) -> tuple[float, fl
             return codec(y, table[:, r:], x, ties=plan.ties, seed=plan.seed, backend=plan.backend)
 
     spread = subsampled_sd(of_rows, len(given.table), seed=plan.seed, ranks=plan.ranks)
-    return interval(found.statistic, spread, level, stacklevel=3)
+    return interval(found.statistic, spread, level)
 
 
 def _where_it_lies(array: Any, rows: NDArray[np.int64]) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import is_tensor
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import random_order, tie_hash
@@ -236,7 +237,7 @@ def stability(
         values, target = rows.values["X"], rows.values["y"]
         given = _check_preselected(preselected, values.shape[1], features.names)
         _check_halves(options, target, response.nominal)
-        features.warn_constant(constant_columns(chosen.lay_out(values)), stacklevel=2)
+        features.warn_constant(constant_columns(chosen.lay_out(values)))
     own = {"n_pairs": n_pairs, "seed": seed, "preselected": given, "names": features.names}
     ranks.agree({"X": values, "y": target, "classes": response.nominal, **own, **options})
     seeds = tie_hash(seed, n_halves)
@@ -266,10 +267,9 @@ def stability(
         selected[half, ordering] = True
     constant = sum(is_constant for _, is_constant in results)
     if constant:
-        warnings.warn(
+        warn(
             f"y is constant on {constant} of {n_halves} halves of the rows: nothing is selected "
             "there",
-            stacklevel=2,
         )
     return StabilityResult(selected, features.names, given, len(target), rows.n_omitted)
 

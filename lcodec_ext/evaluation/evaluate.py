@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from lcodec_ext._build import __version__
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed, counted
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import decay_of
@@ -536,11 +536,10 @@ def _measure_first(
     found = [each for piece in pieces for each in piece]
     states = [state for _, _, state in found[1:3] if state is not None]
     if len(states) == 2 and states[0] == states[1]:
-        warnings.warn(
+        warn(
             f"retrained({sets.seed}) and retrained({sets.seed + 1}) have equal weights: where "
             "training draws anything at random, it must use its seed. What retrained "
             "models differ by is the floor of every comparison",
-            stacklevel=3,
         )
     seconds = _mean([seconds for _, seconds, _ in found[1:]])
     return [own.get(k) or received(each, model) for k, (each, _, _) in enumerate(found)], seconds
@@ -585,7 +584,7 @@ def _judge(
                 found.append((entry, done.settings))
             except Exception as error:
                 message = f"{type(error).__name__}: {error}"
-                warnings.warn(f"method {name!r} failed. {message}", stacklevel=5)
+                warn(f"method {name!r} failed. {message}")
                 found.append((yardstick.failure(name, message), None))
             bar.update()
         return found

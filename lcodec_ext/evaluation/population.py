@@ -7,7 +7,6 @@ models.
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from lcodec_ext._build import __version__
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import Decay, check_decay
@@ -304,7 +304,7 @@ def _scored(found: list[Found], work: Work, draws: int, wanted: int) -> Populati
         errors = [each[f"{name}/error"] for each in found if f"{name}/error" in each]
         if errors:
             error = f"{errors[0]} ({len(errors)} of {len(found)} seeds)"
-            warnings.warn(f"method {name!r} failed. {error}", stacklevel=5)
+            warn(f"method {name!r} failed. {error}")
             methods.append(PopulationMethod(name, None, {}, error=error))
             continue
         ours = population(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import is_much_worse
-from lcodec_ext._torch.predict import classes_of
+from lcodec_ext._torch.predict import classes_of, scores_of
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.curvature.solvers import Krylov
@@ -292,7 +292,7 @@ class Fetched:
     def __init__(self, work: Workplace, samples: Samples) -> None:
         self.samples, self._work = samples, work
         self._batches = list(samples.batches(work.settings.batch_size))
-        self.right: Tensor | None = None  # which are classified right, as of the last loss
+        self.right: Tensor | None = None  # as of the last loss: 1 where right, or the score
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -304,9 +304,12 @@ class Fetched:
         for batch in self._batches:
             outputs, targets = outputs_of(work.model, batch), batch.targets
             total += float(work.loss_fn(outputs, targets)) * batch.size
+            if work.score is not None:
+                right.append(scores_of(work.score, outputs, targets, batch.size))
+                continue
             labels = classes_of(targets)
             if labels is not None and isinstance(outputs, Tensor) and outputs.ndim == 2:
-                right.append(outputs.argmax(1) == labels)
+                right.append((outputs.argmax(1) == labels).double().cpu())
         self.right = torch.cat(right) if right else None
         return total / len(self)
 
@@ -474,13 +477,13 @@ class Harm:
         """Whether fewer validation samples are right than before, as of the last `now`.
 
         By more than 0.3%, than two samples, and than half a standard error of the difference: what
-        losses hide where samples are near the border of two classes.
+        losses hide where samples are near the border of two classes. The caller's score counts for
+        accuracy, as it does for the guard.
         """
         if self._right is None or self._held.right is None:
             return False
-        lost = int((self._right & ~self._held.right).sum())
-        won = int((self._held.right & ~self._right).sum())
-        return lost - won > max(2, POINTS * len(self._right), math.sqrt(lost + won) / 2)
+        falls = self._right - self._held.right
+        return float(falls.sum()) > max(2, POINTS * len(falls), float(falls.norm()) / 2)
 
     def each(self) -> Tensor:
         """The loss of each validation sample, at the present weights."""

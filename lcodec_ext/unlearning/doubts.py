@@ -6,13 +6,13 @@ them, the request did, too. Each of these is warned of, since nothing in the res
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import counted
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.samples import Samples
@@ -44,7 +44,7 @@ def warn_of_doubts(request: Request, guard: Guard | None, settings: Settings) ->
     if not settings.calibrate:
         return
     for doubt in _doubts(request, guard):
-        warnings.warn(doubt, stacklevel=4)  # behind unlearn and its decorator
+        warn(doubt)
 
 
 def _doubts(request: Request, guard: Guard | None) -> Iterator[str]:
@@ -224,7 +224,7 @@ def warn_of_shortfall(
         )
     told += _accuracy_lost(guard)
     for each in told:
-        warnings.warn(each, stacklevel=4)
+        warn(each)
 
 
 def _accuracy_lost(guard: Guard | None) -> list[str]:

@@ -1,7 +1,6 @@
 """What is asked: the samples to delete, those that stay, and the statistics that replace these."""
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_integer, check_seed
 from lcodec_ext._torch.batches import SAMPLES_ARE, Batch, InputsError, map_tensors, tensors_of
 from lcodec_ext._torch.copies import THE_LOSS, check_followed
@@ -205,7 +205,7 @@ def checked_request(
     if kept is not None and work.settings.repair_epochs:
         _check_repair(work, kept.fetch(slice(4)))
     if kept is not None and kept.in_memory:
-        warn_of_overlap(removed, kept, stacklevel=4)  # behind unlearn and its decorator
+        warn_of_overlap(removed, kept)
     m = len(removed)
     if kept is not None:
         n_retain = len(kept)
@@ -413,17 +413,16 @@ def _with_gradient(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
-def warn_of_overlap(forget: Samples, retain: Samples, stacklevel: int = 2) -> None:
+def warn_of_overlap(forget: Samples, retain: Samples) -> None:
     """Warn if half of the samples to delete, or more, are also among those to retain.
 
     Fewer may be true duplicates.
     """
     m, k = len(forget), n_shared(forget, retain)
     if 2 * k >= m:
-        warnings.warn(
+        warn(
             f"{k:,} of {m:,} samples of forget are also among those of retain: pass as retain the "
             "training samples that stay, without the deleted ones",
-            stacklevel=stacklevel + 1,
         )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real, counted
-from lcodec_ext._torch.loss import Gradient
+from lcodec_ext._torch.loss import Gradient, NotFiniteError
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import CONVOLUTIONS, TRANSPOSED, is_linear
 from lcodec_ext.curvature.layout import UnitLayout
@@ -27,7 +27,11 @@ from lcodec_ext.unlearning.workplace import Workplace
 Unit = tuple[str, int]
 
 
-class ZeroLossError(ValueError):
+class NothingSelectedError(ValueError):
+    """A rule that perturbs finds no unit on which the loss depends."""
+
+
+class ZeroLossError(NothingSelectedError):
     """The loss is 0 under all perturbations, as of a sample that is fitted: it depends on nothing.
 
     Rules that perturb then select nothing, and the step leaves the weights as they are.
@@ -468,10 +472,10 @@ def select_cheap(
 def _alive(recording: Recording) -> NDArray[np.int64]:
     """The columns to select from; refuse recordings without any, or with a constant loss."""
     if not np.isfinite(recording.losses).all():
-        raise ValueError("the loss of the perturbed request is NaN or infinite")
+        raise NotFiniteError("the loss of the perturbed request is NaN or infinite")
     for column in np.flatnonzero(~np.isfinite(recording.activations.sum(0)))[:1]:
         owner = recording.owners[column]
-        raise ValueError(
+        raise NotFiniteError(
             f"unit {owner.unit} of layer {owner.layer!r} has activations NaN or infinite"
         )
     noise = recording.resolution * np.abs(recording.losses).max() + 2 * recording.loss_rounding
@@ -481,7 +485,7 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
             "is nothing to select from"
         )
     if np.ptp(recording.losses) <= noise:
-        raise ValueError(
+        raise NothingSelectedError(
             "the loss of the request is the same under all perturbations: noise_std is too small "
             "for the inputs, or perturb changes nothing"
         )
@@ -490,8 +494,8 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
     return recording.alive
 
 
-def _nothing(recording: Recording, what: str) -> ValueError:
-    return ValueError(
+def _nothing(recording: Recording, what: str) -> NothingSelectedError:
+    return NothingSelectedError(
         f"{what}: in {counted(len(recording.losses), 'row')} the loss depends on no unit "
         "measurably. Pass more n_perturbations, a larger noise_std or another perturb, or "
         "selection='full'"

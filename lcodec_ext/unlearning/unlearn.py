@@ -1,15 +1,15 @@
 """The deletion: which units, which step, whether it did harm, and what came of it."""
 
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool
 from lcodec_ext._torch.decay import with_decay
-from lcodec_ext._torch.loss import LossFunction, euclidean_norm, wide
+from lcodec_ext._torch.loss import LossFunction, NotFiniteError, euclidean_norm, wide
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext.curvature import Selection, UnitSelection
@@ -19,19 +19,20 @@ from lcodec_ext.unlearning.estimate import planned
 from lcodec_ext.unlearning.guard import Watch
 from lcodec_ext.unlearning.idle import measured_first
 from lcodec_ext.unlearning.patch import WeightPatch
+from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import (
     check_certifiable,
     guarantee_of_deletions,
     training_norm,
     with_noise,
 )
-from lcodec_ext.unlearning.request import checked_request
+from lcodec_ext.unlearning.request import Request, checked_request
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
 from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_left_out, warn_of_skipped
-from lcodec_ext.unlearning.workplace import Workplace, copy_state, norm
+from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, copy_state, norm
 
 
 @twice_differentiable()
@@ -92,8 +93,8 @@ def unlearn(
         Curvature saved when the model was trained, for use without the training data. If retain is
         given, too, it must be all the samples that stay.
     score : callable, optional
-        ``score(outputs, targets)``, one number per sample, whose mean the guard takes for accuracy.
-        By default whether the largest output is the target.
+        ``score(outputs, targets)``, one number per sample. Guard and calibration take its mean for
+        accuracy. By default whether the largest output is the target.
     inplace : bool, default False
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
@@ -113,9 +114,13 @@ def unlearn(
     IndefiniteCurvatureError
         If the damped curvature is found not to be positive definite, or conjugate gradients do not
         converge with neither weight decay nor damping.
+    NothingSelectedError
+        If L-FOCI or another rule that perturbs finds no unit on which the loss depends.
+    NotFiniteError
+        If a loss, a gradient or an activation is NaN or infinite.
     ValueError
-        For samples, a model or options that cannot be used, if L-FOCI selects nothing, and for NaN
-        and infinity; the message names them.
+        For samples, a model or options that cannot be used; the message names them. The errors
+        above are ValueErrors, too.
     TypeError
         For arguments of the wrong type, and unknown options.
 
@@ -167,7 +172,7 @@ def unlearn(
     request = checked_request(work, forget, retain, validation, statistics, groups)
     check_certifiable(work, model, request)
     if doubt:
-        warnings.warn(doubt, stacklevel=3)  # behind the decorator
+        warn(doubt)
     work, request, cost = planned(work, request, time.perf_counter() - begin)
     with work.timed("monitoring"):
         before = measured_first(work, request)
@@ -195,7 +200,7 @@ def unlearn(
             selection.size(work.model),
         )
         changed = with_noise(work, changed, guarantee)
-        after = work.measure(request.forget, request.monitored)
+        after = _measured(work, request, guarantee)
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
     trained = training_norm(before, request)
     warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
@@ -206,6 +211,20 @@ def unlearn(
     work.clock.seconds["total"] = time.perf_counter() - begin
     measured = Outcome(before, after, selection, step_norm, guarantee, patch, cost)
     return result_of(changed, work, request, deletions, watch.guard, measured)
+
+
+def _measured(work: Workplace, request: Request, guarantee: Guarantee) -> LossesAndGradients:
+    """Losses and gradients at the end; if there are none, say that noise did it."""
+    try:
+        return work.measure(request.forget, request.monitored)
+    except NotFiniteError as error:
+        if guarantee.sigma == 0:
+            raise
+        raise NotFiniteError(
+            f"{error}. The noise for epsilon={guarantee.epsilon:g}, delta={guarantee.delta:g}, "
+            f"whose standard deviation is {guarantee.sigma:.3g}, is too much for this model: a "
+            "larger epsilon or weight decay takes less noise"
+        ) from error
 
 
 def _patch_of(before: nn.Module, after: nn.Module) -> WeightPatch | None:

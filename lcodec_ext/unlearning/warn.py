@@ -1,8 +1,8 @@
 """What a deletion warns of."""
 
-import warnings
 from collections.abc import Sequence
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import counted, first_few
 from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext.curvature.parameters import find_parameters
@@ -20,11 +20,10 @@ def warn_of_skipped(
     """Warn of steps that were taken back, and of fewer units than were asked for."""
     skipped = sum(len(d.numbers) for d in deletions if d.skipped)
     if skipped:
-        warnings.warn(
+        warn(
             f"the removal of {skipped} of {counted(m, 'sample')} was taken back: in every attempt "
             f"it changed {_refusal(deletions, guard, settings)}. "
             f"{'This sample needs' if skipped == 1 else 'These samples need'} retraining",
-            stacklevel=4,  # behind unlearn and its decorator
         )
     _warn_of_zero_loss(deletions)
     selected = [len(d.selection) for d in deletions if not d.choice.zero_loss]
@@ -32,10 +31,9 @@ def warn_of_skipped(
     repeated = rule is not None and rule.repeated
     most = settings.n_units
     if not repeated and most is not None and selected and min(selected) < most:
-        warnings.warn(
+        warn(
             f"n_units is {most}, and only {counted(min(selected), 'unit')} can be ranked: the "
             "others are dead, or there are no more",
-            stacklevel=4,
         )
 
 
@@ -43,10 +41,9 @@ def _warn_of_zero_loss(deletions: Sequence[Deletion]) -> None:
     """Warn of samples whose loss is 0, and which are deleted without a step."""
     idle = sum(len(d.numbers) for d in deletions if d.choice.zero_loss and not d.selection)
     if idle:
-        warnings.warn(
+        warn(
             f"the loss of {counted(idle, 'sample')} is 0 under all perturbations: it depends on no "
             "unit, so none was selected, and the step leaves the weights as they are",
-            stacklevel=5,
         )
 
 
@@ -60,10 +57,9 @@ def warn_of_left_out(work: Workplace) -> None:
     if left:
         n = sum(each.parameter.numel() for each in left.values())
         names = first_few([f"{k!r} ({each.refused})" for k, each in left.items()], 3)
-        warnings.warn(
+        warn(
             f"selection='full' leaves {n:,} of {work.n_trainable:,} trainable parameters as they "
             f"are: {names}",
-            stacklevel=4,
         )
 
 
@@ -74,11 +70,10 @@ def _warn_of_those_without_units(work: Workplace) -> None:
         return  # a choice of the user's is meant so
     if left and len(left) < len(work.parameters):  # a model without any unit is refused
         names = first_few(list(map(repr, left)), 3)
-        warnings.warn(
+        warn(
             f"selection={rule!r} selects units, and {sum(left.values()):,} of "
             f"{work.n_trainable:,} trainable parameters belong to none: {names}. They stay as they "
             "are; selection='full' and 'step' change such parameters, too",
-            stacklevel=5,
         )
 
 
@@ -116,10 +111,9 @@ def _warn_of_residual(deletions: Sequence[Deletion]) -> None:
         which = f"{len(unsolved)} of {len(kept)} steps {'does' if len(unsolved) == 1 else 'do'}"
     if len(unsolved) > 1:
         its, largest = "their systems", "largest "
-    warnings.warn(
+    warn(
         f"{which} not solve {its}: the {largest}relative residual is {max(unsolved):.2g}, and "
         "that of no step is 1. Take a larger damping or more max_iterations",
-        stacklevel=5,
     )
 
 
@@ -151,7 +145,6 @@ def warn_of_harm(
             f"a larger damping (it was {last.damping:.3g}); 10 to 1000 times as much is common for "
             "networks"
         )
-    warnings.warn(
+    warn(
         f"the step raised the mean loss of {found}{why}",
-        stacklevel=4,
     )

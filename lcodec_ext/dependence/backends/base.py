@@ -66,6 +66,19 @@ class Columns(Protocol):
     def standard_deviations(self) -> NDArray[np.float64]:
         """Standard deviations (n - 1) in double, the same bits on every backend."""
 
+    def take(self, columns: list[int]) -> Any:
+        """Some of the columns, an array or tensor of shape (n, k)."""
+
+    def put(self, column: int, values: NDArray) -> bool:
+        """Put other values in a column's place; whether engines made before see them."""
+
+
+class Laid(NamedTuple):
+    """A table that a backend has laid out, and what each column is multiplied by."""
+
+    columns: Columns
+    factors: NDArray
+
 
 class Engine(ABC):
     """Scores candidate columns given the selected ones; the loop around it stays in Python."""

@@ -28,6 +28,13 @@ class CpuColumns:
     def standard_deviations(self) -> NDArray[np.float64]:
         return _core.dependence.standard_deviations(self.values, *cpu_settings())
 
+    def take(self, columns: list[int]) -> NDArray:
+        return self.values[columns].T
+
+    def put(self, column: int, values: NDArray) -> bool:
+        self.values[column] = values
+        return True
+
 
 class CpuEngine(HostEngine):
     """The compiled engine. Costs are in ``csrc/lcodec/engine.hpp``."""

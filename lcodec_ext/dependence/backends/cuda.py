@@ -72,6 +72,14 @@ class CudaColumns:
     def standard_deviations(self) -> NDArray[np.float64]:
         return self._statistics[2]
 
+    def take(self, columns: list[int]) -> torch.Tensor:
+        return self.values[:, columns]
+
+    def put(self, column: int, values: NDArray) -> bool:
+        """See `Columns`; an engine sorts all columns when it is made."""
+        self.values[:, column] = torch.from_numpy(values).to(self.values.device)
+        return False
+
 
 class CudaEngine(Engine):
     """The kernels' engine. Costs are in ``cuda_engine.hpp``.

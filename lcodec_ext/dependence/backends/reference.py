@@ -36,6 +36,13 @@ class ReferenceColumns:
         mean = _lane_sums(self.values, None) / n
         return np.sqrt(_lane_sums(self.values, mean) / (n - 1))
 
+    def take(self, columns: list[int]) -> NDArray:
+        return self.values[:, columns]
+
+    def put(self, column: int, values: NDArray) -> bool:
+        self.values[:, column] = values
+        return True
+
 
 def _lane_sums(columns: NDArray, center: NDArray[np.float64] | None) -> NDArray[np.float64]:
     """Column sums in double, of squared deviations with a center.

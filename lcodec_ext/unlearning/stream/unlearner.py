@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_real
 from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import with_decay
@@ -168,7 +168,7 @@ class Unlearner:
         with self._store.closed_on_failure():
             _check_new(self._store, directory)
             if doubt:
-                warnings.warn(doubt, stacklevel=2)
+                warn(doubt)
             self._store.ledger.repair()
             record = start_record(self._given, model)
             record |= {"keep": keep, "budget": budget and budget.to_dict(), **self._counts((), ())}
@@ -473,9 +473,7 @@ class Unlearner:
         with self._turn():
             released, guarantee, loss = self._release(check_note(note))
         if loss is not None:
-            warn_of_noise(
-                loss["before"], loss["after"], guarantee, "the retained samples", stacklevel=2
-            )
+            warn_of_noise(loss["before"], loss["after"], guarantee, "the retained samples")
         return released
 
     def _release(self, note: str | None) -> tuple[nn.Module, Guarantee, dict[str, Any] | None]:
