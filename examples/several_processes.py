@@ -1,10 +1,11 @@
 """The same calls over several processes, on one machine or on several.
 
-    torchrun --nproc-per-node 2 examples/several_processes.py test graph
+    torchrun --nproc-per-node 2 examples/several_processes.py foci test
 
 runs the named parts in two processes, and prints what the first one has: all have the same. Without
 torchrun one process does the work, and prints the same. The parts:
 
+    foci      a selection of columns, which the processes share out
     test      a permutation test, whose permutations the processes share out
     graph     which columns FOCI selects for which, the responses shared out
     evaluate  methods of deletion next to retrained models, which are trained side by side
@@ -22,8 +23,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lcodec_ext import codec_test, dependence_graph
+from lcodec_ext import codec_test, dependence_graph, foci
 from lcodec_ext.evaluation import evaluate
+
+
+def select(group, seed):
+    """Which of 600 columns y depends on: every rank has all rows, and its columns."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(500, 600))
+    y = X[:, 3] + X[:, 400] ** 2
+    if group is not None:  # from files, a rank would read its own columns alone
+        X = np.array_split(X, dist.get_world_size(group), axis=1)[dist.get_rank(group)]
+    return foci(X, y, stop="permutation", n_permutations=199, seed=seed, group=group)
 
 
 def test(group, seed):
@@ -67,7 +78,7 @@ def evaluate_methods(group, seed):
     )  # fmt: skip
 
 
-PARTS = {"test": test, "graph": graph, "evaluate": evaluate_methods}
+PARTS = {"foci": select, "test": test, "graph": graph, "evaluate": evaluate_methods}
 
 
 def main():
