@@ -238,7 +238,7 @@ def _pandas_column(column: Any, label: str) -> tuple[NDArray, NDArray | None]:
     return column.to_numpy(dtype=numpy_dtype, na_value=fill), missing
 
 
-def _arrow_column(column: Any, label: str) -> tuple[NDArray, NDArray]:
+def _arrow_column(column: Any, label: str) -> tuple[NDArray, NDArray | None]:
     """Values of a pyarrow array, and where they are missing."""
     arrow, kind = sys.modules["pyarrow"], column.type
     if not (
@@ -247,8 +247,21 @@ def _arrow_column(column: Any, label: str) -> tuple[NDArray, NDArray]:
         or arrow.types.is_boolean(kind)
     ):
         raise _not_numbers(label, str(kind))
+    if not column.null_count:
+        return np.asarray(column), None
     missing = np.asarray(column.is_null())
     return np.asarray(column.fill_null(False if arrow.types.is_boolean(kind) else 0)), missing
+
+
+def arrow_dtypes(schema: Any, name: str) -> set[np.dtype[Any]]:
+    """dtypes that `as_array` makes of a pyarrow schema's columns; refuses those of no numbers."""
+    found: dict[Any, np.dtype[Any]] = {}
+    for k, field in enumerate(schema):
+        if field.type not in found:
+            label = f"column {field.name!r} (index {k}) of {name}"
+            empty = sys.modules["pyarrow"].array([], field.type)
+            found[field.type] = _column(empty, label).dtype
+    return set(found.values())
 
 
 def listed(value: Any, label: str) -> NDArray:
