@@ -82,9 +82,12 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
     if value is None:
         raise ValueError(f"{name} must be an array of numbers; got None")
     if isinstance(value, str | bytes):
+        advice = f"pass the data, such as df[{value!r}]"
+        if str(value).endswith(".parquet"):
+            advice = _ADVICE[_FILES]
         raise ValueError(
             f"{name} must be an array, a column or a table; got the {type(value).__name__} "
-            f"{value!r}: pass the data, such as df[{value!r}]"
+            f"{value!r}: {advice}"
         )
     if is_tensor(value):
         keep = on_cuda(value) if tensors is None else tensors
@@ -373,7 +376,9 @@ _ENCODE = (
     "encode categories as numbers first: a column of 0 and 1 for each (get_dummies of pandas, "
     "to_dummies of polars), or their codes if their order is meant"
 )
+_FILES = ("path", "parquet", "dataset")
 _ADVICE = {  # for words in a dtype's or a type's name
+    _FILES: "read it first, and pass the table; foci alone reads Parquet by columns",
     ("[(",): "make a data frame of the fields first: pandas.DataFrame",
     ("list", "struct", "array"): "pass columns of numbers",
     ("date", "time", "duration", "period"): "pass the number that is meant, such as days since "

@@ -299,6 +299,10 @@ def test_refusals_of_what_cannot_be_read(table, tmp_path, monkeypatch):
         foci(X, y, max_memory=1e9)
     with pytest.raises(ValueError, match="foci alone reads ColumnBlocks"):
         codec(y, ColumnBlocks([X]))
+    path = tmp_path / "twice.parquet"
+    for elsewhere in (path, str(path), pq.ParquetFile(path), pa.dataset.dataset(path)):
+        with pytest.raises(ValueError, match="read it first, and pass the table; foci alone"):
+            codec(y, elsewhere)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r"pip install 'lcodec_ext\[tables\]'"):
         foci(str(tmp_path / "twice.parquet"), y)
