@@ -182,6 +182,7 @@ def unlearn(
         score=score,
         inplace=inplace,
         progress=progress,
+        group=group,
         **options,
     )
 
@@ -206,6 +207,7 @@ def _carried_out(
     progress: bool,
     inplace: bool = False,
     goes_on: bool = False,
+    group: Any = None,
     **options: Any,
 ) -> UnlearnResult:
     begin = time.perf_counter()
