@@ -80,6 +80,11 @@ class Ranks:
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else None
         self.bytes_sent = 0
 
+    @property
+    def group(self) -> Any:
+        """As it was given."""
+        return self._group
+
     def agree(self, arguments: Mapping[str, Any]) -> None:
         """Check that all ranks call the same function, version and arguments.
 
@@ -156,8 +161,8 @@ class Ranks:
     ) -> list[Tensor]:
         """The sums over ranks of tensors that each works out alone; a failure ends all.
 
-        One reduction for each dtype. The first one also carries a number for each rank: a checksum
-        of what must be equal there, or that it failed.
+        One reduction for each dtype and device. The first one also carries a number for each rank:
+        a checksum of what must be equal there, or that it failed.
 
         Parameters
         ----------
@@ -189,9 +194,9 @@ class Ranks:
         seats = torch.zeros(self.size, dtype=like[0].dtype, device=like[0].device)
         seats[self.rank] = status
         found = [torch.empty(0)] * len(like)
-        for dtype in dict.fromkeys(each.dtype for each in like):
-            chosen = [k for k, each in enumerate(like) if each.dtype == dtype]
-            sent = [parts[k].detach().to(dtype).reshape(-1) for k in chosen]
+        for kind in dict.fromkeys((each.dtype, each.device) for each in like):
+            chosen = [k for k, each in enumerate(like) if (each.dtype, each.device) == kind]
+            sent = [parts[k].detach().to(like[k]).reshape(-1) for k in chosen]
             sent += [seats] * (chosen[0] == 0)
             summed = torch.split(self.add(torch.cat(sent)), [each.numel() for each in sent])
             for k, each in zip(chosen, summed, strict=False):
@@ -259,6 +264,8 @@ class Ranks:
 
         At a fixed number of ranks the order of addition is fixed, and with it the bits.
         """
+        if values.is_complex():
+            return torch.view_as_complex(self.add(torch.view_as_real(values)))
         sent = values.detach().clone(memory_format=torch.contiguous_format)
         if self._device is not None:
             sent = sent.to(self._device)

@@ -106,11 +106,6 @@ class Shard:
             counts |= json.loads(text or b"{}")
         return Missing(rows, counts)
 
-    def first_seed(self, seed: int) -> int:
-        """The seed of rank 0."""
-        words = np.array([seed], dtype=np.uint64).view(np.int64)
-        return int(self.ranks.gather(words).view(np.uint64)[0, 0])
-
     def total(self, word: int) -> int:
         """The sum over ranks of words of 64 bits, as such a word."""
         words = np.array([word], dtype=np.uint64).view(np.int64)
