@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,13 @@ from lcodec_ext._checks import (
     first_few,
 )
 from lcodec_ext._files import json_ready
+from lcodec_ext._one_rank import OneRank
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import fresh_seed, tie_seed
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import TIES, Columns, Laid, Ties
+from lcodec_ext.dependence.backends.block_table import BlockTable
+from lcodec_ext.dependence.backends.blocks import in_blocks
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.candidates import Candidates
 from lcodec_ext.dependence.checkpoint import Checkpoint, Progress, digest, ranges_word, saved_text
@@ -32,6 +35,7 @@ from lcodec_ext.dependence.exchangeable import DOUBTFUL
 from lcodec_ext.dependence.foci_null import StepNull, StepTest, check_level
 from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
+from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.dependence.scaling import (
     STANDARDIZE,
     Standardize,
@@ -41,7 +45,7 @@ from lcodec_ext.dependence.scaling import (
     squared_spans,
     warn_underflow,
 )
-from lcodec_ext.dependence.shards import ROOM, Shard, ShardedCandidates, alone, ranks_of
+from lcodec_ext.dependence.shards import ROOM, Shard, ShardedCandidates
 from lcodec_ext.dependence.table import (
     Y_ORDERS,
     Features,
@@ -57,9 +61,6 @@ from lcodec_ext.dependence.table import (
     refuse_swapped,
     said_columns,
 )
-
-if TYPE_CHECKING:
-    from lcodec_ext._torch.group import Ranks
 
 StopReason = Literal[
     "no_gain", "min_gain", "not_significant", "max_features", "exhausted", "constant_y"
@@ -219,6 +220,7 @@ def foci(
     y_order: Literal["given", "average"] = "given",
     alpha: float | None = None,
     n_permutations: int | None = None,
+    max_memory: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
     group: Any = None,
 ) -> FociResult:
@@ -234,6 +236,10 @@ def foci(
     X : array_like of shape (n, p)
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
+        What may be larger than memory is read in blocks of columns, anew in every step, for the
+        same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them, a
+        ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of these and of arrays.
+        ``docs/distributed.md`` says what that costs.
     y : array_like of shape (n,) or (n, q)
         Response. Only its order counts. Strings and categories are classes without an order: T
         is the mean over the classes c of the T of ``y == c``. Several columns of numbers are one
@@ -272,6 +278,10 @@ def foci(
         With stop="permutation": level of each step, above 0 and below 1; 0.05 by default.
     n_permutations : int, optional
         With stop="permutation": from 1 / alpha - 1 to 10^6; 999 by default.
+    max_memory : int, optional
+        Bytes that a table which is read in blocks may take with all work on it; 2^30 by default,
+        where larger blocks are no faster. Given, an array in memory is worked on in blocks, too,
+        instead of copying it as a whole.
     checkpoint : str or path, optional
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an
@@ -281,7 +291,7 @@ def foci(
         Spread the columns over the ranks of a group, ``torch.distributed.group.WORLD`` for all.
         X is the own columns, with all rows; in the order of ranks they are the whole table, in
         which the result, `preselected` and messages count. A rank may have none, an array of shape
-        (n, 0). All other arguments except `backend` and `progress` must be equal. Every rank
+        (n, 0). All arguments but `backend`, `progress`, `max_memory` must be equal. Every rank
         returns the same result, that of one process with the whole table, bit for bit. A step
         sends 32 bytes and one broadcast of n + 1 numbers in the precision of X; with tied
         neighbours some hundred bytes more; with stop="permutation" 9 bytes a permutation more.
@@ -298,9 +308,12 @@ def foci(
         As `codec`, and for options that cannot be used. A constant y, for which nothing is
         selected, and constant columns get a warning. With a group a ValueError on every rank names
         what differs between ranks. A rank that fails ends all, by a RuntimeError that names it; one
-        that dies does so within the group's timeout.
+        that dies does so within the group's timeout. A RuntimeError, too, if a file that is read in
+        blocks is written meanwhile.
     OSError
         If the checkpoint cannot be read or written.
+    ImportError
+        For Parquet without pyarrow.
 
     Notes
     -----
@@ -333,12 +346,12 @@ def foci(
         "y_order": y_order, "alpha": alpha, "n_permutations": n_permutations,
     }  # fmt: skip
     ranks = ranks_of(group, "foci")
-    with alone(ranks, "checking the arguments"):
+    with ranks.alone("checking the arguments"):
         check_seed(seed)
         check_choice(y_order, "y_order", Y_ORDERS)
-        task = _Task(backend, X, y, options, progress, ranks)
+        task = _Task(*in_blocks(backend, X, y, max_memory), y, options, progress, ranks)
     task.begin(seed, checkpoint)
-    with alone(ranks, "laying out X"):
+    with ranks.alone("laying out X"):
         columns = task.lay_out()
         task.warn_constant(columns)
     return task.run(columns, task.y, seed)
@@ -409,12 +422,12 @@ def lfoci(
         "nan_policy": nan_policy,
     }  # fmt: skip
     ranks = ranks_of(group, "lfoci")
-    with alone(ranks, "checking the arguments"):
+    with ranks.alone("checking the arguments"):
         check_noise(noise, noise_scale, seed)
         task = _Task(backend, X, y, options, progress, ranks)
         refuse_classes(task.target.nominal, "lfoci", "foci")
     task.begin(seed)
-    with alone(ranks, "laying out X"):
+    with ranks.alone("laying out X"):
         columns, response = task.lay_out(), task.y
         task.warn_constant(columns)
         if not (response == response[0]).all():  # noise would turn a constant into a response
@@ -475,7 +488,7 @@ class _Task:
         y: Any,
         options: dict[str, Any],
         progress: object,
-        ranks: "Ranks | None",
+        ranks: AnyRanks,
     ) -> None:
         self.options, self.ranks = options, ranks
         self.backend = resolve(backend, X=X, y=y)
@@ -493,7 +506,7 @@ class _Task:
                 "n_neighbors=1, or another stop"
             )
         self.standardize = check_choice(options["standardize"], "standardize", STANDARDIZE)
-        self.progress = check_bool(progress, "progress") and (ranks is None or ranks.rank == 0)
+        self.progress = check_bool(progress, "progress") and ranks.rank == 0
         self.stop = self.level is not None or check_bool(options["stop"], "stop")
         self.min_gain = check_real(options["min_gain"], "min_gain", 0)
         if self.min_gain > 0 and not self.stop:
@@ -510,7 +523,7 @@ class _Task:
             allow_1d=False,
             tensors=tensors,
             decimals=decimals,
-            allow_empty=ranks is not None,
+            allow_empty=not isinstance(ranks, OneRank),
         )
         self.target = as_target(y, tensors=tensors, y_order=y_order, decimals=decimals)
         if self.level is not None and self.target.given:
@@ -524,7 +537,7 @@ class _Task:
         """Join the ranks of a group, leave rows out, and look for a checkpoint."""
         p, names, options = self.features.values.shape[1], self.features.names, self.options
         self.shard: Shard | None = None
-        if self.ranks is not None:
+        if not isinstance(self.ranks, OneRank):
             of_y = self.target.values
             y = of_y.values if isinstance(of_y, Features) else of_y
             asked = {**options, "seed": seed, "checkpoint": checkpoint and str(checkpoint), "y": y}
@@ -539,10 +552,9 @@ class _Task:
         self._leave_out(options["nan_policy"])
         self.checkpoint: Checkpoint | None = None
         if checkpoint is not None:
-            with alone(self.ranks, "reading the checkpoint"):
-                text = saved_text(checkpoint) if self._writes else None
-            if self.ranks is not None:
-                text = self.ranks.gather_bytes((text or "").encode())[0].decode() or None
+            text = self.ranks.share_out(
+                1, "reading the checkpoint", lambda own: saved_text(checkpoint) if own else None
+            )[0]
             self.checkpoint = Checkpoint(checkpoint, text)
 
     def _leave_out(self, nan_policy: str) -> None:
@@ -550,7 +562,7 @@ class _Task:
         of_X, of_y = {"X": self.features}, {"y": self.target.values}
         missing = None
         if self.shard is not None:
-            with alone(self.ranks, "looking for NaN"):
+            with self.ranks.alone("looking for NaN"):
                 own = missing_rows(of_X, nan_policy)
             missing = self.shard.missing(own).beside(missing_rows(of_y, nan_policy))
         self.rows = clean_rows(of_X | of_y, nan_policy, missing=missing)
@@ -558,11 +570,6 @@ class _Task:
         self.y = self.rows.values["y"]
         if self._classes:
             check_classes(self.y, True)
-
-    @property
-    def _writes(self) -> bool:
-        """Whether this process is the one that writes files."""
-        return self.ranks is None or self.ranks.rank == 0
 
     @property
     def p(self) -> int:
@@ -574,7 +581,9 @@ class _Task:
         X, xp = self.features.values, array_module(self.features.values)
         if room is None:
             room = 0 if self.shard is None else ROOM
-        if room:
+        if room and isinstance(X, BlockTable):
+            X = X.beside(np.zeros((len(X), room), dtype=X.dtype))
+        elif room:
             device = {"device": X.device} if is_tensor(X) else {}
             places = xp.zeros((len(X), room), dtype=X.dtype, **device)
             X = xp.concatenate([X, places], axis=1)
@@ -599,9 +608,10 @@ class _Task:
         if self.checkpoint is not None:
             seed = self.checkpoint.seed(seed)
         if self.level is not None or self.ties == "random":
-            seed = fresh_seed() if seed is None else int(seed)
-            self.seed = seed if self.shard is None else self.shard.first_seed(seed)
-        with alone(self.ranks, "scaling the columns"):
+            if seed is None:
+                seed = self.ranks.share_out(1, "the seed", lambda _: fresh_seed())[0]
+            self.seed = int(seed)
+        with self.ranks.alone("scaling the columns"):
             factors = scale_factors(columns, self.standardize, self.label)
             warn_underflow(columns, factors, self.label)
             laid = Laid(columns, factors)
@@ -656,7 +666,7 @@ class _Task:
         if progress.reason is None:
             for column, _, _ in progress.steps:
                 candidates.add(column)
-        with alone(self.ranks, "showing the progress"):
+        with self.ranks.alone("showing the progress"):
             shown = progress_bar(self.progress, total=candidates.count, unit="column")
         with shown as bar:
             self._look_at_cap(progress)
@@ -669,8 +679,8 @@ class _Task:
 
     def _save(self, progress: Progress) -> None:
         if self.checkpoint is not None:
-            with alone(self.ranks, "writing the checkpoint"):
-                if self._writes:
+            with self.ranks.alone("writing the checkpoint"):
+                if self.ranks.rank == 0:
                     self.checkpoint.write(progress)
 
     def _step(

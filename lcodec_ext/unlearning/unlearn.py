@@ -142,10 +142,10 @@ def unlearn(
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
         If the deletion is not calibrated, unless calibrate=False says that this is meant; if the
-        step was taken back; if it raises the retained loss by much; if half of the removed samples
-        or more are also retained; if there are fewer units than `n_units`; if validation samples
-        are few, unlike the training ones or among them; if a calibrated step stayed far from its
-        aim or cost accuracy.
+        step was taken back; if with order="sequential" there is none for a sample; if it raises the
+        retained loss by much; if half of the removed samples or more are also retained; if there
+        are fewer units than `n_units`; if validation samples are few, unlike the training ones or
+        among them; if a calibrated step stayed far from its aim or cost accuracy.
 
     Notes
     -----
@@ -170,6 +170,46 @@ def unlearn(
     >>> result.n_parameters, result.n_units, result.skipped
     (15, 3, ())
     """
+    return _carried_out(
+        model,
+        forget,
+        retain,
+        loss_fn,
+        preset=preset,
+        validation=validation,
+        groups=groups,
+        statistics=statistics,
+        score=score,
+        inplace=inplace,
+        progress=progress,
+        group=group,
+        **options,
+    )
+
+
+@twice_differentiable()
+def unlearn_or_skip(model: nn.Module, *data: Any, **options: Any) -> UnlearnResult:
+    """`unlearn` for one request of many: samples for which it finds no step are skipped."""
+    return _carried_out(model, *data, goes_on=True, **options)
+
+
+def _carried_out(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    loss_fn: LossFunction,
+    *,
+    preset: str | Settings,
+    validation: Any,
+    groups: Any,
+    statistics: TrainingStatistics | None,
+    score: Score | None,
+    progress: bool,
+    inplace: bool = False,
+    goes_on: bool = False,
+    group: Any = None,
+    **options: Any,
+) -> UnlearnResult:
     begin = time.perf_counter()
     ranks = ranks_of(group, "unlearn")
     with nullcontext() if ranks is None else ranks.alone("the arguments"):
@@ -199,8 +239,9 @@ def unlearn(
     watch = Watch.of(work, request)
     warn_of_left_out(work)
     warn_of_doubts(request, watch.guard, settings)
+    goes_on = goes_on or (settings.order == "sequential" and request.m > 1)
     # Each part: perturb and record, select, step, guard.
-    deletions = [delete(work, part, watch) for part in request.parts(work)]
+    deletions = [delete(work, part, watch, goes_on=goes_on) for part in request.parts(work)]
     warn_of_skipped(deletions, watch.guard, work.settings, request.m)
     applied, selection = _selections(deletions)
     step_norm = euclidean_norm(
