@@ -145,7 +145,9 @@ class Ranks:
             if not told:
                 continue
             number, _, failure = told.decode().partition(" ")
-            if error is not None and int(number) == kind:
+            as_here = error is not None and int(number) == kind
+            if as_here and (kind == len(same) or type(error) is same[kind]):
+                assert error is not None
                 raise error
             message = f"{what} failed on rank {rank} of the group: {failure}"
             raise (*same, RuntimeError)[int(number)](message) from error
