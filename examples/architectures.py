@@ -6,7 +6,8 @@ ResNet-18, a MobileNet, a DenseNet and a network of two layers, by the default o
 by the paper's preset. Networks trained again without these images are the yardstick.
 
 Reduced: scikit-learn's digits at 16 x 16 and very narrow networks, in half a minute. --full: 3000
-images of Fashion-MNIST at 32 x 32, or of CIFAR-10 if --data has them, in five minutes of CPU time.
+images of Fashion-MNIST at 32 x 32, or of CIFAR-10 if --data has them, with three seeds, in 14
+minutes of CPU time.
 """
 
 import math
@@ -26,7 +27,7 @@ from unlearning_models import fashion_mnist
 
 from lcodec_ext.evaluation import evaluate
 from lcodec_ext.evaluation.figures import BLUE, DARK, ORANGE, RED
-from lcodec_ext.unlearning import IndefiniteCurvatureError, unlearn
+from lcodec_ext.unlearning import IndefiniteCurvatureError, NothingSelectedError, unlearn
 
 CIFAR = "cifar-10-batches-py"
 DATA = f"the Python version of CIFAR-10 as published: {CIFAR}, or the folder that holds it"
@@ -57,10 +58,11 @@ class Size:
     width: int
     retrained: int
     perturbations: int  # of the paper's preset
+    seeds: int  # of data, networks and draws
 
 
-FULL = Size(3000, 1000, 100, 8, 64, 8, 2, 100)
-REDUCED = Size(1000, 300, 40, 10, 64, 4, 2, 50)
+FULL = Size(3000, 1000, 100, 8, 64, 8, 2, 100, 3)
+REDUCED = Size(1000, 300, 40, 10, 64, 4, 2, 50, 1)
 
 
 class Unpickler(pickle.Unpickler):
@@ -242,10 +244,10 @@ def experiment(name: str, make, data: Data, size: Size, seed: int) -> dict:
             methods[way] = unlearn(
                 model, forget, retain, cross_entropy, **common_options, **options
             ).model
-        except (IndefiniteCurvatureError, ValueError) as error:
+        except (IndefiniteCurvatureError, NothingSelectedError) as error:
             if way == DEFAULT:
                 raise
-            refused = str(error)  # no positive curvature along the step, or nothing to select
+            refused = str(error)
         seconds[way] = time.process_time() - began
     evaluation = evaluate(
         model,
@@ -253,7 +255,7 @@ def experiment(name: str, make, data: Data, size: Size, seed: int) -> dict:
         retain,
         data.test,
         cross_entropy,
-        retrained=lambda k: train(make, *retain, size, 1000 + k, rate),
+        retrained=lambda k: train(make, *retain, size, seed + 1000 + k, rate),
         n_retrain=size.retrained,
         methods=methods,
         weight_decay=DECAY,
@@ -261,7 +263,7 @@ def experiment(name: str, make, data: Data, size: Size, seed: int) -> dict:
         relearn=False,
     )
     return {
-        "network": name,
+        "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_cpu_seconds": took,
         "refused": refused,
@@ -275,14 +277,31 @@ def experiment(name: str, make, data: Data, size: Size, seed: int) -> dict:
 
 def run(arguments) -> dict:
     size = FULL if arguments.full else REDUCED
-    data = load(arguments.data, size, arguments.seed, arguments.full)
-    made = networks(size, data.train[0].shape[-1])
-    found = [
-        experiment(name, make, data, size, arguments.seed)
-        for name, make in common.progress(made.items(), "networks", "network")
-    ]
-    settings = {"rate": RATE, "momentum": MOMENTUM, "weight_decay": DECAY}
-    return {"data": data.name, "size": vars(size), "settings": settings, "networks": found}
+    seeds = [10_000 * k + arguments.seed for k in range(size.seeds)]
+    splits = [load(arguments.data, size, seed, arguments.full) for seed in seeds]
+    made = networks(size, splits[0].train[0].shape[-1])
+    found: dict[str, list[dict]] = {name: [] for name in made}
+    work = [(k, name) for k in range(size.seeds) for name in made]
+    for k, name in common.progress(work, "networks", "network"):
+        found[name].append(experiment(name, made[name], splits[k], size, seeds[k]))
+    return {
+        "data": splits[0].name,
+        "size": vars(size),
+        "settings": {"rate": RATE, "momentum": MOMENTUM, "weight_decay": DECAY},
+        "networks": [{"network": name, "runs": runs} for name, runs in found.items()],
+    }
+
+
+def values(network: dict, method: str, key: str) -> list[float]:
+    """A quantity over the runs in which the method was not refused."""
+    runs = network["runs"]
+    if key == "seconds":
+        if method == "no-op":
+            return []
+        if method == "retrained":
+            return [run["training_cpu_seconds"] for run in runs]
+        key = "cpu_seconds"
+    return [run["methods"][method][key] for run in runs if method in run["methods"]]
 
 
 LOOKS = {
@@ -303,10 +322,14 @@ def draw(record: dict, file: Path) -> None:
         names = [found["network"] for found in record["networks"]]
         for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
             for i, (method, (label, colour)) in enumerate(LOOKS.items()):
-                values = [n["methods"].get(method, {}).get(key) for n in record["networks"]]
-                heights = [math.nan if value is None else value for value in values]
                 places = [k + 0.2 * (i - 1.5) for k in range(len(names))]
-                axis.bar(places, heights, 0.18, color=colour, label=label)
+                runs = [
+                    values(network, method, key) or [math.nan] for network in record["networks"]
+                ]
+                axis.bar(places, [np.mean(each) for each in runs], 0.18, color=colour, label=label)
+                for place, each in zip(places, runs, strict=True):
+                    axis.plot([place] * len(each), each, ".", color="white", markersize=5, mew=0.7,
+                              markeredgecolor="black")  # fmt: skip
             axis.set_title(title)
             axis.set_xticks(range(len(names)), names)
         axes[0].figure.legend(
@@ -314,37 +337,46 @@ def draw(record: dict, file: Path) -> None:
         )
 
 
+COLUMNS = {"loss_forget": 3, "js_forget": 3, "accuracy_retain": 3, "accuracy_test": 3, "mia_auc": 3}
+
+
+def cells(network: dict, method: str) -> list[str]:
+    """What the tables have of a method: mean and standard deviation over the runs."""
+    found = {key: values(network, method, key) for key in (*COLUMNS, "seconds")}
+    digits = COLUMNS | {"seconds": 1}
+    return [common.spread(each, digits[key]) if each else "" for key, each in found.items()]
+
+
+def refusals(network: dict) -> int:
+    return sum(bool(run["refused"]) for run in network["runs"])
+
+
 def row(network: dict, method: str) -> str:
     """A row of the page's table."""
-    found, seconds = network["methods"][method], network["methods"][method]["cpu_seconds"]
-    seconds = network["training_cpu_seconds"] if method == "retrained" else seconds
-    cells = [f"{found['loss_forget']:.3f}", f"{found['js_forget']:.3f}"]
-    cells += [f"{found[key]:.3f}" for key in ("accuracy_retain", "accuracy_test", "mia_auc")]
-    cells += ["" if seconds is None else f"{seconds:.1f}"]
-    return f"| {network['network']} | {LOOKS[method][0]} | " + " | ".join(cells) + " |"
+    return (
+        f"| {network['network']} | {LOOKS[method][0]} | "
+        + " | ".join(cells(network, method))
+        + " |"
+    )
 
 
 def show(record: dict) -> str:
     lines = [f"Data: {record['data']}, {record['size']['removed']} images deleted", ""]
-    for found in record["networks"]:
-        lines.append(
-            f"{found['network']:<20}{'loss':>8}{'JS':>8}{'retained':>10}{'test':>8}{'seconds':>9}"
-        )
+    heads = ("loss", "JS", "retained", "test", "attack", "seconds")
+    for network in record["networks"]:
+        lines.append(f"{network['network']:<20}" + "".join(f"{head:>16}" for head in heads))
         for method, (label, _) in LOOKS.items():
-            of = found["methods"].get(method)
-            if of is None:
-                lines.append(f"  {label:<18} refused: {found['refused'][:60]}")
-                continue
-            seconds = of["cpu_seconds"]
-            seconds = found["training_cpu_seconds"] if method == "retrained" else seconds
-            lines.append(
-                f"  {label:<18}{of['loss_forget']:>8.3f}{of['js_forget'] or 0:>8.3f}"
-                f"{of['accuracy_retain']:>10.3f}{of['accuracy_test']:>8.3f}"
-                + ("" if seconds is None else f"{seconds:>9.1f}")
-            )
+            if method == PAPER and refusals(network):
+                times = f"{refusals(network)} of {len(network['runs'])}"
+                lines.append(f"  {label:<18} refused in {times}")
+            if values(network, method, "loss_forget"):
+                lines.append(
+                    f"  {label:<18}" + "".join(f"{each:>16}" for each in cells(network, method))
+                )
     lines.append(
-        "loss, JS: of the deleted images, JS is the distance of outputs to those of retrained\n"
-        "networks (of these, to each other). seconds: CPU time; of retraining, for one network."
+        "Means and standard deviations over the seeds. loss, JS: of the deleted images; JS is the\n"
+        "distance of outputs to those of retrained networks (of these, to each other). attack:\n"
+        "its AUC in telling deleted images from test images. seconds: CPU time; of one retraining."
     )
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ dimensions, and a response y that depends on the radii of four of them. A search
 the variables that no test finds independent of y, and compares them with the truth. The script runs
 that search with permutation tests of T (CODEC), of T with the paper's noise (L-CODEC) and of a
 nearest-neighbour estimate of the conditional mutual information (CMI), on the points and on their
-radii. It takes about ten seconds, and with --full about ten minutes.
+radii. It takes a few seconds, and with --full about eight minutes of CPU time.
 """
 
 import itertools
@@ -26,10 +26,11 @@ LEVELS = (0.05, 0.1, 0.5, 0.9)  # the paper's: independent if p >= 1 - level, or
 NEIGHBOURS = (3, 5, 10)  # of the CMI
 NEAR = 5  # rows among which values change places, given others
 NOISE = 0.01  # of L-CODEC
-SIZES = {  # samples, runs, permutations, most variables to condition on
-    "reduced": {"n": 200, "runs": 2, "permutations": 9, "given": 1},
-    "full": {"n": 1000, "runs": 6, "permutations": 19, "given": 2},
-    "paper's n": {"n": 5000, "runs": 3, "permutations": 19, "given": 1},
+BOTH = ("points", "radii")
+SIZES = {  # samples, runs, permutations, most variables to condition on, where the CMI is computed
+    "reduced": {"n": 200, "runs": 2, "permutations": 9, "given": 1, "cmi": BOTH},
+    "full": {"n": 1000, "runs": 3, "permutations": 19, "given": 1, "cmi": BOTH},
+    "paper's n": {"n": 5000, "runs": 2, "permutations": 19, "given": 1, "cmi": BOTH[:1]},
 }
 
 
@@ -81,41 +82,62 @@ def t_pvalue(y: NDArray, z: NDArray, x: NDArray | None, permutations: int, seed:
         ).pvalue
 
 
-def distances(values: NDArray) -> NDArray:
-    """Between all rows, in the maximum norm: at these sizes faster than trees."""
-    return np.abs(values[:, None] - values[None]).max(2).astype(np.float32)
+AT_A_TIME = 40_000  # distances of a block of rows: what stays in the caches
 
 
-def cmi(y: NDArray, z: NDArray, x: NDArray | None) -> NDArray:
-    """I(y; z | x) by nearest neighbours, for each number of them, from distances.
+def cmi(
+    y: NDArray, z: NDArray, x: NDArray | None, neighbours: Sequence[int] = NEIGHBOURS
+) -> NDArray:
+    """I(y; z | x) of columns by nearest neighbours in the maximum norm, for each number of them.
 
-    Kraskov, Stögbauer and Grassberger (2004); given x, Frenzel and Pompe (2007).
+    Kraskov, Stögbauer and Grassberger (2004); given x, Frenzel and Pompe (2007). All distances are
+    computed, a few rows at a time, which is faster than trees in more than three dimensions.
     """
     from scipy.special import digamma
 
-    n = len(y)
-    sides = [side if x is None else np.maximum(side, x) for side in (y, z)]
-    nearest = np.partition(np.maximum(*sides), NEIGHBOURS, axis=1)  # a row is its own, at 0
+    n, most = len(y), max(neighbours)
+    rows = max(1, AT_A_TIME // n)
+    columns = [np.float32(part.T) for part in (y, z, x) if part is not None]
+    of_count = digamma(np.maximum(np.arange(n + 1), 1))
+    sums = np.zeros((3, len(neighbours)))
+    for start in range(0, n, rows):
+        tables = [from_rows(part, slice(start, start + rows)) for part in columns]
+        if x is not None:
+            for side in tables[:2]:
+                np.maximum(side, tables[2], out=side)
+        joint = np.maximum(*tables[:2])
+        joint.partition(most, axis=1)
+        nearest = np.sort(joint[:, : most + 1], axis=1)  # a row is its own, at 0
+        for i, k in enumerate(neighbours):
+            for j, table in enumerate(tables):
+                count = (table < nearest[:, k, None]).sum(1, dtype=np.uint32)
+                sums[j, i] += of_count[count].sum()
+    of_y, of_z, rest = sums / n
+    return digamma(neighbours) + (digamma(n) if x is None else rest) - of_y - of_z
 
-    def mean_digamma(table: NDArray, radius: NDArray) -> float:
-        return float(digamma(np.maximum((table < radius).sum(1), 1)).mean())
 
-    found = []
-    for k in NEIGHBOURS:
-        radius = nearest[:, k, None]
-        rest = digamma(n) if x is None else mean_digamma(x, radius)
-        found.append(digamma(k) + rest - sum(mean_digamma(side, radius) for side in sides))
-    return np.array(found)
+def from_rows(columns: NDArray, rows: slice) -> NDArray:
+    """Distances between some rows and all, in the maximum norm."""
+    found: NDArray | None = None
+    for column in columns:
+        apart = np.subtract(column[rows, None], column)
+        np.abs(apart, out=apart)
+        found = apart if found is None else np.maximum(found, apart, out=found)
+    return found
 
 
-def local_permutation(x: NDArray, rng: np.random.Generator) -> NDArray:
-    """A row near each row in x, no row twice where that is possible (Runge, 2018)."""
+def near_rows(x: NDArray) -> NDArray:
+    """The rows among which a row may change places."""
     from scipy.spatial import cKDTree
 
-    near = cKDTree(x).query(x, NEAR, p=math.inf)[1]
-    rng.permuted(near, axis=1, out=near)
-    used, chosen = np.zeros(len(x), bool), np.empty(len(x), np.int64)
-    for row in rng.permutation(len(x)):
+    return cKDTree(x).query(x, NEAR, p=math.inf)[1]
+
+
+def local_permutation(near: NDArray, rng: np.random.Generator) -> NDArray:
+    """A row near each row, no row twice where that is possible (Runge, 2018)."""
+    near = rng.permuted(near, axis=1)
+    used, chosen = np.zeros(len(near), bool), np.empty(len(near), np.int64)
+    for row in rng.permutation(len(near)):
         free = near[row][~used[near[row]]]
         chosen[row] = free[0] if len(free) else near[row][0]
         used[chosen[row]] = True
@@ -125,11 +147,12 @@ def local_permutation(x: NDArray, rng: np.random.Generator) -> NDArray:
 def cmi_pvalues(
     y: NDArray, z: NDArray, x: NDArray | None, permutations: int, rng: np.random.Generator
 ) -> NDArray:
-    tables = [None if part is None else distances(part) for part in (y[:, None], z, x)]
-    observed, as_large = cmi(*tables), np.ones(len(NEIGHBOURS))
+    y = y[:, None]
+    observed, as_large = cmi(y, z, x), np.ones(len(NEIGHBOURS))
+    near = None if x is None else near_rows(x)
     for _ in range(permutations):
-        order = rng.permutation(len(y)) if x is None else local_permutation(x, rng)
-        as_large += cmi(tables[0], tables[1][np.ix_(order, order)], tables[2]) >= observed
+        order = rng.permutation(len(y)) if near is None else local_permutation(near, rng)
+        as_large += cmi(y, z[order], x) >= observed
     return as_large / (permutations + 1)
 
 
@@ -178,6 +201,9 @@ class Tests:
             spent = time.process_time() - began
             self.seconds[at[0]] = self.seconds.get(at[0], 0.0) + spent
         return self.known[at][kind]
+
+    def count(self, kind: str) -> int:
+        return sum(at[0] == kind.partition(",")[0] for at in self.known)
 
     def _measure(self, group: str, i: int, given: tuple[int, ...]) -> dict[str, float]:
         ours = self.noisy if group == "L-CODEC" else self.variables
@@ -229,6 +255,12 @@ def roc(tests: Tests, kind: str) -> dict:
 
 def one_size(name: str, kinds: Sequence[str], seed: int) -> dict:
     """Areas and seconds of all kinds of tests, on points and on radii, over several runs."""
+
+    def seconds(neighbours: Sequence[int]) -> float:
+        began = time.process_time()
+        cmi(y[:, None], points[2], points[3], neighbours)
+        return time.process_time() - began
+
     size = SIZES[name]
     result: dict = {"size": size, "points": {}, "radii": {}}
     for run in common.progress(range(size["runs"]), f"n = {size['n']}", "run"):
@@ -236,10 +268,13 @@ def one_size(name: str, kinds: Sequence[str], seed: int) -> dict:
         radii = [standardised(np.linalg.norm(z, axis=1, keepdims=True)) for z in points]
         for what, variables in (("points", points), ("radii", radii)):
             tests = Tests(y, variables, size, 1000 * seed + run)
-            for kind in kinds:
+            some = [kind for kind in kinds if "CMI" not in kind or what in size["cmi"]]
+            for kind in some:
                 result[what].setdefault(kind, []).append(roc(tests, kind))
-            for kind in kinds:  # the CMI's neighbours share one computation
+            for kind in some:  # the CMI's neighbours share one computation
                 result[what][kind][-1]["seconds"] = tests.seconds[kind.partition(",")[0]]
+                result[what][kind][-1]["tests"] = tests.count(kind)
+    result["one_k"] = seconds(NEIGHBOURS[1:2]) / seconds(NEIGHBOURS)
     return result
 
 
@@ -258,6 +293,7 @@ def summary(runs: list[dict]) -> dict:
         "auc": float(areas.mean()),
         "standard_error": float(areas.std(ddof=1) / math.sqrt(len(areas))),
         "seconds": float(np.mean([run["seconds"] for run in runs])),
+        "tests": float(np.mean([run["tests"] for run in runs])),
         "rates": shares,  # true, false
         "curve": np.mean(curves, axis=0).round(4).tolist(),
         "whole": float(
@@ -271,71 +307,96 @@ def summary(runs: list[dict]) -> dict:
 
 def run(options) -> dict:
     kinds = ("CODEC", "L-CODEC", "T alone", *(f"CMI, k = {k}" for k in NEIGHBOURS))
-    parts = {"full": kinds, "paper's n": kinds[:3]} if options.full else {"reduced": kinds}
     result: dict = {"truth": TRUTH, "noise": NOISE, "near": NEAR, "parts": {}}
-    for name, some in parts.items():
-        found = one_size(name, some, options.seed)
-        result["parts"][name] = {"size": found["size"]} | {
-            what: {kind: summary(found[what][kind]) for kind in some}
-            for what in ("points", "radii")
+    for name in ("full", "paper's n") if options.full else ("reduced",):
+        found = one_size(name, kinds, options.seed)
+        result["parts"][name] = {"size": found["size"], "one_k": found["one_k"]} | {
+            what: {kind: summary(runs) for kind, runs in found[what].items()} for what in BOTH
         }
     return result
+
+
+def share(part: dict, what: str, of_a_test: bool = False) -> float:
+    """CPU time of a search by T as a share of the CMI's, or of one of its tests."""
+    ours, other = part[what]["CODEC"], part[what]["CMI, k = 5"]
+    found = ours["seconds"] / other["seconds"]
+    return found * other["tests"] / ours["tests"] if of_a_test else found
+
+
+def rounded(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.2g}"
+
+
+def row(part: dict, kind: str) -> str:
+    """A row of the page's table."""
+    cells = ""
+    for what in BOTH:
+        found = part[what].get(kind)
+        if found is None:
+            cells += " | |"
+            continue
+        cells += (
+            f" {found['auc']:.2f} ± {found['standard_error']:.2f} | {rounded(found['seconds'])} |"
+        )
+    return f"| {kind} |{cells}"
 
 
 def show(record: dict) -> str:
     lines = []
     for part in record["parts"].values():
         size = part["size"]
-        lines.append(
-            f"{size['runs']} runs of n = {size['n']:,}, {size['permutations']} permutations a test"
-        )
-        lines.append(
-            f"{'':20}{'AUC on points':>18}{'seconds':>9}{'AUC on radii':>18}{'seconds':>9}"
-        )
-        for kind, found in part["points"].items():
-            cells = ""
-            for one in (found, part["radii"][kind]):
-                cells += f"{one['auc']:>7.2f} ± {one['standard_error']:.2f}{one['seconds']:>14.2f}"
-            lines.append(f"{kind:<20}{cells}")
+        lines += [
+            f"{size['runs']} runs of n = {size['n']:,}, {size['permutations']} permutations a test",
+            "| test | points: AUC | CPU s | radii: AUC | CPU s |",
+            *(row(part, kind) for kind in part["points"]),
+        ]
     lines.append("AUC: of true against false positives over all thresholds; ± one standard error")
     return "\n".join(lines)
 
 
 def draw(record: dict, file: Path) -> None:
+    parts = list(record["parts"].values())
+    with common.figure(file, len(parts), 3, size=(11, 0.7 + 3.2 * len(parts))) as axes:
+        for part, row_of_axes in zip(parts, np.reshape(axes, (-1, 3)), strict=True):
+            draw_part(row_of_axes, part)
+
+
+def draw_part(axes, part: dict) -> None:
     from lcodec_ext.evaluation.figures import BLUE, DARK, ORANGE, PURPLE
 
-    part = next(iter(record["parts"].values()))
     looks = {
         "CODEC": (BLUE, "-"),
         "L-CODEC": (PURPLE, "--"),
         "T alone": (DARK, ":"),
         "CMI, k = 5": (ORANGE, "-"),
     }
-    grid = np.linspace(0, 1, 101)
-    with common.figure(file, columns=3, size=(10, 4)) as (left, middle, right):
-        titles = {"points": "Points in three dimensions", "radii": "Radii (known to matter)"}
-        for axes, what in ((left, "points"), (middle, "radii")):
-            for kind, (color, line) in looks.items():
-                found = part[what][kind]
-                label = f"{kind}: {found['auc']:.2f} ± {found['standard_error']:.2f}"
-                axes.plot(grid, found["curve"], line, color=color, label=label, linewidth=1.8)
-            axes.plot([0, 1], [0, 1], color="0.8", linewidth=0.8, zorder=0)
-            axes.set(title=titles[what], xlabel="false members kept", ylabel="true members kept")
-            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
-            axes.legend(fontsize=8, title="area below", title_fontsize=8, **below)
-        names = list(looks)
-        for offset, what, alpha in ((-0.2, "points", 1.0), (0.2, "radii", 0.5)):
-            seconds = [part[what][kind]["seconds"] for kind in names]
-            places = np.arange(len(names)) + offset
-            right.barh(places, seconds, 0.38, color=[looks[k][0] for k in names], alpha=alpha)
-            for place, value in zip(places, seconds, strict=True):
-                right.text(value * 1.15, place, f"{value:.2g} s", va="center", fontsize=8)
-        right.set_yticks(range(len(names)), names)
-        right.invert_yaxis()
-        right.set(xscale="log", title="CPU time of a search", xlabel="seconds (pale: radii)")
-        right.set_xlim(right=right.get_xlim()[1] * 8)
-        right.xaxis.set_major_formatter("{x:g}")
+    grid, n = np.linspace(0, 1, 101), f"n = {part['size']['n']:,}"
+    titles = {"points": f"Points, {n}", "radii": f"Radii (known to matter), {n}"}
+    for curves, what in zip(axes, titles, strict=False):
+        for kind, (color, line) in looks.items():
+            found = part[what].get(kind)
+            if found is None:
+                continue
+            label = f"{kind}: {found['auc']:.2f} ± {found['standard_error']:.2f}"
+            curves.plot(grid, found["curve"], line, color=color, label=label, linewidth=1.8)
+        curves.plot([0, 1], [0, 1], color="0.8", linewidth=0.8, zorder=0)
+        curves.set(title=titles[what], xlabel="false members kept", ylabel="true members kept")
+        curves.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}
+        curves.legend(fontsize=8, title="area below", title_fontsize=8, **below)
+    names, bars = list(looks), axes[2]
+    for offset, what, alpha in ((-0.2, "points", 1.0), (0.2, "radii", 0.5)):
+        known = [kind for kind in names if kind in part[what]]
+        seconds = [part[what][kind]["seconds"] for kind in known]
+        places = np.arange(len(known)) + offset
+        bars.barh(places, seconds, 0.38, color=[looks[k][0] for k in known], alpha=alpha)
+        for place, value in zip(places, seconds, strict=True):
+            bars.text(value * 1.15, place, f"{rounded(value)} s", va="center", fontsize=8)
+    bars.set_yticks(range(len(names)), names)
+    bars.invert_yaxis()
+    bars.set(xscale="log", title="CPU time of a search", xlabel="seconds (pale: radii)")
+    bars.set_xlim(right=bars.get_xlim()[1] * 8)
+    bars.xaxis.set_major_formatter("{x:g}")
 
 
 if __name__ == "__main__":

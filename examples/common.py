@@ -3,9 +3,12 @@
 import argparse
 import datetime
 import json
+import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,7 +64,7 @@ def main(
     }
     record |= found
     file = arguments.output / f"{name}.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    file.write_text(as_json(record) + "\n")
     figure = file.with_suffix(".png")
     draw(record, figure)
     print(f"\n{show(record)}\n\nRecord: {file}\nFigure: {figure}")
@@ -82,11 +85,58 @@ def head(name: str, arguments: argparse.Namespace) -> dict:
     }
 
 
+def as_json(record: dict) -> str:
+    """Strict JSON: NaN is null, and an infinite number the text "inf" or "-inf"."""
+    from lcodec_ext._files import json_ready
+
+    ready = json_ready(record, nonfinite=lambda x: None if math.isnan(x) else str(x))
+    return json.dumps(ready, indent=1, allow_nan=False)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation of several runs, as tables have them; of one run its value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
 def progress(items: Iterable, what: str, unit: str = "it"):
     """The items, with a bar that says how long the rest will take."""
     from tqdm import tqdm
 
     return tqdm(items, desc=what, unit=unit, dynamic_ncols=True)
+
+
+def paper_noise(n: int, decay: float, epsilon: float, delta: float) -> float:
+    """Standard deviation of the paper's noise for one sample of n, with its L = 1 and M = 1/4."""
+    from lcodec_ext.unlearning.privacy import gaussian_sigma, sekhari_sensitivity
+
+    constants = {"lipschitz": 1.0, "hessian_lipschitz": 0.25, "strong_convexity": decay}
+    return gaussian_sigma(sekhari_sensitivity(n, 1, **constants), epsilon, delta)
+
+
+def paper_removal(model, forget, retain, loss_fn, refused: Counter, sigma: float, draws, **options):
+    """Remove samples from a model in place by the paper's preset, then add its noise.
+
+    Returns the units that changed, on which the noise is; None if no step came about: without
+    positive curvature along it, with nothing to select, and from a model that is already broken.
+    `refused` then counts how the message begins.
+    """
+    from lcodec_ext.unlearning import (
+        IndefiniteCurvatureError,
+        NotFiniteError,
+        NothingSelectedError,
+        unlearn,
+    )
+
+    try:
+        result = unlearn(model, forget, retain, loss_fn, preset="paper", inplace=True, **options)
+    except (IndefiniteCurvatureError, NothingSelectedError, NotFiniteError) as error:
+        refused[str(error)[:60]] += 1
+        return None
+    units = result.selection.units
+    if sigma:
+        add_noise_on(model, units, sigma, draws)
+    return units
 
 
 def add_noise_on(model, units, sigma: float, generator) -> None:

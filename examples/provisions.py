@@ -27,13 +27,11 @@ from ordinary_models import LIBRARIES, WORDS, docstrings, hashed_words
 from torch import Tensor, nn
 
 from lcodec_ext.evaluation.figures import BLUE, DARK, ORANGE, PALE, PURPLE, RED
-from lcodec_ext.unlearning import TokenReplacement, Unlearner, unlearn
-from lcodec_ext.unlearning.privacy import gaussian_sigma, sekhari_sensitivity
+from lcodec_ext.unlearning import TokenReplacement, Unlearner
 
 LAMBDA, DELTA = 0.01, 0.01  # the paper's
 EPSILONS = (0.1, 0.01, 0.001, 0.0005)
 OFTEN = 0.001  # epsilons up to this have several streams, which cost little as they break soon
-LIPSCHITZ, HESSIAN_LIPSCHITZ = 1.0, 0.25  # assumed by the published code
 PAPER_N = 57_600  # 80% and of that 90% of the 80,000 provisions of LEDGAR in LexGLUE
 PAPER_LENGTH = 128
 FALL = 0.05  # of macro F1: by how much it has fallen when a stream counts as broken
@@ -267,9 +265,7 @@ def broken_after(points: list[dict]) -> int | None:
 
 def sigma(epsilon: float, n: int = PAPER_N) -> float:
     """The paper's noise for one text of n, by default of LEDGAR's."""
-    constants = {"lipschitz": LIPSCHITZ, "hessian_lipschitz": HESSIAN_LIPSCHITZ}
-    gamma = sekhari_sensitivity(n, 1, strong_convexity=LAMBDA, **constants)
-    return gaussian_sigma(gamma, epsilon, DELTA)
+    return common.paper_noise(n, LAMBDA, epsilon, DELTA)
 
 
 def end(points: list[dict], model: nn.Module, data: Data, asked: Tensor) -> dict:
@@ -293,27 +289,22 @@ def paper_stream(
     for k in common.progress(range(len(asked)), what, "text"):
         i = asked[k : k + 1]
         kept[i] = False
-        try:
-            result = unlearn(
-                model,
-                (x[i], y[i]),
-                (x[kept], y[kept]),
-                loss_fn,
-                preset="paper",
-                inplace=True,
-                perturb=data.replacement,
-                n_perturbations=form.perturbations,
-                n_curvature=form.rows,
-                weight_decay=LAMBDA,
-                seed=1000 * seed + k,
-            )
-        except ValueError as error:  # no positive curvature, or nothing is selected
-            refused[str(error)[:70]] += 1
-        else:
-            units = result.selection.units
+        units = common.paper_removal(
+            model,
+            (x[i], y[i]),
+            (x[kept], y[kept]),
+            loss_fn,
+            refused,
+            noise,
+            generator,
+            perturb=data.replacement,
+            n_perturbations=form.perturbations,
+            n_curvature=form.rows,
+            weight_decay=LAMBDA,
+            seed=1000 * seed + k,
+        )
+        if units is not None:
             counts.append(sum(len(rows) for rows in units.values()))
-            if noise:
-                common.add_noise_on(model, units, noise, generator)
         if measured(k + 1) or k + 1 == len(asked):
             points.append(point(model, data, k + 1))
             if points[-1]["macro_f1"] < GIVEN_UP * points[0]["macro_f1"]:

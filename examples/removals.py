@@ -8,7 +8,8 @@ default of this package, which finds its strength by control groups. Networks tr
 the removed samples are the yardstick.
 
 Reduced: scikit-learn's digits, smaller networks, 40 removals, in half a minute. --full: 10,000
-images of Fashion-MNIST, 1000 removals (500 of the K-FAC network), about 15 minutes of CPU time.
+images of Fashion-MNIST, 1000 removals (500 of the K-FAC network) with one seed, and 400 (300) with
+two more, about 25 minutes of CPU time.
 """
 
 import copy
@@ -29,13 +30,7 @@ from unlearning_models import FASHION_MNIST, fashion_mnist
 
 from lcodec_ext.evaluation.figures import BLUE, DARK, ORANGE, PURPLE, RED
 from lcodec_ext.evaluation.metrics import js_distance
-from lcodec_ext.unlearning import (
-    IndefiniteCurvatureError,
-    Unlearner,
-    add_noise,
-    gaussian_sigma,
-    unlearn,
-)
+from lcodec_ext.unlearning import Unlearner, add_noise
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -46,7 +41,6 @@ FILES = (
 DATA = f"MNIST or Fashion-MNIST as published: {', '.join(f'{name}.gz' for name in FILES)}"
 DECAY, DAMPING = 0.01, 0.01  # lambda of the paper; what its code adds to the diagonal
 EPSILON, DELTA = 0.1, 0.01
-HESSIAN_LIPSCHITZ, LIPSCHITZ = 0.25, 1.0  # as the paper's code assumes
 PAPER_N = 60_000  # samples of MNIST
 WAYS = {
     "full": {"selection": "full"},
@@ -71,10 +65,14 @@ class Size:
     measured: int  # removals between two points of a curve
     request: int  # samples of a request to the default
     rows: int  # retained samples that a curvature reads
+    again: tuple[int, int, int]  # removals of each model with the further seeds; a checkpoint
+    seeds: int  # of data, networks and draws
 
 
-FULL = Size(10_000, 50, 256, (100, 20), (1000, 1000, 500), 1000, 100, 20, 10, 1000)
-REDUCED = Size(900, 50, 64, (24, 12), (40, 40, 40), 200, 20, 10, 10, 500)
+FULL = Size(
+    10_000, 50, 256, (100, 20), (1000, 1000, 500), 1000, 100, 20, 10, 1000, (400, 400, 300), 3
+)
+REDUCED = Size(900, 50, 64, (24, 12), (40, 40, 40), 200, 20, 10, 10, 500, (20, 20, 20), 1)
 
 
 @dataclass(frozen=True)
@@ -196,9 +194,7 @@ class Stream:
 
 
 def noise(n: int) -> float:
-    """The paper's noise for one sample of n: gamma = 2 M L^2 / (n^2 lambda^3)."""
-    gamma = 2 * HESSIAN_LIPSCHITZ * LIPSCHITZ**2 / (n**2 * DECAY**3)
-    return gaussian_sigma(gamma, EPSILON, DELTA)
+    return common.paper_noise(n, DECAY, EPSILON, DELTA)
 
 
 def paper_stream(
@@ -215,27 +211,22 @@ def paper_stream(
     for i in common.progress(range(removals), way):
         began = time.process_time()
         forget, retain = (data.x[i : i + 1], data.y[i : i + 1]), (data.x[i + 1 :], data.y[i + 1 :])
-        try:
-            result = unlearn(
-                model,
-                forget,
-                retain,
-                cross_entropy,
-                preset="paper",
-                inplace=True,
-                seed=seed + i,
-                **settings,
-            )
-        except (IndefiniteCurvatureError, ValueError) as error:
-            stream.refused += 1  # no positive curvature along the step, or nothing to select
-            stream.reasons[str(error)[:60]] += 1
-        else:
-            units = result.selection.units
+        units = common.paper_removal(
+            model,
+            forget,
+            retain,
+            cross_entropy,
+            stream.reasons,
+            sigma,
+            generator,
+            seed=seed + i,
+            **settings,
+        )
+        if units is not None:
             counts.append(sum(len(rows) for rows in units.values()))
-            if sigma:
-                common.add_noise_on(model, units, sigma, generator)
         stream.seconds += time.process_time() - began
         record_point(stream, model, data, size, i + 1)
+    stream.refused = stream.reasons.total()
     if counts:
         stream.units = float(torch.tensor(counts, dtype=torch.float64).median())
     return stream
@@ -318,7 +309,7 @@ def kfac_stream(model: nn.Module, data: Data, size: Size, removals: int) -> Stre
     for i in common.progress(range(removals), KFAC):
         began = time.process_time()
         if i % size.checkpoint == 0:
-            rows = data.x[removals:][: size.rows]
+            rows = data.x[max(size.removals) :][: size.rows]
             curvature = Kfac(model, rows, DECAY + DAMPING)
         model.zero_grad()
         cross_entropy(model(data.x[i : i + 1]), data.y[i : i + 1]).backward()
@@ -335,10 +326,14 @@ def kfac_stream(model: nn.Module, data: Data, size: Size, removals: int) -> Stre
 
 
 def streams(
-    name: str, model: nn.Module, data: Data, size: Size, removals: int, which: int, seed: int
+    name: str, model: nn.Module, data: Data, size: Size, which: int, seed: int, first: bool
 ) -> dict[str, Stream]:
-    """All ways for a model: K-FAC for the last one, the paper's noise for the one in the middle."""
+    """All ways for a model: K-FAC for the last one, the paper's noise for the one in the middle.
+
+    With further seeds than the first there are fewer removals, and no noise.
+    """
     found: dict[str, Stream] = {}
+    removals = (size.removals if first else size.again)[which]
     for way, options in WAYS.items():
         if way == "random units":
             if which == 2:
@@ -346,7 +341,7 @@ def streams(
             options = options | {"n_units": max(1, round(found["L-FOCI"].units or 1))}
         label = f"{name}, {way}"
         found[way] = paper_stream(model, data, size, removals, label, seed, **options)
-    if which == 1:
+    if which == 1 and first:
         for way, of in NOISY.items():
             options = WAYS[of] | {"sigma": noise(PAPER_N)}
             label = f"{name}, {way}"
@@ -357,12 +352,13 @@ def streams(
     return found
 
 
-def experiment(name: str, make, which: int, data: Data, size: Size, seed: int) -> dict:
+def experiment(
+    name: str, make, which: int, data: Data, size: Size, seed: int, first: bool = True
+) -> dict:
     """Train, remove in all ways, and compare with retraining at the checkpoints."""
-    removals = size.removals[which]
     model = train(make, data.x, data.y, size, seed)
-    constant = train(make, data.x, data.y, size, seed, constant=True)
-    ways = streams(name, model, data, size, removals, which, seed)
+    ways = streams(name, model, data, size, which, seed, first)
+    removals = ways[DEFAULT].points[-1]["removed"]
     marks = range(size.checkpoint, removals + 1, size.checkpoint)
     retrained, distances = [], {way: [] for way in (NO_OP, *ways, "retrained")}
     for mark in common.progress(marks, f"{name}, retraining"):
@@ -379,14 +375,11 @@ def experiment(name: str, make, which: int, data: Data, size: Size, seed: int) -
                     "js_test": js_distance(candidate, again, data.test),
                 }
             )
+    noisy = add_noise(model, noise(len(data.y)), seed=seed)
     return {
-        "model": name,
+        "seed": seed,
         "removals": removals,
-        "n": len(data.y),
-        "gradient_norm_at_constant_rate": gradient_norm(constant, data.x, data.y),
-        "accuracy_after_one_noise_for_this_n": accuracy(
-            add_noise(model, noise(len(data.y)), seed=seed), data.test
-        ),
+        "accuracy_after_one_noise_for_this_n": accuracy(noisy, data.test),
         "no_op": [point(model, data, mark, size.measured) for mark in marks],
         "retrained": retrained,
         "distances": distances,
@@ -405,11 +398,20 @@ def experiment(name: str, make, which: int, data: Data, size: Size, seed: int) -
 
 def run(arguments) -> dict:
     size = FULL if arguments.full else REDUCED
-    data = load(arguments.data, size, arguments.seed, arguments.full)
-    found = [
-        experiment(name, make, which, data, size, arguments.seed)
-        for which, (name, make) in enumerate(models(size, data.x.shape[1]).items())
-    ]
+    found: list[dict] = []
+    for k in range(size.seeds):
+        seed = 10_000 * k + arguments.seed
+        data = load(arguments.data, size, seed, arguments.full)
+        for which, (name, make) in enumerate(models(size, data.x.shape[1]).items()):
+            if not k:
+                constant = train(make, data.x, data.y, size, seed, constant=True)
+                norm = gradient_norm(constant, data.x, data.y)
+                found.append({"model": name, "n": len(data.y), "runs": []})
+                found[which]["gradient_norm_at_constant_rate"] = norm
+            label = f"{name}, seed {seed}"
+            found[which]["runs"].append(
+                experiment(label, make, which, data, size, seed, first=not k)
+            )
     return {
         "data": data.name,
         "size": vars(size),
@@ -454,86 +456,126 @@ def draw(record: dict, file: Path) -> None:
                 axis = axes[row, column]
                 if not column:
                     axis.set_ylabel(label)
-                panel(axis, found, key)
+                for run in reversed(found["runs"]):
+                    curves(axis, run, key, first=run is found["runs"][0])
+                limit(axis, key)
         handles = {}
         for axis in axes.flat:
             handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         axes[0, 0].figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
 
 
-def panel(axis, found: dict, key: str) -> None:
-    """One quantity of one model against the number of removals."""
-    for way, stream in found["ways"].items():
+def curves(axis, run: dict, key: str, first: bool) -> None:
+    """One quantity of one run against the number of removals; further seeds are thin and pale."""
+    faint = {} if first else {"alpha": 0.45}
+    for way, stream in run["ways"].items():
         colour, line = LOOKS[way]
         points = [p for p in stream["points"] if key in p]
         axis.plot(
             [p["removed"] for p in points],
-            [p[key] for p in points],
+            [float(p[key]) for p in points],
             color=colour,
             linestyle=line,
-            linewidth=2 if way == DEFAULT else 1.3,
-            label=way,
+            linewidth=(2 if way == DEFAULT else 1.3) if first else 0.7,
+            label=way if first else None,
+            **faint,
         )
-    marks = [p["removed"] for p in found["retrained"]]
-    look = {"linestyle": "none", "markersize": 4.5, "color": DARK, "zorder": 5}
-    axis.plot(marks, [p[key] for p in found["retrained"]], marker="o", label="retrained", **look)
+    marks = [p["removed"] for p in run["retrained"]]
+    look = {"linestyle": "none", "color": DARK, "zorder": 5} | faint
+    look["markersize"] = 4.5 if first else 3
+    again, before = ([p[key] for p in run[what]] for what in ("retrained", "no_op"))
+    axis.plot(marks, again, marker="o", label="retrained" if first else None, **look)
+    if key == "loss_removed":
+        axis.plot(marks, before, marker="x", label="nothing done" if first else None, **look)
+
+
+def limit(axis, key: str) -> None:
     if key in LIMITS:
         axis.set_ylim(LIMITS[key])
     if key == "gradient_norm":
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-    if key == "loss_removed":
-        axis.plot(
-            marks,
-            [p[key] for p in found["no_op"]],
-            marker="x",
-            label="nothing done",
-            **look,
-        )
 
 
-def row(found: dict, way: str, end: dict) -> str:
-    """A row of the page's table: how a way ends."""
-    stream, apart = found["ways"].get(way, {}), found["distances"][way][-1]
-    numbers = (
-        (end["gradient_norm"], 2),
-        (end["sample_gradient_norm"], 1),
-        (end["accuracy"], 3),
-        (end["loss_removed"], 3),
-        (apart["js_removed"], 3),
-        (apart["js_test"], 3),
-    )
-    cells = [f"{x:.{digits}f}" if x < 1000 else f"{x:.0e}" for x, digits in numbers]
-    cells += [f"{stream['units']:.0f}" if stream.get("units") else ""]
-    cells += (
-        [f"{stream['refused']}", f"{stream['cpu_seconds_per_sample']:.3f}"] if stream else ["", ""]
-    )
+QUANTITIES = {  # of the tables: heading and decimals
+    "gradient_norm": ("gradient", 2),
+    "sample_gradient_norm": ("sample's gradient", 1),
+    "accuracy": ("test accuracy", 3),
+    "loss_removed": ("loss", 3),
+    "js_removed": ("JS, removed", 3),
+    "js_test": ("JS, test", 3),
+}
+OF_SEEDS = ("accuracy", "loss_removed", "js_removed")  # what the tables have of all seeds
+
+
+def at(run: dict, way: str, removed: int) -> dict:
+    """What a run measured of a way after so many removals; empty if it has no such point."""
+    points = {"retrained": run["retrained"], NO_OP: run["no_op"]}.get(way)
+    if points is None:
+        points = run["ways"].get(way, {"points": []})["points"]
+    found: dict = {}
+    for point in (*points, *run["distances"].get(way, ())):
+        if point["removed"] == removed:
+            found |= {key: float(value) for key, value in point.items() if value is not None}
+    return found
+
+
+def number(values: list[float], digits: int) -> str:
+    """Mean and standard deviation, or the range of values that grew beyond all measure."""
+    if max(values) < 1000:
+        return common.spread(values, digits)
+    ends = sorted({f"{value:.0e}" for value in (min(values), max(values))}, key=float)
+    return " to ".join(ends)
+
+
+def row(found: dict, way: str) -> str:
+    """A row of the page's table: a way over all seeds, and at the end of the first one."""
+    first, cells = found["runs"][0], []
+    for runs, quantities in groups(found):
+        points = [at(run, way, runs[-1]["removals"]) for run in runs]
+        for key in quantities:
+            cells.append(number([point[key] for point in points if point], QUANTITIES[key][1]))
+    cells += ["", "", ""]
+    stream = first["ways"].get(way)
+    if stream:
+        units = "" if stream["units"] is None else f"{stream['units']:.0f}"
+        cells[-3:] = [units, f"{stream['refused']}", f"{stream['cpu_seconds_per_sample']:.3f}"]
     return f"| {way} | " + " | ".join(cells) + " |"
 
 
+def groups(found: dict) -> list[tuple[list[dict], tuple[str, ...]]]:
+    """The runs and quantities of a table's columns: all seeds, if there are several, and one."""
+    runs = found["runs"]
+    several = [(runs, OF_SEEDS)] if len(runs) > 1 else []
+    return [*several, (runs[:1], tuple(QUANTITIES))]
+
+
+def heading(found: dict) -> str:
+    """What is above the rows of a model; with several seeds also after how many removals."""
+    heads = []
+    for runs, quantities in groups(found):
+        after = f" ({runs[-1]['removals']:,})" if len(found["runs"]) > 1 else ""
+        heads += [QUANTITIES[key][0] + after for key in quantities]
+    return "| way | " + " | ".join([*heads, "units", "refused", "CPU s"]) + " |"
+
+
+def ways(found: dict) -> tuple[str, ...]:
+    return ("retrained", NO_OP, *found["runs"][0]["ways"])
+
+
 def show(record: dict) -> str:
-    lines = [f"Data: {record['data']}", ""]
+    lines = [f"Data: {record['data']}"]
     for found in record["models"]:
-        lines += [
-            f"{found['model']}, {found['removals']} of {found['n']} samples removed",
-            f"  {'':<20}{'gradient':>10}{'accuracy':>10}{'loss':>8}{'JS':>8}{'s/sample':>10}"
-            f"{'refused':>9}",
-        ]
-        ends = {"retrained": found["retrained"][-1], NO_OP: found["no_op"][-1]}
-        ends |= {way: stream["points"][-1] for way, stream in found["ways"].items()}
-        for way, end in ends.items():
-            stream = found["ways"].get(way, {})
-            js = found["distances"][way][-1]["js_removed"]
-            line = f"  {way:<20}{end['gradient_norm']:>10.3f}{end['accuracy']:>10.3f}"
-            line += f"{end['loss_removed']:>8.3f}{js:>8.3f}"
-            if stream:
-                line += f"{stream['cpu_seconds_per_sample']:>10.3f}{stream['refused']:>9}"
-            lines.append(line)
-    lines.append(
-        "gradient: norm, of the retained objective. loss, JS: of the removed samples; JS is the\n"
-        "distance of the outputs to those of the retrained network (of another one, its own row)."
-    )
+        lines += ["", f"{found['model']}, trained on {found['n']:,} samples", heading(found)]
+        lines += [row(found, way) for way in ways(found)]
+    lines += [
+        "",
+        "A number with a standard deviation is of several seeds, any other of the first. gradient:",
+        "norm, of the retained objective; sample's gradient: of the last removed samples' losses.",
+        "loss: of the removed samples. JS: distance to the outputs of the retrained network (in",
+        "its own row: of another one). CPU s: for a sample.",
+    ]
     return "\n".join(lines)
 
 

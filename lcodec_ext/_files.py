@@ -113,14 +113,16 @@ def file_to_read(path: object) -> Path:
     return found
 
 
-def _check_place(path: Path) -> None:
-    """Refuse what no file can be written to."""
-    if path.is_dir():
+def file_to_write(path: object) -> Path:
+    """The path of a file that can be written; TypeError, ValueError or OSError for others."""
+    found = file_path(path)
+    if found.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder: give the name of a file in it")
-    if not path.parent.is_dir():
+    if not found.parent.is_dir():
         raise FileNotFoundError(
-            f"{str(path)!r} cannot be written: {str(path.parent)!r} is not a folder; make it first"
+            f"{str(path)!r} cannot be written: {str(found.parent)!r} is not a folder; make it first"
         )
+    return found
 
 
 def write_all_atomically(files: Mapping[str | os.PathLike[str], Content]) -> None:
@@ -130,7 +132,7 @@ def write_all_atomically(files: Mapping[str | os.PathLike[str], Content]) -> Non
     FileNotFoundError, with what to do, for paths that no file can be written to.
     """
     for name in files:
-        _check_place(file_path(name))
+        file_to_write(name)
     written: dict[Path, Path] = {}
     token = secrets.token_hex(4)
     try:

@@ -1,5 +1,7 @@
 """Everything drawn at random: tied neighbours, noise, the order of rows, permutations."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,7 +10,7 @@ _MASK = (1 << 64) - 1
 _BLOCK = 64  # columns of noise that are transposed together
 
 
-def _mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mixed(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Finaliser of splitmix64 (Steele, Lea, Flood 2014), a bijection of 64-bit words."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -22,9 +24,9 @@ def tie_hash(seed: int, n: int) -> NDArray[np.uint64]:
     the draw is the same for any thread count, chunking and device. The native twin is
     ``tie_hash`` in ``csrc/common/random.hpp``.
     """
-    start = _mix(np.array([(seed + _GAMMA) & _MASK], dtype=np.uint64))
+    start = mixed(np.array([(seed + _GAMMA) & _MASK], dtype=np.uint64))
     rows = np.arange(1, n + 1, dtype=np.uint64)
-    return _mix(start + rows * np.uint64(_GAMMA))
+    return mixed(start + rows * np.uint64(_GAMMA))
 
 
 def pick(word: int, count: int) -> int:
@@ -49,12 +51,15 @@ def random_order(n: int, seed: int, stream: int) -> NDArray[np.int64]:
     return np.argsort(words, kind="stable")
 
 
-def gaussian_noise(n: int, sigmas: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def gaussian_noise(
+    n: int, sigmas: NDArray[np.float64], seed: int, streams: Sequence[int] | None = None
+) -> NDArray[np.float64]:
     """n rows of independent N(0, sigma^2), one Philox stream per column.
 
-    Column k draws from ``Generator(Philox(seed).jumped(k))``: 2**128 draws apart, and the same
-    noise for a column whatever the other columns are.
+    Column k draws from ``Generator(Philox(seed).jumped(streams[k]))``, by default from stream k:
+    2**128 draws apart, and the same noise for a column whatever the other columns are.
     """
+    streams = range(len(sigmas)) if streams is None else streams
     noise = np.empty((n, len(sigmas)))
     philox = np.random.Philox(seed)
     generator = np.random.Generator(philox)
@@ -62,8 +67,8 @@ def gaussian_noise(n: int, sigmas: NDArray[np.float64], seed: int) -> NDArray[np
     for first in range(0, len(sigmas), _BLOCK):
         columns = slice(first, first + _BLOCK)
         block = np.empty((len(sigmas[columns]), n))
-        for k, row in enumerate(block, first):
-            state["state"]["counter"][2] = k  # what jumped(k) sets, in a tenth of the time
+        for stream, row in zip(streams[columns], block, strict=True):
+            state["state"]["counter"][2] = stream  # what jumped sets, in a tenth of the time
             philox.state = state
             generator.standard_normal(out=row)
         noise[:, columns] = (sigmas[columns, None] * block).T

@@ -30,6 +30,22 @@ def test_an_example_is_recorded_and_shown(name):
     assert f"examples/{name}.py" in (ROOT / f"docs/experiments/{name}.md").read_text()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_is_strict_json(name):
+    text = (ROOT / f"examples/results/{name}.json").read_text()
+    json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+def test_what_is_not_finite_is_recorded_as_json():
+    found = json.loads(common.as_json({"a": [float("nan"), float("inf"), -float("inf"), 1.5]}))
+    assert found == {"a": [None, "inf", "-inf", 1.5]}
+
+
+def test_means_have_their_spread():
+    assert common.spread([0.25], 3) == "0.250"
+    assert common.spread([1.0, 3.0], 2) == "2.00 ± 1.41"
+
+
 def test_the_gallery_shows_nothing_else():
     folder = ROOT / "examples/results"
     assert sorted({path.stem for path in folder.glob("*")}) == NAMES

@@ -153,6 +153,10 @@ def test_sums_are_those_of_permuted_responses(table, ties, seed, data):
     sums = CPU.permuted_sums(weighted.pairs, R, start, seed, 4)
     np.testing.assert_array_equal(sums, REFERENCE.permuted_sums(weighted.pairs, R, start, seed, 4))
     found, common = numerators(sums, weighted)
+    later = CPU.permuted_sums(weighted.pairs, R, start, seed, 2, 1)
+    np.testing.assert_array_equal(later, sums[1:3])
+    later = REFERENCE.permuted_sums(weighted.pairs, R, start, seed, 2, 1)
+    np.testing.assert_array_equal(later, sums[1:3])
     for b, number in enumerate(found):
         permuted = R[permutation(len(R), seed, b, start)]
         assert Fraction(number, common) == exact_sum(X, permuted, factors, ties, seed)

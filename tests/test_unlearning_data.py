@@ -25,6 +25,7 @@ from torch.utils.data import (
 )
 
 from lcodec_ext._torch import batches
+from lcodec_ext._torch.faults import check_finite
 from lcodec_ext.curvature import (
     FisherOperator,
     GaussNewtonOperator,
@@ -701,6 +702,14 @@ def test_wrong_entries_are_named(kind, form):
         metrics.gradient_norm(make_model(), given, cross_entropy)
     with pytest.raises(ValueError, match=WRONG[kind].format("train")):
         Unlearner(make_model(), given, cross_entropy, **OPTIONS).remove([3, 777])
+
+
+def test_a_sum_that_overflows_is_no_infinite_number():
+    large, both = torch.full((3, 2), 3e38), torch.tensor([[1.0], [math.inf], [-math.inf]])
+    assert not torch.isfinite(large.sum())
+    check_finite([large, torch.full((3,), 60_000.0).half()], range(3), "data")
+    with pytest.raises(ValueError, match="data holds NaN or infinity: sample 1 has inf"):
+        check_finite([both], range(3), "data")
 
 
 @pytest.mark.parametrize("kind", ["label", "nan"])

@@ -12,6 +12,7 @@ from torch import nn
 from lcodec_ext import codec
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.unlearning import NotFiniteError, NothingSelectedError
 from lcodec_ext.unlearning.record import (
     Recording,
     TokenReplacement,
@@ -1106,17 +1107,22 @@ def test_a_recording_is_selected_from():
 
 @pytest.mark.parametrize("select", [select_lfoci, select_cheap])
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("spoil", "error", "message"),
     [
-        (lambda a, y: (a, y * 0), "is 0 under all perturbations: it depends on no unit"),
-        (lambda a, y: (a, y * 0 + 1), "same under all perturbations: noise_std is too small"),
-        (lambda a, y: (a * 0, y), "all are dead: in 400 rows.*selection='full'"),
-        (lambda a, y: (a, y + np.nan), "loss of the perturbed request is NaN"),
-        (lambda a, y: (np.where(np.arange(8) == 6, np.inf, a), y), "unit 2 of layer 'fc'"),
+        (lambda a, y: (a, y * 0), NothingSelectedError, "is 0 under all perturbations: it depends"),
+        (lambda a, y: (a, y * 0 + 1), NothingSelectedError, "same under all.*noise_std is too sma"),
+        (lambda a, y: (a * 0, y), NothingSelectedError, "all are dead: in 400 rows.*'full'"),
+        (lambda a, y: (a, y + np.nan), NotFiniteError, "loss of the perturbed request is NaN"),
+        (
+            lambda a, y: (np.where(np.arange(8) == 6, np.inf, a), y),
+            NotFiniteError,
+            "unit 2 of layer 'fc'",
+        ),
     ],
 )
-def test_what_cannot_be_selected_from(planted, spoil, message, select):
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_selected_from(planted, spoil, error, message, select):
+    assert issubclass(error, ValueError)
+    with pytest.raises(error, match=message):
         select(recording_of(*spoil(*planted)))
 
 
@@ -1129,5 +1135,5 @@ def test_nothing_to_select(select):
     )
     assert codec(losses, activations[:, 0]) <= 0
     options = {"noise": 0.0} if select is select_lfoci else {}
-    with pytest.raises(ValueError, match=r"selects no unit|no unit has T.*Pass more n_pert"):
+    with pytest.raises(NothingSelectedError, match=r"selects no unit|no unit has T.*Pass more n_"):
         select(recording, **options)

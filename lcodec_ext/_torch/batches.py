@@ -28,6 +28,10 @@ SAMPLES_ARE = (
 )
 
 
+class NoSamplesError(ValueError):
+    """There is no sample, as on a rank of a process group that has none of its own."""
+
+
 class InputsError(TypeError):
     """The model does not take the inputs that the samples have."""
 
@@ -430,7 +434,7 @@ def n_samples(batch: Any, name: str) -> int:
             "them of lists"
         )
     if len(first) == 0:
-        raise ValueError(f"{name} is empty: its first tensor has shape {tuple(first.shape)}")
+        raise NoSamplesError(f"{name} is empty: its first tensor has shape {tuple(first.shape)}")
     if isinstance(batch, Mapping):
         targets = next((batch[key] for key in _LABELS if key in batch), None)
     else:

@@ -1,13 +1,13 @@
 """Weight decay: one number for all parameters, or one for each."""
 
 import difflib
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_real
 from lcodec_ext._torch.modes import check_module
 
@@ -84,12 +84,11 @@ def with_decay(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         found["weight_decay"] = decay = decay_of(given, model)
         if _is_decoupled(given) and decay:
             name = type(given).__name__
-            warnings.warn(
+            warn(
                 f"{name} decays weights apart from the loss: what it minimised has no such term. "
                 f"Its weight_decay {decay_text(decay)} is taken as that of an L2 penalty, which is "
                 "an approximation: compare the result with retraining. The number itself, "
                 "weight_decay=1e-2 for example, says that this is meant",
-                stacklevel=4,  # behind unlearn and its decorator
             )
     return found
 

@@ -8,7 +8,8 @@ of waiting for it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from lcodec_ext._build import build_info
 
-Result = TypeVar("Result")
+Piece = TypeVar("Piece")
 
 _SHOWN = 120  # characters of a value in a message
+_MIX = 0x9E3779B97F4A7C15  # odd, of many bits: the upper ones of a product depend on all others
 
 
 class Ranks:
@@ -78,6 +80,11 @@ class Ranks:
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else None
         self.bytes_sent = 0
 
+    @property
+    def group(self) -> Any:
+        """As it was given."""
+        return self._group
+
     def agree(self, arguments: Mapping[str, Any]) -> None:
         """Check that all ranks call the same function, version and arguments.
 
@@ -107,8 +114,16 @@ class Ranks:
                 )
 
     @contextmanager
-    def alone(self, what: str) -> Iterator[None]:
+    def alone(self, what: str, same: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         """Work that this rank does by itself; a failure here ends all ranks.
+
+        Parameters
+        ----------
+        what : str
+            That failed, for messages.
+        same : tuple of types, optional
+            Errors that the caller goes on after: the others raise the same type, so that they go on
+            in the same way.
 
         Raises
         ------
@@ -118,14 +133,86 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self._failures(f"{type(error).__name__}: {error}")
-            raise
-        for rank, failure in enumerate(self._failures("")):
-            if failure:
-                raise RuntimeError(f"{what} failed on rank {rank} of the group: {failure}")
+            self._end(what, error, same)
+        else:
+            self._end(what, None, same)
 
-    def _failures(self, own: str) -> list[str]:
-        return [text.decode() for text in self.gather_bytes(own.encode())]
+    def _end(self, what: str, error: Exception | None, same: tuple[type[Exception], ...]) -> None:
+        """Raise what the first rank that failed did, of whatever type it is there."""
+        kind = next((k for k, each in enumerate(same) if isinstance(error, each)), len(same))
+        own = "" if error is None else f"{kind} {type(error).__name__}: {error}"
+        for rank, told in enumerate(self.gather_bytes(own.encode())):
+            if not told:
+                continue
+            number, _, failure = told.decode().partition(" ")
+            as_here = error is not None and int(number) == kind
+            if as_here and (kind == len(same) or type(error) is same[kind]):
+                assert error is not None
+                raise error
+            message = f"{what} failed on rank {rank} of the group: {failure}"
+            raise (*same, RuntimeError)[int(number)](message) from error
+
+    def total(
+        self,
+        what: str,
+        own: Callable[[], Sequence[Tensor]],
+        like: Sequence[Tensor],
+        *,
+        given: Sequence[Tensor] = (),
+        same: tuple[type[Exception], ...] = (),
+    ) -> list[Tensor]:
+        """The sums over ranks of tensors that each works out alone; a failure ends all.
+
+        One reduction for each dtype and device. The first one also carries a number for each rank:
+        a checksum of what must be equal there, or that it failed.
+
+        Parameters
+        ----------
+        what, same
+            As for `alone`.
+        own : callable
+            To this rank's tensors.
+        like : sequence of Tensor
+            Shapes, dtypes (float32 or float64) and devices of these.
+        given : sequence of Tensor, optional
+            What they are worked out from, and all ranks must have.
+
+        Raises
+        ------
+        RuntimeError
+            As `alone`; and on all ranks if they were given different numbers.
+        """
+        error: Exception | None = None
+        status = 0
+        parts: Sequence[Tensor] = ()
+        try:
+            parts = own()
+            mixed = sum(map(_bits, given)) * _MIX
+            status = (mixed >> 40) & 0xFFFFFF  # as many bits as float32 holds
+        except Exception as failed:
+            error, status, parts = failed, -1, [torch.zeros_like(each) for each in like]
+        seats = torch.zeros(self.size, dtype=like[0].dtype, device=like[0].device)
+        seats[self.rank] = status
+        found = [torch.empty(0)] * len(like)
+        for kind in dict.fromkeys((each.dtype, each.device) for each in like):
+            chosen = [k for k, each in enumerate(like) if (each.dtype, each.device) == kind]
+            sent = [parts[k].detach().to(like[k]).reshape(-1) for k in chosen]
+            sent += [seats] * (chosen[0] == 0)
+            summed = torch.split(self.add(torch.cat(sent)), [each.numel() for each in sent])
+            for k, each in zip(chosen, summed, strict=False):
+                found[k] = each.reshape(like[k].shape)
+            seats = summed[-1] if chosen[0] == 0 else seats
+        seen = seats.tolist()
+        if -1 in seen:
+            self._end(what, error, same)
+        other = next((r for r, each in enumerate(seen) if each != seen[0]), None)
+        if other is not None:
+            raise RuntimeError(
+                f"{self._function}: {what} is worked out from different numbers on rank 0 and on "
+                f"rank {other}. Ranks must compute alike: give them the same kind of processor or "
+                "GPU, version of PyTorch and number of threads"
+            )
+        return found
 
     def gather(self, values: NDArray) -> NDArray:
         """Arrays of one shape and dtype, stacked by rank: shape (size, ...)."""
@@ -145,6 +232,22 @@ class Ranks:
         told = self.gather(padded)
         return [told[r, : lengths[r]].tobytes() for r in range(self.size)]
 
+    def share(self, count: int) -> range:
+        """Which of the numbers below `count` are this rank's: contiguous ones, or none."""
+        least, more = divmod(count, self.size)
+        first = self.rank * least + min(self.rank, more)
+        return range(first, first + least + (self.rank < more))
+
+    def share_out(self, count: int, what: str, work: Callable[[range], Piece]) -> list[Piece]:
+        """What `work` makes of the numbers below `count`, its own `share` on each rank.
+
+        Every rank has all pieces, by rank, and so in the order of the numbers. They are pickled:
+        ranks trust each other. A failure on one rank ends all.
+        """
+        with self.alone(what):
+            own = pickle.dumps(work(self.share(count)))
+        return [pickle.loads(told) for told in self.gather_bytes(own)]
+
     def broadcast(self, values: Tensor, source: int) -> Tensor:
         """A tensor of rank `source`, on every rank; in place where it can be."""
         sent = values.contiguous() if self._device is None else values.to(self._device).contiguous()
@@ -152,11 +255,17 @@ class Ranks:
         self._talk(lambda: dist.broadcast(sent, root, group=self._group), sent)
         return sent.to(values.device)
 
+    def broadcast_array(self, values: NDArray, source: int) -> NDArray:
+        """An array of rank `source`, on every rank; of one shape and dtype on all."""
+        return self.broadcast(torch.from_numpy(values), source).cpu().numpy()
+
     def add(self, values: Tensor) -> Tensor:
         """The sum over ranks of tensors of one shape, on every rank, with the same bits on each.
 
         At a fixed number of ranks the order of addition is fixed, and with it the bits.
         """
+        if values.is_complex():
+            return torch.view_as_complex(self.add(torch.view_as_real(values)))
         sent = values.detach().clone(memory_format=torch.contiguous_format)
         if self._device is not None:
             sent = sent.to(self._device)
@@ -194,6 +303,13 @@ def _compared(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_compared(each) for each in value]
     return repr(value)
+
+
+def _bits(values: Tensor) -> int:
+    """The sum of a tensor's bits as integers: exact, in any order, where the tensor is."""
+    real = torch.view_as_real(values) if values.is_complex() else values
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
+    return int(real.detach().contiguous().view(kind).sum(dtype=torch.int64))
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,6 @@ does on PyTorch 2; where that always ends in an exception, it does what is evide
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._torch.batches import map_tensors
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext.compat.codec import cheap_torch_foci, torch_foci
@@ -35,8 +35,8 @@ from lcodec_ext.compat.steps import (
     reverseLinearIndexingToLayers,
     updateModelParams,
 )
+from lcodec_ext.unlearning.select import no_unit
 
-NOTHING = "the loss of the request is 0 under all perturbations: no unit is selected and changed"
 _TOKENS = (999, 30521)  # of DistilBERT's uncased vocabulary, whatever the model's is
 
 
@@ -113,7 +113,7 @@ def step(
     disable_batch_norm(model)
     loss_before, norm_before = measure()
     if not slices:
-        warnings.warn(f"{NOTHING}, with or without reference_bugs", stacklevel=4)
+        warn(f"{no_unit('the request', float(losses[0]))}, and the weights stay")
         model.zero_grad()
         return loss_before, loss_before, norm_before, norm_before
     gradient, weights, places = _vectors(model, slices, getGradObjs(model, reference_bugs=True)[0])

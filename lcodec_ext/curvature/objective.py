@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_choice
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.batches import SAMPLES, Batch, Batches, joined, map_tensors
+from lcodec_ext._torch.batches import (
+    SAMPLES,
+    Batch,
+    Batches,
+    NoSamplesError,
+    joined,
+    map_tensors,
+)
 from lcodec_ext._torch.faults import fault_of
 from lcodec_ext._torch.loss import (
     LossFunction,
@@ -71,10 +78,14 @@ class Objective:
     ----------
     model, loss_fn, data, selection, dtype, reduction, progress, cache_bytes
         As `HessianOperator` takes them.
+    shared : bool, default False
+        Whether other ranks have samples of the same objective: then there may be none here.
 
     Attributes
     ----------
     masked : MaskedModel
+    ignored : tuple of int, or None
+        How many labels of a batch the loss ignores, and of how many; None where it was not asked.
     """
 
     @plain_arithmetic()
@@ -89,6 +100,7 @@ class Objective:
         reduction: str,
         progress: bool,
         cache_bytes: int | None = None,
+        shared: bool = False,
     ) -> None:
         check_module(model)
         check_loss_fn(loss_fn)
@@ -98,11 +110,17 @@ class Objective:
         self.masked = MaskedModel(model, selection, dtype)
         self.selection = selection
         self.loss_fn = loss_in(self.masked.dtype, loss_fn)
-        self.batches = Batches(data, self.masked.device, self.masked.dtype)
+        self._shared = shared
+        try:
+            self.batches = Batches(data, self.masked.device, self.masked.dtype)
+        except NoSamplesError:
+            if not shared:
+                raise
+            self.batches = Batches([], self.masked.device, self.masked.dtype)
         self._random = _OwnRandom(self.masked.device, self.batches.generators)
         self._sizes: list[int] = []
         self._reduction_checked = False
-        self._ignored: tuple[int, int] | None = None
+        self.ignored: tuple[int, int] | None = None
         self._first: tuple[Any, Batch] | None = None
         self._plain: dict[tuple[int, int], bool] = {}
         #: Whether the gradients of a piece of a batch have factors, by batch and first sample.
@@ -153,7 +171,7 @@ class Objective:
         if first and sizes:
             self._sizes = sizes
         elif not sizes:
-            raise ValueError("data is empty: it has no batch")
+            raise NoSamplesError("data is empty: it has no batch")
         if sizes != self._sizes:
             raise ValueError(
                 "data must give the same batches each time it is read; batches had "
@@ -204,8 +222,9 @@ class Objective:
         if not self._reduction_checked:
             self._check_reduction(outputs, batch)
             self._reduction_checked = True
-        if not self.batches.cut_here:
+        if self._shared or not self.batches.cut_here:
             self._check_ignored(outputs, batch)
+        if not self.batches.cut_here:
             return
         why = f"since data is cut into batches of {SAMPLES}; or pass batches of your own"
         outputs = map_tensors(Tensor.detach, outputs)
@@ -225,7 +244,7 @@ class Objective:
         if self.reduction == "sum":
             return
         ignored, labels = ignored_labels(self.loss_fn, outputs, batch.targets)
-        self._ignored = before, of = self._ignored or (ignored, labels)
+        self.ignored = before, of = self.ignored or (ignored, labels)
         if ignored * of != before * labels:
             raise ValueError(
                 f"loss_fn ignores {ignored:,} of the {labels:,} labels of a batch of data, and "

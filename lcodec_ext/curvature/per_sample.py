@@ -17,6 +17,7 @@ from lcodec_ext._checks import check_integer, counted
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.layers import is_linear
 from lcodec_ext.curvature.masked.entries import Entries
 from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
@@ -358,6 +359,7 @@ def per_sample_gradients(
     One backward pass from the loss to the first selected layer; no gradient of other units'
     parameters is formed.
     """
+    model = unwrapped(model)
     objective = Objective(
         model, loss_fn, data, selection, dtype=dtype, reduction=reduction, progress=progress
     )

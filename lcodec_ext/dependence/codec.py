@@ -1,9 +1,9 @@
 """The conditional dependence coefficient: CODEC and its randomized form, L-CODEC."""
 
-import warnings
 from typing import Any, Literal, NamedTuple
 
 from lcodec_ext._arrays import array_module, class_codes
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_choice, check_seed
 from lcodec_ext._random import tie_seed
 from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Ties
@@ -193,7 +193,7 @@ def lcodec(
     refuse_classes(given.target.nominal, "lcodec", "codec")
     columns = given.lay_out(chosen)
     if noise > 0 and (given.y == given.y[0]).all():
-        warnings.warn("y is constant: the value measures the added noise alone", stacklevel=2)
+        warn("y is constant: the value measures the added noise alone")
     response, table = with_noise(chosen, given.y, given.table, columns, noise, noise_scale, seed)
     return _coefficient(chosen, chosen.lay_out(table), response, given, ties, seed)
 
@@ -226,10 +226,10 @@ class _Arguments(NamedTuple):
         """The table's columns; warns the caller of codec or lcodec of constant ones."""
         columns = backend.lay_out(self.table)
         constant = constant_columns(columns)
-        self.z.warn_constant(constant[self.r : self.p], stacklevel=3)
+        self.z.warn_constant(constant[self.r : self.p])
         if self.x is not None:
-            self.x.warn_constant(constant[: self.r], stacklevel=3)
-        self.target.warn_constant(self.y, stacklevel=3)
+            self.x.warn_constant(constant[: self.r])
+        self.target.warn_constant(self.y)
         return columns
 
 
@@ -251,7 +251,7 @@ def _prepare(
     features = as_features(z, "z", tensors=tensors, decimals=decimals)
     if x is None:
         rows = clean_rows({"y": target.values, "z": features}, nan_policy)
-        rows.warn_if_most(stacklevel=3)
+        rows.warn_if_most()
         check_classes(rows.values["y"], target.nominal)
         table = target.beside(rows.values["z"], rows.values["y"])
         return _Arguments(rows.values["y"], table, None, features, target)
@@ -263,7 +263,7 @@ def _prepare(
         )
     given = as_features(x, "x", tensors=tensors, decimals=decimals)
     rows = clean_rows({"y": target.values, "z": features, "x": given}, nan_policy)
-    rows.warn_if_most(stacklevel=3)
+    rows.warn_if_most()
     check_classes(rows.values["y"], target.nominal)
     clean = rows.values
     # conditioning columns first: the order of sums
@@ -282,7 +282,7 @@ def _coefficient(
 ) -> float:
     """T(Y, Z | X) of columns laid out from the given ones, or from these with noise."""
     factors = check_distances(columns, given.label)
-    warn_underflow(columns, factors, given.label, stacklevel=3)
+    warn_underflow(columns, factors, given.label)
     target = given.target
     sums, engine = response_engine(
         backend, columns, factors, y, target.nominal, ties, tie_seed(ties, seed), n_neighbors,
@@ -300,6 +300,6 @@ def _coefficient(
         value = sums.conditional(m_w, m_x) if r else sums.unconditional(m_w)
     if value is None:
         reason = "constant" if sums.constant else "a function of x on this sample"
-        warnings.warn(f"y is {reason}: the coefficient is 1 by convention", stacklevel=3)
+        warn(f"y is {reason}: the coefficient is 1 by convention")
         return 1.0
     return float(value)

@@ -71,6 +71,20 @@ def contenders(
     return columns[near], whole[near], fraction[near]
 
 
+def written(sums: Any) -> str:
+    """An exact sum, or those of several parts, as text: hexadecimal, which may be of any length."""
+    parts = sums if isinstance(sums, tuple) else (sums,)
+    text = " ".join(f"{part.numerator:x}/{part.denominator:x}" for part in parts)
+    return f"({text})" if isinstance(sums, tuple) else text
+
+
+def read(text: str) -> Any:
+    """What `written` wrote; ValueError for other texts."""
+    pairs = (part.split("/") for part in text.strip("()").split(" "))
+    parts = tuple(Fraction(int(above, 16), int(below, 16)) for above, below in pairs)
+    return parts if text.startswith("(") else parts[0]
+
+
 class ResponseSums:
     """The sums over ranks, arrays or tensors, that a coefficient needs."""
 

@@ -7,17 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, is_tensor
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext.dependence.backends.base import Backend
 from lcodec_ext.dependence.classes import Response
 from lcodec_ext.dependence.permutation import (
     Blocks,
+    Neighbors,
     column_ranks,
     find_neighbors,
     near_blocks,
     neighbor_pairs,
     numerators,
+    permuted_sums,
     reordered,
 )
+from lcodec_ext.dependence.ranks import AnyRanks
 
 DOUBTFUL = 0.05  # p-values up to it speak against the permutations
 
@@ -38,28 +42,39 @@ class NearRows:
         self._ranks = column_ranks(table)
         self.blocks: Blocks = near_blocks(self._ranks, least)
 
-    def exchangeability(self, permuted: list[Response], seed: int, n_permutations: int) -> float:
+    def exchangeability(
+        self,
+        permuted: list[Response],
+        seed: int,
+        n_permutations: int,
+        ranks: AnyRanks = ONE_RANK,
+    ) -> float:
         """A p-value of the assumption that values are exchangeable within the blocks.
 
         It tests by T(values, ranks of the table), which is too large for its permutations where
         values follow the table within a block. Exact: under the assumption it is at most alpha with
         probability alpha at most. Of several columns, or classes, the largest T counts, in standard
-        deviations of its permutations.
+        deviations of its permutations, which `ranks` share out.
         """
-        ranks: Any = self._ranks
-        if is_tensor(self._table):
-            ranks = array_module(self._table).from_numpy(ranks).to(self._table.device)
-        ones = np.ones(ranks.shape[1])
-        weighted = neighbor_pairs(find_neighbors(self._backend, ranks, ones, "average", 0))
-        pairs = reordered(weighted.pairs, self.blocks.position)
+        with ranks.alone("the search for near rows"):
+            weighted = neighbor_pairs(self._near())
+            pairs = reordered(weighted.pairs, self.blocks.position)
         largest = np.full(n_permutations + 1, -np.inf)
         for R, sums in permuted:
             if not sums.constant:
-                found = self._backend.permuted_sums(
-                    pairs, R[self.blocks.order], self.blocks.start, seed, n_permutations + 1
+                moved = R[self.blocks.order]
+                found = permuted_sums(
+                    self._backend, pairs, moved, self.blocks.start, seed, n_permutations + 1, ranks
                 )
                 largest = np.maximum(largest, _in_deviations(numerators(found, weighted)[0]))
         return int((largest >= largest[0]).sum()) / len(largest)  # the data are among them
+
+    def _near(self) -> Neighbors:
+        """The nearest rows by the ranks of the table."""
+        ranks: Any = self._ranks
+        if is_tensor(self._table):
+            ranks = array_module(self._table).from_numpy(ranks).to(self._table.device)
+        return find_neighbors(self._backend, ranks, np.ones(ranks.shape[1]), "average", 0)
 
 
 def _in_deviations(values: list[int]) -> NDArray[np.float64]:

@@ -1,14 +1,16 @@
 """FOCI and L-FOCI: greedy selection of the columns on which a response depends."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._arrays import array_module, is_tensor
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import (
     check_bool,
     check_choice,
@@ -17,16 +19,23 @@ from lcodec_ext._checks import (
     check_seed,
     first_few,
 )
+from lcodec_ext._files import json_ready
+from lcodec_ext._one_rank import OneRank
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import fresh_seed, tie_seed
 from lcodec_ext.dependence import exact
-from lcodec_ext.dependence.backends.base import TIES, Backend, Columns, Leaders, Ties
+from lcodec_ext.dependence.backends.base import TIES, Columns, Laid, Ties
+from lcodec_ext.dependence.backends.block_table import BlockTable
+from lcodec_ext.dependence.backends.blocks import in_blocks
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
+from lcodec_ext.dependence.candidates import Candidates
+from lcodec_ext.dependence.checkpoint import Checkpoint, Progress, digest, ranges_word, saved_text
 from lcodec_ext.dependence.classes import response_engine, responses
 from lcodec_ext.dependence.exchangeable import DOUBTFUL
-from lcodec_ext.dependence.foci_null import Level, StepNull, StepTest, check_level
+from lcodec_ext.dependence.foci_null import StepNull, StepTest, check_level
 from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
+from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.dependence.scaling import (
     STANDARDIZE,
     Standardize,
@@ -36,8 +45,10 @@ from lcodec_ext.dependence.scaling import (
     squared_spans,
     warn_underflow,
 )
+from lcodec_ext.dependence.shards import ROOM, Shard, ShardedCandidates
 from lcodec_ext.dependence.table import (
     Y_ORDERS,
+    Features,
     Rows,
     Target,
     as_features,
@@ -45,6 +56,7 @@ from lcodec_ext.dependence.table import (
     as_target,
     check_classes,
     clean_rows,
+    missing_rows,
     refuse_classes,
     refuse_swapped,
     said_columns,
@@ -208,6 +220,9 @@ def foci(
     y_order: Literal["given", "average"] = "given",
     alpha: float | None = None,
     n_permutations: int | None = None,
+    max_memory: int | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    group: Any = None,
 ) -> FociResult:
     """FOCI: forward selection of the columns on which y depends.
 
@@ -221,6 +236,10 @@ def foci(
     X : array_like of shape (n, p)
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
+        What may be larger than memory is read in blocks of columns, anew in every step, for the
+        same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them, a
+        ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of these and of arrays.
+        ``docs/distributed.md`` says what that costs.
     y : array_like of shape (n,) or (n, q)
         Response. Only its order counts. Strings and categories are classes without an order: T
         is the mean over the classes c of the T of ``y == c``. Several columns of numbers are one
@@ -259,6 +278,25 @@ def foci(
         With stop="permutation": level of each step, above 0 and below 1; 0.05 by default.
     n_permutations : int, optional
         With stop="permutation": from 1 / alpha - 1 to 10^6; 999 by default.
+    max_memory : int, optional
+        Bytes that a table which is read in blocks may take with all work on it; 2^30 by default,
+        where larger blocks are no faster. Given, an array in memory is worked on in blocks, too,
+        instead of copying it as a whole.
+    checkpoint : str or path, optional
+        A file that has the steps so far, written whole after each. If it is there when the call
+        begins, the selection goes on behind its last step, with the same bits as without an
+        interruption; one that had ended is returned at once. It is refused for other data or
+        options. A seed that was drawn is in it.
+    group : torch.distributed.ProcessGroup, optional
+        Spread the columns over the ranks of a group, ``torch.distributed.group.WORLD`` for all.
+        X is the own columns, with all rows; in the order of ranks they are the whole table, in
+        which the result, `preselected` and messages count. A rank may have none, an array of shape
+        (n, 0). All arguments but `backend`, `progress`, `max_memory` must be equal. Every rank
+        returns the same result, that of one process with the whole table, bit for bit. A step
+        sends 32 bytes and one broadcast of n + 1 numbers in the precision of X; with tied
+        neighbours some hundred bytes more; with stop="permutation" 9 bytes a permutation more.
+        Each rank warns of its own columns, and of the result; rank 0 alone shows the progress and
+        writes the checkpoint. ``docs/distributed.md`` has an example.
 
     Returns
     -------
@@ -268,7 +306,14 @@ def foci(
     ------
     ValueError, TypeError, RuntimeError, torch.OutOfMemoryError
         As `codec`, and for options that cannot be used. A constant y, for which nothing is
-        selected, and constant columns get a warning.
+        selected, and constant columns get a warning. With a group a ValueError on every rank names
+        what differs between ranks. A rank that fails ends all, by a RuntimeError that names it; one
+        that dies does so within the group's timeout. A RuntimeError, too, if a file that is read in
+        blocks is written meanwhile.
+    OSError
+        If the checkpoint cannot be read or written.
+    ImportError
+        For Parquet without pyarrow.
 
     Notes
     -----
@@ -294,14 +339,22 @@ def foci(
     >>> sorted(int(column) for column in result.ordering)
     [1, 4]
     """
-    chosen = resolve(backend, X=X, y=y)
-    check_seed(seed)
-    check_choice(y_order, "y_order", Y_ORDERS)
-    task = _Task(
-        chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
-        progress, decimals, n_neighbors, y_order, check_level(stop, alpha, n_permutations),
-    )  # fmt: skip
-    return task.run(task.lay_out(), task.y, seed)
+    options = {
+        "stop": stop, "max_features": max_features, "min_gain": min_gain,
+        "preselected": preselected, "standardize": standardize, "ties": ties,
+        "nan_policy": nan_policy, "decimals": decimals, "n_neighbors": n_neighbors,
+        "y_order": y_order, "alpha": alpha, "n_permutations": n_permutations,
+    }  # fmt: skip
+    ranks = ranks_of(group, "foci")
+    with ranks.alone("checking the arguments"):
+        check_seed(seed)
+        check_choice(y_order, "y_order", Y_ORDERS)
+        task = _Task(*in_blocks(backend, X, y, max_memory), y, options, progress, ranks)
+    task.begin(seed, checkpoint)
+    with ranks.alone("laying out X"):
+        columns = task.lay_out()
+        task.warn_constant(columns)
+    return task.run(columns, task.y, seed)
 
 
 def lfoci(
@@ -320,6 +373,7 @@ def lfoci(
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
     progress: bool = False,
+    group: Any = None,
 ) -> FociResult:
     """L-FOCI: `foci` after a little Gaussian noise is added to y and to every column.
 
@@ -338,6 +392,8 @@ def lfoci(
     seed : int, default 0
         Of the noise, and of ties="random". y draws from stream 0 of Philox(seed), column k of X
         from stream k + 1.
+    group : torch.distributed.ProcessGroup, optional
+        Spread the columns over the ranks of a group, as in `foci`, with the same noise.
 
     Returns
     -------
@@ -360,20 +416,29 @@ def lfoci(
     >>> lfoci(bits, bits[:, 0] + 2 * bits[:, 3], max_features=2).ordering.tolist()
     [3, 0]
     """
-    chosen = resolve(backend, X=X, y=y)
-    check_noise(noise, noise_scale, seed)
-    task = _Task(
-        chosen, X, y, stop, max_features, min_gain, preselected, standardize, ties, nan_policy,
-        progress,
-    )  # fmt: skip
-    refuse_classes(task.target.nominal, "lfoci", "foci")
-    columns, response = task.lay_out(), task.y
-    if not (response == response[0]).all():  # noise would turn a constant into a response
-        response, noisy = with_noise(
-            chosen, response, task.features.values, columns, noise, noise_scale, seed
-        )
-        columns = chosen.lay_out(noisy)
-        task.seed = int(seed) if noise else None
+    options = {
+        "noise": noise, "noise_scale": noise_scale, "stop": stop, "max_features": max_features,
+        "min_gain": min_gain, "preselected": preselected, "standardize": standardize, "ties": ties,
+        "nan_policy": nan_policy,
+    }  # fmt: skip
+    ranks = ranks_of(group, "lfoci")
+    with ranks.alone("checking the arguments"):
+        check_noise(noise, noise_scale, seed)
+        task = _Task(backend, X, y, options, progress, ranks)
+        refuse_classes(task.target.nominal, "lfoci", "foci")
+    task.begin(seed)
+    with ranks.alone("laying out X"):
+        columns, response = task.lay_out(), task.y
+        task.warn_constant(columns)
+        if not (response == response[0]).all():  # noise would turn a constant into a response
+            features = task.features
+            response, noisy = with_noise(
+                task.backend, response, features.values, columns, noise, noise_scale, seed,
+                features.first,
+            )  # fmt: skip
+            task.features = features._replace(values=noisy)
+            columns = task.lay_out()
+            task.seed = int(seed) if noise else None
     return task.run(columns, response, seed)
 
 
@@ -418,73 +483,119 @@ class _Task:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: BackendLike,
         X: Any,
         y: Any,
-        stop: object,
-        max_features: object,
-        min_gain: object,
-        preselected: Sequence[int | str] | None,
-        standardize: Standardize | None,
-        ties: Ties,
-        nan_policy: str,
+        options: dict[str, Any],
         progress: object,
-        decimals: int | None = None,
-        n_neighbors: int = 1,
-        y_order: str | None = None,
-        level: Level | None = None,
+        ranks: AnyRanks,
     ) -> None:
-        self.backend, self.level = backend, level
+        self.options, self.ranks = options, ranks
+        self.backend = resolve(backend, X=X, y=y)
         self.seed: int | None = None  # once something is drawn
-        self.ties = check_choice(ties, "ties", TIES)
-        check_neighbors(n_neighbors, ties)
-        if level is not None and n_neighbors > 1:
+        decimals, y_order = options.get("decimals"), options.get("y_order")
+        self.level = check_level(
+            options["stop"], options.get("alpha"), options.get("n_permutations")
+        )
+        self.ties: Ties = check_choice(options["ties"], "ties", TIES)
+        self.n_neighbors = options.get("n_neighbors", 1)
+        check_neighbors(self.n_neighbors, self.ties)
+        if self.level is not None and self.n_neighbors > 1:
             raise ValueError(
-                f"stop='permutation' takes one neighbour; got n_neighbors={n_neighbors}: pass "
+                f"stop='permutation' takes one neighbour; got n_neighbors={self.n_neighbors}: pass "
                 "n_neighbors=1, or another stop"
             )
-        self.n_neighbors = n_neighbors
-        self.standardize = check_choice(standardize, "standardize", STANDARDIZE)
-        self.progress = check_bool(progress, "progress")
-        self.stop = level is not None or check_bool(stop, "stop")
-        self.min_gain = check_real(min_gain, "min_gain", 0)
+        self.standardize = check_choice(options["standardize"], "standardize", STANDARDIZE)
+        self.progress = check_bool(progress, "progress") and ranks.rank == 0
+        self.stop = self.level is not None or check_bool(options["stop"], "stop")
+        self.min_gain = check_real(options["min_gain"], "min_gain", 0)
         if self.min_gain > 0 and not self.stop:
             raise ValueError(
                 f"min_gain={self.min_gain:g} needs stop=True: with stop=False nothing is left out"
             )
+        if options["max_features"] is not None:
+            check_integer(options["max_features"], "max_features", 1)
         refuse_swapped(X, y)
-        features = as_features(X, "X", allow_1d=False, tensors=backend.tensors, decimals=decimals)
-        p = features.values.shape[1]
-        self.preselected = _check_preselected(preselected, p, features.names)
-        self.cap = p - len(self.preselected)
-        if max_features is not None:
-            self.cap = min(self.cap, check_integer(max_features, "max_features", 1))
-        self.target = as_target(y, tensors=backend.tensors, y_order=y_order, decimals=decimals)
-        if level is not None and self.target.given:
+        tensors = self.backend.tensors
+        self.features = as_features(
+            X,
+            "X",
+            allow_1d=False,
+            tensors=tensors,
+            decimals=decimals,
+            allow_empty=not isinstance(ranks, OneRank),
+        )
+        self.target = as_target(y, tensors=tensors, y_order=y_order, decimals=decimals)
+        if self.level is not None and self.target.given:
             raise ValueError(
                 "stop='permutation' takes one column of y, and y has several: pass one of them, or "
                 "another stop"
             )
-        self.rows = clean_rows({"X": features, "y": self.target.values}, nan_policy)
-        self.features = features._replace(values=self.rows.values["X"])
-        self.y = self.rows.values["y"]
-        if not isinstance(y, Target):
-            check_classes(self.y, self.target.nominal)
+        self._classes = self.target.nominal and not isinstance(y, Target)
 
-    def lay_out(self) -> Columns:
-        """The columns of X, and of y those in distances; warns the caller of constant ones."""
-        columns = self.backend.lay_out(self.target.beside(self.features.values, self.y))
-        self.features.warn_constant(constant_columns(columns)[: self.p], stacklevel=3)
-        self.target.warn_constant(self.y, stacklevel=3)
-        return columns
+    def begin(self, seed: int | None, checkpoint: Any = None) -> None:
+        """Join the ranks of a group, leave rows out, and look for a checkpoint."""
+        p, names, options = self.features.values.shape[1], self.features.names, self.options
+        self.shard: Shard | None = None
+        if not isinstance(self.ranks, OneRank):
+            of_y = self.target.values
+            y = of_y.values if isinstance(of_y, Features) else of_y
+            asked = {**options, "seed": seed, "checkpoint": checkpoint and str(checkpoint), "y": y}
+            asked["number of rows of X"] = len(self.features.values)
+            self.shard = Shard(self.ranks, self.features, asked)
+            self.features, p, names = self.shard.features, self.shard.p, self.shard.names
+        self.names, self.n_features = names, int(p)
+        self.preselected = _check_preselected(options["preselected"], self.n_features, names)
+        self.cap = self.n_features - len(self.preselected)
+        if options["max_features"] is not None:
+            self.cap = min(self.cap, int(options["max_features"]))
+        self._leave_out(options["nan_policy"])
+        self.checkpoint: Checkpoint | None = None
+        if checkpoint is not None:
+            text = self.ranks.share_out(
+                1, "reading the checkpoint", lambda own: saved_text(checkpoint) if own else None
+            )[0]
+            self.checkpoint = Checkpoint(checkpoint, text)
+
+    def _leave_out(self, nan_policy: str) -> None:
+        """Rows without NaN, in any rank's columns, are left."""
+        of_X, of_y = {"X": self.features}, {"y": self.target.values}
+        missing = None
+        if self.shard is not None:
+            with self.ranks.alone("looking for NaN"):
+                own = missing_rows(of_X, nan_policy)
+            missing = self.shard.missing(own).beside(missing_rows(of_y, nan_policy))
+        self.rows = clean_rows(of_X | of_y, nan_policy, missing=missing)
+        self.features = self.features._replace(values=self.rows.values["X"])
+        self.y = self.rows.values["y"]
+        if self._classes:
+            check_classes(self.y, True)
 
     @property
     def p(self) -> int:
-        """How many columns X has."""
+        """How many columns X has here."""
         return int(self.features.values.shape[1])
 
+    def lay_out(self, room: int | None = None) -> Columns:
+        """The columns of X, places for those of other ranks, and of y those in distances."""
+        X, xp = self.features.values, array_module(self.features.values)
+        if room is None:
+            room = 0 if self.shard is None else ROOM
+        if room and isinstance(X, BlockTable):
+            X = X.beside(np.zeros((len(X), room), dtype=X.dtype))
+        elif room:
+            device = {"device": X.device} if is_tensor(X) else {}
+            places = xp.zeros((len(X), room), dtype=X.dtype, **device)
+            X = xp.concatenate([X, places], axis=1)
+        return self.backend.lay_out(self.target.beside(X, self.y))
+
+    def warn_constant(self, columns: Columns) -> None:
+        """Warn the caller of constant columns."""
+        self.features.warn_constant(constant_columns(columns)[: self.p])
+        self.target.warn_constant(self.y)
+
     def label(self, k: int) -> str:
-        """A column in a message."""
+        """A column of the table without room in a message."""
         if k < self.p:
             return self.features.label(k)
         return str(self.target.values.label(k - self.p))
@@ -492,78 +603,122 @@ class _Task:
     def run(self, columns: Columns, y: Any, seed: int | None) -> FociResult:
         """Select from columns that are X, or X with noise."""
         if (y == y[0]).all():
-            warnings.warn("y is constant: nothing is selected", stacklevel=3)
-            return self._result([], 0.0, "constant_y")
-        factors = scale_factors(columns, self.standardize, self.label)
-        warn_underflow(columns, factors, self.label, stacklevel=3)
-        reach = _Reach(squared_spans(columns, factors), self.label)
-        for column in range(self.p, len(factors)):
-            reach.add(column)
+            warn("y is constant: nothing is selected")
+            return self._result(Progress(None, reason="constant_y"), 0.0)
+        if self.checkpoint is not None:
+            seed = self.checkpoint.seed(seed)
         if self.level is not None or self.ties == "random":
-            seed = fresh_seed() if seed is None else int(seed)
-            self.seed = seed
-        response, engine = response_engine(
-            self.backend, columns, factors, y, self.target.nominal, self.ties,
-            tie_seed(self.ties, seed), self.n_neighbors, self.target.average,
-        )  # fmt: skip
-        null = None
-        if self.level is not None and seed is not None:
-            found = responses(self.backend, y, self.target.nominal)
-            X = self.features.values
-            null = StepNull(self.backend, X, factors, found, self.ties, seed, self.level)
-        return self._search(engine, response, reach, null)
+            if seed is None:
+                seed = self.ranks.share_out(1, "the seed", lambda _: fresh_seed())[0]
+            self.seed = int(seed)
+        with self.ranks.alone("scaling the columns"):
+            factors = scale_factors(columns, self.standardize, self.label)
+            warn_underflow(columns, factors, self.label)
+            laid = Laid(columns, factors)
+            candidates = self._candidates(laid, y)
+            null = None
+            if self.level is not None and self.seed is not None:
+                found = responses(self.backend, y, self.target.nominal)
+                null = StepNull(self.backend, found, self.ties, self.seed, self.level)
+        before = self._resume(laid, y)
+        return self._search(candidates, null, before)
+
+    def _candidates(self, laid: Laid, y: Any) -> Candidates:
+        def make(laid: Laid) -> tuple[Any, Any]:
+            return response_engine(
+                self.backend, *laid, y, self.target.nominal, self.ties,
+                tie_seed(self.ties, self.seed), self.n_neighbors, self.target.average,
+            )  # fmt: skip
+
+        given = self.target.given
+        if self.shard is None:
+            return Candidates(make, laid, self.p, given, self.label)
+        self.shard.features = self.features
+        return ShardedCandidates(self.shard, self.lay_out, make, laid, given, self.label)
+
+    def _resume(self, laid: Laid, y: Any) -> Progress | None:
+        """How far an earlier call came that had a checkpoint."""
+        if self.checkpoint is None:
+            return None
+        word = ranges_word(laid, self.p, self.features.first)
+        word = word if self.shard is None else self.shard.total(word)
+        asked = {name: value for name, value in self.options.items() if name != "nan_policy"}
+        asked["preselected"] = list(self.preselected)
+        shape = f"{len(y)} rows and {self.n_features} columns of {laid.factors.dtype}"
+        of = {
+            **asked,
+            "seed": self.seed,
+            "X": f"{shape}, digest {word:016x}",
+            "y": digest(y),
+        }
+        return self.checkpoint.resume(json_ready(of))
 
     def _search(
-        self, engine: Any, response: Any, reach: "_Reach", null: StepNull | None
+        self, candidates: Candidates, null: StepNull | None, before: Progress | None
     ) -> FociResult:
         """The greedy loop: score all candidates, decide exactly, go on or stop."""
+        response = candidates.response
         m = response.start
         for column in self.preselected:
-            reach.add(column)
-            if column == self.preselected[-1]:
-                m = engine.exact_sum(column)
-            engine.select(column)
+            m = candidates.add(column, measure=column == self.preselected[-1])
         base = float(response.unconditional(m))
-        conditioned = bool(self.preselected)
-        candidates = sorted(set(range(self.p)).difference(self.preselected))
-        steps: list[tuple[int, float, float]] = []
-        tests: list[StepTest] = []
-        not_taken = None
-        reason: StopReason = "exhausted" if self.cap == len(candidates) else "max_features"
-        with progress_bar(self.progress, total=len(candidates), unit="column") as bar:
-            while len(steps) < self.cap:
-                reach.check(candidates)
-                bar.set_description(f"FOCI step {len(steps) + 1}")
-                # columns without a gain are compared only if one of them must be taken
-                floor = response.floor(m) if self.stop and null is None else 0
-                leaders = _leaders(engine, np.array(candidates), floor, self.progress, bar)
-                best, m_best = _best(engine, *leaders, response.unconditional) or (-1, m)
-                T = response.unconditional(m_best)
-                gain = T - response.unconditional(m)
-                if null is not None:
-                    selected = [*self.preselected, *(column for column, _, _ in steps)]
-                    test = null.step(selected, candidates, gain)
-                    reached = float(response.unconditional(m)) + test.threshold
-                    tests.append(test._replace(threshold=reached))
-                ending = self._ending(gain, tests)
-                if ending is not None:
-                    reason, not_taken = ending, best
-                    break
-                step = response.conditional(m_best, m) if conditioned else T
-                if step is None:
-                    warnings.warn(
-                        "y is a function of the columns selected so far: the conditional "
-                        "coefficient of this step is 1 by convention",
-                        stacklevel=4,
-                    )
-                steps.append((best, float(T), 1.0 if step is None else float(step)))
-                reach.add(best)
-                engine.select(best)
-                candidates.remove(best)
-                m, conditioned = m_best, True
-        result = self._result(steps, base, reason, tests, not_taken)
+        progress = Progress(m) if before is None else before
+        if progress.reason is None:
+            for column, _, _ in progress.steps:
+                candidates.add(column)
+        with self.ranks.alone("showing the progress"):
+            shown = progress_bar(self.progress, total=candidates.count, unit="column")
+        with shown as bar:
+            self._look_at_cap(progress)
+            while progress.reason is None:
+                self._step(candidates, null, progress, bar if self.progress else None)
+                self._save(progress)
+        result = self._result(progress, base)
         _warn_of_blocks(result)
         return result
+
+    def _save(self, progress: Progress) -> None:
+        if self.checkpoint is not None:
+            with self.ranks.alone("writing the checkpoint"):
+                if self.ranks.rank == 0:
+                    self.checkpoint.write(progress)
+
+    def _step(
+        self, candidates: Candidates, null: StepNull | None, progress: Progress, bar: Any
+    ) -> None:
+        """Take the best column, or end."""
+        response, m = candidates.response, progress.m
+        # columns without a gain are compared only if one of them must be taken
+        floor = response.floor(m) if self.stop and null is None else 0
+        best, m_best = candidates.best(floor, bar, len(progress.steps) + 1) or (-1, m)
+        T = response.unconditional(m_best)
+        gain = T - response.unconditional(m)
+        if null is not None:
+            test = candidates.test(null, gain)
+            reached = float(response.unconditional(m)) + test.threshold
+            progress.tests.append(test._replace(threshold=reached))
+        progress.reason = self._ending(gain, progress.tests)
+        if progress.reason is not None:
+            progress.not_taken = best
+            return
+        conditioned = bool(self.preselected or progress.steps)
+        step = response.conditional(m_best, m) if conditioned else T
+        if step is None:
+            warn(
+                "y is a function of the columns selected so far: the conditional "
+                "coefficient of this step is 1 by convention",
+            )
+        progress.steps.append((best, float(T), 1.0 if step is None else float(step)))
+        progress.m = m_best
+        self._look_at_cap(progress)
+        if progress.reason is None:
+            candidates.add(best)
+
+    def _look_at_cap(self, progress: Progress) -> None:
+        """End where no further step may be taken."""
+        if len(progress.steps) >= self.cap and progress.reason is None:
+            everything = self.cap == self.n_features - len(self.preselected)
+            progress.reason = "exhausted" if everything else "max_features"
 
     def _ending(self, gain: Fraction, tests: list[StepTest]) -> StopReason | None:
         """Why the best step is not taken; None if it is."""
@@ -573,29 +728,22 @@ class _Task:
             return "not_significant"
         return None
 
-    def _result(
-        self,
-        steps: list[tuple[int, float, float]],
-        base: float,
-        reason: StopReason,
-        tests: Sequence[StepTest] = (),
-        not_taken: int | None = None,
-    ) -> FociResult:
-        if self.level is None:
-            not_taken = None  # which was compared with nothing
+    def _result(self, progress: Progress, base: float) -> FociResult:
+        steps, tests, names = progress.steps, progress.tests, self.names
+        # without tests it was compared with nothing
+        not_taken = None if self.level is None else progress.not_taken
         ordering = [column for column, _, _ in steps]
-        names = self.features.names
         return FociResult(
             ordering=np.array(ordering, dtype=np.int64),
             cumulative=np.array([T for _, T, _ in steps], dtype=np.float64),
             conditional=np.array([T for _, _, T in steps], dtype=np.float64),
             base=base,
-            stop_reason=reason,
+            stop_reason=progress.reason,
             names=None if names is None else [names[column] for column in ordering],
             preselected=self.preselected,
             preselected_names=None if names is None else [names[k] for k in self.preselected],
             n_samples=self.features.values.shape[0],
-            n_features=self.features.values.shape[1],
+            n_features=self.n_features,
             n_omitted=self.rows.n_omitted,
             missing=self.rows.missing,
             threshold=self._of_tests(tests, "threshold"),
@@ -616,30 +764,12 @@ def _warn_of_blocks(result: FociResult) -> None:
     if kept is None or not doubtful:
         return
     which = first_few([result._label(k) for k in doubtful], 5)
-    warnings.warn(
+    warn(
         "y follows the selected columns even within the blocks of near rows in which it is "
         f"permuted (p-value {kept[doubtful[0]]:.3g} that it does not), when {which} "
         f"{'was' if len(doubtful) == 1 else 'were'} selected: chance may take such a step more "
         "often than alpha says; pass more rows, or look at these columns by `stability`",
-        stacklevel=5,
     )
-
-
-class _Reach:
-    """A bound on squared distances in the columns selected so far; refuses what overflows."""
-
-    def __init__(self, spans: NDArray, label: Callable[[int], str]) -> None:
-        self._spans, self._label, self._bound = spans, label, spans.dtype.type(0)
-
-    def check(self, columns: list[int]) -> None:
-        """Refuse columns any of which would overflow beside those selected."""
-        with np.errstate(over="ignore", under="ignore"):
-            bounds = self._bound + self._spans[columns]
-        check_overflow(bounds, lambda k: self._label(columns[k]))
-
-    def add(self, column: int) -> None:
-        self.check([column])
-        self._bound = self._bound + self._spans[column]
 
 
 def _check_preselected(
@@ -670,41 +800,3 @@ def _check_preselected(
             raise ValueError(f"preselected names column {index} twice")
         indices.append(index)
     return tuple(indices)
-
-
-def _leaders(
-    engine: Any, candidates: NDArray[np.int64], floor: int, progress: bool, bar: Any
-) -> Leaders:
-    """Those that may be the best and their scores, found in pieces where a bar shows them."""
-    if not progress:
-        return engine.leaders(candidates, floor)
-    bar.reset(total=len(candidates))
-    found = []
-    for start in range(0, len(candidates), engine.piece):
-        piece = candidates[start : start + engine.piece]
-        found.append(engine.leaders(piece, floor))
-        # a candidate with an equal sum is still wanted
-        floor = max(floor, int(found[-1][1].max(initial=0)) - 1)
-        bar.update(len(piece))
-    columns, whole, fraction = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return exact.contenders(columns, whole, fraction)
-
-
-def _best(
-    engine: Any,
-    columns: NDArray[np.int64],
-    whole: NDArray[np.int64],
-    fraction: NDArray[np.int64],
-    value: Callable[[Any], Fraction] = Fraction,
-) -> tuple[int, Any] | None:
-    """The leader whose exact sum has the largest value, the lowest on equality, and that sum.
-
-    None if there are no leaders.
-    """
-    if len(columns) == 0:
-        return None
-    if (fraction == 0).all():  # exact, and so equal
-        return int(columns.min()), Fraction(int(whole[0]))
-    sums = {int(column): engine.exact_sum(int(column)) for column in np.sort(columns)}
-    best = max(sums, key=lambda column: value(sums[column]))
-    return best, sums[best]

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._checks import check_integer, check_positive
-from lcodec_ext.dependence.backends.base import Backend, Ties
+from lcodec_ext.dependence.backends.base import Backend, Laid, Ties
 from lcodec_ext.dependence.classes import Response
 from lcodec_ext.dependence.exchangeable import NearRows
 from lcodec_ext.dependence.permutation import (
@@ -72,6 +72,14 @@ def check_level(stop: object, alpha: object, n_permutations: object) -> Level | 
     return chosen
 
 
+class Chance(NamedTuple):
+    """What permutations make of a step: of each the largest gain, and whether it is the step's."""
+
+    largest: NDArray[np.float64]
+    reached: NDArray[np.bool_]
+    exchangeability: float
+
+
 class StepTest(NamedTuple):
     """Of one step: what its gain must exceed, and two p-values."""
 
@@ -86,8 +94,6 @@ class StepNull:
     Parameters
     ----------
     backend : Backend
-    X : array or tensor of shape (n, p)
-    factors : array of shape (p,)
     responses : list of Response
     ties, seed
         As in `foci`; the seed is that of the permutations, too.
@@ -95,34 +101,29 @@ class StepNull:
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        X: Any,
-        factors: NDArray,
-        responses: list[Response],
-        ties: Ties,
-        seed: int,
-        level: Level,
+        self, backend: Backend, responses: list[Response], ties: Ties, seed: int, level: Level
     ) -> None:
-        self._backend, self._X, self._factors, self._responses = backend, X, factors, responses
+        self._backend, self._responses = backend, responses
         self._ties, self._seed, self._level = ties, seed, level
 
-    def step(self, selected: list[int], candidates: list[int], gain: Fraction) -> StepTest:
-        """Test a step, by permutations of y.
+    def chance(
+        self, laid: Laid, selected: list[int], candidates: list[int], gain: Fraction
+    ) -> Chance:
+        """The largest gains of the candidates under permutations of y.
 
         They are those over all rows in the first step, and in blocks of rows with near ranks in
         the selected columns in a later one.
         """
-        near = NearRows(self._backend, self._X[:, selected], BLOCK) if selected else None
+        near = NearRows(self._backend, laid.columns.take(selected), BLOCK) if selected else None
         blocks = near.blocks if near else None
         largest = np.full(self._level.n_permutations, -np.inf)
         reached = np.zeros(self._level.n_permutations, dtype=bool)
-        base = next(self._values([self._pairs(selected)], blocks)) if selected else None
+        base = next(self._values([self._pairs(laid, selected)], blocks)) if selected else None
         lists: list[Weighted] = []
         listed = segments = 0
         most_segments = _SUMS // ((len(largest) + 1) * len(self._responses))
         for k, column in enumerate(candidates, 1):
-            lists.append(self._pairs([*selected, column]))
+            lists.append(self._pairs(laid, [*selected, column]))
             listed += lists[-1].pairs.other.size + lists[-1].pairs.label.size
             segments += len(lists[-1].num)
             if k < len(candidates) and listed < _PAIRS and segments < most_segments:
@@ -136,17 +137,21 @@ class StepNull:
                     exact = values.exact(b + 1) - (0 if base is None else base.exact(b + 1))
                     reached[b] = exact >= gain
             lists, listed, segments = [], 0, 0
-        most = self._level.most
-        threshold = np.partition(largest, len(largest) - 1 - most)[len(largest) - 1 - most]
         kept = math.nan
         if near:
             kept = near.exchangeability(self._responses, self._seed, self._level.n_permutations)
+        return Chance(largest, reached, kept)
+
+    def judge(self, chance: Chance) -> StepTest:
+        """The test of a step, from what chance makes of all candidates."""
+        largest, reached, kept = chance
+        at = len(largest) - 1 - self._level.most
+        threshold = np.partition(largest, at)[at]
         return StepTest(float(threshold), (1 + int(reached.sum())) / (len(largest) + 1), kept)
 
-    def _pairs(self, columns: list[int]) -> Weighted:
-        found = find_neighbors(
-            self._backend, self._X[:, columns], self._factors[columns], self._ties, self._seed
-        )
+    def _pairs(self, laid: Laid, columns: list[int]) -> Weighted:
+        table, factors = laid.columns.take(columns), laid.factors[columns]
+        found = find_neighbors(self._backend, table, factors, self._ties, self._seed)
         return neighbor_pairs(found)
 
     def _values(self, lists: list[Weighted], blocks: Blocks | None) -> Iterator["_Values"]:

@@ -7,12 +7,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_choice, check_seed, first_few
-from lcodec_ext._progress import progress_bar
+from lcodec_ext._progress import counted
 from lcodec_ext._random import fresh_seed
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.foci import FociResult, foci
+from lcodec_ext.dependence.ranks import ranks_of
 from lcodec_ext.dependence.scaling import (
     STANDARDIZE,
     Standardize,
@@ -21,7 +23,7 @@ from lcodec_ext.dependence.scaling import (
     scale_factors,
     squared_spans,
 )
-from lcodec_ext.dependence.table import as_features, clean_rows
+from lcodec_ext.dependence.table import Rows, as_features, clean_rows
 
 _SHOWN = 20  # columns that are printed
 
@@ -110,6 +112,7 @@ def dependence_graph(
     decimals: int | None = None,
     alpha: float | None = None,
     n_permutations: int | None = None,
+    group: Any = None,
 ) -> DependenceGraph:
     """Run `foci` with every column in turn as the response and the others as candidates.
 
@@ -122,6 +125,10 @@ def dependence_graph(
         As in `foci`. With nan_policy="omit" a row with a NaN in any column is left out for all. The
         level alpha is that of each step of each response: of p responses that depend on nothing,
         about alpha p have an arrow. Divide alpha by p where there should be none.
+    group : torch.distributed.ProcessGroup, optional
+        All its ranks call this function with equal arguments, X as well. Each selects for a share
+        of the responses, and has the whole graph, that of one process. A progress bar is that of
+        rank 0 and of its responses. Warnings come on every rank. See ``docs/distributed.md``.
 
     Returns
     -------
@@ -130,7 +137,8 @@ def dependence_graph(
     Raises
     ------
     ValueError, TypeError, RuntimeError
-        As `foci`.
+        As `foci`. With a group also for arguments that differ between ranks, and where another
+        rank failed.
 
     Notes
     -----
@@ -144,63 +152,80 @@ def dependence_graph(
     >>> graph.adjacency[2].tolist()
     [True, True, False]
     """
-    chosen = resolve(backend, X=X)
-    check_bool(progress, "progress")
-    check_seed(seed)
+    ranks = ranks_of(group, "dependence_graph")
+    with ranks.alone("the check of the arguments"):
+        chosen = resolve(backend, X=X)
+        check_bool(progress, "progress")
+        check_seed(seed)
+        check_choice(standardize, "standardize", STANDARDIZE)
+        features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
+        p, names = features.values.shape[1], features.names
+        if p < 2:
+            raise ValueError(f"X must have at least two columns for a graph; got {p}")
+        rows = clean_rows({"X": features}, nan_policy)
+        columns = chosen.lay_out(rows.values["X"])
+        features.warn_constant(constant_columns(columns))
+        spans = squared_spans(columns, scale_factors(columns, standardize, features.label))
+        check_overflow(spans, features.label)
+    options: dict[str, Any] = {
+        "stop": stop,
+        "max_features": max_features,
+        "min_gain": min_gain,
+        "standardize": standardize,
+        "ties": ties,
+        "alpha": alpha,
+        "n_permutations": n_permutations,
+    }
+    ranks.agree({"X": rows.values["X"], "names": names, "seed": seed, **options})
     if stop != "permutation" and ties != "random":
         seed = None  # nothing is drawn
     elif seed is None:
-        seed = fresh_seed()
-    check_choice(standardize, "standardize", STANDARDIZE)
-    features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
-    p, names = features.values.shape[1], features.names
-    if p < 2:
-        raise ValueError(f"X must have at least two columns for a graph; got {p}")
-    rows = clean_rows({"X": features}, nan_policy)
-    values = rows.values["X"]
-    columns = chosen.lay_out(values)
-    features.warn_constant(constant_columns(columns), stacklevel=2)
-    spans = squared_spans(columns, scale_factors(columns, standardize, features.label))
-    check_overflow(spans, features.label)
+        seed = ranks.share_out(1, "the seed", lambda _: fresh_seed())[0]
+
+    def select(some: range) -> list[FociResult]:
+        """What is selected for each of some columns."""
+        shown = progress and ranks.rank == 0
+        return [
+            _selected(i, rows, names, seed=seed, backend=chosen, **options)
+            for i in counted(shown, some, total=len(some), desc="columns", unit="column")
+        ]
+
+    pieces = ranks.share_out(p, "the selection for some columns", select)
+    results = [result for piece in pieces for result in piece]
     adjacency = np.zeros((p, p), dtype=bool)
     weights = np.zeros((p, p))
-    results = []
-    with progress_bar(progress, total=p, desc="columns", unit="column") as bar:
-        for i in range(p):
-            others = np.delete(np.arange(p), i)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* constant")  # said once above
-                warnings.filterwarnings("ignore", "y follows the selected")  # and below
-                result = foci(
-                    values[:, others],
-                    values[:, i],
-                    stop=stop,
-                    max_features=max_features,
-                    min_gain=min_gain,
-                    standardize=standardize,
-                    ties=ties,
-                    seed=seed,
-                    backend=chosen,
-                    alpha=alpha,
-                    n_permutations=n_permutations,
-                )
-            selected = others[result.ordering]
-            adjacency[i, selected] = True
-            weights[i, selected] = result.conditional
-            chosen_names = None if names is None else [names[k] for k in selected]
-            result = replace(result, ordering=selected, names=chosen_names, n_features=p)
-            if result.not_taken is not None:
-                best = int(others[result.not_taken])
-                name = None if names is None else names[best]
-                result = replace(result, not_taken=best, not_taken_name=name)
-            results.append(replace(result, n_omitted=rows.n_omitted, missing=rows.missing))
-            bar.update()
+    for i, result in enumerate(results):
+        adjacency[i, result.ordering] = True
+        weights[i, result.ordering] = result.conditional
     doubtful = sum(bool(result._doubtful) for result in results)
     if doubtful:
-        warnings.warn(
+        warn(
             f"for {doubtful} of {p} columns, the column follows those selected for it even within "
             "the blocks of near rows in which it is permuted: chance may take its later steps more "
             "often than alpha says; exchangeability_pvalues in `results` say which",
-            stacklevel=2,
         )
     return DependenceGraph(adjacency, weights, results, names, None if seed is None else int(seed))
+
+
+def _selected(i: int, rows: Rows, names: list[str] | None, **options: Any) -> FociResult:
+    """What is selected for column i, with the column's numbers in X."""
+    values = rows.values["X"]
+    p = values.shape[1]
+    others = np.delete(np.arange(p), i)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* constant")  # said once for all
+        warnings.filterwarnings("ignore", "y follows the selected")
+        result = foci(values[:, others], values[:, i], **options)
+    selected = others[result.ordering]
+    result = replace(
+        result,
+        ordering=selected,
+        names=None if names is None else [names[k] for k in selected],
+        n_features=p,
+        n_omitted=rows.n_omitted,
+        missing=rows.missing,
+    )
+    if result.not_taken is None:
+        return result
+    best = int(others[result.not_taken])
+    return replace(result, not_taken=best, not_taken_name=None if names is None else names[best])

@@ -11,7 +11,6 @@ share a neighbour, over n: the sums of the weights below hold both.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from statistics import NormalDist
@@ -20,8 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._random import tie_hash
 from lcodec_ext.dependence.exact import ResponseSums, sum_of_ratios
+from lcodec_ext.dependence.ranks import AnyRanks
 
 MIN_ROWS = 20  # of an interval
 _UNDEFINED = 0.05  # the share of subsamples above which one is warned
@@ -295,9 +297,7 @@ class Spread(NamedTuple):
     drawn: int  # subsamples
 
 
-def interval(
-    value: Any, spread: Spread, confidence_level: float, stacklevel: int
-) -> tuple[Any, Any]:
+def interval(value: Any, spread: Spread, confidence_level: float) -> tuple[Any, Any]:
     """value -+ z sd, at most 1; nan with a warning where subsamples tell no spread.
 
     The lower end is not cut at 0: a coefficient of few rows can be below 0, and the width of the
@@ -312,30 +312,30 @@ def interval(
         return f"{some.sum()} of {some.size} coefficients: " if some.ndim else ""
 
     if flat.any():
-        warnings.warn(
+        warn(
             f"{of(flat)}subsamples do not tell how much the coefficient varies, because it is the "
             "same on all that define it: the interval is nan",
-            stacklevel=stacklevel + 1,
         )
     if few.any():
         most = int(undefined[few].max())
-        warnings.warn(
+        warn(
             f"{of(few)}{'up to ' if few.ndim else ''}{most} of {spread.drawn} subsamples leave the "
             "coefficient undefined, because y is constant in them or has a class of too few rows: "
             "the interval rests on the others and can be too narrow",
-            stacklevel=stacklevel + 1,
         )
     low, high = normal_interval(values, np.where(sd > 0, sd, math.nan), confidence_level)
     high = np.minimum(high, 1.0)
     return (low, high) if values.ndim else (float(low), float(high))
 
 
-def subsamples(n: int, size: int, count: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Rows of `count` subsamples without replacement, in increasing order.
+def subsamples(
+    n: int, size: int, count: int, seed: int, first: int = 0
+) -> Iterator[NDArray[np.int64]]:
+    """Rows of `count` subsamples without replacement, in increasing order, from the `first` one on.
 
     A subsample's rows are those with the smallest `tie_hash` of its own seed, drawn from `seed`.
     """
-    for own in tie_hash(seed, count).tolist():
+    for own in tie_hash(seed, first + count)[first:].tolist():
         words = tie_hash(own, n)
         yield np.sort(np.argpartition(words, size - 1)[:size])
 
@@ -347,6 +347,7 @@ def subsampled_sd(
     n_subsamples: int = 200,
     size: int | None = None,
     seed: int,
+    ranks: AnyRanks = ONE_RANK,
 ) -> Spread:
     """Standard deviation of a coefficient of n rows, from its spread over subsamples of m rows.
 
@@ -364,6 +365,8 @@ def subsampled_sd(
         several. Where a subsample leaves it undefined, nan; those values are not counted.
     size
         m, by default n / 10, but 30 to 5000, and at most n / 2.
+    ranks
+        Subsamples are shared out over them; the statistic is then a float.
 
     Returns
     -------
@@ -375,7 +378,12 @@ def subsampled_sd(
     if n < MIN_ROWS:
         raise ValueError(f"an interval needs at least 20 rows; got {n}: leave confidence_level out")
     m = min(max(n // 10, 30), 5000, n // 2) if size is None else size
-    values = np.array([statistic(rows) for rows in subsamples(n, m, n_subsamples, seed)])
+
+    def of(some: range) -> NDArray:
+        drawn = subsamples(n, m, len(some), seed, some.start)
+        return np.array([statistic(rows) for rows in drawn])
+
+    values = np.concatenate(ranks.share_out(n_subsamples, "the subsamples", of))
     sds = [_spread(column, m / (n - m)) for column in values.reshape(len(values), -1).T.tolist()]
     undefined = np.isnan(values).sum(axis=0)
     if values.ndim == 1:

@@ -27,11 +27,12 @@ def with_noise(
     noise: float,
     noise_scale: NoiseScale,
     seed: int,
+    first: int = 0,
 ) -> tuple[Any, Any]:
-    """Response and table in float64 with noise: y from stream 0, columns from stream 1 on.
+    """Response and table in float64 with noise: y from stream 0, column k from stream k + 1.
 
-    `columns` is X as the backend lays it out. The noise is drawn on the host and added where the
-    table is.
+    `columns` is X as the backend lays it out, or begins with it; `first` is the number of its first
+    column. The noise is drawn on the host and added where the table is.
     """
     xp = array_module(X)
     X = xp.asarray(X, dtype=xp.float64)
@@ -42,8 +43,9 @@ def with_noise(
     sigmas = np.full(1 + X.shape[1], float(noise))
     if noise_scale == "relative":  # in the written order of additions, for the same bits anywhere
         sigmas[0] *= backend.lay_out(y[:, None]).standard_deviations()[0]
-        sigmas[1:] *= columns.standard_deviations()
-    added = gaussian_noise(len(X), sigmas, seed)
+        sigmas[1:] *= columns.standard_deviations()[: X.shape[1]]
+    streams = [0, *range(first + 1, first + len(sigmas))]
+    added = gaussian_noise(len(X), sigmas, seed, streams)
     if xp is not np:
         added = xp.from_numpy(added).to(X.device)
     return y + added[:, 0], X + added[:, 1:]

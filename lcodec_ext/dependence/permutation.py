@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, is_tensor
 from lcodec_ext._checks import check_integer
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext.dependence.backends.base import Backend, Pairs, RowNumbers, Ties
 from lcodec_ext.dependence.classes import Response
+from lcodec_ext.dependence.ranks import AnyRanks
 
 _LISTED = 8  # rows of a group up to which its pairs are listed
 _NONE = np.empty(0, dtype=np.int32)
@@ -357,21 +359,42 @@ class NullValues(NamedTuple):
         return np.array([number / self.denominator for number in self.numerators])
 
 
+def permuted_sums(
+    backend: Backend,
+    pairs: Pairs,
+    R: Any,
+    start: RowNumbers | None,
+    seed: int,
+    count: int,
+    ranks: AnyRanks = ONE_RANK,
+) -> NDArray[np.int64]:
+    """`Backend.permuted_sums` of the first `count` permutations, which ranks share out."""
+
+    def of(some: range) -> NDArray[np.int64]:
+        if not some:
+            return np.empty((0, len(pairs.begin) - 1), dtype=np.int64)
+        return backend.permuted_sums(pairs, R, start, seed, len(some), some.start)
+
+    return np.concatenate(ranks.share_out(count, "the permutations", of))
+
+
 def permuted_values(
     backend: Backend,
     weighted: Weighted,
     responses: list[Response],
     seed: int,
     n_permutations: int,
+    ranks: AnyRanks = ONE_RANK,
 ) -> NullValues:
     """T(Y, Z) of the data and under permutations of y; with classes the mean of their T.
 
-    All classes are permuted together: the same permutations are drawn for each.
+    All classes are permuted together: the same permutations are drawn for each. Ranks share out the
+    permutations.
     """
     scale = math.lcm(*(each.sums.denominator for each in responses))
     values = [0] * (n_permutations + 1)
     for R, sums in responses:
-        found = backend.permuted_sums(weighted.pairs, R, None, seed, n_permutations + 1)
+        found = permuted_sums(backend, weighted.pairs, R, None, seed, n_permutations + 1, ranks)
         minima, common = numerators(found, weighted)
         share = scale // sums.denominator
         for b, m in enumerate(minima):

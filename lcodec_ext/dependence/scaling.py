@@ -1,12 +1,12 @@
 """Column scaling factors, and the guard against distances that overflow or underflow."""
 
-import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
 from lcodec_ext.dependence.backends.base import Columns
 
 Standardize = Literal["scale", "bounded"]
@@ -90,7 +90,7 @@ def check_overflow(bounds: NDArray, label: Label) -> None:
         )
 
 
-def warn_underflow(columns: Columns, factors: NDArray, label: Label, stacklevel: int) -> None:
+def warn_underflow(columns: Columns, factors: NDArray, label: Label) -> None:
     """Warn of columns whose neighbours' squared differences are too small to tell apart.
 
     n rows lie about span / n apart; squares below the smallest normal number lose digits.
@@ -101,8 +101,7 @@ def warn_underflow(columns: Columns, factors: NDArray, label: Label, stacklevel:
         small = squared_spans(columns, factors).astype(np.float64) < float(tiny) * float(n) ** 2
     affected = np.flatnonzero(small & ~constant_columns(columns) & (factors > 0))
     if len(affected):
-        warnings.warn(
+        warn(
             f"squared differences along {label(int(affected[0]))} underflow {factors.dtype}, so "
             "that near rows look equal; rescale it",
-            stacklevel=stacklevel + 1,
         )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, is_tensor
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_choice, check_integer, check_probability, counted
 from lcodec_ext._random import fresh_seed
 from lcodec_ext.dependence.backends.base import Backend, Ties
@@ -39,6 +40,7 @@ from lcodec_ext.dependence.permutation import (
     numerators,
     permuted_values,
 )
+from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.dependence.scaling import check_distances, warn_underflow
 
 Method = Literal["permutation", "local_permutation", "asymptotic"]
@@ -172,6 +174,7 @@ def codec_test(
     nan_policy: Literal["raise", "omit"] = "raise",
     backend: BackendLike = "auto",
     decimals: int | None = None,
+    group: Any = None,
 ) -> CodecTestResult:
     """Test whether y is independent of z, or of z given x, with the coefficient T of `codec`.
 
@@ -210,6 +213,11 @@ def codec_test(
         In [0, 2^64), for the permutations and for ties="random". None draws a fresh one, which is
         in the result. Permutation b is a function of seed and b: every backend and number of
         threads has the same.
+    group : torch.distributed.ProcessGroup, optional
+        All its ranks call this function with equal arguments. Each draws a share of the
+        permutations and of the subsamples, and has the whole result, with the bits of one process.
+        Neighbours are searched on every rank. Warnings come on every rank. See
+        ``docs/distributed.md``.
 
     Returns
     -------
@@ -223,6 +231,7 @@ def codec_test(
     ------
     ValueError, TypeError, RuntimeError, torch.OutOfMemoryError
         As `codec`, and for options that cannot be used, such as method="permutation" with an x.
+        With a group also for arguments that differ between ranks, and where another rank failed.
 
     Notes
     -----
@@ -251,28 +260,29 @@ def codec_test(
     >>> codec_test(y, z, x, seed=1).pvalue
     0.001
     """
-    chosen = resolve(backend, y=y, z=z, x=x)
-    chosen_method = _check_method(method, x, alternative)
-    count = check_permutations(chosen_method, n_permutations)
-    least = _check_block(chosen_method, k_perm)
-    if confidence_level is not None:
-        check_probability(confidence_level, "confidence_level")
-    given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals)
-    n = len(given.table)
-    if x is not None:
-        _check_rows(n, least)
-    columns = given.lay_out(chosen)
-    factors = check_distances(columns, given.label)
-    warn_underflow(columns, factors, given.label, stacklevel=2)
-    drawn = fresh_seed() if seed is None else int(seed)
-    plan = _Plan(chosen, given, factors, ties, drawn, count, least)
+    ranks = ranks_of(group, "codec_test")
+    with ranks.alone("the check of the arguments"):
+        chosen = resolve(backend, y=y, z=z, x=x)
+        chosen_method = _check_method(method, x, alternative)
+        count = check_permutations(chosen_method, n_permutations)
+        least = _check_block(chosen_method, k_perm)
+        if confidence_level is not None:
+            check_probability(confidence_level, "confidence_level")
+        given = _prepare(chosen, y, z, x, ties, seed, nan_policy, decimals)
+        n = len(given.table)
+        if x is not None:
+            _check_rows(n, least)
+        columns = given.lay_out(chosen)
+        factors = check_distances(columns, given.label)
+        warn_underflow(columns, factors, given.label)
+    _agree(ranks, given, chosen_method, count, least, confidence_level, ties, seed)
+    drawn = ranks.share_out(1, "the seed", lambda _: fresh_seed() if seed is None else int(seed))[0]
+    plan = _Plan(chosen, given, factors, ties, drawn, count, least, ranks)
     found = _NULLS[chosen_method](plan)
     if found is None:
         constant = bool((given.y == given.y[0]).all())
         reason = "constant" if constant else "a function of x on this sample"
-        warnings.warn(
-            f"y is {reason}: the coefficient and its p-value are 1 by convention", stacklevel=2
-        )
+        warn(f"y is {reason}: the coefficient and its p-value are 1 by convention")
     ends = None if confidence_level is None else _interval(plan, found, confidence_level)
     if found is None:
         found = _Null(1.0, 1.0, np.ones(count), 1.0, 0.0)
@@ -296,15 +306,28 @@ def codec_test(
     )
 
 
+def _agree(ranks: AnyRanks, given: _Arguments, method: Method, *options: Any) -> None:
+    """Refuse ranks that test something else."""
+    names = "n_permutations", "k_perm", "confidence_level", "ties", "seed"
+    arrays = {
+        "y": given.y,
+        "z": given.table[:, given.r : given.p],
+        "x": given.table[:, : given.r] if given.r else None,
+    }
+    classes = given.target.nominal
+    ranks.agree(
+        {**arrays, "classes": classes, "method": method, **dict(zip(names, options, strict=True))}
+    )
+
+
 def _warn_of_blocks(pvalue: float) -> None:
     """Say that permutations of z lose what z owes to x."""
     if pvalue <= DOUBTFUL:
-        warnings.warn(
+        warn(
             "z follows x even within the blocks of near rows in which it is permuted (p-value "
             f"{pvalue:.3g} that it does not): a small p-value of the test is no evidence that y "
             "depends on z given x; pass more rows, fewer columns of x, or k_perm=2, so that blocks "
             "have nearer rows",
-            stacklevel=3,
         )
 
 
@@ -373,6 +396,7 @@ class _Plan(NamedTuple):
     seed: int
     n_permutations: int
     k_perm: int
+    ranks: AnyRanks
 
 
 class _Null(NamedTuple):
@@ -409,15 +433,22 @@ def _neighbors(plan: _Plan) -> Neighbors:
 
 def _permuted(plan: _Plan) -> _Null | None:
     """T under permutations of y; None for a y that is constant."""
-    found = _responses(plan)
-    if found is None:
+    with plan.ranks.alone("the search for neighbours"):
+        found = _responses(plan)
+        pairs = None if found is None else neighbor_pairs(_neighbors(plan))
+    if found is None or pairs is None:
         return None
-    pairs = neighbor_pairs(_neighbors(plan))
-    null = permuted_values(plan.backend, pairs, found, plan.seed, plan.n_permutations)
+    null = permuted_values(plan.backend, pairs, found, plan.seed, plan.n_permutations, plan.ranks)
     return _Null.of(null.at_least(), null.values())
 
 
 def _normal(plan: _Plan) -> _Null | None:
+    """A normal or gamma distribution in the place of permutations; each rank has it by itself."""
+    with plan.ranks.alone("the limit of many rows"):
+        return _limit(plan)
+
+
+def _limit(plan: _Plan) -> _Null | None:
     """The mean and variance of T over all permutations of y, and the skewness of its limit."""
     if plan.given.target.nominal:
         raise ValueError(
@@ -478,8 +509,8 @@ def _interval(plan: _Plan, found: _Null | None, level: float) -> tuple[float, fl
             warnings.simplefilter("ignore")  # of columns that are constant in a subsample
             return codec(y, table[:, r:], x, ties=plan.ties, seed=plan.seed, backend=plan.backend)
 
-    spread = subsampled_sd(of_rows, len(given.table), seed=plan.seed)
-    return interval(found.statistic, spread, level, stacklevel=3)
+    spread = subsampled_sd(of_rows, len(given.table), seed=plan.seed, ranks=plan.ranks)
+    return interval(found.statistic, spread, level)
 
 
 def _where_it_lies(array: Any, rows: NDArray[np.int64]) -> Any:
@@ -515,31 +546,42 @@ class _Sums(NamedTuple):
 def _locally_permuted(plan: _Plan) -> _Null | None:
     """T under permutations of z among rows with near x; None if x determines y."""
     given, backend = plan.given, plan.backend
-    found = responses(backend, given.y, given.target.nominal)
-    conditioned = [_conditioned(plan, each) for each in found]
-    if all(each.denominator == 0 for each in conditioned):
-        return None
 
     def mean(sums: list[Fraction]) -> Fraction:
         values = [each.value(m) for each, m in zip(conditioned, sums, strict=True)]
         return sum(values, Fraction(0)) / len(values)
 
-    observed = mean(_compare(plan, conditioned, given.table[:, None, given.r :]).exact(0))
+    with plan.ranks.alone("the search for near rows"):
+        found = responses(backend, given.y, given.target.nominal)
+        conditioned = [_conditioned(plan, each) for each in found]
+        determined = all(each.denominator == 0 for each in conditioned)
+        if not determined:
+            unmoved = _compare(plan, conditioned, given.table[:, None, given.r :])
+            observed = mean(unmoved.exact(0))
+            near = NearRows(backend, given.table[:, : given.r], plan.k_perm)
+            columns = [responses(backend, z, False)[0] for z in given.table[:, given.r :].T]
+    if determined:
+        return None
     slack = sum((1 / each.denominator for each in conditioned if each.denominator), Fraction(0))
     slack *= Fraction(len(given.table), len(conditioned) << FRACTION_BITS)
-    values, exceed = [observed], 0
-    near = NearRows(backend, given.table[:, : given.r], plan.k_perm)
-    for permuted in _permuted_tables(plan, near.blocks):
-        sums = _compare(plan, conditioned, permuted)
-        for k, (low, rounded) in enumerate(zip(sums.low, sums.rounded, strict=True)):
-            value = mean(low)
-            if any(rounded) and value < observed <= value + slack:
-                value = mean(sums.exact(k))
-            exceed += value >= observed
-            values.append(value)
-    columns = [responses(backend, z, False)[0] for z in given.table[:, given.r :].T]
-    return _Null.of(exceed, np.array([float(value) for value in values]))._replace(
-        exchangeability=near.exchangeability(columns, plan.seed, plan.n_permutations)
+
+    def under(some: range) -> tuple[int, list[float]]:
+        """How many of some permutations have at least the data's T, and the T of each."""
+        exceed, values = 0, []
+        for permuted in _permuted_tables(plan, near.blocks, some):
+            sums = _compare(plan, conditioned, permuted)
+            for k, (low, rounded) in enumerate(zip(sums.low, sums.rounded, strict=True)):
+                value = mean(low)
+                if any(rounded) and value < observed <= value + slack:
+                    value = mean(sums.exact(k))
+                exceed += value >= observed
+                values.append(float(value))
+        return exceed, values
+
+    pieces = plan.ranks.share_out(plan.n_permutations, "the permutations", under)
+    values = [float(observed), *(value for _, own in pieces for value in own)]
+    return _Null.of(sum(exceed for exceed, _ in pieces), np.array(values))._replace(
+        exchangeability=near.exchangeability(columns, plan.seed, plan.n_permutations, plan.ranks)
     )
 
 
@@ -558,14 +600,17 @@ def _engine(plan: _Plan, R: Any, table: Any) -> Any:
     return plan.backend.engine(columns, factors, R, plan.ties, plan.seed)
 
 
-def _permuted_tables(plan: _Plan, blocks: Blocks) -> Iterator[Any]:
-    """The columns of z under some permutations at a time, of shape (n, permutations, q)."""
+def _permuted_tables(plan: _Plan, blocks: Blocks, some: range) -> Iterator[Any]:
+    """The columns of z under the permutations of these numbers, the first of which is 1.
+
+    A few at a time, of shape (n, permutations, q).
+    """
     given, r = plan.given, plan.given.r
     z = given.table[:, r:]
     n, q = z.shape
     size = max(16, _CHUNK // (n * q))
-    for first in range(1, plan.n_permutations + 1, size):
-        count = min(size, plan.n_permutations + 1 - first)
+    for first in range(some.start + 1, some.stop + 1, size):
+        count = min(size, some.stop + 1 - first)
         moved = plan.backend.permutations(n, blocks.start, plan.seed, first, count)
         rows = np.empty((n, count), dtype=np.int64)
         rows[blocks.order] = blocks.order[moved.T]

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import is_tensor
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import random_order, tie_hash
 from lcodec_ext._threads import get_num_threads, use_threads_here
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.foci import _check_preselected, foci
+from lcodec_ext.dependence.ranks import ranks_of
 from lcodec_ext.dependence.scaling import constant_columns
 from lcodec_ext.dependence.table import (
     Target,
@@ -162,6 +164,7 @@ def stability(
     backend: BackendLike = "auto",
     progress: bool = False,
     decimals: int | None = None,
+    group: Any = None,
     **options: Any,
 ) -> StabilityResult:
     """Stability selection: run `foci` on random halves of the rows, and count what it selects.
@@ -181,6 +184,10 @@ def stability(
         seed, k and the number of rows.
     progress : bool, default False
         Show a progress bar of the halves; needs tqdm.
+    group : torch.distributed.ProcessGroup, optional
+        All its ranks call this function with equal arguments. Each selects on a share of the
+        halves, and has the whole result, that of one process. A progress bar is that of rank 0 and
+        of its halves. Warnings come on every rank. See ``docs/distributed.md``.
     **options
         Further options of `foci`: stop, alpha, n_permutations, max_features, min_gain, standardize,
         ties, n_neighbors, y_order.
@@ -192,7 +199,8 @@ def stability(
     Raises
     ------
     ValueError, TypeError, RuntimeError
-        As `foci`.
+        As `foci`. With a group also for arguments that differ between ranks, and where another
+        rank failed.
 
     Notes
     -----
@@ -214,20 +222,24 @@ def stability(
     >>> sorted(result.stable())
     [1, 4]
     """
-    chosen = resolve(backend, X=X, y=y)
-    _check_options(options)
-    check_bool(progress, "progress")
-    n_halves = 2 * check_integer(n_pairs, "n_pairs", 1, 10**6)
-    check_seed(seed, optional=False)
-    refuse_swapped(X, y)
-    features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
-    order = options.get("y_order", "given")
-    response = as_target(y, tensors=chosen.tensors, y_order=order, decimals=decimals)
-    rows = clean_rows({"X": features, "y": response.values}, nan_policy, minimum=6)
-    values, target = rows.values["X"], rows.values["y"]
-    given = _check_preselected(preselected, values.shape[1], features.names)
-    _check_halves(options, target, response.nominal)
-    features.warn_constant(constant_columns(chosen.lay_out(values)), stacklevel=2)
+    ranks = ranks_of(group, "stability")
+    with ranks.alone("the check of the arguments"):
+        chosen = resolve(backend, X=X, y=y)
+        _check_options(options)
+        check_bool(progress, "progress")
+        n_halves = 2 * check_integer(n_pairs, "n_pairs", 1, 10**6)
+        check_seed(seed, optional=False)
+        refuse_swapped(X, y)
+        features = as_features(X, "X", allow_1d=False, tensors=chosen.tensors, decimals=decimals)
+        order = options.get("y_order", "given")
+        response = as_target(y, tensors=chosen.tensors, y_order=order, decimals=decimals)
+        rows = clean_rows({"X": features, "y": response.values}, nan_policy, minimum=6)
+        values, target = rows.values["X"], rows.values["y"]
+        given = _check_preselected(preselected, values.shape[1], features.names)
+        _check_halves(options, target, response.nominal)
+        features.warn_constant(constant_columns(chosen.lay_out(values)))
+    own = {"n_pairs": n_pairs, "seed": seed, "preselected": given, "names": features.names}
+    ranks.agree({"X": values, "y": target, "classes": response.nominal, **own, **options})
     seeds = tie_hash(seed, n_halves)
 
     def select(half: int) -> tuple[NDArray[np.int64], bool]:
@@ -243,17 +255,21 @@ def stability(
         )
         return found.ordering, found.stop_reason == "constant_y"
 
+    def on(some: range) -> list[tuple[NDArray[np.int64], bool]]:
+        shown = progress and ranks.rank == 0
+        with progress_bar(shown, total=len(some), desc="halves", unit="half") as bar:
+            return _map(select, some, values, bar.update)
+
     selected = np.zeros((n_halves, values.shape[1]), dtype=bool)
-    with progress_bar(progress, total=n_halves, desc="halves", unit="half") as bar:
-        results = _map(select, n_halves, values, bar.update)
+    pieces = ranks.share_out(n_halves, "the selection on some halves", on)
+    results = [result for piece in pieces for result in piece]
     for half, (ordering, _) in enumerate(results):
         selected[half, ordering] = True
     constant = sum(is_constant for _, is_constant in results)
     if constant:
-        warnings.warn(
+        warn(
             f"y is constant on {constant} of {n_halves} halves of the rows: nothing is selected "
             "there",
-            stacklevel=2,
         )
     return StabilityResult(selected, features.names, given, len(target), rows.n_omitted)
 
@@ -287,22 +303,22 @@ def _half(half: int, n: int, seed: int) -> NDArray[np.int64]:
 
 
 def _map(
-    work: Callable[[int], Any], count: int, values: Any, done: Callable[[], object]
+    work: Callable[[int], Any], some: range, values: Any, done: Callable[[], object]
 ) -> list[Any]:
-    """work(0), work(1), ...: several at a time where the table is small and on the CPU.
+    """work(k) for each of some numbers: several at a time where the table is small and on the CPU.
 
     The threads that a user allows are shared among those that run. Warnings are those of a half;
     the caller has checked the whole.
     """
     threads, workers = get_num_threads(), 1
     if not is_tensor(values):  # the engine has about three copies of a half
-        workers = max(1, min(threads, count, _BESIDE // (2 * values.nbytes)))
+        workers = max(1, min(threads, len(some), _BESIDE // (2 * values.nbytes)))
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         pool = ThreadPoolExecutor(workers, "stability", use_threads_here, (threads // workers,))
         try:
-            for result in (pool.map if workers > 1 else map)(work, range(count)):
+            for result in (pool.map if workers > 1 else map)(work, some):
                 found.append(result)
                 done()
         finally:

@@ -1,13 +1,13 @@
 """Chatterjee's coefficient xi, of one pair of variables or of many, and its tests."""
 
 import math
-import warnings
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import as_array, beyond_float64
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import (
     check_bool,
     check_choice,
@@ -113,7 +113,7 @@ class XiPairs(NamedTuple):
         array = np.array(pairs, dtype=np.float64)
         return np.moveaxis(array, (0, 1), (-2, -1)).reshape(array.shape[2:] + self.shape)
 
-    def warn_constant(self, stacklevel: int) -> None:
+    def warn_constant(self) -> None:
         """One warning for all responses that are constant."""
         constant = [j for j, ranks in enumerate(self.ranks) if ranks.denominator == 0]
         if not constant:
@@ -123,9 +123,7 @@ class XiPairs(NamedTuple):
         what = "returning nan" if self.names is None else "its values are nan"
         if len(constant) > 1:
             what = "their values are nan"
-        warnings.warn(
-            f"{label} {verb} constant, so xi is undefined: {what}", stacklevel=stacklevel + 1
-        )
+        warn(f"{label} {verb} constant, so xi is undefined: {what}")
 
 
 def pairs_of(
@@ -142,7 +140,7 @@ def pairs_of(
             return XiPairs(x, y, (), None, drawn, *sums)
     given = {"x": _variables(x, "x"), "y": _variables(y, "y")}
     rows = clean_rows({name: each.values for name, each in given.items()}, nan_policy)
-    rows.warn_if_most(stacklevel=3)
+    rows.warn_if_most()
     X, Y = (_comparable(rows.values[name]) for name in given)
     names = tuple(each.names for each in given.values())
     shape = tuple(len(each.names) for each in given.values() if each.table)
@@ -253,7 +251,7 @@ def xi(
     """
     chosen = resolve_on_cpu("xi", backend, x=x, y=y)
     pairs = pairs_of(chosen, x, y, ties, seed, nan_policy)
-    pairs.warn_constant(stacklevel=2)
+    pairs.warn_constant()
     return pairs.shaped(pairs.xi)
 
 
@@ -408,7 +406,7 @@ def xi_test(
     chosen = resolve_on_cpu("xi_test", backend, x=x, y=y)
     drawn = seed_of_test(seed, bool(count) or level is not None, ties)
     pairs = pairs_of(chosen, x, y, ties, drawn, nan_policy)
-    pairs.warn_constant(stacklevel=2)
+    pairs.warn_constant()
     result = tested(chosen, pairs, y_continuous, method, count, ties, drawn, True)
     if level is not None:
         result.confidence_level = level
@@ -478,4 +476,4 @@ def _interval(
         return part.shaped(part.xi)
 
     spread = subsampled_sd(statistic, pairs.n, seed=seed or 0)
-    return interval(values, spread, level, stacklevel=3)
+    return interval(values, spread, level)

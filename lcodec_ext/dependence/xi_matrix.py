@@ -155,7 +155,7 @@ def xi_matrix(
         raise ValueError("X must have at least two columns; got 1: xi_test tests a single pair")
     drawn = seed_of_test(seed, bool(count), ties)
     pairs = pairs_of(chosen, features, features, ties, drawn, nan_policy)
-    pairs.warn_constant(stacklevel=2)
+    pairs.warn_constant()
     test = tested(chosen, pairs, False, method, count, ties, drawn, False)
     pvalue = test.pvalue
     np.fill_diagonal(pvalue, np.nan)

@@ -3,16 +3,16 @@
 import dataclasses
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from lcodec_ext._build import __version__
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed, counted
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import decay_of
@@ -20,8 +20,8 @@ from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
-from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext.curvature.selection import UnitSelection
+from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.evaluation.methods import (
     NO_OP,
     RETRAINED,
@@ -42,6 +42,7 @@ from lcodec_ext.evaluation.metrics import (
     relearn_time,
     scikit_learn,
 )
+from lcodec_ext.evaluation.shared import model_hash, received, to_send, told_of_all
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
 from lcodec_ext.unlearning.select import find_candidates
@@ -285,6 +286,7 @@ def evaluate(
     groups: Any = None,
     relearn: bool = True,
     progress: bool = False,
+    group: Any = None,
 ) -> Evaluation:
     """Measure what methods of deletion leave, compared with models retrained without the samples.
 
@@ -341,6 +343,11 @@ def evaluate(
         samples for every model, until 5% of the gap in loss to the retrained models are left.
     progress : bool, default False
         Show a bar; needs tqdm.
+    group : torch.distributed.ProcessGroup, optional
+        All its ranks call this function with equal arguments. Retrained models and methods are
+        shared out over them, and every rank has the whole evaluation. Times are those of the rank
+        that took them, and so are warnings about a method. No method, nor `retrained`, may use the
+        group. See ``docs/distributed.md``.
 
     Returns
     -------
@@ -350,9 +357,11 @@ def evaluate(
     ------
     ValueError
         For two retrained models with equal weights, and for samples or models that cannot be
-        measured.
+        measured. With a group also for arguments that differ between ranks.
     TypeError
         For arguments of the wrong type.
+    RuntimeError
+        With a group, where another rank failed. A method that fails is no such failure.
     ImportError
         Without scikit-learn, before anything is trained.
 
@@ -393,26 +402,36 @@ def evaluate(
     >>> [method.name for method in evaluation.methods]
     ['no-op', 'retrained', 'L-BFGS', 'fine-tune SGD']
     """
-    device, dtype = place(model)
-    weight_decay = decay_of(weight_decay, model)
-    defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
-    defaults |= {"validation": validation, "groups": groups}
-    given = methods_of(methods, defaults)
-    retrained = _checked_retrained(retrained)
-    check_integer(n_retrain, "n_retrain", 1)
-    check_seed(seed, optional=False)
-    check_integer(batch_size, "batch_size", 1)
-    check_bool(relearn, "relearn")
-    check_bool(progress, "progress")
-    check_loss_fn(loss_fn)
-    scikit_learn()
-    removed, retained, unseen = (
-        as_samples(each, name, device, dtype)
-        for each, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
-    )
-    check_copy(model, retained, loss_fn)
-    sets = Sets(removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed)
-    n_retrained = n_retrain if callable(retrained) else len(retrained)
+    ranks = ranks_of(group, "evaluate")
+    with ranks.alone("the check of the arguments"):
+        device, dtype = place(model)
+        weight_decay = decay_of(weight_decay, model)
+        defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
+        defaults |= {"validation": validation, "groups": groups}
+        given = methods_of(methods, defaults)
+        retrained = _checked_retrained(retrained)
+        check_integer(n_retrain, "n_retrain", 1)
+        check_seed(seed, optional=False)
+        check_integer(batch_size, "batch_size", 1)
+        check_bool(relearn, "relearn")
+        check_bool(progress, "progress")
+        check_loss_fn(loss_fn)
+        scikit_learn()
+        removed, retained, unseen = (
+            as_samples(each, name, device, dtype)
+            for each, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
+        )
+        check_copy(model, retained, loss_fn)
+        sets = Sets(
+            removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed
+        )
+        n_retrained = n_retrain if callable(retrained) else len(retrained)
+        compared: dict[str, Any] = {}
+        if group is not None:
+            compared = told_of_all(model, sets, retrained, given, validation, groups)
+        total = len(ranks.share(1 + n_retrained)) + len(ranks.share(len(given)))
+        shown = progress_bar(progress and ranks.rank == 0, total=total, desc=NO_OP, unit="model")
+    ranks.agree({**compared, "n_retrain": n_retrained, "relearn": relearn})
     settings: dict[str, Any] = {
         "weight_decay": weight_decay,
         "seed": int(seed),
@@ -421,33 +440,20 @@ def evaluate(
         "methods": {},
         "versions": {"lcodec_ext": __version__, "torch": torch.__version__},
     }
-    total = 1 + n_retrained + len(given)
-    with progress_bar(progress, total=total, desc=NO_OP, unit="model") as bar:
-        original = measure(model, sets)
-        bar.update()
-        bar.set_description(RETRAINED)
-        references, seconds = _measure_retrained(retrained, n_retrained, sets, model, bar)
-        yardstick = _Yardstick(original, references, sets, relearn)
+    with shown as bar:
+        measured, seconds = _measure_first(ranks, model, retrained, n_retrained, sets, bar)
+        yardstick = _Yardstick(measured[0], measured[1:], sets, relearn, ranks)
         if relearn:
             until = {"tolerance": _TOLERANCE, "level": yardstick.level}
             settings["relearn"] = {"optimizer": "Adam", **_RELEARN, **until}
-        entries = [yardstick.entry(NO_OP, original)]
-        if references:
-            entries.append(yardstick.retrained_entry(seconds))
-        for name, method in given.items():
-            bar.set_description(name)
-            try:
-                done = carry_out(method, model, forget, retain, loss_fn, defaults)
-                entries.append(yardstick.entry(name, measure(done.model, sets), done))
-                settings["methods"][name] = done.settings
-            except Exception as error:
-                message = f"{type(error).__name__}: {error}"
-                warnings.warn(f"method {name!r} failed. {message}", stacklevel=2)
-                entries.append(yardstick.failure(name, message))
-            bar.update()
+        given_to = model, forget, retain, loss_fn, defaults
+        found = _judge(ranks, given, given_to, sets, yardstick, bar)
+        # of one rank, as processors may round differently
+        first = ranks.share_out(1, "the yardstick", lambda _: yardstick.of_itself(seconds))[0]
+    settings["methods"] = {entry.name: own for entry, own in found if own is not None}
     return Evaluation(
-        methods=tuple(entries),
-        floor=yardstick.floor,
+        methods=(*first.entries, *(entry for entry, _ in found)),
+        floor=first.floor,
         n_forget=len(sets.forget),
         n_retain=len(sets.retain),
         n_test=len(sets.test),
@@ -499,44 +505,114 @@ def _equal_weights(one: Any, other: Any) -> bool:
     )
 
 
-def _measure_retrained(
+def _measure_first(
+    ranks: AnyRanks,
+    model: nn.Module,
     retrained: Sequence[nn.Module] | Callable[[int], nn.Module],
     n: int,
     sets: Sets,
-    model: nn.Module,
     bar: Any,
 ) -> tuple[list[Measured], Number]:
-    """Measure models that are given, or trained one by one; and the mean time of their training."""
-    found: list[Measured] = []
-    times: list[Number] = []
-    for k in range(n):
-        seed = sets.seed + k
-        begin = clock(model)
-        with seeded(seed):
-            reference = retrained(seed) if callable(retrained) else retrained[k]
-        times.append(clock(model) - begin if callable(retrained) else None)
-        if not isinstance(reference, nn.Module):
-            raise TypeError(
-                "retrained must give models (torch.nn.Module); got an object of type "
-                f"{type(reference).__name__}"
-            )
-        if k == 1 and callable(retrained) and _equal_weights(found[0].model, reference):
-            warnings.warn(
-                f"retrained({seed - 1}) and retrained({seed}) have equal weights: where "
-                "training draws anything at random, it must use its seed. What retrained "
-                "models differ by is the floor of every comparison",
-                stacklevel=3,
-            )
-        found.append(measure(reference, sets))
-        bar.update()
-    return found, _mean(times)
+    """Measure the original and those retrained, given or trained; the mean time of a training.
+
+    Ranks share them out. Of what others measured there are the weights in the model's place.
+    """
+    own: dict[int, Measured] = {}
+
+    def of(some: range) -> list[tuple[Measured, Number, str | None]]:
+        found = []
+        for k in some:
+            seconds, each = None, model
+            if k > 0:
+                bar.set_description(RETRAINED)
+                each, seconds = _retrained_model(retrained, k - 1, sets.seed, model)
+            own[k] = measure(each, sets)
+            state = model_hash(each) if callable(retrained) and k in (1, 2) else None
+            found.append((to_send(own[k]) if ranks.size > 1 else own[k], seconds, state))
+            bar.update()
+        return found
+
+    pieces = ranks.share_out(1 + n, "the measurement of the retrained models", of)
+    found = [each for piece in pieces for each in piece]
+    states = [state for _, _, state in found[1:3] if state is not None]
+    if len(states) == 2 and states[0] == states[1]:
+        warn(
+            f"retrained({sets.seed}) and retrained({sets.seed + 1}) have equal weights: where "
+            "training draws anything at random, it must use its seed. What retrained "
+            "models differ by is the floor of every comparison",
+        )
+    seconds = _mean([seconds for _, seconds, _ in found[1:]])
+    return [own.get(k) or received(each, model) for k, (each, _, _) in enumerate(found)], seconds
+
+
+def _retrained_model(
+    retrained: Sequence[nn.Module] | Callable[[int], nn.Module], k: int, seed: int, model: nn.Module
+) -> tuple[nn.Module, Number]:
+    """Retrained model number k, and the time of its training where it is trained here."""
+    begin = clock(model)
+    with seeded(seed + k):
+        found = retrained(seed + k) if callable(retrained) else retrained[k]
+    seconds = clock(model) - begin if callable(retrained) else None
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            "retrained must give models (torch.nn.Module); got an object of type "
+            f"{type(found).__name__}"
+        )
+    return found, seconds
+
+
+_Judged = list[tuple[MethodEvaluation, dict[str, Any] | None]]
+
+
+def _judge(
+    ranks: AnyRanks,
+    methods: Mapping[str, Method],
+    given_to: tuple[Any, ...],
+    sets: Sets,
+    yardstick: "_Yardstick",
+    bar: Any,
+) -> _Judged:
+    """Carry out all methods and measure them; with the settings of those that do not fail."""
+
+    def of(some: range) -> _Judged:
+        found: _Judged = []
+        for name in itertools.islice(methods, some.start, some.stop):
+            bar.set_description(name)
+            try:
+                done = carry_out(methods[name], *given_to)
+                entry = yardstick.entry(name, measure(done.model, sets), done)
+                found.append((entry, done.settings))
+            except Exception as error:
+                message = f"{type(error).__name__}: {error}"
+                warn(f"method {name!r} failed. {message}")
+                found.append((yardstick.failure(name, message), None))
+            bar.update()
+        return found
+
+    pieces = ranks.share_out(len(methods), "the comparison of the methods", of)
+    return [each for piece in pieces for each in piece]
+
+
+class _OfItself(NamedTuple):
+    """What a yardstick says of the original and the retrained models."""
+
+    entries: list[MethodEvaluation]
+    floor: dict[str, Number]
 
 
 class _Yardstick:
-    """From the original model, 0, to the retrained ones, 1."""
+    """From the original model, 0, to the retrained ones, 1.
+
+    Ranks share out the time to learn again; the models of which they did not measure others have.
+    """
 
     def __init__(
-        self, original: Measured, references: list[Measured], sets: Sets, relearn: bool
+        self,
+        original: Measured,
+        references: list[Measured],
+        sets: Sets,
+        relearn: bool,
+        ranks: AnyRanks,
     ) -> None:
         self._sets, self._references = sets, references
         self.level = _relearn_level(original, references) if relearn else None
@@ -544,9 +620,30 @@ class _Yardstick:
             name: random_samples(len(samples), min(_KEPT, len(samples)), sets.seed)
             for name, samples in (("forget", sets.forget), ("test", sets.test))
         }
-        self._theirs = [self._metrics(each, k) for k, each in enumerate(references)]
+        everyone = [original, *references]
+
+        def learn(some: range) -> list[dict[str, Number]]:
+            return [self._relearnt(everyone[k].model) for k in some]
+
+        pieces = ranks.share_out(len(everyone), "the time to learn again", learn)
+        learnt, *others = [each for piece in pieces for each in piece]
+        with ranks.alone("the comparison of the retrained models"):
+            self._set_floor(original, references, learnt, others)
+
+    def _set_floor(
+        self,
+        original: Measured,
+        references: list[Measured],
+        learnt: dict[str, Number],
+        others: list[dict[str, Number]],
+    ) -> None:
+        """What retrained models differ by, and the gap from the original to them."""
+        self._theirs = [
+            self._distances(each, k) | other
+            for k, (each, other) in enumerate(zip(references, others, strict=True))
+        ]
         pairs = list(itertools.combinations(self._theirs, 2))
-        self._original = self._metrics(original)
+        self._original, self._measured = self._distances(original) | learnt, original
         self.floor: dict[str, Number] = {
             name: _mean(
                 [each[name] for each in self._theirs]
@@ -577,25 +674,28 @@ class _Yardstick:
             for name in self.floor
         }
 
-    def _metrics(self, measured: Measured, own: int | None = None) -> dict[str, Number]:
-        """Metrics of a model; distances are to the retrained models, without itself."""
+    def _distances(self, measured: Measured, own: int | None = None) -> dict[str, Number]:
+        """Metrics of a model, and distances to the retrained models, without itself."""
         others = [each for k, each in enumerate(self._references) if k != own]
         found = dict(measured.metrics)
         for name, distance in DISTANCES.items():
             found[name] = _mean([distance(measured, other) for other in others])
-        if self.level is not None:
-            sets = self._sets
-            learnt = relearn_time(
-                measured.model,
-                sets.forget,
-                sets.loss_fn,
-                self.level,
-                batch_size=sets.batch_size,
-                **_RELEARN,
-            )
-            for name, value in dataclasses.asdict(learnt).items():
-                found[f"relearn_{name}"] = float(value)
         return found
+
+    def _relearnt(self, model: nn.Module) -> dict[str, Number]:
+        """The time to learn again, where it is asked for."""
+        if self.level is None:
+            return {}
+        sets = self._sets
+        learnt = relearn_time(
+            model,
+            sets.forget,
+            sets.loss_fn,
+            self.level,
+            batch_size=sets.batch_size,
+            **_RELEARN,
+        )
+        return {f"relearn_{k}": float(v) for k, v in dataclasses.asdict(learnt).items()}
 
     def _to_references(self, found: dict[str, Number]) -> dict[str, Number]:
         """Distance to the retrained models, in every metric that has a floor."""
@@ -616,8 +716,21 @@ class _Yardstick:
         runs = {"forget": measured.forget, "test": measured.test}
         return {name: run.losses[self._kept[name]].tolist() for name, run in runs.items()}
 
-    def entry(self, name: str, measured: Measured, done: Done | None = None) -> MethodEvaluation:
-        found = self._original if name == NO_OP else self._metrics(measured)
+    def of_itself(self, seconds: Number) -> _OfItself:
+        """Of the original and the retrained models, whose training took so many seconds."""
+        entries = [self._entry(NO_OP, self._original, self._measured)]
+        if self._references:
+            entries.append(self._retrained_entry(seconds))
+        return _OfItself(entries, self.floor)
+
+    def entry(self, name: str, measured: Measured, done: Done) -> MethodEvaluation:
+        """Of a method that was carried out."""
+        found = self._distances(measured) | self._relearnt(measured.model)
+        return self._entry(name, found, measured, done)
+
+    def _entry(
+        self, name: str, found: dict[str, Number], measured: Measured, done: Done | None = None
+    ) -> MethodEvaluation:
         result = None if done is None else done.result
         phases = units = None
         if result is not None:
@@ -632,10 +745,10 @@ class _Yardstick:
             phases=phases,
             skipped=result is not None and bool(result.skipped),
             losses=self._losses(measured),
-            sha256=_hash(measured.model),
+            sha256=model_hash(measured.model),
         )
 
-    def retrained_entry(self, seconds: Number) -> MethodEvaluation:
+    def _retrained_entry(self, seconds: Number) -> MethodEvaluation:
         columns = {name: [found[name] for found in self._theirs] for name in self._theirs[0]}
         return MethodEvaluation(
             name=RETRAINED,
@@ -654,14 +767,6 @@ class _Yardstick:
             gap_closed=dict.fromkeys(self.floor),
             error=message,
         )
-
-
-def _hash(model: nn.Module) -> str | None:
-    """Of its state; None of one that no checkpoint could have."""
-    try:
-        return state_hash(tensors_of_state(model))
-    except TypeError:
-        return None
 
 
 def gap_closed(distance: Number, original: Number, floor: Number) -> Number:

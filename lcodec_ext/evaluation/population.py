@@ -7,7 +7,6 @@ models.
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,10 +17,12 @@ import torch
 from torch import nn
 
 from lcodec_ext._build import __version__
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import Decay, check_decay
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
+from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED, Method, methods_of
 from lcodec_ext.evaluation.metrics import Number, scikit_learn
 from lcodec_ext.evaluation.population_result import PopulationEvaluation, PopulationMethod
@@ -42,6 +43,7 @@ from lcodec_ext.evaluation.seeds import (
     Unlearn,
     Work,
     carried_out,
+    described,
     method_described,
 )
 from lcodec_ext.evaluation.training import check_numbers, count
@@ -65,6 +67,7 @@ def evaluate_population(
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
+    group: Any = None,
 ) -> PopulationEvaluation:
     """Compare many unlearned models with as many retrained ones, sample by sample.
 
@@ -120,6 +123,11 @@ def evaluate_population(
         Most samples in one pass of the measurements.
     progress : bool, default False
         Show a bar; needs tqdm.
+    group : torch.distributed.ProcessGroup, optional
+        All its ranks call this function with equal arguments. Seeds are shared out over them, and
+        every rank has the whole evaluation. `directory` may be one for all, or one of each machine:
+        a seed that any rank has there is done. `processes` are those of each rank. Neither train
+        nor a method may use the group. See ``docs/distributed.md``.
 
     Returns
     -------
@@ -129,16 +137,19 @@ def evaluate_population(
     ------
     ValueError
         For arguments out of range; for a directory of another evaluation; for models whose outputs
-        are not finite.
+        are not finite. With a group also for arguments that differ between ranks.
     TypeError
         For arguments of the wrong type.
+    RuntimeError
+        With a group, where another rank failed.
     ImportError
         Without scikit-learn, before anything is trained.
 
     Warns
     -----
     UserWarning
-        If a method fails for a seed. Its error is in the evaluation, and the others go on.
+        If a method fails for a seed. Its error is in the evaluation, and the others go on. Of a
+        group rank 0 warns.
 
     Notes
     -----
@@ -165,34 +176,68 @@ def evaluate_population(
     >>> [method.name for method in found.methods]
     ['no-op', 'retrained', 'L-BFGS']
     """
-    weight_decay = check_decay(weight_decay)
-    methods = _methods(unlearn, weight_decay, seed)
-    _check_train(train)
-    n = count(data)
-    removed = check_numbers(forget, "forget", n)
-    check_integer(n_models, "n_models", 4)
-    check_integer(processes, "processes", 1)
-    check_integer(max_samples, "max_samples", 1)
-    check_integer(draws, "draws", 2)
-    check_seed(seed, optional=False)
-    check_integer(batch_size, "batch_size", 1)
-    check_bool(progress, "progress")
-    check_loss_fn(loss_fn)
-    scikit_learn()
-    kept = np.setdiff1d(np.arange(n), removed).tolist()
-    work = Work(
-        train, methods, data, removed, kept, test, loss_fn, weight_decay, max_samples, seed,
-        batch_size,
-    )  # fmt: skip
-    store = Store(directory, work)
-    store.found |= {k: store.read(k) for k in range(n_models) if store.has(k)}
-    todo = [k for k in range(n_models) if k not in store.found]
-    with progress_bar(progress, total=n_models, desc="population", unit="seed") as bar:
-        bar.update(len(store.found))
-        for k, found in carried_out(work, todo, processes, store.folder):
-            store.found[k] = found
-            bar.update()
-    return _scored([store.found[k] for k in range(n_models)], work, draws)
+    ranks = ranks_of(group, "evaluate_population")
+    with ranks.alone("the check of the arguments"):
+        weight_decay = check_decay(weight_decay)
+        methods = _methods(unlearn, weight_decay, seed)
+        _check_train(train)
+        n = count(data)
+        removed = check_numbers(forget, "forget", n)
+        check_integer(n_models, "n_models", 4)
+        check_integer(processes, "processes", 1)
+        check_integer(max_samples, "max_samples", 1)
+        check_integer(draws, "draws", 2)
+        check_seed(seed, optional=False)
+        check_integer(batch_size, "batch_size", 1)
+        check_bool(progress, "progress")
+        check_loss_fn(loss_fn)
+        scikit_learn()
+        kept = np.setdiff1d(np.arange(n), removed).tolist()
+        work = Work(
+            train, methods, data, removed, kept, test, loss_fn, weight_decay, max_samples, seed,
+            batch_size,
+        )  # fmt: skip
+        compared = {} if group is None else described(work)
+    ranks.agree({**compared, "n_models": n_models, "draws": draws, "batch_size": batch_size})
+    with ranks.alone("the opening of the directory"):
+        store = Store(directory, work)
+    done = _done(ranks, store, n_models)
+    todo = [k for k in range(n_models) if k not in done]
+
+    def carry_out(some: range) -> list[tuple[int, Found]]:
+        shown, total = progress and ranks.rank == 0, len(done) + len(some)
+        with progress_bar(shown, total=total, desc="population", unit="seed") as bar:
+            bar.update(len(done))
+            found = []
+            seeds = todo[some.start : some.stop]
+            for each in carried_out(work, seeds, processes, store.folder):
+                found.append(each)
+                bar.update()
+        return found
+
+    pieces = ranks.share_out(len(todo), "the training of models", carry_out)
+    done |= dict(each for piece in pieces for each in piece)
+    found = [done[k] for k in range(n_models)]
+    # of one rank, as processors may round differently
+    scored = ranks.share_out(1, "the scores", lambda some: _scored(found, work, draws, len(some)))
+    assert scored[0] is not None
+    return scored[0]
+
+
+def _done(ranks: AnyRanks, store: Store, n_models: int) -> dict[int, Found]:
+    """What was found for the seeds that are in the directory of any rank."""
+
+    def has(_: range) -> list[int]:
+        return [k for k in range(n_models) if store.has(k)]
+
+    held = ranks.share_out(ranks.size, "the reading of the directory", has)
+
+    def read(_: range) -> dict[int, Found]:
+        others = {k for numbers in held[: ranks.rank] for k in numbers}
+        return {k: store.read(k) for k in held[ranks.rank] if k not in others}
+
+    pieces = ranks.share_out(ranks.size, "the reading of the directory", read)
+    return {k: found for piece in pieces for k, found in piece.items()}
 
 
 def _check_train(train: Any) -> None:
@@ -243,7 +288,11 @@ def _methods(unlearn: Any, weight_decay: Decay, seed: int) -> dict[str, Method]:
 # Scores
 
 
-def _scored(found: list[Found], work: Work, draws: int) -> PopulationEvaluation:
+def _scored(found: list[Found], work: Work, draws: int, wanted: int) -> PopulationEvaluation | None:
+    """The evaluation, where it is wanted: on one rank."""
+    if not wanted:
+        return None
+
     def population(name: str) -> dict[str, Floats]:
         keys = (*PARTS, "statistics")
         return {key: np.stack([each[f"{name}/{key}"] for each in found]) for key in keys}
@@ -255,7 +304,7 @@ def _scored(found: list[Found], work: Work, draws: int) -> PopulationEvaluation:
         errors = [each[f"{name}/error"] for each in found if f"{name}/error" in each]
         if errors:
             error = f"{errors[0]} ({len(errors)} of {len(found)} seeds)"
-            warnings.warn(f"method {name!r} failed. {error}", stacklevel=3)
+            warn(f"method {name!r} failed. {error}")
             methods.append(PopulationMethod(name, None, {}, error=error))
             continue
         ours = population(name)

@@ -1,7 +1,6 @@
 """One seed of a population: train, delete, train again, measure; and where that is kept."""
 
 import dataclasses
-import hashlib
 import inspect
 import io
 import json
@@ -32,6 +31,7 @@ from lcodec_ext.evaluation.methods import (
     Method,
     carry_out,
 )
+from lcodec_ext.evaluation.shared import called, samples_hash
 from lcodec_ext.evaluation.training import take
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import UnlearnResult
@@ -201,14 +201,13 @@ class Store:
     """The folder with what was found for each seed, if there is one."""
 
     def __init__(self, directory: str | Path | None, work: Work) -> None:
-        self.found: dict[int, Found] = {}
         self.folder = None if directory is None else Path(directory)
         if self.folder is None:
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"directory must be a folder; {self.folder} is a file")
         self.folder.mkdir(parents=True, exist_ok=True)
-        ours = _described(work)
+        ours = described(work)
         file = self.folder / _SETTINGS_FILE
         if file.exists():
             theirs = json.loads(file.read_text(encoding="utf-8"))
@@ -233,23 +232,16 @@ class Store:
             }
 
 
-def _described(work: Work) -> dict[str, Any]:
+def described(work: Work) -> dict[str, Any]:
     """What tells one evaluation from another."""
-
-    def digest(data: Any, name: str) -> str:
-        whole = hashlib.sha256()
-        for each in _in_place(data, name).each_hash():
-            whole.update(each.encode())
-        return whole.hexdigest()
-
     return {
         "format": _FORMAT,
         "version": __version__,
-        "data": digest(work.data, "data"),
-        "test": digest(work.test, "test"),
+        "data": samples_hash(_in_place(work.data, "data")),
+        "test": samples_hash(_in_place(work.test, "test")),
         "forget": work.removed,
-        "train": _called(work.train),
-        "loss_fn": _called(work.loss_fn),
+        "train": called(work.train),
+        "loss_fn": called(work.loss_fn),
         "methods": {name: method_described(method) for name, method in work.methods.items()},
         "weight_decay": work.weight_decay,
         "max_samples": work.max_samples,
@@ -264,18 +256,14 @@ def _in_place(data: Any, name: str) -> Samples:
     return as_samples(data, name, first.device if first is not None else _CPU, torch.float32)
 
 
-def _called(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
 def method_described(method: Any) -> Any:
     """A method as JSON: its options, or the name of the function."""
     if isinstance(method, Seeded):
-        return _called(method.unlearn)
+        return called(method.unlearn)
     if isinstance(method, Baseline):
-        return {"baseline": _called(method.run), **_options(method.options)}
+        return {"baseline": called(method.run), **_options(method.options)}
     if not isinstance(method, Mapping):
-        return _called(method)
+        return called(method)
     options = {k: v for k, v in method.items() if k not in (*NOT_SETTINGS, "inplace")}
     preset = options.pop("preset", "recommended")
     if isinstance(preset, Settings):

@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_real, check_seed
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_bar
@@ -394,7 +394,7 @@ class _Yardstick:
             parts = self._apart(self._run(done.model))
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
-            warnings.warn(f"method {name!r} failed with {options}. {message}", stacklevel=3)
+            warn(f"method {name!r} failed with {options}. {message}")
             return Trial(name, options, None, {}, None, message)
         return Trial(name, options, self.distance(parts), parts, done.seconds)
 

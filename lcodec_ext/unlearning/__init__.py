@@ -16,6 +16,7 @@ except ImportError as error:  # the core package does without it
     ) from error
 
 from lcodec_ext._renamed import renamed_module as _renamed_module
+from lcodec_ext._torch.loss import NotFiniteError
 from lcodec_ext.curvature import ParameterSelection, UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
@@ -36,6 +37,7 @@ from lcodec_ext.unlearning.privacy.linear import CertifiedLinear, RemovalRecord
 from lcodec_ext.unlearning.record import TokenReplacement
 from lcodec_ext.unlearning.request import random_samples
 from lcodec_ext.unlearning.result import BeforeAfter, UnlearnResult
+from lcodec_ext.unlearning.select import NothingSelectedError
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.stream import (
@@ -71,6 +73,8 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "MethodEvaluation",
+    "NotFiniteError",
+    "NothingSelectedError",
     "ParameterSelection",
     "PatchedTensor",
     "PrivacyBudget",

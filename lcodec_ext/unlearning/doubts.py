@@ -6,13 +6,13 @@ them, the request did, too. Each of these is warned of, since nothing in the res
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import counted
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.samples import Samples
@@ -44,7 +44,7 @@ def warn_of_doubts(request: Request, guard: Guard | None, settings: Settings) ->
     if not settings.calibrate:
         return
     for doubt in _doubts(request, guard):
-        warnings.warn(doubt, stacklevel=4)  # behind unlearn and its decorator
+        warn(doubt)
 
 
 def _doubts(request: Request, guard: Guard | None) -> Iterator[str]:
@@ -144,12 +144,17 @@ def _far(a: NDArray[np.float64], b: NDArray[np.float64], n: int, k: int) -> bool
 
 def _traits(samples: Samples) -> list[NDArray[np.float64]]:
     """Mean and root mean square of each sample's inputs in floating point."""
-    found: list[list[torch.Tensor]] = []
-    for batch in samples.batches(GUARD_SIZE):
-        inputs = [t for t in tensors_of((batch.args, batch.kwargs)) if t.is_floating_point()]
-        flat = [t.reshape(len(t), -1).double() for t in inputs if t.numel()]
-        found.append([f(t) for t in flat for f in (_mean, _size)])
-    return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
+
+    def own() -> list[torch.Tensor | None]:
+        found: list[list[torch.Tensor]] = []
+        for batch in samples.batches(GUARD_SIZE):
+            inputs = [t for t in tensors_of((batch.args, batch.kwargs)) if t.is_floating_point()]
+            flat = [t.reshape(len(t), -1).double() for t in inputs if t.numel()]
+            found.append([f(t) for t in flat for f in (_mean, _size)])
+        return [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
+
+    traits = samples.stacked(f"the inputs of {samples.name}", own)
+    return [each.numpy() for each in traits if each is not None]
 
 
 def _mean(flat: torch.Tensor) -> torch.Tensor:
@@ -224,7 +229,7 @@ def warn_of_shortfall(
         )
     told += _accuracy_lost(guard)
     for each in told:
-        warnings.warn(each, stacklevel=4)
+        warn(each)
 
 
 def _accuracy_lost(guard: Guard | None) -> list[str]:

@@ -1,7 +1,6 @@
 """What a deletion changed, as data: saved, sent, and applied to a copy of the model."""
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -9,6 +8,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, counted
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.states import state_hash, tensors_of_state
@@ -142,7 +142,7 @@ class WeightPatch:
         self._check(state, strict)
         now = state_hash(state)
         if now == self.after:
-            warnings.warn("the model has this patch already; it stays as it is", stacklevel=2)
+            warn("the model has this patch already; it stays as it is")
             return False
         if strict and now != self.before:
             raise ValueError(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer, check_real, counted
-from lcodec_ext._torch.loss import Gradient
+from lcodec_ext._torch.loss import Gradient, NotFiniteError
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import CONVOLUTIONS, TRANSPOSED, is_linear
 from lcodec_ext.curvature.layout import UnitLayout
@@ -27,11 +27,18 @@ from lcodec_ext.unlearning.workplace import Workplace
 Unit = tuple[str, int]
 
 
-class ZeroLossError(ValueError):
-    """The loss is 0 under all perturbations, as of a sample that is fitted: it depends on nothing.
+class NothingSelectedError(ValueError):
+    """A rule that perturbs finds no unit on which the loss depends."""
 
-    Rules that perturb then select nothing, and the step leaves the weights as they are.
-    """
+
+class ZeroLossError(NothingSelectedError):
+    """It is always 0, as of a sample that is fitted: it depends on nothing."""
+
+
+def no_unit(samples: str, loss: float = 0.0) -> str:
+    """Why nothing is selected for samples whose loss is the same under all perturbations."""
+    same = f"the same under all perturbations, {loss:.3g}" if loss else "0 under all perturbations"
+    return f"the loss of {samples} is {same}: it depends on no unit, so none is selected"
 
 
 CHEAP_THRESHOLD = 0.05  # the T below which "cheap" stops, as in the published code
@@ -176,6 +183,7 @@ class Question:
                 batch_size=settings.batch_size,
                 seed=settings.seed,
                 progress=self.work.progress,
+                ranks=self.work.ranks,
             )
 
     def take(self, ranked: Sequence[Unit]) -> UnitSelection:
@@ -468,30 +476,27 @@ def select_cheap(
 def _alive(recording: Recording) -> NDArray[np.int64]:
     """The columns to select from; refuse recordings without any, or with a constant loss."""
     if not np.isfinite(recording.losses).all():
-        raise ValueError("the loss of the perturbed request is NaN or infinite")
+        raise NotFiniteError("the loss of the perturbed request is NaN or infinite")
     for column in np.flatnonzero(~np.isfinite(recording.activations.sum(0)))[:1]:
         owner = recording.owners[column]
-        raise ValueError(
+        raise NotFiniteError(
             f"unit {owner.unit} of layer {owner.layer!r} has activations NaN or infinite"
         )
     noise = recording.resolution * np.abs(recording.losses).max() + 2 * recording.loss_rounding
     if not recording.losses.any():
-        raise ZeroLossError(
-            "the loss of the request is 0 under all perturbations: it depends on no unit, so there "
-            "is nothing to select from"
-        )
+        raise ZeroLossError(no_unit("the request"))
     if np.ptp(recording.losses) <= noise:
-        raise ValueError(
-            "the loss of the request is the same under all perturbations: noise_std is too small "
-            "for the inputs, or perturb changes nothing"
+        raise NothingSelectedError(
+            f"{no_unit('the request', float(recording.losses[0]))}. noise_std is too small for the "
+            "inputs, or perturb changes nothing, or the network is dead there"
         )
     if not len(recording.alive):
         raise _nothing(recording, "no unit can be selected because all are dead")
     return recording.alive
 
 
-def _nothing(recording: Recording, what: str) -> ValueError:
-    return ValueError(
+def _nothing(recording: Recording, what: str) -> NothingSelectedError:
+    return NothingSelectedError(
         f"{what}: in {counted(len(recording.losses), 'row')} the loss depends on no unit "
         "measurably. Pass more n_perturbations, a larger noise_std or another perturb, or "
         "selection='full'"

@@ -1,8 +1,8 @@
 """What a deletion warns of."""
 
-import warnings
 from collections.abc import Sequence
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import counted, first_few
 from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext.curvature.parameters import find_parameters
@@ -10,6 +10,7 @@ from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.rules import RULES
+from lcodec_ext.unlearning.select import no_unit
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
 
@@ -18,24 +19,38 @@ def warn_of_skipped(
     deletions: Sequence[Deletion], guard: Guard | None, settings: Settings, m: int
 ) -> None:
     """Warn of steps that were taken back, and of fewer units than were asked for."""
-    skipped = sum(len(d.numbers) for d in deletions if d.skipped)
+    _warn_of_failed(deletions, m)
+    skipped = sum(len(d.numbers) for d in deletions if d.skipped and not d.failure)
     if skipped:
-        warnings.warn(
+        warn(
             f"the removal of {skipped} of {counted(m, 'sample')} was taken back: in every attempt "
             f"it changed {_refusal(deletions, guard, settings)}. "
             f"{'This sample needs' if skipped == 1 else 'These samples need'} retraining",
-            stacklevel=4,  # behind unlearn and its decorator
         )
     _warn_of_zero_loss(deletions)
-    selected = [len(d.selection) for d in deletions if not d.choice.zero_loss]
+    selected = [len(d.selection) for d in deletions if not (d.choice.zero_loss or d.failure)]
     rule = RULES.get(settings.selection) if isinstance(settings.selection, str) else None
     repeated = rule is not None and rule.repeated
     most = settings.n_units
     if not repeated and most is not None and selected and min(selected) < most:
-        warnings.warn(
+        warn(
             f"n_units is {most}, and only {counted(min(selected), 'unit')} can be ranked: the "
             "others are dead, or there are no more",
-            stacklevel=4,
+        )
+
+
+def _need_retraining(n: int) -> str:
+    return f"{'This sample needs' if n == 1 else 'These samples need'} retraining"
+
+
+def _warn_of_failed(deletions: Sequence[Deletion], m: int) -> None:
+    """Warn of samples for which there is no step, with the first reason."""
+    failed = [d for d in deletions if d.failure]
+    if failed:
+        n = sum(len(d.numbers) for d in failed)
+        warn(
+            f"no step was found for {n} of {counted(m, 'sample')}, which the model still knows. "
+            f"{_need_retraining(n)}. {failed[0].failure[:1].upper()}{failed[0].failure[1:]}"
         )
 
 
@@ -43,11 +58,7 @@ def _warn_of_zero_loss(deletions: Sequence[Deletion]) -> None:
     """Warn of samples whose loss is 0, and which are deleted without a step."""
     idle = sum(len(d.numbers) for d in deletions if d.choice.zero_loss and not d.selection)
     if idle:
-        warnings.warn(
-            f"the loss of {counted(idle, 'sample')} is 0 under all perturbations: it depends on no "
-            "unit, so none was selected, and the step leaves the weights as they are",
-            stacklevel=5,
-        )
+        warn(f"{no_unit(counted(idle, 'sample'))}, and the step leaves the weights as they are")
 
 
 def warn_of_left_out(work: Workplace) -> None:
@@ -60,10 +71,9 @@ def warn_of_left_out(work: Workplace) -> None:
     if left:
         n = sum(each.parameter.numel() for each in left.values())
         names = first_few([f"{k!r} ({each.refused})" for k, each in left.items()], 3)
-        warnings.warn(
+        warn(
             f"selection='full' leaves {n:,} of {work.n_trainable:,} trainable parameters as they "
             f"are: {names}",
-            stacklevel=4,
         )
 
 
@@ -74,17 +84,16 @@ def _warn_of_those_without_units(work: Workplace) -> None:
         return  # a choice of the user's is meant so
     if left and len(left) < len(work.parameters):  # a model without any unit is refused
         names = first_few(list(map(repr, left)), 3)
-        warnings.warn(
+        warn(
             f"selection={rule!r} selects units, and {sum(left.values()):,} of "
             f"{work.n_trainable:,} trainable parameters belong to none: {names}. They stay as they "
             "are; selection='full' and 'step' change such parameters, too",
-            stacklevel=5,
         )
 
 
 def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Settings) -> str:
     """What the last attempt that was refused had changed."""
-    refused = [a for d in deletions for a in d.attempts if not a.accepted][-1]
+    refused = [a for d in deletions if not d.failure for a in d.attempts if not a.accepted][-1]
     found = refused.calibration
     if found is not None and not refused.steps.residual <= 1:
         return (
@@ -116,10 +125,9 @@ def _warn_of_residual(deletions: Sequence[Deletion]) -> None:
         which = f"{len(unsolved)} of {len(kept)} steps {'does' if len(unsolved) == 1 else 'do'}"
     if len(unsolved) > 1:
         its, largest = "their systems", "largest "
-    warnings.warn(
+    warn(
         f"{which} not solve {its}: the {largest}relative residual is {max(unsolved):.2g}, and "
         "that of no step is 1. Take a larger damping or more max_iterations",
-        stacklevel=5,
     )
 
 
@@ -151,7 +159,6 @@ def warn_of_harm(
             f"a larger damping (it was {last.damping:.3g}); 10 to 1000 times as much is common for "
             "networks"
         )
-    warnings.warn(
+    warn(
         f"the step raised the mean loss of {found}{why}",
-        stacklevel=4,
     )

@@ -37,7 +37,7 @@ class FisherOperator(ModelOperator):
     Parameters
     ----------
     model, loss_fn, data, selection, damping, weight_decay, reduction, dtype, progress,
-    cache_bytes
+    cache_bytes, group
         As for `HessianOperator`. loss_fn must be a plain mean or sum over samples.
     kind : {"empirical", "model"}, default "empirical"
 
@@ -52,7 +52,8 @@ class FisherOperator(ModelOperator):
     Gradients of samples are kept: as factors where they are outer products (a Linear layer without
     positions), else stored, N p numbers that a product reads once. Above 512 MiB they are kept as
     factors by position, or formed again for every product. Up to 2048 samples are solved in their
-    rows, with an N x N matrix.
+    rows, with an N x N matrix. Over a group each rank keeps the gradients of its own samples; those
+    of all but the first rank are sent once for that matrix, N p numbers.
 
     References
     ----------
@@ -76,6 +77,7 @@ class FisherOperator(ModelOperator):
         dtype: torch.dtype | None = None,
         progress: bool = False,
         cache_bytes: int | None = None,
+        group: Any = None,
     ) -> None:
         self.kind = check_choice(kind, "kind", ("empirical", "model"))
         if kind == "model" and known_loss(loss_fn) is None:
@@ -96,6 +98,7 @@ class FisherOperator(ModelOperator):
             dtype=dtype,
             progress=progress,
             cache_bytes=cache_bytes,
+            group=group,
         )
 
     def _choose(self, objective: Objective) -> Route:

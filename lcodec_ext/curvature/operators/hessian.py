@@ -6,8 +6,7 @@ from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import positive
 from lcodec_ext.curvature.operators.on_model import ModelOperator, head_or_delta
 from lcodec_ext.curvature.routes.base import Route
-from lcodec_ext.curvature.routes.delta import DeltaRoute, HessianForm
-from lcodec_ext.curvature.routes.gauss_newton import gauss_newton_diagonal
+from lcodec_ext.curvature.routes.delta import HessianForm
 
 
 class HessianOperator(ModelOperator):
@@ -55,12 +54,20 @@ class HessianOperator(ModelOperator):
     cache_bytes : int, optional
         Of graphs, or gradients of samples, that are kept from one product to the next; the graph of
         the first batch always is. 512 MiB by default.
+    group : torch.distributed.ProcessGroup, optional
+        Over whose ranks the samples are spread: data are those of this rank, any number or none.
+        The matrix is that of all samples, each counted once, whoever has it. All ranks call with
+        the same model and options, and make the same calls of the operator, which all return the
+        same. A product sends p numbers and one a rank (docs/distributed.md). A model may be wrapped
+        in DistributedDataParallel: units and parameters have the names of the model inside.
 
     Raises
     ------
     ValueError, TypeError
         For units that cannot be selected, data or options that cannot be used, and a loss that is
-        not finite; the message names it.
+        not finite; the message names it. Over a group also for what differs between ranks.
+    RuntimeError
+        Over a group, where another rank failed.
 
     Notes
     -----
@@ -95,18 +102,13 @@ class HessianOperator(ModelOperator):
     """
 
     _kind = "hessian"
-    _scale: Tensor | None = None
 
     def _choose(self, objective: Objective) -> Route:
         return head_or_delta(objective, HessianForm)
 
     def _preconditioner(self) -> Tensor:
-        if isinstance(self._route, DeltaRoute):
-            if self._scale is None:
-                self._scale = gauss_newton_diagonal(self._objective)
-            if self._scale is not None:
-                return positive(self._shifted(self._scale))
-        return super()._preconditioner()
+        scale = self._route.scale()
+        return super()._preconditioner() if scale is None else positive(self._shifted(scale))
 
     def _advice(self) -> str | None:
         return "GaussNewtonOperator, which is never indefinite for a convex loss"

@@ -1,16 +1,20 @@
 """What the operators have in common that a model, a loss and data make."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_integer, check_real
+from lcodec_ext._checks import check_bool, check_integer, check_real
 from lcodec_ext._torch.decay import Decay, decay_of, decay_text, vector_of
+from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
+from lcodec_ext._torch.wrapped import told_of, unwrapped
 from lcodec_ext.curvature.masked.model import MaskedModel
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import SMALL, SMALL_CHEAP, CurvatureOperator
@@ -19,6 +23,7 @@ from lcodec_ext.curvature.routes.base import Route
 from lcodec_ext.curvature.routes.delta import DeltaRoute, Form
 from lcodec_ext.curvature.routes.head import HeadRoute, NotAHeadError
 from lcodec_ext.curvature.routes.low_rank import LowRank
+from lcodec_ext.curvature.routes.sharded import ShardedRoute
 
 
 class ModelOperator(CurvatureOperator):
@@ -38,31 +43,43 @@ class ModelOperator(CurvatureOperator):
         dtype: torch.dtype | None = None,
         progress: bool = False,
         cache_bytes: int | None = None,
+        group: Any = None,
     ) -> None:
-        self.damping = check_real(damping, "damping", 0)
-        check_module(model)
-        self.weight_decay = decay_of(weight_decay, model)
-        if cache_bytes is not None:
-            check_integer(cache_bytes, "cache_bytes", 0)
-        objective = Objective(
-            model,
-            loss_fn,
-            data,
-            selection,
-            dtype=dtype,
-            reduction=reduction,
-            progress=progress,
-            cache_bytes=cache_bytes,
-        )
+        ranks = ranks_of(group, type(self).__name__)
+        with alone(ranks, "the arguments"):
+            self.damping = check_real(damping, "damping", 0)
+            model = unwrapped(model)
+            check_module(model)
+            self.weight_decay = decay_of(weight_decay, model)
+            if cache_bytes is not None:
+                check_integer(cache_bytes, "cache_bytes", 0)
+            objective = Objective(
+                model,
+                loss_fn,
+                data,
+                selection,
+                dtype=dtype,
+                reduction=reduction,
+                progress=check_bool(progress, "progress") and (ranks is None or ranks.rank == 0),
+                cache_bytes=cache_bytes,
+                shared=ranks is not None,
+            )
+        if ranks is not None:
+            options = {"kind": self._kind, "damping": self.damping, "reduction": reduction}
+            agree(ranks, model, objective, self.weight_decay, options)
         self._progress = objective.progress
         self.selection = objective.selection
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
         self._objective = objective
-        self._route = self._choose(objective)
+        self._route = (
+            self._choose(objective)
+            if ranks is None
+            else ShardedRoute(ranks, objective, self._choose)
+        )
         self.plan = self._route.plan
         self.shift, self.decay = decayed(self.damping, self.weight_decay, masked)
-        self.formed_up_to = SMALL if isinstance(self._route, DeltaRoute) else SMALL_CHEAP
+        self.formed_up_to = SMALL_CHEAP if self._route.formed_cheaply else SMALL
 
     @property
     def graph_bytes(self) -> int:
@@ -90,6 +107,28 @@ class ModelOperator(CurvatureOperator):
 
     def _dense(self) -> Tensor | None:
         return self._route.dense()
+
+
+def alone(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """As `Ranks.alone`; nothing without ranks."""
+    return nullcontext() if ranks is None else ranks.alone(what)
+
+
+def agree(
+    ranks: Ranks, model: nn.Module, objective: Objective, decay: Decay, options: dict[str, Any]
+) -> None:
+    """Check that all ranks have the same model, selection and options."""
+    masked = objective.masked
+    digest = hashlib.sha256(repr(objective.selection.to_dict()).encode()).hexdigest()[:16]
+    ranks.agree(
+        {
+            **told_of(model),
+            "selection": f"{objective.selection!r}, digest {digest}",
+            "dtype": str(masked.dtype),
+            "weight_decay": dict(decay) if isinstance(decay, Mapping) else decay,
+            **options,
+        }
+    )
 
 
 def decayed(

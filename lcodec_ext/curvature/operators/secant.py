@@ -6,15 +6,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_real
+from lcodec_ext._checks import check_bool, check_real
 from lcodec_ext._torch.decay import decay_of
+from lcodec_ext._torch.group import ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import CurvatureOperator
-from lcodec_ext.curvature.operators.on_model import decayed
+from lcodec_ext.curvature.operators.on_model import agree, alone, decayed
 from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.low_rank import LowRank, StoredRows
+from lcodec_ext.curvature.routes.sharded import gradient as gradient_over
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 
 
@@ -100,7 +103,7 @@ class SecantOperator(_PairsOperator):
 
     Parameters
     ----------
-    model, loss_fn, data, selection, damping, weight_decay, reduction, dtype, progress
+    model, loss_fn, data, selection, damping, weight_decay, reduction, dtype, progress, group
         As for `HessianOperator`.
     steps : Tensor, shape (p,) or (p, k)
         The displacements s of the selected parameters along which gradients are compared.
@@ -147,24 +150,43 @@ class SecantOperator(_PairsOperator):
         reduction: Literal["mean", "sum"] = "mean",
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        group: Any = None,
     ) -> None:
-        check_module(model)
-        weight_decay = decay_of(weight_decay, model)
-        objective = Objective(
-            model, loss_fn, data, selection, dtype=dtype, reduction=reduction, progress=progress
-        )
+        ranks = ranks_of(group, "SecantOperator")
+        with alone(ranks, "the arguments"):
+            model = unwrapped(model)
+            check_module(model)
+            weight_decay = decay_of(weight_decay, model)
+            objective = Objective(
+                model,
+                loss_fn,
+                data,
+                selection,
+                dtype=dtype,
+                reduction=reduction,
+                progress=check_bool(progress, "progress") and (ranks is None or ranks.rank == 0),
+                shared=ranks is not None,
+            )
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
         self.selection = selection
-        S = self._vectors(steps, "steps")
-        S = S if S.ndim == 2 else S[:, None]
-        if not S.shape[1] or not torch.isfinite(S).all():
-            raise ValueError("steps must be one or more vectors, without NaN and infinity")
-        start = objective.gradient()
+        with alone(ranks, "the arguments"):
+            S = self._vectors(steps, "steps")
+            S = S if S.ndim == 2 else S[:, None]
+            if not S.shape[1] or not torch.isfinite(S).all():
+                raise ValueError("steps must be one or more vectors, without NaN and infinity")
+        if ranks is not None:
+            options = {"steps": S, "tolerance": tolerance, "damping": damping}
+            agree(ranks, model, objective, weight_decay, options | {"reduction": reduction})
+
+        def gradient() -> Tensor:
+            return objective.gradient() if ranks is None else gradient_over(ranks, objective)
+
+        start = gradient()
         changes = []
         for step in S.T:
             with masked.moved(step):
-                changes.append(objective.gradient() - start)
+                changes.append(gradient() - start)
         _, decay = decayed(0.0, weight_decay, masked)
         uniform = weight_decay if decay is None else 0.0
         super().__init__(S, torch.stack(changes, 1), tolerance, damping, uniform, decay=decay)

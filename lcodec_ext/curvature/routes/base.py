@@ -26,6 +26,7 @@ class Route(ABC):
 
     plan: str  # which way and why, for people
     graph_bytes = 0  # of the graphs of all batches, whether they are kept or not
+    formed_cheaply = True  # whether the matrix costs less than p products through the model
 
     @abstractmethod
     def product(self, V: Tensor) -> Tensor:
@@ -33,6 +34,10 @@ class Route(ABC):
 
     def diagonal(self) -> Tensor | None:
         """The diagonal, where it costs less than p products."""
+        return None
+
+    def scale(self) -> Tensor | None:
+        """A positive stand-in for a diagonal that costs p products, where there is one."""
         return None
 
     def low_rank(self, most: int) -> LowRank | None:

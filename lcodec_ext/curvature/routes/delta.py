@@ -91,6 +91,8 @@ class GaussNewtonForm(Form):
 class DeltaRoute(Route):
     """Products by backward passes that end at the first selected layer."""
 
+    formed_cheaply = False
+
     def __init__(self, objective: Objective, form: Callable[..., Form], why: str) -> None:
         self._objective, self._form = objective, form
         self._diagonal: Tensor | None = None
@@ -139,7 +141,10 @@ class DeltaRoute(Route):
         return torch.stack([objective.masked.join(out) for out in total], 1)
 
     def diagonal(self) -> Tensor | None:
-        if self._form is GaussNewtonForm and self._diagonal is None:
+        return self.scale() if self._form is GaussNewtonForm else None
+
+    def scale(self) -> Tensor | None:
+        if self._diagonal is None:
             self._diagonal = gauss_newton_diagonal(self._objective)
         return self._diagonal
 

@@ -1,13 +1,13 @@
 """Iterations until the true residual is reached."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_integer, check_real
 from lcodec_ext._progress import progress_bar
 from lcodec_ext.curvature.solvers.result import ConvergenceWarning, SolveResult
@@ -69,11 +69,10 @@ def iterate(
             remedy = "float64, or " * (dtype != "float64") + "more damping or a larger rtol"
         if largest >= 1:
             remedy += "; x = 0 would do as well, as where a singular matrix has no damping"
-        warnings.warn(
+        warn(
             f"{system.describe}: {method} ended {why}, with a relative residual of {largest:.3g} "
             f"above rtol={rtol:.3g}. Use {remedy}",
             ConvergenceWarning,
-            stacklevel=3,
         )
     return system.result(method, x, largest, iterations)
 

@@ -66,6 +66,19 @@ class Columns(Protocol):
     def standard_deviations(self) -> NDArray[np.float64]:
         """Standard deviations (n - 1) in double, the same bits on every backend."""
 
+    def take(self, columns: list[int]) -> Any:
+        """Some of the columns, an array or tensor of shape (n, k)."""
+
+    def put(self, column: int, values: NDArray) -> bool:
+        """Put other values in a column's place; whether engines made before see them."""
+
+
+class Laid(NamedTuple):
+    """A table that a backend has laid out, and what each column is multiplied by."""
+
+    columns: Columns
+    factors: NDArray
+
 
 class Engine(ABC):
     """Scores candidate columns given the selected ones; the loop around it stays in Python."""
@@ -171,7 +184,7 @@ class Backend(ABC):
 
     @abstractmethod
     def permuted_sums(
-        self, pairs: Pairs, R: Any, start: RowNumbers | None, seed: int, count: int
+        self, pairs: Pairs, R: Any, start: RowNumbers | None, seed: int, count: int, first: int = 0
     ) -> NDArray[np.int64]:
         """Sums of minima under permutations of a response, shape (count, segments).
 
@@ -182,8 +195,9 @@ class Backend(ABC):
             Max ranks of the response.
         start : int32 of shape (n,), optional
             Where the block of each row begins; rows change places within their blocks.
-        seed, count : int
-            Permutations 0 to count - 1 of `_random.permutation`; 0 leaves the rows as they are.
+        seed, count, first : int
+            `count` permutations of `_random.permutation` from the `first` one on; 0 leaves the rows
+            as they are.
         """
 
     @abstractmethod

@@ -20,13 +20,41 @@ NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
 class CpuColumns:
-    """A contiguous table laid out by column, with each column's range."""
+    """A table laid out by column; one whose columns lie one after the other stays where it is."""
 
     def __init__(self, X: NDArray) -> None:
-        self.values, self.low, self.high = _core.dependence.lay_out(X, *cpu_settings())
+        self._range: tuple[NDArray, NDArray] | None = None
+        if X.T.flags.c_contiguous:
+            self.values = X.T
+        else:
+            rows = np.ascontiguousarray(X)
+            self.values, low, high = _core.dependence.lay_out(rows, *cpu_settings())
+            self._range = low, high
+
+    @property
+    def low(self) -> NDArray:
+        """Smallest value of every column."""
+        return self._ranges()[0]
+
+    @property
+    def high(self) -> NDArray:
+        """Largest value of every column."""
+        return self._ranges()[1]
+
+    def _ranges(self) -> tuple[NDArray, NDArray]:
+        if self._range is None:
+            self._range = self.values.min(axis=1), self.values.max(axis=1)
+        return self._range
 
     def standard_deviations(self) -> NDArray[np.float64]:
         return _core.dependence.standard_deviations(self.values, *cpu_settings())
+
+    def take(self, columns: list[int]) -> NDArray:
+        return self.values[columns].T
+
+    def put(self, column: int, values: NDArray) -> bool:
+        self.values[column] = values
+        return True
 
 
 class CpuEngine(HostEngine):
@@ -57,7 +85,7 @@ class CpuBackend(HostBackend):
     """NumPy and the compiled module; results depend neither on threads nor on SIMD level."""
 
     def lay_out(self, X: NDArray) -> CpuColumns:
-        return CpuColumns(np.ascontiguousarray(X))
+        return CpuColumns(X)
 
     def engine(
         self, columns: CpuColumns, factors: NDArray, R: NDArray[np.int64], ties: Ties, seed: int
@@ -72,11 +100,18 @@ class CpuBackend(HostBackend):
         return _core.dependence.neighbors(x, used, TIES.index(ties), seed, *cpu_settings())
 
     def permuted_sums(
-        self, pairs: Pairs, R: NDArray[np.int64], start: RowNumbers | None, seed: int, count: int
+        self,
+        pairs: Pairs,
+        R: NDArray[np.int64],
+        start: RowNumbers | None,
+        seed: int,
+        count: int,
+        first: int = 0,
     ) -> NDArray[np.int64]:
         blocks = NO_BLOCKS if start is None else start
         rank = R.astype(np.int32)
-        return _core.dependence.permuted_sums(rank, blocks, *pairs, seed, 0, count, *cpu_settings())
+        drawn = seed, first, count
+        return _core.dependence.permuted_sums(rank, blocks, *pairs, *drawn, *cpu_settings())
 
     def permutations(
         self, n: int, start: RowNumbers | None, seed: int, first: int, count: int

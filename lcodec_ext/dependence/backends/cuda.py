@@ -72,6 +72,14 @@ class CudaColumns:
     def standard_deviations(self) -> NDArray[np.float64]:
         return self._statistics[2]
 
+    def take(self, columns: list[int]) -> torch.Tensor:
+        return self.values[:, columns]
+
+    def put(self, column: int, values: NDArray) -> bool:
+        """See `Columns`; an engine sorts all columns when it is made."""
+        self.values[:, column] = torch.from_numpy(values).to(self.values.device)
+        return False
+
 
 class CudaEngine(Engine):
     """The kernels' engine. Costs are in ``cuda_engine.hpp``.
@@ -214,7 +222,13 @@ class CudaBackend(Backend):
         return indptr, indices
 
     def permuted_sums(
-        self, pairs: Pairs, R: torch.Tensor, start: RowNumbers | None, seed: int, count: int
+        self,
+        pairs: Pairs,
+        R: torch.Tensor,
+        start: RowNumbers | None,
+        seed: int,
+        count: int,
+        first: int = 0,
     ) -> NDArray[np.int64]:
         """See `Backend`; the pairs go to the device, and the sums come back."""
         device, module, n = self._device, self._device.module, len(R)
@@ -239,7 +253,7 @@ class CudaBackend(Backend):
                 "labelings": len(pairs.label),
                 "groups": len(pairs.size),
                 "seed": seed,
-                "first": 0,
+                "first": first,
                 "count": count,
                 "sum": sums.data_ptr(),
                 "workspace": workspace.data_ptr(),

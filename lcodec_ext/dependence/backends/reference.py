@@ -36,6 +36,13 @@ class ReferenceColumns:
         mean = _lane_sums(self.values, None) / n
         return np.sqrt(_lane_sums(self.values, mean) / (n - 1))
 
+    def take(self, columns: list[int]) -> NDArray:
+        return self.values[:, columns]
+
+    def put(self, column: int, values: NDArray) -> bool:
+        self.values[:, column] = values
+        return True
+
 
 def _lane_sums(columns: NDArray, center: NDArray[np.float64] | None) -> NDArray[np.float64]:
     """Column sums in double, of squared deviations with a center.
@@ -149,14 +156,20 @@ class ReferenceBackend(HostBackend):
         return indptr, np.concatenate(used)
 
     def permuted_sums(
-        self, pairs: Pairs, R: NDArray[np.int64], start: RowNumbers | None, seed: int, count: int
+        self,
+        pairs: Pairs,
+        R: NDArray[np.int64],
+        start: RowNumbers | None,
+        seed: int,
+        count: int,
+        first: int = 0,
     ) -> NDArray[np.int64]:
         sums = np.zeros((count, len(pairs.begin) - 1), dtype=np.int64)
         for b in range(count):
-            ranks = R[permutation(len(R), seed, b, start)].tolist()
-            for s, (first, end) in enumerate(pairwise(pairs.begin.tolist())):
-                owners = pairs.owner[first:end] if len(pairs.owner) else range(end - first)
-                for i, j in zip(owners, pairs.other[first:end], strict=True):
+            ranks = R[permutation(len(R), seed, first + b, start)].tolist()
+            for s, (begin, end) in enumerate(pairwise(pairs.begin.tolist())):
+                owners = pairs.owner[begin:end] if len(pairs.owner) else range(end - begin)
+                for i, j in zip(owners, pairs.other[begin:end], strict=True):
                     sums[b, s] += min(ranks[i], ranks[j])
             for g, s in enumerate(pairs.segment):
                 members = [i for label in pairs.label for i in np.flatnonzero(label == g)]

@@ -2,7 +2,6 @@
 
 import math
 import secrets
-import warnings
 from typing import TypeVar
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_real, check_seed
 from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.loss import is_much_worse
@@ -103,14 +103,11 @@ def add_noise(target: _Target, sigma: float, *, seed: int | None = None) -> _Tar
     return released
 
 
-def warn_of_noise(
-    before: float, after: float, guarantee: Guarantee, samples: str, *, stacklevel: int
-) -> None:
+def warn_of_noise(before: float, after: float, guarantee: Guarantee, samples: str) -> None:
     """Warn where noise raises a mean loss by much."""
     if is_much_worse(before, after):
-        warnings.warn(
+        warn(
             f"the noise for epsilon={guarantee.epsilon:g}, delta={guarantee.delta:g}, whose "
             f"standard deviation is {guarantee.sigma:.3g}, raised the mean loss of {samples} from "
             f"{before:.3g} to {after:.3g}. A larger epsilon or weight decay takes less noise",
-            stacklevel=stacklevel + 1,
         )

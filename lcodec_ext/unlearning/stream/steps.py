@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import at_most, check_integer, first_few
 from lcodec_ext._files import ranges_of
 from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
@@ -121,10 +122,9 @@ def _tell_of_rest(named: Sequence[Mapping[str, Any]]) -> None:
     for each in named:
         k, rest = len(each["before"]), len(each["samples"])
         if k:
-            warnings.warn(
+            warn(
                 f"{k:,} of the {k + rest:,} samples of group {each['id']!r} were removed by "
                 f"earlier requests; this one removes the other {rest:,}",
-                stacklevel=5,  # behind remove and what it calls in turn
             )
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_real
 from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import with_decay
@@ -51,7 +51,7 @@ from lcodec_ext.unlearning.stream.steps import (
     take_step,
 )
 from lcodec_ext.unlearning.stream.store import Store, interrupt_held_back
-from lcodec_ext.unlearning.unlearn import unlearn
+from lcodec_ext.unlearning.unlearn import unlearn_or_skip as unlearn
 
 _PROBE = 32  # retained samples that are compared with those of the start at each request
 
@@ -60,9 +60,10 @@ class Unlearner:
     """Deletes training samples from a model, request after request, and keeps a ledger of it.
 
     A request is done when `remove` returns: its checkpoint and its line are then on the disk.
-    Samples that the guard takes back are *pending*. Checkpoints and `model` are weights without
-    noise: they are as confidential as the training data. docs/unlearning.md, "Streams of requests",
-    has the ledger, durability, the guard and confidentiality in full.
+    Samples that the guard takes back, or for which the paper's way finds no step, are *pending*.
+    Checkpoints and `model` are weights without noise: they are as confidential as the training
+    data. docs/unlearning.md, "Streams of requests", has the ledger, durability, the guard and
+    confidentiality in full.
 
     Parameters
     ----------
@@ -168,7 +169,7 @@ class Unlearner:
         with self._store.closed_on_failure():
             _check_new(self._store, directory)
             if doubt:
-                warnings.warn(doubt, stacklevel=2)
+                warn(doubt)
             self._store.ledger.repair()
             record = start_record(self._given, model)
             record |= {"keep": keep, "budget": budget and budget.to_dict(), **self._counts((), ())}
@@ -324,7 +325,8 @@ class Unlearner:
         Returns
         -------
         UnlearnResult
-            Samples whose removal the guard took back, `skipped`, are pending.
+            Samples whose removal the guard took back, or for which there is no step, `skipped`, are
+            pending.
 
         Raises
         ------
@@ -473,9 +475,7 @@ class Unlearner:
         with self._turn():
             released, guarantee, loss = self._release(check_note(note))
         if loss is not None:
-            warn_of_noise(
-                loss["before"], loss["after"], guarantee, "the retained samples", stacklevel=2
-            )
+            warn_of_noise(loss["before"], loss["after"], guarantee, "the retained samples")
         return released
 
     def _release(self, note: str | None) -> tuple[nn.Module, Guarantee, dict[str, Any] | None]:

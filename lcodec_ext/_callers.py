@@ -1,0 +1,20 @@
+"""Warnings that point at the user's line, however deep they arise."""
+
+import sys
+import warnings
+
+# What stands between a user's line and the one that warns: this package, and what calls it or wraps
+# its functions.
+_PASSED = {"lcodec_ext", "contextlib", "functools", "joblib", "sklearn", "torch"}
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the innermost line of other code than this package's."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _root(frame.f_globals) in _PASSED:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _root(names: dict[str, object]) -> str:
+    return str(names.get("__name__", "")).partition(".")[0]

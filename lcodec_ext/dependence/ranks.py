@@ -1,0 +1,19 @@
+"""The ranks of a process group that a user passes; this process alone without one."""
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lcodec_ext._one_rank import ONE_RANK, OneRank
+
+if TYPE_CHECKING:
+    from lcodec_ext._torch.group import Ranks
+
+AnyRanks: TypeAlias = "Ranks | OneRank"
+
+
+def ranks_of(group: Any, function: str) -> AnyRanks:
+    """The ranks of `group`; torch is loaded only where there is one."""
+    if group is None:
+        return ONE_RANK
+    from lcodec_ext._torch.group import Ranks
+
+    return Ranks(group, function)
