@@ -59,7 +59,7 @@ class Form:
     retrainings: int
 
 
-FULL = Form(LIBRARIES, 1440, 32, 48, 8, 100, 20, 100, 128, 3, 2)
+FULL = Form(LIBRARIES, 3600, PAPER_LENGTH, 48, 8, 100, 20, 100, 128, 3, 2)
 REDUCED = Form(("numpy", "sympy", "networkx"), 576, 32, 32, 6, 12, 6, 40, 128, 1, 1)
 
 
@@ -246,8 +246,8 @@ def loss_of(model: nn.Module, data: Data, asked: Tensor) -> float:
 
 
 def measured(removed: int) -> bool:
-    """Each of the first twenty, then one in five: most streams that break do it early."""
-    return removed <= 20 or removed % 5 == 0
+    """Each of the first ten, then one in five: most streams that break do it early."""
+    return removed <= 10 or removed % 5 == 0
 
 
 def broken_after(points: list[dict]) -> int | None:
