@@ -8,6 +8,7 @@ from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext._threads import get_num_threads, set_num_threads
 from lcodec_ext.dependence import (
     CodecTestResult,
+    ColumnBlocks,
     DependenceGraph,
     FociResult,
     StabilityResult,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CodecTestResult",
+    "ColumnBlocks",
     "DependenceGraph",
     "FOCISelector",
     "FociResult",

@@ -82,9 +82,12 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
     if value is None:
         raise ValueError(f"{name} must be an array of numbers; got None")
     if isinstance(value, str | bytes):
+        advice = f"pass the data, such as df[{value!r}]"
+        if str(value).endswith(".parquet"):
+            advice = _ADVICE[_FILES]
         raise ValueError(
             f"{name} must be an array, a column or a table; got the {type(value).__name__} "
-            f"{value!r}: pass the data, such as df[{value!r}]"
+            f"{value!r}: {advice}"
         )
     if is_tensor(value):
         keep = on_cuda(value) if tensors is None else tensors
@@ -238,7 +241,7 @@ def _pandas_column(column: Any, label: str) -> tuple[NDArray, NDArray | None]:
     return column.to_numpy(dtype=numpy_dtype, na_value=fill), missing
 
 
-def _arrow_column(column: Any, label: str) -> tuple[NDArray, NDArray]:
+def _arrow_column(column: Any, label: str) -> tuple[NDArray, NDArray | None]:
     """Values of a pyarrow array, and where they are missing."""
     arrow, kind = sys.modules["pyarrow"], column.type
     if not (
@@ -247,8 +250,21 @@ def _arrow_column(column: Any, label: str) -> tuple[NDArray, NDArray]:
         or arrow.types.is_boolean(kind)
     ):
         raise _not_numbers(label, str(kind))
+    if not column.null_count:
+        return np.asarray(column), None
     missing = np.asarray(column.is_null())
     return np.asarray(column.fill_null(False if arrow.types.is_boolean(kind) else 0)), missing
+
+
+def arrow_dtypes(schema: Any, name: str) -> set[np.dtype[Any]]:
+    """dtypes that `as_array` makes of a pyarrow schema's columns; refuses those of no numbers."""
+    found: dict[Any, np.dtype[Any]] = {}
+    for k, field in enumerate(schema):
+        if field.type not in found:
+            label = f"column {field.name!r} (index {k}) of {name}"
+            empty = sys.modules["pyarrow"].array([], field.type)
+            found[field.type] = _column(empty, label).dtype
+    return set(found.values())
 
 
 def listed(value: Any, label: str) -> NDArray:
@@ -360,7 +376,9 @@ _ENCODE = (
     "encode categories as numbers first: a column of 0 and 1 for each (get_dummies of pandas, "
     "to_dummies of polars), or their codes if their order is meant"
 )
+_FILES = ("path", "parquet", "dataset")
 _ADVICE = {  # for words in a dtype's or a type's name
+    _FILES: "read it first, and pass the table; foci alone reads Parquet by columns",
     ("[(",): "make a data frame of the fields first: pandas.DataFrame",
     ("list", "struct", "array"): "pass columns of numbers",
     ("date", "time", "duration", "period"): "pass the number that is meant, such as days since "

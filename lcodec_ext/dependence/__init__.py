@@ -6,12 +6,14 @@ from lcodec_ext.dependence.graph import DependenceGraph, dependence_graph
 from lcodec_ext.dependence.neighbors import nearest_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.significance import CodecTestResult, codec_test
+from lcodec_ext.dependence.sources import ColumnBlocks
 from lcodec_ext.dependence.stability import StabilityResult, stability
 from lcodec_ext.dependence.xi import XiTestResult, xi, xi_test
 from lcodec_ext.dependence.xi_matrix import XiMatrix, xi_matrix
 
 __all__ = [
     "CodecTestResult",
+    "ColumnBlocks",
     "DependenceGraph",
     "FociResult",
     "NoiseScale",

@@ -25,6 +25,8 @@ from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import fresh_seed, tie_seed
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import TIES, Columns, Laid, Ties
+from lcodec_ext.dependence.backends.block_table import BlockTable
+from lcodec_ext.dependence.backends.blocks import in_blocks
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.candidates import Candidates
 from lcodec_ext.dependence.checkpoint import Checkpoint, Progress, digest, ranges_word, saved_text
@@ -218,6 +220,7 @@ def foci(
     y_order: Literal["given", "average"] = "given",
     alpha: float | None = None,
     n_permutations: int | None = None,
+    max_memory: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
     group: Any = None,
 ) -> FociResult:
@@ -233,6 +236,10 @@ def foci(
     X : array_like of shape (n, p)
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
+        What may be larger than memory is read in blocks of columns, anew in every step, for the
+        same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them, a
+        ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of these and of arrays.
+        ``docs/distributed.md`` says what that costs.
     y : array_like of shape (n,) or (n, q)
         Response. Only its order counts. Strings and categories are classes without an order: T
         is the mean over the classes c of the T of ``y == c``. Several columns of numbers are one
@@ -271,6 +278,10 @@ def foci(
         With stop="permutation": level of each step, above 0 and below 1; 0.05 by default.
     n_permutations : int, optional
         With stop="permutation": from 1 / alpha - 1 to 10^6; 999 by default.
+    max_memory : int, optional
+        Bytes that a table which is read in blocks may take with all work on it; 2^30 by default,
+        where larger blocks are no faster. Given, an array in memory is worked on in blocks, too,
+        instead of copying it as a whole.
     checkpoint : str or path, optional
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an
@@ -280,7 +291,7 @@ def foci(
         Spread the columns over the ranks of a group, ``torch.distributed.group.WORLD`` for all.
         X is the own columns, with all rows; in the order of ranks they are the whole table, in
         which the result, `preselected` and messages count. A rank may have none, an array of shape
-        (n, 0). All other arguments except `backend` and `progress` must be equal. Every rank
+        (n, 0). All arguments but `backend`, `progress`, `max_memory` must be equal. Every rank
         returns the same result, that of one process with the whole table, bit for bit. A step
         sends 32 bytes and one broadcast of n + 1 numbers in the precision of X; with tied
         neighbours some hundred bytes more; with stop="permutation" 9 bytes a permutation more.
@@ -297,9 +308,12 @@ def foci(
         As `codec`, and for options that cannot be used. A constant y, for which nothing is
         selected, and constant columns get a warning. With a group a ValueError on every rank names
         what differs between ranks. A rank that fails ends all, by a RuntimeError that names it; one
-        that dies does so within the group's timeout.
+        that dies does so within the group's timeout. A RuntimeError, too, if a file that is read in
+        blocks is written meanwhile.
     OSError
         If the checkpoint cannot be read or written.
+    ImportError
+        For Parquet without pyarrow.
 
     Notes
     -----
@@ -335,7 +349,7 @@ def foci(
     with ranks.alone("checking the arguments"):
         check_seed(seed)
         check_choice(y_order, "y_order", Y_ORDERS)
-        task = _Task(backend, X, y, options, progress, ranks)
+        task = _Task(*in_blocks(backend, X, y, max_memory), y, options, progress, ranks)
     task.begin(seed, checkpoint)
     with ranks.alone("laying out X"):
         columns = task.lay_out()
@@ -567,7 +581,9 @@ class _Task:
         X, xp = self.features.values, array_module(self.features.values)
         if room is None:
             room = 0 if self.shard is None else ROOM
-        if room:
+        if room and isinstance(X, BlockTable):
+            X = X.beside(np.zeros((len(X), room), dtype=X.dtype))
+        elif room:
             device = {"device": X.device} if is_tensor(X) else {}
             places = xp.zeros((len(X), room), dtype=X.dtype, **device)
             X = xp.concatenate([X, places], axis=1)

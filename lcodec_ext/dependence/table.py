@@ -4,7 +4,7 @@ CUDA tensors are checked and converted where they lie; nothing but verdicts is r
 Every message names the argument, says what was given and what was expected.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from lcodec_ext._arrays import (
 )
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_choice, check_integer, counted, first_few
+from lcodec_ext.dependence.backends.block_table import BlockTable
 
 Y_ORDERS = ("given", "average")
 MOST_AVERAGED = 5  # columns of y, whose 120 orders are averaged
@@ -31,10 +32,10 @@ MAX_ROWS = 1_000_000  # the integer sums of the exactness contract are proven up
 class Features(NamedTuple):
     """Feature columns in the working precision.
 
-    ``values`` is a C-contiguous (n, p) array, or CUDA tensor: float32 where the input was float32,
-    float16 or bfloat16, float64 for everything else. ``names`` are column names, None without any;
-    ``argument`` is what the user calls the table. ``first`` is the index of its first column: not 0
-    for a part of a table.
+    ``values`` is a C-contiguous (n, p) array, CUDA tensor or `BlockTable`: float32 where the input
+    was float32, float16 or bfloat16, float64 for everything else. ``names`` are column names, None
+    without any; ``argument`` is what the user calls the table. ``first`` is the index of its first
+    column: not 0 for a part of a table.
     """
 
     values: Any
@@ -50,6 +51,11 @@ class Features(NamedTuple):
     def label(self, k: int) -> str:
         """A column in a message: "column 'age' (index 3) of X"."""
         return f"{self.column(k)} of {self.argument}"
+
+    def part(self, first: int, values: Any) -> "Features":
+        """Some of the columns, from the first on, and values of them."""
+        names = None if self.names is None else self.names[first : first + values.shape[1]]
+        return Features(values, names, self.argument, self.first + first)
 
     def warn_constant(self, flags: NDArray[np.bool_]) -> None:
         """One warning for all columns that are flagged as constant; it names the first five."""
@@ -136,6 +142,8 @@ class Target(NamedTuple):
         """A table, and behind its columns those of a clean y that are in distances."""
         if not self.given:
             return table
+        if isinstance(table, BlockTable):
+            return table.beside(y[:, : self.given])
         return array_module(table).concatenate([table, y[:, : self.given]], axis=1)
 
     def warn_constant(self, y: Any) -> None:
@@ -231,6 +239,16 @@ def as_features(
     With decimals the columns are counts of 10**-decimals, in float64. p = 0 is an error unless
     ``allow_empty``, and so are numbers that float64 merges.
     """
+    if decimals is not None:
+        decimals = check_integer(decimals, "decimals", 0, 15)
+    if isinstance(X, BlockTable):
+        table = Features(X, X.names, name)
+
+        def convert(values: NDArray, first: int) -> NDArray:
+            exact: NDArray = _exact(table.part(first, values), decimals).values
+            return exact
+
+        return table._replace(values=X.converted(convert, decimals is not None))
     array, names = as_array(X, name, tensors=tensors)
     if array.ndim == 1 and allow_1d:
         array = array[:, None]
@@ -241,23 +259,24 @@ def as_features(
         hint = f"; for one feature pass {name}.{way}" if array.ndim == 1 else ""
         shapes = "(n,) or (n, p)" if allow_1d else "(n, p)"
         raise ValueError(f"{name} must have shape {shapes}; got shape {tuple(array.shape)}{hint}")
-    features = Features(array, names, name)
-    if array.shape[1] == 0:
-        if not allow_empty:
-            raise ValueError(
-                f"{name} must have at least one column; got shape {tuple(array.shape)}"
-            )
-    elif beyond_float64(array):
-        for k in range(array.shape[1]):
-            refuse_merged(array[:, k], features.label(k))
-    if decimals is not None:
-        features = _counted(features, check_integer(decimals, "decimals", 0, 15))
-        array = features.values
+    if array.shape[1] == 0 and not allow_empty:
+        raise ValueError(f"{name} must have at least one column; got shape {tuple(array.shape)}")
+    features = _exact(Features(array, names, name), decimals)
+    array = features.values
     xp = array_module(array)
     dtype = xp.float32 if array.dtype == xp.float32 else xp.float64
     if is_tensor(array):
         return features._replace(values=array.to(dtype).contiguous())
     return features._replace(values=np.ascontiguousarray(array, dtype=dtype))
+
+
+def _exact(features: Features, decimals: int | None) -> Features:
+    """Columns as they are, or counts of 10**-decimals; refuse numbers that float64 merges."""
+    array = features.values
+    if array.shape[1] and beyond_float64(array):
+        for k in range(array.shape[1]):
+            refuse_merged(array[:, k], features.label(k))
+    return features if decimals is None else _counted(features, decimals)
 
 
 def _counted(features: Features, decimals: int) -> Features:
@@ -298,11 +317,10 @@ def missing_rows(arrays: dict[str, Any], nan_policy: str | None) -> Missing:
     drop: Any = None
     counts: dict[str, int] = {}
     for name, array in arrays.items():
-        flags = _missing(name, array, nan_policy)
-        if flags is not None:
-            counts |= _counts(name, array, flags)
-            rows = flags.any(axis=1) if flags.ndim == 2 else flags
-            drop = rows if drop is None else drop | rows
+        found = _missing(name, array, nan_policy)
+        counts |= found.counts
+        if found.rows is not None:
+            drop = found.rows if drop is None else drop | found.rows
     return Missing(drop, counts)
 
 
@@ -353,48 +371,71 @@ def clean_rows(
     return found
 
 
-def _missing(name: str, given: Any, nan_policy: str | None) -> Any:
-    """Which entries are NaN, None if none is; refuse infinity, empty columns, NaN to raise."""
-    array = given.values if isinstance(given, Features) else given
-    if not is_float(array):
-        return None
-    xp = array_module(array)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if xp.isfinite(array.sum()):  # one pass; the rare rest looks closer
-            return None
-    infinite = xp.isinf(array)
-    if infinite.any():
-        raise ValueError(
-            f"infinite values are not allowed; got {name} at {_where(infinite, given)}"
-        )
-    missing = xp.isnan(array)
-    if not missing.any():
-        return None
-    empty = [label for label, count in _counts(name, given, missing).items() if count == len(array)]
+def _missing(name: str, given: Any, nan_policy: str | None) -> Missing:
+    """Rows with a NaN, and how many; refuse infinity, empty columns, NaN where it is to raise."""
+    features = given if isinstance(given, Features) else Features(given, None, name)
+    found = Missing(None, {})
+    infinite, missing = _Flagged(features), _Flagged(features)
+    for first, block in _blocks(features.values):
+        xp = array_module(block)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if xp.isfinite(block.sum()):  # one pass; the rare rest looks closer
+                continue
+        infinite.add(first, xp.isinf(block))
+        flags = xp.isnan(block)
+        if missing.add(first, flags):
+            rows = flags.any(axis=1) if flags.ndim == 2 else flags
+            counts = flags.sum(axis=0).tolist()
+            if flags.ndim == 2:
+                part = features.part(first, block)
+                counts = {part.label(k): count for k, count in enumerate(counts) if count}
+            found = found.beside(Missing(rows, counts if flags.ndim == 2 else {name: counts}))
+    if infinite.count:
+        raise ValueError(f"infinite values are not allowed; got {name} at {infinite.where()}")
+    n = len(features.values)
+    empty = [label for label, count in found.counts.items() if count == n]
     if empty:
         verb = "is" if len(empty) == 1 else "are"
-        advice = f"; leave {'it' if len(empty) == 1 else 'them'} out" if array.ndim == 2 else ""
+        advice = ""
+        if len(features.values.shape) == 2:
+            advice = f"; leave {'it' if len(empty) == 1 else 'them'} out"
         raise ValueError(f"{first_few(empty, 5)} {verb} empty: all values are NaN{advice}")
-    if nan_policy != "omit":
+    if missing.count and nan_policy != "omit":
         advice = "leave out the rows with missing values first"
         if nan_policy == "raise":
             advice = "pass nan_policy='omit' to leave out rows with missing values"
-        raise ValueError(f"NaN in {name} at {_where(missing, given)}; {advice}")
-    return missing
+        raise ValueError(f"NaN in {name} at {missing.where()}; {advice}")
+    return found
 
 
-def _counts(name: str, given: Any, flags: Any) -> dict[str, int]:
-    """How many entries are flagged, by column in a message or by argument, where any is."""
-    counts = flags.sum(axis=0).tolist()
-    if not isinstance(given, Features):
-        return {name: counts} if counts else {}
-    return {given.label(k): count for k, count in enumerate(counts) if count}
+def _blocks(values: Any) -> Iterator[tuple[int, Any]]:
+    """Blocks of columns, and the index of the first of each; nothing where none holds floats."""
+    if isinstance(values, BlockTable):
+        yield from values.survey()
+    elif is_float(values):
+        yield 0, values
 
 
-def _where(flags: Any, given: Any) -> str:
-    """The first flagged entry: "row 3, column 'age' (index 2) and 4 more"."""
-    row, *columns = array_module(flags).argwhere(flags)[0].tolist()
-    table = given if isinstance(given, Features) else Features(given, None, "")
-    place = ", ".join([f"row {row}", *(table.column(k) for k in columns)])
-    more = int(flags.sum()) - 1
-    return place + (f" and {more} more" if more else "")
+class _Flagged:
+    """Flagged entries of a table, block by block: how many there are, and the first one."""
+
+    def __init__(self, features: Features) -> None:
+        self.count = 0
+        self._features = features
+        self._first: list[int] = []
+
+    def add(self, column: int, flags: Any) -> bool:
+        """Whether any is flagged in a block, whose first column has this index."""
+        if not flags.any():
+            return False
+        row, *columns = array_module(flags).argwhere(flags)[0].tolist()
+        place = [row, *(column + k for k in columns)]
+        self._first = min(self._first or place, place)
+        self.count += int(flags.sum())
+        return True
+
+    def where(self) -> str:
+        """The first flagged entry: "row 3, column 'age' (index 2) and 4 more"."""
+        row, *columns = self._first
+        place = ", ".join([f"row {row}", *(self._features.column(k) for k in columns)])
+        return place + (f" and {self.count - 1} more" if self.count > 1 else "")

@@ -20,10 +20,31 @@ NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
 class CpuColumns:
-    """A contiguous table laid out by column, with each column's range."""
+    """A table laid out by column; one whose columns lie one after the other stays where it is."""
 
     def __init__(self, X: NDArray) -> None:
-        self.values, self.low, self.high = _core.dependence.lay_out(X, *cpu_settings())
+        self._range: tuple[NDArray, NDArray] | None = None
+        if X.T.flags.c_contiguous:
+            self.values = X.T
+        else:
+            rows = np.ascontiguousarray(X)
+            self.values, low, high = _core.dependence.lay_out(rows, *cpu_settings())
+            self._range = low, high
+
+    @property
+    def low(self) -> NDArray:
+        """Smallest value of every column."""
+        return self._ranges()[0]
+
+    @property
+    def high(self) -> NDArray:
+        """Largest value of every column."""
+        return self._ranges()[1]
+
+    def _ranges(self) -> tuple[NDArray, NDArray]:
+        if self._range is None:
+            self._range = self.values.min(axis=1), self.values.max(axis=1)
+        return self._range
 
     def standard_deviations(self) -> NDArray[np.float64]:
         return _core.dependence.standard_deviations(self.values, *cpu_settings())
@@ -64,7 +85,7 @@ class CpuBackend(HostBackend):
     """NumPy and the compiled module; results depend neither on threads nor on SIMD level."""
 
     def lay_out(self, X: NDArray) -> CpuColumns:
-        return CpuColumns(np.ascontiguousarray(X))
+        return CpuColumns(X)
 
     def engine(
         self, columns: CpuColumns, factors: NDArray, R: NDArray[np.int64], ties: Ties, seed: int
