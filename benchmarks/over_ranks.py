@@ -1,6 +1,6 @@
 """What a selection over a process group gains, and what its steps send.
 
-    python benchmarks/distributed.py [--quick] [--repeats K] [--output FILE]
+    python benchmarks/over_ranks.py [--quick] [--repeats K] [--output FILE]
 
 Every process has one thread. One process with all columns takes turns with two that have half of
 them each; seconds are those of the slower one, by the clock, for the whole call. The machine needs
