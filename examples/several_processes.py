@@ -5,10 +5,12 @@
 runs the named parts in two processes, and prints what the first one has: all have the same. Without
 torchrun one process does the work, and prints the same. The parts:
 
-    foci      a selection of columns, which the processes share out
-    test      a permutation test, whose permutations the processes share out
-    graph     which columns FOCI selects for which, the responses shared out
-    evaluate  methods of deletion next to retrained models, which are trained side by side
+    foci       a selection of columns, which the processes share out
+    test       a permutation test, whose permutations the processes share out
+    graph      which columns FOCI selects for which, the responses shared out
+    curvature  a system of equations with a curvature matrix, the samples spread
+    unlearn    a deletion, the retained samples spread over the processes
+    evaluate   methods of deletion next to retrained models, which are trained side by side
 
 With GPUs of NVIDIA pass --backend nccl, and as many processes as there are GPUs.
 """
@@ -16,6 +18,7 @@ With GPUs of NVIDIA pass --backend nccl, and as many processes as there are GPUs
 import argparse
 import os
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -24,7 +27,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lcodec_ext import codec_test, dependence_graph, foci
+from lcodec_ext.curvature import GaussNewtonOperator, UnitSelection
 from lcodec_ext.evaluation import evaluate
+from lcodec_ext.unlearning import unlearn
 
 
 def select(group, seed):
@@ -54,31 +59,83 @@ def graph(group, seed):
     return dependence_graph(X, stop="permutation", alpha=0.005, seed=seed, group=group)
 
 
+def own(rows, group):
+    """The samples of this rank; in the order of ranks they are all."""
+    if group is None:
+        return rows
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    return tuple(each.tensor_split(size)[rank] for each in rows)
+
+
+def samples(seed):
+    """Samples to remove, whose labels are wrong, retained ones, and others."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, 8, generator=generator, dtype=torch.float64)
+    y = (x @ torch.randn(8, 3, generator=generator, dtype=torch.float64)).argmax(1)
+    y[:20] = (y[:20] + 1) % 3
+    return (x[:20], y[:20]), (x[20:400], y[20:400]), (x[400:], y[400:])
+
+
+def train(x, y, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02, weight_decay=1e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def trained_on_all(forget, retain, seed):
+    return train(*(torch.cat(each) for each in zip(forget, retain, strict=True)), seed)
+
+
+def curvature(group, seed):
+    """Solve with a damped Gauss-Newton matrix: every rank multiplies by that of its samples."""
+    forget, retain, _ = samples(seed)
+    model = trained_on_all(forget, retain, seed)
+    matrix = GaussNewtonOperator(
+        model, cross_entropy, own(retain, group), UnitSelection.all(model), damping=0.01,
+        group=group,
+    )  # fmt: skip
+    size = matrix.shape[0]
+    found = matrix.solve(torch.ones(size, dtype=torch.float64))
+    return f"the solution of {size} equations has norm {found.x.norm():.6g}"
+
+
+def delete(group, seed):
+    """A deletion: every rank has its retained samples, and all of what else there is."""
+    forget, retain, validation = samples(seed)
+    model = trained_on_all(forget, retain, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few samples of validation
+        result = unlearn(
+            model, forget, own(retain, group), cross_entropy, validation=validation,
+            weight_decay=1e-3, seed=seed, group=group,
+        )  # fmt: skip
+    before, after = (cross_entropy(each(forget[0]), forget[1]) for each in (model, result.model))
+    return f"the mean loss of the removed samples went from {before:.4f} to {after:.4f}"
+
+
 def evaluate_methods(group, seed):
     """What two methods leave: every rank has all samples, and its models and methods."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(600, 8, generator=generator)
-    y = (x @ torch.randn(8, 3, generator=generator)).argmax(1)
-    y[:20] = (y[:20] + 1) % 3  # wrong labels, which are removed
-    forget, retain, unseen = (x[:20], y[:20]), (x[20:400], y[20:400]), (x[400:], y[400:])
-
-    def train(seed, x=x[20:400], y=y[20:400]):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        for _ in range(200):
-            optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()
-            optimizer.step()
-        return model
-
+    forget, retain, unseen = samples(seed)
     return evaluate(
-        train(seed, x[:400], y[:400]), forget, retain, unseen, cross_entropy,
-        retrained=train, methods=["L-BFGS", "fine-tune SGD"], seed=seed, group=group,
+        trained_on_all(forget, retain, seed), forget, retain, unseen, cross_entropy,
+        retrained=lambda seed: train(*retain, seed), methods=["L-BFGS", "fine-tune SGD"],
+        weight_decay=1e-3, seed=seed, group=group,
     )  # fmt: skip
 
 
-PARTS = {"foci": select, "test": test, "graph": graph, "evaluate": evaluate_methods}
+PARTS = {
+    "foci": select,
+    "test": test,
+    "graph": graph,
+    "curvature": curvature,
+    "unlearn": delete,
+    "evaluate": evaluate_methods,
+}
 
 
 def main():
