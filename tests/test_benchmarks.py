@@ -35,6 +35,7 @@ import masks  # noqa: E402
 import networks  # noqa: E402
 import ordinary  # noqa: E402
 import ordinary_models  # noqa: E402
+import over_ranks  # noqa: E402
 import peers  # noqa: E402
 import plots  # noqa: E402
 import population  # noqa: E402
@@ -1143,3 +1144,12 @@ class TestOrdinaryNetworks:
         assert len(list(tmp_path.iterdir())) == 1
         ordinary_models.fitted(tmp_path, "adamw", few, 1, 1)
         assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_over_ranks(tmp_path):
+    """What a step of foci sends is what docs/distributed.md says."""
+    path = tmp_path / "result.json"
+    assert over_ranks.main(["--quick", "--repeats", "1", "--output", str(path)]) == 0
+    record = results.load(path)
+    assert record["bytes_a_step"]["measured"] == record["bytes_a_step"]["counted"] == 8036
+    assert [each["p"] for each in record["points"]] == [2000, 1000]

@@ -1,6 +1,6 @@
 """What a selection over a process group gains, and what its steps send.
 
-    python benchmarks/distributed.py [--quick] [--repeats K] [--output FILE]
+    python benchmarks/over_ranks.py [--quick] [--repeats K] [--output FILE]
 
 Every process has one thread. One process with all columns takes turns with two that have half of
 them each; seconds are those of the slower one, by the clock, for the whole call. The machine needs
@@ -143,17 +143,22 @@ def point(one: Processes, two: Processes, n: int, p: int, repeats: int) -> dict:
     }
 
 
-def model(large: dict, small: dict) -> dict:
-    """What a step takes, on any number of columns and for each, from two points of one process."""
+def model(large: dict, small: dict, exchange: float) -> dict:
+    """What a step takes, on any number of columns and for each, from two points of one process.
+
+    On R ranks it is expected to take the fixed part, the exchange, and the time of p / R columns.
+    """
     a, b = (each["cpu_seconds"]["one"] / STEPS for each in (large, small))
     column = (a - b) / (large["p"] - small["p"])
     fixed = b - column * small["p"]
+    anyway = fixed + exchange
     return {
         "n": large["n"],
         "milliseconds_of_a_step": round(1e3 * fixed, 3),
         "microseconds_of_a_column": round(1e6 * column, 3),
-        "columns_that_take_as_long_as_the_step": round(fixed / column),
-        "expected_ratio": round(a / (fixed + column * large["p"] / 2), 2),
+        "milliseconds_of_the_exchange": round(1e3 * exchange, 3),
+        "columns_that_take_as_long": round(anyway / column),
+        "expected_ratio": round(a / (anyway + column * large["p"] / 2), 2),
     }
 
 
@@ -180,13 +185,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         points = [point(one, two, *size, options.repeats) for size in sizes]
         sent = [two.ask(2000, 2000, steps)[0][3] for steps in (2, 3)]
-        exchange = {n: statistics.median(two.ask(n, 0, 0)) for n in (200, 2000, 200_000)}
+        exchange = {n: statistics.median(two.ask(n, 0, 0)) for n in (200, 500, 2000, 200_000)}
     finally:
         one.stop()
         two.stop()
     ratio = points[0]["ratio"]
     result["points"] = points
-    result["model"] = [model(*points[k : k + 2]) for k in range(0, len(points), 2)]
+    pairs = [points[k : k + 2] for k in range(0, len(points), 2)]
+    result["model"] = [model(*pair, exchange[pair[0]["n"]]) for pair in pairs]
     # the last step broadcasts nothing
     result["bytes_a_step"] = {"n": 2000, "measured": sent[1] - sent[0], "counted": 32 + 4 * 2001}
     result["microseconds_of_an_exchange"] = {n: round(1e6 * s, 1) for n, s in exchange.items()}
