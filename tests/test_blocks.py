@@ -208,6 +208,9 @@ def test_parquet_of_every_kind(width, rng, tmp_path):
     expected = foci(table, y, nan_policy="omit")
     for each in (folder, str(folder), pa.dataset.dataset(folder)):
         assert_same(foci(each, y, nan_policy="omit"), expected)
+    some = pa.dataset.dataset(folder)
+    some = some.replace_schema(some.schema.remove(1))  # a Dataset of the other columns
+    assert_same(foci(some, y, nan_policy="omit"), foci(table.drop(["a"]), y, nan_policy="omit"))
     parts = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
     pq.write_table(table.select(["a.b", "a"]), parts[0])
     pq.write_table(table.select(["small", "flag"]), parts[1])
@@ -284,6 +287,7 @@ def test_refusals_of_what_cannot_be_read(table, tmp_path, monkeypatch):
     assert "there is no such file" in message("nothing.parquet", y)
     assert "there is no such file" in message(tmp_path / "nothing", y)
     assert "got the str 'nothing'" in message("nothing", y)
+    assert "got the str 'aaa" in message("a" * 10_000, y)
     np.save(tmp_path / "x.npy", X)
     assert "mmap_mode='r'" in message(tmp_path / "x.npy", y)
     twice = pa.table([X[:, 0], X[:, 1]], names=["a", "a"])
@@ -299,7 +303,7 @@ def test_refusals_of_what_cannot_be_read(table, tmp_path, monkeypatch):
         foci(X, y, max_memory=1e9)
     with pytest.raises(ValueError, match="foci alone reads ColumnBlocks"):
         codec(y, ColumnBlocks([X]))
-    path = tmp_path / "twice.parquet"
+    path = tmp_path / "text.parquet"
     for elsewhere in (path, str(path), pq.ParquetFile(path), pa.dataset.dataset(path)):
         with pytest.raises(ValueError, match="read it first, and pass the table; foci alone"):
             codec(y, elsewhere)
@@ -375,6 +379,24 @@ def test_each_block_is_read_once_a_step(table, monkeypatch):
     monkeypatch.undo()
     foci(ColumnBlocks(Blocks()), y, stop=False, max_features=3)
     assert len(reads) <= 3 * 3 + 3  # what fits stays in memory
+
+
+def test_a_checkpoint_is_that_of_memory(table, tmp_path, monkeypatch):
+    X, y = table
+    expected = foci(X, y, stop=False, max_features=5, checkpoint=tmp_path / "whole.json")
+    foci(X, y, stop=False, max_features=2, checkpoint=tmp_path / "two.json")
+    set_width(monkeypatch, 4)
+    file = memmap(tmp_path / "x.npy", X)
+    found = foci(file, y, stop=False, max_features=5, checkpoint=tmp_path / "blocks.json")
+    assert_same(found, expected)
+    saved = [(tmp_path / f"{name}.json").read_text() for name in ("whole", "blocks")]
+    assert saved[0] == saved[1]
+    began = json.loads(saved[0])
+    two = json.loads((tmp_path / "two.json").read_text())
+    began |= {"steps": two["steps"], "m": two["m"], "stop_reason": None, "not_taken": None}
+    (tmp_path / "part.json").write_text(json.dumps(began))
+    resumed = foci(file, y, stop=False, max_features=5, checkpoint=tmp_path / "part.json")
+    assert_same(resumed, expected)
 
 
 def test_an_array_in_memory_with_a_limit(table, width):
