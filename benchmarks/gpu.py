@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or children could inherit "ignore"
     devices = environment.nvidia("name", "driver_version", "compute_cap")
     stages = plan(devices, options.quick)
+    if len(devices) == 1:
+        print("one GPU: the tests of process groups by NCCL, which need several, are left out")
     names = [stage.name for stage in stages]
     chosen = options.stages.split(",") if options.stages else names
     if unknown := [name for name in chosen if name not in names]:
@@ -143,12 +146,18 @@ def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
     timings = [*python, ROOT / "benchmarks/run.py", "--device", "cuda"]
     timings += ["--threads", str(THREADS)]
     timings += ["--budget", "5", "--output", WORK / "timings.json", *["--quick"] * quick]
+    group = [*module, "pytest", "-p", "no:cacheprovider"]
+    group += [f"--junitxml={WORK / 'nccl.xml'}", *group_test_files()]
+    by_nccl = partial(judge_tests, report=WORK / "nccl.xml")
     before = os.environ.get("PYTHONPATH")
     installed = {"PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), before]))}
+    nccl = installed | {"LCODEC_TEST_BACKEND": "nccl"}
+    several = [Stage("nccl", group, 150, 30, by_nccl, nccl)]
     return [
         Stage("build", [*build, "."], 200, 60, judge_build, {"LCODEC_CUDA": "ON"}),
         Stage("tests", tests, 120, 20, judge_tests, installed | {"HYPOTHESIS_PROFILE": "short"}),
         Stage("timings", timings, 150, 30, judge_timings, installed, echo=True),
+        *(several if len(devices) > 1 else []),
         *(sanitizer(tool, installed) for tool in SANITIZERS),
     ]
 
@@ -161,6 +170,13 @@ def cuda_test_files() -> list[Path]:
         for file in files
         if file.name.startswith("test_cuda_") or re.search(r"\bmark\.cuda\b", file.read_text())
     ]
+
+
+def group_test_files() -> list[Path]:
+    """Return the files whose tests run functions in groups of processes."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    used = re.compile(r"^def test_\w+\(.*\b(ranks|processes)\b", re.MULTILINE)
+    return [file.relative_to(ROOT) for file in files if used.search(file.read_text())]
 
 
 def sanitizer(tool: str, variables: Mapping[str, str]) -> Stage:

@@ -27,6 +27,8 @@ os.environ.setdefault("SCIPY_ARRAY_API", "1")
 torch.set_num_threads(int(os.environ.get("LCODEC_TEST_TORCH_THREADS", "1")))
 
 CUDA = lcodec_ext.cuda_is_available() and torch.cuda.is_available()
+BACKEND = os.environ.get("LCODEC_TEST_BACKEND", "gloo")  # of groups of processes
+SIZES = [2, 3] if BACKEND == "gloo" or torch.cuda.device_count() > 2 else [2]
 SIMD_LEVELS = lcodec_ext.build_info()["simd_supported"]
 
 
@@ -41,6 +43,7 @@ def pytest_report_header():
         f"CUDA kernels under test: {', '.join(device.name for device in DEVICES)}",
         lcodec_ext.cuda_status(),
         f"tests marked cuda: {cuda_tests()}",
+        f"groups of {' and '.join(map(str, SIZES))} processes, by {BACKEND}",
         f"torch on this CPU: {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads",
     ]
@@ -56,11 +59,15 @@ def cuda_tests():
 
 
 def pytest_collection_modifyitems(config, items):
-    if CUDA:
-        return
-    deselected = [item for item in items if item.get_closest_marker("cuda")]
+    def lacks(item):
+        if item.get_closest_marker("cuda") and not CUDA:
+            return True
+        three = "processes" in item.fixturenames and "ranks" not in item.fixturenames
+        return three and SIZES == [2]
+
+    deselected = [item for item in items if lacks(item)]
     config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+    items[:] = [item for item in items if not lacks(item)]
 
 
 @pytest.fixture(params=SIMD_LEVELS)
@@ -94,12 +101,12 @@ def _torch_keeps_its_threads():
 
 @pytest.fixture(scope="session")
 def processes():
-    three = Processes(3)
-    yield three
-    three.stop()
+    most = Processes(SIZES[-1], backend=BACKEND)
+    yield most
+    most.stop()
 
 
-@pytest.fixture(params=[2, 3])
+@pytest.fixture(params=SIZES)
 def ranks(request, processes):
     """`ranks.run(function, ...)` in groups of two and of three processes; see processes.py."""
     return Group(processes, request.param)

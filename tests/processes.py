@@ -1,5 +1,7 @@
 """Ranks for tests: processes that stay, joined by gloo, and that run functions of test modules.
 
+With NCCL each has a GPU of its own; benchmarks/gpu.py asks for that.
+
 A test asks for groups of two and of three ranks by the fixture `ranks` (conftest.py). A rank that
 fails returns its error. A test that kills ranks starts its own by `Processes`.
 """
@@ -28,16 +30,16 @@ class Failure(Exception):
 
 
 class Processes:
-    """`size` processes in one gloo world."""
+    """`size` processes in one world."""
 
-    def __init__(self, size, timeout=TIMEOUT):
+    def __init__(self, size, timeout=TIMEOUT, backend="gloo"):
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="lcodec-ranks-")
         meeting = str(Path(self._folder.name) / "meeting")
         self._pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, meeting, timeout, theirs, list(sys.path))
+            arguments = (rank, size, meeting, timeout, backend, theirs, list(sys.path))
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -104,7 +106,7 @@ class Group:
         return self._processes.failures(function, *arguments, size=self.size)
 
 
-def _serve(rank, size, meeting, timeout, pipe, path):
+def _serve(rank, size, meeting, timeout, backend, pipe, path):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     sys.path[:] = path
     import torch
@@ -113,7 +115,9 @@ def _serve(rank, size, meeting, timeout, pipe, path):
     torch.set_num_threads(1)
     os.environ["LCODEC_NUM_THREADS"] = "1"
     wait = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", f"file://{meeting}", timeout=wait, rank=rank, world_size=size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, f"file://{meeting}", timeout=wait, rank=rank, world_size=size)
     groups = {
         k: dist.new_group(range(k), timeout=timedelta(seconds=timeout)) for k in range(1, size)
     }

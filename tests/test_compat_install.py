@@ -1,6 +1,9 @@
 """Unmodified scripts of the published code's shape, and the names that they import."""
 
+import copy
+import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lcodec_ext import compat
-from lcodec_ext.compat import scrub
+from lcodec_ext.compat import deletion, scrub
 from lcodec_ext.compat.data import residual_set
 from lcodec_ext.compat.switch import SWITCH
 
@@ -228,12 +231,8 @@ def texts():
     return TensorDataset(ids, torch.ones_like(ids), torch.zeros_like(ids), labels)
 
 
-@pytest.mark.parametrize("approx", ["FD", "Fisher"])
-def test_text_whose_gradients_were_zeroed(texts, tmp_path, approx):
-    """The script sets gradients to zero before it adds them up: its files hold zeros."""
-    torch.manual_seed(0)
-    stem, criterion = str(tmp_path / "Ledgar"), nn.BCEWithLogitsLoss()
-    model = Words()
+def zeroed_training(model, texts, stem, criterion):
+    """Two epochs as the script trains: gradients are zero before they are added up."""
     optim = torch.optim.AdamW(model.parameters(), lr=0.02)
     for epoch in range(2):
         bank = None
@@ -249,27 +248,100 @@ def test_text_whose_gradients_were_zeroed(texts, tmp_path, approx):
                     bank[key] += batch[key]
         torch.save(weights, f"{stem}_epoch_{epoch}_params.pt")
         torch.save({key: g / 40 for key, g in bank.items()}, f"{stem}_epoch_{epoch}_grads.pt")
-    before = model.classifier.weight.detach().clone()
-    gone = []
-    for number in (3, 5):
-        gone.append(number)
-        request = Subset(texts, [number])
-        residual = scrub.SubsetDataWrapper(texts, include_indices=None, exclude_indices=gone)
-        arguments = (model, request, criterion, params(approxType=approx), optim, "cpu", stem)
-        if approx == "FD" and len(gone) == 1:
-            with pytest.warns(UserWarning, match="They are computed at the weights in these files"):
-                scrub.inp_perturb(*arguments, is_nlp=True)
-        elif approx == "Fisher":
-            taken = f"made last, of {40 - len(gone)} samples, is taken"
-            with pytest.warns(UserWarning, match=taken) as warned:
-                scrub.inp_perturb(*arguments, is_nlp=True)
-            assert warned[0].filename == __file__
-        else:  # computed once
-            scrub.inp_perturb(*arguments, is_nlp=True)
-    assert not torch.equal(model.classifier.weight, before)
-    loss, accuracy = scrub.do_epoch(model, DataLoader(residual, 16), criterion, 0, 0)
-    assert np.isfinite(loss)
-    assert 0 <= accuracy <= 1
+
+
+def right_gradients(model, texts, stem, criterion):
+    """The same two epochs' files under another name, with gradients at their weights."""
+    at, right = copy.deepcopy(model), f"{stem}_right"
+    for epoch in range(2):
+        bank = torch.load(f"{stem}_epoch_{epoch}_params.pt", weights_only=True)
+        at.load_state_dict({name: bank[str(at), name] for name, _ in at.named_parameters()})
+        at.zero_grad()
+        ids, mask, _, labels = texts[:]
+        criterion(at(ids, mask), labels).backward()
+        torch.save(scrub.getGradObjs(at)[0], f"{right}_epoch_{epoch}_grads.pt")
+        torch.save(bank, f"{right}_epoch_{epoch}_params.pt")
+    return right
+
+
+def deleted(model, texts, gone, criterion, stem, *, approx="FD", whole=None, **options):
+    """A copy of a model after removals one after the other, and what was said."""
+    model, told, gone = copy.deepcopy(model), [], list(gone)
+    for k in range(len(gone)):
+        whole = texts if whole is None else whole
+        scrub.SubsetDataWrapper(whole, exclude_indices=gone[: k + 1])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scrub.inp_perturb(
+                model, Subset(whole, [gone[k]]), criterion, params(approxType=approx), None, "cpu",
+                stem, is_nlp=True, **options,
+            )  # fmt: skip
+        assert {each.filename for each in caught} <= {__file__}
+        told.append([str(each.message) for each in caught])
+    return model, told
+
+
+@pytest.fixture
+def zeroed(texts, tmp_path):
+    torch.manual_seed(0)
+    stem, criterion, model = str(tmp_path / "Ledgar"), nn.BCEWithLogitsLoss(), Words()
+    zeroed_training(model, texts, stem, criterion)
+    return model, criterion, stem
+
+
+def test_text_whose_gradients_were_zeroed(texts, zeroed):
+    """The step is that from files with the right gradients, which are computed once."""
+    model, criterion, stem = zeroed
+    model, told = deleted(model, texts, (3, 5), criterion, stem)
+    assert [len(each) for each in told] == [1, 0]
+    assert "They are computed at the weights in these files" in told[0][0]
+    right = right_gradients(zeroed[0], texts, stem, criterion)
+    expected, told = deleted(zeroed[0], texts, (3, 5), criterion, right)
+    assert told == [[], []]
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+        if name != "words.weight":  # whose rows only some texts use
+            assert (p - zeroed[0].get_parameter(name)).norm() > 1e-3
+
+
+def test_what_computed_gradients_are_remembered_by(texts, zeroed):
+    model, criterion, stem = zeroed
+
+    def computes(whole=texts, criterion=criterion, stem=stem):
+        return bool(deleted(model, texts, (3,), criterion, stem, whole=whole)[1][0])
+
+    assert computes()
+    assert not computes()
+    for epoch in range(2):  # other files with the same weights
+        for what in ("params", "grads"):
+            bank = torch.load(f"{stem}_epoch_{epoch}_{what}.pt", weights_only=True)
+            torch.save(bank, f"{stem}_copy_epoch_{epoch}_{what}.pt")
+    assert not computes(stem=f"{stem}_copy")
+    other = TensorDataset(texts.tensors[0].flip(0), *texts.tensors[1:])
+    assert computes(whole=other)
+    assert not computes(whole=other)
+    assert computes(whole=other, criterion=nn.BCEWithLogitsLoss(pos_weight=torch.full((4,), 3.0)))
+    w = torch.load(f"{stem}_epoch_1_params.pt", weights_only=True)  # the same file, other weights
+    torch.save({key: 1.01 * value for key, value in w.items()}, f"{stem}_epoch_1_params.pt")
+    assert computes()
+    kept = deletion._COMPUTED["change"].values()
+    assert sum(t.numel() for t in kept) == sum(p.numel() for p in model.parameters())
+    assert not any(isinstance(each, nn.Module) for each in gc.get_referents(deletion._COMPUTED))
+
+
+def test_text_by_fisher_takes_the_residual_set(texts, zeroed):
+    model, criterion, stem = zeroed
+    taken, told = deleted(model, texts, (3,), criterion, stem, approx="Fisher")
+    assert "made last, of 39 samples, is taken" in told[0][0]
+    stay = Subset(texts, [k for k in range(40) if k != 3])
+    passed, told = deleted(model, texts, (3,), criterion, stem, approx="Fisher", retained=stay)
+    assert told == [[]]
+    assert all(map(torch.equal, taken.parameters(), passed.parameters()))
+    assert not torch.equal(taken.classifier.weight, model.classifier.weight)
+    before, after = (
+        scrub.do_epoch(each, DataLoader(texts, 16), criterion, 0, 0)[0] for each in (model, taken)
+    )
+    assert after < before + 0.1
 
 
 def test_residual_set_is_that_of_the_request(texts):
@@ -389,45 +461,101 @@ def test_faces_with_reference_bugs_take_the_hessian_of_a_gradient_step():
     torch.testing.assert_close(weights(copy), stepped)
 
 
+@pytest.mark.parametrize("foci", ["full", "cheap"])
 @pytest.mark.parametrize("reference_bugs", [False, True])
-@pytest.mark.filterwarnings("ignore:y is constant:UserWarning")  # FOCI's word, with the bugs
-def test_a_loss_of_zero_is_skipped(reference_bugs):
-    model = nn.Linear(2, 2)
+@pytest.mark.parametrize(("loss", "weight"), [("0 under", 999.0), ("the same under", 0.0)])
+@pytest.mark.filterwarnings(  # FOCI's words, with the bugs
+    "ignore:y is constant:UserWarning", "ignore:.*of X are constant:UserWarning"
+)
+def test_a_loss_that_depends_on_nothing_is_skipped(reference_bugs, foci, loss, weight):
+    """It is 0 of a sample that is fitted, and log(2) of a dead network."""
+    model = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
-        model.weight.copy_(torch.tensor([[999.0, 0.0], [-999.0, 0.0]]))
+        model.weight.copy_(torch.tensor([[weight, 0.0], [-weight, 0.0]]))
     before = model.weight.detach().clone()
-    data = TensorDataset(torch.tensor([[9.0, 0.0]]), torch.tensor([0]))
-    with pytest.warns(UserWarning, match="loss of the request is 0 under all perturbations"):
+    data = TensorDataset(torch.tensor([[9.0, 0.0]] * 3), torch.tensor([0] * 3))
+    arguments = params(selectionType="FOCI", FOCIType=foci, scrub_batch_size=3)
+    with pytest.warns(UserWarning, match=f"loss of the request is {loss} all perturbations"):
         measured = scrub.inp_perturb(
-            model,
-            data,
-            CE,
-            params(selectionType="FOCI"),
-            None,
-            "cpu",
-            "stem",
-            reference_bugs=reference_bugs,
+            model, data, CE, arguments, None, "cpu", "stem", reference_bugs=reference_bugs
         )
     assert torch.equal(model.weight, before)
-    assert measured[2] == measured[3] == 0
+    assert measured[2] == measured[3] == pytest.approx(0 if weight else np.log(2))
 
 
-def test_noise_adds_up_is_said(tmp_path, monkeypatch):
-    # Noise is from the system's entropy: whether it spoils one sample is chance.
-    monkeypatch.setattr("lcodec_ext.compat.deletion.is_much_worse", lambda was, now: True)
+def test_a_pair_that_is_not_positive_without_the_request(tmp_path):
+    """That of all samples is, barely; the script goes on, with a word."""
+    torch.manual_seed(0)
+    data, model = TensorDataset(torch.randn(40, 5), torch.arange(40) % 3), nn.Linear(5, 3)
+    stem = str(tmp_path / "x")
+    for epoch, factor in ((0, 0.9), (1, 1.0)):
+        for p in model.parameters():
+            p.grad = 1e-4 * factor * p.detach()
+        gradients, weights = scrub.getGradObjs(model)
+        torch.save(gradients, f"{stem}_epoch_{epoch}_grads.pt")
+        weights = {key: factor * w for key, w in weights.items()}
+        torch.save(weights, f"{stem}_epoch_{epoch}_params.pt")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="no step was found for the request, which stays") as told:
+        measured = scrub.inp_perturb(model, Subset(data, [4]), CE, params(), None, "cpu", stem)
+    assert [each.filename for each in told] == [__file__]
+    assert "positive curvature" in str(told[0].message)
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    assert measured[2] == measured[3]
+
+
+def noisy_removals(tmp_path, then, n=10):
+    """What each of some removals with noise says; `then` is done to the model after each."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(40, 5), torch.arange(40) % 3)
     model, stem = nn.Linear(5, 3), str(tmp_path / "x")
     optim = torch.optim.SGD(model.parameters(), lr=0.1)
     for epoch in range(2):
         scrub.do_epoch(model, DataLoader(data, 20), CE, epoch, 2, optim, "cpu", stem)
-    options = params(HessType="Sekhari", epsilon=0.02, l2_reg=0.2, selectionType="One")
     told = []
-    for k in range(10):
+    for k in range(n):
+        options = params(HessType="Sekhari", epsilon=0.02, l2_reg=0.2, selectionType="One")
+        before = copy.deepcopy(model.state_dict())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             scrub.inp_perturb(model, Subset(data, [k]), CE, options, None, "cpu", stem)
         told.append(" ".join(str(each.message) for each in caught))
+        model = then(model, before)
+    return told
+
+
+@pytest.fixture
+def _noise_spoils(monkeypatch):
+    """It is from the system's entropy: whether it spoils one sample is chance."""
+    monkeypatch.setattr("lcodec_ext.compat.deletion.is_much_worse", lambda was, now: True)
+
+
+@pytest.mark.usefixtures("_noise_spoils")
+def test_noise_adds_up_is_said(tmp_path):
+    def reloaded(model, _):
+        other = nn.Linear(5, 3)
+        other.load_state_dict(model.state_dict())
+        return other
+
+    told = noisy_removals(tmp_path, reloaded)
     assert "It adds up: after k requests it is sqrt(k) times" in told[0]
     assert "the noise of 10 requests together has a standard deviation of" in told[9]
     assert not any("together" in text or "adds up" in text for text in told[1:9])
+    ((one, together),) = re.findall(r"deviation (\S+)\..*deviation of (\S+);", told[0] + told[9])
+    assert float(together) == pytest.approx(float(one) * 10**0.5, rel=0.01)
+    assert deletion._NOISE.keys() == {"start", "end", "times", "had", "sum"}
+
+
+@pytest.mark.usefixtures("_noise_spoils")
+def test_noise_that_is_taken_back_does_not_add_up(tmp_path):
+    def taken_back(model, before):
+        model.load_state_dict(before)
+        return model
+
+    told = noisy_removals(tmp_path, taken_back)
+    assert "It adds up" in told[0]
+    assert not any("together" in text or "adds up" in text for text in told[1:])
+    assert deletion._NOISE["times"] == 1
+    assert deletion._NOISE["had"] == 0
+    told = noisy_removals(tmp_path, lambda model, _: nn.Linear(5, 3), 3)  # other models
+    assert all("It adds up" in text for text in told[1:])

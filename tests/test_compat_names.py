@@ -1,5 +1,6 @@
 """The parts of the published modules: hooks, dense steps, data sets."""
 
+import codecs
 import pickle
 import types
 
@@ -101,6 +102,29 @@ def test_vectors_of_twins():
     assert len(places) == 2
 
 
+def python_2(pixels, labels):
+    """A batch as Python 2 wrote it in protocol 2, as the published files are: strings are bytes."""
+    rows, size = len(pixels), pixels.nbytes.to_bytes(4, "little")
+    return (
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
+        b"K\x00\x85U\x01b\x87R(K\x01K"
+        + bytes([rows])
+        + b"M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|"
+        b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T" + size + pixels.tobytes() + b"tb"
+        b"U\x06labels](" + b"".join(b"K" + bytes([label]) for label in labels) + b"eu."
+    )
+
+
+class Runs:
+    """What a pickle can run."""
+
+    def __init__(self, *call):
+        self._call = call
+
+    def __reduce__(self):
+        return self._call[0], self._call[1:]
+
+
 def test_data_sets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="'mnist' is read from ./data/MNIST/raw"):
@@ -120,13 +144,30 @@ def test_data_sets(tmp_path, monkeypatch):
     folder = tmp_path / "data/cifar-10-batches-py"
     folder.mkdir()
     pixels = np.arange(2 * 3072, dtype=np.uint32).astype(np.uint8).reshape(2, -1)
-    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
-        (folder / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": [3, 5]}, 4))
+    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+    for protocol, name in enumerate(names):
+        batch = pickle.dumps({b"data": pixels, b"labels": [3, 5]}, protocol)
+        (folder / name).write_bytes(batch)
     train, val = scrub.getDatasets("cifar10", data_augment=True)
     assert (len(train), len(val), train[0][0].shape, val[1][1]) == (10, 2, (3, 32, 32), 5)
-    (folder / "test_batch").write_bytes(pickle.dumps(print))
-    with pytest.raises(pickle.UnpicklingError, match="has arrays alone"):
-        scrub.getDatasets("cifar10")
+    assert train.targets == [3, 5] * 5
+    plain, _ = scrub.getDatasets("cifar10")
+    for k in range(2, 10):
+        assert torch.equal(plain[k][0], plain[k % 2][0])
+    (folder / "test_batch").write_bytes(python_2(pixels, [7, 2]))
+    _, val = scrub.getDatasets("cifar10")
+    assert val.targets == [7, 2]
+    assert torch.equal(val[1][0], plain[1][0])
+    for call, protocol in [
+        ((print, "run"), 0),
+        ((eval, "1"), 2),
+        ((np.load, "file"), 5),
+        ((codecs.encode, "text", "rot13"), 2),
+        ((codecs.decode, b"text", "latin1"), 5),
+    ]:
+        (folder / "test_batch").write_bytes(pickle.dumps(Runs(*call), protocol))
+        with pytest.raises(pickle.UnpicklingError, match="has arrays alone|written in latin1"):
+            scrub.getDatasets("cifar10")
     with pytest.raises(ValueError, match="name must be 'mnist'.*keep="):
         scrub.getDatasets("mrleye")
     with pytest.raises(ModuleNotFoundError, match="VGGFaceDataset.py, which belongs beside"):

@@ -102,3 +102,36 @@ def test_the_page_has_the_figures_of_the_record():
         for method in architectures.LOOKS:
             if architectures.values(network, method, "loss_forget"):
                 assert architectures.row(network, method) in page
+
+
+def test_the_prose_has_the_figures_of_the_record():
+    record = json.loads((ROOT / "examples/results/architectures.json").read_text())
+    page = " ".join((ROOT / "docs/experiments/architectures.md").read_text().split())
+    gallery = " ".join((ROOT / "docs/experiments.md").read_text().split())
+    networks = {network["network"]: network for network in record["networks"]}
+
+    def mean(network, method, key="loss_forget"):
+        return float(np.mean(architectures.values(networks[network], method, key)))
+
+    sizes = [f"{name} {of['runs'][0]['parameters']:,}" for name, of in networks.items()]
+    assert f"({', '.join(sizes)} parameters)" in page
+    ways = []
+    for name in networks:
+        before, after, aim = (mean(name, way) for way in ("no-op", "default", "retrained"))
+        ways.append(f"{100 * (after - before) / (aim - before):.0f}%")
+        assert mean(name, "default", "js_forget") < mean(name, "no-op", "js_forget")
+        lost = mean(name, "no-op", "accuracy_test") - mean(name, "default", "accuracy_test")
+        assert lost <= 0.0015, "at most a tenth of a point"
+    assert f"goes {', '.join(ways[:3])} and {ways[3]} of the way" in page
+    least, most = sorted(ways, key=lambda way: int(way[:-1]))[:: len(ways) - 1]
+    assert f"goes {least} to {most} of the way" in gallery
+    dense, again = (f"{mean('DenseNet', way):.3f}"[1:] for way in ("default", "retrained"))
+    assert f"DenseNet stops at {dense}, and retraining has {again}" in page
+    rises = [
+        f"{mean(name, architectures.PAPER) - mean(name, 'no-op'):.3f}"[1:]
+        for name in list(networks)[:3]
+    ]
+    assert f"the loss rises by {min(rises)} to {max(rises)}" in page
+    assert architectures.refusals(networks["two layers"]) == record["size"]["seeds"]
+    for name in list(networks)[:3]:
+        assert mean(name, "retrained", "seconds") < 0.5 * mean(name, "default", "seconds")

@@ -121,3 +121,21 @@ def test_the_page_has_the_figures_on_record():
     for part in record["parts"].values():
         for kind in part["points"]:
             assert bullseye.row(part, kind) in page
+    page = " ".join(page.split())
+    small, large = record["parts"]["full"], record["parts"]["paper's n"]
+    t, cmi = (large["points"][kind]["tests"] for kind in ("CODEC", "CMI, k = 5"))
+    for text in (
+        f"takes {bullseye.share(large, 'points'):.0%} of the CMI's time",
+        f"and {bullseye.share(large, 'points') / large['one_k']:.0%} of that for one number",
+        f"a test takes {bullseye.share(large, 'points', of_a_test=True):.0%} of a test's time",
+        f"takes {bullseye.share(small, 'points'):.0%} on points and "
+        f"{bullseye.share(small, 'radii'):.0%} on radii",
+        f"{large['one_k']:.0%} of the time of all three",
+        f"asks {t:.0f} tests, and that of the CMI {cmi:.0f}",
+    ):
+        assert text in page, text
+    for kind in ("CODEC", "L-CODEC"):  # it keeps all six variables at every level
+        assert set(map(tuple, large["points"][kind]["rates"].values())) == {(1.0, 1.0)}
+    assert large["points"]["CMI, k = 3"]["rates"]["0.5"] == [0.75, 0.0]
+    assert not any(found["whole"] for found in large["points"].values())
+    assert small["points"]["CMI, k = 5"]["whole"] == pytest.approx(1 / 3)

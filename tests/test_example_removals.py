@@ -147,3 +147,54 @@ def test_the_page_has_the_figures_of_the_record():
         assert removals.heading(found) in page
         for way in removals.ways(found):
             assert removals.row(found, way) in page
+
+
+def test_the_prose_has_the_figures_of_the_record():
+    record = json.loads((ROOT / "examples/results/removals.json").read_text())
+    page = " ".join((ROOT / "docs/experiments/removals.md").read_text().split())
+    gallery = " ".join((ROOT / "docs/experiments.md").read_text().split())
+
+    def has(text):
+        assert text in page, text
+
+    runs = [found["runs"][0] for found in record["models"]]
+    ends = [
+        {way: removals.at(run, way, run["removals"]) for way in removals.ways(found)}
+        for run, found in zip(runs, record["models"], strict=True)
+    ]
+    losses = [
+        [short(end[way]["loss_removed"]) for way in ("no-op", "default", "retrained")]
+        for end in ends
+    ]
+    apart = [[short(end[way]["js_removed"]) for way in ("default", "no-op")] for end in ends]
+    (a, b, c), (d, e, f), (g, h, i) = losses
+    has(f"from {a} to {b} (retrained: {c}), from {d} to {e} ({f}) and from {g} to {h} ({i})")
+    has("JS " + ", ".join(f"{default} instead of {before}" for default, before in apart))
+    norms = [p["gradient_norm"] for run in runs for p in run["ways"]["default"]["points"][1:]]
+    has(f"between {short(min(norms), 1)} and {short(max(norms), 1)} with the first requests")
+    kfac, seconds = ends[2]["K-FAC"], runs[2]["ways"]["K-FAC"]["cpu_seconds_per_sample"]
+    again = [short(end["retrained"]["js_removed"]) for end in ends]
+    has(f"loss {short(kfac['loss_removed'])} next to retraining's {i}, at a JS of ")
+    has(f"{short(kfac['js_removed'])} where retrained networks are {again[2]} apart")
+    has(f"in {short(seconds)} s a sample")
+    has(f"JS of {apart[1][1]} and {apart[2][1]} from retraining, where retrained networks are ")
+    has(f"{again[1]} and {again[2]} apart")
+    has(f"ends at {record['models'][0]['gradient_norm_at_constant_rate']:.1f}")
+    sigmas = record["settings"]
+    has(f"sigma = {sigmas['sigma']:.4f} for 60,000")
+    has(f"gives {sigmas['sigma_for_this_n']:.3f}")
+    x, y, z = (f"{run['accuracy_after_one_noise_for_this_n']:.3f}" for run in runs)
+    has(f"accuracy to {x}, {y} and {z}")
+    for end in ends:
+        assert abs(end["default"]["accuracy"] - end["retrained"]["accuracy"]) < 0.01
+    lost = [
+        end["no-op"]["accuracy"] - end[way]["accuracy"]
+        for end in ends[1:]
+        for way in ("full", "L-FOCI")
+    ]
+    assert f"{100 * min(lost):.0f} to {100 * max(lost):.0f} points of accuracy" in gallery
+
+
+def short(value, digits=3):
+    """As the prose writes it, without the 0 in front."""
+    return f"{value:.{digits}f}".lstrip("0")

@@ -9,8 +9,12 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import lcodec_ext
+from cuda_on_cpu import cuda_on_cpu
+from lcodec_ext import _emulated
+from lcodec_ext._torch import group as talking
 from processes import Failure, Group, Processes
 
 
@@ -69,6 +73,28 @@ def test_ties(ranks, tied, ties, backend):
     X, y = tied
     options = {"ties": ties, "seed": 3, "backend": backend, "max_features": 3}
     assert len(compare(ranks, X, y, options).ordering)
+
+
+def select_on_kernels(rank, size, group, shards, y, options):
+    options = {**options, "backend": cuda_on_cpu(_emulated.cuda)}
+    X, y = (torch.from_numpy(np.ascontiguousarray(each)) for each in (shards[rank], y))
+    return select(rank, size, group, "foci", [X] * size, y, options)
+
+
+def test_emulated_cuda_kernels(ranks, tied, rng):
+    """An engine on CUDA is made anew for a column of another rank."""
+    X, y = tied
+    X[5, 7] = np.nan
+    for table, options in [
+        (X[:60], {"nan_policy": "omit", "preselected": [7], "max_features": 2}),
+        (X[:60].astype(np.float32), {"nan_policy": "omit", "ties": "random", "seed": 2}),
+        (rng.normal(size=(12, 30)), {"stop": False}),
+        (X[:40, :5], {"stop": "permutation", "n_permutations": 19, "seed": 0, "preselected": [4]}),
+    ]:
+        expected = alone("foci", table, y[: len(table)], options)
+        shards = shards_of(table, ends_of(table.shape[1], ranks.size))
+        for found in ranks.run(select_on_kernels, shards, y[: len(table)], options):
+            assert_same(found, expected)
 
 
 def test_uneven_and_empty_shards(processes, rng):
@@ -248,3 +274,31 @@ def test_a_rank_killed_midway_ends_the_others(rng):
         assert dead.kind == "died"
     finally:
         processes.stop()
+
+
+def bytes_of_steps(rank, size, group, shards, y):
+    """What the selection of one more column sends."""
+    made = []
+
+    class Counted(talking.Ranks):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    kept, talking.Ranks = talking.Ranks, Counted
+    try:
+        for steps in (3, 4, 6):
+            lcodec_ext.foci(shards[rank], y, stop=False, max_features=steps, group=group)
+    finally:
+        talking.Ranks = kept
+    a, b, c = (each.bytes_sent for each in made)
+    assert c - b == 2 * (b - a)
+    return b - a
+
+
+def test_bytes_of_a_step_are_those_of_the_guide(ranks, rng):
+    """And of the docstring: 32 and n + 1 numbers."""
+    X = rng.normal(size=(70, 8))
+    for dtype, s in ((np.float32, 4), (np.float64, 8)):
+        shards = shards_of(X.astype(dtype), ends_of(8, ranks.size))
+        assert ranks.run(bytes_of_steps, shards, X[:, 3]) == [32 + 71 * s] * ranks.size

@@ -232,14 +232,25 @@ def test_no_gpu_is_an_error(monkeypatch, capsys):
 
 def test_the_plan_is_for_the_devices_that_are_there():
     devices = [["A", "580", "9.0"], ["B", "580", "8.6"], ["A", "580", "9.0"]]
-    build, tests, timings, *checks = gpu.plan(devices, quick=True)
+    build, tests, timings, nccl, *checks = gpu.plan(devices, quick=True)
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=86-real;90-real" in build.command
     assert "--quick" in timings.command
     assert str(gpu.SITE) in tests.variables["PYTHONPATH"]
     assert "" not in tests.variables["PYTHONPATH"].split(":")  # which would be this folder
     assert [stage.name for stage in checks] == list(gpu.SANITIZERS)
     assert all(("--kernel-regex" in s.command) == (s.name != "initcheck") for s in checks)
-    assert sum(stage.least for stage in gpu.plan([], quick=False)) < 240
+    assert nccl.variables["LCODEC_TEST_BACKEND"] == "nccl"
+    files = {file.name for file in nccl.command if isinstance(file, Path)}
+    assert {"test_group.py", "test_group_inference.py", "test_foci_group.py"} <= files
+    assert "test_cuda_device.py" not in files
+    assert "nccl" not in [stage.name for stage in gpu.plan(devices[:1], quick=False)]
+    assert sum(stage.least for stage in gpu.plan(devices, quick=False)) < 240
+
+
+def test_one_gpu_is_too_few_for_nccl(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "nvidia", lambda *fields, **which: [["A", "580", "9.0"]])
+    assert gpu.main(["--dry-run"]) == 0
+    assert "one GPU: the tests of process groups by NCCL" in capsys.readouterr().out
 
 
 # Running stages

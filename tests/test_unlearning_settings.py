@@ -490,7 +490,7 @@ def test_harm_is_taken_back():
     assert result.step_norm == 0
     assert result.guard.before == result.guard.after
     assert result.loss_forget.before == result.loss_forget.after
-    assert "TAKEN BACK    6 samples" in repr(result)
+    assert "NOT REMOVED   6 samples" in repr(result)
 
 
 def minus_loss(outputs, targets):

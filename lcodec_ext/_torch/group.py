@@ -9,7 +9,6 @@ of waiting for it.
 import hashlib
 import json
 import pickle
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from lcodec_ext._build import build_info
 Piece = TypeVar("Piece")
 
 _SHOWN = 120  # characters of a value in a message
+_MIX = 0x9E3779B97F4A7C15  # odd, of many bits: the upper ones of a product depend on all others
 
 
 class Ranks:
@@ -79,6 +79,11 @@ class Ranks:
         on_cuda = str(dist.get_backend(group)) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else None
         self.bytes_sent = 0
+
+    @property
+    def group(self) -> Any:
+        """As it was given."""
+        return self._group
 
     def agree(self, arguments: Mapping[str, Any]) -> None:
         """Check that all ranks call the same function, version and arguments.
@@ -140,7 +145,9 @@ class Ranks:
             if not told:
                 continue
             number, _, failure = told.decode().partition(" ")
-            if error is not None and int(number) == kind:
+            as_here = error is not None and int(number) == kind
+            if as_here and (kind == len(same) or type(error) is same[kind]):
+                assert error is not None
                 raise error
             message = f"{what} failed on rank {rank} of the group: {failure}"
             raise (*same, RuntimeError)[int(number)](message) from error
@@ -156,8 +163,8 @@ class Ranks:
     ) -> list[Tensor]:
         """The sums over ranks of tensors that each works out alone; a failure ends all.
 
-        One reduction for each dtype. The first one also carries a number for each rank: a checksum
-        of what must be equal there, or that it failed.
+        One reduction for each dtype and device. The first one also carries a number for each rank:
+        a checksum of what must be equal there, or that it failed.
 
         Parameters
         ----------
@@ -180,18 +187,16 @@ class Ranks:
         parts: Sequence[Tensor] = ()
         try:
             parts = own()
-            for each in given:
-                array = each.detach().cpu().contiguous().numpy()
-                status = zlib.crc32(array.data, status)
-            status &= 0xFFFFFF  # which float32 holds
+            mixed = sum(map(_bits, given)) * _MIX
+            status = (mixed >> 40) & 0xFFFFFF  # as many bits as float32 holds
         except Exception as failed:
             error, status, parts = failed, -1, [torch.zeros_like(each) for each in like]
         seats = torch.zeros(self.size, dtype=like[0].dtype, device=like[0].device)
         seats[self.rank] = status
         found = [torch.empty(0)] * len(like)
-        for dtype in dict.fromkeys(each.dtype for each in like):
-            chosen = [k for k, each in enumerate(like) if each.dtype == dtype]
-            sent = [parts[k].detach().to(dtype).reshape(-1) for k in chosen]
+        for kind in dict.fromkeys((each.dtype, each.device) for each in like):
+            chosen = [k for k, each in enumerate(like) if (each.dtype, each.device) == kind]
+            sent = [parts[k].detach().to(like[k]).reshape(-1) for k in chosen]
             sent += [seats] * (chosen[0] == 0)
             summed = torch.split(self.add(torch.cat(sent)), [each.numel() for each in sent])
             for k, each in zip(chosen, summed, strict=False):
@@ -259,6 +264,8 @@ class Ranks:
 
         At a fixed number of ranks the order of addition is fixed, and with it the bits.
         """
+        if values.is_complex():
+            return torch.view_as_complex(self.add(torch.view_as_real(values)))
         sent = values.detach().clone(memory_format=torch.contiguous_format)
         if self._device is not None:
             sent = sent.to(self._device)
@@ -296,6 +303,13 @@ def _compared(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_compared(each) for each in value]
     return repr(value)
+
+
+def _bits(values: Tensor) -> int:
+    """The sum of a tensor's bits as integers: exact, in any order, where the tensor is."""
+    real = torch.view_as_real(values) if values.is_complex() else values
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
+    return int(real.detach().contiguous().view(kind).sum(dtype=torch.int64))
 
 
 def _shown(value: Any) -> str:

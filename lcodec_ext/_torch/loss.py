@@ -23,6 +23,9 @@ LossFunction = Callable[[Any, Any], Tensor]
 Gradient = dict[str, Tensor]
 
 
+_NUMBER = [torch.zeros((), dtype=torch.float64)]  # what a sum of losses is like
+
+
 class NotFiniteError(ValueError):
     """A loss or a gradient is NaN or infinite."""
 
@@ -271,12 +274,17 @@ def check_parts(
 
 def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int) -> float:
     """Mean loss without the regulariser, in evaluation mode; it may be NaN or infinite."""
-    total = 0.0
-    with evaluating(model), torch.no_grad():
-        for batch in samples.batches(batch_size):
-            loss = loss_of(loss_fn, outputs_of(model, batch), batch, samples.name)
-            total += loss.item() * batch.size / len(samples)
-    return total
+
+    def own() -> list[Tensor]:
+        total = 0.0
+        with evaluating(model), torch.no_grad():
+            for batch in samples.batches(batch_size):
+                loss = loss_of(loss_fn, outputs_of(model, batch), batch, samples.name)
+                total += loss.item() * batch.size / len(samples)
+        return [torch.tensor(total, dtype=torch.float64)]
+
+    (total,) = samples.summed(f"the loss of the {samples.name} samples", own, _NUMBER)
+    return float(total)
 
 
 def is_much_worse(before: float, after: float, unit: float = 1.0) -> bool:
@@ -314,6 +322,7 @@ def mean_gradient(
     keep_unused : bool, default False
         Whether it counts for parameters that the loss does not use, too: optimizers do not change
         them.
+        Samples that are spread over ranks need it, and no dtype.
     dtype : torch.dtype, optional
         In which gradients are summed; by default each parameter's own.
     check : bool, default False
@@ -328,23 +337,33 @@ def mean_gradient(
     """
     decay = weight_decay
     each = decay if isinstance(decay, Mapping) else dict.fromkeys(parameters, decay)
-    gradient = {k: each[k] * p.detach().to(dtype or p.dtype) for k, p in parameters.items()}
     unused = set() if keep_unused else set(parameters)
-    total = 0.0
-    for batch in samples.batches(batch_size):
-        outputs = outputs_of(model, batch)
-        loss = finite_loss(loss_fn, outputs, batch, samples.name)
-        if not loss.requires_grad:
-            raise ValueError("the loss does not depend on the parameters of the model")
-        if check:
-            check_parts(loss_fn, outputs, batch.targets, batch.size, -(-batch.size // 2))
-        share = batch.size / len(samples)
-        total += loss.item() * share
-        parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for k, part in zip(parameters, parts, strict=True):
-            if part is not None:
-                gradient[k] += part * share
-                unused.discard(k)
+
+    def own() -> list[Tensor]:
+        once = 1.0 if samples.first else 0.0
+        gradient = {
+            k: each[k] * p.detach().to(dtype or p.dtype) * once for k, p in parameters.items()
+        }
+        total = 0.0
+        for batch in samples.batches(batch_size):
+            outputs = outputs_of(model, batch)
+            loss = finite_loss(loss_fn, outputs, batch, samples.name)
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on the parameters of the model")
+            if check:
+                check_parts(loss_fn, outputs, batch.targets, batch.size, -(-batch.size // 2))
+            share = batch.size / len(samples)
+            total += loss.item() * share
+            parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for k, part in zip(parameters, parts, strict=True):
+                if part is not None:
+                    gradient[k] += part * share
+                    unused.discard(k)
+        return [torch.tensor(total, dtype=torch.float64), *gradient.values()]
+
+    what, given = f"the gradient of the {samples.name} samples", list(parameters.values())
+    found = samples.summed(what, own, [*_NUMBER, *given], given=given, same=(NotFiniteError,))
+    total, gradient = float(found[0]), dict(zip(parameters, found[1:], strict=True))
     for k in unused:
         gradient[k].zero_()
     for k, g in gradient.items():

@@ -80,6 +80,28 @@ def predict(
     check_integer(batch_size, "batch_size", 1)
     check_loss_fn(loss_fn)
     loss_fn = loss_in(torch.float64, loss_fn)
+
+    def own() -> list[Tensor | None]:
+        return list(_predicted(model, samples, loss_fn, batch_size, score))
+
+    what = f"the outputs for the {samples.name} samples"
+    losses, scores, log_probabilities, labels = samples.stacked(what, own, same=(ValueError,))
+    assert losses is not None
+    if log_probabilities is None or labels is None:
+        return Prediction(losses, scores, None, None)
+    if score is None:
+        scores = log_probabilities.argmax(1).eq(labels).double()
+    return Prediction(losses, scores, log_probabilities, labels)
+
+
+def _predicted(
+    model: nn.Module,
+    samples: Samples,
+    loss_fn: LossFunction,
+    batch_size: int,
+    score: Score | None,
+) -> Prediction:
+    """That of the samples that are here, without whether they are right."""
     losses, scores, classified = [], [], []
     with evaluating(model):
         for batch in samples.batches(batch_size):
@@ -96,12 +118,7 @@ def predict(
     log_probabilities = labels = None
     if len(known) == len(classified):
         log_probabilities, labels = (torch.cat(each) for each in zip(*known, strict=True))
-    if score is not None:
-        right = torch.cat(scores)
-    elif log_probabilities is not None and labels is not None:
-        right = log_probabilities.argmax(1).eq(labels).double()
-    else:
-        right = None
+    right = None if score is None else torch.cat(scores)
     return Prediction(torch.cat(losses), right, log_probabilities, labels)
 
 

@@ -28,6 +28,7 @@ from lcodec_ext._torch.batches import (
     Batch,
     InputsError,
     Length,
+    NoSamplesError,
     as_batch,
     check_not_columns,
     collated,
@@ -71,9 +72,56 @@ class Samples:
     resident: bool  # all samples are in memory, those of a Dataset included
     source: Source | None = None  # of a Dataset
     numbers: NDArray[np.int64] | None = None  # in the data that were given; None if they are these
+    cut: Sequence[Batch] | None = None  # all of them in batches, where these are kept
 
     def __len__(self) -> int:
         return self.n
+
+    # Of samples that are spread over ranks (`ShardedSamples`) these are another matter.
+
+    @property
+    def own(self) -> "Samples":
+        """Those that are here."""
+        return self
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """The numbers of those that are here, among all."""
+        return np.arange(self.n)
+
+    @property
+    def first(self) -> bool:
+        """Whether what is added once, whoever has samples, is added here."""
+        return True
+
+    def whole(self) -> "Samples":
+        """All of them, here."""
+        return self
+
+    def told(self, measure: "Callable[[Samples], float]") -> float:
+        """A number of all of them together, which is no sum."""
+        return measure(self)
+
+    def summed(
+        self,
+        what: str,
+        own: Callable[[], Sequence[Tensor]],
+        like: Sequence[Tensor],
+        *,
+        given: Sequence[Tensor] = (),
+        same: tuple[type[Exception], ...] = (),
+    ) -> Sequence[Tensor]:
+        """Sums over all of them, from those of `own`; as `Ranks.total`."""
+        return own()
+
+    def stacked(
+        self,
+        what: str,
+        own: Callable[[], Sequence[Tensor | None]],
+        same: tuple[type[Exception], ...] = (),
+    ) -> Sequence[Tensor | None]:
+        """Tensors with an entry for each of them, from those of `own`; None where any is."""
+        return own()
 
     def fetch(self, indices: Indices) -> Batch:
         """Fetch some samples as one batch."""
@@ -92,6 +140,9 @@ class Samples:
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """Fetch all samples, or those of order, in batches of at most size."""
+        if order is None and self.cut is not None:
+            yield from self.cut
+            return
         numbers: Sequence[int] = range(self.n) if order is None else order
         for start in range(0, len(numbers), size):
             yield self.fetch(numbers[start : start + size])
@@ -113,11 +164,17 @@ class Samples:
             one = source.get
             source = source._replace(get=lambda i: one(int(kept[i])))
         given = kept if self.numbers is None else self.numbers[kept]
-        return replace(self, n=len(kept), get=fetch, source=source, numbers=given)
+        return replace(self, n=len(kept), get=fetch, source=source, numbers=given, cut=None)
+
+    def kept(self, size: int, most: int) -> "Samples":
+        """The same samples, in batches that are fetched once where they take at most so much."""
+        if not self.n or self.n * sum(t.nbytes for t in tensors_of(self.fetch([0]).data)) > most:
+            return self
+        return replace(self, cut=list(self.batches(size)))
 
     def loaded(self) -> "Samples":
         """The same samples in memory, where fetching them is more than indexing."""
-        if self.in_memory:
+        if self.in_memory or not self.n:
             return self
         data = self.fetch(slice(None)).data
         return replace(
@@ -126,6 +183,10 @@ class Samples:
             in_memory=True,
             resident=True,
         )
+
+    def and_others(self, others: "Samples") -> "Samples":
+        """These samples and others, one after the other."""
+        return Samples.joined([self, others])
 
     @staticmethod
     def joined(parts: "Sequence[Samples]") -> "Samples":
@@ -174,6 +235,7 @@ class Samples:
             in_memory=memory,
             resident=memory,
             numbers=np.concatenate([_numbers(part) for part in parts]),
+            cut=None,
         )
 
     def hashes(self, indices: Indices = slice(None)) -> list[str]:
@@ -393,7 +455,7 @@ def _from_dataset(
             "returns the number of samples, or make it an IterableDataset"
         )
     if n == 0:
-        raise ValueError(f"{name} is empty")
+        raise NoSamplesError(f"{name} is empty")
 
     def fetch(some: list[int]) -> Any:
         rows = [_row(dataset, i, name) for i in some]
@@ -489,7 +551,7 @@ def _from_loader(loader: Any, name: str, device: torch.device, dtype: torch.dtyp
     if isinstance(dataset, IterableDataset):
         rows = list(_ending(loader, name))
         if not rows:
-            raise ValueError(f"{name} is empty")
+            raise NoSamplesError(f"{name} is empty")
 
         def collate(some: list[Any]) -> Any:
             return joined(some, [1] * len(some))

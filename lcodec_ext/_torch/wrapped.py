@@ -1,15 +1,15 @@
 """Models that torch.distributed has wrapped."""
 
 import sys
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.states import state_hash
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model that DistributedDataParallel holds, whose hooks then see nothing; others as given.
 
     Raises
@@ -17,7 +17,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     TypeError
         For FullyShardedDataParallel and `fully_shard`, of which a rank has parts of parameters.
     """
-    check_module(model)
+    if not isinstance(model, nn.Module):  # refused by those who use it
+        return model
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     for name, module in model.named_modules():

@@ -148,11 +148,32 @@ def _mnist(part: str) -> Images:
     return Images(images, _idx(f"{part}-labels-idx1-ubyte").astype(np.int64), _MNIST)
 
 
+def _latin1(text: str, encoding: str) -> bytes:
+    """Bytes as protocols before 3 write them."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes are written in latin1, and here in {encoding!r}")
+    return text.encode(encoding)
+
+
 class _Arrays(pickle.Unpickler):
-    """Reads pickles of arrays, and nothing that runs."""
+    """Reads pickles of arrays, of all protocols, and nothing that runs.
+
+    The published files are of protocol 2, written by Python 2.
+    """
+
+    _KNOWN = frozenset(
+        [("numpy", "ndarray"), ("numpy", "dtype")]
+        + [
+            (f"numpy.{core}.{module}", name)
+            for core in ("core", "_core")
+            for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+        ]
+    )
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1
+        if (module, name) in self._KNOWN:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(
             f"a file of CIFAR-10 has arrays alone, and this one {module}.{name}"

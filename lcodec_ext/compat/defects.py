@@ -35,8 +35,8 @@ from lcodec_ext.compat.steps import (
     reverseLinearIndexingToLayers,
     updateModelParams,
 )
+from lcodec_ext.unlearning.select import no_unit
 
-NOTHING = "the loss of the request is 0 under all perturbations: no unit is selected and changed"
 _TOKENS = (999, 30521)  # of DistilBERT's uncased vocabulary, whatever the model's is
 
 
@@ -113,7 +113,7 @@ def step(
     disable_batch_norm(model)
     loss_before, norm_before = measure()
     if not slices:
-        warn(f"{NOTHING}, with or without reference_bugs")
+        warn(f"{no_unit('the request', float(losses[0]))}, and the weights stay")
         model.zero_grad()
         return loss_before, loss_before, norm_before, norm_before
     gradient, weights, places = _vectors(model, slices, getGradObjs(model, reference_bugs=True)[0])

@@ -1,6 +1,7 @@
 """The deletion step of :mod:`~lcodec_ext.compat.scrub`, without the published code's defects."""
 
-import os
+import functools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ from lcodec_ext._torch.loss import (
 )
 from lcodec_ext._torch.modes import evaluating, place
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.states import state_hash
 from lcodec_ext.compat.epoch_files import Measured, backward, file_name, of_root, read_epoch
 from lcodec_ext.compat.switch import SWITCH
 from lcodec_ext.unlearning import (
+    IndefiniteCurvatureError,
     Settings,
     TokenReplacement,
     TrainingStatistics,
@@ -32,6 +35,7 @@ from lcodec_ext.unlearning import (
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, warn_of_noise
 from lcodec_ext.unlearning.record import record
 from lcodec_ext.unlearning.select import (
+    NothingSelectedError,
     ZeroLossError,
     find_candidates,
     select_cheap,
@@ -61,25 +65,42 @@ def step(
     with evaluating(model):
         try:
             loss_before, norm_before = measure()
-            seed = int(torch.randint(2**62, ()))  # manual_seed governs it
             try:
-                selection = _select(model, samples, loss_fn, params, seed)
-            except ZeroLossError as error:
-                warn(f"{error}: no unit is selected and changed")
+                _change(model, samples, retained, loss_fn, params, stem)
+            except (NothingSelectedError, IndefiniteCurvatureError) as error:
+                if isinstance(error, IndefiniteCurvatureError) and approx_type(params) != "FD":
+                    raise
+                what = f"{error}, and the weights stay"
+                if not isinstance(error, ZeroLossError):
+                    what = f"no step was found for the request, which stays in the model: {error}"
+                warn(what)
                 return loss_before, loss_before, norm_before, norm_before
-            if params.order == "BP":
-                gradient = {
-                    name: torch.zeros_like(p) if p.grad is None else p.grad
-                    for name, p in model.named_parameters()
-                }
-                ascent = selection.gather(gradient, model=model)
-                selection.add_(model, check_real(params.lr, "params.lr", 0) * ascent)
-            else:
-                _newton(model, samples, retained, loss_fn, params, selection, stem, seed)
             loss_after, norm_after = measure()
         finally:
             model.zero_grad()
     return loss_before, loss_after, norm_before, norm_after
+
+
+def _change(
+    model: nn.Module,
+    samples: Samples,
+    retained: Any,
+    loss_fn: LossFunction,
+    params: Any,
+    stem: str,
+) -> None:
+    """Select and step; the parameters have the gradient of the samples."""
+    seed = int(torch.randint(2**62, ()))  # manual_seed governs it
+    selection = _select(model, samples, loss_fn, params, seed)
+    if params.order == "BP":
+        gradient = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in model.named_parameters()
+        }
+        ascent = selection.gather(gradient, model=model)
+        selection.add_(model, check_real(params.lr, "params.lr", 0) * ascent)
+    else:
+        _newton(model, samples, retained, loss_fn, params, selection, stem, seed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,7 +202,7 @@ def _newton(
     )
     if secant:  # with retained samples, `unlearn` warns
         _warn_of_noise(before, samples, loss_fn, result.guarantee)
-    _warn_of_sums(before, samples, loss_fn, result.guarantee, params)
+    _warn_of_sums(before, model, samples, loss_fn, result.guarantee.sigma)
 
 
 def _warn_of_noise(
@@ -198,35 +219,43 @@ def _warn_of_noise(
 
 
 def _warn_of_sums(
-    before: nn.Module, samples: Samples, loss_fn: LossFunction, guarantee: Guarantee, params: Any
+    before: nn.Module, after: nn.Module, samples: Samples, loss_fn: LossFunction, sigma: float
 ) -> None:
-    """Say at the first noise that noise adds up, and later where it spoils the model."""
-    if guarantee.sigma == 0:
+    """Say at the first noise that noise adds up, and later where it spoils the model.
+
+    A request that starts where the last one ended has its noise, too. One that starts where the
+    last one did is in its place: the script took that back.
+    """
+    if sigma == 0:
         return
-    again = _NOISE["params"] is params
-    times = _NOISE["times"] + 1 if again else 1
-    variance = guarantee.sigma**2 + (_NOISE["variance"] if again else 0.0)
-    _NOISE.update(params=params, times=times, variance=variance)
-    if times == 1:
+    start, end = (state_hash(dict(model.named_parameters())) for model in (before, after))
+    last = _NOISE.get("end"), _NOISE.get("start")
+    goes_on = start == last[0]
+    times, had = (_NOISE["times"] + 1, _NOISE["sum"]) if goes_on else (1, 0.0)
+    if start == last[1]:
+        times, had = _NOISE["times"], _NOISE["had"]
+    variance = had + sigma**2
+    _NOISE.update(start=start, end=end, times=times, had=had, sum=variance)
+    if start not in last:
         warn(
             "HessType='Sekhari' puts noise on every parameter at each request, here with standard "
-            f"deviation {guarantee.sigma:.3g}. It adds up: after k requests it is sqrt(k) times as "
-            "much. lcodec_ext.unlearning.Unlearner puts noise on releases alone",
+            f"deviation {sigma:.3g}. It adds up: after k requests it is sqrt(k) times as much. "
+            "lcodec_ext.unlearning.Unlearner puts noise on releases alone"
         )
-    elif times in _TOLD:
+    elif goes_on and times in _TOLD:
         noisy = add_noise(before, variance**0.5)
         was, now = (mean_loss(model, samples, loss_fn, len(samples)) for model in (before, noisy))
         if is_much_worse(was, now):
             warn(
                 f"the noise of {times} requests together has a standard deviation of "
                 f"{variance**0.5:.3g}; as much again raises the mean loss of the samples to delete "
-                f"from {was:.3g} to {now:.3g}",
+                f"from {was:.3g} to {now:.3g}"
             )
 
 
-#: Of the last request with noise: its params, how many there were with these, and the sum of their
-#: variances.
-_NOISE: dict[str, Any] = {"params": None, "times": 0, "variance": 0.0}
+#: Of the last request with noise: hashes of the weights it started from and ended at, how many
+#: requests led there, and the sum of the variances of their noise, without its own and with it.
+_NOISE: dict[str, Any] = {}
 _TOLD = (10, 30, 100, 300, 1000)
 
 
@@ -236,7 +265,6 @@ def approx_type(params: Any) -> str:
 
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Tensor]]  # parameters and gradient
-_COMPUTED: dict[Any, list[Snapshot]] = {}  # of the files that were last found without a gradient
 
 
 def _snapshots(
@@ -263,21 +291,11 @@ def _snapshots(
     curvature = _curvature(snapshots)
     if curvature > 0:
         return snapshots
-    names = [file_name(stem, epoch, "params") for epoch in (epochs - 2, epochs - 1)]
     found = "no positive curvature: the change of the gradient times that of the parameters is "
     if retained is not None:
-        key = tuple((os.path.abspath(name), os.stat(name).st_mtime_ns) for name in names)
-        if key not in _COMPUTED:
-            warn(
-                f"the files {names[0]} and {names[1]} belong to gradients that hold {found}"
-                f"{curvature:.3g}. They are computed at the weights in these files, over the "
-                "samples that stay and those to delete",
-            )
-            data = [as_samples(retained, "retained", *place(model)), samples]
-            computed = [(at, _gradient(model, at, data, loss_fn)) for at, _ in snapshots]
-            _COMPUTED.clear()
-            _COMPUTED[key] = computed
-        snapshots = _COMPUTED[key]
+        names = [file_name(stem, epoch, "params") for epoch in (epochs - 2, epochs - 1)]
+        about = f"{names[0]} and {names[1]} belong to gradients that hold {found}{curvature:.3g}"
+        snapshots = _computed(model, samples, retained, loss_fn, snapshots, about)
         curvature = _curvature(snapshots)
         if curvature > 0:
             return snapshots
@@ -286,6 +304,75 @@ def _snapshots(
         f"hold {found}{curvature:.3g}. Gradients that the published code wrote are not those of "
         "the training set; or the training has not settled. Write the files with do_epoch of this "
         "module and train longer, or pass retained= and params.approxType='GaussNewton'"
+    )
+
+
+def _computed(
+    model: nn.Module,
+    samples: Samples,
+    retained: Any,
+    loss_fn: LossFunction,
+    snapshots: list[Snapshot],
+    about: str,
+) -> list[Snapshot]:
+    """The same weights with gradients over the samples that stay and those to delete.
+
+    Those of the last training set are remembered, as far as a secant needs them: later removals of
+    a script are from the same one.
+    """
+    weights = [parameters for parameters, _ in snapshots]
+    hashes = [state_hash(each) for each in (*weights, dict(model.named_buffers()))]
+    owners = [_owner_of_data(retained), *_owners_of_loss(loss_fn)]
+    if hashes != _COMPUTED.get("hashes") or not _are(owners, _COMPUTED["owners"]):
+        warn(
+            f"the files {about}. They are computed at the weights in these files, over the samples "
+            "that stay and those to delete"
+        )
+        data = [as_samples(retained, "retained", *place(model)), samples]
+        first, second = (_gradient(model, at, data, loss_fn) for at in weights)
+        change = {name: (second[name] - g).cpu() for name, g in first.items()}
+        _COMPUTED.update(hashes=hashes, owners=[_weak(each) for each in owners], change=change)
+    device = next(model.parameters()).device
+    change = {name: g.to(device) for name, g in _COMPUTED["change"].items()}
+    none = {name: torch.zeros_like(g) for name, g in change.items()}
+    return [(weights[0], none), (weights[1], change)]
+
+
+#: The last that was computed: hashes of both weights and of the buffers, weak references to the
+#: training set and the loss, and the change of the gradient, on the CPU.
+_COMPUTED: dict[str, Any] = {}
+
+
+def _owner_of_data(retained: Any) -> Any:
+    """The training set that samples are a part of, or by what `getDatasets` reads it."""
+    while (whole := getattr(retained, "dataset", None)) is not None:
+        retained = whole
+    return getattr(retained, "_origin", retained)
+
+
+def _owners_of_loss(loss_fn: LossFunction) -> list[Any]:
+    """The criterion, and the engine that computes it."""
+    if isinstance(loss_fn, functools.partial):
+        return [*_owners_of_loss(loss_fn.func), *loss_fn.args]
+    return [getattr(loss_fn, "__self__", loss_fn)]
+
+
+def _weak(thing: Any) -> Any:
+    """A function that returns it while it is alive; a tuple is kept."""
+    if isinstance(thing, tuple):
+        return lambda: thing
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return lambda: None
+
+
+def _are(things: list[Any], weak: list[Any]) -> bool:
+    """Whether these are the things that are referred to."""
+    known = [reference() for reference in weak]
+    return len(known) == len(things) and all(
+        a is not None and (a is b or (isinstance(a, tuple) and a == b))
+        for a, b in zip(known, things, strict=True)
     )
 
 

@@ -34,6 +34,7 @@ except ImportError as error:  # the core package does without it
         "lcodec_ext.compat.scrub needs PyTorch: pip install 'lcodec_ext[torch]'"
     ) from error
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -178,10 +179,10 @@ def inp_perturb(
     Warns
     -----
     UserWarning
-        Where the noise of this request, or of all so far, spoils the model; where the loss is 0
-        under all perturbations, so that nothing is selected and changed; where files without a
-        gradient are made up for by the residual set; and where the script has taken back three
-        removals in a row, 10, 30, 100 or 300.
+        Where the noise of this request, or of all so far, spoils the model; where there is no step,
+        because the loss is the same under all perturbations or a pair has no positive curvature;
+        where files without a gradient are made up for by the residual set; and where the script has
+        taken back three removals in a row, 10, 30, 100 or 300.
 
     Notes
     -----
@@ -266,9 +267,7 @@ def reid_inp_perturb(
     _check(params, reference_bugs)
     _warn_of_rejections(model, params)
 
-    def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
-        return engine.compute_loss(engine.criterion, outputs, targets)
-
+    loss_fn = functools.partial(engine.compute_loss, engine.criterion)
     if reference_bugs:
         request = _collated(dataset, _person, device, params.scrub_batch_size or 1)
         zero_grad = engine.optimizer.zero_grad
@@ -323,9 +322,9 @@ def _check(params: Any, reference_bugs: bool) -> None:
         check_integer(params.n_perturbations, "params.n_perturbations", 3)
 
 
-#: The last removal's params and the weights it started from, and how often in a row removals with
-#: these params have started from these.
-_LAST: dict[str, Any] = {"params": None, "start": "", "times": 0}
+#: What the last removal was asked for and the weights it started from, as text, and how often in a
+#: row removals have been asked for thus from these.
+_LAST: dict[str, Any] = {"asked": None, "times": 0}
 _TOLD = (3, 10, 30, 100, 300)  # rejections in a row
 
 
@@ -343,9 +342,9 @@ def _made_last(dataset: Any, params: Any) -> SubsetDataWrapper | None:
 def _warn_of_rejections(model: nn.Module, params: Any) -> None:
     """Warn where a script takes every removal back: it would go on until no sample is left."""
     start = state_hash({name: p.detach() for name, p in model.named_parameters()})
-    again = _LAST["params"] is params and _LAST["start"] == start
-    times = _LAST["times"] + 1 if again else 0
-    _LAST.update(params=params, start=start, times=times)
+    asked = start, repr(params)
+    times = _LAST["times"] + 1 if _LAST["asked"] == asked else 0
+    _LAST.update(asked=asked, times=times)
     if times in _TOLD:
         how = f"HessType={params.HessType!r}, approxType={params.approxType!r}"
         if params.HessType == "Sekhari":
@@ -379,13 +378,13 @@ class _Picked(Dataset):
     """A dataset with each sample in another form."""
 
     def __init__(self, dataset: Any, pick: Callable[[Any], Any]) -> None:
-        self._dataset, self._pick = dataset, pick
+        self.dataset, self._pick = dataset, pick
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self._pick(self._dataset[index])
+        return self._pick(self.dataset[index])
 
 
 def _picked(dataset: Any, pick: Callable[[Any], Any]) -> _Picked | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from lcodec_ext._checks import (
     first_few,
 )
 from lcodec_ext._files import json_ready
+from lcodec_ext._one_rank import OneRank
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._random import fresh_seed, tie_seed
 from lcodec_ext.dependence import exact
@@ -34,6 +35,7 @@ from lcodec_ext.dependence.exchangeable import DOUBTFUL
 from lcodec_ext.dependence.foci_null import StepNull, StepTest, check_level
 from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
+from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.dependence.scaling import (
     STANDARDIZE,
     Standardize,
@@ -43,7 +45,7 @@ from lcodec_ext.dependence.scaling import (
     squared_spans,
     warn_underflow,
 )
-from lcodec_ext.dependence.shards import ROOM, Shard, ShardedCandidates, alone, ranks_of
+from lcodec_ext.dependence.shards import ROOM, Shard, ShardedCandidates
 from lcodec_ext.dependence.table import (
     Y_ORDERS,
     Features,
@@ -59,9 +61,6 @@ from lcodec_ext.dependence.table import (
     refuse_swapped,
     said_columns,
 )
-
-if TYPE_CHECKING:
-    from lcodec_ext._torch.group import Ranks
 
 StopReason = Literal[
     "no_gain", "min_gain", "not_significant", "max_features", "exhausted", "constant_y"
@@ -347,12 +346,12 @@ def foci(
         "y_order": y_order, "alpha": alpha, "n_permutations": n_permutations,
     }  # fmt: skip
     ranks = ranks_of(group, "foci")
-    with alone(ranks, "checking the arguments"):
+    with ranks.alone("checking the arguments"):
         check_seed(seed)
         check_choice(y_order, "y_order", Y_ORDERS)
         task = _Task(*in_blocks(backend, X, y, max_memory), y, options, progress, ranks)
     task.begin(seed, checkpoint)
-    with alone(ranks, "laying out X"):
+    with ranks.alone("laying out X"):
         columns = task.lay_out()
         task.warn_constant(columns)
     return task.run(columns, task.y, seed)
@@ -423,12 +422,12 @@ def lfoci(
         "nan_policy": nan_policy,
     }  # fmt: skip
     ranks = ranks_of(group, "lfoci")
-    with alone(ranks, "checking the arguments"):
+    with ranks.alone("checking the arguments"):
         check_noise(noise, noise_scale, seed)
         task = _Task(backend, X, y, options, progress, ranks)
         refuse_classes(task.target.nominal, "lfoci", "foci")
     task.begin(seed)
-    with alone(ranks, "laying out X"):
+    with ranks.alone("laying out X"):
         columns, response = task.lay_out(), task.y
         task.warn_constant(columns)
         if not (response == response[0]).all():  # noise would turn a constant into a response
@@ -489,7 +488,7 @@ class _Task:
         y: Any,
         options: dict[str, Any],
         progress: object,
-        ranks: "Ranks | None",
+        ranks: AnyRanks,
     ) -> None:
         self.options, self.ranks = options, ranks
         self.backend = resolve(backend, X=X, y=y)
@@ -507,7 +506,7 @@ class _Task:
                 "n_neighbors=1, or another stop"
             )
         self.standardize = check_choice(options["standardize"], "standardize", STANDARDIZE)
-        self.progress = check_bool(progress, "progress") and (ranks is None or ranks.rank == 0)
+        self.progress = check_bool(progress, "progress") and ranks.rank == 0
         self.stop = self.level is not None or check_bool(options["stop"], "stop")
         self.min_gain = check_real(options["min_gain"], "min_gain", 0)
         if self.min_gain > 0 and not self.stop:
@@ -524,7 +523,7 @@ class _Task:
             allow_1d=False,
             tensors=tensors,
             decimals=decimals,
-            allow_empty=ranks is not None,
+            allow_empty=not isinstance(ranks, OneRank),
         )
         self.target = as_target(y, tensors=tensors, y_order=y_order, decimals=decimals)
         if self.level is not None and self.target.given:
@@ -538,7 +537,7 @@ class _Task:
         """Join the ranks of a group, leave rows out, and look for a checkpoint."""
         p, names, options = self.features.values.shape[1], self.features.names, self.options
         self.shard: Shard | None = None
-        if self.ranks is not None:
+        if not isinstance(self.ranks, OneRank):
             of_y = self.target.values
             y = of_y.values if isinstance(of_y, Features) else of_y
             asked = {**options, "seed": seed, "checkpoint": checkpoint and str(checkpoint), "y": y}
@@ -553,10 +552,9 @@ class _Task:
         self._leave_out(options["nan_policy"])
         self.checkpoint: Checkpoint | None = None
         if checkpoint is not None:
-            with alone(self.ranks, "reading the checkpoint"):
-                text = saved_text(checkpoint) if self._writes else None
-            if self.ranks is not None:
-                text = self.ranks.gather_bytes((text or "").encode())[0].decode() or None
+            text = self.ranks.share_out(
+                1, "reading the checkpoint", lambda own: saved_text(checkpoint) if own else None
+            )[0]
             self.checkpoint = Checkpoint(checkpoint, text)
 
     def _leave_out(self, nan_policy: str) -> None:
@@ -564,7 +562,7 @@ class _Task:
         of_X, of_y = {"X": self.features}, {"y": self.target.values}
         missing = None
         if self.shard is not None:
-            with alone(self.ranks, "looking for NaN"):
+            with self.ranks.alone("looking for NaN"):
                 own = missing_rows(of_X, nan_policy)
             missing = self.shard.missing(own).beside(missing_rows(of_y, nan_policy))
         self.rows = clean_rows(of_X | of_y, nan_policy, missing=missing)
@@ -572,11 +570,6 @@ class _Task:
         self.y = self.rows.values["y"]
         if self._classes:
             check_classes(self.y, True)
-
-    @property
-    def _writes(self) -> bool:
-        """Whether this process is the one that writes files."""
-        return self.ranks is None or self.ranks.rank == 0
 
     @property
     def p(self) -> int:
@@ -615,9 +608,10 @@ class _Task:
         if self.checkpoint is not None:
             seed = self.checkpoint.seed(seed)
         if self.level is not None or self.ties == "random":
-            seed = fresh_seed() if seed is None else int(seed)
-            self.seed = seed if self.shard is None else self.shard.first_seed(seed)
-        with alone(self.ranks, "scaling the columns"):
+            if seed is None:
+                seed = self.ranks.share_out(1, "the seed", lambda _: fresh_seed())[0]
+            self.seed = int(seed)
+        with self.ranks.alone("scaling the columns"):
             factors = scale_factors(columns, self.standardize, self.label)
             warn_underflow(columns, factors, self.label)
             laid = Laid(columns, factors)
@@ -672,7 +666,7 @@ class _Task:
         if progress.reason is None:
             for column, _, _ in progress.steps:
                 candidates.add(column)
-        with alone(self.ranks, "showing the progress"):
+        with self.ranks.alone("showing the progress"):
             shown = progress_bar(self.progress, total=candidates.count, unit="column")
         with shown as bar:
             self._look_at_cap(progress)
@@ -685,8 +679,8 @@ class _Task:
 
     def _save(self, progress: Progress) -> None:
         if self.checkpoint is not None:
-            with alone(self.ranks, "writing the checkpoint"):
-                if self._writes:
+            with self.ranks.alone("writing the checkpoint"):
+                if self.ranks.rank == 0:
                     self.checkpoint.write(progress)
 
     def _step(

@@ -6,7 +6,6 @@ scores its own columns, and hears of the others' only what is selected.
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +23,6 @@ if TYPE_CHECKING:
     from lcodec_ext._torch.group import Ranks
 
 ROOM = 16  # places behind a shard's columns for those of other shards, at first
-
-
-def ranks_of(group: Any, function: str) -> "Ranks | None":
-    """The ranks of a group that a user passed, None for None; torch is not loaded for None."""
-    if group is None:
-        return None
-    from lcodec_ext._torch import group as of_torch
-
-    return of_torch.ranks_of(group, function)
-
-
-def alone(ranks: "Ranks | None", what: str) -> AbstractContextManager[None]:
-    """`Ranks.alone`, nothing without ranks."""
-    return nullcontext() if ranks is None else ranks.alone(what)
 
 
 class Shard:
@@ -120,11 +105,6 @@ class Shard:
         for text in told:
             counts |= json.loads(text or b"{}")
         return Missing(rows, counts)
-
-    def first_seed(self, seed: int) -> int:
-        """The seed of rank 0."""
-        words = np.array([seed], dtype=np.uint64).view(np.int64)
-        return int(self.ranks.gather(words).view(np.uint64)[0, 0])
 
     def total(self, word: int) -> int:
         """The sum over ranks of words of 64 bits, as such a word."""

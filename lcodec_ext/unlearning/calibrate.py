@@ -1,6 +1,7 @@
 """The strength of a step, found by deleting control groups of retained samples in the same way."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -290,8 +291,8 @@ class Fetched:
     """Samples whose loss is taken again and again, in batches that are kept."""
 
     def __init__(self, work: Workplace, samples: Samples) -> None:
-        self.samples, self._work = samples, work
-        self._batches = list(samples.batches(work.settings.batch_size))
+        self.samples = samples.kept(work.settings.batch_size, sys.maxsize)
+        self._work = work
         self.right: Tensor | None = None  # as of the last loss: 1 where right, or the score
 
     def __len__(self) -> int:
@@ -300,8 +301,18 @@ class Fetched:
     @torch.no_grad()
     def loss(self) -> float:
         """Mean loss at the present weights; it may be NaN or infinite."""
-        work, total, right = self._work, 0.0, []
-        for batch in self._batches:
+        n = len(self)
+        like = torch.zeros(1 + 2 * n, dtype=torch.float64)
+        what = f"the loss of the {self.samples.name} samples"
+        (found,) = self.samples.summed(what, lambda: [self._own()], [like])
+        self.right = found[1 : 1 + n] if bool(found[1 + n :].all()) else None
+        return float(found[0]) / n
+
+    def _own(self) -> Tensor:
+        """The sum of the losses; for each sample `right`, and whether there is such a number."""
+        work, total, right, n = self._work, 0.0, [], len(self)
+        found = torch.zeros(1 + 2 * n, dtype=torch.float64)
+        for batch in self.samples.batches(work.settings.batch_size):
             outputs, targets = outputs_of(work.model, batch), batch.targets
             total += float(work.loss_fn(outputs, targets)) * batch.size
             if work.score is not None:
@@ -310,8 +321,11 @@ class Fetched:
             labels = classes_of(targets)
             if labels is not None and isinstance(outputs, Tensor) and outputs.ndim == 2:
                 right.append((outputs.argmax(1) == labels).double().cpu())
-        self.right = torch.cat(right) if right else None
-        return total / len(self)
+        if right:
+            at = 1 + torch.from_numpy(self.samples.places)
+            found[at], found[n + at] = torch.cat(right), 1.0
+        found[0] = total
+        return found
 
     def losses(self) -> Tensor:
         """Of each sample, shape (n,); NaN where one is not finite."""

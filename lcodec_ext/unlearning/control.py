@@ -3,7 +3,9 @@
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lcodec_ext._torch.predict import classes_of
 from lcodec_ext._torch.samples import Samples
@@ -101,13 +103,14 @@ def few(samples: Samples, rng: np.random.Generator, most: int) -> Samples:
 
 def labels_of(samples: Samples) -> NDArray[np.int64] | None:
     """The classes of samples, where the targets are one integer each, or their probabilities."""
-    found = []
-    for batch in samples.batches(GUARD_SIZE):
-        labels = classes_of(batch.targets)
-        if labels is None:
-            return None
-        found.append(labels.cpu().numpy())
-    return np.concatenate(found)
+
+    def own() -> list[Tensor | None]:
+        found = [classes_of(batch.targets) for batch in samples.batches(GUARD_SIZE)]
+        known = [labels.cpu() for labels in found if labels is not None]
+        return [torch.cat(known) if len(known) == len(found) else None]
+
+    (labels,) = samples.stacked(f"the labels of {samples.name}", own)
+    return None if labels is None else labels.numpy()
 
 
 def some_of_pool(block: Block, rng: np.random.Generator) -> Samples:

@@ -220,15 +220,22 @@ def _size(outputs: Tensor) -> float:
 
 def _outputs(block: Block, model: nn.Module, samples: Samples) -> Tensor:
     """Outputs in evaluation mode; logits of cross-entropy centred."""
-    found = []
-    with evaluating(model), torch.no_grad():
-        for batch in samples.batches(block.work.settings.batch_size):
-            found.append(outputs_of(model, batch))
-    if not all(isinstance(each, Tensor) for each in found):
-        raise NotTrainedError(f"the model returns {type(found[0]).__name__}, not one tensor")
-    if len({each.shape[1:] for each in found}) > 1:
-        raise NotTrainedError("the outputs of the model differ in shape from sample to sample")
-    outputs = torch.cat(found)
+
+    def own() -> list[Tensor | None]:
+        found = []
+        with evaluating(model), torch.no_grad():
+            for batch in samples.batches(block.work.settings.batch_size):
+                found.append(outputs_of(model, batch))
+        if not all(isinstance(each, Tensor) for each in found):
+            raise NotTrainedError(f"the model returns {type(found[0]).__name__}, not one tensor")
+        if len({each.shape[1:] for each in found}) > 1:
+            raise NotTrainedError("the outputs of the model differ in shape from sample to sample")
+        return [torch.cat(found)]
+
+    what = f"the outputs for the {samples.name} samples"
+    (stacked,) = samples.stacked(what, own, same=(NotTrainedError,))
+    assert stacked is not None
+    outputs = stacked.to(samples.device)
     if _kind(block) == "cross_entropy" and outputs.ndim > 1:
         outputs -= outputs.mean(1, keepdim=True)
     return outputs
@@ -241,11 +248,17 @@ def _hardest(block: Block, model: nn.Module) -> NDArray[np.int64]:
     if each is None:
         losses = predict(model, retained, work.loss_fn, work.settings.batch_size).losses
     else:
-        found: list[Tensor] = []
-        with evaluating(model), torch.no_grad():
-            for batch in retained.batches(work.settings.batch_size):
-                parts = each(outputs_of(model, batch), batch.targets, reduction="none")
-                found.append(parts.reshape(batch.size, -1).mean(1))
-        losses = torch.cat(found)
+
+        def own() -> list[Tensor | None]:
+            found: list[Tensor] = []
+            with evaluating(model), torch.no_grad():
+                for batch in retained.batches(work.settings.batch_size):
+                    parts = each(outputs_of(model, batch), batch.targets, reduction="none")
+                    found.append(parts.reshape(batch.size, -1).mean(1))
+            return [torch.cat(found)]
+
+        (stacked,) = retained.stacked("the loss of the retained samples", own)
+        assert stacked is not None
+        losses = stacked
     most = max(1, int(_HARD * len(retained)))
     return losses.cpu().numpy().argsort(kind="stable")[::-1][:most].copy()

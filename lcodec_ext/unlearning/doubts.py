@@ -144,12 +144,17 @@ def _far(a: NDArray[np.float64], b: NDArray[np.float64], n: int, k: int) -> bool
 
 def _traits(samples: Samples) -> list[NDArray[np.float64]]:
     """Mean and root mean square of each sample's inputs in floating point."""
-    found: list[list[torch.Tensor]] = []
-    for batch in samples.batches(GUARD_SIZE):
-        inputs = [t for t in tensors_of((batch.args, batch.kwargs)) if t.is_floating_point()]
-        flat = [t.reshape(len(t), -1).double() for t in inputs if t.numel()]
-        found.append([f(t) for t in flat for f in (_mean, _size)])
-    return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
+
+    def own() -> list[torch.Tensor | None]:
+        found: list[list[torch.Tensor]] = []
+        for batch in samples.batches(GUARD_SIZE):
+            inputs = [t for t in tensors_of((batch.args, batch.kwargs)) if t.is_floating_point()]
+            flat = [t.reshape(len(t), -1).double() for t in inputs if t.numel()]
+            found.append([f(t) for t in flat for f in (_mean, _size)])
+        return [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
+
+    traits = samples.stacked(f"the inputs of {samples.name}", own)
+    return [each.numpy() for each in traits if each is not None]
 
 
 def _mean(flat: torch.Tensor) -> torch.Tensor:

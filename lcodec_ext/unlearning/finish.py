@@ -1,14 +1,12 @@
 """The finish: the retained objective, after a step or in its place."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lcodec_ext._progress import counted
-from lcodec_ext._torch.batches import Batch, tensors_of
 from lcodec_ext._torch.loss import NotFiniteError, mean_gradient, mean_loss
 from lcodec_ext._torch.predict import predict
 from lcodec_ext._torch.samples import Samples
@@ -132,7 +130,7 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
     stopped by. Returns the iterations that were kept.
     """
     work = block.work
-    retained = _kept(_some(block), work.settings.batch_size)
+    retained = _some(block).kept(work.settings.batch_size, _KEPT_BYTES)
     parameters = {k: work.parameters[k] for k in block.layout.parameters}
     theta = block.now().requires_grad_()
     decay = block.decay()
@@ -192,28 +190,6 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
             break
     block.put(best)
     return kept
-
-
-class _Kept:
-    """Samples in batches that were fetched once."""
-
-    def __init__(self, samples: Samples, batches: list[Batch]) -> None:
-        self.name, self._n, self._batches = samples.name, len(samples), batches
-
-    def __len__(self) -> int:
-        return self._n
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """All of them; they were cut before."""
-        return iter(self._batches)
-
-
-def _kept(samples: Samples, size: int) -> Samples:
-    """The same samples, their batches kept where these are small."""
-    one = samples.fetch(slice(1))
-    if len(samples) * sum(t.nbytes for t in tensors_of(one.data)) > _KEPT_BYTES:
-        return samples
-    return cast(Samples, _Kept(samples, list(samples.batches(size))))
 
 
 def _some(block: Block) -> Samples:

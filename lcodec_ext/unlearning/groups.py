@@ -75,6 +75,10 @@ class Groups:
         """Number of groups."""
         return len(self.ids)
 
+    def each(self) -> list[Id]:
+        """The id of each sample."""
+        return [self.ids[place] for place in self.members.tolist()]
+
     def sha256(self) -> str:
         """A hash of the id of every sample, in their order."""
         digest = hashlib.sha256()

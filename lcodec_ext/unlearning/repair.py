@@ -33,7 +33,7 @@ def recalibrate(block: Block, n: int | None = None) -> None:
     with block.work.timed("recalibration"):
         retained = block.retained.all
         order = np.random.default_rng([settings.seed, 4]).permutation(len(retained))
-        some = retained.subset(np.sort(order[:n]).tolist())
+        some = retained.subset(np.sort(order[:n]).tolist()).whole()
         momenta = [module.momentum for module in norms]
         try:
             for module in norms:

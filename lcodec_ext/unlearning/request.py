@@ -1,7 +1,9 @@
 """What is asked: the samples to delete, those that stay, and the statistics that replace these."""
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,8 +14,16 @@ from torch import Tensor
 
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_integer, check_seed
-from lcodec_ext._torch.batches import SAMPLES_ARE, Batch, InputsError, map_tensors, tensors_of
+from lcodec_ext._torch.batches import (
+    SAMPLES_ARE,
+    Batch,
+    InputsError,
+    NoSamplesError,
+    map_tensors,
+    tensors_of,
+)
 from lcodec_ext._torch.copies import THE_LOSS, check_followed
+from lcodec_ext._torch.group import Ranks
 from lcodec_ext._torch.loss import check_classes, check_parts, finite_loss, known_loss
 from lcodec_ext._torch.modes import undisturbed
 from lcodec_ext._torch.samples import (
@@ -23,6 +33,7 @@ from lcodec_ext._torch.samples import (
     outputs_in_training,
     outputs_of,
 )
+from lcodec_ext._torch.shards import ShardedSamples, own_samples
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -108,7 +119,7 @@ class Kept:
         n, m = len(self.all), len(others)
         if not m:
             return Retained(self.all, self.read, self.pool, self.users)
-        both = Samples.joined([self.all, others])
+        both = self.all.and_others(others)
         if self._settings.n_curvature is None:
             return Retained(both, both)
         # A draw from both, of which the part from the retained ones was fetched before.
@@ -120,7 +131,8 @@ class Kept:
             for samples, count in ((self.read, size - few), (others, few))
             if count
         ]
-        return Retained(both, Samples.joined(parts))
+        read = parts[0] if len(parts) == 1 else parts[0].and_others(parts[1])
+        return Retained(both, read)
 
 
 def control_pool(n: int, m: int, groups: int) -> int:
@@ -195,15 +207,15 @@ def checked_request(
     groups: Any,
 ) -> Request:
     """Take the samples as they were given; refuse what cannot be done with them."""
-    removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
-    kept, held = (
-        None if data is None else as_samples(data, name, work.device, work.dtype)
-        for data, name in ((retain, "retain"), (validation, "validation"))
-    )
-    _check_roles(work.settings, kept, held, statistics)
-    _probe(work, [samples for samples in (removed, kept, held) if samples is not None])
-    if kept is not None and work.settings.repair_epochs:
-        _check_repair(work, kept.fetch(slice(4)))
+    if work.ranks is None:
+        removed, kept, held = _taken(work, forget, retain, validation, statistics)
+    else:
+        with work.ranks.alone("the samples"):
+            refuse_over_ranks(work.settings, retain, statistics)
+            removed, kept, held = _taken(work, forget, retain, validation, statistics)
+            if groups is not None:
+                groups = Groups.of(groups, 0 if kept is None else len(kept), "retain").each()
+        removed, kept, held, groups = _over_ranks(work.ranks, removed, kept, held, groups)
     if kept is not None and kept.in_memory:
         warn_of_overlap(removed, kept)
     m = len(removed)
@@ -232,6 +244,88 @@ def checked_request(
         with work.timed("monitoring"):
             drawn = Kept.drawn(kept, work.settings, m, groups)
     return Request(removed, drawn, _at_most(held, work.settings), statistics, n_retain)
+
+
+def _taken(
+    work: Workplace,
+    forget: Any,
+    retain: Any,
+    validation: Any,
+    statistics: TrainingStatistics | None,
+) -> tuple[Samples, Samples | None, Samples | None]:
+    """The samples that are here, checked by themselves and on the model."""
+    removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
+    kept: Samples | None = None
+    if retain is not None and work.ranks is not None:
+        kept = own_samples(retain, "retain", removed, work.ranks)
+    elif retain is not None:
+        kept = as_samples(retain, "retain", work.device, work.dtype)
+    held = None
+    if validation is not None:
+        held = as_samples(validation, "validation", work.device, work.dtype)
+    _check_roles(work.settings, kept, held, statistics)
+    _probe(work, [samples for samples in (removed, kept, held) if samples])
+    if kept and work.settings.repair_epochs:
+        _check_repair(work, kept.fetch(slice(4)))
+    return removed, kept, held
+
+
+def refuse_over_ranks(
+    settings: Settings, retain: Any, statistics: TrainingStatistics | None
+) -> None:
+    """Refuse what a deletion over a process group does not do."""
+    if statistics is not None or retain is None:
+        raise ValueError(
+            "group= spreads the retained samples over ranks; a deletion with statistics in their "
+            "place is for one process: leave group out"
+        )
+    if settings.bounded:
+        raise ValueError(
+            "max_seconds, budget and max_memory are for one process: ranks would time different "
+            "plans. Over a group leave them out, and set n_curvature, n_guard, finish and "
+            "control_groups by yourself"
+        )
+
+
+def told_of_settings(settings: Settings) -> dict[str, Any]:
+    """What `Ranks.agree` compares of settings: each by its name, functions by theirs."""
+    told = settings.to_dict()
+    if settings.perturb is not None and not isinstance(told["perturb"], Mapping):
+        told["perturb"] = getattr(settings.perturb, "__qualname__", type(settings.perturb).__name__)
+    if isinstance(told["selection"], Mapping):
+        digest = hashlib.sha256(repr(told["selection"]).encode()).hexdigest()[:16]
+        told["selection"] = f"{settings.selection!r}, digest {digest}"
+    return told
+
+
+def _over_ranks(
+    ranks: Ranks,
+    removed: Samples,
+    kept: Samples | None,
+    held: Samples | None,
+    groups: list[Any] | None,
+) -> tuple[Samples, Samples, Samples | None, list[Any] | None]:
+    """The samples of all ranks: those to delete and validation are on every one."""
+    assert kept is not None  # refused before
+    with ranks.alone("reading the samples"):
+        told = {
+            each.name: hashlib.sha256("".join(each.each_hash()).encode()).hexdigest()[:16]
+            for each in (removed, held)
+            if each is not None
+        }
+        like = removed.fetch([0])
+    ranks.agree(told | {"groups": groups is None, "kinds of samples": str(like.kinds)})
+    every = ShardedSamples.of(kept, ranks, like)
+    if not len(every):
+        raise NoSamplesError("retain is empty on every rank of the group")
+    if groups is not None:
+        groups = [
+            one
+            for text in ranks.gather_bytes(json.dumps(groups).encode())
+            for one in json.loads(text)
+        ]
+    shared = None if held is None else ShardedSamples.shared(held, ranks)
+    return ShardedSamples.shared(removed, ranks), every, shared, groups
 
 
 def _at_most(held: Samples | None, settings: Settings) -> Samples | None:
@@ -427,11 +521,24 @@ def warn_of_overlap(forget: Samples, retain: Samples) -> None:
 
 
 def n_shared(few: Samples, many: Samples) -> int:
-    """How many of a few samples are also among many.
+    """How many of a few samples are also among many."""
+    every = few.whole()
+    like = torch.zeros(len(every), dtype=torch.float64)
+    (found,) = many.summed(
+        f"comparing samples with those of {many.name}",
+        lambda: [_shared(every, many.own) if len(many.own) else like],
+        [like],
+    )
+    return int((found > 0).sum())
+
+
+def _shared(few: Samples, many: Samples) -> Tensor:
+    """Ones for those of a few samples that are also among many, float64.
 
     One pass over the many hashes the bits of every sample, and what has the hash of one of the few
     is compared with it.
     """
+    shared = torch.zeros(len(few), dtype=torch.float64)
 
     def columns(samples: Samples, indices: list[int]) -> list[Tensor]:
         tensors = tensors_of(samples.fetch(indices).data)
@@ -439,7 +546,7 @@ def n_shared(few: Samples, many: Samples) -> int:
 
     widths = [t.shape[1] for t in columns(few, [0])]
     if widths != [t.shape[1] for t in columns(many, [0])]:
-        return 0
+        return shared
     rows = max(1, 2**18 // max(1, sum(widths)))  # at a time: what stays in the caches
     rng = np.random.default_rng(0)
     factors: dict[int, Tensor] = {}
@@ -463,11 +570,11 @@ def n_shared(few: Samples, many: Samples) -> int:
     wanted = keys(few)
     at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     likely = np.flatnonzero(known[at] == wanted)
-    found = 0
     for start in range(0, len(likely), rows):
         some = likely[start : start + rows]
         pairs = zip(
             columns(few, some.tolist()), columns(many, first[at[some]].tolist()), strict=True
         )
-        found += int(torch.stack([(a == b).all(1) for a, b in pairs]).all(0).sum())
-    return found
+        same = torch.stack([(a == b).all(1) for a, b in pairs]).all(0)
+        shared[torch.from_numpy(some)] = same.double().cpu()
+    return shared

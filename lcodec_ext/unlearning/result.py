@@ -65,8 +65,9 @@ class UnlearnResult:
     n_dead : int
         Of these, units that no perturbation moved, left out by "lfoci" and "cheap".
     skipped : tuple of int
-        Samples of the request, by position, whose removal did harm and was taken back: all of
-        them or none, but with order="sequential". They are still in the model, and need retraining.
+        Samples of the request, by position, whose removal did harm and was taken back, or for which
+        no step was found: all of them or none, but with order="sequential". They are still in the
+        model, and need retraining.
     attempts : int
         Steps that were tried, the retries included.
     length : float
@@ -225,7 +226,7 @@ class UnlearnResult:
         if self.skipped:
             need = "needs" if len(self.skipped) == 1 else "need"
             samples = counted(len(self.skipped), "sample")
-            lines.append(f"  TAKEN BACK    {samples}, which {need} retraining")
+            lines.append(f"  NOT REMOVED   {samples}, which {need} retraining")
         return "\n".join(lines)
 
     def _step(self) -> str:

@@ -32,10 +32,13 @@ class NothingSelectedError(ValueError):
 
 
 class ZeroLossError(NothingSelectedError):
-    """The loss is 0 under all perturbations, as of a sample that is fitted: it depends on nothing.
+    """It is always 0, as of a sample that is fitted: it depends on nothing."""
 
-    Rules that perturb then select nothing, and the step leaves the weights as they are.
-    """
+
+def no_unit(samples: str, loss: float = 0.0) -> str:
+    """Why nothing is selected for samples whose loss is the same under all perturbations."""
+    same = f"the same under all perturbations, {loss:.3g}" if loss else "0 under all perturbations"
+    return f"the loss of {samples} is {same}: it depends on no unit, so none is selected"
 
 
 CHEAP_THRESHOLD = 0.05  # the T below which "cheap" stops, as in the published code
@@ -180,6 +183,7 @@ class Question:
                 batch_size=settings.batch_size,
                 seed=settings.seed,
                 progress=self.work.progress,
+                ranks=self.work.ranks,
             )
 
     def take(self, ranked: Sequence[Unit]) -> UnitSelection:
@@ -480,14 +484,11 @@ def _alive(recording: Recording) -> NDArray[np.int64]:
         )
     noise = recording.resolution * np.abs(recording.losses).max() + 2 * recording.loss_rounding
     if not recording.losses.any():
-        raise ZeroLossError(
-            "the loss of the request is 0 under all perturbations: it depends on no unit, so there "
-            "is nothing to select from"
-        )
+        raise ZeroLossError(no_unit("the request"))
     if np.ptp(recording.losses) <= noise:
         raise NothingSelectedError(
-            "the loss of the request is the same under all perturbations: noise_std is too small "
-            "for the inputs, or perturb changes nothing"
+            f"{no_unit('the request', float(recording.losses[0]))}. noise_std is too small for the "
+            "inputs, or perturb changes nothing, or the network is dead there"
         )
     if not len(recording.alive):
         raise _nothing(recording, "no unit can be selected because all are dead")

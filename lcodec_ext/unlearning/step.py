@@ -224,6 +224,8 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         "weight_decay": settings.weight_decay,
         "dtype": work.dtype,
     }
+    if work.ranks is not None:
+        common["group"] = work.ranks.group
     if statistics is not None:
         return statistics.operator(
             work.model,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -9,9 +10,12 @@ from torch import nn
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool
 from lcodec_ext._torch.decay import with_decay
+from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction, NotFiniteError, euclidean_norm, wide
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
+from lcodec_ext._torch.states import state_hash
+from lcodec_ext._torch.wrapped import told_of, unwrapped
 from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
 from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall
@@ -26,7 +30,7 @@ from lcodec_ext.unlearning.release import (
     training_norm,
     with_noise,
 )
-from lcodec_ext.unlearning.request import Request, checked_request
+from lcodec_ext.unlearning.request import Request, checked_request, told_of_settings
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
 from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
@@ -49,6 +53,7 @@ def unlearn(
     score: Score | None = None,
     inplace: bool = False,
     progress: bool = False,
+    group: Any = None,
     **options: Any,
 ) -> UnlearnResult:
     """Remove samples from a trained model.
@@ -99,6 +104,11 @@ def unlearn(
         Change the given model instead of a copy. It stays as it was if anything fails.
     progress : bool, default False
         Say what the deletion will cost, and show a bar for each phase; needs tqdm.
+    group : torch.distributed.ProcessGroup, optional
+        Over whose ranks the retained samples are spread: retain (and groups) are those of this
+        rank, any number or none, numbered in rank order. Everything else is the same on all ranks:
+        model, samples to delete, validation, options. All get the same result, bit for bit but for
+        `seconds`. docs/distributed.md says what is spread and sent, and what is refused.
     **options
         Attributes of `Settings`: ``selection="lfoci"``, ``damping=0.1``, ``weight_decay=1e-3``.
         **weight_decay is that of the training**, 0 by default: a number, the optimizer that trained
@@ -123,6 +133,8 @@ def unlearn(
         above are ValueErrors, too.
     TypeError
         For arguments of the wrong type, and unknown options.
+    RuntimeError
+        Over a group, where another rank failed, or ranks do not compute alike.
 
     Warns
     -----
@@ -130,10 +142,10 @@ def unlearn(
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
         If the deletion is not calibrated, unless calibrate=False says that this is meant; if the
-        step was taken back; if it raises the retained loss by much; if half of the removed samples
-        or more are also retained; if there are fewer units than `n_units`; if validation samples
-        are few, unlike the training ones or among them; if a calibrated step stayed far from its
-        aim or cost accuracy.
+        step was taken back; if with order="sequential" there is none for a sample; if it raises the
+        retained loss by much; if half of the removed samples or more are also retained; if there
+        are fewer units than `n_units`; if validation samples are few, unlike the training ones or
+        among them; if a calibrated step stayed far from its aim or cost accuracy.
 
     Notes
     -----
@@ -158,30 +170,78 @@ def unlearn(
     >>> result.n_parameters, result.n_units, result.skipped
     (15, 3, ())
     """
-    begin = time.perf_counter()
-    check_bool(inplace, "inplace")
-    check_bool(progress, "progress")
-    settings, doubt = resolve(
-        preset,
-        with_decay(options, model),
-        retained=retain is not None,
-        validation=validation is not None,
-        statistics=statistics is not None,
+    return _carried_out(
+        model,
+        forget,
+        retain,
+        loss_fn,
+        preset=preset,
+        validation=validation,
+        groups=groups,
+        statistics=statistics,
+        score=score,
+        inplace=inplace,
+        progress=progress,
+        group=group,
+        **options,
     )
-    work = Workplace.of(model, loss_fn, settings, score, progress)
+
+
+@twice_differentiable()
+def unlearn_or_skip(model: nn.Module, *data: Any, **options: Any) -> UnlearnResult:
+    """`unlearn` for one request of many: samples for which it finds no step are skipped."""
+    return _carried_out(model, *data, goes_on=True, **options)
+
+
+def _carried_out(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    loss_fn: LossFunction,
+    *,
+    preset: str | Settings,
+    validation: Any,
+    groups: Any,
+    statistics: TrainingStatistics | None,
+    score: Score | None,
+    progress: bool,
+    inplace: bool = False,
+    goes_on: bool = False,
+    group: Any = None,
+    **options: Any,
+) -> UnlearnResult:
+    begin = time.perf_counter()
+    ranks = ranks_of(group, "unlearn")
+    with nullcontext() if ranks is None else ranks.alone("the arguments"):
+        check_bool(inplace, "inplace")
+        check_bool(progress, "progress")
+        model = unwrapped(model)
+        settings, doubt = resolve(
+            preset,
+            with_decay(options, model),
+            retained=retain is not None,
+            validation=validation is not None,
+            statistics=statistics is not None,
+        )
+        work = Workplace.of(model, loss_fn, settings, score, progress, ranks)
+    if ranks is not None:
+        ranks.agree(told_of(model) | told_of_settings(settings) | {"inplace": inplace})
     request = checked_request(work, forget, retain, validation, statistics, groups)
     check_certifiable(work, model, request)
     if doubt:
         warn(doubt)
-    work, request, cost = planned(work, request, time.perf_counter() - begin)
+    cost = None
+    if ranks is None:  # others would time different plans
+        work, request, cost = planned(work, request, time.perf_counter() - begin)
     with work.timed("monitoring"):
         before = measured_first(work, request)
     start = {k: p.detach() for k, p in model.named_parameters() if k in work.parameters}
     watch = Watch.of(work, request)
     warn_of_left_out(work)
     warn_of_doubts(request, watch.guard, settings)
+    goes_on = goes_on or (settings.order == "sequential" and request.m > 1)
     # Each part: perturb and record, select, step, guard.
-    deletions = [delete(work, part, watch) for part in request.parts(work)]
+    deletions = [delete(work, part, watch, goes_on=goes_on) for part in request.parts(work)]
     warn_of_skipped(deletions, watch.guard, work.settings, request.m)
     applied, selection = _selections(deletions)
     step_norm = euclidean_norm(
@@ -204,6 +264,8 @@ def unlearn(
     warn_of_harm(before, after, guarantee, deletions, watch.guard)
     trained = training_norm(before, request)
     warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
+    if ranks is not None:
+        _check_alike(ranks, changed)
     patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
@@ -211,6 +273,19 @@ def unlearn(
     work.clock.seconds["total"] = time.perf_counter() - begin
     measured = Outcome(before, after, selection, step_norm, guarantee, patch, cost)
     return result_of(changed, work, request, deletions, watch.guard, measured)
+
+
+def _check_alike(ranks: Ranks, changed: nn.Module) -> None:
+    """Refuse results that differ between ranks in a bit."""
+    state = {**dict(changed.named_parameters()), **dict(changed.named_buffers())}
+    told = ranks.gather_bytes(state_hash(state).encode())
+    other = next((r for r, each in enumerate(told) if each != told[0]), None)
+    if other is not None:
+        raise RuntimeError(
+            f"unlearn: rank 0 and rank {other} have come to different parameters, and none is "
+            "delivered. Ranks must compute alike: give them the same kind of processor or GPU, "
+            "version of PyTorch and number of threads"
+        )
 
 
 def _measured(work: Workplace, request: Request, guarantee: Guarantee) -> LossesAndGradients:

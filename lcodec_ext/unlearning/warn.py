@@ -10,6 +10,7 @@ from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.rules import RULES
+from lcodec_ext.unlearning.select import no_unit
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
 
@@ -18,7 +19,8 @@ def warn_of_skipped(
     deletions: Sequence[Deletion], guard: Guard | None, settings: Settings, m: int
 ) -> None:
     """Warn of steps that were taken back, and of fewer units than were asked for."""
-    skipped = sum(len(d.numbers) for d in deletions if d.skipped)
+    _warn_of_failed(deletions, m)
+    skipped = sum(len(d.numbers) for d in deletions if d.skipped and not d.failure)
     if skipped:
         warn(
             f"the removal of {skipped} of {counted(m, 'sample')} was taken back: in every attempt "
@@ -26,7 +28,7 @@ def warn_of_skipped(
             f"{'This sample needs' if skipped == 1 else 'These samples need'} retraining",
         )
     _warn_of_zero_loss(deletions)
-    selected = [len(d.selection) for d in deletions if not d.choice.zero_loss]
+    selected = [len(d.selection) for d in deletions if not (d.choice.zero_loss or d.failure)]
     rule = RULES.get(settings.selection) if isinstance(settings.selection, str) else None
     repeated = rule is not None and rule.repeated
     most = settings.n_units
@@ -37,14 +39,26 @@ def warn_of_skipped(
         )
 
 
+def _need_retraining(n: int) -> str:
+    return f"{'This sample needs' if n == 1 else 'These samples need'} retraining"
+
+
+def _warn_of_failed(deletions: Sequence[Deletion], m: int) -> None:
+    """Warn of samples for which there is no step, with the first reason."""
+    failed = [d for d in deletions if d.failure]
+    if failed:
+        n = sum(len(d.numbers) for d in failed)
+        warn(
+            f"no step was found for {n} of {counted(m, 'sample')}, which the model still knows. "
+            f"{_need_retraining(n)}. {failed[0].failure[:1].upper()}{failed[0].failure[1:]}"
+        )
+
+
 def _warn_of_zero_loss(deletions: Sequence[Deletion]) -> None:
     """Warn of samples whose loss is 0, and which are deleted without a step."""
     idle = sum(len(d.numbers) for d in deletions if d.choice.zero_loss and not d.selection)
     if idle:
-        warn(
-            f"the loss of {counted(idle, 'sample')} is 0 under all perturbations: it depends on no "
-            "unit, so none was selected, and the step leaves the weights as they are",
-        )
+        warn(f"{no_unit(counted(idle, 'sample'))}, and the step leaves the weights as they are")
 
 
 def warn_of_left_out(work: Workplace) -> None:
@@ -79,7 +93,7 @@ def _warn_of_those_without_units(work: Workplace) -> None:
 
 def _refusal(deletions: Sequence[Deletion], guard: Guard | None, settings: Settings) -> str:
     """What the last attempt that was refused had changed."""
-    refused = [a for d in deletions for a in d.attempts if not a.accepted][-1]
+    refused = [a for d in deletions if not d.failure for a in d.attempts if not a.accepted][-1]
     found = refused.calibration
     if found is not None and not refused.steps.residual <= 1:
         return (

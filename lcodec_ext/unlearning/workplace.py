@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
 from lcodec_ext._torch.decay import each_decay
+from lcodec_ext._torch.group import Ranks
 from lcodec_ext._torch.loss import (
     Gradient,
     LossFunction,
@@ -77,6 +78,7 @@ class Workplace:
     decay: dict[str, float | Tensor]  # of each parameter, or of each entry, in gradients
     buffers: dict[str, Tensor]  # of the copy, as they were
     watched: Watched  # what the copy must not compute with
+    ranks: Ranks | None = None  # over which the samples are spread
     space_bytes: int | None = None  # what a Krylov space may take, where memory is limited
     clock: Clock = field(default_factory=Clock)
 
@@ -88,6 +90,7 @@ class Workplace:
         settings: Settings,
         score: Score | None,
         progress: bool,
+        ranks: Ranks | None = None,
     ) -> "Workplace":
         """Check model, loss and score, and copy the model."""
         device = _check_model(model)
@@ -106,13 +109,14 @@ class Workplace:
             loss_fn=loss_fn,
             settings=settings,
             score=score,
-            progress=progress,
+            progress=progress and (ranks is None or ranks.rank == 0),
             device=device,
             dtype=dtype,
             parameters=parameters,
             decay=decay,
             buffers=buffers,
             watched=watched,
+            ranks=ranks,
         )
 
     @property
@@ -177,7 +181,7 @@ class Workplace:
         if quality.watched != _LOSS:
             return 1.0
         options = self.loss_fn, self.settings.batch_size, quality.losses
-        return size_of_losses(self.model, samples, *options)
+        return samples.told(lambda every: size_of_losses(self.model, every, *options))
 
     def handed_over(self, model: nn.Module, selection: Selection) -> nn.Module:
         """A copy of a model with the new weights of a selection, and the buffers that have changed.

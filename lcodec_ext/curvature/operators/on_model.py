@@ -13,7 +13,7 @@ from lcodec_ext._checks import check_bool, check_integer, check_real
 from lcodec_ext._torch.decay import Decay, decay_of, decay_text, vector_of
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
-from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext._torch.modes import check_module, plain_arithmetic
 from lcodec_ext._torch.wrapped import told_of, unwrapped
 from lcodec_ext.curvature.masked.model import MaskedModel
 from lcodec_ext.curvature.objective import Objective
@@ -49,6 +49,7 @@ class ModelOperator(CurvatureOperator):
         with alone(ranks, "the arguments"):
             self.damping = check_real(damping, "damping", 0)
             model = unwrapped(model)
+            check_module(model)
             self.weight_decay = decay_of(weight_decay, model)
             if cache_bytes is not None:
                 check_integer(cache_bytes, "cache_bytes", 0)

@@ -10,7 +10,7 @@ from lcodec_ext._checks import check_bool, check_real
 from lcodec_ext._torch.decay import decay_of
 from lcodec_ext._torch.group import ranks_of
 from lcodec_ext._torch.loss import LossFunction
-from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext._torch.modes import check_module, plain_arithmetic
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import CurvatureOperator
@@ -155,6 +155,7 @@ class SecantOperator(_PairsOperator):
         ranks = ranks_of(group, "SecantOperator")
         with alone(ranks, "the arguments"):
             model = unwrapped(model)
+            check_module(model)
             weight_decay = decay_of(weight_decay, model)
             objective = Objective(
                 model,

@@ -5,18 +5,21 @@ activations are the columns.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.group import Ranks
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import hooked_arithmetic
 from lcodec_ext._torch.samples import Samples
@@ -135,6 +138,22 @@ class _Table:
                 values = self._values[first : first + len(mean), self._columns[call]]
                 values += weight * mean.cpu().double().numpy()
 
+    def over(self, ranks: Ranks) -> None:
+        """Take what other ranks have recorded, each of other rows."""
+        (values,) = ranks.total("recording", lambda: [own], [own := torch.from_numpy(self._values)])
+        self._values = values.numpy()
+        for call, parts in self._shares.items():
+            columns = list(zip(*parts, strict=True)) or [(), (), ()]
+            sent = [b"".join(each.tobytes() for each in column) for column in columns]
+            group, unit, share = (b"".join(ranks.gather_bytes(each)) for each in sent)
+            self._shares[call] = [
+                Shares(
+                    np.frombuffer(group, np.int64),
+                    np.frombuffer(unit, np.int64),
+                    np.frombuffer(share, np.float64),
+                )
+            ]
+
     def may_be_rounding(self, share: float) -> bool:
         """Whether a column varies, but by less than a share of the layer's largest activation."""
         for columns in self._columns.values():
@@ -185,6 +204,7 @@ def record(
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> Recording:
     """Record what perturbations of a request do to units and loss.
 
@@ -215,6 +235,8 @@ def record(
         Of the perturbations, which do not depend on batch_size.
     progress : bool, default False
         Show a progress bar; needs tqdm.
+    ranks : Ranks, optional
+        Over which the perturbations are spread; all have the request, and get the recording.
 
     Raises
     ------
@@ -240,9 +262,10 @@ def record(
             f"{n_perturbations:,} perturbations; the limit is {MAX_ROWS:,}: take "
             f"n_perturbations={MAX_ROWS // m} or rows='batch'"
         )
-    batch = request.fetch(slice(None))
+    batch = request.whole().fetch(slice(None))
     size = m // each  # of a group
-    sites, without = find_calls(model, batch.part(slice(min(size, batch_size))), units)
+    with nullcontext() if ranks is None else ranks.alone("recording"):
+        sites, without = find_calls(model, batch.part(slice(min(size, batch_size))), units)
 
     def draw(index: int) -> Batch:
         return perturbed(batch, seed, index, noise_std=noise_std, perturb=perturb)
@@ -256,12 +279,15 @@ def record(
         passes = Passes(model, recorder, list(sites), loss_fn, perturb)
         groups = 1
         if batch_size >= 2 * size:
-            pair = draw(0).part(slice(size)), draw(1).part(slice(m - size, None))
-            groups = passes.together(*pair, batch_size // size)
+            with nullcontext() if ranks is None else ranks.alone("recording"):
+                pair = draw(0).part(slice(size)), draw(1).part(slice(m - size, None))
+                groups = passes.together(*pair, batch_size // size)
+        if ranks is not None:
+            groups = int(ranks.gather(np.array([groups])).min())
         together = max(1, groups // each)
         whole, rest = divmod(n_perturbations, together)
         last = [rest] * (rest > 0)
-        fill = partial(_fill, passes, sites, each, groups if each > 1 else batch_size)
+        fill = partial(_fill, ranks, passes, sites, each, groups if each > 1 else batch_size)
         table, losses = fill([together] * whole + last, counted)
         activations, owners = table.finished()
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
@@ -289,6 +315,7 @@ def record(
 
 
 def _fill(
+    ranks: Ranks | None,
     passes: Passes,
     sites: dict[Call, Site],
     each: int,
@@ -298,21 +325,31 @@ def _fill(
 ) -> tuple[_Table, NDArray[np.float64]]:
     """Activations and losses of perturbations 0, 1, ...; chunks says how many go together.
 
-    A perturbation makes `each` rows; a forward pass takes at most `most` samples.
+    A perturbation makes `each` rows; a forward pass takes at most `most` samples. Ranks take turns,
+    and a row is of one rank alone.
     """
     table = _Table(sites, sum(chunks) * each)
     losses = np.zeros(sum(chunks) * each)
-    start = 0
-    for chunk in chunks:
-        drawn = Batch.joined([draw(start + k) for k in range(chunk)])
-        for first in range(0, drawn.size, most):
-            piece = drawn.part(slice(first, first + most))
-            if each > 1:
-                at, groups, weight = start * each + first, piece.size, 1.0
-            else:
-                at, groups, weight = start, chunk, min(1.0, piece.size * chunk / drawn.size)
-            means, loss = passes.run(piece, groups)
-            table.add(at, means, weight)
-            losses[at : at + groups] += weight * loss.cpu().double().numpy()
-        start += chunk
-    return table, losses
+
+    def own() -> list[Tensor]:
+        for number, (start, chunk) in enumerate(zip(accumulate([0, *chunks]), chunks)):  # noqa: B905
+            if ranks is not None and number % ranks.size != ranks.rank:
+                continue
+            drawn = Batch.joined([draw(start + k) for k in range(chunk)])
+            for first in range(0, drawn.size, most):
+                piece = drawn.part(slice(first, first + most))
+                if each > 1:
+                    at, groups, weight = start * each + first, piece.size, 1.0
+                else:
+                    at, groups, weight = start, chunk, min(1.0, piece.size * chunk / drawn.size)
+                means, loss = passes.run(piece, groups)
+                table.add(at, means, weight)
+                losses[at : at + groups] += weight * loss.cpu().double().numpy()
+        return [torch.from_numpy(losses)]
+
+    if ranks is None:
+        own()
+        return table, losses
+    (total,) = ranks.total("recording", own, [torch.from_numpy(losses)])
+    table.over(ranks)
+    return table, total.numpy()

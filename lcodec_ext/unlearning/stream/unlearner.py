@@ -51,7 +51,7 @@ from lcodec_ext.unlearning.stream.steps import (
     take_step,
 )
 from lcodec_ext.unlearning.stream.store import Store, interrupt_held_back
-from lcodec_ext.unlearning.unlearn import unlearn
+from lcodec_ext.unlearning.unlearn import unlearn_or_skip as unlearn
 
 _PROBE = 32  # retained samples that are compared with those of the start at each request
 
@@ -60,9 +60,10 @@ class Unlearner:
     """Deletes training samples from a model, request after request, and keeps a ledger of it.
 
     A request is done when `remove` returns: its checkpoint and its line are then on the disk.
-    Samples that the guard takes back are *pending*. Checkpoints and `model` are weights without
-    noise: they are as confidential as the training data. docs/unlearning.md, "Streams of requests",
-    has the ledger, durability, the guard and confidentiality in full.
+    Samples that the guard takes back, or for which the paper's way finds no step, are *pending*.
+    Checkpoints and `model` are weights without noise: they are as confidential as the training
+    data. docs/unlearning.md, "Streams of requests", has the ledger, durability, the guard and
+    confidentiality in full.
 
     Parameters
     ----------
@@ -324,7 +325,8 @@ class Unlearner:
         Returns
         -------
         UnlearnResult
-            Samples whose removal the guard took back, `skipped`, are pending.
+            Samples whose removal the guard took back, or for which there is no step, `skipped`, are
+            pending.
 
         Raises
         ------
