@@ -23,7 +23,8 @@ from lcodec_ext.dependence.backends.base import TIES
 from lcodec_ext.dependence.backends.block_table import BlockTable
 from processes import Failure
 
-DATA = Path(__file__).parent / "data" / "golden"
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data" / "golden"
 FIELDS = ("ordering", "cumulative", "conditional", "threshold", "pvalues")
 
 
@@ -480,6 +481,15 @@ def test_a_file_that_is_written_on_one_rank_ends_all(ranks, table, tmp_path):
     np.save(tmp_path / "x.npy", X)
     with pytest.raises(Failure, match="was written while it was in use"):
         ranks.run(reads_a_broken_file, tmp_path / "x.npy", X, y)
+
+
+def test_the_benchmark_runs(tmp_path):
+    file = tmp_path / "record.json"
+    command = [sys.executable, ROOT / "benchmarks/out_of_core.py", "--quick", "--parts", "record"]
+    subprocess.run([*command, "--output", file], check=True, capture_output=True)
+    record = json.loads(file.read_text())["record"]
+    assert record["stop_reason"] == "no_gain"
+    assert record["claims"][0]["met"]
 
 
 PEAK = textwrap.dedent(
