@@ -517,7 +517,6 @@ PEAK = textwrap.dedent(
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
 @pytest.mark.parametrize("kind", ["C", "F", "parquet"])
 def test_the_peak_obeys_the_limit(rng, kind, tmp_path):
     n, p = 1000, 12_000  # 48 MB, which takes four times as much in memory
