@@ -483,6 +483,21 @@ def test_a_file_that_is_written_on_one_rank_ends_all(ranks, table, tmp_path):
         ranks.run(reads_a_broken_file, tmp_path / "x.npy", X, y)
 
 
+def test_the_record_keeps_its_promise():
+    found = json.loads((ROOT / "benchmarks/results/out_of_core.json").read_text())
+    record, page = found["record"], (ROOT / "docs/distributed.md").read_text()
+    assert (record["columns"], record["table_bytes"]) == (10**6, 4 * 10**9)
+    assert record["peak_bytes"] <= 10**9
+    assert all(claim["met"] for claim in record["claims"])
+    assert f"in {record['peak_bytes'] / 1e6:.0f} MB above" in page
+    assert f"took {record['cpu_seconds']:.0f} s of CPU" in page
+    for case in found["cost"]["cases"]:
+        assert f"| {case['cpu_seconds']:.1f} s" in page
+        assert f"| {case['peak_bytes'] / 1e6:.0f} MB |" in page
+        if case["kind"] != "memory":
+            assert f"{case['cpu_over_memory']} times" in page
+
+
 def test_the_benchmark_runs(tmp_path):
     file = tmp_path / "record.json"
     command = [sys.executable, ROOT / "benchmarks/out_of_core.py", "--quick", "--parts", "record"]
