@@ -23,7 +23,8 @@ from lcodec_ext.dependence.backends.base import TIES
 from lcodec_ext.dependence.backends.block_table import BlockTable
 from processes import Failure
 
-DATA = Path(__file__).parent / "data" / "golden"
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data" / "golden"
 FIELDS = ("ordering", "cumulative", "conditional", "threshold", "pvalues")
 
 
@@ -208,6 +209,9 @@ def test_parquet_of_every_kind(width, rng, tmp_path):
     expected = foci(table, y, nan_policy="omit")
     for each in (folder, str(folder), pa.dataset.dataset(folder)):
         assert_same(foci(each, y, nan_policy="omit"), expected)
+    some = pa.dataset.dataset(folder)
+    some = some.replace_schema(some.schema.remove(1))  # a Dataset of the other columns
+    assert_same(foci(some, y, nan_policy="omit"), foci(table.drop(["a"]), y, nan_policy="omit"))
     parts = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
     pq.write_table(table.select(["a.b", "a"]), parts[0])
     pq.write_table(table.select(["small", "flag"]), parts[1])
@@ -284,6 +288,7 @@ def test_refusals_of_what_cannot_be_read(table, tmp_path, monkeypatch):
     assert "there is no such file" in message("nothing.parquet", y)
     assert "there is no such file" in message(tmp_path / "nothing", y)
     assert "got the str 'nothing'" in message("nothing", y)
+    assert "got the str 'aaa" in message("a" * 10_000, y)
     np.save(tmp_path / "x.npy", X)
     assert "mmap_mode='r'" in message(tmp_path / "x.npy", y)
     twice = pa.table([X[:, 0], X[:, 1]], names=["a", "a"])
@@ -299,7 +304,7 @@ def test_refusals_of_what_cannot_be_read(table, tmp_path, monkeypatch):
         foci(X, y, max_memory=1e9)
     with pytest.raises(ValueError, match="foci alone reads ColumnBlocks"):
         codec(y, ColumnBlocks([X]))
-    path = tmp_path / "twice.parquet"
+    path = tmp_path / "text.parquet"
     for elsewhere in (path, str(path), pq.ParquetFile(path), pa.dataset.dataset(path)):
         with pytest.raises(ValueError, match="read it first, and pass the table; foci alone"):
             codec(y, elsewhere)
@@ -375,6 +380,24 @@ def test_each_block_is_read_once_a_step(table, monkeypatch):
     monkeypatch.undo()
     foci(ColumnBlocks(Blocks()), y, stop=False, max_features=3)
     assert len(reads) <= 3 * 3 + 3  # what fits stays in memory
+
+
+def test_a_checkpoint_is_that_of_memory(table, tmp_path, monkeypatch):
+    X, y = table
+    expected = foci(X, y, stop=False, max_features=5, checkpoint=tmp_path / "whole.json")
+    foci(X, y, stop=False, max_features=2, checkpoint=tmp_path / "two.json")
+    set_width(monkeypatch, 4)
+    file = memmap(tmp_path / "x.npy", X)
+    found = foci(file, y, stop=False, max_features=5, checkpoint=tmp_path / "blocks.json")
+    assert_same(found, expected)
+    saved = [(tmp_path / f"{name}.json").read_text() for name in ("whole", "blocks")]
+    assert saved[0] == saved[1]
+    began = json.loads(saved[0])
+    two = json.loads((tmp_path / "two.json").read_text())
+    began |= {"steps": two["steps"], "m": two["m"], "stop_reason": None, "not_taken": None}
+    (tmp_path / "part.json").write_text(json.dumps(began))
+    resumed = foci(file, y, stop=False, max_features=5, checkpoint=tmp_path / "part.json")
+    assert_same(resumed, expected)
 
 
 def test_an_array_in_memory_with_a_limit(table, width):
@@ -460,6 +483,30 @@ def test_a_file_that_is_written_on_one_rank_ends_all(ranks, table, tmp_path):
         ranks.run(reads_a_broken_file, tmp_path / "x.npy", X, y)
 
 
+def test_the_record_keeps_its_promise():
+    found = json.loads((ROOT / "benchmarks/results/out_of_core.json").read_text())
+    record, page = found["record"], (ROOT / "docs/distributed.md").read_text()
+    assert (record["columns"], record["table_bytes"]) == (10**6, 4 * 10**9)
+    assert record["peak_bytes"] <= 10**9
+    assert all(claim["met"] for claim in record["claims"])
+    assert f"in {record['peak_bytes'] / 1e6:.0f} MB above" in page
+    assert f"took {record['cpu_seconds']:.0f} s of CPU" in page
+    for case in found["cost"]["cases"]:
+        assert f"| {case['cpu_seconds']:.1f} s" in page
+        assert f"| {case['peak_bytes'] / 1e6:.0f} MB |" in page
+        if case["kind"] != "memory":
+            assert f"{case['cpu_over_memory']} times" in page
+
+
+def test_the_benchmark_runs(tmp_path):
+    file = tmp_path / "record.json"
+    command = [sys.executable, ROOT / "benchmarks/out_of_core.py", "--quick", "--parts", "record"]
+    subprocess.run([*command, "--output", file], check=True, capture_output=True)
+    record = json.loads(file.read_text())["record"]
+    assert record["stop_reason"] == "no_gain"
+    assert record["claims"][0]["met"]
+
+
 PEAK = textwrap.dedent(
     """
     import json, sys
@@ -485,7 +532,6 @@ PEAK = textwrap.dedent(
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
 @pytest.mark.parametrize("kind", ["C", "F", "parquet"])
 def test_the_peak_obeys_the_limit(rng, kind, tmp_path):
     n, p = 1000, 12_000  # 48 MB, which takes four times as much in memory

@@ -280,8 +280,8 @@ def foci(
         With stop="permutation": from 1 / alpha - 1 to 10^6; 999 by default.
     max_memory : int, optional
         Bytes that a table which is read in blocks may take with all work on it; 2^30 by default,
-        where larger blocks are no faster. Given, an array in memory is worked on in blocks, too,
-        instead of copying it as a whole.
+        for blocks that are large (40 000 columns of 1000 rows) and a part of common machines.
+        Given, an array in memory is worked on in blocks, too, instead of copying it as a whole.
     checkpoint : str or path, optional
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an

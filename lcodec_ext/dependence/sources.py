@@ -123,8 +123,8 @@ def open_source(X: Any, name: str) -> Source | None:
         return ArraySource(X, name) if X.ndim == 2 and X.size else None
     if isinstance(X, str | os.PathLike):
         path = Path(X)
-        if not path.exists() and path.suffix != ".parquet" and isinstance(X, str):
-            return None  # which is no path
+        if isinstance(X, str) and path.suffix != ".parquet" and not os.path.exists(X):
+            return None  # text
         return _ParquetFiles(_open_parquet(path, name), name, [path])
     parquet, dataset = map(sys.modules.get, ("pyarrow.parquet", "pyarrow.dataset"))
     is_file = parquet is not None and isinstance(X, parquet.ParquetFile)
@@ -204,8 +204,8 @@ class _ParquetFiles(Source):
         if self._is_file:
             self.n, files, groups = opened.metadata.num_rows, 1, opened.metadata.num_row_groups
         else:
-            self.n, files = opened.count_rows(), len(paths)
-            groups = files
+            self.n = opened.count_rows()
+            files = groups = len(getattr(opened, "files", paths))
         self.held = _PYARROW + self.p * (files * _FOOTER[0] + groups * _FOOTER[1])
 
     def pieces(self, first: int, last: int, whole: bool) -> Iterator[Piece]:
