@@ -558,3 +558,11 @@ def test_missing_values_beside_decimals(grid):
     rest = np.arange(150) != 7
     value = lcodec_ext.codec(y, cm, decimals=1, nan_policy="omit")
     assert value == lcodec_ext.codec(y[rest], counts[rest])
+
+
+def test_underflow_goes_by_rows_not_by_columns(rng):
+    """2000 columns of 50 rows, whose squared differences a float32 still tells apart."""
+    X = (rng.random((50, 2000)) * 1.5e-17).astype(np.float32)
+    lcodec_ext.foci(X, rng.random(50), standardize=None, max_features=1)  # no warning
+    with pytest.warns(UserWarning, match="underflow float32"):
+        lcodec_ext.foci(X * np.float32(0.1), rng.random(50), standardize=None, max_features=1)

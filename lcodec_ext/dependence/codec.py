@@ -282,7 +282,7 @@ def _coefficient(
 ) -> float:
     """T(Y, Z | X) of columns laid out from the given ones, or from these with noise."""
     factors = check_distances(columns, given.label)
-    warn_underflow(columns, factors, given.label)
+    warn_underflow(columns, factors, len(given.table), given.label)
     target = given.target
     sums, engine = response_engine(
         backend, columns, factors, y, target.nominal, ties, tie_seed(ties, seed), n_neighbors,

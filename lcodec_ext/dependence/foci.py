@@ -613,7 +613,7 @@ class _Task:
             self.seed = int(seed)
         with self.ranks.alone("scaling the columns"):
             factors = scale_factors(columns, self.standardize, self.label)
-            warn_underflow(columns, factors, self.label)
+            warn_underflow(columns, factors, len(self.y), self.label)
             laid = Laid(columns, factors)
             candidates = self._candidates(laid, y)
             null = None

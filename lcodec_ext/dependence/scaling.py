@@ -90,13 +90,12 @@ def check_overflow(bounds: NDArray, label: Label) -> None:
         )
 
 
-def warn_underflow(columns: Columns, factors: NDArray, label: Label) -> None:
+def warn_underflow(columns: Columns, factors: NDArray, n: int, label: Label) -> None:
     """Warn of columns whose neighbours' squared differences are too small to tell apart.
 
     n rows lie about span / n apart; squares below the smallest normal number lose digits.
     """
     tiny = np.finfo(factors.dtype).tiny
-    n = max(columns.values.shape)
     with np.errstate(under="ignore"):
         small = squared_spans(columns, factors).astype(np.float64) < float(tiny) * float(n) ** 2
     affected = np.flatnonzero(small & ~constant_columns(columns) & (factors > 0))

@@ -274,7 +274,7 @@ def codec_test(
             _check_rows(n, least)
         columns = given.lay_out(chosen)
         factors = check_distances(columns, given.label)
-        warn_underflow(columns, factors, given.label)
+        warn_underflow(columns, factors, len(given.table), given.label)
     _agree(ranks, given, chosen_method, count, least, confidence_level, ties, seed)
     drawn = ranks.share_out(1, "the seed", lambda _: fresh_seed() if seed is None else int(seed))[0]
     plan = _Plan(chosen, given, factors, ties, drawn, count, least, ranks)
