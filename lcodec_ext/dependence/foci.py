@@ -545,6 +545,8 @@ class _Task:
             self.shard = Shard(self.ranks, self.features, asked)
             self.features, p, names = self.shard.features, self.shard.p, self.shard.names
         self.names, self.n_features = names, int(p)
+            if isinstance(options["preselected"], np.ndarray):
+                asked["preselected"] = options["preselected"].tolist()
         self.preselected = _check_preselected(options["preselected"], self.n_features, names)
         self.cap = self.n_features - len(self.preselected)
         if options["max_features"] is not None:
