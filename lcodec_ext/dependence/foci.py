@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, is_tensor
+from lcodec_ext._build import __version__
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import (
     check_bool,
@@ -29,7 +30,7 @@ from lcodec_ext.dependence.backends.block_table import BlockTable
 from lcodec_ext.dependence.backends.blocks import in_blocks
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.candidates import Candidates
-from lcodec_ext.dependence.checkpoint import Checkpoint, Progress, digest, ranges_word, saved_text
+from lcodec_ext.dependence.checkpoint import Checkpoint, Progress, digest, saved_text, word_of
 from lcodec_ext.dependence.classes import response_engine, responses
 from lcodec_ext.dependence.exchangeable import DOUBTFUL
 from lcodec_ext.dependence.foci_null import StepNull, StepTest, check_level
@@ -285,8 +286,8 @@ def foci(
     checkpoint : str or path, optional
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an
-        interruption; one that had ended is returned at once. It is refused for other data or
-        options. A seed that was drawn is in it.
+        interruption; one that had ended is returned at once. It is refused for other values of X
+        or y, options, or another version of the package. A seed that was drawn is in it.
     group : torch.distributed.ProcessGroup, optional
         Spread the columns over the ranks of a group, ``torch.distributed.group.WORLD`` for all.
         X is the own columns, with all rows; in the order of ranks they are the whole table, in
@@ -566,12 +567,15 @@ class _Task:
         if self.shard is not None:
             with self.ranks.alone("looking for NaN"):
                 own = missing_rows(of_X, nan_policy)
-            missing = self.shard.missing(own).beside(missing_rows(of_y, nan_policy))
-        self.rows = clean_rows(of_X | of_y, nan_policy, missing=missing)
-        self.features = self.features._replace(values=self.rows.values["X"])
-        self.y = self.rows.values["y"]
-        if self._classes:
-            check_classes(self.y, True)
+            missing = self.shard.missing(own)
+        with self.ranks.alone("leaving rows out"):
+            if missing is not None:
+                missing = missing.beside(missing_rows(of_y, nan_policy))
+            self.rows = clean_rows(of_X | of_y, nan_policy, missing=missing)
+            self.features = self.features._replace(values=self.rows.values["X"])
+            self.y = self.rows.values["y"]
+            if self._classes:
+                check_classes(self.y, True)
 
     @property
     def p(self) -> int:
@@ -600,7 +604,10 @@ class _Task:
         """A column of the table without room in a message."""
         if k < self.p:
             return self.features.label(k)
-        return str(self.target.values.label(k - self.p))
+        return self._label_of_y(k - self.p - self._room)
+
+    def _label_of_y(self, k: int) -> str:
+        return str(self.target.values.label(k))
 
     def run(self, columns: Columns, y: Any, seed: int | None) -> FociResult:
         """Select from columns that are X, or X with noise."""
@@ -636,13 +643,15 @@ class _Task:
         if self.shard is None:
             return Candidates(make, laid, self.p, given, self.label)
         self.shard.features = self.features
-        return ShardedCandidates(self.shard, self.lay_out, make, laid, given, self.label)
+        return ShardedCandidates(self.shard, self.lay_out, make, laid, given, self._label_of_y)
 
     def _resume(self, laid: Laid, y: Any) -> Progress | None:
         """How far an earlier call came that had a checkpoint."""
         if self.checkpoint is None:
             return None
-        word = ranges_word(laid, self.p, self.features.first)
+        with self.ranks.alone("reading X"):
+            word = word_of(laid.columns, len(y), self.p, self.features.first)
+            of_y = digest(y)
         word = word if self.shard is None else self.shard.total(word)
         asked = {name: value for name, value in self.options.items() if name != "nan_policy"}
         asked["preselected"] = list(self.preselected)
@@ -651,10 +660,11 @@ class _Task:
             **asked,
             "seed": self.seed,
             "X": f"{shape}, digest {word:016x}",
-            "y": digest(y),
+            "y": of_y,
         }
         return self.checkpoint.resume(json_ready(of))
 
+            "lcodec_ext": __version__,
     def _search(
         self, candidates: Candidates, null: StepNull | None, before: Progress | None
     ) -> FociResult:
