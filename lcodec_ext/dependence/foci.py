@@ -33,7 +33,7 @@ from lcodec_ext.dependence.candidates import Candidates
 from lcodec_ext.dependence.checkpoint import Checkpoint, Progress, digest, saved_text, word_of
 from lcodec_ext.dependence.classes import response_engine, responses
 from lcodec_ext.dependence.exchangeable import DOUBTFUL
-from lcodec_ext.dependence.foci_null import StepNull, StepTest, check_level
+from lcodec_ext.dependence.foci_null import PERMUTATION_BYTES, StepNull, StepTest, check_level
 from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
@@ -517,6 +517,8 @@ class _Task:
         if options["max_features"] is not None:
             check_integer(options["max_features"], "max_features", 1)
         refuse_swapped(X, y)
+        if self.level is not None and isinstance(X, BlockTable):
+            X = X.beside_work_of(PERMUTATION_BYTES * self.level.n_permutations)
         tensors = self.backend.tensors
         self.features = as_features(
             X,
@@ -628,7 +630,8 @@ class _Task:
             null = None
             if self.level is not None and self.seed is not None:
                 found = responses(self.backend, y, self.target.nominal)
-                null = StepNull(self.backend, found, self.ties, self.seed, self.level)
+                in_blocks = isinstance(self.features.values, BlockTable)
+                null = StepNull(self.backend, found, self.ties, self.seed, self.level, in_blocks)
         before = self._resume(laid, y)
         return self._search(candidates, null, before)
 
