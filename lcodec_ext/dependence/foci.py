@@ -237,7 +237,7 @@ def foci(
     X : array_like of shape (n, p)
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
-        What may be larger than memory is read in blocks of columns, anew in every step, for the
+        What may be larger than memory is read in blocks of columns, again in every step, for the
         same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them, a
         ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of these and of arrays.
         ``docs/distributed.md`` says what that costs.
@@ -295,9 +295,9 @@ def foci(
         (n, 0). All arguments but `backend`, `progress`, `max_memory` must be equal. Every rank
         returns the same result, that of one process with the whole table, bit for bit. A step
         sends 32 bytes and one broadcast of n + 1 numbers in the precision of X; with tied
-        neighbours some hundred bytes more; with stop="permutation" 9 bytes a permutation more.
-        Each rank warns of its own columns, and of the result; rank 0 alone shows the progress and
-        writes the checkpoint. ``docs/distributed.md`` has an example.
+        neighbours some hundred bytes more; with stop="permutation" 8 and 9 a permutation more; with
+        a checkpoint 8 more. Each rank warns of its own columns, and of the result; rank 0 alone
+        shows the progress and writes the checkpoint. ``docs/distributed.md`` has an example.
 
     Returns
     -------
@@ -545,11 +545,11 @@ class _Task:
             y = of_y.values if isinstance(of_y, Features) else of_y
             asked = {**options, "seed": seed, "checkpoint": checkpoint and str(checkpoint), "y": y}
             asked["number of rows of X"] = len(self.features.values)
+            if isinstance(options["preselected"], np.ndarray):
+                asked["preselected"] = options["preselected"].tolist()
             self.shard = Shard(self.ranks, self.features, asked)
             self.features, p, names = self.shard.features, self.shard.p, self.shard.names
         self.names, self.n_features = names, int(p)
-            if isinstance(options["preselected"], np.ndarray):
-                asked["preselected"] = options["preselected"].tolist()
         self.preselected = _check_preselected(options["preselected"], self.n_features, names)
         self.cap = self.n_features - len(self.preselected)
         if options["max_features"] is not None:
@@ -584,11 +584,15 @@ class _Task:
         """How many columns X has here."""
         return int(self.features.values.shape[1])
 
+    @property
+    def _room(self) -> int:
+        """Places for columns of other ranks, at first."""
+        return 0 if self.shard is None else ROOM
+
     def lay_out(self, room: int | None = None) -> Columns:
         """The columns of X, places for those of other ranks, and of y those in distances."""
         X, xp = self.features.values, array_module(self.features.values)
-        if room is None:
-            room = 0 if self.shard is None else ROOM
+        room = self._room if room is None else room
         if room and isinstance(X, BlockTable):
             X = X.beside(np.zeros((len(X), room), dtype=X.dtype))
         elif room:
@@ -603,7 +607,7 @@ class _Task:
         self.target.warn_constant(self.y)
 
     def label(self, k: int) -> str:
-        """A column of the table without room in a message."""
+        """A column of `lay_out()` in a message."""
         if k < self.p:
             return self.features.label(k)
         return self._label_of_y(k - self.p - self._room)
@@ -660,6 +664,7 @@ class _Task:
         asked["preselected"] = list(self.preselected)
         shape = f"{len(y)} rows and {self.n_features} columns of {laid.factors.dtype}"
         of = {
+            "lcodec_ext": __version__,
             **asked,
             "seed": self.seed,
             "X": f"{shape}, digest {word:016x}",
@@ -667,7 +672,6 @@ class _Task:
         }
         return self.checkpoint.resume(json_ready(of))
 
-            "lcodec_ext": __version__,
     def _search(
         self, candidates: Candidates, null: StepNull | None, before: Progress | None
     ) -> FociResult:
@@ -719,10 +723,11 @@ class _Task:
         conditioned = bool(self.preselected or progress.steps)
         step = response.conditional(m_best, m) if conditioned else T
         if step is None:
-            warn(
-                "y is a function of the columns selected so far: the conditional "
-                "coefficient of this step is 1 by convention",
-            )
+            with self.ranks.alone("a warning"):
+                warn(
+                    "y is a function of the columns selected so far: the conditional "
+                    "coefficient of this step is 1 by convention",
+                )
         progress.steps.append((best, float(T), 1.0 if step is None else float(step)))
         progress.m = m_best
         self._look_at_cap(progress)
