@@ -25,7 +25,7 @@ BLOCK = 5  # rows, at least, among which y is permuted once columns are selected
 _PAIRS = 1 << 22  # of candidates that share the drawing of permutations
 _SUMS = 1 << 24  # of these candidates under all permutations
 _BLOCK_PAIRS, _BLOCK_SUMS = 1 << 20, 1 << 21  # beside a table in blocks: 25 and 17 MB
-PERMUTATION_BYTES = 128  # of what is kept of each permutation
+PERMUTATION_BYTES = 512  # kept of each permutation: 190 without ties, with some 500; measured
 _CLOSE = 1e-12  # what floats of two coefficients may be off
 
 
