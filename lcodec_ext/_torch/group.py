@@ -1,12 +1,12 @@
 """Ranks of a torch.distributed process group: what a call over a group says and hears.
 
-Every function with ``group=`` begins by `Ranks.agree`: ranks that call different functions, or one
-with different arguments, all end at once, with a message that names what differs.
+Every function with ``group=`` checks its own arguments in `Ranks.alone`, and then calls
+`Ranks.agree`: ranks that call different functions, or one with different arguments, all end at
+once, with a message that names what differs.
 What one rank computes alone runs in `Ranks.alone`: if it fails there, the others end, too, instead
 of waiting for it.
 """
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._build import build_info
+from lcodec_ext._files import short_digest
 
 Piece = TypeVar("Piece")
 
@@ -291,13 +292,20 @@ def ranks_of(group: Any, function: str) -> Ranks | None:
 
 
 def _compared(value: Any) -> Any:
-    """A value, or shape, dtype and digest of an array, as JSON keeps it."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else value.float()
+    """A value, or shape, dtype and digest of an array, as JSON keeps it.
+
+    Numbers are equal whatever their types are.
+    """
     if isinstance(value, np.ndarray | Tensor):
-        array = np.ascontiguousarray(np.asarray(value))
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-        return f"{array.dtype} of shape {array.shape}, digest {digest}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return f"{dtype} of shape {value.shape}, digest {short_digest(value)}"
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool | int | float | str | None):
         return repr(value)  # NaN is equal to itself
     if isinstance(value, list | tuple):

@@ -361,7 +361,7 @@ def evaluate(
     TypeError
         For arguments of the wrong type.
     RuntimeError
-        With a group, where another rank failed. A method that fails is no such failure.
+        With a group, where another rank failed. A method that fails does not end the call.
     ImportError
         Without scikit-learn, before anything is trained.
 

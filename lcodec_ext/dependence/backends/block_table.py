@@ -12,7 +12,7 @@ from lcodec_ext.dependence.backends.base import Columns
 from lcodec_ext.dependence.sources import ArraySource, Source, open_source
 
 MAX_MEMORY = 1 << 30  # bytes: blocks large enough to be read fast, and a share of any machine
-_READING = 1 << 26  # bytes of what is read at a time, and of its conversion
+_READING = 1 << 26  # bytes of what is read at a time, and its conversion; also of permutations
 _COLUMN_BYTES = 320  # of lists, names and statistics of each column
 _ROW_BYTES = 128  # of what the engine keeps of each row
 _NUMBER_BYTES = {4: 20, 8: 32}  # of a block, its sorted columns and those packed; measured 13, 21
@@ -65,6 +65,7 @@ class BlockTable:
         self._before = np.zeros(1, dtype=np.int64)  # how many of them are before each row
         self._beside: NDArray | None = None
         self._spread: _Spread | None = None
+        self._work = 0  # bytes
         self.names = source.names
 
     def _with(self, **changes: Any) -> "BlockTable":
@@ -92,6 +93,10 @@ class BlockTable:
         """The table with further columns behind all others, which its shape leaves out."""
         before = [] if self._beside is None else [self._beside]
         return self._with(_beside=np.concatenate([*before, columns], axis=1))
+
+    def beside_work_of(self, size: int) -> "BlockTable":
+        """The table with blocks that leave so many bytes for other work."""
+        return self._with(_work=size)
 
     # As an array -----------------------------------------------------------------------------
 
@@ -178,7 +183,7 @@ class BlockTable:
         """Columns of a block, as many as the memory allows."""
         n, p = self.shape
         held = self._source.held
-        fixed = _READING + held + p * _COLUMN_BYTES + n * _ROW_BYTES
+        fixed = _READING + self._work + held + p * _COLUMN_BYTES + n * _ROW_BYTES
         each = n * _NUMBER_BYTES[self.dtype.itemsize]
         if self._max_memory < fixed + each:
             advice = ""
@@ -218,6 +223,7 @@ class BlockTable:
         beside = [] if self._beside is None else list(self._beside.T)
         values = self.block(np.arange(self.shape[1]), beside)
         self._memory = _Memory()  # nothing overwrites it
+        self.check_unchanged()
         return values
 
     def check_unchanged(self) -> None:
