@@ -281,6 +281,46 @@ def test_a_distributed_sampler_repeats_nothing(ranks):
         assert f"of {ranks.size + 1}, and this is rank" in failure.message
 
 
+def dealt(rank, size, group, what):
+    gone, kept, _ = data()
+    if what == "whole":
+        return unlearn(trained(), gone, kept, F.cross_entropy, damping=0.01, group=group)
+    if what == "like":  # of one size, and equal in the samples that are looked at first
+        kept = tuple(t.repeat(3, *[1] * (t.ndim - 1))[: 2 * N] for t in kept)
+        kept[0][1] += rank
+        return unlearn(trained(), gone, kept, F.cross_entropy, damping=0.01, group=group)
+    last = rank == size - 1
+    options = {what: 1} if last and what == "seed" else {}
+    if what == "shuffle":
+        options["shuffle"] = not last
+    dataset = TensorDataset(*(t[: N - (last and what == "samples")] for t in kept))
+    sampler = DistributedSampler(dataset, size, rank, **options)
+    if what == "epoch":
+        sampler.set_epoch(rank)
+    loader = DataLoader(dataset, batch_size=8, sampler=sampler)
+    return unlearn(trained(), gone, loader, F.cross_entropy, damping=0.01, group=group)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("whole", "rank 0 and rank 1 of the group have the same 90 samples of retain"),
+        ("seed", "deal out alike, or samples are lost and doubled: seed is 0 on rank 0 of the"),
+        ("epoch", "epoch is 0 on rank 0 of the group, and 1 on rank 1"),
+        ("shuffle", "shuffle is True on rank 0 of the group, and False on rank"),
+        ("samples", "the number of samples is 90 on rank 0 of the group, and 89 on rank"),
+    ],
+)
+def test_samples_that_were_not_dealt_out_are_refused(ranks, what, said):
+    for failure in ranks.failures(dealt, what):
+        assert failure.kind == "ValueError"
+        assert said in failure.message
+
+
+def test_shards_that_agree_in_some_samples_are_taken(ranks):
+    assert {found.n_retain for found in ranks.run(dealt, "like")} == {2 * N * ranks.size}
+
+
 class Failing(nn.Module):
     """Cross-entropy that fails or is infinite on one rank, from some call on."""
 

@@ -33,7 +33,7 @@ from lcodec_ext._torch.samples import (
     outputs_in_training,
     outputs_of,
 )
-from lcodec_ext._torch.shards import ShardedSamples, own_samples
+from lcodec_ext._torch.shards import ShardedSamples, check_shards, own_samples
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -215,6 +215,8 @@ def checked_request(
             removed, kept, held = _taken(work, forget, retain, validation, statistics)
             if groups is not None:
                 groups = Groups.of(groups, 0 if kept is None else len(kept), "retain").each()
+        assert kept is not None  # refused before
+        check_shards(kept, retain, work.ranks)
         removed, kept, held, groups = _over_ranks(work.ranks, removed, kept, held, groups)
     if kept is not None and kept.in_memory:
         warn_of_overlap(removed, kept)
@@ -301,12 +303,11 @@ def told_of_settings(settings: Settings) -> dict[str, Any]:
 def _over_ranks(
     ranks: Ranks,
     removed: Samples,
-    kept: Samples | None,
+    kept: Samples,
     held: Samples | None,
     groups: list[Any] | None,
 ) -> tuple[Samples, Samples, Samples | None, list[Any] | None]:
     """The samples of all ranks: those to delete and validation are on every one."""
-    assert kept is not None  # refused before
     with ranks.alone("reading the samples"):
         told = {
             each.name: hashlib.sha256("".join(each.each_hash()).encode()).hexdigest()[:16]

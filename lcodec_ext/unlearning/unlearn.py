@@ -106,9 +106,10 @@ def unlearn(
         Say what the deletion will cost, and show a bar for each phase; needs tqdm.
     group : torch.distributed.ProcessGroup, optional
         Over whose ranks the retained samples are spread: retain (and groups) are those of this
-        rank, any number or none, numbered in rank order. Everything else is the same on all ranks:
-        model, samples to delete, validation, options. All get the same result, bit for bit but for
-        `seconds`. docs/distributed.md says what is spread and sent, and what is refused.
+        rank, any number or none, numbered in rank order; two ranks with the same ones are refused.
+        Everything else is the same on all ranks: model, samples to delete, validation, options. All
+        get the same result, bit for bit but for `seconds`. docs/distributed.md says what is spread
+        and sent, and what is refused.
     **options
         Attributes of `Settings`: ``selection="lfoci"``, ``damping=0.1``, ``weight_decay=1e-3``.
         **weight_decay is that of the training**, 0 by default: a number, the optimizer that trained
