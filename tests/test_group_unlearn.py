@@ -364,6 +364,63 @@ def failing(rank, size, group, what, after=0):
     return unlearn(model, gone, kept, loss, group=group, **options)
 
 
+class Norm(nn.BatchNorm1d):
+    """A batch norm that, in training mode and on one rank, fails after some calls, or drifts."""
+
+    left, drift = math.inf, 0.0  # of the process
+
+    def forward(self, x):
+        if self.training:
+            Norm.left -= 1
+            if Norm.left < 0:
+                raise MemoryError("no memory left")
+            x = x * (1 + Norm.drift)
+        return super().forward(x)
+
+
+def with_norm(rank, size, group, left, drift, **options):
+    gone, kept, held = data()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Norm(8), nn.ReLU(), nn.Linear(8, 3))
+    if rank == size - 1:
+        Norm.left, Norm.drift = left, drift
+    options = {"damping": 0.1, "repair_drop": None, "repair_epochs": 0} | options
+    try:
+        found = unlearn(
+            model, gone, shard(kept, rank, size), F.cross_entropy, validation=held,
+            calibrate=False, group=group, **options,
+        )  # fmt: skip
+    finally:
+        Norm.left, Norm.drift = math.inf, 0.0
+    return {k: v.numpy() for k, v in found.model.state_dict().items()}
+
+
+def repaired(rank, size, group, left, drift):
+    return with_norm(rank, size, group, left, drift, repair_epochs=1, n_recalibrate=None)
+
+
+def recalibrated(rank, size, group, left, drift):
+    return with_norm(rank, size, group, left, drift, n_recalibrate=40)
+
+
+@pytest.mark.parametrize("function", [repaired, recalibrated])
+def test_a_failure_in_what_every_rank_computes_ends_all(ranks, function):
+    left = 2 if function is repaired else 0  # behind the check of the model
+    *others, last = ranks.failures(function, left, 0.0)
+    assert last.kind == "MemoryError"
+    what = "a batch of the repair" if function is repaired else "recalibration"
+    for failure in others:
+        assert failure.message.startswith(f"{what} failed on rank {ranks.size - 1} of the group")
+
+
+@pytest.mark.parametrize("function", [repaired, recalibrated])
+def test_what_every_rank_computes_does_not_drift_apart(ranks, function):
+    first, *others = ranks.run(function, math.inf, 1e-4)
+    for other in others:
+        for key, value in first.items():
+            np.testing.assert_array_equal(other[key], value)
+
+
 class Broken(torch.utils.data.Dataset):
     """Samples that cannot be read any more after a while."""
 

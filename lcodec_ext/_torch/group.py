@@ -255,6 +255,11 @@ class Ranks:
         self._talk(lambda: dist.broadcast(sent, root, group=self._group), sent)
         return sent.to(values.device)
 
+    def as_first(self, values: Tensor) -> Tensor:
+        """A copy of a tensor of rank 0, of any dtype, on every rank."""
+        flat = values.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+        return self.broadcast(flat.view(torch.uint8), 0).view(values.dtype).reshape(values.shape)
+
     def broadcast_array(self, values: NDArray, source: int) -> NDArray:
         """An array of rank `source`, on every rank; of one shape and dtype on all."""
         return self.broadcast(torch.from_numpy(values), source).cpu().numpy()

@@ -134,6 +134,19 @@ class Workplace:
         """As `Clock.timed`."""
         return self.clock.timed(phase)
 
+    def alone(
+        self, what: str, same: tuple[type[Exception], ...] = ()
+    ) -> AbstractContextManager[None]:
+        """As `Ranks.alone`, of what every rank does by itself; nothing without a group."""
+        return nullcontext() if self.ranks is None else self.ranks.alone(what, same)
+
+    def take_from_first(self, model: nn.Module) -> None:
+        """Give a model on all ranks the state of the first one's: rounding may have differed."""
+        if self.ranks is None:
+            return
+        state = [t for t in (*model.parameters(), *model.buffers()) if t.numel()]
+        _copy([self.ranks.as_first(tensor) for tensor in state], state)
+
     def give_back(self) -> None:
         """Return freed memory to the system, where memory is limited: glibc would keep it."""
         if self.settings.max_memory is None or self.device.type != "cpu":
