@@ -152,6 +152,30 @@ class Ranks:
             message = f"{what} failed on rank {rank} of the group: {failure}"
             raise (*same, RuntimeError)[int(number)](message) from error
 
+    def of_one_shape(self, what: str, own: Callable[[], Tensor]) -> Tensor:
+        """A tensor that each rank makes alone; one gather of 16 bytes.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if the shapes differ: collectives of different sizes end processes.
+        RuntimeError
+            As `alone`.
+        """
+        error: Exception | None = None
+        told = [-1, -1]
+        try:
+            found = own()
+            told = [found.ndim, found.numel()]
+        except Exception as failed:
+            error = failed
+        seen = self.gather(np.array(told, np.int64))
+        if (seen < 0).any():
+            self._end(what, error, ())
+        if (seen != seen[0]).any():
+            self.agree({f"shape of {what}": str(tuple(found.shape))})
+        return found
+
     def total(
         self,
         what: str,

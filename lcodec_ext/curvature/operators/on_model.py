@@ -67,7 +67,7 @@ class ModelOperator(CurvatureOperator):
         if ranks is not None:
             options = {"kind": self._kind, "damping": self.damping, "reduction": reduction}
             agree(ranks, model, objective, self.weight_decay, options)
-        self._progress = objective.progress
+        self._progress, self._ranks = objective.progress, ranks
         self.selection = objective.selection
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
