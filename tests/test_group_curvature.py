@@ -1,5 +1,7 @@
 """Operators over the ranks of a process group, against one process with all samples."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -248,6 +250,20 @@ def test_a_failure_on_one_rank_ends_all(ranks, what):
     for failure in others:
         assert failure.kind == "RuntimeError"
         assert f"failed on rank {ranks.size - 1} of the group" in failure.message
+
+
+def warned(rank, size, group):
+    A = operator("hessian", "mlp", shard(samples("mlp"), rank, size), "0", group)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if rank == size - 1 else "ignore")
+        A.solve(torch.linspace(-1, 1, 18, dtype=A.dtype), method="minres", max_iterations=1)
+
+
+def test_a_warning_that_is_an_error_on_one_rank_ends_all(ranks):
+    *others, last = ranks.failures(warned)
+    assert last.kind == "ConvergenceWarning"
+    for failure in others:
+        assert "a warning failed on rank" in failure.message
 
 
 def failing_rows(rank, size, group):

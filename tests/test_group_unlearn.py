@@ -421,6 +421,27 @@ def test_what_every_rank_computes_does_not_drift_apart(ranks, function):
             np.testing.assert_array_equal(other[key], value)
 
 
+def warned(rank, size, group):
+    gone, kept, _ = data()
+    model, kept = trained(), shard(kept, rank, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if rank == size - 1 else "ignore")
+        try:
+            unlearn(model, gone, kept, F.cross_entropy, inplace=True, group=group)
+        except (UserWarning, RuntimeError) as error:
+            same = zip(model.parameters(), trained().parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in same)
+            return type(error).__name__, str(error)
+
+
+def test_a_warning_that_is_an_error_on_one_rank_ends_all(ranks):
+    *others, last = ranks.run(warned)
+    assert last[0] == "UserWarning"
+    for kind, message in others:
+        assert kind == "RuntimeError"
+        assert f"a warning failed on rank {ranks.size - 1} of the group: UserWarning" in message
+
+
 class Broken(torch.utils.data.Dataset):
     """Samples that cannot be read any more after a while."""
 

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from warnings import WarningMessage
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._build import build_info
+from lcodec_ext._callers import give, held_back
 
 Piece = TypeVar("Piece")
 
@@ -151,6 +153,23 @@ class Ranks:
                 raise error
             message = f"{what} failed on rank {rank} of the group: {failure}"
             raise (*same, RuntimeError)[int(number)](message) from error
+
+    @contextmanager
+    def warning_last(self) -> Iterator[None]:
+        """Work of all ranks, of which they warn at the end.
+
+        Filters make an error of a warning on some ranks, perhaps: it then ends all, and none waits
+        in the middle of the work for one that has left it.
+        """
+        caught: list[WarningMessage] = []
+        try:
+            with held_back() as caught:
+                yield
+        except BaseException:
+            give(caught)
+            raise
+        with self.alone("a warning"):
+            give(caught)
 
     def of_one_shape(self, what: str, own: Callable[[], Tensor]) -> Tensor:
         """A tensor that each rank makes alone; one gather of 16 bytes.

@@ -536,11 +536,12 @@ def _measure_first(
     found = [each for piece in pieces for each in piece]
     states = [state for _, _, state in found[1:3] if state is not None]
     if len(states) == 2 and states[0] == states[1]:
-        warn(
-            f"retrained({sets.seed}) and retrained({sets.seed + 1}) have equal weights: where "
-            "training draws anything at random, it must use its seed. What retrained "
-            "models differ by is the floor of every comparison",
-        )
+        with ranks.alone("a warning"):
+            warn(
+                f"retrained({sets.seed}) and retrained({sets.seed + 1}) have equal weights: where "
+                "training draws anything at random, it must use its seed. What retrained "
+                "models differ by is the floor of every comparison",
+            )
     seconds = _mean([seconds for _, seconds, _ in found[1:]])
     return [own.get(k) or received(each, model) for k, (each, _, _) in enumerate(found)], seconds
 

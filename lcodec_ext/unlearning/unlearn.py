@@ -213,61 +213,62 @@ def _carried_out(
 ) -> UnlearnResult:
     begin = time.perf_counter()
     ranks = ranks_of(group, "unlearn")
-    with nullcontext() if ranks is None else ranks.alone("the arguments"):
-        check_bool(inplace, "inplace")
-        check_bool(progress, "progress")
-        model = unwrapped(model)
-        settings, doubt = resolve(
-            preset,
-            with_decay(options, model),
-            retained=retain is not None,
-            validation=validation is not None,
-            statistics=statistics is not None,
+    with nullcontext() if ranks is None else ranks.warning_last():
+        with nullcontext() if ranks is None else ranks.alone("the arguments"):
+            check_bool(inplace, "inplace")
+            check_bool(progress, "progress")
+            model = unwrapped(model)
+            settings, doubt = resolve(
+                preset,
+                with_decay(options, model),
+                retained=retain is not None,
+                validation=validation is not None,
+                statistics=statistics is not None,
+            )
+            work = Workplace.of(model, loss_fn, settings, score, progress, ranks)
+        if ranks is not None:
+            ranks.agree(told_of(model) | told_of_settings(settings) | {"inplace": inplace})
+        request = checked_request(work, forget, retain, validation, statistics, groups)
+        check_certifiable(work, model, request)
+        if doubt:
+            warn(doubt)
+        cost = None
+        if ranks is None:  # others would time different plans
+            work, request, cost = planned(work, request, time.perf_counter() - begin)
+        with work.timed("monitoring"):
+            before = measured_first(work, request)
+        start = {k: p.detach() for k, p in model.named_parameters() if k in work.parameters}
+        watch = Watch.of(work, request)
+        warn_of_left_out(work)
+        warn_of_doubts(request, watch.guard, settings)
+        goes_on = goes_on or (settings.order == "sequential" and request.m > 1)
+        # Each part: perturb and record, select, step, guard.
+        deletions = [delete(work, part, watch, goes_on=goes_on) for part in request.parts(work)]
+        warn_of_skipped(deletions, watch.guard, work.settings, request.m)
+        applied, selection = _selections(deletions)
+        step_norm = euclidean_norm(
+            wide(p.detach()) - wide(start[k]) for k, p in work.parameters.items()
         )
-        work = Workplace.of(model, loss_fn, settings, score, progress, ranks)
-    if ranks is not None:
-        ranks.agree(told_of(model) | told_of_settings(settings) | {"inplace": inplace})
-    request = checked_request(work, forget, retain, validation, statistics, groups)
-    check_certifiable(work, model, request)
-    if doubt:
-        warn(doubt)
-    cost = None
-    if ranks is None:  # others would time different plans
-        work, request, cost = planned(work, request, time.perf_counter() - begin)
-    with work.timed("monitoring"):
-        before = measured_first(work, request)
-    start = {k: p.detach() for k, p in model.named_parameters() if k in work.parameters}
-    watch = Watch.of(work, request)
-    warn_of_left_out(work)
-    warn_of_doubts(request, watch.guard, settings)
-    goes_on = goes_on or (settings.order == "sequential" and request.m > 1)
-    # Each part: perturb and record, select, step, guard.
-    deletions = [delete(work, part, watch, goes_on=goes_on) for part in request.parts(work)]
-    warn_of_skipped(deletions, watch.guard, work.settings, request.m)
-    applied, selection = _selections(deletions)
-    step_norm = euclidean_norm(
-        wide(p.detach()) - wide(start[k]) for k, p in work.parameters.items()
-    )
-    with work.timed("monitoring"):
-        # Into a copy first, also in place: the given model changes only when all has gone well.
-        changed = work.handed_over(model, applied)
-        guarantee = guarantee_of_deletions(
-            work,
-            changed,
-            request,
-            deletions,
-            before,
-            norm(start),
-            selection.size(work.model),
-        )
-        changed = with_noise(work, changed, guarantee)
-        after = _measured(work, request, guarantee)
-    warn_of_harm(before, after, guarantee, deletions, watch.guard)
-    trained = training_norm(before, request)
-    warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
-    if ranks is not None:
-        _check_alike(ranks, changed)
-    patch = _patch_of(model, changed)
+        with work.timed("monitoring"):
+            # Into a copy first, also in place: the given model changes only when all has gone well.
+            changed = work.handed_over(model, applied)
+            guarantee = guarantee_of_deletions(
+                work,
+                changed,
+                request,
+                deletions,
+                before,
+                norm(start),
+                selection.size(work.model),
+            )
+            changed = with_noise(work, changed, guarantee)
+            after = _measured(work, request, guarantee)
+        warn_of_harm(before, after, guarantee, deletions, watch.guard)
+        trained = training_norm(before, request)
+        warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
+        if ranks is not None:
+            _check_alike(ranks, changed)
+        patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
         changed = model

@@ -4,6 +4,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -214,10 +215,11 @@ class CurvatureOperator(ABC):
             "describe": describe,
             "progress": self._progress if progress is None else check_bool(progress, "progress"),
         }
-        if method == "minres":
-            return minres(self._apply, b, **options)
-        diagonal = None if preconditioner is None else self._preconditioner()
-        return conjugate_gradient(self._apply, b, diagonal=diagonal, advice=advice, **options)
+        with nullcontext() if self._ranks is None else self._ranks.warning_last():
+            if method == "minres":
+                return minres(self._apply, b, **options)
+            diagonal = None if preconditioner is None else self._preconditioner()
+            return conjugate_gradient(self._apply, b, diagonal=diagonal, advice=advice, **options)
 
     def _preconditioner(self) -> Tensor:
         return positive(self.diagonal())
