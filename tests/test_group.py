@@ -103,6 +103,7 @@ def test_a_killed_rank_ends_the_others_within_the_timeout():
         assert time.monotonic() - begin < 60
         assert [each.kind for each in answers] == ["RuntimeError", "RuntimeError", "died"]
         assert "foci: a rank of the group stopped answering rank 0" in answers[0].message
+        assert "timeout= of torch.distributed.init_process_group" in answers[0].message
     finally:
         processes.stop()
 

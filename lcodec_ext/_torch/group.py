@@ -328,8 +328,9 @@ class Ranks:
         except RuntimeError as error:  # DistBackendError, among others
             raise RuntimeError(
                 f"{self._function}: a rank of the group stopped answering rank {self.rank} (it "
-                "failed, was killed, or took longer than the group's timeout). The group "
-                f"cannot be used any more; start all ranks again. {error}"
+                "failed, was killed, or took longer than the group's timeout, which timeout= of "
+                "torch.distributed.init_process_group sets). The group cannot be used any more; "
+                f"start all ranks again. {error}"
             ) from error
 
 
