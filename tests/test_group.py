@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.group import Ranks, ranks_of
 from processes import Processes
 
@@ -109,7 +110,7 @@ def test_a_killed_rank_ends_the_others_within_the_timeout():
 
 
 def test_without_a_group():
-    assert ranks_of(None, "foci") is None
+    assert ranks_of(None, "foci") is ONE_RANK
     with pytest.raises(RuntimeError, match=r"init_process_group\(\) first"):
         Ranks("world", "foci")
     with pytest.raises(ValueError, match=r"only its ranks call foci\(group=...\)"):

@@ -11,7 +11,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from warnings import WarningMessage
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lcodec_ext._build import build_info
 from lcodec_ext._callers import give, held_back
+from lcodec_ext._one_rank import ONE_RANK, OneRank
 
 Piece = TypeVar("Piece")
 
@@ -334,9 +335,12 @@ class Ranks:
             ) from error
 
 
-def ranks_of(group: Any, function: str) -> Ranks | None:
-    """The ranks of a group that a user passed, None for None."""
-    return None if group is None else Ranks(group, function)
+AnyRanks: TypeAlias = Ranks | OneRank
+
+
+def ranks_of(group: Any, function: str) -> AnyRanks:
+    """The ranks of a group that a user passed; this process alone for None."""
+    return ONE_RANK if group is None else Ranks(group, function)
 
 
 def _compared(value: Any) -> Any:

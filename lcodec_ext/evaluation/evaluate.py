@@ -16,12 +16,12 @@ from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed, counted
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import decay_of
+from lcodec_ext._torch.group import AnyRanks, ranks_of
 from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature.selection import UnitSelection
-from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.evaluation.methods import (
     NO_OP,
     RETRAINED,

@@ -63,7 +63,7 @@ def descend(
             for step, loss in enumerate(losses):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * share(step)
-                with work.alone(f"a batch of the {what}", (NotFiniteError, NotTrainedError)):
+                with work.ranks.alone(f"a batch of the {what}", (NotFiniteError, NotTrainedError)):
                     if loss is not None:
                         take(loss())
                 bar.update()

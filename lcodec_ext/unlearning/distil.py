@@ -66,7 +66,7 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
     work, retained = block.work, block.retained.all
     before = work.mean_loss(validation)
     rng = np.random.default_rng([work.settings.seed, COPY.stream])
-    with work.alone("a copy of the model"):
+    with work.ranks.alone("a copy of the model"):
         model = copy_of(work.model)
         _shrink_and_perturb(model, int(rng.integers(2**63)))
     total = COPY.batches(len(retained))

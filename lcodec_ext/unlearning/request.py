@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_integer, check_seed
+from lcodec_ext._one_rank import OneRank
 from lcodec_ext._torch.batches import (
     SAMPLES_ARE,
     Batch,
@@ -207,17 +208,18 @@ def checked_request(
     groups: Any,
 ) -> Request:
     """Take the samples as they were given; refuse what cannot be done with them."""
-    if work.ranks is None:
+    ranks = work.ranks
+    if isinstance(ranks, OneRank):
         removed, kept, held = _taken(work, forget, retain, validation, statistics)
     else:
-        with work.ranks.alone("the samples"):
+        with ranks.alone("the samples"):
             refuse_over_ranks(work.settings, retain, statistics)
             removed, kept, held = _taken(work, forget, retain, validation, statistics)
             if groups is not None:
                 groups = Groups.of(groups, 0 if kept is None else len(kept), "retain").each()
         assert kept is not None  # refused before
-        check_shards(kept, retain, work.ranks)
-        removed, kept, held, groups = _over_ranks(work.ranks, removed, kept, held, groups)
+        check_shards(kept, retain, ranks)
+        removed, kept, held, groups = _over_ranks(ranks, removed, kept, held, groups)
     if kept is not None and kept.in_memory:
         warn_of_overlap(removed, kept)
     m = len(removed)
@@ -258,7 +260,7 @@ def _taken(
     """The samples that are here, checked by themselves and on the model."""
     removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
     kept: Samples | None = None
-    if retain is not None and work.ranks is not None:
+    if retain is not None and isinstance(work.ranks, Ranks):
         kept = own_samples(retain, "retain", removed, work.ranks)
     elif retain is not None:
         kept = as_samples(retain, "retain", work.device, work.dtype)

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool
+from lcodec_ext._one_rank import OneRank
 from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction, NotFiniteError, euclidean_norm, wide
@@ -213,8 +213,8 @@ def _carried_out(
 ) -> UnlearnResult:
     begin = time.perf_counter()
     ranks = ranks_of(group, "unlearn")
-    with nullcontext() if ranks is None else ranks.warning_last():
-        with nullcontext() if ranks is None else ranks.alone("the arguments"):
+    with ranks.warning_last():
+        with ranks.alone("the arguments"):
             check_bool(inplace, "inplace")
             check_bool(progress, "progress")
             model = unwrapped(model)
@@ -226,14 +226,14 @@ def _carried_out(
                 statistics=statistics is not None,
             )
             work = Workplace.of(model, loss_fn, settings, score, progress, ranks)
-        if ranks is not None:
+        if isinstance(ranks, Ranks):
             ranks.agree(told_of(model) | told_of_settings(settings) | {"inplace": inplace})
         request = checked_request(work, forget, retain, validation, statistics, groups)
         check_certifiable(work, model, request)
         if doubt:
             warn(doubt)
         cost = None
-        if ranks is None:  # others would time different plans
+        if isinstance(ranks, OneRank):  # others would time different plans
             work, request, cost = planned(work, request, time.perf_counter() - begin)
         with work.timed("monitoring"):
             before = measured_first(work, request)
@@ -266,7 +266,7 @@ def _carried_out(
         warn_of_harm(before, after, guarantee, deletions, watch.guard)
         trained = training_norm(before, request)
         warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
-        if ranks is not None:
+        if isinstance(ranks, Ranks):
             _check_alike(ranks, changed)
         patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors

@@ -4,7 +4,6 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._progress import progress_bar
-from lcodec_ext._torch.group import Ranks
+from lcodec_ext._torch.group import AnyRanks
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.base import FEW_ROWS
@@ -60,7 +60,7 @@ class CurvatureOperator(ABC):
     plan: str
     _kind = "matrix"
     _progress = False
-    _ranks: Ranks | None = None  # that multiply together
+    _ranks: AnyRanks = ONE_RANK  # that multiply together
 
     @abstractmethod
     def _product(self, V: Tensor) -> Tensor:
@@ -96,8 +96,6 @@ class CurvatureOperator(ABC):
 
     def _given(self, V: object, name: str) -> Tensor:
         """Vectors that the user passes, of one shape on all ranks."""
-        if self._ranks is None:
-            return self._vectors(V, name)
         return self._ranks.of_one_shape(name, lambda: self._vectors(V, name))
 
     def _apply(self, V: Tensor) -> Tensor:
@@ -215,7 +213,7 @@ class CurvatureOperator(ABC):
             "describe": describe,
             "progress": self._progress if progress is None else check_bool(progress, "progress"),
         }
-        with nullcontext() if self._ranks is None else self._ranks.warning_last():
+        with self._ranks.warning_last():
             if method == "minres":
                 return minres(self._apply, b, **options)
             diagonal = None if preconditioner is None else self._preconditioner()
@@ -373,7 +371,7 @@ class _Sum(CurvatureOperator):
         for factor, term in self._terms:
             self.dtype = torch.promote_types(self.dtype, term.dtype)
             self._progress |= term._progress
-            self._ranks = self._ranks or term._ranks
+            self._ranks = term._ranks if self._ranks is ONE_RANK else self._ranks
             if term.decay is not None:
                 own = factor * term.decay
                 self.decay = own if self.decay is None else self.decay + own
