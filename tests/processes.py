@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
+import types
 from datetime import timedelta
 from pathlib import Path
 
@@ -109,6 +110,10 @@ class Group:
 def _serve(rank, size, meeting, timeout, backend, pipe, path):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     sys.path[:] = path
+    # pytest names test modules so, whose folder is on no path
+    tests = types.ModuleType("tests")
+    tests.__path__ = [str(Path(__file__).parent)]
+    sys.modules["tests"] = tests
     import torch
     import torch.distributed as dist
 

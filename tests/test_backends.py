@@ -1,7 +1,9 @@
 """The backends against each other, with ==, and against an oracle written from the definitions."""
 
 import warnings
+from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -243,7 +245,11 @@ def test_exact_ties_between_candidates_take_the_lowest_index(rng):
 
 def test_near_ties_are_decided_by_rationals(monkeypatch, rng):
     """Candidates closer than fixed point resolves: rationals must have the last word."""
-    from lcodec_ext.dependence.foci import _best
+    from lcodec_ext.dependence.candidates import Candidates
+
+    def best(engine, *leaders):
+        choice = SimpleNamespace(_engine=engine, response=SimpleNamespace(unconditional=Fraction))
+        return Candidates.exact_best(choice, leaders)
 
     class Engine(HostEngine):
         def __init__(self):
@@ -258,7 +264,7 @@ def test_near_ties_are_decided_by_rationals(monkeypatch, rng):
             return thirds if column == 0 else (np.array([1, 0, 0]), np.array([2, 1, 1]))
 
     whole, fraction = np.array([exact.fixed_point(*Engine().row_sums(c)) for c in (0, 1)]).T
-    assert _best(Engine(), np.array([0, 1]), whole, fraction) == (0, 1)
+    assert best(Engine(), np.array([0, 1]), whole, fraction) == (0, 1)
     exact_one = np.array([1]), np.array([0])
     both = np.append(whole[:1], exact_one[0]), np.append(fraction[:1], exact_one[1])
 
@@ -266,7 +272,7 @@ def test_near_ties_are_decided_by_rationals(monkeypatch, rng):
         def row_sums(self, column):
             return super().row_sums(0) if column == 0 else (np.array([1, 0]), np.array([1, 1]))
 
-    assert _best(Mixed(), np.array([0, 1]), *both) == (0, 1)  # equal: the lower index
+    assert best(Mixed(), np.array([0, 1]), *both) == (0, 1)  # equal: the lower index
 
 
 def test_threads_and_simd_settings(monkeypatch):

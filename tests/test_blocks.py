@@ -546,7 +546,7 @@ def test_the_peak_obeys_the_limit(rng, kind, tmp_path):
     np.save(tmp_path / "y.npy", y)
     arguments = [str(path), kind, str(tmp_path / "y.npy"), str(limit)]
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", PEAK, *arguments], capture_output=True, text=True, check=True
     )
     above, ordering = json.loads(done.stdout)
     assert set(ordering[:2]) == {7, 11_000}
