@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.group import Ranks, ranks_of
 from processes import Processes
 
@@ -144,12 +145,13 @@ def test_a_killed_rank_ends_the_others_within_the_timeout():
         assert time.monotonic() - begin < 60
         assert [each.kind for each in answers] == ["RuntimeError", "RuntimeError", "died"]
         assert "foci: a rank of the group stopped answering rank 0" in answers[0].message
+        assert "timeout= of torch.distributed.init_process_group" in answers[0].message
     finally:
         processes.stop()
 
 
 def test_without_a_group():
-    assert ranks_of(None, "foci") is None
+    assert ranks_of(None, "foci") is ONE_RANK
     with pytest.raises(RuntimeError, match=r"init_process_group\(\) first"):
         Ranks("world", "foci")
     with pytest.raises(ValueError, match=r"only its ranks call foci\(group=...\)"):

@@ -11,7 +11,8 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
+from warnings import WarningMessage
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._build import build_info
+from lcodec_ext._callers import give, held_back
 from lcodec_ext._files import short_digest
+from lcodec_ext._one_rank import ONE_RANK, OneRank
 
 Piece = TypeVar("Piece")
 
@@ -153,6 +156,47 @@ class Ranks:
             message = f"{what} failed on rank {rank} of the group: {failure}"
             raise (*same, RuntimeError)[int(number)](message) from error
 
+    @contextmanager
+    def warning_last(self) -> Iterator[None]:
+        """Work of all ranks, of which they warn at the end.
+
+        Filters make an error of a warning on some ranks, perhaps: it then ends all, and none waits
+        in the middle of the work for one that has left it.
+        """
+        caught: list[WarningMessage] = []
+        try:
+            with held_back() as caught:
+                yield
+        except BaseException:
+            give(caught)
+            raise
+        with self.alone("a warning"):
+            give(caught)
+
+    def of_one_shape(self, what: str, own: Callable[[], Tensor]) -> Tensor:
+        """A tensor that each rank makes alone; one gather of 16 bytes.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if the shapes differ: collectives of different sizes end processes.
+        RuntimeError
+            As `alone`.
+        """
+        error: Exception | None = None
+        told = [-1, -1]
+        try:
+            found = own()
+            told = [found.ndim, found.numel()]
+        except Exception as failed:
+            error = failed
+        seen = self.gather(np.array(told, np.int64))
+        if (seen < 0).any():
+            self._end(what, error, ())
+        if (seen != seen[0]).any():
+            self.agree({f"shape of {what}": str(tuple(found.shape))})
+        return found
+
     def total(
         self,
         what: str,
@@ -256,6 +300,11 @@ class Ranks:
         self._talk(lambda: dist.broadcast(sent, root, group=self._group), sent)
         return sent.to(values.device)
 
+    def as_first(self, values: Tensor) -> Tensor:
+        """A copy of a tensor of rank 0, of any dtype, on every rank."""
+        flat = values.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+        return self.broadcast(flat.view(torch.uint8), 0).view(values.dtype).reshape(values.shape)
+
     def broadcast_array(self, values: NDArray, source: int) -> NDArray:
         """An array of rank `source`, on every rank; of one shape and dtype on all."""
         return self.broadcast(torch.from_numpy(values), source).cpu().numpy()
@@ -281,14 +330,18 @@ class Ranks:
         except RuntimeError as error:  # DistBackendError, among others
             raise RuntimeError(
                 f"{self._function}: a rank of the group stopped answering rank {self.rank} (it "
-                "failed, was killed, or took longer than the group's timeout). The group "
-                f"cannot be used any more; start all ranks again. {error}"
+                "failed, was killed, or took longer than the group's timeout, which timeout= of "
+                "torch.distributed.init_process_group sets). The group cannot be used any more; "
+                f"start all ranks again. {error}"
             ) from error
 
 
-def ranks_of(group: Any, function: str) -> Ranks | None:
-    """The ranks of a group that a user passed, None for None."""
-    return None if group is None else Ranks(group, function)
+AnyRanks: TypeAlias = Ranks | OneRank
+
+
+def ranks_of(group: Any, function: str) -> AnyRanks:
+    """The ranks of a group that a user passed; this process alone for None."""
+    return ONE_RANK if group is None else Ranks(group, function)
 
 
 def _compared(value: Any) -> Any:
