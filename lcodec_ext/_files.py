@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import secrets
@@ -77,6 +78,16 @@ def numbers_of(ranges: str) -> range | NDArray[np.int64]:
     if len(spans) == 1:
         return spans[0]
     return np.concatenate([np.arange(each.start, each.stop) for each in spans])
+
+
+def short_digest(content: str | NDArray) -> str:
+    """16 digits of the SHA-256 of a text, or of the numbers of an array."""
+    if isinstance(content, str):
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+    if content.dtype.hasobject:  # pointers
+        return short_digest(repr(content.tolist()))
+    numbers = np.ascontiguousarray(content).reshape(-1).view(np.uint8)  # as they lie
+    return hashlib.sha256(numbers.data).hexdigest()[:16]
 
 
 def write_atomically(path: str | os.PathLike[str], content: Content) -> None:

@@ -10,14 +10,28 @@ Piece = TypeVar("Piece")
 class OneRank:
     """The only rank there is: it does everything, and has nobody to talk to."""
 
-    rank, size = 0, 1
+    rank, size, group = 0, 1, None
 
     def agree(self, arguments: Mapping[str, Any]) -> None:
         """Nobody disagrees."""
 
-    def alone(self, what: str) -> AbstractContextManager[None]:
+    def alone(
+        self, what: str, same: tuple[type[Exception], ...] = ()
+    ) -> AbstractContextManager[None]:
         """A failure is told by itself."""
         return nullcontext()
+
+    def warning_last(self) -> AbstractContextManager[None]:
+        """Nobody waits: warnings come as they arise."""
+        return nullcontext()
+
+    def of_one_shape(self, what: str, own: Callable[[], Piece]) -> Piece:
+        """There is no other."""
+        return own()
+
+    def as_first(self, values: Piece) -> Piece:
+        """It is the first."""
+        return values
 
     def share(self, count: int) -> range:
         """All of it."""

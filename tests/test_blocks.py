@@ -402,6 +402,44 @@ def test_a_file_that_is_written_meanwhile(table, kind, tmp_path, monkeypatch):
         foci(given, y)
 
 
+LAST_READS = {
+    "neighbours": {"n_neighbors": 2},
+    "permutation": {"stop": "permutation", "n_permutations": 19, "alpha": 0.3, "seed": 1},
+    "all at once": {},
+    "preselected": {"preselected": [*range(15)], "standardize": None},
+}
+
+
+@pytest.mark.parametrize("as_blocks", [False, True])
+@pytest.mark.parametrize("case", LAST_READS)
+def test_a_file_that_is_written_at_the_last_read(table, case, as_blocks, tmp_path, monkeypatch):
+    X, y = table
+    set_width(monkeypatch, None if case == "all at once" else 4)
+    path = tmp_path / "x.npy"
+    np.save(path, np.ascontiguousarray(X.T))
+    read, reads, last = BlockTable._read_into, [], []
+
+    def written_after(self, *arguments, **options):
+        read(self, *arguments, **options)
+        reads.append(0)
+        if len(reads) in last:
+            os.utime(path, ns=(0, 0))
+
+    monkeypatch.setattr(BlockTable, "_read_into", written_after)
+    options = {"max_features": 2, **LAST_READS[case]}
+
+    def select():
+        reads.clear()
+        file = np.load(path, mmap_mode="r").T
+        return foci(ColumnBlocks([file]) if as_blocks else file, y, **options)
+
+    select()
+    last.append(len(reads))
+    with pytest.raises(RuntimeError, match="was written while it was in use"):
+        select()
+    assert len(reads) == last[0]
+
+
 def test_blocks_that_change_shape(table):
     X, y = table
 
@@ -601,28 +639,47 @@ PEAK = textwrap.dedent(
     y = np.load(sys.argv[3])
     foci(np.eye(20), np.arange(20.0), max_features=1)
     before = peak()
-    result = foci(X, y, max_memory=int(sys.argv[4]), max_features=3)
+    options = json.loads(sys.argv[5])
+    result = foci(X, y, max_memory=int(sys.argv[4]), **options)
     print(json.dumps([peak() - before, result.ordering.tolist()]))
     """
 )
 
 
-@pytest.mark.parametrize("kind", ["C", "F", "parquet"])
-def test_the_peak_obeys_the_limit(rng, kind, tmp_path):
-    n, p = 1000, 12_000  # 48 MB, which takes four times as much in memory
-    limit = (190 if kind == "parquet" else 90) << 20
-    X = rng.normal(size=(n, p)).astype(np.float32)
-    y = X[:, 11_000] + X[:, 7]
-    path = tmp_path / ("x.parquet" if kind == "parquet" else "x.npy")
+def peak_of(folder, X, y, limit, options, kind="F"):
+    """Bytes above the interpreter, and what is selected."""
+    path = folder / ("x.parquet" if kind == "parquet" else "x.npy")
     if kind == "parquet":
         parquet(path, X, compression="none", use_dictionary=False)
     else:
         np.save(path, X.T if kind == "F" else X)
-    np.save(tmp_path / "y.npy", y)
-    arguments = [str(path), kind, str(tmp_path / "y.npy"), str(limit)]
+    np.save(folder / "y.npy", y)
+    arguments = [str(path), kind, str(folder / "y.npy"), str(limit), json.dumps(options)]
     done = subprocess.run(
         [sys.executable, "-P", "-c", PEAK, *arguments], capture_output=True, text=True, check=True
     )
-    above, ordering = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["C", "F", "parquet"])
+def test_the_peak_obeys_the_limit(rng, kind, tmp_path):
+    """Of a table of 48 MB, which takes four times as much in memory."""
+    n, p = 1000, 12_000
+    limit = (190 if kind == "parquet" else 90) << 20
+    X = rng.normal(size=(n, p)).astype(np.float32)
+    y = X[:, 11_000] + X[:, 7]
+    above, ordering = peak_of(tmp_path, X, y, limit, {"max_features": 3}, kind)
     assert set(ordering[:2]) == {7, 11_000}
+    assert above < limit
+
+
+@pytest.mark.parametrize(("tied", "p"), [(False, 4000), (True, 800)])
+def test_the_peak_of_permutations_obeys_the_limit(rng, tied, p, tmp_path):
+    n = 100
+    X = rng.normal(size=(n, p)).astype(np.float32)
+    X = np.round(X, 1) if tied else X
+    options = {"stop": "permutation", "n_permutations": 4999, "seed": 1, "max_features": 1}
+    limit = 80 << 20
+    above, ordering = peak_of(tmp_path, X, X[:, 7], limit, options)
+    assert ordering == [7]
     assert above < limit

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lcodec_ext
+from lcodec_ext.dependence.backends.block_table import BlockTable
 from lcodec_ext.dependence.backends.cpu import CpuEngine
 from test_foci_group import assert_same, select, shards_of
 
@@ -97,10 +98,49 @@ def test_another_selection_is_refused(problem, tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             lcodec_ext.foci(X_, y_, checkpoint=path, **{**options, **changed})
-    for text in ("", "{}", "[1]", "null", '{"format": 2, "of": {}}', "no JSON"):
+    saved = json.loads(path.read_text())
+    lacking = [json.dumps({k: v for k, v in saved.items() if k != name}) for name in saved]
+    lacking += [json.dumps(saved | {name: None}) for name in ("steps", "tests", "m")]
+    lacking += [json.dumps(saved | {"steps": [[1, 2]]}), json.dumps(saved | {"m": "1/0"})]
+    for text in ("", "{}", "[1]", "null", '{"format": 2, "of": {}}', "no JSON", *lacking):
         path.write_text(text)
         with pytest.raises(ValueError, match="is not a checkpoint that this version can read"):
             lcodec_ext.foci(X, y, checkpoint=path, **options)
+    path.write_text(json.dumps(saved | {"of": saved["of"] | {"lcodec_ext": "0.0.9"}}))
+    with pytest.raises(ValueError, match="its lcodec_ext is '0.0.9', and that of this call is"):
+        lcodec_ext.foci(X, y, checkpoint=path, **options)
+
+
+@pytest.mark.parametrize("standardize", ["scale", "bounded", None])
+@pytest.mark.parametrize("kind", ["bits", "rows", "interior", "columns", "float32"])
+def test_all_values_are_compared(rng, tmp_path, monkeypatch, standardize, kind):
+    """Those that keep range and deviation, too."""
+    X = rng.integers(0, 2, (120, 8)).astype(float)
+    other = np.ascontiguousarray(rng.permuted(X, axis=0))
+    if kind == "rows":
+        X = rng.normal(size=(120, 8))
+        other = X.copy()
+        other[[3, 4]] = X[[4, 3]]
+    elif kind in ("interior", "float32"):
+        X = rng.normal(size=(120, 8))
+        X[:, 2] = np.arange(120)
+        other = X.copy()
+        other[[50, 60], 2] = 51, 59  # the same sum; of squares another
+        if kind == "float32":
+            X, other = X.astype(np.float32), other.astype(np.float32)
+    elif kind == "columns":
+        other = X[:, [1, 0, *range(2, 8)]]
+    y = X[:, 1] + 2 * X[:, 4] + X[:, 6]
+    options = {"standardize": standardize, "checkpoint": tmp_path / "selection.json"}
+    options["stop"] = False
+    found = lcodec_ext.foci(X, y, **options, max_features=3)
+    for width in (None, 3):
+        if width:
+            monkeypatch.setattr(BlockTable, "width", width)
+        with pytest.raises(ValueError, match="its X is '120 rows and 8 columns of float"):
+            lcodec_ext.foci(other, y, **options, max_features=3, max_memory=1 << 30)
+        same = lcodec_ext.foci(X.copy("F"), y, **options, max_features=3, max_memory=1 << 30)
+        assert_same(same, found)
 
 
 def test_paths(problem, tmp_path):

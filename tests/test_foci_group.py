@@ -1,6 +1,7 @@
 """foci and lfoci over a process group: the same results as of one process."""
 
 import dataclasses
+import importlib
 import os
 import signal
 import time
@@ -82,7 +83,7 @@ def select_on_kernels(rank, size, group, shards, y, options):
 
 
 def test_emulated_cuda_kernels(ranks, tied, rng):
-    """An engine on CUDA is made anew for a column of another rank."""
+    """An engine on CUDA is made again for a column of another rank."""
     X, y = tied
     X[5, 7] = np.nan
     for table, options in [
@@ -245,6 +246,73 @@ def test_a_failure_of_one_rank_ends_all(ranks, rng):
     refused(ranks, [*[X] * (size - 1), bad], y, said, {"standardize": None})
     options = [*[{"max_features": 2}] * (size - 1), {"max_features": 0}]
     refused(ranks, X, y, "max_features must be an integer >= 1", options)
+
+
+def fail_alone(rank, size, group, shards, y, where):
+    """One rank lacks memory, or makes errors of warnings."""
+    options = {}
+    if rank == size - 1 and where == "rows":
+
+        def lacking(*arguments, **options):
+            raise MemoryError("no memory for the rows")
+
+        options = {"clean_rows": lacking}
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        for name, value in options.items():
+            patch.setattr(importlib.import_module("lcodec_ext.dependence.foci"), name, value)
+        warnings.simplefilter("ignore")
+        if rank == size - 1 and where == "warning":
+            warnings.filterwarnings("error", "y is a function")
+        lcodec_ext.foci(shards[rank], y, stop=False, nan_policy="omit", group=group)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("rows", "no memory for the rows"), ("warning", "y is a function of the")]
+)
+def test_what_fails_on_one_rank_alone_ends_all(rng, where, said):
+    X = rng.integers(0, 2, (60, 4)).astype(float)
+    y = X[:, 1] + 2 * X[:, 3]
+    processes = Processes(2, timeout=20)
+    try:
+        for failure in processes.failures(fail_alone, shards_of(X, [2]), y, where):
+            assert said in failure.message
+            assert "stopped answering" not in failure.message
+    finally:
+        processes.stop()
+
+
+def messages(rank, size, group, shards, y, options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            lcodec_ext.foci(shards[rank], y, group=group, **options)
+        except ValueError as error:
+            return [str(error)]
+    return [str(each.message) for each in caught]
+
+
+def test_columns_of_y_have_their_names_in_messages(ranks, rng):
+    X, y = rng.normal(size=(40, 7)), rng.normal(size=(40, 3))
+    for scale in (1e-320, 1e-156):  # no factor, and squares that lose digits
+        for column in (0, 1):
+            spoilt = y.copy()
+            spoilt[:, column] *= scale
+            frame = pd.DataFrame(spoilt, columns=["one", "two", "three"])
+            for given in (spoilt, frame):
+                options = {"standardize": "scale" if scale < 1e-300 else None, "max_features": 1}
+                expected = messages(0, 1, None, [X], given, options)
+                assert "of y" in expected[0]
+                for found in ranks.run(
+                    messages, shards_of(X, ends_of(7, ranks.size)), given, options
+                ):
+                    assert found == expected
+    wide = pd.DataFrame(y * [1, 1e200, 1], columns=["one", "two", "three"])
+    expected = messages(0, 1, None, [X], wide, {"standardize": None})
+    assert "'two' (index 1) of y" in expected[0]
+    for found in ranks.run(
+        messages, shards_of(X, ends_of(7, ranks.size)), wide, {"standardize": None}
+    ):
+        assert found == expected
 
 
 def die_midway(rank, size, group, shards, y):

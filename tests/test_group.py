@@ -1,12 +1,14 @@
 import os
 import signal
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.group import Ranks, ranks_of
 from processes import Processes
 
@@ -46,7 +48,12 @@ def disagree(rank, size, group, name, values):
             ("average", "average", "first"),
             "the same option: rank 0 has 'average', rank 2 has 'first'",
         ),
-        ((1.0, 1, 1.0), "rank 0 has 1.0, rank 1 has 1"),
+        ((1.5, 1, 1.5), "rank 0 has 1.5, rank 1 has 1"),
+        ((True, 1, True), "rank 0 has True, rank 1 has 1"),
+        (
+            (np.array(["a"], object), np.array(["b"], object), np.array(["a"], object)),
+            "rank 0 has object of shape (1,), digest",
+        ),
         (
             (np.zeros(4), np.zeros(4), np.zeros(5)),
             "rank 0 has float64 of shape (4,), digest",
@@ -62,6 +69,41 @@ def test_differences_are_named_on_every_rank(processes, values, said):
     for failure in processes.failures(disagree, "option", values):
         assert failure.kind == "ValueError"
         assert said in failure.message
+
+
+EQUAL = [
+    (0, 0.0, np.float64(0)),
+    (True, np.True_, np.bool_(1)),
+    (2**64 - 1, np.uint64(2**64 - 1), 2**64 - 1),
+    ([0, 2], (np.int64(0), 2), [np.int32(0), 2.0]),
+    tuple(np.array(["a" * (k // k), None], object) for k in (1, 2, 3)),
+    (torch.ones(2), torch.ones(2, requires_grad=True), torch.ones(4)[::2]),
+    tuple(torch.ones(2, dtype=torch.bfloat16, requires_grad=k == 1) for k in range(3)),
+    tuple(np.zeros((3, 0)) for _ in range(3)),
+    (np.eye(3), np.eye(3, order="F"), np.eye(6)[:3, :3]),
+]
+
+
+def agree_on_all(rank, size, group):
+    for values in EQUAL:
+        Ranks(group, "foci").agree({"option": values[rank]})
+
+
+def test_equal_arguments_agree_whatever_their_type(processes):
+    processes.run(agree_on_all)
+
+
+def peak_of_agreeing(rank, size, group):
+    values = np.zeros((2000, 2000))
+    tracemalloc.start()
+    Ranks(group, "foci").agree({"X": values})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / values.nbytes
+
+
+def test_a_digest_takes_no_copy(processes):
+    assert max(processes.run(peak_of_agreeing)) < 0.5
 
 
 def call_another(rank, size, group):
@@ -103,12 +145,13 @@ def test_a_killed_rank_ends_the_others_within_the_timeout():
         assert time.monotonic() - begin < 60
         assert [each.kind for each in answers] == ["RuntimeError", "RuntimeError", "died"]
         assert "foci: a rank of the group stopped answering rank 0" in answers[0].message
+        assert "timeout= of torch.distributed.init_process_group" in answers[0].message
     finally:
         processes.stop()
 
 
 def test_without_a_group():
-    assert ranks_of(None, "foci") is None
+    assert ranks_of(None, "foci") is ONE_RANK
     with pytest.raises(RuntimeError, match=r"init_process_group\(\) first"):
         Ranks("world", "foci")
     with pytest.raises(ValueError, match=r"only its ranks call foci\(group=...\)"):

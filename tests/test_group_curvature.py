@@ -1,5 +1,7 @@
 """Operators over the ranks of a process group, against one process with all samples."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,7 @@ def on_ranks(rank, size, group, name, kind, chosen, empty, wrap):
     A = operator(name, kind, data, chosen, group, wrap)
     before = A._route._ranks.bytes_sent
     _ = A @ torch.ones(A.shape[0], dtype=A.dtype)
-    assert A._route._ranks.bytes_sent - before == 8 * (A.shape[0] + size)
+    assert A._route._ranks.bytes_sent - before == 16 + 8 * (A.shape[0] + size)
     return all_of(A)
 
 
@@ -208,8 +210,13 @@ def failing(rank, size, group, what):
     A = HessianOperator(model, loss, data, selection, group=group, **options)
     if what == "vector":
         return A @ torch.full((6,), float(last), dtype=torch.float64)
-    if what == "shape" and last:
-        A @ torch.ones(5)
+    if what in ("columns", "columns of a sum"):
+        A = A + A if what == "columns of a sum" else A
+        return A @ torch.ones((6, 2) if last else (6,), dtype=torch.float64)
+    if what == "columns of b":
+        return A.solve(torch.ones((6, 2 + last), dtype=torch.float64))
+    if what == "shape":
+        return A @ torch.ones(5 if last else 6)
     if what == "later":
         A._route._own.product = lambda V: 1 / (0 if last else 1) * V
         A @ torch.ones(6, dtype=torch.float64)
@@ -224,6 +231,9 @@ def failing(rank, size, group, what):
         ("model", "ValueError", "the same parameters of model: rank 0 has"),
         ("buffers", "ValueError", "the same buffers of model (torch.distributed.broadcast those"),
         ("empty", "NoSamplesError", "data is empty on every rank"),
+        ("columns", "ValueError", "the same shape of the right factor: rank 0 has '(6,)', rank"),
+        ("columns of a sum", "ValueError", "the same shape of the right factor: rank 0 has"),
+        ("columns of b", "ValueError", "the same shape of b: rank 0 has '(6, 2)', rank"),
         ("vector", "RuntimeError", "a product is worked out from different numbers on rank 0 and"),
     ],
 )
@@ -233,13 +243,42 @@ def test_differences_are_named(ranks, what, kind, said):
         assert said in failure.message
 
 
-@pytest.mark.parametrize("what", ["negative", "loss", "later"])
+@pytest.mark.parametrize("what", ["negative", "loss", "later", "shape"])
 def test_a_failure_on_one_rank_ends_all(ranks, what):
     *others, last = ranks.failures(failing, what)
-    assert last.kind == ("ValueError" if what == "negative" else "ZeroDivisionError")
+    assert last.kind == ("ValueError" if what in ("negative", "shape") else "ZeroDivisionError")
     for failure in others:
         assert failure.kind == "RuntimeError"
         assert f"failed on rank {ranks.size - 1} of the group" in failure.message
+
+
+def warned(rank, size, group):
+    A = operator("hessian", "mlp", shard(samples("mlp"), rank, size), "0", group)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if rank == size - 1 else "ignore")
+        A.solve(torch.linspace(-1, 1, 18, dtype=A.dtype), method="minres", max_iterations=1)
+
+
+def test_a_warning_that_is_an_error_on_one_rank_ends_all(ranks):
+    *others, last = ranks.failures(warned)
+    assert last.kind == "ConvergenceWarning"
+    for failure in others:
+        assert "a warning failed on rank" in failure.message
+
+
+def failing_rows(rank, size, group):
+    A = operator("fisher", "mlp", shard(samples("mlp"), rank, size), "0", group)
+    rows = A._low_rank(50)
+    if rank == 0:
+        rows._own.project = lambda V: 1 / 0
+    return rows.gram()
+
+
+def test_a_failure_with_the_rows_of_others_ends_all(ranks):
+    first, *others = ranks.failures(failing_rows)
+    assert first.kind == "ZeroDivisionError"
+    for failure in others:
+        assert "the products of rows failed on rank 0 of the group" in failure.message
 
 
 def ignored(rank, size, group):

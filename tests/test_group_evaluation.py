@@ -94,9 +94,9 @@ def test_evaluate(ranks, case):
     assert len({text for _, _, text in answers}) == 1
 
 
-def equal_weights(rank, size, group):
+def equal_weights(rank, size, group, strict=False):
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+        warnings.simplefilter("error" if strict and rank == size - 1 else "always")
         evaluate(
             MODEL, *SETS, F.cross_entropy, retrained=always_the_same, n_retrain=2, methods=[],
             relearn=False, group=group,
@@ -115,6 +115,13 @@ def test_models_of_other_ranks_with_equal_weights_are_noticed(ranks):
 
 # ---------------------------------------------------------------------------------------------
 # What is refused
+
+
+def test_a_warning_that_is_an_error_on_one_rank_ends_all(ranks):
+    *others, last = ranks.failures(equal_weights, True)
+    assert last.kind == "UserWarning"
+    for failure in others:
+        assert "a warning failed on rank" in failure.message
 
 
 def differ(rank, size, group, name):

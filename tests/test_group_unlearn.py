@@ -281,6 +281,46 @@ def test_a_distributed_sampler_repeats_nothing(ranks):
         assert f"of {ranks.size + 1}, and this is rank" in failure.message
 
 
+def dealt(rank, size, group, what):
+    gone, kept, _ = data()
+    if what == "whole":
+        return unlearn(trained(), gone, kept, F.cross_entropy, damping=0.01, group=group)
+    if what == "like":  # of one size, and equal in the samples that are looked at first
+        kept = tuple(t.repeat(3, *[1] * (t.ndim - 1))[: 2 * N] for t in kept)
+        kept[0][1] += rank
+        return unlearn(trained(), gone, kept, F.cross_entropy, damping=0.01, group=group)
+    last = rank == size - 1
+    options = {what: 1} if last and what == "seed" else {}
+    if what == "shuffle":
+        options["shuffle"] = not last
+    dataset = TensorDataset(*(t[: N - (last and what == "samples")] for t in kept))
+    sampler = DistributedSampler(dataset, size, rank, **options)
+    if what == "epoch":
+        sampler.set_epoch(rank)
+    loader = DataLoader(dataset, batch_size=8, sampler=sampler)
+    return unlearn(trained(), gone, loader, F.cross_entropy, damping=0.01, group=group)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("whole", "rank 0 and rank 1 of the group have the same 90 samples of retain"),
+        ("seed", "deal out alike, or samples are lost and doubled: seed is 0 on rank 0 of the"),
+        ("epoch", "epoch is 0 on rank 0 of the group, and 1 on rank 1"),
+        ("shuffle", "shuffle is True on rank 0 of the group, and False on rank"),
+        ("samples", "the number of samples is 90 on rank 0 of the group, and 89 on rank"),
+    ],
+)
+def test_samples_that_were_not_dealt_out_are_refused(ranks, what, said):
+    for failure in ranks.failures(dealt, what):
+        assert failure.kind == "ValueError"
+        assert said in failure.message
+
+
+def test_shards_that_agree_in_some_samples_are_taken(ranks):
+    assert {found.n_retain for found in ranks.run(dealt, "like")} == {2 * N * ranks.size}
+
+
 class Failing(nn.Module):
     """Cross-entropy that fails or is infinite on one rank, from some call on."""
 
@@ -322,6 +362,84 @@ def failing(rank, size, group, what, after=0):
     elif what in ("fails", "nan"):
         loss = Failing(10**9, what)
     return unlearn(model, gone, kept, loss, group=group, **options)
+
+
+class Norm(nn.BatchNorm1d):
+    """A batch norm that, in training mode and on one rank, fails after some calls, or drifts."""
+
+    left, drift = math.inf, 0.0  # of the process
+
+    def forward(self, x):
+        if self.training:
+            Norm.left -= 1
+            if Norm.left < 0:
+                raise MemoryError("no memory left")
+            x = x * (1 + Norm.drift)
+        return super().forward(x)
+
+
+def with_norm(rank, size, group, left, drift, **options):
+    gone, kept, held = data()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Norm(8), nn.ReLU(), nn.Linear(8, 3))
+    if rank == size - 1:
+        Norm.left, Norm.drift = left, drift
+    options = {"damping": 0.1, "repair_drop": None, "repair_epochs": 0} | options
+    try:
+        found = unlearn(
+            model, gone, shard(kept, rank, size), F.cross_entropy, validation=held,
+            calibrate=False, group=group, **options,
+        )  # fmt: skip
+    finally:
+        Norm.left, Norm.drift = math.inf, 0.0
+    return {k: v.numpy() for k, v in found.model.state_dict().items()}
+
+
+def repaired(rank, size, group, left, drift):
+    return with_norm(rank, size, group, left, drift, repair_epochs=1, n_recalibrate=None)
+
+
+def recalibrated(rank, size, group, left, drift):
+    return with_norm(rank, size, group, left, drift, n_recalibrate=40)
+
+
+@pytest.mark.parametrize("function", [repaired, recalibrated])
+def test_a_failure_in_what_every_rank_computes_ends_all(ranks, function):
+    left = 2 if function is repaired else 0  # behind the check of the model
+    *others, last = ranks.failures(function, left, 0.0)
+    assert last.kind == "MemoryError"
+    what = "a batch of the repair" if function is repaired else "recalibration"
+    for failure in others:
+        assert failure.message.startswith(f"{what} failed on rank {ranks.size - 1} of the group")
+
+
+@pytest.mark.parametrize("function", [repaired, recalibrated])
+def test_what_every_rank_computes_does_not_drift_apart(ranks, function):
+    first, *others = ranks.run(function, math.inf, 1e-4)
+    for other in others:
+        for key, value in first.items():
+            np.testing.assert_array_equal(other[key], value)
+
+
+def warned(rank, size, group):
+    gone, kept, _ = data()
+    model, kept = trained(), shard(kept, rank, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if rank == size - 1 else "ignore")
+        try:
+            unlearn(model, gone, kept, F.cross_entropy, inplace=True, group=group)
+        except (UserWarning, RuntimeError) as error:
+            same = zip(model.parameters(), trained().parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in same)
+            return type(error).__name__, str(error)
+
+
+def test_a_warning_that_is_an_error_on_one_rank_ends_all(ranks):
+    *others, last = ranks.run(warned)
+    assert last[0] == "UserWarning"
+    for kind, message in others:
+        assert kind == "RuntimeError"
+        assert f"a warning failed on rank {ranks.size - 1} of the group: UserWarning" in message
 
 
 class Broken(torch.utils.data.Dataset):

@@ -1,17 +1,18 @@
 """Ranks of a torch.distributed process group: what a call over a group says and hears.
 
-Every function with ``group=`` begins by `Ranks.agree`: ranks that call different functions, or one
-with different arguments, all end at once, with a message that names what differs.
+Every function with ``group=`` checks its own arguments in `Ranks.alone`, and then calls
+`Ranks.agree`: ranks that call different functions, or one with different arguments, all end at
+once, with a message that names what differs.
 What one rank computes alone runs in `Ranks.alone`: if it fails there, the others end, too, instead
 of waiting for it.
 """
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
+from warnings import WarningMessage
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcodec_ext._build import build_info
+from lcodec_ext._callers import give, held_back
+from lcodec_ext._files import short_digest
+from lcodec_ext._one_rank import ONE_RANK, OneRank
 
 Piece = TypeVar("Piece")
 
@@ -152,6 +156,47 @@ class Ranks:
             message = f"{what} failed on rank {rank} of the group: {failure}"
             raise (*same, RuntimeError)[int(number)](message) from error
 
+    @contextmanager
+    def warning_last(self) -> Iterator[None]:
+        """Work of all ranks, of which they warn at the end.
+
+        Filters make an error of a warning on some ranks, perhaps: it then ends all, and none waits
+        in the middle of the work for one that has left it.
+        """
+        caught: list[WarningMessage] = []
+        try:
+            with held_back() as caught:
+                yield
+        except BaseException:
+            give(caught)
+            raise
+        with self.alone("a warning"):
+            give(caught)
+
+    def of_one_shape(self, what: str, own: Callable[[], Tensor]) -> Tensor:
+        """A tensor that each rank makes alone; one gather of 16 bytes.
+
+        Raises
+        ------
+        ValueError
+            On every rank, if the shapes differ: collectives of different sizes end processes.
+        RuntimeError
+            As `alone`.
+        """
+        error: Exception | None = None
+        told = [-1, -1]
+        try:
+            found = own()
+            told = [found.ndim, found.numel()]
+        except Exception as failed:
+            error = failed
+        seen = self.gather(np.array(told, np.int64))
+        if (seen < 0).any():
+            self._end(what, error, ())
+        if (seen != seen[0]).any():
+            self.agree({f"shape of {what}": str(tuple(found.shape))})
+        return found
+
     def total(
         self,
         what: str,
@@ -255,6 +300,11 @@ class Ranks:
         self._talk(lambda: dist.broadcast(sent, root, group=self._group), sent)
         return sent.to(values.device)
 
+    def as_first(self, values: Tensor) -> Tensor:
+        """A copy of a tensor of rank 0, of any dtype, on every rank."""
+        flat = values.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+        return self.broadcast(flat.view(torch.uint8), 0).view(values.dtype).reshape(values.shape)
+
     def broadcast_array(self, values: NDArray, source: int) -> NDArray:
         """An array of rank `source`, on every rank; of one shape and dtype on all."""
         return self.broadcast(torch.from_numpy(values), source).cpu().numpy()
@@ -280,24 +330,35 @@ class Ranks:
         except RuntimeError as error:  # DistBackendError, among others
             raise RuntimeError(
                 f"{self._function}: a rank of the group stopped answering rank {self.rank} (it "
-                "failed, was killed, or took longer than the group's timeout). The group "
-                f"cannot be used any more; start all ranks again. {error}"
+                "failed, was killed, or took longer than the group's timeout, which timeout= of "
+                "torch.distributed.init_process_group sets). The group cannot be used any more; "
+                f"start all ranks again. {error}"
             ) from error
 
 
-def ranks_of(group: Any, function: str) -> Ranks | None:
-    """The ranks of a group that a user passed, None for None."""
-    return None if group is None else Ranks(group, function)
+AnyRanks: TypeAlias = Ranks | OneRank
+
+
+def ranks_of(group: Any, function: str) -> AnyRanks:
+    """The ranks of a group that a user passed; this process alone for None."""
+    return ONE_RANK if group is None else Ranks(group, function)
 
 
 def _compared(value: Any) -> Any:
-    """A value, or shape, dtype and digest of an array, as JSON keeps it."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else value.float()
+    """A value, or shape, dtype and digest of an array, as JSON keeps it.
+
+    Numbers are equal whatever their types are.
+    """
     if isinstance(value, np.ndarray | Tensor):
-        array = np.ascontiguousarray(np.asarray(value))
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-        return f"{array.dtype} of shape {array.shape}, digest {digest}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return f"{dtype} of shape {value.shape}, digest {short_digest(value)}"
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool | int | float | str | None):
         return repr(value)  # NaN is equal to itself
     if isinstance(value, list | tuple):

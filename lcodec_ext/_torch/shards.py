@@ -1,5 +1,6 @@
 """Samples that are spread over the ranks of a process group."""
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,8 @@ from torch.utils.data.distributed import DistributedSampler
 from lcodec_ext._torch.batches import Batch, NoSamplesError, map_tensors, part_of, tensors_of
 from lcodec_ext._torch.group import Ranks
 from lcodec_ext._torch.samples import Indices, Samples, as_samples
+
+_COMPARED = 64  # samples of a shard, at first
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,11 +227,79 @@ def own_samples(data: Any, name: str, like: Samples, ranks: Ranks) -> Samples:
         return replace(like.subset([]), name=name)
 
 
+def check_shards(own: Samples, data: Any, ranks: Ranks) -> None:
+    """Refuse samples that were not dealt out: two ranks that have the same, or deal differently.
+
+    `data` are what `own` was made of. Of shards of one size that agree in some samples, all are
+    compared: of any others, up to 64 are read.
+    """
+    n, what = len(own), f"reading {own.name}"
+    some = np.unique(np.linspace(0, n - 1, min(n, _COMPARED)).astype(np.int64)).tolist()
+    told = ranks.share_out(ranks.size, what, lambda _: (_dealt(data), _digest(own, some)))
+    dealt = {rank: each for rank, (each, _) in enumerate(told) if each is not None}
+    first = next(iter(dealt), 0)
+    for rank, each in dealt.items():
+        for name, value in each.items():
+            if value != (one := dealt[first][name]):
+                raise ValueError(
+                    f"the DistributedSamplers of {own.name} must deal out alike, or samples are "
+                    f"lost and doubled: {name} is {one} on rank {first} of the group, and {value} "
+                    f"on rank {rank}"
+                )
+    if _equal([digest for _, digest in told]) is None:
+        return
+    all_told = ranks.share_out(ranks.size, what, lambda _: _digest(own, slice(None)))
+    pair = _equal(all_told)
+    if pair is not None:
+        raise ValueError(
+            f"rank {pair[0]} and rank {pair[1]} of the group have the same {n:,} samples of "
+            f"{own.name}, each of which would count twice: pass on every rank samples that no "
+            f"other has, Subset(dataset, range(rank, len(dataset), {ranks.size}))"
+        )
+
+
+def _digest(samples: Samples, some: Indices) -> str:
+    """Of a number of samples, and of some of them; empty without samples."""
+    if not len(samples):
+        return ""
+    digest = hashlib.sha256(str(len(samples)).encode())
+    for each in samples.each_hash(some):
+        digest.update(each.encode())
+    return digest.hexdigest()
+
+
+def _equal(digests: Sequence[str]) -> tuple[int, int] | None:
+    """The first two ranks with samples whose digests are equal."""
+    seen: dict[str, int] = {}
+    for rank, each in enumerate(digests):
+        if each and each in seen:
+            return seen[each], rank
+        seen[each] = rank
+    return None
+
+
+def _sampler_of(data: Any) -> Any:
+    """The DistributedSampler of a loader; None of anything else."""
+    if not isinstance(data, DataLoader):
+        return None
+    batches = data.batch_sampler
+    sampler = batches.sampler if type(batches) is BatchSampler else data.sampler
+    return sampler if type(sampler) is DistributedSampler else None
+
+
+def _dealt(data: Any) -> dict[str, Any] | None:
+    """What makes ranks deal out the same samples."""
+    sampler = _sampler_of(data)
+    if sampler is None:
+        return None
+    told = {"the number of samples": len(data.dataset)}
+    return told | {name: getattr(sampler, name) for name in ("shuffle", "seed", "epoch")}
+
+
 def _without_repeats(loader: Any, name: str, ranks: Ranks) -> Any:
     """A loader with a DistributedSampler, without the samples that it repeats."""
-    batches = loader.batch_sampler
-    sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler
-    if type(sampler) is not DistributedSampler:
+    sampler = _sampler_of(loader)
+    if sampler is None:
         return loader
     if (sampler.rank, sampler.num_replicas) != (ranks.rank, ranks.size):
         raise ValueError(

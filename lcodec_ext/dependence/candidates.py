@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import Laid, Leaders
+from lcodec_ext.dependence.backends.block_table import BlockTable
 from lcodec_ext.dependence.foci_null import Chance, StepNull, StepTest
 from lcodec_ext.dependence.scaling import Label, check_overflow, squared_spans
 
@@ -53,6 +54,7 @@ class Candidates:
         self._engine.select(column)
         self.selected.append(column)
         self._left = self._left[self._left != column]
+        self._check_unchanged()
         return found
 
     def replace(self, laid: Laid) -> None:
@@ -76,6 +78,7 @@ class Candidates:
         self._reach.check(left)
         if bar is None and len(left):
             found: Leaders = engine.leaders(left, floor)
+            self._check_unchanged()
             return found
         if not len(left):
             return left, left, left
@@ -88,6 +91,7 @@ class Candidates:
             # a candidate with an equal sum is still wanted
             floor = max(floor, int(parts[-1][1].max(initial=0)) - 1)
             bar.update(len(piece))
+        self._check_unchanged()
         columns, whole, fraction = (np.concatenate(each) for each in zip(*parts, strict=True))
         return exact.contenders(columns, whole, fraction)
 
@@ -102,6 +106,7 @@ class Candidates:
         if (fraction == 0).all():  # exact, and so equal
             return int(columns.min()), Fraction(int(whole[0]))
         sums = {int(column): self._engine.exact_sum(int(column)) for column in np.sort(columns)}
+        self._check_unchanged()
         best = max(sums, key=lambda column: self.response.unconditional(sums[column]))
         return best, sums[best]
 
@@ -111,7 +116,14 @@ class Candidates:
 
     def chance(self, null: StepNull, gain: Fraction) -> Chance:
         """What chance makes of the columns left."""
-        return null.chance(self.laid, self.selected, self._left.tolist(), gain)
+        chance = null.chance(self.laid, self.selected, self._left.tolist(), gain)
+        self._check_unchanged()
+        return chance
+
+    def _check_unchanged(self) -> None:
+        """Refuse files that were written since they were opened, behind all that reads them."""
+        if isinstance(self.laid.columns, BlockTable):
+            self.laid.columns.check_unchanged()
 
 
 class Reach:

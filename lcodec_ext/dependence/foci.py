@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, is_tensor
+from lcodec_ext._build import __version__
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import (
     check_bool,
@@ -29,10 +30,10 @@ from lcodec_ext.dependence.backends.block_table import BlockTable
 from lcodec_ext.dependence.backends.blocks import in_blocks
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.candidates import Candidates
-from lcodec_ext.dependence.checkpoint import Checkpoint, Progress, digest, ranges_word, saved_text
+from lcodec_ext.dependence.checkpoint import Checkpoint, Progress, digest, saved_text, word_of
 from lcodec_ext.dependence.classes import response_engine, responses
 from lcodec_ext.dependence.exchangeable import DOUBTFUL
-from lcodec_ext.dependence.foci_null import StepNull, StepTest, check_level
+from lcodec_ext.dependence.foci_null import PERMUTATION_BYTES, StepNull, StepTest, check_level
 from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
 from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
@@ -236,7 +237,7 @@ def foci(
     X : array_like of shape (n, p)
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
-        What may be larger than memory is read in blocks of columns, anew in every step, for the
+        What may be larger than memory is read in blocks of columns, again in every step, for the
         same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them (in the order
         of the numbers in their names), a ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of
         these and of arrays.
@@ -287,8 +288,8 @@ def foci(
     checkpoint : str or path, optional
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an
-        interruption; one that had ended is returned at once. It is refused for other data or
-        options. A seed that was drawn is in it.
+        interruption; one that had ended is returned at once. It is refused for other values of X
+        or y, options, or another version of the package. A seed that was drawn is in it.
     group : torch.distributed.ProcessGroup, optional
         Spread the columns over the ranks of a group, ``torch.distributed.group.WORLD`` for all.
         X is the own columns, with all rows; in the order of ranks they are the whole table, in
@@ -296,9 +297,9 @@ def foci(
         (n, 0). All arguments but `backend`, `progress`, `max_memory` must be equal. Every rank
         returns the same result, that of one process with the whole table, bit for bit. A step
         sends 32 bytes and one broadcast of n + 1 numbers in the precision of X; with tied
-        neighbours some hundred bytes more; with stop="permutation" 9 bytes a permutation more.
-        Each rank warns of its own columns, and of the result; rank 0 alone shows the progress and
-        writes the checkpoint. ``docs/distributed.md`` has an example.
+        neighbours some hundred bytes more; with stop="permutation" 8 and 9 a permutation more; with
+        a checkpoint 8 more. Each rank warns of its own columns, and of the result; rank 0 alone
+        shows the progress and writes the checkpoint. ``docs/distributed.md`` has an example.
 
     Returns
     -------
@@ -518,6 +519,8 @@ class _Task:
         if options["max_features"] is not None:
             check_integer(options["max_features"], "max_features", 1)
         refuse_swapped(X, y)
+        if self.level is not None and isinstance(X, BlockTable):
+            X = X.beside_work_of(PERMUTATION_BYTES * self.level.n_permutations)
         tensors = self.backend.tensors
         self.features = as_features(
             X,
@@ -544,6 +547,8 @@ class _Task:
             y = of_y.values if isinstance(of_y, Features) else of_y
             asked = {**options, "seed": seed, "checkpoint": checkpoint and str(checkpoint), "y": y}
             asked["number of rows of X"] = len(self.features.values)
+            if isinstance(options["preselected"], np.ndarray):
+                asked["preselected"] = options["preselected"].tolist()
             self.shard = Shard(self.ranks, self.features, asked)
             self.features, p, names = self.shard.features, self.shard.p, self.shard.names
         self.names, self.n_features = names, int(p)
@@ -566,23 +571,30 @@ class _Task:
         if self.shard is not None:
             with self.ranks.alone("looking for NaN"):
                 own = missing_rows(of_X, nan_policy)
-            missing = self.shard.missing(own).beside(missing_rows(of_y, nan_policy))
-        self.rows = clean_rows(of_X | of_y, nan_policy, missing=missing)
-        self.features = self.features._replace(values=self.rows.values["X"])
-        self.y = self.rows.values["y"]
-        if self._classes:
-            check_classes(self.y, True)
+            missing = self.shard.missing(own)
+        with self.ranks.alone("leaving rows out"):
+            if missing is not None:
+                missing = missing.beside(missing_rows(of_y, nan_policy))
+            self.rows = clean_rows(of_X | of_y, nan_policy, missing=missing)
+            self.features = self.features._replace(values=self.rows.values["X"])
+            self.y = self.rows.values["y"]
+            if self._classes:
+                check_classes(self.y, True)
 
     @property
     def p(self) -> int:
         """How many columns X has here."""
         return int(self.features.values.shape[1])
 
+    @property
+    def _room(self) -> int:
+        """Places for columns of other ranks, at first."""
+        return 0 if self.shard is None else ROOM
+
     def lay_out(self, room: int | None = None) -> Columns:
         """The columns of X, places for those of other ranks, and of y those in distances."""
         X, xp = self.features.values, array_module(self.features.values)
-        if room is None:
-            room = 0 if self.shard is None else ROOM
+        room = self._room if room is None else room
         if room and isinstance(X, BlockTable):
             X = X.beside(np.zeros((len(X), room), dtype=X.dtype))
         elif room:
@@ -597,10 +609,13 @@ class _Task:
         self.target.warn_constant(self.y)
 
     def label(self, k: int) -> str:
-        """A column of the table without room in a message."""
+        """A column of `lay_out()` in a message."""
         if k < self.p:
             return self.features.label(k)
-        return str(self.target.values.label(k - self.p))
+        return self._label_of_y(k - self.p - self._room)
+
+    def _label_of_y(self, k: int) -> str:
+        return str(self.target.values.label(k))
 
     def run(self, columns: Columns, y: Any, seed: int | None) -> FociResult:
         """Select from columns that are X, or X with noise."""
@@ -621,7 +636,8 @@ class _Task:
             null = None
             if self.level is not None and self.seed is not None:
                 found = responses(self.backend, y, self.target.nominal)
-                null = StepNull(self.backend, found, self.ties, self.seed, self.level)
+                in_blocks = isinstance(self.features.values, BlockTable)
+                null = StepNull(self.backend, found, self.ties, self.seed, self.level, in_blocks)
         before = self._resume(laid, y)
         return self._search(candidates, null, before)
 
@@ -636,22 +652,25 @@ class _Task:
         if self.shard is None:
             return Candidates(make, laid, self.p, given, self.label)
         self.shard.features = self.features
-        return ShardedCandidates(self.shard, self.lay_out, make, laid, given, self.label)
+        return ShardedCandidates(self.shard, self.lay_out, make, laid, given, self._label_of_y)
 
     def _resume(self, laid: Laid, y: Any) -> Progress | None:
         """How far an earlier call came that had a checkpoint."""
         if self.checkpoint is None:
             return None
-        word = ranges_word(laid, self.p, self.features.first)
+        with self.ranks.alone("reading X"):
+            word = word_of(laid.columns, len(y), self.p, self.features.first)
+            of_y = digest(y)
         word = word if self.shard is None else self.shard.total(word)
         asked = {name: value for name, value in self.options.items() if name != "nan_policy"}
         asked["preselected"] = list(self.preselected)
         shape = f"{len(y)} rows and {self.n_features} columns of {laid.factors.dtype}"
         of = {
+            "lcodec_ext": __version__,
             **asked,
             "seed": self.seed,
             "X": f"{shape}, digest {word:016x}",
-            "y": digest(y),
+            "y": of_y,
         }
         return self.checkpoint.resume(json_ready(of))
 
@@ -706,10 +725,11 @@ class _Task:
         conditioned = bool(self.preselected or progress.steps)
         step = response.conditional(m_best, m) if conditioned else T
         if step is None:
-            warn(
-                "y is a function of the columns selected so far: the conditional "
-                "coefficient of this step is 1 by convention",
-            )
+            with self.ranks.alone("a warning"):
+                warn(
+                    "y is a function of the columns selected so far: the conditional "
+                    "coefficient of this step is 1 by convention",
+                )
         progress.steps.append((best, float(T), 1.0 if step is None else float(step)))
         progress.m = m_best
         self._look_at_cap(progress)

@@ -24,6 +24,8 @@ from lcodec_ext.dependence.permutation import (
 BLOCK = 5  # rows, at least, among which y is permuted once columns are selected
 _PAIRS = 1 << 22  # of candidates that share the drawing of permutations
 _SUMS = 1 << 24  # of these candidates under all permutations
+_BLOCK_PAIRS, _BLOCK_SUMS = 1 << 20, 1 << 21  # beside a table in blocks: 25 and 17 MB
+PERMUTATION_BYTES = 512  # kept of each permutation: 190 without ties, with some 500; measured
 _CLOSE = 1e-12  # what floats of two coefficients may be off
 
 
@@ -98,13 +100,22 @@ class StepNull:
     ties, seed
         As in `foci`; the seed is that of the permutations, too.
     level : Level
+    in_blocks : bool
+        Whether the table is read in blocks, so that memory is to be spared.
     """
 
     def __init__(
-        self, backend: Backend, responses: list[Response], ties: Ties, seed: int, level: Level
+        self,
+        backend: Backend,
+        responses: list[Response],
+        ties: Ties,
+        seed: int,
+        level: Level,
+        in_blocks: bool,
     ) -> None:
         self._backend, self._responses = backend, responses
         self._ties, self._seed, self._level = ties, seed, level
+        self._most = (_BLOCK_PAIRS, _BLOCK_SUMS) if in_blocks else (_PAIRS, _SUMS)
 
     def chance(
         self, laid: Laid, selected: list[int], candidates: list[int], gain: Fraction
@@ -121,12 +132,13 @@ class StepNull:
         base = next(self._values([self._pairs(laid, selected)], blocks)) if selected else None
         lists: list[Weighted] = []
         listed = segments = 0
-        most_segments = _SUMS // ((len(largest) + 1) * len(self._responses))
+        most_pairs, most_sums = self._most
+        most_segments = most_sums // ((len(largest) + 1) * len(self._responses))
         for k, column in enumerate(candidates, 1):
             lists.append(self._pairs(laid, [*selected, column]))
             listed += lists[-1].pairs.other.size + lists[-1].pairs.label.size
             segments += len(lists[-1].num)
-            if k < len(candidates) and listed < _PAIRS and segments < most_segments:
+            if k < len(candidates) and listed < most_pairs and segments < most_segments:
                 continue
             for values in self._values(lists, blocks):
                 gains = values.rounded[1:] - (0 if base is None else base.rounded[1:])

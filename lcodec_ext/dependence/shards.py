@@ -125,7 +125,7 @@ class ShardedCandidates(Candidates):
     make, laid, given
         As in `Candidates`; `laid` has ROOM places.
     label : callable
-        What messages call a column of y.
+        What messages call a column of y that is in distances.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ShardedCandidates(Candidates):
             return self._shard.features.label(place)
         if place < self._p + self._room:
             return self._shard.label(self._foreign[place - self._p][0])
-        return self._label_of_y(place - self._room)
+        return self._label_of_y(place - self._p - self._room)
 
     @property
     def count(self) -> int:
@@ -277,7 +277,7 @@ class ShardedCandidates(Candidates):
         return best, sums[best]
 
     def test(self, null: StepNull, gain: Fraction) -> StepTest:
-        """See `Candidates`, over all ranks: one gather of 9 bytes a permutation."""
+        """See `Candidates`, over all ranks: gathers of 8 bytes and of 1 byte a permutation."""
         with self._ranks.alone("permuting y"):
             own = self.chance(null, gain)
         largest = self._ranks.gather(own.largest).max(axis=0)

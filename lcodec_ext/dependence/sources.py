@@ -1,4 +1,4 @@
-"""Tables that are read by columns, anew in every step: memory-mapped arrays, Parquet, blocks."""
+"""Tables that are read by columns, again in every step: memory-mapped arrays, Parquet, blocks."""
 
 import mmap
 import os
@@ -43,7 +43,7 @@ class ColumnBlocks:
     Raises
     ------
     TypeError
-        If blocks is no sequence: a generator cannot be read again in the next step.
+        If blocks is not a sequence: a generator cannot be read again in the next step.
     ValueError
         If it is empty.
 
@@ -300,8 +300,8 @@ class _Blocks(Source):
             first, k = stop, k + 1
 
     def stamp(self) -> Stamp:
-        """Nothing: blocks are compared one by one when they are opened."""
-        return ()
+        """Of the files of all blocks; what else a block is shows when it is opened."""
+        return _stamp([Path(path) for each in self._stamps for path, *_ in each])
 
     def _open(self, k: int) -> Source:
         if self._held is None or self._held[0] != k:

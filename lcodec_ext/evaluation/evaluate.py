@@ -16,12 +16,12 @@ from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed, counted
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import decay_of
+from lcodec_ext._torch.group import AnyRanks, ranks_of
 from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.curvature.selection import UnitSelection
-from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.evaluation.methods import (
     NO_OP,
     RETRAINED,
@@ -361,7 +361,7 @@ def evaluate(
     TypeError
         For arguments of the wrong type.
     RuntimeError
-        With a group, where another rank failed. A method that fails is no such failure.
+        With a group, where another rank failed. A method that fails does not end the call.
     ImportError
         Without scikit-learn, before anything is trained.
 
@@ -536,11 +536,12 @@ def _measure_first(
     found = [each for piece in pieces for each in piece]
     states = [state for _, _, state in found[1:3] if state is not None]
     if len(states) == 2 and states[0] == states[1]:
-        warn(
-            f"retrained({sets.seed}) and retrained({sets.seed + 1}) have equal weights: where "
-            "training draws anything at random, it must use its seed. What retrained "
-            "models differ by is the floor of every comparison",
-        )
+        with ranks.alone("a warning"):
+            warn(
+                f"retrained({sets.seed}) and retrained({sets.seed + 1}) have equal weights: where "
+                "training draws anything at random, it must use its seed. What retrained "
+                "models differ by is the floor of every comparison",
+            )
     seconds = _mean([seconds for _, seconds, _ in found[1:]])
     return [own.get(k) or received(each, model) for k, (each, _, _) in enumerate(found)], seconds
 

@@ -21,8 +21,8 @@ from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.decay import Decay, check_decay
+from lcodec_ext._torch.group import AnyRanks, ranks_of
 from lcodec_ext._torch.loss import LossFunction, check_loss_fn
-from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
 from lcodec_ext.evaluation.methods import NO_OP, RETRAINED, Method, methods_of
 from lcodec_ext.evaluation.metrics import Number, scikit_learn
 from lcodec_ext.evaluation.population_result import PopulationEvaluation, PopulationMethod

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._progress import progress_bar
+from lcodec_ext._torch.loss import NotFiniteError
+from lcodec_ext._torch.samples import NotTrainedError
 from lcodec_ext.unlearning.step import Block
 from lcodec_ext.unlearning.workplace import Workplace
 
@@ -29,7 +31,8 @@ def descend(
     """SGD with Nesterov momentum 0.9 and coupled weight decay, in training mode.
 
     The learning rate rises in the first part of total steps, warm as a share, and falls to 0 in a
-    cosine. Parameters move where the masks are one, and none does that a loss does not use.
+    cosine. Parameters move where the masks are one, and none does that a loss does not use. Over a
+    group every rank takes all steps, and in the end has the state of the first one.
     """
     optimizer = torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9, nesterov=True)
     devices = [work.device] if work.device.type == "cuda" else []
@@ -60,13 +63,15 @@ def descend(
             for step, loss in enumerate(losses):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * share(step)
-                if loss is not None:
-                    take(loss())
+                with work.ranks.alone(f"a batch of the {what}", (NotFiniteError, NotTrainedError)):
+                    if loss is not None:
+                        take(loss())
                 bar.update()
     finally:
         model.eval()
         for p in parameters.values():
             p.grad = None
+    work.take_from_first(model)
 
 
 def _decayed(gradient: Tensor, p: Tensor, decay: float | Tensor) -> Tensor:

@@ -65,9 +65,10 @@ def trained_copy(block: Block, validation: Samples) -> nn.Module:
     """
     work, retained = block.work, block.retained.all
     before = work.mean_loss(validation)
-    model = copy_of(work.model)
     rng = np.random.default_rng([work.settings.seed, COPY.stream])
-    _shrink_and_perturb(model, int(rng.integers(2**63)))
+    with work.ranks.alone("a copy of the model"):
+        model = copy_of(work.model)
+        _shrink_and_perturb(model, int(rng.integers(2**63)))
     total = COPY.batches(len(retained))
 
     def loss_of(batch: Batch) -> Tensor:

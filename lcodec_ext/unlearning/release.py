@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from lcodec_ext._torch.decay import decay_text, least_decay
@@ -128,10 +127,7 @@ def with_noise(work: Workplace, model: nn.Module, guarantee: Guarantee) -> nn.Mo
     if guarantee.sigma == 0:
         return model
     noisy = add_noise(model, guarantee.sigma)
-    if work.ranks is not None:  # one draw, that of the first rank
-        with torch.no_grad():
-            for parameter in noisy.parameters():
-                parameter.copy_(work.ranks.broadcast(parameter.detach().clone(), 0))
+    work.take_from_first(noisy)  # one draw
     work.take_over(noisy)
     return noisy
 

@@ -40,7 +40,7 @@ def recalibrate(block: Block, n: int | None = None) -> None:
                 module.reset_running_stats()
                 module.momentum = None  # the mean of all batches
                 module.train()
-            with torch.no_grad():
+            with block.work.ranks.alone("recalibration"), torch.no_grad():
                 for batch in some.batches(settings.batch_size):
                     if batch.size > 1 or len(some) == 1:
                         outputs_of(model, batch)
@@ -48,6 +48,7 @@ def recalibrate(block: Block, n: int | None = None) -> None:
             for module, momentum in zip(norms, momenta, strict=True):
                 module.momentum = momentum
                 module.eval()
+        block.work.take_from_first(model)
 
 
 def repair(block: Block) -> None:

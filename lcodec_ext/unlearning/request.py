@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_integer, check_seed
+from lcodec_ext._one_rank import OneRank
 from lcodec_ext._torch.batches import (
     SAMPLES_ARE,
     Batch,
@@ -33,7 +34,7 @@ from lcodec_ext._torch.samples import (
     outputs_in_training,
     outputs_of,
 )
-from lcodec_ext._torch.shards import ShardedSamples, own_samples
+from lcodec_ext._torch.shards import ShardedSamples, check_shards, own_samples
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -207,15 +208,18 @@ def checked_request(
     groups: Any,
 ) -> Request:
     """Take the samples as they were given; refuse what cannot be done with them."""
-    if work.ranks is None:
+    ranks = work.ranks
+    if isinstance(ranks, OneRank):
         removed, kept, held = _taken(work, forget, retain, validation, statistics)
     else:
-        with work.ranks.alone("the samples"):
+        with ranks.alone("the samples"):
             refuse_over_ranks(work.settings, retain, statistics)
             removed, kept, held = _taken(work, forget, retain, validation, statistics)
             if groups is not None:
                 groups = Groups.of(groups, 0 if kept is None else len(kept), "retain").each()
-        removed, kept, held, groups = _over_ranks(work.ranks, removed, kept, held, groups)
+        assert kept is not None  # refused before
+        check_shards(kept, retain, ranks)
+        removed, kept, held, groups = _over_ranks(ranks, removed, kept, held, groups)
     if kept is not None and kept.in_memory:
         warn_of_overlap(removed, kept)
     m = len(removed)
@@ -256,7 +260,7 @@ def _taken(
     """The samples that are here, checked by themselves and on the model."""
     removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
     kept: Samples | None = None
-    if retain is not None and work.ranks is not None:
+    if retain is not None and isinstance(work.ranks, Ranks):
         kept = own_samples(retain, "retain", removed, work.ranks)
     elif retain is not None:
         kept = as_samples(retain, "retain", work.device, work.dtype)
@@ -301,12 +305,11 @@ def told_of_settings(settings: Settings) -> dict[str, Any]:
 def _over_ranks(
     ranks: Ranks,
     removed: Samples,
-    kept: Samples | None,
+    kept: Samples,
     held: Samples | None,
     groups: list[Any] | None,
 ) -> tuple[Samples, Samples, Samples | None, list[Any] | None]:
     """The samples of all ranks: those to delete and validation are on every one."""
-    assert kept is not None  # refused before
     with ranks.alone("reading the samples"):
         told = {
             each.name: hashlib.sha256("".join(each.each_hash()).encode()).hexdigest()[:16]

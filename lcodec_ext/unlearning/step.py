@@ -224,8 +224,6 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         "weight_decay": settings.weight_decay,
         "dtype": work.dtype,
     }
-    if work.ranks is not None:
-        common["group"] = work.ranks.group
     if statistics is not None:
         return statistics.operator(
             work.model,
@@ -235,6 +233,7 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
             batch_size=settings.batch_size,
             **common,
         )
+    common["group"] = work.ranks.group
     data = block.retained.read.data(settings.batch_size)
     loss_fn = work.loss_fn
     if settings.output_damping:

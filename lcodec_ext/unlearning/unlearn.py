@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool
+from lcodec_ext._one_rank import OneRank
 from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction, NotFiniteError, euclidean_norm, wide
@@ -106,9 +106,10 @@ def unlearn(
         Say what the deletion will cost, and show a bar for each phase; needs tqdm.
     group : torch.distributed.ProcessGroup, optional
         Over whose ranks the retained samples are spread: retain (and groups) are those of this
-        rank, any number or none, numbered in rank order. Everything else is the same on all ranks:
-        model, samples to delete, validation, options. All get the same result, bit for bit but for
-        `seconds`. docs/distributed.md says what is spread and sent, and what is refused.
+        rank, any number or none, numbered in rank order; two ranks with the same ones are refused.
+        Everything else is the same on all ranks: model, samples to delete, validation, options. All
+        get the same result, bit for bit but for `seconds`. docs/distributed.md says what is spread
+        and sent, and what is refused.
     **options
         Attributes of `Settings`: ``selection="lfoci"``, ``damping=0.1``, ``weight_decay=1e-3``.
         **weight_decay is that of the training**, 0 by default: a number, the optimizer that trained
@@ -212,61 +213,62 @@ def _carried_out(
 ) -> UnlearnResult:
     begin = time.perf_counter()
     ranks = ranks_of(group, "unlearn")
-    with nullcontext() if ranks is None else ranks.alone("the arguments"):
-        check_bool(inplace, "inplace")
-        check_bool(progress, "progress")
-        model = unwrapped(model)
-        settings, doubt = resolve(
-            preset,
-            with_decay(options, model),
-            retained=retain is not None,
-            validation=validation is not None,
-            statistics=statistics is not None,
+    with ranks.warning_last():
+        with ranks.alone("the arguments"):
+            check_bool(inplace, "inplace")
+            check_bool(progress, "progress")
+            model = unwrapped(model)
+            settings, doubt = resolve(
+                preset,
+                with_decay(options, model),
+                retained=retain is not None,
+                validation=validation is not None,
+                statistics=statistics is not None,
+            )
+            work = Workplace.of(model, loss_fn, settings, score, progress, ranks)
+        if isinstance(ranks, Ranks):
+            ranks.agree(told_of(model) | told_of_settings(settings) | {"inplace": inplace})
+        request = checked_request(work, forget, retain, validation, statistics, groups)
+        check_certifiable(work, model, request)
+        if doubt:
+            warn(doubt)
+        cost = None
+        if isinstance(ranks, OneRank):  # others would time different plans
+            work, request, cost = planned(work, request, time.perf_counter() - begin)
+        with work.timed("monitoring"):
+            before = measured_first(work, request)
+        start = {k: p.detach() for k, p in model.named_parameters() if k in work.parameters}
+        watch = Watch.of(work, request)
+        warn_of_left_out(work)
+        warn_of_doubts(request, watch.guard, settings)
+        goes_on = goes_on or (settings.order == "sequential" and request.m > 1)
+        # Each part: perturb and record, select, step, guard.
+        deletions = [delete(work, part, watch, goes_on=goes_on) for part in request.parts(work)]
+        warn_of_skipped(deletions, watch.guard, work.settings, request.m)
+        applied, selection = _selections(deletions)
+        step_norm = euclidean_norm(
+            wide(p.detach()) - wide(start[k]) for k, p in work.parameters.items()
         )
-        work = Workplace.of(model, loss_fn, settings, score, progress, ranks)
-    if ranks is not None:
-        ranks.agree(told_of(model) | told_of_settings(settings) | {"inplace": inplace})
-    request = checked_request(work, forget, retain, validation, statistics, groups)
-    check_certifiable(work, model, request)
-    if doubt:
-        warn(doubt)
-    cost = None
-    if ranks is None:  # others would time different plans
-        work, request, cost = planned(work, request, time.perf_counter() - begin)
-    with work.timed("monitoring"):
-        before = measured_first(work, request)
-    start = {k: p.detach() for k, p in model.named_parameters() if k in work.parameters}
-    watch = Watch.of(work, request)
-    warn_of_left_out(work)
-    warn_of_doubts(request, watch.guard, settings)
-    goes_on = goes_on or (settings.order == "sequential" and request.m > 1)
-    # Each part: perturb and record, select, step, guard.
-    deletions = [delete(work, part, watch, goes_on=goes_on) for part in request.parts(work)]
-    warn_of_skipped(deletions, watch.guard, work.settings, request.m)
-    applied, selection = _selections(deletions)
-    step_norm = euclidean_norm(
-        wide(p.detach()) - wide(start[k]) for k, p in work.parameters.items()
-    )
-    with work.timed("monitoring"):
-        # Into a copy first, also in place: the given model changes only when all has gone well.
-        changed = work.handed_over(model, applied)
-        guarantee = guarantee_of_deletions(
-            work,
-            changed,
-            request,
-            deletions,
-            before,
-            norm(start),
-            selection.size(work.model),
-        )
-        changed = with_noise(work, changed, guarantee)
-        after = _measured(work, request, guarantee)
-    warn_of_harm(before, after, guarantee, deletions, watch.guard)
-    trained = training_norm(before, request)
-    warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
-    if ranks is not None:
-        _check_alike(ranks, changed)
-    patch = _patch_of(model, changed)
+        with work.timed("monitoring"):
+            # Into a copy first, also in place: the given model changes only when all has gone well.
+            changed = work.handed_over(model, applied)
+            guarantee = guarantee_of_deletions(
+                work,
+                changed,
+                request,
+                deletions,
+                before,
+                norm(start),
+                selection.size(work.model),
+            )
+            changed = with_noise(work, changed, guarantee)
+            after = _measured(work, request, guarantee)
+        warn_of_harm(before, after, guarantee, deletions, watch.guard)
+        trained = training_norm(before, request)
+        warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
+        if isinstance(ranks, Ranks):
+            _check_alike(ranks, changed)
+        patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
         changed = model

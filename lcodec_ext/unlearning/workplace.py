@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
 from lcodec_ext._torch.decay import each_decay
-from lcodec_ext._torch.group import Ranks
+from lcodec_ext._torch.group import AnyRanks
 from lcodec_ext._torch.loss import (
     Gradient,
     LossFunction,
@@ -78,7 +79,7 @@ class Workplace:
     decay: dict[str, float | Tensor]  # of each parameter, or of each entry, in gradients
     buffers: dict[str, Tensor]  # of the copy, as they were
     watched: Watched  # what the copy must not compute with
-    ranks: Ranks | None = None  # over which the samples are spread
+    ranks: AnyRanks = ONE_RANK  # over which the samples are spread
     space_bytes: int | None = None  # what a Krylov space may take, where memory is limited
     clock: Clock = field(default_factory=Clock)
 
@@ -90,7 +91,7 @@ class Workplace:
         settings: Settings,
         score: Score | None,
         progress: bool,
-        ranks: Ranks | None = None,
+        ranks: AnyRanks = ONE_RANK,
     ) -> "Workplace":
         """Check model, loss and score, and copy the model."""
         device = _check_model(model)
@@ -109,7 +110,7 @@ class Workplace:
             loss_fn=loss_fn,
             settings=settings,
             score=score,
-            progress=progress and (ranks is None or ranks.rank == 0),
+            progress=progress and ranks.rank == 0,
             device=device,
             dtype=dtype,
             parameters=parameters,
@@ -133,6 +134,11 @@ class Workplace:
     def timed(self, phase: str) -> AbstractContextManager[None]:
         """As `Clock.timed`."""
         return self.clock.timed(phase)
+
+    def take_from_first(self, model: nn.Module) -> None:
+        """Give a model on all ranks the state of the first one's: rounding may have differed."""
+        state = [t for t in (*model.parameters(), *model.buffers()) if t.numel()]
+        _copy([self.ranks.as_first(tensor) for tensor in state], state)
 
     def give_back(self) -> None:
         """Return freed memory to the system, where memory is limited: glibc would keep it."""

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._checks import check_bool, check_choice, check_integer, check_real
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._progress import progress_bar
+from lcodec_ext._torch.group import AnyRanks
 from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.base import FEW_ROWS
@@ -58,6 +60,7 @@ class CurvatureOperator(ABC):
     plan: str
     _kind = "matrix"
     _progress = False
+    _ranks: AnyRanks = ONE_RANK  # that multiply together
 
     @abstractmethod
     def _product(self, V: Tensor) -> Tensor:
@@ -89,7 +92,14 @@ class CurvatureOperator(ABC):
 
     @plain_arithmetic()
     def __matmul__(self, other: Tensor) -> Tensor:
-        V = self._vectors(other, "the right factor")
+        return self._apply(self._given(other, "the right factor"))
+
+    def _given(self, V: object, name: str) -> Tensor:
+        """Vectors that the user passes, of one shape on all ranks."""
+        return self._ranks.of_one_shape(name, lambda: self._vectors(V, name))
+
+    def _apply(self, V: Tensor) -> Tensor:
+        """The product with vectors that have been checked, shape (p,) or (p, m)."""
         return self._times(V if V.ndim == 2 else V[:, None]).reshape(V.shape)
 
     def _vectors(self, V: object, name: str) -> Tensor:
@@ -162,7 +172,7 @@ class CurvatureOperator(ABC):
             For "woodbury" without a form of low rank, or without damping; for a matrix too large
             for "cholesky".
         """
-        b = self._vectors(b, "b")
+        b = self._given(b, "b")
         check_choice(method, "method", ("auto", "cg", "minres", "cholesky", "woodbury"))
         p = self.shape[0]
         single = self.dtype == torch.float32
@@ -203,10 +213,11 @@ class CurvatureOperator(ABC):
             "describe": describe,
             "progress": self._progress if progress is None else check_bool(progress, "progress"),
         }
-        if method == "minres":
-            return minres(self.__matmul__, b, **options)
-        diagonal = None if preconditioner is None else self._preconditioner()
-        return conjugate_gradient(self.__matmul__, b, diagonal=diagonal, advice=advice, **options)
+        with self._ranks.warning_last():
+            if method == "minres":
+                return minres(self._apply, b, **options)
+            diagonal = None if preconditioner is None else self._preconditioner()
+            return conjugate_gradient(self._apply, b, diagonal=diagonal, advice=advice, **options)
 
     def _preconditioner(self) -> Tensor:
         return positive(self.diagonal())
@@ -360,6 +371,7 @@ class _Sum(CurvatureOperator):
         for factor, term in self._terms:
             self.dtype = torch.promote_types(self.dtype, term.dtype)
             self._progress |= term._progress
+            self._ranks = term._ranks if self._ranks is ONE_RANK else self._ranks
             if term.decay is not None:
                 own = factor * term.decay
                 self.decay = own if self.decay is None else self.decay + own

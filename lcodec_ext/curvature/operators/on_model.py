@@ -3,7 +3,6 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -46,7 +45,7 @@ class ModelOperator(CurvatureOperator):
         group: Any = None,
     ) -> None:
         ranks = ranks_of(group, type(self).__name__)
-        with alone(ranks, "the arguments"):
+        with ranks.alone("the arguments"):
             self.damping = check_real(damping, "damping", 0)
             model = unwrapped(model)
             check_module(model)
@@ -60,22 +59,22 @@ class ModelOperator(CurvatureOperator):
                 selection,
                 dtype=dtype,
                 reduction=reduction,
-                progress=check_bool(progress, "progress") and (ranks is None or ranks.rank == 0),
+                progress=check_bool(progress, "progress") and ranks.rank == 0,
                 cache_bytes=cache_bytes,
-                shared=ranks is not None,
+                shared=isinstance(ranks, Ranks),
             )
-        if ranks is not None:
+        if isinstance(ranks, Ranks):
             options = {"kind": self._kind, "damping": self.damping, "reduction": reduction}
             agree(ranks, model, objective, self.weight_decay, options)
-        self._progress = objective.progress
+        self._progress, self._ranks = objective.progress, ranks
         self.selection = objective.selection
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
         self._objective = objective
         self._route = (
-            self._choose(objective)
-            if ranks is None
-            else ShardedRoute(ranks, objective, self._choose)
+            ShardedRoute(ranks, objective, self._choose)
+            if isinstance(ranks, Ranks)
+            else self._choose(objective)
         )
         self.plan = self._route.plan
         self.shift, self.decay = decayed(self.damping, self.weight_decay, masked)
@@ -107,11 +106,6 @@ class ModelOperator(CurvatureOperator):
 
     def _dense(self) -> Tensor | None:
         return self._route.dense()
-
-
-def alone(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
-    """As `Ranks.alone`; nothing without ranks."""
-    return nullcontext() if ranks is None else ranks.alone(what)
 
 
 def agree(

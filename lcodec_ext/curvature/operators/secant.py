@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_real
 from lcodec_ext._torch.decay import decay_of
-from lcodec_ext._torch.group import ranks_of
+from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import CurvatureOperator
-from lcodec_ext.curvature.operators.on_model import agree, alone, decayed
+from lcodec_ext.curvature.operators.on_model import agree, decayed
 from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.low_rank import LowRank, StoredRows
 from lcodec_ext.curvature.routes.sharded import gradient as gradient_over
@@ -153,7 +153,7 @@ class SecantOperator(_PairsOperator):
         group: Any = None,
     ) -> None:
         ranks = ranks_of(group, "SecantOperator")
-        with alone(ranks, "the arguments"):
+        with ranks.alone("the arguments"):
             model = unwrapped(model)
             check_module(model)
             weight_decay = decay_of(weight_decay, model)
@@ -164,23 +164,25 @@ class SecantOperator(_PairsOperator):
                 selection,
                 dtype=dtype,
                 reduction=reduction,
-                progress=check_bool(progress, "progress") and (ranks is None or ranks.rank == 0),
-                shared=ranks is not None,
+                progress=check_bool(progress, "progress") and ranks.rank == 0,
+                shared=isinstance(ranks, Ranks),
             )
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
         self.selection = selection
-        with alone(ranks, "the arguments"):
+        with ranks.alone("the arguments"):
             S = self._vectors(steps, "steps")
             S = S if S.ndim == 2 else S[:, None]
             if not S.shape[1] or not torch.isfinite(S).all():
                 raise ValueError("steps must be one or more vectors, without NaN and infinity")
-        if ranks is not None:
+        if isinstance(ranks, Ranks):
             options = {"steps": S, "tolerance": tolerance, "damping": damping}
             agree(ranks, model, objective, weight_decay, options | {"reduction": reduction})
 
         def gradient() -> Tensor:
-            return objective.gradient() if ranks is None else gradient_over(ranks, objective)
+            if isinstance(ranks, Ranks):
+                return gradient_over(ranks, objective)
+            return objective.gradient()
 
         start = gradient()
         changes = []

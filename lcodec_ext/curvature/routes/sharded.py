@@ -56,8 +56,11 @@ class ShardedRoute(Route):
         """The weighted sum, or None where some rank with samples has none."""
         if not self._all(self._own is None or found is not None):
             return None
-        found = torch.zeros_like(like) if found is None else found * self._share
-        return self._ranks.total(what, lambda: [found], [like])[0]
+
+        def part() -> list[Tensor]:
+            return [torch.zeros_like(like) if found is None else found * self._share]
+
+        return self._ranks.total(what, part, [like])[0]
 
     def product(self, V: Tensor) -> Tensor:
         own = self._own
@@ -130,12 +133,16 @@ class ShardedRows(LowRank):
                         unit[start - mine.start :].fill_diagonal_(1)
                         rows = own.lift(unit)
                 rows = ranks.broadcast(rows.contiguous(), rank)
-                if rank > ranks.rank and own is not None:
-                    K[mine, start:stop] = own.project(rows)
-        upper = K.clone()
-        if own is not None:
-            upper[mine, mine] = own.gram() / 2
-        upper = ranks.total("the products of rows", lambda: [upper], [K])[0]
+                with ranks.alone("the products of rows"):
+                    if rank > ranks.rank and own is not None:
+                        K[mine, start:stop] = own.project(rows)
+
+        def part() -> list[Tensor]:
+            if own is not None:
+                K[mine, mine] = own.gram() / 2
+            return [K]
+
+        upper = ranks.total("the products of rows", part, [K])[0]
         return upper + upper.T
 
     def project(self, B: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from lcodec_ext.dependence.backends.base import Columns
 from lcodec_ext.dependence.sources import PYARROW, Source, in_memory_source, open_source
 
 MAX_MEMORY = 1 << 30  # bytes: blocks large enough to be read fast, and a share of any machine
-_READING = 1 << 26  # bytes of what is read at a time, and of its conversion
-_READING_NUMBER = 64  # of these where the whole table is less
+_READING = 1 << 26  # bytes of what is read at a time, and its conversion; also of permutations
+_READING_NUMBER = 64  # of these where the whole table is less, and nothing is permuted
 _COLUMN_BYTES = 320  # of lists, names and statistics of each column
 _ROW_BYTES = 128  # of what the engine keeps of each row
 _NUMBER_BYTES = {4: 20, 8: 32}  # of a block, its sorted columns and those packed; measured 13, 21
@@ -67,6 +67,7 @@ class BlockTable:
         self._before = np.zeros(1, dtype=np.int64)  # how many of them are before each row
         self._beside: NDArray | None = None
         self._spread: _Spread | None = None
+        self._work = 0  # bytes
         self.names = source.names
 
     def _with(self, **changes: Any) -> "BlockTable":
@@ -94,6 +95,10 @@ class BlockTable:
         """The table with further columns behind all others, which its shape leaves out."""
         before = [] if self._beside is None else [self._beside]
         return self._with(_beside=np.concatenate([*before, columns], axis=1))
+
+    def beside_work_of(self, size: int) -> "BlockTable":
+        """The table with blocks that leave so many bytes for other work."""
+        return self._with(_work=size)
 
     # As an array -----------------------------------------------------------------------------
 
@@ -181,7 +186,8 @@ class BlockTable:
         n, p = self.shape
         held = self._source.held
         reading = min(_READING, self._source.n * p * _READING_NUMBER)
-        fixed = reading + held + p * _COLUMN_BYTES + n * _ROW_BYTES
+        reading = _READING if self._work else reading
+        fixed = reading + self._work + held + p * _COLUMN_BYTES + n * _ROW_BYTES
         each = n * _NUMBER_BYTES[self.dtype.itemsize]
         if self._max_memory < fixed + each:
             advice = ""
@@ -221,6 +227,7 @@ class BlockTable:
         beside = [] if self._beside is None else list(self._beside.T)
         values = self.block(np.arange(self.shape[1]), beside)
         self._memory = _Memory()  # nothing overwrites it
+        self.check_unchanged()
         return values
 
     def check_unchanged(self) -> None:

@@ -21,7 +21,7 @@ from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 
 
 class BlockEngine(HostEngine):
-    """An engine that reads its columns anew in every step, block by block.
+    """An engine that reads its columns again in every step, block by block.
 
     Each block gets an engine of its own, which has the selected columns, too; these stay in memory.
     Nothing else is kept from step to step, so columns are sorted again in each.
@@ -56,7 +56,6 @@ class BlockEngine(HostEngine):
             scores[:, some] = self._score(columns[some], floor)
             if floor is not None:  # a candidate with an equal sum is still wanted
                 floor = max(floor, int(scores[0, some].max()) - 1)
-        self._table.check_unchanged()
         return scores[0], scores[1]
 
     def _score(self, columns: NDArray[np.int64], floor: int | None) -> Scores:

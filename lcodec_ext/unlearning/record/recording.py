@@ -5,7 +5,6 @@ activations are the columns.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, check_seed
+from lcodec_ext._one_rank import ONE_RANK, OneRank
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import Batch
-from lcodec_ext._torch.group import Ranks
+from lcodec_ext._torch.group import AnyRanks, Ranks
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import hooked_arithmetic
 from lcodec_ext._torch.samples import Samples
@@ -204,7 +204,7 @@ def record(
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = False,
-    ranks: Ranks | None = None,
+    ranks: AnyRanks = ONE_RANK,
 ) -> Recording:
     """Record what perturbations of a request do to units and loss.
 
@@ -264,7 +264,7 @@ def record(
         )
     batch = request.whole().fetch(slice(None))
     size = m // each  # of a group
-    with nullcontext() if ranks is None else ranks.alone("recording"):
+    with ranks.alone("recording"):
         sites, without = find_calls(model, batch.part(slice(min(size, batch_size))), units)
 
     def draw(index: int) -> Batch:
@@ -279,11 +279,10 @@ def record(
         passes = Passes(model, recorder, list(sites), loss_fn, perturb)
         groups = 1
         if batch_size >= 2 * size:
-            with nullcontext() if ranks is None else ranks.alone("recording"):
+            with ranks.alone("recording"):
                 pair = draw(0).part(slice(size)), draw(1).part(slice(m - size, None))
                 groups = passes.together(*pair, batch_size // size)
-        if ranks is not None:
-            groups = int(ranks.gather(np.array([groups])).min())
+        groups = min(ranks.share_out(ranks.size, "recording", lambda _: groups))
         together = max(1, groups // each)
         whole, rest = divmod(n_perturbations, together)
         last = [rest] * (rest > 0)
@@ -315,7 +314,7 @@ def record(
 
 
 def _fill(
-    ranks: Ranks | None,
+    ranks: AnyRanks,
     passes: Passes,
     sites: dict[Call, Site],
     each: int,
@@ -333,7 +332,7 @@ def _fill(
 
     def own() -> list[Tensor]:
         for number, (start, chunk) in enumerate(zip(accumulate([0, *chunks]), chunks)):  # noqa: B905
-            if ranks is not None and number % ranks.size != ranks.rank:
+            if number % ranks.size != ranks.rank:
                 continue
             drawn = Batch.joined([draw(start + k) for k in range(chunk)])
             for first in range(0, drawn.size, most):
@@ -347,7 +346,7 @@ def _fill(
                 losses[at : at + groups] += weight * loss.cpu().double().numpy()
         return [torch.from_numpy(losses)]
 
-    if ranks is None:
+    if isinstance(ranks, OneRank):
         own()
         return table, losses
     (total,) = ranks.total("recording", own, [torch.from_numpy(losses)])

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lcodec_ext._callers import warn
+from lcodec_ext._callers import give, held_back, warn
 from lcodec_ext._checks import at_most, check_integer, first_few
 from lcodec_ext._files import ranges_of
 from lcodec_ext._torch.loss import euclidean_norm, mean_loss, trainable
@@ -240,13 +240,11 @@ def heard() -> Iterator[list[str]]:
     texts: list[str] = []
     caught: list[warnings.WarningMessage] = []
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with held_back() as caught:
             yield texts
     finally:
         texts += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
-        for each in caught:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        give(caught)
 
 
 def guarantee_after(
