@@ -23,7 +23,7 @@ from torch import Tensor
 from lcodec_ext._build import build_info
 from lcodec_ext._callers import give, held_back
 from lcodec_ext._files import short_digest
-from lcodec_ext._one_rank import ONE_RANK, OneRank
+from lcodec_ext._one_rank import OneRank, one_rank
 
 Piece = TypeVar("Piece")
 
@@ -346,7 +346,7 @@ AnyRanks: TypeAlias = Ranks | OneRank
 
 def ranks_of(group: Any, function: str) -> AnyRanks:
     """The ranks of a group that a user passed; this process alone for None."""
-    return ONE_RANK if group is None else Ranks(group, function)
+    return one_rank() if group is None else Ranks(group, function)
 
 
 def _compared(value: Any) -> Any:

@@ -288,8 +288,8 @@ def foci(
     checkpoint : str or path, optional
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an
-        interruption; one that had ended is returned at once. It is refused for other values of X
-        or y, options, or another version of the package. A seed that was drawn is in it.
+        interruption; one that had ended is returned at once. `max_features` may change; the
+        file is refused for other values of X or y, other options or another version of the package. A seed that was drawn is in it.
     group : torch.distributed.ProcessGroup, optional
         Spread the columns over the ranks of a group, ``torch.distributed.group.WORLD`` for all.
         X is the own columns, with all rows; in the order of ranks they are the whole table, in
@@ -638,6 +638,8 @@ class _Task:
                 found = responses(self.backend, y, self.target.nominal)
                 in_blocks = isinstance(self.features.values, BlockTable)
                 null = StepNull(self.backend, found, self.ties, self.seed, self.level, in_blocks)
+        if self.shard is not None:
+            self.shard.warn_of_copies(laid)
         before = self._resume(laid, y)
         return self._search(candidates, null, before)
 
@@ -662,7 +664,8 @@ class _Task:
             word = word_of(laid.columns, len(y), self.p, self.features.first)
             of_y = digest(y)
         word = word if self.shard is None else self.shard.total(word)
-        asked = {name: value for name, value in self.options.items() if name != "nan_policy"}
+        later = ("nan_policy", "max_features")  # which steps do not depend on
+        asked = {name: value for name, value in self.options.items() if name not in later}
         asked["preselected"] = list(self.preselected)
         shape = f"{len(y)} rows and {self.n_features} columns of {laid.factors.dtype}"
         of = {
@@ -672,7 +675,11 @@ class _Task:
             "X": f"{shape}, digest {word:016x}",
             "y": of_y,
         }
-        return self.checkpoint.resume(json_ready(of))
+        before = self.checkpoint.resume(json_ready(of))
+        if before is not None and (len(before.steps) > self.cap or before.reason == "max_features"):
+            del before.steps[self.cap :], before.tests[self.cap :]
+            before.reason = before.not_taken = None
+        return before
 
     def _search(
         self, candidates: Candidates, null: StepNull | None, before: Progress | None
