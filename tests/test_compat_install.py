@@ -29,6 +29,7 @@ CE = nn.CrossEntropyLoss()
 def _clean():
     yield
     compat.uninstall()
+    deletion._NOISE.clear()
 
 
 def test_install_and_uninstall():
