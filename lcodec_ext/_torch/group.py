@@ -110,6 +110,11 @@ class Ranks:
         for name in [*own, *(name for other in told for name in other)]:
             values = [other.get(name) for other in told]
             different = next((r for r, value in enumerate(values) if value != values[0]), None)
+            if different is not None and name == "function":
+                raise ValueError(
+                    f"all ranks must call the same function: rank 0 called {values[0]}, rank "
+                    f"{different} called {values[different]}"
+                )
             if different is not None:
                 raise ValueError(
                     f"all ranks must call {self._function} with the same "

@@ -221,7 +221,7 @@ def foci(
     y_order: Literal["given", "average"] = "given",
     alpha: float | None = None,
     n_permutations: int | None = None,
-    max_memory: int | None = None,
+    max_memory: float | None = None,
     checkpoint: str | PathLike[str] | None = None,
     group: Any = None,
 ) -> FociResult:
@@ -238,8 +238,9 @@ def foci(
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
         What may be larger than memory is read in blocks of columns, again in every step, for the
-        same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them, a
-        ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of these and of arrays.
+        same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them (in the order
+        of the numbers in their names), a ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of
+        these and of arrays.
         ``docs/distributed.md`` says what that costs.
     y : array_like of shape (n,) or (n, q)
         Response. Only its order counts. Strings and categories are classes without an order: T
@@ -279,10 +280,11 @@ def foci(
         With stop="permutation": level of each step, above 0 and below 1; 0.05 by default.
     n_permutations : int, optional
         With stop="permutation": from 1 / alpha - 1 to 10^6; 999 by default.
-    max_memory : int, optional
+    max_memory : number, optional
         Bytes that a table which is read in blocks may take with all work on it; 2^30 by default,
         for blocks that are large (40 000 columns of 1000 rows) and a part of common machines.
-        Given, an array in memory is worked on in blocks, too, instead of copying it as a whole.
+        Given, an array or a data frame in memory is worked on in blocks, too, instead of copying it
+        as a whole. The least that will do grows with the table, and is in the message of less.
     checkpoint : str or path, optional
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an
