@@ -54,8 +54,8 @@ def graph(group, seed):
     rng = np.random.default_rng(seed)
     X = rng.normal(size=(500, 12))
     for k in range(2, 12, 3):
-        X[:, k] = X[:, k - 1] * X[:, k - 2]
-    return dependence_graph(X, stop="permutation", alpha=0.005, seed=seed, group=group)
+        X[:, k] = X[:, k - 1] + X[:, k - 2] + 0.3 * X[:, k]
+    return dependence_graph(X, stop="permutation", alpha=0.01, seed=seed, group=group)
 
 
 def own(samples, group):

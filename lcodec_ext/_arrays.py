@@ -4,6 +4,7 @@ torch and pandas are used only if they are loaded already.
 """
 
 import numbers
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +14,10 @@ from numpy.typing import NDArray
 
 from lcodec_ext._checks import first_few
 
+_FILE = re.compile(
+    r"\.(parquet|pq|npy|npz|csv|tsv|txt|arrow|feather|h5|hdf5|xlsx?|jsonl?|pkl|pickle|mat|rds)"
+    r"(\.(gz|bz2|zip|xz|zst))?$"
+)
 MAX_INTEGER = 2**53  # up to it float64 holds all integers
 _HOST_DEVICES = (1, 3, 11)  # of DLPack: the CPU, and its memory that CUDA or ROCm has pinned
 
@@ -83,7 +88,7 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
         raise ValueError(f"{name} must be an array of numbers; got None")
     if isinstance(value, str | bytes):
         advice = f"pass the data, such as df[{value!r}]"
-        if str(value).endswith(".parquet"):
+        if isinstance(value, str) and names_file(value):
             advice = _ADVICE[_FILES]
         raise ValueError(
             f"{name} must be an array, a column or a table; got the {type(value).__name__} "
@@ -119,6 +124,11 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
         for column, label in zip(columns, labels, strict=True):
             refuse_merged(column, label)
     return np.column_stack(columns), names
+
+
+def names_file(text: str) -> bool:
+    """Whether text is meant as the path of a file: by its ending, or by how it begins."""
+    return text.startswith("~") or "://" in text or _FILE.search(text.lower()) is not None
 
 
 def in_memory(value: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -298,10 +299,11 @@ def test_refusals_of_what_cannot_be_read(table, tmp_path, monkeypatch):
     assert "all arguments must have the same number of rows; X has 120, y has 119" in message(
         mapped, y[1:]
     )
-    assert "max_memory must be at least 67,1" in message(mapped, y, max_memory=1000)
-    assert "got X of type DataFrame, which is in memory" in message(text, y, max_memory=1 << 30)
+    assert "max_memory must be at least 137,760 bytes" in message(mapped, y, max_memory=1000)
+    assert message(text, y, max_memory=1 << 30) == message(text, y)
+    assert "got X of type list, which is in memory" in message(X.tolist(), y, max_memory=1 << 30)
     with pytest.raises(TypeError, match="max_memory must be an integer"):
-        foci(X, y, max_memory=1e9)
+        foci(X, y, max_memory=1e9 + 0.5)
     with pytest.raises(ValueError, match="foci alone reads ColumnBlocks"):
         codec(y, ColumnBlocks([X]))
     path = tmp_path / "text.parquet"
@@ -311,6 +313,64 @@ def test_refusals_of_what_cannot_be_read(table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r"pip install 'lcodec_ext\[tables\]'"):
         foci(str(tmp_path / "twice.parquet"), y)
+
+
+def test_a_folder_is_read_in_the_order_of_its_numbers(width, rng, tmp_path):
+    """part-2 is before part-10, as the rows of y are; marks of writers are left out."""
+    X = rng.normal(size=(132, 4))
+    y = X[:, 1] + X[:, 2] ** 2
+    frame = pd.DataFrame(X).add_prefix("x")
+    for k in range(11):
+        frame[12 * k : 12 * k + 12].to_parquet(tmp_path / f"part-{k}.parquet")
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / ".part-0.parquet.crc").write_text("crc")
+    expected = foci(frame, y)
+    assert {1, 2} <= set(expected.ordering.tolist())
+    assert_same(foci(tmp_path, y), expected)
+    (tmp_path / "0").mkdir()  # and so are folders
+    for k in range(11):
+        (tmp_path / "0" / f"x={k}").mkdir(parents=True)
+        (tmp_path / f"part-{k}.parquet").rename(tmp_path / "0" / f"x={k}" / "0.parquet")
+    assert_same(foci(tmp_path, y), expected)
+
+
+def test_what_is_no_parquet_is_told_what_to_do(table, tmp_path, monkeypatch):
+    X, y = table
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    assert "pandas.read_csv(" in message(tmp_path / "x.csv", y)
+    assert "lcodec-ext foci" in message(str(tmp_path / "x.csv"), y)
+    whole = parquet(tmp_path / "x.parquet", X)
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(Path(whole).read_bytes()[:-20])
+    assert "it is not complete, or not Parquet" in message(broken, y)
+    assert "there is no such file" in message("a/X.csv.gz", y)
+    assert "got the str 'y.npy': read it first" in message(X, "y.npy")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert "a folder without files" in message(folder, y)
+    parquet(folder / "0.parquet", X)
+    (folder / "readme.txt").write_text("about")
+    said = message(folder, y)
+    assert "readme.txt" in said
+    assert said.endswith("take out what is not Parquet")
+    paths = [whole, Path(whole)]
+    assert "X is a list of paths: pass ColumnBlocks(X)" in message(paths, y)
+    assert "patterns are not expanded" in message(f"{folder}/*.parquet", y)
+    assert "X is 'https://x.org/x.parquet', and there is no such file: files are" in message(
+        "https://x.org/x.parquet", y
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_same(foci("~/x.parquet", y), foci(whole, y))
+
+
+def test_an_array_of_columns_is_turned(table):
+    X, y = table
+    assert message(X.T, y).endswith("X has 15, y has 120: pass X.T")
+    assert message(X[1:], y).endswith("X has 119, y has 120")
+
+
+def test_blocks_say_how_many_they_are(table):
+    assert repr(ColumnBlocks([table[0]] * 2)) == "ColumnBlocks(2 blocks in a list)"
 
 
 def spoil_block(monkeypatch, path, number):
@@ -441,8 +501,23 @@ def test_a_checkpoint_is_that_of_memory(table, tmp_path, monkeypatch):
 def test_an_array_in_memory_with_a_limit(table, width):
     X, y = table
     assert_same(foci(X, y, max_memory=1 << 27), foci(X, y))
+    frame = pd.DataFrame(X).add_prefix("x").assign(x3=np.arange(120) % 7)
+    assert_same(foci(frame, y, max_memory=1e9), foci(frame, y))
     view = X[::2, ::2]
     assert_same(foci(view, y[::2], max_memory=1 << 27), foci(view, y[::2]))
+
+
+def test_a_small_table_takes_little(rng, tmp_path):
+    X = rng.normal(size=(400, 20))
+    y = X[:, 3]
+    assert_same(foci(X, y, max_memory=1 << 20), foci(X, y))
+    path = parquet(tmp_path / "x.parquet", X)
+    frame = pd.DataFrame(X).add_prefix("x")
+    assert_same(foci(path, y, max_memory=20 << 20), foci(frame, y))
+    assert re.fullmatch(
+        r"max_memory must be at least 17,\d{3},\d{3} bytes for 400 rows and 20 columns; got 1,000",
+        message(path, y, max_memory=1000),
+    )
 
 
 def test_a_private_copy_keeps_what_was_written_into_it(table, tmp_path, width):

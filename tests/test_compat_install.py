@@ -9,6 +9,7 @@ import sys
 import textwrap
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,52 @@ def test_install_and_uninstall():
         assert "scrub_tools" in sys.modules
     assert SWITCH.approx_type is None
     assert "scrub_tools" not in sys.modules
+
+
+def test_names_of_the_modules_of_codec():
+    """As they are there; functions for tensors have the names of the package in theirs, too."""
+    page = (Path(__file__).parent.parent / "docs" / "compat.md").read_text(encoding="utf-8")
+    with compat.install():
+        import codec
+        from codec import OneNN_Torch
+        from codec.torch_foci import cheap_torch_foci, foci, torch_foci
+
+        assert OneNN_Torch is codec.neighbors.OneNN_Torch
+        assert torch_foci is foci is codec.torch_foci
+        assert cheap_torch_foci is codec.cheap_torch_foci
+        assert codec.torch_codec.torch_codec2 is codec.torch_codec.codec2
+        with pytest.raises(
+            AttributeError, match="'codec' has no 'codec4': .* has chattCorr, codec2"
+        ):
+            codec.codec4  # noqa: B018
+        for name in compat.installed._CODEC:
+            (row,) = re.findall(rf"\| `{re.escape(name)}` \| (.*) \|", page)
+            there = {each for each in vars(sys.modules[name]) if not each.startswith("__")}
+            modules = {
+                each for each in there if isinstance(getattr(codec, each, 0), types.ModuleType)
+            }
+            assert there - (modules if name == "codec" else set()) <= set(
+                re.findall(r"`(\w+)`", row)
+            )
+
+
+def test_the_command_says_what_it_takes(tmp_path, monkeypatch, capsys):
+    from lcodec_ext.compat.__main__ import main
+
+    def said(*arguments):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        return capsys.readouterr().err
+
+    assert said().endswith("error: the following arguments are required: SCRIPT\n")
+    assert "write --keep before each of them" in said("--keep", "codec", "data_utils", "x.py")
+
+
+def test_large_noise_is_said_at_the_first_request(tmp_path):
+    """One sample, which a model of noise alone classifies rightly in one of three draws."""
+    for _ in range(3):
+        (told,) = noisy_removals(tmp_path, lambda model, _: model, 1, epsilon=1e-6)
+        assert "without a step, from" in told
 
 
 def test_install_refuses_to_hide(tmp_path, monkeypatch):
@@ -504,7 +551,7 @@ def test_a_pair_that_is_not_positive_without_the_request(tmp_path):
     assert measured[2] == measured[3]
 
 
-def noisy_removals(tmp_path, then, n=10):
+def noisy_removals(tmp_path, then, n=10, epsilon=0.02):
     """What each of some removals with noise says; `then` is done to the model after each."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(40, 5), torch.arange(40) % 3)
@@ -514,7 +561,7 @@ def noisy_removals(tmp_path, then, n=10):
         scrub.do_epoch(model, DataLoader(data, 20), CE, epoch, 2, optim, "cpu", stem)
     told = []
     for k in range(n):
-        options = params(HessType="Sekhari", epsilon=0.02, l2_reg=0.2, selectionType="One")
+        options = params(HessType="Sekhari", epsilon=epsilon, l2_reg=0.2, selectionType="One")
         before = copy.deepcopy(model.state_dict())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

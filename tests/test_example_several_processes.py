@@ -41,6 +41,7 @@ def test_two_processes_print_what_one_prints(monkeypatch, capsys):
     done = in_processes(*PARTS)
     assert done.returncode == 0, done.stderr
     assert without_times(done.stdout) == without_times(alone)
+    assert "24 of 132 dependences between 12 columns" in alone  # three columns in each of four sums
     for name in PARTS:
         assert f"{name} took " in alone
         assert f"{name} took " in done.stdout

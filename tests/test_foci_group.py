@@ -370,3 +370,29 @@ def test_bytes_of_a_step_are_those_of_the_guide(ranks, rng):
     for dtype, s in ((np.float32, 4), (np.float64, 8)):
         shards = shards_of(X.astype(dtype), ends_of(8, ranks.size))
         assert ranks.run(bytes_of_steps, shards, X[:, 3]) == [32 + 71 * s] * ranks.size
+
+
+def told(rank, size, group, shards, y):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lcodec_ext.foci(shards[rank], y, group=group, max_features=1)
+    return [str(each.message) for each in caught]
+
+
+def test_ranks_with_the_same_columns_are_warned(ranks, rng):
+    X, y = rng.normal(size=(40, 4)), rng.normal(size=40)
+    said = "ranks 0 and 1 of the group have the same columns of X, which count twice"
+    for caught in ranks.run(told, [X] * ranks.size, y):
+        assert len(caught) == 1
+        assert said in caught[0]
+    assert ranks.run(told, shards_of(X, ends_of(4, ranks.size)), y) == [[]] * ranks.size
+
+
+def test_a_world_without_a_group_is_warned_of(monkeypatch, rng):
+    X, y = rng.normal(size=(40, 4)), rng.normal(size=40)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert torch.distributed.group.WORLD is None
+    with pytest.warns(UserWarning, match="WORLD_SIZE is 2, and there is no process group"):
+        lcodec_ext.foci(X, y, group=torch.distributed.group.WORLD)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    lcodec_ext.foci(X, y, group=torch.distributed.group.WORLD)

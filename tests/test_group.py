@@ -112,7 +112,7 @@ def call_another(rank, size, group):
 
 def test_different_functions_are_named(ranks):
     for failure in ranks.failures(call_another):
-        assert "the same function: rank 0 has 'foci', rank 1 has 'codec'" in failure.message
+        assert "the same function: rank 0 called 'foci', rank 1 called 'codec'" in failure.message
 
 
 def one_fails(rank, size, group):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import (
@@ -18,6 +20,7 @@ from lcodec_ext.curvature import (
     UnitSelection,
     per_sample_gradients,
 )
+from processes import Failure
 
 N = 37
 
@@ -147,6 +150,24 @@ def test_a_product_is_within_the_bound(ranks):
     bound = ((p + N + ranks.size + 4) * eps * terms).numpy()
     for found in [*ranks.run(products), (A @ V).numpy()]:
         assert (np.abs(found - exact.numpy()) <= bound).all()
+
+
+def of_samplers(rank, size, group, drop_last=False):
+    data = TensorDataset(*samples("mlp"))
+    sampler = DistributedSampler(data, size, rank, drop_last=drop_last)
+    loader, model = DataLoader(data, 4, sampler=sampler), mlp()
+    A = GaussNewtonOperator(
+        model, F.cross_entropy, loader, UnitSelection.all(model), damping=0.3, group=group
+    )
+    return A.to_dense()
+
+
+def test_samples_that_a_sampler_repeats_count_once(ranks):
+    expected = operator("gauss_newton", "mlp", samples("mlp"), None).to_dense()
+    for found in ranks.run(of_samplers):  # 37 samples make no equal shards
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    with pytest.raises(Failure, match="leaves out 1 samples"):
+        ranks.run(of_samplers, True)
 
 
 def secant(rank, size, group, steps, empty):

@@ -23,7 +23,7 @@ from torch import Tensor
 from lcodec_ext._build import build_info
 from lcodec_ext._callers import give, held_back
 from lcodec_ext._files import short_digest
-from lcodec_ext._one_rank import ONE_RANK, OneRank
+from lcodec_ext._one_rank import OneRank, one_rank
 
 Piece = TypeVar("Piece")
 
@@ -115,6 +115,11 @@ class Ranks:
         for name in [*own, *(name for other in told for name in other)]:
             values = [other.get(name) for other in told]
             different = next((r for r, value in enumerate(values) if value != values[0]), None)
+            if different is not None and name == "function":
+                raise ValueError(
+                    f"all ranks must call the same function: rank 0 called {values[0]}, rank "
+                    f"{different} called {values[different]}"
+                )
             if different is not None:
                 raise ValueError(
                     f"all ranks must call {self._function} with the same "
@@ -364,7 +369,7 @@ AnyRanks: TypeAlias = Ranks | OneRank
 
 def ranks_of(group: Any, function: str) -> AnyRanks:
     """The ranks of a group that a user passed; this process alone for None."""
-    return ONE_RANK if group is None else Ranks(group, function)
+    return one_rank() if group is None else Ranks(group, function)
 
 
 def _compared(value: Any) -> Any:

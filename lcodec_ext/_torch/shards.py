@@ -218,8 +218,7 @@ def _unpacked(data: bytes) -> list[Tensor | None]:
 def own_samples(data: Any, name: str, like: Samples, ranks: Ranks) -> Samples:
     """The samples of this rank, in any form; there may be none."""
     try:
-        if isinstance(data, DataLoader):
-            data = _without_repeats(data, name, ranks)
+        data = without_repeats(data, name, ranks)
         if isinstance(data, list | tuple) and not len(data):
             return replace(like.subset([]), name=name)
         return as_samples(data, name, like.device, like.dtype)
@@ -296,24 +295,27 @@ def _dealt(data: Any) -> dict[str, Any] | None:
     return told | {name: getattr(sampler, name) for name in ("shuffle", "seed", "epoch")}
 
 
-def _without_repeats(loader: Any, name: str, ranks: Ranks) -> Any:
-    """A loader with a DistributedSampler, without the samples that it repeats."""
-    sampler = _sampler_of(loader)
+def without_repeats(data: Any, name: str, ranks: Ranks, size: int = 1) -> Any:
+    """Data; of a loader with a DistributedSampler one without the samples that it repeats.
+
+    Its batches have `size` samples.
+    """
+    sampler = _sampler_of(data)
     if sampler is None:
-        return loader
+        return data
     if (sampler.rank, sampler.num_replicas) != (ranks.rank, ranks.size):
         raise ValueError(
             f"the DistributedSampler of {name} is of rank {sampler.rank} of "
             f"{sampler.num_replicas}, and this is rank {ranks.rank} of {ranks.size} of the group"
         )
-    n = len(loader.dataset)
+    n = len(data.dataset)
     if sampler.total_size < n:
         raise ValueError(
             f"the DistributedSampler of {name} leaves out {n - sampler.total_size} samples "
-            "(drop_last=True), which are retained, too: pass drop_last=False"
+            "(drop_last=True), which count, too: pass drop_last=False"
         )
     # The order of all samples, and the first ones of it again, are dealt out in turn.
     own = list(sampler)[: len(range(sampler.rank, n, sampler.num_replicas))]
     return DataLoader(
-        Subset(loader.dataset, own), batch_size=1, shuffle=False, collate_fn=loader.collate_fn
+        Subset(data.dataset, own), batch_size=size, shuffle=False, collate_fn=data.collate_fn
     )

@@ -24,13 +24,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="instead of the script's, which has no GaussNewton",
     )
     parser.add_argument(
-        "--keep", action="append", default=[], choices=MODULES, help="use the script's own module"
+        "--keep",
+        action="append",
+        default=[],
+        choices=MODULES,
+        help="use the script's own module; once for each",
     )
     parser.add_argument("script", metavar="SCRIPT")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for the script")
+    arguments = parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for the script")
+    arguments.required = False
     options = parser.parse_args(argv)
     if options.reference_bugs and options.approxType:
         parser.error("--approxType is for the default mode")
+    if options.script in MODULES and options.keep:
+        parser.error(
+            f"SCRIPT is {options.script!r}, the name of a module: write --keep before each of them"
+        )
     if not os.path.isfile(options.script):
         parser.error(f"there is no script {options.script!r}")
     install(

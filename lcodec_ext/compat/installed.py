@@ -1,25 +1,28 @@
 """Puts the published module names into ``sys.modules``, so that unmodified scripts import them."""
 
+import functools
 import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from lcodec_ext._checks import check_bool, check_choice
 from lcodec_ext.compat.switch import SWITCH, Switch
 
-#: What each published module has: its name here, or "name there=name here".
+#: What each published module has: its name here, or "name there=name here". Functions for tensors
+#: have the names that they have in ``codec``, too.
 _CODEC = {
     "codec": "chattCorr codec2 codec3 foci cheap_foci createFOCIGraph OneNN_Scikit torch_codec2 "
-    "torch_codec3 torch_foci cheap_torch_foci",
+    "torch_codec3 torch_foci cheap_torch_foci OneNN_Torch",
     "codec.codec": "chattCorr codec2 codec3 OneNN_Scikit",
     "codec.foci": "foci cheap_foci createFOCIGraph codec2 codec3",
     "codec.neighbors": "OneNN_Scikit OneNN_Torch",
-    "codec.torch_codec": "codec2=torch_codec2 codec3=torch_codec3 OneNN_Torch",
+    "codec.torch_codec": "codec2=torch_codec2 codec3=torch_codec3 OneNN_Torch torch_codec2 "
+    "torch_codec3",
     "codec.torch_foci": "foci=torch_foci cheap_foci=cheap_torch_foci createFOCIGraph "
-    "codec2=torch_codec2 codec3=torch_codec3 sci_foci=foci",
+    "codec2=torch_codec2 codec3=torch_codec3 sci_foci=foci torch_foci cheap_torch_foci",
 }
 _GRADIENTS = "getGradObjs gradNorm getHessian getOldPandG getVectorizedGrad"
 _HOOKS = "ActivationsHook NLP_ActivationsHook HyperC"
@@ -170,10 +173,16 @@ def _made() -> dict[str, ModuleType]:
 def _module(name: str, names: str, source: ModuleType) -> ModuleType:
     module: Any = ModuleType(name, f"``{name}`` of the published code, by {source.__name__}.")
     module.__lcodec_ext__ = source.__name__
+    module.__getattr__ = functools.partial(_refuse_name, name, names)
     for each in names.split():
         there, _, here = each.partition("=")
         setattr(module, there, getattr(source, here or there))
     return module
+
+
+def _refuse_name(module: str, names: str, name: str) -> NoReturn:
+    there = ", ".join(each.partition("=")[0] for each in names.split())
+    raise AttributeError(f"module {module!r} has no {name!r}: the published code's has {there}")
 
 
 def _refuse_others(names: Iterable[str]) -> None:

@@ -221,7 +221,7 @@ def foci(
     y_order: Literal["given", "average"] = "given",
     alpha: float | None = None,
     n_permutations: int | None = None,
-    max_memory: int | None = None,
+    max_memory: float | None = None,
     checkpoint: str | PathLike[str] | None = None,
     group: Any = None,
 ) -> FociResult:
@@ -238,8 +238,9 @@ def foci(
         Candidate columns. float32, float16 and bfloat16 are computed in float32, everything
         else in float64. n is at least 3 and at most 10^6. pandas column names are kept.
         What may be larger than memory is read in blocks of columns, again in every step, for the
-        same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them, a
-        ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of these and of arrays.
+        same bits: a `numpy.memmap`, the path of a Parquet file or of a folder of them (in the order
+        of the numbers in their names), a ParquetFile or Dataset of pyarrow, and `ColumnBlocks` of
+        these and of arrays.
         ``docs/distributed.md`` says what that costs.
     y : array_like of shape (n,) or (n, q)
         Response. Only its order counts. Strings and categories are classes without an order: T
@@ -279,15 +280,17 @@ def foci(
         With stop="permutation": level of each step, above 0 and below 1; 0.05 by default.
     n_permutations : int, optional
         With stop="permutation": from 1 / alpha - 1 to 10^6; 999 by default.
-    max_memory : int, optional
+    max_memory : number, optional
         Bytes that a table which is read in blocks may take with all work on it; 2^30 by default,
         for blocks that are large (40 000 columns of 1000 rows) and a part of common machines.
-        Given, an array in memory is worked on in blocks, too, instead of copying it as a whole.
+        Given, an array or a data frame in memory is worked on in blocks, too, instead of copying it
+        as a whole. The least that will do grows with the table, and is in the message of less.
     checkpoint : str or path, optional
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an
-        interruption; one that had ended is returned at once. It is refused for other values of X
-        or y, options, or another version of the package. A seed that was drawn is in it.
+        interruption; one that had ended is returned at once. `max_features` may change; the
+        file is refused for other values of X or y, other options or another version of the
+        package. A seed that was drawn is in it.
     group : torch.distributed.ProcessGroup, optional
         Spread the columns over the ranks of a group, ``torch.distributed.group.WORLD`` for all.
         X is the own columns, with all rows; in the order of ranks they are the whole table, in
@@ -636,6 +639,8 @@ class _Task:
                 found = responses(self.backend, y, self.target.nominal)
                 in_blocks = isinstance(self.features.values, BlockTable)
                 null = StepNull(self.backend, found, self.ties, self.seed, self.level, in_blocks)
+        if self.shard is not None:
+            self.shard.warn_of_copies(laid)
         before = self._resume(laid, y)
         return self._search(candidates, null, before)
 
@@ -660,7 +665,8 @@ class _Task:
             word = word_of(laid.columns, len(y), self.p, self.features.first)
             of_y = digest(y)
         word = word if self.shard is None else self.shard.total(word)
-        asked = {name: value for name, value in self.options.items() if name != "nan_policy"}
+        later = ("nan_policy", "max_features")  # which steps do not depend on
+        asked = {name: value for name, value in self.options.items() if name not in later}
         asked["preselected"] = list(self.preselected)
         shape = f"{len(y)} rows and {self.n_features} columns of {laid.factors.dtype}"
         of = {
@@ -670,7 +676,11 @@ class _Task:
             "X": f"{shape}, digest {word:016x}",
             "y": of_y,
         }
-        return self.checkpoint.resume(json_ready(of))
+        before = self.checkpoint.resume(json_ready(of))
+        if before is not None and (len(before.steps) > self.cap or before.reason == "max_features"):
+            del before.steps[self.cap :], before.tests[self.cap :]
+            before.reason = before.not_taken = None
+        return before
 
     def _search(
         self, candidates: Candidates, null: StepNull | None, before: Progress | None

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lcodec_ext._one_rank import ONE_RANK, OneRank
+from lcodec_ext._one_rank import OneRank, one_rank
 
 if TYPE_CHECKING:
     from lcodec_ext._torch.group import Ranks
@@ -13,7 +13,7 @@ AnyRanks: TypeAlias = "Ranks | OneRank"
 def ranks_of(group: Any, function: str) -> AnyRanks:
     """The ranks of `group`; torch is loaded only where there is one."""
     if group is None:
-        return ONE_RANK
+        return one_rank()
     from lcodec_ext._torch.group import Ranks
 
     return Ranks(group, function)

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._arrays import array_module, is_tensor
+from lcodec_ext._callers import warn
+from lcodec_ext._files import short_digest
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import Laid, Leaders
 from lcodec_ext.dependence.candidates import Candidates, Make
@@ -88,6 +90,29 @@ class Shard:
     def label(self, column: int) -> str:
         """A column of the whole table in a message."""
         return Features(None, self.names, self.features.argument).label(column)
+
+    def warn_of_copies(self, laid: Laid) -> None:
+        """Warn where two ranks have the same columns, which then count twice.
+
+        Ranges and factors of all are compared, and the values of the first. One gather.
+        """
+        own = b""
+        with self.ranks.alone("comparing the shards"):
+            if p := self.features.values.shape[1]:
+                columns = laid.columns
+                first = columns.take([0])
+                first = first.cpu().numpy() if is_tensor(first) else first
+                parts = [columns.low[:p], columns.high[:p], laid.factors[:p], first[:, 0]]
+                own = short_digest(np.concatenate(parts)).encode()
+        told = self.ranks.gather_bytes(own)
+        for rank, word in enumerate(told):
+            if word and told.index(word) < rank:
+                with self.ranks.alone("a warning"):
+                    warn(
+                        f"ranks {told.index(word)} and {rank} of the group have the same columns "
+                        "of X, which count twice: pass each rank its own part of the table"
+                    )
+                return
 
     def missing(self, own: Missing) -> Missing:
         """Rows with a NaN in the columns of any rank, and how many NaN those of all ranks have."""

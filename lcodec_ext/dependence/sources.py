@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import re
 import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -13,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._arrays import arrow_dtypes, as_array
-from lcodec_ext._checks import first_few
+from lcodec_ext._arrays import arrow_dtypes, as_array, names_file
+from lcodec_ext._checks import counted, first_few
 from lcodec_ext._threads import get_num_threads
 
 _PIECE = 1 << 20  # numbers that are read at a time
 _MAPPED = 1 << 24  # bytes of a file that are mapped at a time
 _AROUND = 1 << 17  # bytes that the system maps around one that is read
-_PYARROW = 1 << 26  # bytes that it takes, decodes in and keeps for later
+PYARROW = 1 << 26  # bytes that it takes at most, decodes in and keeps for later
+_PYARROW_LEAST, _PYARROW_NUMBER = 1 << 24, 48  # of these for anything, and for a number
 _FOOTER = (2500, 1000)  # bytes that it keeps of a column, and of its part in each row group
 
 Stamp = tuple[tuple[str, int, int], ...]  # path, size and time of every file
@@ -66,6 +68,10 @@ class ColumnBlocks:
         if len(blocks) == 0:
             raise ValueError("blocks must hold at least one table; got none")
         self.blocks = blocks
+
+    def __repr__(self) -> str:
+        kind = type(self.blocks).__name__
+        return f"ColumnBlocks({counted(len(self.blocks), 'block')} in a {kind})"
 
     def __array__(self, *_: Any, **__: Any) -> NDArray:
         raise TypeError("foci alone reads ColumnBlocks; pass what they hold as one array")
@@ -121,11 +127,17 @@ def open_source(X: Any, name: str) -> Source | None:
         return _Blocks(X.blocks, name)
     if isinstance(X, np.memmap):
         return ArraySource(X, name) if X.ndim == 2 and X.size else None
+    if isinstance(X, list | tuple) and X and all(map(_is_path, X)):
+        raise ValueError(
+            f"{name} is a {type(X).__name__} of paths: pass ColumnBlocks({name}) where each file "
+            "has some of the columns; where each has some of the rows, pass "
+            f"the path of their folder, or pyarrow.dataset.dataset({name})"
+        )
     if isinstance(X, str | os.PathLike):
-        path = Path(X)
-        if isinstance(X, str) and path.suffix != ".parquet" and not os.path.exists(X):
+        path = Path(os.path.expanduser(X))
+        if not _is_path(X) and not os.path.exists(path):
             return None  # text
-        return _ParquetFiles(_open_parquet(path, name), name, [path])
+        return _ParquetFiles(_open_parquet(path, str(X), name), name, [path])
     parquet, dataset = map(sys.modules.get, ("pyarrow.parquet", "pyarrow.dataset"))
     is_file = parquet is not None and isinstance(X, parquet.ParquetFile)
     if is_file or (dataset is not None and isinstance(X, dataset.Dataset)):
@@ -185,6 +197,16 @@ class ArraySource(Source):
         return _stamp([] if self._file is None else [Path(self._file)])
 
 
+def in_memory_source(X: Any, name: str) -> ArraySource:
+    """An array, or a data frame, which is made one where its columns are of several types."""
+    array, names = as_array(X, name, tensors=False)
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have shape (n, m); got shape {tuple(array.shape)}")
+    source = ArraySource(array, name)
+    source.names = names
+    return source
+
+
 class _ParquetFiles(Source):
     """A Parquet file, or a data set of pyarrow."""
 
@@ -206,7 +228,8 @@ class _ParquetFiles(Source):
         else:
             self.n = opened.count_rows()
             files = groups = len(getattr(opened, "files", paths))
-        self.held = _PYARROW + self.p * (files * _FOOTER[0] + groups * _FOOTER[1])
+        pyarrow = min(PYARROW, _PYARROW_LEAST + _PYARROW_NUMBER * self.n * self.p)
+        self.held = pyarrow + self.p * (files * _FOOTER[0] + groups * _FOOTER[1])
 
     def pieces(self, first: int, last: int, whole: bool) -> Iterator[Piece]:
         """See `Source`."""
@@ -287,13 +310,7 @@ class _Blocks(Source):
             block = self._blocks[k]
             source = open_source(block, name)
             if source is None:
-                array, names = as_array(block, name, tensors=False)
-                if array.ndim != 2:
-                    raise ValueError(
-                        f"{name} must have shape (n, m); got shape {tuple(array.shape)}"
-                    )
-                source = ArraySource(array, name)
-                source.names = names
+                source = in_memory_source(block, name)
             self._held = (k, source)
         return self._held[1]
 
@@ -308,23 +325,84 @@ def _stamp(paths: Sequence[Path]) -> Stamp:
     return tuple(found)
 
 
-def _open_parquet(path: Path, name: str) -> Any:
-    if not path.exists():
-        raise ValueError(f"{name} is {str(path)!r}, and there is no such file")
+def _is_path(X: Any) -> bool:
+    """Whether a value is a path, or text that is meant to be one."""
+    return isinstance(X, os.PathLike) or (isinstance(X, str) and names_file(X))
+
+
+def _open_parquet(path: Path, given: str, name: str) -> Any:
+    """A ParquetFile; a Dataset of a folder's files."""
+    if not os.path.exists(path):
+        raise ValueError(f"{name} is {given!r}, and there is no such file{_instead(given)}")
     try:
         import pyarrow.dataset
         import pyarrow.parquet
     except ImportError:
         raise ImportError(
-            f"{name} is {str(path)!r}; Parquet files are read with pyarrow: "
+            f"{name} is {given!r}; Parquet files are read with pyarrow: "
             "pip install 'lcodec_ext[tables]'"
         ) from None
     try:
         if path.is_dir():
-            return pyarrow.dataset.dataset(path, format="parquet")
+            files = _files_of(path)
+            if not files:
+                raise ValueError(f"{name} is {given!r}, a folder without files")
+            opened = pyarrow.dataset.dataset(list(map(str, files)), format="parquet")
+            opened.count_rows()  # which opens all of them
+            return opened
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
+        advice = "take out what is not Parquet" if path.is_dir() else _advice(path)
         raise ValueError(
-            f"{name} is {str(path)!r}, which cannot be read as Parquet: {error}; of an .npy file "
-            f"pass numpy.load({str(path)!r}, mmap_mode='r')"
+            f"{name} is {given!r}, which cannot be read as Parquet: {error}; {advice}"
         ) from None
+
+
+def _instead(given: str) -> str:
+    """What to pass instead of text that names no file."""
+    if "://" in given:
+        return ": files are read from disks; download it, or pass a pyarrow.dataset.Dataset"
+    if any(sign in given for sign in "*?["):
+        return (
+            ": patterns are not expanded; pass ColumnBlocks(sorted(glob.glob(...))) where each "
+            "file has some of the columns, or the path of the folder where each has some of the "
+            "rows"
+        )
+    return ""
+
+
+def _advice(path: Path) -> str:
+    """What to do about a file that is not Parquet."""
+    whole = repr(str(path))
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    if ".npy" in suffixes:
+        return f"pass numpy.load({whole}, mmap_mode='r')"
+    if suffixes & {".csv", ".tsv", ".txt"}:
+        return (
+            f"convert it once, pandas.read_csv({whole}).to_parquet('X.parquet'), or read it with "
+            "the command lcodec-ext foci"
+        )
+    if ".parquet" in suffixes:
+        return "it is not complete, or not Parquet: write it again"
+    return "convert it to Parquet, or read it first and pass the table"
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of a folder, and of those in it, in the order of people: part-2 before part-10.
+
+    Without those that begin with a dot or an underscore, which are marks of the writers.
+    """
+    found = []
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part[0] in "._" for part in parts):
+            found.append((_natural(parts), parts, path))
+    return [path for *_, path in sorted(found)]
+
+
+def _natural(parts: Sequence[str]) -> list[list[str | int]]:
+    """A key by which names are sorted with the numbers in them as numbers."""
+    return [
+        [int(each) if k % 2 else each for k, each in enumerate(re.split("([0-9]+)", part))]
+        for part in parts
+    ]

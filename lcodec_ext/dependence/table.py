@@ -324,6 +324,12 @@ def missing_rows(arrays: dict[str, Any], nan_policy: str | None) -> Missing:
     return Missing(drop, counts)
 
 
+def _lies_across(table: Any, lengths: dict[str, int]) -> bool:
+    """Whether a table has as many columns as another argument has rows."""
+    shape = table.shape
+    return len(shape) == 2 and shape[1] > 1 and shape[1] in lengths.values()
+
+
 def clean_rows(
     arrays: dict[str, Any],
     nan_policy: str | None,
@@ -351,7 +357,9 @@ def clean_rows(
     lengths = {name: len(array) for name, array in values.items()}
     if len(set(lengths.values())) > 1:
         given = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise ValueError(f"all arguments must have the same number of rows; {given}")
+        across = [name for name, array in values.items() if _lies_across(array, lengths)]
+        turned = f": pass {across[0]}.T" if across else ""
+        raise ValueError(f"all arguments must have the same number of rows; {given}{turned}")
     drop, counts = missing_rows(arrays, nan_policy) if missing is None else missing
     n = next(iter(lengths.values()))
     remaining = n if drop is None else n - int(drop.sum())

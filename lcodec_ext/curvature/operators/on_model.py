@@ -13,6 +13,7 @@ from lcodec_ext._torch.decay import Decay, decay_of, decay_text, vector_of
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
+from lcodec_ext._torch.shards import without_repeats
 from lcodec_ext._torch.wrapped import told_of, unwrapped
 from lcodec_ext.curvature.masked.model import MaskedModel
 from lcodec_ext.curvature.objective import Objective
@@ -52,6 +53,8 @@ class ModelOperator(CurvatureOperator):
             self.weight_decay = decay_of(weight_decay, model)
             if cache_bytes is not None:
                 check_integer(cache_bytes, "cache_bytes", 0)
+            if isinstance(ranks, Ranks):
+                data = without_repeats(data, "data", ranks, getattr(data, "batch_size", None) or 1)
             objective = Objective(
                 model,
                 loss_fn,

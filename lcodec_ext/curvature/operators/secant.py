@@ -11,6 +11,7 @@ from lcodec_ext._torch.decay import decay_of
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
+from lcodec_ext._torch.shards import without_repeats
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import CurvatureOperator
@@ -157,6 +158,8 @@ class SecantOperator(_PairsOperator):
             model = unwrapped(model)
             check_module(model)
             weight_decay = decay_of(weight_decay, model)
+            if isinstance(ranks, Ranks):
+                data = without_repeats(data, "data", ranks, getattr(data, "batch_size", None) or 1)
             objective = Objective(
                 model,
                 loss_fn,

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lcodec_ext._arrays import on_cuda
 from lcodec_ext._checks import check_integer
 from lcodec_ext.dependence.backends.base import Columns
-from lcodec_ext.dependence.sources import ArraySource, Source, open_source
+from lcodec_ext.dependence.sources import PYARROW, Source, in_memory_source, open_source
 
 MAX_MEMORY = 1 << 30  # bytes: blocks large enough to be read fast, and a share of any machine
 _READING = 1 << 26  # bytes of what is read at a time, and its conversion; also of permutations
+_READING_NUMBER = 64  # of these where the whole table is less, and nothing is permuted
 _COLUMN_BYTES = 320  # of lists, names and statistics of each column
 _ROW_BYTES = 128  # of what the engine keeps of each row
 _NUMBER_BYTES = {4: 20, 8: 32}  # of a block, its sorted columns and those packed; measured 13, 21
@@ -183,14 +185,16 @@ class BlockTable:
         """Columns of a block, as many as the memory allows."""
         n, p = self.shape
         held = self._source.held
-        fixed = _READING + self._work + held + p * _COLUMN_BYTES + n * _ROW_BYTES
+        reading = min(_READING, self._source.n * p * _READING_NUMBER)
+        reading = _READING if self._work else reading
+        fixed = reading + self._work + held + p * _COLUMN_BYTES + n * _ROW_BYTES
         each = n * _NUMBER_BYTES[self.dtype.itemsize]
         if self._max_memory < fixed + each:
             advice = ""
-            if 2 * held > fixed:
+            if 2 * (held - PYARROW) > fixed:
                 advice = (
-                    f". What Parquet says of each column takes {held:,} of them: write several "
-                    "files of fewer columns, and pass ColumnBlocks of their paths"
+                    f". What Parquet says of each column takes {held - PYARROW:,} of them: write "
+                    "several files of fewer columns, and pass ColumnBlocks of their paths"
                 )
             raise ValueError(
                 f"max_memory must be at least {fixed + each:,} bytes for {n:,} rows and {p:,} "
@@ -255,33 +259,36 @@ class BlockTable:
 
 
 def block_table(
-    X: Any, name: str, max_memory: int | None, lay_out: Callable[[Any], Columns]
+    X: Any, name: str, max_memory: float | None, lay_out: Callable[[Any], Columns]
 ) -> BlockTable | None:
     """X as a table that is read in blocks; None if it lies in memory, and no limit is given.
 
     Parameters
     ----------
     X : Any
-        What `open_source` opens; with `max_memory` an array, too.
+        What `open_source` opens; with `max_memory` an array or a data frame, too.
     name : str
         What error messages call it.
     max_memory : int, optional
-        Bytes; `MAX_MEMORY` by default.
+        Bytes, 4e9 as well; `MAX_MEMORY` by default.
     lay_out : callable
         `Backend.lay_out` of an array.
     """
     source = open_source(X, name)
+    limit = MAX_MEMORY
     if max_memory is not None:
-        max_memory = check_integer(max_memory, "max_memory", 1)
-        if source is None and isinstance(X, np.ndarray) and X.ndim == 2 and X.size:
-            source = ArraySource(X, name)
+        whole = isinstance(max_memory, float) and max_memory.is_integer()  # 4e9
+        limit = check_integer(int(max_memory) if whole else max_memory, "max_memory", 1)
+        shape = getattr(X, "shape", ())
+        if source is None and len(shape) == 2 and 0 not in shape and not on_cuda(X):
+            source = in_memory_source(X, name)
         if source is None:
             raise ValueError(
-                f"max_memory={max_memory:,} limits the work on a table that is read in blocks; got "
+                f"max_memory={limit:,} limits the work on a table that is read in blocks; got "
                 f"{name} of type {type(X).__name__}, which is in memory as a whole: pass an array, "
-                "the path of a Parquet file or ColumnBlocks"
+                "a data frame, the path of a Parquet file or ColumnBlocks"
             )
-    return None if source is None else BlockTable(source, lay_out, max_memory or MAX_MEMORY)
+    return None if source is None else BlockTable(source, lay_out, limit)
 
 
 def _spread_of(columns: Columns) -> _Spread:

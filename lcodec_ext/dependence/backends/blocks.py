@@ -117,7 +117,7 @@ class BlockBackend(Backend):
         return self._backend.ranks(y)
 
 
-def in_blocks(backend: BackendLike, X: Any, y: Any, max_memory: int | None) -> tuple[Any, Any]:
+def in_blocks(backend: BackendLike, X: Any, y: Any, max_memory: float | None) -> tuple[Any, Any]:
     """A backend and X for it: a `BlockTable` if X is read in blocks, otherwise as they are."""
     chosen = resolve(backend, X=X, y=y)
     table = block_table(X, "X", max_memory, chosen.lay_out)
