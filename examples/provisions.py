@@ -8,7 +8,7 @@ streams run for the paper's four epsilons and without noise, next to this packag
 default, to the network as it was, and to networks trained again without the texts.
 
 Reduced: three libraries, 12 deletions, in half a minute. --full: six libraries, 100 deletions,
-in two to three minutes of CPU time. --data DIR reads LEDGAR, --model DIR a DistilBERT as published.
+in 20 minutes of CPU time. --data DIR reads LEDGAR, --model DIR a DistilBERT as published.
 """
 
 import copy

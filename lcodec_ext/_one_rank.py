@@ -29,7 +29,9 @@ class OneRank:
         """Nobody waits: warnings come as they arise."""
         return nullcontext()
 
-    def of_one_shape(self, what: str, own: Callable[[], Piece]) -> Piece:
+    def equal(
+        self, what: str, own: Callable[[], Piece], options: Mapping[str, Any] | None = None
+    ) -> Piece:
         """There is no other."""
         return own()
 

@@ -96,7 +96,7 @@ def on_ranks(rank, size, group, name, kind, chosen, empty, wrap):
     A = operator(name, kind, data, chosen, group, wrap)
     before = A._route._ranks.bytes_sent
     _ = A @ torch.ones(A.shape[0], dtype=A.dtype)
-    assert A._route._ranks.bytes_sent - before == 16 + 8 * (A.shape[0] + size)
+    assert A._route._ranks.bytes_sent - before == 32 + 8 * (A.shape[0] + size)
     return all_of(A)
 
 
@@ -238,6 +238,27 @@ def failing(rank, size, group, what):
         return A.solve(torch.ones((6, 2 + last), dtype=torch.float64))
     if what == "shape":
         return A @ torch.ones(5 if last else 6)
+    b = torch.linspace(0.1, 1, 6, dtype=torch.float64)
+    if what in ("b", "b of a sum", "b of pairs"):
+        A = A + A if what == "b of a sum" else A
+        if what == "b of pairs":
+            b, of = torch.linspace(0.1, 1, 8, dtype=b.dtype), UnitSelection({"2": [0]})
+            A = SecantOperator(model, loss, data, of, steps=1e-3 * b, group=group)
+        return A.solve(b + last * 1e-12, method="cholesky")
+    if what == "places in b":
+        return A.solve(torch.eye(6, dtype=torch.float64)[rank], method="cholesky")
+    if what == "nan in b":
+        return A.solve(b * torch.nan if last else b)
+    if what == "length of b":
+        return A.solve(b[:5] if last else b)
+    if what == "name of a method":
+        return A.solve(b, method="foo" if last else "auto")
+    if what == "bytes":
+        return A.to_dense(max_bytes=1 if last else 1000)
+    if what == "method":
+        return A.solve(b, method="cg" if last else "minres")
+    if what == "rtol":
+        return A.solve(b, method="minres", rtol=0.1 if last else None)
     if what == "later":
         A._route._own.product = lambda V: 1 / (0 if last else 1) * V
         A @ torch.ones(6, dtype=torch.float64)
@@ -255,7 +276,14 @@ def failing(rank, size, group, what):
         ("columns", "ValueError", "the same shape of the right factor: rank 0 has '(6,)', rank"),
         ("columns of a sum", "ValueError", "the same shape of the right factor: rank 0 has"),
         ("columns of b", "ValueError", "the same shape of b: rank 0 has '(6, 2)', rank"),
-        ("vector", "RuntimeError", "a product is worked out from different numbers on rank 0 and"),
+        ("vector", "ValueError", "the right factor has different numbers on rank 0 and on rank"),
+        ("b", "ValueError", ". A vector that was passed may differ between ranks, as a gradient"),
+        ("b of a sum", "ValueError", "HessianOperator: b has different numbers on rank 0 and on"),
+        ("b of pairs", "ValueError", "SecantOperator: b has different numbers on rank 0 and on"),
+        ("places in b", "ValueError", "HessianOperator: b has different numbers on rank 0 and"),
+        ("nan in b", "ValueError", "HessianOperator: b has different numbers on rank 0 and on"),
+        ("method", "ValueError", "the same method: rank 0 has 'minres', rank"),
+        ("rtol", "ValueError", "the same rtol: rank 0 has 1e-10, rank"),
     ],
 )
 def test_differences_are_named(ranks, what, kind, said):
@@ -264,13 +292,28 @@ def test_differences_are_named(ranks, what, kind, said):
         assert said in failure.message
 
 
-@pytest.mark.parametrize("what", ["negative", "loss", "later", "shape"])
+@pytest.mark.parametrize(
+    "what", ["negative", "loss", "later", "shape", "length of b", "name of a method", "bytes"]
+)
 def test_a_failure_on_one_rank_ends_all(ranks, what):
     *others, last = ranks.failures(failing, what)
-    assert last.kind == ("ValueError" if what in ("negative", "shape") else "ZeroDivisionError")
+    assert last.kind == ("ZeroDivisionError" if what in ("loss", "later") else "ValueError")
     for failure in others:
         assert failure.kind == "RuntimeError"
         assert f"failed on rank {ranks.size - 1} of the group" in failure.message
+
+
+def drifting(rank, size, group):
+    A = operator("hessian", "mlp", shard(samples("mlp"), rank, size), "0", group)
+    return A._apply(torch.full((18,), float(rank), dtype=A.dtype))  # as of a solver
+
+
+def test_the_checksum_of_a_product(ranks):
+    for failure in ranks.failures(drifting):
+        assert failure.kind == "RuntimeError"
+        said = failure.message
+        assert "a product is worked out from different numbers on rank 0 and on rank 1" in said
+        assert said.index("A vector that was passed may differ") < said.index("processor")
 
 
 def warned(rank, size, group):

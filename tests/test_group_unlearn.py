@@ -353,6 +353,10 @@ def failing(rank, size, group, what, after=0):
         options |= {"seed": 1} if what == "seed" else {"strange": 1}
     if what == "empty":
         kept = tuple(t[:0] for t in kept)
+    if what == "retain" and last:
+        kept = None
+    if what == "no validation" and last:
+        options = {}
     if what == "budget":
         options["max_seconds"] = 10
     if what == "reading" and last:
@@ -464,6 +468,8 @@ class Broken(torch.utils.data.Dataset):
         ("model", "ValueError", "the same parameters of model: rank 0 has"),
         ("forget", "ValueError", "the same forget: rank 0 has"),
         ("validation", "ValueError", "the same validation: rank 0 has"),
+        ("retain", "ValueError", "the same retain: rank 0 has 'samples', rank"),
+        ("no validation", "ValueError", "the same validation: rank 0 has 'samples', rank"),
         ("seed", "ValueError", "the same seed: rank 0 has 0, rank"),
         ("empty", "NoSamplesError", "retain is empty on every rank"),
         ("budget", "ValueError", "max_seconds, budget and max_memory are for one process"),

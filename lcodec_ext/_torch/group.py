@@ -29,6 +29,11 @@ Piece = TypeVar("Piece")
 
 _SHOWN = 120  # characters of a value in a message
 _MIX = 0x9E3779B97F4A7C15  # odd, of many bits: the upper ones of a product depend on all others
+_UNLIKE = (
+    "A vector that was passed may differ between ranks, as a gradient of one rank's own samples "
+    "does: pass that of all samples, added over ranks. Otherwise ranks compute unlike: give them "
+    "the same kind of processor or GPU, version of PyTorch and number of threads"
+)
 
 
 class Ranks:
@@ -178,28 +183,47 @@ class Ranks:
         with self.alone("a warning"):
             give(caught)
 
-    def of_one_shape(self, what: str, own: Callable[[], Tensor]) -> Tensor:
-        """A tensor that each rank makes alone; one gather of 16 bytes.
+    def equal(
+        self, what: str, own: Callable[[], Tensor], options: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """A tensor that each rank takes alone, the same on all; one gather of 32 bytes.
+
+        Parameters
+        ----------
+        what : str
+            It is, for messages.
+        own : callable
+            To the tensor. It checks the options, too.
+        options : dict, optional
+            What else must be equal, as for `agree`.
 
         Raises
         ------
         ValueError
-            On every rank, if the shapes differ: collectives of different sizes end processes.
+            On every rank, naming what differs: an option, the shape, or a number in any bit.
         RuntimeError
             As `alone`.
         """
         error: Exception | None = None
-        told = [-1, -1]
+        options = options or {}
+        told = [-1, -1, 0, 0]
         try:
             found = own()
-            told = [found.ndim, found.numel()]
+            text = json.dumps({name: _compared(value) for name, value in options.items()})
+            digests = (short_digest(each) for each in (found.numpy(force=True), text))
+            told = [found.ndim, found.numel(), *(int(each, 16) - 2**63 for each in digests)]
         except Exception as failed:
             error = failed
         seen = self.gather(np.array(told, np.int64))
-        if (seen < 0).any():
+        if (seen[:, 0] < 0).any():
             self._end(what, error, ())
-        if (seen != seen[0]).any():
-            self.agree({f"shape of {what}": str(tuple(found.shape))})
+        different = (seen != seen[0]).any(axis=1)
+        if different.any():
+            self.agree({**options, f"shape of {what}": str(tuple(found.shape))})
+            raise ValueError(
+                f"{self._function}: {what} has different numbers on rank 0 and on rank "
+                f"{int(different.argmax())}. {_UNLIKE}"
+            )
         return found
 
     def total(
@@ -259,8 +283,7 @@ class Ranks:
         if other is not None:
             raise RuntimeError(
                 f"{self._function}: {what} is worked out from different numbers on rank 0 and on "
-                f"rank {other}. Ranks must compute alike: give them the same kind of processor or "
-                "GPU, version of PyTorch and number of threads"
+                f"rank {other}. {_UNLIKE}"
             )
         return found
 

@@ -289,7 +289,8 @@ def foci(
         A file that has the steps so far, written whole after each. If it is there when the call
         begins, the selection goes on behind its last step, with the same bits as without an
         interruption; one that had ended is returned at once. `max_features` may change; the
-        file is refused for other values of X or y, other options or another version of the package. A seed that was drawn is in it.
+        file is refused for other values of X or y, other options or another version of the
+        package. A seed that was drawn is in it.
     group : torch.distributed.ProcessGroup, optional
         Spread the columns over the ranks of a group, ``torch.distributed.group.WORLD`` for all.
         X is the own columns, with all rows; in the order of ranks they are the whole table, in

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lcodec_ext._checks import counted
 from lcodec_ext._files import json_ready
 from lcodec_ext._torch.modes import place
 from lcodec_ext._torch.samples import Samples, as_samples
@@ -15,6 +16,8 @@ from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext.evaluation.methods import NOT_SETTINGS, Baseline
 from lcodec_ext.evaluation.metrics import Measured, Sets
 from lcodec_ext.unlearning.result import UnlearnResult
+
+_ALL = "evaluate takes all retained samples on every rank, where unlearn takes shards"
 
 
 class Weights(nn.Module):
@@ -58,6 +61,10 @@ def samples_hash(samples: Samples) -> str:
     return whole.hexdigest()
 
 
+def _told_of_samples(samples: Samples) -> str:
+    return f"{counted(len(samples), 'sample')}, digest {samples_hash(samples)[:16]}"
+
+
 def called(function: Any) -> str:
     """What a function, or an object that is called, is called."""
     return getattr(function, "__qualname__", type(function).__qualname__)
@@ -83,15 +90,15 @@ def told_of_all(
     """Of the arguments of `evaluate` what all ranks must have alike."""
     trained = called(retrained) if callable(retrained) else [told_of(each) for each in retrained]
     if validation is not None:
-        validation = samples_hash(as_samples(validation, "validation", *place(model)))
+        validation = _told_of_samples(as_samples(validation, "validation", *place(model)))
     if groups is not None:
         ids = groups.tolist() if hasattr(groups, "tolist") else groups
         groups = np.array([str(each) for each in ids])
     return {
         "model": model_hash(model),
-        "forget": samples_hash(sets.forget),
-        "retain": samples_hash(sets.retain),
-        "test": samples_hash(sets.test),
+        "forget": _told_of_samples(sets.forget),
+        f"retain ({_ALL})": _told_of_samples(sets.retain),
+        "test": _told_of_samples(sets.test),
         "loss_fn": called(sets.loss_fn),
         "retrained": trained,
         "methods": json.dumps({name: told_of(each) for name, each in methods.items()}),

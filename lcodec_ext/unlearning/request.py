@@ -291,6 +291,11 @@ def refuse_over_ranks(
         )
 
 
+def told_of_given(**given: Any) -> dict[str, Any]:
+    """What `Ranks.agree` compares first: what is there, from which settings follow."""
+    return {name: None if each is None else "samples" for name, each in given.items()}
+
+
 def told_of_settings(settings: Settings) -> dict[str, Any]:
     """What `Ranks.agree` compares of settings: each by its name, functions by theirs."""
     told = settings.to_dict()

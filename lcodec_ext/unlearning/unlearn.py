@@ -30,7 +30,7 @@ from lcodec_ext.unlearning.release import (
     training_norm,
     with_noise,
 )
-from lcodec_ext.unlearning.request import Request, checked_request, told_of_settings
+from lcodec_ext.unlearning.request import Request, checked_request, told_of_given, told_of_settings
 from lcodec_ext.unlearning.result import Outcome, UnlearnResult, result_of
 from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
@@ -227,7 +227,8 @@ def _carried_out(
             )
             work = Workplace.of(model, loss_fn, settings, score, progress, ranks)
         if isinstance(ranks, Ranks):
-            ranks.agree(told_of(model) | told_of_settings(settings) | {"inplace": inplace})
+            told = told_of_given(retain=retain, validation=validation, statistics=statistics)
+            ranks.agree(told | told_of(model) | told_of_settings(settings) | {"inplace": inplace})
         request = checked_request(work, forget, retain, validation, statistics, groups)
         check_certifiable(work, model, request)
         if doubt:

@@ -92,11 +92,8 @@ class CurvatureOperator(ABC):
 
     @plain_arithmetic()
     def __matmul__(self, other: Tensor) -> Tensor:
-        return self._apply(self._given(other, "the right factor"))
-
-    def _given(self, V: object, name: str) -> Tensor:
-        """Vectors that the user passes, of one shape on all ranks."""
-        return self._ranks.of_one_shape(name, lambda: self._vectors(V, name))
+        name = "the right factor"
+        return self._apply(self._ranks.equal(name, lambda: self._vectors(other, name)))
 
     def _apply(self, V: Tensor) -> Tensor:
         """The product with vectors that have been checked, shape (p,) or (p, m)."""
@@ -170,17 +167,27 @@ class CurvatureOperator(ABC):
             positive.
         ValueError
             For "woodbury" without a form of low rank, or without damping; for a matrix too large
-            for "cholesky".
+            for "cholesky". Over a group also where b, or an option but `progress`, differs between
+            ranks.
         """
-        b = self._given(b, "b")
-        check_choice(method, "method", ("auto", "cg", "minres", "cholesky", "woodbury"))
         p = self.shape[0]
-        single = self.dtype == torch.float32
-        rtol = (1e-5 if single else 1e-10) if rtol is None else check_real(rtol, "rtol", 0)
+        if rtol is None:
+            rtol = 1e-5 if self.dtype == torch.float32 else 1e-10
         if max_iterations is None:
             max_iterations = min(10 * p, 1000)
-        check_integer(max_iterations, "max_iterations", 1)
-        check_choice(preconditioner, "preconditioner", ("diagonal", None))
+        progress = self._progress if progress is None else progress
+        compared: dict[str, Any] = {"method": method, "rtol": rtol}
+        compared |= {"max_iterations": max_iterations, "preconditioner": preconditioner}
+
+        def given() -> Tensor:
+            check_choice(method, "method", ("auto", "cg", "minres", "cholesky", "woodbury"))
+            check_real(rtol, "rtol", 0)
+            check_integer(max_iterations, "max_iterations", 1)
+            check_choice(preconditioner, "preconditioner", ("diagonal", None))
+            check_bool(progress, "progress")
+            return self._vectors(b, "b")
+
+        b = self._ranks.equal("b", given, compared)
         describe, advice = self._describe(), self._advice()
 
         low = None
@@ -211,7 +218,7 @@ class CurvatureOperator(ABC):
             "rtol": rtol,
             "max_iterations": max_iterations,
             "describe": describe,
-            "progress": self._progress if progress is None else check_bool(progress, "progress"),
+            "progress": progress,
         }
         with self._ranks.warning_last():
             if method == "minres":
@@ -259,14 +266,15 @@ class CurvatureOperator(ABC):
         ValueError
             If it takes more than max_bytes, 1 GiB by default, or holds NaN or infinity.
         """
-        check_integer(max_bytes, "max_bytes", 1)
         p = self.shape[0]
-        needed = p * p * torch.finfo(self.dtype).bits // 8
-        if needed > max_bytes:
-            raise ValueError(
-                f"the dense matrix of {p:,} selected parameters takes {needed:,} bytes, more than "
-                f"max_bytes={max_bytes:,}; products and solve() do not need it"
-            )
+        with self._ranks.alone("the matrix"):
+            check_integer(max_bytes, "max_bytes", 1)
+            needed = p * p * torch.finfo(self.dtype).bits // 8
+            if needed > max_bytes:
+                raise ValueError(
+                    f"the dense matrix of {p:,} selected parameters takes {needed:,} bytes, more "
+                    f"than max_bytes={max_bytes:,}; products and solve() do not need it"
+                )
         dense = self._dense()
         if dense is not None:
             dense.diagonal().copy_(self._shifted(dense.diagonal()))

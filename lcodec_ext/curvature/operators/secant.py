@@ -172,7 +172,7 @@ class SecantOperator(_PairsOperator):
             )
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device
-        self.selection = selection
+        self.selection, self._ranks = selection, ranks
         with ranks.alone("the arguments"):
             S = self._vectors(steps, "steps")
             S = S if S.ndim == 2 else S[:, None]
