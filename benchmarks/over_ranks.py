@@ -144,21 +144,22 @@ def point(one: Processes, two: Processes, n: int, p: int, repeats: int) -> dict:
 
 
 def model(large: dict, small: dict, exchange: float) -> dict:
-    """What a step takes, on any number of columns and for each, from two points of one process.
+    """What a step takes, on any number of columns and for each.
 
-    On R ranks it is expected to take the fixed part, the exchange, and the time of p / R columns.
+    From one process with many columns, which has all but the exchange, and from two with few. On R
+    ranks a step is expected to take the fixed part and the time of p / R columns; of two with many
+    columns the record has both.
     """
-    a, b = (each["cpu_seconds"]["one"] / STEPS for each in (large, small))
-    column = (a - b) / (large["p"] - small["p"])
-    fixed = b - column * small["p"]
-    anyway = fixed + exchange
+    many, few = large["seconds"]["one"] / STEPS, small["seconds"]["two"] / STEPS
+    column = (many + exchange - few) / (large["p"] - small["p"] / 2)
+    fixed = few - column * small["p"] / 2
     return {
         "n": large["n"],
         "milliseconds_of_a_step": round(1e3 * fixed, 3),
         "microseconds_of_a_column": round(1e6 * column, 3),
         "milliseconds_of_the_exchange": round(1e3 * exchange, 3),
-        "columns_that_take_as_long": round(anyway / column),
-        "expected_ratio": round(a / (anyway + column * large["p"] / 2), 2),
+        "columns_that_take_as_long": round(fixed / column),
+        "expected_ratio": round(many / (fixed + column * large["p"] / 2), 2),
     }
 
 
