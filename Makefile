@@ -13,6 +13,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # More arguments for pytest in `make test`, for example ARGS="-k foci -x".
 ARGS ?=
+# Test files run side by side, each in one process. For a debugger pass ARGS="-n0 --pdb".
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 # `make test` compiles CUDA kernels for one architecture, to save time: this machine's GPU, or
 # Hopper where there is none. `make check` compiles for all.
 CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),native,90-real)
@@ -53,7 +55,7 @@ demo: $(VENV)/.installed ## Delete samples from a trained network and show what 
 	$(BIN)/python examples/digits_deletion.py
 
 test: $(VENV)/.installed ## Build for this machine and run the tests
-	HYPOTHESIS_PROFILE=short $(BIN)/pytest $(ARGS)
+	HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) $(ARGS)
 
 check: lint check-wheel check-objects check-sanitize check-long check-paths ## All that CI checks beyond `make test`
 
@@ -133,7 +135,7 @@ PATHS_TESTS = $(filter-out %_report.py %_ledger.py,$(wildcard tests/test_before_
     tests/test_compat_scrub.py tests/test_curvature_*.py tests/test_docs.py tests/test_unlearning_*.py))
 check-paths: $(VENV)/.installed ## Part of check: tests of torch arithmetic on other CPU code paths
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
-	    HYPOTHESIS_PROFILE=short $(BIN)/pytest -m 'not native' $(PATHS_TESTS)
+	    HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) -m 'not native' $(PATHS_TESTS)
 	ATEN_CPU_CAPABILITY=avx2 LCODEC_TEST_TORCH_THREADS=2 OMP_WAIT_POLICY=passive \
 	    HYPOTHESIS_PROFILE=short $(BIN)/pytest -m 'not native' $(PATHS_TESTS)
 
