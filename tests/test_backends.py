@@ -15,7 +15,7 @@ import lcodec_ext
 import oracle
 from lcodec_ext import _threads
 from lcodec_ext.dependence import exact
-from lcodec_ext.dependence.backends.base import HostEngine
+from lcodec_ext.dependence.backends.base import HostEngine, Laid
 from lcodec_ext.dependence.backends.cpu import CpuBackend, CpuColumns, CpuEngine
 from lcodec_ext.dependence.backends.reference import ReferenceColumns, ReferenceEngine
 from lcodec_ext.dependence.backends.resolve import HOST
@@ -248,8 +248,16 @@ def test_near_ties_are_decided_by_rationals(monkeypatch, rng):
     from lcodec_ext.dependence.candidates import Candidates
 
     def best(engine, *leaders):
-        choice = SimpleNamespace(_engine=engine, response=SimpleNamespace(unconditional=Fraction))
-        return Candidates.exact_best(choice, leaders)
+        response, table = SimpleNamespace(unconditional=Fraction), np.zeros((3, 2))
+        columns = CpuColumns(table)
+        choice = Candidates(
+            lambda laid: (response, engine),
+            Laid(columns, np.ones(2)),
+            2,
+            0,
+            lambda k: f"column {k}",
+        )
+        return choice.exact_best(leaders)
 
     class Engine(HostEngine):
         def __init__(self):
