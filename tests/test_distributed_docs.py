@@ -1,5 +1,6 @@
-"""The Python blocks of docs/distributed.md run: the script on top, and what stands in its place."""
+"""The Python blocks of docs/distributed.md run, and its tables are those of the record."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,8 @@ import pandas as pd
 
 from lcodec_ext import foci
 
-PAGE = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 SCRIPT, *BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 FRAGMENTS = [block for block in BLOCKS if "group=group" in block]
 WHOLE = [block for block in BLOCKS if "group=group" not in block]
@@ -68,3 +70,20 @@ def test_blocks_for_one_process_run_by_themselves(rng, tmp_path, monkeypatch):
     assert len(WHOLE) == 1
     for block in WHOLE:
         exec(compile(textwrap.dedent(block), "distributed.md", "exec"), {})
+
+
+def test_the_tables_are_those_of_the_record():
+    record = json.loads((ROOT / "benchmarks/results/distributed.json").read_text())
+    assert record["dirty"] is False
+    assert all(claim["met"] for claim in record["claims"])
+    for each in record["points"]:
+        columns = f"{each['p']:,}" if each["p"] >= 10_000 else str(each["p"])
+        one, two = (f"{each['seconds'][name]:#.2g} s" for name in ("one", "two"))
+        assert f"| {each['n']} | {columns} | {one} | {two} | {each['ratio']:.1f} |" in PAGE
+    for each in record["model"]:
+        a, e = each["milliseconds_of_a_step"], each["milliseconds_of_the_exchange"]
+        b, columns = each["microseconds_of_a_column"], round(each["columns_that_take_as_long"], -1)
+        assert f"| {each['n']} | {a:.1f} ms | {b:.2g} µs | {columns} | {e:.1f} ms |" in PAGE
+    large = record["model"][0]
+    ranks = large["microseconds_of_a_column"] * 20 / large["milliseconds_of_a_step"]
+    assert f"at about {5 * round(ranks / 5)} ranks" in PAGE
