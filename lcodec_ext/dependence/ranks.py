@@ -14,6 +14,10 @@ def ranks_of(group: Any, function: str) -> AnyRanks:
     """The ranks of `group`; torch is loaded only where there is one."""
     if group is None:
         return one_rank()
-    from lcodec_ext._torch.group import Ranks
-
+    try:
+        from lcodec_ext._torch.group import Ranks
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError("group= needs PyTorch: pip install 'lcodec_ext[torch]'") from None
     return Ranks(group, function)
