@@ -41,9 +41,8 @@ def told_of(model: nn.Module) -> dict[str, str]:
     parameters = {k: p.detach() for k, p in model.named_parameters()}
     # DistributedDataParallel leaves each rank the buffers of its own last pass.
     buffers = {k: b.detach() for k, b in model.named_buffers()}
+    remedy = "torch.distributed.broadcast those of one rank"
     return {
         "parameters of model": state_hash(parameters)[:16],
-        "buffers of model (torch.distributed.broadcast those of one rank)": state_hash(buffers)[
-            :16
-        ],
+        f"buffers of model ({remedy})": state_hash(buffers)[:16],
     }

@@ -48,7 +48,7 @@ class Candidates:
         return len(self._left)
 
     def add(self, column: int, *, measure: bool = False) -> Any:
-        """Condition on a column, behind those selected; its exact sum beside them, if wanted."""
+        """Condition on a column, after those selected; returns their exact sum, if wanted."""
         self._reach.add(column)
         found = self._engine.exact_sum(column) if measure else None
         self._engine.select(column)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer, check_real
 from lcodec_ext._torch.decay import Decay, decay_of, decay_text, vector_of
-from lcodec_ext._torch.group import Ranks, ranks_of
+from lcodec_ext._torch.group import AnyRanks, Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
 from lcodec_ext._torch.shards import without_repeats
@@ -53,18 +53,16 @@ class ModelOperator(CurvatureOperator):
             self.weight_decay = decay_of(weight_decay, model)
             if cache_bytes is not None:
                 check_integer(cache_bytes, "cache_bytes", 0)
-            if isinstance(ranks, Ranks):
-                data = without_repeats(data, "data", ranks, getattr(data, "batch_size", None) or 1)
-            objective = Objective(
+            objective = own_objective(
+                ranks,
                 model,
                 loss_fn,
                 data,
                 selection,
                 dtype=dtype,
                 reduction=reduction,
-                progress=check_bool(progress, "progress") and ranks.rank == 0,
+                progress=progress,
                 cache_bytes=cache_bytes,
-                shared=isinstance(ranks, Ranks),
             )
         if isinstance(ranks, Ranks):
             options = {"kind": self._kind, "damping": self.damping, "reduction": reduction}
@@ -109,6 +107,24 @@ class ModelOperator(CurvatureOperator):
 
     def _dense(self) -> Tensor | None:
         return self._route.dense()
+
+
+def own_objective(
+    ranks: AnyRanks,
+    model: nn.Module,
+    loss_fn: LossFunction,
+    data: Any,
+    selection: Any,
+    *,
+    progress: bool,
+    **options: Any,
+) -> Objective:
+    """The objective on this rank's samples, of which a sampler's repeats are left out."""
+    if isinstance(ranks, Ranks):
+        data = without_repeats(data, "data", ranks, getattr(data, "batch_size", None) or 1)
+    shown = check_bool(progress, "progress") and ranks.rank == 0
+    shared = isinstance(ranks, Ranks)
+    return Objective(model, loss_fn, data, selection, progress=shown, shared=shared, **options)
 
 
 def agree(

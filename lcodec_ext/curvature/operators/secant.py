@@ -6,16 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_bool, check_real
+from lcodec_ext._checks import check_real
 from lcodec_ext._torch.decay import decay_of
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
-from lcodec_ext._torch.shards import without_repeats
 from lcodec_ext._torch.wrapped import unwrapped
-from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import CurvatureOperator
-from lcodec_ext.curvature.operators.on_model import agree, decayed
+from lcodec_ext.curvature.operators.on_model import agree, decayed, own_objective
 from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.low_rank import LowRank, StoredRows
 from lcodec_ext.curvature.routes.sharded import gradient as gradient_over
@@ -158,17 +156,15 @@ class SecantOperator(_PairsOperator):
             model = unwrapped(model)
             check_module(model)
             weight_decay = decay_of(weight_decay, model)
-            if isinstance(ranks, Ranks):
-                data = without_repeats(data, "data", ranks, getattr(data, "batch_size", None) or 1)
-            objective = Objective(
+            objective = own_objective(
+                ranks,
                 model,
                 loss_fn,
                 data,
                 selection,
                 dtype=dtype,
                 reduction=reduction,
-                progress=check_bool(progress, "progress") and ranks.rank == 0,
-                shared=isinstance(ranks, Ranks),
+                progress=progress,
             )
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device

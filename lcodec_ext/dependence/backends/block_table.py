@@ -223,7 +223,7 @@ class BlockTable:
         return buffer.T
 
     def in_memory(self) -> NDArray:
-        """All columns, with those beside them."""
+        """All columns, and then the further ones of `beside`."""
         beside = [] if self._beside is None else list(self._beside.T)
         values = self.block(np.arange(self.shape[1]), beside)
         self._memory = _Memory()  # nothing overwrites it
