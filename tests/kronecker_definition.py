@@ -24,7 +24,9 @@ def seeds_of(kind, loss_fn, outputs, targets):
 
 def one(batch, i):
     """Sample i, as a batch of one."""
-    return {k: v[i : i + 1] for k, v in batch.items()} if isinstance(batch, dict) else batch[i : i + 1]
+    return (
+        {k: v[i : i + 1] for k, v in batch.items()} if isinstance(batch, dict) else batch[i : i + 1]
+    )
 
 
 def gradients(model, loss_fn, inputs, targets, kind):

@@ -1,12 +1,8 @@
 """EK-FAC against its definition, layer by layer, and against curvlinops."""
 
-import functools
-import io
-
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,17 +11,12 @@ from lcodec_ext.curvature import (
     EKFACOperator,
     FisherOperator,
     GaussNewtonOperator,
-    IndefiniteCurvatureError,
-    KroneckerFactors,
-    ParameterSelection,
     UnitSelection,
+    all_trainable,
 )
-from lcodec_ext.curvature.kronecker import KroneckerOperator
 
 N = 9
-EXACT = {"kind": "model"}, {"kind": "empirical"}
 KINDS = ("model", "empirical")
-sum_loss = functools.partial(F.cross_entropy, reduction="sum")
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +129,11 @@ def test_definition(name, rows, kind):
     model, rows = model.double(), [*rows]
     y = torch.randint(0, 3, (N,))
     operator = EKFACOperator(
-        model, F.cross_entropy, [(X[:4], y[:4]), (X[4:], y[4:])], UnitSelection({layer: rows}), kind=kind
+        model,
+        F.cross_entropy,
+        [(X[:4], y[:4]), (X[4:], y[4:])],
+        UnitSelection({layer: rows}),
+        kind=kind,
     )
     matrices = [
         row_gradients(model, layer, rows, each)
@@ -215,3 +210,29 @@ def test_diagonal(name, kind):
     torch.testing.assert_close(operator.to_dense(), dense.diagonal().diag(), rtol=1e-10, atol=1e-13)
     assert ("one by one" in operator.plan) == (name == "attention")
     assert "0 Kronecker blocks" in operator.plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_curvlinops(name, kind):
+    """The same matrix, of all parameters, as another implementation makes it."""
+    curvlinops = pytest.importorskip("curvlinops")
+    model, _, _, X = small(name)
+    model, y = model.double(), torch.randint(0, 3, (N,))
+    operator = EKFACOperator(model, F.cross_entropy, (X, y), all_trainable(model), kind=kind)
+    peer = curvlinops.EKFACLinearOperator(
+        model,
+        nn.CrossEntropyLoss(),
+        [*model.parameters()],
+        [(X, y)],
+        fisher_type={"model": "type-2", "empirical": "empirical"}[kind],
+        separate_weight_and_bias=False,
+        check_deterministic=False,
+    )
+    selection = all_trainable(model)
+    v = torch.randn(selection.size(model), dtype=torch.float64)
+    tangent = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
+    selection.scatter_(tangent, v, model=model)
+    product = dict(zip(tangent, peer @ [*tangent.values()], strict=True))
+    expected = selection.gather(product, model=model)
+    torch.testing.assert_close(operator @ v, expected, rtol=1e-9, atol=1e-12)
