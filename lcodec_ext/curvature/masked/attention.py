@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from lcodec_ext._torch.batches import tensors_of
@@ -59,7 +59,7 @@ def attention_forward(
         }
         bias = fixed["in_proj_bias"]
         if packed and query is key and key is value:
-            parts = projected(query, fixed["in_proj_weight"], bias, 0).chunk(3, -1)
+            parts = [*projected(query, fixed["in_proj_weight"], bias, 0).chunk(3, -1)]
         else:
             weights = (
                 fixed["in_proj_weight"].chunk(3) if packed else [fixed[name] for name in _SEPARATE]
@@ -82,7 +82,7 @@ def attention_forward(
         )
         unprojected = row_module(module.out_proj, {"weight": eye, "bias": None})
         plain.__dict__["_modules"] = {**module._modules, "out_proj": unprojected}
-        found, attended = nn.MultiheadAttention.forward(plain, *parts, *args, **kwargs)
+        found, attended = type(module).forward(plain, *parts, *args, **kwargs)
         return module.out_proj(found), attended
 
     return forward
