@@ -1,0 +1,192 @@
+"""Models with adapters of peft: operators, deletions, patches and streams on the adapters alone."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, one_hot
+
+from lcodec_ext.curvature import (
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    ParameterSelection,
+    UnitSelection,
+    all_trainable,
+    per_sample_gradients,
+)
+from lcodec_ext.unlearning import Settings, unlearn
+
+N, M, C = 24, 3, 3
+WORDS = 30
+STEP = Settings(curvature="gauss_newton", damping=0.1, weight_decay=1e-2, max_drop=None)
+
+pytestmark = [  # of peft, when it wraps a model
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+
+def bert(seed=0, **how):
+    torch.manual_seed(seed)
+    config = transformers.DistilBertConfig(
+        vocab_size=WORDS, max_position_embeddings=10, n_layers=1, n_heads=2, dim=8, hidden_dim=12,
+        num_labels=C,
+    )  # fmt: skip
+    model = transformers.DistilBertForSequenceClassification(config)
+    return adapted(model, {"target_modules": ["q_lin", "v_lin"], "lora_dropout": 0.1} | how)
+
+
+def gpt(seed=0, **how):
+    """Its layers are Conv1D, which hold their weights as inputs x outputs."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=WORDS, n_positions=10, n_embd=8, n_layer=1, n_head=2, num_labels=C,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.GPT2ForSequenceClassification(config)
+    return adapted(model, {"target_modules": ["c_attn"], "fan_in_fan_out": True} | how)
+
+
+def adapted(model, how):
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, **how))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # matrices B start at 0
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model.double()
+
+
+CASES = {
+    "bert": bert,
+    "gpt": gpt,
+    "rank-stabilised": lambda: bert(use_rslora=True),
+    "bias": lambda: bert(bias="lora_only", lora_bias=False),
+    "bias of B": lambda: bert(lora_bias=True),
+    "dora": lambda: bert(use_dora=True),
+    "dora gpt": lambda: gpt(use_dora=True),
+    "embedding": lambda: bert(target_modules=["word_embeddings", "q_lin"]),
+}
+
+
+def samples(n=N, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 7, (n, 1), generator=generator)
+    mask = (torch.arange(6) < lengths).long()
+    ids = torch.randint(1, WORDS, (n, 6), generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(n) % C}
+
+
+def some(batch, which):
+    return {key: value[which] for key, value in batch.items()}
+
+
+def parted(batch):
+    return some(batch, slice(0, M)), some(batch, slice(M, None))
+
+
+def adapters(model):
+    return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+
+
+def flat(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors.values()])
+
+
+class Dense:
+    """Derivatives by all trainable parameters, one after the other, by autograd."""
+
+    def __init__(self, model, batch):
+        self.model, self.own, self.y = model.eval(), adapters(model), batch["labels"]
+        self.inputs = {k: v for k, v in batch.items() if k != "labels"}
+        self.theta, self.sizes = flat(self.own), [p.numel() for p in self.own.values()]
+        J = torch.autograd.functional.jacobian(self.outputs, self.theta, vectorize=True)
+        p = self.outputs(self.theta).softmax(1)
+        r = p - one_hot(self.y, C)
+        self.gradients = torch.einsum("ica,ic->ia", J, r)
+        by_output = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        self.gauss_newton = torch.einsum("ica,icd,idb->ab", J, by_output, J) / len(r)
+        self.fisher = self.gradients.T @ self.gradients / len(r)
+
+    def hessian(self):
+        def loss(vector):
+            return cross_entropy(self.outputs(vector), self.y)
+
+        return torch.autograd.functional.hessian(loss, self.theta, vectorize=True)
+
+    def outputs(self, vector):
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional_call(self.model, self.by_name(vector), (), self.inputs).logits
+
+    def by_name(self, vector):
+        parts = zip(self.own.items(), vector.split(self.sizes), strict=True)
+        return {name: part.reshape(p.shape) for (name, p), part in parts}
+
+    def order(self, selection):
+        numbers = torch.arange(len(self.theta), dtype=torch.float64)
+        return selection.gather(self.by_name(numbers), model=self.model).long()
+
+
+def off(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("case", ["bert", "gpt", "dora", "embedding"])
+def test_curvature_and_gradients_are_those_of_dense_autograd(case):
+    model, batch = CASES[case](), samples(7)
+    dense = Dense(model, batch)
+    matrices = {
+        HessianOperator: dense.hessian(),
+        GaussNewtonOperator: dense.gauss_newton,
+        FisherOperator: dense.fisher,
+    }
+    for selection in (ParameterSelection.of(model), UnitSelection.all(model)):
+        order = dense.order(selection)
+        for operator, expected in matrices.items():
+            found = operator(model, cross_entropy, batch, selection).to_dense()
+            assert off(found, expected[order][:, order]) < 1e-10, (operator, selection)
+        each = per_sample_gradients(model, cross_entropy, batch, selection)
+        found = torch.cat([part.dense() for part in each])
+        assert off(found, dense.gradients[:, order]) < 1e-10
+
+
+def by_rows(used, like):
+    """Whether anything in the row of an entry is used, in a flat tensor."""
+    if like.ndim < 2:
+        return used
+    return (
+        used.view(len(like), -1).any(1, keepdim=True).expand(len(like), like[0].numel()).flatten()
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_by_default_adapters_are_what_moves(case):
+    """By the step of dense autograd; everything else stays bit for bit."""
+    model, (forget, retain) = CASES[case](), parted(samples())
+    before = copy.deepcopy(model.state_dict())
+    result = unlearn(model, forget, retain, cross_entropy, preset=STEP)
+    own, every = adapters(model), all_trainable(model)
+    raw = case in ("dora", "dora gpt", "embedding")
+    assert isinstance(every, ParameterSelection if raw else UnitSelection)
+    assert result.selection == every
+    assert result.n_parameters == len(flat(own))
+    removed, kept, wide = Dense(model, forget), Dense(model, retain), STEP.weight_decay
+    used = ((kept.gradients != 0).any(0) | (removed.gradients != 0).any(0)).split(kept.sizes)
+    used = torch.cat([by_rows(u, p) for u, p in zip(used, own.values(), strict=True)])
+    step = torch.linalg.solve(
+        kept.gauss_newton + (0.1 + wide) * torch.eye(len(used), dtype=torch.float64),
+        (removed.gradients.sum(0) + M * wide * flat(own) * used) / (N - M),
+    )
+    assert off(flat(adapters(result.model)) - flat(own), step) < 1e-10
+    after = result.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[k], before[k]) for k in before)
+    changed = {k for k in after if not torch.equal(after[k], before[k])}
+    assert changed == set(result.patch().tensors) <= own.keys()
+    assert len(changed) == len(own)
