@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import transformers
-from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, one_hot
@@ -32,25 +31,31 @@ pytestmark = [  # of peft, when it wraps a model
 ]
 
 
-def bert(seed=0, **how):
+def bert_base(seed=0):
     torch.manual_seed(seed)
     config = transformers.DistilBertConfig(
         vocab_size=WORDS, max_position_embeddings=10, n_layers=1, n_heads=2, dim=8, hidden_dim=12,
         num_labels=C,
     )  # fmt: skip
-    model = transformers.DistilBertForSequenceClassification(config)
-    return adapted(model, {"target_modules": ["q_lin", "v_lin"], "lora_dropout": 0.1} | how)
+    return transformers.DistilBertForSequenceClassification(config).double()
 
 
-def gpt(seed=0, **how):
+def gpt_base(seed=0):
     """Its layers are Conv1D, which hold their weights as inputs x outputs."""
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
         vocab_size=WORDS, n_positions=10, n_embd=8, n_layer=1, n_head=2, num_labels=C,
         pad_token_id=0, bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
-    model = transformers.GPT2ForSequenceClassification(config)
-    return adapted(model, {"target_modules": ["c_attn"], "fan_in_fan_out": True} | how)
+    return transformers.GPT2ForSequenceClassification(config).double()
+
+
+def bert(**how):
+    return adapted(bert_base(), {"target_modules": ["q_lin", "v_lin"], "lora_dropout": 0.1} | how)
+
+
+def gpt(**how):
+    return adapted(gpt_base(), {"target_modules": ["c_attn"], "fan_in_fan_out": True} | how)
 
 
 def adapted(model, how):
@@ -190,3 +195,74 @@ def test_by_default_adapters_are_what_moves(case):
     changed = {k for k in after if not torch.equal(after[k], before[k])}
     assert changed == set(result.patch().tensors) <= own.keys()
     assert len(changed) == len(own)
+
+
+def remove(model, **options):
+    return unlearn(model, *parted(samples()), cross_entropy, preset=STEP, **options)
+
+
+def test_merged_adapters_are_refused():
+    model = bert()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"q_lin' is merged .*model.unmerge_adapter\(\)"):
+        remove(model)
+    units = UnitSelection.from_globs(model, "*q_lin.lora_A*")
+    with pytest.raises(ValueError, match="q_lin' is merged"):
+        GaussNewtonOperator(model, cross_entropy, samples(), units)
+    head = UnitSelection.from_globs(model, "*.classifier.*")
+    GaussNewtonOperator(
+        model, cross_entropy, samples(), head
+    )  # which the adapters do not matter to
+    model.unmerge_adapter()
+    remove(model)
+
+
+@pytest.mark.parametrize("kind", ["integers", "backend"])
+def test_adapters_of_quantised_layers_are_refused(kind):
+    model = bert()
+    layer = model.get_submodule("base_model.model.distilbert.transformer.layer.0.attention.v_lin")
+    if kind == "integers":
+        weight = layer.base_layer.weight
+        layer.base_layer.weight = torch.nn.Parameter((weight * 50).to(torch.int8), False)
+    else:
+        layer.quantization_backend = object()
+    with pytest.raises(ValueError, match="v_lin' has an adapter on quantised weights"):
+        remove(model)
+
+
+def test_loaded_adapters_that_are_frozen_say_how_to_train_them(tmp_path):
+    bert().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no trainable parameter: peft .*is_trainable=True"):
+        remove(peft.PeftModel.from_pretrained(bert_base(), tmp_path))
+    remove(peft.PeftModel.from_pretrained(bert_base(), tmp_path, is_trainable=True))
+
+
+def test_of_several_adapters_the_active_one_moves():
+    model = bert()
+    more = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["q_lin"])
+    model.add_adapter("other", more)
+    model = model.double()
+    for active, idle in (("default", "other"), ("other", "default")):
+        model.set_adapter(active)
+        changed = remove(model).patch().tensors
+        assert any(active in name for name in changed)
+        assert not any(f".{idle}" in name for name in changed)
+    with pytest.raises(ValueError, match="lora_A.default.* do not require gradients"):
+        remove(model, selection=UnitSelection.from_globs(model, "*lora_A.default"))
+
+
+def test_the_optimizer_of_the_adapters_gives_the_weight_decay():
+    model = bert()
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups["lora_" in name].append(p)
+    optimizer = torch.optim.SGD(
+        [{"params": groups[True], "weight_decay": 1e-2}, {"params": groups[False]}], lr=0.1
+    )
+    found = remove(model, weight_decay=optimizer)
+    named = {k: 1e-2 for k in adapters(model) if "lora_" in k}
+    expected = remove(model, weight_decay=named)
+    assert torch.equal(flat(adapters(found.model)), flat(adapters(expected.model)))
+    other = remove(model, weight_decay=1e-2)
+    assert not torch.equal(flat(adapters(found.model)), flat(adapters(other.model)))
