@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, one_hot
@@ -19,7 +20,7 @@ from lcodec_ext.curvature import (
     all_trainable,
     per_sample_gradients,
 )
-from lcodec_ext.unlearning import Settings, unlearn
+from lcodec_ext.unlearning import Settings, WeightPatch, unlearn
 
 N, M, C = 24, 3, 3
 WORDS = 30
@@ -266,3 +267,46 @@ def test_the_optimizer_of_the_adapters_gives_the_weight_decay():
     assert torch.equal(flat(adapters(found.model)), flat(adapters(expected.model)))
     other = remove(model, weight_decay=1e-2)
     assert not torch.equal(flat(adapters(found.model)), flat(adapters(other.model)))
+
+
+@pytest.mark.parametrize("case", ["bert", "gpt", "dora", "embedding", "bias"])
+def test_a_deletion_is_an_adapter_and_a_patch_of_one(case, tmp_path):
+    """What peft saves and loads; a patch of its names, for adapters on whatever base."""
+    model, batch = CASES[case](), samples()
+    model.save_pretrained(tmp_path / "before", save_embedding_layers=False)
+    result = remove(model)
+    result.model.save_pretrained(tmp_path / "after", save_embedding_layers=False)
+    base = (gpt_base if case == "gpt" else bert_base)()
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "after")
+    assert torch.equal(logits(loaded, batch), logits(result.model, batch))
+
+    patch = WeightPatch.between(adapter(model), adapter(result.model))
+    patch.save(tmp_path / "patch.safetensors")
+    patch = WeightPatch.load(tmp_path / "patch.safetensors")
+    assert patch.tensors.keys() <= adapter(model).keys()
+    assert patch.nbytes <= sum(t.nbytes for t in adapter(model).values())
+
+    with torch.no_grad():  # as transformers draws a head that a checkpoint has not
+        for p in base.get_submodule("score" if case == "gpt" else "classifier").parameters():
+            p.normal_()
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "before")
+    assert patch.apply(adapter(loaded))
+    assert torch.equal(logits(loaded, batch), logits(result.model, batch))
+    with pytest.raises(ValueError, match="the patch is for weights whose SHA-256"):
+        result.patch().apply(loaded)  # of all weights, the base's among them
+
+    file = "adapter_model.safetensors"  # also without a model
+    state = load_file(tmp_path / "before" / file)
+    assert patch.apply(state)
+    expected = load_file(tmp_path / "after" / file)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[k], expected[k]) for k in expected)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+
+def adapter(model):
+    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
