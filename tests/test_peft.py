@@ -20,7 +20,7 @@ from lcodec_ext.curvature import (
     all_trainable,
     per_sample_gradients,
 )
-from lcodec_ext.unlearning import Settings, WeightPatch, unlearn
+from lcodec_ext.unlearning import Settings, Unlearner, WeightPatch, unlearn, verify_ledger
 
 N, M, C = 24, 3, 3
 WORDS = 30
@@ -310,3 +310,28 @@ def logits(model, batch):
 
 def adapter(model):
     return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def test_a_stream_keeps_the_base_once(tmp_path):
+    model, batch = bert(), samples()
+    options = {"directory": tmp_path, "damping": 0.1, "max_drop": None, "weight_decay": 1e-2}
+    with Unlearner(model, batch, cross_entropy, **options) as stream:
+        stream.remove([0, 5])
+        stream.remove(7)
+        last = stream.model
+    sizes = [(tmp_path / "checkpoints" / f"00000{k}.pt").stat().st_size for k in range(3)]
+    kept = torch.load(tmp_path / "checkpoints" / "000002.pt", weights_only=True)
+    assert len(kept) == 1
+    assert next(iter(kept.values())).keys() == adapters(model).keys()
+    assert max(sizes[1:]) < sizes[0] / 2
+    assert verify_ledger(tmp_path, last, batch)
+    with Unlearner.resume(tmp_path, bert(), batch, cross_entropy) as stream:
+        assert torch.equal(logits(stream.model, batch), logits(last, batch))
+        stream.rollback(0)
+        assert torch.equal(logits(stream.model, batch), logits(model, batch))
+        stream.remove([0, 5])
+        stream.remove(7)
+        assert torch.equal(logits(stream.model, batch), logits(last, batch))
+    assert verify_ledger(tmp_path, last, batch)
+    (tmp_path / "checkpoints" / "000000.pt").unlink()
+    assert not verify_ledger(tmp_path)
