@@ -21,6 +21,7 @@ DOCUMENTS = {  # and how many examples each has
     "docs/dependence.md": 13,
     "docs/evaluation.md": 3,
     "docs/inference.md": 4,
+    "docs/models.md": 2,
     "docs/privacy.md": 3,
     "docs/unlearning.md": 7,
 }
@@ -45,7 +46,9 @@ def test_every_example_shows_its_output(name, n_examples):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_examples(name):
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}  # a document's examples go on from one to the next
     for document, code, expected in EXAMPLES:
         if document == name:
