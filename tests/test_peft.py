@@ -60,13 +60,27 @@ def gpt(**how):
 
 
 def adapted(model, how):
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, **how))
+    return drawn(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, **how))
+
+
+def drawn(model, config):
+    model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # matrices B start at 0
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(0.3 * torch.randn(p.shape, generator=generator))
     return model.double()
+
+
+def scaled():
+    layers = {"target_modules": ["k_lin", "v_lin", "lin2"], "feedforward_modules": ["lin2"]}
+    return drawn(bert_base(), peft.IA3Config(task_type="SEQ_CLS", **layers))
+
+
+def prompted():
+    sizes = {"num_virtual_tokens": 2, "token_dim": 8, "num_layers": 1, "num_attention_heads": 2}
+    return drawn(bert_base(), peft.PromptTuningConfig(task_type="SEQ_CLS", **sizes))
 
 
 CASES = {
@@ -78,6 +92,8 @@ CASES = {
     "dora": lambda: bert(use_dora=True),
     "dora gpt": lambda: gpt(use_dora=True),
     "embedding": lambda: bert(target_modules=["word_embeddings", "q_lin"]),
+    "scales": scaled,
+    "prompt": prompted,
 }
 
 
@@ -178,7 +194,7 @@ def test_by_default_adapters_are_what_moves(case):
     before = copy.deepcopy(model.state_dict())
     result = unlearn(model, forget, retain, cross_entropy, preset=STEP)
     own, every = adapters(model), all_trainable(model)
-    raw = case in ("dora", "dora gpt", "embedding")
+    raw = case in ("dora", "dora gpt", "embedding", "scales")
     assert isinstance(every, ParameterSelection if raw else UnitSelection)
     assert result.selection == every
     assert result.n_parameters == len(flat(own))

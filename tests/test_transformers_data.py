@@ -178,6 +178,13 @@ def test_a_sample_loses_the_same_however_it_is_padded(task):
     assert widest > min(len(row["input_ids"]) for row in rows)
 
 
+def test_short_texts_do_not_tell_how_much_all_take():
+    rows = [{"input_ids": [5] * length, "labels": 0} for length in (1, *[8] * 9)]
+    samples = as_samples(DataLoader(Rows(rows), collate_fn=PADDED), "data", CPU, DOUBLE)
+    assert samples.kept(4, 10 * 72).cut is None  # as short as the first, they would fit
+    assert len(samples.kept(4, 10 * 200).cut) == 3
+
+
 def test_operators_take_batches_of_any_length():
     model, rows, collate, loss_fn = collated_by("classes")
     selection = UnitSelection.from_globs(model, "*.q_lin", "classifier")

@@ -49,6 +49,7 @@ from lcodec_ext._torch.modes import set_modes, undisturbed
 
 Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
+_SIZED = 8  # samples that tell how much all take
 _PROBE, _READINGS = 32, 3  # samples that are read so often, to see whether they change
 _FEWEST = 24  # readings of all of them together
 _DRAWN_ONCE = (
@@ -174,7 +175,10 @@ class Samples:
 
     def kept(self, size: int, most: int) -> "Samples":
         """The same samples, in batches that are fetched once where they take at most so much."""
-        if not self.n or self.n * sum(t.nbytes for t in tensors_of(self.fetch([0]).data)) > most:
+        if not self.n:
+            return self
+        some = range(0, self.n, max(1, self.n // _SIZED))[:_SIZED]  # texts are of unequal length
+        if self.n * sum(t.nbytes for t in tensors_of(self.fetch(some).data)) > most * len(some):
             return self
         return replace(self, cut=list(self.batches(size)))
 
