@@ -33,11 +33,14 @@ from lcodec_ext.curvature import (
     all_trainable,
     per_sample_gradients,
 )
+from lcodec_ext.curvature.kronecker import EKFACOperator, KroneckerOperator
 from lcodec_ext.curvature.operators import MatrixOperator
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.step import OPERATORS
+from lcodec_ext.unlearning.step import OPERATORS as _OPERATORS
 
-Curvature = Literal["gauss_newton", "hessian", "fisher"]
+OPERATORS = {**_OPERATORS, 'ekfac': EKFACOperator}
+
+Curvature = Literal["ekfac", "gauss_newton", "hessian", "fisher"]
 
 DENSE_BYTES = 2**27  # of gradients of single samples that are formed at a time
 QUERY_BYTES = 2**28  # of gradients of queries that are solved at a time
@@ -427,7 +430,7 @@ dtype, progress
 
 def _solved_directly(operator: CurvatureOperator, n: int) -> CurvatureOperator:
     """The operator, or its matrix, with which n systems are solved without iterations."""
-    if isinstance(operator, MatrixOperator | SecantOperator):
+    if isinstance(operator, KroneckerOperator | MatrixOperator | SecantOperator):
         return operator
     p = operator.shape[0]
     if p > FORMED_UP_TO:
