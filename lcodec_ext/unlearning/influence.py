@@ -33,12 +33,10 @@ from lcodec_ext.curvature import (
     all_trainable,
     per_sample_gradients,
 )
-from lcodec_ext.curvature.kronecker import EKFACOperator, KroneckerOperator
+from lcodec_ext.curvature.kronecker import KroneckerOperator
 from lcodec_ext.curvature.operators import MatrixOperator
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.step import OPERATORS as _OPERATORS
-
-OPERATORS = {**_OPERATORS, 'ekfac': EKFACOperator}
+from lcodec_ext.unlearning.step import OPERATORS
 
 Curvature = Literal["ekfac", "gauss_newton", "hessian", "fisher"]
 
