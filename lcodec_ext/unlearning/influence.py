@@ -20,7 +20,7 @@ from lcodec_ext._checks import (
     check_real,
     counted,
 )
-from lcodec_ext._torch.decay import Decay, decay_of, vector_of, with_decay
+from lcodec_ext._torch.decay import Decay, decay_of, least_decay, vector_of, with_decay
 from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
@@ -97,6 +97,7 @@ class Influence:
 
     @property
     def values(self) -> Tensor:
+        """The influence of every training sample on each query, shape (n_queries, n_train)."""
         if self._values is None:
             raise ValueError(
                 f"the influence of {len(self.mean):,} training samples on "
@@ -142,7 +143,7 @@ class Influence:
         """
         rows = []
         for query in range(len(self.helpful.indices)):
-            pairs = {}
+            pairs: dict[int, float] = {}
             for indices, values in (self.harmful, self.helpful):
                 pairs |= zip(indices[query].tolist(), values[query].tolist(), strict=True)
             ordered = sorted(pairs.items(), key=lambda pair: pair[1])
@@ -222,11 +223,12 @@ def influence(
     queries: Any,
     loss_fn: LossFunction,
     *,
-    curvature: Curvature = "gauss_newton",
-    damping: float = 0.01,
+    curvature: Curvature = "ekfac",
+    damping: float = 1e-3,
     weight_decay: Any = 0.0,
     selection: Selection | None = None,
     statistics: TrainingStatistics | None = None,
+    aggregate: bool = False,
     top_k: int = 10,
     rtol: float = 1e-3,
     batch_size: int = 256,
@@ -256,9 +258,12 @@ def influence(
         asked about, with their targets. As `unlearn` takes retain and validation.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the plain mean loss of a batch.
-    curvature : {"gauss_newton", "hessian", "fisher"}, default "gauss_newton"
+    curvature : {"ekfac", "gauss_newton", "hessian", "fisher"}, default "ekfac"
+        "ekfac" is made in two passes over the training samples and solved in closed form, at any
+        size; it approximates "gauss_newton", which is solved by iterations and is exact for convex
+        models of moderate size: with it and damping=0 influences have the size of leaving one out.
         "hessian" is refused where it is indefinite, as for nearly all networks.
-    damping : float, default 0.01
+    damping : float, default 1e-3
         Added to the diagonal. On a convex model 0 is right, with the weight decay of training. A
         network's curvature is all but singular: without damping its flat directions would decide.
     weight_decay : float, optimizer, or mapping of str to float, default 0.0
@@ -269,6 +274,9 @@ def influence(
         Curvature saved when the model was trained: no pass over the training samples is made for
         it, and `curvature` is that of the statistics. train may then be some of the training
         samples only.
+    aggregate : bool, default False
+        Whether the mean loss of the queries is the one query that is asked about: one solve and one
+        inner product with each training sample, whatever the number of queries.
     top_k : int, default 10
         Samples that are kept for each query, on either side.
     rtol : float, default 1e-3
@@ -317,6 +325,7 @@ def influence(
     >>> found.values.shape, found.samples(1)
     (torch.Size([4, 5]), [4])
     """
+    check_bool(aggregate, "aggregate")
     check_integer(top_k, "top_k", 1)
     check_positive(rtol, "rtol")
     trained = _Trained.of(
@@ -335,28 +344,33 @@ def influence(
     asked = as_samples(queries, "queries", trained.samples.device, trained.samples.dtype)
     trained.check_alike(asked)
     operator = trained.operator()
-    n, q = len(trained.samples), len(asked)
-    k = min(top_k, n)
+    n, q = len(trained.samples), 1 if aggregate else len(asked)
     values = torch.empty(q, n, dtype=torch.float64) if 8 * n * q <= VALUES_BYTES else None
     mean, residual, done = torch.zeros(n, dtype=torch.float64), 0.0, 0
     best: list[tuple[Ranked, Ranked]] = []
-    for gradients in trained.gradients(asked, QUERY_BYTES):
-        solution = operator.solve(gradients.dense().T.contiguous(), rtol=rtol)
+    for block in trained.columns(asked, aggregate):
+        solution = operator.solve(block, rtol=rtol)
         residual = max(residual, solution.residual)
-        helpful, harmful = _Best(k, 1), _Best(k, -1)
-        rows, start = slice(done, done + gradients.n), 0
+        helpful, harmful = _Best(min(top_k, n), 1), _Best(min(top_k, n), -1)
+        rows, start = slice(done, done + block.shape[1]), 0
         for scores in trained.scores(solution.x):
-            columns = slice(start, start + scores.shape[1])
+            some = slice(start, start + scores.shape[1])
             helpful.add(scores, start)
             harmful.add(scores, start)
-            mean[columns] += scores.sum(0) / q
+            mean[some] += scores.sum(0) / q
             if values is not None:
-                values[rows, columns] = scores
-            start = columns.stop
+                values[rows, some] = scores
+            start = some.stop
         best.append((helpful.ranked, harmful.ranked))
-        done += gradients.n
-    both = [Ranked(*map(torch.cat, zip(*each, strict=True))) for each in zip(*best, strict=True)]
-    return Influence(mean, *both, *trained.told(operator), residual, values)
+        done = rows.stop
+    return Influence(
+        mean,
+        _joined([each for each, _ in best]),
+        _joined([each for _, each in best]),
+        *trained.told(operator),
+        residual,
+        values,
+    )
 
 
 @twice_differentiable()
@@ -366,8 +380,8 @@ def self_influence(
     train: Any,
     loss_fn: LossFunction,
     *,
-    curvature: Curvature = "gauss_newton",
-    damping: float = 0.01,
+    curvature: Curvature = "ekfac",
+    damping: float = 1e-3,
     weight_decay: Any = 0.0,
     selection: Selection | None = None,
     statistics: TrainingStatistics | None = None,
@@ -396,13 +410,14 @@ dtype, progress
     IndefiniteCurvatureError
         If the damped curvature is not positive definite.
     ValueError, TypeError
-        As `influence`, and for more than 8192 parameters of a matrix that has to be formed: a solve
-        by iterations for each training sample would take too long.
+        As `influence`, and for more than 8192 parameters with another curvature than "ekfac": a
+        solve by iterations for each training sample would take too long.
 
     Notes
     -----
-    The matrix of p parameters is formed once, and each sample takes 2 p^2 operations: two
-    minutes of a core for 10,000 samples and 8192 parameters.
+    By "ekfac" each sample's gradient is turned into the eigenvectors of every layer and back: as
+    many operations as four products of the gradient with these. Other matrices of p parameters are
+    formed once, and each sample then takes 2 p^2 operations.
     """
     trained = _Trained.of(
         model,
@@ -417,16 +432,19 @@ dtype, progress
         dtype=dtype,
         progress=progress,
     )
-    operator = _solved_directly(trained.operator(), len(trained.samples))
+    operator = _direct(trained.operator(), len(trained.samples))
     found = []
     for gradients in trained.gradients(trained.samples, DENSE_BYTES):
         G = gradients.dense()
-        solved = operator.solve(G.T.contiguous()).x.T
-        found.append(((G + trained.pull) * solved).sum(1, dtype=torch.float64).cpu())
+        if isinstance(operator, KroneckerOperator):  # without its residuals
+            solved = operator.solve_shifted(G.T)
+        else:
+            solved = operator.solve(G.T.contiguous()).x
+        found.append(((G + trained.pull) * solved.T).sum(1, dtype=torch.float64).cpu())
     return SelfInfluence(torch.cat(found) / (trained.n - 1), *trained.told(operator))
 
 
-def _solved_directly(operator: CurvatureOperator, n: int) -> CurvatureOperator:
+def _direct(operator: CurvatureOperator, n: int) -> CurvatureOperator:
     """The operator, or its matrix, with which n systems are solved without iterations."""
     if isinstance(operator, KroneckerOperator | MatrixOperator | SecantOperator):
         return operator
@@ -434,13 +452,15 @@ def _solved_directly(operator: CurvatureOperator, n: int) -> CurvatureOperator:
     if p > FORMED_UP_TO:
         raise ValueError(
             f"self-influence by this curvature needs the matrix of the {p:,} parameters, and at "
-            f"most {FORMED_UP_TO:,} are formed; iterations would take {n:,} solves. Select fewer "
-            "units, for instance those of the last layer (selection=), or ask for the influence on "
-            "a few queries: influence()"
+            f"most {FORMED_UP_TO:,} are formed; iterations would take {n:,} solves. Use "
+            "curvature='ekfac', select fewer units, for instance those of the last layer "
+            "(selection=), or ask for the influence on a few queries: influence()"
         )
-    formed = MatrixOperator(operator.to_dense(), 0.0, f"formed: {operator.plan}")
-    formed.selection = operator.selection
-    return formed
+    return MatrixOperator(operator.to_dense(), 0.0, f"formed: {operator.plan}")
+
+
+def _joined(parts: list[Ranked]) -> Ranked:
+    return Ranked(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
 
 
 class _Best:
@@ -503,8 +523,8 @@ class _Trained:
         model = unwrapped(model)
         check_module(model)
         decay = decay_of(with_decay({"": weight_decay}, model)[""], model)
-        if selection is None:
-            selection = None if statistics is None else statistics.selection
+        if selection is None and statistics is not None:
+            selection = _checked(statistics).selection
         selection = all_trainable(model) if selection is None else selection
         layout = selection.layout(model)
         wanted = working_dtype(model) if dtype is None else dtype
@@ -518,9 +538,9 @@ class _Trained:
                 "those that the statistics are of, or some of them"
             )
         check_copy(model, samples, loss_fn)
-        each = vector_of(decay, layout, layout.parameters)
         theta = layout.gather(layout.parameters).detach().to(samples.device, wanted)
-        pull = theta * (decay if each is None else each.to(theta))
+        each = vector_of(decay, layout, layout.parameters)
+        pull = theta * (least_decay(decay) if each is None else each.to(theta))
         return cls(
             model,
             loss_fn,
@@ -550,15 +570,26 @@ class _Trained:
         options: dict[str, Any] = {"damping": self.damping, "weight_decay": self.weight_decay}
         options["dtype"] = self.samples.dtype
         if self.statistics is not None:
-            statistics = self.statistics.at(self.model)
-            return statistics.operator(
+            return self.statistics.operator(
                 self.model, self.loss_fn, None, self.selection, **options
             )
         data = self.samples.data(self.batch_size)
         options["progress"] = self.progress
-        return OPERATORS[self.curvature](
+        made: CurvatureOperator = OPERATORS[self.curvature](
             self.model, self.loss_fn, data, self.selection, **options
         )
+        return made
+
+    def columns(self, queries: Samples, aggregate: bool) -> Iterator[Tensor]:
+        """Gradients of the queries' losses, or of their mean loss, as blocks of shape (p, q)."""
+        total = torch.zeros_like(self.pull)
+        for gradients in self.gradients(queries, QUERY_BYTES):
+            if aggregate:
+                total += gradients.combine(total.new_full((gradients.n,), 1 / len(queries)))
+            else:
+                yield gradients.dense().T.contiguous()
+        if aggregate:
+            yield total[:, None]
 
     def gradients(self, samples: Samples, max_bytes: int) -> Iterator[SampleGradients]:
         """Gradients of single samples."""
