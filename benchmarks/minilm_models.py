@@ -24,11 +24,11 @@ FOLDER = Path("/usr/share/games/fortunes")
 CLASSES = (
     "computers", "definitions", "men-women", "people", "politics", "science", "songs-poems", "work",
 )  # fmt: skip
-LENGTH = 48  # tokens that are read, of a median of about 30
+LENGTH = 32  # tokens that are read, of a median of about 30
 TRAIN, VALIDATION, TEST = 3000, 400, 2000
 WRONG = 60  # of the training samples, 2%
-EPOCHS, BATCH, DECAY, WARM = 3, 32, 1e-2, 0.1
-RATES = {"full": 5e-5, "lora": 1e-3}
+EPOCHS, BATCH, DECAY, WARM = 5, 32, 1e-2, 0.1
+RATES = {"full": 1e-4, "lora": 1e-3}
 Data = dict[str, Tensor]
 
 
