@@ -160,6 +160,11 @@ class MaskedModel:
             else:
                 groups.append([rows])
 
+    def layer_rows(self, name: str) -> list[LayerRows]:
+        """The rows of all layers that add what a parameter is displaced by; none if it is whole."""
+        groups = [group for groups in self._rows.values() for group in groups]
+        return [rows for group in groups for rows in group if rows.parameter == name]
+
     def _displace_whole(self, name: str, why: str) -> None:
         for module, _ in self._owners[name]:
             if isinstance(module, nn.EmbeddingBag):
