@@ -23,7 +23,7 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
-from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
+from lcodec_ext.unlearning.finish import ITERATIONS, form_of
 from lcodec_ext.unlearning.rates import Rates, timed
 from lcodec_ext.unlearning.request import Request, checked_request
 from lcodec_ext.unlearning.rules import RULES
@@ -296,7 +296,8 @@ def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settin
             continue
         value = getattr(settings, name)
         if name == "finish" and value is None:  # mini-batches are not made shorter
-            value = 0 if sizes.n_retain >= BATCHED and cap else ITERATIONS
+            how = form_of(None, sizes.n_retain, sizes.n_parameters)
+            value = {"batches": 0 if cap else ITERATIONS, "L-BFGS": ITERATIONS, "": 0}[how]
         if name == "max_iterations" and settings.calibrate:
             value = value or STEPS
         if (value is None and name in _ALL) or (value is not None and value > cap):

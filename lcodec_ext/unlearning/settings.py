@@ -504,6 +504,11 @@ class Settings(
                 f"update={self.update!r} and curvature={self.curvature!r}, which take "
                 "output_damping=0"
             )
+        if (self.curvature, self.selection) == ("ekfac", "step"):
+            raise ValueError(
+                "selection='step' takes single parameters, on which curvature='ekfac' has no "
+                "Kronecker factors: take selection='step_units', or curvature='gauss_newton'"
+            )
         self._check_size()
         self._check_calibrated()
         self._check_noise()

@@ -6,17 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcodec_ext._torch.decay import least_decay
+from lcodec_ext.curvature.kronecker.outputs import ALL_COLUMNS
 from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.calibrate import TRIALS
 from lcodec_ext.unlearning.control import measured
 from lcodec_ext.unlearning.distil import BATCH, COPY, FOLLOW, HOLD
-from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS, MOST
+from lcodec_ext.unlearning.finish import ITERATIONS, MOST, form_of
 from lcodec_ext.unlearning.guard import LENGTHS
 from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.solutions import Plan, plan_of
-from lcodec_ext.unlearning.statistics import DRAWS
+from lcodec_ext.unlearning.statistics import draws_of
 from lcodec_ext.unlearning.step import FEW, in_krylov_space
 
 FEW_ROWS = 2048  # of a matrix of low rank, which is solved in its rows
@@ -252,7 +253,10 @@ class Workload:
 
     def _factors(self, count: int) -> dict[str, Any]:
         """Kronecker factors so often: two passes over the samples, one where the basis is known."""
-        passes = DRAWS if self.from_statistics else 2 * DRAWS
+        z = self.sizes
+        n = z.m + z.n_retain if self.from_statistics else self.n_curvature
+        each = draws_of(n) is None and z.n_outputs <= ALL_COLUMNS
+        passes = (1 if self.from_statistics else 2) * (z.n_outputs if each else 1)
         return {
             "gradient": ((count * passes, self.n_curvature),),
             "bases": 0 if self.from_statistics else count,
@@ -315,10 +319,11 @@ class Workload:
     def _finish(self, held: int, kept: int) -> Iterator[Phase]:
         """What follows a calibrated step or is tried in its place; more for outliers."""
         s, n = self.settings, self.sizes.n_retain
-        if s.finish == 0:
+        how = form_of(s.finish, n, self.sizes.n_parameters)
+        if not how:
             return
         yield Phase("finish", forward=((1, self.sizes.m), (2, held), (2, kept)))
-        if s.finish is None and n >= BATCHED:
+        if how == "batches":
             held_back, led = (
                 sum(each.batches(n) for each in some) * (BATCH + BATCH // 4)
                 for some in ((HOLD,), (COPY, FOLLOW))
@@ -359,7 +364,8 @@ class Workload:
         whole = z.n_trainable * z.bytes_each
         model = z.n_parameters * z.bytes_each
         gradients = 2 * whole  # measured at the start
-        largest = max(z.m, self.n_monitored, z.n_retain if s.finish != 0 else 0)
+        finishes = form_of(s.finish, z.n_retain, z.n_parameters) != ""
+        largest = max(z.m, self.n_monitored, z.n_retain if finishes else 0)
         batch = activations.of(min(s.batch_size, max(1, largest)))
         backward = {
             "model": 2 * model,  # the copy that moves, and what is handed over
