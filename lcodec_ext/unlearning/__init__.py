@@ -23,6 +23,7 @@ from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.estimate import Estimate, estimate
 from lcodec_ext.unlearning.groups import samples_of
+from lcodec_ext.unlearning.influence import Influence, SelfInfluence, influence, self_influence
 from lcodec_ext.unlearning.patch import PatchedTensor, WeightPatch
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
@@ -71,6 +72,7 @@ __all__ = [
     "Evaluation",
     "Guarantee",
     "IndefiniteCurvatureError",
+    "Influence",
     "Ledger",
     "LedgerError",
     "MethodEvaluation",
@@ -82,6 +84,7 @@ __all__ = [
     "PrivacyBudgetExceeded",
     "RemovalRecord",
     "Report",
+    "SelfInfluence",
     "Settings",
     "TokenReplacement",
     "TrainingStatistics",
@@ -95,11 +98,13 @@ __all__ = [
     "evaluate",
     "gaussian_delta",
     "gaussian_sigma",
+    "influence",
     "logistic_constants",
     "per_token_loss",
     "random_samples",
     "removal_bound",
     "samples_of",
+    "self_influence",
     "unlearn",
     "verify_ledger",
     "write_report",
