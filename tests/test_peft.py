@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, one_hot
 
 from lcodec_ext.curvature import (
+    EKFACOperator,
     FisherOperator,
     GaussNewtonOperator,
     HessianOperator,
@@ -173,6 +174,8 @@ def test_curvature_and_gradients_are_those_of_dense_autograd(case):
         for operator, expected in matrices.items():
             found = operator(model, cross_entropy, batch, selection).to_dense()
             assert off(found, expected[order][:, order]) < 1e-10, (operator, selection)
+        whole = EKFACOperator(model, cross_entropy, batch, selection).diagonal().sum()
+        assert off(whole, dense.gauss_newton.diagonal()[order].sum()) < 1e-10
         each = per_sample_gradients(model, cross_entropy, batch, selection)
         found = torch.cat([part.dense() for part in each])
         assert off(found, dense.gradients[:, order]) < 1e-10
