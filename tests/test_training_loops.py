@@ -7,12 +7,17 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
+from lcodec_ext._torch.names import AmbiguousNamesError, without_prefix
 from lcodec_ext.curvature import (
     FisherOperator,
     GaussNewtonOperator,
@@ -22,7 +27,8 @@ from lcodec_ext.curvature import (
     per_sample_gradients,
 )
 from lcodec_ext.evaluation import evaluate, methods
-from lcodec_ext.unlearning import unlearn
+from lcodec_ext.evaluation.metrics import weight_distance
+from lcodec_ext.unlearning import TrainingStatistics, Unlearner, unlearn, verify_ledger
 
 N, M, D, C = 48, 4, 6, 3
 OPERATORS = {"hessian": HessianOperator, "ggn": GaussNewtonOperator, "fisher": FisherOperator}
@@ -285,3 +291,281 @@ def test_autocast_within_a_model_and_around_a_call_is_off():
         assert torch.equal(model(x), plain(x))
         others = threads.submit(model, x).result()
     assert torch.equal(others, model(x))  # of another thread it stays on
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiled and wrapped models
+
+
+def net():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    return nn.Sequential(nn.Linear(D, 8), nn.Tanh(), inner, nn.Linear(8, C))
+
+
+def part_compiled():
+    model = net()
+    model[2] = torch.compile(model[2], backend="eager")
+    return model
+
+
+WRAPPED = {
+    "compiled": lambda: torch.compile(net(), backend="eager"),
+    "a part compiled": part_compiled,
+    "a compiled part of a compiled one": lambda: torch.compile(part_compiled(), backend="eager"),
+    "data parallel": lambda: nn.DataParallel(net()),
+    "compiled, data parallel": lambda: nn.DataParallel(torch.compile(net(), backend="eager")),
+    "a part data parallel": lambda: nn.Sequential(nn.DataParallel(net()[:3]), net()[3]),
+}
+SAME_NAMES = [name for name in WRAPPED if name != "a part data parallel"]  # one level more
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_wrapped_model_is_the_model_inside(name):
+    wrapped, plain = WRAPPED[name](), net()
+    if name not in SAME_NAMES:
+        plain = nn.Sequential(net()[:3], net()[3])
+    start = weights(wrapped)
+    every = UnitSelection.all(plain)
+    assert UnitSelection.all(wrapped) == every
+    assert ParameterSelection.of(wrapped) == ParameterSelection.of(plain)
+    if "parallel" not in name:
+        assert named_units(wrapped) == named_units(plain)
+    last = "3" if name in SAME_NAMES else "1"
+    decays = (
+        {k: 0.01 * ("bias" not in k) for k, _ in m.named_parameters()} for m in (wrapped, plain)
+    )
+    a, b = (
+        unlearn(m, *parts(), cross_entropy, **STEP | {"weight_decay": decay})
+        for m, decay in zip((wrapped, plain), decays, strict=True)
+    )
+    assert type(a.model) is nn.Sequential
+    assert a.model.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(weights(a.model), weights(b.model))
+    assert a.selection == b.selection
+    assert (a.patch().before, a.patch().after) == (b.patch().before, b.patch().after)
+    assert torch.equal(weights(wrapped), start)
+    A, B = (
+        HessianOperator(m, cross_entropy, data(), UnitSelection({last: [1]}))
+        for m in (wrapped, plain)
+    )
+    assert torch.equal(A.to_dense(), B.to_dense())
+    # in place, and by patch: the one that was given has the weights, and still computes
+    x, _ = data()
+    for made in (WRAPPED[name](), WRAPPED[name]()):
+        if made is not None and torch.equal(weights(made), start):
+            assert b.patch().apply(made)
+        assert torch.equal(weights(made), weights(a.model))
+        with torch.no_grad():
+            assert torch.equal(made(x), a.model(x))
+    result = unlearn(wrapped, *parts(), cross_entropy, inplace=True, **STEP)
+    assert result.model is wrapped
+    assert not torch.equal(weights(wrapped), start)
+
+
+def named_units(model):
+    named = model.named_modules()
+    return UnitSelection({name: [0] for name, m in named if isinstance(m, nn.Linear)})
+
+
+@pytest.mark.parametrize("name", SAME_NAMES)
+def test_a_stream_of_a_wrapped_model_has_the_record_of_the_model_inside(name, tmp_path):
+    found = []
+    for k, model in enumerate((WRAPPED[name](), net())):
+        folder = tmp_path / str(k)
+        with Unlearner(model, data(), cross_entropy, directory=folder, **STEP) as stream:
+            stream.remove([3, 5])
+        with Unlearner.resume(folder, model, data(), cross_entropy) as stream:
+            stream.remove(7)
+            record = stream.ledger[0].record
+            found.append((record["trainable"], [e.record["checkpoint"] for e in stream.ledger]))
+            final = stream.model
+        wrapper = copy.copy(model) if k else WRAPPED[name]()
+        wrapper.load_state_dict(
+            dict(zip(wrapper.state_dict(), final.state_dict().values(), strict=True))
+        )
+        assert verify_ledger(folder, wrapper, data())
+    assert found[0] == found[1]
+    with Unlearner.resume(tmp_path / "0", net(), data(), cross_entropy) as stream:
+        assert stream.removed == (3, 5, 7)
+
+
+@pytest.mark.parametrize("name", SAME_NAMES)
+def test_statistics_of_a_wrapped_model_serve_the_model_inside(name):
+    wrapped, plain = WRAPPED[name](), net()
+    a, b = (
+        TrainingStatistics.collect(m, data(), cross_entropy, selection=UnitSelection({"3": [0, 2]}))
+        for m in (wrapped, plain)
+    )
+    assert torch.equal(a.matrix, b.matrix)
+    assert a.weights.keys() == b.weights.keys()
+    moved = copy.deepcopy(plain)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.mul_(1.01)
+    pairs = []
+    for models in ((plain, moved), (plain, moved)):
+        shots = [TrainingStatistics.snapshot(m, data(), cross_entropy) for m in models]
+        pairs.append(shots)
+    prefix = {"compiled": "_orig_mod.", "data parallel": "module."}.get(name, "")
+    named = [tuple({prefix + k: t for k, t in each.items()} for each in pair) for pair in pairs[0]]
+    option = STEP | {"curvature": "secant"}
+    step = [
+        unlearn(
+            m,
+            parts()[0],
+            None,
+            cross_entropy,
+            statistics=TrainingStatistics.from_epochs(shots, N),
+            **option,
+        )
+        for m, shots in ((wrapped, named), (plain, pairs[1]))
+    ]
+    assert torch.equal(weights(step[0].model), weights(step[1].model))
+
+
+def test_names_of_a_wrapped_model_in_selections_and_mappings():
+    wrapped, plain = WRAPPED["compiled"](), net()
+    units = UnitSelection({"_orig_mod.3": [1], "2._orig_mod.0": [0]})
+    assert units == UnitSelection({"3": [1], "2.0": [0]})
+    mask = ParameterSelection({"_orig_mod.3.weight": [1]})
+    assert mask == ParameterSelection({"3.weight": [1]})
+    assert UnitSelection.from_globs(wrapped, "3") == UnitSelection.from_globs(plain, "3")
+    for model in (wrapped, WRAPPED["data parallel"](), plain):
+        values = {k: p.detach() for k, p in model.named_parameters()}
+        for chosen in (units, mask):
+            assert torch.equal(chosen.gather(values, model=model), chosen.gather(plain))
+            chosen.add_(values, torch.ones(chosen.size(model)), model=model)
+        assert torch.equal(units.gather(model), units.gather(values, model=model))
+    with pytest.raises(ValueError, match="layer '3' is named twice"):
+        UnitSelection({"_orig_mod.3": [1], "3": [0]})
+    with pytest.raises(ValueError, match="parameter '3.bias' is named twice"):
+        ParameterSelection({"_orig_mod.3.bias": [1], "3.bias": [0]})
+
+
+def test_wrapped_models_are_compared_as_the_models_inside():
+    x, y = data()
+    given = (x[:M], y[:M]), (x[M:40], y[M:40]), (x[40:], y[40:])
+    others = [WRAPPED[n]() for n in ("a part compiled", "data parallel")]
+    for other in others:
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    table = evaluate(WRAPPED["compiled"](), *given, cross_entropy, retrained=others, relearn=False)
+    own = next(m for m in table.methods if m.name == "no-op")
+    assert own.metrics["weight_distance"] > 0
+    assert weight_distance(WRAPPED["compiled"](), net()) == 0
+    for method in (methods.fine_tune, methods.gradient_ascent):
+        a, b = (method(m, *given[:2], cross_entropy) for m in (WRAPPED["data parallel"](), net()))
+        assert type(a) is nn.Sequential
+        assert torch.equal(weights(a), weights(b))
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+CHECKPOINTS = {
+    "plain": lambda s: s,
+    "DDP": lambda s: {f"module.{k}": t for k, t in s.items()},
+    "compiled": lambda s: {f"_orig_mod.{k}": t for k, t in s.items()},
+    "compiled DDP": lambda s: {f"module._orig_mod.{k}": t for k, t in s.items()},
+    "DDP, compiled": lambda s: {f"_orig_mod.module.{k}": t for k, t in s.items()},
+    "part compiled": lambda s: {k.replace("2.0", "2._orig_mod.0"): t for k, t in s.items()},
+    "Lightning": lambda s: {f"model.{k}": t for k, t in s.items()},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_state_without_its_prefix(kind):
+    own = net().state_dict()
+    given = CHECKPOINTS[kind](own)
+    found, left = without_prefix(given, own)
+    assert left == []
+    assert list(found) == list(own)
+    assert all(found[k] is own[k] for k in own)
+    extra = given | {"loss.weight": torch.ones(3)}
+    found, left = without_prefix(extra, own)
+    if kind in ("plain", "compiled", "part compiled"):  # load_state_dict refuses it by name
+        assert found.keys() == own.keys() | {"loss.weight"}
+    else:
+        assert (found.keys(), left) == (own.keys(), ["loss.weight"])
+
+
+def test_a_state_that_has_no_model_or_two():
+    own = net().state_dict()
+    less = {f"module.{k}": t for k, t in own.items() if k != "3.bias"}
+    assert without_prefix(less, own) == (less, [])
+    both = {f"{which}.{k}": t for k, t in own.items() for which in ("model", "ema.model")}
+    with pytest.raises(AmbiguousNamesError, match=r"holds the model 2 times, under 'model\.' and"):
+        without_prefix(both, own)
+    twins = {"a": 1, "_orig_mod.a": 2}
+    assert without_prefix(twins, ["a"]) == (twins, [])
+
+
+# ---------------------------------------------------------------------------------------------
+# accelerate
+
+
+@pytest.fixture
+def prepare():
+    """`Accelerator.prepare` with a mixed precision."""
+    made = []
+
+    def accelerator(precision):
+        AcceleratorState._reset_state(True)
+        made.append(Accelerator(cpu=True, mixed_precision=precision))
+        return made[-1].prepare
+
+    yield accelerator
+    for each in made:
+        each.free_memory()
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_what_accelerate_has_prepared(prepare, precision):
+    """With mixed precision it puts another forward pass in its place, in autocast."""
+    given, expected = prepare(precision), net()
+    plain = unlearn(expected, *parts(), cross_entropy, **STEP)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, weight_decay=0.01)
+    loader = DataLoader(TensorDataset(*parts()[1]), batch_size=8, shuffle=True)
+    model, optimizer, loader = given(expected, optimizer, loader)
+    x, _ = data()
+    assert torch.equal(model(x), net()(x)) == (precision == "no")
+    options = STEP | {"weight_decay": optimizer}
+    found = unlearn(model, parts()[0], loader, cross_entropy, **options)
+    close(weights(found.model), weights(plain.model))
+    assert torch.equal(model(x), net()(x)) == (precision == "no")
+    assert ("forward" in vars(found.model)) == (precision == "bf16")  # as the given one
+    with plain_arithmetic():
+        close(found.model(x), plain.model(x))
+    A, B = (
+        HessianOperator(m, cross_entropy, data(), UnitSelection({"0": [2]})) for m in (model, net())
+    )
+    close(A.to_dense(), B.to_dense())
+
+
+def test_layers_with_hooks_of_accelerate():
+    model, plain = net(), net()
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    a, b = (unlearn(m, *parts(), cross_entropy, **STEP) for m in (model, plain))
+    close(weights(a.model), weights(b.model))
+    x, _ = data()
+    assert torch.equal(model(x), plain(x))
+    close(a.model(x), b.model(x))
+
+
+def test_offloaded_weights_are_refused():
+    model = net()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    for call in (
+        lambda: unlearn(model, *parts(), cross_entropy, **STEP),
+        lambda: HessianOperator(model, cross_entropy, data(), UnitSelection({"0": [1]})),
+    ):
+        with pytest.raises(ValueError, match=r"'0.weight' is offloaded by accelerate .*remove_"):
+            call()
+    remove_hook_from_module(model, recurse=True)
+    a, b = (unlearn(m, *parts(), cross_entropy, **STEP) for m in (model, net()))
+    assert torch.equal(weights(a.model), weights(b.model))

@@ -6,11 +6,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._torch.names import inside, uncompiled
+
 
 def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model's state, by name, which share its memory; others are refused."""
+    """All tensors of a model's state, by name, which share its memory; others are refused.
+
+    Names are those of the model that torch.compile or DistributedDataParallel has wrapped.
+    """
     state = {}
-    for name, value in model.state_dict().items():
+    while (held := inside(model)) is not None:
+        model = held
+    for key, value in model.state_dict().items():
+        name = uncompiled(key)
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"the state of model must be tensors, to be saved; {name!r} is of type "

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from lcodec_ext._checks import first_few
 from lcodec_ext._torch.modes import check_module
+from lcodec_ext._torch.wrapped import unwrapped
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -240,6 +241,7 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
     projections, under its name with ".in_proj".
     """
     check_module(model)
+    model = unwrapped(model)
     owners = parameter_owners(model)
     layers: dict[str, UnitLayer] = {}
     without: dict[str, str] = {}

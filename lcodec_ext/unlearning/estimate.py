@@ -21,6 +21,7 @@ from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
 from lcodec_ext.unlearning.calibrate import STEPS
@@ -193,6 +194,7 @@ def estimate(
     """
     begin = time.perf_counter()
     check_bool(progress, "progress")
+    model = unwrapped(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `unlearn` gives them
         settings, _ = resolve(

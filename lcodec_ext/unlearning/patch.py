@@ -13,6 +13,7 @@ from lcodec_ext._checks import check_bool, counted
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext._torch.tensor_files import read_tensors, write_tensors
+from lcodec_ext._torch.wrapped import unwrapped
 
 _FORMAT = "weight patch 1"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -72,6 +73,7 @@ class WeightPatch:
         """Compare two models; ValueError if they differ in more than values."""
         check_module(before)
         check_module(after)
+        before, after = unwrapped(before), unwrapped(after)
         old, new = tensors_of_state(before), tensors_of_state(after)
         for name in sorted(old.keys() ^ new.keys()):
             raise ValueError(f"the models must be of one architecture; only one has {name!r}")
@@ -138,6 +140,7 @@ class WeightPatch:
         """
         check_module(model)
         check_bool(strict, "strict")
+        model = unwrapped(model)
         state = tensors_of_state(model)
         self._check(state, strict)
         now = state_hash(state)

@@ -217,7 +217,7 @@ def _carried_out(
         with ranks.alone("the arguments"):
             check_bool(inplace, "inplace")
             check_bool(progress, "progress")
-            model = unwrapped(model)
+            given, model = model, unwrapped(model)
             settings, doubt = resolve(
                 preset,
                 with_decay(options, model),
@@ -272,7 +272,7 @@ def _carried_out(
         patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
-        changed = model
+        changed = given
     work.clock.seconds["total"] = time.perf_counter() - begin
     measured = Outcome(before, after, selection, step_norm, guarantee, patch, cost)
     return result_of(changed, work, request, deletions, watch.guard, measured)
