@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from lcodec_ext._torch.detours import cast_forward
+
 SAMPLES = 128  # of one batch, where the package makes the batches
 
 _COMPARED = 32  # batches that must be the same ones whenever they are read
@@ -68,8 +70,11 @@ class Batch:
 
     def outputs(self, model: nn.Module) -> Any:
         """What a model returns; where it takes other inputs, say how to leave some out."""
+        first = next(tensors_of((self.args, self.kwargs)), None)
         try:
-            return model(*self.args, **self.kwargs)
+            with cast_forward("cpu" if first is None else first.device.type) as cast:
+                outputs = model(*self.args, **self.kwargs)
+            return map_tensors(widened, getattr(outputs, "logits", outputs)) if cast else outputs
         except TypeError as error:
             if len(self.args) + len(self.kwargs) < 2:
                 raise
@@ -84,6 +89,11 @@ class Batch:
     def kinds(self) -> list[tuple[int, torch.dtype]]:
         """Dimensions and dtype of each tensor."""
         return [(t.ndim, t.dtype) for t in tensors_of((self.args, self.kwargs, self.targets))]
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32, if it is of half the precision."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class Batches:

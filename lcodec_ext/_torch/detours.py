@@ -73,7 +73,7 @@ def _direct(setting: ExitStack) -> None:
 
     @functools.wraps(enter)
     def entered(self: Any) -> Any:
-        if not _directly.here() or _allowed.dtype is not None:
+        if not _directly.here() or cast_dtype() is not None:
             return enter(self)
         before, self._enabled = self._enabled, False
         try:
@@ -102,11 +102,11 @@ class _Reentrant:
         return self._own.apply(function, preserve, *args)
 
 
-class _Allowed(threading.local):
+class _Cast(threading.local):
     dtype: torch.dtype | None = None
 
 
-_eagerly, _directly, _allowed = _WhileNeeded(_eager), _WhileNeeded(_direct), _Allowed()
+_eagerly, _directly, _cast = _WhileNeeded(_eager), _WhileNeeded(_direct), _Cast()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_eagerly.in_child)
     os.register_at_fork(after_in_child=_directly.in_child)
@@ -127,3 +127,36 @@ def detours_closed() -> Iterator[None]:
         for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             stack.enter_context(autocast(kind, enabled=False))
         yield
+
+
+@contextmanager
+def autocasting(dtype: torch.dtype | None) -> Iterator[None]:
+    """Models are called under autocast where gradients are recorded, in this thread.
+
+    What is measured without gradients stays in the dtype of the model.
+    """
+    before, _cast.dtype = _cast.dtype, dtype
+    try:
+        yield
+    finally:
+        _cast.dtype = before
+
+
+def cast_dtype() -> torch.dtype | None:
+    """The dtype of autocast in a forward pass that begins now; None without autocast."""
+    return _cast.dtype if torch.is_grad_enabled() else None
+
+
+@contextmanager
+def cast_forward(device: str) -> Iterator[bool]:
+    """A forward pass on a kind of device, under autocast if so it is; whether it is."""
+    dtype = cast_dtype()
+    if dtype is None:
+        yield False
+        return
+    try:
+        with autocast(device, dtype=dtype):
+            yield True
+    finally:
+        # It is cleared with the outermost autocast only, and weights change until then.
+        torch.clear_autocast_cache()

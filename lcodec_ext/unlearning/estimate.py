@@ -17,6 +17,7 @@ from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_line
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.decay import with_decay
+from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
@@ -206,7 +207,8 @@ def estimate(
         )
         work = Workplace.of(model, loss_fn, settings, score, False)
         request = checked_request(work, forget, retain, validation, statistics, groups)
-    return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
+    with autocasting(settings.autocast):
+        return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
 
 
 def planned(

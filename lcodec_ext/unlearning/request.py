@@ -351,6 +351,11 @@ def _check_roles(
     statistics: TrainingStatistics | None,
 ) -> None:
     """Refuse what cannot be done with the data that are given."""
+    if statistics is not None and settings.autocast is not None:
+        raise ValueError(
+            "autocast does not go with statistics: they were collected in float32, and what the "
+            "removed samples have in them must be the same number; leave autocast out"
+        )
     if statistics is not None:
         _check_statistics(settings, statistics)
     if settings.calibrate and (held is None or retain is None):

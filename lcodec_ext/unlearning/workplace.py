@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
 from lcodec_ext._torch.decay import each_decay
+from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.group import AnyRanks
 from lcodec_ext._torch.loss import (
     Gradient,
@@ -99,6 +100,11 @@ class Workplace:
         if score is not None and not callable(score):
             raise TypeError(f"score must be callable; got {type(score).__name__}")
         dtype = settings.dtype or working_dtype(model)
+        if settings.autocast is not None and dtype != torch.float32:
+            raise ValueError(
+                "autocast is of models that compute in float32, and this one is in float64: leave "
+                "autocast out, or pass dtype=torch.float32"
+            )
         watched: Watched = {}
         work = work_copy(model, dtype, watched)
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
@@ -163,10 +169,11 @@ class Workplace:
         )
 
     def measure(self, forget: Samples, retained: Samples | None) -> LossesAndGradients:
-        """Losses and gradients of both sets at the present weights."""
-        if retained is None:
-            return LossesAndGradients(*self.gradient(forget), math.nan, None)
-        return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
+        """Losses and gradients of both sets at the present weights, without autocast."""
+        with autocasting(None):
+            if retained is None:
+                return LossesAndGradients(*self.gradient(forget), math.nan, None)
+            return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
 
     def mean_loss(self, samples: Samples) -> float:
         """Mean loss without the regulariser. It may be NaN or infinite."""

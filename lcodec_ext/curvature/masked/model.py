@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._torch.batches import Batch, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of, widened
 from lcodec_ext._torch.copies import (
     THE_LOSS,
     Watched,
@@ -27,6 +27,7 @@ from lcodec_ext._torch.copies import (
     leaves_of_nodes,
     work_copy,
 )
+from lcodec_ext._torch.detours import cast_dtype
 from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.curvature.masked.entries import parameter_entries
@@ -359,6 +360,10 @@ def _forward(
             if parameter is not None and parameter.is_leaf
         }
         out: Tensor = type(module).forward(row_module(module, fixed), *args, **kwargs)
+        given_args, given_kwargs = args, kwargs
+        if cast_dtype() is not None:  # what is kept, and differentiated, is in the dtype of sums
+            out = widened(out)
+            given_args, given_kwargs = map_tensors(widened, (args, kwargs))
         shape = out.shape
         if merged > 1:
             out = out.flatten(-merged)
@@ -372,9 +377,11 @@ def _forward(
                 if rows.places is not None:
                     sizes[axis] = len(rows.places)
                 value = rows.of(args, kwargs, displacements[rows.parameter], axis).expand(sizes)
+                if cast_dtype() is not None:
+                    value = widened(value)
                 if value.requires_grad:  # not under no_grad
-                    versions = tuple(t._version for t in tensors_of([args, kwargs]))
-                    calls.append(RowsCall(rows, args, kwargs, value, axis, versions))
+                    versions = tuple(t._version for t in tensors_of([given_args, given_kwargs]))
+                    calls.append(RowsCall(rows, given_args, given_kwargs, value, axis, versions))
                 values.append(value)
             if not values:
                 continue
