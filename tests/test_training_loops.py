@@ -14,6 +14,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader, TensorDataset
@@ -491,12 +493,36 @@ def part_compiled():
     return model
 
 
+def forward_compiled():
+    """As transformers' guide does it."""
+    model = Block()
+    model.forward = torch.compile(model.forward, backend="eager")
+    model.net[0].forward = torch.compile(model.net[0].forward, backend="eager")
+    return model
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def checkpoint_wrapped():
+    model = net()
+    model[2] = checkpoint_wrapper(model[2])
+    return model
+
+
 WRAPPED = {
     "compiled": lambda: torch.compile(net(), backend="eager"),
     "a part compiled": part_compiled,
     "a compiled part of a compiled one": lambda: torch.compile(part_compiled(), backend="eager"),
     "data parallel": lambda: nn.DataParallel(net()),
     "compiled, data parallel": lambda: nn.DataParallel(torch.compile(net(), backend="eager")),
+    "checkpoint_wrapper": checkpoint_wrapped,
     "a part data parallel": lambda: nn.Sequential(nn.DataParallel(net()[:3]), net()[3]),
 }
 SAME_NAMES = [name for name in WRAPPED if name != "a part data parallel"]  # one level more
@@ -641,6 +667,88 @@ def test_wrapped_models_are_compared_as_the_models_inside():
         a, b = (method(m, *given[:2], cross_entropy) for m in (WRAPPED["data parallel"](), net()))
         assert type(a) is nn.Sequential
         assert torch.equal(weights(a), weights(b))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_forward_pass_that_is_compiled_in_place(inplace):
+    model, plain = forward_compiled(), Block()
+    x, _ = data()
+    a, b = (unlearn(m, *parts(), cross_entropy, inplace=inplace, **STEP) for m in (model, plain))
+    assert torch.equal(weights(a.model), weights(b.model))
+    assert torch.equal(a.model(x), b.model(x))
+    assert ("forward" in vars(a.model)) == inplace
+    A, B = (
+        HessianOperator(m, cross_entropy, data(), UnitSelection({"net.0": [1]}))
+        for m in (forward_compiled(), Block())
+    )
+    assert torch.equal(A.to_dense(), B.to_dense())
+
+
+# ---------------------------------------------------------------------------------------------
+# What cannot be deleted from, said clearly
+
+
+class Fixed(nn.Module):
+    """Converts its inputs to a dtype that is written down."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net().bfloat16()
+
+    def forward(self, x):
+        return self.net(x.bfloat16()).float()
+
+
+class Inferring(Block):
+    @torch.inference_mode()
+    def forward(self, x):
+        return self.net(x)
+
+
+class NotRecording(Block):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Fixed, r"must have the same dtype.*x\.to\(self\.layer\.weight\.dtype\)"),
+        (Inferring, r"is under torch\.inference_mode, through which no gradient goes"),
+    ],
+)
+def test_forward_passes_without_second_derivatives_are_refused(model, message):
+    calls = (
+        lambda: unlearn(model(), *parts(), cross_entropy, **STEP),
+        lambda: HessianOperator(model(), cross_entropy, data(), UnitSelection({"net.0": [1]})),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_model_in_inference_mode_is_still_measured():
+    assert torch.equal(
+        sample_losses(Inferring(), data(), cross_entropy),
+        sample_losses(Block(), data(), cross_entropy),
+    )
+    with pytest.raises(ValueError, match=r"is its forward pass under torch\.no_grad\?"):
+        unlearn(NotRecording(), *parts(), cross_entropy, **STEP)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_quantised_layers_are_named():
+    model = quantize_dynamic(net(), {nn.Linear}, dtype=torch.qint8)
+    mixed = nn.Sequential(model, nn.Tanh(), nn.Linear(C, C))
+    advice = "is quantised, and has no weights .* quantise the result"
+    for call in (
+        lambda: unlearn(model, *parts(), cross_entropy, **STEP),
+        lambda: unlearn(mixed, *parts(), cross_entropy, **STEP),
+        lambda: UnitSelection({"0": [0]}).layout(model),
+    ):
+        with pytest.raises(ValueError, match=f"Layer '0(.0)?' {advice}"):
+            call()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -74,7 +74,16 @@ class Batch:
         try:
             with cast_forward("cpu" if first is None else first.device.type) as cast:
                 outputs = model(*self.args, **self.kwargs)
+            check_recorded(outputs)
             return map_tensors(widened, getattr(outputs, "logits", outputs)) if cast else outputs
+        except RuntimeError as error:
+            if "same dtype" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}. The package computes with copies of the weights in float32, or float64: "
+                "let the forward pass convert its inputs to the dtype of the weights, "
+                "x.to(self.layer.weight.dtype), and not to one that is written down"
+            ) from error
         except TypeError as error:
             if len(self.args) + len(self.kwargs) < 2:
                 raise
@@ -89,6 +98,15 @@ class Batch:
     def kinds(self) -> list[tuple[int, torch.dtype]]:
         """Dimensions and dtype of each tensor."""
         return [(t.ndim, t.dtype) for t in tensors_of((self.args, self.kwargs, self.targets))]
+
+
+def check_recorded(outputs: Any) -> None:
+    """Refuse outputs of torch.inference_mode where gradients are wanted."""
+    if torch.is_grad_enabled() and any(t.is_inference() for t in tensors_of(outputs)):
+        raise ValueError(
+            "the forward pass of the model is under torch.inference_mode, through which no "
+            "gradient goes; put the call of the model under it instead, where it is used"
+        )
 
 
 def widened(tensor: Tensor) -> Tensor:

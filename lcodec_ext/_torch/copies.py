@@ -84,10 +84,39 @@ def copy_of(
             f"model cannot be copied by copy.deepcopy: {error}. Remove the attribute that holds "
             "this, or give its class a __deepcopy__"
         ) from error
+    _run_as_written(copied)
     if watched is not None:
         for name, p in model.named_parameters():
             watched[id(p)] = (weakref.ref(p), name)
     return copied
+
+
+def _run_as_written(copied: nn.Module) -> None:
+    """Give the modules of a copy their forward passes in place of what torch.compile made of them.
+
+    ``model.forward = torch.compile(model.forward)`` goes on with the model that it was made for.
+    """
+    for module in copied.modules():
+        own = vars(module).get("forward")
+        given = getattr(own, "_torchdynamo_orig_callable", None)
+        while not hasattr(given, "__self__") and hasattr(given, "__wrapped__"):
+            given = given.__wrapped__  # of layers of torch, a function that calls it
+        if isinstance(getattr(given, "__self__", None), type(module)):
+            del module.forward
+            if given.__func__ is not type(module).forward:
+                module.forward = types.MethodType(given.__func__, module)
+
+
+def quantised(model: nn.Module) -> str:
+    """What to do with a model that has quantised layers, for messages; empty for others."""
+    kinds = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+    found = [name for name, m in model.named_modules() if type(m).__module__.startswith(kinds)]
+    if not found:
+        return ""
+    return (
+        f". Layer {found[0]!r} is quantised, and has no weights that could be changed: delete from "
+        "the model as it was trained, and quantise the result"
+    )
 
 
 def _check_not_scripted(model: nn.Module) -> None:

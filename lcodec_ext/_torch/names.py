@@ -7,10 +7,14 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-COMPILED = "_orig_mod"  # the attribute of torch.compile's wrapper that has the model
+# What wrappers call the model: torch.compile, checkpointing, FSDP, Fabric.
+_COMPILED, _CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
+_HOLDERS = (_COMPILED, _CHECKPOINTED, "_fsdp_wrapped_module", "_forward_module")
 _PARALLEL = "module"  # the attribute of a DistributedDataParallel that has it
+_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 _WRAPPERS = (  # of modules that may not be loaded
-    ("torch._dynamo.eval_frame", "OptimizedModule", COMPILED),
+    ("torch._dynamo.eval_frame", "OptimizedModule", _COMPILED),
+    (_WRAPPER, "ActivationWrapper", _CHECKPOINTED),
     ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
     ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
 )
@@ -28,18 +32,18 @@ def inside(module: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def uncompiled(name: str) -> str:
-    """The name of a module or tensor without what torch.compile has added to it."""
-    if COMPILED not in name:
+def unwrapped_name(name: str) -> str:
+    """The name of a module or tensor without what torch.compile and others have added to it."""
+    if not any(holder in name for holder in _HOLDERS):
         return name
-    return ".".join(part for part in name.split(".") if part != COMPILED)
+    return ".".join(part for part in name.split(".") if part not in _HOLDERS)
 
 
 def own_name(name: str, own: Collection[str]) -> str:
     """The one of a model's own names that is meant by one of the wrapped model; else as given."""
     if name in own:
         return name
-    plain = uncompiled(name)
+    plain = unwrapped_name(name)
     apart = ".".join(part for part in plain.split(".") if part != _PARALLEL)
     found = (each for each in (plain, apart) if each in own)
     return next(found, name)
@@ -64,7 +68,7 @@ def without_prefix(
     AmbiguousNamesError
         If several prefixes give all of the model's names, as a model and its average do.
     """
-    names, plain = list(own), {uncompiled(str(key)): value for key, value in state.items()}
+    names, plain = list(own), {unwrapped_name(str(key)): value for key, value in state.items()}
     if not names or len(plain) < len(state) or plain.keys() >= set(names):
         if len(plain) < len(state):
             return dict(state), []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._torch.names import inside, uncompiled
+from lcodec_ext._torch.names import inside, unwrapped_name
 
 
 def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
@@ -18,7 +18,7 @@ def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
     while (held := inside(model)) is not None:
         model = held
     for key, value in model.state_dict().items():
-        name = uncompiled(key)
+        name = unwrapped_name(key)
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"the state of model must be tensors, to be saved; {name!r} is of type "

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from lcodec_ext._checks import first_few
+from lcodec_ext._torch.copies import quantised
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.wrapped import unwrapped
 
@@ -312,4 +313,4 @@ def why_not(name: str, model: nn.Module, layers: Iterable[str], without: dict[st
                 f"{_join(owner, 'out_proj')!r}"
             )
     kind = f" (a {type(every[name]).__name__})" if name in every else ""
-    return f"which has no units in this model{kind}; {listed(layers)}"
+    return f"which has no units in this model{kind}; {listed(layers)}{quantised(model)}"

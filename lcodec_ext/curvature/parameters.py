@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_integer, counted
 from lcodec_ext._files import numbers_of, ranges_of
 from lcodec_ext._torch.modes import check_module
-from lcodec_ext._torch.names import uncompiled
+from lcodec_ext._torch.names import unwrapped_name
 from lcodec_ext._torch.tensor_files import read_tensors, write_tensors
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.coordinates import Coordinates
@@ -240,8 +240,8 @@ class ParameterSelection(Coordinates):
         for name, given in indices.items():
             if not isinstance(name, str):
                 raise TypeError(f"parameter names must be strings; got {name!r}")
-            if (plain := uncompiled(name)) in self._indices:
-                raise ValueError(f"parameter {plain!r} is named twice, as a compiled one, too")
+            if (plain := unwrapped_name(name)) in self._indices:
+                raise ValueError(f"parameter {plain!r} is named twice, as a wrapped one, too")
             self._indices[plain] = _checked(name, given)
 
     # -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lcodec_ext._torch.batches import (
     map_tensors,
     tensors_of,
 )
-from lcodec_ext._torch.copies import THE_LOSS, check_followed
+from lcodec_ext._torch.copies import THE_LOSS, check_followed, quantised
 from lcodec_ext._torch.group import Ranks
 from lcodec_ext._torch.loss import check_classes, check_parts, finite_loss, known_loss
 from lcodec_ext._torch.modes import undisturbed
@@ -457,7 +457,7 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
         if not torch.allclose(alone, tensor[:1], rtol=rtol, atol=atol):
             raise ValueError(
                 "the output of a sample changes with the other samples in its batch, or at "
-                "random; then the loss is not a mean over samples"
+                f"random; then the loss is not a mean over samples{quantised(work.model)}"
             )
     return outputs
 

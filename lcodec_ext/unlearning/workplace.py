@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._one_rank import ONE_RANK
-from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
+from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, quantised, work_copy
 from lcodec_ext._torch.decay import each_decay
 from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.group import AnyRanks
@@ -275,7 +275,7 @@ def _check_model(model: nn.Module) -> torch.device:
             raise ValueError(f"parameter {name!r} of the model holds NaN or infinity")
         devices.add(parameter.device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("the model has no trainable parameter")
+        raise ValueError(f"the model has no trainable parameter{quantised(model)}")
     if len(devices) > 1:
         raise ValueError(
             f"the model must be on one device; it is on {', '.join(sorted(map(str, devices)))}"

@@ -389,7 +389,8 @@ def _forward(
             places = group[0].places
             out = out + total if places is None else out.index_add(axis, places, total)
         out = out.reshape(shape)
-        layer_outputs.append((out, out._version))
+        if not out.is_inference():  # of which the pass is refused in the end
+            layer_outputs.append((out, out._version))
         return out
 
     return forward
