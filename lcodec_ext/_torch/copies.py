@@ -98,7 +98,7 @@ def _run_as_written(copied: nn.Module) -> None:
     """
     for module in copied.modules():
         own = vars(module).get("forward")
-        given = getattr(own, "_torchdynamo_orig_callable", None)
+        given: Any = getattr(own, "_torchdynamo_orig_callable", None)
         while not hasattr(given, "__self__") and hasattr(given, "__wrapped__"):
             given = given.__wrapped__  # of layers of torch, a function that calls it
         if isinstance(getattr(given, "__self__", None), type(module)):
