@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from lcodec_ext._torch.names import inside, unwrapped_name
 
 
-def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of_state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a model's state, by name, which share its memory; others are refused.
 
-    Names are those of the model that torch.compile or DistributedDataParallel has wrapped.
+    A mapping is a state itself. Names are those of the model that torch.compile or
+    DistributedDataParallel has wrapped.
     """
-    state = {}
-    while (held := inside(model)) is not None:
+    while isinstance(model, nn.Module) and (held := inside(model)) is not None:
         model = held
-    for key, value in model.state_dict().items():
+    state = {}
+    for key, value in (model.state_dict() if isinstance(model, nn.Module) else model).items():
         name = unwrapped_name(key)
         if not isinstance(value, Tensor):
             raise TypeError(

@@ -25,13 +25,13 @@ from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
-from lcodec_ext.unlearning.calibrate import STEPS
-from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
+from lcodec_ext.unlearning.finish import ITERATIONS, form_of
 from lcodec_ext.unlearning.rates import Rates, timed
 from lcodec_ext.unlearning.request import Request, checked_request
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.select import find_candidates, take
 from lcodec_ext.unlearning.settings import Settings, resolve
+from lcodec_ext.unlearning.solutions import STEPS
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.workload import Graphs, Sizes, Workload
 from lcodec_ext.unlearning.workplace import Workplace
@@ -79,8 +79,8 @@ class Estimate:
         that are multiplied.
     memory : dict of str to int
         Peak bytes in addition to the given model and data: copies of the "model",
-        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, a "batch", gaps
-        in the "heap"; and their sum, the "peak".
+        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, Kronecker
+        "factors", a "batch", gaps in the "heap"; and their sum, the "peak".
     settings : Settings
         With what max_seconds, budget and max_memory lowered.
     chosen : dict of str to Any
@@ -237,7 +237,7 @@ def _estimated(work: Workplace, request: Request, setup: float, planning: bool) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         source = request.forget if request.kept is None else request.kept.all
-        rates = timed(work, selection, source, request.forget)
+        rates = timed(work, selection, source, request.forget, sizes)
     if planning:
         setup += time.perf_counter() - begin
     tried: list[Estimate] = []
@@ -287,7 +287,7 @@ def _as_planned(settings: Settings, sizes: Sizes, graphs: Graphs) -> Settings:
     lowered: dict[str, Any] = {}
     if plan.groups < settings.control_groups:
         lowered["control_groups"] = plan.groups
-    if plan.steps < (settings.max_iterations or STEPS):
+    if 0 < plan.steps < (settings.max_iterations or STEPS):
         lowered["max_iterations"] = plan.steps
     return replace(settings, **lowered) if lowered else settings
 
@@ -300,12 +300,13 @@ def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settin
             continue
         value = getattr(settings, name)
         if name == "finish" and value is None:  # mini-batches are not made shorter
-            value = 0 if sizes.n_retain >= BATCHED and cap else ITERATIONS
+            how = form_of(None, sizes.n_retain, sizes.n_parameters)
+            value = {"batches": 0 if cap else ITERATIONS, "L-BFGS": ITERATIONS, "": 0}[how]
         if name == "max_iterations" and settings.calibrate:
             value = value or STEPS
         if (value is None and name in _ALL) or (value is not None and value > cap):
             lowered[name] = cap
-    if settings.update == "gradient":
+    if settings.update == "gradient" or settings.curvature == "ekfac":
         lowered.pop("max_iterations", None)
     return replace(settings, **lowered) if lowered else settings
 
@@ -404,7 +405,6 @@ def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
     layers = [modules.get(name) for name in units]
     tensors = [*work.model.parameters(), *work.model.buffers()]
     statistics = request.statistics
-    matrix = 0 if statistics is None or statistics.matrix is None else len(statistics.matrix)
     return Sizes(
         m=request.m,
         n_retain=request.n_retain,
@@ -416,6 +416,6 @@ def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
         bytes_each=torch.finfo(work.dtype).bits // 8,
         batch_norm=any(isinstance(module, _BatchNorm) for module in modules.values()),
         retained=request.kept is not None,
-        n_statistics=0 if statistics is None else max(1, matrix),
+        n_statistics=0 if statistics is None else statistics.n_parameters or 1,
         head=len(layers) == 1 and layers[0] is work.model and is_linear(layers[0]),
     )

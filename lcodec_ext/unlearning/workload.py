@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcodec_ext._torch.decay import least_decay
+from lcodec_ext.curvature.kronecker.outputs import ALL_COLUMNS
 from lcodec_ext.curvature.solvers import Krylov
-from lcodec_ext.unlearning.calibrate import TRIALS, Plan, plan_of
+from lcodec_ext.unlearning.calibrate import TRIALS
 from lcodec_ext.unlearning.control import measured
 from lcodec_ext.unlearning.distil import BATCH, COPY, FOLLOW, HOLD
-from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS, MOST
+from lcodec_ext.unlearning.finish import ITERATIONS, MOST, form_of
 from lcodec_ext.unlearning.guard import LENGTHS
 from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.step import in_krylov_space
+from lcodec_ext.unlearning.solutions import Plan, plan_of
+from lcodec_ext.unlearning.statistics import draws_of
+from lcodec_ext.unlearning.step import FEW, in_krylov_space
 
 FEW_ROWS = 2048  # of a matrix of low rank, which is solved in its rows
 FORMED = 256  # coordinates up to which a matrix is formed
@@ -42,6 +45,7 @@ class Sizes:
     retained: bool = True  # whether there are retained samples
     n_statistics: int = 0  # coordinates of a matrix that was saved at training time
     head: bool = False  # whether rows of the layer that gives the outputs are kept, and no graphs
+    blocks: tuple[tuple[int, int], ...] = ()  # rows and columns of Kronecker-factored blocks
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Phase:
     products: tuple[Pass, ...] = ()
     solves: int = 0  # iterations in which vectors are made orthogonal or added
     selections: int = 0  # by L-FOCI
+    bases: int = 0  # of all Kronecker-factored blocks
     certain: bool = True
     batch_size: int = 0  # where it is not that of the settings
 
@@ -165,6 +170,8 @@ class Workload:
         s, p = self.settings, self.sizes.p
         if not self.newton:
             return "none"
+        if s.curvature == "ekfac":
+            return "closed form"
         if s.calibrate or in_krylov_space(s, self.from_statistics):
             return "lanczos"
         if s.curvature == "secant":
@@ -198,7 +205,7 @@ class Workload:
         if self.settings.calibrate:
             return self.plan.steps
         if self.method == "lanczos":
-            return min(most or 30, self.sizes.p)
+            return min(most or FEW, self.sizes.p)
         return most or min(10 * self.sizes.p, 1000)
 
     # Phases ----------------------------------------------------------------------------------
@@ -244,11 +251,26 @@ class Workload:
         left = max(0, total - self.kept * size)
         return {"graphs": ((1, total), (n, left)), "products": ((n * columns, total),)}
 
+    def _factors(self, count: int) -> dict[str, Any]:
+        """Kronecker factors so often: two passes over the samples, one where the basis is known."""
+        z = self.sizes
+        n = z.m + z.n_retain if self.from_statistics else self.n_curvature
+        each = draws_of(n) is None and z.n_outputs <= ALL_COLUMNS
+        passes = (1 if self.from_statistics else 2) * (z.n_outputs if each else 1)
+        return {
+            "gradient": ((count * passes, self.n_curvature),),
+            "bases": 0 if self.from_statistics else count,
+        }
+
     def _steps(self, rounds: int) -> Iterator[Phase]:
         s, z, count = self.settings, self.sizes, rounds * self.settings.steps
         method = self.method
         if method == "secant":
             yield Phase("curvature", gradient=((2 * count, self.n_curvature),))
+        elif method == "closed form":
+            yield Phase("curvature", **self._factors(count))
+            if s.retries and s.max_drop is not None:
+                yield Phase("retries", **self._factors(count * s.retries), certain=False)
         elif method in ("woodbury", "formed"):
             rows = self.sizes.n_outputs
             if method == "formed" and (s.curvature == "hessian" or z.head):
@@ -270,6 +292,12 @@ class Workload:
                 more = _times(n, self._products(self.iterations + 1, 1))
                 yield Phase("retries", **more, solves=n * self.iterations, certain=False)
 
+    def _solutions(self) -> dict[str, Any]:
+        """Of a calibration: what its systems take at any damping."""
+        if self.method == "closed form":
+            return self._factors(1)
+        return self._products(self.iterations, self.columns) | {"solves": self.iterations}
+
     def _calibration(self) -> Iterator[Phase]:
         s, m = self.settings, self.sizes.m
         groups = self.columns - 1
@@ -281,13 +309,9 @@ class Workload:
         def losses(trials: int) -> tuple[Pass, ...]:
             return (trials * groups, min(size, most // groups)), (trials, held), (trials, kept)
 
-        yield Phase(
-            "calibration",
-            gradient=((groups, size),),
-            forward=losses(_LIKELY_TRIALS + 2),
-            **self._products(self.iterations, self.columns),
-            solves=self.iterations,
-        )
+        solve = self._solutions()
+        solve["gradient"] = ((groups, size), *solve.get("gradient", ()))
+        yield Phase("calibration", forward=losses(_LIKELY_TRIALS + 2), **solve)
         more = TRIALS + 1 - _LIKELY_TRIALS
         yield Phase("more dampings", forward=losses(more), certain=False)
         yield from self._finish(held, kept)
@@ -295,10 +319,11 @@ class Workload:
     def _finish(self, held: int, kept: int) -> Iterator[Phase]:
         """What follows a calibrated step or is tried in its place; more for outliers."""
         s, n = self.settings, self.sizes.n_retain
-        if s.finish == 0:
+        how = form_of(s.finish, n, self.sizes.n_parameters)
+        if not how:
             return
         yield Phase("finish", forward=((1, self.sizes.m), (2, held), (2, kept)))
-        if s.finish is None and n >= BATCHED:
+        if how == "batches":
             held_back, led = (
                 sum(each.batches(n) for each in some) * (BATCH + BATCH // 4)
                 for some in ((HOLD,), (COPY, FOLLOW))
@@ -339,7 +364,8 @@ class Workload:
         whole = z.n_trainable * z.bytes_each
         model = z.n_parameters * z.bytes_each
         gradients = 2 * whole  # measured at the start
-        largest = max(z.m, self.n_monitored, z.n_retain if s.finish != 0 else 0)
+        finishes = form_of(s.finish, z.n_retain, z.n_parameters) != ""
+        largest = max(z.m, self.n_monitored, z.n_retain if finishes else 0)
         batch = activations.of(min(s.batch_size, max(1, largest)))
         backward = {
             "model": 2 * model,  # the copy that moves, and what is handed over
@@ -347,6 +373,8 @@ class Workload:
             "batch": batch,
         }
         step = self._beside_vectors() | {"vectors": float(self._vectors())}
+        if self.method == "closed form":
+            step["batch"] = activations.of(min(s.batch_size, self.n_curvature))
         if self.method in ("woodbury", "formed") and s.curvature != "hessian":
             rows = FEW_ROWS * z.p if self.method == "woodbury" else 2 * z.p * z.p
             rows = min(self.rows * z.p, rows) if self.method == "woodbury" else rows
@@ -372,7 +400,16 @@ class Workload:
             one = self.graphs.of(each) + chosen  # a gradient hangs on each graph
             found["graphs"] = one * some
             found["batch"] = one  # one that is built, or what a product through one works with
+        if self.method == "closed form":
+            found["factors"] = float(self._factor_bytes())
         return found
+
+    def _factor_bytes(self) -> int:
+        """Of bases, of what they are computed from, and of eigenvalues in float64."""
+        z = self.sizes
+        squares = [side * side for block in z.blocks for side in block]
+        working = 3 * 8 * max(squares, default=0)
+        return 2 * z.bytes_each * sum(squares) + 2 * 8 * z.p + working
 
     def _vectors(self) -> int:
         s, z = self.settings, self.sizes

@@ -45,6 +45,10 @@ class Krylov:
     regularization", on shifts.
     """
 
+    method = "lanczos"
+    lengthens: tuple[str, ...] = ("residual",)
+    floor = 0.0
+
     def __init__(
         self,
         product: Product,
