@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._torch.adapters import check_adapters
-from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of, widened
 from lcodec_ext._torch.copies import (
     THE_LOSS,
     Watched,
@@ -28,6 +28,7 @@ from lcodec_ext._torch.copies import (
     leaves_of_nodes,
     work_copy,
 )
+from lcodec_ext._torch.detours import cast_dtype
 from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.curvature.masked.attention import attention_forward
@@ -384,6 +385,10 @@ def _forward(
             if parameter is not None and parameter.is_leaf
         }
         out: Tensor = type(module).forward(row_module(module, fixed), *args, **kwargs)
+        given_args, given_kwargs = args, kwargs
+        if cast_dtype() is not None:  # what is kept, and differentiated, is in the dtype of sums
+            out = widened(out)
+            given_args, given_kwargs = map_tensors(widened, (args, kwargs))
         shape = out.shape
         if merged > 1:
             out = out.flatten(-merged)
@@ -397,9 +402,11 @@ def _forward(
                 if rows.places is not None:
                     sizes[axis] = len(rows.places)
                 value = rows.of(args, kwargs, displacements[rows.parameter], axis).expand(sizes)
+                if cast_dtype() is not None:
+                    value = widened(value)
                 if value.requires_grad:  # not under no_grad
-                    versions = tuple(t._version for t in tensors_of([args, kwargs]))
-                    calls.append(RowsCall(rows, args, kwargs, value, axis, versions))
+                    versions = tuple(t._version for t in tensors_of([given_args, given_kwargs]))
+                    calls.append(RowsCall(rows, given_args, given_kwargs, value, axis, versions))
                 values.append(value)
             if not values:
                 continue
@@ -407,7 +414,8 @@ def _forward(
             places = group[0].places
             out = out + total if places is None else out.index_add(axis, places, total)
         out = out.reshape(shape)
-        layer_outputs.append((out, out._version))
+        if not out.is_inference():  # of which the pass is refused in the end
+            layer_outputs.append((out, out._version))
         return out
 
     return forward
