@@ -24,6 +24,7 @@ from lcodec_ext._torch.decay import Decay, decay_of, least_decay, vector_of, wit
 from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext._torch.tokens import by_tokens, weights_of
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import (
     CurvatureOperator,
@@ -257,7 +258,9 @@ def influence(
         Training samples, all of them unless there are `statistics`, and the samples whose loss is
         asked about, with their targets. As `unlearn` takes retain and validation.
     loss_fn : callable
-        ``loss_fn(outputs, targets)``, the plain mean loss of a batch.
+        ``loss_fn(outputs, targets)``, the plain mean loss of a batch, or the mean over its tokens
+        (`per_token_loss`, or found out). Training samples then count by their tokens, and queries
+        lose the mean over their own.
     curvature : {"ekfac", "gauss_newton", "hessian", "fisher"}, default "ekfac"
         "ekfac" is made in two passes over the training samples and solved in closed form, at any
         size; it approximates "gauss_newton", which is solved by iterations and is exact for convex
@@ -433,14 +436,16 @@ dtype, progress
         progress=progress,
     )
     operator = _direct(trained.operator(), len(trained.samples))
-    found = []
+    found, weights, start = [], trained.weights(trained.samples), 0
     for gradients in trained.gradients(trained.samples, DENSE_BYTES):
         G = gradients.dense()
+        own = weights[start : (start := start + gradients.n), None]
+        alone = (G / torch.where(own > 0, own, 1)).T.contiguous()  # of the sample's own loss
         if isinstance(operator, KroneckerOperator):  # without its residuals
-            solved = operator.solve_shifted(G.T)
+            solved = operator.solve_shifted(alone)
         else:
-            solved = operator.solve(G.T.contiguous()).x
-        found.append(((G + trained.pull) * solved.T).sum(1, dtype=torch.float64).cpu())
+            solved = operator.solve(alone).x
+        found.append(((G + own * trained.pull) * solved.T).sum(1, dtype=torch.float64).cpu())
     return SelfInfluence(torch.cat(found) / (trained.n - 1), *trained.told(operator))
 
 
@@ -538,6 +543,10 @@ class _Trained:
                 "those that the statistics are of, or some of them"
             )
         check_copy(model, samples, loss_fn)
+        if statistics is None:
+            loss_fn = by_tokens(loss_fn, model, samples)
+        else:
+            loss_fn = statistics.by_tokens(loss_fn)
         theta = layout.gather(layout.parameters).detach().to(samples.device, wanted)
         each = vector_of(decay, layout, layout.parameters)
         pull = theta * (least_decay(decay) if each is None else each.to(theta))
@@ -582,14 +591,19 @@ class _Trained:
 
     def columns(self, queries: Samples, aggregate: bool) -> Iterator[Tensor]:
         """Gradients of the queries' losses, or of their mean loss, as blocks of shape (p, q)."""
-        total = torch.zeros_like(self.pull)
+        total, weights, start = torch.zeros_like(self.pull), self.weights(queries), 0
         for gradients in self.gradients(queries, QUERY_BYTES):
+            own = weights[start : (start := start + gradients.n)]
             if aggregate:
-                total += gradients.combine(total.new_full((gradients.n,), 1 / len(queries)))
-            else:
-                yield gradients.dense().T.contiguous()
+                total += gradients.combine(total.new_full((gradients.n,), 1 / float(weights.sum())))
+            else:  # the mean over each query's own tokens
+                yield (gradients.dense() / torch.where(own > 0, own, 1)[:, None]).T.contiguous()
         if aggregate:
             yield total[:, None]
+
+    def weights(self, samples: Samples) -> Tensor:
+        """What each sample counts for in the mean: 1, or its tokens as a share of the average."""
+        return weights_of(self.loss_fn, samples).to(self.pull)
 
     def gradients(self, samples: Samples, max_bytes: int) -> Iterator[SampleGradients]:
         """Gradients of single samples."""
@@ -608,7 +622,7 @@ class _Trained:
 
         In float64 on the CPU, shape (q, samples).
         """
-        others = V.T @ self.pull
+        others, weights, start = V.T @ self.pull, self.weights(self.samples), 0
         # Whole batches where gradients have factors, which take little memory.
         two = self.samples.subset(range(2)) if len(self.samples) > 1 else self.samples
         factored = bool(next(self.gradients(two, sys.maxsize)).factors)
@@ -618,7 +632,8 @@ class _Trained:
                 found = gradients.dense() @ V
             else:
                 found = torch.stack([gradients.dot(column) for column in V.T], 1)
-            yield ((found + others).T.double() / (self.n - 1)).cpu()
+            own = weights[start : (start := start + gradients.n), None]
+            yield ((found + own * others).T.double() / (self.n - 1)).cpu()
 
     def told(self, operator: CurvatureOperator) -> tuple[int, str, str, float]:
         """What results say of the matrix."""
