@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from lcodec_ext._checks import first_few
+from lcodec_ext._torch.detours import cast_forward
 
 SAMPLES = 128  # of one batch, where the package makes the batches
 
@@ -80,8 +81,12 @@ class Batch:
 
     def outputs(self, model: nn.Module) -> Any:
         """What a model returns; where it takes other inputs, say how to leave some out."""
+        first = next(tensors_of((self.args, self.kwargs)), None)
         try:
-            return model(*self.args, **self.kwargs, **self._for_decoder(model))
+            with cast_forward("cpu" if first is None else first.device.type) as cast:
+                outputs = model(*self.args, **self.kwargs, **self._for_decoder(model))
+            check_recorded(outputs)
+            return map_tensors(widened, getattr(outputs, "logits", outputs)) if cast else outputs
         except ValueError as error:
             if hasattr(model, _SHIFT) or not self._lacks_decoder_inputs(model):
                 raise
@@ -90,6 +95,14 @@ class Batch:
                 "make its decoder's inputs of the labels: put 'decoder_input_ids' into every "
                 "sample, the labels shifted to the right by one, with the start token first and "
                 "padding in the place of -100"
+            ) from error
+        except RuntimeError as error:
+            if "same dtype" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}. The package computes with copies of the weights in float32, or float64: "
+                "let the forward pass convert its inputs to the dtype of the weights, "
+                "x.to(self.layer.weight.dtype), and not to one that is written down"
             ) from error
         except TypeError as error:
             if len(self.args) + len(self.kwargs) < 2:
@@ -126,6 +139,20 @@ class Batch:
     def kinds(self) -> list[tuple[int, torch.dtype]]:
         """Dimensions and dtype of each tensor."""
         return [(t.ndim, t.dtype) for t in tensors_of((self.args, self.kwargs, self.targets))]
+
+
+def check_recorded(outputs: Any) -> None:
+    """Refuse outputs of torch.inference_mode where gradients are wanted."""
+    if torch.is_grad_enabled() and any(t.is_inference() for t in tensors_of(outputs)):
+        raise ValueError(
+            "the forward pass of the model is under torch.inference_mode, through which no "
+            "gradient goes; put the call of the model under it instead, where it is used"
+        )
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32, if it is of half the precision."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class Batches:

@@ -380,7 +380,10 @@ def mean_gradient(
             outputs = outputs_of(model, batch)
             loss = finite_loss(loss_fn, outputs, batch, samples.name)
             if not loss.requires_grad:
-                raise ValueError("the loss does not depend on the parameters of the model")
+                raise ValueError(
+                    "the loss does not depend on the parameters of the model; is its forward pass "
+                    "under torch.no_grad?"
+                )
             if check:
                 check_parts(loss_fn, outputs, batch.targets, batch.size, -(-batch.size // 2))
             share = batch.size / len(samples)

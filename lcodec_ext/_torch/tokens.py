@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer
 from lcodec_ext._torch.batches import Batch, map_tensors, part_of
+from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.loss import (
     LossFunction,
     check_loss_fn,
@@ -153,13 +154,6 @@ def weight_share(loss_fn: LossFunction, samples: Samples) -> float:
     return share_of(loss_fn, count_tokens(loss_fn, samples), len(samples))
 
 
-def weights_of(loss_fn: LossFunction, samples: Samples) -> Tensor:
-    """What each sample counts for in the mean, 1 on average over the training samples."""
-    if not isinstance(loss_fn, TokenLoss):
-        return torch.ones(len(samples), dtype=torch.float64)
-    return torch.cat([loss_fn.weights(batch.targets).cpu() for batch in samples.batches(_READ)])
-
-
 def count_tokens(loss_fn: TokenLoss, samples: Samples) -> int:
     """The counted tokens of samples."""
 
@@ -187,6 +181,8 @@ def _found(loss_fn: LossFunction, model: nn.Module, sets: Sequence[Samples]) -> 
         if not numbers:
             continue
         try:
+            if any(p.is_floating_point() and p.dtype != own.dtype for p in model.parameters()):
+                model = work_copy(model, own.dtype)
             with evaluating(model), torch.no_grad():
                 batch = own.fetch(numbers)
                 found = recognised(loss_fn, outputs_of(model, batch), batch)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.layers import Cut, UnitParameter, UnitRange, find_unit_layers, why_not
 
 
@@ -214,6 +215,7 @@ class UnitLayout(Layout):
     """
 
     def __init__(self, selection: Units, model: nn.Module) -> None:
+        model = unwrapped(model)
         layers, without = find_unit_layers(model)
         chosen = selection.units
         for name, units in chosen.items():

@@ -22,6 +22,7 @@ from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext._torch.tokens import by_tokens
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.evaluation.methods import (
     NO_OP,
@@ -408,6 +409,7 @@ def evaluate(
     """
     ranks = ranks_of(group, "evaluate")
     with ranks.alone("the check of the arguments"):
+        model = unwrapped(model)
         device, dtype = place(model)
         weight_decay = decay_of(weight_decay, model)
         defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
@@ -477,6 +479,7 @@ def _checked_retrained(retrained: Any) -> Any:
             f"an object of type {type(retrained).__name__}"
         )
     if models:
+        retrained = [unwrapped(each) for each in retrained]
         for (i, one), (j, other) in itertools.combinations(enumerate(retrained), 2):
             if _equal_weights(one, other):
                 what = "are the same model" if one is other else "have equal weights"
@@ -563,7 +566,7 @@ def _retrained_model(
             "retrained must give models (torch.nn.Module); got an object of type "
             f"{type(found).__name__}"
         )
-    return found, seconds
+    return unwrapped(found), seconds
 
 
 _Judged = list[tuple[MethodEvaluation, dict[str, Any] | None]]

@@ -40,6 +40,7 @@ from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, p
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
 from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext._torch.tokens import by_tokens, of_sets
+from lcodec_ext._torch.wrapped import unwrapped
 
 Number = float | None
 Features = dict[str, NDArray[np.float64]]
@@ -208,7 +209,7 @@ def weight_distance(model: nn.Module, other: nn.Module, *, relative: bool = Fals
         If names or shapes differ.
     """
     check_bool(relative, "relative")
-    ours, theirs = (dict(each.named_parameters()) for each in (model, other))
+    ours, theirs = (dict(unwrapped(each).named_parameters()) for each in (model, other))
     for name in ours.keys() | theirs.keys():
         shapes = [tuple(each[name].shape) if name in each else None for each in (ours, theirs)]
         if shapes[0] != shapes[1]:
@@ -254,6 +255,7 @@ def gradient_norm(
     Backward passes are in the model's dtype, sums in float64. In float32 rounding leaves about
     1e-7 times the size of the terms.
     """
+    model = unwrapped(model)
     decay = decay_of(weight_decay, model)
     check_integer(batch_size, "batch_size", 1)
     samples = _samples(model, data, "data")

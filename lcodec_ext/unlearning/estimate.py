@@ -17,10 +17,12 @@ from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_line
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.decay import with_decay
+from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
 from lcodec_ext.unlearning.finish import ITERATIONS, form_of
@@ -193,6 +195,7 @@ def estimate(
     """
     begin = time.perf_counter()
     check_bool(progress, "progress")
+    model = unwrapped(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `unlearn` gives them
         settings, _ = resolve(
@@ -204,7 +207,8 @@ def estimate(
         )
         work = Workplace.of(model, loss_fn, settings, score, False)
         work, request = checked_request(work, forget, retain, validation, statistics, groups)
-    return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
+    with autocasting(settings.autocast):
+        return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
 
 
 def planned(

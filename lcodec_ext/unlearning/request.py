@@ -23,7 +23,7 @@ from lcodec_ext._torch.batches import (
     map_tensors,
     tensors_of,
 )
-from lcodec_ext._torch.copies import THE_LOSS, check_followed
+from lcodec_ext._torch.copies import THE_LOSS, check_followed, quantised
 from lcodec_ext._torch.group import Ranks
 from lcodec_ext._torch.loss import (
     LossFunction,
@@ -405,6 +405,11 @@ def _check_roles(
     statistics: TrainingStatistics | None,
 ) -> None:
     """Refuse what cannot be done with the data that are given."""
+    if statistics is not None and settings.autocast is not None:
+        raise ValueError(
+            "autocast does not go with statistics: they were collected in float32, and what the "
+            "removed samples have in them must be the same number; leave autocast out"
+        )
     if statistics is not None:
         _check_statistics(settings, statistics)
     if settings.calibrate and (held is None or retain is None):
@@ -506,7 +511,7 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
         if not torch.allclose(alone, tensor[:1], rtol=rtol, atol=atol):
             raise ValueError(
                 "the output of a sample changes with the other samples in its batch, or at "
-                "random; then the loss is not a mean over samples"
+                f"random; then the loss is not a mean over samples{quantised(work.model)}"
             )
     return outputs
 

@@ -24,9 +24,11 @@ from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import decay_of, vector_of
 from lcodec_ext._torch.loss import LossFunction, check_copy, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
+from lcodec_ext._torch.names import own_name
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
 from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext._torch.tokens import by_tokens, of_kind
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import Selection, UnitSelection, all_trainable, selection_from_dict
 from lcodec_ext.curvature.kronecker import EKFACOperator, KroneckerFactors, KroneckerOperator
 from lcodec_ext.curvature.layout import Layout
@@ -160,6 +162,7 @@ class TrainingStatistics:
         """
         check_choice(curvature, "curvature", (*_KINDS, "ekfac"))
         check_integer(batch_size, "batch_size", 1)
+        model = unwrapped(model)
         chosen = all_trainable(model) if selection is None else selection
         p = chosen.size(model)
         if p > _MOST and curvature != "ekfac":
@@ -242,6 +245,7 @@ class TrainingStatistics:
 
         For `from_epochs`, at the end of an epoch. In evaluation mode, as deletions are.
         """
+        model = unwrapped(model)
         work = work_copy(model, working_dtype(model))
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         samples = _samples(work, train, "train", None)
@@ -253,12 +257,30 @@ class TrainingStatistics:
 
     def at(self, model: nn.Module) -> "TrainingStatistics":
         """The same statistics, with the weights of a model where they have none of their own."""
-        own = self.weights or {}
+        model = unwrapped(model)
+        named = self._named_as(model)
+        own = named.weights or {}
         missing = {k: t for k, t in _named(model) if k not in own}
         if not missing:
-            return self
+            return named
         copies = {k: t.detach().clone() for k, t in missing.items()}
-        return dataclasses.replace(self, weights={**own, **copies})
+        return dataclasses.replace(named, weights={**own, **copies})
+
+    def _named_as(self, model: nn.Module) -> "TrainingStatistics":
+        """The same, where names are those of a wrapped model, under those of the model itself."""
+        own = dict(_named(model)).keys()
+
+        def named(tensors: Tensors) -> Tensors:
+            return {own_name(key, own): tensor for key, tensor in tensors.items()}
+
+        if all(key in own for key in (self.weights or {})):
+            return self
+        return dataclasses.replace(
+            self,
+            weights=named(self.weights or {}),
+            steps=[named(each) for each in self.steps],
+            changes=[named(each) for each in self.changes],
+        )
 
     def _placed(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """A copy of a model with the weights that the statistics are of."""
@@ -302,6 +324,7 @@ class TrainingStatistics:
             Part of the statistics' own.
         """
         check_real(damping, "damping", 0)
+        model = unwrapped(model)
         weight_decay = decay_of(weight_decay, model)
         loss_fn = self.by_tokens(loss_fn)
         samples = None if forget is None else _samples(model, forget, "forget", dtype)
@@ -466,6 +489,7 @@ class TrainingStatistics:
         loss_fn, forget, batch_size, dtype
             As for `operator`.
         """
+        model = unwrapped(model)
         samples = _samples(model, forget, "forget", dtype)
         loss_fn = self.by_tokens(loss_fn)
         left = self.n_left(len(samples))

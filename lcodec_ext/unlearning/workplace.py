@@ -16,6 +16,7 @@ from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.adapters import check_adapters, check_trainable
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
 from lcodec_ext._torch.decay import each_decay
+from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.group import AnyRanks
 from lcodec_ext._torch.loss import (
     Gradient,
@@ -101,6 +102,11 @@ class Workplace:
         if score is not None and not callable(score):
             raise TypeError(f"score must be callable; got {type(score).__name__}")
         dtype = settings.dtype or working_dtype(model)
+        if settings.autocast is not None and dtype != torch.float32:
+            raise ValueError(
+                "autocast is of models that compute in float32, and this one is in float64: leave "
+                "autocast out, or pass dtype=torch.float32"
+            )
         watched: Watched = {}
         work = work_copy(model, dtype, watched)
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
@@ -165,10 +171,11 @@ class Workplace:
         )
 
     def measure(self, forget: Samples, retained: Samples | None) -> LossesAndGradients:
-        """Losses and gradients of both sets at the present weights."""
-        if retained is None:
-            return LossesAndGradients(*self.gradient(forget), math.nan, None)
-        return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
+        """Losses and gradients of both sets at the present weights, without autocast."""
+        with autocasting(None):
+            if retained is None:
+                return LossesAndGradients(*self.gradient(forget), math.nan, None)
+            return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
 
     def share(self, samples: Samples) -> float:
         """What a sample of a set counts for on average: of a loss over tokens not always 1."""
