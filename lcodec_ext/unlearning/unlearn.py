@@ -83,8 +83,9 @@ def unlearn(
         `statistics` stand for it: a preset's repair is then off, and its guard without validation.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the plain mean loss of a batch: ``F.cross_entropy``,
-        ``nn.MSELoss()``. The outputs are what the model returns, a tensor or several, or the logits
-        of the outputs of transformers. Class weights and ignored targets are refused.
+        ``nn.MSELoss()``; or the mean over its tokens, `per_token_loss`, which is also found out.
+        The outputs are what the model returns, a tensor or several, or the logits of the outputs of
+        transformers. Class weights, and ignored targets of samples with one each, are refused.
     preset : {"recommended", "paper"} or Settings, default "recommended"
         Where the options start from. "recommended": one Gauss-Newton step by conjugate gradients
         on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
