@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._progress import counted
-from lcodec_ext._torch.loss import NotFiniteError, mean_gradient, mean_loss
+from lcodec_ext._torch.loss import NotFiniteError, in_parts, mean_gradient, mean_loss
 from lcodec_ext._torch.predict import predict
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.calibrate import OUTLIERS, Harm
@@ -96,7 +96,7 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
             except (NotTrainedError, NotFiniteError) as error:
                 block.restore(theta, block.buffers)
                 why = f" instead of mini-batches, as {error}"
-        kept = _lbfgs(block, harm, outliers=outliers)
+        kept = _lbfgs(block, harm, theta, outliers=outliers)
         if known or does(work.model):
             return Finish(kept, f"L-BFGS on the retained samples{why}")
     block.put(theta)
@@ -119,10 +119,11 @@ def finish_step(block: Block, harm: Harm) -> Finish | None:
     return Finish(batches, "mini-batches, the removed samples' outputs held as after the step")
 
 
-def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
+def _lbfgs(block: Block, harm: Harm, before: Tensor, *, outliers: bool) -> int:
     """L-BFGS on the retained objective from the present weights, as long as validation holds.
 
-    In evaluation mode, on the selected parameters, with history 10 and a strong Wolfe line search.
+    In evaluation mode, on the selected parameters, with history 10 (less where memory is limited)
+    and a strong Wolfe line search.
     Each iteration takes one or two passes over the retained samples, every second one another over
     validation. They end where the objective has fallen to a hundredth: it is not to go on with
     training. For samples like any other a fall by a twentieth is too much, and all is undone:
@@ -138,16 +139,18 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
         [theta],
         max_iter=1,
         max_eval=_LINE_SEARCH,  # of one iteration: the default allows its line search none
-        history_size=10,
+        history_size=work.history,
         tolerance_grad=0.0,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
-    known: list[tuple[Tensor, float, Tensor]] = []  # where the line search ended, for the next one
+    known: list[tuple[float, Tensor]] = []  # where the line search ended, for the next one
 
     def closure() -> float:
         here = theta.detach()
-        if not known or not torch.equal(known[-1][0], here):
+        if not known or not torch.equal(block.now(), here):
+            known.clear()  # its gradient is as large as the model
+            theta.grad = None
             block.put(here)
             loss, gradient = mean_gradient(
                 work.model,
@@ -158,13 +161,13 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
                 weight_decay=work.decay,
                 keep_unused=True,
             )
-            loss += float((decay.double() * here.double().square()).sum()) / 2
-            known[:] = [(here.clone(), loss, block.layout.gather(gradient))]
-        theta.grad = known[-1][2].clone()
-        return known[-1][1]
+            for each, w in zip(in_parts(decay), in_parts(here), strict=True):
+                loss += float((each.double() * w.double().square()).sum()) / 2
+            known.append((loss, block.layout.gather(gradient)))
+        theta.grad = known[-1][1]
+        return known[-1][0]
 
-    before = best = block.now()
-    kept = 0
+    best, kept = before, 0
     start = closure()
     most = work.settings.finish or ITERATIONS
     for iteration in counted(
@@ -174,14 +177,16 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except NotFiniteError:
             break
-        left = known[-1][1]
+        left = known[-1][0]
         if left < _ENDED * start and not outliers and start > 0:
             best, kept = before, 0
             break
         ended = iteration == most or left < _TRAINED * start
         if iteration % _LOOKED and not ended:
             continue
-        block.put(theta.detach())
+        if not torch.equal(block.now(), theta.detach()):  # known is of other weights
+            known.clear()
+            block.put(theta.detach())
         if harm.validation_loss() <= harm.most and not harm.costs_accuracy():
             best, kept = theta.detach().clone(), iteration
         elif iteration - kept >= _PATIENCE:
