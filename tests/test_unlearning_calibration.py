@@ -28,6 +28,7 @@ from lcodec_ext.unlearning.calibrate import robust_mean
 from lcodec_ext.unlearning.control import control_groups, known_classes, labels_of
 from lcodec_ext.unlearning.finish import Finish
 from lcodec_ext.unlearning.settings import resolve
+from lcodec_ext.unlearning.solutions import KRYLOV
 from lcodec_ext.unlearning.stream.steps import _rise_left, result_record
 
 # ---------------------------------------------------------------------------------------------
@@ -136,21 +137,21 @@ def test_every_matrix_is_solved_as_densely(kind):
 
 def test_memory_is_planned():
     """Fewer vectors at once, then fewer groups, then fewer steps; what it says is what it takes."""
-    small = calibrating.planned(10_000, 4, 8)
+    small = KRYLOV.planned(10_000, 4, 8)
     assert small == (8, 8, 9, 4 * 10_000 * (72 + 9 + 36))
-    assert calibrating.planned(10**6, 4, 4) == (4, 8, 5, 4 * 10**6 * (40 + 5 + 20))
-    assert calibrating.planned(5 * 10**6, 4, 4)[:3] == (4, 8, 1)
-    assert calibrating.planned(5 * 10**6, 4, 8)[:3] == (4, 8, 1)
-    large = calibrating.planned(11_000_000, 4, 4)
+    assert KRYLOV.planned(10**6, 4, 4) == (4, 8, 5, 4 * 10**6 * (40 + 5 + 20))
+    assert KRYLOV.planned(5 * 10**6, 4, 4)[:3] == (4, 8, 1)
+    assert KRYLOV.planned(5 * 10**6, 4, 8)[:3] == (4, 8, 1)
+    large = KRYLOV.planned(11_000_000, 4, 4)
     assert large[:3] == (4, 3, 1)
     assert large.bytes <= 2**30
-    assert calibrating.planned(11_000_000, 4, 4, max_bytes=2**31)[:3] == (4, 7, 1)
-    assert calibrating.planned(10**9, 4, 8)[:3] == (4, 2, 1)  # the least, whatever it takes
+    assert KRYLOV.planned(11_000_000, 4, 4, most=2**31)[:3] == (4, 7, 1)
+    assert KRYLOV.planned(10**9, 4, 8)[:3] == (4, 2, 1)  # the least, whatever it takes
 
     p, most = 2_000_000, 0
     A = torch.linspace(0, 1, p)[:, None]
     b = torch.randn(p, 5, generator=torch.manual_seed(0))
-    plan = calibrating.planned(p, 4, 4, 3, max_bytes=4 * p * 25)
+    plan = KRYLOV.planned(p, 4, 4, 3, most=4 * p * 25)
     assert plan[:3] == (4, 3, 1)
 
     def product(V):

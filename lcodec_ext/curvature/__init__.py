@@ -15,6 +15,7 @@ except ImportError as error:  # the core package does without it
 from types import ModuleType as _ModuleType
 
 from lcodec_ext._renamed import renamed_module as _renamed_module
+from lcodec_ext.curvature.kronecker import EKFACOperator, KroneckerFactors
 from lcodec_ext.curvature.layers import n_units
 from lcodec_ext.curvature.layout import Segment
 from lcodec_ext.curvature.operators import (
@@ -37,10 +38,12 @@ from lcodec_ext.curvature.solvers import ConvergenceWarning, IndefiniteCurvature
 __all__ = [
     "ConvergenceWarning",
     "CurvatureOperator",
+    "EKFACOperator",
     "FisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
     "IndefiniteCurvatureError",
+    "KroneckerFactors",
     "ParameterSelection",
     "SampleGradients",
     "SecantOperator",

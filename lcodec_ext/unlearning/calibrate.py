@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.predict import classes_of, scores_of
 from lcodec_ext._torch.samples import Samples, outputs_of
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
-from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.control import (
     Control,
     control_groups,
@@ -25,9 +24,8 @@ from lcodec_ext.unlearning.control import (
     measured,
     some_of_pool,
 )
-from lcodec_ext.unlearning.groups import FEWEST
-from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.step import Block, Steps, krylov_space, operator_of, told
+from lcodec_ext.unlearning.solutions import Solutions, maker_of, plan_of
+from lcodec_ext.unlearning.step import Block, Steps, operator_of, told
 from lcodec_ext.unlearning.workplace import Workplace
 
 _Measured = TypeVar("_Measured")
@@ -38,9 +36,6 @@ TAIL = 0.02  # of samples, whose losses count for no more than the least of them
 POINTS = 0.003  # of accuracy on validation samples, that a step may cost
 OWN = 3.0  # times what unseen samples lose more than trained ones: what the request may rise by
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
-STEPS = 8  # blocks of the Krylov space
-MAX_BYTES = 2**30  # of what the Krylov space takes
-_FEWEST_STEPS = 2
 _START = 1e-2  # of the largest curvature: the damping that is tried first
 _LENGTHS = 8  # that are tried, at most
 _GROWTH = 1.2, 4.0  # of a length from one try to the next
@@ -214,45 +209,6 @@ class Calibration:
         )
 
 
-class Plan(NamedTuple):
-    """The size of a Krylov space."""
-
-    groups: int  # control groups: columns in addition to the request's
-    steps: int
-    at_once: int  # vectors that are multiplied at once
-    bytes: int
-
-
-def planned(
-    p: int, itemsize: int, groups: int, steps: int = STEPS, max_bytes: int = MAX_BYTES
-) -> Plan:
-    """The Krylov space for p parameters of itemsize bytes that fits in max_bytes.
-
-    One vector is multiplied at a time where a block would take too much, then there are fewer
-    groups, at least four, then fewer steps, at least two. That least is taken in any case.
-    """
-    given = groups
-    for groups in dict.fromkeys((given, min(given, FEWEST))):
-        for at_once in (groups + 1, 1):
-            plan = Plan(
-                groups,
-                steps,
-                at_once,
-                Krylov.bytes_of(p, groups + 1, steps, at_once, itemsize),
-            )
-            if plan.bytes <= max_bytes:
-                return plan
-    if steps > _FEWEST_STEPS:
-        return planned(p, itemsize, groups, steps - 1, max_bytes)
-    return plan
-
-
-def plan_of(settings: Settings, p: int, itemsize: int, left: int | None = None) -> Plan:
-    """The Krylov space of settings, within the memory that is left for it if that is limited."""
-    most = MAX_BYTES if left is None else min(MAX_BYTES, left)
-    return planned(p, itemsize, settings.control_groups, settings.max_iterations or STEPS, most)
-
-
 @dataclass(frozen=True)
 class _Tried:
     """What a damping does to control groups and, with the request, to validation samples."""
@@ -271,7 +227,7 @@ class Calibrated:
 
     block: Block
     operator: CurvatureOperator
-    space: Krylov
+    space: Solutions
     direction: Tensor
     harm: "Harm"
     found: Calibration
@@ -283,7 +239,7 @@ class Calibrated:
         size = float(self.direction.norm())
         residual = float(left.norm()) / size if size else 0.0
         del left
-        solve = told(SolveResult(x, residual, self.space.products, "lanczos"))
+        solve = told(SolveResult(x, residual, self.space.products, self.space.method))
         self.block.put(x.mul_(self.found.length).add_(self.block.start))
         return Steps((solve,), plan=self.operator.plan)
 
@@ -359,7 +315,7 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
         ]
         directions = [block.removal, *(_direction(block, each) for each, _ in groups)]
         operator = operator_of(block, block.removal, 0.0)
-        space = krylov_space(block, operator, directions, plan.steps, plan.at_once)
+        space = maker_of(settings).solutions(work, operator, directions, plan)
         some = [each for _, each in groups]
         own = Fetched(work, few(block.part.forget, rng, measured(settings)))
         trial = _Trial(block, space, some, own, harm, restored)
@@ -538,7 +494,7 @@ class _Trial:
     def __init__(
         self,
         block: Block,
-        space: Krylov,
+        space: Solutions,
         groups: Sequence[Fetched],
         own: Fetched,
         harm: Harm,

@@ -23,13 +23,13 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.layers import is_linear
-from lcodec_ext.unlearning.calibrate import STEPS
 from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
 from lcodec_ext.unlearning.rates import Rates, timed
 from lcodec_ext.unlearning.request import Request, checked_request
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.select import find_candidates, take
 from lcodec_ext.unlearning.settings import Settings, resolve
+from lcodec_ext.unlearning.solutions import STEPS
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.workload import Graphs, Sizes, Workload
 from lcodec_ext.unlearning.workplace import Workplace

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.decay import decay_text, least_decay
 from lcodec_ext._torch.loss import Gradient, LossFunction, NotFiniteError
@@ -24,9 +23,9 @@ from lcodec_ext.curvature import (
     SolveResult,
 )
 from lcodec_ext.curvature.layout import Layout
-from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.settings import Settings
+from lcodec_ext.unlearning.solutions import KRYLOV, Plan
 from lcodec_ext.unlearning.workplace import Workplace
 
 OPERATORS: dict[str, Any] = {
@@ -34,6 +33,9 @@ OPERATORS: dict[str, Any] = {
     "hessian": HessianOperator,
     "fisher": FisherOperator,
 }
+
+
+FEW = 30  # products with one vector, where nothing says how many
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,31 +184,6 @@ def in_krylov_space(settings: Settings, from_statistics: bool) -> bool:
     return settings.bounded and not from_statistics and settings.curvature != "secant"
 
 
-def krylov_space(
-    block: Block,
-    operator: CurvatureOperator,
-    b: Tensor | list[Tensor],
-    steps: int,
-    at_once: int = 1,
-) -> Krylov:
-    """The Krylov space of an operator, with a bar of products.
-
-    After each product freed memory goes back to the system, if it is limited.
-    """
-    work = block.work
-    work.give_back()
-    total = steps * (b.shape[1] if isinstance(b, Tensor) else len(b))
-    with progress_bar(work.progress, total=total, desc="solve", unit="product") as bar:
-
-        def product(V: Tensor) -> Tensor:
-            found = operator @ V
-            bar.update(V.shape[1])
-            work.give_back()
-            return found
-
-        return Krylov(product, b, steps, at_once)
-
-
 def _least_solved(
     block: Block, operator: CurvatureOperator, direction: Tensor, damping: float
 ) -> Damped:
@@ -216,17 +193,18 @@ def _least_solved(
     costs no product here.
     """
     settings = block.work.settings
-    space = krylov_space(block, operator, direction[:, None], settings.max_iterations or 30)
+    plan = Plan(groups=0, steps=settings.max_iterations or FEW, at_once=1, bytes=0)
+    space = KRYLOV.solutions(block.work, operator, [direction], plan)
     if space.least <= 0 and direction.any():  # with the damping that is in the operator
         raise _indefinite(settings, direction, damping, space.least, -space.least, "")
     more = 0.0
     while float(space.residuals(more)) > 1:
         more = max(2 * more, damping, 1e-6 * space.largest)
-    x = space.solve(more)[:, 0]
+    x = space.solve(more, 0)
     size = float(direction.norm())
     left = (operator @ x).add_(x, alpha=more).sub_(direction)
     residual = float(left.norm()) / size if size else 0.0
-    solution = SolveResult(x, residual, space.products, "lanczos")
+    solution = SolveResult(x, residual, space.products, space.method)
     return Damped(solution, operator.plan, damping + more)
 
 

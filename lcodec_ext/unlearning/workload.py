@@ -7,7 +7,7 @@ from typing import Any
 
 from lcodec_ext._torch.decay import least_decay
 from lcodec_ext.curvature.solvers import Krylov
-from lcodec_ext.unlearning.calibrate import TRIALS, Plan, plan_of
+from lcodec_ext.unlearning.calibrate import TRIALS
 from lcodec_ext.unlearning.control import measured
 from lcodec_ext.unlearning.distil import BATCH, COPY, FOLLOW, HOLD
 from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS, MOST
@@ -15,7 +15,8 @@ from lcodec_ext.unlearning.guard import LENGTHS
 from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.step import in_krylov_space
+from lcodec_ext.unlearning.solutions import Plan, plan_of
+from lcodec_ext.unlearning.step import FEW, in_krylov_space
 
 FEW_ROWS = 2048  # of a matrix of low rank, which is solved in its rows
 FORMED = 256  # coordinates up to which a matrix is formed
@@ -198,7 +199,7 @@ class Workload:
         if self.settings.calibrate:
             return self.plan.steps
         if self.method == "lanczos":
-            return min(most or 30, self.sizes.p)
+            return min(most or FEW, self.sizes.p)
         return most or min(10 * self.sizes.p, 1000)
 
     # Phases ----------------------------------------------------------------------------------

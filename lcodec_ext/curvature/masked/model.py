@@ -157,6 +157,11 @@ class MaskedModel:
             else:
                 groups.append([rows])
 
+    def layer_rows(self, name: str) -> list[LayerRows]:
+        """The rows of all layers that add what a parameter is displaced by; none if it is whole."""
+        groups = [group for groups in self._rows.values() for group in groups]
+        return [rows for group in groups for rows in group if rows.parameter == name]
+
     def _displace_whole(self, name: str, why: str) -> None:
         for module, _ in self._owners[name]:
             if isinstance(module, nn.EmbeddingBag):
@@ -180,11 +185,6 @@ class MaskedModel:
 
     # ------------------------------------------------------------------------------------------
     # Vectors
-
-    @property
-    def theta(self) -> Tensor:
-        """The selected entries of the parameters, shape (p,), a copy."""
-        return self.layout.gather(self.base)
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros in the dtype of the computation; a vector of coordinates by default."""

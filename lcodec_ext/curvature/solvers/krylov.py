@@ -45,6 +45,8 @@ class Krylov:
     regularization", on shifts.
     """
 
+    method = "lanczos"
+
     def __init__(
         self,
         product: Product,

@@ -1,0 +1,296 @@
+"""Two passes over the data: second moments of inputs and gradients, then eigenvalues."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.modes import twice_differentiable
+from lcodec_ext.curvature.kronecker.factors import BlockFactors, KroneckerFactors
+from lcodec_ext.curvature.kronecker.outputs import Seeds
+from lcodec_ext.curvature.kronecker.plan import BlockPlan, Lookup, Outer, plan_blocks
+from lcodec_ext.curvature.masked.rows import RowsCall
+from lcodec_ext.curvature.objective import Objective
+from lcodec_ext.curvature.per_sample import has_factors
+
+LARGEST = 8192  # rows or columns of a block up to which their eigenvectors are computed
+_BYTES = 2**25  # of the gradients, or patches, of some samples in one block
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a backward pass brings to a block: of its calls, or of its parameter as a whole."""
+
+    plan: BlockPlan
+    n: int
+    calls: Sequence[RowsCall]
+    reached: Sequence[Tensor]  # of each call; or of the displacement, for one sample
+    first: bool  # whether it is the first backward pass of its batch
+
+    def parts(self, cells: int = 1) -> Iterator[list[Outer | Lookup]]:
+        """What the calls add to the gradients of consecutive samples.
+
+        As many samples at once as fit in the memory for some, with so many numbers, or inputs of
+        all positions, each.
+        """
+        if not self.calls:
+            return
+        positions = max(
+            each[0].numel() // max(1, each.shape[call.axis])
+            for call, each in zip(self.calls, self.reached, strict=True)
+        )
+        cells = max(cells, self.plan.places.shape[1] * max(1, positions))
+        step = max(1, _BYTES // (self.reached[0].element_size() * cells))
+        for start in range(0, self.n, step):
+            samples = slice(start, min(start + step, self.n))
+            yield [
+                self.plan.part(call, reached, samples, self.n)
+                for call, reached in zip(self.calls, self.reached, strict=True)
+            ]
+
+    def dense(self) -> Tensor:
+        """Gradients of samples, shape (n, r, D)."""
+        if not self.calls:  # of one sample, as a whole
+            return self.reached[0].reshape(1, *self.plan.places.shape)
+        return self.plan.dense(self.calls, self.reached)
+
+
+class Sweep:
+    """Forward passes over all samples, and from each the backward passes.
+
+    Attributes
+    ----------
+    plans : list of BlockPlan
+        After the first batch.
+    by_sample : bool
+        Whether samples are passed one by one: some layer or parameter has no axis of samples.
+    """
+
+    def __init__(self, objective: Objective, seeds: Seeds) -> None:
+        self._objective, self._seeds = objective, seeds
+        self.by_sample = False
+        self.plans: list[BlockPlan] = []
+        self._whole: set[str] = set()
+
+    def __call__(self, what: str) -> Iterator[Reached]:
+        """What reaches each block, backward pass by backward pass."""
+        for _, batch in self._objective.passes(what):
+            if not self.plans:
+                self._prepare(batch)
+            yield from self._of(batch)
+
+    def _prepare(self, batch: Batch) -> None:
+        """Plan the blocks by the first batch, and check its loss."""
+        objective = self._objective
+        run = objective.run(batch)
+        with twice_differentiable():
+            objective.check_cut(run.outputs, batch)
+            objective.check_plain(
+                run.outputs, batch, 1, "since gradients of single samples are taken"
+            )
+        self.plans, self._whole = plan_blocks(objective.masked), set(objective.masked.whole)
+
+    def _of(self, batch: Batch) -> Iterator[Reached]:
+        objective, n = self._objective, batch.size
+        key = (0, int(n > 1))  # the first batch of several samples tells
+        if n > 1 and objective.factored.get(key) is False:
+            for i in range(n):
+                yield from self._of(batch.part(slice(i, i + 1)))
+            return
+        run = objective.run(batch)
+        if set(objective.masked.whole) != self._whole:
+            raise ValueError(
+                "the model uses the parameters "
+                f"{sorted(set(objective.masked.whole) - self._whole)} outside of their layers for "
+                "some batches only; put a batch for which it does first"
+            )
+        with twice_differentiable():
+            apart = has_factors(objective, run, batch, key)
+        if not apart and n > 1:
+            self.by_sample = True
+            for i in range(n):
+                yield from self._of(batch.part(slice(i, i + 1)))
+            return
+        wanted: list[tuple[BlockPlan, list[RowsCall], list[Tensor]]] = []
+        displacements = dict(zip(objective.masked.entries, run.displacements, strict=True))
+        for plan in self.plans:
+            calls = [call for call in run.calls if call.rows.parameter == plan.parameters[0]]
+            at = [call.value for call in calls]
+            if plan.is_diagonal and not apart:
+                calls, at = [], [displacements[plan.parameters[0]]]
+            if at:
+                wanted.append((plan, calls, at))
+        at = [each for _, _, some in wanted for each in some]
+        for number, (values, seeds) in enumerate(self._seeds.of(objective, run, batch)):
+            reached = list(_back(values, at, seeds))
+            for plan, calls, some in wanted:
+                own, reached = reached[: len(some)], reached[len(some) :]
+                yield Reached(plan, n, calls, own, number == 0)
+
+
+def _back(values: list[Tensor], at: list[Tensor], seeds: list[Tensor]) -> Sequence[Tensor]:
+    with twice_differentiable():
+        return torch.autograd.grad(values, at, seeds, retain_graph=True, materialize_grads=True)
+
+
+class Moments:
+    """Second moments of one block: of the inputs, and of what reaches its rows."""
+
+    def __init__(self, plan: BlockPlan, like: Tensor) -> None:
+        r, D = plan.places.shape
+        self._plan = plan
+        full = 1 < r <= LARGEST and plan.outer and not plan.lookup
+        self._rows = like.new_zeros(r, r) if full else None
+        full = 1 < D <= LARGEST
+        self._inputs = like.new_zeros(D, D) if full and plan.outer else None
+        self._looked_up = like.new_zeros(D, D) if full and plan.lookup else None
+        self._trace = like.new_zeros((), dtype=torch.float64)
+        self._positions = 0
+
+    def sums(self) -> list[Tensor]:
+        """What is added up over samples, to be added over ranks."""
+        found = [self._rows, self._inputs, self._looked_up]
+        return [t for t in found if t is not None]
+
+    def add(self, back: Reached) -> None:
+        """Add what a backward pass brings."""
+        for parts in back.parts():
+            for part in parts:
+                self._add(part, back.first)
+
+    def _add(self, part: Outer | Lookup, first: bool) -> None:
+        g = part.g.flatten(0, 1)
+        if isinstance(part, Lookup):
+            if self._looked_up is not None:
+                self._looked_up.addmm_(g.T, g)
+            return
+        self._trace += g.square().sum(dtype=torch.float64)
+        if self._rows is not None:
+            self._rows.addmm_(g.T, g)
+        if first:
+            self._positions += len(g)
+            if self._inputs is not None:
+                x = part.x.flatten(0, 1)
+                self._inputs.addmm_(x.T, x)
+
+    def basis(self) -> BlockFactors:
+        """The block with the eigenvectors of these moments, and eigenvalues of zero."""
+        rows, row_values = eigenvectors(self._rows)
+        inputs = self._inputs
+        if inputs is not None and self._looked_up is not None:  # tied: the sum over rows of both
+            share = float(self._trace) / max(1, self._positions)
+            inputs = inputs * share + self._looked_up
+        columns, _ = eigenvectors(self._looked_up if inputs is None else inputs)
+        shape = self._plan.places.shape
+        device = self._trace.device
+        values = torch.zeros(shape, dtype=torch.float64, device=device)
+        return BlockFactors(
+            self._plan.parameters, self._plan.places, rows, row_values, columns, values
+        )
+
+
+def eigenvectors(matrix: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Eigenvectors and eigenvalues of a positive matrix, computed in float64."""
+    if matrix is None:
+        return None, None
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return vectors.to(matrix.dtype), values.clamp(min=0).to(matrix.dtype)
+
+
+def add_squares(block: BlockFactors, back: Reached) -> None:
+    """Add the squares of the samples' gradients in the basis of a block."""
+    plan, values = back.plan, block.values
+    r, D = plan.places.shape
+    if plan.is_diagonal:
+        values += back.dense().square().sum(0)
+        return
+    for parts in back.parts(r * D if plan.outer else D):
+        if len(parts) == 1 and isinstance(parts[0], Outer) and parts[0].g.shape[1] == 1:
+            g, x = _rotated(block, parts[0])
+            values += g[:, 0].square().T @ x[:, 0].square()
+        elif plan.outer:
+            values += _gradients(block, parts).square().sum(0)
+        else:
+            _add_looked_up(block, parts)
+
+
+def _rotated(block: BlockFactors, part: Outer) -> tuple[Tensor, Tensor]:
+    g = part.g if block.rows is None else part.g @ block.rows
+    return g, part.x if block.columns is None else part.x @ block.columns
+
+
+def _gradients(block: BlockFactors, parts: list[Outer | Lookup]) -> Tensor:
+    """Gradients of samples in the basis, shape (n, r, D)."""
+    r = block.places.shape[0]
+    total: Tensor | None = None
+    for part in parts:
+        if isinstance(part, Lookup):
+            own = _looked_up(part, r)
+            if block.columns is not None:
+                own = own @ block.columns
+        elif part.g.shape[1] < r:
+            g, x = _rotated(block, part)
+            own = g.transpose(1, 2) @ x
+        else:
+            own = part.g.transpose(1, 2) @ part.x
+            own = own if block.rows is None else block.rows.T @ own
+            own = own if block.columns is None else own @ block.columns
+        total = own if total is None else total + own
+    assert total is not None
+    return total
+
+
+def _looked_up(part: Lookup, r: int) -> Tensor:
+    n, _, D = part.g.shape
+    row = torch.arange(n, device=part.g.device)[:, None] * (r + 1) + part.place
+    sums = part.g.new_zeros(n * (r + 1), D).index_add_(0, row.flatten(), part.g.flatten(0, 1))
+    return sums.reshape(n, r + 1, D)[:, :-1]
+
+
+def _add_looked_up(block: BlockFactors, parts: list[Outer | Lookup]) -> None:
+    """Squares of what each sample brings to each row that it looks up; others are zero."""
+    r, D = block.places.shape
+    keys, rows = [], []
+    for part in parts:
+        assert isinstance(part, Lookup)
+        n = len(part.g)
+        sample = torch.arange(n, device=part.g.device)[:, None] * (r + 1)
+        keys.append((sample + part.place).flatten())
+        rows.append(part.g.flatten(0, 1))
+    key, g = torch.cat(keys), torch.cat(rows)
+    kept = key % (r + 1) < r
+    which, inverse = torch.unique(key[kept], return_inverse=True)
+    sums = g.new_zeros(len(which), D).index_add_(0, inverse, g[kept])
+    if block.columns is not None:
+        sums = sums @ block.columns
+    block.values.index_add_(0, which % (r + 1), sums.square().to(block.values.dtype))
+
+
+def collect(
+    objective: Objective, seeds: Seeds, basis: KroneckerFactors | None
+) -> tuple[KroneckerFactors, bool]:
+    """The factors of an objective's samples, and whether samples were passed one by one.
+
+    In a basis of their own, or in a given one.
+    """
+    sweep, like = Sweep(objective, seeds), objective.masked.zeros(0)
+    if basis is None:
+        moments: dict[str, Moments] = {}
+        for back in sweep("Kronecker factors"):
+            if not moments:
+                moments = {plan.parameters[0]: Moments(plan, like) for plan in sweep.plans}
+            if not back.plan.is_diagonal:
+                moments[back.plan.parameters[0]].add(back)
+        moments = moments or {plan.parameters[0]: Moments(plan, like) for plan in sweep.plans}
+        blocks = {name: moments.pop(name).basis() for name in list(moments)}
+    else:
+        blocks = {
+            block.parameters[0]: replace(block, values=torch.zeros_like(block.values))
+            for block in basis.blocks
+        }
+    for back in sweep("corrected eigenvalues"):
+        add_squares(blocks[back.plan.parameters[0]], back)
+    of = seeds.kind, seeds.seed, seeds.draws, tuple(blocks.values())
+    return KroneckerFactors(objective.masked.size, objective.n_samples, *of), sweep.by_sample
