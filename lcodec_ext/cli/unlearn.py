@@ -155,7 +155,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="what to change: the name of a rule (docs/unlearning.md lists them), or a .json file "
         "of UnitSelection.to_dict() or ParameterSelection.to_dict()",
     )
-    add("--curvature", metavar="KIND", help="gauss_newton, hessian, fisher or secant")
+    add("--curvature", metavar="KIND", help="gauss_newton, hessian, fisher, secant or ekfac")
     add("--damping", type=number(), metavar="X", help="added to the curvature's diagonal")
     add(
         "--weight-decay",

@@ -540,14 +540,17 @@ class _Trial:
                     return self._lengthened(*self._bisected(tried, bad))
             return tried, tried.objection
         for decade in range(1, _DECADES + 1):
-            good, tried = tried, self._try(start / 10**decade)
+            damping = start / 10**decade
+            if damping < self.space.floor:
+                break
+            good, tried = tried, self._try(damping)
             if tried.objection:
                 return self._lengthened(*self._bisected(good, tried))
-        return tried, "range"
+        return self._lengthened(tried, "range")
 
     def _lengthened(self, good: _Tried, reason: str) -> tuple[_Tried, str]:
         """A longer step, where the space is too small for one with less damping."""
-        if reason != "residual":
+        if reason not in self.space.lengthens:
             return good, reason
         bad, shorter = None, None
         for _ in range(_LENGTHS):

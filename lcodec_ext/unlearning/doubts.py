@@ -262,6 +262,6 @@ _REASONS = {
     "request": _STOPPED + "the removed samples' own loss, which would rise by three times the gap",
     "residual": _STOPPED + "its system, which max_iterations do not solve",
     "curvature": _STOPPED + "the curvature, which is indefinite",
-    "range": "Without damping the step goes no further. More max_iterations may, or the "
-    "weight_decay of the training, if it was another",
+    "range": "Without damping the step goes no further. A larger n_curvature, more max_iterations "
+    "or the weight_decay of the training, if it was another, may",
 }

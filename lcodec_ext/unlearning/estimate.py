@@ -77,8 +77,8 @@ class Estimate:
         that are multiplied.
     memory : dict of str to int
         Peak bytes in addition to the given model and data: copies of the "model",
-        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, a "batch", gaps
-        in the "heap"; and their sum, the "peak".
+        "gradients", "vectors" of the solver, "graphs" and "rows" that are kept, Kronecker
+        "factors", a "batch", gaps in the "heap"; and their sum, the "peak".
     settings : Settings
         With what max_seconds, budget and max_memory lowered.
     chosen : dict of str to Any
@@ -233,7 +233,7 @@ def _estimated(work: Workplace, request: Request, setup: float, planning: bool) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         source = request.forget if request.kept is None else request.kept.all
-        rates = timed(work, selection, source, request.forget)
+        rates = timed(work, selection, source, request.forget, sizes)
     if planning:
         setup += time.perf_counter() - begin
     tried: list[Estimate] = []
@@ -283,7 +283,7 @@ def _as_planned(settings: Settings, sizes: Sizes, graphs: Graphs) -> Settings:
     lowered: dict[str, Any] = {}
     if plan.groups < settings.control_groups:
         lowered["control_groups"] = plan.groups
-    if plan.steps < (settings.max_iterations or STEPS):
+    if 0 < plan.steps < (settings.max_iterations or STEPS):
         lowered["max_iterations"] = plan.steps
     return replace(settings, **lowered) if lowered else settings
 
@@ -301,7 +301,7 @@ def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settin
             value = value or STEPS
         if (value is None and name in _ALL) or (value is not None and value > cap):
             lowered[name] = cap
-    if settings.update == "gradient":
+    if settings.update == "gradient" or settings.curvature == "ekfac":
         lowered.pop("max_iterations", None)
     return replace(settings, **lowered) if lowered else settings
 
@@ -400,7 +400,6 @@ def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
     layers = [modules.get(name) for name in units]
     tensors = [*work.model.parameters(), *work.model.buffers()]
     statistics = request.statistics
-    matrix = 0 if statistics is None or statistics.matrix is None else len(statistics.matrix)
     return Sizes(
         m=request.m,
         n_retain=request.n_retain,
@@ -412,6 +411,6 @@ def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
         bytes_each=torch.finfo(work.dtype).bits // 8,
         batch_norm=any(isinstance(module, _BatchNorm) for module in modules.values()),
         retained=request.kept is not None,
-        n_statistics=0 if statistics is None else max(1, matrix),
+        n_statistics=0 if statistics is None else statistics.n_parameters or 1,
         head=len(layers) == 1 and layers[0] is work.model and is_linear(layers[0]),
     )

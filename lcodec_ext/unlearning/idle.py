@@ -69,11 +69,13 @@ def _of_statistics(work: Workplace, request: Request, idle: dict[str, Tensor]) -
     """The regulariser's gradient where the statistics have no curvature, else another one."""
     statistics = request.statistics
     found = {k: torch.full_like(p, torch.nan) for k, p in work.parameters.items()}
-    if statistics is None or statistics.matrix is None or statistics.selection is None:
+    if statistics is None or statistics.selection is None:
         return found
+    known = statistics.diagonal()
+    assert known is not None  # whatever has a selection has a matrix or factors
     layout = statistics.selection.layout(work.model)
     diagonal = {k: torch.full_like(p, torch.nan) for k, p in work.parameters.items()}
-    layout.scatter_(diagonal, statistics.matrix.diagonal().to(work.device, work.dtype))
+    layout.scatter_(diagonal, known.to(work.device, work.dtype))
     for name in idle:
         plain = work.decay[name] * work.parameters[name].detach()
         found[name] = torch.where(diagonal[name] == 0, plain, found[name])

@@ -1,7 +1,7 @@
 """How long passes take on this machine, timed on a few samples."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from lcodec_ext.curvature.solvers import Krylov, conjugate_gradient
 from lcodec_ext.dependence import lfoci
 from lcodec_ext.unlearning.record import record
 from lcodec_ext.unlearning.step import OPERATORS, in_krylov_space
-from lcodec_ext.unlearning.workload import Graphs, Phase, Workload
+from lcodec_ext.unlearning.workload import Graphs, Phase, Sizes, Workload
 from lcodec_ext.unlearning.workplace import Workplace
 
 _ENOUGH = 0.02  # seconds of a run, after which no more samples are taken
@@ -26,6 +26,7 @@ _FEW = 16  # samples of a run, fewer of which count only where they are slow
 _COORDINATES = 16_000  # of vectors that are timed, at most
 _TIMED_ITERATIONS = 8
 _TRIED = 16  # samples and perturbations that are recorded, units that are selected from
+_SIDE = 256  # of a matrix whose eigenvectors are timed
 _STEPS = 8  # of L-FOCI, where nothing says how many
 
 
@@ -47,6 +48,7 @@ class Rates:
 
     `products` are with one column. `solve` is what an iteration costs without its product: seconds,
     and seconds a coordinate and column; of Lanczos' iteration for each vector in its basis.
+    `basis` is what the eigenvectors of all Kronecker factors take.
     """
 
     passes: Mapping[str, Rate]  # forward, gradient, graphs, products
@@ -55,6 +57,7 @@ class Rates:
     activations: Graphs
     perturbation: Rate | None = None  # of one, of all its samples
     selection: float = 0.0  # seconds
+    basis: float = 0.0  # seconds
 
     def seconds(self, work: Workload, phase: Phase) -> float:
         """Of a phase."""
@@ -68,10 +71,12 @@ class Rates:
         if work.method == "lanczos":
             each *= work.columns * work.iterations
         total += phase.solves * (self.solve.batch + each * self.solve.sample)
-        return total + phase.selections * self.selection
+        return total + phase.selections * self.selection + phase.bases * self.basis
 
 
-def timed(work: Workplace, selection: Selection, source: Samples, request: Samples) -> Rates:
+def timed(
+    work: Workplace, selection: Selection, source: Samples, request: Samples, sizes: Sizes
+) -> Rates:
     """Time passes over the first samples of a source, and what the settings select by."""
     settings = work.settings
     most = min(len(source), settings.batch_size)
@@ -80,12 +85,13 @@ def timed(work: Workplace, selection: Selection, source: Samples, request: Sampl
     gradient = _fitted(work, some, lambda samples: [lambda: work.gradient(samples)])
     passes = {"forward": forward[0], "gradient": gradient[0]}
     graphs = Graphs(0.0, 0.0)
-    if settings.update != "gradient" and settings.curvature != "secant":
+    if settings.update != "gradient" and settings.curvature not in ("secant", "ekfac"):
         built = _Built(work, selection)
         passes["graphs"], passes["products"] = _fitted(work, some, built.calls, built.fits)
         graphs = _line(built.n_bytes)
-    p = selection.layout(work.model).size
-    rates = Rates(passes, _solve_rate(work, p), graphs, _activations(work, some))
+    rates = Rates(passes, _solve_rate(work, sizes.p), graphs, _activations(work, some))
+    if sizes.blocks:
+        rates = replace(rates, basis=_basis_seconds(work, sizes.blocks))
     if settings.selection in ("lfoci", "cheap"):
         rates = replace(rates, perturbation=_recorded(work, request), selection=_selected(work))
     return rates
@@ -224,6 +230,13 @@ def _solve_rate(work: Workplace, p: int) -> Rate:
     (n, before), (m, after) = found[0], found[-1]
     each = max(0.0, (after - before) / (m - n)) if m > n else 0.0
     return Rate(max(0.0, after - m * each) / iterations, each / iterations)
+
+
+def _basis_seconds(work: Workplace, blocks: Sequence[tuple[int, int]]) -> float:
+    """Of eigenvectors in float64, from those of one small matrix: their work is cubic."""
+    matrix = torch.ones(_SIDE, _SIDE, dtype=torch.float64, device=work.device).tril().add(1e-3)
+    each = _fastest(work, lambda: torch.linalg.eigh(matrix)) / _SIDE**3
+    return each * sum(side**3 for block in blocks for side in block)
 
 
 def _recorded(work: Workplace, request: Samples) -> Rate:

@@ -475,7 +475,7 @@ def _check_loss(work: Workplace, batch: Batch, outputs: Any, name: str) -> None:
         loss = finite_loss(work.loss_fn, outputs, batch, name)
     check_followed([loss], work.watched, THE_LOSS)
     check_parts(work.loss_fn, outputs, batch.targets, batch.size, 1)
-    if work.settings.curvature in ("gauss_newton", "hessian"):
+    if work.settings.curvature in ("gauss_newton", "hessian", "ekfac"):
         _check_curvature(work, batch, outputs)
 
 

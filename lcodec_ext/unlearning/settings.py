@@ -22,7 +22,7 @@ from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, s
 from lcodec_ext.unlearning.record import TokenReplacement
 from lcodec_ext.unlearning.rules import RULES
 
-CURVATURES = ("gauss_newton", "hessian", "fisher", "secant")
+CURVATURES = ("gauss_newton", "hessian", "fisher", "secant", "ekfac")
 UPDATES = ("newton", "gradient", "certified")
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -212,8 +212,9 @@ class StepSettings:
     ----------
     update : {"newton", "gradient", "certified"}
         Solve with the curvature; or follow the gradient; or a Newton step with a guarantee.
-    curvature : {"gauss_newton", "hessian", "fisher", "secant"}
-        The matrix; "secant" compares gradients along the step, or takes pairs of `statistics`.
+    curvature : {"gauss_newton", "hessian", "fisher", "secant", "ekfac"}
+        The matrix; "secant" compares gradients along the step, or takes pairs of `statistics`;
+        "ekfac" is a Gauss-Newton matrix of Kronecker products, solved without iterations.
     gradient : {"removal", "residual"}
         Follow the removed samples' gradient, or that of the retained objective.
     weight_decay : float or dict of str to float
@@ -240,7 +241,7 @@ class StepSettings:
     """
 
     update: Literal["newton", "gradient", "certified"] = _choice("newton", UPDATES)
-    curvature: Literal["gauss_newton", "hessian", "fisher", "secant"] = _choice(
+    curvature: Literal["gauss_newton", "hessian", "fisher", "secant", "ekfac"] = _choice(
         "gauss_newton", CURVATURES
     )
     gradient: Literal["removal", "residual"] = _choice("removal", ("removal", "residual"))
@@ -293,8 +294,8 @@ class CalibrateSettings:
                 )
         if self.curvature == "secant":
             raise ValueError(
-                "calibrate=True belongs to curvature='gauss_newton', 'hessian' or 'fisher'; got "
-                "'secant'"
+                "calibrate=True belongs to curvature='gauss_newton', 'ekfac', 'hessian' or "
+                "'fisher'; got 'secant'"
             )
 
 
@@ -538,7 +539,8 @@ class Settings(
             "newton",
             "gauss_newton",
         ):
-            made = defaults | PLAIN_DAMPING | options
+            closed = CLOSED_FORM if made["curvature"] == "ekfac" else {}
+            made = defaults | PLAIN_DAMPING | closed | options
         settings = cls(**made)
         _check_used(options, settings)
         return settings
@@ -692,7 +694,8 @@ def _calibrated(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
     made = [options.get(name, defaults.get(name)) for name in ("update", "curvature")]
     if made == ["newton", "gauss_newton"]:
         return CALIBRATED
-    return CALIBRATED | {"output_damping": 0.0}
+    closed = CLOSED_FORM if made[1] == "ekfac" else {}
+    return CALIBRATED | {"output_damping": 0.0} | closed
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -727,6 +730,11 @@ def _check_used(options: Mapping[str, Any], settings: Settings) -> None:
     for names, used, owner in (
         (("learning_rate",), update == "gradient", f"update='gradient'; update is {update!r}"),
         (("rtol",), update != "gradient", f"update='newton'; update is {update!r}"),
+        (
+            ("rtol", "max_iterations", "lengthen"),
+            settings.curvature != "ekfac",
+            "a solve by iterations; curvature='ekfac' has a closed form",
+        ),
         (("halvings", "retries"), guarded, "a guard, and max_drop is None"),
         (
             ("finish", "control_groups", "max_rise"),
@@ -776,6 +784,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 #: Of a preset, where there is no output_damping.
 PLAIN_DAMPING: dict[str, Any] = {"output_damping": 0.0, "damping": 2e-4}
+
+#: Of a preset, with curvature="ekfac": what iterations take has no meaning, and samples are cheap.
+CLOSED_FORM: dict[str, Any] = {
+    "max_iterations": None,
+    "rtol": None,
+    "lengthen": None,
+    "n_curvature": 2048,
+}
 
 #: Of "recommended", where there are none and no strength is given: weaker than the best strength
 #: was on every network trained by AdamW in the experiments that constants were chosen on.

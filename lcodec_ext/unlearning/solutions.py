@@ -1,11 +1,14 @@
 """Systems with one curvature, for a request and its control groups, at any damping."""
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from lcodec_ext._progress import progress_bar
 from lcodec_ext.curvature import CurvatureOperator
+from lcodec_ext.curvature.kronecker import KroneckerOperator
 from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.settings import Settings
@@ -14,6 +17,8 @@ from lcodec_ext.unlearning.workplace import Workplace
 STEPS = 8  # blocks of the Krylov space
 MAX_BYTES = 2**30  # of what the vectors of a calibration take
 _FEWEST_STEPS = 2
+_NO_MATTER = 1e-2  # of the smallest eigenvalue: a damping that changes no solution by more
+_WORKING = 4  # vectors of a solution in closed form
 
 
 class Solutions(Protocol):
@@ -25,14 +30,21 @@ class Solutions(Protocol):
         Products of A with a vector that they took.
     largest, least : float
         Of the eigenvalues of A, or of what is known of them.
+    floor : float
+        Of dampings: less changes no solution by much.
     method : str
         What a `SolveResult` calls it.
+    lengthens : tuple of str
+        The reasons for which less damping is not tried, and a longer step is: it is not solved
+        well enough; or there is no damping left, and the curvature is an approximation.
     """
 
     products: int
     largest: float
     least: float
+    floor: float
     method: str
+    lengthens: tuple[str, ...]
 
     def solve(self, shift: float, column: int) -> Tensor:
         """The solution for a damping and one b, shape (p,)."""
@@ -50,17 +62,21 @@ class Plan(NamedTuple):
     bytes: int
 
 
-class Maker(Protocol):
+class Maker(ABC):
     """A way to such solutions."""
 
-    def planned(self, p: int, itemsize: int, groups: int, steps: int, most: int) -> Plan:
+    @abstractmethod
+    def planned(
+        self, p: int, itemsize: int, groups: int, steps: int = STEPS, most: int = MAX_BYTES
+    ) -> Plan:
         """What fits in so many bytes, for p parameters of itemsize bytes."""
 
+    @abstractmethod
     def solutions(self, work: Workplace, operator: Any, b: list[Tensor], plan: Plan) -> Solutions:
         """For each b of shape (p,). The list is emptied, so that their memory is free."""
 
 
-class _InAKrylovSpace:
+class _InAKrylovSpace(Maker):
     def planned(
         self, p: int, itemsize: int, groups: int, steps: int = STEPS, most: int = MAX_BYTES
     ) -> Plan:
@@ -100,13 +116,50 @@ class _InAKrylovSpace:
             return Krylov(product, b, plan.steps, plan.at_once)
 
 
-#: Where each damping would take a solve of its own, but a Krylov space serves all.
+class _ClosedForm:
+    """Solutions of a matrix whose eigenvectors are known."""
+
+    method = "ekfac"
+    lengthens = ("range",)
+
+    def __init__(self, operator: KroneckerOperator, b: list[Tensor]) -> None:
+        self._operator, self._b = operator, b[:]
+        b.clear()
+        self.products, self.largest, self.least = 0, operator.largest, operator.least
+        self.floor = _NO_MATTER * (operator.least + operator.shift)
+
+    def solve(self, shift: float, column: int) -> Tensor:
+        return self._operator.solve_shifted(self._b[column], shift)
+
+    def residuals(self, shift: float) -> Tensor:
+        """Those of an exact solution: the rounding is not looked at before a step is taken."""
+        return torch.zeros(len(self._b), dtype=torch.float64)
+
+
+class _InClosedForm(Maker):
+    def planned(
+        self, p: int, itemsize: int, groups: int, steps: int = STEPS, most: int = MAX_BYTES
+    ) -> Plan:
+        """Fewer groups, at least four, where so many vectors would take too much."""
+        count = groups
+        if itemsize * p * (groups + 1 + _WORKING) > most:
+            count = min(groups, FEWEST)
+        return Plan(count, 0, 1, itemsize * p * (count + 1 + _WORKING))
+
+    def solutions(
+        self, work: Workplace, operator: KroneckerOperator, b: list[Tensor], plan: Plan
+    ) -> _ClosedForm:
+        return _ClosedForm(operator, b)
+
+
+#: Of matrices that only multiply: one space serves each b and every damping.
 KRYLOV = _InAKrylovSpace()
+_MAKERS: dict[str, Maker] = {"ekfac": _InClosedForm()}
 
 
 def maker_of(settings: Settings) -> Maker:
     """How systems are solved at any damping with the curvature of settings."""
-    return KRYLOV
+    return _MAKERS.get(settings.curvature, KRYLOV)
 
 
 def plan_of(settings: Settings, p: int, itemsize: int, left: int | None = None) -> Plan:

@@ -18,6 +18,7 @@ from lcodec_ext._torch.loss import LossFunction, check_copy, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
 from lcodec_ext.curvature import Selection, UnitSelection, all_trainable, selection_from_dict
+from lcodec_ext.curvature.kronecker import EKFACOperator, KroneckerFactors, KroneckerOperator
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.curvature.operators import (
     CurvatureOperator,
@@ -37,7 +38,11 @@ _KINDS = {
 }
 _MOST = 8192  # coordinates of a matrix that is formed: 0.5 GB in float64
 _BATCH = 256
-_FORMAT = 1
+#: Random combinations of each sample's outputs in Kronecker factors. One does what all of them did
+#: on the networks that this was tried on (split 0 of benchmarks/ekfac_against_cg.py).
+DRAWS = 1
+_REACHED = 1e-12  # of the largest: less on a diagonal is rounding of the eigenvectors
+_FORMAT, _WITH_FACTORS = 1, 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,22 +50,28 @@ class TrainingStatistics:
     """What is kept of the training data for deletions: curvature, or pairs that determine it.
 
     `collect` keeps the matrix of a few thousand parameters: the step for the first request is then
-    exactly that with all retained data. `from_epochs` keeps steps of training and the changes of
-    the gradient along them, for models of any size: a secant matrix, which is never exact.
+    exactly that with all retained data. For models of any size it keeps the Kronecker factors of
+    EK-FAC (curvature="ekfac"), and `from_epochs` steps of training and the changes of the gradient
+    along them: a secant matrix, which is never exact.
 
-    The matrix belongs to the weights at which it was collected, and these are kept with it. The
-    removed samples' part is computed at the same weights and taken out. After a request the model
-    has moved and the matrix has not, so later steps are Newton steps with an older matrix; they
-    stay exact only for losses whose curvature does not depend on the weights. Only Newton steps can
-    be made, and the guard needs validation samples. docs/unlearning.md says more.
+    Of the factors, the removed samples are taken out of what is a sum over samples: the mean
+    squares of gradients along the eigenvectors. That is exact, whatever the order of requests. The
+    eigenvectors stay those of all training samples: a matrix formed from the retained samples alone
+    has slightly other ones. docs/models.md says by how much that matters.
+
+    Matrix and factors belong to the weights at which they were collected, and these are kept with
+    them. The removed samples' part is computed at the same weights and taken out. After a request
+    the model has moved and the matrix has not, so later steps are Newton steps with an older
+    matrix; they stay exact only for losses whose curvature does not depend on the weights. Only
+    Newton steps can be made, and the guard needs validation samples. docs/unlearning.md says more.
 
     Attributes
     ----------
     n : int
         Training samples.
-    kind : {"gauss_newton", "hessian", "fisher", "secant"}
+    kind : {"gauss_newton", "hessian", "fisher", "secant", "ekfac"}
     selection : UnitSelection, ParameterSelection or None
-        The parameters of a matrix; pairs are of all trainable parameters.
+        The parameters of a matrix or of factors; pairs are of all trainable parameters.
     matrix : Tensor, shape (p, p), or None
         Mean over the training samples, without weight decay.
     steps, changes : list of dict of str to Tensor
@@ -68,25 +79,35 @@ class TrainingStatistics:
     weights : dict of str to Tensor or None
         Parameters and buffers that the statistics are of, by name; of pairs, the parameters of the
         last snapshot. Those that are missing are taken from the given model, until `at` fills them.
+    factors : KroneckerFactors or None
+        Of "ekfac": the eigenvectors of each layer's factors, and sums over the training samples.
     """
 
     n: int
-    kind: Literal["gauss_newton", "hessian", "fisher", "secant"]
+    kind: Literal["gauss_newton", "hessian", "fisher", "secant", "ekfac"]
     selection: Selection | None
     matrix: Tensor | None
     steps: list[Tensors]
     changes: list[Tensors]
     weights: Tensors | None = None
+    factors: KroneckerFactors | None = None
 
     def __repr__(self) -> str:
-        if self.matrix is not None:
+        if self.n_parameters is not None:
             return (
                 f"TrainingStatistics({self.kind} of {counted(self.n, 'sample')}, "
-                f"{counted(len(self.matrix), 'parameter')})"
+                f"{counted(self.n_parameters, 'parameter')})"
             )
         return (
             f"TrainingStatistics({counted(self.n, 'sample')}, {counted(len(self.steps), 'pair')})"
         )
+
+    @property
+    def n_parameters(self) -> int | None:
+        """Parameters of the matrix or of the factors; None of pairs."""
+        if self.factors is not None:
+            return self.factors.size
+        return None if self.matrix is None else len(self.matrix)
 
     @classmethod
     @twice_differentiable()
@@ -96,21 +117,23 @@ class TrainingStatistics:
         train: Any,
         loss_fn: LossFunction,
         *,
-        curvature: Literal["gauss_newton", "hessian", "fisher"] = "gauss_newton",
+        curvature: Literal["gauss_newton", "hessian", "fisher", "ekfac"] = "gauss_newton",
         selection: Selection | None = None,
         batch_size: int = _BATCH,
         dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> "TrainingStatistics":
-        """Form the matrix of a trained model on its training samples.
+        """Form the matrix of a trained model on its training samples, or its Kronecker factors.
 
-        Time is p products with the matrix, memory p^2 numbers.
+        Time is p products with the matrix, memory p^2 numbers. With curvature="ekfac" time is two
+        passes over the samples, and memory the eigenvectors of each layer, of (inputs + 1)^2 and
+        outputs^2 numbers, and p eigenvalues; then any number of parameters will do.
 
         Parameters
         ----------
         model, train, loss_fn
             As `unlearn` takes model, retain and loss_fn.
-        curvature : {"gauss_newton", "hessian", "fisher"}, default "gauss_newton"
+        curvature : {"gauss_newton", "hessian", "fisher", "ekfac"}, default "gauss_newton"
         selection : UnitSelection or ParameterSelection, optional
             What may be asked for later; all trainable parameters by default.
         batch_size, dtype, progress
@@ -119,31 +142,27 @@ class TrainingStatistics:
         Raises
         ------
         ValueError
-            For more than 8192 parameters: select units, or use `from_epochs`.
+            For more than 8192 parameters, except with "ekfac".
         """
-        check_choice(curvature, "curvature", tuple(_KINDS))
+        check_choice(curvature, "curvature", (*_KINDS, "ekfac"))
         check_integer(batch_size, "batch_size", 1)
         chosen = all_trainable(model) if selection is None else selection
         p = chosen.size(model)
-        if p > _MOST:
+        if p > _MOST and curvature != "ekfac":
             raise ValueError(
                 f"the selection has {p:,} parameters and at most {_MOST:,} can be kept as a "
-                "matrix; select fewer units, or keep pairs: TrainingStatistics.from_epochs"
+                "matrix; keep Kronecker factors, curvature='ekfac', or select fewer units"
             )
         samples = _samples(model, train, "train", dtype)
-        operator = _KINDS[curvature](
-            model, loss_fn, samples.data(batch_size), chosen, dtype=samples.dtype, progress=progress
-        )
-        matrix = operator.to_dense()
-        return cls(
-            len(samples),
-            curvature,
-            chosen,
-            matrix,
-            [],
-            [],
-            {k: t.detach().clone() for k, t in _named(model)},
-        )
+        given: tuple[Any, ...] = (model, loss_fn, samples.data(batch_size), chosen)
+        options: dict[str, Any] = {"dtype": samples.dtype, "progress": progress}
+        matrix, factors = None, None
+        if curvature == "ekfac":
+            factors = EKFACOperator(*given, draws=DRAWS, **options).factors
+        else:
+            matrix = _KINDS[curvature](*given, **options).to_dense()
+        weights = {k: t.detach().clone() for k, t in _named(model)}
+        return cls(len(samples), curvature, chosen, matrix, [], [], weights, factors)
 
     @classmethod
     def from_epochs(
@@ -258,8 +277,13 @@ class TrainingStatistics:
         decay = vector_of(weight_decay, layout, layout.parameters)
         uniform = weight_decay if decay is None else 0.0
         decay = decay if decay is None else decay.to(dtype)
+        if self.factors is not None:
+            factors = self._retained_factors(model, loss_fn, samples, batch_size)
+            factors = factors.restrict(self._coordinates(model, layout, selection))
+            shift, origin = damping + uniform, "; saved at training time"
+            return KroneckerOperator(factors, 1 / left, shift=shift, decay=decay, origin=origin)
         if self.matrix is not None:
-            index = self._coordinates(model, layout, selection)
+            index = self._coordinates(model, layout, selection).to(self.matrix.device)
             whole = self.matrix.to(device, dtype)[index][:, index]
             removed = _KINDS[self.kind](
                 self._placed(model, dtype),
@@ -323,10 +347,29 @@ class TrainingStatistics:
             end = begin
         return steps, made[::-1]
 
-    def _coordinates(self, model: nn.Module, layout: Layout, selection: Selection) -> Tensor:
-        """Where the coordinates of a selection are among those of the matrix."""
+    def _retained_factors(
+        self, model: nn.Module, loss_fn: LossFunction, samples: Samples, batch_size: int
+    ) -> KroneckerFactors:
+        """The factors without some samples, whose part is formed in the same basis."""
+        assert self.factors is not None
         assert self.selection is not None
-        assert self.matrix is not None
+        whole = self.factors.to(samples.device, samples.dtype)
+        removed = EKFACOperator(
+            self._placed(model, samples.dtype),
+            loss_fn,
+            samples.data(batch_size),
+            self.selection,
+            kind=whole.kind,  # type: ignore[arg-type]
+            seed=whole.seed,
+            draws=whole.draws,
+            basis=whole,
+            dtype=samples.dtype,
+        )
+        return whole.minus(removed.factors)
+
+    def _coordinates(self, model: nn.Module, layout: Layout, selection: Selection) -> Tensor:
+        """Where the coordinates of a selection are among those of the matrix or the factors."""
+        assert self.selection is not None
         if isinstance(selection, UnitSelection) and isinstance(self.selection, UnitSelection):
             others = selection - self.selection
         else:
@@ -339,9 +382,9 @@ class TrainingStatistics:
                 f"in {layers}; collect them with these units"
             )
         own = self.selection.layout(model)
-        if own.size != len(self.matrix):
+        if own.size != self.n_parameters:
             raise ValueError(
-                f"the statistics are of another model: their units have {len(self.matrix):,} "
+                f"the statistics are of another model: their units have {self.n_parameters:,} "
                 f"parameters; this model has {own.size:,}"
             )
         numbers = layout.numbers_in(own)
@@ -350,7 +393,7 @@ class TrainingStatistics:
                 f"the statistics have no curvature of {int((numbers < 0).sum()):,} of the "
                 f"{len(numbers):,} parameters that are asked for; collect them with these"
             )
-        return numbers.to(self.matrix.device)
+        return numbers
 
     @twice_differentiable()
     def without(
@@ -373,6 +416,9 @@ class TrainingStatistics:
         """
         samples = _samples(model, forget, "forget", dtype)
         left = self.n_left(len(samples))
+        if self.factors is not None:
+            factors = self._retained_factors(model, loss_fn, samples, batch_size)
+            return dataclasses.replace(self, n=left, factors=factors)
         if self.matrix is not None:
             assert self.selection is not None
             operator = self.operator(
@@ -387,7 +433,7 @@ class TrainingStatistics:
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a file that `load` reads, with `torch.load(weights_only=True)`."""
         state = {
-            "format": _FORMAT,
+            "format": _FORMAT if self.factors is None else _WITH_FACTORS,
             "n": self.n,
             "kind": self.kind,
             "selection": None if self.selection is None else self.selection.to_dict(),
@@ -396,6 +442,8 @@ class TrainingStatistics:
             "changes": self.changes,
             "weights": self.weights,
         }
+        if self.factors is not None:
+            state["factors"] = self.factors.to_dict()
         write_atomically(path, lambda file: torch.save(state, file))
 
     @classmethod
@@ -408,9 +456,12 @@ class TrainingStatistics:
             raise
         except Exception as error:  # of many kinds, on files that are not torch's
             raise ValueError(f"{path!s} holds no training statistics: {error}") from error
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise ValueError(f"{path!s} holds no training statistics of format {_FORMAT}")
-        selection = state["selection"]
+        known = (_FORMAT, _WITH_FACTORS)
+        if not isinstance(state, dict) or state.get("format") not in known:
+            raise ValueError(
+                f"{path!s} holds no training statistics of formats up to {_WITH_FACTORS}"
+            )
+        selection, factors = state["selection"], state.get("factors")
         return cls(
             state["n"],
             state["kind"],
@@ -419,7 +470,30 @@ class TrainingStatistics:
             state["steps"],
             state["changes"],
             state.get("weights"),
+            None if factors is None else KroneckerFactors.from_dict(factors),
         )
+
+    def tensors(self) -> Tensors:
+        """Curvature or pairs, by names that ledgers know them by."""
+        found = {} if self.matrix is None else {"matrix": self.matrix}
+        for part, pairs in (("step", self.steps), ("change", self.changes)):
+            found |= {
+                f"{part} {k} {name}": t for k, one in enumerate(pairs) for name, t in one.items()
+            }
+        for k, block in enumerate(self.factors.blocks if self.factors is not None else ()):
+            for name in ("rows", "columns", "values"):
+                if (t := getattr(block, name)) is not None:
+                    found[f"factors {k} {name}"] = t
+        return found
+
+    def diagonal(self) -> Tensor | None:
+        """That of the curvature, with zeros where no sample reaches a parameter; None of pairs."""
+        if self.matrix is not None:
+            return self.matrix.diagonal()
+        if self.factors is None:
+            return None
+        found = KroneckerOperator(self.factors, 1.0).diagonal()
+        return torch.where(found > _REACHED * found.max(), found, 0.0)
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

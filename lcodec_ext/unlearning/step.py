@@ -22,16 +22,19 @@ from lcodec_ext.curvature import (
     Selection,
     SolveResult,
 )
+from lcodec_ext.curvature.kronecker import EKFACOperator
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.solutions import KRYLOV, Plan
+from lcodec_ext.unlearning.statistics import DRAWS
 from lcodec_ext.unlearning.workplace import Workplace
 
 OPERATORS: dict[str, Any] = {
     "gauss_newton": GaussNewtonOperator,
     "hessian": HessianOperator,
     "fisher": FisherOperator,
+    "ekfac": EKFACOperator,
 }
 
 
@@ -181,7 +184,8 @@ def newton_step(block: Block, direction: Tensor, damping: float) -> Damped:
 
 def in_krylov_space(settings: Settings, from_statistics: bool) -> bool:
     """Whether a step without calibration is found in a Krylov space, in which damping is free."""
-    return settings.bounded and not from_statistics and settings.curvature != "secant"
+    products = settings.curvature not in ("secant", "ekfac")
+    return settings.bounded and not from_statistics and products
 
 
 def _least_solved(
@@ -237,7 +241,10 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         length = 0.01 * float(block.start.norm()) or 0.01
         steps = direction * (length / float(direction.norm()))
         return SecantOperator(*arguments, steps=steps, **common)
-    common["cache_bytes"] = settings.cache_bytes
+    if settings.curvature == "ekfac":
+        common |= {"seed": settings.seed, "draws": DRAWS, "progress": work.progress}
+    else:
+        common["cache_bytes"] = settings.cache_bytes
     return OPERATORS[settings.curvature](*arguments, **common)
 
 

@@ -16,6 +16,7 @@ from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.solutions import Plan, plan_of
+from lcodec_ext.unlearning.statistics import DRAWS
 from lcodec_ext.unlearning.step import FEW, in_krylov_space
 
 FEW_ROWS = 2048  # of a matrix of low rank, which is solved in its rows
@@ -43,6 +44,7 @@ class Sizes:
     retained: bool = True  # whether there are retained samples
     n_statistics: int = 0  # coordinates of a matrix that was saved at training time
     head: bool = False  # whether rows of the layer that gives the outputs are kept, and no graphs
+    blocks: tuple[tuple[int, int], ...] = ()  # rows and columns of Kronecker-factored blocks
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Phase:
     products: tuple[Pass, ...] = ()
     solves: int = 0  # iterations in which vectors are made orthogonal or added
     selections: int = 0  # by L-FOCI
+    bases: int = 0  # of all Kronecker-factored blocks
     certain: bool = True
     batch_size: int = 0  # where it is not that of the settings
 
@@ -166,6 +169,8 @@ class Workload:
         s, p = self.settings, self.sizes.p
         if not self.newton:
             return "none"
+        if s.curvature == "ekfac":
+            return "closed form"
         if s.calibrate or in_krylov_space(s, self.from_statistics):
             return "lanczos"
         if s.curvature == "secant":
@@ -245,11 +250,23 @@ class Workload:
         left = max(0, total - self.kept * size)
         return {"graphs": ((1, total), (n, left)), "products": ((n * columns, total),)}
 
+    def _factors(self, count: int) -> dict[str, Any]:
+        """Kronecker factors so often: two passes over the samples, one where the basis is known."""
+        passes = DRAWS if self.from_statistics else 2 * DRAWS
+        return {
+            "gradient": ((count * passes, self.n_curvature),),
+            "bases": 0 if self.from_statistics else count,
+        }
+
     def _steps(self, rounds: int) -> Iterator[Phase]:
         s, z, count = self.settings, self.sizes, rounds * self.settings.steps
         method = self.method
         if method == "secant":
             yield Phase("curvature", gradient=((2 * count, self.n_curvature),))
+        elif method == "closed form":
+            yield Phase("curvature", **self._factors(count))
+            if s.retries and s.max_drop is not None:
+                yield Phase("retries", **self._factors(count * s.retries), certain=False)
         elif method in ("woodbury", "formed"):
             rows = self.sizes.n_outputs
             if method == "formed" and (s.curvature == "hessian" or z.head):
@@ -271,6 +288,12 @@ class Workload:
                 more = _times(n, self._products(self.iterations + 1, 1))
                 yield Phase("retries", **more, solves=n * self.iterations, certain=False)
 
+    def _solutions(self) -> dict[str, Any]:
+        """Of a calibration: what its systems take at any damping."""
+        if self.method == "closed form":
+            return self._factors(1)
+        return self._products(self.iterations, self.columns) | {"solves": self.iterations}
+
     def _calibration(self) -> Iterator[Phase]:
         s, m = self.settings, self.sizes.m
         groups = self.columns - 1
@@ -282,13 +305,9 @@ class Workload:
         def losses(trials: int) -> tuple[Pass, ...]:
             return (trials * groups, min(size, most // groups)), (trials, held), (trials, kept)
 
-        yield Phase(
-            "calibration",
-            gradient=((groups, size),),
-            forward=losses(_LIKELY_TRIALS + 2),
-            **self._products(self.iterations, self.columns),
-            solves=self.iterations,
-        )
+        solve = self._solutions()
+        solve["gradient"] = ((groups, size), *solve.get("gradient", ()))
+        yield Phase("calibration", forward=losses(_LIKELY_TRIALS + 2), **solve)
         more = TRIALS + 1 - _LIKELY_TRIALS
         yield Phase("more dampings", forward=losses(more), certain=False)
         yield from self._finish(held, kept)
@@ -348,6 +367,8 @@ class Workload:
             "batch": batch,
         }
         step = self._beside_vectors() | {"vectors": float(self._vectors())}
+        if self.method == "closed form":
+            step["batch"] = activations.of(min(s.batch_size, self.n_curvature))
         if self.method in ("woodbury", "formed") and s.curvature != "hessian":
             rows = FEW_ROWS * z.p if self.method == "woodbury" else 2 * z.p * z.p
             rows = min(self.rows * z.p, rows) if self.method == "woodbury" else rows
@@ -373,7 +394,16 @@ class Workload:
             one = self.graphs.of(each) + chosen  # a gradient hangs on each graph
             found["graphs"] = one * some
             found["batch"] = one  # one that is built, or what a product through one works with
+        if self.method == "closed form":
+            found["factors"] = float(self._factor_bytes())
         return found
+
+    def _factor_bytes(self) -> int:
+        """Of bases, of what they are computed from, and of eigenvalues in float64."""
+        z = self.sizes
+        squares = [side * side for block in z.blocks for side in block]
+        working = 3 * 8 * max(squares, default=0)
+        return 2 * z.bytes_each * sum(squares) + 2 * 8 * z.p + working
 
     def _vectors(self) -> int:
         s, z = self.settings, self.sizes

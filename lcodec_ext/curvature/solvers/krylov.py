@@ -46,6 +46,8 @@ class Krylov:
     """
 
     method = "lanczos"
+    lengthens = ("residual",)
+    floor = 0.0
 
     def __init__(
         self,

@@ -169,12 +169,7 @@ def _groups_record(groups: Groups) -> dict[str, Any]:
 
 
 def _statistics_record(statistics: TrainingStatistics) -> dict[str, Any]:
-    tensors = {} if statistics.matrix is None else {"matrix": statistics.matrix}
-    for part, pairs in (("step", statistics.steps), ("change", statistics.changes)):
-        tensors |= {
-            f"{part} {k} {name}": t for k, one in enumerate(pairs) for name, t in one.items()
-        }
-    return {"n": statistics.n, "kind": statistics.kind, "sha256": state_hash(tensors)}
+    return {"n": statistics.n, "kind": statistics.kind, "sha256": state_hash(statistics.tensors())}
 
 
 # ---------------------------------------------------------------------------------------------
