@@ -96,7 +96,9 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
             except (NotTrainedError, NotFiniteError) as error:
                 block.restore(theta, block.buffers)
                 why = f" instead of mini-batches, as {error}"
-        kept = _lbfgs(block, harm, theta, outliers=outliers)
+        # After a step the vectors that it was found by are still there.
+        history = 1 if known and work.space_bytes is not None else work.history
+        kept = _lbfgs(block, harm, theta, history, outliers=outliers)
         if known or does(work.model):
             return Finish(kept, f"L-BFGS on the retained samples{why}")
     block.put(theta)
@@ -119,11 +121,11 @@ def finish_step(block: Block, harm: Harm) -> Finish | None:
     return Finish(batches, "mini-batches, the removed samples' outputs held as after the step")
 
 
-def _lbfgs(block: Block, harm: Harm, before: Tensor, *, outliers: bool) -> int:
+def _lbfgs(block: Block, harm: Harm, before: Tensor, history: int, *, outliers: bool) -> int:
     """L-BFGS on the retained objective from the present weights, as long as validation holds.
 
-    In evaluation mode, on the selected parameters, with history 10 (less where memory is limited)
-    and a strong Wolfe line search.
+    In evaluation mode, on the selected parameters, with a strong Wolfe line search. The history is
+    10 pairs of vectors, fewer where memory is limited.
     Each iteration takes one or two passes over the retained samples, every second one another over
     validation. They end where the objective has fallen to a hundredth: it is not to go on with
     training. For samples like any other a fall by a twentieth is too much, and all is undone:
@@ -139,7 +141,7 @@ def _lbfgs(block: Block, harm: Harm, before: Tensor, *, outliers: bool) -> int:
         [theta],
         max_iter=1,
         max_eval=_LINE_SEARCH,  # of one iteration: the default allows its line search none
-        history_size=work.history,
+        history_size=history,
         tolerance_grad=0.0,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",

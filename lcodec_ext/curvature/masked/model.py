@@ -186,6 +186,11 @@ class MaskedModel:
     # ------------------------------------------------------------------------------------------
     # Vectors
 
+    @property
+    def theta(self) -> Tensor:
+        """The selected entries of the parameters, shape (p,), a copy."""
+        return self.layout.gather(self.base)
+
     def zeros(self, *shape: int) -> Tensor:
         """Zeros in the dtype of the computation; a vector of coordinates by default."""
         return torch.zeros(shape or (self.size,), dtype=self.dtype, device=self.device)
