@@ -21,6 +21,7 @@ DOCUMENTS = {  # and how many examples each has
     "docs/dependence.md": 13,
     "docs/evaluation.md": 3,
     "docs/inference.md": 4,
+    "docs/models.md": 1,
     "docs/privacy.md": 3,
     "docs/unlearning.md": 7,
 }

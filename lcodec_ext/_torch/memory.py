@@ -38,10 +38,10 @@ def _of_groups() -> Iterator[int]:
     for line in _lines(_ROOT / "proc/self/cgroup"):
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
-            tops, names = (mounted, mounted / "unified"), ("memory.max", "memory.current")
+            tops, names = [mounted, mounted / "unified"], ("memory.max", "memory.current")
             cache = "inactive_file"
         elif "memory" in controllers.split(","):
-            tops, names = (mounted / "memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            tops, names = [mounted / "memory"], ("memory.limit_in_bytes", "memory.usage_in_bytes")
             cache = "total_inactive_file"
         else:
             continue

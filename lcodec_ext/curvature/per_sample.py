@@ -250,7 +250,8 @@ def has_factors(objective: Objective, run: ForwardPass, batch: Batch, key: Key) 
 
 
 def _as_long_as_the_batch(objective: Objective, run: ForwardPass, n: int) -> bool:
-    if objective.masked.whole or any(value.ndim == 0 or len(value) != n for value in run.values):
+    whole = objective.masked.whole.keys() - (objective.masked.spread or set())
+    if whole or any(value.ndim == 0 or len(value) != n for value in run.values):
         return False
     for call in run.calls:
         if len(call.value) != n or isinstance(call.rows.module, nn.EmbeddingBag):
@@ -263,25 +264,35 @@ def _as_long_as_the_batch(objective: Objective, run: ForwardPass, n: int) -> boo
     return True
 
 
+def _reached_apart(
+    objective: Objective, run: ForwardPass, seeds: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """What reaches the rows of every call, and parameters that each sample has for itself."""
+    own = zip(objective.masked.entries, run.displacements, strict=True)
+    apart = [d for name, d in own if name in (objective.masked.spread or ())]
+    at = [*(call.value for call in run.calls), *apart]
+    return torch.autograd.grad(run.values, at, seeds, retain_graph=True, materialize_grads=True)
+
+
 def _samples_come_first(objective: Objective, run: ForwardPass, batch: Batch) -> bool:
     n = batch.size
     if not _as_long_as_the_batch(objective, run, n):
         return False
-    if n == 1 or not run.calls or not run.values:
+    if n == 1 or not run.values or not (run.calls or objective.masked.spread):
         return True
     generator = torch.Generator(run.values[0].device).manual_seed(0)
     seeds = [
         torch.randn(v.shape, dtype=v.dtype, device=v.device, generator=generator)
         for v in run.values
     ]
-    whole = _reached(run, run.values, seeds)
+    whole = _reached_apart(objective, run, seeds)
     tolerance = 1e-3 if objective.masked.dtype == torch.float32 else 1e-8
     # The length of an axis proves nothing: halves of the batch must give the same on their own.
     for half in (slice(0, n // 2), slice(n // 2, n)):
         samples = batch.part(half)
         try:
             alone = objective.run(samples)
-            parts = _reached(alone, alone.values, [seed[half] for seed in seeds])
+            parts = _reached_apart(objective, alone, [seed[half] for seed in seeds])
         except (RuntimeError, ValueError, IndexError):  # it takes no such batch
             return False
         if not _as_long_as_the_batch(objective, alone, samples.size) or len(parts) != len(whole):

@@ -120,7 +120,7 @@ class _ClosedForm:
     """Solutions of a matrix whose eigenvectors are known."""
 
     method = "ekfac"
-    lengthens = ("range",)
+    lengthens: tuple[str, ...] = ("range",)
 
     def __init__(self, operator: KroneckerOperator, b: list[Tensor]) -> None:
         self._operator, self._b = operator, b[:]

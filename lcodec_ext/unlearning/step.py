@@ -27,7 +27,7 @@ from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.request import Part
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.solutions import KRYLOV, Plan
-from lcodec_ext.unlearning.statistics import DRAWS
+from lcodec_ext.unlearning.statistics import draws_of
 from lcodec_ext.unlearning.workplace import Workplace
 
 OPERATORS: dict[str, Any] = {
@@ -242,7 +242,8 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         steps = direction * (length / float(direction.norm()))
         return SecantOperator(*arguments, steps=steps, **common)
     if settings.curvature == "ekfac":
-        common |= {"seed": settings.seed, "draws": DRAWS, "progress": work.progress}
+        draws = draws_of(len(block.retained.read))
+        common |= {"seed": settings.seed, "draws": draws, "progress": work.progress}
     else:
         common["cache_bytes"] = settings.cache_bytes
     return OPERATORS[settings.curvature](*arguments, **common)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcodec_ext._torch.decay import least_decay
+from lcodec_ext.curvature.kronecker.outputs import ALL_COLUMNS
 from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.calibrate import TRIALS
 from lcodec_ext.unlearning.control import measured
@@ -16,7 +17,7 @@ from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.solutions import Plan, plan_of
-from lcodec_ext.unlearning.statistics import DRAWS
+from lcodec_ext.unlearning.statistics import draws_of
 from lcodec_ext.unlearning.step import FEW, in_krylov_space
 
 FEW_ROWS = 2048  # of a matrix of low rank, which is solved in its rows
@@ -276,7 +277,10 @@ class Workload:
 
     def _factors(self, count: int) -> dict[str, Any]:
         """Kronecker factors so often: two passes over the samples, one where the basis is known."""
-        passes = DRAWS if self.from_statistics else 2 * DRAWS
+        z = self.sizes
+        n = z.m + z.n_retain if self.from_statistics else self.n_curvature
+        each = draws_of(n) is None and z.n_outputs <= ALL_COLUMNS
+        passes = (1 if self.from_statistics else 2) * (z.n_outputs if each else 1)
         return {
             "gradient": ((count * passes, self.n_curvature),),
             "bases": 0 if self.from_statistics else count,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, counted
 from lcodec_ext._torch.decay import decay_of, decay_text
-from lcodec_ext._torch.group import ranks_of
+from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
 from lcodec_ext._torch.wrapped import unwrapped
@@ -15,7 +15,7 @@ from lcodec_ext.curvature.kronecker.factors import BlockFactors, KroneckerFactor
 from lcodec_ext.curvature.kronecker.outputs import Seeds
 from lcodec_ext.curvature.kronecker.passes import collect
 from lcodec_ext.curvature.operators.base import CurvatureOperator
-from lcodec_ext.curvature.operators.on_model import decayed, own_objective
+from lcodec_ext.curvature.operators.on_model import agree, decayed, own_objective
 from lcodec_ext.curvature.parameters import Selection
 from lcodec_ext.curvature.routes.low_rank import LowRank
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError, SolveResult
@@ -200,33 +200,38 @@ class EKFACOperator(KroneckerOperator):
         progress: bool = False,
         group: Any = None,
     ) -> None:
-        self.kind = check_choice(kind, "kind", ("model", "empirical"))
-        check_integer(seed, "seed", 0)
-        if draws is not None:
-            check_integer(draws, "draws", 1)
-        if group is not None:
-            raise NotImplementedError("EKFACOperator takes no group yet")
         ranks = ranks_of(group, type(self).__name__)
-        self.damping = check_real(damping, "damping", 0)
-        model = unwrapped(model)
-        check_module(model)
-        self.weight_decay = decay_of(weight_decay, model)
-        objective = own_objective(
-            ranks,
-            model,
-            loss_fn,
-            data,
-            selection,
-            dtype=dtype,
-            reduction=reduction,
-            progress=progress,
-        )
-        masked = objective.masked
-        factors, by_sample = collect(objective, Seeds(kind, seed, draws), basis)
-        shift, decay = decayed(self.damping, self.weight_decay, masked)
+        with ranks.alone("the arguments"):
+            check_choice(kind, "kind", ("model", "empirical"))
+            check_integer(seed, "seed", 0)
+            if draws is not None:
+                check_integer(draws, "draws", 1)
+            if basis is not None:
+                if not isinstance(basis, KroneckerFactors):
+                    raise TypeError(f"basis must be KroneckerFactors; got {type(basis).__name__}")
+                kind, seed, draws = basis.kind, basis.seed, basis.draws
+            self.kind, self.damping = kind, check_real(damping, "damping", 0)
+            model = unwrapped(model)
+            check_module(model)
+            self.weight_decay = decay_of(weight_decay, model)
+            objective = own_objective(
+                ranks,
+                model,
+                loss_fn,
+                data,
+                selection,
+                dtype=dtype,
+                reduction=reduction,
+                progress=progress,
+            )
+        if isinstance(ranks, Ranks):
+            options = {"kind": kind, "seed": seed, "draws": draws, "reduction": reduction}
+            agree(ranks, model, objective, self.weight_decay, {"damping": damping, **options})
+        factors, by_sample = collect(ranks, objective, Seeds(kind, seed, draws), basis)
+        shift, decay = decayed(self.damping, self.weight_decay, objective.masked)
         super().__init__(
             factors,
-            objective.sample_share,
+            1 / factors.n if reduction == "mean" else 1.0,
             shift=shift,
             decay=decay,
             origin="; samples were passed one by one" if by_sample else "",

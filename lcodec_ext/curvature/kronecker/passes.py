@@ -1,19 +1,24 @@
 """Two passes over the data: second moments of inputs and gradients, then eigenvalues."""
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lcodec_ext._torch.batches import Batch
+from lcodec_ext._torch.batches import Batch, NoSamplesError
+from lcodec_ext._torch.group import AnyRanks, Ranks
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext.curvature.kronecker.factors import BlockFactors, KroneckerFactors
 from lcodec_ext.curvature.kronecker.outputs import Seeds
 from lcodec_ext.curvature.kronecker.plan import BlockPlan, Lookup, Outer, plan_blocks
+from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.masked.rows import RowsCall
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.per_sample import has_factors
+from lcodec_ext.curvature.routes.sharded import n_of_all
 
 LARGEST = 8192  # rows or columns of a block up to which their eigenvectors are computed
 _BYTES = 2**25  # of the gradients, or patches, of some samples in one block
@@ -21,12 +26,12 @@ _BYTES = 2**25  # of the gradients, or patches, of some samples in one block
 
 @dataclass(frozen=True)
 class Reached:
-    """What a backward pass brings to a block: of its calls, or of its parameter as a whole."""
+    """What a backward pass brings to a block: to its calls, or to its parameter itself."""
 
     plan: BlockPlan
     n: int
     calls: Sequence[RowsCall]
-    reached: Sequence[Tensor]  # of each call; or of the displacement, for one sample
+    reached: Sequence[Tensor]  # of each call; without calls of the parameter, sample by sample
     first: bool  # whether it is the first backward pass of its batch
 
     def parts(self, cells: int = 1) -> Iterator[list[Outer | Lookup]]:
@@ -52,8 +57,8 @@ class Reached:
 
     def dense(self) -> Tensor:
         """Gradients of samples, shape (n, r, D)."""
-        if not self.calls:  # of one sample, as a whole
-            return self.reached[0].reshape(1, *self.plan.places.shape)
+        if not self.calls:  # of its parameter, which each sample has for itself
+            return self.reached[0].reshape(self.n, *self.plan.places.shape)
         return self.plan.dense(self.calls, self.reached)
 
 
@@ -64,6 +69,8 @@ class Sweep:
     ----------
     plans : list of BlockPlan
         After the first batch.
+    whole : list of str
+        Parameters whose whole gradient is formed, then.
     by_sample : bool
         Whether samples are passed one by one: some layer or parameter has no axis of samples.
     """
@@ -72,7 +79,7 @@ class Sweep:
         self._objective, self._seeds = objective, seeds
         self.by_sample = False
         self.plans: list[BlockPlan] = []
-        self._whole: set[str] = set()
+        self.whole: list[str] = []
 
     def __call__(self, what: str) -> Iterator[Reached]:
         """What reaches each block, backward pass by backward pass."""
@@ -90,7 +97,37 @@ class Sweep:
             objective.check_plain(
                 run.outputs, batch, 1, "since gradients of single samples are taken"
             )
-        self.plans, self._whole = plan_blocks(objective.masked), set(objective.masked.whole)
+        self._spread(run, batch)
+        self.plan([])
+
+    def plan(self, whole: Sequence[str]) -> None:
+        """Plan the blocks, with parameters of which other ranks form the whole gradient."""
+        masked = self._objective.masked
+        for name in whole:
+            if name not in masked.whole:
+                masked.displace_whole(name, "other ranks do")
+        self.plans, self.whole = plan_blocks(masked), sorted(masked.whole)
+
+    def _spread(self, run: ForwardPass, batch: Batch) -> None:
+        """Give every sample its own of what all share, positions for instance, if that works."""
+        masked, n = self._objective.masked, batch.size
+        names = {
+            name
+            for name in masked.whole
+            if masked.base[name].shape[:1] == (1,)
+            and masked.entries[name].shape == (masked.base[name].numel(),)
+        }
+        shared = any(call.value.shape[:1] == (1,) for call in run.calls)
+        if n == 1 or not (names or shared) or masked.whole.keys() != names:
+            return
+        masked.spread = names
+        try:
+            apart = self._objective.run(batch)
+        except (RuntimeError, ValueError, IndexError):
+            apart = None
+        tolerance = 1e-3 if masked.dtype == torch.float32 else 1e-8
+        if apart is None or not _close(run.values, apart.values, tolerance):
+            masked.spread = None
 
     def _of(self, batch: Batch) -> Iterator[Reached]:
         objective, n = self._objective, batch.size
@@ -100,11 +137,11 @@ class Sweep:
                 yield from self._of(batch.part(slice(i, i + 1)))
             return
         run = objective.run(batch)
-        if set(objective.masked.whole) != self._whole:
+        if sorted(objective.masked.whole) != self.whole:
+            later = sorted(set(objective.masked.whole).difference(self.whole))
             raise ValueError(
-                "the model uses the parameters "
-                f"{sorted(set(objective.masked.whole) - self._whole)} outside of their layers for "
-                "some batches only; put a batch for which it does first"
+                f"the model uses the parameters {later} outside of their layers for some batches "
+                "only; put a batch for which it does first"
             )
         with twice_differentiable():
             apart = has_factors(objective, run, batch, key)
@@ -118,7 +155,9 @@ class Sweep:
         for plan in self.plans:
             calls = [call for call in run.calls if call.rows.parameter == plan.parameters[0]]
             at = [call.value for call in calls]
-            if plan.is_diagonal and not apart:
+            if plan.parameters[0] in (objective.masked.spread or ()) or (
+                plan.is_diagonal and not apart
+            ):
                 calls, at = [], [displacements[plan.parameters[0]]]
             if at:
                 wanted.append((plan, calls, at))
@@ -128,6 +167,14 @@ class Sweep:
             for plan, calls, some in wanted:
                 own, reached = reached[: len(some)], reached[len(some) :]
                 yield Reached(plan, n, calls, own, number == 0)
+
+
+def _close(before: Sequence[Tensor], after: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether outputs are the same up to rounding."""
+    return len(before) == len(after) and all(
+        a.shape == b.shape and bool((a - b).norm() <= tolerance * a.norm())
+        for a, b in zip(before, after, strict=True)
+    )
 
 
 def _back(values: list[Tensor], at: list[Tensor], seeds: list[Tensor]) -> Sequence[Tensor]:
@@ -146,12 +193,11 @@ class Moments:
         full = 1 < D <= LARGEST
         self._inputs = like.new_zeros(D, D) if full and plan.outer else None
         self._looked_up = like.new_zeros(D, D) if full and plan.lookup else None
-        self._trace = like.new_zeros((), dtype=torch.float64)
-        self._positions = 0
+        self._total = like.new_zeros(2, dtype=torch.float64)  # of g^T g, and positions
 
     def sums(self) -> list[Tensor]:
-        """What is added up over samples, to be added over ranks."""
-        found = [self._rows, self._inputs, self._looked_up]
+        """What is added up over samples."""
+        found = [self._rows, self._inputs, self._looked_up, self._total]
         return [t for t in found if t is not None]
 
     def add(self, back: Reached) -> None:
@@ -166,11 +212,11 @@ class Moments:
             if self._looked_up is not None:
                 self._looked_up.addmm_(g.T, g)
             return
-        self._trace += g.square().sum(dtype=torch.float64)
+        self._total[0] += g.square().sum(dtype=torch.float64)
         if self._rows is not None:
             self._rows.addmm_(g.T, g)
         if first:
-            self._positions += len(g)
+            self._total[1] += len(g)
             if self._inputs is not None:
                 x = part.x.flatten(0, 1)
                 self._inputs.addmm_(x.T, x)
@@ -180,12 +226,11 @@ class Moments:
         rows, row_values = eigenvectors(self._rows)
         inputs = self._inputs
         if inputs is not None and self._looked_up is not None:  # tied: the sum over rows of both
-            share = float(self._trace) / max(1, self._positions)
+            share = float(self._total[0]) / max(1.0, float(self._total[1]))
             inputs = inputs * share + self._looked_up
         columns, _ = eigenvectors(self._looked_up if inputs is None else inputs)
         shape = self._plan.places.shape
-        device = self._trace.device
-        values = torch.zeros(shape, dtype=torch.float64, device=device)
+        values = self._total.new_zeros(shape)
         return BlockFactors(
             self._plan.parameters, self._plan.places, rows, row_values, columns, values
         )
@@ -269,28 +314,80 @@ def _add_looked_up(block: BlockFactors, parts: list[Outer | Lookup]) -> None:
 
 
 def collect(
-    objective: Objective, seeds: Seeds, basis: KroneckerFactors | None
+    ranks: AnyRanks, objective: Objective, seeds: Seeds, basis: KroneckerFactors | None
 ) -> tuple[KroneckerFactors, bool]:
     """The factors of an objective's samples, and whether samples were passed one by one.
 
-    In a basis of their own, or in a given one.
+    In a basis of their own, or in a given one. Samples may be spread over ranks.
     """
-    sweep, like = Sweep(objective, seeds), objective.masked.zeros(0)
+    sweep, masked = Sweep(objective, seeds), objective.masked
     if basis is None:
         moments: dict[str, Moments] = {}
-        for back in sweep("Kronecker factors"):
-            if not moments:
-                moments = {plan.parameters[0]: Moments(plan, like) for plan in sweep.plans}
-            if not back.plan.is_diagonal:
-                moments[back.plan.parameters[0]].add(back)
-        moments = moments or {plan.parameters[0]: Moments(plan, like) for plan in sweep.plans}
-        blocks = {name: moments.pop(name).basis() for name in list(moments)}
+        with _alone(ranks, "the Kronecker factors of a rank's own samples"):
+            for back in sweep("Kronecker factors"):
+                moments = moments or _moments(sweep, masked.zeros(0))
+                if not back.plan.is_diagonal:
+                    moments[back.plan.parameters[0]].add(back)
+        _plan_as_others(ranks, sweep)
+        moments = moments or _moments(sweep, masked.zeros(0))
+        _add_up(ranks, "the Kronecker factors", [t for m in moments.values() for t in m.sums()])
+        blocks = {}
+        for name in list(moments):
+            with ranks.alone("the eigenvectors"):
+                block = moments.pop(name).basis()
+            parts = {
+                key: ranks.as_first(t)
+                for key in ("rows", "row_values", "columns")
+                if (t := getattr(block, key)) is not None
+            }
+            blocks[name] = replace(block, **parts)
     else:
-        blocks = {
-            block.parameters[0]: replace(block, values=torch.zeros_like(block.values))
-            for block in basis.blocks
-        }
-    for back in sweep("corrected eigenvalues"):
-        add_squares(blocks[back.plan.parameters[0]], back)
+        given = basis.to(masked.device, masked.dtype).blocks
+        blocks = {b.parameters[0]: replace(b, values=torch.zeros_like(b.values)) for b in given}
+    with _alone(ranks, "the eigenvalues of a rank's own samples"):
+        for back in sweep("corrected eigenvalues"):
+            block = blocks.get(back.plan.parameters[0])
+            if block is None or block.places.shape != back.plan.places.shape:
+                raise ValueError(
+                    "basis must be of the same model and selection; it has no block of the "
+                    f"{back.plan.places.shape[0]:,} rows of {back.plan.parameters[0]!r}"
+                )
+            add_squares(block, back)
+    _add_up(ranks, "the eigenvalues", [block.values for block in blocks.values()])
+    n = n_of_all(ranks, objective) if isinstance(ranks, Ranks) else objective.n_samples
     of = seeds.kind, seeds.seed, seeds.draws, tuple(blocks.values())
-    return KroneckerFactors(objective.masked.size, objective.n_samples, *of), sweep.by_sample
+    return KroneckerFactors(masked.size, n, *of), sweep.by_sample
+
+
+def _moments(sweep: Sweep, like: Tensor) -> dict[str, Moments]:
+    return {plan.parameters[0]: Moments(plan, like) for plan in sweep.plans}
+
+
+@contextmanager
+def _alone(ranks: AnyRanks, what: str) -> Iterator[None]:
+    """Work of one rank, which may have no samples where others have some."""
+    with ranks.alone(what), suppress(*((NoSamplesError,) if isinstance(ranks, Ranks) else ())):
+        yield
+
+
+def _plan_as_others(ranks: AnyRanks, sweep: Sweep) -> None:
+    """Plan the blocks on a rank without samples, and check that ranks have the same ones."""
+    if not isinstance(ranks, Ranks):
+        return
+    told = ranks.gather_bytes(json.dumps(sweep.whole).encode() if sweep.plans else b"")
+    with ranks.alone("the blocks"):
+        found = {each for each in told if each}
+        if len(found) != 1:
+            raise ValueError(
+                "ranks must use parameters within the same layers"
+                if found
+                else "data is empty on every rank of the group: it has no batch"
+            )
+        sweep.plan(json.loads(found.pop()))
+
+
+def _add_up(ranks: AnyRanks, what: str, sums: Sequence[Tensor]) -> None:
+    """Add what ranks have, in place."""
+    if isinstance(ranks, Ranks):
+        for own, total in zip(sums, ranks.total(what, lambda: sums, sums), strict=True):
+            own.copy_(total)

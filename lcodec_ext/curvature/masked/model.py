@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._torch.batches import Batch, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
 from lcodec_ext._torch.copies import (
     THE_LOSS,
     Watched,
@@ -88,6 +88,10 @@ class MaskedModel:
         could be added, and why.
     base : dict of str to Tensor
         The selected parameters, whole.
+    spread : set of str or None
+        Where it is not None, what has one entry for a whole batch has one for each of its samples:
+        tensors that layers with rows are called with, and these parameters, which have a first axis
+        of length one. Their displacements then are (samples, ...).
     """
 
     def __init__(self, model: nn.Module, selection: Selection, dtype: torch.dtype | None) -> None:
@@ -103,6 +107,7 @@ class MaskedModel:
             raise ValueError(f"the selection must have at least one {kind}; it is empty")
         self.dtype, self.device = _place(layout, dtype)
         self.size = layout.size
+        self.spread: set[str] | None = None
         self.layout = layout
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         # Parameters that nothing may compute with: a run replaces those of the copy.
@@ -143,7 +148,7 @@ class MaskedModel:
         for module, key in owners:
             rows = self._find_rows(module, key, name)
             if rows is None:
-                self._displace_whole(name, f"a {type(module).__name__} computes with it")
+                self.displace_whole(name, f"a {type(module).__name__} computes with it")
             else:
                 found.append((module, rows))
         if name in self.whole:
@@ -162,7 +167,8 @@ class MaskedModel:
         groups = [group for groups in self._rows.values() for group in groups]
         return [rows for group in groups for rows in group if rows.parameter == name]
 
-    def _displace_whole(self, name: str, why: str) -> None:
+    def displace_whole(self, name: str, why: str) -> None:
+        """Let autograd form the whole gradient of a parameter."""
         for module, _ in self._owners[name]:
             if isinstance(module, nn.EmbeddingBag):
                 raise ValueError(
@@ -170,6 +176,9 @@ class MaskedModel:
                     f"has no rows that are added ({why}) cannot be differentiated twice"
                 )
         self.whole[name] = why
+        for module, groups in self._rows.items():
+            kept = [[r for r in group if r.parameter not in self.whole] for group in groups]
+            self._rows[module] = [group for group in kept if group]
 
     def _find_rows(self, module: nn.Module, key: str, name: str) -> LayerRows | None:
         entries = self.entries[name]
@@ -239,12 +248,7 @@ class MaskedModel:
                 return self._run(batch)
             except _UsedElsewhereError as error:
                 for name in error.names:
-                    self._displace_whole(
-                        name, "it is used outside of its layer's forward pass, too"
-                    )
-                for module, groups in self._rows.items():
-                    kept = [[r for r in group if r.parameter not in self.whole] for group in groups]
-                    self._rows[module] = [group for group in kept if group]
+                    self.displace_whole(name, "it is used outside of its layer's forward pass, too")
 
     def check_loss(self, loss: Tensor, displacements: Sequence[Tensor] = ()) -> None:
         """Refuse a loss that depends on parameters other than through the outputs that are seen.
@@ -261,9 +265,13 @@ class MaskedModel:
             )
 
     def _run(self, batch: Batch) -> ForwardPass:
+        n = None if self.spread is None else batch.size
+        shapes = {name: entries.shape for name, entries in self.entries.items()}
+        for name in self.spread or ():
+            shapes[name] = (batch.size, *self.base[name].shape[1:])
         displacements = {
-            name: torch.zeros(e.shape, dtype=self.dtype, device=self.device, requires_grad=True)
-            for name, e in self.entries.items()
+            name: torch.zeros(shape, dtype=self.dtype, device=self.device, requires_grad=True)
+            for name, shape in shapes.items()
         }
         calls: list[RowsCall] = []
         layer_outputs: list[tuple[Tensor, int]] = []
@@ -271,7 +279,9 @@ class MaskedModel:
         with ExitStack() as stack:
             for name, owners in self._owners.items():
                 value = self.base[name]
-                if name in self.whole:
+                if name in (self.spread or ()):
+                    value = value + displacements[name]
+                elif name in self.whole:
                     value = self.entries[name].displaced(value, displacements[name])
                 else:
                     value = value.detach().requires_grad_()
@@ -281,7 +291,9 @@ class MaskedModel:
             for module, groups in self._rows.items():
                 if groups:
                     given = {name: value for value, name in watched}
-                    forward = _forward(module, groups, given, displacements, calls, layer_outputs)
+                    forward = _forward(
+                        module, groups, given, displacements, calls, layer_outputs, n
+                    )
                     stack.enter_context(_replaced(vars(module), "forward", forward))
             outputs = batch.outputs(self.model)
         logits = getattr(outputs, "logits", None)
@@ -358,11 +370,14 @@ def _forward(
     displacements: dict[str, Tensor],
     calls: list[RowsCall],
     layer_outputs: list[tuple[Tensor, int]],
+    n: int | None,
 ) -> Callable[..., Tensor]:
-    """The forward pass of a layer that adds its rows."""
+    """The forward pass of a layer that adds its rows; for n samples apart, if they are given."""
     merged = groups[0][0].merged
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if n is not None and all(t.shape[:1] == (1,) for t in tensors_of([args, kwargs])):
+            args, kwargs = map_tensors(lambda t: t.expand(n, *t.shape[1:]), (args, kwargs))
         # Parameters that are displaced as a whole are not leaves.
         fixed = {
             key: parameter.detach()

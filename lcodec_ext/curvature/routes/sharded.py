@@ -39,7 +39,7 @@ class ShardedRoute(Route):
         self._own: Route | None = None
         with ranks.alone("the curvature of a rank's own samples"), suppress(NoSamplesError):
             self._own = choose(objective)
-        self._n = _n_of_all(ranks, objective)
+        self._n = n_of_all(ranks, objective)
         self._share = weight_of(objective, self._n)
         own = self._own
         self.graph_bytes = 0 if own is None else own.graph_bytes
@@ -169,7 +169,7 @@ def weight_of(objective: Objective, n: int) -> float:
     return objective.n_samples / n if objective.reduction == "mean" else 1.0
 
 
-def _n_of_all(ranks: Ranks, objective: Objective) -> int:
+def n_of_all(ranks: Ranks, objective: Objective) -> int:
     """How many samples all ranks have; refuse none, and means over labels ignored unequally."""
     ignored, labels = objective.ignored or (0, 0)
     told = ranks.gather(np.array([objective.n_samples, ignored, labels], np.int64))
@@ -192,5 +192,5 @@ def gradient(ranks: Ranks, objective: Objective) -> Tensor:
     found = objective.masked.zeros()
     with ranks.alone("the gradient of a rank's own samples"), suppress(NoSamplesError):
         found = objective.gradient()
-    n = _n_of_all(ranks, objective)
+    n = n_of_all(ranks, objective)
     return ranks.total("the gradient", lambda: [found * weight_of(objective, n)], [found])[0]

@@ -46,7 +46,7 @@ class Krylov:
     """
 
     method = "lanczos"
-    lengthens = ("residual",)
+    lengthens: tuple[str, ...] = ("residual",)
     floor = 0.0
 
     def __init__(
