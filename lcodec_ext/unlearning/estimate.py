@@ -24,7 +24,9 @@ from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
-from lcodec_ext.curvature.layers import is_linear
+from lcodec_ext.curvature.kronecker.passes import LARGEST
+from lcodec_ext.curvature.layers import NORMS, is_linear
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
 from lcodec_ext.unlearning.limit import Limit
 from lcodec_ext.unlearning.rates import Rates, activations_of, timed
@@ -478,4 +480,26 @@ def _sizes(work: Workplace, request: Request, selection: Selection | None) -> Si
         n_statistics=0 if statistics is None else statistics.n_parameters or 1,
         head=len(layers) == 1 and layers[0] is work.model and is_linear(layers[0]),
         known=not isinstance(settings.selection, str) or settings.selection == "full",
+        blocks=_blocks(work.model, selection) if settings.curvature == "ekfac" else (),
     )
+
+
+def _blocks(model: nn.Module, selection: Selection | None) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of Kronecker factors, those of whole layers where units are not given."""
+    modules = dict(model.named_modules())
+    if isinstance(selection, UnitSelection):
+        shapes = [(b.module, len(b.units), b.width) for b in UnitLayout(selection, model).blocks]
+    else:
+        shapes = [
+            (name.rpartition(".")[0], len(p), p[0].numel() + 1)
+            for name, p in model.named_parameters()
+            if p.ndim > 1
+        ]
+    found = []
+    for name, rows, columns in shapes:
+        module = modules.get(name)
+        if isinstance(module, NORMS):
+            continue
+        rows = 0 if isinstance(module, nn.Embedding) else rows  # which are looked up
+        found.append((rows if rows <= LARGEST else 0, columns if columns <= LARGEST else 0))
+    return tuple(found)

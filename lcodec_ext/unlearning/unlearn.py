@@ -129,8 +129,8 @@ def unlearn(
     NotFiniteError
         If a loss, a gradient or an activation is NaN or infinite.
     ValueError
-        For samples, a model or options that cannot be used; the message names them. The errors
-        above are ValueErrors, too.
+        For samples, a model or options that cannot be used, and if the deletion takes more memory
+        than there is; the message names them. The errors above are ValueErrors, too.
     TypeError
         For arguments of the wrong type, and unknown options.
     RuntimeError
@@ -141,7 +141,8 @@ def unlearn(
     ConvergenceWarning
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
-        If the deletion is not calibrated, unless calibrate=False says that this is meant; if the
+        If the deletion takes more than three quarters of the memory that is available, and settings
+        were lowered for it; if the deletion is not calibrated, unless calibrate=False says that this is meant; if the
         step was taken back; if with order="sequential" there is none for a sample; if it raises the
         retained loss by much; if half of the removed samples or more are also retained; if there
         are fewer units than `n_units`; if validation samples are few, unlike the training ones or
