@@ -45,7 +45,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export CHECK_PYTHON
 
-.PHONY: help demo test check lint bench clean
+.PHONY: help demo test check lint docs bench clean
 .PHONY: check-wheel check-objects check-sanitize check-long check-paths
 
 help: ## List the targets
@@ -57,7 +57,7 @@ demo: $(VENV)/.installed ## Delete samples from a trained network and show what 
 test: $(VENV)/.installed ## Build for this machine and run the tests
 	HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) $(ARGS)
 
-check: lint check-wheel check-objects check-sanitize check-long check-paths ## All that CI checks beyond `make test`
+check: lint docs check-wheel check-objects check-sanitize check-long check-paths ## All that CI checks beyond `make test`
 
 lint: $(VENV)/.installed ## Formatting, style, types and layers
 	$(BIN)/ruff check .
@@ -66,6 +66,10 @@ lint: $(VENV)/.installed ## Formatting, style, types and layers
 	    | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+
+docs: $(VENV)/.installed ## The documentation site, in build/docs; warnings are errors
+	rm -rf build/docs
+	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs build/docs
 
 bench: $(VENV)/.installed ## Time the package beside other implementations
 	$(BIN)/python benchmarks/run.py $(ARGS)

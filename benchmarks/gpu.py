@@ -1,12 +1,19 @@
 """Build, test, check and time the package on a machine with an NVIDIA GPU; record it as JSON.
 
-    python benchmarks/gpu.py [--budget 540] [--stages build,tests,...] [--output FILE] [--dry-run]
+    python benchmarks/gpu.py [--budget 480] [--stages build,first,...] [--site FOLDER]
+        [--output FILE] [--dry-run]
 
 The script needs the CUDA toolkit, and in this Python's environment PyTorch, the packages of the
 tests and the build tools. It needs no network. The package goes to build/gpu/site; nothing is
-installed elsewhere. Every stage is a process with its own time limit and leaves its output in
-build/gpu. The result file is written after each stage. The exit status is 1 if a stage that was
-asked for did not pass, for any reason: a checker that is not installed has not passed.
+installed elsewhere. --site takes a folder that already has the built package, for this Python and
+this GPU, and nothing is compiled. Every stage is a process with its own time limit and leaves its
+output in build/gpu. The result file is written after each stage.
+
+The first calls take seconds, and nothing else runs unless they give the CPU's bits. memcheck comes
+next, since timings of kernels that write out of bounds mean nothing, then the tests, the other
+checkers, and last the timings. The exit status is 1 if a stage that was asked for did not pass,
+for any reason: a checker that is not installed has not passed. One that says that it does not
+support the device is recorded as not available, which is no failure of the package.
 """
 
 import argparse
@@ -46,6 +53,10 @@ TIMED = (
 )  # the file of run.py has these as well, and better
 GRACE = 5  # seconds from the request to stop to the end
 DONE = "small calls gave the CPU's bits"  # what --sanitize-case says last
+FIRST = "first calls gave the CPU's bits"  # what --first-calls says last
+MOST_FAILURES = 25  # of tests, after which no further file is begun
+SIDE_BY_SIDE = 4  # files of tests that share the GPU
+NOT_SUPPORTED = "Device not supported"  # a checker's own words
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Finished:
 
 @dataclass
 class Verdict:
-    """The outcome of a stage: passed, failed, timed out, not found or not run."""
+    """The outcome of a stage: passed, failed, timed out, not found, not available or not run."""
 
     status: str
     why: str = ""
@@ -85,30 +96,37 @@ class Stage:
     judge: Callable[[Finished], Verdict]
     variables: Mapping[str, str] = field(default_factory=dict)
     missing: str = ""  # a program that was not found
+    needed: bool = False  # whether nothing else can be run if it does not pass
     echo: bool = False  # whether to print what it printed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--budget", type=float, default=540, help="seconds in all (default: 540)")
+    parser.add_argument("--budget", type=float, default=480, help="seconds in all (default: 480)")
     parser.add_argument("--stages", help="names, separated by commas (default: all)")
+    parser.add_argument(
+        "--site", type=Path, help="a folder with the built package, instead of building it"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
     parser.add_argument("--commit", help="the commit, if the sources are a copy without git")
     parser.add_argument(
         "--quick", action="store_true", help="time small sizes: does everything run?"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    parser.add_argument(
-        "--sanitize-case",
-        action="store_true",
-        help="make the small calls that the sanitizers watch",
-    )
+    for name, what in PARTS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=what)
     options = parser.parse_args(arguments)
+    if options.first_calls:
+        return first_calls()
     if options.sanitize_case:
         return sanitize_case()
+    if options.test_files:
+        return run_test_files(cuda_test_files())
+    if options.site and not list(options.site.glob("lcodec_ext/_core*.so")):
+        parser.error(f"--site {options.site} has no built package: no lcodec_ext/_core*.so in it")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or children could inherit "ignore"
     devices = environment.nvidia("name", "driver_version", "compute_cap")
-    stages = plan(devices, options.quick)
+    stages = plan(devices, options.quick, options.site)
     if len(devices) == 1:
         print("one GPU: the tests of process groups by NCCL, which need several, are left out")
     names = [stage.name for stage in stages]
@@ -125,13 +143,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_all(stages, options)
 
 
-def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
+#: What a stage runs of this script.
+PARTS = {
+    "first-calls": "make the first calls, each compared with the CPU",
+    "sanitize-case": "make the small calls that the sanitizers watch",
+    "test-files": "run the CUDA tests, each file in a process of its own",
+}
+
+
+def plan(devices: list[list[str]], quick: bool, site: Path | None = None) -> list[Stage]:
     """All stages, in order."""
     python = [sys.executable]
-    module = [*python, "-P", "-m"]  # -P: import the built package, not the sources in this folder
+    script = [*python, ROOT / "benchmarks/gpu.py"]
+    timings = [*python, ROOT / "benchmarks/run.py", "--device", "cuda"]
+    timings += ["--threads", str(THREADS)]
+    timings += ["--budget", "5", "--output", WORK / "timings.json", *["--quick"] * quick]
+    group = [*python, "-P", "-m", "pytest", "-p", "no:cacheprovider"]
+    group += [f"--junitxml={WORK / 'nccl.xml'}", *group_test_files()]
+    by_nccl = partial(judge_tests, reports=(WORK / "nccl.xml",))
+    paths = [str(site.resolve() if site else SITE), os.environ.get("PYTHONPATH")]
+    installed = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    nccl = installed | {"LCODEC_TEST_BACKEND": "nccl"}
+    several = [Stage("nccl", group, 90, 30, by_nccl, nccl)]
+    tested = installed | {"HYPOTHESIS_PROFILE": "short"}
+    memcheck, *others = (sanitizer(tool, installed) for tool in SANITIZERS)
+    build = Stage("build", build_command(devices), 200, 60, judge_build, {"LCODEC_CUDA": "ON"})
+    return [
+        *([] if site else [build]),
+        Stage("first", [*script, "--first-calls"], 20, 20, judge_first, installed, needed=True),
+        memcheck,
+        Stage("tests", [*script, "--test-files"], 120, 40, judge_tests, tested),
+        *others,
+        *(several if len(devices) > 1 else []),
+        Stage("timings", timings, 120, 40, judge_timings, installed, echo=True),
+    ]
+
+
+def build_command(devices: list[list[str]]) -> list[str | Path]:
+    """Install the package for these devices into a folder."""
+    # -P: import the built package, not the sources in this folder
+    module = [sys.executable, "-P", "-m"]
     capabilities = sorted({device[2].replace(".", "") for device in devices})
     architectures = ";".join(f"{c}-real" for c in capabilities) or "native"
-    build = [*module, "pip", "install", "-v", "--no-index", "--no-build-isolation"]
+    build: list[str | Path] = [*module, "pip", "install", "-v", "--no-index"]
+    build += ["--no-build-isolation"]
     build += ["--no-deps", "--target", SITE, "-C", f"build-dir={WORK / 'cmake'}"]
     defined = {
         "CMAKE_CUDA_ARCHITECTURES": architectures,
@@ -141,25 +196,7 @@ def plan(devices: list[list[str]], quick: bool) -> list[Stage]:
     }
     for name, value in defined.items():
         build += ["-C", f"cmake.define.{name}={value}"]
-    tests = [*module, "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
-    tests += [f"--junitxml={WORK / 'tests.xml'}", *cuda_test_files()]
-    timings = [*python, ROOT / "benchmarks/run.py", "--device", "cuda"]
-    timings += ["--threads", str(THREADS)]
-    timings += ["--budget", "5", "--output", WORK / "timings.json", *["--quick"] * quick]
-    group = [*module, "pytest", "-p", "no:cacheprovider"]
-    group += [f"--junitxml={WORK / 'nccl.xml'}", *group_test_files()]
-    by_nccl = partial(judge_tests, report=WORK / "nccl.xml")
-    before = os.environ.get("PYTHONPATH")
-    installed = {"PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), before]))}
-    nccl = installed | {"LCODEC_TEST_BACKEND": "nccl"}
-    several = [Stage("nccl", group, 150, 30, by_nccl, nccl)]
-    return [
-        Stage("build", [*build, "."], 200, 60, judge_build, {"LCODEC_CUDA": "ON"}),
-        Stage("tests", tests, 120, 20, judge_tests, installed | {"HYPOTHESIS_PROFILE": "short"}),
-        Stage("timings", timings, 150, 30, judge_timings, installed, echo=True),
-        *(several if len(devices) > 1 else []),
-        *(sanitizer(tool, installed) for tool in SANITIZERS),
-    ]
+    return build
 
 
 def cuda_test_files() -> list[Path]:
@@ -221,6 +258,8 @@ def show_plan(stages: list[Stage], devices: list[list[str]], options: argparse.N
         variables = [f"{key}={value}" for key, value in stage.variables.items()]
         line = shlex.join(map(str, [*variables, *stage.command]))
         print(" ", line.replace(f"{ROOT}/", ""))
+        if stage.name == "tests":
+            print("  each in a process of its own:", *cuda_test_files())
 
 
 # --------------------------------------------------------------------------------------------
@@ -252,7 +291,7 @@ def run_all(stages: list[Stage], options: argparse.Namespace) -> int:
         left = options.budget - (time.monotonic() - started)
         limit = limit_of(stage, stages[k + 1 :], left)
         begun = time.monotonic()
-        verdict = run_stage(stage, limit, broken=broken(result["checks"]))
+        verdict = run_stage(stage, limit, broken=broken(result["checks"], stages))
         check = {"status": verdict.status, "seconds": round(time.monotonic() - begun, 1)}
         check |= {"limit": round(limit, 1)} | ({"why": verdict.why} if verdict.why else {})
         timed = verdict.found.pop("timed", {})
@@ -262,7 +301,8 @@ def run_all(stages: list[Stage], options: argparse.Namespace) -> int:
         print(f"{stage.name:10} {verdict.status:10} {check['seconds']:6.1f} s  {verdict.why}")
         sys.stdout.flush()
     print(f"\nwrote {options.output}")
-    return 0 if all(check["status"] == "passed" for check in result["checks"].values()) else 1
+    ended = {check["status"] for check in result["checks"].values()}
+    return 0 if ended <= {"passed", "not available"} else 1
 
 
 def limit_of(stage: Stage, later: Sequence[Stage], left: float) -> float:
@@ -270,14 +310,15 @@ def limit_of(stage: Stage, later: Sequence[Stage], left: float) -> float:
     return max(0.0, min(stage.limit, left - sum(other.least for other in later)))
 
 
-def broken(checks: dict[str, Any]) -> str:
-    """Say so if the build left no package, without which nothing runs."""
+def broken(checks: dict[str, Any], stages: Sequence[Stage]) -> str:
+    """Say so if the build left no package, or the first calls failed."""
     built = checks.get("build")
-    return (
-        ""
-        if built is None or built.get("installed")
-        else "the package is missing, because the build failed"
-    )
+    if built is not None and not built.get("installed"):
+        return "the package is missing, because the build failed"
+    for stage in stages:
+        if stage.needed and checks.get(stage.name, {"status": "passed"})["status"] != "passed":
+            return f"the stage {stage.name!r} did not pass, and nothing can be said without it"
+    return ""
 
 
 def run_stage(stage: Stage, limit: float, broken: str = "") -> Verdict:
@@ -422,21 +463,93 @@ def is_scan(name: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------
+# The first calls
+
+
+def first_calls() -> int:
+    """Make one call of each kind; each must give the CPU's bits."""
+    import gpu_cases
+
+    print(f"{gpu_cases.check_first_calls('cuda')} {FIRST}", flush=True)
+    return 0
+
+
+def judge_first(finished: Finished) -> Verdict:
+    """Read which calls were made, and the status of CUDA that the package gave."""
+    calls = re.findall(r"^(.*): same$", finished.text, re.MULTILINE)
+    status = re.search(r"^status: (.*)$", finished.text, re.MULTILINE)
+    found = {"calls": len(calls), "cuda": status[1] if status else None}
+    if FIRST in finished.text:
+        return Verdict("passed", f"{len(calls)} calls", found)
+    last = f"the last call that was right: {calls[-1]}" if calls else "no call was right"
+    return Verdict("failed", last, found)
+
+
+# --------------------------------------------------------------------------------------------
 # The tests
 
 
-def judge_tests(finished: Finished, report: Path = WORK / "tests.xml") -> Verdict:
-    try:
-        counts = parse_junit(report.read_text())
-    except (OSError, ET.ParseError):
-        return Verdict("failed", "pytest wrote no report")
-    finally:
-        report.unlink(missing_ok=True)  # or a later run might read it
-    if counts["failed"] or counts["errors"]:
-        return Verdict("failed", f"{counts['failed']} failed, {counts['errors']} errors", counts)
-    if not counts["passed"]:
-        return Verdict("failed", "no test ran", counts)
-    return Verdict("passed", f"{counts['passed']} tests", counts)
+def run_test_files(files: Sequence[Path]) -> int:
+    """Run files of tests side by side, each in a process: a broken context ends one of them.
+
+    Warnings are no errors here, because this machine may have other versions than the package is
+    developed with. After `MOST_FAILURES` no further file is begun.
+    """
+    for old in WORK.glob("tests-*.xml"):
+        old.unlink()
+    waiting, running, failures, worst = list(files), {}, 0, 0
+    while running or (waiting and failures < MOST_FAILURES):
+        while waiting and len(running) < SIDE_BY_SIDE and failures < MOST_FAILURES:
+            file = waiting.pop(0)
+            running[file] = subprocess.Popen(test_command(file, MOST_FAILURES - failures))
+        time.sleep(0.1)
+        for file in [file for file, process in running.items() if process.poll() is not None]:
+            status = running.pop(file).returncode
+            report = report_of(file)
+            counts = parse_junit(report.read_text()) if report.exists() else None
+            failures += 1 if counts is None else counts["failed"] + counts["errors"]
+            print(f"{file}: exit status {status}, {counts or 'pytest wrote no report'}", flush=True)
+            worst = max(worst, abs(status) if status != 5 else 0)  # 5: all deselected
+    if waiting:
+        print(f"not begun after {failures} failures: {', '.join(map(str, waiting))}")
+    return worst
+
+
+def report_of(file: Path) -> Path:
+    """Where pytest writes its report of a file of tests."""
+    return WORK / f"tests-{file.stem}.xml"
+
+
+def test_command(file: Path, failures: int) -> list[str]:
+    """Run one file of CUDA tests, up to so many failures."""
+    command = [sys.executable, "-P", "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", f"--maxfail={failures}", "-W", "default"]
+    return [*command, f"--junitxml={report_of(file)}", str(file)]
+
+
+def judge_tests(finished: Finished, reports: Sequence[Path] | None = None) -> Verdict:
+    """Add up the reports of pytest, by default one for each file of CUDA tests."""
+    wanted = [report_of(file) for file in cuda_test_files()] if reports is None else reports
+    total: dict[str, Any] = dict.fromkeys(("passed", "failed", "errors", "skipped"), 0)
+    not_passed, without = [], []
+    for report in wanted:
+        try:
+            counts = parse_junit(report.read_text())
+        except (OSError, ET.ParseError):
+            without.append(report.stem)
+            continue
+        finally:
+            report.unlink(missing_ok=True)  # or a later run might read it
+        not_passed += counts.pop("not_passed")
+        total = {key: total[key] + counts[key] for key in total}
+    found = total | {"not_passed": not_passed[:20], "without_report": without}
+    if without:
+        return Verdict("failed", f"pytest wrote no report: {', '.join(without)}", found)
+    if total["failed"] or total["errors"]:
+        return Verdict("failed", f"{total['failed']} failed, {total['errors']} errors", found)
+    if not total["passed"]:
+        return Verdict("failed", "no test ran", found)
+    return Verdict("passed", f"{total['passed']} tests", found)
 
 
 def parse_junit(text: str) -> dict[str, Any]:
@@ -492,6 +605,8 @@ def sanitize_case() -> int:
 def judge_sanitizer(finished: Finished) -> Verdict:
     """Read the findings, and check that all calls were made; otherwise no finding means nothing."""
     found = parse_sanitizer(finished.text)
+    if NOT_SUPPORTED in found["trouble"]:
+        return Verdict("not available", f"the tool says: {found['trouble']}", found)
     if found["findings"]:
         return Verdict("failed", f"{found['findings']} findings", found)
     if found["findings"] is None:

@@ -17,8 +17,10 @@ import cases
 import environment
 import numpy as np
 from cases import Case, Claim, Data, Peer, Size
+from numpy.typing import NDArray
 
 import lcodec_ext
+from lcodec_ext.curvature import kernels, reference
 
 WARP = 32
 # Instructions of a scan for one neighbour and a warp of candidates, as nvcc 13.0 compiles the loop
@@ -176,24 +178,101 @@ CASES = {case.name: replace(case, claims=_CLAIMS.get(case.name, ())) for case in
 
 
 # --------------------------------------------------------------------------------------------
-# Small calls
+# The first calls, and small calls for a checker
+
+CHUNK_BYTES = 1 << 22  # of a piece of a matrix: enough that n = 2000 takes several
+
+
+def outlying(rng: np.random.Generator, n: int, p: int) -> Data:
+    """Columns in which a few rows lie far out: their lists end before their neighbours."""
+    data = cases.continuous(rng, n, p)
+    data["X"][:: n // 7] *= 50
+    return data
+
+
+def foci(data: Data, ties: str) -> Any:
+    result = lcodec_ext.foci(data["X"], data["y"], ties=ties, seed=3, stop=False, max_features=3)
+    return result.ordering, result.cumulative
+
+
+def all_neighbors(data: Data) -> Any:
+    found = lcodec_ext.nearest_neighbors(data["X"], ties="all")
+    return tuple(accelerator.fetch(array) for array in found)
+
+
+def permuted(data: Data) -> Any:
+    found = lcodec_ext.codec_test(data["y"], data["X"][:, :3], n_permutations=99, seed=1)
+    return found.pvalue, found.statistic
+
+
+def table(data: Data, dtype: Any = np.float32) -> Data:
+    return {"X": data["X"].astype(dtype), "y": data["y"]}
+
+
+def kernel_calls(n: int, dtype: Any) -> Iterator[tuple[str, Callable[[Data], Any], Data]]:
+    """Kernels of curvature; the reference forms the sums of CUDA's written tree."""
+    rng = np.random.default_rng([cases.SEED, n])
+    d, r = 137, 10
+    segments = [(3, 40), (50, 87)]
+    G, A = (rng.normal(size=(n, d)).astype(dtype) for _ in range(2))
+    v = rng.normal(size=127).astype(dtype)
+    P = rng.dirichlet(np.ones(r), size=n).astype(dtype)
+    V = rng.normal(size=(r, d)).astype(dtype)
+
+    def gram(data: Data) -> Any:
+        if isinstance(data["G"], np.ndarray):
+            tree = reference.CudaTree(data["G"].itemsize, CHUNK_BYTES)
+            return reference.masked_gram_product(
+                tree, data["G"], data["v"][None], segments, None, 0.0
+            )[0]
+        return on_gpu(kernels.masked_gram_product, data["G"], data["v"], segments)
+
+    def softmax(data: Data) -> Any:
+        if isinstance(data["A"], np.ndarray):
+            tree = reference.CudaTree(data["A"].itemsize, CHUNK_BYTES)
+            return reference.softmax_rows_product(tree, data["A"], data["P"], data["V"], None, 0.0)
+        return on_gpu(kernels.softmax_rows_product, data["A"], data["P"], data["V"])
+
+    def factored(data: Data) -> Any:
+        if isinstance(data["A"], np.ndarray):
+            return reference.factored_gram(data["P"], data["A"], cuda=True)
+        return on_gpu(kernels.factored_gram, data["P"], data["A"])
+
+    what = f"n = {n}, {np.dtype(dtype).name}"
+    yield f"masked_gram_product, {what}", gram, {"G": G, "v": v}
+    yield f"softmax_rows_product, {what}", softmax, {"A": A, "P": P, "V": V}
+    yield f"factored_gram, {what}", factored, {"A": A, "P": P}
+
+
+def on_gpu(kernel: Callable[..., Any], *arguments: Any) -> NDArray:
+    with mock.patch.object(kernels.device_of(arguments[0]).module, "CHUNK_BYTES", CHUNK_BYTES):
+        return accelerator.fetch(kernel(*arguments))
+
+
+def first_calls() -> Iterator[tuple[str, Callable[[Data], Any], Data]]:
+    """One call of each kind, at sizes with the scan's table in shared memory and outside of it."""
+    rng = np.random.default_rng(cases.SEED)
+    average = partial(foci, ties="average")
+    yield "foci, n = 1500, float32", average, table(outlying(rng, 1500, 33))
+    yield "foci, n = 2000, float64", average, table(cases.mixed(rng, 2000, 33), np.float64)
+    for n, dtype in ((1500, np.float32), (2000, np.float64)):
+        yield from kernel_calls(n, dtype)
+
+
+def check_first_calls(device: str) -> int:
+    """Say what CUDA's status is, and make the first calls; return how many there are."""
+    print(f"status: {lcodec_ext.cuda_status()}", flush=True)
+    return checked(first_calls(), device)
 
 
 def small_calls() -> Iterator[tuple[str, Callable[[Data], Any], Data]]:
-    """Calls that reach the kernels in both precisions, on data that a checker gets through."""
+    """Calls that reach all kernels in both precisions, on data that a checker gets through.
+
+    n = 150 is a multiple of no warp; n = 500 takes more shared memory than a kernel has unasked,
+    n = 1800 more than a block can have, and its sorts go over several tiles.
+    """
     rng = np.random.default_rng(cases.SEED)
-    n, p = 150, 70  # neither is a multiple of a warp
-
-    def foci(data: Data, ties: str) -> Any:
-        result = lcodec_ext.foci(
-            data["X"], data["y"], ties=ties, seed=3, stop=False, max_features=3
-        )
-        return result.ordering, result.cumulative
-
-    def all_neighbors(data: Data) -> Any:
-        found = lcodec_ext.nearest_neighbors(data["X"], ties="all")
-        return tuple(accelerator.fetch(array) for array in found)
-
+    n, p = 150, 70
     tables = {
         "continuous": cases.continuous(rng, n, p),
         "mixed": cases.mixed(rng, n, p),
@@ -206,12 +285,22 @@ def small_calls() -> Iterator[tuple[str, Callable[[Data], Any], Data]]:
             yield f"foci, {kind}, ties={ties!r}", partial(foci, ties=ties), data
         yield f"nearest_neighbors, {kind}", all_neighbors, {"X": data["X"][:, :5].copy()}
     yield "codec", partial(cases.codec, backend="auto"), cases.triple(rng, n)
+    for n in (500, 1500, 1800):
+        yield f"foci, n = {n}", partial(foci, ties="average"), table(outlying(rng, n, 33))
+    yield "codec_test", permuted, table(cases.continuous(rng, 150, 10))
+    for dtype in (np.float32, np.float64):
+        yield from kernel_calls(200, dtype)
 
 
 def check_small_calls(device: str) -> int:
-    """Run all calls; each must give the CPU's bits on the device. Return how many there are."""
+    """Make all small calls; return how many there are."""
+    return checked(small_calls(), device)
+
+
+def checked(calls: Iterator[tuple[str, Callable[[Data], Any], Data]], device: str) -> int:
+    """Make calls; each must give the CPU's bits on the device. Return how many there are."""
     count = 0
-    for name, call, data in small_calls():
+    for name, call, data in calls:
         got, expected = call(accelerator.place(data, device)), call(data)
         assert cases.same_bits(got, expected), f"{name}: {got} != {expected}"
         count += 1

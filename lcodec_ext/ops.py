@@ -7,8 +7,9 @@ them without a break of the graph. Values, errors and warnings are those of the 
 same names in `lcodec_ext`, and ``seed`` is in [0, 2^63). There are no gradients: results never
 require one.
 
-``score`` waits for nothing on CUDA and can be captured in a CUDA graph; the others read from the
-device and cannot. ``docs/dependence.md`` has more.
+``score`` of a first step, with no column selected, waits for nothing on CUDA and can be captured in
+a CUDA graph. Later steps and the other operators read from the device and cannot.
+``docs/dependence.md`` has more.
 """
 
 from collections.abc import Sequence
@@ -132,8 +133,8 @@ def score(
     Parameters
     ----------
     X : Tensor of float32 or float64, shape (n, p)
-        Finite; 3 <= n <= 10^6. On CUDA the values of all arguments are taken on trust, so that
-        nothing waits for the device.
+        Finite; 3 <= n <= 10^6. On CUDA the values of all arguments are taken on trust, so that no
+        check waits for the device.
     R : Tensor of int32 or int64, shape (n,)
         Max ranks of the response, #{j : y_j <= y_i}.
     selected : sequence of int

@@ -16,6 +16,9 @@ from hypothesis import given
 import lcodec_ext
 import test_backends as backends
 import test_golden as golden
+from lcodec_ext import ops
+from lcodec_ext.curvature import kernels
+from lcodec_ext.dependence.backends.cpu import CpuBackend
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -219,6 +222,57 @@ def test_tensors_are_left_as_they_are(rng):
     lcodec_ext.foci(X, y)
     assert torch.equal(X, before[0])
     assert torch.equal(y, before[1])
+
+
+def recorded(call):
+    """A CUDA graph of a call, and the outputs that its replays write."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        call()  # what is made once, as handles and the kernels' attributes, is made now
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return graph, outputs
+
+
+@pytest.mark.parametrize("n", [200, 1500])
+def test_score_of_a_first_step_is_captured_in_a_graph(n, rng):
+    ones = torch.ones(40)
+    tables = []
+    for kind in ("mixed", "continuous"):
+        X, y = table_of(kind, rng, n, 40, np.float32)
+        tables.append((torch.from_numpy(X), torch.from_numpy(CpuBackend().ranks(y)[0])))
+    X, R = (tensor.cuda() for tensor in tables[0])
+    factors = ones.cuda()
+    graph, outputs = recorded(lambda: ops.score(X, R, [], factors))
+    for table, ranks in tables:
+        X.copy_(table)
+        R.copy_(ranks)
+        graph.replay()
+        same(arrays(tuple(outputs)), arrays(tuple(ops.score(table, ranks, [], ones))))
+
+
+def test_products_with_curvature_are_captured_in_a_graph(rng):
+    G, v = (torch.from_numpy(rng.normal(size=shape)).cuda() for shape in ((300, 50), (40, 2)))
+    P = torch.from_numpy(rng.dirichlet(np.ones(4), size=300)).cuda()
+    V = torch.from_numpy(rng.normal(size=(4, 50))).cuda()
+    segments = torch.tensor([[2, 10], [20, 30]], device="cuda")
+
+    def products():
+        return (
+            kernels.masked_gram_product(G, v, segments, damping=0.1),
+            kernels.softmax_rows_product(G, P, V),
+            kernels.factored_gram(P, G),
+        )
+
+    graph, outputs = recorded(products)
+    for _ in range(2):
+        graph.replay()
+        same(arrays(outputs), arrays(products()))
+        G.mul_(1.5)
+        v.add_(1)
 
 
 def test_work_waits_for_the_current_stream(rng):

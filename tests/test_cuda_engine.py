@@ -225,6 +225,17 @@ def test_more_rows_than_lists_hold(device, ties, rng):
     assert_scores_equal_cpu(device, X, R, [1, 0], ties)
 
 
+@pytest.mark.parametrize("ties", TIES)
+def test_lists_end_while_the_tile_is_in_shared_memory(device, ties, rng):
+    """Float32 and 1026 to 1760 rows: lanes go on along the order from the shared-memory scan."""
+    n = 1500
+    X = rng.normal(size=(n, 4)).astype(np.float32)
+    X[::211] *= 50  # few rows, far from all others
+    X[:, 3] = rng.standard_cauchy(n).round(1)
+    R, _ = ranks(X[:, 1] + X[:, 2])
+    assert_scores_equal_cpu(device, X, R, [1, 0], ties)
+
+
 def assert_scores_equal_cpu(device, X, R, selected, ties="average"):
     """Against the CPU engine, where the reference would take too long."""
     factors = np.ones(X.shape[1], X.dtype)

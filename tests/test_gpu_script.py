@@ -9,6 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import lcodec_ext
+from cuda_on_cpu import DeviceOnCpu, cuda_on_cpu
+from lcodec_ext import _emulated
+from lcodec_ext.curvature import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -16,9 +22,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import accelerator  # noqa: E402
 import environment  # noqa: E402
 import gpu  # noqa: E402
+import gpu_cases  # noqa: E402
 import results  # noqa: E402
 
-ALL = ["build", "tests", "timings", *gpu.SANITIZERS]
+ALL = ["build", "first", "memcheck", "tests", *gpu.SANITIZERS[1:], "timings"]
 
 # As nvcc 13.0 and pip print it. The probe is compiled for two architectures.
 PTXAS = """\
@@ -130,8 +137,8 @@ def test_names_without_a_demangler(monkeypatch):
         (RACE, 9, "failed", 1, ["lcodec::cuda::merge"]),
         (CLEAN.replace(gpu.DONE, ""), 0, "failed", 0, []),  # no finding, but not all was run
         ("", 0, "failed", None, []),
-        ("========= COMPUTE-SANITIZER\n========= Error: Device not supported\n", 1, "failed",
-         None, []),
+        ("========= COMPUTE-SANITIZER\n========= Error: Device not supported\n", 1,
+         "not available", None, []),
     ],
 )  # fmt: skip
 def test_sanitizer_summaries_are_read(text, status, verdict, findings, places):
@@ -158,16 +165,83 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests"
 def test_tests_are_counted(tmp_path):
     report = tmp_path / "tests.xml"
     report.write_text(JUNIT)
-    verdict = gpu.judge_tests(finished(""), report)
+    verdict = gpu.judge_tests(finished(""), [report])
     assert verdict.status == "failed"
     assert [verdict.found[k] for k in ("passed", "failed", "errors", "skipped")] == [1, 1, 1, 1]
     assert verdict.found["not_passed"][0] == "tests.test_a::test_2: failed"
-    assert gpu.judge_tests(finished(""), report).why == "pytest wrote no report"  # not the old one
+    gone = gpu.judge_tests(finished(""), [report])  # not the old one
+    assert gone.why == "pytest wrote no report: tests"
     for testcases, status in (("", "failed"), ('<testcase classname="a" name="b"/>', "passed")):
         report.write_text(f"<testsuites><testsuite>{testcases}</testsuite></testsuites>")
-        assert gpu.judge_tests(finished(""), report).status == status
+        assert gpu.judge_tests(finished(""), [report]).status == status
     report.write_text("<testsui")
-    assert gpu.judge_tests(finished(""), report).status == "failed"
+    assert gpu.judge_tests(finished(""), [report]).status == "failed"
+    other = tmp_path / "others.xml"
+    for each in (report, other):
+        each.write_text('<testsuites><testsuite><testcase name="b"/></testsuite></testsuites>')
+    assert gpu.judge_tests(finished(""), [report, other]).why == "2 tests"
+
+
+BROKEN = "import os\nimport pytest\npytestmark = pytest.mark.cuda\n"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Runs files of tests as the stage does; gives the exit status, the verdict and the output."""
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers = cuda: needs a GPU\nfilterwarnings = error\n"
+    )
+
+    def run(**texts):
+        found = []
+        for name, text in texts.items():
+            found.append(tmp_path / f"test_{name}.py")
+            found[-1].write_text(BROKEN + text)
+        monkeypatch.setattr(gpu, "cuda_test_files", lambda: found)
+        status = gpu.run_test_files(found)
+        return status, gpu.judge_tests(finished(""))
+
+    return run
+
+
+def test_a_broken_process_ends_one_file_of_tests(files):
+    status, verdict = files(
+        dies="def test_a(): os._exit(9)\n",
+        works="import warnings\ndef test_b(): warnings.warn('of another version')\n",
+        fails="def test_c(): assert False\n",
+        missing="import no_such_module\n",
+    )
+    assert status == 9
+    assert verdict.status == "failed"
+    assert verdict.found["passed"] == 1
+    assert (verdict.found["failed"], verdict.found["errors"]) == (1, 1)
+    assert verdict.found["without_report"] == ["tests-test_dies"]
+
+
+def test_no_file_is_begun_after_many_failures(files, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "MOST_FAILURES", 3)
+    monkeypatch.setattr(gpu, "SIDE_BY_SIDE", 1)
+    many = "@pytest.mark.parametrize('k', range(9))\ndef test_a(k): assert False\n"
+    status, verdict = files(many=many, other="def test_b(): pass\n")
+    assert (status, verdict.found["failed"]) == (1, 3)
+    assert verdict.found["without_report"] == ["tests-test_other"]
+    assert "not begun after 3 failures" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "why"),
+    [
+        (f"status: CUDA 13.0\nfoci: same\n1 {gpu.FIRST}\n", "passed", "1 calls"),
+        ("status: CUDA 13.0\nfoci: same\nRuntimeError", "failed", "that was right: foci"),
+        ("status: CUDA is not used", "failed", "no call was right"),
+    ],
+)
+def test_first_calls_are_read(text, status, why):
+    verdict = gpu.judge_first(finished(text))
+    assert verdict.status == status
+    assert why in verdict.why
+    assert verdict.found["cuda"].startswith("CUDA")
 
 
 def test_timings_are_taken_over(tmp_path):
@@ -224,6 +298,28 @@ def test_a_dry_run_needs_no_gpu():
     assert "no stage prayer; there are build," in done.stderr
 
 
+def on_emulator(function):
+    """With kernels that are emulated where tensors are given."""
+
+    def call(*data, **options):
+        if isinstance(data[0], torch.Tensor):
+            options["backend"] = cuda_on_cpu(_emulated.cuda)
+        return function(*data, **options)
+
+    return call
+
+
+def test_the_first_calls_are_rehearsed(monkeypatch, capsys):
+    """What the first minute on a GPU runs, by emulated kernels."""
+    monkeypatch.setattr(
+        accelerator, "place", lambda data, device: {k: torch.as_tensor(v) for k, v in data.items()}
+    )
+    monkeypatch.setattr(kernels, "device_of", lambda tensor: DeviceOnCpu(_emulated.cuda))
+    monkeypatch.setattr(lcodec_ext, "foci", on_emulator(lcodec_ext.foci))
+    assert gpu_cases.check_first_calls("emulated") == 8
+    assert gpu.judge_first(finished(capsys.readouterr().out + f"8 {gpu.FIRST}")).why == "8 calls"
+
+
 def test_no_gpu_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(environment, "nvidia", lambda *fields, **which: [])
     assert gpu.main([]) == 2
@@ -232,11 +328,13 @@ def test_no_gpu_is_an_error(monkeypatch, capsys):
 
 def test_the_plan_is_for_the_devices_that_are_there():
     devices = [["A", "580", "9.0"], ["B", "580", "8.6"], ["A", "580", "9.0"]]
-    build, tests, timings, nccl, *checks = gpu.plan(devices, quick=True)
+    build, first, memcheck, tests, *checks, nccl, timings = gpu.plan(devices, quick=True)
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=86-real;90-real" in build.command
     assert "--quick" in timings.command
     assert str(gpu.SITE) in tests.variables["PYTHONPATH"]
     assert "" not in tests.variables["PYTHONPATH"].split(":")  # which would be this folder
+    assert first.needed
+    checks = [memcheck, *checks]
     assert [stage.name for stage in checks] == list(gpu.SANITIZERS)
     assert all(("--kernel-regex" in s.command) == (s.name != "initcheck") for s in checks)
     assert nccl.variables["LCODEC_TEST_BACKEND"] == "nccl"
@@ -245,6 +343,20 @@ def test_the_plan_is_for_the_devices_that_are_there():
     assert "test_cuda_device.py" not in files
     assert "nccl" not in [stage.name for stage in gpu.plan(devices[:1], quick=False)]
     assert sum(stage.least for stage in gpu.plan(devices, quick=False)) < 240
+    assert {"-m", "cuda"} < set(gpu.test_command(Path("test_a.py"), 7))
+
+
+def test_a_package_that_is_built_is_taken(tmp_path, capsys):
+    stages = gpu.plan([["A", "580", "9.0"]], quick=False, site=tmp_path)
+    assert [stage.name for stage in stages] == [name for name in ALL if name != "build"]
+    assert all(stage.variables["PYTHONPATH"].startswith(f"{tmp_path}") for stage in stages)
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--site", str(tmp_path)])
+    assert "has no built package" in capsys.readouterr().err
+    (tmp_path / "lcodec_ext").mkdir()
+    (tmp_path / "lcodec_ext" / "_core.so").touch()
+    assert gpu.main(["--dry-run", "--site", str(tmp_path)]) == 0
+    assert "build:" not in capsys.readouterr().out
 
 
 def test_one_gpu_is_too_few_for_nccl(monkeypatch, capsys):
@@ -354,6 +466,21 @@ def test_without_time_or_package_or_tool_nothing_is_run(go):
     status, result = go(stage("one", "print('ran')", least=5), budget=3)
     assert (status, result["checks"]["one"]["status"]) == (1, "not run")
     assert "it needs 5 s" in result["checks"]["one"]["why"]
+
+
+def test_nothing_runs_after_first_calls_that_failed(go):
+    status, result = go(
+        stage("first", "raise SystemExit(1)", needed=True), stage("timings", "print('ran')")
+    )
+    assert status == 1
+    assert result["checks"]["timings"]["status"] == "not run"
+    assert "'first' did not pass" in result["checks"]["timings"]["why"]
+
+
+def test_a_checker_that_does_not_support_the_device_is_no_failure(go):
+    none = gpu.Verdict("not available", "Device not supported")
+    status, result = go(stage("memcheck", "raise SystemExit(1)", judge=lambda finished: none))
+    assert (status, result["checks"]["memcheck"]["status"]) == (0, "not available")
 
 
 def test_what_ran_is_kept_when_the_script_is_stopped(go, tmp_path):

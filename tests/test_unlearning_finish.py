@@ -14,10 +14,18 @@ from torch.nn.functional import cross_entropy, mse_loss
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext.unlearning import calibrate as calibrating
 from lcodec_ext.unlearning import distil as distilling
+from lcodec_ext.unlearning import estimate, unlearn
 from lcodec_ext.unlearning import finish as finishing
 from lcodec_ext.unlearning import guard as guarding
-from lcodec_ext.unlearning import unlearn
-from lcodec_ext.unlearning.distil import COPY, FOLLOW, HOLD, Pass, _draws, _shrink_and_perturb
+from lcodec_ext.unlearning.distil import (
+    COPY,
+    FOLLOW,
+    HOLD,
+    NotTrainedError,
+    Pass,
+    _draws,
+    _shrink_and_perturb,
+)
 from lcodec_ext.unlearning.finish import unlikeness
 
 
@@ -320,3 +328,46 @@ def test_unlikeness_is_a_rank(outliers):
     assert unlikeness(Block(low), low) == 0.5
     assert unlikeness(Block(high), low) == 1
     assert unlikeness(Block(low), high) == 0
+
+
+@pytest.mark.parametrize(
+    ("finish", "n", "n_parameters", "how"),
+    [
+        (None, finishing.BATCHED, 1, "batches"),
+        (None, finishing.BATCHED, finishing.LARGE + 1, "batches"),
+        (None, finishing.BATCHED - 1, finishing.LARGE, "L-BFGS"),
+        (None, finishing.BATCHED - 1, finishing.LARGE + 1, ""),
+        (0, finishing.BATCHED, 1, ""),
+        (7, finishing.BATCHED, finishing.LARGE + 1, "L-BFGS"),
+    ],
+)
+def test_the_form_of_a_finish(finish, n, n_parameters, how):
+    assert finishing.form_of(finish, n, n_parameters) == how
+
+
+def test_large_models_get_the_step_alone_unless_iterations_are_asked_for(outliers, monkeypatch):
+    model, forget, retain, held = outliers
+    alone = run(outliers, finish=0, max_drop=None)
+    small = estimate(model, forget, retain, cross_entropy, validation=held)
+    monkeypatch.setattr(finishing, "LARGE", 100)
+    large = run(outliers, max_drop=None)
+    assert (large.calibration.finish, large.calibration.finish_by) == (0, "")
+    for a, b in zip(alone.model.parameters(), large.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    found = estimate(model, forget, retain, cross_entropy, validation=held)
+    assert "finish" in small.passes
+    assert "finish" not in found.passes
+    assert run(outliers, finish=3).calibration.finish_by == "L-BFGS on the retained samples"
+
+
+def test_large_models_that_mini_batches_do_not_train_get_the_step(outliers, batches, monkeypatch):
+    def fails(*_):
+        raise NotTrainedError("a copy does not learn")
+
+    monkeypatch.setattr(finishing, "trained_copy", fails)
+    small = run(outliers).calibration
+    assert small.finish_by.startswith("L-BFGS on the retained samples instead of mini-batches")
+    monkeypatch.setattr(finishing, "LARGE", 100)
+    large = run(outliers).calibration
+    assert large.control_after
+    assert "L-BFGS" not in large.finish_by

@@ -295,6 +295,41 @@ def test_a_checkpoint_holds_no_more_than_its_tensors(tmp_path):
     assert (tmp_path / "checkpoints" / "000000.pt").stat().st_size < 10_000
 
 
+@pytest.mark.parametrize("place", ["folder", "resumed", "memory"])
+def test_of_a_model_that_hardly_changes_the_changes_are_kept(tmp_path, place):
+    frozen = {"base": torch.randn(1000), "mask": torch.ones(3, dtype=torch.bool)}
+    states = [frozen | {"adapter": torch.full((100,), float(k))} for k in range(3)]
+    states[2]["base"] = -frozen["base"]  # more than half
+    folder = None if place == "memory" else tmp_path
+    there = Checkpoints(folder)
+    for number, state in enumerate(states):
+        there.write(checkpoint_name(number), state)
+        if place == "resumed":
+            there = Checkpoints(folder)
+    for number, state in enumerate(states):
+        found = there.read(checkpoint_name(number), state_hash(state))
+        assert state_hash(found) == state_hash(state)
+        assert found.keys() == state.keys()
+    if place == "memory":
+        assert [len(kept) for kept in there._states.values()] == [3, 1, 3]
+        return
+    sizes = [(tmp_path / checkpoint_name(number)).stat().st_size for number in range(3)]
+    assert sizes[1] < sizes[0] / 2 < sizes[2]
+    with pytest.raises(LedgerError, match="000001.pt holds other tensors than the ledger says"):
+        there.read("000001.pt", state_hash(states[0]))
+    torch.save(states[2], tmp_path / "000000.pt")  # what the changes belong to counts
+    with pytest.raises(LedgerError, match="000001.pt holds other tensors than the ledger says"):
+        there.read("000001.pt", state_hash(states[1]))
+    (tmp_path / "000000.pt").unlink()
+    match = (
+        "000001.pt has only what differs from the first one, and checkpoint 000000.pt is missing"
+    )
+    with pytest.raises(LedgerError, match=match):
+        there.read("000001.pt", state_hash(states[1]))
+    Checkpoints(tmp_path).write("000003.pt", states[1])  # the whole, where the first is gone
+    Checkpoints(tmp_path).read("000003.pt", state_hash(states[1]))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from lcodec_ext._checks import first_few
+
 SAMPLES = 128  # of one batch, where the package makes the batches
 
 _COMPARED = 32  # batches that must be the same ones whenever they are read
-_LABELS = ("labels", "label")
-_SHOWN = 4  # types in a message
+_LABELS = ("labels", "label", "label_ids")  # as transformers calls them
+_SHOWN, _KEYS = 4, 8  # types, and keys, in a message
 
 
 #: What to do with samples of other forms.
@@ -25,6 +27,14 @@ SAMPLES_ARE = (
     "samples with more entries, such as (x, y, id), pass "
     "DataLoader(data, collate_fn=lambda rows: default_collate([(x, y) for x, y, *_ in rows])); of "
     "dicts [(row['x'], row['y']) for row in rows], with the keys that they have"
+)
+
+#: What to do with rows of texts, as tokenizers and `datasets` give them.
+ROWS_ARE = (
+    "A row is a dict with 'labels', whose lists are as long in all rows. Of rows of unequal length "
+    "pass DataLoader(data, collate_fn=DataCollatorWithPadding(tokenizer)), or the collator of the "
+    "training. Columns that are no input of the model have to go first, as by data.remove_columns. "
+    "trainer.get_eval_dataloader(data) does both"
 )
 
 
@@ -76,8 +86,13 @@ class Batch:
             inputs = (
                 f"the keywords {list(self.kwargs)}" if self.kwargs else f"{len(self.args)} inputs"
             )
+            columns = (
+                " Leave columns out that it does not take, as by data.remove_columns."
+                if self.kwargs
+                else ""
+            )
             raise InputsError(
-                f"{error}. The model was called with {inputs}. {SAMPLES_ARE}"
+                f"{error}. The model was called with {inputs}.{columns} {SAMPLES_ARE}"
             ) from error
 
     @property
@@ -367,9 +382,38 @@ def _from_loader(loader: Any) -> Iterator[Any]:
 
 def _from_dataset(dataset: Any) -> Iterator[Any]:
     def collate(rows: list[Any]) -> Any:
-        return collated(rows, default_collate, "data", None)
+        return collated(rows, plain_collate, "data", None)
 
     return iter(DataLoader(dataset, SAMPLES, collate_fn=collate))
+
+
+def plain_collate(rows: list[Any]) -> Any:
+    """`default_collate`, of rows in which lists of numbers in dicts are tensors.
+
+    Tokenizers and `datasets` give such lists, which would be taken apart.
+    """
+    return default_collate([_with_tensors(row) for row in rows])
+
+
+def _with_tensors(row: Any) -> Any:
+    if isinstance(row, Mapping):
+        return {key: _as_tensor(value) for key, value in row.items()}
+    if type(row) in (tuple, list):
+        return type(row)(_with_tensors(each) if isinstance(each, Mapping) else each for each in row)
+    return row
+
+
+def _as_tensor(value: Any) -> Any:
+    """Lists of numbers, nested or not, as a tensor; anything else as it is."""
+    first = value
+    while isinstance(first, list) and first:
+        first = first[0]
+    if first is value or not isinstance(first, int | float | np.number):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or of other things, too
+        return value
 
 
 def collated(
@@ -377,17 +421,18 @@ def collated(
 ) -> Any:
     """Some samples of a Dataset as a batch; the number of the first one is for messages."""
     which = "a sample" if first is None else f"sample {first}"
+    advice = ROWS_ARE if isinstance(rows[0], Mapping) else SAMPLES_ARE
     try:
         data = collate(rows)
     except (TypeError, RuntimeError, ValueError, KeyError, IndexError) as error:
         raise ValueError(
             f"the samples of {name} do not make a batch: {error}. {which.capitalize()} is "
-            f"{described(rows[0])}. {SAMPLES_ARE}"
+            f"{described(rows[0])}. {advice}"
         ) from error
     if not is_one_batch(data):
         raise TypeError(
             f"{name} must be a Dataset of pairs (input, target), or of dicts with 'labels'; "
-            f"{which} is {described(rows[0])}. {SAMPLES_ARE}"
+            f"{which} is {described(rows[0])}. {advice}"
         )
     return data
 
@@ -490,4 +535,6 @@ def described(value: Any) -> str:
         kinds = [type(part).__name__ for part in value[:_SHOWN]]
         more = f", ... {len(value):,} values" if len(value) > _SHOWN else ""
         return f"({', '.join(kinds)}{more})"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {first_few([*map(repr, value)], _KEYS)}"
     return f"an object of type {type(value).__name__}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._torch.adapters import check_trainable
 from lcodec_ext._torch.batches import Batch, InputsError, map_tensors, part_of, tensors_of
 from lcodec_ext._torch.copies import THE_LOSS, Watched, check_followed, work_copy
 from lcodec_ext._torch.decay import Decay, each_decay
@@ -488,7 +489,5 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, at least one."""
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
-        raise ValueError("the model has no trainable parameter")
-    return found
+    check_trainable(model)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

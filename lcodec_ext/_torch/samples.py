@@ -41,6 +41,7 @@ from lcodec_ext._torch.batches import (
     map_tensors,
     n_samples,
     part_of,
+    plain_collate,
     tensors_of,
 )
 from lcodec_ext._torch.faults import check_finite
@@ -48,8 +49,14 @@ from lcodec_ext._torch.modes import set_modes, undisturbed
 
 Indices = Sequence[int] | slice
 _HASHED = 1 << 26  # bytes that are hashed at a time
+_SIZED = 8  # samples that tell how much all take
 _PROBE, _READINGS = 32, 3  # samples that are read so often, to see whether they change
 _FEWEST = 24  # readings of all of them together
+_DRAWN_ONCE = (
+    ". If collate_fn draws, as one that masks words at random, let it draw once: pass batch = "
+    "collate_fn([data[i] for i in range(len(data))]), and of this {key: value[numbers] for key, "
+    "value in batch.items()}"
+)
 
 
 class Source(NamedTuple):
@@ -168,7 +175,10 @@ class Samples:
 
     def kept(self, size: int, most: int) -> "Samples":
         """The same samples, in batches that are fetched once where they take at most so much."""
-        if not self.n or self.n * sum(t.nbytes for t in tensors_of(self.fetch([0]).data)) > most:
+        if not self.n:
+            return self
+        some = range(0, self.n, max(1, self.n // _SIZED))[:_SIZED]  # texts are of unequal length
+        if self.n * sum(t.nbytes for t in tensors_of(self.fetch(some).data)) > most * len(some):
             return self
         return replace(self, cut=list(self.batches(size)))
 
@@ -217,8 +227,9 @@ class Samples:
                 names = " and ".join(dict.fromkeys(part.name for part in parts))
                 raise ValueError(
                     f"samples of {names} must fit in one batch, and their tensors have the shapes "
-                    f"{shapes} (without the first axis); give tensors of one shape, or a "
-                    "DataLoader whose collate_fn pads"
+                    f"{shapes} (without the first axis); give tensors of one shape (texts "
+                    "padded to one length, as by padding='max_length'), or a DataLoader whose "
+                    "collate_fn pads"
                 )
             data = sources[0].collate(
                 [sources[k].get(i) for k, i in zip(owner.tolist(), within.tolist(), strict=True)]
@@ -374,7 +385,7 @@ def as_samples(data: Any, name: str, device: torch.device, dtype: torch.dtype) -
         return _from_loader(data, name, device, dtype)
     check_not_columns(data, name)
     if isinstance(data, Dataset) or is_dataset(data) or is_list_of_samples(data):
-        return _from_dataset(data, default_collate, name, device, dtype)
+        return _from_dataset(data, plain_collate, name, device, dtype)
     if not isinstance(data, Mapping | tuple | list):
         raise TypeError(
             f"{name} must be a pair (inputs, targets) of tensors, a dict of tensors with 'labels', "
@@ -465,7 +476,8 @@ def _from_dataset(
         return data
 
     resident = _is_resident(dataset)
-    _check_repeatable(fetch, n, name, reread=not resident, mixed=collate is not default_collate)
+    mixed = collate is not default_collate and collate is not plain_collate
+    _check_repeatable(fetch, n, name, reread=not resident, mixed=mixed)
     source = Source(dataset.__getitem__, collate)
     return Samples(n, fetch, device, dtype, name, in_memory=False, resident=resident, source=source)
 
@@ -514,7 +526,7 @@ def _check_repeatable(
             if list(_hashes(fetch([i]), 1)) != list(_hashes(data, 1)):
                 raise ValueError(
                     f"sample {i} of {name} differs when it is read again: give a Dataset without "
-                    "random augmentation"
+                    "random augmentation" + (_DRAWN_ONCE if mixed else "")
                 )
     if not mixed or len(some) < 2:
         return

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 
-def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a model's state, by name, which share its memory; others are refused."""
+def tensors_of_state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a model's state, by name, which share its memory; others are refused.
+
+    A mapping is a state itself.
+    """
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in (model.state_dict() if isinstance(model, nn.Module) else model).items():
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"the state of model must be tensors, to be saved; {name!r} is of type "

@@ -22,6 +22,7 @@ from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
 from lcodec_ext.unlearning.estimate import Estimate, estimate
 from lcodec_ext.unlearning.groups import samples_of
+from lcodec_ext.unlearning.influence import Influence, SelfInfluence, influence, self_influence
 from lcodec_ext.unlearning.patch import PatchedTensor, WeightPatch
 from lcodec_ext.unlearning.privacy import (
     Guarantee,
@@ -70,6 +71,7 @@ __all__ = [
     "Evaluation",
     "Guarantee",
     "IndefiniteCurvatureError",
+    "Influence",
     "Ledger",
     "LedgerError",
     "MethodEvaluation",
@@ -81,6 +83,7 @@ __all__ = [
     "PrivacyBudgetExceeded",
     "RemovalRecord",
     "Report",
+    "SelfInfluence",
     "Settings",
     "TokenReplacement",
     "TrainingStatistics",
@@ -94,10 +97,12 @@ __all__ = [
     "evaluate",
     "gaussian_delta",
     "gaussian_sigma",
+    "influence",
     "logistic_constants",
     "random_samples",
     "removal_bound",
     "samples_of",
+    "self_influence",
     "unlearn",
     "verify_ledger",
     "write_report",

@@ -27,7 +27,7 @@ from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, a
 from lcodec_ext.curvature.kronecker.passes import LARGEST
 from lcodec_ext.curvature.layers import NORMS, is_linear
 from lcodec_ext.curvature.layout import UnitLayout
-from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS
+from lcodec_ext.unlearning.finish import ITERATIONS, form_of
 from lcodec_ext.unlearning.limit import Limit
 from lcodec_ext.unlearning.rates import Rates, activations_of, timed
 from lcodec_ext.unlearning.request import Request, checked_request
@@ -353,7 +353,8 @@ def _capped(settings: Settings, caps: Mapping[str, int], sizes: Sizes) -> Settin
             continue
         value = getattr(settings, name)
         if name == "finish" and value is None:  # mini-batches are not made shorter
-            value = 0 if sizes.n_retain >= BATCHED and cap else ITERATIONS
+            how = form_of(None, sizes.n_retain, sizes.n_parameters)
+            value = {"batches": 0 if cap else ITERATIONS, "L-BFGS": ITERATIONS, "": 0}[how]
         if name == "max_iterations" and settings.calibrate:
             value = value or STEPS
         if (value is None and name in _ALL) or (value is not None and value > cap):

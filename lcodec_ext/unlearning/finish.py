@@ -1,6 +1,6 @@
 """The finish: the retained objective, after a step or in its place."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from lcodec_ext.unlearning.step import Block
 
 BATCHED = 5000  # retained samples, from which on mini-batches finish
 ITERATIONS = 32  # of L-BFGS on fewer
+LARGE = 2_000_000  # numbers in a model, above which L-BFGS has to be asked for
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
 ENOUGH = 0.4  # of the gap between trained samples and validation, where L-BFGS alone does
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
@@ -42,9 +43,29 @@ class Finish(NamedTuple):
     by: str = ""  # in words
 
 
-def in_batches(block: Block) -> bool:
-    """Whether mini-batches finish: where no length is given and there are samples enough."""
-    return block.work.settings.finish is None and len(block.retained.all) >= BATCHED
+def form_of(finish: int | None, n: int, n_parameters: int) -> Literal["batches", "L-BFGS", ""]:
+    """How `finish` is done with n retained samples, for a model of so many numbers.
+
+    Where no length is given: by mini-batches if there are samples enough, else by L-BFGS, except of
+    a large model. Each iteration takes a pass or two over the retained samples, and large models
+    are fine-tuned for few epochs: thirty would take several times as long as their training.
+    """
+    if finish is None:
+        if n >= BATCHED:
+            return "batches"
+        return "" if n_parameters > LARGE else "L-BFGS"
+    return "L-BFGS" if finish else ""
+
+
+def form(block: Block) -> Literal["batches", "L-BFGS", ""]:
+    """How this deletion is finished."""
+    settings, n = block.work.settings, len(block.retained.all)
+    return form_of(settings.finish, n, _numbers(block))
+
+
+def _numbers(block: Block) -> int:
+    model = block.work.model
+    return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
 
 
 def unlikeness(block: Block, retained: Samples) -> float:
@@ -68,8 +89,9 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
     outliers leads their outputs; other samples need a step. None, and everything as before, if the
     removed samples then still lose less than they should, unless they are known to be outliers.
     """
-    work, theta, batches = block.work, block.now(), in_batches(block)
-    if batches and not outliers:
+    work, theta, how = block.work, block.now(), form(block)
+    batches = how == "batches"
+    if not how or (batches and not outliers):
         return None
     why, before = "", work.mean_loss(block.part.forget)
 
@@ -95,6 +117,8 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
                 )
             except (NotTrainedError, NotFiniteError) as error:
                 block.restore(theta, block.buffers)
+                if _numbers(block) > LARGE:
+                    return None
                 why = f" instead of mini-batches, as {error}"
         # After a step the vectors that it was found by are still there.
         history = 1 if known and work.space_bytes is not None else work.history
@@ -110,7 +134,7 @@ def finish_step(block: Block, harm: Harm) -> Finish | None:
 
     Only by mini-batches: on few samples L-BFGS gains nothing after a calibrated step.
     """
-    if not in_batches(block):
+    if form(block) != "batches":
         return None
     with block.work.timed("finish"):
         try:

@@ -16,7 +16,7 @@ from lcodec_ext.unlearning.finish import (
     Finish,
     finish_alone,
     finish_step,
-    in_batches,
+    form,
     unlikeness,
 )
 from lcodec_ext.unlearning.groups import FEWEST
@@ -146,7 +146,7 @@ def guarded_step(block: Block, watch: Watch) -> tuple[Attempt, ...]:
         instead, unlike, undone = _instead_of_a_step(block, watch.guard, harm)
         if instead is not None:
             return (instead,)
-        found = calibrated(block, harm, restored=in_batches(block))
+        found = calibrated(block, harm, restored=form(block) == "batches")
         found = replace(found, found=replace(found.found, unlike=unlike, finish_by=undone))
         damping = found.found.strength
     for _ in range(settings.retries + 1):
@@ -189,12 +189,13 @@ def _instead_of_a_step(
     None, and everything as before, where it forgets too little or does harm: then the step is
     calibrated.
     """
-    if block.work.settings.finish == 0:
+    how = form(block)
+    if not how:
         return None, math.nan, ""
     with block.work.timed("calibration"):
         unlike = unlikeness(block, harm.retained)
         outliers = unlike >= UNLIKE
-        if in_batches(block) and not outliers:
+        if how == "batches" and not outliers:
             return None, unlike, ""
         rng = np.random.default_rng([block.work.settings.seed, 13])
         control = control_groups(block, rng, FEWEST)

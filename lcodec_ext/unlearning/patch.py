@@ -15,6 +15,7 @@ from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext._torch.tensor_files import read_tensors, write_tensors
 
 _FORMAT = "weight patch 1"
+Model = nn.Module | Mapping[str, Tensor]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,6 +47,7 @@ class WeightPatch:
     ----------
     before, after : str
         SHA-256 of all weights and buffers of the models, as the ledger of an `Unlearner` has them.
+        Of states, those of their tensors.
     tensors : dict of str to PatchedTensor
         By name in `state_dict`, those with changes.
 
@@ -53,6 +55,10 @@ class WeightPatch:
     -----
     New values are kept, not differences: applied to the model before, they give the model after
     bit by bit. Buffers that `state_dict` leaves out are not part of it.
+
+    A mapping of tensors by name takes the place of a model everywhere: a state of which a part is
+    compared, such as the adapter of a model of peft (`peft.get_peft_model_state_dict`). The hashes
+    are then of the adapter alone, whatever the base model is.
 
     Examples
     --------
@@ -68,11 +74,9 @@ class WeightPatch:
     tensors: dict[str, PatchedTensor]
 
     @classmethod
-    def between(cls, before: nn.Module, after: nn.Module) -> "WeightPatch":
-        """Compare two models; ValueError if they differ in more than values."""
-        check_module(before)
-        check_module(after)
-        old, new = tensors_of_state(before), tensors_of_state(after)
+    def between(cls, before: Model, after: Model) -> "WeightPatch":
+        """Compare two models or states; ValueError if they differ in more than values."""
+        old, new = _state(before), _state(after)
         for name in sorted(old.keys() ^ new.keys()):
             raise ValueError(f"the models must be of one architecture; only one has {name!r}")
         changed = {}
@@ -109,13 +113,13 @@ class WeightPatch:
             f"{self.nbytes:,} bytes, {self.before[:8]} -> {self.after[:8]})"
         )
 
-    def apply(self, model: nn.Module, *, strict: bool = True) -> bool:
+    def apply(self, model: Model, *, strict: bool = True) -> bool:
         """Write the new values to a model, in place.
 
         Parameters
         ----------
-        model : Module
-            With the weights that the patch starts from.
+        model : Module or mapping of str to Tensor
+            With the weights that the patch starts from. The tensors of a mapping are written to.
         strict : bool, default True
             False also takes a model with other weights, of the same names and shapes, or in another
             dtype, to which values are converted. What results is then on nobody's record.
@@ -136,9 +140,8 @@ class WeightPatch:
         UserWarning
             If the model has the patch already.
         """
-        check_module(model)
         check_bool(strict, "strict")
-        state = tensors_of_state(model)
+        state = _state(model)
         self._check(state, strict)
         now = state_hash(state)
         if now == self.after:
@@ -153,7 +156,7 @@ class WeightPatch:
         kept = {name: _taken(state[name], each) for name, each in self.tensors.items()}
         for name, each in self.tensors.items():
             _write(state[name], each, each.values)
-        if strict and state_hash(tensors_of_state(model)) != self.after:
+        if strict and state_hash(_state(model)) != self.after:
             for name, each in self.tensors.items():
                 _write(state[name], each, kept[name])
             raise ValueError(
@@ -223,6 +226,13 @@ class WeightPatch:
                 raise ValueError(f"{path!s} is damaged: {name!r} has places outside of its tensor")
             changed[name] = PatchedTensor(indices, values, tuple(shape))
         return cls(before, after, changed)
+
+
+def _state(model: Model) -> dict[str, Tensor]:
+    """The tensors of a model, or of a state, which share its memory."""
+    if not isinstance(model, Mapping):
+        check_module(model)
+    return tensors_of_state(model)
 
 
 def _bits(tensor: Tensor) -> Tensor:

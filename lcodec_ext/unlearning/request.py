@@ -27,6 +27,7 @@ from lcodec_ext._torch.copies import THE_LOSS, check_followed
 from lcodec_ext._torch.group import Ranks
 from lcodec_ext._torch.loss import check_classes, check_parts, finite_loss, known_loss
 from lcodec_ext._torch.modes import undisturbed
+from lcodec_ext._torch.padding import moved_to_front, padded_length
 from lcodec_ext._torch.samples import (
     NotTrainedError,
     Samples,
@@ -544,12 +545,13 @@ def _shared(few: Samples, many: Samples) -> Tensor:
     """Ones for those of a few samples that are also among many, float64.
 
     One pass over the many hashes the bits of every sample, and what has the hash of one of the few
-    is compared with it.
+    is compared with it. How texts are padded does not matter.
     """
     shared = torch.zeros(len(few), dtype=torch.float64)
+    length = max(padded_length(samples.fetch([0])) for samples in (few, many))
 
     def columns(samples: Samples, indices: list[int]) -> list[Tensor]:
-        tensors = tensors_of(samples.fetch(indices).data)
+        tensors = moved_to_front(samples.fetch(indices), length)
         return [t.reshape(len(indices), math.prod(t.shape[1:])).contiguous() for t in tensors]
 
     widths = [t.shape[1] for t in columns(few, [0])]

@@ -261,40 +261,51 @@ class TrainingStatistics:
         Parameters
         ----------
         model, loss_fn, forget, damping, weight_decay, batch_size, dtype
-            As `unlearn` takes them. The model's weights count only where `weights` lack them.
+            As `unlearn` takes them; forget may be None, for the curvature of all samples. The
+            model's weights count only where `weights` lack them.
         selection : UnitSelection or ParameterSelection
             Part of the statistics' own.
         """
         check_real(damping, "damping", 0)
         weight_decay = decay_of(weight_decay, model)
-        samples = _samples(model, forget, "forget", dtype)
-        check_copy(model, samples, loss_fn)
-        n, m, left = self.n, len(samples), self.n_left(len(samples))
-        device, dtype = samples.device, samples.dtype
+        samples = None if forget is None else _samples(model, forget, "forget", dtype)
+        if samples is not None:
+            self.n_left(len(samples))
+            check_copy(model, samples, loss_fn)
+        dtype = working_dtype(model) if dtype is None else dtype
+        device = next(model.parameters()).device
         layout = selection.layout(model)
         decay = vector_of(weight_decay, layout, layout.parameters)
         uniform = weight_decay if decay is None else 0.0
         decay = decay if decay is None else decay.to(dtype)
         if self.factors is not None:
-            factors = self._retained_factors(model, loss_fn, samples, batch_size)
+            factors = self.factors.to(device, dtype)
+            if samples is not None:
+                factors = self._retained_factors(model, loss_fn, samples, batch_size)
+            share = 1 / factors.n
             factors = factors.restrict(self._coordinates(model, layout, selection))
             shift, origin = damping + uniform, "; saved at training time"
-            return KroneckerOperator(factors, 1 / left, shift=shift, decay=decay, origin=origin)
+            return KroneckerOperator(factors, share, shift=shift, decay=decay, origin=origin)
         if self.matrix is not None:
             index = self._coordinates(model, layout, selection).to(self.matrix.device)
-            whole = self.matrix.to(device, dtype)[index][:, index]
-            removed = _KINDS[self.kind](
-                self._placed(model, dtype),
-                loss_fn,
-                samples.data(batch_size),
-                selection,
-                dtype=dtype,
-            ).to_dense()
-            matrix = (n * whole - m * removed) / left
+            matrix = self.matrix.to(device, dtype)[index][:, index]
+            if samples is not None:
+                n, m = self.n, len(samples)
+                removed = _KINDS[self.kind](
+                    self._placed(model, dtype),
+                    loss_fn,
+                    samples.data(batch_size),
+                    selection,
+                    dtype=dtype,
+                ).to_dense()
+                matrix = (n * matrix - m * removed) / (n - m)
             made = MatrixOperator(matrix, damping + uniform, "saved at training time")
             made.decay = decay
             return made
-        steps, changes = self._retained_pairs(model, loss_fn, samples, batch_size)
+        if samples is None:
+            steps, changes = (_moved(each, device, dtype) for each in (self.steps, self.changes))
+        else:
+            steps, changes = self._retained_pairs(model, loss_fn, samples, batch_size)
         S, Y = (torch.stack([layout.gather(one) for one in pairs], 1) for pairs in (steps, changes))
         whole_S, whole_Y = (
             torch.stack([torch.cat([t.flatten() for t in one.values()]) for one in pairs], 1)
@@ -320,7 +331,7 @@ class TrainingStatistics:
         From the changes of all, without those of the removed samples.
         """
         n, m = self.n, len(samples)
-        steps = [{k: t.to(samples.device, samples.dtype) for k, t in s.items()} for s in self.steps]
+        steps = _moved(self.steps, samples.device, samples.dtype)
         work = self._placed(model, samples.dtype)
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         if parameters.keys() != steps[0].keys():
@@ -492,6 +503,10 @@ class TrainingStatistics:
             return None
         found = KroneckerOperator(self.factors, 1.0).diagonal()
         return torch.where(found > _REACHED * found.max(), found, 0.0)
+
+
+def _moved(pairs: list[Tensors], device: torch.device, dtype: torch.dtype) -> list[Tensors]:
+    return [{k: t.to(device, dtype) for k, t in each.items()} for each in pairs]
 
 
 def draws_of(n: int) -> int | None:

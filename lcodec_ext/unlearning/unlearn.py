@@ -141,12 +141,13 @@ def unlearn(
     ConvergenceWarning
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
-        If the deletion takes more than three quarters of the memory that is available, and settings
-        were lowered for it; if the deletion is not calibrated, unless calibrate=False says that this is meant; if the
-        step was taken back; if with order="sequential" there is none for a sample; if it raises the
-        retained loss by much; if half of the removed samples or more are also retained; if there
-        are fewer units than `n_units`; if validation samples are few, unlike the training ones or
-        among them; if a calibrated step stayed far from its aim or cost accuracy.
+        If the deletion would take more than three quarters of the memory that is available, and
+        settings were lowered for it; if the deletion is not calibrated, unless calibrate=False says
+        that this is meant; if the step was taken back; if with order="sequential" there is none for
+        a sample; if it raises the retained loss by much; if half of the removed samples or more are
+        also retained; if there are fewer units than `n_units`; if validation samples are few,
+        unlike the training ones or among them; if a calibrated step stayed far from its aim or cost
+        accuracy.
 
     Notes
     -----

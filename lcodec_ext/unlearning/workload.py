@@ -11,7 +11,7 @@ from lcodec_ext.curvature.solvers import Krylov
 from lcodec_ext.unlearning.calibrate import TRIALS
 from lcodec_ext.unlearning.control import measured
 from lcodec_ext.unlearning.distil import BATCH, COPY, FOLLOW, HOLD
-from lcodec_ext.unlearning.finish import BATCHED, ITERATIONS, MOST
+from lcodec_ext.unlearning.finish import ITERATIONS, MOST, form_of
 from lcodec_ext.unlearning.guard import LENGTHS
 from lcodec_ext.unlearning.request import GUARD_SIZE, control_pool
 from lcodec_ext.unlearning.rules import RULES
@@ -172,12 +172,8 @@ class Workload:
     @property
     def l_bfgs(self) -> bool:
         """Whether L-BFGS may finish."""
-        s = self.settings
-        return s.calibrate and s.finish != 0 and not (s.finish is None and self._batched)
-
-    @property
-    def _batched(self) -> bool:
-        return self.sizes.n_retain >= BATCHED
+        s, z = self.settings, self.sizes
+        return s.calibrate and form_of(s.finish, z.n_retain, z.n_parameters) == "L-BFGS"
 
     @property
     def history(self) -> int:
@@ -343,10 +339,11 @@ class Workload:
     def _finish(self, held: int, kept: int) -> Iterator[Phase]:
         """What follows a calibrated step or is tried in its place; more for outliers."""
         s, n = self.settings, self.sizes.n_retain
-        if s.finish == 0:
+        how = form_of(s.finish, n, self.sizes.n_parameters)
+        if not how:
             return
         yield Phase("finish", forward=((1, self.sizes.m), (2, held), (2, kept)))
-        if s.finish is None and self._batched:
+        if how == "batches":
             held_back, led = (
                 sum(each.batches(n) for each in some) * (BATCH + BATCH // 4)
                 for some in ((HOLD,), (COPY, FOLLOW))
@@ -384,7 +381,8 @@ class Workload:
         activations : of a backward pass over a batch.
         """
         s, z = self.settings, self.sizes
-        largest = max(z.m, self.n_monitored, z.n_retain if s.finish != 0 else 0)
+        finishes = form_of(s.finish, z.n_retain, z.n_parameters) != ""
+        largest = max(z.m, self.n_monitored, z.n_retain if finishes else 0)
         batch = activations.of(min(s.batch_size, max(1, largest)))
         backward = {
             "model": 2.0 * z.n_parameters * z.bytes_each,  # the one that moves, and the result

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._one_rank import ONE_RANK
+from lcodec_ext._torch.adapters import check_adapters, check_trainable
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
 from lcodec_ext._torch.decay import each_decay
 from lcodec_ext._torch.group import AnyRanks
@@ -305,8 +306,8 @@ def _check_model(model: nn.Module) -> torch.device:
         if not torch.isfinite(parameter.detach()).all():
             raise ValueError(f"parameter {name!r} of the model holds NaN or infinity")
         devices.add(parameter.device)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("the model has no trainable parameter")
+    check_trainable(model)
+    check_adapters(model, {id(p) for p in model.parameters() if p.requires_grad})
     if len(devices) > 1:
         raise ValueError(
             f"the model must be on one device; it is on {', '.join(sorted(map(str, devices)))}"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._torch.adapters import check_adapters
 from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
 from lcodec_ext._torch.copies import (
     THE_LOSS,
@@ -113,6 +114,7 @@ class MaskedModel:
         # Parameters that nothing may compute with: a run replaces those of the copy.
         self._outside: Watched = {}
         selected = {id(parameter) for parameter in layout.parameters.values()}
+        check_adapters(model, selected)
         self.model = work_copy(model, self.dtype, self._outside, selected)
         self.model.requires_grad_(False)
         self.entries = parameter_entries(layout, self.device)

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from lcodec_ext._files import sync_folder, write_atomically
 from lcodec_ext._torch.copies import copy_of, writable
 from lcodec_ext._torch.states import state_hash
 
+#: In the place of a whole state: only the tensors that differ from those of checkpoint 0.
+_CHANGES = "tensors that differ from 000000.pt"
 _NAME = re.compile(r"\d{6,}\.pt")
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _TEMPORARY = re.compile(r"\.\d{6,}\.pt(\.\w+)?\.tmp")
@@ -50,27 +53,51 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 class Checkpoints:
-    """States by file name, in a folder or, without one, in memory."""
+    """States by file name, in a folder or, without one, in memory.
+
+    Of a state most of which is that of checkpoint 0, as of a model with adapters, what differs is
+    kept.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._states: dict[str, dict[str, Tensor]] = {}
+        self._states: dict[str, dict[str, Any]] = {}
+        self._first: dict[str, str] | None = None  # the hash of each tensor of checkpoint 0
         if folder is not None and not folder.is_dir():
             folder.mkdir(mode=0o700)
             sync_folder(folder.parent)
 
     def write(self, name: str, state: dict[str, Tensor]) -> None:
         """Save a state; nothing is there under the name before all of it is."""
+        kept = self._changes(name, state)
         if self._folder is None:
-            self._states[name] = state
+            self._states[name] = kept
         else:
-            write_atomically(self._folder / name, lambda file: torch.save(state, file))
+            write_atomically(self._folder / name, lambda file: torch.save(kept, file))
+
+    def _changes(self, name: str, state: dict[str, Tensor]) -> dict[str, Any]:
+        """A state as it is kept."""
+        if name == checkpoint_name(0):
+            self._first = _each_hash(state)
+            return state
+        if self._first is None:  # resumed, from a folder
+            assert self._folder is not None
+            try:
+                first = _load(self._folder / checkpoint_name(0))
+            except LedgerError:
+                return state
+            self._first = _each_hash(first)
+        hashes, first_hashes = _each_hash(state), self._first
+        changed = {k: t for k, t in state.items() if hashes[k] != first_hashes.get(k)}
+        size = sum(t.nbytes for t in state.values())
+        return {_CHANGES: changed} if 2 * sum(t.nbytes for t in changed.values()) < size else state
 
     def read(self, name: str, sha256: str) -> dict[str, Tensor]:
         """Load a state and check its hash; LedgerError if it is missing or another one."""
-        if self._folder is None:
-            return self._states[name]
-        return read_checkpoint(self._folder / name, sha256)
+        if self._folder is not None:
+            return read_checkpoint(self._folder / name, sha256)
+        kept = self._states[name]
+        return self._states[checkpoint_name(0)] | kept[_CHANGES] if _CHANGES in kept else kept
 
     def names(self) -> set[str]:
         """The files that are there."""
@@ -97,12 +124,16 @@ class Checkpoints:
 
 def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
     """Load a state and check its hash; LedgerError if it is missing or another one."""
+    state = _load(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(changes := state.get(_CHANGES), dict):
+            state = _load(path.with_name(checkpoint_name(0))) | changes
         found = state_hash(state)
-    except FileNotFoundError:
-        raise LedgerError(f"checkpoint {path.name} is missing") from None
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
+    except LedgerError as error:
+        raise LedgerError(
+            f"checkpoint {path.name} has only what differs from the first one, and {error}"
+        ) from error
+    except Exception as error:  # of what is no state
         raise LedgerError(f"checkpoint {path.name} cannot be read: {error}") from error
     if found != sha256:
         raise LedgerError(
@@ -110,6 +141,19 @@ def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
             f"{found}, not {sha256}"
         )
     return state
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise LedgerError(f"checkpoint {path.name} is missing") from None
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise LedgerError(f"checkpoint {path.name} cannot be read: {error}") from error
+
+
+def _each_hash(state: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: state_hash({name: tensor}) for name, tensor in state.items()}
 
 
 class DirectoryLock:

@@ -97,7 +97,9 @@ class Unlearner:
         see to it that one process at a time uses the directory.
     keep : int, default 5
         How many of the newest checkpoints are kept, the present one included. This limits
-        `rollback`. The original weights are always kept. Each takes the space of the model.
+        `rollback`. The original weights are always kept. Each takes the space of the model, or,
+        where that is less than half of it, of the tensors that differ from the original ones: of
+        a model with adapters that of the adapters.
     progress : bool, default False
         Show progress bars; needs tqdm.
     **options
