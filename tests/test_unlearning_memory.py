@@ -202,11 +202,11 @@ def test_l_bfgs_keeps_fewer_pairs_where_memory_is_limited():
     sizes = Sizes(5, 1000, 100, 10, 10**6, 10**6, 10**6, 4, batch_norm=False)
     settings = Settings.preset("recommended", **CALIBRATED)
     found = {}
-    for most in (None, 10**12, 180_000_000, 80_000_000):
+    for most in (None, 10**12, 120_000_000, 80_000_000):
         load = Workload(dataclasses.replace(settings, max_memory=most), sizes, Graphs(0, 0))
         found[most] = load.history
     assert found[None] == found[10**12] == HISTORY
-    assert 2 < found[180_000_000] < HISTORY
+    assert 2 < found[120_000_000] < HISTORY
     assert found[80_000_000] == 2
     batches = Workload(settings, dataclasses.replace(sizes, n_retain=10**5), Graphs(0, 0))
     assert not batches.l_bfgs
@@ -315,11 +315,13 @@ needs_peaks = pytest.mark.skipif(
 
 
 @needs_peaks
-@pytest.mark.parametrize("curvature", ["gauss_newton", "ekfac"])
-def test_the_peak_of_a_transformer_is_within_the_default(curvature):
-    """Of two million parameters, where half of what all would take is there."""
-    peak, expected, most = map(int, run(DELETION, curvature, 110_000_000)[-2].split())
-    assert expected <= most == int(SHARE * 110_000_000)
+@pytest.mark.parametrize(
+    ("curvature", "n"), [("gauss_newton", 370_000_000), ("ekfac", 330_000_000)]
+)
+def test_the_peak_of_a_transformer_is_within_the_default(curvature, n):
+    """Of two million parameters, with less than all that was asked for would take."""
+    peak, expected, most = map(int, run(DELETION, curvature, n)[-2].split())
+    assert expected <= most == int(SHARE * n)
     assert 0.5 <= peak / expected <= 1.33
 
 
