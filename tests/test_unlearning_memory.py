@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 import warnings
@@ -208,6 +209,8 @@ def test_l_bfgs_keeps_fewer_pairs_where_memory_is_limited():
     assert found[None] == found[10**12] == HISTORY
     assert 2 < found[120_000_000] < HISTORY
     assert found[80_000_000] == 2
+    few = dataclasses.replace(settings, finish=3)  # iterations, each of which adds one
+    assert Workload(few, sizes, Graphs(0, 0)).history == 3
     batches = Workload(settings, dataclasses.replace(sizes, n_retain=10**5), Graphs(0, 0))
     assert not batches.l_bfgs
 
@@ -238,6 +241,28 @@ def test_large_tensors_are_taken_in_parts(monkeypatch):
     monkeypatch.setattr(module, "_PART", 4)
     assert [len(part) for part in in_parts(torch.zeros(3, 3))] == [4, 4, 1]
     assert euclidean_norm(network.parameters()) == pytest.approx(before, rel=1e-12)
+
+
+def test_the_page_has_what_was_recorded():
+    root = Path(__file__).parent.parent
+    found = json.loads((root / "benchmarks/results/large_models.json").read_text())
+    page = (root / "docs/models.md").read_text()
+    assert not found["settings"]["quick"]
+    for way in found["large_models"].values():
+        assert not way["dirty"]
+        assert way["parameters"] > 10**8
+        assert way["peak_rss"] < 24 * 2**30
+        assert way["peak"] < way["expected"]["memory"]["peak"]
+        assert way["skipped"] == 0
+    recorded = found["large_models"]["gauss_newton"]
+    assert f"took {recorded['peak_rss'] / 1e9:.1f} GB in all" in page
+    names = {"estimate": "estimate", "L-BFGS, tried first": "finish", "calibration": "calibration"}
+    for shown, name in names.items():
+        gb, seconds = recorded["peaks"][name] / 1e9, recorded["phases"][name]
+        assert f"| {shown} | {gb:.1f} | {seconds:.0f} |" in page
+    expected = recorded["expected"]["memory"]["peak"] / 1e9
+    last = f"| {recorded['peak'] / 1e9:.1f} ({expected:.1f} expected) | {recorded['seconds']:.0f} |"
+    assert last in page
 
 
 PEAK = """

@@ -230,7 +230,6 @@ def planned(
         return work, request, None
     with work.timed("estimate"):
         found = _estimated(work, request, setup, True, limit)
-        work.give_back()
     if not (wanted or found.chosen):
         return work, request, None
     progress_line(work.progress, f"unlearn: {found.line()}")
@@ -242,6 +241,7 @@ def planned(
         space_bytes=found.space_bytes,
         history=found.history,
     )
+    work.give_back()
     if found.chosen:
         request = request.drawn_again(found.settings)
     return work, request, found

@@ -178,11 +178,11 @@ class Workload:
     @property
     def history(self) -> int:
         """Pairs of vectors that L-BFGS keeps."""
-        left = self._left(self._finishing(0))
+        left, most = self._left(self._finishing(0)), min(HISTORY, self.settings.finish or HISTORY)
         if left is None:
-            return HISTORY
+            return most
         pairs = left // max(1, 2 * self.sizes.p * self.sizes.bytes_each)
-        return min(HISTORY, max(_FEWEST_HISTORY, pairs))
+        return min(most, max(_FEWEST_HISTORY, pairs))
 
     @property
     def method(self) -> str:
