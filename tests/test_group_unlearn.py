@@ -146,6 +146,7 @@ def close(a, b, where=""):
         ("step", "mlp", None),
         ("calibrated", "mlp", None),
         ("calibrated, no finish", "conv", 1),
+        ("ekfac", "conv", 0),
         ("users", "mlp", None),
         ("repair", "conv", 0),
     ],

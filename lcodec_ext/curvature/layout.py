@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.layers import Cut, UnitParameter, UnitRange, find_unit_layers, why_not
 
 _LARGE = 2**22  # coordinates from which on they are gathered piece by piece, in half the memory
@@ -227,6 +228,7 @@ class UnitLayout(Layout):
     """
 
     def __init__(self, selection: Units, model: nn.Module) -> None:
+        model = unwrapped(model)
         layers, without = find_unit_layers(model)
         chosen = selection.units
         for name, units in chosen.items():

@@ -19,10 +19,12 @@ from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_line
 from lcodec_ext._torch.batches import tensors_of
 from lcodec_ext._torch.decay import with_decay
+from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
 from lcodec_ext.curvature.kronecker.passes import LARGEST
 from lcodec_ext.curvature.layers import NORMS, is_linear
@@ -202,6 +204,7 @@ def estimate(
     """
     begin = time.perf_counter()
     check_bool(progress, "progress")
+    model = unwrapped(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `unlearn` gives them
         settings, _ = resolve(
@@ -212,9 +215,10 @@ def estimate(
             statistics=statistics is not None,
         )
         work = Workplace.of(model, loss_fn, settings, score, False)
-        request = checked_request(work, forget, retain, validation, statistics, groups)
-    setup = time.perf_counter() - begin
-    return _estimated(work, request, setup, settings.bounded, Limit.of(settings, work.device))
+        work, request = checked_request(work, forget, retain, validation, statistics, groups)
+    with autocasting(settings.autocast):
+        setup, limit = time.perf_counter() - begin, Limit.of(settings, work.device)
+        return _estimated(work, request, setup, settings.bounded, limit)
 
 
 def planned(

@@ -13,6 +13,7 @@ from lcodec_ext._checks import check_bool, counted
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext._torch.tensor_files import read_tensors, write_tensors
+from lcodec_ext._torch.wrapped import unwrapped
 
 _FORMAT = "weight patch 1"
 Model = nn.Module | Mapping[str, Tensor]
@@ -230,9 +231,10 @@ class WeightPatch:
 
 def _state(model: Model) -> dict[str, Tensor]:
     """The tensors of a model, or of a state, which share its memory."""
-    if not isinstance(model, Mapping):
-        check_module(model)
-    return tensors_of_state(model)
+    if isinstance(model, Mapping):
+        return tensors_of_state(model)
+    check_module(model)
+    return tensors_of_state(unwrapped(model))
 
 
 def _bits(tensor: Tensor) -> Tensor:

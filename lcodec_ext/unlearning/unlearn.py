@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool
 from lcodec_ext._one_rank import OneRank
 from lcodec_ext._torch.decay import with_decay
+from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction, NotFiniteError, euclidean_norm, in_parts, wide
 from lcodec_ext._torch.modes import twice_differentiable
@@ -214,11 +216,11 @@ def _carried_out(
 ) -> UnlearnResult:
     begin = time.perf_counter()
     ranks = ranks_of(group, "unlearn")
-    with ranks.warning_last():
+    with ranks.warning_last(), ExitStack() as modes:
         with ranks.alone("the arguments"):
             check_bool(inplace, "inplace")
             check_bool(progress, "progress")
-            model = unwrapped(model)
+            given, model = model, unwrapped(model)
             settings, doubt = resolve(
                 preset,
                 with_decay(options, model),
@@ -227,10 +229,11 @@ def _carried_out(
                 statistics=statistics is not None,
             )
             work = Workplace.of(model, loss_fn, settings, score, progress, ranks)
+            modes.enter_context(autocasting(settings.autocast))
         if isinstance(ranks, Ranks):
             told = told_of_given(retain=retain, validation=validation, statistics=statistics)
             ranks.agree(told | told_of(model) | told_of_settings(settings) | {"inplace": inplace})
-        request = checked_request(work, forget, retain, validation, statistics, groups)
+        work, request = checked_request(work, forget, retain, validation, statistics, groups)
         check_certifiable(work, model, request)
         if doubt:
             warn(doubt)
@@ -270,7 +273,7 @@ def _carried_out(
         patch = _patch_of(model, changed)
     if inplace:  # last, behind warnings that may be errors
         copy_state(changed, model)
-        changed = model
+        changed = given
     work.clock.seconds["total"] = time.perf_counter() - begin
     measured = Outcome(before, after, selection, step_norm, guarantee, patch, cost)
     return result_of(changed, work, request, deletions, watch.guard, measured)

@@ -16,6 +16,7 @@ from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.adapters import check_adapters, check_trainable
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
 from lcodec_ext._torch.decay import each_decay
+from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.group import AnyRanks
 from lcodec_ext._torch.loss import (
     Gradient,
@@ -29,6 +30,7 @@ from lcodec_ext._torch.loss import (
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score, predict, size_of_losses
 from lcodec_ext._torch.samples import Samples, working_dtype
+from lcodec_ext._torch.tokens import weight_share
 from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
@@ -137,6 +139,11 @@ class Workplace:
         if score is not None and not callable(score):
             raise TypeError(f"score must be callable; got {type(score).__name__}")
         dtype = settings.dtype or working_dtype(model)
+        if settings.autocast is not None and dtype != torch.float32:
+            raise ValueError(
+                "autocast is of models that compute in float32, and this one is in float64: leave "
+                "autocast out, or pass dtype=torch.float32"
+            )
         watched: Watched = {}
         work = work_copy(model, dtype, watched)
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
@@ -201,10 +208,15 @@ class Workplace:
         )
 
     def measure(self, forget: Samples, retained: Samples | None) -> LossesAndGradients:
-        """Losses and gradients of both sets at the present weights."""
-        if retained is None:
-            return LossesAndGradients(*self.gradient(forget), math.nan, None)
-        return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
+        """Losses and gradients of both sets at the present weights, without autocast."""
+        with autocasting(None):
+            if retained is None:
+                return LossesAndGradients(*self.gradient(forget), math.nan, None)
+            return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
+
+    def share(self, samples: Samples) -> float:
+        """What a sample of a set counts for on average: of a loss over tokens not always 1."""
+        return weight_share(self.loss_fn, samples)
 
     def mean_loss(self, samples: Samples) -> float:
         """Mean loss without the regulariser. It may be NaN or infinite."""
@@ -214,11 +226,11 @@ class Workplace:
         """How good the model is on samples: by accuracy, the score or minus the mean loss."""
         found = predict(self.model, samples, self.loss_fn, self.settings.batch_size, self.score)
         if found.accuracy is None:
-            mean = -float(found.losses.mean())
-            return Quality(_LOSS, mean, found.losses, -found.losses)
+            return Quality(_LOSS, -found.loss, found.parts, -found.parts)
         assert found.scores is not None
-        watched = "accuracy" if self.score is None else "the score"
-        return Quality(watched, found.accuracy, found.losses, found.scores)
+        watched = "accuracy" if found.counted is None else "token accuracy"
+        watched = watched if self.score is None else "the score"
+        return Quality(watched, found.accuracy, found.parts, found.scores)
 
     def unit(self, samples: Samples, quality: "Quality") -> float:
         """What a fall of the quality is counted in: 1, or of losses their own size."""
@@ -256,7 +268,7 @@ class Quality(NamedTuple):
 
     watched: str  # the name of the number
     value: float
-    losses: Tensor  # (n,)
+    losses: Tensor  # (n,), what each sample contributes to the mean loss
     each: Tensor  # (n,), whose mean the value is
 
 

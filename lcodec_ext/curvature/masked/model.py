@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._torch.adapters import check_adapters
-from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of, widened
 from lcodec_ext._torch.copies import (
     THE_LOSS,
     Watched,
@@ -28,8 +28,10 @@ from lcodec_ext._torch.copies import (
     leaves_of_nodes,
     work_copy,
 )
+from lcodec_ext._torch.detours import cast_dtype
 from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
 from lcodec_ext.curvature.layout import Layout
+from lcodec_ext.curvature.masked.attention import attention_forward
 from lcodec_ext.curvature.masked.entries import parameter_entries
 from lcodec_ext.curvature.masked.rows import LayerRows, RowsCall, row_module, rows_of
 from lcodec_ext.curvature.parameters import ParameterSelection, Selection
@@ -184,15 +186,15 @@ class MaskedModel:
 
     def _find_rows(self, module: nn.Module, key: str, name: str) -> LayerRows | None:
         entries = self.entries[name]
-        if not is_unit_layer(module) or isinstance(module, nn.MultiheadAttention):
+        if not is_unit_layer(module):
             return None
         try:
-            ((_, _, attributes),) = unit_cuts(module)
+            attributes = {k: each for _, _, cuts in unit_cuts(module) for k, each in cuts.items()}
         except NoUnitsError:
             return None
         if key not in attributes or attributes[key][0] != entries.cut:
             return None  # tied to a layer that cuts it in another way
-        return rows_of(module, key, name, entries.units)
+        return rows_of(module, key, name, entries.units, attributes[key][1])
 
     # ------------------------------------------------------------------------------------------
     # Vectors
@@ -293,8 +295,10 @@ class MaskedModel:
             for module, groups in self._rows.items():
                 if groups:
                     given = {name: value for value, name in watched}
-                    forward = _forward(
-                        module, groups, given, displacements, calls, layer_outputs, n
+                    forward = (
+                        attention_forward(module, groups, given, displacements, calls)
+                        if isinstance(module, nn.MultiheadAttention)
+                        else _forward(module, groups, given, displacements, calls, layer_outputs, n)
                     )
                     stack.enter_context(_replaced(vars(module), "forward", forward))
             outputs = batch.outputs(self.model)
@@ -387,6 +391,10 @@ def _forward(
             if parameter is not None and parameter.is_leaf
         }
         out: Tensor = type(module).forward(row_module(module, fixed), *args, **kwargs)
+        given_args, given_kwargs = args, kwargs
+        if cast_dtype() is not None:  # what is kept, and differentiated, is in the dtype of sums
+            out = widened(out)
+            given_args, given_kwargs = map_tensors(widened, (args, kwargs))
         shape = out.shape
         if merged > 1:
             out = out.flatten(-merged)
@@ -400,9 +408,11 @@ def _forward(
                 if rows.places is not None:
                     sizes[axis] = len(rows.places)
                 value = rows.of(args, kwargs, displacements[rows.parameter], axis).expand(sizes)
+                if cast_dtype() is not None:
+                    value = widened(value)
                 if value.requires_grad:  # not under no_grad
-                    versions = tuple(t._version for t in tensors_of([args, kwargs]))
-                    calls.append(RowsCall(rows, args, kwargs, value, axis, versions))
+                    versions = tuple(t._version for t in tensors_of([given_args, given_kwargs]))
+                    calls.append(RowsCall(rows, given_args, given_kwargs, value, axis, versions))
                 values.append(value)
             if not values:
                 continue
@@ -410,7 +420,8 @@ def _forward(
             places = group[0].places
             out = out + total if places is None else out.index_add(axis, places, total)
         out = out.reshape(shape)
-        layer_outputs.append((out, out._version))
+        if not out.is_inference():  # of which the pass is refused in the end
+            layer_outputs.append((out, out._version))
         return out
 
     return forward

@@ -18,6 +18,7 @@ from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.states import state_hash, state_of, tensors_of_state
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.unlearning.estimate import Estimate, estimate
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, warn_of_noise
 from lcodec_ext.unlearning.release import GUARDED
@@ -147,6 +148,7 @@ class Unlearner:
     ) -> None:
         check_integer(keep, "keep", 1)
         check_bool(lock, "lock")
+        model = unwrapped(model)
         settings, doubt = resolve(
             preset,
             with_decay(options, model),
@@ -226,6 +228,7 @@ class Unlearner:
             For data, a function or a model that differ from those on record.
         """
         check_bool(lock, "lock")
+        model = unwrapped(model)
         folder = Path(directory).absolute()
         if not (folder / LEDGER_FILE).is_file():
             raise FileNotFoundError(f"directory {str(directory)!r} has no ledger")
