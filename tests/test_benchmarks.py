@@ -1160,7 +1160,7 @@ def test_ekfac_runs():
     """Systems and large networks, in their tiny forms."""
     rows = ekfac.systems(Path("nowhere"), True)
     assert {row["preconditioner"] for row in rows} == {"none", "diagonal", "EK-FAC"}
-    assert all(row["iterations"]["0.01"] is not None for row in rows)
+    assert all(row["iterations"]["0.1"] is not None for row in rows)
     shares = ekfac.won(rows)
     assert len(shares) == 2 * len(ekfac.DAMPINGS)
     for part in ("resnet50", "vit"):
