@@ -696,12 +696,32 @@ def test_models_and_data_that_cannot_be(refused, options, message):
     assert message in refused("unlearn", *rest, *given, "--forget", "1", "--output", "new.pt")
 
 
-def test_weights_in_a_checkpoint(run):
-    torch.save({"epoch": 3, "state_dict": weights("net.pt")}, "checkpoint.pt")
+@pytest.mark.parametrize(("key", "prefix"), [("state_dict", ""), ("model", "module._orig_mod.")])
+def test_weights_in_a_checkpoint(run, refused, key, prefix):
+    named = {prefix + name: tensor for name, tensor in weights("net.pt").items()}
+    torch.save({"epoch": 3, key: named}, "checkpoint.pt")
     command = ["unlearn", *MODEL, *DATA, *DECAY, "--forget", "1", "--output"]
     assert run(*command, "a.pt", *WEIGHTS)[0] == 0
-    assert run(*command, "b.pt", "--weights", "checkpoint.pt")[0] == 0
+    status, _, err = run(*command, "b.pt", "--weights", "checkpoint.pt")
+    assert (status, "left out" in err) == (0, False)
+    assert weights("b.pt").keys() == weights("a.pt").keys()
     assert torch.equal(weights("a.pt")["weight"], weights("b.pt")["weight"])
+
+
+def test_weights_of_more_than_the_model(run, refused):
+    """The state of a Lightning module: its model is behind a prefix, and beside it are others."""
+    named = {f"model.{name}": tensor for name, tensor in weights("net.pt").items()}
+    torch.save({"state_dict": {**named, "metric.total": torch.zeros(())}}, "lit.ckpt")
+    command = ["unlearn", *MODEL, *DATA, *DECAY, "--forget", "1", "--output", "a.pt", "--weights"]
+    status, _, err = run(*command, "lit.ckpt")
+    assert status == 0
+    assert "lit.ckpt also holds 1 tensor that the model does not have, left out" in err
+    assert "metric.total" in err
+    average = {f"average.{name}": tensor for name, tensor in named.items()}
+    torch.save({**named, **average}, "both.pt")
+    assert "--weights both.pt holds the model 2 times, under 'model.' and" in refused(
+        *command, "both.pt"
+    )
 
 
 def test_presets_are_those_of_the_package():

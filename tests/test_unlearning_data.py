@@ -35,7 +35,13 @@ from lcodec_ext.curvature import (
 )
 from lcodec_ext.evaluation import evaluate, evaluate_population, methods, metrics
 from lcodec_ext.evaluation.tune import tune
-from lcodec_ext.unlearning import TrainingStatistics, Unlearner, estimate, unlearn
+from lcodec_ext.unlearning import (
+    TrainingStatistics,
+    Unlearner,
+    estimate,
+    per_token_loss,
+    unlearn,
+)
 
 N, D = 60, 4
 OPTIONS = {"damping": 0.1, "max_drop": None, "calibrate": False}
@@ -148,8 +154,11 @@ def test_the_mean_over_valid_labels(kind, loss_fn):
     whole = kind(make_model(), loss_fn, [(x, y)], units)
     parts = [(x[k : k + 7], y[k : k + 7]) for k in range(0, N, 7)]
     sums = kind(make_model(), summed, parts, units, reduction="sum") * (1 / int(valid.sum()))
-    for found in (whole, sums):
+    told = kind(make_model(), per_token_loss(loss_fn), parts, units)
+    for found in (whole, sums, told):
         assert torch.allclose(found.to_dense(), wanted.to_dense(), atol=1e-6)
+    with pytest.raises(ValueError, match="mean over tokens: leave reduction out"):
+        kind(make_model(), per_token_loss(), parts, units, reduction="sum")
     with pytest.raises(ValueError, match="ignores 3 of the 7 labels of a batch .* reduction='sum'"):
         kind(make_model(), loss_fn, parts, units).to_dense()
     equal = [(x[[k, k + 1, 3]], y[[k, k + 1, 3]]) for k in (0, 4, 10)]  # a third of each
@@ -187,13 +196,21 @@ def test_the_mean_over_valid_tokens():
     wanted = HessianOperator(Tokens(), over_tokens, [(ids, labels)], units).to_dense()
     found = HessianOperator(Tokens(), sums, parts, units, reduction="sum") * (1 / valid)
     assert torch.allclose(found.to_dense(), wanted, atol=1e-6)
-    with pytest.raises(ValueError, match="ignores 6 of the 24 labels of .*, and 10 of 30 in"):
-        HessianOperator(Tokens(), over_tokens, parts, units).to_dense()
-    match = "plain mean over the samples .* Take the mean over the labels of each sample first"
+    # Found out: batches count by their tokens.
+    found = HessianOperator(Tokens(), over_tokens, parts, units)
+    assert torch.allclose(found.to_dense(), wanted, atol=1e-6)
+    assert unlearn(Tokens(), *parts[:2], over_tokens, **OPTIONS).mean_over == "tokens"
+
+    def squared(outputs, targets):  # neither mean: long samples count for more than their tokens
+        counted = (targets >= 0).sum(1)
+        each = cross_entropy(outputs.transpose(1, 2), targets, reduction="none").sum(1)
+        return (each * counted).sum() / counted.square().sum()
+
+    match = "plain mean over the samples .* per_token_loss.* the mean over the labels of each"
     with pytest.raises(ValueError, match=match):
-        FisherOperator(Tokens(), over_tokens, parts, units).to_dense()
+        FisherOperator(Tokens(), squared, parts, units).to_dense()
     with pytest.raises(ValueError, match=match):
-        unlearn(Tokens(), *parts[:2], over_tokens, **OPTIONS)
+        unlearn(Tokens(), *parts[:2], squared, **OPTIONS)
 
     def by_sample(outputs, targets):
         each = cross_entropy(outputs.transpose(1, 2), targets, reduction="none")

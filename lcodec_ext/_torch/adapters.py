@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from lcodec_ext._torch.copies import quantised
+
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers of a model that peft has given adapters, by name."""
@@ -20,6 +22,8 @@ def check_trainable(model: nn.Module) -> None:
     """Refuse a model without a trainable parameter."""
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
+    if why := quantised(model):
+        raise ValueError(f"the model has no trainable parameter{why}")
     advice = "call requires_grad_(True) on those that may change"
     if next(_adapted_layers(model), None) is not None:
         advice = (

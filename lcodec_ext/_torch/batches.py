@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from lcodec_ext._checks import first_few
+from lcodec_ext._torch.detours import cast_forward
 
 SAMPLES = 128  # of one batch, where the package makes the batches
 
 _COMPARED = 32  # batches that must be the same ones whenever they are read
 _LABELS = ("labels", "label", "label_ids")  # as transformers calls them
+_SHIFT = "prepare_decoder_input_ids_from_labels"  # of models of transformers
+_DECODER = {"decoder_input_ids", "decoder_inputs_embeds"}  # inputs of a decoder
 _SHOWN, _KEYS = 4, 8  # types, and keys, in a message
 
 
@@ -78,8 +81,29 @@ class Batch:
 
     def outputs(self, model: nn.Module) -> Any:
         """What a model returns; where it takes other inputs, say how to leave some out."""
+        first = next(tensors_of((self.args, self.kwargs)), None)
         try:
-            return model(*self.args, **self.kwargs)
+            with cast_forward("cpu" if first is None else first.device.type) as cast:
+                outputs = model(*self.args, **self.kwargs, **self._for_decoder(model))
+            check_recorded(outputs)
+            return map_tensors(widened, getattr(outputs, "logits", outputs)) if cast else outputs
+        except ValueError as error:
+            if hasattr(model, _SHIFT) or not self._lacks_decoder_inputs(model):
+                raise
+            raise InputsError(
+                f"{error}. {type(model).__name__} is an encoder-decoder and has no {_SHIFT} to "
+                "make its decoder's inputs of the labels: put 'decoder_input_ids' into every "
+                "sample, the labels shifted to the right by one, with the start token first and "
+                "padding in the place of -100"
+            ) from error
+        except RuntimeError as error:
+            if "same dtype" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}. The package computes with copies of the weights in float32, or float64: "
+                "let the forward pass convert its inputs to the dtype of the weights, "
+                "x.to(self.layer.weight.dtype), and not to one that is written down"
+            ) from error
         except TypeError as error:
             if len(self.args) + len(self.kwargs) < 2:
                 raise
@@ -95,10 +119,40 @@ class Batch:
                 f"{error}. The model was called with {inputs}.{columns} {SAMPLES_ARE}"
             ) from error
 
+    def _lacks_decoder_inputs(self, model: nn.Module) -> bool:
+        """Whether an encoder-decoder of transformers is to make its decoder's inputs of labels."""
+        config = getattr(model, "config", None)
+        if not getattr(config, "is_encoder_decoder", False) or not self.kwargs:
+            return False
+        if self.kwargs.keys() & _DECODER or not isinstance(self.targets, Tensor):
+            return False
+        return self.targets.ndim == 2 and not self.targets.is_floating_point()
+
+    def _for_decoder(self, model: nn.Module) -> dict[str, Tensor]:
+        """What it makes of them by itself where labels are passed, which they are not here."""
+        shift = getattr(model, _SHIFT, None)
+        if shift is None or not self._lacks_decoder_inputs(model):
+            return {}
+        return {"decoder_input_ids": shift(labels=self.targets)}
+
     @property
     def kinds(self) -> list[tuple[int, torch.dtype]]:
         """Dimensions and dtype of each tensor."""
         return [(t.ndim, t.dtype) for t in tensors_of((self.args, self.kwargs, self.targets))]
+
+
+def check_recorded(outputs: Any) -> None:
+    """Refuse outputs of torch.inference_mode where gradients are wanted."""
+    if torch.is_grad_enabled() and any(t.is_inference() for t in tensors_of(outputs)):
+        raise ValueError(
+            "the forward pass of the model is under torch.inference_mode, through which no "
+            "gradient goes; put the call of the model under it instead, where it is used"
+        )
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32, if it is of half the precision."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class Batches:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.names import inside
 
 #: What a copy must not compute with: of each tensor, by id, itself and what it is.
 Watched = dict[int, tuple[weakref.ref[Tensor], str]]
@@ -23,13 +24,18 @@ THE_LOSS = "the loss (weight_decay is an argument of its own)"
 
 
 def copy_of(
-    model: nn.Module, watched: Watched | None = None, of: Container[int] | None = None
+    model: nn.Module,
+    watched: Watched | None = None,
+    of: Container[int] | None = None,
+    *,
+    sharing: bool = False,
 ) -> nn.Module:
     """A deep copy of a model, also of one that holds what deepcopy refuses.
 
-    Locks are new ones, open files and Python's modules are shared, and tensors that were computed
-    from parameters (stored features, the weight of an old weight_norm) become constants, until a
-    forward pass computes them again.
+    What torch.compile or DistributedDataParallel has wrapped is copied without the wrapper. Locks
+    are new ones, open files and Python's modules are shared, and tensors that were computed from
+    parameters (stored features, the weight of an old weight_norm) become constants, until a forward
+    pass computes them again.
 
     Parameters
     ----------
@@ -41,6 +47,8 @@ def copy_of(
     of : container of int, optional
         Constants are watched if they were computed from parameters with these ids; by default from
         any.
+    sharing : bool, default False
+        Whether the copy has the tensors of the model itself.
     """
     memo: dict[int, Any] = {}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -49,6 +57,8 @@ def copy_of(
             if isinstance(value, io.IOBase):  # of any class
                 memo[id(value)] = value
             for tensor in tensors_of(value):
+                if sharing:
+                    memo[id(tensor)] = tensor
                 if tensor.grad_fn is None or id(tensor) in memo:
                     continue
                 constant = tensor.detach().clone()
@@ -65,16 +75,48 @@ def copy_of(
                     watched[id(constant)] = (weakref.ref(constant), what)
     try:
         with _copyable():
+            for module in reversed(list(model.modules())):  # wrappers within others first
+                if (held := inside(module)) is not None:
+                    memo[id(module)] = copy.deepcopy(held, memo)
             copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"model cannot be copied by copy.deepcopy: {error}. Remove the attribute that holds "
             "this, or give its class a __deepcopy__"
         ) from error
+    _run_as_written(copied)
     if watched is not None:
         for name, p in model.named_parameters():
             watched[id(p)] = (weakref.ref(p), name)
     return copied
+
+
+def _run_as_written(copied: nn.Module) -> None:
+    """Give the modules of a copy their forward passes in place of what torch.compile made of them.
+
+    ``model.forward = torch.compile(model.forward)`` goes on with the model that it was made for.
+    """
+    for module in copied.modules():
+        own = vars(module).get("forward")
+        given: Any = getattr(own, "_torchdynamo_orig_callable", None)
+        while not hasattr(given, "__self__") and hasattr(given, "__wrapped__"):
+            given = given.__wrapped__  # of layers of torch, a function that calls it
+        if isinstance(getattr(given, "__self__", None), type(module)):
+            del module.forward
+            if given.__func__ is not type(module).forward:
+                module.forward = types.MethodType(given.__func__, module)
+
+
+def quantised(model: nn.Module) -> str:
+    """What to do with a model that has quantised layers, for messages; empty for others."""
+    kinds = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+    found = [name for name, m in model.named_modules() if type(m).__module__.startswith(kinds)]
+    if not found:
+        return ""
+    return (
+        f". Layer {found[0]!r} is quantised, and has no weights that could be changed: delete from "
+        "the model as it was trained, and quantise the result"
+    )
 
 
 def _check_not_scripted(model: nn.Module) -> None:
@@ -200,6 +242,13 @@ def check_has_values(model: nn.Module) -> None:
         for name, tensor in named:
             if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
                 raise ValueError(f"{kind} {name!r} is not initialised; run the model once")
+            if tensor.is_meta and any("_hf_hook" in vars(m) for m in model.modules()):
+                raise ValueError(
+                    f"{kind} {name!r} is offloaded by accelerate (device_map, cpu_offload), and "
+                    "comes back for single calls only: load the model without device_map, or "
+                    "bring all of it back with accelerate.hooks.remove_hook_from_module(model, "
+                    "recurse=True)"
+                )
             if tensor.is_meta:
                 raise ValueError(
                     f"{kind} {name!r} is on the meta device, which holds no values: load the "

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_real
 from lcodec_ext._torch.modes import check_module
+from lcodec_ext._torch.names import own_name
+from lcodec_ext._torch.wrapped import unwrapped
 
 #: One number, or one for each parameter by its name; 0 for those without a name.
 Decay = float | Mapping[str, float]
-_COMPILED = "_orig_mod."
 
 
 def check_decay(value: Any, name: str = "weight_decay") -> float | dict[str, float]:
@@ -44,6 +45,7 @@ def decay_of(value: Any, model: nn.Module, name: str = "weight_decay") -> float 
     """
     if not isinstance(value, torch.optim.Optimizer | Mapping):
         return check_real(value, name, 0)
+    model = unwrapped(model)
     own = {key: p for key, p in model.named_parameters() if p.requires_grad}
     if isinstance(value, torch.optim.Optimizer):
         known = {
@@ -60,11 +62,10 @@ def decay_of(value: Any, model: nn.Module, name: str = "weight_decay") -> float 
     else:
         given = check_decay(value, name)
         assert isinstance(given, dict)
-        # The parameters of a compiled model have a prefix that those of the model itself lack.
-        compiled = {key.replace(_COMPILED, ""): key for key in own if _COMPILED in key}
-        given = {compiled.get(key, key): each for key, each in given.items()}
+        every = dict(model.named_parameters(remove_duplicate=False))
+        given = {own_name(key, every): each for key, each in given.items()}
         for key in given:
-            if key not in dict(model.named_parameters(remove_duplicate=False)):
+            if key not in every:
                 near = difflib.get_close_matches(key, own, 1)
                 raise ValueError(
                     f"{name} names parameter {key!r}, which the model does not have"
@@ -127,6 +128,15 @@ def penalty(value: Decay, parameters: Mapping[str, Tensor]) -> float:
 def least_decay(value: Decay) -> float:
     """The number that holds for every parameter."""
     return min(value.values(), default=0.0) if isinstance(value, Mapping) else value
+
+
+def scaled(value: Decay, factor: float) -> Decay:
+    """Every number times a factor."""
+    if factor == 1:
+        return value
+    if isinstance(value, Mapping):
+        return {name: number * factor for name, number in value.items()}
+    return value * factor
 
 
 def decay_text(value: Decay) -> str:

@@ -1,75 +1,20 @@
 """Modes of models and of torch's arithmetic that are entered and left."""
 
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-class _Stance:
-    """Nothing is run as compiled: one setting of the whole process, while anybody needs it."""
-
-    def __init__(self) -> None:
-        self._lock, self._setting = threading.Lock(), ExitStack()
-        self._threads: dict[object, int] = {}  # of those who need it
-
-    def enter(self) -> object:
-        """Set it, if nobody has; give what `leave` takes."""
-        key = object()
-        with self._lock:
-            if not self._threads and hasattr(torch.compiler, "set_stance"):  # since torch 2.6
-                self._setting.enter_context(torch.compiler.set_stance("force_eager"))
-            self._threads[key] = threading.get_ident()
-        return key
-
-    def leave(self, key: object) -> None:
-        """Restore it after the last one."""
-        with self._lock:
-            if self._threads.pop(key, None) is not None and not self._threads:
-                self._setting.close()
-
-    def in_child(self) -> None:
-        """After a fork: other threads, and what they hold, are the parent's."""
-        self._lock = threading.Lock()
-        for key, thread in list(self._threads.items()):
-            if thread != threading.get_ident():
-                self.leave(key)
-
-
-_stance = _Stance()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_stance.in_child)
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    key = _stance.enter()
-    try:
-        yield
-    finally:
-        _stance.leave(key)
+from lcodec_ext._torch.detours import detours_closed
 
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """No gradients, no autocast and no inference mode, whatever the caller has set.
-
-    Nothing is run as torch.compile made it: that has no second derivatives, and would be compiled
-    again for each way in which the package calls a model.
-    """
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(_uncompiled())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+    """No gradients, no inference mode and no detours, whatever the caller has set."""
+    with detours_closed(), torch.inference_mode(False), torch.no_grad():
         yield
 
 

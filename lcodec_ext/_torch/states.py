@@ -6,14 +6,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._torch.names import inside, unwrapped_name
+
 
 def tensors_of_state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a model's state, by name, which share its memory; others are refused.
 
-    A mapping is a state itself.
+    A mapping is a state itself. Names are those of the model that torch.compile or
+    DistributedDataParallel has wrapped.
     """
+    while isinstance(model, nn.Module) and (held := inside(model)) is not None:
+        model = held
     state = {}
-    for name, value in (model.state_dict() if isinstance(model, nn.Module) else model).items():
+    for key, value in (model.state_dict() if isinstance(model, nn.Module) else model).items():
+        name = unwrapped_name(key)
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"the state of model must be tensors, to be saved; {name!r} is of type "

@@ -1,16 +1,20 @@
-"""Models that torch.distributed has wrapped."""
+"""Models that torch.compile and torch.distributed have wrapped."""
 
 import sys
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from lcodec_ext._torch.copies import copy_of
+from lcodec_ext._torch.names import inside
 from lcodec_ext._torch.states import state_hash
 
 
 def unwrapped(model: Any) -> Any:
-    """The model that DistributedDataParallel holds, whose hooks then see nothing; others as given.
+    """The model that torch.compile or DistributedDataParallel holds; others as given.
+
+    Hooks of a wrapper then see nothing, and names are those of the model itself. Of a model with
+    parts that are wrapped it is one of the same tensors, without wrappers.
 
     Raises
     ------
@@ -31,8 +35,10 @@ def unwrapped(model: Any) -> Any:
                 "(torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "full_state_dict=True) into the plain model on every rank"
             )
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
+    while (held := inside(model)) is not None:
+        model = held
+    if any(inside(module) is not None for module in model.modules()):
+        return copy_of(model, sharing=True)
     return model
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcodec_ext._callers import warn
+from lcodec_ext._checks import counted, first_few
 from lcodec_ext.cli.console import Console, InputError
 from lcodec_ext.cli.import_path import call
 from lcodec_ext.cli.weights import read_weights
@@ -106,10 +108,20 @@ class Problem:
         return self._parts.get(name)
 
     def with_weights(self, file: str, option: str) -> "nn.Module":
-        """A copy of the model with the weights of a file."""
+        """A copy of the model with the weights of a file, also of one that wraps the model."""
+        from lcodec_ext._torch.names import AmbiguousNamesError, without_prefix
+
         model = copy.deepcopy(self.model)
         try:
-            model.load_state_dict(read_weights(file, option))
+            state, left = without_prefix(read_weights(file, option), model.state_dict())
+            model.load_state_dict(state)
+            if left:
+                warn(
+                    f"{option} {file} also holds {counted(len(left), 'tensor')} that the model "
+                    f"does not have, left out here: {first_few(left, 4)}"
+                )
+        except AmbiguousNamesError as error:
+            raise InputError(f"{option} {file} {error}") from None
         except RuntimeError as error:  # its message lists what does not fit
             raise InputError(f"{option} {file} does not fit the model: {error}") from None
         return model

@@ -13,14 +13,16 @@ from lcodec_ext.cli.console import InputError
 if TYPE_CHECKING:
     from torch import nn
 
+_HOLDERS = ("state_dict", "model_state_dict", "model")  # in checkpoints of training loops
 SUFFIXES = (".pt", ".pth", ".safetensors")
+_READ = (*SUFFIXES, ".ckpt", ".bin")  # of Lightning, and of transformers
 
 
 def read_weights(file: str, option: str) -> dict[str, Any]:
     """The state_dict in a file, on the CPU. Only tensors are loaded, never other objects."""
     path = Path(file)
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{option} must be a file ending in {' or '.join(SUFFIXES)}; got {file!r}")
+    if path.suffix.lower() not in _READ:
+        raise InputError(f"{option} must be a file ending in {' or '.join(_READ)}; got {file!r}")
     if not path.is_file():
         raise InputError(f"{option}: {file} does not exist")
     try:
@@ -46,8 +48,9 @@ def read_weights(file: str, option: str) -> dict[str, Any]:
             f"{option} {file} cannot be read as tensors (a state_dict saved by torch.save or "
             f"safetensors): {type(error).__name__}: {told[0][:200]}"
         ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]  # a checkpoint of Lightning and others
+    if isinstance(state, Mapping):
+        held = (state.get(key) for key in _HOLDERS)
+        state = next((each for each in held if isinstance(each, Mapping)), state)
     if not isinstance(state, Mapping):
         raise InputError(
             f"{option} {file} must hold a state_dict; got an object of type {type(state).__name__}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lcodec_ext._torch.names import own_name
 from lcodec_ext.curvature.layout import Layout
 
 
@@ -112,4 +113,7 @@ class Coordinates(ABC):
                 f"model must be given where {name} is a mapping: the module whose parameters it "
                 "holds the tensors of"
             )
-        return self.layout(model), tensors
+        layout = self.layout(model)
+        if not layout.parameters.keys() <= tensors.keys():
+            tensors = {own_name(str(key), layout.parameters): t for key, t in tensors.items()}
+        return layout, tensors

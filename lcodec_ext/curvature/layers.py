@@ -14,7 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from lcodec_ext._checks import first_few
+from lcodec_ext._torch.copies import quantised
 from lcodec_ext._torch.modes import check_module
+from lcodec_ext._torch.wrapped import unwrapped
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -240,6 +242,7 @@ def find_unit_layers(model: nn.Module) -> tuple[dict[str, UnitLayer], dict[str, 
     projections, under its name with ".in_proj".
     """
     check_module(model)
+    model = unwrapped(model)
     owners = parameter_owners(model)
     layers: dict[str, UnitLayer] = {}
     without: dict[str, str] = {}
@@ -310,4 +313,4 @@ def why_not(name: str, model: nn.Module, layers: Iterable[str], without: dict[st
                 f"{_join(owner, 'out_proj')!r}"
             )
     kind = f" (a {type(every[name]).__name__})" if name in every else ""
-    return f"which has no units in this model{kind}; {listed(layers)}"
+    return f"which has no units in this model{kind}; {listed(layers)}{quantised(model)}"

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_integer, counted
 from lcodec_ext._files import numbers_of, ranges_of
 from lcodec_ext._torch.modes import check_module
+from lcodec_ext._torch.names import unwrapped_name
 from lcodec_ext._torch.tensor_files import read_tensors, write_tensors
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.coordinates import Coordinates
 from lcodec_ext.curvature.layers import (
     EMBEDDINGS,
@@ -46,6 +48,7 @@ class FoundParameter:
 def find_parameters(model: nn.Module) -> dict[str, FoundParameter]:
     """Find the parameters of a model, as named_parameters lists them."""
     check_module(model)
+    model = unwrapped(model)
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -103,6 +106,7 @@ class ParameterLayout(Layout):
     """
 
     def __init__(self, selection: "ParameterSelection", model: nn.Module) -> None:
+        model = unwrapped(model)
         found, counts = find_parameters(model), selection.counts
         for name in counts:
             if name not in found:
@@ -140,10 +144,9 @@ class ParameterLayout(Layout):
             self._on_device[key] = place.to(device)
         return self._on_device[key]
 
-    def _gathered(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [
-            tensors[name].reshape(-1)[self.place(name, tensors[name].device)] for name in self.parts
-        ]
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        for name in self.parts:
+            yield tensors[name].reshape(-1)[self.place(name, tensors[name].device)]
 
     def _overwrite(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
         for name, part in self._split(vector):
@@ -236,7 +239,9 @@ class ParameterSelection(Coordinates):
         for name, given in indices.items():
             if not isinstance(name, str):
                 raise TypeError(f"parameter names must be strings; got {name!r}")
-            self._indices[name] = _checked(name, given)
+            if (plain := unwrapped_name(name)) in self._indices:
+                raise ValueError(f"parameter {plain!r} is named twice, as a wrapped one, too")
+            self._indices[plain] = _checked(name, given)
 
     # -----------------------------------------------------------------------------------------
     # Other ways to make one

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_integer
+from lcodec_ext._torch.names import unwrapped_name
 from lcodec_ext.curvature.coordinates import Coordinates
 from lcodec_ext.curvature.layers import Cut, find_unit_layers, listed
 from lcodec_ext.curvature.layout import Segment, UnitLayout
@@ -82,7 +83,9 @@ class UnitSelection(Coordinates):
                 raise ValueError(f"no units are given for layer {name!r}; leave the layer out")
             if len(set(chosen)) < len(chosen):
                 raise ValueError(f"units of layer {name!r} are repeated: {sorted(chosen)}")
-            self._units[name] = tuple(sorted(chosen))
+            if (plain := unwrapped_name(name)) in self._units:
+                raise ValueError(f"layer {plain!r} is named twice, as one that is wrapped, too")
+            self._units[plain] = tuple(sorted(chosen))
 
     # -----------------------------------------------------------------------------------------
     # Other ways to make one

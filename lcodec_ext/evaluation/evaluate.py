@@ -21,6 +21,8 @@ from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
+from lcodec_ext._torch.tokens import by_tokens
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.evaluation.methods import (
     NO_OP,
@@ -33,7 +35,6 @@ from lcodec_ext.evaluation.methods import (
 )
 from lcodec_ext.evaluation.metrics import (
     DISTANCES,
-    METRICS,
     WITHOUT_GAP,
     Measured,
     Number,
@@ -181,6 +182,9 @@ class Evaluation:
             ("accuracy", "forget", "accuracy_forget", ".1%"),
             ("", "retain", "accuracy_retain", ".1%"),
             ("", "test", "accuracy_test", ".1%"),
+            ("token", "forget", "token_accuracy_forget", ".1%"),
+            ("accuracy", "retain", "token_accuracy_retain", ".1%"),
+            ("", "test", "token_accuracy_test", ".1%"),
             ("loss", "forget", "loss_forget", ".3f"),
             ("MIA", "AUC", "mia_auc", ".3f"),
             ("TPR at", "1% FPR", "mia_tpr", ".1%"),
@@ -313,7 +317,8 @@ def evaluate(
     forget, retain, test : tuple of tensors, dict of tensors, Dataset or DataLoader
         Removed, retained and never-seen samples.
     loss_fn : callable
-        ``loss_fn(outputs, targets)``, the mean loss of a batch.
+        ``loss_fn(outputs, targets)``, the mean loss of a batch, over samples or over tokens
+        (`per_token_loss`, or found out).
     retrained : sequence of Module, callable, or None
         Models trained from scratch without the removed samples; or ``retrained(seed)``, which
         trains one, and is timed. Gap closed needs at least 3, a floor 2, and a distance 1. None, or
@@ -404,6 +409,7 @@ def evaluate(
     """
     ranks = ranks_of(group, "evaluate")
     with ranks.alone("the check of the arguments"):
+        model = unwrapped(model)
         device, dtype = place(model)
         weight_decay = decay_of(weight_decay, model)
         defaults = {"weight_decay": weight_decay, "seed": seed, "score": score}
@@ -422,9 +428,9 @@ def evaluate(
             for each, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
         )
         check_copy(model, retained, loss_fn)
-        sets = Sets(
-            removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed
-        )
+        removed = removed.loaded()
+        loss_fn = by_tokens(loss_fn, model, removed, retained)
+        sets = Sets(removed, retained, unseen, loss_fn, score, weight_decay, batch_size, seed)
         n_retrained = n_retrain if callable(retrained) else len(retrained)
         compared: dict[str, Any] = {}
         if group is not None:
@@ -473,6 +479,7 @@ def _checked_retrained(retrained: Any) -> Any:
             f"an object of type {type(retrained).__name__}"
         )
     if models:
+        retrained = [unwrapped(each) for each in retrained]
         for (i, one), (j, other) in itertools.combinations(enumerate(retrained), 2):
             if _equal_weights(one, other):
                 what = "are the same model" if one is other else "have equal weights"
@@ -559,7 +566,7 @@ def _retrained_model(
             "retrained must give models (torch.nn.Module); got an object of type "
             f"{type(found).__name__}"
         )
-    return found, seconds
+    return unwrapped(found), seconds
 
 
 _Judged = list[tuple[MethodEvaluation, dict[str, Any] | None]]
@@ -651,7 +658,7 @@ class _Yardstick:
                 if name in DISTANCES
                 else [_apart(one.get(name), other.get(name)) for one, other in pairs]
             )
-            for name in (*METRICS, "relearn_steps", *DISTANCES)
+            for name in (*original.metrics, "relearn_steps", *DISTANCES)
             if name not in WITHOUT_GAP
         }
         self._start = self._to_references(self._original)
@@ -804,8 +811,8 @@ def _apart(one: Number, other: Number) -> Number:
 
 def _relearn_level(original: Measured, references: list[Measured]) -> float:
     """The loss at which removed samples count as learnt again."""
-    before = float(original.forget.losses.mean())
-    losses = [each.forget.losses.mean() for each in references]
+    before = original.forget.loss
+    losses = [each.forget.loss for each in references]
     after = float(np.mean(losses)) if losses else before
     # The last term allows for rounding between dtypes: the original model reaches the level itself.
     return before + _TOLERANCE * max(after - before, 0.0) + 1e-6 * abs(before)

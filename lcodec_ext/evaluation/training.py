@@ -25,6 +25,7 @@ from lcodec_ext._torch.decay import Decay, decay_of, groups_of
 from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn, named_trainable
 from lcodec_ext._torch.modes import check_module, place
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_in_training
+from lcodec_ext._torch.wrapped import unwrapped
 
 
 def count(data: Any, name: str = "data") -> int:
@@ -178,7 +179,7 @@ def trained_copy(model: nn.Module, *, training: bool) -> nn.Module:
 def finished(tuned: nn.Module, model: nn.Module) -> nn.Module:
     """The new model without gradients, in the modes of the given one."""
     tuned.zero_grad()
-    for new, old in zip(tuned.modules(), model.modules(), strict=True):
+    for new, old in zip(tuned.modules(), unwrapped(model).modules(), strict=True):
         new.training = old.training
     return tuned
 

@@ -13,6 +13,7 @@ from lcodec_ext._checks import check_bool, counted
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext._torch.tensor_files import read_tensors, write_tensors
+from lcodec_ext._torch.wrapped import unwrapped
 
 _FORMAT = "weight patch 1"
 Model = nn.Module | Mapping[str, Tensor]
@@ -88,9 +89,9 @@ class WeightPatch:
                     f"{tuple(a.shape)} in one and {tensor.dtype} of shape {tuple(tensor.shape)} in "
                     "the other"
                 )
-            places = (_bits(a) != _bits(tensor)).any(1).nonzero()[:, 0]
-            if len(places):
-                changed[name] = _packed(tensor, places)
+            differs = (_bits(a) != _bits(tensor)).any(1)
+            if bool(differs.any()):
+                changed[name] = _packed(tensor, differs)
         return cls(state_hash(old), state_hash(new), changed)
 
     @property
@@ -230,9 +231,10 @@ class WeightPatch:
 
 def _state(model: Model) -> dict[str, Tensor]:
     """The tensors of a model, or of a state, which share its memory."""
-    if not isinstance(model, Mapping):
-        check_module(model)
-    return tensors_of_state(model)
+    if isinstance(model, Mapping):
+        return tensors_of_state(model)
+    check_module(model)
+    return tensors_of_state(unwrapped(model))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -243,13 +245,14 @@ def _bits(tensor: Tensor) -> Tensor:
     return flat.view(_BITS[flat.element_size()])
 
 
-def _packed(tensor: Tensor, places: Tensor) -> PatchedTensor:
+def _packed(tensor: Tensor, differs: Tensor) -> PatchedTensor:
     """The changed entries with their places, or all entries where that takes less memory."""
     kind = torch.int32 if tensor.numel() < 2**31 else torch.int64
     shape = tuple(tensor.shape)
     values = tensor.detach().reshape(-1)
-    if len(places) * (tensor.element_size() + kind.itemsize) >= tensor.nbytes:
+    if int(differs.sum()) * (tensor.element_size() + kind.itemsize) >= tensor.nbytes:
         return PatchedTensor(None, values.to("cpu", copy=True), shape)
+    places = differs.nonzero()[:, 0]
     return PatchedTensor(places.to("cpu", kind), values[places].cpu(), shape)
 
 

@@ -9,21 +9,32 @@ from typing import Any
 from torch import nn
 
 from lcodec_ext._torch.decay import decay_text, least_decay
+from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, norm
+from lcodec_ext.unlearning.workplace import Measured, Workplace, norm
 
 #: What `removal_guarantee` asks of the settings.
 _OPTIONS = {each.name for each in dataclasses.fields(Settings)} & {
     *inspect.signature(removal_guarantee).parameters
 }
+OF_TOKENS = (
+    "loss_fn: a mean over tokens, in which a long sample counts for more than one; the theorem is "
+    "of a plain mean over samples"
+)
 GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 
 
 def guarantee_of(
-    settings: Settings, model: nn.Module, *, damping: float, order: str, **measured: Any
+    settings: Settings,
+    model: nn.Module,
+    *,
+    damping: float,
+    order: str,
+    of_tokens: bool = False,
+    **measured: Any,
 ) -> Guarantee:
     """What the noise of the settings guarantees for a deletion with them, the guard included.
 
@@ -32,6 +43,8 @@ def guarantee_of(
     settings, model : Settings, Module
     damping, order
         As the step had them.
+    of_tokens : bool, default False
+        Whether the loss is a mean over tokens.
     **measured
         n, m, n_selected, training_gradient_norm, solve_residual and parameter_norm, as
         `removal_guarantee` takes them.
@@ -61,6 +74,8 @@ def guarantee_of(
         reasons = (*reasons, "weight_decay: the theorem is of one number for all parameters")
     if settings.max_drop is not None:
         reasons = (*reasons, GUARDED)
+    if of_tokens:
+        reasons = (*reasons, OF_TOKENS)
     if settings.lengthen is not None:
         reasons = (*reasons, "lengthen: the length of the step depends on the data")
     if settings.update == "certified" and reasons:
@@ -88,6 +103,7 @@ def check_certifiable(work: Workplace, model: nn.Module, request: Request) -> No
             parameter_norm=0.0,
             damping=work.settings.damping,
             order=work.settings.order,
+            of_tokens=isinstance(work.loss_fn, TokenLoss),
         )
 
 
@@ -96,7 +112,7 @@ def guarantee_of_deletions(
     model: nn.Module,
     request: Request,
     deletions: Sequence[Deletion],
-    before: LossesAndGradients,
+    before: Measured,
     start_norm: float,
     n_selected: int,
 ) -> Guarantee:
@@ -110,11 +126,12 @@ def guarantee_of_deletions(
         n=request.m + request.n_retain,
         m=request.m,
         n_selected=n_selected,
-        training_gradient_norm=training_norm(before, request) if whole else math.nan,
+        training_gradient_norm=before.training_norm if whole else math.nan,
         solve_residual=max((v.residual for d in deletions for v in d.solves), default=math.nan),
         parameter_norm=max(start_norm, now),
         damping=deletions[-1].last.damping,
         order=settings.order,
+        of_tokens=isinstance(work.loss_fn, TokenLoss),
     )
     if guarantee.kind == "none" or not any(d.skipped for d in deletions):
         return guarantee
@@ -130,14 +147,3 @@ def with_noise(work: Workplace, model: nn.Module, guarantee: Guarantee) -> nn.Mo
     work.take_from_first(noisy)  # one draw
     work.take_over(noisy)
     return noisy
-
-
-def training_norm(measured: LossesAndGradients, request: Request) -> float:
-    """Gradient norm of the objective on removed and retained samples together."""
-    if measured.retained is None:
-        return math.nan
-    m, n_retain = request.m, request.n_retain
-    n = m + n_retain
-    return norm(
-        {k: (m * measured.forget[k] + n_retain * g) / n for k, g in measured.retained.items()}
-    )

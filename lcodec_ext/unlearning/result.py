@@ -10,6 +10,8 @@ from torch import nn
 
 from lcodec_ext._checks import counted
 from lcodec_ext._files import json_ready
+from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext.curvature import ParameterSelection, Selection, SolveResult
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
@@ -18,10 +20,9 @@ from lcodec_ext.unlearning.estimate import Estimate
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.privacy import Guarantee
-from lcodec_ext.unlearning.release import training_norm
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, norm
+from lcodec_ext.unlearning.workplace import Measured, Workplace
 
 _LAYERS = 6  # that a representation lists
 
@@ -113,6 +114,10 @@ class UnlearnResult:
         Settings that `max_seconds`, `budget` and `max_memory` lowered; `settings` has them too.
     estimate : Estimate or None
         What was expected beforehand, with these options or progress=True.
+    mean_over : str
+        What the loss is a mean over: "samples", or "tokens", or "tokens, labels shifted by one",
+        whether `per_token_loss` said so or it was found out. Mean losses are then over the tokens
+        of each set.
     """
 
     model: nn.Module
@@ -150,6 +155,7 @@ class UnlearnResult:
     seconds: dict[str, float]
     chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
     estimate: Estimate | None = None
+    mean_over: str = "samples"
     _patch: WeightPatch | None = None
 
     def patch(self) -> WeightPatch:
@@ -210,6 +216,8 @@ class UnlearnResult:
             f"  retain loss   {change(self.loss_retain)}",
             f"  gradient norm {change(self.gradient_norm)} retained",
         ]
+        if self.mean_over != "samples":
+            lines.insert(3, f"  loss          mean over {self.mean_over}")
         if s.max_drop is not None:
             lines.append(
                 f"  guard         {self.watched} {change(self.guard)}, "
@@ -256,8 +264,8 @@ def _counts(selection: Selection) -> dict[str, int]:
 class Outcome(NamedTuple):
     """What was measured of deletions, and what their noise guarantees."""
 
-    before: LossesAndGradients
-    after: LossesAndGradients
+    before: Measured
+    after: Measured
     selection: Selection
     step_norm: float
     guarantee: Guarantee
@@ -301,11 +309,9 @@ def result_of(
         solve_iterations=sum(s.iterations for s in solves) if solves else last.n_gradient,
         solve_residual=max((s.residual for s in solves), default=math.nan),
         step_norm=step_norm,
-        training_gradient_norm=training_norm(before, request),
-        gradient_norm=BeforeAfter(norm(before.retained), norm(after.retained)),
-        gradient_norm_selected=BeforeAfter(
-            norm(before.retained, layout), norm(after.retained, layout)
-        ),
+        training_gradient_norm=before.training_norm,
+        gradient_norm=BeforeAfter(before.retained_norm, after.retained_norm),
+        gradient_norm_selected=BeforeAfter(before.norm_on(layout), after.norm_on(layout)),
         loss_forget=BeforeAfter(before.forget_loss, after.forget_loss),
         loss_retain=BeforeAfter(before.retained_loss, after.retained_loss),
         guard=_guarded(guard, deletions),
@@ -316,8 +322,15 @@ def result_of(
         seconds=work.clock.seconds,
         chosen={} if cost is None else cost.chosen,
         estimate=cost,
+        mean_over=_mean_over(work.loss_fn),
         _patch=patch,
     )
+
+
+def _mean_over(loss_fn: LossFunction) -> str:
+    if not isinstance(loss_fn, TokenLoss):
+        return "samples"
+    return "tokens, labels shifted by one" if loss_fn.causal else "tokens"
 
 
 def _method(deletion: Deletion, solves: Sequence[SolveResult], settings: Settings) -> str:

@@ -112,6 +112,15 @@ def _check_seed(value: Any, name: str) -> Any:
     return check_seed(value, optional=False)
 
 
+def _check_autocast(value: Any, name: str) -> Any:
+    if value != torch.bfloat16:
+        raise ValueError(
+            f"{name} must be torch.bfloat16 or None; got {value!r} (gradients in float16 vanish "
+            "without a scale, which curvature has none of)"
+        )
+    return value
+
+
 def _check_dtype(value: Any, name: str) -> Any:
     if value not in _DTYPES:
         raise ValueError(f"{name} must be torch.float32 or torch.float64; got {value!r}")
@@ -408,6 +417,10 @@ class ComputeSettings:
         Of graphs that are kept from one product with the curvature to the next.
     dtype : torch.float32 or torch.float64, optional
         Of all computations; by default float64 for models in float64, else float32.
+    autocast : torch.bfloat16, optional
+        Of forward passes through which gradients go, as in a training under autocast: faster where
+        the machine has it, with gradients off by a few percent (docs/models.md). Losses, sums,
+        solves and all that is measured stay in float32.
     seed : int
         Of all draws but the privacy noise, whose seed nobody may know.
     """
@@ -415,7 +428,19 @@ class ComputeSettings:
     batch_size: int = _integer(256, 1)
     cache_bytes: int = _integer(2**29, 0)
     dtype: torch.dtype | None = field(default=None, metadata={"check": _check_dtype})
+    autocast: torch.dtype | None = field(default=None, metadata={"check": _check_autocast})
     seed: int = field(default=0, metadata={"check": _check_seed})
+
+    def _check_cast(self: Any) -> None:
+        if self.autocast is None:
+            return
+        if self.update == "certified":
+            raise ValueError(
+                "autocast is not possible with update='certified', whose theorem is of exact "
+                "gradients"
+            )
+        if self.dtype == torch.float64:
+            raise ValueError("autocast is of models that compute in float32; got dtype=float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,7 +457,10 @@ class CostSettings:
     budget, training_seconds : float, optional
         Instead: a share of what training took, in seconds on this machine.
     max_memory : int, optional
-        Bytes that a deletion may take in addition to the given model and data.
+        Bytes that a deletion may take in addition to the given model and data. By default three
+        quarters of the memory that is available when it begins, where the system tells: then
+        nothing changes for a deletion that takes less, and a warning says what was lowered for
+        others. None is lowered with update="certified", or over a group.
     """
 
     max_seconds: float | None = _cost()
@@ -513,6 +541,7 @@ class Settings(
         self._check_calibrated()
         self._check_noise()
         self._check_cost()
+        self._check_cast()
         if self.update == "certified" and self.epsilon is None:
             raise ValueError("update='certified' needs epsilon and delta: noise makes it private")
 
@@ -564,6 +593,8 @@ class Settings(
             values["selection"] = self.selection.to_dict()
         if self.dtype is not None:
             values["dtype"] = _DTYPES[self.dtype]
+        if self.autocast is not None:
+            values["autocast"] = "bfloat16"
         if self.radius == math.inf:
             values["radius"] = "inf"
         if self.perturb is not None:
@@ -592,6 +623,9 @@ class Settings(
         if made.get("dtype") is not None:
             check_choice(made["dtype"], "dtype", tuple(_DTYPES.values()))
             made["dtype"] = {name: dtype for dtype, name in _DTYPES.items()}[made["dtype"]]
+        if made.get("autocast") is not None:
+            check_choice(made["autocast"], "autocast", ("bfloat16",))
+            made["autocast"] = torch.bfloat16
         if isinstance(made.get("perturb"), Mapping):
             made["perturb"] = TokenReplacement.from_dict(made["perturb"])
         elif made.get("perturb") is not None:

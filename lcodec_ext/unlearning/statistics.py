@@ -10,13 +10,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_choice, check_integer, check_real, counted, first_few
+from lcodec_ext._checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_positive,
+    check_real,
+    counted,
+    first_few,
+)
 from lcodec_ext._files import file_to_read, write_atomically
 from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import decay_of, vector_of
 from lcodec_ext._torch.loss import LossFunction, check_copy, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
+from lcodec_ext._torch.names import own_name
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext._torch.token_loss import TokenLoss
+from lcodec_ext._torch.tokens import by_tokens, of_kind
+from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import Selection, UnitSelection, all_trainable, selection_from_dict
 from lcodec_ext.curvature.kronecker import EKFACOperator, KroneckerFactors, KroneckerOperator
 from lcodec_ext.curvature.layout import Layout
@@ -79,6 +91,10 @@ class TrainingStatistics:
         last snapshot. Those that are missing are taken from the given model, until `at` fills them.
     factors : KroneckerFactors or None
         Of "ekfac": the eigenvectors of each layer's factors, and sums over the training samples.
+    mean_tokens : float or None
+        Of a loss over tokens (`per_token_loss`): the counted ones of a training sample on average.
+    causal : bool
+        Whether labels are then shifted by one.
     """
 
     n: int
@@ -89,6 +105,8 @@ class TrainingStatistics:
     changes: list[Tensors]
     weights: Tensors | None = None
     factors: KroneckerFactors | None = None
+    mean_tokens: float | None = None
+    causal: bool = False
 
     def __repr__(self) -> str:
         if self.n_parameters is not None:
@@ -144,6 +162,7 @@ class TrainingStatistics:
         """
         check_choice(curvature, "curvature", (*_KINDS, "ekfac"))
         check_integer(batch_size, "batch_size", 1)
+        model = unwrapped(model)
         chosen = all_trainable(model) if selection is None else selection
         p = chosen.size(model)
         if p > _MOST and curvature != "ekfac":
@@ -152,6 +171,7 @@ class TrainingStatistics:
                 "matrix; keep Kronecker factors, curvature='ekfac', or select fewer units"
             )
         samples = _samples(model, train, "train", dtype)
+        loss_fn = by_tokens(loss_fn, model, samples)
         given: tuple[Any, ...] = (model, loss_fn, samples.data(batch_size), chosen)
         options: dict[str, Any] = {"dtype": samples.dtype, "progress": progress}
         matrix, factors = None, None
@@ -160,11 +180,19 @@ class TrainingStatistics:
         else:
             matrix = _KINDS[curvature](*given, **options).to_dense()
         weights = {k: t.detach().clone() for k, t in _named(model)}
-        return cls(len(samples), curvature, chosen, matrix, [], [], weights, factors)
+        made = cls(len(samples), curvature, chosen, matrix, [], [], weights, factors)
+        if not isinstance(loss_fn, TokenLoss):
+            return made
+        return dataclasses.replace(made, mean_tokens=loss_fn.mean_tokens, causal=loss_fn.causal)
 
     @classmethod
     def from_epochs(
-        cls, snapshots: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], n: int
+        cls,
+        snapshots: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        n: int,
+        *,
+        mean_tokens: float | None = None,
+        causal: bool = False,
     ) -> "TrainingStatistics":
         """Keep pairs from the ends of the last epochs, as the paper does.
 
@@ -175,8 +203,15 @@ class TrainingStatistics:
             trained model.
         n : int
             Training samples.
+        mean_tokens : float, optional
+            Of a loss over tokens: the counted ones of a training sample on average.
+        causal : bool, default False
+            Whether its labels are shifted by one.
         """
         check_integer(n, "n", 1)
+        if mean_tokens is not None:
+            check_positive(mean_tokens, "mean_tokens")
+        check_bool(causal, "causal")
         if len(snapshots) < 2:
             raise ValueError(
                 "pass at least two snapshots, because their differences are used; got "
@@ -197,6 +232,8 @@ class TrainingStatistics:
             [difference(a[0], b[0]) for a, b in pairs],
             [difference(a[1], b[1]) for a, b in pairs],
             {k: t.detach().clone() for k, t in snapshots[-1][0].items()},
+            mean_tokens=mean_tokens,
+            causal=causal,
         )
 
     @staticmethod
@@ -208,9 +245,11 @@ class TrainingStatistics:
 
         For `from_epochs`, at the end of an epoch. In evaluation mode, as deletions are.
         """
+        model = unwrapped(model)
         work = work_copy(model, working_dtype(model))
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         samples = _samples(work, train, "train", None)
+        loss_fn = by_tokens(loss_fn, work, samples)
         return (
             {k: p.detach().clone() for k, p in parameters.items()},
             mean_gradient(work, samples, loss_fn, parameters, batch_size)[1],
@@ -218,12 +257,30 @@ class TrainingStatistics:
 
     def at(self, model: nn.Module) -> "TrainingStatistics":
         """The same statistics, with the weights of a model where they have none of their own."""
-        own = self.weights or {}
+        model = unwrapped(model)
+        named = self._named_as(model)
+        own = named.weights or {}
         missing = {k: t for k, t in _named(model) if k not in own}
         if not missing:
-            return self
+            return named
         copies = {k: t.detach().clone() for k, t in missing.items()}
-        return dataclasses.replace(self, weights={**own, **copies})
+        return dataclasses.replace(named, weights={**own, **copies})
+
+    def _named_as(self, model: nn.Module) -> "TrainingStatistics":
+        """The same, where names are those of a wrapped model, under those of the model itself."""
+        own = dict(_named(model)).keys()
+
+        def named(tensors: Tensors) -> Tensors:
+            return {own_name(key, own): tensor for key, tensor in tensors.items()}
+
+        if all(key in own for key in (self.weights or {})):
+            return self
+        return dataclasses.replace(
+            self,
+            weights=named(self.weights or {}),
+            steps=[named(each) for each in self.steps],
+            changes=[named(each) for each in self.changes],
+        )
 
     def _placed(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """A copy of a model with the weights that the statistics are of."""
@@ -267,7 +324,9 @@ class TrainingStatistics:
             Part of the statistics' own.
         """
         check_real(damping, "damping", 0)
+        model = unwrapped(model)
         weight_decay = decay_of(weight_decay, model)
+        loss_fn = self.by_tokens(loss_fn)
         samples = None if forget is None else _samples(model, forget, "forget", dtype)
         if samples is not None:
             self.n_left(len(samples))
@@ -316,6 +375,13 @@ class TrainingStatistics:
         )
         pairs.decay = decay
         return pairs
+
+    def by_tokens(self, loss_fn: LossFunction) -> LossFunction:
+        """A mean over tokens with the mean number of those of the training samples."""
+        if self.mean_tokens is None:
+            return loss_fn
+        found = loss_fn if isinstance(loss_fn, TokenLoss) else of_kind(loss_fn, self.causal)
+        return found.of_mean(self.mean_tokens)
 
     def n_left(self, m: int) -> int:
         """The number of samples without m of them, at least one."""
@@ -423,7 +489,9 @@ class TrainingStatistics:
         loss_fn, forget, batch_size, dtype
             As for `operator`.
         """
+        model = unwrapped(model)
         samples = _samples(model, forget, "forget", dtype)
+        loss_fn = self.by_tokens(loss_fn)
         left = self.n_left(len(samples))
         if self.factors is not None:
             factors = self._retained_factors(model, loss_fn, samples, batch_size)
@@ -450,6 +518,8 @@ class TrainingStatistics:
             "steps": self.steps,
             "changes": self.changes,
             "weights": self.weights,
+            "mean_tokens": self.mean_tokens,
+            "causal": self.causal,
         }
         if self.factors is not None:
             state["factors"] = self.factors.to_dict()
@@ -480,6 +550,8 @@ class TrainingStatistics:
             state["changes"],
             state.get("weights"),
             None if factors is None else KroneckerFactors.from_dict(factors),
+            state.get("mean_tokens"),
+            state.get("causal", False),
         )
 
     def tensors(self) -> Tensors:

@@ -16,6 +16,7 @@ from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.adapters import check_adapters, check_trainable
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
 from lcodec_ext._torch.decay import each_decay
+from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.group import AnyRanks
 from lcodec_ext._torch.loss import (
     Gradient,
@@ -29,6 +30,7 @@ from lcodec_ext._torch.loss import (
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score, predict, size_of_losses
 from lcodec_ext._torch.samples import Samples, working_dtype
+from lcodec_ext._torch.tokens import weight_share
 from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
@@ -44,6 +46,42 @@ class LossesAndGradients(NamedTuple):
     forget: Gradient
     retained_loss: float
     retained: Gradient | None
+
+    def kept(self, m: int, n_retain: int) -> "Measured":
+        """What a deletion needs of them later on."""
+        both, retained = math.nan, self.retained
+        if retained is not None:
+            n = m + n_retain
+            both = euclidean_norm(
+                (m * self.forget[k] + n_retain * g) / n for k, g in retained.items()
+            )
+        of_each = norm(self.forget), norm(retained)
+        return Measured(self.forget_loss, self.retained_loss, *of_each, both, retained)
+
+
+@dataclass(eq=False)
+class Measured:
+    """Mean losses and gradient norms of removed and retained samples; nan without the latter.
+
+    Of the gradients, which are as large as the model, that of the retained samples stays until the
+    selection is known.
+    """
+
+    forget_loss: float
+    retained_loss: float
+    forget_norm: float
+    retained_norm: float
+    training_norm: float  # of the objective on removed and retained samples together
+    _retained: Gradient | None
+    _on_selection: float = math.nan
+
+    def norm_on(self, layout: Layout) -> float:
+        """The retained samples' gradient norm on a selection: on one, once it was settled."""
+        return self._on_selection if self._retained is None else norm(self._retained, layout)
+
+    def settle(self, layout: Layout) -> None:
+        """Take this norm now, and let the gradient go."""
+        self._on_selection, self._retained = self.norm_on(layout), None
 
 
 @dataclass(eq=False)
@@ -82,6 +120,7 @@ class Workplace:
     watched: Watched  # what the copy must not compute with
     ranks: AnyRanks = ONE_RANK  # over which the samples are spread
     space_bytes: int | None = None  # what a Krylov space may take, where memory is limited
+    history: int = 10  # of L-BFGS
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
@@ -100,6 +139,11 @@ class Workplace:
         if score is not None and not callable(score):
             raise TypeError(f"score must be callable; got {type(score).__name__}")
         dtype = settings.dtype or working_dtype(model)
+        if settings.autocast is not None and dtype != torch.float32:
+            raise ValueError(
+                "autocast is of models that compute in float32, and this one is in float64: leave "
+                "autocast out, or pass dtype=torch.float32"
+            )
         watched: Watched = {}
         work = work_copy(model, dtype, watched)
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
@@ -164,10 +208,15 @@ class Workplace:
         )
 
     def measure(self, forget: Samples, retained: Samples | None) -> LossesAndGradients:
-        """Losses and gradients of both sets at the present weights."""
-        if retained is None:
-            return LossesAndGradients(*self.gradient(forget), math.nan, None)
-        return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
+        """Losses and gradients of both sets at the present weights, without autocast."""
+        with autocasting(None):
+            if retained is None:
+                return LossesAndGradients(*self.gradient(forget), math.nan, None)
+            return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
+
+    def share(self, samples: Samples) -> float:
+        """What a sample of a set counts for on average: of a loss over tokens not always 1."""
+        return weight_share(self.loss_fn, samples)
 
     def mean_loss(self, samples: Samples) -> float:
         """Mean loss without the regulariser. It may be NaN or infinite."""
@@ -177,11 +226,11 @@ class Workplace:
         """How good the model is on samples: by accuracy, the score or minus the mean loss."""
         found = predict(self.model, samples, self.loss_fn, self.settings.batch_size, self.score)
         if found.accuracy is None:
-            mean = -float(found.losses.mean())
-            return Quality(_LOSS, mean, found.losses, -found.losses)
+            return Quality(_LOSS, -found.loss, found.parts, -found.parts)
         assert found.scores is not None
-        watched = "accuracy" if self.score is None else "the score"
-        return Quality(watched, found.accuracy, found.losses, found.scores)
+        watched = "accuracy" if found.counted is None else "token accuracy"
+        watched = watched if self.score is None else "the score"
+        return Quality(watched, found.accuracy, found.parts, found.scores)
 
     def unit(self, samples: Samples, quality: "Quality") -> float:
         """What a fall of the quality is counted in: 1, or of losses their own size."""
@@ -201,11 +250,12 @@ class Workplace:
         own, now = dict(changed.named_buffers()), dict(self.model.named_buffers())
         moved = [k for k, b in self.buffers.items() if k in own and not _same(b, now[k])]
         _copy([now[k] for k in moved], [own[k] for k in moved])
-        selection.scatter_(changed, selection.gather(self.model).detach())
-        rounded = selection.gather(changed).detach()
-        if not torch.isfinite(rounded).all():
-            raise ValueError("the new weights overflow the dtype of the model")
-        selection.scatter_(self.model, rounded)
+        with torch.no_grad():
+            selection.scatter_(changed, selection.gather(self.model))
+            rounded = selection.gather(changed)
+            if not torch.isfinite(rounded).all():
+                raise ValueError("the new weights overflow the dtype of the model")
+            selection.scatter_(self.model, rounded)
         return changed
 
     def take_over(self, model: nn.Module) -> None:
@@ -218,7 +268,7 @@ class Quality(NamedTuple):
 
     watched: str  # the name of the number
     value: float
-    losses: Tensor  # (n,)
+    losses: Tensor  # (n,), what each sample contributes to the mean loss
     each: Tensor  # (n,), whose mean the value is
 
 
@@ -250,7 +300,7 @@ def norm(gradient: Gradient | None, layout: Layout | None = None) -> float:
     if gradient is None:
         return math.nan
     if layout is not None:
-        return float(layout.gather(gradient).double().norm())
+        return euclidean_norm([layout.gather(gradient)])
     return euclidean_norm(gradient.values())
 
 

@@ -8,7 +8,7 @@ first selected layer, and forms the rows of the selected units only.
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._torch.adapters import check_adapters
-from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of
+from lcodec_ext._torch.batches import Batch, map_tensors, tensors_of, widened
 from lcodec_ext._torch.copies import (
     THE_LOSS,
     Watched,
@@ -28,6 +28,7 @@ from lcodec_ext._torch.copies import (
     leaves_of_nodes,
     work_copy,
 )
+from lcodec_ext._torch.detours import cast_dtype
 from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.curvature.masked.attention import attention_forward
@@ -90,8 +91,6 @@ class MaskedModel:
         could be added, and why.
     base : dict of str to Tensor
         The selected parameters, whole.
-    theta : Tensor, shape (p,)
-        Their selected entries.
     spread : set of str or None
         Where it is not None, what has one entry for a whole batch has one for each of its samples:
         tensors that layers with rows are called with, and these parameters, which have a first axis
@@ -126,9 +125,8 @@ class MaskedModel:
             for name, parameter in self.model.named_parameters()
             if name in self.entries
         }
-        self.theta = layout.gather(self.base)
         #: Of the gradient of a sample while it is formed, in bytes.
-        self.row_bytes = self.theta.element_size() * sum(
+        self.row_bytes = self.dtype.itemsize * sum(
             math.prod(each.shape) for each in self.entries.values()
         )
         self._watched: list[tuple[Tensor, str]] = []
@@ -201,13 +199,22 @@ class MaskedModel:
     # ------------------------------------------------------------------------------------------
     # Vectors
 
+    @property
+    def theta(self) -> Tensor:
+        """The selected entries of the parameters, shape (p,), a copy."""
+        return self.layout.gather(self.base)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the dtype of the computation; a vector of coordinates by default."""
+        return torch.zeros(shape or (self.size,), dtype=self.dtype, device=self.device)
+
     def split(self, vector: Tensor) -> list[Tensor]:
         """Split a vector of coordinates into one displacement per parameter."""
         return [entries.take(vector) for entries in self.entries.values()]
 
-    def join(self, displacements: Sequence[Tensor]) -> Tensor:
+    def join(self, displacements: Iterable[Tensor]) -> Tensor:
         """The vector of displacements of the parameters; the reverse of `split`."""
-        out = displacements[0].new_zeros(self.size)
+        out = self.zeros()
         for entries, displacement in zip(self.entries.values(), displacements, strict=True):
             entries.add_to(out, displacement)
         return out
@@ -384,6 +391,10 @@ def _forward(
             if parameter is not None and parameter.is_leaf
         }
         out: Tensor = type(module).forward(row_module(module, fixed), *args, **kwargs)
+        given_args, given_kwargs = args, kwargs
+        if cast_dtype() is not None:  # what is kept, and differentiated, is in the dtype of sums
+            out = widened(out)
+            given_args, given_kwargs = map_tensors(widened, (args, kwargs))
         shape = out.shape
         if merged > 1:
             out = out.flatten(-merged)
@@ -397,9 +408,11 @@ def _forward(
                 if rows.places is not None:
                     sizes[axis] = len(rows.places)
                 value = rows.of(args, kwargs, displacements[rows.parameter], axis).expand(sizes)
+                if cast_dtype() is not None:
+                    value = widened(value)
                 if value.requires_grad:  # not under no_grad
-                    versions = tuple(t._version for t in tensors_of([args, kwargs]))
-                    calls.append(RowsCall(rows, args, kwargs, value, axis, versions))
+                    versions = tuple(t._version for t in tensors_of([given_args, given_kwargs]))
+                    calls.append(RowsCall(rows, given_args, given_kwargs, value, axis, versions))
                 values.append(value)
             if not values:
                 continue
@@ -407,7 +420,8 @@ def _forward(
             places = group[0].places
             out = out + total if places is None else out.index_add(axis, places, total)
         out = out.reshape(shape)
-        layer_outputs.append((out, out._version))
+        if not out.is_inference():  # of which the pass is refused in the end
+            layer_outputs.append((out, out._version))
         return out
 
     return forward

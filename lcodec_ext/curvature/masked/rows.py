@@ -247,7 +247,8 @@ _BASES: tuple[Any, ...] = (
 
 def _keeps_forward(module: nn.Module) -> bool:
     """Whether the layer computes what its kind says: no subclass has changed its forward pass."""
-    if "forward" in vars(module):
+    own = vars(module).get("forward")
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         return False
     helpers = ("_conv_forward", "_output_padding", "_apply_instance_norm", "_handle_no_batch_input")
     if any(
