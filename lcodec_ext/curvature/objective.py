@@ -238,7 +238,7 @@ class Objective:
     @plain_arithmetic()
     def gradient(self) -> Tensor:
         """The gradient by the selected parameters, shape (p,)."""
-        total = torch.zeros_like(self.masked.theta)
+        total = self.masked.zeros()
         for _, batch in self.passes("gradient"):
             run = self.run(batch)
             with twice_differentiable():
@@ -250,7 +250,7 @@ class Objective:
     def derivative(self, loss: Tensor, run: ForwardPass) -> Tensor:
         """The gradient of the loss of a run, shape (p,); zeros where nothing depends."""
         if not loss.requires_grad:
-            return torch.zeros_like(self.masked.theta)
+            return self.masked.zeros()
         parts = torch.autograd.grad(loss, run.displacements, materialize_grads=True)
         return self.masked.join(parts)
 
