@@ -256,14 +256,9 @@ def _carried_out(
         with work.timed("monitoring"):
             # Into a copy first, also in place: the given model changes only when all has gone well.
             changed = work.handed_over(model, applied)
+            size = selection.size(work.model)
             guarantee = guarantee_of_deletions(
-                work,
-                changed,
-                request,
-                deletions,
-                before,
-                norm(start),
-                selection.size(work.model),
+                work, changed, request, deletions, before, norm(start), size
             )
             changed = with_noise(work, changed, guarantee)
             after = _measured(work, request, guarantee)
