@@ -4,9 +4,11 @@
         [--split 3] [--starts 2] [--cache FOLDER] [--output FILE]
 
 The networks and requests of benchmarks/unlearning.py. Of each curvature the step alone is compared,
-with its strength found by control groups or with given dampings, and the whole deletion. "products"
-says how many products a Gauss-Newton step takes for each column: 8 are the default of a calibrated
-one. Times are CPU seconds of one thread.
+with its strength found by control groups or with given dampings, and the whole deletion. Without
+retained samples EK-FAC takes its factors from statistics of all training samples. Its damping is
+then the constant of the preset, or what a trial found when the training samples were still there:
+the calibrated deletion of as many random ones. Times are CPU seconds of one thread, without those
+of the statistics and of the trial, which belong to training ("prepared").
 
 Split 0 is for choosing settings. The record is of split 3 for the networks on Fashion-MNIST and of
 split 4 for the perceptron, on which nothing was chosen.
@@ -14,7 +16,9 @@ split 4 for the perceptron, on which nothing was chosen.
 
 import argparse
 import json
-import statistics
+import statistics as averages
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ TITLES = {
     "cnn": "Fashion-MNIST, CNN",
     "resnet": "Fashion-MNIST, ResNet",
 }
+WITHOUT = ("EK-FAC without retained samples", "EK-FAC without retained samples, after a trial")
 ALONE: Mapping[str, Any] = {"validation": True, "finish": 0}
 PLAIN: Mapping[str, Any] = {
     "calibrate": False,
@@ -52,6 +57,8 @@ def ways() -> dict[str, dict[str, Any]]:
         given = PLAIN | {"damping": damping}
         found[f"Gauss-Newton, {damping:g}"] = given | {"lengthen": None}
         found[f"EK-FAC, {damping:g}"] = given | {"curvature": "ekfac"}
+    for way in WITHOUT:
+        found[way] = {"validation": True, "curvature": "ekfac"}
     found["Gauss-Newton, with finish"] = {"validation": True}
     found["EK-FAC, with finish"] = {"validation": True, "curvature": "ekfac"}
     return found
@@ -89,11 +96,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, which in pairs:
         split = options.split + PERCEPTRON * (name == "mlp")
         for start in range(options.starts):
-            run = measure(name, which, start, split, options.cache, {}, ways())
-            result["runs"].append(run | {"split": split})
+            here, told = prepared(name, which, start, split, options.cache)
+            run = measure(name, which, start, split, options.cache, {}, here)
+            result["runs"].append(run | {"split": split, "prepared": told})
             written(options.output, result | {"load_after": environment.load()})
     print(tables(result["runs"]))
     return 0
+
+
+def prepared(
+    name: str, which: str, start: int, split: int, cache: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the ways with statistics of the training samples, and what these took."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    from unlearning_models import RECIPES, task, trained
+
+    from lcodec_ext.unlearning import TrainingStatistics, random_samples, unlearn
+
+    recipe = RECIPES[name]
+    seed, own = (3 * split + start, 0) if recipe.data == "digits" else (split, start)
+    data = task(name, which, seed)
+    model = trained(cache, name, which, seed, None, own)
+    begin = time.process_time()
+    statistics = TrainingStatistics.collect(
+        model, (data.X, data.y), cross_entropy, curvature="ekfac"
+    )
+    seconds = {"statistics": time.process_time() - begin}
+    few = torch.zeros(len(data.y), dtype=torch.bool)
+    few[random_samples(len(data.y), len(data.forget), seed=100 + start)] = True
+    begin = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trial = unlearn(
+            model,
+            (data.X[few], data.y[few]),
+            (data.X[~few], data.y[~few]),
+            cross_entropy,
+            curvature="ekfac",
+            weight_decay=recipe.weight_decay,
+            seed=start,
+            **ALONE | {"validation": data.validation},
+        )
+    seconds["trial"] = time.process_time() - begin
+    assert trial.calibration is not None
+    found = ways()
+    for way in WITHOUT:
+        found[way]["statistics"] = statistics
+    found[WITHOUT[1]]["damping"] = trial.calibration.strength
+    told = {"cpu_seconds": seconds, "trial": trial.calibration.to_dict()}
+    return found, told
 
 
 def of(runs: Sequence[Mapping[str, Any]], way: str, *path: str) -> float | None:
@@ -108,7 +160,7 @@ def of(runs: Sequence[Mapping[str, Any]], way: str, *path: str) -> float | None:
         if value is None:
             return None
         values.append(value)
-    return statistics.fmean(values)
+    return averages.fmean(values)
 
 
 def tables(runs: Sequence[Mapping[str, Any]]) -> str:

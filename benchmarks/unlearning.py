@@ -275,6 +275,8 @@ def carried_out(how: Any, model: Any, data: Any, weight_decay: float, seed: int)
     options = {"weight_decay": weight_decay, "seed": seed, **how}
     if options.pop("validation", False):
         options["validation"] = data.validation
+    if "statistics" in options:  # saved at training time, in the place of the retained samples
+        retain = None
     return unlearn(model, forget, retain, cross_entropy, **options)
 
 

@@ -74,6 +74,7 @@ CASES = {
     "gradient": {"update": "gradient", "learning_rate": 0.1},
     "calibrated": {"weight_decay": 1e-3, "control_groups": 4},
     "calibrated, no finish": {"weight_decay": 1e-3, "control_groups": 4, "finish": 0},
+    "ekfac": {"curvature": "ekfac", "weight_decay": 1e-3, "finish": 0},
     "users": {"weight_decay": 1e-3, "control_groups": 4, "finish": 0},
     "noise": {
         "preset": "paper", "selection": "full", "curvature": "gauss_newton", "damping": 0.1,
@@ -145,6 +146,7 @@ def close(a, b, where=""):
         ("step", "mlp", None),
         ("calibrated", "mlp", None),
         ("calibrated, no finish", "conv", 1),
+        ("ekfac", "conv", 0),
         ("users", "mlp", None),
         ("repair", "conv", 0),
     ],

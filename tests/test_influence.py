@@ -19,6 +19,7 @@ from lcodec_ext.unlearning import (
     TrainingStatistics,
     Unlearner,
     influence,
+    per_token_loss,
     self_influence,
 )
 
@@ -141,6 +142,77 @@ def test_the_term_of_the_weight_decay_is_that_of_the_other_samples(convex):
         convex.model, convex.data, queries, convex.loss_fn, weight_decay=convex.decay, **EXACT
     )
     assert found.values.sum(1).abs().max() < 1e-8 * found.values.abs().sum(1).min()
+
+
+def test_means_over_tokens_without_a_sample():
+    """The objective is the mean over all tokens: a sample takes its tokens with it."""
+    torch.manual_seed(4)
+    x, length = torch.randn(300, 5, 3).double(), torch.randint(0, 6, (300,))
+    y = (x @ torch.randn(3, 4).double() + torch.randn(300, 5, 4)).argmax(2)
+    y[torch.arange(5) >= length[:, None]] = -100
+    layer, decay = nn.Linear(3, 4).double(), 0.05
+
+    def sums(w, some=slice(None)):
+        logits = F.linear(x[some], w[:12].view(4, 3), w[12:])
+        return F.cross_entropy(logits.movedim(2, 1), y[some], reduction="none").sum(1)
+
+    def fit(some, w):
+        def objective(w):
+            return sums(w, some).sum() / length[some].sum() + decay / 2 * w.square().sum()
+
+        for _ in range(8):
+            gradient = torch.func.grad(objective)
+            w = w - torch.linalg.solve(torch.func.jacrev(gradient)(w), gradient(w))
+        assert gradient(w).norm() < 1e-12
+        return w
+
+    everyone = torch.arange(300)
+    w = fit(everyone, torch.zeros(16).double())
+    nn.utils.vector_to_parameters(w, layer.parameters())
+    numbers = [*range(0, 300, 12), int(length.argmin())]
+    changes = torch.stack([sums(fit(everyone != k, w)) - sums(w) for k in numbers], 1)
+    queries, options = slice(0, 40), {"weight_decay": decay}
+    for loss_fn in (per_token_loss(), F.cross_entropy):  # of the second it is found out
+        model = layer if loss_fn is not F.cross_entropy else Swapped(layer)
+        asked = x[queries], y[queries]
+        found = influence(model, (x, y), asked, loss_fn, **EXACT, **options)
+        own = self_influence(
+            model, (x, y), loss_fn, curvature="gauss_newton", damping=0.0, **options
+        )
+        once = influence(model, (x, y), asked, loss_fn, aggregate=True, **EXACT, **options)
+        torch.testing.assert_close(once.mean, found.mean)
+        each = changes[queries] / length[queries, None].clamp(min=1)
+        mean = changes[queries].sum(0) / length[queries].sum()
+        alone = torch.stack([changes[k, j] for j, k in enumerate(numbers)])
+        for predicted, true in (
+            (found.values[:, numbers], each),
+            (found.mean[numbers], mean),
+            (own.values[numbers], alone / length[numbers].clamp(min=1)),
+        ):
+            r, slope = agreement(predicted, true)
+            assert r > 0.99
+            assert 0.95 < slope < 1.1
+        assert (found.values[length[queries] == 0] == 0).all()
+        assert own.values[numbers[-1]] == 0
+    statistics = TrainingStatistics.collect(layer, (x, y), per_token_loss())
+    there = influence(
+        layer, (x, y), asked, per_token_loss(), statistics=statistics, damping=0.0, **options
+    )
+    torch.testing.assert_close(there.values, found.values)
+    plain = TrainingStatistics.collect(layer, (x[:, 0], y[:, 0].clamp(min=0)), F.cross_entropy)
+    with pytest.raises(ValueError, match="statistics are of a plain mean over samples"):
+        influence(layer, (x, y), asked, per_token_loss(), statistics=plain)
+
+
+class Swapped(nn.Module):
+    """Logits with the classes along the second axis."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x).movedim(2, 1)
 
 
 # ---------------------------------------------------------------------------------------------

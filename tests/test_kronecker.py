@@ -175,16 +175,18 @@ def diagonal_cases():
     yield "groups", nn.Sequential(nn.Conv1d(4, 6, 2, groups=2, bias=False), nn.Flatten()), (4, 2)
     layer = nn.ConvTranspose1d(4, 3, 2, bias=False)
     yield "transposed", nn.Sequential(layer, nn.Flatten()), (4, 1)
-    yield "attention", Attention(), (5, 4)
+    yield "raw", Raw(), (5, 4)
 
 
-class Attention(nn.Module):
+class Raw(nn.Module):
+    """A parameter that belongs to no layer."""
+
     def __init__(self):
         super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.rand(4, 3))
 
     def forward(self, x):
-        return self.attention(x, x, x)[0].mean(1)
+        return (x @ self.scale).tanh().sum(1)
 
 
 DIAGONAL = {
@@ -193,7 +195,7 @@ DIAGONAL = {
     "batch norm": "0",
     "groups": "0",
     "transposed": "0",
-    "attention": "attention.in_proj",
+    "raw": None,
 }
 
 
@@ -204,12 +206,65 @@ def test_diagonal(name, kind):
     _, model, shape = next(case for case in diagonal_cases() if case[0] == name)
     model = model.double()
     X, y = torch.randn(N, *shape, dtype=torch.float64), torch.randint(0, 3, (N,))
-    selection = UnitSelection.all(model) & UnitSelection({DIAGONAL[name]: range(12)})
+    layer = DIAGONAL[name]
+    selection = all_trainable(model) if layer is None else UnitSelection.from_globs(model, layer)
     operator = EKFACOperator(model, F.cross_entropy, (X, y), selection, kind=kind)
     dense = exact(kind)(model, F.cross_entropy, (X, y), selection).to_dense()
     torch.testing.assert_close(operator.to_dense(), dense.diagonal().diag(), rtol=1e-10, atol=1e-13)
-    assert ("one by one" in operator.plan) == (name == "attention")
+    assert ("one by one" in operator.plan) == (name == "raw")
     assert "0 Kronecker blocks" in operator.plan
+
+
+class Attention(nn.Module):
+    """Self-attention, or other inputs for keys and values, with a mask."""
+
+    def __init__(self, other=False, **options):
+        super().__init__()
+        self.attention, self.other = nn.MultiheadAttention(4, 2, batch_first=True, **options), other
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if not self.other:
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+        keys, values = x[:, 1:, : self.attention.kdim], x[:, 1:, : self.attention.vdim]
+        mask = torch.triu(torch.ones(x.shape[1], keys.shape[1], dtype=torch.bool), 1)
+        found, weights = self.attention(x, keys, values, attn_mask=mask)
+        assert weights.shape[:2] == x.shape[:2]
+        return self.head(found.mean(1))
+
+
+ATTENTION = {
+    "self": {},
+    "without bias": {"bias": False},
+    "other inputs": {"other": True},
+    "other widths": {"other": True, "kdim": 3, "vdim": 2},
+    "more keys": {"other": True, "add_bias_kv": True, "add_zero_attn": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_projections_of_attention(name, kind):
+    """The rows of queries, keys and values, and the gradients of samples by them."""
+    model = Attention(**ATTENTION[name]).double()
+    X, y = torch.randn(N, 5, 4, dtype=torch.float64), torch.randint(0, 3, (N,))
+    selection = UnitSelection({"attention.in_proj": [1, 2, 5, 10, 11], "attention.out_proj": [3]})
+    operator = EKFACOperator(model, F.cross_entropy, (X, y), selection, kind=kind)
+    made = [selection.gather(g, model=model) for g in gradients(model, F.cross_entropy, X, y, kind)]
+    expected = torch.stack(made).T @ torch.stack(made) / N
+    for block in operator.factors.blocks:
+        place = block.places.numbers(torch.device("cpu")).flatten()
+        rows = torch.eye(1, dtype=torch.float64) if block.rows is None else block.rows
+        columns = torch.eye(1, dtype=torch.float64) if block.columns is None else block.columns
+        Q = torch.kron(rows.contiguous(), columns.contiguous())
+        values = (Q.T @ expected[place][:, place] @ Q).diagonal()
+        torch.testing.assert_close(block.values.flatten() / N, values, rtol=1e-10, atol=1e-13)
+    exactly = exact(kind)(model, F.cross_entropy, (X, y), selection)
+    torch.testing.assert_close(exactly.to_dense(), expected, rtol=1e-10, atol=1e-13)
+    v = torch.randn(operator.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(exactly @ v, expected @ v, rtol=1e-10, atol=1e-13)
+    assert "one by one" not in operator.plan
+    assert "whole gradients" not in exactly.plan
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, one_hot
 
 from lcodec_ext.curvature import (
+    EKFACOperator,
     FisherOperator,
     GaussNewtonOperator,
     HessianOperator,
@@ -22,8 +23,8 @@ from lcodec_ext.curvature import (
 )
 from lcodec_ext.unlearning import Settings, Unlearner, WeightPatch, unlearn, verify_ledger
 
-N, M, C = 24, 3, 3
-WORDS = 30
+N, M, C = 15, 3, 3
+WORDS = 16
 STEP = Settings(curvature="gauss_newton", damping=0.1, weight_decay=1e-2, max_drop=None)
 
 pytestmark = [  # of peft, when it wraps a model
@@ -161,7 +162,7 @@ def off(found, expected):
 
 @pytest.mark.parametrize("case", ["bert", "gpt", "dora", "embedding"])
 def test_curvature_and_gradients_are_those_of_dense_autograd(case):
-    model, batch = CASES[case](), samples(7)
+    model, batch = CASES[case](), samples(5)
     dense = Dense(model, batch)
     matrices = {
         HessianOperator: dense.hessian(),
@@ -173,6 +174,8 @@ def test_curvature_and_gradients_are_those_of_dense_autograd(case):
         for operator, expected in matrices.items():
             found = operator(model, cross_entropy, batch, selection).to_dense()
             assert off(found, expected[order][:, order]) < 1e-10, (operator, selection)
+        whole = EKFACOperator(model, cross_entropy, batch, selection).diagonal().sum()
+        assert off(whole, dense.gauss_newton.diagonal()[order].sum()) < 1e-10
         each = per_sample_gradients(model, cross_entropy, batch, selection)
         found = torch.cat([part.dense() for part in each])
         assert off(found, dense.gradients[:, order]) < 1e-10
@@ -351,3 +354,49 @@ def test_a_stream_keeps_the_base_once(tmp_path):
     assert verify_ledger(tmp_path, last, batch)
     (tmp_path / "checkpoints" / "000000.pt").unlink()
     assert not verify_ledger(tmp_path)
+
+
+def test_a_language_model_with_adapters():
+    """GPT-2, whose output layer is its embedding, by a mean over the words of each sample."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=WORDS, n_positions=10, n_embd=8, n_layer=1, n_head=2, bos_token_id=1,
+        eos_token_id=1,
+    )  # fmt: skip
+    how = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    base = transformers.GPT2LMHeadModel(config).double()
+    model = drawn(base, peft.LoraConfig(task_type="CAUSAL_LM", **how)).eval()
+    batch = samples(8)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def each(outputs, targets):
+        """The losses of words, those of a sample with a sum of 1 / words."""
+        targets = targets[:, 1:]
+        counts = (targets != -100).sum(1, keepdim=True)
+        return cross_entropy(outputs[:, :-1].transpose(1, 2), targets, reduction="none") / counts
+
+    def loss(outputs, targets):
+        return each(outputs, targets).sum(1).mean()
+
+    selection = UnitSelection.all(model)
+    assert len(selection.layout(model).parameters) == 2
+    own, inputs = adapters(model), {k: v for k, v in batch.items() if k != "labels"}
+
+    def outputs(*values):
+        with sdpa_kernel(SDPBackend.MATH):
+            tensors = dict(zip(own, values, strict=True))
+            return functional_call(model, tensors, (), inputs).logits
+
+    J = torch.autograd.functional.jacobian(outputs, tuple(own.values()), vectorize=True)
+    J = torch.cat([part.flatten(3) for part in J], 3)[:, :-1]
+    p = outputs(*own.values()).softmax(2)[:, :-1]
+    weight = (batch["labels"][:, 1:] != -100).double()
+    weight = weight / weight.sum(1, keepdim=True) / 8
+    Jp = torch.einsum("itca,itc->ita", J, p)
+    expected = torch.einsum("it,itca,itc,itcb->ab", weight, J, p, J)
+    expected = expected - torch.einsum("it,ita,itb->ab", weight, Jp, Jp)
+    found = GaussNewtonOperator(model, loss, batch, selection).to_dense()
+    assert off(found, expected) < 1e-10
+    result = unlearn(model, *parted(batch), loss, preset=STEP)
+    assert result.patch().tensors.keys() == own.keys()
+    assert result.loss_forget.after > result.loss_forget.before

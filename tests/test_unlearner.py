@@ -1093,6 +1093,9 @@ class Statistics:
     def at(self, model):
         return self
 
+    def tensors(self):
+        return {"matrix": self.matrix}
+
     def without(self, model, loss_fn, forget, *, batch_size, dtype):
         x = forget.fetch(slice(None)).args[0]
         scale = next(model.parameters()).detach().sum()

@@ -187,13 +187,21 @@ def test_the_mean_over_valid_tokens():
     wanted = HessianOperator(Tokens(), over_tokens, [(ids, labels)], units).to_dense()
     found = HessianOperator(Tokens(), sums, parts, units, reduction="sum") * (1 / valid)
     assert torch.allclose(found.to_dense(), wanted, atol=1e-6)
-    with pytest.raises(ValueError, match="ignores 6 of the 24 labels of .*, and 10 of 30 in"):
-        HessianOperator(Tokens(), over_tokens, parts, units).to_dense()
-    match = "plain mean over the samples .* Take the mean over the labels of each sample first"
+    # Found out: batches count by their tokens.
+    found = HessianOperator(Tokens(), over_tokens, parts, units)
+    assert torch.allclose(found.to_dense(), wanted, atol=1e-6)
+    assert unlearn(Tokens(), *parts[:2], over_tokens, **OPTIONS).mean_over == "tokens"
+
+    def squared(outputs, targets):  # neither mean: long samples count for more than their tokens
+        counted = (targets >= 0).sum(1)
+        each = cross_entropy(outputs.transpose(1, 2), targets, reduction="none").sum(1)
+        return (each * counted).sum() / counted.square().sum()
+
+    match = "plain mean over the samples .* per_token_loss.* the mean over the labels of each"
     with pytest.raises(ValueError, match=match):
-        FisherOperator(Tokens(), over_tokens, parts, units).to_dense()
+        FisherOperator(Tokens(), squared, parts, units).to_dense()
     with pytest.raises(ValueError, match=match):
-        unlearn(Tokens(), *parts[:2], over_tokens, **OPTIONS)
+        unlearn(Tokens(), *parts[:2], squared, **OPTIONS)
 
     def by_sample(outputs, targets):
         each = cross_entropy(outputs.transpose(1, 2), targets, reduction="none")

@@ -19,6 +19,8 @@ SAMPLES = 128  # of one batch, where the package makes the batches
 
 _COMPARED = 32  # batches that must be the same ones whenever they are read
 _LABELS = ("labels", "label", "label_ids")  # as transformers calls them
+_SHIFT = "prepare_decoder_input_ids_from_labels"  # of models of transformers
+_DECODER = {"decoder_input_ids", "decoder_inputs_embeds"}  # inputs of a decoder
 _SHOWN, _KEYS = 4, 8  # types, and keys, in a message
 
 
@@ -82,9 +84,18 @@ class Batch:
         first = next(tensors_of((self.args, self.kwargs)), None)
         try:
             with cast_forward("cpu" if first is None else first.device.type) as cast:
-                outputs = model(*self.args, **self.kwargs)
+                outputs = model(*self.args, **self.kwargs, **self._for_decoder(model))
             check_recorded(outputs)
             return map_tensors(widened, getattr(outputs, "logits", outputs)) if cast else outputs
+        except ValueError as error:
+            if hasattr(model, _SHIFT) or not self._lacks_decoder_inputs(model):
+                raise
+            raise InputsError(
+                f"{error}. {type(model).__name__} is an encoder-decoder and has no {_SHIFT} to "
+                "make its decoder's inputs of the labels: put 'decoder_input_ids' into every "
+                "sample, the labels shifted to the right by one, with the start token first and "
+                "padding in the place of -100"
+            ) from error
         except RuntimeError as error:
             if "same dtype" not in str(error):
                 raise
@@ -107,6 +118,22 @@ class Batch:
             raise InputsError(
                 f"{error}. The model was called with {inputs}.{columns} {SAMPLES_ARE}"
             ) from error
+
+    def _lacks_decoder_inputs(self, model: nn.Module) -> bool:
+        """Whether an encoder-decoder of transformers is to make its decoder's inputs of labels."""
+        config = getattr(model, "config", None)
+        if not getattr(config, "is_encoder_decoder", False) or not self.kwargs:
+            return False
+        if self.kwargs.keys() & _DECODER or not isinstance(self.targets, Tensor):
+            return False
+        return self.targets.ndim == 2 and not self.targets.is_floating_point()
+
+    def _for_decoder(self, model: nn.Module) -> dict[str, Tensor]:
+        """What it makes of them by itself where labels are passed, which they are not here."""
+        shift = getattr(model, _SHIFT, None)
+        if shift is None or not self._lacks_decoder_inputs(model):
+            return {}
+        return {"decoder_input_ids": shift(labels=self.targets)}
 
     @property
     def kinds(self) -> list[tuple[int, torch.dtype]]:

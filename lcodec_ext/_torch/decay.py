@@ -130,6 +130,15 @@ def least_decay(value: Decay) -> float:
     return min(value.values(), default=0.0) if isinstance(value, Mapping) else value
 
 
+def scaled(value: Decay, factor: float) -> Decay:
+    """Every number times a factor."""
+    if factor == 1:
+        return value
+    if isinstance(value, Mapping):
+        return {name: number * factor for name, number in value.items()}
+    return value * factor
+
+
 def decay_text(value: Decay) -> str:
     """A weight decay in a message."""
     if isinstance(value, Mapping):

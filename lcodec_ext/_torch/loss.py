@@ -5,7 +5,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lcodec_ext._torch.decay import Decay, each_decay
 from lcodec_ext._torch.faults import check_labels, fault_of
 from lcodec_ext._torch.modes import evaluating, twice_differentiable
 from lcodec_ext._torch.samples import Samples, outputs_of
+from lcodec_ext._torch.token_loss import TokenLoss
 
 #: From outputs and targets of a batch to the loss of the batch.
 LossFunction = Callable[[Any, Any], Tensor]
@@ -128,6 +129,8 @@ def check_copy(model: nn.Module, samples: Samples, loss_fn: LossFunction) -> Non
 
 def loss_in(dtype: torch.dtype, loss_fn: LossFunction) -> LossFunction:
     """A loss for outputs of a dtype: of a module a copy in it."""
+    if isinstance(loss_fn, TokenLoss) and isinstance(loss_fn.loss_fn, nn.Module):
+        return replace(loss_fn, loss_fn=loss_in(dtype, loss_fn.loss_fn))
     return copy.deepcopy(loss_fn).to(dtype) if isinstance(loss_fn, nn.Module) else loss_fn
 
 
@@ -236,8 +239,8 @@ def check_reduction(
             raise ValueError(shapes_differ(*of))
         raise ValueError(
             f"loss_fn must be the plain {reduction} over the samples of a batch{why} "
-            f"(reduction={reduction!r}, no class weights, no ignored targets, no mean over tokens "
-            f"of samples of unequal length); on {n} samples it is {whole.item():.6g}, and the "
+            f"(reduction={reduction!r}, no class weights, no ignored targets), or the mean over "
+            f"the tokens of a batch; on {n} samples it is {whole.item():.6g}, and the "
             f"{reduction} of the losses of its parts is {of_parts.item():.6g}{_by_sample(of[1])}"
         )
 
@@ -245,7 +248,11 @@ def check_reduction(
 def _by_sample(targets: Any) -> str:
     """What to do with samples of several labels each."""
     several = isinstance(targets, Tensor) and targets.ndim > 1 and not targets.is_floating_point()
-    advice = ". Take the mean over the labels of each sample first, then the mean over the samples"
+    advice = (
+        ". Where it is a mean over tokens, per_token_loss(loss_fn) says so, with causal=True where "
+        "labels are shifted by one and ignore_index where it is not -100; else take the mean over "
+        "the labels of each sample first, then the mean over the samples"
+    )
     return advice if several else ""
 
 
@@ -274,18 +281,37 @@ def check_parts(
 
 
 def mean_loss(model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int) -> float:
-    """Mean loss without the regulariser, in evaluation mode; it may be NaN or infinite."""
+    """Mean loss without the regulariser, in evaluation mode; it may be NaN or infinite.
+
+    Of a loss over tokens that is the mean over those of the samples.
+    """
 
     def own() -> list[Tensor]:
-        total = 0.0
+        total, weight = 0.0, 0.0
         with evaluating(model), torch.no_grad():
             for batch in samples.batches(batch_size):
                 loss = loss_of(loss_fn, outputs_of(model, batch), batch, samples.name)
                 total += loss.item() * batch.size / len(samples)
-        return [torch.tensor(total, dtype=torch.float64)]
+                weight += weight_of(loss_fn, batch)
+        return [torch.tensor(each, dtype=torch.float64) for each in (total, weight)]
 
-    (total,) = samples.summed(f"the loss of the {samples.name} samples", own, _NUMBER)
-    return float(total)
+    total, weight = samples.summed(f"the loss of the {samples.name} samples", own, _NUMBER * 2)
+    return float(total) / share_of(loss_fn, float(weight), len(samples))
+
+
+def weight_of(loss_fn: LossFunction, batch: Batch) -> float:
+    """The counted tokens of a batch, of a loss over tokens; 0 of others."""
+    return float(loss_fn.counted(batch.targets).sum()) if isinstance(loss_fn, TokenLoss) else 0.0
+
+
+def share_of(loss_fn: LossFunction, tokens: float, n: int) -> float:
+    """What n samples with so many tokens count for, on average; 1 where each counts for one.
+
+    The regulariser counts as much: all tokens share it, as they share the mean.
+    """
+    if not isinstance(loss_fn, TokenLoss) or loss_fn.mean_tokens is None:
+        return 1.0
+    return tokens / n / loss_fn.mean_tokens
 
 
 def is_much_worse(before: float, after: float, unit: float = 1.0) -> bool:
@@ -309,6 +335,9 @@ def mean_gradient(
     check: bool = False,
 ) -> tuple[float, Gradient]:
     """Mean loss of samples, and the gradient of it plus (weight_decay / 2) |w|^2.
+
+    Of a loss over tokens the first is the mean over the tokens of the samples; the gradient is the
+    mean over samples of what each contributes, the regulariser shared out by tokens.
 
     Parameters
     ----------
@@ -339,13 +368,14 @@ def mean_gradient(
     decay = weight_decay
     each = decay if isinstance(decay, Mapping) else dict.fromkeys(parameters, decay)
     unused = set() if keep_unused else set(parameters)
+    by_tokens = isinstance(loss_fn, TokenLoss)
 
     def own() -> list[Tensor]:
-        once = 1.0 if samples.first else 0.0
+        once = 1.0 if samples.first and not by_tokens else 0.0
         gradient = {
             k: each[k] * p.detach().to(dtype or p.dtype) * once for k, p in parameters.items()
         }
-        total = 0.0
+        total = tokens = 0.0
         for batch in samples.batches(batch_size):
             outputs = outputs_of(model, batch)
             loss = finite_loss(loss_fn, outputs, batch, samples.name)
@@ -358,16 +388,23 @@ def mean_gradient(
                 check_parts(loss_fn, outputs, batch.targets, batch.size, -(-batch.size // 2))
             share = batch.size / len(samples)
             total += loss.item() * share
+            tokens += weight_of(loss_fn, batch)
             parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for k, part in zip(parameters, parts, strict=True):
                 if part is not None:
                     gradient[k] += part * share
                     unused.discard(k)
-        return [torch.tensor(total, dtype=torch.float64), *gradient.values()]
+        if by_tokens:
+            for k, p in parameters.items():
+                decayed = each[k] * p.detach().to(gradient[k].dtype)
+                gradient[k] += decayed * share_of(loss_fn, tokens, len(samples))
+        numbers = [torch.tensor(number, dtype=torch.float64) for number in (total, tokens)]
+        return [*numbers, *gradient.values()]
 
     what, given = f"the gradient of the {samples.name} samples", list(parameters.values())
-    found = samples.summed(what, own, [*_NUMBER, *given], given=given, same=(NotFiniteError,))
-    total, gradient = float(found[0]), dict(zip(parameters, found[1:], strict=True))
+    found = samples.summed(what, own, [*_NUMBER * 2, *given], given=given, same=(NotFiniteError,))
+    total = float(found[0]) / share_of(loss_fn, float(found[1]), len(samples))
+    gradient = dict(zip(parameters, found[2:], strict=True))
     for k in unused:
         gradient[k].zero_()
     for k, g in gradient.items():
@@ -394,6 +431,8 @@ def ignored_labels(loss_fn: LossFunction, outputs: Any, targets: Any) -> tuple[i
 
     A loss that is not known is taken to ignore -100 where outputs are scores of classes.
     """
+    if isinstance(loss_fn, TokenLoss):
+        return 0, 1  # samples count by their tokens, however many are ignored
     known = known_loss(loss_fn)
     labels = isinstance(targets, Tensor) and not targets.is_floating_point()
     if not labels or not isinstance(outputs, Tensor) or outputs.numel() <= targets.numel():
@@ -427,6 +466,12 @@ def _as_classes(loss_fn: LossFunction, outputs: Any, targets: Any) -> str:
     known = known_loss(loss_fn)
     if known is None or known.kind != "cross_entropy" or not isinstance(outputs, Tensor):
         return ""
+    if isinstance(targets, Tensor) and outputs.ndim > 2 and outputs.shape[:-1] == targets.shape:
+        return (
+            ". Outputs have the classes along the last axis, as those of language models: pass "
+            "loss_fn=per_token_loss(causal=True) for a causal language model, else "
+            "per_token_loss()"
+        )
     if not isinstance(targets, Tensor) or outputs.ndim != 2 or targets.is_complex():
         return ""
     if targets.numel() != len(outputs) or bool((targets.double() % 1 != 0).any()):

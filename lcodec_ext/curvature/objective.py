@@ -32,6 +32,8 @@ from lcodec_ext._torch.loss import (
     shapes_differ,
 )
 from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
+from lcodec_ext._torch.token_loss import TokenLoss
+from lcodec_ext._torch.tokens import check_counted, found_in, has_tokens
 from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
 from lcodec_ext.curvature.parameters import Selection
 
@@ -118,6 +120,10 @@ class Objective:
                 raise
             self.batches = Batches([], self.masked.device, self.masked.dtype)
         self._random = _OwnRandom(self.masked.device, self.batches.generators)
+        #: Counted tokens, and samples, of a loss over tokens whose mean is taken over these data.
+        self.tokens: tuple[int, int] | None = None
+        if shared or isinstance(self.loss_fn, TokenLoss):
+            self._take_tokens()
         self._sizes: list[int] = []
         self._reduction_checked = False
         self.ignored: tuple[int, int] | None = None
@@ -125,6 +131,50 @@ class Objective:
         self._plain: dict[tuple[int, int], bool] = {}
         #: Whether the gradients of a piece of a batch have factors, by batch and first sample.
         self.factored: dict[tuple[int, int], bool] = {}
+
+    def _take_tokens(self) -> None:
+        """Make a mean over tokens, told or found out, a plain mean over samples.
+
+        Found out where labels are many to a sample: others are not read once more.
+        """
+        now = self._random._now
+        try:
+            self._by_tokens()
+        finally:
+            self._random._now = now
+
+    def _by_tokens(self) -> None:
+        if self.reduction == "sum":
+            if isinstance(self.loss_fn, TokenLoss):
+                raise ValueError(
+                    "reduction='sum' is of a loss that sums, and loss_fn is a mean over tokens: "
+                    "leave reduction out for the mean over all of them"
+                )
+            return
+        if not isinstance(self.loss_fn, TokenLoss):
+            self._random.restart()
+            with self._random.drawn():
+                found = found_in(self.loss_fn, self.masked.model, self.batches)
+            if found is None:
+                return
+            self.loss_fn = found
+        if self.loss_fn.mean_tokens is None:
+            tokens = n = 0
+            self._random.restart()
+            with self._random.drawn():
+                for batch in self.batches:
+                    tokens += int(self.loss_fn.counted(batch.targets).sum())
+                    n += batch.size
+            self.tokens = tokens, n
+            if not self._shared:
+                self.count_tokens(tokens, n)
+
+    def count_tokens(self, tokens: int, n: int) -> None:
+        """Take the mean over so many tokens of so many samples."""
+        assert isinstance(self.loss_fn, TokenLoss)
+        if n:
+            check_counted(tokens, "data", self.loss_fn)
+            self.loss_fn = self.loss_fn.of_mean(tokens / n)
 
     @property
     def n_samples(self) -> int:
@@ -162,6 +212,8 @@ class Objective:
                     batch = next(batches, None)
                 if batch is None:
                     break
+                if first and not sizes and has_tokens(batch):
+                    self._take_tokens()
                 sizes.append(batch.size)
                 if not first and sizes != self._sizes[: len(sizes)]:
                     break

@@ -19,7 +19,6 @@ from lcodec_ext._torch.detours import cast_dtype
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
 from lcodec_ext._torch.wrapped import unwrapped
-from lcodec_ext.curvature.layers import is_linear
 from lcodec_ext.curvature.masked.entries import Entries
 from lcodec_ext.curvature.masked.model import ForwardPass, MaskedModel
 from lcodec_ext.curvature.masked.rows import RowsCall, is_convolution, patches
@@ -73,23 +72,28 @@ class Factors:
         The x of a bias is a column of ones.
         """
         reached = self.reached
-        if reached.ndim != 2:
+        rows = self.call.rows
+        if reached.ndim != 2 or rows.part is not None:
             return None
-        if self.call.rows.key == "bias":
+        if rows.is_bias:
             return reached, reached.new_ones(len(reached), 1)
-        return (reached, self.call.input) if is_linear(self.call.rows.module) else None
+        return (reached, self.call.input) if rows.is_product else None
 
     def dense(self) -> Tensor:
         """The gradients, shape (n, entries * length), entry by entry."""
         reached, call, shape = self.reached, self.call, self.entries.shape
         n, module = len(reached), call.rows.module
-        if len(shape) == 1 and call.rows.key == "bias":
+        if call.rows.part is not None:  # one of the projections of an attention
+            padded = reached.new_zeros(*reached.shape[:-1], shape[0])
+            padded[..., call.rows.part] = reached
+            reached = padded
+        if len(shape) == 1 and call.rows.is_bias:
             return reached.movedim(call.axis, 1).flatten(2).sum(2) if reached.ndim > 2 else reached
         if len(shape) == 1:  # the scale of a norm
             with torch.no_grad():
                 products = self._rows(reached.new_ones(shape)) * reached
             return products.movedim(call.axis, 1).reshape(n, shape[0], -1).sum(2)
-        if is_linear(module):
+        if call.rows.is_product:
             x = call.input.reshape(n, -1, call.input.shape[-1])
             each = reached.reshape(n, -1, reached.shape[-1]).transpose(1, 2) @ x
             return each.flatten(1)

@@ -21,6 +21,7 @@ from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import clock, place, seeded
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import as_samples
+from lcodec_ext._torch.tokens import by_tokens
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.selection import UnitSelection
 from lcodec_ext.evaluation.methods import (
@@ -34,7 +35,6 @@ from lcodec_ext.evaluation.methods import (
 )
 from lcodec_ext.evaluation.metrics import (
     DISTANCES,
-    METRICS,
     WITHOUT_GAP,
     Measured,
     Number,
@@ -182,6 +182,9 @@ class Evaluation:
             ("accuracy", "forget", "accuracy_forget", ".1%"),
             ("", "retain", "accuracy_retain", ".1%"),
             ("", "test", "accuracy_test", ".1%"),
+            ("token", "forget", "token_accuracy_forget", ".1%"),
+            ("accuracy", "retain", "token_accuracy_retain", ".1%"),
+            ("", "test", "token_accuracy_test", ".1%"),
             ("loss", "forget", "loss_forget", ".3f"),
             ("MIA", "AUC", "mia_auc", ".3f"),
             ("TPR at", "1% FPR", "mia_tpr", ".1%"),
@@ -424,9 +427,9 @@ def evaluate(
             for each, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
         )
         check_copy(model, retained, loss_fn)
-        sets = Sets(
-            removed.loaded(), retained, unseen, loss_fn, score, weight_decay, batch_size, seed
-        )
+        removed = removed.loaded()
+        loss_fn = by_tokens(loss_fn, model, removed, retained)
+        sets = Sets(removed, retained, unseen, loss_fn, score, weight_decay, batch_size, seed)
         n_retrained = n_retrain if callable(retrained) else len(retrained)
         compared: dict[str, Any] = {}
         if group is not None:
@@ -654,7 +657,7 @@ class _Yardstick:
                 if name in DISTANCES
                 else [_apart(one.get(name), other.get(name)) for one, other in pairs]
             )
-            for name in (*METRICS, "relearn_steps", *DISTANCES)
+            for name in (*original.metrics, "relearn_steps", *DISTANCES)
             if name not in WITHOUT_GAP
         }
         self._start = self._to_references(self._original)
@@ -807,8 +810,8 @@ def _apart(one: Number, other: Number) -> Number:
 
 def _relearn_level(original: Measured, references: list[Measured]) -> float:
     """The loss at which removed samples count as learnt again."""
-    before = float(original.forget.losses.mean())
-    losses = [each.forget.losses.mean() for each in references]
+    before = original.forget.loss
+    losses = [each.forget.loss for each in references]
     after = float(np.mean(losses)) if losses else before
     # The last term allows for rounding between dtypes: the original model reaches the level itself.
     return before + _TOLERANCE * max(after - before, 0.0) + 1e-6 * abs(before)

@@ -29,6 +29,8 @@ from lcodec_ext._torch.loss import (
     trainable,
 )
 from lcodec_ext._torch.modes import clock, evaluating, plain_arithmetic, seeded
+from lcodec_ext._torch.token_loss import given_loss
+from lcodec_ext._torch.tokens import by_tokens, of_sets
 from lcodec_ext.evaluation.literature import (
     bad_teacher,
     cf_k,
@@ -266,6 +268,7 @@ def lbfgs(
     samples = retained_set(model, retain, loss_fn)
     if n_samples is not None and check_integer(n_samples, "n_samples", 1) < len(samples):
         samples = samples.subset(random_samples(len(samples), n_samples, seed)).loaded()
+    loss_fn = of_sets(by_tokens(loss_fn, model, samples), samples)
     tuned = copy_of(model)
     weights = trainable(tuned)
     steps = torch.optim.LBFGS(
@@ -444,7 +447,7 @@ def carry_out(
                 own = with_decay(method, model)
                 made = unlearn(model, forget, retain, loss_fn, **_given(defaults, own))
             else:
-                made = method(copy_of(model), forget, retain, loss_fn, seed)
+                made = method(copy_of(model), forget, retain, given_loss(loss_fn), seed)
         seconds = clock(model) - begin
     if isinstance(made, UnlearnResult):
         if seconds is None:

@@ -37,6 +37,8 @@ from lcodec_ext._torch.loss import (
 from lcodec_ext._torch.modes import clock, evaluating, place, plain_arithmetic
 from lcodec_ext._torch.predict import Prediction, Score, log_probabilities_of, predict
 from lcodec_ext._torch.samples import Samples, as_samples, outputs_of
+from lcodec_ext._torch.token_loss import TokenLoss
+from lcodec_ext._torch.tokens import by_tokens, of_sets
 from lcodec_ext._torch.wrapped import unwrapped
 
 Number = float | None
@@ -76,6 +78,9 @@ def sample_losses(
     model: nn.Module, data: Any, loss_fn: LossFunction, *, batch_size: int = 256
 ) -> Tensor:
     """Loss of each sample alone: float64, shape (n,), on the CPU. Their mean is that of the data.
+
+    Of a loss over tokens each is the mean over the counted tokens of a sample, 0 without any; the
+    mean of the data is that of all tokens.
 
     Raises
     ------
@@ -250,6 +255,7 @@ def gradient_norm(
     decay = decay_of(weight_decay, model)
     check_integer(batch_size, "batch_size", 1)
     samples = _samples(model, data, "data")
+    loss_fn = of_sets(by_tokens(loss_fn, model, samples), samples)
     with evaluating(model), plain_arithmetic(), torch.enable_grad():
         _, gradient = objective(model, samples, loss_fn, decay, batch_size)
     return euclidean_norm(gradient)
@@ -371,7 +377,8 @@ class MembershipInference:
         of the held-out test samples (`tpr_at_fpr`).
     auc_by_feature : dict of str to float
         The same for "loss", "modified_entropy", "confidence" (of the right class; these two for
-        classification) and "calibrated", the attack that combines them.
+        classification), "min_k" (of a loss over tokens: the mean log-probability of the fifth of a
+        sample's tokens that are the least likely) and "calibrated", the attack that combines them.
     accuracy : float
         Of the calibrated attack, on removed and held-out samples with equal weight; 0.5 by chance.
     member_share : float
@@ -424,7 +431,9 @@ def membership_inference(
     References
     ----------
     S. Yeom, I. Giacomelli, M. Fredrikson and S. Jha, "Privacy Risk in Machine Learning", CSF
-    2018 (loss). L. Song and P. Mittal, USENIX Security 2021 (modified entropy, confidence).
+    2018 (loss). L. Song and P. Mittal, USENIX Security 2021 (modified entropy, confidence). W.
+    Shi, A. Ajith, M. Xia, Y. Huang, D. Liu, T. Blevins, D. Chen and L. Zettlemoyer, "Detecting
+    Pretraining Data from Large Language Models", ICLR 2024 (min-k%, with k = 20 as there).
     """
     removed, retained, unseen = (
         _samples(model, each, name)
@@ -461,7 +470,9 @@ def calibration_split(n_retain: int, n_test: int, seed: int) -> CalibrationSplit
 def features_of(run: Prediction, numbers: NDArray[np.intp] | slice = slice(None)) -> Features:
     """What the attack sees of samples, larger for what looks more like a member."""
     seen = {"loss": -run.losses}
-    if run.log_probabilities is not None and run.labels is not None:
+    if run.least_likely is not None:
+        seen["min_k"] = run.least_likely
+    elif run.log_probabilities is not None and run.labels is not None:
         seen["modified_entropy"] = -modified_entropy(run.log_probabilities, run.labels)
         seen["confidence"] = run.log_probabilities.gather(1, run.labels[:, None])[:, 0]
     return {name: values.numpy()[numbers] for name, values in seen.items()}
@@ -578,6 +589,7 @@ def relearn_time(
         check_loss_fn(loss_fn)
         samples = _samples(model, forget, "forget").loaded()
         check_copy(model, samples, loss_fn)
+        loss_fn = of_sets(by_tokens(loss_fn, model, samples), samples)
         learner = copy_of(model)
         learner.eval()
         weights = trainable(learner)
@@ -631,7 +643,8 @@ def tug_of_war(ours: Mapping[str, Number], theirs: Mapping[str, Number]) -> Numb
     """ToW of the accuracies of a model and of a retrained one, as `METRICS` names them.
 
     The product over removed, retained and test samples of ``1 - |difference of accuracies|``: 1
-    where all three agree, and small where one is far off. None without accuracies.
+    where all three agree, and small where one is far off. Of a loss over tokens by the accuracies
+    of tokens. None without accuracies.
 
     References
     ----------
@@ -640,7 +653,9 @@ def tug_of_war(ours: Mapping[str, Number], theirs: Mapping[str, Number]) -> Numb
     """
     product = 1.0
     for part in ("forget", "retain", "test"):
-        one, other = (each.get(f"accuracy_{part}") for each in (ours, theirs))
+        key = f"token_accuracy_{part}"
+        key = key if ours.get(key) is not None else f"accuracy_{part}"
+        one, other = (each.get(key) for each in (ours, theirs))
         if one is None or other is None:
             return None
         product *= 1 - abs(one - other)
@@ -658,14 +673,25 @@ class Measured(NamedTuple):
 
 def measure(model: nn.Module, sets: Sets) -> Measured:
     """Run a model on all sets, and compute the metrics of it alone."""
+    options = sets.loss_fn, sets.batch_size, sets.score
     forget, retain, test = (
-        predict(model, each, sets.loss_fn, sets.batch_size, sets.score)
+        predict(model, each, *options, of_tokens=each is not sets.retain)
         for each in (sets.forget, sets.retain, sets.test)
     )
     split = calibration_split(len(sets.retain), len(sets.test), sets.seed)
     found = attack(forget, features_of(retain, split.members), test, split)
     seen = Seen(model, sets, forget, retain, test, found)
-    return Measured(model, {name: metric(seen) for name, metric in METRICS.items()}, forget, test)
+    metrics = {**METRICS, **(TOKEN_METRICS if isinstance(sets.loss_fn, TokenLoss) else {})}
+    return Measured(model, {name: metric(seen) for name, metric in metrics.items()}, forget, test)
+
+
+def _accuracy(seen: Seen, run: Prediction) -> Number:
+    """Of samples, or the mean score; tokens have an accuracy of their own."""
+    return run.accuracy if run.counted is None or seen.sets.score is not None else None
+
+
+def _token_accuracy(seen: Seen, run: Prediction) -> Number:
+    return None if seen.sets.score is not None else run.accuracy
 
 
 def _objectives_gradient_norm(seen: Seen) -> float:
@@ -699,17 +725,30 @@ def _weights_apart(measured: Measured, other: Measured, *, relative: bool = Fals
 #: By name, the metrics of a model alone. The distance between two values is their difference.
 METRICS: Mapping[str, Callable[[Seen], Number]] = MappingProxyType(
     {
-        "accuracy_forget": lambda seen: seen.forget.accuracy,
-        "accuracy_retain": lambda seen: seen.retain.accuracy,
-        "accuracy_test": lambda seen: seen.test.accuracy,
-        "loss_forget": lambda seen: float(seen.forget.losses.mean()),
-        "loss_retain": lambda seen: float(seen.retain.losses.mean()),
-        "loss_test": lambda seen: float(seen.test.losses.mean()),
+        "accuracy_forget": lambda seen: _accuracy(seen, seen.forget),
+        "accuracy_retain": lambda seen: _accuracy(seen, seen.retain),
+        "accuracy_test": lambda seen: _accuracy(seen, seen.test),
+        "loss_forget": lambda seen: seen.forget.loss,
+        "loss_retain": lambda seen: seen.retain.loss,
+        "loss_test": lambda seen: seen.test.loss,
         "mia_auc": lambda seen: seen.attack.auc,
         "mia_tpr": lambda seen: seen.attack.tpr,
         "mia_accuracy": lambda seen: seen.attack.accuracy,
         "mia_member_share": lambda seen: seen.attack.member_share,
         "gradient_norm": _objectives_gradient_norm,
+    }
+)
+
+#: By name, what is reported besides of a loss over tokens.
+TOKEN_METRICS: Mapping[str, Callable[[Seen], Number]] = MappingProxyType(
+    {
+        "token_accuracy_forget": lambda seen: _token_accuracy(seen, seen.forget),
+        "token_accuracy_retain": lambda seen: _token_accuracy(seen, seen.retain),
+        "token_accuracy_test": lambda seen: _token_accuracy(seen, seen.test),
+        "perplexity_forget": lambda seen: seen.forget.perplexity,
+        "perplexity_retain": lambda seen: seen.retain.perplexity,
+        "perplexity_test": lambda seen: seen.test.perplexity,
+        "mia_min_k_auc": lambda seen: seen.attack.auc_by_feature.get("min_k"),
     }
 )
 

@@ -140,7 +140,7 @@ class Work:
             runs[part] = predict(model, samples, self.loss_fn, self.batch_size)
             found[f"{name}/{part}"] = margins(runs[part]).numpy()
         values = [runs[part].accuracy for part in PARTS]
-        values += [float(runs[part].losses.mean()) for part in PARTS]
+        values += [runs[part].loss for part in PARTS]
         numbers_ = [math.nan if value is None else value for value in values]
         found[f"{name}/statistics"] = np.array([*numbers_, seconds])
         return found

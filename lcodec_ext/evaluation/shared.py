@@ -13,6 +13,7 @@ from lcodec_ext._files import json_ready
 from lcodec_ext._torch.modes import place
 from lcodec_ext._torch.samples import Samples, as_samples
 from lcodec_ext._torch.states import state_hash, tensors_of_state
+from lcodec_ext._torch.token_loss import TokenLoss, given_loss
 from lcodec_ext.evaluation.methods import NOT_SETTINGS, Baseline
 from lcodec_ext.evaluation.metrics import Measured, Sets
 from lcodec_ext.unlearning.result import UnlearnResult
@@ -67,6 +68,9 @@ def _told_of_samples(samples: Samples) -> str:
 
 def called(function: Any) -> str:
     """What a function, or an object that is called, is called."""
+    if isinstance(function, TokenLoss):
+        own = given_loss(function)
+        return repr(own) if isinstance(own, TokenLoss) else called(own)
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 

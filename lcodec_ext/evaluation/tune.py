@@ -369,7 +369,7 @@ class _Yardstick:
 
     def _run(self, model: nn.Module) -> dict[str, Prediction]:
         return {
-            part: predict(model, samples, self._loss_fn, self._batch_size)
+            part: predict(model, samples, self._loss_fn, self._batch_size, of_tokens=True)
             for part, samples in self._measured.items()
         }
 
@@ -404,7 +404,7 @@ def _between(key: str, one: Mapping[str, Prediction], other: Mapping[str, Predic
     measure, _, part = key.partition("_")
     ours, theirs = one[part], other[part]
     if measure == "loss":
-        return abs(float(ours.losses.mean() - theirs.losses.mean()))
+        return abs(ours.loss - theirs.loss)
     pair = ours.log_probabilities, theirs.log_probabilities
     return float(js_distances(*pair).mean())  # type: ignore[arg-type]
 

@@ -17,6 +17,7 @@ except ImportError as error:  # the core package does without it
 
 from lcodec_ext._renamed import renamed_module as _renamed_module
 from lcodec_ext._torch.loss import NotFiniteError
+from lcodec_ext._torch.tokens import per_token_loss
 from lcodec_ext.curvature import ParameterSelection, UnitSelection
 from lcodec_ext.curvature.solvers import IndefiniteCurvatureError
 from lcodec_ext.unlearning.calibrate import Calibration
@@ -99,6 +100,7 @@ __all__ = [
     "gaussian_sigma",
     "influence",
     "logistic_constants",
+    "per_token_loss",
     "random_samples",
     "removal_bound",
     "samples_of",

@@ -1,9 +1,8 @@
 """The strength of a step, found by deleting control groups of retained samples in the same way."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,8 +12,7 @@ from torch import Tensor
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_bar
 from lcodec_ext._torch.loss import is_much_worse
-from lcodec_ext._torch.predict import classes_of, scores_of
-from lcodec_ext._torch.samples import Samples, outputs_of
+from lcodec_ext._torch.samples import Samples
 from lcodec_ext.curvature import CurvatureOperator, SolveResult
 from lcodec_ext.unlearning.control import (
     Control,
@@ -24,15 +22,14 @@ from lcodec_ext.unlearning.control import (
     measured,
     some_of_pool,
 )
+from lcodec_ext.unlearning.levels import Fetched, Levels, Lost
 from lcodec_ext.unlearning.solutions import Solutions, maker_of, plan_of
 from lcodec_ext.unlearning.step import Block, Steps, operator_of
-from lcodec_ext.unlearning.workplace import Workplace
 
 _Measured = TypeVar("_Measured")
 
 RISE = 0.1  # of the validation loss, that a deletion may cause; and that any control group may have
 _RESTORED = 0.5  # of what retained samples lose less than validation: what a finish gives back
-TAIL = 0.02  # of samples, whose losses count for no more than the least of them
 POINTS = 0.003  # of accuracy on validation samples, that a step may cost
 OWN = 3.0  # times what unseen samples lose more than trained ones: what the request may rise by
 OUTLIERS = 3.0  # times what control groups and validation lose: the request is unlike either
@@ -243,54 +240,6 @@ class Calibrated:
         return Steps((solve,), plan=self.operator.plan)
 
 
-class Fetched:
-    """Samples whose loss is taken again and again, in batches that are kept."""
-
-    def __init__(self, work: Workplace, samples: Samples) -> None:
-        self.samples = samples.kept(work.settings.batch_size, sys.maxsize)
-        self._work = work
-        self.right: Tensor | None = None  # as of the last loss: 1 where right, or the score
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        """Mean loss at the present weights; it may be NaN or infinite."""
-        n = len(self)
-        like = torch.zeros(1 + 2 * n, dtype=torch.float64)
-        what = f"the loss of the {self.samples.name} samples"
-        (found,) = self.samples.summed(what, lambda: [self._own()], [like])
-        self.right = found[1 : 1 + n] if bool(found[1 + n :].all()) else None
-        return float(found[0]) / n
-
-    def _own(self) -> Tensor:
-        """The sum of the losses; for each sample `right`, and whether there is such a number."""
-        work, total, right, n = self._work, 0.0, [], len(self)
-        found = torch.zeros(1 + 2 * n, dtype=torch.float64)
-        for batch in self.samples.batches(work.settings.batch_size):
-            outputs, targets = outputs_of(work.model, batch), batch.targets
-            total += float(work.loss_fn(outputs, targets)) * batch.size
-            if work.score is not None:
-                right.append(scores_of(work.score, outputs, targets, batch.size))
-                continue
-            labels = classes_of(targets)
-            if labels is not None and isinstance(outputs, Tensor) and outputs.ndim == 2:
-                right.append((outputs.argmax(1) == labels).double().cpu())
-        if right:
-            at = 1 + torch.from_numpy(self.samples.places)
-            found[at], found[n + at] = torch.cat(right), 1.0
-        found[0] = total
-        return found
-
-    def losses(self) -> Tensor:
-        """Of each sample, shape (n,); NaN where one is not finite."""
-        try:
-            return self._work.quality(self.samples).losses
-        except ValueError:
-            return torch.full((len(self),), math.nan)
-
-
 def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibrated:
     """Find the strength of the step for a block's request, with samples nobody has trained on.
 
@@ -354,37 +303,6 @@ def calibrated(block: Block, harm: "Harm", *, restored: bool = False) -> Calibra
     return Calibrated(block, operator, space, block.removal, harm, found)
 
 
-@dataclass(frozen=True)
-class Levels:
-    """What trained and unseen samples lose, no sample counting for more than the cap."""
-
-    cap: float
-    trained: float
-    unseen: float
-
-    @classmethod
-    def of(cls, trained: Tensor, unseen: Tensor) -> "Levels":
-        """By the losses of samples."""
-        cap = float(unseen.quantile(1 - TAIL))
-        found = cls(cap, math.nan, float(unseen.clamp(max=cap).mean()))
-        return replace(found, trained=found.of_trained(trained))
-
-    def mean(self, losses: Tensor) -> float:
-        """Mean loss; NaN where one is."""
-        return float(losses.clamp(max=self.cap).mean())
-
-    def of_trained(self, losses: Tensor) -> float:
-        """That of trained samples, of which no more are above the cap than of unseen ones."""
-        usual = losses[losses <= self.cap]
-        above = min(TAIL, 1 - len(usual) / len(losses))
-        return above * self.cap + (1 - above) * float(usual.mean()) if len(usual) else self.cap
-
-    @property
-    def gap(self) -> float:
-        """How much less trained samples lose than unseen ones."""
-        return max(0.0, self.unseen - self.trained)
-
-
 class Harm:
     """What losses of validation and retained samples may become."""
 
@@ -411,7 +329,7 @@ class Harm:
             rng = np.random.default_rng([settings.seed, 12])
             both = known_classes(held, block, rng), some_of_pool(block, rng)
             validation, retained = (Fetched(work, each) for each in both)
-            levels = Levels.of(retained.losses(), validation.losses())
+            levels = Levels.of(retained.lost(), validation.lost())
             return cls(
                 validation, retained, validation.loss(), retained.loss(), levels, settings.max_rise
             )
@@ -459,9 +377,9 @@ class Harm:
         """The loss of each validation sample, at the present weights."""
         return self._held.losses()
 
-    def each_retained(self) -> Tensor:
-        """The loss of each retained sample, at the present weights."""
-        return self._kept.losses()
+    def each_retained(self) -> Lost:
+        """What each retained sample loses, at the present weights."""
+        return self._kept.lost()
 
     def start_again(self) -> None:
         """Judge by the losses before, whatever a step that was tried has gained."""
@@ -503,9 +421,9 @@ class _Trial:
         self.own, self.own_before = own, own.loss()
         self.restored, self.tried = restored, 0
         self.bar = progress_bar(False)
-        losses = [each.losses() for each in groups]
-        self.before = tuple(map(harm.levels.mean, losses))
-        self.trained = start = harm.levels.of_trained(torch.cat([*losses, harm.each_retained()]))
+        lost = [each.lost() for each in groups]
+        self.before = tuple(map(harm.levels.mean, lost))
+        self.trained = start = harm.levels.of_trained(Lost.joined([*lost, harm.each_retained()]))
         # Where validation samples lose hardly more than trained ones there is no gap to go by.
         self.target = max(harm.levels.unseen, start + RISE * max(0.0, start))
         if not self.target > start:  # of losses below zero the size says nothing of a gap
@@ -612,7 +530,7 @@ class _Trial:
         if self.space.least + damping <= 0:
             return _Tried(damping, self.before, math.nan, math.nan, "curvature")
         control = tuple(
-            self.harm.levels.mean(self._at((damping, length, k), group.losses))
+            self.harm.levels.mean(self._at((damping, length, k), group.lost))
             for k, group in enumerate(self.groups, start=1)
         )
         if not self.level(control)[0] <= self.target:

@@ -206,7 +206,7 @@ def estimate(
             statistics=statistics is not None,
         )
         work = Workplace.of(model, loss_fn, settings, score, False)
-        request = checked_request(work, forget, retain, validation, statistics, groups)
+        work, request = checked_request(work, forget, retain, validation, statistics, groups)
     with autocasting(settings.autocast):
         return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
 

@@ -10,6 +10,7 @@ from lcodec_ext._progress import counted
 from lcodec_ext._torch.loss import NotFiniteError, mean_gradient, mean_loss
 from lcodec_ext._torch.predict import predict
 from lcodec_ext._torch.samples import Samples
+from lcodec_ext._torch.tokens import of_sets
 from lcodec_ext.unlearning.calibrate import OUTLIERS, Harm
 from lcodec_ext.unlearning.distil import (
     FOLLOW,
@@ -157,7 +158,7 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
     retained = _some(block).kept(work.settings.batch_size, _KEPT_BYTES)
     parameters = {k: work.parameters[k] for k in block.layout.parameters}
     theta = block.now().requires_grad_()
-    decay = block.decay()
+    decay, loss_fn = block.decay(), of_sets(work.loss_fn, retained)
     optimizer = torch.optim.LBFGS(
         [theta],
         max_iter=1,
@@ -176,7 +177,7 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
             loss, gradient = mean_gradient(
                 work.model,
                 retained,
-                work.loss_fn,
+                loss_fn,
                 parameters,
                 work.settings.batch_size,
                 weight_decay=work.decay,

@@ -74,7 +74,7 @@ class Guard:
             rise = self.work.quality(self.samples).losses - self.losses
         mean, before = float(rise.mean()), float(self.losses.mean())
         chance = _ERRORS * float(rise.std(correction=0)) / math.sqrt(len(rise))
-        floor = _CLASSIFIED if self.watched == "accuracy" else 0.0
+        floor = _CLASSIFIED if self.watched in ("accuracy", "token accuracy") else 0.0
         if mean <= abs(before) / 2 + chance + floor:
             return ""
         return f"the samples that the guard watches from {before:.3g} to {before + mean:.3g}"

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
 
@@ -22,11 +23,11 @@ def measured_first(work: Workplace, request: Request) -> LossesAndGradients:
     idle = {
         name: entries
         for name, g in before.forget.items()
-        if work.decay[name] and bool((entries := _alone(work, name, g)).any())
+        if work.decay[name] and bool((entries := _alone(work, name, g, request.forget)).any())
     }
-    for gradient in _of_retained(work, request, before, idle):
+    for gradient, samples in _of_retained(work, request, before, idle):
         for name in list(idle):
-            idle[name] &= _alone(work, name, gradient[name])
+            idle[name] &= _alone(work, name, gradient[name], samples)
     for name, entries in idle.items():
         if bool(entries.any()):
             work.decay[name] = work.decay[name] * (~entries).to(work.parameters[name].dtype)
@@ -36,14 +37,17 @@ def measured_first(work: Workplace, request: Request) -> LossesAndGradients:
     return before
 
 
-def _alone(work: Workplace, name: str, gradient: Tensor) -> Tensor:
-    """The rows in which a gradient is that of the regulariser alone.
+def _alone(work: Workplace, name: str, gradient: Tensor, samples: Samples | None) -> Tensor:
+    """The rows in which a gradient of samples is that of the regulariser alone.
 
     Whole rows, what belongs to a unit: single entries, of inputs that are always zero for instance,
     are those of a parameter that is used.
     """
     p = work.parameters[name].detach()
-    alone = gradient == work.decay[name] * p
+    share = 1.0 if samples is None else work.share(samples)
+    alone = gradient == work.decay[name] * p * share
+    if share != 1:  # of tokens, added up in another order
+        alone = torch.isclose(gradient, work.decay[name] * p * share, rtol=1e-5, atol=0.0)
     if p.ndim > 1:
         alone = alone.flatten(1).all(1).view(-1, *[1] * (p.ndim - 1)).expand_as(p)
     return alone & (p != 0)
@@ -51,18 +55,18 @@ def _alone(work: Workplace, name: str, gradient: Tensor) -> Tensor:
 
 def _of_retained(
     work: Workplace, request: Request, before: LossesAndGradients, idle: dict[str, Tensor]
-) -> list[dict[str, Any]]:
-    """Gradients of the retained samples that the step knows, as far as there is doubt."""
+) -> list[tuple[dict[str, Any], Samples | None]]:
+    """Gradients of the retained samples that the step knows, as far as there is doubt; of which."""
     if not idle:
         return []
     if request.kept is None:
-        return [_of_statistics(work, request, idle)]
+        return [(_of_statistics(work, request, idle), None)]
     assert before.retained is not None
     read, monitored = request.kept.read, request.kept.monitored
     if len(read) <= len(monitored):
-        return [before.retained]
+        return [(before.retained, monitored)]
     doubted = {name: work.parameters[name] for name in idle}
-    return [before.retained, work.gradient(read, doubted)[1]]
+    return [(before.retained, monitored), (work.gradient(read, doubted)[1], read)]
 
 
 def _of_statistics(work: Workplace, request: Request, idle: dict[str, Tensor]) -> dict[str, Any]:

@@ -20,10 +20,13 @@ from lcodec_ext._checks import (
     check_real,
     counted,
 )
+from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import Decay, decay_of, least_decay, vector_of, with_decay
 from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext._torch.token_loss import TokenLoss
+from lcodec_ext._torch.tokens import by_tokens, check_counted
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import (
     CurvatureOperator,
@@ -43,6 +46,7 @@ Curvature = Literal["ekfac", "gauss_newton", "hessian", "fisher"]
 DENSE_BYTES = 2**27  # of gradients of single samples that are formed at a time
 QUERY_BYTES = 2**28  # of gradients of queries that are solved at a time
 VALUES_BYTES = 2**28  # of all pairs of a query and a training sample, up to which they are kept
+_LABELS = 1024  # samples whose tokens are counted at a time
 FORMED_UP_TO = 8192  # parameters whose matrix is formed for self-influence
 
 
@@ -257,7 +261,9 @@ def influence(
         Training samples, all of them unless there are `statistics`, and the samples whose loss is
         asked about, with their targets. As `unlearn` takes retain and validation.
     loss_fn : callable
-        ``loss_fn(outputs, targets)``, the plain mean loss of a batch.
+        ``loss_fn(outputs, targets)``, the plain mean loss of a batch, or a mean over tokens
+        (`per_token_loss`). The loss of a query is then the mean over its own tokens, and the
+        mean of all queries that over all their tokens.
     curvature : {"ekfac", "gauss_newton", "hessian", "fisher"}, default "ekfac"
         "ekfac" is made in two passes over the training samples and solved in closed form, at any
         size; it approximates "gauss_newton", which is solved by iterations and is exact for convex
@@ -344,11 +350,13 @@ def influence(
     asked = as_samples(queries, "queries", trained.samples.device, trained.samples.dtype)
     trained.check_alike(asked)
     operator = trained.operator()
+    shares = _shares(trained.loss_fn, asked)
     n, q = len(trained.samples), 1 if aggregate else len(asked)
+    weights = torch.ones(1, dtype=torch.float64) if aggregate else shares / shares.sum()
     values = torch.empty(q, n, dtype=torch.float64) if 8 * n * q <= VALUES_BYTES else None
     mean, residual, done = torch.zeros(n, dtype=torch.float64), 0.0, 0
     best: list[tuple[Ranked, Ranked]] = []
-    for block in trained.columns(asked, aggregate):
+    for block in trained.columns(asked, shares, aggregate):
         solution = operator.solve(block, rtol=rtol)
         residual = max(residual, solution.residual)
         helpful, harmful = _Best(min(top_k, n), 1), _Best(min(top_k, n), -1)
@@ -357,7 +365,7 @@ def influence(
             some = slice(start, start + scores.shape[1])
             helpful.add(scores, start)
             harmful.add(scores, start)
-            mean[some] += scores.sum(0) / q
+            mean[some] += weights[rows] @ scores
             if values is not None:
                 values[rows, some] = scores
             start = some.stop
@@ -433,15 +441,18 @@ dtype, progress
         progress=progress,
     )
     operator = _direct(trained.operator(), len(trained.samples))
-    found = []
+    found, start = [], 0
     for gradients in trained.gradients(trained.samples, DENSE_BYTES):
-        G = gradients.dense()
+        G, share = gradients.dense(), trained.shares[start : start + gradients.n]
+        start += gradients.n
         if isinstance(operator, KroneckerOperator):  # without its residuals
             solved = operator.solve_shifted(G.T)
         else:
             solved = operator.solve(G.T.contiguous()).x
-        found.append(((G + trained.pull) * solved.T).sum(1, dtype=torch.float64).cpu())
-    return SelfInfluence(torch.cat(found) / (trained.n - 1), *trained.told(operator))
+        removed = G + share.to(G)[:, None] * trained.pull
+        scores = (removed * solved.T).sum(1, dtype=torch.float64).cpu()
+        found.append(scores * _inverse(share) / (trained.n - share))
+    return SelfInfluence(torch.cat(found), *trained.told(operator))
 
 
 def _direct(operator: CurvatureOperator, n: int) -> CurvatureOperator:
@@ -496,6 +507,7 @@ class _Trained:
     damping: float
     weight_decay: Decay
     pull: Tensor  # (p,): the gradient of the regulariser
+    shares: Tensor  # (samples,) of float64: what each counts for in the mean loss, 1 on average
     batch_size: int
     progress: bool
 
@@ -538,6 +550,7 @@ class _Trained:
                 "those that the statistics are of, or some of them"
             )
         check_copy(model, samples, loss_fn)
+        loss_fn = _by_tokens(loss_fn, model, samples, statistics)
         theta = layout.gather(layout.parameters).detach().to(samples.device, wanted)
         each = vector_of(decay, layout, layout.parameters)
         pull = theta * (least_decay(decay) if each is None else each.to(theta))
@@ -552,6 +565,7 @@ class _Trained:
             check_real(damping, "damping", 0),
             decay,
             pull,
+            _shares(loss_fn, samples),
             batch_size,
             progress,
         )
@@ -580,16 +594,18 @@ class _Trained:
         )
         return made
 
-    def columns(self, queries: Samples, aggregate: bool) -> Iterator[Tensor]:
+    def columns(self, queries: Samples, shares: Tensor, aggregate: bool) -> Iterator[Tensor]:
         """Gradients of the queries' losses, or of their mean loss, as blocks of shape (p, q)."""
-        total = torch.zeros_like(self.pull)
+        total, done = torch.zeros_like(self.pull), 0
         for gradients in self.gradients(queries, QUERY_BYTES):
+            some = shares[done : done + gradients.n].to(total)
             if aggregate:
-                total += gradients.combine(total.new_full((gradients.n,), 1 / len(queries)))
+                total += gradients.combine(torch.ones_like(some))
             else:
-                yield gradients.dense().T.contiguous()
+                yield (gradients.dense() * _inverse(some)[:, None]).T.contiguous()
+            done += gradients.n
         if aggregate:
-            yield total[:, None]
+            yield total[:, None] / shares.sum().to(total)
 
     def gradients(self, samples: Samples, max_bytes: int) -> Iterator[SampleGradients]:
         """Gradients of single samples."""
@@ -608,21 +624,52 @@ class _Trained:
 
         In float64 on the CPU, shape (q, samples).
         """
-        others = V.T @ self.pull
+        others = (V.T @ self.pull).double().cpu()
         # Whole batches where gradients have factors, which take little memory.
         two = self.samples.subset(range(2)) if len(self.samples) > 1 else self.samples
         factored = bool(next(self.gradients(two, sys.maxsize)).factors)
         most = sys.maxsize if factored else DENSE_BYTES
+        start = 0
         for gradients in self.gradients(self.samples, most):
             if gradients.n * V.nbytes // V.shape[1] <= DENSE_BYTES:
                 found = gradients.dense() @ V
             else:
                 found = torch.stack([gradients.dot(column) for column in V.T], 1)
-            yield ((found + others).T.double() / (self.n - 1)).cpu()
+            share = self.shares[start : start + gradients.n]
+            start += gradients.n
+            yield (found.T.double().cpu() + others[:, None] * share) / (self.n - share)
 
     def told(self, operator: CurvatureOperator) -> tuple[int, str, str, float]:
         """What results say of the matrix."""
         return operator.shape[0], self.curvature, operator.plan, self.damping
+
+
+def _by_tokens(
+    loss_fn: LossFunction, model: nn.Module, samples: Samples, statistics: TrainingStatistics | None
+) -> LossFunction:
+    """A mean over tokens as a plain mean over samples; other losses as they are."""
+    if statistics is None:
+        return by_tokens(loss_fn, work_copy(model, samples.dtype), samples)
+    if isinstance(loss_fn, TokenLoss) and statistics.mean_tokens is None:
+        raise ValueError(
+            "the statistics are of a plain mean over samples, and loss_fn is a mean over tokens: "
+            "collect them with this loss"
+        )
+    return statistics.by_tokens(loss_fn)
+
+
+def _shares(loss_fn: LossFunction, samples: Samples) -> Tensor:
+    """What each sample counts for in the mean loss, shape (n,), of float64 on the CPU."""
+    if not isinstance(loss_fn, TokenLoss):
+        return torch.ones(len(samples), dtype=torch.float64)
+    shares = [loss_fn.weights(batch.targets).cpu() for batch in samples.batches(_LABELS)]
+    check_counted(float(torch.cat(shares).sum()), samples.name, loss_fn)
+    return torch.cat(shares)
+
+
+def _inverse(shares: Tensor) -> Tensor:
+    """1 / shares; 0 for samples without a counted token, which lose nothing."""
+    return torch.where(shares > 0, 1 / shares, 0.0)
 
 
 def _checked(statistics: object) -> TrainingStatistics:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lcodec_ext._torch.decay import decay_text, least_decay
+from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.request import Request
@@ -19,11 +20,21 @@ from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, norm
 _OPTIONS = {each.name for each in dataclasses.fields(Settings)} & {
     *inspect.signature(removal_guarantee).parameters
 }
+OF_TOKENS = (
+    "loss_fn: a mean over tokens, in which a long sample counts for more than one; the theorem is "
+    "of a plain mean over samples"
+)
 GUARDED = "max_drop: a guard looks at the data and tells what it saw"
 
 
 def guarantee_of(
-    settings: Settings, model: nn.Module, *, damping: float, order: str, **measured: Any
+    settings: Settings,
+    model: nn.Module,
+    *,
+    damping: float,
+    order: str,
+    of_tokens: bool = False,
+    **measured: Any,
 ) -> Guarantee:
     """What the noise of the settings guarantees for a deletion with them, the guard included.
 
@@ -32,6 +43,8 @@ def guarantee_of(
     settings, model : Settings, Module
     damping, order
         As the step had them.
+    of_tokens : bool, default False
+        Whether the loss is a mean over tokens.
     **measured
         n, m, n_selected, training_gradient_norm, solve_residual and parameter_norm, as
         `removal_guarantee` takes them.
@@ -61,6 +74,8 @@ def guarantee_of(
         reasons = (*reasons, "weight_decay: the theorem is of one number for all parameters")
     if settings.max_drop is not None:
         reasons = (*reasons, GUARDED)
+    if of_tokens:
+        reasons = (*reasons, OF_TOKENS)
     if settings.lengthen is not None:
         reasons = (*reasons, "lengthen: the length of the step depends on the data")
     if settings.update == "certified" and reasons:
@@ -88,6 +103,7 @@ def check_certifiable(work: Workplace, model: nn.Module, request: Request) -> No
             parameter_norm=0.0,
             damping=work.settings.damping,
             order=work.settings.order,
+            of_tokens=isinstance(work.loss_fn, TokenLoss),
         )
 
 
@@ -115,6 +131,7 @@ def guarantee_of_deletions(
         parameter_norm=max(start_norm, now),
         damping=deletions[-1].last.damping,
         order=settings.order,
+        of_tokens=isinstance(work.loss_fn, TokenLoss),
     )
     if guarantee.kind == "none" or not any(d.skipped for d in deletions):
         return guarantee

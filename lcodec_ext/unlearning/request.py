@@ -25,7 +25,13 @@ from lcodec_ext._torch.batches import (
 )
 from lcodec_ext._torch.copies import THE_LOSS, check_followed, quantised
 from lcodec_ext._torch.group import Ranks
-from lcodec_ext._torch.loss import check_classes, check_parts, finite_loss, known_loss
+from lcodec_ext._torch.loss import (
+    LossFunction,
+    check_classes,
+    check_parts,
+    finite_loss,
+    known_loss,
+)
 from lcodec_ext._torch.modes import undisturbed
 from lcodec_ext._torch.padding import moved_to_front, padded_length
 from lcodec_ext._torch.samples import (
@@ -36,6 +42,8 @@ from lcodec_ext._torch.samples import (
     outputs_of,
 )
 from lcodec_ext._torch.shards import ShardedSamples, check_shards, own_samples
+from lcodec_ext._torch.token_loss import TokenLoss
+from lcodec_ext._torch.tokens import by_tokens, of_kind, of_sets
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -207,20 +215,26 @@ def checked_request(
     validation: Any,
     statistics: TrainingStatistics | None,
     groups: Any,
-) -> Request:
-    """Take the samples as they were given; refuse what cannot be done with them."""
+) -> tuple[Workplace, Request]:
+    """Take the samples as they were given; refuse what cannot be done with them.
+
+    The workplace is returned with the loss as it is used: of a mean over tokens what each sample
+    contributes to it.
+    """
     ranks = work.ranks
+    given = work.loss_fn
     if isinstance(ranks, OneRank):
-        removed, kept, held = _taken(work, forget, retain, validation, statistics)
+        work, removed, kept, held = _taken(work, forget, retain, validation, statistics)
     else:
         with ranks.alone("the samples"):
             refuse_over_ranks(work.settings, retain, statistics)
-            removed, kept, held = _taken(work, forget, retain, validation, statistics)
+            work, removed, kept, held = _taken(work, forget, retain, validation, statistics)
             if groups is not None:
                 groups = Groups.of(groups, 0 if kept is None else len(kept), "retain").each()
         assert kept is not None  # refused before
         check_shards(kept, retain, ranks)
         removed, kept, held, groups = _over_ranks(ranks, removed, kept, held, groups)
+        work = replace(work, loss_fn=_of_all_ranks(ranks, given, work.loss_fn, removed, kept))
     if kept is not None and kept.in_memory:
         warn_of_overlap(removed, kept)
     m = len(removed)
@@ -248,7 +262,7 @@ def checked_request(
     if kept is not None:
         with work.timed("monitoring"):
             drawn = Kept.drawn(kept, work.settings, m, groups)
-    return Request(removed, drawn, _at_most(held, work.settings), statistics, n_retain)
+    return work, Request(removed, drawn, _at_most(held, work.settings), statistics, n_retain)
 
 
 def _taken(
@@ -257,7 +271,7 @@ def _taken(
     retain: Any,
     validation: Any,
     statistics: TrainingStatistics | None,
-) -> tuple[Samples, Samples | None, Samples | None]:
+) -> tuple[Workplace, Samples, Samples | None, Samples | None]:
     """The samples that are here, checked by themselves and on the model."""
     removed = as_samples(forget, "forget", work.device, work.dtype).loaded()
     kept: Samples | None = None
@@ -269,10 +283,49 @@ def _taken(
     if validation is not None:
         held = as_samples(validation, "validation", work.device, work.dtype)
     _check_roles(work.settings, kept, held, statistics)
+    work = replace(work, loss_fn=_by_tokens(work, removed, kept, statistics))
+    if held and isinstance(work.loss_fn, TokenLoss):
+        of_sets(work.loss_fn, held)  # refuses samples without a token
     _probe(work, [samples for samples in (removed, kept, held) if samples])
     if kept and work.settings.repair_epochs:
         _check_repair(work, kept.fetch(slice(4)))
-    return removed, kept, held
+    return work, removed, kept, held
+
+
+def _by_tokens(
+    work: Workplace,
+    removed: Samples,
+    kept: Samples | None,
+    statistics: TrainingStatistics | None,
+) -> LossFunction:
+    """A mean over tokens as a plain mean over samples; other losses as they are."""
+    if not isinstance(statistics, TrainingStatistics):
+        return by_tokens(work.loss_fn, work.model, removed, kept)
+    if statistics.mean_tokens is None:
+        if isinstance(work.loss_fn, TokenLoss):
+            raise ValueError(
+                "the statistics are of a plain mean over samples, and loss_fn is a mean over "
+                f"tokens, {work.loss_fn!r}: collect them with this loss, or give mean_tokens to "
+                "TrainingStatistics.from_epochs"
+            )
+        return work.loss_fn
+    return statistics.by_tokens(work.loss_fn)
+
+
+def _of_all_ranks(
+    ranks: Ranks,
+    given: LossFunction,
+    found: LossFunction,
+    removed: Samples,
+    kept: Samples | None,
+) -> LossFunction:
+    """The loss that one rank has found to be a mean over tokens, with those of all ranks."""
+    if isinstance(given, TokenLoss):
+        return found if given.mean_tokens is not None else of_sets(given, removed, kept)
+    kind = str(int(found.causal)) if isinstance(found, TokenLoss) else ""
+    told = [each.decode() for each in ranks.gather_bytes(kind.encode())]
+    causal = next((bool(int(each)) for each in told if each), None)
+    return given if causal is None else of_sets(of_kind(given, causal), removed, kept)
 
 
 def refuse_over_ranks(

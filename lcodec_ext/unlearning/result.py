@@ -10,6 +10,8 @@ from torch import nn
 
 from lcodec_ext._checks import counted
 from lcodec_ext._files import json_ready
+from lcodec_ext._torch.loss import LossFunction
+from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext.curvature import ParameterSelection, Selection, SolveResult
 from lcodec_ext.dependence import FociResult
 from lcodec_ext.unlearning.calibrate import Calibration
@@ -113,6 +115,10 @@ class UnlearnResult:
         Settings that `max_seconds`, `budget` and `max_memory` lowered; `settings` has them too.
     estimate : Estimate or None
         What was expected beforehand, with these options or progress=True.
+    mean_over : str
+        What the loss is a mean over: "samples", or "tokens", or "tokens, labels shifted by one",
+        whether `per_token_loss` said so or it was found out. Mean losses are then over the tokens
+        of each set.
     """
 
     model: nn.Module
@@ -150,6 +156,7 @@ class UnlearnResult:
     seconds: dict[str, float]
     chosen: dict[str, Any] = dataclasses.field(default_factory=dict)
     estimate: Estimate | None = None
+    mean_over: str = "samples"
     _patch: WeightPatch | None = None
 
     def patch(self) -> WeightPatch:
@@ -210,6 +217,8 @@ class UnlearnResult:
             f"  retain loss   {change(self.loss_retain)}",
             f"  gradient norm {change(self.gradient_norm)} retained",
         ]
+        if self.mean_over != "samples":
+            lines.insert(3, f"  loss          mean over {self.mean_over}")
         if s.max_drop is not None:
             lines.append(
                 f"  guard         {self.watched} {change(self.guard)}, "
@@ -316,8 +325,15 @@ def result_of(
         seconds=work.clock.seconds,
         chosen={} if cost is None else cost.chosen,
         estimate=cost,
+        mean_over=_mean_over(work.loss_fn),
         _patch=patch,
     )
+
+
+def _mean_over(loss_fn: LossFunction) -> str:
+    if not isinstance(loss_fn, TokenLoss):
+        return "samples"
+    return "tokens, labels shifted by one" if loss_fn.causal else "tokens"
 
 
 def _method(deletion: Deletion, solves: Sequence[SolveResult], settings: Settings) -> str:

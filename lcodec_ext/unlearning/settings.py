@@ -717,7 +717,10 @@ def _strength(
     if other:
         advice = f"With {other[0]}={made[other[0]]!r} it cannot be: pass a damping of your own"
     elif not retained:
-        advice = "Without retained samples it cannot be: pass a damping of your own"
+        advice = (
+            "Without retained samples it cannot be: pass a damping of your own, which a calibrated "
+            "deletion of as many random samples can find at training time"
+        )
     return UNCALIBRATED, (
         "this deletion is not calibrated: its damping is a constant, which forgets too little on "
         f"most networks and too much on some. {advice}, or calibrate=False to hear no more of it"

@@ -10,7 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lcodec_ext._checks import check_choice, check_integer, check_real, counted, first_few
+from lcodec_ext._checks import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_positive,
+    check_real,
+    counted,
+    first_few,
+)
 from lcodec_ext._files import file_to_read, write_atomically
 from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import decay_of, vector_of
@@ -18,6 +26,8 @@ from lcodec_ext._torch.loss import LossFunction, check_copy, mean_gradient
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.names import own_name
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
+from lcodec_ext._torch.token_loss import TokenLoss
+from lcodec_ext._torch.tokens import by_tokens, of_kind
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import Selection, UnitSelection, all_trainable, selection_from_dict
 from lcodec_ext.curvature.kronecker import EKFACOperator, KroneckerFactors, KroneckerOperator
@@ -81,6 +91,10 @@ class TrainingStatistics:
         last snapshot. Those that are missing are taken from the given model, until `at` fills them.
     factors : KroneckerFactors or None
         Of "ekfac": the eigenvectors of each layer's factors, and sums over the training samples.
+    mean_tokens : float or None
+        Of a loss over tokens (`per_token_loss`): the counted ones of a training sample on average.
+    causal : bool
+        Whether labels are then shifted by one.
     """
 
     n: int
@@ -91,6 +105,8 @@ class TrainingStatistics:
     changes: list[Tensors]
     weights: Tensors | None = None
     factors: KroneckerFactors | None = None
+    mean_tokens: float | None = None
+    causal: bool = False
 
     def __repr__(self) -> str:
         if self.n_parameters is not None:
@@ -155,6 +171,7 @@ class TrainingStatistics:
                 "matrix; keep Kronecker factors, curvature='ekfac', or select fewer units"
             )
         samples = _samples(model, train, "train", dtype)
+        loss_fn = by_tokens(loss_fn, model, samples)
         given: tuple[Any, ...] = (model, loss_fn, samples.data(batch_size), chosen)
         options: dict[str, Any] = {"dtype": samples.dtype, "progress": progress}
         matrix, factors = None, None
@@ -163,11 +180,19 @@ class TrainingStatistics:
         else:
             matrix = _KINDS[curvature](*given, **options).to_dense()
         weights = {k: t.detach().clone() for k, t in _named(model)}
-        return cls(len(samples), curvature, chosen, matrix, [], [], weights, factors)
+        made = cls(len(samples), curvature, chosen, matrix, [], [], weights, factors)
+        if not isinstance(loss_fn, TokenLoss):
+            return made
+        return dataclasses.replace(made, mean_tokens=loss_fn.mean_tokens, causal=loss_fn.causal)
 
     @classmethod
     def from_epochs(
-        cls, snapshots: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], n: int
+        cls,
+        snapshots: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        n: int,
+        *,
+        mean_tokens: float | None = None,
+        causal: bool = False,
     ) -> "TrainingStatistics":
         """Keep pairs from the ends of the last epochs, as the paper does.
 
@@ -178,8 +203,15 @@ class TrainingStatistics:
             trained model.
         n : int
             Training samples.
+        mean_tokens : float, optional
+            Of a loss over tokens: the counted ones of a training sample on average.
+        causal : bool, default False
+            Whether its labels are shifted by one.
         """
         check_integer(n, "n", 1)
+        if mean_tokens is not None:
+            check_positive(mean_tokens, "mean_tokens")
+        check_bool(causal, "causal")
         if len(snapshots) < 2:
             raise ValueError(
                 "pass at least two snapshots, because their differences are used; got "
@@ -200,6 +232,8 @@ class TrainingStatistics:
             [difference(a[0], b[0]) for a, b in pairs],
             [difference(a[1], b[1]) for a, b in pairs],
             {k: t.detach().clone() for k, t in snapshots[-1][0].items()},
+            mean_tokens=mean_tokens,
+            causal=causal,
         )
 
     @staticmethod
@@ -215,6 +249,7 @@ class TrainingStatistics:
         work = work_copy(model, working_dtype(model))
         parameters = {k: p for k, p in work.named_parameters() if p.requires_grad}
         samples = _samples(work, train, "train", None)
+        loss_fn = by_tokens(loss_fn, work, samples)
         return (
             {k: p.detach().clone() for k, p in parameters.items()},
             mean_gradient(work, samples, loss_fn, parameters, batch_size)[1],
@@ -291,6 +326,7 @@ class TrainingStatistics:
         check_real(damping, "damping", 0)
         model = unwrapped(model)
         weight_decay = decay_of(weight_decay, model)
+        loss_fn = self.by_tokens(loss_fn)
         samples = None if forget is None else _samples(model, forget, "forget", dtype)
         if samples is not None:
             self.n_left(len(samples))
@@ -339,6 +375,13 @@ class TrainingStatistics:
         )
         pairs.decay = decay
         return pairs
+
+    def by_tokens(self, loss_fn: LossFunction) -> LossFunction:
+        """A mean over tokens with the mean number of those of the training samples."""
+        if self.mean_tokens is None:
+            return loss_fn
+        found = loss_fn if isinstance(loss_fn, TokenLoss) else of_kind(loss_fn, self.causal)
+        return found.of_mean(self.mean_tokens)
 
     def n_left(self, m: int) -> int:
         """The number of samples without m of them, at least one."""
@@ -448,6 +491,7 @@ class TrainingStatistics:
         """
         model = unwrapped(model)
         samples = _samples(model, forget, "forget", dtype)
+        loss_fn = self.by_tokens(loss_fn)
         left = self.n_left(len(samples))
         if self.factors is not None:
             factors = self._retained_factors(model, loss_fn, samples, batch_size)
@@ -474,6 +518,8 @@ class TrainingStatistics:
             "steps": self.steps,
             "changes": self.changes,
             "weights": self.weights,
+            "mean_tokens": self.mean_tokens,
+            "causal": self.causal,
         }
         if self.factors is not None:
             state["factors"] = self.factors.to_dict()
@@ -504,6 +550,8 @@ class TrainingStatistics:
             state["changes"],
             state.get("weights"),
             None if factors is None else KroneckerFactors.from_dict(factors),
+            state.get("mean_tokens"),
+            state.get("causal", False),
         )
 
     def tensors(self) -> Tensors:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._torch.batches import tensors_of
-from lcodec_ext._torch.decay import decay_text, least_decay
+from lcodec_ext._torch.decay import decay_text, least_decay, scaled
 from lcodec_ext._torch.loss import Gradient, LossFunction, NotFiniteError
 from lcodec_ext.curvature import (
     ConvergenceWarning,
@@ -203,7 +203,7 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
     work, settings, statistics = block.work, block.work.settings, block.part.statistics
     common: dict[str, Any] = {
         "damping": damping,
-        "weight_decay": settings.weight_decay,
+        "weight_decay": scaled(settings.weight_decay, _share_of_retained(block)),
         "dtype": work.dtype,
     }
     if statistics is not None:
@@ -233,6 +233,15 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
     else:
         common["cache_bytes"] = settings.cache_bytes
     return OPERATORS[settings.curvature](*arguments, **common)
+
+
+def _share_of_retained(block: Block) -> float:
+    """What a retained sample counts for on average: tokens share the regulariser."""
+    part, work = block.part, block.work
+    if part.statistics is None:
+        return work.share(block.retained.read)
+    m, n = len(part.forget), part.n_retain + len(part.forget)
+    return (n - m * work.share(part.forget)) / part.n_retain
 
 
 def _held_outputs(loss_fn: LossFunction, damping: float) -> LossFunction:

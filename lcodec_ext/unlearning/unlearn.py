@@ -232,7 +232,7 @@ def _carried_out(
         if isinstance(ranks, Ranks):
             told = told_of_given(retain=retain, validation=validation, statistics=statistics)
             ranks.agree(told | told_of(model) | told_of_settings(settings) | {"inplace": inplace})
-        request = checked_request(work, forget, retain, validation, statistics, groups)
+        work, request = checked_request(work, forget, retain, validation, statistics, groups)
         check_certifiable(work, model, request)
         if doubt:
             warn(doubt)

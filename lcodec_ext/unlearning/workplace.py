@@ -31,6 +31,7 @@ from lcodec_ext._torch.loss import (
 from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score, predict, size_of_losses
 from lcodec_ext._torch.samples import Samples, working_dtype
+from lcodec_ext._torch.tokens import weight_share
 from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.curvature.layout import Layout
 from lcodec_ext.unlearning.privacy.linear import CertifiedLinear
@@ -177,6 +178,10 @@ class Workplace:
                 return LossesAndGradients(*self.gradient(forget), math.nan, None)
             return LossesAndGradients(*self.gradient(forget), *self.gradient(retained))
 
+    def share(self, samples: Samples) -> float:
+        """What a sample of a set counts for on average: of a loss over tokens not always 1."""
+        return weight_share(self.loss_fn, samples)
+
     def mean_loss(self, samples: Samples) -> float:
         """Mean loss without the regulariser. It may be NaN or infinite."""
         return mean_loss(self.model, samples, self.loss_fn, self.settings.batch_size)
@@ -185,11 +190,11 @@ class Workplace:
         """How good the model is on samples: by accuracy, the score or minus the mean loss."""
         found = predict(self.model, samples, self.loss_fn, self.settings.batch_size, self.score)
         if found.accuracy is None:
-            mean = -float(found.losses.mean())
-            return Quality(_LOSS, mean, found.losses, -found.losses)
+            return Quality(_LOSS, -found.loss, found.parts, -found.parts)
         assert found.scores is not None
-        watched = "accuracy" if self.score is None else "the score"
-        return Quality(watched, found.accuracy, found.losses, found.scores)
+        watched = "accuracy" if found.counted is None else "token accuracy"
+        watched = watched if self.score is None else "the score"
+        return Quality(watched, found.accuracy, found.parts, found.scores)
 
     def unit(self, samples: Samples, quality: "Quality") -> float:
         """What a fall of the quality is counted in: 1, or of losses their own size."""
@@ -226,7 +231,7 @@ class Quality(NamedTuple):
 
     watched: str  # the name of the number
     value: float
-    losses: Tensor  # (n,)
+    losses: Tensor  # (n,), what each sample contributes to the mean loss
     each: Tensor  # (n,), whose mean the value is
 
 

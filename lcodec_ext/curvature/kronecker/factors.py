@@ -38,6 +38,16 @@ class BlockFactors:
     columns: Tensor | None
     values: Tensor
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "BlockFactors":
+        """The block with another form of its basis."""
+
+        def of(t: Tensor | None) -> Tensor | None:
+            return None if t is None else change(t)
+
+        return replace(
+            self, rows=of(self.rows), row_values=of(self.row_values), columns=of(self.columns)
+        )
+
     def rotated(self, M: Tensor) -> Tensor:
         """Coordinates of (r, D, m) in the basis."""
         if self.rows is not None:
@@ -214,16 +224,8 @@ class KroneckerFactors:
         """The factors on a device, with bases in a dtype."""
 
         def placed(block: BlockFactors) -> BlockFactors:
-            def basis(t: Tensor | None) -> Tensor | None:
-                return None if t is None else t.to(device, dtype)
-
-            return replace(
-                block,
-                rows=basis(block.rows),
-                row_values=basis(block.row_values),
-                columns=basis(block.columns),
-                values=block.values.to(device),
-            )
+            moved = block.changed(lambda t: t.to(device, dtype))
+            return replace(moved, values=block.values.to(device))
 
         return replace(self, blocks=tuple(map(placed, self.blocks)))
 

@@ -163,22 +163,81 @@ class KroneckerOperator(CurvatureOperator):
 
 
 class EKFACOperator(KroneckerOperator):
-    """Kronecker-factored Gauss-Newton or Fisher matrix with corrected eigenvalues.
+    """The Kronecker-factored Gauss-Newton or Fisher matrix with corrected eigenvalues (EK-FAC).
+
+    The gradient of a sample by the rows P of a layer is a sum over positions of g x^T: x is the
+    layer's input, with a one for the bias if it is selected with these rows, and g what reaches
+    the outputs P. For each layer::
+
+        (Q_G (x) Q_A) diag(lambda) (Q_G (x) Q_A)^T + (weight_decay + damping) I
+
+    where Q_A has the eigenvectors of A, the mean of x x^T over samples and positions, Q_G those of
+    G[P, P], the sum of g g^T over positions, and lambda the exact mean squares of the samples'
+    gradients along these. Blocks of different layers are apart. The trace is that of the matrix
+    which is approximated, and so is the diagonal in the basis.
 
     Parameters
     ----------
     model, loss_fn, data, selection, damping, weight_decay, reduction, dtype, progress, group
-        As for `HessianOperator`. loss_fn must be a plain mean or sum over samples, and a
-        ParameterSelection must have whole rows of layers.
+        As for `HessianOperator`. loss_fn must be a plain mean or sum over samples. A
+        ParameterSelection must have whole rows of each layer, as units are. A weight decay that
+        differs within a block adds its diagonal in the basis of the block; one that is constant in
+        each block is exact.
     kind : {"model", "empirical"}, default "model"
-        "model" approximates the Gauss-Newton matrix, "empirical" the mean of g g^T over samples.
+        "model": of the Gauss-Newton matrix: g are columns of a square root of the second derivative
+        of each sample's loss by its outputs, sent back. It is known for cross-entropy, BCE with
+        logits and squared error, and formed for other losses of at most 64 outputs, which must be
+        convex in these. "empirical": of the mean of g g^T over samples, for any loss.
     seed : int, default 0
-        Of random combinations of outputs, for kind="model".
+        Of random combinations of outputs.
     draws : int, optional
-        How many combinations of each sample's outputs are sent back, for kind="model". By default
-        all outputs of up to 16, which is exact, and else one combination.
+        How many random combinations, with signs of +-1, of a sample's columns are sent back, for
+        kind="model". By default all columns of up to 16 outputs, which is exact, and one
+        combination of more. Signs are functions of the seed and of what the sample contains.
     basis : KroneckerFactors, optional
-        Of other samples, whose basis is taken; then one pass over the data makes the eigenvalues.
+        Of other samples of the same model and selection: their basis, kind, seed and draws are
+        taken, as `KroneckerFactors.minus` needs it. One pass then makes the eigenvalues.
+
+    Attributes
+    ----------
+    factors : KroneckerFactors
+        What can be saved, subtracted and restricted to fewer rows.
+    least, largest : float
+        Eigenvalues without damping and weight decay.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `HessianOperator`; for a loss whose second derivative is not known and that has more than
+        64 outputs, or is not convex in them; for single entries of rows.
+
+    Notes
+    -----
+    Two passes over the data, each of a forward pass for a batch and a backward pass for each column
+    to the selected layers; then an eigendecomposition for each layer, D^3 for its D inputs and
+    |P|^3, in float64. Products and solves take p (D + |P|) operations and no pass over the data.
+    Memory: the matrix's p eigenvalues and, for each layer, D^2 + |P|^2 numbers.
+
+    Linear layers, Conv1D of transformers, projections of attention and convolutions (patches are
+    inputs) have this form. The rows of an embedding are apart, its columns have a basis. Norms,
+    grouped and transposed convolutions and parameters of no layer have their exact diagonal; rows
+    or columns beyond 8192 have no basis. A layer that is called several times has all calls as
+    positions.
+
+    Every position counts as a sample for A and G ("expand" of Eschenhagen et al.): that is exact
+    for linear networks with a loss at every position, as of language models. The eigenvalues are
+    those of whole samples in either case.
+
+    Where a layer's input has no axis of samples, or single parameters belong to no layer, samples
+    are passed one by one, which is slow (`plan` says so); what a batch shares along a first axis of
+    length one, as positions in transformers, is told apart without that.
+
+    References
+    ----------
+    George, Laurent, Bouthillier, Ballas and Vincent (2018), Fast approximate natural gradient
+    descent in a Kronecker-factored eigenbasis. NeurIPS. Eschenhagen, Immer, Turner, Schneider and
+    Hennig (2023), Kronecker-factored approximate curvature for modern neural network
+    architectures. NeurIPS.
     """
 
     @plain_arithmetic()
@@ -202,15 +261,15 @@ class EKFACOperator(KroneckerOperator):
     ) -> None:
         ranks = ranks_of(group, type(self).__name__)
         with ranks.alone("the arguments"):
-            check_choice(kind, "kind", ("model", "empirical"))
+            of = check_choice(kind, "kind", ("model", "empirical"))
             check_integer(seed, "seed", 0)
             if draws is not None:
                 check_integer(draws, "draws", 1)
             if basis is not None:
                 if not isinstance(basis, KroneckerFactors):
                     raise TypeError(f"basis must be KroneckerFactors; got {type(basis).__name__}")
-                kind, seed, draws = basis.kind, basis.seed, basis.draws
-            self.kind, self.damping = kind, check_real(damping, "damping", 0)
+                of, seed, draws = basis.kind, basis.seed, basis.draws
+            self.kind, self.damping = of, check_real(damping, "damping", 0)
             model = unwrapped(model)
             check_module(model)
             self.weight_decay = decay_of(weight_decay, model)
@@ -225,9 +284,9 @@ class EKFACOperator(KroneckerOperator):
                 progress=progress,
             )
         if isinstance(ranks, Ranks):
-            options = {"kind": kind, "seed": seed, "draws": draws, "reduction": reduction}
+            options = {"kind": of, "seed": seed, "draws": draws, "reduction": reduction}
             agree(ranks, model, objective, self.weight_decay, {"damping": damping, **options})
-        factors, by_sample = collect(ranks, objective, Seeds(kind, seed, draws), basis)
+        factors, by_sample = collect(ranks, objective, Seeds(of, seed, draws), basis)
         shift, decay = decayed(self.damping, self.weight_decay, objective.masked)
         super().__init__(
             factors,

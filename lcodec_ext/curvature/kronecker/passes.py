@@ -123,7 +123,7 @@ class Sweep:
         masked.spread = names
         try:
             apart = self._objective.run(batch)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             apart = None
         tolerance = 1e-3 if masked.dtype == torch.float32 else 1e-8
         if apart is None or not _close(run.values, apart.values, tolerance):
@@ -335,24 +335,19 @@ def collect(
         for name in list(moments):
             with ranks.alone("the eigenvectors"):
                 block = moments.pop(name).basis()
-            parts = {
-                key: ranks.as_first(t)
-                for key in ("rows", "row_values", "columns")
-                if (t := getattr(block, key)) is not None
-            }
-            blocks[name] = replace(block, **parts)
+            blocks[name] = block.changed(ranks.as_first)
     else:
         given = basis.to(masked.device, masked.dtype).blocks
         blocks = {b.parameters[0]: replace(b, values=torch.zeros_like(b.values)) for b in given}
     with _alone(ranks, "the eigenvalues of a rank's own samples"):
         for back in sweep("corrected eigenvalues"):
-            block = blocks.get(back.plan.parameters[0])
-            if block is None or block.places.shape != back.plan.places.shape:
+            own = blocks.get(back.plan.parameters[0])
+            if own is None or own.places.shape != back.plan.places.shape:
                 raise ValueError(
                     "basis must be of the same model and selection; it has no block of the "
                     f"{back.plan.places.shape[0]:,} rows of {back.plan.parameters[0]!r}"
                 )
-            add_squares(block, back)
+            add_squares(own, back)
     _add_up(ranks, "the eigenvalues", [block.values for block in blocks.values()])
     n = n_of_all(ranks, objective) if isinstance(ranks, Ranks) else objective.n_samples
     of = seeds.kind, seeds.seed, seeds.draws, tuple(blocks.values())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._torch.batches import map_tensors
 from lcodec_ext.curvature.kronecker.places import Places
-from lcodec_ext.curvature.layers import NORMS, is_linear
+from lcodec_ext.curvature.layers import NORMS
 from lcodec_ext.curvature.masked.entries import Entries
 from lcodec_ext.curvature.masked.model import MaskedModel
 from lcodec_ext.curvature.masked.rows import LayerRows, RowsCall, is_convolution, patches
@@ -79,9 +79,13 @@ class BlockPlan:
             return Lookup(place.reshape(k, -1), reached.reshape(k, -1, reached.shape[-1]))
         g = reached.movedim(call.axis, -1)
         g = g.reshape(k, -1, g.shape[-1])
+        if call.rows.part is not None:  # one of the projections of an attention
+            padded = g.new_zeros(*g.shape[:2], len(self.entries.units))
+            padded[..., call.rows.part] = g
+            g = padded
 
         def inputs() -> Tensor:
-            if call.rows.key == "bias":
+            if call.rows.is_bias:
                 return g.new_ones(*g.shape[:2], 1)
             each = x
             if is_convolution(module):
@@ -121,7 +125,7 @@ def plan_blocks(masked: MaskedModel) -> list[BlockPlan]:
                 "UnitSelection does, or take another operator, GaussNewtonOperator for instance"
             )
     layers = {name: masked.layer_rows(name) for name in masked.entries}
-    biases = _joined_biases(masked, layers)
+    biases = _joined_biases(layers)
     plans = []
     for name, entries in masked.entries.items():
         if name in biases.values():
@@ -144,25 +148,24 @@ def plan_blocks(masked: MaskedModel) -> list[BlockPlan]:
 
 def _form(rows: LayerRows) -> str:
     module = rows.module
-    if rows.key == "bias":
+    if rows.is_bias:
         return "diagonal" if isinstance(module, NORMS) else "outer"
-    if is_linear(module) or (is_convolution(module) and module.groups == 1):
+    if rows.is_product or (is_convolution(module) and module.groups == 1):
         return "outer"
     return "lookup" if isinstance(module, nn.Embedding) else "diagonal"
 
 
-def _joined_biases(masked: MaskedModel, layers: dict[str, list[LayerRows]]) -> dict[str, str]:
+def _joined_biases(layers: dict[str, list[LayerRows]]) -> dict[str, str]:
     """For each weight the bias that is selected with the same rows of the same layer."""
-    weights = {
-        rows[0].module: name
-        for name, rows in layers.items()
-        if len(rows) == 1 and rows[0].key == "weight" and _form(rows[0]) == "outer"
-    }
+    weights: dict[nn.Module, list[LayerRows]] = {}
+    for rows in layers.values():
+        if len(rows) == 1 and not rows[0].is_bias and _form(rows[0]) == "outer":
+            weights.setdefault(rows[0].module, []).append(rows[0])
     found = {}
     for name, rows in layers.items():
-        weight = weights.get(rows[0].module) if len(rows) == 1 and rows[0].key == "bias" else None
-        if weight is not None:
-            own, other = masked.entries[name].units, masked.entries[weight].units
-            if torch.equal(own, other):
-                found[weight] = name
+        if len(rows) != 1 or not rows[0].is_bias:
+            continue
+        for weight in weights.get(rows[0].module, ()):
+            if torch.equal(weight.places, rows[0].places):  # type: ignore[arg-type]
+                found[weight.parameter] = name
     return found

@@ -31,6 +31,7 @@ from lcodec_ext._torch.copies import (
 from lcodec_ext._torch.detours import cast_dtype
 from lcodec_ext.curvature.layers import NoUnitsError, is_unit_layer, unit_cuts
 from lcodec_ext.curvature.layout import Layout
+from lcodec_ext.curvature.masked.attention import attention_forward
 from lcodec_ext.curvature.masked.entries import parameter_entries
 from lcodec_ext.curvature.masked.rows import LayerRows, RowsCall, row_module, rows_of
 from lcodec_ext.curvature.parameters import ParameterSelection, Selection
@@ -188,15 +189,15 @@ class MaskedModel:
 
     def _find_rows(self, module: nn.Module, key: str, name: str) -> LayerRows | None:
         entries = self.entries[name]
-        if not is_unit_layer(module) or isinstance(module, nn.MultiheadAttention):
+        if not is_unit_layer(module):
             return None
         try:
-            ((_, _, attributes),) = unit_cuts(module)
+            attributes = {k: each for _, _, cuts in unit_cuts(module) for k, each in cuts.items()}
         except NoUnitsError:
             return None
         if key not in attributes or attributes[key][0] != entries.cut:
             return None  # tied to a layer that cuts it in another way
-        return rows_of(module, key, name, entries.units)
+        return rows_of(module, key, name, entries.units, attributes[key][1])
 
     # ------------------------------------------------------------------------------------------
     # Vectors
@@ -288,8 +289,10 @@ class MaskedModel:
             for module, groups in self._rows.items():
                 if groups:
                     given = {name: value for value, name in watched}
-                    forward = _forward(
-                        module, groups, given, displacements, calls, layer_outputs, n
+                    forward = (
+                        attention_forward(module, groups, given, displacements, calls)
+                        if isinstance(module, nn.MultiheadAttention)
+                        else _forward(module, groups, given, displacements, calls, layer_outputs, n)
                     )
                     stack.enter_context(_replaced(vars(module), "forward", forward))
             outputs = batch.outputs(self.model)

@@ -28,7 +28,8 @@ class LayerRows:
     ----------
     module : Module
         The layer.
-    key : {"weight", "bias"}
+    key : str
+        What the layer calls the parameter: "weight" or "bias", or its like.
     parameter : str
         The name of the parameter that the entries belong to.
     axis, merged : int
@@ -48,6 +49,43 @@ class LayerRows:
     merged: int
     places: Tensor | None
     of: Callable[[tuple[Any, ...], dict[str, Any], Tensor, int], Tensor]
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether they are added as they are."""
+        return self.key.endswith("bias")
+
+    @property
+    def is_product(self) -> bool:
+        """Whether they multiply the last axis of the input."""
+        of_attention = isinstance(self.module, nn.MultiheadAttention)
+        return not self.is_bias and (is_linear(self.module) or of_attention)
+
+    @property
+    def part(self) -> slice | None:
+        """Which of the entries these are, if they are not all that are selected."""
+        return self.of.part if isinstance(self.of, PartRows) else None
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """Entries that are some of those that are selected; see `LayerRows.of`.
+
+    Attributes
+    ----------
+    of : callable
+        All of them.
+    part : slice
+        Which these are.
+    """
+
+    of: Callable[..., Tensor]
+    part: slice
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], d: Tensor, axis: int
+    ) -> Tensor:
+        return self.of(args, kwargs, d[self.part], axis)
 
 
 def row_module(
@@ -252,12 +290,27 @@ def patches(module: Any, x: Tensor) -> Tensor:
     return x.reshape(len(x), x.shape[1 : 2 + n_axes].numel(), -1)
 
 
-def rows_of(module: Any, key: str, parameter: str, units: Tensor) -> LayerRows | None:
-    """The rows of a layer for entries of a parameter; None if the layer has no such form."""
+def keeps_attention(module: nn.Module) -> bool:
+    """Whether an attention has the forward pass of its kind."""
+    return "forward" not in vars(module) and (type(module).forward is nn.MultiheadAttention.forward)
+
+
+def rows_of(
+    module: Any, key: str, parameter: str, units: Tensor, first: int = 0
+) -> LayerRows | None:
+    """The rows of a layer for entries of a parameter; None if the layer has no such form.
+
+    The first unit that has an entry in it is that of an attention's projections.
+    """
     of: Callable[..., Tensor]
+    places: Tensor | None = units
+    if isinstance(module, nn.MultiheadAttention):
+        if not keeps_attention(module):
+            return None
+        of = _bias_rows if key.endswith("bias") else _linear_rows
+        return LayerRows(module, key, parameter, -1, 1, units + first, of)
     if not _keeps_forward(module):
         return None
-    places: Tensor | None = units
     if is_linear(module):
         of = _linear_rows
     elif isinstance(module, CONVOLUTIONS + TRANSPOSED):

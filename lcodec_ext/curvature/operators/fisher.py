@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lcodec_ext._checks import check_choice, counted
 from lcodec_ext._torch.loss import LossFunction, known_loss
 from lcodec_ext._torch.modes import plain_arithmetic
+from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.operators.base import SMALL_CHEAP, CurvatureOperator
 from lcodec_ext.curvature.operators.on_model import ModelOperator, head_or_delta
@@ -80,12 +81,13 @@ class FisherOperator(ModelOperator):
         group: Any = None,
     ) -> None:
         self.kind = check_choice(kind, "kind", ("empirical", "model"))
-        if kind == "model" and known_loss(loss_fn) is None:
+        own = loss_fn.loss_fn if isinstance(loss_fn, TokenLoss) else loss_fn
+        if kind == "model" and own is not None and known_loss(own) is None:
             raise ValueError(
                 "kind='model' needs a loss that is a negative log likelihood: cross_entropy, "
                 "binary_cross_entropy_with_logits or mse_loss of torch.nn.functional, a "
                 "functools.partial of them, or CrossEntropyLoss, BCEWithLogitsLoss or MSELoss, "
-                f"without class weights; got {loss_fn!r}"
+                f"without class weights, or per_token_loss() of these; got {loss_fn!r}"
             )
         super().__init__(
             model,

@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,7 +131,7 @@ def own_objective(
 def agree(
     ranks: Ranks, model: nn.Module, objective: Objective, decay: Decay, options: dict[str, Any]
 ) -> None:
-    """Check that all ranks have the same model, selection and options."""
+    """Check that all ranks have the same model, selection and options; count their tokens."""
     masked = objective.masked
     digest = hashlib.sha256(repr(objective.selection.to_dict()).encode()).hexdigest()[:16]
     ranks.agree(
@@ -142,6 +143,16 @@ def agree(
             **options,
         }
     )
+    tokens, n = objective.tokens or (0, 0)
+    told = ranks.gather(np.array([objective.tokens is not None, tokens, n], np.int64))
+    if told[:, 0].any():
+        rank = next((r for r, each in enumerate(told) if not each[0]), None)
+        if rank is not None:
+            raise ValueError(
+                f"loss_fn is a mean over tokens on some ranks, which the data of rank {rank} do "
+                "not show: say so on all, per_token_loss(loss_fn)"
+            )
+        objective.count_tokens(int(told[:, 1].sum()), int(told[:, 2].sum()))
 
 
 def decayed(

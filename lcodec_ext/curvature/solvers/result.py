@@ -43,7 +43,7 @@ class SolveResult:
         ||b - A x|| / ||b|| of this x, the largest over the columns; 0 for b = 0.
     iterations : int
         The largest over the columns; 0 for direct methods.
-    method : {"cg", "minres", "cholesky", "woodbury"}
+    method : {"cg", "minres", "cholesky", "woodbury", "ekfac"}
     """
 
     x: Tensor

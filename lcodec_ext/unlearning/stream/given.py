@@ -18,6 +18,8 @@ from lcodec_ext._torch.modes import check_module
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
 from lcodec_ext._torch.states import state_hash
+from lcodec_ext._torch.token_loss import TokenLoss, given_loss
+from lcodec_ext._torch.tokens import by_tokens
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -86,6 +88,7 @@ def receive(
             f"{statistics.n}"
         )
     check_copy(model, samples, loss_fn)
+    loss_fn = by_tokens(loss_fn, model, samples)
     check_bool(progress, "progress")
     if groups is not None:
         groups = Groups.of(groups, len(samples), "train")
@@ -178,11 +181,18 @@ def _statistics_record(statistics: TrainingStatistics) -> dict[str, Any]:
 
 def name_of(value: Any) -> str:
     """The name of a function, or of an object's class."""
+    value = given_loss(value)
+    if isinstance(value, TokenLoss):
+        return "per_token_loss"
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _options_of(value: Any) -> dict[str, Any]:
     """What identifies a function besides its name: a partial's arguments, options of torch's."""
+    value = given_loss(value)
+    if isinstance(value, TokenLoss):
+        own = {} if value.loss_fn is None else {"function": name_of(value.loss_fn)}
+        return own | _simple(vars(value))
     if isinstance(value, functools.partial):
         given = {str(k): v for k, v in enumerate(value.args)} | value.keywords
         return {"function": name_of(value.func)} | _simple(given)
