@@ -111,6 +111,9 @@ def test_solves_in_closed_form(columns):
     same(operator @ b, dense @ b)
     more = operator.solve_shifted(b, 0.5)
     same(dense @ more + 0.5 * more, b)
+    solver = operator.solver(b)  # keeps the coordinates for further shifts
+    assert torch.equal(solver(0.5), more)
+    assert torch.equal(solver(2.0), operator.solve_shifted(b, 2.0))
     assert operator.solve(b, method="cg").method == "cg"
     same(operator.solve(b, method="cg").x, result.x, 1e-6)
     assert operator.solve(torch.zeros_like(b)).residual == 0

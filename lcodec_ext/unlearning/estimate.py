@@ -399,7 +399,6 @@ def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
     modules = dict(work.model.named_modules())
     units = selection.units if isinstance(selection, UnitSelection) else {}
     layers = [modules.get(name) for name in units]
-    tensors = [*work.model.parameters(), *work.model.buffers()]
     statistics = request.statistics
     return Sizes(
         m=request.m,
@@ -408,7 +407,7 @@ def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
         n_outputs=sum(t.numel() for t in outputs),
         p=selection.layout(work.model).size,
         n_trainable=work.n_trainable,
-        n_parameters=sum(t.numel() for t in tensors),
+        n_parameters=work.n_numbers,
         bytes_each=torch.finfo(work.dtype).bits // 8,
         batch_norm=any(isinstance(module, _BatchNorm) for module in modules.values()),
         retained=request.kept is not None,

@@ -123,17 +123,18 @@ class _ClosedForm:
     lengthens: tuple[str, ...] = ("range",)
 
     def __init__(self, operator: KroneckerOperator, b: list[Tensor]) -> None:
-        self._operator, self._b = operator, b[:]
-        b.clear()
+        self._solvers = []
+        while b:
+            self._solvers.append(operator.solver(b.pop(0)))
         self.products, self.largest, self.least = 0, operator.largest, operator.least
         self.floor = _NO_MATTER * (operator.least + operator.shift)
 
     def solve(self, shift: float, column: int) -> Tensor:
-        return self._operator.solve_shifted(self._b[column], shift)
+        return self._solvers[column](shift)
 
     def residuals(self, shift: float) -> Tensor:
         """Those of an exact solution: the rounding is not looked at before a step is taken."""
-        return torch.zeros(len(self._b), dtype=torch.float64)
+        return torch.zeros(len(self._solvers), dtype=torch.float64)
 
 
 class _InClosedForm(Maker):

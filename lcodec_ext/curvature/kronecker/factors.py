@@ -1,6 +1,6 @@
 """Kronecker factors with corrected eigenvalues: what is kept, multiplied and solved with."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,12 +138,18 @@ class KroneckerFactors:
             if t is not None
         )
 
-    def apply(self, V: Tensor, change: Callable[[BlockFactors, int, Tensor], Tensor]) -> Tensor:
-        """Change vectors, shape (p, m), in the basis of each block: (block, its number, part)."""
-        out = torch.empty_like(V, memory_format=torch.contiguous_format)
-        for number, block in enumerate(self.blocks):
-            part = block.rotated(block.places.take(V))
-            block.places.put(out, block.back(change(block, number, part)))
+    def rotated(self, V: Tensor) -> list[Tensor]:
+        """Coordinates of vectors, shape (p, m), in the basis of each block, (r, D, m)."""
+        return [block.rotated(block.places.take(V)) for block in self.blocks]
+
+    def back(self, parts: Iterable[Tensor], m: int) -> Tensor:
+        """The reverse of `rotated` for m vectors, shape (p, m)."""
+        out: Tensor | None = None
+        for block, part in zip(self.blocks, parts, strict=True):
+            own = block.back(part)
+            out = own.new_empty(self.size, m) if out is None else out
+            block.places.put(out, own)
+        assert out is not None  # there is at least one block
         return out
 
     def minus(self, other: "KroneckerFactors") -> "KroneckerFactors":

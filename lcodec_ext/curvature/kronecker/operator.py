@@ -1,5 +1,6 @@
 """The EK-FAC matrix: products and solves in closed form."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.modes import check_module, plain_arithmetic
 from lcodec_ext._torch.wrapped import unwrapped
-from lcodec_ext.curvature.kronecker.factors import BlockFactors, KroneckerFactors
+from lcodec_ext.curvature.kronecker.factors import KroneckerFactors
 from lcodec_ext.curvature.kronecker.outputs import Seeds
 from lcodec_ext.curvature.kronecker.passes import collect
 from lcodec_ext.curvature.operators.base import CurvatureOperator
@@ -83,12 +84,10 @@ class KroneckerOperator(CurvatureOperator):
         return values if self._decays is None else values + self._decays[number]
 
     def _product(self, V: Tensor) -> Tensor:
-        def times(block: BlockFactors, number: int, part: Tensor) -> Tensor:
-            return part * self._spectrum(number)[:, :, None]
+        parts = (block.rotated(block.places.take(V)) for block in self.factors.blocks)
+        times = (part * self._spectrum(k)[:, :, None] for k, part in enumerate(parts))
+        return self.factors.back(times, V.shape[1])
 
-        return self.factors.apply(V, times)
-
-    @plain_arithmetic()
     def solve_shifted(self, b: Tensor, shift: float = 0.0) -> Tensor:
         """(A + shift I)^-1 b in closed form, with the operator's own damping in A.
 
@@ -103,8 +102,29 @@ class KroneckerOperator(CurvatureOperator):
         IndefiniteCurvatureError
             If an eigenvalue of the shifted matrix is zero within rounding, or below.
         """
+        return self.solver(b)(shift)
+
+    def solver(self, b: Tensor) -> Callable[[float], Tensor]:
+        """`solve_shifted` of b, as a function of the shift.
+
+        The coordinates of b along the eigenvectors are kept, which are half of the work.
+        """
         V = self._vectors(b, "b")
-        total = self.shift + check_real(shift, "shift", 0)
+        shape, m = V.shape, 1 if V.ndim == 1 else V.shape[1]
+        with plain_arithmetic():
+            parts = self.factors.rotated(V.reshape(-1, m))
+
+        @plain_arithmetic()
+        def solve(shift: float) -> Tensor:
+            spectra = self._eigenvalues_with(check_real(shift, "shift", 0))
+            divided = (part / d[:, :, None] for part, d in zip(parts, spectra, strict=True))
+            return self.factors.back(divided, m).reshape(shape)
+
+        return solve
+
+    def _eigenvalues_with(self, shift: float) -> list[Tensor]:
+        """The eigenvalues of each block with all damping; refused where they are not positive."""
+        total = self.shift + shift
         spectra = [self._spectrum(number) + total for number in range(len(self.factors.blocks))]
         least = min(float(values.min()) for values in spectra)
         largest = max(float(values.max()) for values in spectra)
@@ -118,11 +138,7 @@ class KroneckerOperator(CurvatureOperator):
                 least,
                 -least if least < -rounding else None,
             )
-
-        def divided(block: BlockFactors, number: int, part: Tensor) -> Tensor:
-            return part / spectra[number][:, :, None]
-
-        return self.factors.apply(V if V.ndim == 2 else V[:, None], divided).reshape(V.shape)
+        return spectra
 
     def solve(self, b: Tensor, **options: Any) -> SolveResult:
         """Solve A x = b in closed form.
