@@ -173,6 +173,11 @@ class Workplace:
         return {k: p.numel() for k, p in self.parameters.items() if k not in covered}
 
     @property
+    def n_numbers(self) -> int:
+        """Parameters and buffers of the model, trainable or not: what a pass goes through."""
+        return sum(t.numel() for t in (*self.model.parameters(), *self.model.buffers()))
+
+    @property
     def n_trainable(self) -> int:
         """Trainable parameters."""
         return sum(p.numel() for p in self.parameters.values())
