@@ -301,8 +301,9 @@ class Objective:
             raise ValueError(
                 f"loss_fn ignores {ignored:,} of the {labels:,} labels of a batch of data, and "
                 f"{before:,} of {of:,} in the first one: batches count by their samples, which is "
-                "not the mean over the valid labels. Pass reduction='sum' with a loss that sums, "
-                "and multiply the operator with 1 / (number of valid labels)"
+                "not the mean over the valid labels. Pass per_token_loss(loss_fn), or "
+                "reduction='sum' with a loss that sums, and multiply the operator with 1 / (number "
+                "of valid labels)"
             )
 
     def _check_reduction(self, outputs: Any, batch: Batch) -> None:

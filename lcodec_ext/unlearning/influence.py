@@ -20,7 +20,6 @@ from lcodec_ext._checks import (
     check_real,
     counted,
 )
-from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import Decay, decay_of, least_decay, vector_of, with_decay
 from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
@@ -649,7 +648,7 @@ def _by_tokens(
 ) -> LossFunction:
     """A mean over tokens as a plain mean over samples; other losses as they are."""
     if statistics is None:
-        return by_tokens(loss_fn, work_copy(model, samples.dtype), samples)
+        return by_tokens(loss_fn, model, samples)
     if isinstance(loss_fn, TokenLoss) and statistics.mean_tokens is None:
         raise ValueError(
             "the statistics are of a plain mean over samples, and loss_fn is a mean over tokens: "

@@ -74,7 +74,8 @@ def unlearn(
     Parameters
     ----------
     model : Module
-        Left as it is, unless inplace=True.
+        Left as it is, unless inplace=True. Of one that is compiled or wrapped (DDP and others) it
+        is the module inside that is copied, by its own names.
     forget, retain : tensors, Dataset or DataLoader
         Removed and retained training samples, disjoint: (inputs, targets), several inputs before
         the targets, a dict of tensors with "labels" as for models of transformers, a Dataset of
@@ -82,8 +83,9 @@ def unlearn(
         `statistics` stand for it: a preset's repair is then off, and its guard without validation.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the plain mean loss of a batch: ``F.cross_entropy``,
-        ``nn.MSELoss()``. The outputs are what the model returns, a tensor or several, or the logits
-        of the outputs of transformers. Class weights and ignored targets are refused.
+        ``nn.MSELoss()``; or the mean over its tokens, `per_token_loss`, which is also found out.
+        The outputs are what the model returns, a tensor or several, or the logits of the outputs of
+        transformers. Class weights, and ignored targets of samples with one each, are refused.
     preset : {"recommended", "paper"} or Settings, default "recommended"
         Where the options start from. "recommended": one Gauss-Newton step by conjugate gradients
         on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
@@ -219,7 +221,6 @@ def _carried_out(
     with ranks.warning_last(), ExitStack() as modes:
         with ranks.alone("the arguments"):
             check_bool(inplace, "inplace")
-            check_bool(progress, "progress")
             given, model = model, unwrapped(model)
             settings, doubt = resolve(
                 preset,
@@ -255,14 +256,9 @@ def _carried_out(
         with work.timed("monitoring"):
             # Into a copy first, also in place: the given model changes only when all has gone well.
             changed = work.handed_over(model, applied)
+            size = selection.size(work.model)
             guarantee = guarantee_of_deletions(
-                work,
-                changed,
-                request,
-                deletions,
-                before,
-                norm(start),
-                selection.size(work.model),
+                work, changed, request, deletions, before, norm(start), size
             )
             changed = with_noise(work, changed, guarantee)
             after = _measured(work, request, guarantee)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import known_loss
 from lcodec_ext._torch.modes import twice_differentiable
+from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext.curvature.kronecker.draws import content, signs
 from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.objective import Objective
@@ -79,6 +80,12 @@ class Seeds:
 def square_root(objective: Objective, outputs: Tensor, batch: Batch) -> Root:
     """A square root of the Hessian of each sample's loss by its outputs."""
     loss, n, targets = known_loss(objective.loss_fn), batch.size, batch.targets
+    if isinstance(objective.loss_fn, TokenLoss):
+        tokens = objective.loss_fn.cross_entropy_weights(outputs, targets)
+        if tokens is None:
+            return _formed(objective, outputs, batch)
+        weight, axis = tokens
+        return _softmax_root(outputs.softmax(axis), weight.unsqueeze(axis), axis)
     if loss is None or not isinstance(targets, Tensor) or loss.reduction != objective.reduction:
         return _formed(objective, outputs, batch)
     mean = loss.reduction == "mean"

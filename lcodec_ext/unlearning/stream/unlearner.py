@@ -74,7 +74,7 @@ class Unlearner:
         The data it was trained on, as for `unlearn`, in an order that stays: requests name samples
         by their number in it. All are read once and hashed at the start, except with `statistics`.
     loss_fn : callable
-        ``loss_fn(outputs, targets)``, the mean loss of a batch.
+        ``loss_fn(outputs, targets)``, the mean loss of a batch, over samples or over tokens.
     directory : str or path, optional
         Where ledger and checkpoints go; made readable by its owner only. By default both are in
         memory and end with the process.
