@@ -27,6 +27,7 @@ import calibration  # noqa: E402
 import cases  # noqa: E402
 import compare  # noqa: E402
 import deletion  # noqa: E402
+import ekfac  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
 import inference  # noqa: E402
@@ -1184,3 +1185,18 @@ def test_scores_of_wrong_labels():
     found = influence.summary([trained, trained])["mlp"]
     assert found["trainings"] == found["accuracy_test_rose"] == 2
     assert found["loss"]["auc"] == {"mean": 0.9, "least": 0.9, "largest": 0.9}
+
+
+def test_ekfac_runs():
+    """Systems and large networks, in their tiny forms."""
+    rows = ekfac.systems(Path("nowhere"), True)
+    assert {row["preconditioner"] for row in rows} == {"none", "diagonal", "EK-FAC"}
+    assert all(row["iterations"]["0.1"] is not None for row in rows)
+    shares = ekfac.won(rows)
+    assert len(shares) == 2 * len(ekfac.DAMPINGS)
+    for part in ("resnet50", "vit"):
+        for data in ("retained", "statistics"):
+            found = ekfac.deletion(part, data, True)
+            assert found["method"] == "ekfac"
+            assert found["loss_forget"][1] > found["loss_forget"][0]
+        assert ekfac.products(part, True)["relative_difference"] < 1e-5

@@ -125,8 +125,8 @@ class TokenLoss:
             return None
         own = replace(self, loss_fn=None)
         if self.loss_fn is not None and bool(self.counted(targets).any()):
-            both = [each(outputs, targets).float() for each in (self, own)]
-            if not torch.isclose(*both, rtol=2e-5, atol=1e-6):
+            given, usual = (each(outputs, targets).float() for each in (self, own))
+            if not torch.isclose(given, usual, rtol=2e-5, atol=1e-6):
                 return None
         counted = (self._labels(targets) != self.ignore_index).to(logits.dtype)
         weights = torch.zeros(targets.shape, dtype=logits.dtype, device=targets.device)
