@@ -27,6 +27,7 @@ import calibration  # noqa: E402
 import cases  # noqa: E402
 import compare  # noqa: E402
 import deletion  # noqa: E402
+import ekfac  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
 import inference  # noqa: E402
@@ -1153,3 +1154,18 @@ def test_over_ranks(tmp_path):
     record = results.load(path)
     assert record["bytes_a_step"]["measured"] == record["bytes_a_step"]["counted"] == 8036
     assert [each["p"] for each in record["points"]] == [2000, 1000]
+
+
+def test_ekfac_runs():
+    """Systems and large networks, in their tiny forms."""
+    rows = ekfac.systems(Path("nowhere"), True)
+    assert {row["preconditioner"] for row in rows} == {"none", "diagonal", "EK-FAC"}
+    assert all(row["iterations"]["0.1"] is not None for row in rows)
+    shares = ekfac.won(rows)
+    assert len(shares) == 2 * len(ekfac.DAMPINGS)
+    for part in ("resnet50", "vit"):
+        for data in ("retained", "statistics"):
+            found = ekfac.deletion(part, data, True)
+            assert found["method"] == "ekfac"
+            assert found["loss_forget"][1] > found["loss_forget"][0]
+        assert ekfac.products(part, True)["relative_difference"] < 1e-5

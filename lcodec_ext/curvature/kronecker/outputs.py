@@ -8,7 +8,8 @@ from torch import Tensor
 from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import known_loss
 from lcodec_ext._torch.modes import twice_differentiable
-from lcodec_ext.curvature.kronecker.draws import behind_padding, content, signs
+from lcodec_ext._torch.token_loss import TokenLoss
+from lcodec_ext.curvature.kronecker.draws import content, signs_of_texts
 from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.routes.gauss_newton import output_hessians
@@ -76,13 +77,19 @@ class Seeds:
         ignored = getattr(objective.loss_fn, "ignore_index", -100)
         hashes, draws = content(batch, ignored).to(outputs.device), self.draws or 1
         for draw in range(draws):
-            sign = signs(hashes, outputs.shape, self.seed, draw, outputs.dtype)
-            yield [outputs], [root(behind_padding(sign, batch)) / draws**0.5]
+            sign = signs_of_texts(hashes, outputs, batch, self.seed, draw)
+            yield [outputs], [root(sign) / draws**0.5]
 
 
 def square_root(objective: Objective, outputs: Tensor, batch: Batch) -> Root:
     """A square root of the Hessian of each sample's loss by its outputs."""
     loss, n, targets = known_loss(objective.loss_fn), batch.size, batch.targets
+    if isinstance(objective.loss_fn, TokenLoss):
+        tokens = objective.loss_fn.cross_entropy_weights(outputs, targets)
+        if tokens is None:
+            return _formed(objective, outputs, batch)
+        weight, axis = tokens
+        return _softmax_root(outputs.softmax(axis), weight.unsqueeze(axis), axis)
     if loss is None or not isinstance(targets, Tensor) or loss.reduction != objective.reduction:
         return _formed(objective, outputs, batch)
     mean = loss.reduction == "mean"

@@ -336,11 +336,11 @@ def collect(
         moments: dict[str, Moments] = {}
         with _alone(ranks, "the Kronecker factors of a rank's own samples"):
             for back in sweep("Kronecker factors"):
-                moments = moments or _moments(sweep, masked.theta)
+                moments = moments or _moments(sweep, masked.zeros(0))
                 if not back.plan.is_diagonal:
                     moments[back.plan.parameters[0]].add(back)
         _plan_as_others(ranks, sweep)
-        moments = moments or _moments(sweep, masked.theta)
+        moments = moments or _moments(sweep, masked.zeros(0))
         _add_up(ranks, "the Kronecker factors", [t for m in moments.values() for t in m.sums()])
         blocks = {}
         for name in list(moments):
