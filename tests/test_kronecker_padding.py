@@ -171,3 +171,15 @@ def test_blocks_that_keep_all_rows_stay_as_they_are(problem) -> None:
     (block,) = factors.restrict(columns).blocks
     assert block.rows is factors.blocks[1].rows
     assert block.values is factors.blocks[1].values
+
+
+def test_units_of_tied_layers_are_counted_in_both() -> None:
+    torch.manual_seed(0)
+    model = Reader()
+    model.out = nn.Linear(4, 12, bias=False)
+    model.hidden = nn.Linear(4, 4)
+    model.out.weight = model.words.weight
+    data = texts(6, left=False)
+    forget, retain = ({k: t[some] for k, t in data.items()} for some in (slice(1), slice(1, 5)))
+    result = unlearn(model, forget, retain, per_token_loss(), damping=0.1, calibrate=False)
+    assert result.n_units == len(result.selection) == 12 + 12 + 4
