@@ -23,6 +23,10 @@ from lcodec_ext.curvature import (
     ParameterSelection,
     per_sample_gradients,
 )
+from lcodec_ext.curvature.kronecker import EKFACOperator
+from lcodec_ext.curvature.kronecker.outputs import square_root
+from lcodec_ext.curvature.objective import Objective
+from lcodec_ext.curvature.routes.gauss_newton import output_hessians
 from lcodec_ext.unlearning import per_token_loss
 
 VOCABULARY = 11
@@ -205,3 +209,27 @@ def test_gradients_of_samples_add_up_to_that_of_all_tokens(name):
     close(fisher.to_dense(), rows.T @ rows / len(rows))
     model_kind = FisherOperator(model, loss_fn, data, selection, kind="model")
     close(model_kind.to_dense(), GaussNewtonOperator(model, loss_fn, data, selection).to_dense())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_kronecker_factors_start_from_the_hessian_by_the_logits(own):
+    model, data = causal_lm(), texts(3)
+    loss_fn = per_token_loss(causal=True)
+    if own:  # a loss of the user's that is the same
+        loss_fn = per_token_loss(functools.partial(of_transformers, True), causal=True)
+    objective = Objective(
+        model, loss_fn, data, selected(model, FEW["GPT-2"]), dtype=None, reduction="mean",
+        progress=False,
+    )  # fmt: skip
+    _, batch = next(objective.passes())
+    outputs = objective.run(batch).outputs.detach()
+    n, each = len(outputs), outputs[0].numel()
+    root = square_root(objective, outputs, batch)
+    columns = []
+    for k in range(each):
+        unit = torch.zeros(n, each, dtype=outputs.dtype)
+        unit[:, k] = 1
+        columns.append(root(unit.reshape(outputs.shape)).reshape(n, each))
+    L = torch.stack(columns, 2)
+    close(L @ L.transpose(1, 2), output_hessians(objective, outputs, batch))
+    EKFACOperator(model, loss_fn, data, selected(model, FEW["GPT-2"]), damping=0.1)

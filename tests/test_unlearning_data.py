@@ -35,7 +35,13 @@ from lcodec_ext.curvature import (
 )
 from lcodec_ext.evaluation import evaluate, evaluate_population, methods, metrics
 from lcodec_ext.evaluation.tune import tune
-from lcodec_ext.unlearning import TrainingStatistics, Unlearner, estimate, unlearn
+from lcodec_ext.unlearning import (
+    TrainingStatistics,
+    Unlearner,
+    estimate,
+    per_token_loss,
+    unlearn,
+)
 
 N, D = 60, 4
 OPTIONS = {"damping": 0.1, "max_drop": None, "calibrate": False}
@@ -148,8 +154,11 @@ def test_the_mean_over_valid_labels(kind, loss_fn):
     whole = kind(make_model(), loss_fn, [(x, y)], units)
     parts = [(x[k : k + 7], y[k : k + 7]) for k in range(0, N, 7)]
     sums = kind(make_model(), summed, parts, units, reduction="sum") * (1 / int(valid.sum()))
-    for found in (whole, sums):
+    told = kind(make_model(), per_token_loss(loss_fn), parts, units)
+    for found in (whole, sums, told):
         assert torch.allclose(found.to_dense(), wanted.to_dense(), atol=1e-6)
+    with pytest.raises(ValueError, match="mean over tokens: leave reduction out"):
+        kind(make_model(), per_token_loss(), parts, units, reduction="sum")
     with pytest.raises(ValueError, match="ignores 3 of the 7 labels of a batch .* reduction='sum'"):
         kind(make_model(), loss_fn, parts, units).to_dense()
     equal = [(x[[k, k + 1, 3]], y[[k, k + 1, 3]]) for k in (0, 4, 10)]  # a third of each

@@ -16,6 +16,7 @@ from lcodec_ext._torch.predict import predict
 from lcodec_ext._torch.samples import as_samples
 from lcodec_ext._torch.token_loss import TokenLoss
 from lcodec_ext._torch.tokens import by_tokens
+from lcodec_ext.curvature import FisherOperator, UnitSelection
 from lcodec_ext.evaluation.metrics import js_distances
 from lcodec_ext.unlearning import (
     BASELINES,
@@ -24,7 +25,9 @@ from lcodec_ext.unlearning import (
     Unlearner,
     estimate,
     evaluate,
+    influence,
     per_token_loss,
+    self_influence,
     unlearn,
     verify_ledger,
 )
@@ -161,6 +164,33 @@ def test_statistics_stand_for_the_retained_samples(tmp_path):
         unlearn(before, (x[:6], y[:6]), None, given, statistics=plain, **options)
 
 
+def test_influence_counts_tokens():
+    x, y = sequences()
+    model = trained(squares, x, y, 0.3)
+    query, wanted = (x[10:12], y[10:12]), []
+    before = [squares(model(x[k : k + 1]), y[k : k + 1]).item() for k in (10, 11)]
+    for k in range(len(y)):
+        rest = [i for i in range(len(y)) if i != k]
+        again = trained(squares, x[rest], y[rest], 0.3)
+        after = [squares(again(x[k : k + 1]), y[k : k + 1]).item() for k in (10, 11)]
+        wanted.append(np.subtract(after, before))
+    found = influence(model, (x, y), query, squares, weight_decay=0.3, curvature="hessian", top_k=3)
+    values = found.values.numpy().T
+    assert not values[7].any()  # no token of this one counts
+    assert np.corrcoef(values.ravel(), np.ravel(wanted))[0, 1] > 0.99
+    slope = (values * wanted).sum() / np.square(wanted).sum()
+    assert slope == pytest.approx(1, abs=0.15)
+    both = influence(
+        model, (x, y), query, squares, weight_decay=0.3, curvature="hessian", aggregate=True
+    )
+    share = (y[10:12] >= 0).sum(1).numpy()
+    np.testing.assert_allclose(both.values[0], values @ share / share.sum(), rtol=1e-9)
+    itself = self_influence(model, (x, y), squares, weight_decay=0.3, curvature="hessian")
+    mine = influence(model, (x, y), (x[:1], y[:1]), squares, weight_decay=0.3, curvature="hessian")
+    assert itself.values[0] == pytest.approx(mine.values[0, 0].item(), rel=1e-9)
+    assert itself.values[7] == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # Found out
 
@@ -198,6 +228,11 @@ def test_a_mean_over_tokens_is_found_out():
     # samples of one length: both means are the same, and it is a plain one
     same = as_samples((x[:6], y[:6]), "retain", CPU, torch.float64)
     assert by_tokens(cross_entropy, model, same) is cross_entropy
+    # but one without a token tells; and the value tells whether labels are shifted
+    few = [0, 1, 7]
+    for loss_fn in (cross_entropy, shifted):
+        some = as_samples((x[few], y[few]), "retain", CPU, torch.float64)
+        assert by_tokens(loss_fn, model, some).causal == (loss_fn is shifted)
     # PyTorch's own form, classes along the second axis, with another label to ignore
     other = nn.CrossEntropyLoss(ignore_index=0)
     found = by_tokens(other, nn.Sequential(model, Transposed()), samples_of(x, y))
@@ -504,3 +539,37 @@ def test_texts_that_are_padded_by_batch_give_the_same():
     assert found[0].step_norm > 0
     assert found[0].selection == found[1].selection
     torch.testing.assert_close(*(weights(each.model) for each in found), rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# Over ranks
+
+
+def on_ranks(rank, size, group):
+    x, y = sequences()
+    bounds = [6, 9, len(y)] if size == 2 else [6, 6, 15, len(y)]  # the first of three has none
+    own = slice(bounds[rank], bounds[rank + 1])
+    result = unlearn(
+        trained(squares, x, y, 0.3), (x[:6], y[:6]), (x[own], y[own]), squares, preset="paper",
+        selection="full", damping=0.0, weight_decay=0.3, curvature="hessian", rtol=1e-13,
+        group=group,
+    )  # fmt: skip
+    return weights(result.model).numpy(), result.loss_retain.before, fisher(own, group)
+
+
+def fisher(own, group=None):
+    """Whose rows count by the squares of the tokens' shares."""
+    torch.manual_seed(0)
+    data, units = tuple(t[own] for t in sequences()), UnitSelection({"table": [0, 2]})
+    return FisherOperator(Table(), per_token_loss(), data, units, group=group).to_dense().numpy()
+
+
+def test_ranks_count_the_tokens_of_all(ranks):
+    x, y = sequences()
+    before, again = (trained(squares, x[k:], y[k:], 0.3) for k in (0, 6))
+    one = fisher(slice(6, None))
+    for found, loss, matrix in ranks.run(on_ranks):
+        np.testing.assert_allclose(matrix, one, atol=1e-12)
+        moved = float((weights(again) - weights(before)).norm())
+        assert np.linalg.norm(found - weights(again).numpy()) < 1e-9 * moved
+        assert loss == pytest.approx(squares(before(x[6:]), y[6:]).item())

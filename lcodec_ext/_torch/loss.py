@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ LossFunction = Callable[[Any, Any], Tensor]
 Gradient = dict[str, Tensor]
 
 
+_PART = 2**22  # numbers of a tensor that are in float64 at a time
 _NUMBER = [torch.zeros((), dtype=torch.float64)]  # what a sum of losses is like
 
 
@@ -509,7 +510,15 @@ def objective(
 
 def euclidean_norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm of all entries together, summed in float64."""
-    return math.sqrt(sum(float(_square(wide(each.detach())).sum()) for each in tensors))
+    return math.sqrt(
+        sum(float(_square(wide(part)).sum()) for each in tensors for part in in_parts(each))
+    )
+
+
+def in_parts(tensor: Tensor) -> Sequence[Tensor]:
+    """A tensor in flat parts: float64 of a large one at once takes twice its memory."""
+    tensor = tensor.detach()
+    return [tensor] if tensor.numel() <= _PART else torch.split(tensor.reshape(-1), _PART)
 
 
 def wide(tensor: Tensor) -> Tensor:

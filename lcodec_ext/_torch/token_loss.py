@@ -114,6 +114,25 @@ class TokenLoss:
         )
         return each.reshape(labels.shape)
 
+    def cross_entropy_weights(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int] | None:
+        """What the cross-entropy of each token counts for in a sample's part, and the class axis.
+
+        As the outputs without their classes; None of other losses. One of the user's is taken for
+        cross-entropy where it has the value of that.
+        """
+        logits = logits_of(outputs, targets)
+        if logits is None or self.mean_tokens is None:
+            return None
+        own = replace(self, loss_fn=None)
+        if self.loss_fn is not None and bool(self.counted(targets).any()):
+            given, usual = (each(outputs, targets).float() for each in (self, own))
+            if not torch.isclose(given, usual, rtol=2e-5, atol=1e-6):
+                return None
+        counted = (self._labels(targets) != self.ignore_index).to(logits.dtype)
+        weights = torch.zeros(targets.shape, dtype=logits.dtype, device=targets.device)
+        weights[:, : counted.shape[1]] = counted / self.mean_tokens
+        return weights, -1 if logits is outputs else 1
+
     def each(self, outputs: Any, targets: Tensor) -> Tensor:
         """The mean over the tokens of each sample alone, 0 without any; shape (n,)."""
         n, counted = len(targets), self.counted(targets)

@@ -1,6 +1,7 @@
 """Means over tokens: told or found out, and made plain means over samples."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from lcodec_ext._checks import check_bool, check_integer
 from lcodec_ext._torch.batches import Batch, map_tensors, part_of
+from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.loss import (
     LossFunction,
     check_loss_fn,
@@ -179,6 +181,8 @@ def _found(loss_fn: LossFunction, model: nn.Module, sets: Sequence[Samples]) -> 
         if not numbers:
             continue
         try:
+            if any(p.is_floating_point() and p.dtype != own.dtype for p in model.parameters()):
+                model = work_copy(model, own.dtype)
             with evaluating(model), torch.no_grad():
                 batch = own.fetch(numbers)
                 found = recognised(loss_fn, outputs_of(model, batch), batch)
@@ -195,8 +199,8 @@ def found_in(loss_fn: LossFunction, model: nn.Module, batches: Iterable[Batch]) 
         if not has_tokens(batch):
             return None
         counts = torch.stack([each.counted(batch.targets) for each in _candidates(loss_fn)], 1)
-        some = counts[counts[:, 1] > 0]
-        if len(some) < 2 or bool((some == some[0]).all()):
+        some = counts[counts[:, 0] > 0]
+        if not len(some) or bool((counts == some[0]).all()):
             continue
         try:
             with torch.no_grad():
@@ -235,9 +239,11 @@ def _telling(candidates: Sequence[TokenLoss], samples: Samples) -> list[int]:
         ]
     )
     plain, shifted = counts.T
-    ones = (shifted > 0).nonzero()[:, 0]
-    if not len(ones) or (counts[ones] == counts[ones[0]]).all():
+    ones = (plain > 0).nonzero()[:, 0]
+    if not len(ones):
         return []
+    if (counts[ones] == counts[ones[0]]).all():  # but a mean over no tokens tells, too
+        return [int(ones[0]), *(plain == 0).nonzero()[:1, 0].tolist()]
     first = plain - shifted  # 1 where the first label counts
     picked = {int(ones[each[ones].argmin()]) for each in (plain, first)}
     picked |= {int(ones[each[ones].argmax()]) for each in (plain, first)}
@@ -265,9 +271,20 @@ def recognised(loss_fn: LossFunction, outputs: Any, batch: Batch) -> TokenLoss |
         )
     if same_loss(each.mean(), whole):
         return None
+    found = []
     for candidate in _candidates(given):
         counted = candidate.counted(targets).to(each)
         of_tokens = torch.where(counted > 0, each * counted, 0.0).sum() / counted.sum()
         if same_loss(of_tokens, whole):
-            return candidate
-    return None
+            found.append(candidate)
+    if len(found) > 1:  # whose first labels count in no sample: the cross-entropies tell
+        found.sort(key=lambda one: not _is_cross_entropy(one, outputs, targets, whole))
+    return found[0] if found else None
+
+
+def _is_cross_entropy(loss_fn: TokenLoss, outputs: Any, targets: Tensor, value: Tensor) -> bool:
+    try:
+        found = replace(loss_fn, loss_fn=None, mean_tokens=None)(outputs, targets)
+    except _FAILURES:
+        return False
+    return same_loss(found, value.to(found))

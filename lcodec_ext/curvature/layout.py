@@ -1,10 +1,11 @@
 """Coordinates: which entry of the vector of a selection is which entry of which parameter."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature.layers import Cut, UnitParameter, UnitRange, find_unit_layers, why_not
+
+_LARGE = 2**22  # coordinates from which on they are gathered piece by piece, in half the memory
 
 
 class Units(Protocol):
@@ -103,8 +106,8 @@ class Layout(ABC):
     _empty: Tensor  # what an empty selection gathers
 
     @abstractmethod
-    def _gathered(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        """Copies of the selected entries, piece by piece."""
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The selected entries, piece by piece; views where they are all of a tensor."""
 
     @abstractmethod
     def _overwrite(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
@@ -117,8 +120,18 @@ class Layout(ABC):
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """As the selection's `gather`, from tensors by name."""
         self._check(tensors, "source")
-        pieces = self._gathered(tensors)
-        return torch.cat([*pieces]) if pieces else self._empty.clone()
+        if not self.size:
+            return self._empty.clone()
+        pieces, own = self._gathered(tensors), [tensors[name] for name in self.parameters]
+        differentiable = torch.is_grad_enabled() and any(each.requires_grad for each in own)
+        if differentiable or self.size < _LARGE:
+            return torch.cat(list(pieces))
+        kind = functools.reduce(torch.promote_types, (each.dtype for each in own))
+        out, start = torch.empty(self.size, dtype=kind, device=own[0].device), 0
+        for piece in pieces:
+            out[start : start + len(piece)] = piece
+            start += len(piece)
+        return out
 
     def scatter_(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
         """As the selection's `scatter_`, to tensors by name."""
@@ -301,16 +314,16 @@ class UnitLayout(Layout):
         parameter : UnitParameter
         entries : ndarray of int, shape (n,)
             Places in the parameter's cut, ascending.
-        coordinates : ndarray of int, shape (n, parameter.length)
+        starts : ndarray of int, shape (n,)
+            The first of the ``parameter.length`` coordinates of each.
         """
         for block in self.blocks:
-            first = block.start + np.arange(len(block.units))[:, None] * block.width
+            first = block.start + np.arange(len(block.units)) * block.width
             for parameter in block.parameters:
-                yield parameter, block.entries(parameter), first + np.arange(parameter.length)
+                yield parameter, block.entries(parameter), first
                 first = first + parameter.length
 
-    def _gathered(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        pieces = []
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
         for block in self.blocks:
             columns = []
             for p in block.parameters:
@@ -318,8 +331,7 @@ class UnitLayout(Layout):
                 view, positions = p.cut.view(tensor), self._positions(block, p, tensor.device)
                 entries = view if positions is None else view[positions]
                 columns.append(entries.reshape(len(block.units), p.length))
-            pieces.append((torch.cat(columns, 1) if len(columns) > 1 else columns[0]).flatten())
-        return pieces
+            yield (torch.cat(columns, 1) if len(columns) > 1 else columns[0]).flatten()
 
     def _overwrite(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
         for view, positions, entries in self._split(tensors, vector):

@@ -238,7 +238,7 @@ class Objective:
     @plain_arithmetic()
     def gradient(self) -> Tensor:
         """The gradient by the selected parameters, shape (p,)."""
-        total = torch.zeros_like(self.masked.theta)
+        total = self.masked.zeros()
         for _, batch in self.passes("gradient"):
             run = self.run(batch)
             with twice_differentiable():
@@ -250,7 +250,7 @@ class Objective:
     def derivative(self, loss: Tensor, run: ForwardPass) -> Tensor:
         """The gradient of the loss of a run, shape (p,); zeros where nothing depends."""
         if not loss.requires_grad:
-            return torch.zeros_like(self.masked.theta)
+            return self.masked.zeros()
         parts = torch.autograd.grad(loss, run.displacements, materialize_grads=True)
         return self.masked.join(parts)
 
@@ -275,7 +275,7 @@ class Objective:
             self._check_reduction(outputs, batch)
             self._reduction_checked = True
         if self._shared or not self.batches.cut_here:
-            self._check_ignored(outputs, batch)
+            self.check_ignored(outputs, batch)
         if not self.batches.cut_here:
             return
         why = f"since data is cut into batches of {SAMPLES}; or pass batches of your own"
@@ -291,7 +291,7 @@ class Objective:
         numbers = [*batch.numbers, *of.numbers]
         self.check_plain(both, Batch((), {}, targets, sum(sizes), numbers), batch.size, why)
 
-    def _check_ignored(self, outputs: Any, batch: Batch) -> None:
+    def check_ignored(self, outputs: Any, batch: Batch) -> None:
         """Refuse a mean over valid labels whose batches have unequal shares of them."""
         if self.reduction == "sum":
             return
@@ -301,8 +301,9 @@ class Objective:
             raise ValueError(
                 f"loss_fn ignores {ignored:,} of the {labels:,} labels of a batch of data, and "
                 f"{before:,} of {of:,} in the first one: batches count by their samples, which is "
-                "not the mean over the valid labels. Pass reduction='sum' with a loss that sums, "
-                "and multiply the operator with 1 / (number of valid labels)"
+                "not the mean over the valid labels. Pass per_token_loss(loss_fn), or "
+                "reduction='sum' with a loss that sums, and multiply the operator with 1 / (number "
+                "of valid labels)"
             )
 
     def _check_reduction(self, outputs: Any, batch: Batch) -> None:

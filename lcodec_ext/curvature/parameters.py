@@ -144,10 +144,9 @@ class ParameterLayout(Layout):
             self._on_device[key] = place.to(device)
         return self._on_device[key]
 
-    def _gathered(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [
-            tensors[name].reshape(-1)[self.place(name, tensors[name].device)] for name in self.parts
-        ]
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        for name in self.parts:
+            yield tensors[name].reshape(-1)[self.place(name, tensors[name].device)]
 
     def _overwrite(self, tensors: Mapping[str, Tensor], vector: Tensor) -> None:
         for name, part in self._split(vector):

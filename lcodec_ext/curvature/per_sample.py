@@ -330,7 +330,7 @@ def _gradients(objective: Objective, batch: Batch, key: Key) -> SampleGradients:
             if has_factors(objective, run, batch, key):
                 total = objective.sum_of_losses(run, batch)
                 if not total.requires_grad:  # the loss does not depend on these parameters
-                    zeros = masked.theta.new_zeros(n, masked.size)
+                    zeros = masked.zeros(n, masked.size)
                     return SampleGradients(n, masked.size, (), zeros)
                 return gradients_by_seeds(masked, run, [total], [torch.ones_like(total)], n)
     rows = [gradient_of(objective, batch.part(slice(i, i + 1))) for i in range(n)]

@@ -317,7 +317,8 @@ def evaluate(
     forget, retain, test : tuple of tensors, dict of tensors, Dataset or DataLoader
         Removed, retained and never-seen samples.
     loss_fn : callable
-        ``loss_fn(outputs, targets)``, the mean loss of a batch.
+        ``loss_fn(outputs, targets)``, the mean loss of a batch, over samples or over tokens
+        (`per_token_loss`, or found out).
     retrained : sequence of Module, callable, or None
         Models trained from scratch without the removed samples; or ``retrained(seed)``, which
         trains one, and is timed. Gap closed needs at least 3, a floor 2, and a distance 1. None, or

@@ -6,7 +6,8 @@ Dataset or a DataLoader. ``loss_fn(outputs, targets)`` is the mean loss of a bat
 
 Where a predicted distribution is needed, outputs of shape (n, C) are logits of C >= 2 classes,
 with integer targets of shape (n,). Outputs of shape (n,) or (n, 1) are the logits of class 1, with
-targets 0 and 1.
+targets 0 and 1. Of a loss over tokens (`per_token_loss`, or found out) outputs of shape (n, T, C)
+are logits of tokens, and those whose labels count are what a measure is the mean over.
 
 `evaluate` reports what the tables `METRICS` and `DISTANCES`, at the end of this file, list. A new
 metric is a function and an entry there.
@@ -54,6 +55,8 @@ def accuracy(
     batch_size: int = 256,
 ) -> float | None:
     """Share of samples whose class is predicted: the largest logit, or a single positive one.
+
+    Of a loss over tokens the share of counted tokens.
 
     Parameters
     ----------
@@ -175,7 +178,8 @@ def _distance(
                 f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs)
             )
             raise ValueError(
-                f"the models must return logits of shape (n, C), (n, 1) or (n,); got {given}"
+                f"the models must return logits of shape (n, C), (n, 1) or (n,); got {given}. Of "
+                "tokens `evaluate` has the distance, where it knows which of them count"
             )
         return found
 

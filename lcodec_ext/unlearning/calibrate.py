@@ -24,7 +24,7 @@ from lcodec_ext.unlearning.control import (
 )
 from lcodec_ext.unlearning.levels import Fetched, Levels, Lost
 from lcodec_ext.unlearning.solutions import Solutions, maker_of, plan_of
-from lcodec_ext.unlearning.step import Block, Steps, operator_of
+from lcodec_ext.unlearning.step import Block, Steps, operator_of, told
 
 _Measured = TypeVar("_Measured")
 
@@ -232,11 +232,12 @@ class Calibrated:
     def step(self, damping: float) -> Steps:
         """Take the step of a damping from where the block starts, lengthened as was found."""
         x = self.space.solve(damping, 0)
-        product = (self.operator @ x).add_(x, alpha=damping)
+        left = (self.operator @ x).add_(x, alpha=damping).sub_(self.direction)
         size = float(self.direction.norm())
-        residual = float((product - self.direction).norm()) / size if size else 0.0
-        self.block.put(self.block.start + self.found.length * x)
-        solve = SolveResult(x, residual, self.space.products, self.space.method)
+        residual = float(left.norm()) / size if size else 0.0
+        del left
+        solve = told(SolveResult(x, residual, self.space.products, self.space.method))
+        self.block.put(x.mul_(self.found.length).add_(self.block.start))
         return Steps((solve,), plan=self.operator.plan)
 
 
@@ -607,4 +608,4 @@ def _direction(block: Block, group: Samples) -> Tensor:
     parameters = {k: block.work.parameters[k] for k in block.layout.parameters}
     _, gradient = block.work.gradient(group, parameters)
     # As large as the request: where the pool has fewer samples their mean stands for all of it.
-    return block.layout.gather(gradient) * (len(block.part.forget) / block.part.n_retain)
+    return block.layout.gather(gradient).mul_(len(block.part.forget) / block.part.n_retain)

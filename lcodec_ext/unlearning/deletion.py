@@ -108,6 +108,8 @@ def _round(
         return choice, ()
     block = Block.of(work, part, choice.selection, gradient)
     del gradient  # as large as the model
+    if not isinstance(work.settings.selection, str) or work.settings.selection == "full":
+        watch.before.settle(block.layout)  # other rules may select more later on
     try:
         return choice, guarded_step(block, watch)
     except IndefiniteCurvatureError:

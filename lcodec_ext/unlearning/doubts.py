@@ -21,7 +21,7 @@ from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.request import GUARD_SIZE, Request, n_shared
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients, norm
+from lcodec_ext.unlearning.workplace import Measured
 
 _FEWEST = 30  # validation samples; the standard error of fewer is itself unknown
 _UNSURE = 0.5  # standard error of their mean loss, as a share of it
@@ -173,11 +173,10 @@ def _kolmogorov(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 
 def warn_of_shortfall(
-    before: LossesAndGradients,
-    after: LossesAndGradients,
+    before: Measured,
+    after: Measured,
     deletions: Sequence[Deletion],
     guard: Guard | None,
-    training_norm: float,
     step_norm: float,
 ) -> None:
     """Warn of a calibrated step that stayed far from its aim, or that cost what losses hide.
@@ -202,7 +201,7 @@ def warn_of_shortfall(
         )
     gap = found.unseen - start
     reached = (found.control - start) / gap if gap > _GAP * abs(found.unseen) else 1.0
-    solved = found.stopped_by == "range" and training_norm < _SMALL * norm(before.forget)
+    solved = found.stopped_by == "range" and before.training_norm < _SMALL * before.forget_norm
     if reached < _LITTLE and found.stopped_by != "control" and not (found.finish or solved):
         told.append(
             f"the deletion forgets little: control groups that were deleted as the request lose "

@@ -1,5 +1,6 @@
 """What a deletion will cost, and settings that make it cost less."""
 
+import contextlib
 import math
 import time
 import warnings
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool
 from lcodec_ext._files import json_ready
 from lcodec_ext._progress import progress_line
@@ -24,16 +26,19 @@ from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.samples import outputs_of
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, all_trainable
-from lcodec_ext.curvature.layers import is_linear
+from lcodec_ext.curvature.kronecker.passes import LARGEST
+from lcodec_ext.curvature.layers import NORMS, is_linear
+from lcodec_ext.curvature.layout import UnitLayout
 from lcodec_ext.unlearning.finish import ITERATIONS, form_of
-from lcodec_ext.unlearning.rates import Rates, timed
+from lcodec_ext.unlearning.limit import Limit
+from lcodec_ext.unlearning.rates import Rates, activations_of, timed
 from lcodec_ext.unlearning.request import Request, checked_request
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.select import find_candidates, take
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.solutions import STEPS
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.workload import Graphs, Sizes, Workload
+from lcodec_ext.unlearning.workload import HISTORY, Graphs, Sizes, Workload
 from lcodec_ext.unlearning.workplace import Workplace
 
 #: What is given up for max_seconds, budget and max_memory, in this order: caps on settings.
@@ -59,6 +64,7 @@ SACRIFICES: tuple[dict[str, int], ...] = (
 )
 _ALL = ("n_guard", "n_monitor", "n_curvature", "max_iterations")  # of which None means no limit
 _BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+_GRAPH = 8  # times the activations that a backward pass keeps, of a graph for products at most
 _CACHES = (2**29, 2**28, 2**27, 2**26, 2**25, 0)
 
 
@@ -89,6 +95,8 @@ class Estimate:
         What the figures take for granted.
     space_bytes : int, optional
         What max_memory leaves for the vectors of a calibration.
+    history : int
+        Pairs of vectors that L-BFGS keeps: fewer where memory is limited.
     """
 
     seconds: dict[str, float]
@@ -99,6 +107,7 @@ class Estimate:
     chosen: dict[str, Any]
     notes: tuple[str, ...] = ()
     space_bytes: int | None = None
+    history: int = HISTORY
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON takes it."""
@@ -208,7 +217,8 @@ def estimate(
         work = Workplace.of(model, loss_fn, settings, score, False)
         work, request = checked_request(work, forget, retain, validation, statistics, groups)
     with autocasting(settings.autocast):
-        return _estimated(work, request, time.perf_counter() - begin, settings.bounded)
+        setup, limit = time.perf_counter() - begin, Limit.of(settings, work.device)
+        return _estimated(work, request, setup, settings.bounded, limit)
 
 
 def planned(
@@ -218,35 +228,82 @@ def planned(
 
     setup : seconds that went by before.
     """
-    if not (work.progress or work.settings.bounded):
+    limit = Limit.of(work.settings, work.device)
+    wanted = work.progress or work.settings.bounded
+    if not wanted and (limit is None or _roomy(work, request, limit)):
         return work, request, None
     with work.timed("estimate"):
-        found = _estimated(work, request, setup, True)
-        work.give_back()
+        found = _estimated(work, request, setup, True, limit)
+    if not (wanted or found.chosen):
+        return work, request, None
     progress_line(work.progress, f"unlearn: {found.line()}")
-    work = replace(work, settings=found.settings, space_bytes=found.space_bytes)
+    if limit is not None and found.settings.max_memory is not None:
+        warn(limit.told(found.chosen))
+    work = replace(
+        work,
+        settings=found.settings,
+        space_bytes=found.space_bytes,
+        history=found.history,
+    )
+    work.give_back()
     if found.chosen:
         request = request.drawn_again(found.settings)
     return work, request, found
 
 
-def _estimated(work: Workplace, request: Request, setup: float, planning: bool) -> Estimate:
+def _roomy(work: Workplace, request: Request, limit: Limit) -> bool:
+    """Whether a deletion fits with all parameters selected and graphs as large as any.
+
+    By a forward pass of two samples, in much less time than an estimate.
+    """
+    sizes = _sizes(work, request, None)
+    source = request.forget if request.kept is None else request.kept.all
+    activations = activations_of(work, source)
+    graphs = Graphs(_GRAPH * activations.batch, _GRAPH * activations.sample)
+    return Workload(work.settings, sizes, graphs).memory(activations)["peak"] <= limit.most
+
+
+def _estimated(
+    work: Workplace, request: Request, setup: float, planning: bool, limit: Limit | None
+) -> Estimate:
+    """limit : of memory, which settings have only where they do not fit otherwise."""
     begin = time.perf_counter()
     selection = _stand_in(work)
     sizes = _sizes(work, request, selection)
+    if limit is not None:
+        work = replace(work, settings=replace(work.settings, max_memory=limit.most))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         source = request.forget if request.kept is None else request.kept.all
         rates = timed(work, selection, source, request.forget, sizes)
     if planning:
         setup += time.perf_counter() - begin
+    if limit is not None:
+        free = replace(work.settings, max_memory=None)
+        with contextlib.suppress(ValueError):  # in the time that is allowed
+            found = _fitting(free, free, sizes, rates, setup, None)
+            if found.memory["peak"] <= limit.most:
+                return found
+        return _fitting(free, work.settings, sizes, rates, setup, limit)
+    return _fitting(work.settings, work.settings, sizes, rates, setup, None)
+
+
+def _fitting(
+    given: Settings,
+    limited: Settings,
+    sizes: Sizes,
+    rates: Rates,
+    setup: float,
+    limit: Limit | None,
+) -> Estimate:
+    """The first of the plans for limited settings that fits, beside the given ones."""
     tried: list[Estimate] = []
-    for settings in _plans(work.settings, sizes, rates.graphs):
+    for settings in _plans(limited, sizes, rates.graphs):
         found = _of(settings, sizes, rates, setup)
         if fits(found):
-            return replace(found, chosen=_changed(work.settings, settings), notes=_notes(settings))
+            return replace(found, chosen=_changed(given, settings), notes=_notes(settings))
         tried.append(found)
-    raise ValueError(_refusal(work.settings, tried))
+    raise ValueError(_refusal(limited, tried, limit, sizes.bytes_each > 4))
 
 
 def fits(found: Estimate) -> bool:
@@ -325,7 +382,9 @@ def _of(settings: Settings, sizes: Sizes, rates: Rates, setup: float) -> Estimat
             passes[phase.name] = phase.passes()
     seconds["total"] = sum(seconds.values())
     memory, space = load.memory(rates.activations), load.space_bytes
-    return Estimate(seconds, most, passes, memory, settings, {}, space_bytes=space)
+    return Estimate(
+        seconds, most, passes, memory, settings, {}, space_bytes=space, history=load.history
+    )
 
 
 def _changed(before: Settings, after: Settings) -> dict[str, Any]:
@@ -347,7 +406,9 @@ def _notes(settings: Settings) -> tuple[str, ...]:
     return (f"selection={selection!r}: a step on as many random units",)
 
 
-def _refusal(settings: Settings, tried: Sequence[Estimate]) -> str:
+def _refusal(
+    settings: Settings, tried: Sequence[Estimate], limit: Limit | None, double: bool
+) -> str:
     """What a deletion would take at least."""
     allowed, most = settings.seconds_allowed, settings.max_memory
 
@@ -365,12 +426,16 @@ def _refusal(settings: Settings, tried: Sequence[Estimate]) -> str:
         )
         limits.append(f"{given}: it takes up to {_seconds(least.most_seconds)}")
     if most is not None:
-        limits.append(f"max_memory={most:,}: it takes {least.memory['peak']:,} bytes")
+        whose = f"max_memory={most:,}" if limit is None else str(limit)
+        limits.append(f"{whose}: it takes {least.memory['peak']:,} bytes")
     lowered = ", ".join(f"{k}={v}" for k, v in _changed(settings, least.settings).items())
     slack = " (and a quarter more: it was timed just now)" * (allowed < math.inf)
     return (
         f"the smallest plan for this deletion ({lowered}) does not fit {' and '.join(limits)}. "
-        f"Allow that much{slack}, or select fewer parameters (selection, max_parameters)"
+        f"Allow that much{slack}{', with max_memory' * (limit is not None)}, or select fewer "
+        "parameters (selection, max_parameters)"
+        + ", or compute in float32 (dtype=torch.float32)"
+        * (double and most is not None)
     )
 
 
@@ -396,26 +461,49 @@ def _stand_in(work: Workplace) -> Selection:
     return take(ranked, candidates, settings, work.n_trainable)
 
 
-def _sizes(work: Workplace, request: Request, selection: Selection) -> Sizes:
+def _sizes(work: Workplace, request: Request, selection: Selection | None) -> Sizes:
+    """Of a request; without a selection as if all trainable parameters were selected."""
     samples = request.forget if request.kept is None else request.kept.all
     with torch.no_grad():
         outputs = [*tensors_of(outputs_of(work.model, samples.fetch([0])))]
     modules = dict(work.model.named_modules())
     units = selection.units if isinstance(selection, UnitSelection) else {}
     layers = [modules.get(name) for name in units]
-    tensors = [*work.model.parameters(), *work.model.buffers()]
-    statistics = request.statistics
+    statistics, settings = request.statistics, work.settings
     return Sizes(
         m=request.m,
         n_retain=request.n_retain,
         n_held=None if request.validation is None else len(request.validation),
         n_outputs=sum(t.numel() for t in outputs),
-        p=selection.layout(work.model).size,
+        p=work.n_trainable if selection is None else selection.layout(work.model).size,
         n_trainable=work.n_trainable,
-        n_parameters=sum(t.numel() for t in tensors),
+        n_parameters=work.n_numbers,
         bytes_each=torch.finfo(work.dtype).bits // 8,
         batch_norm=any(isinstance(module, _BatchNorm) for module in modules.values()),
         retained=request.kept is not None,
         n_statistics=0 if statistics is None else statistics.n_parameters or 1,
         head=len(layers) == 1 and layers[0] is work.model and is_linear(layers[0]),
+        known=not isinstance(settings.selection, str) or settings.selection == "full",
+        blocks=_blocks(work.model, selection) if settings.curvature == "ekfac" else (),
     )
+
+
+def _blocks(model: nn.Module, selection: Selection | None) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of Kronecker factors, those of whole layers where units are not given."""
+    modules = dict(model.named_modules())
+    if isinstance(selection, UnitSelection):
+        shapes = [(b.module, len(b.units), b.width) for b in UnitLayout(selection, model).blocks]
+    else:
+        shapes = [
+            (name.rpartition(".")[0], len(p), p[0].numel() + 1)
+            for name, p in model.named_parameters()
+            if p.ndim > 1
+        ]
+    found = []
+    for name, rows, columns in shapes:
+        module = modules.get(name)
+        if isinstance(module, NORMS):
+            continue
+        rows = 0 if isinstance(module, nn.Embedding) else rows  # which are looked up
+        found.append((rows if rows <= LARGEST else 0, columns if columns <= LARGEST else 0))
+    return tuple(found)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._progress import counted
-from lcodec_ext._torch.loss import NotFiniteError, mean_gradient, mean_loss
+from lcodec_ext._torch.loss import NotFiniteError, in_parts, mean_gradient, mean_loss
 from lcodec_ext._torch.predict import predict
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext._torch.tokens import of_sets
@@ -21,11 +21,11 @@ from lcodec_ext.unlearning.distil import (
     trained_copy,
 )
 from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.statistics import LARGE
 from lcodec_ext.unlearning.step import Block
 
 BATCHED = 5000  # retained samples, from which on mini-batches finish
 ITERATIONS = 32  # of L-BFGS on fewer
-LARGE = 2_000_000  # numbers in a model, above which L-BFGS has to be asked for
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
 ENOUGH = 0.4  # of the gap between trained samples and validation, where L-BFGS alone does
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
@@ -61,12 +61,7 @@ def form_of(finish: int | None, n: int, n_parameters: int) -> Literal["batches",
 def form(block: Block) -> Literal["batches", "L-BFGS", ""]:
     """How this deletion is finished."""
     settings, n = block.work.settings, len(block.retained.all)
-    return form_of(settings.finish, n, _numbers(block))
-
-
-def _numbers(block: Block) -> int:
-    model = block.work.model
-    return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    return form_of(settings.finish, n, block.work.n_numbers)
 
 
 def unlikeness(block: Block, retained: Samples) -> float:
@@ -118,10 +113,12 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
                 )
             except (NotTrainedError, NotFiniteError) as error:
                 block.restore(theta, block.buffers)
-                if _numbers(block) > LARGE:
+                if block.work.n_numbers > LARGE:
                     return None
                 why = f" instead of mini-batches, as {error}"
-        kept = _lbfgs(block, harm, outliers=outliers)
+        # After a step the vectors that it was found by are still there.
+        history = 1 if known and work.space_bytes is not None else work.history
+        kept = _lbfgs(block, harm, theta, history, outliers=outliers)
         if known or does(work.model):
             return Finish(kept, f"L-BFGS on the retained samples{why}")
     block.put(theta)
@@ -144,10 +141,11 @@ def finish_step(block: Block, harm: Harm) -> Finish | None:
     return Finish(batches, "mini-batches, the removed samples' outputs held as after the step")
 
 
-def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
+def _lbfgs(block: Block, harm: Harm, before: Tensor, history: int, *, outliers: bool) -> int:
     """L-BFGS on the retained objective from the present weights, as long as validation holds.
 
-    In evaluation mode, on the selected parameters, with history 10 and a strong Wolfe line search.
+    In evaluation mode, on the selected parameters, with a strong Wolfe line search. The history is
+    10 pairs of vectors, fewer where memory is limited.
     Each iteration takes one or two passes over the retained samples, every second one another over
     validation. They end where the objective has fallen to a hundredth: it is not to go on with
     training. For samples like any other a fall by a twentieth is too much, and all is undone:
@@ -163,16 +161,18 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
         [theta],
         max_iter=1,
         max_eval=_LINE_SEARCH,  # of one iteration: the default allows its line search none
-        history_size=10,
+        history_size=history,
         tolerance_grad=0.0,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
-    known: list[tuple[Tensor, float, Tensor]] = []  # where the line search ended, for the next one
+    known: list[tuple[float, Tensor]] = []  # where the line search ended, for the next one
 
     def closure() -> float:
         here = theta.detach()
-        if not known or not torch.equal(known[-1][0], here):
+        if not known or not torch.equal(block.now(), here):
+            known.clear()  # its gradient is as large as the model
+            theta.grad = None
             block.put(here)
             loss, gradient = mean_gradient(
                 work.model,
@@ -183,13 +183,13 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
                 weight_decay=work.decay,
                 keep_unused=True,
             )
-            loss += float((decay.double() * here.double().square()).sum()) / 2
-            known[:] = [(here.clone(), loss, block.layout.gather(gradient))]
-        theta.grad = known[-1][2].clone()
-        return known[-1][1]
+            for each, w in zip(in_parts(decay), in_parts(here), strict=True):
+                loss += float((each.double() * w.double().square()).sum()) / 2
+            known.append((loss, block.layout.gather(gradient)))
+        theta.grad = known[-1][1]
+        return known[-1][0]
 
-    before = best = block.now()
-    kept = 0
+    best, kept = before, 0
     start = closure()
     most = work.settings.finish or ITERATIONS
     for iteration in counted(
@@ -199,14 +199,16 @@ def _lbfgs(block: Block, harm: Harm, *, outliers: bool) -> int:
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         except NotFiniteError:
             break
-        left = known[-1][1]
+        left = known[-1][0]
         if left < _ENDED * start and not outliers and start > 0:
             best, kept = before, 0
             break
         ended = iteration == most or left < _TRAINED * start
         if iteration % _LOOKED and not ended:
             continue
-        block.put(theta.detach())
+        if not torch.equal(block.now(), theta.detach()):  # known is of other weights
+            known.clear()
+            block.put(theta.detach())
         if harm.validation_loss() <= harm.most and not harm.costs_accuracy():
             best, kept = theta.detach().clone(), iteration
         elif iteration - kept >= _PATIENCE:

@@ -23,7 +23,7 @@ from lcodec_ext.unlearning.groups import FEWEST
 from lcodec_ext.unlearning.repair import recalibrate, repair
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.step import Block, Steps, take_steps
-from lcodec_ext.unlearning.workplace import Workplace
+from lcodec_ext.unlearning.workplace import Measured, Workplace
 
 _LONGEST = 8.0  # multiple of a step, by lengthening it
 LENGTHS = 6  # that are tried
@@ -97,9 +97,10 @@ class Watch:
     guard: Guard | None
     unread: Samples | None  # retained samples that the step has not read
     validation: Samples | None  # to calibrate by
+    before: Measured
 
     @classmethod
-    def of(cls, work: Workplace, request: Request) -> "Watch":
+    def of(cls, work: Workplace, request: Request, before: Measured) -> "Watch":
         """What the settings ask to watch, from the present weights on."""
         settings, held = work.settings, request.validation
         guarded = settings.max_drop is not None or settings.repair_drop is not None
@@ -110,11 +111,11 @@ class Watch:
             unread = request.kept.unread()
         held = unread if held is None else held
         if not guarded:
-            return cls(None, unread, request.validation)
+            return cls(None, unread, request.validation, before)
         assert held is not None  # requests without are refused beforehand
         if request.kept is not None and request.kept.pool is not None:
             held = of_classes_that_stay(held, request.kept.pool)
-        return cls(Guard.of(work, held), unread, request.validation)
+        return cls(Guard.of(work, held), unread, request.validation, before)
 
 
 @dataclass(frozen=True)

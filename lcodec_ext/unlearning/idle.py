@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.request import Request
-from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
+from lcodec_ext.unlearning.workplace import LossesAndGradients, Measured, Workplace
 
 
-def measured_first(work: Workplace, request: Request) -> LossesAndGradients:
+def measured_first(work: Workplace, request: Request) -> Measured:
     """Losses and gradients at the start; rows without a gradient anywhere are left alone.
 
     Where neither the removed nor the retained samples have a gradient (unused heads, rows of
@@ -19,7 +19,7 @@ def measured_first(work: Workplace, request: Request) -> LossesAndGradients:
     """
     before = work.measure(request.forget, request.monitored)
     if work.settings.update == "certified":
-        return before
+        return before.kept(request.m, request.n_retain)
     idle = {
         name: entries
         for name, g in before.forget.items()
@@ -34,7 +34,7 @@ def measured_first(work: Workplace, request: Request) -> LossesAndGradients:
             for gradient in (before.forget, before.retained or {}):
                 if name in gradient:
                     gradient[name].masked_fill_(entries, 0.0)
-    return before
+    return before.kept(request.m, request.n_retain)
 
 
 def _alone(work: Workplace, name: str, gradient: Tensor, samples: Samples | None) -> Tensor:

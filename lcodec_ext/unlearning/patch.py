@@ -89,9 +89,9 @@ class WeightPatch:
                     f"{tuple(a.shape)} in one and {tensor.dtype} of shape {tuple(tensor.shape)} in "
                     "the other"
                 )
-            places = (_bits(a) != _bits(tensor)).any(1).nonzero()[:, 0]
-            if len(places):
-                changed[name] = _packed(tensor, places)
+            differs = (_bits(a) != _bits(tensor)).any(1)
+            if bool(differs.any()):
+                changed[name] = _packed(tensor, differs)
         return cls(state_hash(old), state_hash(new), changed)
 
     @property
@@ -245,13 +245,14 @@ def _bits(tensor: Tensor) -> Tensor:
     return flat.view(_BITS[flat.element_size()])
 
 
-def _packed(tensor: Tensor, places: Tensor) -> PatchedTensor:
+def _packed(tensor: Tensor, differs: Tensor) -> PatchedTensor:
     """The changed entries with their places, or all entries where that takes less memory."""
     kind = torch.int32 if tensor.numel() < 2**31 else torch.int64
     shape = tuple(tensor.shape)
     values = tensor.detach().reshape(-1)
-    if len(places) * (tensor.element_size() + kind.itemsize) >= tensor.nbytes:
+    if int(differs.sum()) * (tensor.element_size() + kind.itemsize) >= tensor.nbytes:
         return PatchedTensor(None, values.to("cpu", copy=True), shape)
+    places = differs.nonzero()[:, 0]
     return PatchedTensor(places.to("cpu", kind), values[places].cpu(), shape)
 
 

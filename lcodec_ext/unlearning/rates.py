@@ -89,7 +89,7 @@ def timed(
         built = _Built(work, selection)
         passes["graphs"], passes["products"] = _fitted(work, some, built.calls, built.fits)
         graphs = _line(built.n_bytes)
-    rates = Rates(passes, _solve_rate(work, sizes.p), graphs, _activations(work, some))
+    rates = Rates(passes, _solve_rate(work, sizes.p), graphs, activations_of(work, some))
     if sizes.blocks:
         rates = replace(rates, basis=_basis_seconds(work, sizes.blocks))
     if settings.selection in ("lfoci", "cheap"):
@@ -186,7 +186,7 @@ def _line(found: Mapping[int, float]) -> Graphs:
     return Graphs(max(0.0, found[few] - few * sample), sample)
 
 
-def _activations(work: Workplace, samples: Samples) -> Graphs:
+def activations_of(work: Workplace, samples: Samples) -> Graphs:
     """Memory that a backward pass needs of the forward pass, by samples."""
     found: dict[int, float] = {}
     own = {t.untyped_storage().data_ptr() for t in work.model.state_dict().values()}

@@ -14,7 +14,7 @@ from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.privacy import Guarantee, add_noise, removal_guarantee
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, norm
+from lcodec_ext.unlearning.workplace import Measured, Workplace, norm
 
 #: What `removal_guarantee` asks of the settings.
 _OPTIONS = {each.name for each in dataclasses.fields(Settings)} & {
@@ -112,7 +112,7 @@ def guarantee_of_deletions(
     model: nn.Module,
     request: Request,
     deletions: Sequence[Deletion],
-    before: LossesAndGradients,
+    before: Measured,
     start_norm: float,
     n_selected: int,
 ) -> Guarantee:
@@ -126,7 +126,7 @@ def guarantee_of_deletions(
         n=request.m + request.n_retain,
         m=request.m,
         n_selected=n_selected,
-        training_gradient_norm=training_norm(before, request) if whole else math.nan,
+        training_gradient_norm=before.training_norm if whole else math.nan,
         solve_residual=max((v.residual for d in deletions for v in d.solves), default=math.nan),
         parameter_norm=max(start_norm, now),
         damping=deletions[-1].last.damping,
@@ -147,14 +147,3 @@ def with_noise(work: Workplace, model: nn.Module, guarantee: Guarantee) -> nn.Mo
     work.take_from_first(noisy)  # one draw
     work.take_over(noisy)
     return noisy
-
-
-def training_norm(measured: LossesAndGradients, request: Request) -> float:
-    """Gradient norm of the objective on removed and retained samples together."""
-    if measured.retained is None:
-        return math.nan
-    m, n_retain = request.m, request.n_retain
-    n = m + n_retain
-    return norm(
-        {k: (m * measured.forget[k] + n_retain * g) / n for k, g in measured.retained.items()}
-    )

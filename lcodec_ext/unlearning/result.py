@@ -20,10 +20,9 @@ from lcodec_ext.unlearning.estimate import Estimate
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.patch import WeightPatch
 from lcodec_ext.unlearning.privacy import Guarantee
-from lcodec_ext.unlearning.release import training_norm
 from lcodec_ext.unlearning.request import Request
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, norm
+from lcodec_ext.unlearning.workplace import Measured, Workplace
 
 _LAYERS = 6  # that a representation lists
 
@@ -265,8 +264,8 @@ def _counts(selection: Selection) -> dict[str, int]:
 class Outcome(NamedTuple):
     """What was measured of deletions, and what their noise guarantees."""
 
-    before: LossesAndGradients
-    after: LossesAndGradients
+    before: Measured
+    after: Measured
     selection: Selection
     step_norm: float
     guarantee: Guarantee
@@ -310,11 +309,9 @@ def result_of(
         solve_iterations=sum(s.iterations for s in solves) if solves else last.n_gradient,
         solve_residual=max((s.residual for s in solves), default=math.nan),
         step_norm=step_norm,
-        training_gradient_norm=training_norm(before, request),
-        gradient_norm=BeforeAfter(norm(before.retained), norm(after.retained)),
-        gradient_norm_selected=BeforeAfter(
-            norm(before.retained, layout), norm(after.retained, layout)
-        ),
+        training_gradient_norm=before.training_norm,
+        gradient_norm=BeforeAfter(before.retained_norm, after.retained_norm),
+        gradient_norm_selected=BeforeAfter(before.norm_on(layout), after.norm_on(layout)),
         loss_forget=BeforeAfter(before.forget_loss, after.forget_loss),
         loss_retain=BeforeAfter(before.retained_loss, after.retained_loss),
         guard=_guarded(guard, deletions),

@@ -283,8 +283,8 @@ class CalibrateSettings:
         requests together.
     finish : int, optional
         Training on the retained samples, after the step or in its place. None: mini-batches where
-        5000 samples or more are retained, else at most 32 iterations of L-BFGS. 0: none. A number:
-        at most so many iterations of L-BFGS.
+        5000 samples or more are retained, else at most 32 iterations of L-BFGS for models of up to
+        2 million parameters. 0: none. A number: at most so many iterations of L-BFGS.
     """
 
     calibrate: bool = field(default=False, metadata={"check": check_bool})
@@ -457,7 +457,10 @@ class CostSettings:
     budget, training_seconds : float, optional
         Instead: a share of what training took, in seconds on this machine.
     max_memory : int, optional
-        Bytes that a deletion may take in addition to the given model and data.
+        Bytes that a deletion may take in addition to the given model and data. By default three
+        quarters of the memory that is available when it begins, where the system tells: then
+        nothing changes for a deletion that takes less, and a warning says what was lowered for
+        others. None is lowered with update="certified", or over a group.
     """
 
     max_seconds: float | None = _cost()

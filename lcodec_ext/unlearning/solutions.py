@@ -123,13 +123,16 @@ class _ClosedForm:
     lengthens: tuple[str, ...] = ("range",)
 
     def __init__(self, operator: KroneckerOperator, b: list[Tensor]) -> None:
-        self._operator, self._b = operator, b[:]
-        b.clear()
+        self._operator = operator
+        self._b: list[list[Tensor]] = []
+        while b:  # in the eigenvectors: what each damping then takes is half
+            self._b.append(operator.coordinates(b.pop(0)))
         self.products, self.largest, self.least = 0, operator.largest, operator.least
-        self.floor = _NO_MATTER * (operator.least + operator.shift)
+        rounding = torch.finfo(operator.dtype).eps * operator.largest
+        self.floor = max(_NO_MATTER * (operator.least + operator.shift), 10 * rounding)
 
     def solve(self, shift: float, column: int) -> Tensor:
-        return self._operator.solve_shifted(self._b[column], shift)
+        return self._operator.solve_coordinates(self._b[column], shift)
 
     def residuals(self, shift: float) -> Tensor:
         """Those of an exact solution: the rounding is not looked at before a step is taken."""

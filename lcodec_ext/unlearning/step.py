@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +58,8 @@ class Block:
         """The block of a selection at the present weights."""
         layout = selection.layout(work.model)
         share = len(part.forget) / part.n_retain
-        removal = layout.gather(gradient) * share
-        start = layout.gather(work.parameters).detach().clone()
+        removal = layout.gather(gradient).mul_(share)
+        start = _now(layout, work)
         buffers = {k: b.clone() for k, b in work.model.named_buffers()}
         return cls(work, part, selection, layout, start, buffers, removal)
 
@@ -71,7 +71,7 @@ class Block:
 
     def now(self) -> Tensor:
         """The parameters, a copy."""
-        return self.layout.gather(self.work.parameters).detach().clone()
+        return _now(self.layout, self.work)
 
     def put(self, theta: Tensor) -> None:
         """Set the parameters."""
@@ -87,8 +87,12 @@ class Block:
                 buffer.data = buffers[name].clone()
 
     def decay(self) -> Tensor:
-        """The weight decay of each coordinate."""
+        """The weight decay of each coordinate; one number takes no memory."""
         work, each = self.work, self.work.decay
+        own = [each[k] for k in self.layout.parameters]
+        numbers = {decay for decay in own if not isinstance(decay, Tensor)}
+        if len(numbers) == 1 and not any(isinstance(decay, Tensor) for decay in own):
+            return torch.full_like(self.start[:1], *numbers).expand_as(self.start)
         return self.layout.gather(
             {k: torch.ones_like(p) * each[k] for k, p in work.parameters.items()}
         )
@@ -101,11 +105,16 @@ class Block:
         return self.layout.gather(gradient)
 
 
+@torch.no_grad()
+def _now(layout: Layout, work: Workplace) -> Tensor:
+    return layout.gather(work.parameters)
+
+
 @dataclass(frozen=True)
 class Steps:
     """The steps of an update that were taken."""
 
-    solves: tuple[SolveResult, ...] = ()  # of Newton steps
+    solves: tuple[SolveResult, ...] = ()  # of Newton steps, without their solutions
     n_gradient: int = 0  # gradient steps
     plan: str = ""  # how products with the last matrix were computed
     failure: NotFiniteError | None = None  # what ended them early
@@ -115,6 +124,11 @@ class Steps:
     def residual(self) -> float:
         """The largest, 0 without a solve; above 1 a solution is worse than none."""
         return max((solve.residual for solve in self.solves), default=0.0)
+
+
+def told(solution: SolveResult) -> SolveResult:
+    """How a system was solved, without the solution, which is as large as the model."""
+    return replace(solution, x=solution.x.new_empty(0))
 
 
 def take_steps(block: Block, damping: float, learning_rate: float) -> Steps:
@@ -142,7 +156,7 @@ def take_steps(block: Block, damping: float, learning_rate: float) -> Steps:
                 solution, plan, used = newton_step(block, direction, damping)
                 theta += solution.x
                 used = max(used, taken.damping or 0.0)
-                taken = Steps((*taken.solves, solution), plan=plan, damping=used)
+                taken = Steps((*taken.solves, told(solution)), plan=plan, damping=used)
             block.put(theta)
     except NotFiniteError as error:
         return Steps(taken.solves, taken.n_gradient, taken.plan, error, taken.damping)
@@ -228,7 +242,7 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         steps = direction * (length / float(direction.norm()))
         return SecantOperator(*arguments, steps=steps, **common)
     if settings.curvature == "ekfac":
-        draws = draws_of(len(block.retained.read))
+        draws = draws_of(len(block.retained.read), work.n_numbers)
         common |= {"seed": settings.seed, "draws": draws, "progress": work.progress}
     else:
         common["cache_bytes"] = settings.cache_bytes

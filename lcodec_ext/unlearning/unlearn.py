@@ -1,11 +1,11 @@
 """The deletion: which units, which step, whether it did harm, and what came of it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool
@@ -13,7 +13,7 @@ from lcodec_ext._one_rank import OneRank
 from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.group import Ranks, ranks_of
-from lcodec_ext._torch.loss import LossFunction, NotFiniteError, euclidean_norm, wide
+from lcodec_ext._torch.loss import LossFunction, NotFiniteError, euclidean_norm, in_parts, wide
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.predict import Score
 from lcodec_ext._torch.states import state_hash
@@ -29,7 +29,6 @@ from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.release import (
     check_certifiable,
     guarantee_of_deletions,
-    training_norm,
     with_noise,
 )
 from lcodec_ext.unlearning.request import Request, checked_request, told_of_given, told_of_settings
@@ -38,7 +37,7 @@ from lcodec_ext.unlearning.select import joined
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.statistics import TrainingStatistics
 from lcodec_ext.unlearning.warn import warn_of_harm, warn_of_left_out, warn_of_skipped
-from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace, copy_state, norm
+from lcodec_ext.unlearning.workplace import Measured, Workplace, copy_state, norm
 
 
 @twice_differentiable()
@@ -75,7 +74,8 @@ def unlearn(
     Parameters
     ----------
     model : Module
-        Left as it is, unless inplace=True.
+        Left as it is, unless inplace=True. Of one that is compiled or wrapped (DDP and others) it
+        is the module inside that is copied, by its own names.
     forget, retain : tensors, Dataset or DataLoader
         Removed and retained training samples, disjoint: (inputs, targets), several inputs before
         the targets, a dict of tensors with "labels" as for models of transformers, a Dataset of
@@ -83,8 +83,9 @@ def unlearn(
         `statistics` stand for it: a preset's repair is then off, and its guard without validation.
     loss_fn : callable
         ``loss_fn(outputs, targets)``, the plain mean loss of a batch: ``F.cross_entropy``,
-        ``nn.MSELoss()``. The outputs are what the model returns, a tensor or several, or the logits
-        of the outputs of transformers. Class weights and ignored targets are refused.
+        ``nn.MSELoss()``; or the mean over its tokens, `per_token_loss`, which is also found out.
+        The outputs are what the model returns, a tensor or several, or the logits of the outputs of
+        transformers. Class weights, and ignored targets of samples with one each, are refused.
     preset : {"recommended", "paper"} or Settings, default "recommended"
         Where the options start from. "recommended": one Gauss-Newton step by conjugate gradients
         on all units, watched by a guard. "paper": Algorithm 1 of Mehta et al., units by L-FOCI.
@@ -132,8 +133,8 @@ def unlearn(
     NotFiniteError
         If a loss, a gradient or an activation is NaN or infinite.
     ValueError
-        For samples, a model or options that cannot be used; the message names them. The errors
-        above are ValueErrors, too.
+        For samples, a model or options that cannot be used, and if the deletion takes more memory
+        than there is; the message names them. The errors above are ValueErrors, too.
     TypeError
         For arguments of the wrong type, and unknown options.
     RuntimeError
@@ -144,11 +145,13 @@ def unlearn(
     ConvergenceWarning
         If conjugate gradients do not converge, and `max_iterations` was not set.
     UserWarning
-        If the deletion is not calibrated, unless calibrate=False says that this is meant; if the
-        step was taken back; if with order="sequential" there is none for a sample; if it raises the
-        retained loss by much; if half of the removed samples or more are also retained; if there
-        are fewer units than `n_units`; if validation samples are few, unlike the training ones or
-        among them; if a calibrated step stayed far from its aim or cost accuracy.
+        If the deletion would take more than three quarters of the memory that is available, and
+        settings were lowered for it; if the deletion is not calibrated, unless calibrate=False says
+        that this is meant; if the step was taken back; if with order="sequential" there is none for
+        a sample; if it raises the retained loss by much; if half of the removed samples or more are
+        also retained; if there are fewer units than `n_units`; if validation samples are few,
+        unlike the training ones or among them; if a calibrated step stayed far from its aim or cost
+        accuracy.
 
     Notes
     -----
@@ -218,7 +221,6 @@ def _carried_out(
     with ranks.warning_last(), ExitStack() as modes:
         with ranks.alone("the arguments"):
             check_bool(inplace, "inplace")
-            check_bool(progress, "progress")
             given, model = model, unwrapped(model)
             settings, doubt = resolve(
                 preset,
@@ -242,7 +244,7 @@ def _carried_out(
         with work.timed("monitoring"):
             before = measured_first(work, request)
         start = {k: p.detach() for k, p in model.named_parameters() if k in work.parameters}
-        watch = Watch.of(work, request)
+        watch = Watch.of(work, request, before)
         warn_of_left_out(work)
         warn_of_doubts(request, watch.guard, settings)
         goes_on = goes_on or (settings.order == "sequential" and request.m > 1)
@@ -250,26 +252,18 @@ def _carried_out(
         deletions = [delete(work, part, watch, goes_on=goes_on) for part in request.parts(work)]
         warn_of_skipped(deletions, watch.guard, work.settings, request.m)
         applied, selection = _selections(deletions)
-        step_norm = euclidean_norm(
-            wide(p.detach()) - wide(start[k]) for k, p in work.parameters.items()
-        )
+        step_norm = _distance(work, start)
         with work.timed("monitoring"):
             # Into a copy first, also in place: the given model changes only when all has gone well.
             changed = work.handed_over(model, applied)
+            size = selection.size(work.model)
             guarantee = guarantee_of_deletions(
-                work,
-                changed,
-                request,
-                deletions,
-                before,
-                norm(start),
-                selection.size(work.model),
+                work, changed, request, deletions, before, norm(start), size
             )
             changed = with_noise(work, changed, guarantee)
             after = _measured(work, request, guarantee)
         warn_of_harm(before, after, guarantee, deletions, watch.guard)
-        trained = training_norm(before, request)
-        warn_of_shortfall(before, after, deletions, watch.guard, trained, step_norm)
+        warn_of_shortfall(before, after, deletions, watch.guard, step_norm)
         if isinstance(ranks, Ranks):
             _check_alike(ranks, changed)
         patch = _patch_of(model, changed)
@@ -279,6 +273,15 @@ def _carried_out(
     work.clock.seconds["total"] = time.perf_counter() - begin
     measured = Outcome(before, after, selection, step_norm, guarantee, patch, cost)
     return result_of(changed, work, request, deletions, watch.guard, measured)
+
+
+def _distance(work: Workplace, start: Mapping[str, Tensor]) -> float:
+    """Norm of the step that was taken, from where the parameters were."""
+    return euclidean_norm(
+        wide(new) - wide(old)
+        for k, p in work.parameters.items()
+        for new, old in zip(in_parts(p), in_parts(start[k]), strict=True)
+    )
 
 
 def _check_alike(ranks: Ranks, changed: nn.Module) -> None:
@@ -294,10 +297,11 @@ def _check_alike(ranks: Ranks, changed: nn.Module) -> None:
         )
 
 
-def _measured(work: Workplace, request: Request, guarantee: Guarantee) -> LossesAndGradients:
+def _measured(work: Workplace, request: Request, guarantee: Guarantee) -> Measured:
     """Losses and gradients at the end; if there are none, say that noise did it."""
     try:
-        return work.measure(request.forget, request.monitored)
+        found = work.measure(request.forget, request.monitored)
+        return found.kept(request.m, request.n_retain)
     except NotFiniteError as error:
         if guarantee.sigma == 0:
             raise

@@ -12,7 +12,7 @@ from lcodec_ext.unlearning.privacy import Guarantee
 from lcodec_ext.unlearning.rules import RULES
 from lcodec_ext.unlearning.select import no_unit
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import LossesAndGradients, Workplace
+from lcodec_ext.unlearning.workplace import Measured, Workplace
 
 
 def warn_of_skipped(
@@ -132,8 +132,8 @@ def _warn_of_residual(deletions: Sequence[Deletion]) -> None:
 
 
 def warn_of_harm(
-    before: LossesAndGradients,
-    after: LossesAndGradients,
+    before: Measured,
+    after: Measured,
     guarantee: Guarantee,
     deletions: Sequence[Deletion],
     guard: Guard | None,

@@ -1,7 +1,7 @@
 """What a deletion computes: passes over samples and memory, from its settings and sizes alone."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ _LIKELY_TRIALS = 5  # dampings whose losses are measured, of TRIALS + 1
 _LIKELY_CG = 40  # iterations to the relative residual that is the default
 _CG_VECTORS = 14  # of its iteration, and of a product
 _HEAP = 0.1  # of all memory: gaps that the C library keeps between what is in use
+HISTORY, _FEWEST_HISTORY = 10, 2  # pairs of vectors that L-BFGS keeps; where memory is limited
+_LBFGS_VECTORS = 8  # that it has besides: weights, and gradients of its line search
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Sizes:
     retained: bool = True  # whether there are retained samples
     n_statistics: int = 0  # coordinates of a matrix that was saved at training time
     head: bool = False  # whether rows of the layer that gives the outputs are kept, and no graphs
+    known: bool = True  # whether the selection is known before any gradient
     blocks: tuple[tuple[int, int], ...] = ()  # rows and columns of Kronecker-factored blocks
 
 
@@ -159,10 +162,27 @@ class Workload:
     @property
     def space_bytes(self) -> int | None:
         """What max_memory leaves for the vectors of a calibration; None without a limit."""
+        return self._left(self._beside_vectors()) if self.settings.calibrate else None
+
+    def _left(self, taken: Mapping[str, float]) -> int | None:
+        """What max_memory leaves; None without a limit."""
         most = self.settings.max_memory
-        if most is None or not self.settings.calibrate:
-            return None
-        return max(0, int(most / (1 + _HEAP) - sum(self._beside_vectors().values())))
+        return None if most is None else max(0, int(most / (1 + _HEAP) - sum(taken.values())))
+
+    @property
+    def l_bfgs(self) -> bool:
+        """Whether L-BFGS may finish."""
+        s, z = self.settings, self.sizes
+        return s.calibrate and form_of(s.finish, z.n_retain, z.n_parameters) == "L-BFGS"
+
+    @property
+    def history(self) -> int:
+        """Pairs of vectors that L-BFGS keeps."""
+        left, most = self._left(self._finishing(0)), min(HISTORY, self.settings.finish or HISTORY)
+        if left is None:
+            return most
+        pairs = left // max(1, 2 * self.sizes.p * self.sizes.bytes_each)
+        return min(most, max(_FEWEST_HISTORY, pairs))
 
     @property
     def method(self) -> str:
@@ -255,7 +275,7 @@ class Workload:
         """Kronecker factors so often: two passes over the samples, one where the basis is known."""
         z = self.sizes
         n = z.m + z.n_retain if self.from_statistics else self.n_curvature
-        each = draws_of(n) is None and z.n_outputs <= ALL_COLUMNS
+        each = draws_of(n, z.n_parameters) is None and z.n_outputs <= ALL_COLUMNS
         passes = (1 if self.from_statistics else 2) * (z.n_outputs if each else 1)
         return {
             "gradient": ((count * passes, self.n_curvature),),
@@ -361,17 +381,15 @@ class Workload:
         activations : of a backward pass over a batch.
         """
         s, z = self.settings, self.sizes
-        whole = z.n_trainable * z.bytes_each
-        model = z.n_parameters * z.bytes_each
-        gradients = 2 * whole  # measured at the start
         finishes = form_of(s.finish, z.n_retain, z.n_parameters) != ""
         largest = max(z.m, self.n_monitored, z.n_retain if finishes else 0)
         batch = activations.of(min(s.batch_size, max(1, largest)))
         backward = {
-            "model": 2 * model,  # the copy that moves, and what is handed over
-            "gradients": gradients + 2 * whole,
+            "model": 2.0 * z.n_parameters * z.bytes_each,  # the one that moves, and the result
+            "gradients": self._measured() + z.n_trainable * z.bytes_each + self._backward(),
             "batch": batch,
         }
+        finish = self._finishing(self.history) | {"batch": batch} if self.l_bfgs else backward
         step = self._beside_vectors() | {"vectors": float(self._vectors())}
         if self.method == "closed form":
             step["batch"] = activations.of(min(s.batch_size, self.n_curvature))
@@ -380,18 +398,37 @@ class Workload:
             rows = min(self.rows * z.p, rows) if self.method == "woodbury" else rows
             step["rows"] = float(min(rows * z.bytes_each, s.cache_bytes))
             step["batch"] = activations.of(min(s.batch_size, self.n_curvature))
-        found = max((backward, step), key=lambda each: sum(each.values()))
+        found = max((backward, step, finish), key=lambda each: sum(each.values()))
         found["heap"] = _HEAP * sum(found.values())
         parts = {name: int(n) for name, n in found.items() if n}
         return parts | {"peak": sum(parts.values())}
 
+    def _measured(self) -> float:
+        """The gradient that stays until the selection is known."""
+        return 0.0 if self.sizes.known else float(self.sizes.n_trainable * self.sizes.bytes_each)
+
+    def _backward(self) -> float:
+        """A gradient of many batches, and that of one."""
+        return 2.0 * self.sizes.n_trainable * self.sizes.bytes_each
+
+    def _finishing(self, history: int) -> dict[str, float]:
+        """Memory of L-BFGS by purpose, in place of a step."""
+        z = self.sizes
+        p = z.p * z.bytes_each
+        return {
+            "model": float(z.n_parameters * z.bytes_each),
+            "gradients": self._measured() + 2 * p + self._backward(),
+            "vectors": float((_LBFGS_VECTORS + 2 * history) * p),
+        }
+
     def _beside_vectors(self) -> dict[str, float]:
         """Memory of a step by purpose, without the vectors of its solver."""
         s, z = self.settings, self.sizes
-        whole, chosen = z.n_trainable * z.bytes_each, z.p * z.bytes_each
+        chosen = z.p * z.bytes_each
         found: dict[str, float] = {
-            "model": 2 * z.n_parameters * z.bytes_each + chosen,
-            "gradients": 2 * whole + 4 * chosen,  # two of them of a product
+            "model": 2.0 * z.n_parameters * z.bytes_each,  # the one that moves, and the operator's
+            # where the step starts, and the removed samples' part of the gradient
+            "gradients": self._measured() + 2 * chosen,
         }
         if self.method in ("lanczos", "cg") or s.curvature == "hessian":
             n = self.n_curvature

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._checks import check_bool
 from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.adapters import check_adapters, check_trainable
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
@@ -46,6 +47,42 @@ class LossesAndGradients(NamedTuple):
     forget: Gradient
     retained_loss: float
     retained: Gradient | None
+
+    def kept(self, m: int, n_retain: int) -> "Measured":
+        """What a deletion needs of them later on."""
+        both, retained = math.nan, self.retained
+        if retained is not None:
+            n = m + n_retain
+            both = euclidean_norm(
+                (m * self.forget[k] + n_retain * g) / n for k, g in retained.items()
+            )
+        of_each = norm(self.forget), norm(retained)
+        return Measured(self.forget_loss, self.retained_loss, *of_each, both, retained)
+
+
+@dataclass(eq=False)
+class Measured:
+    """Mean losses and gradient norms of removed and retained samples; nan without the latter.
+
+    Of the gradients, which are as large as the model, that of the retained samples stays until the
+    selection is known.
+    """
+
+    forget_loss: float
+    retained_loss: float
+    forget_norm: float
+    retained_norm: float
+    training_norm: float  # of the objective on removed and retained samples together
+    _retained: Gradient | None
+    _on_selection: float = math.nan
+
+    def norm_on(self, layout: Layout) -> float:
+        """The retained samples' gradient norm on a selection: on one, once it was settled."""
+        return self._on_selection if self._retained is None else norm(self._retained, layout)
+
+    def settle(self, layout: Layout) -> None:
+        """Take this norm now, and let the gradient go."""
+        self._on_selection, self._retained = self.norm_on(layout), None
 
 
 @dataclass(eq=False)
@@ -84,6 +121,7 @@ class Workplace:
     watched: Watched  # what the copy must not compute with
     ranks: AnyRanks = ONE_RANK  # over which the samples are spread
     space_bytes: int | None = None  # what a Krylov space may take, where memory is limited
+    history: int = 10  # of L-BFGS
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
@@ -118,7 +156,7 @@ class Workplace:
             loss_fn=loss_fn,
             settings=settings,
             score=score,
-            progress=progress and ranks.rank == 0,
+            progress=check_bool(progress, "progress") and ranks.rank == 0,
             device=device,
             dtype=dtype,
             parameters=parameters,
@@ -133,6 +171,11 @@ class Workplace:
         """Sizes of the trainable parameters that belong to no unit, by name."""
         covered = UnitSelection.all(self.model).layout(self.model).parameters
         return {k: p.numel() for k, p in self.parameters.items() if k not in covered}
+
+    @property
+    def n_numbers(self) -> int:
+        """Parameters and buffers of the model, trainable or not: what a pass goes through."""
+        return sum(t.numel() for t in (*self.model.parameters(), *self.model.buffers()))
 
     @property
     def n_trainable(self) -> int:
@@ -213,11 +256,12 @@ class Workplace:
         own, now = dict(changed.named_buffers()), dict(self.model.named_buffers())
         moved = [k for k, b in self.buffers.items() if k in own and not _same(b, now[k])]
         _copy([now[k] for k in moved], [own[k] for k in moved])
-        selection.scatter_(changed, selection.gather(self.model).detach())
-        rounded = selection.gather(changed).detach()
-        if not torch.isfinite(rounded).all():
-            raise ValueError("the new weights overflow the dtype of the model")
-        selection.scatter_(self.model, rounded)
+        with torch.no_grad():
+            selection.scatter_(changed, selection.gather(self.model))
+            rounded = selection.gather(changed)
+            if not torch.isfinite(rounded).all():
+                raise ValueError("the new weights overflow the dtype of the model")
+            selection.scatter_(self.model, rounded)
         return changed
 
     def take_over(self, model: nn.Module) -> None:
@@ -262,7 +306,7 @@ def norm(gradient: Gradient | None, layout: Layout | None = None) -> float:
     if gradient is None:
         return math.nan
     if layout is not None:
-        return float(layout.gather(gradient).double().norm())
+        return euclidean_norm([layout.gather(gradient)])
     return euclidean_norm(gradient.values())
 
 

@@ -1,5 +1,6 @@
 """The EK-FAC matrix: products and solves in closed form."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -104,6 +105,30 @@ class KroneckerOperator(CurvatureOperator):
             If an eigenvalue of the shifted matrix is zero within rounding, or below.
         """
         V = self._vectors(b, "b")
+        spectra = self._spectra(shift)
+
+        def divided(block: BlockFactors, number: int, part: Tensor) -> Tensor:
+            return part / spectra[number][:, :, None]
+
+        return self.factors.apply(V if V.ndim == 2 else V[:, None], divided).reshape(V.shape)
+
+    @plain_arithmetic()
+    def coordinates(self, b: Tensor) -> list[Tensor]:
+        """A vector, shape (p,), in the eigenvectors: of each block a tensor of shape (r, D)."""
+        V = self._vectors(b, "b")[:, None]
+        return [each.rotated(each.places.take(V))[..., 0] for each in self.factors.blocks]
+
+    @plain_arithmetic()
+    def solve_coordinates(self, b: Sequence[Tensor], shift: float = 0.0) -> Tensor:
+        """`solve_shifted` of a vector by its `coordinates`, in half the time, shape (p,)."""
+        out = torch.empty(self.shape[0], 1, dtype=self.dtype, device=self.device)
+        spectra = self._spectra(shift)
+        for block, part, values in zip(self.factors.blocks, b, spectra, strict=True):
+            block.places.put(out, block.back((part / values)[..., None]))
+        return out[:, 0]
+
+    def _spectra(self, shift: float) -> list[Tensor]:
+        """The eigenvalues of each block with all that is added; refused if one is zero or less."""
         total = self.shift + check_real(shift, "shift", 0)
         spectra = [self._spectrum(number) + total for number in range(len(self.factors.blocks))]
         least = min(float(values.min()) for values in spectra)
@@ -118,11 +143,7 @@ class KroneckerOperator(CurvatureOperator):
                 least,
                 -least if least < -rounding else None,
             )
-
-        def divided(block: BlockFactors, number: int, part: Tensor) -> Tensor:
-            return part / spectra[number][:, :, None]
-
-        return self.factors.apply(V if V.ndim == 2 else V[:, None], divided).reshape(V.shape)
+        return spectra
 
     def solve(self, b: Tensor, **options: Any) -> SolveResult:
         """Solve A x = b in closed form.
@@ -224,9 +245,10 @@ class EKFACOperator(KroneckerOperator):
     or columns beyond 8192 have no basis. A layer that is called several times has all calls as
     positions.
 
-    Every position counts as a sample for A and G ("expand" of Eschenhagen et al.): that is exact
-    for linear networks with a loss at every position, as of language models. The eigenvalues are
-    those of whole samples in either case.
+    Every position counts as a sample for A and G ("expand" of Eschenhagen et al.), without padding,
+    which is told by an ``attention_mask``, or a decoder's labels of -100. That is exact for linear
+    networks with a loss at every position, as of language models. The eigenvalues are those of
+    whole samples in either case.
 
     Where a layer's input has no axis of samples, or single parameters belong to no layer, samples
     are passed one by one, which is slow (`plan` says so); what a batch shares along a first axis of

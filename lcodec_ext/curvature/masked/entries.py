@@ -66,23 +66,32 @@ class ParameterEntries:
         Places in the cut.
     positions : tuple of Tensor
         The same, axis by axis of the view of the cut.
-    coordinates : Tensor, shape (n, length)
+    starts : Tensor, shape (n,)
+        The first coordinate of each unit.
+    length : int
+        Coordinates of a unit, which are consecutive.
     shape : tuple of int
         Of a displacement, (n, *slice).
     first : int
         The first coordinate.
     step : int or None
-        From entry to entry, if coordinates are evenly spaced, and consecutive within each.
+        From unit to unit, if these are evenly spaced.
     """
 
     cut: Cut
     units: Tensor
     positions: tuple[Tensor, ...]
-    coordinates: Tensor
+    starts: Tensor
+    length: int
     shape: tuple[int, ...]
     first: int
     step: int | None
     complete = True
+
+    @property
+    def coordinates(self) -> Tensor:
+        """Of each unit, shape (n, length): twice the memory of the parameter, so it is not kept."""
+        return self.starts[:, None] + torch.arange(self.length, device=self.starts.device)
 
     def _view(self, vectors: Tensor) -> Tensor | None:
         """The coordinates in vectors, shape (..., p), without a copy if they lie regularly."""
@@ -90,7 +99,7 @@ class ParameterEntries:
             return None
         *strides, stride = vectors.stride()
         return vectors.as_strided(
-            (*vectors.shape[:-1], *self.coordinates.shape),
+            (*vectors.shape[:-1], len(self.starts), self.length),
             (*strides, self.step * stride, stride),
             vectors.storage_offset() + self.first * stride,
         )
@@ -102,7 +111,8 @@ class ParameterEntries:
 
     def add_to(self, vectors: Tensor, displacements: Tensor) -> None:
         """Add displacements, shape (..., *shape), to vectors of all coordinates, shape (..., p)."""
-        displacements = displacements.reshape(*vectors.shape[:-1], *self.coordinates.shape)
+        shape = *vectors.shape[:-1], len(self.starts), self.length
+        displacements = displacements.reshape(shape)
         view = self._view(vectors)
         if view is None:
             vectors[..., self.coordinates] += displacements
@@ -216,10 +226,10 @@ def parameter_entries(layout: Layout, device: torch.device) -> dict[str, Entries
         return dict(_single_entries(layout, device))
     assert isinstance(layout, UnitLayout)
     found: dict[str, tuple[UnitParameter, list[Tensor], list[Tensor]]] = {}
-    for parameter, entries, coordinates in layout.places():
+    for parameter, entries, starts in layout.places():
         _, units, numbers = found.setdefault(parameter.name, (parameter, [], []))
         units.append(torch.as_tensor(entries))
-        numbers.append(torch.as_tensor(coordinates))
+        numbers.append(torch.as_tensor(starts))
     return {name: _sorted_entries(*each, device) for name, each in found.items()}
 
 
@@ -263,13 +273,14 @@ def _sorted_entries(
     every, where = every[order].to(device), torch.cat(numbers)[order]
     counts = parameter.cut.counts(parameter.shape)
     rest = parameter.cut.view(torch.empty(parameter.shape, device="meta")).shape[len(counts) :]
-    first, step = int(where[0, 0]), int(where[-1, 0] - where[0, 0]) // max(1, len(where) - 1)
-    regular = first + step * torch.arange(len(where))[:, None] + torch.arange(where.shape[1])
+    first, step = int(where[0]), int(where[-1] - where[0]) // max(1, len(where) - 1)
+    regular = first + step * torch.arange(len(where))
     return ParameterEntries(
         parameter.cut,
         every,
         torch.unravel_index(every, counts),
         where.to(device),
+        parameter.length,
         (len(every), *rest),
         first,
         step if torch.equal(where, regular) else None,

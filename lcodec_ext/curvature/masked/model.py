@@ -8,7 +8,7 @@ first selected layer, and forms the rows of the selected units only.
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +91,6 @@ class MaskedModel:
         could be added, and why.
     base : dict of str to Tensor
         The selected parameters, whole.
-    theta : Tensor, shape (p,)
-        Their selected entries.
     spread : set of str or None
         Where it is not None, what has one entry for a whole batch has one for each of its samples:
         tensors that layers with rows are called with, and these parameters, which have a first axis
@@ -127,9 +125,8 @@ class MaskedModel:
             for name, parameter in self.model.named_parameters()
             if name in self.entries
         }
-        self.theta = layout.gather(self.base)
         #: Of the gradient of a sample while it is formed, in bytes.
-        self.row_bytes = self.theta.element_size() * sum(
+        self.row_bytes = self.dtype.itemsize * sum(
             math.prod(each.shape) for each in self.entries.values()
         )
         self._watched: list[tuple[Tensor, str]] = []
@@ -202,13 +199,22 @@ class MaskedModel:
     # ------------------------------------------------------------------------------------------
     # Vectors
 
+    @property
+    def theta(self) -> Tensor:
+        """The selected entries of the parameters, shape (p,), a copy."""
+        return self.layout.gather(self.base)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the dtype of the computation; a vector of coordinates by default."""
+        return torch.zeros(shape or (self.size,), dtype=self.dtype, device=self.device)
+
     def split(self, vector: Tensor) -> list[Tensor]:
         """Split a vector of coordinates into one displacement per parameter."""
         return [entries.take(vector) for entries in self.entries.values()]
 
-    def join(self, displacements: Sequence[Tensor]) -> Tensor:
+    def join(self, displacements: Iterable[Tensor]) -> Tensor:
         """The vector of displacements of the parameters; the reverse of `split`."""
-        out = displacements[0].new_zeros(self.size)
+        out = self.zeros()
         for entries, displacement in zip(self.entries.values(), displacements, strict=True):
             entries.add_to(out, displacement)
         return out

@@ -18,8 +18,10 @@ class HessianOperator(ModelOperator):
 
     over batches b of n_b samples, N in all; without 1/N and n_b for ``reduction="sum"``. Where
     loss_fn is a mean over samples, this is the Hessian of the mean loss however they are batched.
-    Of a mean over the labels that are not ignored (-100), it is that where each batch has the same
-    share of them; others are refused, and ``reduction="sum"``, times 1 / (valid labels), is exact.
+    Of a mean over tokens, told by `lcodec_ext.unlearning.per_token_loss` or found out, it is that
+    of the mean over all counted tokens. Of samples with one label each, some of which are ignored
+    (-100), it is the mean where each batch has the same share of them; others are refused, and
+    ``reduction="sum"``, times 1 / (valid labels), or `per_token_loss` is exact.
 
     Parameters
     ----------

@@ -138,7 +138,10 @@ class DeltaRoute(Route):
         if len(self._kept) < objective.n_batches:
             for _, batch in objective.passes(skip=self._kept):
                 add(self._build(batch), batch)
-        return torch.stack([objective.masked.join(out) for out in total], 1)
+        # Each part goes once it is joined, and one column is not copied: all of them are as large
+        # as the model.
+        joined = [objective.masked.join(out.pop(0) for _ in range(len(out))) for out in total]
+        return joined[0][:, None] if len(joined) == 1 else torch.stack(joined, 1)
 
     def diagonal(self) -> Tensor | None:
         return self.scale() if self._form is GaussNewtonForm else None
@@ -152,7 +155,7 @@ class DeltaRoute(Route):
         if self._form is not GaussNewtonForm:
             return None
         p = self._objective.masked.size
-        total = self._objective.masked.theta.new_zeros(p, p)
+        total = self._objective.masked.zeros(p, p)
         try:
             for values, share, rows in gauss_newton_rows(self._objective, what="matrix"):
                 weights = values * share

@@ -65,7 +65,7 @@ class FisherRoute(Route):
         return total
 
     def diagonal(self) -> Tensor:
-        total = torch.zeros_like(self._objective.masked.theta)
+        total = self._objective.masked.zeros()
         for G in self.stored:
             total += G.square().sum(0)
         if not self.stored:
@@ -75,14 +75,14 @@ class FisherRoute(Route):
 
     def dense(self) -> Tensor:
         p = self._objective.masked.size
-        total = self._objective.masked.theta.new_zeros(p, p)
+        total = self._objective.masked.zeros(p, p)
         for G in self.stored or (g.dense() for g in self._factors or self._chunks("matrix")):
             total.addmm_(G.T, G)
         return total * self._objective.sample_share
 
     def low_rank(self, most: int) -> LowRank | None:
         n = self._objective.n_samples
-        weights = self._objective.masked.theta.new_full((n,), self._objective.sample_share)
+        weights = self._objective.masked.zeros(n) + self._objective.sample_share
         if n > most:
             return None
         if self.stored:

@@ -78,7 +78,7 @@ def gauss_newton_rows(
 
 def gauss_newton_diagonal(objective: Objective) -> Tensor | None:
     """The diagonal of the Gauss-Newton matrix, where outputs are few: C backward passes."""
-    total = torch.zeros_like(objective.masked.theta)
+    total = objective.masked.zeros()
     try:
         for values, share, rows in gauss_newton_rows(objective, what="diagonal"):
             total += rows.combine_squares(values) * share

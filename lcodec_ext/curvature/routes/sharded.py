@@ -35,7 +35,7 @@ class ShardedRoute(Route):
     def __init__(
         self, ranks: Ranks, objective: Objective, choose: Callable[[Objective], Route]
     ) -> None:
-        self._ranks, self._like = ranks, objective.masked.theta
+        self._ranks, self._like = ranks, objective.masked.zeros()
         self._own: Route | None = None
         with ranks.alone("the curvature of a rank's own samples"), suppress(NoSamplesError):
             self._own = choose(objective)
@@ -189,7 +189,7 @@ def n_of_all(ranks: Ranks, objective: Objective) -> int:
 
 def gradient(ranks: Ranks, objective: Objective) -> Tensor:
     """The gradient of the objective of all ranks' samples, shape (p,)."""
-    found = torch.zeros_like(objective.masked.theta)
+    found = objective.masked.zeros()
     with ranks.alone("the gradient of a rank's own samples"), suppress(NoSamplesError):
         found = objective.gradient()
     n = n_of_all(ranks, objective)

@@ -17,7 +17,7 @@ from lcodec_ext._torch.copies import copy_of
 from lcodec_ext._torch.decay import with_decay
 from lcodec_ext._torch.loss import LossFunction
 from lcodec_ext._torch.predict import Score
-from lcodec_ext._torch.states import state_hash, state_of
+from lcodec_ext._torch.states import state_hash, state_of, tensors_of_state
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.unlearning.estimate import Estimate, estimate
 from lcodec_ext.unlearning.privacy import Guarantee, PrivacyBudget, add_noise, warn_of_noise
@@ -74,7 +74,7 @@ class Unlearner:
         The data it was trained on, as for `unlearn`, in an order that stays: requests name samples
         by their number in it. All are read once and hashed at the start, except with `statistics`.
     loss_fn : callable
-        ``loss_fn(outputs, targets)``, the mean loss of a batch.
+        ``loss_fn(outputs, targets)``, the mean loss of a batch, over samples or over tokens.
     directory : str or path, optional
         Where ledger and checkpoints go; made readable by its owner only. By default both are in
         memory and end with the process.
@@ -502,7 +502,7 @@ class Unlearner:
             "budget": budget.to_dict(),
             **self._counts(history.removed, history.pending),
         }
-        environment: dict[str, Any] = {"released": state_hash(state_of(released))}
+        environment: dict[str, Any] = {"released": state_hash(tensors_of_state(released))}
         loss = None
         if self._given.statistics is None:  # with them only what is removed is read
             loss = losses_around_noise(

@@ -11,7 +11,7 @@ from torch import nn
 
 from lcodec_ext._checks import counted
 from lcodec_ext._torch.samples import as_samples
-from lcodec_ext._torch.states import state_hash, state_of
+from lcodec_ext._torch.states import state_hash, tensors_of_state
 from lcodec_ext.unlearning.groups import Groups
 from lcodec_ext.unlearning.stream.checkpoints import LedgerError, read_checkpoint
 from lcodec_ext.unlearning.stream.given import check_groups
@@ -180,7 +180,7 @@ def _leftovers(folder: Path, history: History) -> Iterator[str]:
 
 
 def _model_problems(model: nn.Module, history: History) -> Iterator[str]:
-    sha256, recorded = state_hash(state_of(model)), history.points[-1].sha256
+    sha256, recorded = state_hash(tensors_of_state(model)), history.points[-1].sha256
     if sha256 != recorded:
         yield (
             f"the weights of model are not those of the last entry: their SHA-256 is {sha256}, on "
