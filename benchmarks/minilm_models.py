@@ -25,7 +25,7 @@ CLASSES = (
     "computers", "definitions", "men-women", "people", "politics", "science", "songs-poems", "work",
 )  # fmt: skip
 LENGTH = 32  # tokens that are read, of a median of about 30
-TRAIN, VALIDATION, TEST = 3000, 400, 2000
+TRAIN, VALIDATION, TEST = 3000, 1000, 2000
 WRONG = 60  # of the training samples, 2%
 EPOCHS, BATCH, DECAY, WARM = 5, 32, 1e-2, 0.1
 RATES = {"full": 1e-4, "lora": 1e-3}

@@ -26,6 +26,7 @@ from lcodec_ext._torch.detours import autocasting
 from lcodec_ext._torch.modes import plain_arithmetic, twice_differentiable
 from lcodec_ext._torch.names import AmbiguousNamesError, without_prefix
 from lcodec_ext.curvature import (
+    EKFACOperator,
     FisherOperator,
     GaussNewtonOperator,
     HessianOperator,
@@ -859,3 +860,35 @@ def test_offloaded_weights_are_refused():
     remove_hook_from_module(model, recurse=True)
     a, b = (unlearn(m, *parts(), cross_entropy, **STEP) for m in (model, net()))
     assert torch.equal(weights(a.model), weights(b.model))
+
+
+# ---------------------------------------------------------------------------------------------
+# EK-FAC
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ekfac_of_a_checkpointed_model(way):
+    selection = UnitSelection({"block.0": [1, 5], "head": [0, 2]})
+    A, B = (EKFACOperator(m, cross_entropy, data(), selection).to_dense() for m in both(way))
+    assert torch.equal(A, B)
+
+
+@CAST
+def test_ekfac_under_autocast_is_close(make):
+    model, (x, y) = trained(make), digits()
+    every = UnitSelection.all(model)
+
+    def product():
+        A = EKFACOperator(model, cross_entropy, (x[:20], y[:20]), every)
+        return A @ torch.ones(A.shape[0])
+
+    exact = product()
+    with autocasting(torch.bfloat16):
+        cast = product()
+    assert 1e-4 < off(cast, exact) < 0.08
+    if make is Transformer:  # whose samples it passes one by one
+        return
+    given = (x[:6], y[:6]), (x[6:200], y[6:200]), cross_entropy
+    options = {"curvature": "ekfac", "validation": (x[200:], y[200:]), "finish": 0}
+    a, b = (unlearn(model, *given, autocast=how, **options) for how in (torch.bfloat16, None))
+    assert 1e-4 < off(weights(a.model) - weights(model), weights(b.model) - weights(model)) < 0.5

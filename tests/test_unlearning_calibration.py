@@ -180,6 +180,7 @@ def test_a_step_that_a_small_space_keeps_short_is_lengthened_until_control_group
     """Losses that rise by any power of the length reach the target within the tries there are."""
     trial = object.__new__(calibrating._Trial)
     trial.trained, trial.before, trial.target = 0.1, (0.1,) * 4, 0.6
+    trial.space = Krylov  # its reasons
     tried = []
 
     def attempt(damping, length):

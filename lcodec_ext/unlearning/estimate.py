@@ -469,7 +469,6 @@ def _sizes(work: Workplace, request: Request, selection: Selection | None) -> Si
     modules = dict(work.model.named_modules())
     units = selection.units if isinstance(selection, UnitSelection) else {}
     layers = [modules.get(name) for name in units]
-    tensors = [*work.model.parameters(), *work.model.buffers()]
     statistics, settings = request.statistics, work.settings
     return Sizes(
         m=request.m,
@@ -478,7 +477,7 @@ def _sizes(work: Workplace, request: Request, selection: Selection | None) -> Si
         n_outputs=sum(t.numel() for t in outputs),
         p=work.n_trainable if selection is None else selection.layout(work.model).size,
         n_trainable=work.n_trainable,
-        n_parameters=sum(t.numel() for t in tensors),
+        n_parameters=work.n_numbers,
         bytes_each=torch.finfo(work.dtype).bits // 8,
         batch_norm=any(isinstance(module, _BatchNorm) for module in modules.values()),
         retained=request.kept is not None,

@@ -21,11 +21,11 @@ from lcodec_ext.unlearning.distil import (
     trained_copy,
 )
 from lcodec_ext.unlearning.request import GUARD_SIZE
+from lcodec_ext.unlearning.statistics import LARGE
 from lcodec_ext.unlearning.step import Block
 
 BATCHED = 5000  # retained samples, from which on mini-batches finish
 ITERATIONS = 32  # of L-BFGS on fewer
-LARGE = 2_000_000  # numbers in a model, above which L-BFGS has to be asked for
 UNLIKE = 0.9  # share of pairs in which a removed sample loses more: outliers
 ENOUGH = 0.4  # of the gap between trained samples and validation, where L-BFGS alone does
 MOST = 10_000  # retained samples of L-BFGS; more do not change the direction by much
@@ -61,12 +61,7 @@ def form_of(finish: int | None, n: int, n_parameters: int) -> Literal["batches",
 def form(block: Block) -> Literal["batches", "L-BFGS", ""]:
     """How this deletion is finished."""
     settings, n = block.work.settings, len(block.retained.all)
-    return form_of(settings.finish, n, _numbers(block))
-
-
-def _numbers(block: Block) -> int:
-    model = block.work.model
-    return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    return form_of(settings.finish, n, block.work.n_numbers)
 
 
 def unlikeness(block: Block, retained: Samples) -> float:
@@ -118,7 +113,7 @@ def finish_alone(block: Block, harm: Harm, *, outliers: bool, known: bool) -> Fi
                 )
             except (NotTrainedError, NotFiniteError) as error:
                 block.restore(theta, block.buffers)
-                if _numbers(block) > LARGE:
+                if block.work.n_numbers > LARGE:
                     return None
                 why = f" instead of mini-batches, as {error}"
         # After a step the vectors that it was found by are still there.

@@ -283,8 +283,8 @@ class CalibrateSettings:
         requests together.
     finish : int, optional
         Training on the retained samples, after the step or in its place. None: mini-batches where
-        5000 samples or more are retained, else at most 32 iterations of L-BFGS. 0: none. A number:
-        at most so many iterations of L-BFGS.
+        5000 samples or more are retained, else at most 32 iterations of L-BFGS for models of up to
+        2 million parameters. 0: none. A number: at most so many iterations of L-BFGS.
     """
 
     calibrate: bool = field(default=False, metadata={"check": check_bool})

@@ -50,6 +50,7 @@ _KINDS = {
 }
 _MOST = 8192  # coordinates of a matrix that is formed: 0.5 GB in float64
 _BATCH = 256
+LARGE = 2_000_000  # numbers in a model, which is then called large
 _FEW = 512  # samples up to which all of their outputs are sent back for Kronecker factors
 _REACHED = 1e-12  # of the largest: less on a diagonal is rounding of the eigenvectors
 _FORMAT, _WITH_FACTORS = 1, 2
@@ -176,7 +177,9 @@ class TrainingStatistics:
         options: dict[str, Any] = {"dtype": samples.dtype, "progress": progress}
         matrix, factors = None, None
         if curvature == "ekfac":
-            factors = EKFACOperator(*given, draws=draws_of(len(samples)), **options).factors
+            size = sum(t.numel() for _, t in _named(model))
+            draws = draws_of(len(samples), size)
+            factors = EKFACOperator(*given, draws=draws, **options).factors
         else:
             matrix = _KINDS[curvature](*given, **options).to_dense()
         weights = {k: t.detach().clone() for k, t in _named(model)}
@@ -581,13 +584,15 @@ def _moved(pairs: list[Tensors], device: torch.device, dtype: torch.dtype) -> li
     return [{k: t.to(device, dtype) for k, t in each.items()} for each in pairs]
 
 
-def draws_of(n: int) -> int | None:
+def draws_of(n: int, n_parameters: int) -> int | None:
     """Random combinations of outputs in the Kronecker factors of n samples; None for each output.
 
     Where there are many samples one combination of each does: of 2048 it gave what all ten outputs
-    did on the networks that this was tried on, in two fifths of the time.
+    did on the networks that this was tried on, in two fifths of the time. Of a large model one is
+    taken in any case: a pass back costs as much as one of training, and more samples tell more than
+    more outputs of the same.
     """
-    return None if n <= _FEW else 1
+    return None if n <= _FEW and n_parameters <= LARGE else 1
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -242,7 +242,7 @@ def operator_of(block: Block, direction: Tensor, damping: float) -> CurvatureOpe
         steps = direction * (length / float(direction.norm()))
         return SecantOperator(*arguments, steps=steps, **common)
     if settings.curvature == "ekfac":
-        draws = draws_of(len(block.retained.read))
+        draws = draws_of(len(block.retained.read), work.n_numbers)
         common |= {"seed": settings.seed, "draws": draws, "progress": work.progress}
     else:
         common["cache_bytes"] = settings.cache_bytes

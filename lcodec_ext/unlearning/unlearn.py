@@ -74,7 +74,8 @@ def unlearn(
     Parameters
     ----------
     model : Module
-        Left as it is, unless inplace=True.
+        Left as it is, unless inplace=True. Of one that is compiled or wrapped (DDP and others) it
+        is the module inside that is copied, by its own names.
     forget, retain : tensors, Dataset or DataLoader
         Removed and retained training samples, disjoint: (inputs, targets), several inputs before
         the targets, a dict of tensors with "labels" as for models of transformers, a Dataset of
@@ -220,7 +221,6 @@ def _carried_out(
     with ranks.warning_last(), ExitStack() as modes:
         with ranks.alone("the arguments"):
             check_bool(inplace, "inplace")
-            check_bool(progress, "progress")
             given, model = model, unwrapped(model)
             settings, doubt = resolve(
                 preset,
@@ -256,14 +256,9 @@ def _carried_out(
         with work.timed("monitoring"):
             # Into a copy first, also in place: the given model changes only when all has gone well.
             changed = work.handed_over(model, applied)
+            size = selection.size(work.model)
             guarantee = guarantee_of_deletions(
-                work,
-                changed,
-                request,
-                deletions,
-                before,
-                norm(start),
-                selection.size(work.model),
+                work, changed, request, deletions, before, norm(start), size
             )
             changed = with_noise(work, changed, guarantee)
             after = _measured(work, request, guarantee)

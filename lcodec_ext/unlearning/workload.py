@@ -275,7 +275,7 @@ class Workload:
         """Kronecker factors so often: two passes over the samples, one where the basis is known."""
         z = self.sizes
         n = z.m + z.n_retain if self.from_statistics else self.n_curvature
-        each = draws_of(n) is None and z.n_outputs <= ALL_COLUMNS
+        each = draws_of(n, z.n_parameters) is None and z.n_outputs <= ALL_COLUMNS
         passes = (1 if self.from_statistics else 2) * (z.n_outputs if each else 1)
         return {
             "gradient": ((count * passes, self.n_curvature),),

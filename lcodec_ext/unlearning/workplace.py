@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lcodec_ext._checks import check_bool
 from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._torch.adapters import check_adapters, check_trainable
 from lcodec_ext._torch.copies import Watched, check_has_values, copy_of, work_copy
@@ -155,7 +156,7 @@ class Workplace:
             loss_fn=loss_fn,
             settings=settings,
             score=score,
-            progress=progress and ranks.rank == 0,
+            progress=check_bool(progress, "progress") and ranks.rank == 0,
             device=device,
             dtype=dtype,
             parameters=parameters,
@@ -170,6 +171,11 @@ class Workplace:
         """Sizes of the trainable parameters that belong to no unit, by name."""
         covered = UnitSelection.all(self.model).layout(self.model).parameters
         return {k: p.numel() for k, p in self.parameters.items() if k not in covered}
+
+    @property
+    def n_numbers(self) -> int:
+        """Parameters and buffers of the model, trainable or not: what a pass goes through."""
+        return sum(t.numel() for t in (*self.model.parameters(), *self.model.buffers()))
 
     @property
     def n_trainable(self) -> int:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.batches import tensors_of, widened
+from lcodec_ext._torch.detours import cast_dtype
 from lcodec_ext.curvature.masked.rows import LayerRows, PartRows, RowsCall, row_module
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -31,7 +32,9 @@ def attention_forward(
 
     def projected(x: Tensor, weight: Tensor, bias: Tensor | None, first: int) -> Tensor:
         """Some of the 3 E rows of the projections, from the first one on."""
-        out = linear(x, weight, bias)
+        out, cast = linear(x, weight, bias), cast_dtype() is not None
+        kept = widened(x) if cast else x
+        out = widened(out) if cast else out
         for each in (rows for group in groups for rows in group):
             if module._parameters.get(each.key) is not given[each.parameter]:
                 continue  # called with other parameters
@@ -46,9 +49,10 @@ def attention_forward(
                 own = replace(own, of=PartRows(each.of, slice(start, stop)))
             value = own.of((x,), {}, displacements[each.parameter], -1)
             value = value.expand(*out.shape[:-1], len(places))
+            value = widened(value) if cast else value
             if value.requires_grad:  # not under no_grad
-                versions = tuple(t._version for t in tensors_of([x]))
-                calls.append(RowsCall(own, (x,), {}, value, -1, versions))
+                versions = tuple(t._version for t in tensors_of([kept]))
+                calls.append(RowsCall(own, (kept,), {}, value, -1, versions))
             out = out.index_add(-1, places, value)
         return out
 
