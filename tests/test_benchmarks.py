@@ -28,6 +28,7 @@ import cases  # noqa: E402
 import compare  # noqa: E402
 import deletion  # noqa: E402
 import ekfac  # noqa: E402
+import ekfac_against_cg  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
 import inference  # noqa: E402
@@ -928,6 +929,16 @@ def test_the_guide_has_the_recorded_masks():
             shortened = rows[f"shortened, {share}"]
             assert shortened["disturbed"] < rows[f"step, {share}"]["disturbed"]
             assert rows[f"step, {share}"]["parameters"] <= 9610 * float(share[:-1]) / 100
+
+
+def test_the_guide_has_the_recorded_comparison_of_ekfac():
+    runs = ekfac_against_cg.load(ROOT / "benchmarks/results/ekfac_against_cg.json")
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert ekfac_against_cg.table(runs, ekfac_against_cg.SHOWN) in text
+    assert {run["model"] for run in runs} == set(ekfac_against_cg.TITLES)
+    for run in runs:
+        assert set(run["methods"]) == {"no-op", "retrained", *ekfac_against_cg.ways()}
+        assert not any(each["error"] for each in run["methods"].values())
 
 
 def test_the_guide_has_the_recorded_calibrations():
