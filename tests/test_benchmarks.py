@@ -35,6 +35,7 @@ import inference  # noqa: E402
 import inference_levels  # noqa: E402
 import influence  # noqa: E402
 import masks  # noqa: E402
+import minilm  # noqa: E402
 import networks  # noqa: E402
 import ordinary  # noqa: E402
 import ordinary_models  # noqa: E402
@@ -957,6 +958,17 @@ def test_the_guide_has_the_recorded_calibrations():
     assert f"{near} of {of} losses are within a factor of 2.5" in text
     worst = min(each["accuracy_test_worst"] for each in calibrated)
     assert f"cost more than {-100 * worst:.1f} points of test accuracy" in text
+
+
+def test_the_guide_has_the_recorded_deletions_from_minilm():
+    found = json.loads((ROOT / "benchmarks/results/minilm.json").read_text())
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    for case, ways in found["cases"].items():
+        assert f"**{case[0].upper() + case[1:]}**\n\n{minilm.table(ways)}" in text
+        assert not any(way["dirty"] for way in ways.values())
+    assert minilm.claims(found["cases"]) == found["claims"]
+    met = sum(claim["met"] for claim in found["claims"])
+    assert f"{met} of {len(found['claims'])} gates are met" in " ".join(text.split())
 
 
 def test_the_guide_has_the_recorded_ordinary_networks():
