@@ -935,10 +935,10 @@ def test_the_guide_has_the_recorded_comparison_of_ekfac():
     runs = ekfac_against_cg.load(ROOT / "benchmarks/results/ekfac_against_cg.json")
     text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     assert ekfac_against_cg.table(runs, ekfac_against_cg.SHOWN) in text
-    assert {run["model"] for run in runs} == set(ekfac_against_cg.TITLES)
-    for run in runs:
-        assert set(run["methods"]) == {"no-op", "retrained", *ekfac_against_cg.ways()}
-        assert not any(each["error"] for each in run["methods"].values())
+    assert {each["model"] for each in runs} == set(ekfac_against_cg.TITLES)
+    for each in runs:
+        assert set(each["methods"]) == {"no-op", "retrained", *ekfac_against_cg.ways()}
+        assert not any(row["error"] for row in each["methods"].values())
 
 
 def test_the_guide_has_the_recorded_calibrations():
