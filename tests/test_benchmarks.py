@@ -939,7 +939,7 @@ def test_the_guide_has_the_recorded_comparison_of_ekfac():
     assert {each["model"] for each in runs} == set(ekfac_against_cg.TITLES)
     for each in runs:
         assert set(each["methods"]) == {"no-op", "retrained", *ekfac_against_cg.ways()}
-        assert not any(method["error"] for method in each["methods"].values())
+        assert not any(row["error"] for row in each["methods"].values())
 
 
 def test_the_guide_has_the_recorded_calibrations():
