@@ -256,7 +256,7 @@ def test_limits_lower_what_counts(overfit):
     assert free.estimate.memory["factors"] > 0
     assert free.estimate.passes["calibration"]["gradient"] == 4 * 8 + 2 * 3 * 56
     assert "products" not in free.estimate.passes["calibration"]
-    tight = calibrated(overfit, max_memory=free.estimate.memory["peak"] * 4 // 5)
+    tight = calibrated(overfit, max_memory=free.estimate.memory["peak"] * 9 // 10)
     assert tight.chosen
     assert "max_iterations" not in tight.chosen
     plain = estimate(
@@ -336,8 +336,9 @@ def test_removed_samples_are_taken_out(model, limit, monkeypatch):
         model, cross_entropy, RETAIN, chosen, basis=kept.factors, draws=kept.factors.draws
     )
     assert torch.allclose(operator.to_dense(), exact.to_dense(), rtol=0, atol=1e-12)
+    others = tuple(t[-12:] for t in TRAIN)
     assert (
-        operator.to_dense() - kept.operator(model, cross_entropy, HELD, chosen).to_dense()
+        operator.to_dense() - kept.operator(model, cross_entropy, others, chosen).to_dense()
     ).norm() > 1e-3
     if limit:
         matrix = GaussNewtonOperator(model, cross_entropy, RETAIN, chosen).to_dense()

@@ -12,6 +12,26 @@ def padded_length(batch: Batch) -> int:
     return mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0
 
 
+def words_of(batch: Batch) -> Tensor | None:
+    """Which places of its texts hold words, by "attention_mask", bool of shape (n, length)."""
+    mask = batch.kwargs.get("attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def labels_of(batch: Batch, ignored: int = -100) -> Tensor | None:
+    """Which of the labels of its texts count, bool of shape (n, length)."""
+    labels = batch.targets
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
+        return None
+    return labels != ignored
+
+
+def counted_in(batch: Batch, decoder: bool) -> list[Tensor]:
+    """Which places count, bool of shape (n, length): of texts, and of what a decoder is given."""
+    found = [words_of(batch), labels_of(batch) if decoder else None]
+    return [mask for mask in found if mask is not None and len(mask) == batch.size]
+
+
 def moved_to_front(batch: Batch, length: int) -> list[Tensor]:
     """The tensors of a batch, which are the same for a text however it was padded.
 

@@ -275,7 +275,7 @@ class Objective:
             self._check_reduction(outputs, batch)
             self._reduction_checked = True
         if self._shared or not self.batches.cut_here:
-            self._check_ignored(outputs, batch)
+            self.check_ignored(outputs, batch)
         if not self.batches.cut_here:
             return
         why = f"since data is cut into batches of {SAMPLES}; or pass batches of your own"
@@ -291,7 +291,7 @@ class Objective:
         numbers = [*batch.numbers, *of.numbers]
         self.check_plain(both, Batch((), {}, targets, sum(sizes), numbers), batch.size, why)
 
-    def _check_ignored(self, outputs: Any, batch: Batch) -> None:
+    def check_ignored(self, outputs: Any, batch: Batch) -> None:
         """Refuse a mean over valid labels whose batches have unequal shares of them."""
         if self.reduction == "sum":
             return

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lcodec_ext._torch.batches import Batch, tensors_of
+from lcodec_ext._torch.padding import labels_of, words_of
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 32  # signs of one hash
@@ -25,31 +26,40 @@ def _mixed(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & (2**33 - 1))
 
 
-def content(batch: Batch) -> Tensor:
+def content(batch: Batch, ignored: int = -100) -> Tensor:
     """A hash of every sample of a batch, int64, shape (n,).
 
-    What an ``attention_mask`` leaves out does not count: padding on the right may differ.
+    Padding does not count: what an ``attention_mask`` leaves out, and ignored labels.
     """
-    n, mask = batch.size, batch.kwargs.get("attention_mask")
+    n = batch.size
     total = torch.zeros((), dtype=torch.int64)
-    for number, tensor in enumerate(_by_sample(batch, n)):
+    for number, (tensor, counted) in enumerate(_by_sample(batch, n, ignored)):
         bits = tensor.detach().reshape(n, -1)
         if bits.is_floating_point():
             bits = (bits.float() + 0.0).view(torch.int32)  # one zero
         bits = bits.to(torch.int64)
-        place = torch.arange(bits.shape[1], device=bits.device) + (number << 40)
-        hashes = _mixed(bits ^ _mixed(place * _signed(_GOLDEN)))
-        if isinstance(mask, Tensor) and tensor.shape == mask.shape:
-            hashes = hashes * (mask.reshape(n, -1) != 0)
+        place = torch.arange(bits.shape[1], device=bits.device)
+        if counted is not None:
+            place = counted.cumsum(1)
+        hashes = _mixed(bits ^ _mixed((place + (number << 40)) * _signed(_GOLDEN)))
+        if counted is not None:
+            hashes = hashes * counted
         total = total.to(hashes.device) + hashes.sum(1)
     return total.expand(n)
 
 
-def _by_sample(batch: Batch, n: int) -> Iterator[Tensor]:
-    given: list[Any] = [batch.args, batch.kwargs, batch.targets]
-    for tensor in tensors_of(given):
-        if tensor.ndim and len(tensor) == n and not tensor.is_complex():
-            yield tensor
+def _by_sample(batch: Batch, n: int, ignored: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The tensors of samples, and which places of them count; None for all."""
+    words, labels = words_of(batch), labels_of(batch, ignored)
+    given: list[tuple[Any, Tensor | None]] = [(batch.args, words)]
+    for key, value in batch.kwargs.items():
+        given.append((value, labels if key.startswith("decoder_") else words))
+    given.append((batch.targets, labels))
+    for tree, counted in given:
+        for tensor in tensors_of(tree):
+            if tensor.ndim and len(tensor) == n and not tensor.is_complex():
+                fits = counted is not None and counted.shape == tensor.shape
+                yield tensor, counted if fits else None
 
 
 def signs(hashes: Tensor, shape: torch.Size, seed: int, draw: int, dtype: torch.dtype) -> Tensor:
@@ -66,3 +76,20 @@ def signs(hashes: Tensor, shape: torch.Size, seed: int, draw: int, dtype: torch.
     for row, word in zip(out, mixed, strict=True):
         row.copy_((((word[:, None] >> bit) & 1) * 2 - 1).flatten()[:numel])
     return out.reshape(shape)
+
+
+def signs_of_texts(hashes: Tensor, like: Tensor, batch: Batch, seed: int, draw: int) -> Tensor:
+    """Signs for each output, which are the same for a text however it is padded.
+
+    Outputs are (n, length, ...), or, where labels have the shape (n, length), (n, classes, length).
+    """
+    words, labels = words_of(batch), labels_of(batch)
+    classes_first = labels is not None and like.ndim == 3 and like.shape[1] != labels.shape[1]
+    shape = like.movedim(1, 2).shape if classes_first else like.shape
+    found = signs(hashes, shape, seed, draw, like.dtype)
+    if words is None or labels is None or not words.shape == labels.shape == shape[:2]:
+        words = None
+    if words is not None and not bool(words[:, 0].all()):  # behind padding
+        place = (words.cumsum(1) - 1).clamp(min=0).view(*words.shape, *[1] * (len(shape) - 2))
+        found = found.gather(1, place.expand_as(found))
+    return found.movedim(2, 1) if classes_first else found

@@ -10,6 +10,7 @@ from torch import Tensor
 from lcodec_ext.curvature.kronecker.places import Piece, Places
 
 _FORMAT = "kronecker factors 1"
+_ROUNDING = 1e-3  # of a block's largest eigenvalue: more than all samples have, they cannot lose
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,8 @@ class KroneckerFactors:
         Raises
         ------
         ValueError
-            For factors of another basis, kind, seed or draws, or of as many samples or more.
+            For factors of another basis, kind, seed or draws, of as many samples or more, or with
+            larger eigenvalues than these, as of samples that are not among these.
         """
         if not isinstance(other, KroneckerFactors):
             raise TypeError(
@@ -177,6 +179,12 @@ class KroneckerFactors:
                     "EKFACOperator(..., basis=factors).factors"
                 )
             left = block.values - removed.values.to(block.values)
+            if float(left.min()) < -_ROUNDING * float(block.values.max()):
+                raise ValueError(
+                    f"other has more of {block.parameters[0]!r} along some eigenvectors than these "
+                    "factors have in all: its samples are not among theirs or were taken out "
+                    "before, or the weights, the loss or the padding are other ones"
+                )
             blocks.append(replace(block, values=left.clamp(min=0)))
         return replace(self, n=self.n - other.n, blocks=tuple(blocks))
 
@@ -211,7 +219,7 @@ class KroneckerFactors:
                     "the selection must have whole rows of each layer (all entries of a unit) to "
                     f"be Kronecker-factored; of {block.parameters[0]!r} it has parts of rows"
                 )
-            if keep.all() and len(columns) == self.size:
+            if keep.all():
                 blocks.append(replace(block, places=Places.of(numbers)))
             elif keep.any():
                 places = Places.of([number[keep] for number in numbers])

@@ -245,9 +245,10 @@ class EKFACOperator(KroneckerOperator):
     or columns beyond 8192 have no basis. A layer that is called several times has all calls as
     positions.
 
-    Every position counts as a sample for A and G ("expand" of Eschenhagen et al.): that is exact
-    for linear networks with a loss at every position, as of language models. The eigenvalues are
-    those of whole samples in either case.
+    Every position counts as a sample for A and G ("expand" of Eschenhagen et al.), without padding,
+    which is told by an ``attention_mask``, or a decoder's labels of -100. That is exact for linear
+    networks with a loss at every position, as of language models. The eigenvalues are those of
+    whole samples in either case.
 
     Where a layer's input has no axis of samples, or single parameters belong to no layer, samples
     are passed one by one, which is slow (`plan` says so); what a batch shares along a first axis of

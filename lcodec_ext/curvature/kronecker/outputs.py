@@ -9,13 +9,16 @@ from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import known_loss
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.token_loss import TokenLoss
-from lcodec_ext.curvature.kronecker.draws import content, signs
+from lcodec_ext.curvature.kronecker.draws import content, signs_of_texts
 from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.routes.gauss_newton import output_hessians
 
 ALL_COLUMNS = 16  # outputs of a sample up to which every column is taken
 _FORMED = 64  # outputs of a sample whose Hessian is formed where the loss is not known
+_OTHERWISE = (
+    "make an EKFACOperator with kind='empirical', or take curvature='fisher' in place of 'ekfac'"
+)
 
 #: From a tensor of the outputs' shape to the square root times each sample's part of it.
 Root = Callable[[Tensor], Tensor]
@@ -53,7 +56,7 @@ class Seeds:
         if not isinstance(outputs, Tensor):
             raise ValueError(
                 "kind='model' needs a model whose output is one tensor, or has logits; this one "
-                f"returns a {type(outputs).__name__}: pass kind='empirical'"
+                f"returns a {type(outputs).__name__}: {_OTHERWISE}"
             )
         if not outputs.requires_grad:
             return
@@ -62,7 +65,7 @@ class Seeds:
         if len(outputs) != n:
             raise ValueError(
                 f"kind='model' needs outputs with samples along the first axis; for {n} samples "
-                f"they have shape {tuple(outputs.shape)}: pass kind='empirical'"
+                f"they have shape {tuple(outputs.shape)}: {_OTHERWISE}"
             )
         each = outputs.numel() // n
         if self.draws is None and each <= ALL_COLUMNS:
@@ -71,9 +74,10 @@ class Seeds:
                 unit[:, column] = 1
                 yield [outputs], [root(unit.reshape(outputs.shape))]
             return
-        hashes, draws = content(batch).to(outputs.device), self.draws or 1
+        ignored = getattr(objective.loss_fn, "ignore_index", -100)
+        hashes, draws = content(batch, ignored).to(outputs.device), self.draws or 1
         for draw in range(draws):
-            sign = signs(hashes, outputs.shape, self.seed, draw, outputs.dtype)
+            sign = signs_of_texts(hashes, outputs, batch, self.seed, draw)
             yield [outputs], [root(sign) / draws**0.5]
 
 
@@ -96,6 +100,8 @@ def square_root(objective: Objective, outputs: Tensor, batch: Batch) -> Root:
         weight = p.new_ones(p.shape[:1] + p.shape[2:])
         if not targets.is_floating_point():
             weight = (targets != loss.ignore_index).to(p.dtype)
+        elif not torch.allclose(targets.sum(1).to(weight), weight, atol=1e-4):
+            return _formed(objective, outputs, batch)  # of no distributions
         if mean:
             weight = weight * (n / weight.sum())
         return _softmax_root(p, weight.unsqueeze(1), 1)
@@ -127,7 +133,8 @@ def _formed(objective: Objective, outputs: Tensor, batch: Batch) -> Root:
             f"kind='model' forms the second derivative of the loss by the {each:,} outputs of a "
             f"sample, at most {_FORMED}, for losses other than cross_entropy, "
             "binary_cross_entropy_with_logits and mse_loss of torch.nn.functional without weights; "
-            f"got {objective.loss_fn!r}: pass kind='empirical'"
+            f"got {objective.loss_fn!r}: pass one of these by itself, if it is one. Else "
+            f"{_OTHERWISE}"
         )
     objective.check_plain(outputs, batch, 1, "since the loss of each sample is differentiated")
     with twice_differentiable():
@@ -136,7 +143,7 @@ def _formed(objective: Objective, outputs: Tensor, batch: Batch) -> Root:
     if (values < -1e-5 * values.abs().amax(1, keepdim=True)).any():
         raise ValueError(
             "kind='model' needs a loss that is convex in the outputs; the second derivative of "
-            f"this one has the eigenvalue {float(values.min()):.3g}: pass kind='empirical'"
+            f"this one has the eigenvalue {float(values.min()):.3g}: {_OTHERWISE}"
         )
     roots = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.transpose(1, 2)
     roots = roots.to(outputs.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lcodec_ext._torch.batches import Batch, NoSamplesError
 from lcodec_ext._torch.group import AnyRanks, Ranks
 from lcodec_ext._torch.modes import twice_differentiable
+from lcodec_ext._torch.padding import counted_in
 from lcodec_ext.curvature.kronecker.factors import BlockFactors, KroneckerFactors
 from lcodec_ext.curvature.kronecker.outputs import Seeds
 from lcodec_ext.curvature.kronecker.plan import BlockPlan, Lookup, Outer, plan_blocks
@@ -33,6 +34,7 @@ class Reached:
     calls: Sequence[RowsCall]
     reached: Sequence[Tensor]  # of each call; without calls of the parameter, sample by sample
     first: bool  # whether it is the first backward pass of its batch
+    words: Sequence[Tensor]  # which places of its texts are no padding, each of shape (n, length)
 
     def parts(self, cells: int = 1) -> Iterator[list[Outer | Lookup]]:
         """What the calls add to the gradients of consecutive samples.
@@ -51,9 +53,14 @@ class Reached:
         for start in range(0, self.n, step):
             samples = slice(start, min(start + step, self.n))
             yield [
-                self.plan.part(call, reached, samples, self.n)
+                self.plan.part(call, reached, samples, self.n, self._counted(call))
                 for call, reached in zip(self.calls, self.reached, strict=True)
             ]
+
+    def _counted(self, call: RowsCall) -> Tensor | None:
+        """Which positions of a call are no padding, shape (n, positions); None where all may be."""
+        found = [mask for mask in self.words if mask.shape == call.input.shape[:2]]
+        return torch.stack(found).any(0) if found else None
 
     def dense(self) -> Tensor:
         """Gradients of samples, shape (n, r, D)."""
@@ -137,6 +144,7 @@ class Sweep:
                 yield from self._of(batch.part(slice(i, i + 1)))
             return
         run = objective.run(batch)
+        objective.check_ignored(run.outputs, batch)
         if sorted(objective.masked.whole) != self.whole:
             later = sorted(set(objective.masked.whole).difference(self.whole))
             raise ValueError(
@@ -150,6 +158,8 @@ class Sweep:
             for i in range(n):
                 yield from self._of(batch.part(slice(i, i + 1)))
             return
+        config = getattr(objective.masked.model, "config", None)
+        words = counted_in(batch, bool(getattr(config, "is_encoder_decoder", False)))
         wanted: list[tuple[BlockPlan, list[RowsCall], list[Tensor]]] = []
         displacements = dict(zip(objective.masked.entries, run.displacements, strict=True))
         for plan in self.plans:
@@ -166,7 +176,7 @@ class Sweep:
             reached = list(_back(values, at, seeds))
             for plan, calls, some in wanted:
                 own, reached = reached[: len(some)], reached[len(some) :]
-                yield Reached(plan, n, calls, own, number == 0)
+                yield Reached(plan, n, calls, own, number == 0, words)
 
 
 def _close(before: Sequence[Tensor], after: Sequence[Tensor], tolerance: float) -> bool:
@@ -216,9 +226,10 @@ class Moments:
         if self._rows is not None:
             self._rows.addmm_(g.T, g)
         if first:
-            self._total[1] += len(g)
+            counted = part.counted
+            self._total[1] += len(g) if counted is None else counted.sum()
             if self._inputs is not None:
-                x = part.x.flatten(0, 1)
+                x = part.x.flatten(0, 1) if counted is None else part.x[counted]
                 self._inputs.addmm_(x.T, x)
 
     def basis(self) -> BlockFactors:

@@ -24,10 +24,14 @@ class Outer:
     g : Tensor, shape (n, positions, r)
     inputs : callable
         To x, shape (n, positions, D), which is formed where it is needed.
+    counted : Tensor of bool, shape (n, positions), or None
+        Which positions are no padding; None where all may be.
     """
 
-    def __init__(self, g: Tensor, inputs: Callable[[], Tensor]) -> None:
-        self.g, self._inputs = g, inputs
+    def __init__(
+        self, g: Tensor, inputs: Callable[[], Tensor], counted: Tensor | None = None
+    ) -> None:
+        self.g, self._inputs, self.counted = g, inputs, counted
 
     @cached_property
     def x(self) -> Tensor:
@@ -69,7 +73,9 @@ class BlockPlan:
         """Whether the block has no Kronecker form."""
         return not (self.outer or self.lookup)
 
-    def part(self, call: RowsCall, reached: Tensor, samples: slice, n: int) -> Outer | Lookup:
+    def part(
+        self, call: RowsCall, reached: Tensor, samples: slice, n: int, counted: Tensor | None
+    ) -> Outer | Lookup:
         """What one call adds to the gradients of some of n samples."""
         module, x, k = call.rows.module, call.input.detach(), len(range(n)[samples])
         if n > 1:  # of one sample everything is its own, whatever its first axis is
@@ -96,7 +102,10 @@ class BlockPlan:
                 return each
             return torch.cat([each, each.new_ones(*each.shape[:2], 1)], 2)
 
-        return Outer(g, inputs)
+        counted = None if counted is None else counted[samples]
+        return Outer(
+            g, inputs, counted if counted is None or counted.shape == g.shape[:2] else None
+        )
 
     def dense(self, calls: Sequence[RowsCall], reached: Sequence[Tensor]) -> Tensor:
         """Gradients of samples that have no such form, shape (n, r, D)."""
