@@ -232,7 +232,8 @@ def _full(question: Question) -> Choice:
         every = all_trainable(question.work.model)
         if isinstance(every, ParameterSelection):
             return Choice(every, len(every))
-    return Choice(question.candidates.selection, len(question.candidates.units))
+    every = question.candidates.selection
+    return Choice(every, len(every))  # candidates count tied units once
 
 
 def _step(question: Question, selection: Selection) -> tuple[Block, Tensor]:
