@@ -35,6 +35,7 @@ TITLES = {
     "cnn": "Fashion-MNIST, CNN",
     "resnet": "Fashion-MNIST, ResNet",
 }
+SMALL = 0.25  # of what retrained networks differ by: a smaller gap in JS says nothing
 WITHOUT = ("EK-FAC without retained samples", "EK-FAC without retained samples, after a trial")
 ALONE: Mapping[str, Any] = {"validation": True, "finish": 0}
 PLAIN: Mapping[str, Any] = {
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = measure(name, which, start, split, options.cache, {}, here)
             result["runs"].append(run | {"split": split, "prepared": told})
             written(options.output, result | {"load_after": environment.load()})
-    print(tables(result["runs"]))
+    print(table(result["runs"]))
     return 0
 
 
@@ -164,38 +165,49 @@ def of(runs: Sequence[Mapping[str, Any]], way: str, *path: str) -> float | None:
     return averages.fmean(values)
 
 
-def tables(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table for each network and request, of means over the starts."""
-    lines = []
+def table(runs: Sequence[Mapping[str, Any]], ways: Sequence[str] | None = None) -> str:
+    """Return a Markdown table with means over the starts, of all ways or of some."""
+    lines = [
+        "| | JS | JS gap closed | loss | loss gap closed | retained | test | CPU seconds |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for name, which in dict.fromkeys((run["model"], run["forget"]) for run in runs):
         group = [run for run in runs if (run["model"], run["forget"]) == (name, which)]
-        lines += [
-            f"**{TITLES[name]}, {group[0]['n_forget']} {which} samples of "
-            f"{group[0]['n_forget'] + group[0]['n_retain']:,}**",
-            "",
-            "| | JS | JS gap closed | loss | loss gap closed | retained | test | CPU seconds |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|",
-        ]
-        for way in group[0]["methods"]:
+        total = group[0]["n_forget"] + group[0]["n_retain"]
+        title = f"{TITLES[name]}: {group[0]['n_forget']} {which} samples of {total:,}"
+        lines.append(f"| **{title}** |" + " |" * 7)
+        floor, before = (of(group, each, "js_forget") for each in ("retrained", "no-op"))
+        says = floor is not None and before is not None and before > (1 + SMALL) * floor
+        for way in group[0]["methods"] if ways is None else ways:
             js, loss, retained, test = (of(group, way, figure) for figure in FIGURES)
             closed = [of(group, way, "closed", key) for key in ("js_forget", "loss_forget")]
-            seconds = of(group, way, "time")
             cells = [
                 _cell(js, ".3f"),
-                _cell(closed[0], ".0%"),
+                _cell(closed[0] if says else None, ".0%"),
                 _cell(loss, ".3g"),
                 _cell(closed[1], ".0%"),
                 _cell(retained, ".1%"),
                 _cell(test, ".1%"),
-                _cell(seconds, ".2g"),
+                _cell(of(group, way, "time"), ".2g"),
             ]
             lines.append(f"| {way} | {' | '.join(cells)} |")
-        lines.append("")
     return "\n".join(lines)
 
 
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+#: What the guide shows.
+SHOWN = (
+    "no-op",
+    "retrained",
+    "Gauss-Newton, calibrated",
+    "EK-FAC of 2048, calibrated",
+    *WITHOUT,
+    "Gauss-Newton, with finish",
+    "EK-FAC, with finish",
+)
 
 
 def load(path: Path) -> list[dict[str, Any]]:

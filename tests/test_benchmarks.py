@@ -28,11 +28,14 @@ import cases  # noqa: E402
 import compare  # noqa: E402
 import deletion  # noqa: E402
 import ekfac  # noqa: E402
+import ekfac_against_cg  # noqa: E402
 import flops  # noqa: E402
 import gpu_cases  # noqa: E402
 import inference  # noqa: E402
 import inference_levels  # noqa: E402
+import influence  # noqa: E402
 import masks  # noqa: E402
+import minilm  # noqa: E402
 import networks  # noqa: E402
 import ordinary  # noqa: E402
 import ordinary_models  # noqa: E402
@@ -929,6 +932,16 @@ def test_the_guide_has_the_recorded_masks():
             assert rows[f"step, {share}"]["parameters"] <= 9610 * float(share[:-1]) / 100
 
 
+def test_the_guide_has_the_recorded_comparison_of_ekfac():
+    runs = ekfac_against_cg.load(ROOT / "benchmarks/results/ekfac_against_cg.json")
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert ekfac_against_cg.table(runs, ekfac_against_cg.SHOWN) in text
+    assert {each["model"] for each in runs} == set(ekfac_against_cg.TITLES)
+    for each in runs:
+        assert set(each["methods"]) == {"no-op", "retrained", *ekfac_against_cg.ways()}
+        assert not any(method["error"] for method in each["methods"].values())
+
+
 def test_the_guide_has_the_recorded_calibrations():
     path = ROOT / "benchmarks/results/calibration.json"
     found = results.load(path)["calibration"]
@@ -945,6 +958,17 @@ def test_the_guide_has_the_recorded_calibrations():
     assert f"{near} of {of} losses are within a factor of 2.5" in text
     worst = min(each["accuracy_test_worst"] for each in calibrated)
     assert f"cost more than {-100 * worst:.1f} points of test accuracy" in text
+
+
+def test_the_guide_has_the_recorded_deletions_from_minilm():
+    found = json.loads((ROOT / "benchmarks/results/minilm.json").read_text())
+    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    for case, ways in found["cases"].items():
+        assert f"**{case[0].upper() + case[1:]}**\n\n{minilm.table(ways)}" in text
+        assert not any(way["dirty"] for way in ways.values())
+    assert minilm.claims(found["cases"]) == found["claims"]
+    met = sum(claim["met"] for claim in found["claims"])
+    assert f"{met} of {len(found['claims'])} gates are met" in " ".join(text.split())
 
 
 def test_the_guide_has_the_recorded_ordinary_networks():
@@ -1154,6 +1178,36 @@ def test_over_ranks(tmp_path):
     record = results.load(path)
     assert record["bytes_a_step"]["measured"] == record["bytes_a_step"]["counted"] == 8036
     assert [each["p"] for each in record["points"]] == [2000, 1000]
+
+
+def test_the_tables_of_influence_are_those_on_record():
+    record = json.loads((ROOT / "benchmarks/results/influence.json").read_text())
+    guide = (ROOT / "docs/models.md").read_text()
+    for shown in influence.tables(record):
+        assert shown in guide
+    assert record["dirty"] is False
+    seeds = {each["seed"] for each in record["trainings"]}
+    assert seeds.isdisjoint({0, 1, 2})  # which settings were chosen with
+
+
+def test_scores_of_wrong_labels():
+    data, wrong, validation, _ = influence.task("mlp", 0)
+    assert int(wrong.sum()) == 100
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 10))
+    few = data[0][:90], data[1][:90]
+    found = influence.scores(model, few, validation, 0.01)
+    assert list(found) == list(influence.SCORES)
+    assert all(values.shape == (90,) and seconds >= 0 for values, seconds in found.values())
+    one = {"auc": 0.9, "precision": 0.8, "seconds": 1.0}
+    trained = {
+        "network": "mlp",
+        "scores": dict.fromkeys(influence.SCORES, one),
+        "deletion": {"accuracy_test_before": 0.5, "accuracy_test_after": 0.75},
+    }
+    found = influence.summary([trained, trained])["mlp"]
+    assert found["trainings"] == found["accuracy_test_rose"] == 2
+    assert found["loss"]["auc"] == {"mean": 0.9, "least": 0.9, "largest": 0.9}
 
 
 def test_ekfac_runs():

@@ -596,3 +596,19 @@ def test_singular_curvature_is_refused(network):
     with pytest.raises(ValueError, match="more damping"):
         influence(model, data, queries, F.cross_entropy, damping=0.0)
     assert math.isfinite(influence(model, data, queries, F.cross_entropy).residual)
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "ekfac"])
+def test_queries_tell_a_mean_over_tokens(curvature):
+    """The training samples are equally long, and the queries are not: each loses its own mean."""
+    torch.manual_seed(0)
+    model = nn.Conv1d(3, 4, 1).double()
+    train = torch.randn(20, 3, 5).double(), torch.randint(0, 4, (20, 5))
+    x, y = torch.randn(3, 3, 5).double(), torch.randint(0, 4, (3, 5))
+    y[1, 2:] = y[2, 1:] = -100
+    options = {"curvature": curvature, "damping": 1e-2, "rtol": 1e-10}
+    found = influence(model, train, (x, y), F.cross_entropy, **options).values
+    for k in range(3):
+        alone = x[k : k + 1], y[k : k + 1]
+        (one,) = influence(model, train, alone, F.cross_entropy, **options).values
+        assert torch.allclose(found[k], one, rtol=1e-8, atol=1e-14)

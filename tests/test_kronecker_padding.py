@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from lcodec_ext._torch.batches import as_batch
 from lcodec_ext.curvature import GaussNewtonOperator, UnitSelection, all_trainable
 from lcodec_ext.curvature.kronecker import EKFACOperator, KroneckerFactors
-from lcodec_ext.curvature.kronecker.draws import content
+from lcodec_ext.curvature.kronecker.draws import content, signs_of_texts
 from lcodec_ext.unlearning import TrainingStatistics, per_token_loss, unlearn
 
 CLASSES, LENGTHS = 6, (6, 3, 5, 4, 4)  # more than 16 outputs for each, so that signs are drawn
@@ -82,6 +82,17 @@ def test_bases_leave_padding_out() -> None:
         data = texts(length, left=False) | {"labels": labels}
         matrices.append(EKFACOperator(model, cross_entropy, data, selection).to_dense())
     assert torch.allclose(*matrices, rtol=0, atol=1e-7)
+
+
+def test_signs_of_classes_along_the_second_axis() -> None:
+    ids, labels = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[2, 1, -100, -100]])
+    found = []
+    for length in (4, 2):
+        batch = as_batch((ids[:, :length], labels[:, :length]), 1, "data")
+        like, hashes = torch.zeros(1, 7, length), torch.tensor([5])
+        found.append(signs_of_texts(hashes, like, batch, 0, 0))
+        assert found[-1].shape == like.shape
+    assert torch.equal(found[0][..., :2], found[1])
 
 
 def test_content_leaves_out_padding_of_labels_and_of_a_decoder() -> None:
@@ -160,3 +171,15 @@ def test_blocks_that_keep_all_rows_stay_as_they_are(problem) -> None:
     (block,) = factors.restrict(columns).blocks
     assert block.rows is factors.blocks[1].rows
     assert block.values is factors.blocks[1].values
+
+
+def test_units_of_tied_layers_are_counted_in_both() -> None:
+    torch.manual_seed(0)
+    model = Reader()
+    model.out = nn.Linear(4, 12, bias=False)
+    model.hidden = nn.Linear(4, 4)
+    model.out.weight = model.words.weight
+    data = texts(6, left=False)
+    forget, retain = ({k: t[some] for k, t in data.items()} for some in (slice(1), slice(1, 5)))
+    result = unlearn(model, forget, retain, per_token_loss(), damping=0.1, calibrate=False)
+    assert result.n_units == len(result.selection) == 12 + 12 + 4

@@ -6,7 +6,7 @@ is trained again without a sample.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from lcodec_ext._torch.loss import LossFunction, check_copy, check_loss_fn
 from lcodec_ext._torch.modes import check_module, plain_arithmetic, twice_differentiable
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
 from lcodec_ext._torch.token_loss import TokenLoss
-from lcodec_ext._torch.tokens import by_tokens, check_counted
+from lcodec_ext._torch.tokens import by_tokens, check_counted, of_sets
 from lcodec_ext._torch.wrapped import unwrapped
 from lcodec_ext.curvature import (
     CurvatureOperator,
@@ -348,6 +348,7 @@ def influence(
     )
     asked = as_samples(queries, "queries", trained.samples.device, trained.samples.dtype)
     trained.check_alike(asked)
+    trained = trained.told_by(asked)
     operator = trained.operator()
     shares = _shares(trained.loss_fn, asked)
     n, q = len(trained.samples), 1 if aggregate else len(asked)
@@ -577,6 +578,14 @@ class _Trained:
                 "queries must be like the samples of train, whose tensors have (dimensions, dtype) "
                 f"{own}; those of queries have {kinds}"
             )
+
+    def told_by(self, queries: Samples) -> "_Trained":
+        """With a mean over tokens, where queries tell and training samples are equally long."""
+        found = by_tokens(self.loss_fn, self.model, queries)
+        if isinstance(self.loss_fn, TokenLoss) or not isinstance(found, TokenLoss):
+            return self
+        loss_fn = of_sets(found, self.samples)
+        return replace(self, loss_fn=loss_fn, shares=_shares(loss_fn, self.samples))
 
     def operator(self) -> CurvatureOperator:
         """The damped curvature of the objective."""

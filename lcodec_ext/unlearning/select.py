@@ -212,7 +212,7 @@ def choose(
             return Choice(selection, work.n_trainable)
         if isinstance(selection, UnitSelection):
             candidates = find_candidates(work.model, work.settings)
-            return Choice(candidates.selection, len(candidates.units))
+            return Choice(candidates.selection, len(candidates.selection))
         before = taken if isinstance(taken, UnitSelection) else UnitSelection({})
         return RULES[selection].select(Question(work, part, gradient, before))
 
@@ -232,8 +232,8 @@ def _full(question: Question) -> Choice:
         every = all_trainable(question.work.model)
         if isinstance(every, ParameterSelection):
             return Choice(every, len(every))
-    every = question.candidates.selection
-    return Choice(every, len(every))  # candidates count tied units once
+    selection = question.candidates.selection  # with both of two layers that share a weight
+    return Choice(selection, len(selection))
 
 
 def _step(question: Question, selection: Selection) -> tuple[Block, Tensor]:

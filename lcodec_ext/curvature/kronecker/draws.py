@@ -78,12 +78,18 @@ def signs(hashes: Tensor, shape: torch.Size, seed: int, draw: int, dtype: torch.
     return out.reshape(shape)
 
 
-def behind_padding(signs: Tensor, batch: Batch) -> Tensor:
-    """Signs for each output of texts, shape (n, length, ...), moved behind padding on the left."""
+def signs_of_texts(hashes: Tensor, like: Tensor, batch: Batch, seed: int, draw: int) -> Tensor:
+    """Signs for each output, which are the same for a text however it is padded.
+
+    Outputs are (n, length, ...), or, where labels have the shape (n, length), (n, classes, length).
+    """
     words, labels = words_of(batch), labels_of(batch)
-    if words is None or labels is None or not words.shape == labels.shape == signs.shape[:2]:
-        return signs
-    if bool(words[:, 0].all()):
-        return signs
-    place = (words.cumsum(1) - 1).clamp(min=0)
-    return signs.gather(1, place.view(*place.shape, *[1] * (signs.ndim - 2)).expand_as(signs))
+    classes_first = labels is not None and like.ndim == 3 and like.shape[1] != labels.shape[1]
+    shape = like.movedim(1, 2).shape if classes_first else like.shape
+    found = signs(hashes, shape, seed, draw, like.dtype)
+    if words is None or labels is None or not words.shape == labels.shape == shape[:2]:
+        words = None
+    if words is not None and not bool(words[:, 0].all()):  # behind padding
+        place = (words.cumsum(1) - 1).clamp(min=0).view(*words.shape, *[1] * (len(shape) - 2))
+        found = found.gather(1, place.expand_as(found))
+    return found.movedim(2, 1) if classes_first else found

@@ -9,7 +9,7 @@ from lcodec_ext._torch.batches import Batch
 from lcodec_ext._torch.loss import known_loss
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.token_loss import TokenLoss
-from lcodec_ext.curvature.kronecker.draws import behind_padding, content, signs
+from lcodec_ext.curvature.kronecker.draws import content, signs_of_texts
 from lcodec_ext.curvature.masked.model import ForwardPass
 from lcodec_ext.curvature.objective import Objective
 from lcodec_ext.curvature.routes.gauss_newton import output_hessians
@@ -77,8 +77,8 @@ class Seeds:
         ignored = getattr(objective.loss_fn, "ignore_index", -100)
         hashes, draws = content(batch, ignored).to(outputs.device), self.draws or 1
         for draw in range(draws):
-            sign = signs(hashes, outputs.shape, self.seed, draw, outputs.dtype)
-            yield [outputs], [root(behind_padding(sign, batch)) / draws**0.5]
+            sign = signs_of_texts(hashes, outputs, batch, self.seed, draw)
+            yield [outputs], [root(sign) / draws**0.5]
 
 
 def square_root(objective: Objective, outputs: Tensor, batch: Batch) -> Root:
