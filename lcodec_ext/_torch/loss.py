@@ -450,16 +450,27 @@ def loss_of(
     _check_shapes(loss_fn, outputs, batch.targets)
     try:
         return scalar_loss(loss_fn, outputs, batch.targets)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        at = _as_classes(loss_fn, outputs, batch.targets)
+        at = _as_classes(loss_fn, outputs, batch.targets) or _of_logits(error)
         if not at and (found := fault_of(loss_fn, outputs, batch, name)):
             at = f" ({found})"
         raise ValueError(
             f"loss_fn fails on the model's outputs for samples of {name} and their targets: "
             f"{error}{at}"
         ) from error
+
+
+def _of_logits(error: Exception) -> str:
+    """What a loss gets, where it looks for something else in the model's outputs."""
+    if not isinstance(error, AttributeError) or error.obj.__class__ is not Tensor:
+        return ""
+    return (
+        ". loss_fn is called with the logits and the labels, in the place of a model's outputs, "
+        "which have the loss of their own batch: pass cross_entropy for a classifier, "
+        "per_token_loss(causal=True) for a causal language model, else per_token_loss()"
+    )
 
 
 def _as_classes(loss_fn: LossFunction, outputs: Any, targets: Any) -> str:

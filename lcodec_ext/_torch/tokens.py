@@ -147,6 +147,31 @@ def check_counted(tokens: float, name: str, loss_fn: TokenLoss) -> None:
         )
 
 
+def doubt_of_shift(loss_fn: TokenLoss, model: nn.Module, samples: Samples) -> str:
+    """What speaks against the given `causal`, by the model and a few samples; empty if nothing."""
+    batch = samples.fetch(slice(4))
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if loss_fn.causal:
+        if not decodes or loss_fn.loss_fn is not None:
+            return ""
+        return (
+            f"per_token_loss(causal=True) shifts the labels, and {type(model).__name__} is an "
+            "encoder-decoder, which is trained on labels as they are: pass per_token_loss()"
+        )
+    ids, labels = batch.kwargs.get("input_ids"), batch.targets
+    alike = isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape
+    if decodes or not alike:
+        return ""
+    counted = labels != loss_fn.ignore_index
+    if not bool(counted.any()) or not torch.equal(ids[counted], labels[counted]):
+        return ""
+    return (
+        f"the labels of {samples.name} are its own input_ids, token by token, and loss_fn compares "
+        "the outputs for a token with the label of this token: a causal language model is trained "
+        "on the next one, per_token_loss(causal=True)"
+    )
+
+
 def weight_share(loss_fn: LossFunction, samples: Samples) -> float:
     """What a sample of a set counts for on average, 1 over the training samples."""
     if not isinstance(loss_fn, TokenLoss):

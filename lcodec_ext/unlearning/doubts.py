@@ -179,7 +179,7 @@ def warn_of_shortfall(
     guard: Guard | None,
     step_norm: float,
 ) -> None:
-    """Warn of a calibrated step that stayed far from its aim, or that cost what losses hide.
+    """Warn of a calibrated step that stayed far from its aim, and of accuracy that any step cost.
 
     Where the objective's gradient is small compared with that of the removed samples, a step
     without damping is Newton's to the retained samples' optimum: then it is enough, though it moves
@@ -187,7 +187,11 @@ def warn_of_shortfall(
     """
     last = deletions[-1].last
     found = last.calibration
-    if found is None or not last.accepted:
+    if found is None:
+        for each in _accuracy_fell(guard) if last.accepted else []:
+            warn(each)
+        return
+    if not last.accepted:
         return
     told = []
     reason = _REASONS.get(found.stopped_by, found.stopped_by)
@@ -251,6 +255,21 @@ def _accuracy_lost(guard: Guard | None) -> list[str]:
         f"accuracy on {counted(n, 'validation sample')} {how}, where {changed:,} changed: on other "
         f"samples it may have fallen by {100 * at_most:.1f} points (95% bound). More validation "
         "samples would tell"
+    ]
+
+
+def _accuracy_fell(guard: Guard | None) -> list[str]:
+    """What to say of a step that was not calibrated, where more than chance says accuracy fell."""
+    if guard is None or guard.watched not in ("accuracy", "token accuracy"):
+        return []
+    falls = guard.falls().numpy()
+    n, fall = len(falls), float(falls.mean())
+    if fall - _SURE * falls.std() / math.sqrt(n) <= _POINTS:
+        return []
+    return [
+        f"the deletion costs {guard.watched}: on {counted(n, 'sample')} that the guard watches it "
+        f"went from {guard.before:.2%} to {guard.before - fall:.2%}, by more than chance. Take a "
+        "larger damping, or a smaller max_drop, at which the guard takes the step back"
     ]
 
 

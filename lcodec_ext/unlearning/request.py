@@ -24,6 +24,7 @@ from lcodec_ext._torch.batches import (
     tensors_of,
 )
 from lcodec_ext._torch.copies import THE_LOSS, check_followed, quantised
+from lcodec_ext._torch.faults import beyond_embeddings
 from lcodec_ext._torch.group import Ranks
 from lcodec_ext._torch.loss import (
     LossFunction,
@@ -43,7 +44,7 @@ from lcodec_ext._torch.samples import (
 )
 from lcodec_ext._torch.shards import ShardedSamples, check_shards, own_samples
 from lcodec_ext._torch.token_loss import TokenLoss
-from lcodec_ext._torch.tokens import by_tokens, of_kind, of_sets
+from lcodec_ext._torch.tokens import by_tokens, doubt_of_shift, of_kind, of_sets
 from lcodec_ext.unlearning.groups import Groups, draw_users
 from lcodec_ext.unlearning.settings import Settings
 from lcodec_ext.unlearning.statistics import TrainingStatistics
@@ -283,10 +284,13 @@ def _taken(
     if validation is not None:
         held = as_samples(validation, "validation", work.device, work.dtype)
     _check_roles(work.settings, kept, held, statistics)
+    told = work.loss_fn
     work = replace(work, loss_fn=_by_tokens(work, removed, kept, statistics))
     if held and isinstance(work.loss_fn, TokenLoss):
         of_sets(work.loss_fn, held)  # refuses samples without a token
     _probe(work, [samples for samples in (removed, kept, held) if samples])
+    if isinstance(told, TokenLoss) and (doubt := doubt_of_shift(told, work.model, removed)):
+        warn(doubt)
     if kept and work.settings.repair_epochs:
         _check_repair(work, kept.fetch(slice(4)))
     return work, removed, kept, held
@@ -492,6 +496,7 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
     except _FAILURES as error:
         several = len(batch.args) > 1 and not isinstance(error, InputsError)
         why = f". It was called with {len(batch.args)} inputs. {SAMPLES_ARE}" if several else ""
+        why = why or beyond_embeddings(work.model, batch)
         raise ValueError(f"the model fails on samples of {name}: {error}{why}") from error
     own = set(map(id, work.parameters.values()))
     check_followed([t for t in followed if t.requires_grad], work.watched, "the model", own)

@@ -533,11 +533,14 @@ class TrainingStatistics:
         """Read what `save` wrote; ValueError if it is something else."""
         file_to_read(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:  # a path is read by its ending, whatever it holds
+                state = torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # of many kinds, on files that are not torch's
-            raise ValueError(f"{path!s} holds no training statistics: {error}") from error
+            raise ValueError(
+                f"{path!s} holds no training statistics, which TrainingStatistics.save writes"
+            ) from error
         known = (_FORMAT, _WITH_FACTORS)
         if not isinstance(state, dict) or state.get("format") not in known:
             raise ValueError(
