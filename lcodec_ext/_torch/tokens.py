@@ -159,8 +159,9 @@ def doubt_of_shift(loss_fn: TokenLoss, model: nn.Module, samples: Samples) -> st
             "encoder-decoder, which is trained on labels as they are: pass per_token_loss()"
         )
     ids, labels = batch.kwargs.get("input_ids"), batch.targets
-    alike = isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape
-    if decodes or not alike:
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor):
+        return ""
+    if decodes or ids.shape != labels.shape:
         return ""
     counted = labels != loss_fn.ignore_index
     if not bool(counted.any()) or not torch.equal(ids[counted], labels[counted]):
