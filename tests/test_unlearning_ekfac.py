@@ -419,6 +419,8 @@ def test_parameters_that_no_sample_uses(model):
         wide[0].weight[0] = 1.0
     kept = collected(wide)
     result = PLAIN(wide, FORGET, None, cross_entropy, statistics=kept, weight_decay=DECAY)
+    assert "retain loss   not measured: no retained samples" in repr(result)
+    assert "nan" not in repr(result)
     assert torch.equal(result.model[0].weight[0], wide[0].weight[0])
     assert not torch.equal(result.model[0].weight[1], wide[0].weight[1])
 

@@ -459,7 +459,7 @@ def _check_statistics(settings: Settings, statistics: object) -> None:
         (
             settings.curvature != statistics.kind,
             f"the statistics are for curvature={statistics.kind!r}; got "
-            f"curvature={settings.curvature!r}",
+            f"curvature={settings.curvature!r}. Pass curvature={statistics.kind!r}",
         ),
     ):
         if refused:

@@ -213,8 +213,14 @@ class UnlearnResult:
             ),
             f"  step          {self._step()}",
             f"  forget loss   {change(self.loss_forget)}",
-            f"  retain loss   {change(self.loss_retain)}",
-            f"  gradient norm {change(self.gradient_norm)} retained",
+            *(
+                (
+                    f"  retain loss   {change(self.loss_retain)}",
+                    f"  gradient norm {change(self.gradient_norm)} retained",
+                )
+                if self.n_monitored
+                else ("  retain loss   not measured: no retained samples were given",)
+            ),
         ]
         if self.mean_over != "samples":
             lines.insert(3, f"  loss          mean over {self.mean_over}")
