@@ -378,7 +378,8 @@ def test_the_labels_were_memorised(kind):
     assert kind.accuracy(kind.retrained, kind.test) > chance + 0.15
 
 
-@pytest.mark.filterwarnings("ignore:the step raised the mean loss")  # accuracy is watched
+# Nothing is calibrated, and the preset's guard allows ten points.
+@pytest.mark.filterwarnings("ignore:the step raised the mean loss", "ignore:the deletion costs")
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
 def test_wrong_labels_are_forgotten(kind, preset):
     options = {"weight_decay": WEIGHT_DECAY, **kind.options}

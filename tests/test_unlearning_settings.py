@@ -307,7 +307,7 @@ def test_only_some_samples_are_read(mlp):
     probed = {0, *range(0, 694, 694 // 32)}
     read = {k for k, count in enumerate(dataset.reads) if count} - probed
     assert 30 <= len(read) <= 40
-    assert max(dataset.reads) <= 6  # of the 32 by checks, and 0; no sample in every pass
+    assert max(dataset.reads) <= 8  # of the 32 by checks, and 0, by which memory is estimated, too
     assert max(dataset.reads[k] for k in read) <= 2
     # All others may be anything.
     others = [k for k in range(694) if not dataset.reads[k]]
@@ -331,7 +331,7 @@ def test_the_guard_reads_other_samples(mlp):
     options = {"n_curvature": 50, "n_monitor": 10, "damping": 0.5, "max_drop": 0.5}
     unlearn(mlp, forget, dataset, F.cross_entropy, **options)
     assert sum(count > 0 for count in dataset.reads) <= 1000 + 50 + 33
-    assert sum(dataset.reads) <= 1000 + 50 + 3 * 32 + 36
+    assert sum(dataset.reads) <= 1000 + 50 + 3 * 32 + 38
 
 
 def test_monitored_are_at_most_those_that_are_read(mlp):
@@ -462,7 +462,7 @@ def test_sequential_reads_the_retained_samples_once(mlp):
         damping=0.5,
     )
     assert result.attempts == 6
-    assert sum(dataset.reads) <= 700 + 3 * 32 + 36
+    assert sum(dataset.reads) <= 700 + 3 * 32 + 38
 
 
 # ---------------------------------------------------------------------------------------------
@@ -615,6 +615,7 @@ def test_repair_is_sgd_on_the_selection(mlp):
 
 
 @pytest.mark.filterwarnings("ignore:the step raised the mean loss")
+@pytest.mark.filterwarnings("ignore:the deletion costs accuracy")
 def test_repair_only_where_the_step_did_harm(mlp):
     more = {"repair_epochs": 2, "repair_batch_size": 20, "repair_learning_rate": 0.02}
     gentle = run(mlp, damping=10.0, repair_drop=0.1, **more)

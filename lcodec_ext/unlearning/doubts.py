@@ -259,12 +259,15 @@ def _accuracy_lost(guard: Guard | None) -> list[str]:
 
 
 def _accuracy_fell(guard: Guard | None) -> list[str]:
-    """What to say of a step that was not calibrated, where more than chance says accuracy fell."""
+    """What to say of a step that was not calibrated, where more than chance says accuracy fell.
+
+    Fewer than five answers are taken for chance: their spread is not known.
+    """
     if guard is None or guard.watched not in ("accuracy", "token accuracy"):
         return []
     falls = guard.falls().numpy()
     n, fall = len(falls), float(falls.mean())
-    if fall - _SURE * falls.std() / math.sqrt(n) <= _POINTS:
+    if fall * n < _ANSWERS or fall - _SURE * falls.std() / math.sqrt(n) <= _POINTS:
         return []
     return [
         f"the deletion costs {guard.watched}: on {counted(n, 'sample')} that the guard watches it "

@@ -189,7 +189,8 @@ def _line(found: Mapping[int, float]) -> Graphs:
 def activations_of(work: Workplace, samples: Samples) -> Graphs:
     """Memory that a backward pass needs of the forward pass, by samples."""
     found: dict[int, float] = {}
-    own = {t.untyped_storage().data_ptr() for t in work.model.state_dict().values()}
+    tensors = (*work.model.parameters(), *work.model.buffers())
+    own = {t.untyped_storage().data_ptr() for t in tensors}
     for size in sorted({1, min(2, len(samples))}):
         kept: dict[int, int] = {}
 

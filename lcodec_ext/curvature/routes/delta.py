@@ -98,7 +98,8 @@ class DeltaRoute(Route):
         self._diagonal: Tensor | None = None
         self._rows: dict[int, LowRank | None] = {}
         self._kept: dict[int, tuple[Form, Batch]] = {}
-        own = {t.untyped_storage().data_ptr() for t in objective.masked.model.state_dict().values()}
+        model = objective.masked.model
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         most, total = base.cache_bytes(objective), 0
         for number, batch in objective.passes("primal"):
             built = self._build(batch)
