@@ -195,7 +195,20 @@ def network(part: str, quick: bool) -> nn.Module:
         return transformers.ViTForImageClassification(config).eval()
     small = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]} if quick else {}
     config = transformers.ResNetConfig(num_labels=CLASSES, **small)
-    return transformers.ResNetForImageClassification(config).eval()
+    return settled(transformers.ResNetForImageClassification(config)).eval()
+
+
+@torch.no_grad()
+def settled(model: nn.Module) -> nn.Module:
+    """With the batch norms' running statistics of images; with the initial ones outputs explode."""
+    pixels = torch.stack([sample["pixel_values"] for sample in noise(32, 5)])
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over the passes
+    model.train()(pixel_values=pixels)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model
 
 
 def noise(n: int, seed: int) -> list[dict[str, Any]]:
