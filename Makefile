@@ -133,9 +133,9 @@ check-long: $(VENV)/.installed ## Part of check: tests of properties with the lo
 # threads split sums. The first run takes the least that torch, MKL and oneDNN offer. The second takes
 # AVX2 and two threads, which sleep while they wait: spinning is slow where both cores are busy.
 # The files are those in which torch's arithmetic decides. The others test dependence (exact on every
-# path), kernels (`make check-sanitize`), ledgers, reports, the command line, and torch.compile, which
+# path), kernels (`make check-sanitize`), ledgers, reports, memory, the command line, and torch.compile, which
 # does not work under ATEN_CPU_CAPABILITY.
-PATHS_TESTS = $(filter-out %_report.py %_ledger.py,$(wildcard tests/test_before_redesign.py \
+PATHS_TESTS = $(filter-out %_report.py %_ledger.py %_memory.py,$(wildcard tests/test_before_redesign.py \
     tests/test_compat_scrub.py tests/test_curvature_*.py tests/test_docs.py tests/test_unlearning_*.py))
 check-paths: $(VENV)/.installed ## Part of check: tests of torch arithmetic on other CPU code paths
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
