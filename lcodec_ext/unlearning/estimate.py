@@ -1,7 +1,6 @@
 """What a deletion will cost, and settings that make it cost less."""
 
 import contextlib
-import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -417,25 +416,27 @@ def _refusal(
         return max(found.most_seconds / allowed, memory)
 
     least = min(tried, key=excess)
+    slow = least.most_seconds > allowed
+    large = most is not None and least.memory["peak"] > most
     limits = []
-    if allowed < math.inf:
+    if slow:
         given = (
             f"max_seconds={settings.max_seconds:g}"
             if settings.max_seconds is not None
             else f"budget={settings.budget:g} of training_seconds={settings.training_seconds:g}"
         )
         limits.append(f"{given}: it takes up to {_seconds(least.most_seconds)}")
-    if most is not None:
+    if large:
         whose = f"max_memory={most:,}" if limit is None else str(limit)
         limits.append(f"{whose}: it takes {least.memory['peak']:,} bytes")
     lowered = ", ".join(f"{k}={v}" for k, v in _changed(settings, least.settings).items())
-    slack = " (and a quarter more: it was timed just now)" * (allowed < math.inf)
+    slack = " (and a quarter more: it was timed just now)" * slow
+    told = ", with max_memory" * (large and limit is not None)
     return (
         f"the smallest plan for this deletion ({lowered}) does not fit {' and '.join(limits)}. "
-        f"Allow that much{slack}{', with max_memory' * (limit is not None)}, or select fewer "
-        "parameters (selection, max_parameters)"
+        f"Allow that much{slack}{told}, or select fewer parameters (selection, max_parameters)"
         + ", or compute in float32 (dtype=torch.float32)"
-        * (double and most is not None)
+        * (double and large)
     )
 
 
