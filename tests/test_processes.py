@@ -187,6 +187,8 @@ def test_control_c_still_ends_a_call():
         import numpy as np
         from lcodec_ext import foci, set_num_threads
 
+        # Of what a shell starts in the background it is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         set_num_threads(2)
         X = np.random.default_rng(0).normal(size=(100_000, 60))
         try:
