@@ -709,7 +709,7 @@ def test_weights_in_a_checkpoint(run, refused, key, prefix):
 
 
 def test_weights_of_more_than_the_model(run, refused):
-    """The state of a Lightning module: its model is behind a prefix, and beside it are others."""
+    """The state of a Lightning module: its model has a prefix, and other modules have others."""
     named = {f"model.{name}": tensor for name, tensor in weights("net.pt").items()}
     torch.save({"state_dict": {**named, "metric.total": torch.zeros(())}}, "lit.ckpt")
     command = ["unlearn", *MODEL, *DATA, *DECAY, "--forget", "1", "--output", "a.pt", "--weights"]

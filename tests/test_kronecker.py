@@ -202,7 +202,7 @@ DIAGONAL = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", DIAGONAL)
 def test_diagonal(name, kind):
-    """Layers without such factors have the exact diagonal, and nothing beside it."""
+    """Layers without such factors have the exact diagonal alone."""
     _, model, shape = next(case for case in diagonal_cases() if case[0] == name)
     model = model.double()
     X, y = torch.randn(N, *shape, dtype=torch.float64), torch.randint(0, 3, (N,))

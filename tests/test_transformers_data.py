@@ -316,7 +316,7 @@ def trained_by(rows, folder):
 
 def test_columns_that_are_no_input_say_how_to_leave_them_out(tmp_path):
     rows, model = with_columns(), bert()
-    match = "'text', 'idx'.*have to go first.*trainer.get_eval_dataloader"
+    match = "'text', 'idx'.*Take columns out.*trainer.get_eval_dataloader"
     with pytest.raises(ValueError, match=match):
         unlearn(model, *parts(rows, PADDED), cross_entropy)
     trainer = trained_by(rows, tmp_path)

@@ -36,7 +36,7 @@ SAMPLES_ARE = (
 ROWS_ARE = (
     "A row is a dict with 'labels', whose lists are as long in all rows. Of rows of unequal length "
     "pass DataLoader(data, collate_fn=DataCollatorWithPadding(tokenizer)), or the collator of the "
-    "training. Columns that are no input of the model have to go first, as by data.remove_columns. "
+    "training. Take columns out that the model does not read, as by data.remove_columns. "
     "trainer.get_eval_dataloader(data) does both"
 )
 

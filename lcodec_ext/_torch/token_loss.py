@@ -172,7 +172,7 @@ class TokenLoss:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]] | None:
         """Log-probabilities (k, C) for counted tokens, their labels (k,) and samples (k,).
 
-        In float64, a few samples at a time. None of outputs that are no logits.
+        In float64, a few samples at a time. None where the outputs are not logits.
         """
         logits = logits_of(outputs, targets)
         if logits is None:
