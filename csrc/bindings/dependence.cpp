@@ -3,6 +3,9 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "bindings/arguments.hpp"
@@ -10,6 +13,7 @@
 #include "bindings/execution.hpp"
 #include "bindings/gil.hpp"
 #include "cpu/instruments.hpp"
+#include "cpu/parallel.hpp"
 #include "lcodec/engine.hpp"
 
 namespace py = pybind11;
@@ -180,6 +184,21 @@ py::tuple minima(const Array<T>& x, const Array<T>& factor, const Array<std::int
   return py::make_tuple(whole, rest, tied);
 }
 
+#ifdef LCODEC_INSTRUMENTS
+// Calls of 1 ms each, of which one on another thread than the calling one throws.
+void throw_in_a_helper(const std::string& level, int threads) {
+  const auto caller = std::this_thread::get_id();
+  run(level, threads, [&](const Execution& execution) {
+    return parallel_for(10'000, execution, [&] {
+      return [&](std::int64_t) {
+        if (std::this_thread::get_id() != caller) throw std::range_error("thrown in a helper");
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      };
+    });
+  });
+}
+#endif
+
 template <class T>
 void bind(py::module_& m, const char* engine_name) {
   BoundEngine<T>::bind(m, engine_name);
@@ -200,6 +219,8 @@ void register_dependence(py::module_ m) {
 #ifdef LCODEC_INSTRUMENTS
   m.def("saturate", &saturate, py::arg("level"), py::arg("rounds"), py::call_guard<WithoutGil>(),
         "Issues vector instructions; returns how many.");
+  m.def("throw_in_a_helper", &throw_in_a_helper, py::arg("level"), py::arg("threads"),
+        "Throws in a thread of the pool, for tests.");
 #endif
 }
 
