@@ -835,7 +835,7 @@ _ALL = (
     Case(
         name="foci_small",
         title="FOCI, {steps} steps, n = {n}, p = {p}, {calls:,} calls",
-        make=lambda rng, calls, **size: continuous(rng, **size) | {"calls": calls},
+        make=lambda rng, calls, **size: few(rng, **size) | {"calls": calls},
         ours=many(foci),
         compare=same_selection,
         full=({"n": 50, "p": 5, "steps": 3, "calls": 300},),

@@ -42,6 +42,8 @@ class WithoutSignals {
 #endif
 };
 
+const std::int64_t kCpus = std::thread::hardware_concurrency();
+
 }  // namespace
 
 // The threads, and those who want help. It is never destroyed: its threads end with the process, at
@@ -70,7 +72,7 @@ class Pool {
  private:
   // How many threads may become busy for these.
   std::int64_t room(const Helpers& helpers) const {
-    return std::max(helpers.most_ + 1, cpus_) - busy_;
+    return std::max(helpers.most_ + 1, kCpus) - busy_;
   }
 
   // Starts threads until so many are not at work.
@@ -122,7 +124,6 @@ class Pool {
     }
   }
 
-  const std::int64_t cpus_ = std::thread::hardware_concurrency();
   std::mutex mutex_;
   std::condition_variable work_;
   Helpers* first_ = nullptr;

@@ -1,7 +1,7 @@
 // The CPU engine of the dependence coefficients: entry points and views. No Python, no torch.
 //
-// Calls run on the calling thread and `threads - 1` further ones and return the same bits for every
-// thread count and SIMD level. std::bad_alloc is passed on.
+// Calls run on the calling thread and up to `threads - 1` further ones, and return the same bits
+// for every thread count and SIMD level. std::bad_alloc is passed on.
 #pragma once
 
 #include <cstdint>
