@@ -106,6 +106,14 @@ def pair(rng: np.random.Generator, n: int) -> Data:
     return {"x": x, "y": x**2 + rng.standard_normal(n)}
 
 
+def table(rng: np.random.Generator, n: int, p: int) -> Data:
+    """Half of the columns are products of two of the others."""
+    X = rng.standard_normal((n, p))
+    half = p // 2
+    X[:, half : 2 * half] = X[:, :half] * np.roll(X[:, :half], 1, axis=1)
+    return {"X": X}
+
+
 def stored_rows(rng: np.random.Generator, n: int, segments: int, length: int) -> Data:
     """Rows of per-sample gradients. A fifth of the columns are selected, in segments."""
     columns = 5 * segments * length

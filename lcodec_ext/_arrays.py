@@ -486,7 +486,8 @@ def _real(array: NDArray, label: str) -> NDArray:
         raise _not_real(array, label)
     if array.dtype == np.float16:
         return array.astype(np.float32)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype.kind == "f" and sys.float_info.min / 2 == 0 and _has_subnormals(array):
         raise ValueError(
             f"{label} holds numbers below {np.finfo(array.dtype).tiny:.3g}, which this thread "

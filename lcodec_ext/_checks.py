@@ -43,7 +43,7 @@ def counted(number: int, noun: str, nouns: str | None = None) -> str:
 
 def check_choice(value: object, name: str, choices: Sequence[str | None]) -> Any:
     """value, if it is one of the choices."""
-    if not isinstance(value, str | None) or value not in choices:
+    if not (value is None or isinstance(value, str)) or value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {expected}; got {_describe(value)}")
     return value

@@ -45,6 +45,8 @@ class dependence:
             rank: NDArray[np.int32],
             ties: int,
             seed: int,
+            sorted_rows: NDArray[np.int32],
+            sorted_values: NDArray[np.float32],
         ) -> None: ...
 
     class EngineDouble(_Engine):
@@ -55,12 +57,18 @@ class dependence:
             rank: NDArray[np.int32],
             ties: int,
             seed: int,
+            sorted_rows: NDArray[np.int32],
+            sorted_values: NDArray[np.float64],
         ) -> None: ...
 
     @staticmethod
     def lay_out(
         x: NDArray[_F], level: str, threads: int
     ) -> tuple[NDArray[_F], NDArray[_F], NDArray[_F]]: ...
+    @staticmethod
+    def sort_columns(
+        columns: NDArray[_F], level: str, threads: int
+    ) -> tuple[_I32, NDArray[_F]]: ...
     @staticmethod
     def standard_deviations(
         columns: NDArray[_F], level: str, threads: int
@@ -108,6 +116,8 @@ class dependence:
     def bare_permutations(rank: _I32, other: _I32, seed: int, count: int) -> int: ...
     @staticmethod
     def saturate(level: str, rounds: int) -> int: ...
+    @staticmethod
+    def throw_in_a_helper(level: str, threads: int) -> None: ...
 
 # Matrices are addresses, 0 for none: NumPy has no bfloat16.
 class RowsProduct(TypedDict):

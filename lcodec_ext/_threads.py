@@ -58,8 +58,10 @@ def get_num_threads() -> int:
         If ``LCODEC_NUM_THREADS`` does not hold a number from 1 to 1024.
     """
     threads = _wanted()
-    limits = (_limit, getattr(_here, "threads", None))
-    return min([threads, *(limit for limit in limits if limit is not None)])
+    for limit in (_limit, getattr(_here, "threads", None)):
+        if limit is not None and limit < threads:
+            threads = limit
+    return threads
 
 
 def use_threads_here(threads: int) -> None:

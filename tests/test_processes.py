@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,18 +103,6 @@ def test_bars_are_left_out_where_there_is_no_standard_error(monkeypatch, stream)
     progress_line(True, "nobody reads this")
 
 
-def test_threads_of_the_kernels_end_with_the_call(monkeypatch):
-    monkeypatch.setattr("lcodec_ext._threads._threads", 4)
-    before = _native_threads()
-    lcodec_ext.foci(X, Y)
-    assert _native_threads() <= before
-
-
-def _native_threads():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("Threads"))
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_get_the_results_of_the_parent(method, tmp_path):
     script = tmp_path / "workers.py"
@@ -138,6 +127,130 @@ def test_workers_get_the_results_of_the_parent(method, tmp_path):
         )
     )
     subprocess.run([sys.executable, str(script)], check=True, timeout=240)
+
+
+# ------------------------------------------------------------------------------------------------
+# The pool of threads
+
+
+def test_threads_of_the_pool_stay_sleep_and_leave_signals_to_others():
+    output = python(
+        """
+        import os, signal, time
+        import numpy as np
+        from lcodec_ext import foci, set_num_threads
+
+        def tasks():
+            return set(os.listdir("/proc/self/task"))
+
+        def blocked(task):
+            with open(f"/proc/self/task/{task}/status") as file:
+                mask = next(int(line.split()[1], 16) for line in file if line[:6] == "SigBlk")
+            return {each.name for each in signal.Signals if mask >> (each - 1) & 1}
+
+        X = np.random.default_rng(0).normal(size=(300, 40))
+        set_num_threads(3)
+        before = tasks()
+        for _ in range(50):
+            foci(X, X[:, 0])
+        pool = tasks() - before
+        print(len(pool))
+        others = {"SIGINT", "SIGTERM", "SIGALRM", "SIGCHLD", "SIGUSR1"}
+        print(all(others <= blocked(task) and "SIGSEGV" not in blocked(task) for task in pool))
+        started = time.process_time()
+        time.sleep(0.5)
+        print(time.process_time() - started < 0.1)
+        """
+    )
+    assert output.split("\n") == ["2", "True", "True"]
+
+
+def test_python_threads_that_call_at_once_get_the_same_results(monkeypatch):
+    monkeypatch.setattr(_threads, "_threads", 3)
+    tables = [np.random.default_rng(k).normal(size=(400, 6)) for k in range(8)]
+
+    def work(table):
+        y = table[:, 0] * table[:, 1]
+        return [lcodec_ext.codec(y, table), lcodec_ext.foci(table, y).cumulative.tolist()]
+
+    expected = [work(table) for table in tables]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, tables * 10)) == expected * 10
+
+
+def test_an_exception_in_a_thread_of_the_pool_reaches_the_caller():
+    for _ in range(3):
+        with pytest.raises(ValueError, match="thrown in a helper"):
+            lcodec_ext._core.dependence.throw_in_a_helper("auto", 3)
+    assert lcodec_ext.foci(X, Y).ordering.tolist() == [0, 2]
+
+
+FORK = """
+import os, signal, threading
+import numpy as np
+from lcodec_ext import foci, nearest_neighbors, set_num_threads
+
+set_num_threads(3)
+X = np.random.default_rng(0).normal(size=(3000, 30))
+y = X[:, 0] * X[:, 1]
+
+def select():
+    return foci(X, y, max_features=3).ordering.tolist()
+
+def child(work):
+    "What a forked process does."
+    process = os.fork()
+    if process == 0:
+        os._exit(work())
+    return process
+
+def exit_code(process):
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+"""
+
+
+def test_a_fork_has_a_pool_of_its_own_while_others_are_in_calls():
+    output = python(
+        FORK
+        + textwrap.dedent(
+            """
+            expected, done = select(), []
+
+            def call():
+                while not done:
+                    assert select() == expected
+
+            threads = [threading.Thread(target=call) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            print({exit_code(child(lambda: int(select() != expected))) for _ in range(8)})
+            done.append(True)
+            for thread in threads:
+                thread.join()
+            """
+        )
+    )
+    assert output == "{0}"
+
+
+def test_a_fork_within_a_call_ends_the_call_there():
+    """A signal's handler forks: the threads that were helping are not in the new process."""
+    output = python(
+        FORK
+        + textwrap.dedent(
+            """
+            X, forked = np.random.default_rng(0).normal(size=(6_000, 30)), []
+            signal.signal(signal.SIGALRM, lambda *_: forked.append(os.fork()))
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            try:
+                found = nearest_neighbors(X)
+            except RuntimeError as error:
+                os._exit(str(error) != "the process was forked during this call")
+            print(exit_code(forked[0]), (found == nearest_neighbors(X)).all())
+            """
+        )
+    )
+    assert output == "0 True"
 
 
 # ------------------------------------------------------------------------------------------------

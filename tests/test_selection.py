@@ -250,6 +250,44 @@ def test_dependence_graph(rng):
         lcodec_ext.dependence_graph(frame, standardize="no")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ties": "average"},
+        {"ties": "first", "stop": False, "max_features": 3},
+        {"ties": "random", "seed": 7, "standardize": None},
+        {"stop": "permutation", "n_permutations": 19, "seed": 3, "max_features": 2},
+        {"stop": False},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*function")  # a > 0 is one of a
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_graph_is_foci_for_each_column_however_rows_tie(rng, threads, dtype, options):
+    a, b = rng.normal(size=(2, 500))
+    hundredths, halves = np.round(a * b, 2), np.round(2 * b) / 2  # more and less than 256 values
+    zeros = np.where(rng.random(500) < 0.3, rng.choice([0.0, -0.0], 500), hundredths)
+    X = np.column_stack([a, b, hundredths, halves, a > 0, zeros]).astype(dtype)
+    graph = lcodec_ext.dependence_graph(X, **options)
+    for i, result in enumerate(graph.results):
+        others = np.delete(np.arange(6), i)
+        alone = lcodec_ext.foci(X[:, others], X[:, i], **options)
+        assert result.ordering.tolist() == others[alone.ordering].tolist()
+        assert result.cumulative.tolist() == alone.cumulative.tolist()
+        assert result.conditional.tolist() == alone.conditional.tolist()
+        assert (result.stop_reason, result.seed) == (alone.stop_reason, alone.seed)
+        if alone.pvalues is not None:
+            assert result.pvalues.tolist() == alone.pvalues.tolist()
+
+
+def test_a_graph_says_once_that_columns_determine_others(rng):
+    bits = rng.integers(0, 2, (200, 2))
+    X = np.column_stack([bits, bits[:, 0] ^ bits[:, 1], rng.random(200)])
+    with pytest.warns(UserWarning, match="3 of 4 columns are functions of columns") as caught:
+        lcodec_ext.dependence_graph(X, stop=False)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
 def test_a_graph_prints_what_depends_on_what(rng):
     a, b = rng.normal(size=(2, 300))
     table = pd.DataFrame({"a": a, "b": b, "a b": a * b, "noise": rng.normal(size=300)})

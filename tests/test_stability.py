@@ -108,7 +108,7 @@ def test_threads_are_shared_among_the_halves(data, set_threads, monkeypatch):
     stability(*data, n_pairs=1)
     assert used == [(False, 2)] * 2
     used.clear()
-    monkeypatch.setattr(sys.modules["lcodec_ext.dependence.stability"], "_BESIDE", 100)
+    monkeypatch.setattr("lcodec_ext.dependence.side_by_side._BESIDE", 100)
     stability(*data, n_pairs=4)
     assert used == [(True, 4)] * 8
 

@@ -3,6 +3,9 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "bindings/arguments.hpp"
@@ -10,6 +13,7 @@
 #include "bindings/execution.hpp"
 #include "bindings/gil.hpp"
 #include "cpu/instruments.hpp"
+#include "cpu/parallel.hpp"
 #include "lcodec/engine.hpp"
 
 namespace py = pybind11;
@@ -28,15 +32,38 @@ Columns<T> columns(const Array<T>& x, const Array<T>& factor) {
   return {x.shape(1), x.shape(0), x.data(), factor.data()};
 }
 
+// Rows and values [p][n] from sort_columns, or two arrays of shape [0][0].
+template <class T>
+struct Order {
+  Array<std::int32_t> rows;
+  Array<T> values;
+};
+
+// The same with the order of every column, if it is given.
+template <class T>
+Columns<T> columns(const Array<T>& x, const Array<T>& factor, const Order<T>& order) {
+  Columns<T> view = columns(x, factor);
+  const auto& [rows, values] = order;
+  expect(rows.ndim() == 2 && values.ndim() == 2, "wrong number of dimensions");
+  if (rows.size() == 0 && values.size() == 0) return view;
+  for (const py::ssize_t axis : {0, 1})
+    expect(rows.shape(axis) == x.shape(axis) && values.shape(axis) == x.shape(axis),
+           "shapes do not fit");
+  view.sorted_rows = rows.data();
+  view.sorted_values = values.data();
+  return view;
+}
+
 // The engine and the arrays it points into. n, p >= 1 and the ranks are checked by the caller.
 template <class T>
 class BoundEngine {
  public:
   BoundEngine(Array<T> x, Array<T> factor, const Array<std::int32_t>& rank, int ties,
-              std::uint64_t seed)
+              std::uint64_t seed, Array<std::int32_t> sorted_rows, Array<T> sorted_values)
       : x_(std::move(x)),
         factor_(std::move(factor)),
-        engine_(columns(x_, factor_), checked(rank, x_), tie_rule(ties), seed) {}
+        order_{std::move(sorted_rows), std::move(sorted_values)},
+        engine_(columns(x_, factor_, order_), checked(rank, x_), tie_rule(ties), seed) {}
 
   void select(std::int64_t column) {
     expect_column(column);
@@ -75,9 +102,11 @@ class BoundEngine {
   static void bind(py::module_& m, const char* name) {
     py::class_<BoundEngine> engine(m, name);
     engine
-        .def(py::init<Array<T>, Array<T>, const Array<std::int32_t>&, int, std::uint64_t>(),
+        .def(py::init<Array<T>, Array<T>, const Array<std::int32_t>&, int, std::uint64_t,
+                      Array<std::int32_t>, Array<T>>(),
              py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
-             py::arg("ties"), py::arg("seed"))
+             py::arg("ties"), py::arg("seed"), py::arg("sorted_rows").noconvert(),
+             py::arg("sorted_values").noconvert())
         .def("select", &BoundEngine::select, py::arg("column"), py::call_guard<WithoutGil>())
         .def("score", &BoundEngine::score, py::arg("candidates").noconvert(), py::arg("floor"),
              py::arg("level"), py::arg("threads"))
@@ -103,6 +132,7 @@ class BoundEngine {
 
   Array<T> x_;
   Array<T> factor_;
+  Order<T> order_;
   Engine<T> engine_;
 };
 
@@ -121,6 +151,19 @@ py::tuple laid_out(const Array<T>& x, const std::string& level, int threads) {
     return lay_out(x.data(), n, p, columns_out, low_out, high_out, execution);
   });
   return py::make_tuple(columns, low, high);
+}
+
+template <class T>
+py::tuple sorted(const Array<T>& x, const std::string& level, int threads) {
+  expect(x.ndim() == 2 && x.shape(1) >= 1, "shapes do not fit");
+  Array<std::int32_t> rows({x.shape(0), x.shape(1)});
+  Array<T> values({x.shape(0), x.shape(1)});
+  std::int32_t* rows_out = rows.mutable_data();
+  T* values_out = values.mutable_data();
+  run(level, threads, [&](const Execution& execution) {
+    return sort_columns(x.data(), x.shape(1), x.shape(0), rows_out, values_out, execution);
+  });
+  return py::make_tuple(rows, values);
 }
 
 template <class T>
@@ -180,10 +223,27 @@ py::tuple minima(const Array<T>& x, const Array<T>& factor, const Array<std::int
   return py::make_tuple(whole, rest, tied);
 }
 
+#ifdef LCODEC_INSTRUMENTS
+// Calls of 1 ms each, of which one on another thread than the calling one throws.
+void throw_in_a_helper(const std::string& level, int threads) {
+  const auto caller = std::this_thread::get_id();
+  run(level, threads, [&](const Execution& execution) {
+    return parallel_for(10'000, execution, [&] {
+      return [&](std::int64_t) {
+        if (std::this_thread::get_id() != caller) throw std::range_error("thrown in a helper");
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      };
+    });
+  });
+}
+#endif
+
 template <class T>
 void bind(py::module_& m, const char* engine_name) {
   BoundEngine<T>::bind(m, engine_name);
   m.def("lay_out", &laid_out<T>, py::arg("x").noconvert(), py::arg("level"), py::arg("threads"));
+  m.def("sort_columns", &sorted<T>, py::arg("columns").noconvert(), py::arg("level"),
+        py::arg("threads"));
   m.def("standard_deviations", &deviations<T>, py::arg("columns").noconvert(), py::arg("level"),
         py::arg("threads"));
   m.def("neighbors", &all_neighbors<T>, py::arg("x").noconvert(), py::arg("factor").noconvert(),
@@ -200,6 +260,8 @@ void register_dependence(py::module_ m) {
 #ifdef LCODEC_INSTRUMENTS
   m.def("saturate", &saturate, py::arg("level"), py::arg("rounds"), py::call_guard<WithoutGil>(),
         "Issues vector instructions; returns how many.");
+  m.def("throw_in_a_helper", &throw_in_a_helper, py::arg("level"), py::arg("threads"),
+        "Throws in a thread of the pool, for tests.");
 #endif
 }
 

@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 
+#include "cpu/column_sort.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/parallel.hpp"
 #include "lcodec/engine.hpp"
@@ -50,10 +51,23 @@ Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, dou
   });
 }
 
+template <class T>
+Status sort_columns(const T* columns, std::int64_t n, std::int64_t p, std::int32_t* rows, T* values,
+                    const Execution& execution) {
+  return parallel_for(p, execution, [&] {
+    return [&, sort = ColumnSort<T>()](std::int64_t f) mutable {
+      const T* x = columns + f * n;
+      sort(n, [&](std::int64_t row) { return x[row]; }, rows + f * n, values + f * n);
+    };
+  });
+}
+
 #define LCODEC_INSTANTIATE(T)                                                                     \
   template Status lay_out<T>(const T*, std::int64_t, std::int64_t, T*, T*, T*, const Execution&); \
   template Status standard_deviations<T>(const T*, std::int64_t, std::int64_t, double*,           \
-                                         const Execution&);
+                                         const Execution&);                                       \
+  template Status sort_columns<T>(const T*, std::int64_t, std::int64_t, std::int32_t*, T*,        \
+                                  const Execution&);
 LCODEC_INSTANTIATE(float)
 LCODEC_INSTANTIATE(double)
 

@@ -10,10 +10,10 @@
 
 #include "cpu/at.hpp"
 #include "cpu/coded_groups.hpp"
+#include "cpu/column_sort.hpp"
 #include "cpu/nearest.hpp"
 #include "cpu/pages.hpp"
 #include "cpu/parallel.hpp"
-#include "cpu/radix_sort.hpp"
 #include "cpu/spatial.hpp"
 #include "lcodec/engine.hpp"
 
@@ -57,6 +57,7 @@ struct Conditioned {
   // then comes from prefix sums. Where a tied row is picked by its number, they keep the given
   // ones.
   std::vector<Index> order;              // [n] given row of a row
+  std::vector<Index> place;              // [n] row of a given row
   std::vector<std::int32_t> rank;        // [n]
   std::vector<std::vector<T>> selected;  // values of the conditioning columns
   std::vector<T> selected_factor;
@@ -70,6 +71,7 @@ struct Conditioned {
       : columns(c),
         rule(tie_rule),
         order(at(c.n)),
+        place(at(c.n)),
         rank(at(c.n)),
         subspace(c.n),
         sorted(at(c.p)),
@@ -83,7 +85,10 @@ struct Conditioned {
     } else {
       std::iota(order.begin(), order.end(), 0);
     }
-    for (std::size_t row = 0; row < order.size(); ++row) rank[row] = given_rank[order[row]];
+    for (std::size_t row = 0; row < order.size(); ++row) {
+      rank[row] = given_rank[order[row]];
+      place[at(order[row])] = static_cast<Index>(row);
+    }
   }
 
   const Spatial<T>& space() const { return subspace.space; }
@@ -149,27 +154,35 @@ struct Conditioned {
     T* slab_values = value_slabs.emplace_back(size).data();
 
     return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
-      return [&, words = std::vector<SortWord<T>>(at(columns.n)),
-              spare = std::vector<SortWord<T>>()](std::int64_t piece) mutable {
+      return [&, sort = ColumnSort<T>()](std::int64_t piece) mutable {
         const std::int64_t column = missing[at(piece)];
         Sorted& result = sorted[at(column)];
         Index* rows = slab_rows + piece * columns.n;
         result.values = slab_values + piece * columns.n;
 
-        if (result.coded.code.empty()) {
-          for (std::int64_t row = 0; row < columns.n; ++row)
-            words[at(row)] = {sort_key(value(column, row)), static_cast<Index>(row)};
-          radix_sort<T>(words, spare);
-          for (std::size_t a = 0; a < words.size(); ++a) {
-            rows[a] = words[a].row;
-            result.values[a] = sort_value<T>(words[a].key);
-          }
-        } else {
+        if (!result.coded.code.empty()) {
           result.coded.sort(rows, result.values);
+        } else if (columns.sorted_rows) {
+          renumber(column, rows, result.values);
+        } else {
+          const auto value_of = [&](std::int64_t row) { return value(column, row); };
+          sort(columns.n, value_of, rows, result.values);
         }
         result.rows = rows;
       };
     });
+  }
+
+  // The order that is known of the given rows, in the rows here. Those of equal value change
+  // places.
+  void renumber(std::int64_t column, Index* rows, T* values) const {
+    const Index* given = columns.sorted_rows + column * columns.n;
+    std::copy_n(columns.sorted_values + column * columns.n, columns.n, values);
+    for (std::int64_t a = 0; a < columns.n; ++a) rows[a] = place[at(given[a])];
+    for (std::int64_t a = 0, b = 0; a < columns.n; a = b) {
+      while (b < columns.n && values[b] == values[a]) ++b;
+      if (b - a > 1) std::sort(rows + a, rows + b);
+    }
   }
 
   // All rows nearest to one in the conditioning set and a sorted column; the nearest is known to be

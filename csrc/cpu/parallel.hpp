@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <thread>
-#include <vector>
+#include <stdexcept>
 
+#include "cpu/pool.hpp"
 #include "lcodec/engine.hpp"
 
 namespace lcodec {
@@ -30,39 +30,21 @@ class DefaultFloats {
   std::fenv_t saved_;
 };
 
-// Threads that have ended when it does: also where an exception, or pthread_exit, passes.
-class Helpers {
+// Tells the helpers of a loop to leave, however the calling thread leaves it.
+class Stop {
  public:
-  explicit Helpers(std::atomic<bool>& stop) : stop_(stop) {}
-  ~Helpers() {
-    stop_ = true;
-    join();
-  }
-  Helpers(const Helpers&) = delete;
-  Helpers& operator=(const Helpers&) = delete;
-
-  template <class Run>
-  void start(std::int64_t count, const Run& run) {
-    try {
-      threads_.reserve(static_cast<std::size_t>(std::max<std::int64_t>(count, 0)));
-      for (std::int64_t t = 0; t < count; ++t) threads_.emplace_back(run, false);
-    } catch (const std::exception&) {
-      // The system has no further thread, or no memory for one. Those that run are enough.
-    }
-  }
-  void join() {
-    for (auto& thread : threads_) thread.join();
-    threads_.clear();
-  }
+  explicit Stop(std::atomic<bool>& stop) : stop_(stop) {}
+  ~Stop() { stop_ = true; }
+  Stop(const Stop&) = delete;
+  Stop& operator=(const Stop&) = delete;
 
  private:
   std::atomic<bool>& stop_;
-  std::vector<std::thread> threads_;
 };
 
 // Calls work(piece) for every piece in [0, pieces); make_work() is called once on every thread and
 // holds its scratch memory. The calling thread works too and asks execution.cancelled between its
-// pieces. Rethrows the first exception of any thread, after all of them have ended.
+// pieces. Rethrows the first exception of any thread, after all of them have left.
 template <class MakeWork>
 Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeWork& make_work) {
   std::atomic<std::int64_t> next{0};
@@ -87,10 +69,12 @@ Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeW
       stop = true;
     }
   };
-  Helpers helpers(stop);
-  helpers.start(std::min<std::int64_t>(execution.threads, pieces) - 1, run);
-  run(true);
-  helpers.join();
+  {
+    Helpers helpers(std::min<std::int64_t>(execution.threads, pieces) - 1, [&run] { run(false); });
+    const Stop at_end(stop);
+    run(true);
+    if (helpers.lost()) throw std::runtime_error("the process was forked during this call");
+  }
   if (error) std::rethrow_exception(error);
   return cancelled ? Status::cancelled : Status::ok;
 }

@@ -1,7 +1,7 @@
 // The CPU engine of the dependence coefficients: entry points and views. No Python, no torch.
 //
-// Calls run on the calling thread and `threads - 1` further ones and return the same bits for every
-// thread count and SIMD level. std::bad_alloc is passed on.
+// Calls run on the calling thread and up to `threads - 1` further ones, and return the same bits
+// for every thread count and SIMD level. std::bad_alloc is passed on.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +32,9 @@ struct Columns {
   std::int64_t p;   // columns
   const T* x;       // [p][n]: column f starts at x + f * n
   const T* factor;  // [p] scaling factor of every column
+  // [p][n] from sort_columns, where they are known: engines of many responses sort once.
+  const std::int32_t* sorted_rows = nullptr;
+  const T* sorted_values = nullptr;
 };
 
 // Lays out a table for the engine: x [n][p] by row to columns [p][n], with each column's range.
@@ -46,6 +49,11 @@ Status lay_out(const T* x, std::int64_t n, std::int64_t p, T* columns, T* low, T
 template <class T>
 Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, double* deviation,
                            const Execution& execution);
+
+// Rows and values of columns [p][n], each in increasing order of (value, row); -0 is 0.
+template <class T>
+Status sort_columns(const T* columns, std::int64_t n, std::int64_t p, std::int32_t* rows, T* values,
+                    const Execution& execution);
 
 // What scans have done so far, neighbours once listed.
 struct ScanWork {

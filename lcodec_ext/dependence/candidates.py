@@ -47,13 +47,17 @@ class Candidates:
         """How many columns are left to select from."""
         return len(self._left)
 
+    def leave_out(self, column: int) -> None:
+        """Never select a column."""
+        self._left = self._left[self._left != column]
+
     def add(self, column: int, *, measure: bool = False) -> Any:
         """Condition on a column, after those selected; returns their exact sum, if wanted."""
         self._reach.add(column)
         found = self._engine.exact_sum(column) if measure else None
         self._engine.select(column)
         self.selected.append(column)
-        self._left = self._left[self._left != column]
+        self.leave_out(column)
         self._check_unchanged()
         return found
 
@@ -103,10 +107,12 @@ class Candidates:
         columns, whole, fraction = leaders
         if len(columns) == 0:
             return None
-        if (fraction == 0).all():  # exact, and so equal
+        if not fraction.any():  # exact, and so equal
             return int(columns.min()), Fraction(int(whole[0]))
         sums = {int(column): self._engine.exact_sum(int(column)) for column in np.sort(columns)}
         self._check_unchanged()
+        if len(sums) == 1:
+            return next(iter(sums.items()))
         best = max(sums, key=lambda column: self.response.unconditional(sums[column]))
         return best, sums[best]
 

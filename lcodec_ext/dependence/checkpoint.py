@@ -36,6 +36,8 @@ class Progress:
         Why it ended; None before.
     not_taken : int or None
         The best column of the step that ended it.
+    determined : bool
+        Whether y was a function of the columns before a step that was taken.
     """
 
     m: Any
@@ -43,6 +45,7 @@ class Progress:
     tests: list[StepTest] = field(default_factory=list)
     reason: Any = None
     not_taken: int | None = None
+    determined: bool = False
 
 
 class Checkpoint:

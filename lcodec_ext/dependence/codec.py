@@ -11,7 +11,7 @@ from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.classes import response_engine
 from lcodec_ext.dependence.k_nearest import check_neighbors
 from lcodec_ext.dependence.noise import NoiseScale, check_noise, with_noise
-from lcodec_ext.dependence.scaling import check_distances, constant_columns, warn_underflow
+from lcodec_ext.dependence.scaling import check_distances, constant_columns
 from lcodec_ext.dependence.table import (
     Y_ORDERS,
     Features,
@@ -226,9 +226,10 @@ class _Arguments(NamedTuple):
         """The table's columns; warns the caller of codec or lcodec of constant ones."""
         columns = backend.lay_out(self.table)
         constant = constant_columns(columns)
-        self.z.warn_constant(constant[self.r : self.p])
-        if self.x is not None:
-            self.x.warn_constant(constant[: self.r])
+        if constant.any():
+            self.z.warn_constant(constant[self.r : self.p])
+            if self.x is not None:
+                self.x.warn_constant(constant[: self.r])
         self.target.warn_constant(self.y)
         return columns
 
@@ -281,8 +282,7 @@ def _coefficient(
     n_neighbors: int = 1,
 ) -> float:
     """T(Y, Z | X) of columns laid out from the given ones, or from these with noise."""
-    factors = check_distances(columns, given.label)
-    warn_underflow(columns, factors, len(given.table), given.label)
+    factors = check_distances(columns, given.label, len(given.table))
     target = given.target
     sums, engine = response_engine(
         backend, columns, factors, y, target.nominal, ties, tie_seed(ties, seed), n_neighbors,

@@ -30,6 +30,8 @@ def total(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> Fraction:
     ``bincount`` adds doubles, exactly so here: the halves of a sum (below 2**40) are below 2**26,
     and 10**6 of them below 2**53. The sums of one count add up to 10**18 at most.
     """
+    if int(counts.sum()) == len(counts):  # all are 1
+        return Fraction(int(sums.sum()))
     low = np.bincount(counts, weights=sums & _HALF).astype(np.int64)
     high = np.bincount(counts, weights=sums >> _HALF_BITS).astype(np.int64)
     used = np.flatnonzero(low + high)
@@ -55,19 +57,14 @@ def contenders(
     Fixed point rounds every row down by less than one unit, so a score lies up to n units below
     its exact sum, and on it where the fraction is 0.
     """
-    running = whole >= 0
-    columns, whole, fraction = columns[running], whole[running], fraction[running]
-    if len(columns) == 0:
+    high = whole + (fraction >> FRACTION_BITS)
+    top = high.max(initial=0)
+    close = (high >= top - 1) & (whole >= 0)  # others are out of the leader's reach
+    columns, whole, fraction, high = columns[close], whole[close], fraction[close], high[close]
+    if len(columns) <= 1:
         return columns, whole, fraction
-    unit = 1 << FRACTION_BITS
-    high, low = whole + (fraction >> FRACTION_BITS), fraction & (unit - 1)
-    top = np.lexsort((low, high))[-1]
-    behind = high[top] - high  # whole units behind the leader; beyond 1 out of reach
-    distance = np.where(behind > 1, np.int64(2 * unit), 0)
-    close = behind <= 1
-    distance[close] = behind[close] * unit + (low[top] - low[close])
-    slack = np.where(fraction == 0, 0, np.int64(MAX_ROUNDING))
-    near = distance <= slack
+    place = ((high - (top - 1)) << FRACTION_BITS) + (fraction & ((1 << FRACTION_BITS) - 1))
+    near = place.max() - place <= np.where(fraction == 0, 0, MAX_ROUNDING)
     return columns[near], whole[near], fraction[near]
 
 
@@ -91,9 +88,9 @@ class ResponseSums:
     def __init__(self, R: Any, L: Any) -> None:
         n = len(R)
         self.n = n
-        self.sum_R = int(R.sum())
+        self.sum_R = int(R.sum())  # and that of L: both count the pairs with y_i <= y_j
         self.sum_L2 = int((L * L).sum())  # at most 10**18
-        self.denominator = int((L * (n - L)).sum())
+        self.denominator = n * self.sum_R - self.sum_L2  # sum L_i (n - L_i)
         self.start = Fraction(self.sum_L2, n)  # no columns: T(Y, {}) = 0
 
     def floor(self, m: Fraction) -> int:
@@ -110,7 +107,8 @@ class ResponseSums:
 
         (n sum m_i - sum L_i^2) / sum L_i (n - L_i); Azadkia and Chatterjee 2021, section 2.
         """
-        return (self.n * m - self.sum_L2) / self.denominator
+        above = self.n * m.numerator - self.sum_L2 * m.denominator
+        return Fraction(above, self.denominator * m.denominator)
 
     def conditional(self, m_w: Fraction, m_x: Fraction) -> Fraction | None:
         """T(Y, Z | X) from ``sum m^W_i`` and ``sum m^X_i``; None if y is a function of X.

@@ -1,7 +1,7 @@
 """FOCI and L-FOCI: greedy selection of the columns on which a response depends."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from os import PathLike
 from typing import Any, Literal
@@ -61,6 +61,11 @@ from lcodec_ext.dependence.table import (
     refuse_classes,
     refuse_swapped,
     said_columns,
+)
+
+DETERMINED = (
+    "y is a function of the columns selected so far: the conditional coefficient of this step is 1 "
+    "by convention"
 )
 
 StopReason = Literal[
@@ -539,8 +544,11 @@ class _Task:
             )
         self._classes = self.target.nominal and not isinstance(y, Target)
 
-    def begin(self, seed: int | None, checkpoint: Any = None) -> None:
-        """Join the ranks of a group, leave rows out, and look for a checkpoint."""
+    def begin(self, seed: int | None, checkpoint: Any = None, *, among: bool = False) -> None:
+        """Join the ranks of a group, leave rows out, and look for a checkpoint.
+
+        ``among``: every response is going to be a column of X, see `select_for`.
+        """
         p, names, options = self.features.values.shape[1], self.features.names, self.options
         self.shard: Shard | None = None
         if not isinstance(self.ranks, OneRank):
@@ -554,7 +562,7 @@ class _Task:
             self.features, p, names = self.shard.features, self.shard.p, self.shard.names
         self.names, self.n_features = names, int(p)
         self.preselected = _check_preselected(options["preselected"], self.n_features, names)
-        self.cap = self.n_features - len(self.preselected)
+        self.cap = self._most = self.n_features - len(self.preselected) - among
         if options["max_features"] is not None:
             self.cap = min(self.cap, int(options["max_features"]))
         self._leave_out(options["nan_policy"])
@@ -630,19 +638,45 @@ class _Task:
                 seed = self.ranks.share_out(1, "the seed", lambda _: fresh_seed())[0]
             self.seed = int(seed)
         with self.ranks.alone("scaling the columns"):
-            factors = scale_factors(columns, self.standardize, self.label)
-            warn_underflow(columns, factors, len(self.y), self.label)
-            laid = Laid(columns, factors)
-            candidates = self._candidates(laid, y)
-            null = None
-            if self.level is not None and self.seed is not None:
-                found = responses(self.backend, y, self.target.nominal)
-                in_blocks = isinstance(self.features.values, BlockTable)
-                null = StepNull(self.backend, found, self.ties, self.seed, self.level, in_blocks)
+            laid = self.scaled(columns)
+            candidates, null = self._candidates(laid, y), self._null(y)
         if self.shard is not None:
             self.shard.warn_of_copies(laid)
-        before = self._resume(laid, y)
-        return self._search(candidates, null, before)
+        progress, base = self._search(candidates, null, self._resume(laid, y))
+        if progress.determined:
+            with self.ranks.alone("a warning"):
+                warn(DETERMINED)
+        result = self._result(progress, base)
+        _warn_of_blocks(result)
+        return result
+
+    def select_for(self, column: int, laid: Laid) -> tuple[FociResult, bool]:
+        """Select for a column of X among the others, and say what a warning would.
+
+        `laid` are the columns of X. Several threads may call this at a time. The second value is
+        `Progress.determined`.
+        """
+        y = self.features.values[:, column]
+        if (y == y[0]).all():
+            return replace(self._result(Progress(None, reason="constant_y"), 0.0), seed=None), False
+        candidates, null = self._candidates(laid, y), self._null(y)
+        candidates.leave_out(column)
+        progress, base = self._search(candidates, null, None)
+        return self._result(progress, base), progress.determined
+
+    def scaled(self, columns: Columns) -> Laid:
+        """Columns and their factors; warns the caller of columns whose squares underflow."""
+        factors = scale_factors(columns, self.standardize, self.label)
+        warn_underflow(columns, factors, len(self.y), self.label)
+        return Laid(columns, factors)
+
+    def _null(self, y: Any) -> StepNull | None:
+        """Permutations of y, where steps are tested by them."""
+        if self.level is None or self.seed is None:
+            return None
+        found = responses(self.backend, y, self.target.nominal)
+        in_blocks = isinstance(self.features.values, BlockTable)
+        return StepNull(self.backend, found, self.ties, self.seed, self.level, in_blocks)
 
     def _candidates(self, laid: Laid, y: Any) -> Candidates:
         def make(laid: Laid) -> tuple[Any, Any]:
@@ -684,8 +718,11 @@ class _Task:
 
     def _search(
         self, candidates: Candidates, null: StepNull | None, before: Progress | None
-    ) -> FociResult:
-        """The greedy loop: score all candidates, decide exactly, go on or stop."""
+    ) -> tuple[Progress, float]:
+        """The greedy loop: score all candidates, decide exactly, go on or stop.
+
+        Returns how it ended, and T of the preselected columns.
+        """
         response = candidates.response
         m = response.start
         for column in self.preselected:
@@ -702,9 +739,7 @@ class _Task:
             while progress.reason is None:
                 self._step(candidates, null, progress, bar if self.progress else None)
                 self._save(progress)
-        result = self._result(progress, base)
-        _warn_of_blocks(result)
-        return result
+        return progress, base
 
     def _save(self, progress: Progress) -> None:
         if self.checkpoint is not None:
@@ -732,12 +767,7 @@ class _Task:
             return
         conditioned = bool(self.preselected or progress.steps)
         step = response.conditional(m_best, m) if conditioned else T
-        if step is None:
-            with self.ranks.alone("a warning"):
-                warn(
-                    "y is a function of the columns selected so far: the conditional "
-                    "coefficient of this step is 1 by convention",
-                )
+        progress.determined |= step is None
         progress.steps.append((best, float(T), 1.0 if step is None else float(step)))
         progress.m = m_best
         self._look_at_cap(progress)
@@ -747,8 +777,7 @@ class _Task:
     def _look_at_cap(self, progress: Progress) -> None:
         """End where no further step may be taken."""
         if len(progress.steps) >= self.cap and progress.reason is None:
-            everything = self.cap == self.n_features - len(self.preselected)
-            progress.reason = "exhausted" if everything else "max_features"
+            progress.reason = "exhausted" if self.cap == self._most else "max_features"
 
     def _ending(self, gain: Fraction, tests: list[StepTest]) -> StopReason | None:
         """Why the best step is not taken; None if it is."""

@@ -1,7 +1,6 @@
 """The graph of which columns FOCI selects for which."""
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -9,21 +8,22 @@ from numpy.typing import NDArray
 
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_choice, check_seed, first_few
+from lcodec_ext._one_rank import ONE_RANK
 from lcodec_ext._progress import counted
 from lcodec_ext._random import fresh_seed
 from lcodec_ext.dependence.backends.base import Ties
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
-from lcodec_ext.dependence.foci import FociResult, foci
+from lcodec_ext.dependence.foci import FociResult, _Task
 from lcodec_ext.dependence.ranks import ranks_of
 from lcodec_ext.dependence.scaling import (
     STANDARDIZE,
     Standardize,
     check_overflow,
     constant_columns,
-    scale_factors,
     squared_spans,
 )
-from lcodec_ext.dependence.table import Rows, as_features, clean_rows
+from lcodec_ext.dependence.side_by_side import side_by_side
+from lcodec_ext.dependence.table import as_features, clean_rows
 
 _SHOWN = 20  # columns that are printed
 
@@ -142,7 +142,8 @@ def dependence_graph(
 
     Notes
     -----
-    p runs of `foci`.
+    p runs of `foci` on one table, which is checked and laid out once. A small one has a response on
+    each thread, and a large one all threads on each response.
 
     Examples
     --------
@@ -153,6 +154,15 @@ def dependence_graph(
     [True, True, False]
     """
     ranks = ranks_of(group, "dependence_graph")
+    options: dict[str, Any] = {
+        "stop": stop,
+        "max_features": max_features,
+        "min_gain": min_gain,
+        "standardize": standardize,
+        "ties": ties,
+        "alpha": alpha,
+        "n_permutations": n_permutations,
+    }
     with ranks.alone("the check of the arguments"):
         chosen = resolve(backend, X=X)
         check_bool(progress, "progress")
@@ -163,40 +173,44 @@ def dependence_graph(
         if p < 2:
             raise ValueError(f"X must have at least two columns for a graph; got {p}")
         rows = clean_rows({"X": features}, nan_policy)
-        columns = chosen.lay_out(rows.values["X"])
+        values = rows.values["X"]
+        columns = chosen.lay_out(values)
         features.warn_constant(constant_columns(columns))
-        spans = squared_spans(columns, scale_factors(columns, standardize, features.label))
-        check_overflow(spans, features.label)
-    options: dict[str, Any] = {
-        "stop": stop,
-        "max_features": max_features,
-        "min_gain": min_gain,
-        "standardize": standardize,
-        "ties": ties,
-        "alpha": alpha,
-        "n_permutations": n_permutations,
-    }
-    ranks.agree({"X": rows.values["X"], "names": names, "seed": seed, **options})
+        task = _Task(
+            chosen, features._replace(values=values), values[:, 0],
+            {**options, "preselected": None, "nan_policy": None}, False, ONE_RANK,
+        )  # fmt: skip
+        task.begin(seed, among=True)
+        laid, task.rows = task.scaled(columns), rows
+        chosen.share(columns)
+        check_overflow(squared_spans(*laid), features.label)
+    ranks.agree({"X": values, "names": names, "seed": seed, **options})
     if stop != "permutation" and ties != "random":
         seed = None  # nothing is drawn
     elif seed is None:
         seed = ranks.share_out(1, "the seed", lambda _: fresh_seed())[0]
+    task.seed = None if seed is None else int(seed)
 
-    def select(some: range) -> list[FociResult]:
+    def select(some: range) -> list[tuple[FociResult, bool]]:
         """What is selected for each of some columns."""
+        each = 3 * getattr(values, "nbytes", 0)  # the engine sorts and packs
+        found = side_by_side(lambda i: task.select_for(i, laid), some, values, each)
         shown = progress and ranks.rank == 0
-        return [
-            _selected(i, rows, names, seed=seed, backend=chosen, **options)
-            for i in counted(shown, some, total=len(some), desc="columns", unit="column")
-        ]
+        return [*counted(shown, found, total=len(some), desc="columns", unit="column")]
 
     pieces = ranks.share_out(p, "the selection for some columns", select)
-    results = [result for piece in pieces for result in piece]
+    results = [result for piece in pieces for result, _ in piece]
     adjacency = np.zeros((p, p), dtype=bool)
     weights = np.zeros((p, p))
     for i, result in enumerate(results):
         adjacency[i, result.ordering] = True
         weights[i, result.ordering] = result.conditional
+    determined = sum(is_determined for piece in pieces for _, is_determined in piece)
+    if determined:
+        warn(
+            f"{determined} of {p} columns are functions of columns selected for them: the "
+            "conditional coefficient of a further step is 1 by convention",
+        )
     doubtful = sum(bool(result._doubtful) for result in results)
     if doubtful:
         warn(
@@ -204,28 +218,4 @@ def dependence_graph(
             "the blocks of near rows in which it is permuted: chance may take its later steps more "
             "often than alpha says; exchangeability_pvalues in `results` say which",
         )
-    return DependenceGraph(adjacency, weights, results, names, None if seed is None else int(seed))
-
-
-def _selected(i: int, rows: Rows, names: list[str] | None, **options: Any) -> FociResult:
-    """What is selected for column i, with the column's numbers in X."""
-    values = rows.values["X"]
-    p = values.shape[1]
-    others = np.delete(np.arange(p), i)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* constant")  # said once for all
-        warnings.filterwarnings("ignore", "y follows the selected")
-        result = foci(values[:, others], values[:, i], **options)
-    selected = others[result.ordering]
-    result = replace(
-        result,
-        ordering=selected,
-        names=None if names is None else [names[k] for k in selected],
-        n_features=p,
-        n_omitted=rows.n_omitted,
-        missing=rows.missing,
-    )
-    if result.not_taken is None:
-        return result
-    best = int(others[result.not_taken])
-    return replace(result, not_taken=best, not_taken_name=None if names is None else names[best])
+    return DependenceGraph(adjacency, weights, results, names, task.seed)

@@ -64,15 +64,27 @@ def squared_spans(columns: Columns, factors: NDArray) -> NDArray:
     sum over columns in their order bounds the distance.
     """
     with np.errstate(over="ignore", under="ignore"):
-        scaled = (columns.high - columns.low) * factors
-        return scaled * scaled
+        return _squared_spans(columns, factors)
 
 
-def check_distances(columns: Columns, label: Label) -> NDArray:
-    """Refuse a table whose squared distances over all columns overflow; returns factors of 1."""
-    factors = np.ones_like(columns.low)
+def _squared_spans(columns: Columns, factors: NDArray) -> NDArray:
+    scaled = (columns.high - columns.low) * factors
+    return scaled * scaled
+
+
+def check_distances(columns: Columns, label: Label, n: int | None = None) -> NDArray:
+    """Refuse a table whose squared distances over all columns overflow; returns factors of 1.
+
+    With n, warns of what underflows on n rows.
+    """
+    low = columns.low
+    factors = np.ones(len(low), dtype=low.dtype)
     with np.errstate(over="ignore", under="ignore"):
-        check_overflow(np.add.accumulate(squared_spans(columns, factors)), label)
+        spans = _squared_spans(columns, factors)
+        bounds = np.add.accumulate(spans)
+    check_overflow(bounds, label)
+    if n is not None:
+        _warn_underflow(spans, columns, factors, n, label)
     return factors
 
 
@@ -81,8 +93,9 @@ def check_overflow(bounds: NDArray, label: Label) -> None:
 
     `label` names the column of the k-th bound.
     """
-    overflow = np.flatnonzero(~np.isfinite(bounds))
-    if len(overflow):
+    finite = np.isfinite(bounds)
+    if not finite.all():
+        overflow = np.flatnonzero(~finite)
         advice = " or pass float64" if bounds.dtype == np.float32 else ""
         raise ValueError(
             f"squared distances overflow {bounds.dtype} with {label(int(overflow[0]))}: its "
@@ -95,9 +108,16 @@ def warn_underflow(columns: Columns, factors: NDArray, n: int, label: Label) -> 
 
     n rows lie about span / n apart; squares below the smallest normal number lose digits.
     """
+    _warn_underflow(squared_spans(columns, factors), columns, factors, n, label)
+
+
+def _warn_underflow(
+    spans: NDArray, columns: Columns, factors: NDArray, n: int, label: Label
+) -> None:
     tiny = np.finfo(factors.dtype).tiny
-    with np.errstate(under="ignore"):
-        small = squared_spans(columns, factors).astype(np.float64) < float(tiny) * float(n) ** 2
+    small = spans.astype(np.float64, copy=False) < float(tiny) * float(n) ** 2
+    if not small.any():
+        return
     affected = np.flatnonzero(small & ~constant_columns(columns) & (factors > 0))
     if len(affected):
         warn(

@@ -41,7 +41,7 @@ from lcodec_ext.dependence.permutation import (
     permuted_values,
 )
 from lcodec_ext.dependence.ranks import AnyRanks, ranks_of
-from lcodec_ext.dependence.scaling import check_distances, warn_underflow
+from lcodec_ext.dependence.scaling import check_distances
 
 Method = Literal["permutation", "local_permutation", "asymptotic"]
 METHODS: tuple[Method, ...] = ("permutation", "local_permutation", "asymptotic")
@@ -273,8 +273,7 @@ def codec_test(
         if x is not None:
             _check_rows(n, least)
         columns = given.lay_out(chosen)
-        factors = check_distances(columns, given.label)
-        warn_underflow(columns, factors, len(given.table), given.label)
+        factors = check_distances(columns, given.label, len(given.table))
     _agree(ranks, given, chosen_method, count, least, confidence_level, ties, seed)
     drawn = ranks.share_out(1, "the seed", lambda _: fresh_seed() if seed is None else int(seed))[0]
     plan = _Plan(chosen, given, factors, ties, drawn, count, least, ranks)

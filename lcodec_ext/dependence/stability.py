@@ -1,24 +1,22 @@
 """Stability selection: how often FOCI selects each column on random halves of the rows."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lcodec_ext._arrays import is_tensor
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool, check_integer, check_seed
-from lcodec_ext._progress import progress_bar
+from lcodec_ext._progress import counted
 from lcodec_ext._random import random_order, tie_hash
-from lcodec_ext._threads import get_num_threads, use_threads_here
 from lcodec_ext.dependence.backends.resolve import BackendLike, resolve
 from lcodec_ext.dependence.foci import _check_preselected, foci
 from lcodec_ext.dependence.ranks import ranks_of
 from lcodec_ext.dependence.scaling import constant_columns
+from lcodec_ext.dependence.side_by_side import side_by_side
 from lcodec_ext.dependence.table import (
     Target,
     as_features,
@@ -34,7 +32,6 @@ _OPTIONS = (  # of `foci`
     "n_neighbors", "y_order",
 )  # fmt: skip
 _SHOWN = 20  # columns that are printed
-_BESIDE = 1 << 28  # bytes that halves may take which are computed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,8 +254,11 @@ def stability(
 
     def on(some: range) -> list[tuple[NDArray[np.int64], bool]]:
         shown = progress and ranks.rank == 0
-        with progress_bar(shown, total=len(some), desc="halves", unit="half") as bar:
-            return _map(select, some, values, bar.update)
+        with warnings.catch_warnings():  # those of a half: the whole has been checked
+            warnings.simplefilter("ignore", UserWarning)
+            each = 2 * getattr(values, "nbytes", 0)  # the engine has about three copies of a half
+            halves = side_by_side(select, some, values, each)
+            return [*counted(shown, halves, total=len(some), desc="halves", unit="half")]
 
     selected = np.zeros((n_halves, values.shape[1]), dtype=bool)
     pieces = ranks.share_out(n_halves, "the selection on some halves", on)
@@ -300,30 +300,6 @@ def _half(half: int, n: int, seed: int) -> NDArray[np.int64]:
     order, size = random_order(n, seed, half // 2), n // 2
     start = size * (half % 2)
     return np.sort(order[start : start + size])
-
-
-def _map(
-    work: Callable[[int], Any], some: range, values: Any, done: Callable[[], object]
-) -> list[Any]:
-    """work(k) for each of some numbers: several at a time where the table is small and on the CPU.
-
-    The threads that a user allows are shared among those that run. Warnings are those of a half;
-    the caller has checked the whole.
-    """
-    threads, workers = get_num_threads(), 1
-    if not is_tensor(values):  # the engine has about three copies of a half
-        workers = max(1, min(threads, len(some), _BESIDE // (2 * values.nbytes)))
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        pool = ThreadPoolExecutor(workers, "stability", use_threads_here, (threads // workers,))
-        try:
-            for result in (pool.map if workers > 1 else map)(work, some):
-                found.append(result)
-                done()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return found
 
 
 def _check_threshold(threshold: object) -> None:

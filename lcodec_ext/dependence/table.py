@@ -59,9 +59,9 @@ class Features(NamedTuple):
 
     def warn_constant(self, flags: NDArray[np.bool_]) -> None:
         """One warning for all columns that are flagged as constant; it names the first five."""
-        constant = np.flatnonzero(flags)
-        if not len(constant):
+        if not flags.any():
             return
+        constant = np.flatnonzero(flags)
         shown = first_few([self.column(int(k)) for k in constant], 5)
         verb = "is" if len(constant) == 1 else "are"
         warn(
@@ -108,6 +108,9 @@ class Missing(NamedTuple):
         return Missing(self.rows | other.rows, self.counts | other.counts)
 
 
+_NOTHING = Missing(None, {})
+
+
 def said_columns(columns: Sequence[int], names: Sequence[str] | None) -> str:
     """Columns in a result: "'age' (3), 'bmi' (2)", or "columns 3, 2" without names."""
     if names is None:
@@ -120,7 +123,11 @@ def as_response(y: Any, name: str = "y", *, tensors: bool | None = None) -> Any:
 
     Accepts shape (n,) or (n, 1). `tensors` as in `as_array`.
     """
-    array, _ = as_array(y, name, tensors=tensors)
+    return _one_column(as_array(y, name, tensors=tensors)[0], name)
+
+
+def _one_column(array: Any, name: str) -> Any:
+    """An array of shape (n,) or (n, 1) as one of shape (n,); refuse others."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
@@ -176,7 +183,7 @@ def as_target(
         return Target(*codes)
     array, names = as_array(y, "y", tensors=tensors)
     if y_order is None or array.ndim != 2 or min(array.shape) < 2:
-        return Target(as_response(array, tensors=tensors))
+        return Target(_one_column(array, "y"))
     q = array.shape[1]
     if y_order == "average" and q > MOST_AVERAGED:
         raise ValueError(
@@ -237,8 +244,10 @@ def as_features(
     """Feature columns: a 1-d array is one column where ``allow_1d``; `tensors` as in `as_array`.
 
     With decimals the columns are counts of 10**-decimals, in float64. p = 0 is an error unless
-    ``allow_empty``, and so are numbers that float64 merges.
+    ``allow_empty``, and so are numbers that float64 merges. Features are taken as they are.
     """
+    if isinstance(X, Features):
+        return X
     if decimals is not None:
         decimals = check_integer(decimals, "decimals", 0, 15)
     if isinstance(X, BlockTable):
@@ -381,14 +390,15 @@ def clean_rows(
 
 def _missing(name: str, given: Any, nan_policy: str | None) -> Missing:
     """Rows with a NaN, and how many; refuse infinity, empty columns, NaN where it is to raise."""
+    if _is_finite(given.values if isinstance(given, Features) else given):
+        return _NOTHING
     features = given if isinstance(given, Features) else Features(given, None, name)
     found = Missing(None, {})
     infinite, missing = _Flagged(features), _Flagged(features)
     for first, block in _blocks(features.values):
+        if _is_finite(block):
+            continue
         xp = array_module(block)
-        with np.errstate(over="ignore", invalid="ignore"):
-            if xp.isfinite(block.sum()):  # one pass; the rare rest looks closer
-                continue
         infinite.add(first, xp.isinf(block))
         flags = xp.isnan(block)
         if missing.add(first, flags):
@@ -414,6 +424,16 @@ def _missing(name: str, given: Any, nan_policy: str | None) -> Missing:
             advice = "pass nan_policy='omit' to leave out rows with missing values"
         raise ValueError(f"NaN in {name} at {missing.where()}; {advice}")
     return found
+
+
+def _is_finite(values: Any) -> bool:
+    """Whether all values are finite, in one pass; what is not may be finite, and is looked at."""
+    if isinstance(values, BlockTable):
+        return False
+    if not is_float(values):
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(array_module(values).isfinite(values.sum()))
 
 
 def _blocks(values: Any) -> Iterator[tuple[int, Any]]:

@@ -159,6 +159,9 @@ class Backend(ABC):
     def lay_out(self, X: Any) -> Columns:
         """The columns of a clean (n, p) table."""
 
+    def share(self, columns: Any) -> None:  # noqa: B027
+        """Prepare columns for engines of several responses, where that saves time."""
+
     @abstractmethod
     def engine(self, columns: Any, factors: Any, R: Any, ties: Ties, seed: int) -> Engine:
         """An engine for columns that this backend laid out.

@@ -17,6 +17,8 @@ from lcodec_ext.dependence.backends.base import (
 from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 
 NO_BLOCKS = np.empty(0, dtype=np.int32)
+NO_ORDER = np.empty((0, 0), dtype=np.int32)
+NO_VALUES = {char: np.empty((0, 0), dtype=char) for char in "fd"}
 
 
 class CpuColumns:
@@ -24,6 +26,8 @@ class CpuColumns:
 
     def __init__(self, X: NDArray) -> None:
         self._range: tuple[NDArray, NDArray] | None = None
+        # Rows and values of every column in increasing order, if that is known.
+        self.order = NO_ORDER, NO_VALUES[X.dtype.char]
         if X.T.flags.c_contiguous:
             self.values = X.T
         else:
@@ -49,6 +53,10 @@ class CpuColumns:
     def standard_deviations(self) -> NDArray[np.float64]:
         return _core.dependence.standard_deviations(self.values, *cpu_settings())
 
+    def sort(self) -> None:
+        """Find the order of every column, which must not change from then on."""
+        self.order = _core.dependence.sort_columns(self.values, *cpu_settings())
+
     def take(self, columns: list[int]) -> NDArray:
         return self.values[columns].T
 
@@ -64,21 +72,24 @@ class CpuEngine(HostEngine):
         self, columns: CpuColumns, factors: NDArray, R: NDArray[np.int64], ties: Ties, seed: int
     ) -> None:
         super().__init__(len(columns.values))
+        self._settings = cpu_settings()
         single = columns.values.dtype == np.float32
         make = _core.dependence.EngineFloat if single else _core.dependence.EngineDouble
         # Benchmarks read what it counts (in a build with LCODEC_INSTRUMENTS).
-        self.compiled = make(columns.values, factors, R.astype(np.int32), TIES.index(ties), seed)
+        self.compiled = make(
+            columns.values, factors, R.astype(np.int32), TIES.index(ties), seed, *columns.order
+        )
 
     def select(self, column: int) -> None:
         super().select(column)
         self.compiled.select(column)
 
     def row_sums(self, column: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return self.compiled.row_sums(column, *cpu_settings())
+        return self.compiled.row_sums(column, *self._settings)
 
     def score(self, columns: NDArray[np.int64], floor: int | None = None) -> Scores:
         wanted = -1 if floor is None else floor
-        return self.compiled.score(columns.astype(np.int64, copy=False), wanted, *cpu_settings())
+        return self.compiled.score(columns.astype(np.int64, copy=False), wanted, *self._settings)
 
 
 class CpuBackend(HostBackend):
@@ -86,6 +97,9 @@ class CpuBackend(HostBackend):
 
     def lay_out(self, X: NDArray) -> CpuColumns:
         return CpuColumns(X)
+
+    def share(self, columns: CpuColumns) -> None:
+        columns.sort()
 
     def engine(
         self, columns: CpuColumns, factors: NDArray, R: NDArray[np.int64], ties: Ties, seed: int
@@ -133,15 +147,12 @@ class CpuBackend(HostBackend):
         )
 
     def ranks(self, y: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        n = len(y)
-        order = np.argsort(y, kind="stable")
+        order = y.argsort()
         ascending = y[order]
-        first = np.flatnonzero(np.concatenate([[True], ascending[1:] != ascending[:-1]]))
-        end = np.append(first[1:], n)
-        below = np.empty(n, dtype=np.int64)
-        above = np.empty(n, dtype=np.int64)
-        below[order] = np.repeat(end, end - first)
-        above[order] = np.repeat(n - first, end - first)
+        below = np.empty(len(y), dtype=np.int64)
+        above = np.empty(len(y), dtype=np.int64)
+        below[order] = ascending.searchsorted(ascending, "right")  # in order, and so quick
+        above[order] = len(y) - ascending.searchsorted(ascending)
         return below, above
 
     def xi_sums(
