@@ -18,7 +18,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -282,12 +281,8 @@ def begun(settings: dict[str, Any]) -> dict[str, Any]:
     """The head of a result file."""
     return {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": settings,
-        "load_before": environment.load(),
         "cases": {},
         "calibration": {},
     }

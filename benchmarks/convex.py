@@ -11,10 +11,8 @@ Fashion-MNIST is read from the Debian package dataset-fashion-mnist.
 import argparse
 import gzip
 import json
-import os
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment.limit_threads(environment.cores())
     result: dict[str, Any] = {
         "schema": "convex-1",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {"weight_decay": LAMBDA, "curvature": "hessian", "damping": 0.0},
-        "load_before": os.getloadavg()[0],
         "removals": [],
         "influence": [],
     }

@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,17 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = QUICK if options.quick else FULL
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {
             "quick": options.quick,
             "threads": options.threads,
             "weight_decay": WEIGHT_DECAY,
             "epochs": EPOCHS,
         },
-        "load_before": environment.load(),
         "cases": {},
     }
     if result["load_before"] > 0.5:

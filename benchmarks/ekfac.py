@@ -23,7 +23,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -337,10 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
     same = known.get("settings", {}).get("quick") == options.quick
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {
             "quick": options.quick,
             "forget": FORGET,
@@ -350,7 +346,6 @@ def main(arguments: list[str] | None = None) -> None:
             "samples_of_a_system": SAMPLES,
             "deletion": DELETION | {"damping": DAMPED},
         },
-        "load_before": environment.load(),
         "cases": {},
         "ekfac": known.get("ekfac", {}) if same else {},
     }

@@ -7,6 +7,7 @@ others are loaded, because they read its variables then.
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -81,6 +82,13 @@ def commit() -> dict:
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": head, "dirty": dirty}
+
+
+def heading() -> dict:
+    """What every result file says of its run, before it begins."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    of = {"machine": machine(), "versions": versions(), "load_before": load()}
+    return {"created": created, **commit(), **of}
 
 
 def nvidia(*fields: str, which: str | None = None) -> list[list[str]]:

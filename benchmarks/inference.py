@@ -16,7 +16,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +134,8 @@ def begun(previous: Path, quick: bool) -> dict[str, Any]:
     kept = load(previous)["inference"] if previous.exists() else {}
     return {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {"quick": quick, "threads": 1, "clock": "CPU seconds of one thread"},
-        "load_before": environment.load(),
         "cases": {},
         "inference": kept,
     }

@@ -24,7 +24,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -290,11 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         result = {
             "schema": "influence-1",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            **environment.commit(),
-            "machine": environment.machine(),
-            "versions": environment.versions(),
-            "load_before": environment.load(),
+            **environment.heading(),
             "leave_one_out": leave_one_out(),
             "trainings": [],
         }

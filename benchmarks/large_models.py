@@ -21,7 +21,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     same = known.get("settings", {}).get("quick") == options.quick
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {
             "quick": options.quick,
             "layers": LAYERS,
@@ -196,7 +192,6 @@ def main(arguments: list[str] | None = None) -> None:
             "tokens": TOKENS,
             "samples": [FORGET, RETAIN, VALIDATION],
         },
-        "load_before": environment.load(),
         "cases": {},
         "large_models": known.get("large_models", {}) if same else {},
     }

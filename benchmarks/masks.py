@@ -24,7 +24,6 @@ import copy
 import math
 import statistics
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore", UserWarning)  # what the table shows
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": OPTIONS | {"shares": SHARES},
-        "load_before": environment.load(),
         "cases": {},
         "masks": {"points": []},
     }

@@ -24,7 +24,6 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -302,13 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     result: dict[str, Any] = {
         "schema": "minilm-1",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {"draw": options.draw, "epochs": EPOCHS, "deletions": DELETIONS}
         | {"baselines": BASELINES},
-        "load_before": environment.load(),
         "cases": known.get("cases", {}),
     }
     for kind in options.kinds:

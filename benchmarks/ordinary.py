@@ -25,7 +25,6 @@ import statistics
 import sys
 import time
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -328,12 +327,8 @@ def main(arguments: list[str] | None = None) -> int:
             known = {}
     result: dict[str, Any] = {
         "schema": "ordinary-1",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **here,
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": settings,
-        "load_before": environment.load(),
         "trainings": known.get("trainings", []),
     }
     for name in options.networks:

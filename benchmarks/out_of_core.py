@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     old = json.loads(options.output.read_text()) if options.output.exists() else {}
     result = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {"quick": options.quick, "threads": 2},
-        "load_before": environment.load(),
     } | {part: old[part] for part in PARTS if part in old and part not in names}
     for name in names:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:

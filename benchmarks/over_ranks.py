@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
         sizes = [(200, 2000), (200, 1000)]
     result = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {"quick": options.quick, "threads": 1, "repeats": options.repeats},
-        "load_before": environment.load(),
     }
     one, two = Processes(1), Processes(2)
     try:

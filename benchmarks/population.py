@@ -21,7 +21,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = RECIPES[NAME]
     result: dict[str, Any] = {
         "schema": "population-1",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
-        "load_before": environment.load(),
+        **environment.heading(),
         "settings": {
             "threads": 1,
             "split": options.split,

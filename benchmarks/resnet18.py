@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -230,12 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
     ways = known.get("resnet18", {})
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {"quick": options.quick, "n": N, "wrong": WRONG, "epochs": EPOCHS},
-        "load_before": environment.load(),
         "cases": {},
         "resnet18": ways if known.get("settings", {}).get("quick") == options.quick else {},
     }

@@ -17,7 +17,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,17 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
     result: dict[str, Any] = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {
             "quick": options.quick,
             "threads": options.threads,
             "repeats": options.repeats,
             "budget_seconds": options.budget,
         },
-        "load_before": environment.load(),
         "cases": {},
         "left_out": {},
         "broken": {},

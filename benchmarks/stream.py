@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     result: dict[str, Any] = {
         "schema": "stream-1",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {"requests": options.requests, "options": OPTIONS, "threads": 1},
-        "load_before": os.getloadavg()[0],
         "streams": [],
     }
     for kind in KINDS:

@@ -24,7 +24,6 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def head(schema: str) -> dict[str, Any]:
     return {
         "schema": schema,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
-        "load_before": environment.load(),
+        **environment.heading(),
     }
 
 

@@ -13,7 +13,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     old = json.loads(options.output.read_text()) if options.output.exists() else {}
     result = {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment.commit(),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
+        **environment.heading(),
         "settings": {"quick": options.quick, "threads": 1},
-        "load_before": environment.load(),
     } | {part: old[part] for part in PARTS if part in old and part not in names}
     warnings.simplefilter("error")
     for name in names:

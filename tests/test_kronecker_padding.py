@@ -84,6 +84,19 @@ def test_bases_leave_padding_out() -> None:
     assert torch.allclose(*matrices, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("of_text", [True, False])
+def test_a_mask_is_known_by_its_position(of_text: bool) -> None:
+    """The factors are those of the same texts whose inputs are passed by name."""
+    torch.manual_seed(0)
+    model, data = Reader(of_text).double(), texts(9, left=True)
+    loss_fn = cross_entropy if of_text else per_token_loss().of_mean(4.0)
+    labels = torch.arange(5) if of_text else data["labels"]
+    found = []
+    for given in (data | {"labels": labels}, (data["input_ids"], data["attention_mask"], labels)):
+        found.append(EKFACOperator(model, loss_fn, given, all_trainable(model)).to_dense())
+    assert torch.equal(*found)
+
+
 def test_signs_of_classes_along_the_second_axis() -> None:
     ids, labels = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[2, 1, -100, -100]])
     found = []

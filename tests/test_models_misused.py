@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from lcodec_ext.unlearning import TrainingStatistics, per_token_loss, unlearn
 from test_language_models import causal_lm, seq2seq, t5, texts
@@ -47,10 +54,40 @@ def test_tokens_of_another_tokenizer_are_named():
     few["input_ids"] = few["input_ids"].index_fill(0, torch.tensor([2]), 77)
     with pytest.raises(ValueError, match="input_ids go from .* to 77, .* tokens 0 to 19"):
         unlearn(model, few, rest, cross_entropy, **PLAIN)
-    long = {"input_ids": torch.ones(4, 9, dtype=torch.long), "labels": few["labels"]}
-    with pytest.raises(ValueError, match="fails on samples of forget") as found:
-        unlearn(model, long, rest, cross_entropy, **PLAIN)
+
+
+SMALL = {"vocab_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
+READERS = {  # of 8 positions each: RoBERTa leaves two of its rows out, BART keeps two more
+    "bert": lambda: classifier()[0],
+    "roberta": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**SMALL, intermediate_size=8, max_position_embeddings=10)
+    ),
+    "bart": lambda: BartForSequenceClassification(
+        BartConfig(
+            vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+            decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2,
+            max_position_embeddings=8, num_labels=2,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("name", READERS)
+def test_texts_that_are_longer_than_the_positions_are_named(name, by_name):
+    model, ids, labels = READERS[name]().eval(), torch.full((6, 9), 3), torch.arange(6) % 2
+    ids[:, -1] = 2  # the end of a text
+    data = {"input_ids": ids, "labels": labels} if by_name else (ids, labels)
+    message = "input_ids have 9 tokens to a text, and the model has positions for 8: .*max_length=8"
+    with pytest.raises(ValueError, match=message):
+        TrainingStatistics.collect(model, data, cross_entropy, curvature="ekfac")
+    few, rest = (
+        part(data, s) if by_name else (ids[s], labels[s]) for s in (slice(2), slice(2, None))
+    )
+    with pytest.raises(ValueError, match=f"fails on samples of forget.*{message}") as found:
+        unlearn(model, few, rest, cross_entropy, **PLAIN)
     assert "embeddings of tokens" not in str(found.value)
+    assert "A sample is a pair" not in str(found.value)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -451,3 +451,40 @@ def test_a_stream_with_statistics(overfit, tmp_path):
             Unlearner.resume(
                 tmp_path, *given, validation=HELD, statistics=collected(overfit, samples(120, 5))
             )
+
+
+def test_statistics_of_other_weights_are_told(overfit):
+    """Those of before the training: the deleted samples lose more there. Trained ones are not."""
+    torch.manual_seed(1)
+    before = copy.deepcopy(overfit)
+    for module in before:
+        getattr(module, "reset_parameters", lambda: None)()
+    given = (overfit, FORGET, None, cross_entropy)
+    with pytest.warns(UserWarning, match="statistics are of other weights .* the deleted samples"):
+        PLAIN(*given, statistics=collected(before), damping=0.1)
+    PLAIN(*given, statistics=collected(overfit), damping=0.1)
+
+
+def test_a_model_that_was_never_trained_is_told():
+    torch.manual_seed(0)
+    untrained = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        untrained.weight.mul_(0.1)
+    options = {"statistics": collected(untrained), "damping": 0.1, "validation": HELD}
+    with pytest.warns(UserWarning, match="the model was hardly trained"):
+        unlearning.unlearn(
+            untrained, FORGET, None, cross_entropy, curvature="ekfac", max_drop=0.9, **options
+        )
+
+
+def test_a_stream_needs_the_training_data_and_says_what_does_not(model):
+    with pytest.raises(ValueError, match=r"train is None.*unlearn\(model, forget, None"):
+        Unlearner(model, None, cross_entropy, statistics=collected(model), curvature="ekfac")
+
+
+def test_weight_decay_is_no_part_of_statistics(model):
+    message = "collect takes no weight_decay: .* loss alone. Pass weight_decay where they are used"
+    with pytest.raises(TypeError, match=message):
+        collected(model, weight_decay=1e-3)
+    with pytest.raises(TypeError, match="collect takes no batchsize$"):
+        collected(model, batchsize=3)

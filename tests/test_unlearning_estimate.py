@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from lcodec_ext.curvature import UnitSelection
 from lcodec_ext.unlearning import (
     Estimate,
     Settings,
@@ -21,8 +22,10 @@ from lcodec_ext.unlearning import (
     estimate,
     unlearn,
 )
-from lcodec_ext.unlearning.estimate import SACRIFICES
+from lcodec_ext.unlearning.estimate import SACRIFICES, _sizes
+from lcodec_ext.unlearning.request import checked_request
 from lcodec_ext.unlearning.workload import Graphs, Sizes, Workload
+from lcodec_ext.unlearning.workplace import Workplace
 
 X = torch.randn(700, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = (X.flatten(1)[:, :10] + 0.5 * torch.randn(700, 10, generator=torch.manual_seed(1))).argmax(1)
@@ -104,6 +107,8 @@ def expect(model, **options):
         ("cnn", {"curvature": "hessian", "update": "newton", **CONSTANTS, "damping": 10.0}),
         ("cnn", {"preset": "paper", "n_units": 5, "n_perturbations": 200}),
         ("mlp", {"validation": HELD, "finish": 0}),
+        ("cnn", {"validation": HELD, "finish": 0, "curvature": "ekfac"}),
+        ("cnn", {"curvature": "ekfac", "damping": 0.1, "max_drop": None, "repair_epochs": 0}),
         ("mlp", {"max_seconds": 30.0, **CONSTANTS}),
     ],
 )
@@ -130,6 +135,29 @@ def test_passes_are_counted(networks):
         sum(each for name, each in found.seconds.items() if name != "total")
     )
     assert found.most_seconds >= found.seconds["total"]
+
+
+def test_rotations_of_kronecker_factors_are_counted():
+    """By the sizes of layers and their positions: a convolution's are those of its outputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(3 * 36, 10)).eval()
+    work = Workplace.of(model, cross_entropy, Settings(curvature="ekfac"), None, False)
+    work, request = checked_request(work, FORGET, RETAIN, None, None, None)
+    sizes = _sizes(work, request, UnitSelection.all(model))
+    assert [tuple(block) for block in sizes.blocks] == [
+        (3, 10, 30, 36, False),
+        (10, 109, 1090, 1, False),
+    ]
+    phases = [*Workload(work.settings, sizes, Graphs(0, 0)).phases()]
+    (phase,) = [each for each in phases if each.bases]
+    moments = 36 * (3**2 + 10**2) + 10**2 + 109**2
+    squares = 30 * (3 + 10) + (36 + 64) * 30 + 10**2 + 109**2 + (1 + 64) * 1090
+    assert phase.rotated == 485 * 10 * (moments + squares)  # a column for each output
+    vector = 30 * (3 + 10) + 1090 * (10 + 109)
+    (solve,) = [
+        p for p in Workload(work.settings, sizes, Graphs(0, 0)).phases() if p.name == "solve"
+    ]
+    assert solve.rotated == 2 * vector
 
 
 def test_products_are_counted_as_they_are_made(networks, monkeypatch):

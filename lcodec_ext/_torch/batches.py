@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from lcodec_ext._checks import first_few
 from lcodec_ext._torch.detours import cast_forward
+from lcodec_ext._torch.inputs import TextsError, beyond_the_model, by_name
 
 SAMPLES = 128  # of one batch, where the package makes the batches
 
@@ -79,6 +80,14 @@ class Batch:
         """The batch as the operators of `lcodec_ext.curvature` take it."""
         return (self.kwargs or self.args), self.targets
 
+    def named(self, model: nn.Module) -> "Batch":
+        """The batch by the names that a model has for its inputs: to look at, not to call with.
+
+        An "attention_mask" that is passed by its position is then known as one.
+        """
+        named = by_name(model, self.args, self.kwargs)
+        return self if named is None else replace(self, args=(), kwargs=named)
+
     def outputs(self, model: nn.Module) -> Any:
         """What a model returns; where it takes other inputs, say how to leave some out."""
         first = next(tensors_of((self.args, self.kwargs)), None)
@@ -96,7 +105,10 @@ class Batch:
                 "sample, the labels shifted to the right by one, with the start token first and "
                 "padding in the place of -100"
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
+            beyond = beyond_the_model(model, self.args, self.kwargs)
+            if beyond:
+                raise TextsError(f"{error}. {beyond}") from error
             if "same dtype" not in str(error):
                 raise
             raise ValueError(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcodec_ext._torch.batches import Batch, part_of, tensors_of
 
@@ -66,25 +66,6 @@ def check_labels(
     raise ValueError(
         f"{sample_in(batch, k, name)} has target {label}; the model has {n_classes} outputs, so "
         f"targets must be classes 0 to {n_classes - 1}"
-    )
-
-
-def beyond_embeddings(model: nn.Module, batch: Batch) -> str:
-    """What is too large in the tokens of a batch for the model's embedding of them, if anything."""
-    find: Any = getattr(model, "get_input_embeddings", None)
-    ids = batch.kwargs.get("input_ids")
-    if not callable(find) or not isinstance(ids, Tensor) or not ids.numel():
-        return ""
-    try:
-        rows = len(find().weight)
-    except (AttributeError, NotImplementedError, TypeError):
-        return ""
-    least, most = int(ids.min()), int(ids.max())
-    if 0 <= least and most < rows:
-        return ""
-    return (
-        f". input_ids go from {least} to {most}, and the model has embeddings of tokens 0 to "
-        f"{rows - 1}: they are of another tokenizer, or padded with a token that the model lacks"
     )
 
 

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import counted
 from lcodec_ext._torch.batches import tensors_of
+from lcodec_ext._torch.loss import is_much_worse
 from lcodec_ext._torch.samples import Samples
 from lcodec_ext.unlearning.control import labels_of
 from lcodec_ext.unlearning.deletion import Deletion
 from lcodec_ext.unlearning.guard import Guard
 from lcodec_ext.unlearning.request import GUARD_SIZE, Request, n_shared
 from lcodec_ext.unlearning.settings import Settings
-from lcodec_ext.unlearning.workplace import Measured
+from lcodec_ext.unlearning.workplace import Measured, Workplace
 
 _FEWEST = 30  # validation samples; the standard error of fewer is itself unknown
 _UNSURE = 0.5  # standard error of their mean loss, as a share of it
@@ -45,6 +46,31 @@ def warn_of_doubts(request: Request, guard: Guard | None, settings: Settings) ->
         return
     for doubt in _doubts(request, guard):
         warn(doubt)
+
+
+def warn_of_statistics(
+    work: Workplace, request: Request, before: Measured, guard: Guard | None
+) -> None:
+    """Warn of statistics that were collected elsewhere, and of a model that was hardly trained.
+
+    A request after others finds the model a little further away than the statistics, and itself as
+    well fitted there: only a loss that is larger there says that they are not of this training.
+    """
+    statistics = request.statistics
+    if statistics is None:
+        return
+    unit = 1.0 if guard is None else guard.unit
+    own = statistics.mean_loss(work.model, request.forget, work.loss_fn, work.settings.batch_size)
+    if is_much_worse(before.forget_loss, own, unit):
+        warn(
+            "the statistics are of other weights than those that training ended with: at theirs "
+            f"the deleted samples lose {own:.3g}, and by the model {before.forget_loss:.3g}. "
+            "Collect them from the trained model"
+        )
+    labels = None if request.validation is None else labels_of(request.validation)
+    if labels is not None and guard is not None and guard.watched == "accuracy":
+        for doubt in _hardly_trained(np.unique(labels, return_counts=True)[1] / len(labels), guard):
+            warn(doubt)
 
 
 def _doubts(request: Request, guard: Guard | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from lcodec_ext._callers import warn
 from lcodec_ext._checks import check_bool
@@ -28,6 +29,7 @@ from lcodec_ext.curvature import ParameterSelection, Selection, UnitSelection, a
 from lcodec_ext.curvature.kronecker.passes import LARGEST
 from lcodec_ext.curvature.layers import NORMS, is_linear
 from lcodec_ext.curvature.layout import UnitLayout
+from lcodec_ext.curvature.masked.rows import is_convolution
 from lcodec_ext.unlearning.finish import ITERATIONS, form_of
 from lcodec_ext.unlearning.limit import Limit
 from lcodec_ext.unlearning.rates import Rates, activations_of, timed
@@ -37,7 +39,7 @@ from lcodec_ext.unlearning.select import find_candidates, take
 from lcodec_ext.unlearning.settings import Settings, resolve
 from lcodec_ext.unlearning.solutions import STEPS
 from lcodec_ext.unlearning.statistics import TrainingStatistics
-from lcodec_ext.unlearning.workload import HISTORY, Graphs, Sizes, Workload
+from lcodec_ext.unlearning.workload import HISTORY, FactorBlock, Graphs, Sizes, Workload
 from lcodec_ext.unlearning.workplace import Workplace
 
 #: What is given up for max_seconds, budget and max_memory, in this order: caps on settings.
@@ -465,7 +467,7 @@ def _stand_in(work: Workplace) -> Selection:
 def _sizes(work: Workplace, request: Request, selection: Selection | None) -> Sizes:
     """Of a request; without a selection as if all trainable parameters were selected."""
     samples = request.forget if request.kept is None else request.kept.all
-    with torch.no_grad():
+    with torch.no_grad(), _positions(work.model) as positions:
         outputs = [*tensors_of(outputs_of(work.model, samples.fetch([0])))]
     modules = dict(work.model.named_modules())
     units = selection.units if isinstance(selection, UnitSelection) else {}
@@ -485,12 +487,36 @@ def _sizes(work: Workplace, request: Request, selection: Selection | None) -> Si
         n_statistics=0 if statistics is None else statistics.n_parameters or 1,
         head=len(layers) == 1 and layers[0] is work.model and is_linear(layers[0]),
         known=not isinstance(settings.selection, str) or settings.selection == "full",
-        blocks=_blocks(work.model, selection) if settings.curvature == "ekfac" else (),
+        blocks=_blocks(work.model, selection, positions) if settings.curvature == "ekfac" else (),
     )
 
 
-def _blocks(model: nn.Module, selection: Selection | None) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of Kronecker factors, those of whole layers where units are not given."""
+@contextlib.contextmanager
+def _positions(model: nn.Module) -> Iterator[dict[str, int]]:
+    """How many positions the layers of a model have in what it is called with meanwhile."""
+    found: dict[str, int] = {}
+
+    def hook(name: str, module: nn.Module) -> RemovableHandle:
+        def count(module: nn.Module, given: Any, outputs: Any) -> None:
+            first = next(tensors_of(outputs), None)
+            if first is not None and first.ndim > 1:
+                channels = first.shape[1 if is_convolution(module) else -1]
+                found[name] = found.get(name, 0) + first.numel() // max(1, channels)
+
+        return module.register_forward_hook(count)
+
+    handles = [hook(name, module) for name, module in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _blocks(
+    model: nn.Module, selection: Selection | None, positions: Mapping[str, int]
+) -> tuple[FactorBlock, ...]:
+    """The Kronecker-factored blocks, those of whole layers where units are not given."""
     modules = dict(model.named_modules())
     if isinstance(selection, UnitSelection):
         shapes = [(b.module, len(b.units), b.width) for b in UnitLayout(selection, model).blocks]
@@ -505,6 +531,9 @@ def _blocks(model: nn.Module, selection: Selection | None) -> tuple[tuple[int, i
         module = modules.get(name)
         if isinstance(module, NORMS):
             continue
-        rows = 0 if isinstance(module, nn.Embedding) else rows  # which are looked up
-        found.append((rows if rows <= LARGEST else 0, columns if columns <= LARGEST else 0))
+        looked_up = isinstance(module, nn.Embedding)
+        entries, count = rows * columns, positions.get(name, 1)
+        rows = rows if rows <= LARGEST and not looked_up else 0
+        columns = columns if columns <= LARGEST else 0
+        found.append(FactorBlock(rows, columns, entries, count, looked_up))
     return tuple(found)

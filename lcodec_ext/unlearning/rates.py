@@ -16,7 +16,7 @@ from lcodec_ext.curvature.solvers import Krylov, conjugate_gradient
 from lcodec_ext.dependence import lfoci
 from lcodec_ext.unlearning.record import record
 from lcodec_ext.unlearning.step import OPERATORS, in_krylov_space
-from lcodec_ext.unlearning.workload import Graphs, Phase, Sizes, Workload
+from lcodec_ext.unlearning.workload import FactorBlock, Graphs, Phase, Sizes, Workload
 from lcodec_ext.unlearning.workplace import Workplace
 
 _ENOUGH = 0.02  # seconds of a run, after which no more samples are taken
@@ -48,7 +48,8 @@ class Rates:
 
     `products` are with one column. `solve` is what an iteration costs without its product: seconds,
     and seconds a coordinate and column; of Lanczos' iteration for each vector in its basis.
-    `basis` is what the eigenvectors of all Kronecker factors take.
+    `basis` is what the eigenvectors of all Kronecker factors take, and `rotated` a multiplication
+    with them.
     """
 
     passes: Mapping[str, Rate]  # forward, gradient, graphs, products
@@ -58,6 +59,7 @@ class Rates:
     perturbation: Rate | None = None  # of one, of all its samples
     selection: float = 0.0  # seconds
     basis: float = 0.0  # seconds
+    rotated: float = 0.0  # seconds of a multiply-add
 
     def seconds(self, work: Workload, phase: Phase) -> float:
         """Of a phase."""
@@ -71,7 +73,8 @@ class Rates:
         if work.method == "lanczos":
             each *= work.columns * work.iterations
         total += phase.solves * (self.solve.batch + each * self.solve.sample)
-        return total + phase.selections * self.selection + phase.bases * self.basis
+        total += phase.bases * self.basis + phase.rotated * self.rotated
+        return total + phase.selections * self.selection
 
 
 def timed(
@@ -91,7 +94,7 @@ def timed(
         graphs = _line(built.n_bytes)
     rates = Rates(passes, _solve_rate(work, sizes.p), graphs, activations_of(work, some))
     if sizes.blocks:
-        rates = replace(rates, basis=_basis_seconds(work, sizes.blocks))
+        rates = replace(rates, basis=_basis_seconds(work, sizes.blocks), rotated=_rotated(work))
     if settings.selection in ("lfoci", "cheap"):
         rates = replace(rates, perturbation=_recorded(work, request), selection=_selected(work))
     return rates
@@ -233,11 +236,17 @@ def _solve_rate(work: Workplace, p: int) -> Rate:
     return Rate(max(0.0, after - m * each) / iterations, each / iterations)
 
 
-def _basis_seconds(work: Workplace, blocks: Sequence[tuple[int, int]]) -> float:
+def _basis_seconds(work: Workplace, blocks: Sequence[FactorBlock]) -> float:
     """Of eigenvectors in float64, from those of one small matrix: their work is cubic."""
     matrix = torch.ones(_SIDE, _SIDE, dtype=torch.float64, device=work.device).tril().add(1e-3)
     each = _fastest(work, lambda: torch.linalg.eigh(matrix)) / _SIDE**3
-    return each * sum(side**3 for block in blocks for side in block)
+    return each * sum(b.rows**3 + b.columns**3 for b in blocks)
+
+
+def _rotated(work: Workplace) -> float:
+    """Of a multiply-add in a product of matrices."""
+    matrix = torch.ones(_SIDE, _SIDE, dtype=work.dtype, device=work.device)
+    return _fastest(work, lambda: [matrix @ matrix for _ in range(4)]) / (4 * _SIDE**3)
 
 
 def _recorded(work: Workplace, request: Samples) -> Rate:

@@ -24,8 +24,8 @@ from lcodec_ext._torch.batches import (
     tensors_of,
 )
 from lcodec_ext._torch.copies import THE_LOSS, check_followed, quantised
-from lcodec_ext._torch.faults import beyond_embeddings
 from lcodec_ext._torch.group import Ranks
+from lcodec_ext._torch.inputs import TextsError
 from lcodec_ext._torch.loss import (
     LossFunction,
     check_classes,
@@ -494,9 +494,8 @@ def _checked_outputs(work: Workplace, batch: Batch, name: str) -> Any:
                 followed = [*tensors_of(outputs_of(work.model, batch.part(slice(2))))]
             single = outputs_of(work.model, batch.part(slice(1)))
     except _FAILURES as error:
-        several = len(batch.args) > 1 and not isinstance(error, InputsError)
+        several = len(batch.args) > 1 and not isinstance(error, InputsError | TextsError)
         why = f". It was called with {len(batch.args)} inputs. {SAMPLES_ARE}" if several else ""
-        why = why or beyond_embeddings(work.model, batch)
         raise ValueError(f"the model fails on samples of {name}: {error}{why}") from error
     own = set(map(id, work.parameters.values()))
     check_followed([t for t in followed if t.requires_grad], work.watched, "the model", own)

@@ -22,7 +22,7 @@ from lcodec_ext._checks import (
 from lcodec_ext._files import file_to_read, write_atomically
 from lcodec_ext._torch.copies import work_copy
 from lcodec_ext._torch.decay import decay_of, vector_of
-from lcodec_ext._torch.loss import LossFunction, check_copy, mean_gradient
+from lcodec_ext._torch.loss import LossFunction, check_copy, mean_gradient, mean_loss
 from lcodec_ext._torch.modes import twice_differentiable
 from lcodec_ext._torch.names import own_name
 from lcodec_ext._torch.samples import Samples, as_samples, working_dtype
@@ -54,6 +54,7 @@ LARGE = 2_000_000  # numbers in a model, which is then called large
 _FEW = 512  # samples up to which all of their outputs are sent back for Kronecker factors
 _REACHED = 1e-12  # of the largest: less on a diagonal is rounding of the eigenvectors
 _FORMAT, _WITH_FACTORS = 1, 2
+_LATER = ("weight_decay", "damping", "output_damping")  # which are added to the curvature
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,9 +140,11 @@ class TrainingStatistics:
         batch_size: int = _BATCH,
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        **others: Any,
     ) -> "TrainingStatistics":
         """Form the matrix of a trained model on its training samples, or its Kronecker factors.
 
+        Both are of the loss alone: damping and weight decay are added when a deletion uses them.
         Time is p products with the matrix, memory p^2 numbers. With curvature="ekfac" time is two
         passes over the samples, and memory the eigenvectors of each layer, of (inputs + 1)^2 and
         outputs^2 numbers, and p eigenvalues; then any number of parameters will do.
@@ -155,12 +158,25 @@ class TrainingStatistics:
             What may be asked for later; all trainable parameters by default.
         batch_size, dtype, progress
             As `unlearn` takes them.
+        others
+            Refused, with where they belong.
 
         Raises
         ------
         ValueError
             For more than 8192 parameters, except with "ekfac".
+        TypeError
+            For other options.
         """
+        for name in others:
+            raise TypeError(
+                f"TrainingStatistics.collect takes no {name}"
+                + (
+                    f": the statistics are of the loss alone. Pass {name} where they are used, "
+                    "unlearn(..., statistics=...) for instance"
+                )
+                * (name in _LATER)
+            )
         check_choice(curvature, "curvature", (*_KINDS, "ekfac"))
         check_integer(batch_size, "batch_size", 1)
         model = unwrapped(model)
@@ -300,6 +316,12 @@ class TrainingStatistics:
                     )
                 tensor.copy_(weights[name])
         return placed
+
+    def mean_loss(
+        self, model: nn.Module, samples: Samples, loss_fn: LossFunction, batch_size: int = _BATCH
+    ) -> float:
+        """Mean loss of samples at the weights of the statistics."""
+        return mean_loss(self._placed(model, samples.dtype), samples, loss_fn, batch_size)
 
     @twice_differentiable()
     def operator(

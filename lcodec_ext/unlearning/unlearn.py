@@ -20,7 +20,7 @@ from lcodec_ext._torch.states import state_hash
 from lcodec_ext._torch.wrapped import told_of, unwrapped
 from lcodec_ext.curvature import Selection, UnitSelection
 from lcodec_ext.unlearning.deletion import Deletion, delete
-from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall
+from lcodec_ext.unlearning.doubts import warn_of_doubts, warn_of_shortfall, warn_of_statistics
 from lcodec_ext.unlearning.estimate import planned
 from lcodec_ext.unlearning.guard import Watch
 from lcodec_ext.unlearning.idle import measured_first
@@ -151,7 +151,7 @@ def unlearn(
         a sample; if it raises the retained loss by much; if half of the removed samples or more are
         also retained; if there are fewer units than `n_units`; if validation samples are few,
         unlike the training ones or among them; if a calibrated step stayed far from its aim or cost
-        accuracy.
+        accuracy; if statistics are of other weights than those that training ended with.
 
     Notes
     -----
@@ -247,6 +247,7 @@ def _carried_out(
         watch = Watch.of(work, request, before)
         warn_of_left_out(work)
         warn_of_doubts(request, watch.guard, settings)
+        warn_of_statistics(work, request, before, watch.guard)
         goes_on = goes_on or (settings.order == "sequential" and request.m > 1)
         # Each part: perturb and record, select, step, guard.
         deletions = [delete(work, part, watch, goes_on=goes_on) for part in request.parts(work)]

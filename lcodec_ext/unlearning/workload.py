@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from lcodec_ext._torch.decay import least_decay
 from lcodec_ext.curvature.kronecker.outputs import ALL_COLUMNS
@@ -28,7 +28,39 @@ _LIKELY_CG = 40  # iterations to the relative residual that is the default
 _CG_VECTORS = 14  # of its iteration, and of a product
 _HEAP = 0.1  # of all memory: gaps that the C library keeps between what is in use
 HISTORY, _FEWEST_HISTORY = 10, 2  # pairs of vectors that L-BFGS keeps; where memory is limited
+_SQUARE = 64  # multiply-adds that take as long as squaring a number and adding it to others
 _LBFGS_VECTORS = 8  # that it has besides: weights, and gradients of its line search
+
+
+class FactorBlock(NamedTuple):
+    """A Kronecker-factored block, and what multiplications with its bases take."""
+
+    rows: int  # that have eigenvectors; 0 where they have none, as those that are looked up
+    columns: int
+    entries: int  # of the matrix of parameters
+    positions: int  # of a sample
+    looked_up: bool = False
+
+    @property
+    def sides(self) -> int:
+        """Numbers in its bases."""
+        return self.rows**2 + self.columns**2
+
+    @property
+    def rotation(self) -> float:
+        """Multiply-adds that take a vector to the basis, or back."""
+        return self.entries * (self.rows + self.columns)
+
+    def squares(self) -> float:
+        """Multiply-adds, or what takes as long, of the squares of a sample's gradient."""
+        each = self.positions * self.sides
+        if self.looked_up:
+            return each
+        return min(each, self.rotation) + (self.positions + _SQUARE) * self.entries
+
+    def moments(self) -> float:
+        """Of the second moments of a sample's inputs and of what reaches its outputs."""
+        return self.positions * self.sides
 
 
 @dataclass(frozen=True)
@@ -48,7 +80,7 @@ class Sizes:
     n_statistics: int = 0  # coordinates of a matrix that was saved at training time
     head: bool = False  # whether rows of the layer that gives the outputs are kept, and no graphs
     known: bool = True  # whether the selection is known before any gradient
-    blocks: tuple[tuple[int, int], ...] = ()  # rows and columns of Kronecker-factored blocks
+    blocks: tuple[FactorBlock, ...] = ()  # with curvature="ekfac"
 
 
 @dataclass(frozen=True)
@@ -82,6 +114,7 @@ class Phase:
     solves: int = 0  # iterations in which vectors are made orthogonal or added
     selections: int = 0  # by L-FOCI
     bases: int = 0  # of all Kronecker-factored blocks
+    rotated: float = 0.0  # multiply-adds with these
     certain: bool = True
     batch_size: int = 0  # where it is not that of the settings
 
@@ -276,11 +309,20 @@ class Workload:
         z = self.sizes
         n = z.m + z.n_retain if self.from_statistics else self.n_curvature
         each = draws_of(n, z.n_parameters) is None and z.n_outputs <= ALL_COLUMNS
-        passes = (1 if self.from_statistics else 2) * (z.n_outputs if each else 1)
+        columns = z.n_outputs if each else 1
+        passes = (1 if self.from_statistics else 2) * columns
+        rotated = sum(block.squares() for block in z.blocks)
+        if not self.from_statistics:
+            rotated += sum(block.moments() for block in z.blocks)
         return {
             "gradient": ((count * passes, self.n_curvature),),
             "bases": 0 if self.from_statistics else count,
+            "rotated": count * columns * self.n_curvature * rotated,
         }
+
+    def _rotated(self, n: int) -> float:
+        """Of n vectors that are taken to the basis, or back from it."""
+        return n * sum(block.rotation for block in self.sizes.blocks)
 
     def _steps(self, rounds: int) -> Iterator[Phase]:
         s, z, count = self.settings, self.sizes, rounds * self.settings.steps
@@ -289,6 +331,7 @@ class Workload:
             yield Phase("curvature", gradient=((2 * count, self.n_curvature),))
         elif method == "closed form":
             yield Phase("curvature", **self._factors(count))
+            yield Phase("solve", rotated=self._rotated(2 * count))
             if s.retries and s.max_drop is not None:
                 yield Phase("retries", **self._factors(count * s.retries), certain=False)
         elif method in ("woodbury", "formed"):
@@ -315,7 +358,9 @@ class Workload:
     def _solutions(self) -> dict[str, Any]:
         """Of a calibration: what its systems take at any damping."""
         if self.method == "closed form":
-            return self._factors(1)
+            found = self._factors(1)
+            found["rotated"] += self._rotated(self.columns * (1 + _LIKELY_TRIALS))
+            return found
         return self._products(self.iterations, self.columns) | {"solves": self.iterations}
 
     def _calibration(self) -> Iterator[Phase]:
@@ -333,7 +378,8 @@ class Workload:
         solve["gradient"] = ((groups, size), *solve.get("gradient", ()))
         yield Phase("calibration", forward=losses(_LIKELY_TRIALS + 2), **solve)
         more = TRIALS + 1 - _LIKELY_TRIALS
-        yield Phase("more dampings", forward=losses(more), certain=False)
+        rotated = self._rotated(self.columns * more) if self.method == "closed form" else 0.0
+        yield Phase("more dampings", forward=losses(more), rotated=rotated, certain=False)
         yield from self._finish(held, kept)
 
     def _finish(self, held: int, kept: int) -> Iterator[Phase]:
@@ -444,9 +490,8 @@ class Workload:
     def _factor_bytes(self) -> int:
         """Of bases, of what they are computed from, and of eigenvalues in float64."""
         z = self.sizes
-        squares = [side * side for block in z.blocks for side in block]
-        working = 3 * 8 * max(squares, default=0)
-        return 2 * z.bytes_each * sum(squares) + 2 * 8 * z.p + working
+        working = 3 * 8 * max((max(b.rows, b.columns) ** 2 for b in z.blocks), default=0)
+        return 2 * z.bytes_each * sum(b.sides for b in z.blocks) + 2 * 8 * z.p + working
 
     def _vectors(self) -> int:
         s, z = self.settings, self.sizes

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_choice, check_integer, check_real, counted
-from lcodec_ext._torch.decay import decay_of, decay_text
+from lcodec_ext._torch.decay import decay_text
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
-from lcodec_ext._torch.modes import check_module, plain_arithmetic
-from lcodec_ext._torch.wrapped import unwrapped
+from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.kronecker.factors import BlockFactors, KroneckerFactors
 from lcodec_ext.curvature.kronecker.outputs import Seeds
 from lcodec_ext.curvature.kronecker.passes import collect
@@ -50,14 +49,13 @@ class KroneckerOperator(CurvatureOperator):
         decay: Tensor | None = None,
         origin: str = "",
     ) -> None:
-        self.factors, self.shift = factors, shift
+        self.factors, self.shift, self._share = factors, shift, share
         first = factors.blocks[0]
         bases = [t for b in factors.blocks for t in (b.rows, b.columns) if t is not None]
         self.dtype = bases[0].dtype if bases else first.values.dtype
         self.device = first.values.device
         self.shape = (factors.size, factors.size)
         self.formed_up_to = 0
-        self._eigenvalues = [(b.values * share).to(self.dtype) for b in factors.blocks]
         self._decays: list[Tensor] | None = None
         if decay is not None:
             diagonal = decay.to(self.device, self.dtype)[:, None]
@@ -71,17 +69,21 @@ class KroneckerOperator(CurvatureOperator):
     @property
     def least(self) -> float:
         """The smallest eigenvalue, without damping and weight decay."""
-        return min(float(values.min()) for values in self._eigenvalues)
+        return self._rounded(min(float(block.values.min()) for block in self.factors.blocks))
 
     @property
     def largest(self) -> float:
         """The largest eigenvalue, without damping and weight decay."""
-        return max(float(values.max()) for values in self._eigenvalues)
+        return self._rounded(max(float(block.values.max()) for block in self.factors.blocks))
 
-    def _spectrum(self, number: int) -> Tensor:
-        """Eigenvalues of a block without the shift."""
-        values = self._eigenvalues[number]
-        return values if self._decays is None else values + self._decays[number]
+    def _rounded(self, value: float) -> float:
+        """An eigenvalue of a sum over samples as `_spectrum` has it."""
+        return float(torch.tensor(value * self._share, dtype=self.dtype))
+
+    def _spectrum(self, number: int, shift: float = 0.0) -> Tensor:
+        """Eigenvalues of a block, formed where they are needed: the factors have them already."""
+        values = (self.factors.blocks[number].values * self._share).to(self.dtype)
+        return (values if self._decays is None else values + self._decays[number]) + shift
 
     def _product(self, V: Tensor) -> Tensor:
         def times(block: BlockFactors, number: int, part: Tensor) -> Tensor:
@@ -104,11 +106,10 @@ class KroneckerOperator(CurvatureOperator):
         IndefiniteCurvatureError
             If an eigenvalue of the shifted matrix is zero within rounding, or below.
         """
-        V = self._vectors(b, "b")
-        spectra = self._spectra(shift)
+        V, total = self._vectors(b, "b"), self._solvable(shift)
 
         def divided(block: BlockFactors, number: int, part: Tensor) -> Tensor:
-            return part / spectra[number][:, :, None]
+            return part / self._spectrum(number, total)[:, :, None]
 
         return self.factors.apply(V if V.ndim == 2 else V[:, None], divided).reshape(V.shape)
 
@@ -122,17 +123,19 @@ class KroneckerOperator(CurvatureOperator):
     def solve_coordinates(self, b: Sequence[Tensor], shift: float = 0.0) -> Tensor:
         """`solve_shifted` of a vector by its `coordinates`, in half the time, shape (p,)."""
         out = torch.empty(self.shape[0], 1, dtype=self.dtype, device=self.device)
-        spectra = self._spectra(shift)
-        for block, part, values in zip(self.factors.blocks, b, spectra, strict=True):
-            block.places.put(out, block.back((part / values)[..., None]))
+        total = self._solvable(shift)
+        for number, (block, part) in enumerate(zip(self.factors.blocks, b, strict=True)):
+            block.places.put(out, block.back((part / self._spectrum(number, total))[..., None]))
         return out[:, 0]
 
-    def _spectra(self, shift: float) -> list[Tensor]:
-        """The eigenvalues of each block with all that is added; refused if one is zero or less."""
+    def _solvable(self, shift: float) -> float:
+        """What is added to all eigenvalues; refused if one of them is then zero or less."""
         total = self.shift + check_real(shift, "shift", 0)
-        spectra = [self._spectrum(number) + total for number in range(len(self.factors.blocks))]
-        least = min(float(values.min()) for values in spectra)
-        largest = max(float(values.max()) for values in spectra)
+        ends = [
+            self._spectrum(number, total).aminmax() for number in range(len(self.factors.blocks))
+        ]
+        least = min(float(end.min) for end in ends)
+        largest = max(float(end.max) for end in ends)
         rounding = torch.finfo(self.dtype).eps * max(largest, -least)
         if least <= rounding:
             remedy = "more damping" if least >= -rounding else f"at least {-1.05 * least:.2g} more"
@@ -143,7 +146,7 @@ class KroneckerOperator(CurvatureOperator):
                 least,
                 -least if least < -rounding else None,
             )
-        return spectra
+        return total
 
     def solve(self, b: Tensor, **options: Any) -> SolveResult:
         """Solve A x = b in closed form.
@@ -246,9 +249,9 @@ class EKFACOperator(KroneckerOperator):
     positions.
 
     Every position counts as a sample for A and G ("expand" of Eschenhagen et al.), without padding,
-    which is told by an ``attention_mask``, or a decoder's labels of -100. That is exact for linear
-    networks with a loss at every position, as of language models. The eigenvalues are those of
-    whole samples in either case.
+    which is told by the input that the forward pass calls ``attention_mask``, or a decoder's labels
+    of -100. That is exact for linear networks with a loss at every position, as of language models.
+    The eigenvalues are those of whole samples in either case.
 
     Where a layer's input has no axis of samples, or single parameters belong to no layer, samples
     are passed one by one, which is slow (`plan` says so); what a batch shares along a first axis of
@@ -292,18 +295,9 @@ class EKFACOperator(KroneckerOperator):
                     raise TypeError(f"basis must be KroneckerFactors; got {type(basis).__name__}")
                 of, seed, draws = basis.kind, basis.seed, basis.draws
             self.kind, self.damping = of, check_real(damping, "damping", 0)
-            model = unwrapped(model)
-            check_module(model)
-            self.weight_decay = decay_of(weight_decay, model)
-            objective = own_objective(
-                ranks,
-                model,
-                loss_fn,
-                data,
-                selection,
-                dtype=dtype,
-                reduction=reduction,
-                progress=progress,
+            options: dict[str, Any] = {"dtype": dtype, "reduction": reduction, "progress": progress}
+            model, self.weight_decay, objective = own_objective(
+                ranks, model, loss_fn, data, selection, weight_decay, **options
             )
         if isinstance(ranks, Ranks):
             options = {"kind": of, "seed": seed, "draws": draws, "reduction": reduction}

@@ -159,7 +159,8 @@ class Sweep:
                 yield from self._of(batch.part(slice(i, i + 1)))
             return
         config = getattr(objective.masked.model, "config", None)
-        words = counted_in(batch, bool(getattr(config, "is_encoder_decoder", False)))
+        told = batch.named(objective.masked.model)
+        words = counted_in(told, bool(getattr(config, "is_encoder_decoder", False)))
         wanted: list[tuple[BlockPlan, list[RowsCall], list[Tensor]]] = []
         displacements = dict(zip(objective.masked.entries, run.displacements, strict=True))
         for plan in self.plans:
@@ -172,7 +173,7 @@ class Sweep:
             if at:
                 wanted.append((plan, calls, at))
         at = [each for _, _, some in wanted for each in some]
-        for number, (values, seeds) in enumerate(self._seeds.of(objective, run, batch)):
+        for number, (values, seeds) in enumerate(self._seeds.of(objective, run, told)):
             reached = list(_back(values, at, seeds))
             for plan, calls, some in wanted:
                 own, reached = reached[: len(some)], reached[len(some) :]

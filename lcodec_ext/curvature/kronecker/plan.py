@@ -121,11 +121,12 @@ class BlockPlan:
 
 def plan_blocks(masked: MaskedModel) -> list[BlockPlan]:
     """The blocks of a model's selected parameters, in their order."""
-    numbers = masked.split(torch.arange(masked.size, dtype=torch.float64, device=masked.device))
-    index = {
-        name: each.reshape(each.shape[0], -1).long()
-        for name, each in zip(masked.entries, numbers, strict=True)
-    }
+    numbers = torch.arange(masked.size, device=masked.device)
+
+    def index(name: str) -> Tensor:
+        own = masked.entries[name].take(numbers)
+        return own.reshape(len(own), -1)
+
     for name, entries in masked.entries.items():
         if not entries.complete:
             raise ValueError(
@@ -142,7 +143,7 @@ def plan_blocks(masked: MaskedModel) -> list[BlockPlan]:
         parameters = (name, biases[name]) if name in biases else (name,)
         forms = {_form(rows) for rows in layers[name]} or {"diagonal"}
         kronecker = "diagonal" not in forms
-        places = Places.of([index[each] for each in parameters])
+        places = Places.of([index(each) for each in parameters])
         plans.append(
             BlockPlan(
                 parameters,

@@ -49,21 +49,12 @@ class ModelOperator(CurvatureOperator):
         ranks = ranks_of(group, type(self).__name__)
         with ranks.alone("the arguments"):
             self.damping = check_real(damping, "damping", 0)
-            model = unwrapped(model)
-            check_module(model)
-            self.weight_decay = decay_of(weight_decay, model)
             if cache_bytes is not None:
                 check_integer(cache_bytes, "cache_bytes", 0)
-            objective = own_objective(
-                ranks,
-                model,
-                loss_fn,
-                data,
-                selection,
-                dtype=dtype,
-                reduction=reduction,
-                progress=progress,
-                cache_bytes=cache_bytes,
+            options: dict[str, Any] = {"dtype": dtype, "reduction": reduction, "progress": progress}
+            options["cache_bytes"] = cache_bytes
+            model, self.weight_decay, objective = own_objective(
+                ranks, model, loss_fn, data, selection, weight_decay, **options
             )
         if isinstance(ranks, Ranks):
             options = {"kind": self._kind, "damping": self.damping, "reduction": reduction}
@@ -116,16 +107,24 @@ def own_objective(
     loss_fn: LossFunction,
     data: Any,
     selection: Any,
+    weight_decay: Any,
     *,
     progress: bool,
     **options: Any,
-) -> Objective:
-    """The objective on this rank's samples, of which a sampler's repeats are left out."""
+) -> tuple[nn.Module, Decay, Objective]:
+    """The model itself, its weight decay, and the objective on this rank's samples.
+
+    Repeats of a sampler are left out. options are those of `Objective`.
+    """
+    model = unwrapped(model)
+    check_module(model)
+    decay = decay_of(weight_decay, model)
     if isinstance(ranks, Ranks):
         data = without_repeats(data, "data", ranks, getattr(data, "batch_size", None) or 1)
     shown = check_bool(progress, "progress") and ranks.rank == 0
     shared = isinstance(ranks, Ranks)
-    return Objective(model, loss_fn, data, selection, progress=shown, shared=shared, **options)
+    options |= {"progress": shown, "shared": shared}
+    return model, decay, Objective(model, loss_fn, data, selection, **options)
 
 
 def agree(

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lcodec_ext._checks import check_real
-from lcodec_ext._torch.decay import decay_of
 from lcodec_ext._torch.group import Ranks, ranks_of
 from lcodec_ext._torch.loss import LossFunction
-from lcodec_ext._torch.modes import check_module, plain_arithmetic
-from lcodec_ext._torch.wrapped import unwrapped
+from lcodec_ext._torch.modes import plain_arithmetic
 from lcodec_ext.curvature.operators.base import CurvatureOperator
 from lcodec_ext.curvature.operators.on_model import agree, decayed, own_objective
 from lcodec_ext.curvature.parameters import Selection
@@ -153,18 +151,9 @@ class SecantOperator(_PairsOperator):
     ) -> None:
         ranks = ranks_of(group, "SecantOperator")
         with ranks.alone("the arguments"):
-            model = unwrapped(model)
-            check_module(model)
-            weight_decay = decay_of(weight_decay, model)
-            objective = own_objective(
-                ranks,
-                model,
-                loss_fn,
-                data,
-                selection,
-                dtype=dtype,
-                reduction=reduction,
-                progress=progress,
+            options: dict[str, Any] = {"dtype": dtype, "reduction": reduction, "progress": progress}
+            model, weight_decay, objective = own_objective(
+                ranks, model, loss_fn, data, selection, weight_decay, **options
             )
         masked = objective.masked
         self.shape, self.dtype, self.device = (masked.size,) * 2, masked.dtype, masked.device

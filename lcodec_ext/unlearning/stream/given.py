@@ -78,6 +78,13 @@ def receive(
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("the model has no parameter")
+    if train is None:
+        raise ValueError(
+            "train is None: requests name samples by their number in it. With statistics only the "
+            "samples to delete are read, so a Dataset that finds these is enough. Where there is "
+            "none, unlearn(model, forget, None, ..., statistics=...) takes the samples themselves, "
+            "and statistics.without(...) makes the statistics for the next request"
+        )
     dtype = settings.dtype or working_dtype(model)
     samples = as_samples(train, "train", parameter.device, dtype)
     if validation is not None:
