@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
-from devices import PARAMETERS
+from devices import EMULATED, PARAMETERS
 from lcodec_ext import _emulated
 from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.cpu import CpuBackend, CpuColumns, CpuEngine
@@ -329,6 +329,20 @@ def test_the_workspace_is_no_larger_than_the_table_needs(device):
         sizes = [make.workspace_bytes(100, 10, scratch) for scratch in (1 << 14, 1 << 28, 1 << 40)]
         assert sizes[0] < sizes[1] == sizes[2] < 1 << 25
         assert make.least_scratch(100) < make.least_scratch(10_000) < 1 << 24
+
+
+def test_a_table_for_which_shared_memory_is_not_granted(rng):
+    """400 rows of float32 take 52 800 bytes. The error names the kernel and says why."""
+    X = rng.normal(size=(400, 3)).astype(np.float32)
+    engine = DeviceEngine(EMULATED[0], X, np.ones(3, np.float32), np.arange(1, 401))
+    engine.select(0)
+    _emulated.configure("forward", refuse_attributes=True)
+    try:
+        with pytest.raises(RuntimeError, match="CUDA kernel scan failed: invalid device ordinal"):
+            engine.score()
+    finally:
+        _emulated.configure("forward")
+    engine.score()
 
 
 def test_arguments_that_engines_do_not_take(device, rng):

@@ -297,6 +297,14 @@ def test_what_a_gpu_refuses(grid, block, shared_bytes, error):
     assert _emulated.count_threads((1, 1, 1), (1, 1, 1)) == 1
 
 
+def test_shared_memory_that_is_not_granted_is_the_launchs_error():
+    """Also where the runtime leaves no last error behind."""
+    _emulated.configure("forward", refuse_attributes=True)
+    with pytest.raises(RuntimeError, match="^cudaErrorInvalidDevice$"):
+        _emulated.count_threads((1, 1, 1), (32, 1, 1), shared_bytes=48 * 1024 + 1)
+    assert _emulated.count_threads((1, 1, 1), (32, 1, 1), shared_bytes=48 * 1024) == 32
+
+
 def test_launches_from_several_os_threads():
     expected, run = case_nearest()
     with ThreadPoolExecutor(4) as pool:

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/platform.cuh"
+#include "cuda/runtime.hpp"
 
 namespace lcodec::cuda {
 

@@ -16,9 +16,9 @@
 #include <cstddef>
 #include <type_traits>
 
-#if defined(__CUDACC__)
+#include "cuda/runtime.hpp"
 
-#include <cuda_runtime.h>
+#if defined(__CUDACC__)
 
 // T name[count], static, for the block. For rows, let T be an array type: using Row = float[33].
 #define LCODEC_SHARED_ARRAY(T, name, count) __shared__ T name[count]
@@ -39,8 +39,6 @@
 #define LCODEC_NO_UNROLL
 #define LCODEC_UNROLL
 
-#include "emulate/cuda.hpp"
-
 #else
 #error "CUDA sources need nvcc, or LCODEC_EMULATE and a C++ compiler"
 #endif
@@ -55,10 +53,13 @@ cudaError_t launch([[maybe_unused]] const char* name, void (*kernel)(P...), dim3
                    std::type_identity_t<P>... arguments) {
   static_cast<void>(cudaGetLastError());  // what an earlier call left is no failure of this launch
   constexpr std::size_t kGrantedUnasked = 48 * 1024;
-  if (shared_bytes > kGrantedUnasked &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes)) != cudaSuccess) {
-    return cudaGetLastError();
+  if (shared_bytes > kGrantedUnasked) {
+    const cudaError_t refused = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (refused != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());  // it is told here
+      return refused;
+    }
   }
 #if defined(__CUDACC__)
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);

@@ -89,6 +89,7 @@ struct Config {
   Order order = Order::forward;                // of the threads of a block and the blocks of a grid
   std::uint64_t seed = 0;                      // of Order::shuffled
   std::size_t memory = std::size_t{80} << 30;  // bytes that cudaMalloc has to give in all
+  bool refuse_attributes = false;  // cudaFuncSetAttribute fails, and leaves no last error behind
 };
 Config& config();
 

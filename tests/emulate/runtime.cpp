@@ -129,6 +129,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ord
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (lcodec::emulate::config().refuse_attributes) return cudaErrorInvalidDevice;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
       static_cast<std::size_t>(value) > lcodec::emulate::kMaxSharedBytes) {
     return report(cudaErrorInvalidValue);

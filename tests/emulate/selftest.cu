@@ -1,5 +1,6 @@
 #include <cfloat>
 
+#include "cuda/platform.cuh"
 #include "emulate/selftest.hpp"
 
 namespace lcodec::selftest {
@@ -226,7 +227,7 @@ __global__ void arithmetic_kernel(const unsigned long long* a, const unsigned lo
   atomicMax(&atomics[3], low);
   atomicOr(&atomics[4], low);
   atomicExch(&atomics[5], 7u);
-  for (unsigned seen = atomics[6]; true;) {
+  for (unsigned seen = 0; true;) {
     const unsigned before = atomicCAS(&atomics[6], seen, seen + 1);
     if (before == seen) break;
     seen = before;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/platform.cuh"
+#include "cuda/runtime.hpp"
 
 namespace lcodec::selftest {
 
