@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import accelerator
+import calls
 import numpy as np
 import peers
 from case_data import (
@@ -194,54 +194,6 @@ def neighbors(data: Data, backend: str) -> NDArray:
 
 def xi(data: Data, backend: str) -> float:
     return lcodec_ext.xi(data["x"], data["y"], backend=backend)
-
-
-def graph(data: Data, backend: str) -> NDArray:
-    return lcodec_ext.dependence_graph(data["X"], backend=backend).weights
-
-
-def column_by_column(data: Data, threads: int) -> NDArray:
-    """The same graph by one call of foci for each column, which checks and sorts all others."""
-    X = data["X"]
-    p = X.shape[1]
-    weights = np.zeros((p, p))
-    for i in range(p):
-        others = np.delete(np.arange(p), i)
-        result = lcodec_ext.foci(X[:, others], X[:, i])
-        weights[i, others[result.ordering]] = result.conditional
-    return weights
-
-
-def many(call: Callable[[Data, str], Any]) -> Callable[..., Any]:
-    """The same small call again and again, as in a loop of a user's; returns the last answer."""
-
-    def run(data: Data, backend: str | int) -> Any:
-        given = backend if isinstance(backend, str) else "auto"  # a peer is given its threads
-        for _ in range(data["calls"]):
-            answer = call(data, given)
-        return answer
-
-    return run
-
-
-def a_call(size: Size, seconds: float) -> dict[str, float]:
-    return {"microseconds_a_call": round(seconds / size["calls"] * 1e6, 1)}
-
-
-def from_python_threads(data: Data, backend: str) -> NDArray:
-    """`codec` of every table, from as many Python threads as the case has."""
-    with ThreadPoolExecutor(data["python_threads"]) as pool:
-        return np.array([*pool.map(lambda each: codec(each, backend), data["tables"])])
-
-
-def from_one_thread(data: Data, threads: int) -> NDArray:
-    """The same, one after the other, with so many threads for each call."""
-    before = lcodec_ext.get_num_threads()
-    lcodec_ext.set_num_threads(threads)
-    try:
-        return np.array([codec(each, "auto") for each in data["tables"]])
-    finally:
-        lcodec_ext.set_num_threads(before)
 
 
 def gram_product(data: Data, backend: str) -> NDArray:
@@ -824,35 +776,37 @@ _ALL = (
         name="codec_small",
         title="T(Y, Z), n = {n}, {calls:,} calls",
         make=lambda rng, n, calls: pair(rng, n) | {"calls": calls},
-        ours=many(lambda data, backend: lcodec_ext.codec(data["y"], data["x"], backend=backend)),
+        ours=calls.many(
+            lambda data, backend: lcodec_ext.codec(data["y"], data["x"], backend=backend)
+        ),
         compare=same_value,
         full=({"n": 50, "calls": 1000},),
         quick=({"n": 50, "calls": 10},),
         tiny={"n": 50, "calls": 1},
-        peers=(Peer("xi, what a call can cost", many(xi), "other"),),
-        metrics=a_call,
+        peers=(Peer("xi, what a call can cost", calls.many(xi), "other"),),
+        metrics=calls.a_call,
     ),
     Case(
         name="foci_small",
         title="FOCI, {steps} steps, n = {n}, p = {p}, {calls:,} calls",
         make=lambda rng, calls, **size: few(rng, **size) | {"calls": calls},
-        ours=many(foci),
+        ours=calls.many(foci),
         compare=same_selection,
         full=({"n": 50, "p": 5, "steps": 3, "calls": 300},),
         quick=({"n": 50, "p": 5, "steps": 3, "calls": 10},),
         tiny={"n": 50, "p": 5, "steps": 3, "calls": 1},
-        metrics=a_call,
+        metrics=calls.a_call,
     ),
     Case(
         name="graph",
         title="dependence graph, n = {n:,}, p = {p}",
         make=table,
-        ours=graph,
+        ours=calls.graph,
         compare=partial(same_vector, within=0),
         full=({"n": 1000, "p": 200},),
         quick=({"n": 200, "p": 20},),
         tiny={"n": 60, "p": 6},
-        peers=(Peer("foci for each column", column_by_column, "identical"),),
+        peers=(Peer("foci for each column", calls.column_by_column, "identical"),),
     ),
     Case(
         name="python_threads",
@@ -861,16 +815,18 @@ _ALL = (
             "python_threads": python_threads,
             "tables": [triple(rng, n) for _ in range(tables)],
         },
-        ours=from_python_threads,
+        ours=calls.from_python_threads,
         compare=partial(same_vector, within=0),
         full=({"n": 10_000, "tables": 32, "python_threads": 8},),
         quick=({"n": 500, "tables": 8, "python_threads": 8},),
         tiny={"n": 60, "tables": 8, "python_threads": 8},
         peers=(
-            Peer("one Python thread, all threads for each call", from_one_thread, "identical"),
+            Peer(
+                "one Python thread, all threads for each call", calls.from_one_thread, "identical"
+            ),
             Peer(
                 "one thread",
-                lambda data, threads: from_one_thread(data, 1),
+                lambda data, threads: calls.from_one_thread(data, 1),
                 "identical",
             ),
         ),
