@@ -968,7 +968,14 @@ def test_the_guide_has_the_recorded_deletions_from_minilm():
         assert not any(way["dirty"] for way in ways.values())
     assert minilm.claims(found["cases"]) == found["claims"]
     met = sum(claim["met"] for claim in found["claims"])
-    assert f"{met} of {len(found['claims'])} gates are met" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert f"{met} of {len(found['claims'])} gates are met" in words
+    missed = [claim for claim in found["claims"] if not claim["met"]]
+    shares = sorted(c["value"] for c in missed if c["quantity"] == "share of fine-tuning's time")
+    (loss,) = [c["value"] for c in missed if c["quantity"] == "deleted loss over retraining's"]
+    assert len(missed) == 5 == len(shares) + 1
+    assert f"at {shares[0]:.0%} to {shares[-1]:.0%} where 5% was allowed" in words
+    assert f"{loss:.2f} of retraining's where a half was" in words
 
 
 def test_the_guide_has_the_recorded_ordinary_networks():
