@@ -1,11 +1,11 @@
 """Use wheels where only NumPy is installed, and record their sizes.
 
-    python benchmarks/wheels.py WHEEL ... [--python PYTHON ...] [--sdist SDIST] [--output FILE]
+    python benchmarks/wheels.py WHEEL ... [--python PYTHON ...] [--output FILE]
 
 A wheel is installed by the PYTHON of its kind, or by the one that runs the script. auditwheel names
-the oldest Linux that it runs on, and gives it that name. tests/core_only.py must pass. The sdist is
-built and installed offline. What the file has of other wheels stays. `make check-wheel` leaves a
-wheel with CUDA in build/wheel; others are made by
+the oldest Linux that it runs on, and gives it that name. tests/core_only.py must pass. What the
+file has of other wheels stays. `make check-wheel` leaves a wheel with CUDA in build/wheel; others
+are made by
 
     PYTHON -m pip wheel --no-deps -C cmake.define.LCODEC_CUDA=OFF SDIST
 """
@@ -26,8 +26,6 @@ import environment
 
 ROOT = environment.ROOT
 LIMIT = 30_000_000  # bytes: what a wheel with CUDA may take
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-WITHOUT_CUDA = ("-C", "cmake.define.LCODEC_CUDA=OFF")
 ABOUT = """import json, platform, sys, sysconfig
 free = bool(sysconfig.get_config_var('Py_GIL_DISABLED'))
 abi = "cp" + sysconfig.get_config_var('py_version_nodot') + "t" * free
@@ -40,19 +38,6 @@ def output(*command: str | Path, **options: Any) -> str:
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout
-
-
-def builds_offline(sdist: Path, folder: Path) -> bool:
-    """Build and install with the build tools that are there, without an index."""
-    offline = (
-        "--no-index",
-        "--no-build-isolation",
-        "--no-deps",
-        "-C",
-        "cmake.define.LCODEC_CUDA=OFF",
-    )
-    output(*PIP, "install", *offline, "--target", folder, sdist)
-    return (folder / "lcodec_ext").is_dir()
 
 
 def checked(wheel: Path, pythons: list[str], folder: Path) -> dict[str, Any]:
@@ -105,7 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("wheels", nargs="+", type=Path)
     parser.add_argument("--python", nargs="*", default=[])
-    parser.add_argument("--sdist", type=Path)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/output/wheels.json")
     options = parser.parse_args(arguments)
     old = json.loads(options.output.read_text()) if options.output.exists() else {"wheels": {}}
@@ -121,11 +105,6 @@ def main(arguments: list[str] | None = None) -> int:
             found = checked(wheel.resolve(), [*options.python, sys.executable], folder)
             kind = f"{found['python']}{'t' * found['free_threaded']}{' with CUDA' * found['cuda']}"
             result["wheels"][kind] = found
-        if options.sdist:
-            result["sdist"] = {
-                "bytes": options.sdist.stat().st_size,
-                "builds_offline": builds_offline(options.sdist.resolve(), Path(place) / "offline"),
-            }
     result["wheels"] = dict(sorted(result["wheels"].items()))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -51,6 +51,7 @@ import unlearning  # noqa: E402
 import unlearning_baselines  # noqa: E402
 import unlearning_models  # noqa: E402
 import users  # noqa: E402
+import wheels  # noqa: E402
 from cases import CASES  # noqa: E402
 
 # torch's own, when forward mode is first used
@@ -1003,6 +1004,16 @@ def test_the_guide_has_the_recorded_ordinary_networks():
     }
     assert list(harmed.values()) == [0, 5, 1, 0]
     assert "(5 of 100, 1.2 points at worst, 1 beyond half a point" in " ".join(text.split())
+
+
+def test_the_recorded_wheels_are_small_and_work():
+    found = json.loads((ROOT / "benchmarks/results/wheels.json").read_text())
+    assert wheels.table(found["wheels"]) in (ROOT / "docs/benchmarks.md").read_text("utf-8")
+    assert found["dirty"] is False
+    for wheel in found["wheels"].values():
+        assert wheel["bytes"] < wheels.LIMIT
+        assert wheel["core_only_passed"]
+    assert any(wheel["free_threaded"] for wheel in found["wheels"].values())
 
 
 def test_the_guide_has_the_recorded_users():
