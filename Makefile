@@ -49,7 +49,7 @@ endef
 export CHECK_PYTHON
 
 .PHONY: help demo test check lint docs bench clean
-.PHONY: check-wheel check-objects check-ptx check-sanitize check-long check-paths
+.PHONY: check-wheel check-release check-objects check-ptx check-sanitize check-long check-paths
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,7 +60,7 @@ demo: $(VENV)/.installed ## Delete samples from a trained network and show what 
 test: $(VENV)/.installed ## Build for this machine and run the tests
 	HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) $(ARGS)
 
-check: lint docs check-wheel check-objects $(if $(NVCC),check-ptx) check-sanitize check-long check-paths ## All that CI checks beyond `make test`
+check: lint docs check-wheel check-release check-objects $(if $(NVCC),check-ptx) check-sanitize check-long check-paths ## All that CI checks beyond `make test`
 
 lint: $(VENV)/.installed ## Formatting, style, types and layers
 	$(BIN)/ruff check .
@@ -102,6 +102,18 @@ check-wheel: $(VENV)/.installed ## Part of check: sdist, wheel for all GPUs, imp
 	$(BIN)/python -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install -q -c constraints.txt build/wheel/lcodec_ext-*.whl
 	build/wheel/venv/bin/python -P tests/core_only.py
+
+# What an index or an installer would refuse. A wheel with the tag manylinux runs on other Linux systems,
+# and one without libtorch's symbols beside any PyTorch. A peer asks for torchvision without using it.
+check-release: check-wheel ## Part of check: metadata, platform, PyTorch's ABI, requirements that fit
+	$(BIN)/twine check --strict build/wheel/lcodec_ext-*
+	$(BIN)/auditwheel show build/wheel/lcodec_ext-*.whl | tee build/wheel/platform.txt
+	grep -q '"manylinux_' build/wheel/platform.txt
+	$(BIN)/torch-abi-audit build/wheel/venv/lib/python*/site-packages/lcodec_ext \
+	    | tee build/wheel/torch.txt
+	grep -q 'Torch ABI: *NO-TORCH$$' build/wheel/torch.txt
+	build/wheel/venv/bin/python -m pip check
+	{ $(PIP) check || test $$? = 1; } | { ! grep -v -e 'requires torchvision, which' -e '^No broken'; }
 
 # The linker keeps one copy of a function that several objects define. Were it one compiled for
 # AVX-512, the module would crash on every other CPU.

@@ -298,6 +298,25 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def readme_table(summaries: dict[str, dict[str, Any]]) -> str:
+    """The table of the README."""
+    lines = [
+        "| network | near retraining | forgot less | more | a retrained network is as near | "
+        "test accuracy at worst |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, s in summaries.items():
+        cells = (
+            f"{s['within_factor']} of {s['requests']}",
+            f"{s['under']}",
+            f"{s['over']}",
+            f"{s['retrained_within_factor']:.0%}",
+            f"{100 * s['accuracy_change_worst']:+.2f} points",
+        )
+        lines.append(f"| {RECIPES[name].title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--networks", nargs="+", default=list(RECIPES), choices=RECIPES)

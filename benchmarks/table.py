@@ -23,6 +23,21 @@ from results import OURS, load
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 DELETION = "<!-- deletion:begin -->", "<!-- deletion:end -->"
+TIMES = "<!-- times:begin -->", "<!-- times:end -->"
+# What the README shows: of a case, one of its points, beside one other implementation.
+README = (
+    ("foci_wide", 0, "published algorithm"),
+    ("foci_wide", 0, "k-d tree per candidate, ties drawn"),
+    ("foci_long", 0, "k-d tree per candidate, ties drawn"),
+    ("foci_binary", 0, "k-d tree per candidate, ties averaged"),
+    ("codec", 0, "published algorithm"),
+    ("codec", 0, "k-d tree"),
+    ("neighbors", 0, "scipy cKDTree"),
+    ("neighbors", 1, "scikit-learn"),
+    ("xi", 0, "scipy chatterjeexi"),
+    ("hessian_resnet", 0, "torch.func, all parameters"),
+    ("gauss_newton_distilbert", 0, "curvlinops, all parameters"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,12 +60,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not results:
         return 0
     for path, made, marks in (
-        (options.readme, tables, (BEGIN, END)),
+        (options.readme, readme_table, (BEGIN, END)),
+        (options.docs, tables, TIMES),
         (options.docs, curvature_tables, (BEGIN, END)),
         (options.docs, deletion_tables, DELETION),
     ):
         path.write_text(replaced(path.read_text(), made(results), *marks))
     return 0
+
+
+def readme_table(results: Iterable[dict[str, Any]]) -> str:
+    """Return one table of the chosen times, and the machines that they were measured on."""
+    lines, machines = [*HEAD], {}
+    for result in results:
+        found = [chosen for chosen in README if chosen[0] in result["cases"]]
+        for name, k, peer in found:
+            point = result["cases"][name]["points"][k]
+            both = {each: point["results"][each] for each in (OURS, peer)}
+            lines += rows(point | {"results": both})
+        if found:
+            machines[on_machine(result)] = None
+    return "\n".join([*lines, "", f"Measured with {' and with '.join(machines)}."]) + "\n"
 
 
 def tables(results: Iterable[dict[str, Any]]) -> str:
@@ -78,26 +108,34 @@ def table(result: dict[str, Any]) -> str:
     """Return a Markdown table of all cases with peers, without the sweeps, and its explanation."""
     if result["settings"]["quick"]:
         raise ValueError("a quick run's times mean nothing; pass the result of a full run")
-    lines = [
-        "| task | lcodec_ext | compared with | time | ratio | its answer |",
-        "|---|--:|---|--:|--:|---|",
-    ]
+    lines = [*HEAD]
     for case in result["cases"].values():
         if not case["sweep"]:
             for point in case["points"]:
                 if len(point["results"]) > 1:
                     lines += rows(point)
-    machine, settings = result["machine"], result["settings"]
     lines += [
         "",
-        f"The times are medians of runs side by side, with {settings['threads']} threads each on "
-        f"{machine['cores']} cores ({machine['cpu']}, {machine['simd']}). A time with ~ was "
+        f"The times are medians of runs side by side, with {on_machine(result)}. A time with ~ was "
         "measured on fewer columns and scaled linearly. The ratio is that time divided by the time "
         'of lcodec_ext. An answer counts as "same" if it has the same columns in the same order '
         "(among the columns that were timed), the same coefficient to four digits, equally near "
         "neighbours, or a vector that agrees as closely as float32 allows.",
     ]
     return "\n".join(lines) + "\n"
+
+
+HEAD = (
+    "| task | lcodec_ext | compared with | time | ratio | its answer |",
+    "|---|--:|---|--:|--:|---|",
+)
+
+
+def on_machine(result: dict[str, Any]) -> str:
+    machine, threads = result["machine"], result["settings"]["threads"]
+    return (
+        f"{threads} threads each on {machine['cores']} cores ({machine['cpu']}, {machine['simd']})"
+    )
 
 
 def curvature_table(result: dict[str, Any]) -> str:

@@ -135,7 +135,11 @@ def in_memory(value: Any, name: str) -> Any:
     """value, if it does not lie on a device; as a NumPy array, if it is known by DLPack alone."""
     if isinstance(value, np.ndarray) or is_tensor(value) or not hasattr(value, "__dlpack_device__"):
         return value
-    if value.__dlpack_device__()[0] not in _HOST_DEVICES:
+    try:
+        device = value.__dlpack_device__()[0]
+    except TypeError:  # pyarrow before 22, for types that DLPack does not know
+        return value
+    if device not in _HOST_DEVICES:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise ValueError(
             f"{name} is a {kind} on a device; data are not copied between devices unasked: pass "

@@ -44,7 +44,7 @@ def build_info() -> BuildInfo:
         A new dictionary, JSON serialisable, with the keys
 
         ``version``, ``compiler``, ``build_type`` : str
-            For example ``"0.1.0"``, ``"GNU 12.2.0"`` and ``"Release"``.
+            For example ``"0.2.0"``, ``"GNU 12.2.0"`` and ``"Release"``.
         ``flags`` : str
             Compiler flags that decide about speed and rounding.
         ``sanitizers`` : list of str

@@ -51,6 +51,7 @@ import unlearning  # noqa: E402
 import unlearning_baselines  # noqa: E402
 import unlearning_models  # noqa: E402
 import users  # noqa: E402
+import wheels  # noqa: E402
 from cases import CASES  # noqa: E402
 
 # torch's own, when forward mode is first used
@@ -578,7 +579,7 @@ def test_the_table_is_put_between_the_comments(recorded, tmp_path):
     readme = tmp_path / "README.md"
     docs = tmp_path / "docs.md"
     for path in (readme, docs):
-        marks = "\n".join(table.DELETION)
+        marks = "\n".join((*table.DELETION, *table.TIMES))
         path.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n{marks}\n")
     paths = ["--readme", str(readme), "--docs", str(docs)]
     with pytest.raises(ValueError, match="a quick run's times mean nothing"):
@@ -589,14 +590,17 @@ def test_the_table_is_put_between_the_comments(recorded, tmp_path):
     full.write_text(json.dumps(result))
     for _ in range(2):
         table.main([str(full), *paths])
-    assert docs.read_text() == f"before\n{table.BEGIN}\n{table.END}\nafter\n{marks}\n"
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- benchmarks:begin -->\n| task |")
-    assert text.endswith(f"<!-- benchmarks:end -->\nafter\n{marks}\n")
-    assert "old" not in text
-    assert text.count("| task |") == 1
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.replace("\\|", "").count("|") for line in rows} == {7}
+    text = docs.read_text()
+    assert text.startswith(f"before\n{table.BEGIN}\n{table.END}\nafter\n")
+    assert "<!-- times:begin -->\n| task |" in text
+    short = readme.read_text()
+    assert short.startswith("before\n<!-- benchmarks:begin -->\n| task |")
+    assert short.endswith(f"<!-- benchmarks:end -->\nafter\n{marks}\n")
+    assert "old" not in short
+    for written in (text, short):
+        assert written.count("| task |") == 1
+        rows = [line for line in written.splitlines() if line.startswith("|")]
+        assert {line.replace("\\|", "").count("|") for line in rows} == {7}
     with pytest.raises(ValueError, match="must have the lines"):
         table.replaced("no comments", "")
 
@@ -819,11 +823,15 @@ class TestRecorded:
 
     def test_the_readme_shows_it(self):
         text = (ROOT / "README.md").read_text()
-        assert text == table.replaced(text, table.tables(map(results.load, RECORDED)))
+        recorded = [results.load(path) for path in RECORDED]
+        assert text == table.replaced(text, table.readme_table(recorded))
+        assert table.readme_table(recorded).count("\n|") == 1 + len(table.README)
 
     def test_the_documentation_shows_it(self):
         text = (ROOT / "docs/benchmarks.md").read_text()
         assert text == table.replaced(text, table.curvature_tables(map(results.load, RECORDED)))
+        recorded = [results.load(path) for path in RECORDED]
+        assert text == table.replaced(text, table.tables(recorded), *table.TIMES)
 
     def test_the_documentation_shows_the_deletions_from_networks(self):
         page = (ROOT / "docs/unlearning.md").read_text()
@@ -982,6 +990,7 @@ def test_the_guide_has_the_recorded_ordinary_networks():
     found = json.loads((ROOT / "benchmarks/results/ordinary.json").read_text())
     text = (ROOT / "docs/unlearning.md").read_text(encoding="utf-8")
     assert ordinary.table(found["summary"]) in text
+    assert ordinary.readme_table(found["summary"]) in (ROOT / "README.md").read_text("utf-8")
     for name, summary in found["summary"].items():
         trainings = [each for each in found["trainings"] if each["network"] == name]
         assert ordinary.summary(trainings) == summary
@@ -1002,6 +1011,16 @@ def test_the_guide_has_the_recorded_ordinary_networks():
     }
     assert list(harmed.values()) == [0, 5, 1, 0]
     assert "(5 of 100, 1.2 points at worst, 1 beyond half a point" in " ".join(text.split())
+
+
+def test_the_recorded_wheels_are_small_and_work():
+    found = json.loads((ROOT / "benchmarks/results/wheels.json").read_text())
+    assert wheels.table(found["wheels"]) in (ROOT / "docs/benchmarks.md").read_text("utf-8")
+    assert found["dirty"] is False
+    for wheel in found["wheels"].values():
+        assert wheel["bytes"] < wheels.LIMIT
+        assert wheel["core_only_passed"]
+    assert any(wheel["free_threaded"] for wheel in found["wheels"].values())
 
 
 def test_the_guide_has_the_recorded_users():

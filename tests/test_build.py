@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,10 @@ def test_one_version_everywhere():
     assert lcodec_ext.build_info()["version"] == declared
     assert lcodec_ext.__version__ == declared
     assert importlib.metadata.version("lcodec_ext") == declared
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {declared}\n" in citation
+    versions = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert versions == [declared, "0.1.0"]
 
 
 @pytest.mark.native

@@ -98,6 +98,13 @@ class OnGpu(DeviceArray):
     where = 2  # of DLPack: CUDA
 
 
+class Dictionary(DeviceArray):
+    """As pyarrow's before version 22: of a type that DLPack does not know."""
+
+    def __dlpack_device__(self):
+        raise TypeError("DataType is not compatible with DLPack spec")
+
+
 class Capsule:
     """What knows DLPack and nothing else."""
 
@@ -225,6 +232,7 @@ def test_responses_of_other_libraries(y):
         pd.Series(LABELS, dtype="string[pyarrow]"),
         pd.Series(LABELS, dtype="category"),
         pa.array(LABELS).dictionary_encode(),
+        Dictionary(LABELS),
         DataArray(LABELS),
     ],
 )

@@ -32,7 +32,7 @@ T* pointer(Address address) {
 // be given, and nothing else.
 template <class Struct>
 Struct named(const pybind11::dict& given) {
-  static std::vector<PyObject*> names;  // interned; the GIL guards them
+  thread_local std::vector<PyObject*> names;  // interned; no other thread reads them
   Struct result;
   std::size_t fields = 0;
   result.each([&](const char* name, auto& member) {

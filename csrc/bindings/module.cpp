@@ -1,6 +1,8 @@
 #include "bindings/bindings.hpp"
 
-PYBIND11_MODULE(_core, m) {
+// Free-threaded Python keeps its GIL off: the modules hold no state that threads share. Functions
+// work on what they are given, and an engine belongs to the call that made it.
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   using namespace lcodec::bindings;
   m.doc() = "Compiled part of lcodec_ext. Private: use the functions of lcodec_ext itself.";
   register_build_info(m);
