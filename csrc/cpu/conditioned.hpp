@@ -61,7 +61,7 @@ struct Conditioned {
   std::vector<std::int32_t> rank;        // [n]
   std::vector<std::vector<T>> selected;  // values of the conditioning columns
   std::vector<T> selected_factor;
-  Subspace<T> subspace;
+  Subspace<T> subspace;                 // up to date after place()
   std::vector<Sorted> sorted;           // [p] made by code_columns and sort_columns
   std::vector<std::uint8_t> looked_at;  // [p] by code_columns
   std::vector<Pages<Index>> row_slabs;  // memory of `sorted`
@@ -104,19 +104,42 @@ struct Conditioned {
   }
 
   // The subspace with one more column, whose values by row are x.
-  Subspace<T> with(std::int64_t column, const std::vector<T>& x) const {
-    std::vector<const T*> all;
-    for (const auto& values_of : selected) all.push_back(values_of.data());
+  Subspace<T> with(std::int64_t column, const std::vector<T>& x) {
+    group();
+    std::vector<const T*> all = pointers();
     all.push_back(x.data());
     std::vector<T> factors = selected_factor;
     factors.push_back(columns.factor[column]);
     return subspace.refined(all, factors);
   }
 
-  void select(std::int64_t column, std::vector<T> x, Subspace<T> refined) {
-    subspace = std::move(refined);
+  // Adds a column. What the subspace lacks then is made when it is needed: many columns may be
+  // selected before one is looked at.
+  void select(std::int64_t column) {
+    std::vector<T> x = values(column);
+    selected_factor.reserve(k() + 1);
     selected.push_back(std::move(x));
     selected_factor.push_back(columns.factor[column]);
+    placed_ = false;
+  }
+
+  // The same, with what `with` made of it.
+  void select(std::int64_t column, std::vector<T> x, Subspace<T> refined) {
+    selected_factor.reserve(k() + 1);
+    selected.push_back(std::move(x));
+    selected_factor.push_back(columns.factor[column]);
+    subspace = std::move(refined);
+    grouped_ = k();
+    placed_ = true;
+  }
+
+  // Makes the space of all selected columns.
+  void place() {
+    group();
+    if (placed_) return;
+    subspace.space.build(pointers(), selected_factor, subspace.groups.of_row,
+                         subspace.groups.count);
+    placed_ = true;
   }
 
   // The wanted ones of some columns, each once.
@@ -229,6 +252,20 @@ struct Conditioned {
   }
 
  private:
+  // Groups rows by all selected columns.
+  void group() {
+    for (; grouped_ < k(); ++grouped_) subspace.groups.refine(selected[grouped_].data());
+  }
+
+  std::vector<const T*> pointers() const {
+    std::vector<const T*> all;
+    for (const auto& values_of : selected) all.push_back(values_of.data());
+    return all;
+  }
+
+  std::size_t grouped_ = 0;  // selected columns that rows are grouped by
+  bool placed_ = true;       // whether the space is that of all selected columns
+
   // Rows looked at along a candidate's order before a longer list is tried instead.
   static constexpr std::int64_t kAlong = 256;
 };

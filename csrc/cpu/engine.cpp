@@ -86,14 +86,19 @@ struct Engine<T>::State {
   }
 
   void select(std::int64_t column) {
-    look_ahead(column);
-    given.select(column, std::move(ahead_values), std::move(ahead));
-    ahead_column = -1;
+    const bool seen = ahead_column == column;
+    ahead_column = -1;  // in case memory runs out
+    if (seen)
+      given.select(column, std::move(ahead_values), std::move(ahead));
+    else
+      given.select(column);
     prepared = false;
   }
 
   void prepare() {
     if (prepared) return;
+    const DefaultFloats floats;
+    given.place();
     std::int64_t scanned = 0;
     for (Index point = 0; point < space().size(); ++point) {
       const std::int64_t size = space().end(point) - space().begin(point);
