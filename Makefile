@@ -19,6 +19,9 @@ SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
 # Hopper where there is none. `make check` compiles for all.
 CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),native,90-real)
 
+# Where there is no nvcc, `make check` leaves compiled kernels out, and the emulator runs the sources.
+NVCC := $(shell command -v "$${CUDACXX:-nvcc}")
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 # The build tools are in .venv, in their pinned versions, so that rebuilding is incremental;
@@ -46,7 +49,7 @@ endef
 export CHECK_PYTHON
 
 .PHONY: help demo test check lint docs bench clean
-.PHONY: check-wheel check-objects check-sanitize check-long check-paths
+.PHONY: check-wheel check-objects check-ptx check-sanitize check-long check-paths
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,12 +60,12 @@ demo: $(VENV)/.installed ## Delete samples from a trained network and show what 
 test: $(VENV)/.installed ## Build for this machine and run the tests
 	HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) $(ARGS)
 
-check: lint docs check-wheel check-objects check-sanitize check-long check-paths ## All that CI checks beyond `make test`
+check: lint docs check-wheel check-objects $(if $(NVCC),check-ptx) check-sanitize check-long check-paths ## All that CI checks beyond `make test`
 
 lint: $(VENV)/.installed ## Formatting, style, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests/emulate \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
+	find csrc tests/emulate tests/ptx \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
 	    | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
@@ -110,6 +113,16 @@ check-objects: $(VENV)/.installed ## Part of check: no shared function is compil
 	        || { echo "$$object defines these for others to share"; exit 1; }; \
 	done; \
 	echo "SIMD objects share no function: $$(echo "$$objects" | wc -l) checked"
+
+# A build of its own: kernels compiled to PTX for one architecture, and nothing else. One process, so
+# that the last test sees what all have executed.
+check-ptx: $(VENV)/.installed ## Part of check: compiled CUDA kernels, run by a PTX interpreter
+	$(BIN)/cmake -S . -B build/ptx -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES=90-virtual -DLCODEC_CUDA=ON \
+	    -DLCODEC_INTERPRET=ON -DLCODEC_WERROR=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	    -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/ptx --target _interpreted
+	PYTHONPATH=build/ptx:tests/ptx HYPOTHESIS_PROFILE=short $(BIN)/pytest tests/ptx/check_kernels.py
 
 # This one is also the build without CUDA. Emulated kernels run in one order of threads, shuffled. The
 # runtimes are preloaded because Python itself is not built with them: ASan must come first, and needs
