@@ -15,19 +15,17 @@
 //      |Delta_ij - |a_i - a_j|^2| <= 2 h (r_i + r_j) + h^2
 //                                 <= 4.1 e (q_i + q_j) + 4 w (r_i + r_j) + 8 w^2.
 // 2. |a_i - a_j|^2 = q_i + q_j - 2 a_i a_j. The computed product p_ij sums blocks of kProductBlock
-//    terms and then the blocks, fused or not: at most m = kProductBlock + d / kProductBlock + 1
-//    roundings each, and d products that may underflow by 2^-150. So
+//    terms and then the blocks, fused or not: a term has at most m = min(d, kProductBlock) +
+//    d / kProductBlock + 1 roundings, and d products may underflow by 2^-150. So
 //      2 |p_ij - a_i a_j| <= 2 gamma_m r_i r_j + d 2^-148 <= gamma_m (q_i + q_j) + d 2^-148.
-// 3. Keys, low_j - p_ij and high_j - p_ij, are rounded once, by at most u (q_j + q_i / 2) (1 +
-// 2^-8).
+// 3. Keys, low_j - p_ij and high_j - p_ij, are rounded once, by (q_j + q_i / 2) u (1 + 2^-8).
 //    Their double is off by 2.1 u (q_i + q_j). With slack = (m + 8) u (1 + 2^-8), which is more
 //    than gamma_m + 4.1 e + 2.1 u and leaves enough for what is rounded in double,
 //      low_i = (q_i - slack q_i - 9 w r_i - d 2^-147) / 2  and  high_i = (q_i + ...) / 2,
 //    rounded outward, hold
 //      low_i + (low_j - p_ij) <= Delta_ij / 2 <= high_i + (high_j - p_ij)  with keys as computed.
-// 4. A term of D_ij has d + 4 roundings in the unit t = 2^-24 or 2^-53 at most, none is negative,
-// and
-//    each may underflow by the least positive number z. With g = (d + 4) t / (1 - (d + 4) t),
+// 4. A term of D_ij is not negative, has at most d + 4 roundings in the unit t = 2^-24 or 2^-53 and
+//    may underflow by the least positive number z. With g = (d + 4) t / (1 - (d + 4) t),
 //      (1 - g) Delta_ij - 2 d z s^2 <= s^2 D_ij <= (1 + g) Delta_ij + 2 d z s^2.
 // With U_i = min over j of (high_j - p_ij), row j can therefore be nearest to row i only where
 //      low_j - p_ij <= limit_i = ((1 + g) (high_i + U_i) + 2 d z s^2) / (1 - g) - low_i.
@@ -172,7 +170,8 @@ class Screen {
     const double g = (columns + 4) * unit / (1 - (columns + 4) * unit);
     ratio_ = (1 + g) / (1 - g);
     beyond_ = 2 * columns * least * scale_ * scale_ / (1 - g);
-    const double slack = static_cast<double>(kProductBlock + d_ / kProductBlock + 9) * 0x1.01p-24;
+    const double slack =
+        static_cast<double>(std::min(d_, kProductBlock) + d_ / kProductBlock + 9) * 0x1.01p-24;
     const double w = std::sqrt(columns) * 0x1p-149;
     return parallel_for(panels, execution_, [&] {
       return [&, squares = std::vector<double>(at(width))](std::int64_t panel) mutable {

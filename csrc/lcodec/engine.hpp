@@ -98,7 +98,7 @@ class Engine {
   static constexpr std::int64_t kNoFloor = -1;
 
   // S_i and c_i of every row for one candidate: a k-d tree, about O(log n) a row, up to 12 columns
-  // in all; O(n) a row and column beyond.
+  // in all; O(n) a row and column beyond, of which most are multiply-adds of a screen.
   Status row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
                   const Execution& execution);
 

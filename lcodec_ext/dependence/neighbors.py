@@ -70,7 +70,8 @@ def nearest_neighbors(
     Notes
     -----
     On the CPU a k-d tree up to 12 columns, about O(n log n) in few of them; O(n^2 d) time with
-    more, and on CUDA. O(n d) memory on top of the result.
+    more, and on CUDA. O(n d) memory on top of the result. In more than 12 columns a float32 matrix
+    product leaves out, with proof, rows that cannot be nearest; distances decide among the rest.
 
     Examples
     --------
