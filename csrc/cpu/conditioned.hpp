@@ -10,10 +10,10 @@
 
 #include "cpu/at.hpp"
 #include "cpu/coded_groups.hpp"
+#include "cpu/column_sort.hpp"
 #include "cpu/nearest.hpp"
 #include "cpu/pages.hpp"
 #include "cpu/parallel.hpp"
-#include "cpu/radix_sort.hpp"
 #include "cpu/spatial.hpp"
 #include "lcodec/engine.hpp"
 
@@ -47,7 +47,6 @@ struct Conditioned {
   // A column in increasing order of (value, row).
   struct Sorted {
     Index* rows = nullptr;
-    T* values = nullptr;
     Coded<T> coded;
   };
 
@@ -64,7 +63,6 @@ struct Conditioned {
   std::vector<Sorted> sorted;           // [p] made by code_columns and sort_columns
   std::vector<std::uint8_t> looked_at;  // [p] by code_columns
   std::vector<Pages<Index>> row_slabs;  // memory of `sorted`
-  std::vector<Pages<T>> value_slabs;
 
   Conditioned(const Columns<T>& c, const std::int32_t* given_rank, TieRule tie_rule)
       : columns(c),
@@ -144,31 +142,30 @@ struct Conditioned {
     const auto missing =
         distinct(candidates, [&](std::int64_t column) { return !sorted[at(column)].rows; });
     if (missing.empty()) return Status::ok;
-    const std::size_t size = missing.size() * at(columns.n);
-    Index* slab_rows = row_slabs.emplace_back(size).data();
-    T* slab_values = value_slabs.emplace_back(size).data();
-
-    return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
-      return [&, words = std::vector<SortWord<T>>(at(columns.n)),
-              spare = std::vector<SortWord<T>>()](std::int64_t piece) mutable {
-        const std::int64_t column = missing[at(piece)];
-        Sorted& result = sorted[at(column)];
-        Index* rows = slab_rows + piece * columns.n;
-        result.values = slab_values + piece * columns.n;
-
-        if (result.coded.code.empty()) {
-          for (std::int64_t row = 0; row < columns.n; ++row)
-            words[at(row)] = {sort_key(value(column, row)), static_cast<Index>(row)};
-          radix_sort<T>(words, spare);
-          for (std::size_t a = 0; a < words.size(); ++a) {
-            rows[a] = words[a].row;
-            result.values[a] = sort_value<T>(words[a].key);
-          }
-        } else {
-          result.coded.sort(rows, result.values);
-        }
-        result.rows = rows;
-      };
+    Index* slab = row_slabs.emplace_back(missing.size() * at(columns.n)).data();
+    std::vector<Index> place(order.size());
+    for (std::size_t row = 0; row < order.size(); ++row)
+      place[at(order[row])] = static_cast<Index>(row);
+    const std::int64_t width = ColumnSorter<T>::width(execution.level, columns.n);
+    const auto m = static_cast<std::int64_t>(missing.size());
+    return parallel_for((m + width - 1) / width, execution, [&] {
+      return
+          [&, sorter = ColumnSorter<T>(execution.level, order, place)](std::int64_t piece) mutable {
+            std::vector<const T*> x;
+            std::vector<Index*> rows;
+            for (std::int64_t a = piece * width; a < std::min(m, (piece + 1) * width); ++a) {
+              const Sorted& result = sorted[at(missing[at(a)])];
+              if (!result.coded.code.empty()) {
+                result.coded.sort(slab + a * columns.n);
+              } else {
+                x.push_back(columns.x + missing[at(a)] * columns.n);
+                rows.push_back(slab + a * columns.n);
+              }
+            }
+            if (!x.empty()) sorter.sort(x, rows);
+            for (std::int64_t a = piece * width; a < std::min(m, (piece + 1) * width); ++a)
+              sorted[at(missing[at(a)])].rows = slab + a * columns.n;
+          };
     });
   }
 
@@ -177,19 +174,20 @@ struct Conditioned {
   // kAlong rows.
   bool nearest_along(std::int64_t column, Index own, T best, std::vector<Index>& nearest) const {
     const Index* rows = sorted[at(column)].rows;
-    const T* values = sorted[at(column)].values;
-
     const T x = value(column, own);
     const T c = columns.factor[column];
-    const std::int64_t here = std::lower_bound(values, values + columns.n, x) - values;
+    const std::int64_t here =
+        std::partition_point(rows, rows + columns.n,
+                             [&](Index row) { return value(column, row) < x; }) -
+        rows;
     nearest.clear();
     std::int64_t left = kAlong;
     for (const std::int64_t step : {-1, 1}) {
       for (std::int64_t t = here - (step < 0); 0 <= t && t < columns.n; t += step) {
-        const T scaled = (x - values[t]) * c;
+        const Index row = rows[t];
+        const T scaled = (x - value(column, row)) * c;
         if (scaled * scaled > best) break;
         if (--left < 0) return false;
-        const Index row = rows[t];
         T distance = 0;
         for (std::size_t d = 0; d < selected.size(); ++d) {
           const T part = (selected[d][at(own)] - selected[d][at(row)]) * selected_factor[d];
