@@ -46,7 +46,6 @@ class dependence:
             ties: int,
             seed: int,
             sorted_rows: NDArray[np.int32],
-            sorted_values: NDArray[np.float32],
         ) -> None: ...
 
     class EngineDouble(_Engine):
@@ -58,7 +57,6 @@ class dependence:
             ties: int,
             seed: int,
             sorted_rows: NDArray[np.int32],
-            sorted_values: NDArray[np.float64],
         ) -> None: ...
 
     @staticmethod
@@ -66,9 +64,7 @@ class dependence:
         x: NDArray[_F], level: str, threads: int
     ) -> tuple[NDArray[_F], NDArray[_F], NDArray[_F]]: ...
     @staticmethod
-    def sort_columns(
-        columns: NDArray[_F], level: str, threads: int
-    ) -> tuple[_I32, NDArray[_F]]: ...
+    def sort_columns(columns: NDArray[_F], level: str, threads: int) -> _I32: ...
     @staticmethod
     def standard_deviations(
         columns: NDArray[_F], level: str, threads: int

@@ -124,6 +124,37 @@ def test_engine_equals_reference(shape, dtype, ties):
                 reference.select(column)
 
 
+def hard_to_sort(rng, n):
+    """Near values, far ones, ties of many levels, order and none: more columns than a tile has."""
+    x = rng.normal(size=n)
+    zeros = np.where(rng.random(n) < 0.5, rng.choice([-0.0, 0.0], n), x)
+    columns = [
+        x, x + 1e7, x * (1e-40 if n < 600 else 1e-9), x**15, np.exp(15 * x), np.exp(-15 * x),
+        rng.standard_cauchy(n) ** 3, np.round(x, 2), np.round(x, 2) + 5, zeros,
+        np.sort(x), -np.sort(x), np.sort(np.round(x, 1)),
+        x.round() + 1e-6 * rng.normal(size=n), np.where(np.arange(n) == n // 3, 1e15, x), 0 * x,
+        1e9 - np.arange(n), np.arange(n) % 300 + 0.5, np.arange(n) // 2,
+    ]  # fmt: skip
+    return np.column_stack(columns)
+
+
+@pytest.mark.parametrize("ties", ["average", "first"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [3, 7, 8, 9, 100, 511, 513, 1000, 8191, 8192, 8193])
+def test_columns_are_sorted(n, dtype, ties, simd_level):
+    """Sorted columns, the tree without any: below and above a power of two and the longest tile."""
+    rng = np.random.default_rng(n)
+    X = hard_to_sort(rng, n).astype(dtype)
+    p = X.shape[1]
+    R, _ = ranks(rng.integers(0, n, n))
+    engine = CpuEngine(CpuColumns(X), np.full(p, 1e-3, dtype), R, ties, 0)
+    whole, fraction = engine.score(np.arange(p))
+    for column in range(p):
+        sums, counts = engine.row_sums(column)
+        assert whole[column] == (sums // counts).sum()
+        assert fraction[column] == ((sums % counts << 43) // counts).sum()
+
+
 @pytest.mark.parametrize("ties", ["first", "random", "all"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
 @pytest.mark.parametrize("d", [1, 3, 6, 18])

@@ -32,25 +32,16 @@ Columns<T> columns(const Array<T>& x, const Array<T>& factor) {
   return {x.shape(1), x.shape(0), x.data(), factor.data()};
 }
 
-// Rows and values [p][n] from sort_columns, or two arrays of shape [0][0].
+// The same with the rows of every column in order, if these are given: [p][n], else [0][0].
 template <class T>
-struct Order {
-  Array<std::int32_t> rows;
-  Array<T> values;
-};
-
-// The same with the order of every column, if it is given.
-template <class T>
-Columns<T> columns(const Array<T>& x, const Array<T>& factor, const Order<T>& order) {
+Columns<T> columns(const Array<T>& x, const Array<T>& factor,
+                   const Array<std::int32_t>& sorted_rows) {
   Columns<T> view = columns(x, factor);
-  const auto& [rows, values] = order;
-  expect(rows.ndim() == 2 && values.ndim() == 2, "wrong number of dimensions");
-  if (rows.size() == 0 && values.size() == 0) return view;
+  expect(sorted_rows.ndim() == 2, "wrong number of dimensions");
+  if (sorted_rows.size() == 0) return view;
   for (const py::ssize_t axis : {0, 1})
-    expect(rows.shape(axis) == x.shape(axis) && values.shape(axis) == x.shape(axis),
-           "shapes do not fit");
-  view.sorted_rows = rows.data();
-  view.sorted_values = values.data();
+    expect(sorted_rows.shape(axis) == x.shape(axis), "shapes do not fit");
+  view.sorted_rows = sorted_rows.data();
   return view;
 }
 
@@ -59,11 +50,11 @@ template <class T>
 class BoundEngine {
  public:
   BoundEngine(Array<T> x, Array<T> factor, const Array<std::int32_t>& rank, int ties,
-              std::uint64_t seed, Array<std::int32_t> sorted_rows, Array<T> sorted_values)
+              std::uint64_t seed, Array<std::int32_t> sorted_rows)
       : x_(std::move(x)),
         factor_(std::move(factor)),
-        order_{std::move(sorted_rows), std::move(sorted_values)},
-        engine_(columns(x_, factor_, order_), checked(rank, x_), tie_rule(ties), seed) {}
+        sorted_rows_(std::move(sorted_rows)),
+        engine_(columns(x_, factor_, sorted_rows_), checked(rank, x_), tie_rule(ties), seed) {}
 
   void select(std::int64_t column) {
     expect_column(column);
@@ -103,10 +94,9 @@ class BoundEngine {
     py::class_<BoundEngine> engine(m, name);
     engine
         .def(py::init<Array<T>, Array<T>, const Array<std::int32_t>&, int, std::uint64_t,
-                      Array<std::int32_t>, Array<T>>(),
+                      Array<std::int32_t>>(),
              py::arg("x").noconvert(), py::arg("factor").noconvert(), py::arg("rank").noconvert(),
-             py::arg("ties"), py::arg("seed"), py::arg("sorted_rows").noconvert(),
-             py::arg("sorted_values").noconvert())
+             py::arg("ties"), py::arg("seed"), py::arg("sorted_rows").noconvert())
         .def("select", &BoundEngine::select, py::arg("column"), py::call_guard<WithoutGil>())
         .def("score", &BoundEngine::score, py::arg("candidates").noconvert(), py::arg("floor"),
              py::arg("level"), py::arg("threads"))
@@ -132,7 +122,7 @@ class BoundEngine {
 
   Array<T> x_;
   Array<T> factor_;
-  Order<T> order_;
+  Array<std::int32_t> sorted_rows_;
   Engine<T> engine_;
 };
 
@@ -154,16 +144,14 @@ py::tuple laid_out(const Array<T>& x, const std::string& level, int threads) {
 }
 
 template <class T>
-py::tuple sorted(const Array<T>& x, const std::string& level, int threads) {
+Array<std::int32_t> sorted(const Array<T>& x, const std::string& level, int threads) {
   expect(x.ndim() == 2 && x.shape(1) >= 1, "shapes do not fit");
   Array<std::int32_t> rows({x.shape(0), x.shape(1)});
-  Array<T> values({x.shape(0), x.shape(1)});
-  std::int32_t* rows_out = rows.mutable_data();
-  T* values_out = values.mutable_data();
+  std::int32_t* out = rows.mutable_data();
   run(level, threads, [&](const Execution& execution) {
-    return sort_columns(x.data(), x.shape(1), x.shape(0), rows_out, values_out, execution);
+    return sort_columns(x.data(), x.shape(1), x.shape(0), out, execution);
   });
-  return py::make_tuple(rows, values);
+  return rows;
 }
 
 template <class T>

@@ -75,13 +75,11 @@ struct Coded {
     return result;
   }
 
-  // Rows and values [n] in increasing order of (value, row).
-  void sort(std::int32_t* rows, T* values) const {
+  // Rows [n] in increasing order of (value, row).
+  void sort(std::int32_t* rows) const {
     std::array<std::size_t, kMostLevels + 1> start{};
     for (const std::uint8_t c : code) ++start[c + std::size_t{1}];
     std::partial_sum(start.begin(), start.end(), start.begin());
-    for (std::size_t v = 0; v < level.size(); ++v)
-      std::fill(values + start[v], values + start[v + 1], level[v]);
     for (std::size_t row = 0; row < code.size(); ++row)
       rows[start[code[row]]++] = static_cast<std::int32_t>(row);
   }

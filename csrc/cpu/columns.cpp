@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 #include "cpu/column_sort.hpp"
 #include "cpu/kernels.hpp"
@@ -52,13 +54,12 @@ Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, dou
 }
 
 template <class T>
-Status sort_columns(const T* columns, std::int64_t n, std::int64_t p, std::int32_t* rows, T* values,
+Status sort_columns(const T* columns, std::int64_t n, std::int64_t p, std::int32_t* rows,
                     const Execution& execution) {
-  return parallel_for(p, execution, [&] {
-    return [&, sort = ColumnSort<T>()](std::int64_t f) mutable {
-      const T* x = columns + f * n;
-      sort(n, [&](std::int64_t row) { return x[row]; }, rows + f * n, values + f * n);
-    };
+  std::vector<std::int32_t> as_given(at(n));
+  std::iota(as_given.begin(), as_given.end(), 0);
+  return sort_side_by_side<T>(p, as_given, as_given, execution, [&](std::int64_t f) {
+    return Unsorted<T>{columns + f * n, rows + f * n};
   });
 }
 
@@ -66,7 +67,7 @@ Status sort_columns(const T* columns, std::int64_t n, std::int64_t p, std::int32
   template Status lay_out<T>(const T*, std::int64_t, std::int64_t, T*, T*, T*, const Execution&); \
   template Status standard_deviations<T>(const T*, std::int64_t, std::int64_t, double*,           \
                                          const Execution&);                                       \
-  template Status sort_columns<T>(const T*, std::int64_t, std::int64_t, std::int32_t*, T*,        \
+  template Status sort_columns<T>(const T*, std::int64_t, std::int64_t, std::int32_t*,            \
                                   const Execution&);
 LCODEC_INSTANTIATE(float)
 LCODEC_INSTANTIATE(double)

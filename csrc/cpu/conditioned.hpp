@@ -47,7 +47,6 @@ struct Conditioned {
   // A column in increasing order of (value, row).
   struct Sorted {
     Index* rows = nullptr;
-    T* values = nullptr;
     Coded<T> coded;
   };
 
@@ -65,7 +64,6 @@ struct Conditioned {
   std::vector<Sorted> sorted;           // [p] made by code_columns and sort_columns
   std::vector<std::uint8_t> looked_at;  // [p] by code_columns
   std::vector<Pages<Index>> row_slabs;  // memory of `sorted`
-  std::vector<Pages<T>> value_slabs;
 
   Conditioned(const Columns<T>& c, const std::int32_t* given_rank, TieRule tie_rule)
       : columns(c),
@@ -172,38 +170,34 @@ struct Conditioned {
     const auto missing =
         distinct(candidates, [&](std::int64_t column) { return !sorted[at(column)].rows; });
     if (missing.empty()) return Status::ok;
-    const std::size_t size = missing.size() * at(columns.n);
-    Index* slab_rows = row_slabs.emplace_back(size).data();
-    T* slab_values = value_slabs.emplace_back(size).data();
-
-    return parallel_for(static_cast<std::int64_t>(missing.size()), execution, [&] {
-      return [&, sort = ColumnSort<T>()](std::int64_t piece) mutable {
-        const std::int64_t column = missing[at(piece)];
-        Sorted& result = sorted[at(column)];
-        Index* rows = slab_rows + piece * columns.n;
-        result.values = slab_values + piece * columns.n;
-
-        if (!result.coded.code.empty()) {
-          result.coded.sort(rows, result.values);
-        } else if (columns.sorted_rows) {
-          renumber(column, rows, result.values);
-        } else {
-          const auto value_of = [&](std::int64_t row) { return value(column, row); };
-          sort(columns.n, value_of, rows, result.values);
-        }
-        result.rows = rows;
-      };
-    });
+    Index* slab = row_slabs.emplace_back(missing.size() * at(columns.n)).data();
+    const auto m = static_cast<std::int64_t>(missing.size());
+    const auto look = [&](std::int64_t a) {
+      const std::int64_t column = missing[at(a)];
+      const Coded<T>& coded = sorted[at(column)].coded;
+      Index* rows = slab + a * columns.n;
+      if (coded.code.empty() && !columns.sorted_rows)
+        return Unsorted<T>{columns.x + column * columns.n, rows};
+      if (coded.code.empty())
+        renumber(column, rows);
+      else
+        coded.sort(rows);
+      return Unsorted<T>{};
+    };
+    const Status status = sort_side_by_side<T>(m, order, place, execution, look);
+    if (status == Status::ok)
+      for (std::int64_t a = 0; a < m; ++a) sorted[at(missing[at(a)])].rows = slab + a * columns.n;
+    return status;
   }
 
   // The order that is known of the given rows, in the rows here. Those of equal value change
   // places.
-  void renumber(std::int64_t column, Index* rows, T* values) const {
+  void renumber(std::int64_t column, Index* rows) const {
     const Index* given = columns.sorted_rows + column * columns.n;
-    std::copy_n(columns.sorted_values + column * columns.n, columns.n, values);
+    const T* x = columns.x + column * columns.n;
     for (std::int64_t a = 0; a < columns.n; ++a) rows[a] = place[at(given[a])];
     for (std::int64_t a = 0, b = 0; a < columns.n; a = b) {
-      while (b < columns.n && values[b] == values[a]) ++b;
+      while (b < columns.n && x[given[b]] == x[given[a]]) ++b;
       if (b - a > 1) std::sort(rows + a, rows + b);
     }
   }
@@ -213,19 +207,20 @@ struct Conditioned {
   // kAlong rows.
   bool nearest_along(std::int64_t column, Index own, T best, std::vector<Index>& nearest) const {
     const Index* rows = sorted[at(column)].rows;
-    const T* values = sorted[at(column)].values;
-
     const T x = value(column, own);
     const T c = columns.factor[column];
-    const std::int64_t here = std::lower_bound(values, values + columns.n, x) - values;
+    const std::int64_t here =
+        std::partition_point(rows, rows + columns.n,
+                             [&](Index row) { return value(column, row) < x; }) -
+        rows;
     nearest.clear();
     std::int64_t left = kAlong;
     for (const std::int64_t step : {-1, 1}) {
       for (std::int64_t t = here - (step < 0); 0 <= t && t < columns.n; t += step) {
-        const T scaled = (x - values[t]) * c;
+        const Index row = rows[t];
+        const T scaled = (x - value(column, row)) * c;
         if (scaled * scaled > best) break;
         if (--left < 0) return false;
-        const Index row = rows[t];
         T distance = 0;
         for (std::size_t d = 0; d < selected.size(); ++d) {
           const T part = (selected[d][at(own)] - selected[d][at(row)]) * selected_factor[d];

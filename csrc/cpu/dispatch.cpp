@@ -5,6 +5,7 @@
 #include "cpu/curvature_kernels.hpp"
 #include "cpu/instruments.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/lane_sort.hpp"
 #include "cpu/screen_kernels.hpp"
 
 namespace lcodec {
@@ -17,25 +18,26 @@ struct Level {
   LevelKernels (*kernels)();
   LevelCurvatureKernels (*curvature_kernels)();
   LevelScreenKernels (*screen_kernels)();
+  LaneSort (*lane_sort)();
 };
 
 constexpr Level kLevels[] = {
     {"baseline", [] { return true; }, baseline_kernels, baseline_curvature_kernels,
-     baseline_screen_kernels},
+     baseline_screen_kernels, baseline_lane_sort},
 #ifdef LCODEC_HAVE_X86_SIMD
     {"avx2",
      [] {
        __builtin_cpu_init();
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      },
-     avx2_kernels, avx2_curvature_kernels, avx2_screen_kernels},
+     avx2_kernels, avx2_curvature_kernels, avx2_screen_kernels, avx2_lane_sort},
     {"avx512",
      [] {
        __builtin_cpu_init();
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     avx512_kernels, avx512_curvature_kernels, avx512_screen_kernels},
+     avx512_kernels, avx512_curvature_kernels, avx512_screen_kernels, avx512_lane_sort},
 #endif
 };
 
@@ -77,6 +79,8 @@ LevelCurvatureKernels curvature_kernels_for(SimdLevel level) {
 }
 
 LevelScreenKernels screen_kernels_for(SimdLevel level) { return entry(level).screen_kernels(); }
+
+LaneSort lane_sort_for(SimdLevel level) { return entry(level).lane_sort(); }
 
 #ifdef LCODEC_INSTRUMENTS
 std::int64_t saturate(const std::string& level, std::int64_t rounds) {

@@ -1,7 +1,6 @@
 #include "lcodec/engine.hpp"
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -27,10 +26,14 @@ constexpr std::int64_t kSortCost = 128;
 constexpr std::int64_t kPackedBytes = std::int64_t{1} << 28;
 // So few candidates are each searched in a tree: a tile costs as much for one as for all.
 constexpr std::int64_t kFewCandidates = 4;
-// Shares of all doubt (State::bands) that are left each time the candidates that can no longer win
-// are left out.
-constexpr std::array<double, 12> kDoubtLeft = {0.7,  0.6, 0.5,  0.42, 0.35, 0.3,
-                                               0.25, 0.2, 0.15, 0.1,  0.05, 0.0};
+// Of the doubt (State::by_doubt) in all rows: how much is scanned before candidates are compared,
+// and how much at the least from one look to the next. A look at the candidates reads all of them
+// from memory.
+constexpr double kFirstLook = 0.32;
+constexpr double kNextLook = 0.05;
+constexpr double kOfTheWay = 0.85;  // see Race::next_look
+// Searching for a candidate costs as much as scanning all rows for so many.
+constexpr double kSearchCost = 64;
 // Rows before and after a row that tell what its neighbours are like.
 constexpr std::int64_t kBeside = 8;
 
@@ -46,10 +49,10 @@ struct Total {
   std::int64_t floor() const { return whole + (fraction >> kFractionBits); }
 };
 
-// Positions that are scanned together, and how much doubt is left after them, in ranks.
-struct Band {
-  std::vector<Index> positions;
-  double doubt_left;
+// By how many ranks a row is expected to fall short of its own.
+struct Doubt {
+  double size;
+  Index position;
 };
 
 }  // namespace
@@ -182,8 +185,8 @@ struct Engine<T>::State {
                  std::int64_t piece) mutable {
         const std::int64_t c = numbers[at(piece)];
         const std::int64_t column = candidate[c];
-        const auto& by_value = given.sorted[at(column)];
-        groups.sort(by_value.rows, by_value.values, given.columns.n, given.columns.factor[column]);
+        groups.sort(given.sorted[at(column)].rows, given.columns.n, given.columns.factor[column],
+                    [&](Index row) { return given.value(column, row); });
         for (const auto& [point, gap] : big)
           groups.score(point, gap, [&](const FixedPoint& part) { totals[c].add(part); });
       };
@@ -305,46 +308,28 @@ struct Engine<T>::State {
   Status race(const std::int64_t* candidate, const std::vector<std::int64_t>& numbers,
               std::int64_t& bar, Total* totals, const Execution& execution);
 
-  // The scanned positions in bands of falling doubt, each in ascending order. A row adds at most
-  // its rank; it is expected to add what it would add with the rows next to it in the tree, which
-  // are about as near as its neighbours will be. Their difference is the doubt, and where little of
-  // it is left, few candidates can still win.
-  std::vector<Band> bands() const {
+  // The scanned positions by falling doubt. A row adds at most its rank; it is expected to add what
+  // it would add with the rows next to it in the tree, which are about as near as its neighbours
+  // will be. Their difference is the doubt, and where little of it is left, few candidates can
+  // still win.
+  std::vector<Doubt> by_doubt() const {
     const std::int64_t n = given.columns.n;
     std::vector<std::int32_t> rank(at(n));  // by position
     for (Index position = 0; position < n; ++position)
       rank[at(position)] = given.rank[at(space().row(position))];
-    struct Doubt {
-      std::int64_t size;
-      Index position;
-    };
     std::vector<Doubt> order;
-    double left = 0;
     for (const Index position : positions) {
       const std::int64_t begin = std::max<std::int64_t>(position - kBeside, 0);
       const std::int64_t end = std::min(position + kBeside + 1, n);
       std::int64_t doubt = 0;
       for (std::int64_t other = begin; other < end; ++other)
         doubt += std::max(rank[at(position)] - rank[at(other)], 0);
-      order.push_back({doubt, position});
-      left += static_cast<double>(doubt);
+      order.push_back({static_cast<double>(doubt) / (2 * kBeside), position});
     }
     std::sort(order.begin(), order.end(), [](const Doubt& a, const Doubt& b) {
       return a.size != b.size ? a.size > b.size : a.position < b.position;
     });
-    std::vector<Band> result;
-    const double all = left;
-    auto next = order.begin();
-    for (const double share : kDoubtLeft) {
-      auto& band = result.emplace_back().positions;
-      for (; next != order.end() && (share == 0 || left > share * all); ++next) {
-        band.push_back(next->position);
-        left -= static_cast<double>(next->size);
-      }
-      std::sort(band.begin(), band.end());
-      result.back().doubt_left = left / (2 * kBeside);
-    }
-    return result;
+    return order;
   }
 };
 
@@ -414,23 +399,59 @@ class Engine<T>::Race {
   }
 
   Status scan_bands() {
-    for (const Band& band : state_.bands()) {
-      if (running_.empty()) return Status::ok;
+    const std::vector<Doubt> order = state_.by_doubt();
+    for (const Doubt& doubt : order) all_doubt_ += doubt.size;
+    at_first_ = mean_of_most();
+    double until = kFirstLook * all_doubt_;  // of the doubt, to be scanned before the next look
+    for (auto next = order.begin(); next != order.end() && !running_.empty();) {
       if (few()) return search_few();
       if (pack_running() != Status::ok) return Status::cancelled;
-      if (state_.scan(band.positions, packed_, alive_, totals_, execution_) != Status::ok)
+      std::vector<Index> band;
+      for (; next != order.end() && scanned_doubt_ <= until; ++next) {
+        band.push_back(next->position);
+        scanned_doubt_ += next->size;
+        left_ -= rank_at(next->position);
+      }
+      std::sort(band.begin(), band.end());
+      if (state_.scan(band, packed_, alive_, totals_, execution_) != Status::ok)
         return Status::cancelled;
-      for (const Index position : band.positions) left_ -= rank_at(position);
-      if (left_ == 0) {
+      if (next == order.end()) {
         for (const std::int64_t c : running_) bar_ = std::max(bar_, totals_[c].floor());
         return Status::ok;
       }
-      if (search_leader(band.doubt_left) != Status::ok) return Status::cancelled;
+      if (search_leader() != Status::ok) return Status::cancelled;
       for (std::size_t a = 0; a < packed_.size(); ++a)
         if (alive_[a] && drop(packed_[a])) alive_[a] = 0;
       std::erase_if(running_, [&](std::int64_t c) { return totals_[c].whole < 0; });
+      if (!running_.empty()) until = next_look();
     }
     return Status::ok;
+  }
+
+  // The most that a candidate's sum can still be, and its mean over those that run.
+  double most(std::int64_t c) const { return static_cast<double>(totals_[c].floor() + left_); }
+  double mean_of_most() const {
+    double sum = 0;
+    for (const std::int64_t c : running_) sum += most(c);
+    return sum / static_cast<double>(running_.size());
+  }
+
+  // What a candidate's sum comes to if it goes on to fall short of the most as it has so far.
+  double expected(std::int64_t c) const {
+    return at_first_ - (at_first_ - most(c)) * all_doubt_ / scanned_doubt_;
+  }
+
+  // How much more doubt is expected to be scanned before the average candidate is at a bar.
+  double until_at(double bar) const {
+    const double lost = std::max(at_first_ - mean_of_most(), 1.0);
+    const double at_bar = scanned_doubt_ * (at_first_ - bar) / lost;
+    return std::max(std::min(at_bar, all_doubt_) - scanned_doubt_, 0.0);
+  }
+
+  // Most of the way there: rows in less doubt take more from a sum than is expected.
+  double next_look() const {
+    const double way = kOfTheWay * until_at(static_cast<double>(bar_));
+    return scanned_doubt_ + std::max(way, kNextLook * all_doubt_);
   }
 
   // Packs the running candidates, once half of those packed have dropped out.
@@ -442,15 +463,17 @@ class Engine<T>::Race {
   }
 
   // The leader is likely to win: the others must beat its whole sum. That is searched for where it
-  // is likely to leave out the last one.
-  Status search_leader(double doubt_left) {
+  // is likely to leave out the last one, or to save more scans than it costs.
+  Status search_leader() {
     const auto [last, leader] = std::minmax_element(
         running_.begin(), running_.end(),
         [&](std::int64_t a, std::int64_t b) { return totals_[a].floor() < totals_[b].floor(); });
     const auto lead = static_cast<double>(totals_[*leader].floor() - totals_[*last].floor());
-    if (!searchable_ || is_complete(*leader) || !may_win(*leader) || lead < doubt_left)
-      return Status::ok;
-    return search_whole(*leader);
+    if (!searchable_ || is_complete(*leader) || !may_win(*leader)) return Status::ok;
+    const bool decides = lead >= all_doubt_ - scanned_doubt_;
+    const double saved = until_at(static_cast<double>(bar_)) - until_at(expected(*leader));
+    const bool pays = saved * static_cast<double>(running_.size()) >= kSearchCost * all_doubt_;
+    return decides || pays ? search_whole(*leader) : Status::ok;
   }
 
   State& state_;
@@ -460,7 +483,9 @@ class Engine<T>::Race {
   Total* totals_;
   const Execution& execution_;
   const bool searchable_;
-  std::int64_t left_ = 0;  // ranks of the rows to come
+  std::int64_t left_ = 0;                     // ranks of the rows to come
+  double all_doubt_ = 0, scanned_doubt_ = 0;  // in all rows, and in those scanned
+  double at_first_ = 0;                       // the most that a sum could be, on average
   std::vector<std::int64_t> packed_;
   std::vector<std::uint8_t> alive_;                       // of those packed
   std::vector<std::pair<std::int64_t, Total>> complete_;  // whole totals, of running ones

@@ -27,8 +27,10 @@ class SortedGroups {
                TieRule rule)
       : kernels_(kernels), space_(space), rank_(rank), rule_(rule) {}
 
-  // Sorts all rows by (point, value of the candidate, row). They are given by (value, row).
-  void sort(const Index* rows, const T* values, std::int64_t n, T factor) {
+  // Sorts all rows by (point, value_of_row(row) of the candidate, row). They are given by (value,
+  // row).
+  template <class Value>
+  void sort(const Index* rows, std::int64_t n, T factor, const Value& value_of_row) {
     factor_ = factor;
     row_.resize(at(n));
     value_store_.resize(at(n) + kBefore + kBeyond);
@@ -46,7 +48,7 @@ class SortedGroups {
       const Index row = rows[a];
       const std::size_t t = at(one ? static_cast<Index>(a) : cursor_[at(space_.point_of(row))]++);
       row_[t] = row;
-      value_of[t] = values[a];
+      value_of[t] = value_of_row(row);
       rank_of[t] = rank_[row];
     }
     runs_ready_ = false;

@@ -34,7 +34,6 @@ struct Columns {
   const T* factor;  // [p] scaling factor of every column
   // [p][n] from sort_columns, where they are known: engines of many responses sort once.
   const std::int32_t* sorted_rows = nullptr;
-  const T* sorted_values = nullptr;
 };
 
 // Lays out a table for the engine: x [n][p] by row to columns [p][n], with each column's range.
@@ -50,9 +49,9 @@ template <class T>
 Status standard_deviations(const T* columns, std::int64_t n, std::int64_t p, double* deviation,
                            const Execution& execution);
 
-// Rows and values of columns [p][n], each in increasing order of (value, row); -0 is 0.
+// Rows of columns [p][n], each in increasing order of (value, row); -0 is 0.
 template <class T>
-Status sort_columns(const T* columns, std::int64_t n, std::int64_t p, std::int32_t* rows, T* values,
+Status sort_columns(const T* columns, std::int64_t n, std::int64_t p, std::int32_t* rows,
                     const Execution& execution);
 
 // What scans have done so far, neighbours once listed.

@@ -18,7 +18,6 @@ from lcodec_ext.dependence.backends.path_sums import PathSums, RankSums
 
 NO_BLOCKS = np.empty(0, dtype=np.int32)
 NO_ORDER = np.empty((0, 0), dtype=np.int32)
-NO_VALUES = {char: np.empty((0, 0), dtype=char) for char in "fd"}
 
 
 class CpuColumns:
@@ -26,8 +25,7 @@ class CpuColumns:
 
     def __init__(self, X: NDArray) -> None:
         self._range: tuple[NDArray, NDArray] | None = None
-        # Rows and values of every column in increasing order, if that is known.
-        self.order = NO_ORDER, NO_VALUES[X.dtype.char]
+        self.order = NO_ORDER  # rows of every column in the order of its values, once it is known
         if X.T.flags.c_contiguous:
             self.values = X.T
         else:
@@ -77,7 +75,7 @@ class CpuEngine(HostEngine):
         make = _core.dependence.EngineFloat if single else _core.dependence.EngineDouble
         # Benchmarks read what it counts (in a build with LCODEC_INSTRUMENTS).
         self.compiled = make(
-            columns.values, factors, R.astype(np.int32), TIES.index(ties), seed, *columns.order
+            columns.values, factors, R.astype(np.int32), TIES.index(ties), seed, columns.order
         )
 
     def select(self, column: int) -> None:
