@@ -20,17 +20,17 @@
 namespace lcodec {
 
 // Sorts up to width() columns of n rows at a time. Rows are renumbered: row r is the given row
-// order[r], and place[order[r]] = r. Each thread has one.
+// order[r], and number[order[r]] = r. Each thread has one.
 template <class T>
 class ColumnSorter {
  public:
   using Index = std::int32_t;
 
-  ColumnSorter(SimdLevel level, const std::vector<Index>& order, const std::vector<Index>& place)
+  ColumnSorter(SimdLevel level, const std::vector<Index>& order, const std::vector<Index>& number)
       : kernels_(pick_kernels<T>(level)),
         lanes_(lane_sort_for(level)),
         order_(order),
-        place_(place),
+        number_(number),
         n_(static_cast<std::int64_t>(order.size())) {
     if (width() == 1) return;
     size_ = std::max(kLeastLaneRows, static_cast<std::int64_t>(std::bit_ceil(at(n_))));
@@ -70,7 +70,7 @@ class ColumnSorter {
     const T center = some[2];
     const T scale = 1 / std::max(high - center, center - low);
     if (!(scale > 0 && std::isfinite(scale))) return false;
-    lanes_.fill({x, center, scale, place_.data(), n_, number_bits(), words});
+    lanes_.fill({x, center, scale, number_.data(), n_, number_bits(), words});
     return true;
   }
 
@@ -107,7 +107,7 @@ class ColumnSorter {
   Kernels<T> kernels_;
   LaneSort lanes_;
   const std::vector<Index>& order_;
-  const std::vector<Index>& place_;
+  const std::vector<Index>& number_;
   std::int64_t n_;
   std::int64_t size_ = 0;
   Pages<std::int32_t> sorted_;  // [size][lanes]
@@ -124,23 +124,24 @@ struct Unsorted {
 // Sorts the columns column_of(0) .. column_of(m - 1), each of them an Unsorted<T>, on all threads.
 template <class T, class ColumnOf>
 Status sort_side_by_side(std::int64_t m, const std::vector<std::int32_t>& order,
-                         const std::vector<std::int32_t>& place, const Execution& execution,
+                         const std::vector<std::int32_t>& number, const Execution& execution,
                          const ColumnOf& column_of) {
   const auto n = static_cast<std::int64_t>(order.size());
   const std::int64_t width = ColumnSorter<T>::width(execution.level, n);
   return parallel_for((m + width - 1) / width, execution, [&] {
-    return [&, sorter = ColumnSorter<T>(execution.level, order, place), x = std::vector<const T*>(),
-            rows = std::vector<std::int32_t*>()](std::int64_t piece) mutable {
-      x.clear();
-      rows.clear();
-      for (std::int64_t a = piece * width; a < std::min(m, (piece + 1) * width); ++a) {
-        const Unsorted<T> column = column_of(a);
-        if (!column.x) continue;
-        x.push_back(column.x);
-        rows.push_back(column.rows);
-      }
-      if (!x.empty()) sorter.sort(x, rows);
-    };
+    return
+        [&, sorter = ColumnSorter<T>(execution.level, order, number), x = std::vector<const T*>(),
+         rows = std::vector<std::int32_t*>()](std::int64_t piece) mutable {
+          x.clear();
+          rows.clear();
+          for (std::int64_t a = piece * width; a < std::min(m, (piece + 1) * width); ++a) {
+            const Unsorted<T> column = column_of(a);
+            if (!column.x) continue;
+            x.push_back(column.x);
+            rows.push_back(column.rows);
+          }
+          if (!x.empty()) sorter.sort(x, rows);
+        };
   });
 }
 

@@ -56,7 +56,7 @@ struct Conditioned {
   // then comes from prefix sums. Where a tied row is picked by its number, they keep the given
   // ones.
   std::vector<Index> order;              // [n] given row of a row
-  std::vector<Index> place;              // [n] row of a given row
+  std::vector<Index> number;             // [n] row of a given row
   std::vector<std::int32_t> rank;        // [n]
   std::vector<std::vector<T>> selected;  // values of the conditioning columns
   std::vector<T> selected_factor;
@@ -69,7 +69,7 @@ struct Conditioned {
       : columns(c),
         rule(tie_rule),
         order(at(c.n)),
-        place(at(c.n)),
+        number(at(c.n)),
         rank(at(c.n)),
         subspace(c.n),
         sorted(at(c.p)),
@@ -85,7 +85,7 @@ struct Conditioned {
     }
     for (std::size_t row = 0; row < order.size(); ++row) {
       rank[row] = given_rank[order[row]];
-      place[at(order[row])] = static_cast<Index>(row);
+      number[at(order[row])] = static_cast<Index>(row);
     }
   }
 
@@ -184,7 +184,7 @@ struct Conditioned {
         coded.sort(rows);
       return Unsorted<T>{};
     };
-    const Status status = sort_side_by_side<T>(m, order, place, execution, look);
+    const Status status = sort_side_by_side<T>(m, order, number, execution, look);
     if (status == Status::ok)
       for (std::int64_t a = 0; a < m; ++a) sorted[at(missing[at(a)])].rows = slab + a * columns.n;
     return status;
@@ -195,7 +195,7 @@ struct Conditioned {
   void renumber(std::int64_t column, Index* rows) const {
     const Index* given = columns.sorted_rows + column * columns.n;
     const T* x = columns.x + column * columns.n;
-    for (std::int64_t a = 0; a < columns.n; ++a) rows[a] = place[at(given[a])];
+    for (std::int64_t a = 0; a < columns.n; ++a) rows[a] = number[at(given[a])];
     for (std::int64_t a = 0, b = 0; a < columns.n; a = b) {
       while (b < columns.n && x[given[b]] == x[given[a]]) ++b;
       if (b - a > 1) std::sort(rows + a, rows + b);
