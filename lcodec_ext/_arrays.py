@@ -1,6 +1,6 @@
 """Tell NumPy arrays from tensors, and convert anything array-like.
 
-torch and pandas are used only if they are loaded already.
+pandas is used only if it is loaded already, and so is torch, but for arrays on a CUDA device.
 """
 
 import numbers
@@ -19,7 +19,8 @@ _FILE = re.compile(
     r"(\.(gz|bz2|zip|xz|zst))?$"
 )
 MAX_INTEGER = 2**53  # up to it float64 holds all integers
-_HOST_DEVICES = (1, 3, 11)  # of DLPack: the CPU, and its memory that CUDA or ROCm has pinned
+# Of DLPack: the CPU, and its memory that CUDA or ROCm has pinned; CUDA, and its managed memory
+_HOST_DEVICES, _CUDA_DEVICES = (1, 3, 11), (2, 13)
 
 
 def is_tensor(value: object) -> bool:
@@ -28,9 +29,26 @@ def is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def device_of(value: Any) -> str | None:
+    """Name of the device that a tensor, or an array known by DLPack, lies on; None of the CPU."""
+    if type(value) is np.ndarray:
+        return None
+    if is_tensor(value):
+        return None if value.device.type == "cpu" else str(value.device)
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
+        return None
+    try:
+        kind, index = value.__dlpack_device__()
+    except TypeError:  # pyarrow before 22, for types that DLPack does not know
+        return None
+    if kind in _HOST_DEVICES:
+        return None
+    return f"cuda:{index}" if kind in _CUDA_DEVICES else f"{int(kind)} of DLPack"
+
+
 def on_cuda(value: Any) -> bool:
-    """Whether value is a tensor on a CUDA device."""
-    return is_tensor(value) and value.device.type == "cuda"
+    """Whether value is a tensor, or an array known by DLPack, on a CUDA device."""
+    return (device_of(value) or "").startswith("cuda")
 
 
 def array_module(array: Any) -> Any:
@@ -80,10 +98,13 @@ def as_array(value: Any, name: str, *, tensors: bool | None = None) -> tuple[Any
     name : str
         What error messages call it.
     tensors : bool, optional
-        Whether tensors stay tensors. By default those on a CUDA device do.
+        Whether tensors stay tensors. By default those on a CUDA device do. Arrays of others on a
+        CUDA device become tensors that share their memory.
     """
     if type(value) is np.ndarray:  # of one type, and so quickly done
         return _real(value, name), None
+    if not is_tensor(value) and on_cuda(value):
+        value = _shared_on_cuda(value, name)
     if value is None:
         raise ValueError(f"{name} must be an array of numbers; got None")
     if isinstance(value, str | bytes):
@@ -135,15 +156,10 @@ def in_memory(value: Any, name: str) -> Any:
     """value, if it does not lie on a device; as a NumPy array, if it is known by DLPack alone."""
     if isinstance(value, np.ndarray) or is_tensor(value) or not hasattr(value, "__dlpack_device__"):
         return value
-    try:
-        device = value.__dlpack_device__()[0]
-    except TypeError:  # pyarrow before 22, for types that DLPack does not know
-        return value
-    if device not in _HOST_DEVICES:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if (device := device_of(value)) is not None:
         raise ValueError(
-            f"{name} is a {kind} on a device; data are not copied between devices unasked: pass "
-            f"torch.from_dlpack({name}), which shares its memory"
+            f"{name} is a {kind_of(value)} on device {device}; data are not copied between "
+            f"devices unasked: pass a copy on the CPU, such as torch.from_dlpack({name}).cpu()"
         )
     if hasattr(value, "__array__"):
         return value
@@ -151,6 +167,34 @@ def in_memory(value: Any, name: str) -> Any:
         return np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} cannot be made into an array: {error}") from None
+
+
+def torch_for(value: Any, name: str) -> Any:
+    """torch, which passes on data that lie on a CUDA device."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{name} is a {kind_of(value)} on device {device_of(value)}, which PyTorch passes on "
+            "to the kernels: install lcodec_ext[torch]"
+        ) from None
+    return torch
+
+
+def _shared_on_cuda(value: Any, name: str) -> Any:
+    """An array of CuPy, JAX or others on a CUDA device, as a tensor that shares its memory."""
+    try:
+        return torch_for(value, name).from_dlpack(value)
+    except (AssertionError, BufferError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} is a {kind_of(value)} on device {device_of(value)}, which PyTorch cannot "
+            f"share: {error}"
+        ) from None
+
+
+def kind_of(value: Any) -> str:
+    """The full name of a value's type."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def column_names(value: Any) -> list[str] | None:

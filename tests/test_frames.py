@@ -9,13 +9,16 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import sklearn
+import torch
 from sklearn.base import clone
 from sklearn.linear_model import LinearRegression
 from sklearn.pipeline import make_pipeline
 
 import lcodec_ext
+from cuda_on_cpu import cuda_on_cpu
 from lcodec_ext import (
     FOCISelector,
+    _emulated,
     codec,
     codec_test,
     dependence_graph,
@@ -103,6 +106,10 @@ class Dictionary(DeviceArray):
 
     def __dlpack_device__(self):
         raise TypeError("DataType is not compatible with DLPack spec")
+
+
+class Elsewhere(DeviceArray):
+    where = 8  # of DLPack: Metal
 
 
 class Capsule:
@@ -246,18 +253,61 @@ def test_labels_of_other_libraries(labels):
 
 def test_what_lies_on_a_device_is_not_copied():
     for call in (
+        lambda: xi(OnGpu(Y), Y),
+        lambda: xi_matrix(OnGpu(A)),
+        lambda: FOCISelector().fit(OnGpu(A), Y),
+        lambda: FOCISelector().fit(A, OnGpu(Y)),
+        lambda: foci(OnGpu(A), OnGpu(Y), backend="cpu"),
+    ):
+        message = r"is a .*OnGpu on device 'cuda:0', .* pass torch.from_dlpack\([Xxy]\).cpu\(\)"
+        with pytest.raises(ValueError, match=message):
+            call()
+    for call in (
         lambda: foci(OnGpu(A), Y),
         lambda: foci(A, OnGpu(Y)),
         lambda: codec(Y, OnGpu(A)),
-        lambda: xi(OnGpu(Y), Y),
-        lambda: dependence_graph(OnGpu(A)),
         lambda: stability(OnGpu(A), Y),
-        lambda: FOCISelector().fit(OnGpu(A), Y),
-        lambda: FOCISelector().fit(A, OnGpu(Y)),
     ):
-        message = r"is a .*OnGpu on a device; .* pass torch.from_dlpack\([Xxyz]\)"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"one device; . is on 'cuda:0', . is not a tensor"):
             call()
+    with pytest.raises(ValueError, match="Elsewhere on device '8 of DLPack', .* not copied"):
+        foci(Elsewhere(A), Y)
+
+
+def test_arrays_on_a_cuda_device_are_computed_on_there(monkeypatch):
+    """Tensors of their memory reach the kernels; results are tensors, which DLPack passes on."""
+    cuda, shared = cuda_on_cpu(_emulated.cuda), []
+
+    def from_dlpack(value):
+        assert type(value) is OnGpu
+        shared.append(torch.as_tensor(value._array))
+        return shared[-1]
+
+    monkeypatch.setattr(torch, "from_dlpack", from_dlpack)
+    x, y = OnGpu(A), OnGpu(Y)
+    assert foci(x, y, backend=cuda).ordering.tolist() == foci(A, Y).ordering.tolist()
+    assert codec(y, x, backend=cuda) == codec(Y, A)
+    options = {"n_pairs": 2, "max_features": 1, "seed": 3}
+    counts = [
+        stability(*data, **options, **on).frequencies.tolist()
+        for data, on in (((x, y), {"backend": cuda}), ((A, Y), {}))
+    ]
+    assert counts[0] == counts[1]
+    options = {"n_permutations": 9, "seed": 3}
+    assert codec_test(y, x, backend=cuda, **options).pvalue == codec_test(Y, A, **options).pvalue
+    graphs = [dependence_graph(x, backend=cuda), dependence_graph(A)]
+    assert graphs[0].adjacency.tolist() == graphs[1].adjacency.tolist()
+    nearest = nearest_neighbors(x, backend=cuda)
+    assert np.array_equal(np.from_dlpack(nearest), nearest_neighbors(A))
+    assert {each.data_ptr() for each in shared} == {A.ctypes.data, Y.ctypes.data}
+
+
+def test_arrays_on_a_cuda_device_without_cuda_or_pytorch(monkeypatch):
+    with pytest.raises(ValueError, match="OnGpu on device cuda:0, which PyTorch cannot share"):
+        nearest_neighbors(OnGpu(A), backend=cuda_on_cpu(_emulated.cuda))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"passes on to the kernels: install lcodec_ext\[torch\]"):
+        nearest_neighbors(OnGpu(A))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from lcodec_ext._arrays import is_tensor, on_cuda
+from lcodec_ext._arrays import device_of, is_tensor, kind_of, on_cuda, torch_for
 from lcodec_ext._checks import check_choice
 from lcodec_ext.dependence.backends.base import Backend, HostBackend
 from lcodec_ext.dependence.backends.cpu import CpuBackend
@@ -19,9 +19,9 @@ _NAMES = ("auto", *HOST, "cuda")
 def resolve(backend: BackendLike, **arrays: Any) -> Backend:
     """The backend to run, from the one that was asked for and where the data lie.
 
-    "auto" follows the data: NumPy arrays and CPU tensors run on the CPU, CUDA tensors on their
-    device. Data are never copied between devices unasked, and a backend that was named is never
-    replaced. A `Backend` is taken as it is: its arrays have been resolved.
+    "auto" follows the data: NumPy arrays and CPU tensors run on the CPU, CUDA tensors, and other
+    arrays on a CUDA device, there. Data are never copied between devices unasked, and a backend
+    that was named is never replaced. A `Backend` is taken as it is: its arrays have been resolved.
 
     Raises
     ------
@@ -48,17 +48,19 @@ def resolve(backend: BackendLike, **arrays: Any) -> Backend:
         return HOST["cpu" if backend == "auto" else backend]
     if first is None:  # all arguments are None, which their own check refuses
         return HOST["cpu"]
-    device = given[first].device
+    device = device_of(given[first])
+    to = f"{first}.device" if is_tensor(given[first]) else repr(device)
     for name, array in given.items():
-        if not is_tensor(array) or array.device != device:
+        if device_of(array) != device:
             raise ValueError(
                 f"all arguments must be on one device; {first} is on '{device}', {name} is "
-                f"{_place(array)}: pass {_tensor(name, array)}.to({first}.device)"
+                f"{_place(array)}: pass {_tensor(name, array)}.to({to})"
             )
+    torch = torch_for(given[first], first)
     from lcodec_ext._torch.device import Device
     from lcodec_ext.dependence.backends.cuda import CudaBackend  # needs torch
 
-    return CudaBackend(Device(device))
+    return CudaBackend(Device(torch.device(str(device))))
 
 
 def resolve_on_cpu(function: str, backend: BackendLike, **arrays: Any) -> HostBackend:
@@ -76,16 +78,23 @@ def resolve_on_cpu(function: str, backend: BackendLike, **arrays: Any) -> HostBa
 
 def _refuse_devices(arrays: dict[str, Any], reason: str) -> None:
     for name, array in arrays.items():
-        if is_tensor(array) and array.device.type != "cpu":
+        if device_of(array) is not None:
+            what, copy = f"a {kind_of(array)}", f"torch.from_dlpack({name}).cpu()"
+            if is_tensor(array):
+                what, copy = "a tensor", f"{name}.cpu()"
             raise ValueError(
-                f"{name} is a tensor on device '{array.device}', and {reason}; data are not "
-                f"copied between devices unasked: pass {name}.cpu()"
+                f"{name} is {what} on device '{device_of(array)}', and {reason}; data are not "
+                f"copied between devices unasked: pass {copy}"
             )
 
 
 def _place(array: Any) -> str:
-    return f"a tensor on device '{array.device}'" if is_tensor(array) else "not a tensor"
+    if is_tensor(array):
+        return f"a tensor on device '{array.device}'"
+    return "not a tensor" if device_of(array) is None else f"on '{device_of(array)}'"
 
 
 def _tensor(name: str, array: Any) -> str:
-    return name if is_tensor(array) else f"torch.as_tensor({name})"
+    if is_tensor(array):
+        return name
+    return f"torch.{'as_tensor' if device_of(array) is None else 'from_dlpack'}({name})"
