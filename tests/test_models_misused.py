@@ -16,6 +16,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from lcodec_ext._torch.batches import Batch
 from lcodec_ext.unlearning import TrainingStatistics, per_token_loss, unlearn
 from test_language_models import causal_lm, seq2seq, t5, texts
 
@@ -88,6 +89,20 @@ def test_texts_that_are_longer_than_the_positions_are_named(name, by_name):
         unlearn(model, few, rest, cross_entropy, **PLAIN)
     assert "embeddings of tokens" not in str(found.value)
     assert "A sample is a pair" not in str(found.value)
+
+
+class OutOfMemory(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.position_embeddings = nn.Embedding(8, 2)
+
+    def forward(self, input_ids):
+        raise torch.cuda.OutOfMemoryError("no room")
+
+
+def test_memory_that_long_texts_take_is_not_taken_for_their_length():
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="^no room$"):
+        Batch((), {"input_ids": torch.ones(2, 9, dtype=int)}, None, 2).outputs(OutOfMemory())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ import lcodec_ext
 from cuda_on_cpu import cuda_on_cpu
 from lcodec_ext import _emulated, _threads, foci, stability
 from lcodec_ext._random import random_order, tie_hash
+from lcodec_ext.dependence.side_by_side import StoppedError, go_on, side_by_side
 from lcodec_ext.dependence.stability import _half
 
 N, P = 61, 5  # an odd number of rows: a pair leaves one out
@@ -111,6 +113,29 @@ def test_threads_are_shared_among_the_halves(data, set_threads, monkeypatch):
     monkeypatch.setattr("lcodec_ext.dependence.side_by_side._BESIDE", 100)
     stability(*data, n_pairs=4)
     assert used == [(True, 4)] * 8
+
+
+def test_what_nobody_waits_for_any_more_ends(set_threads):
+    """As after Ctrl-C, of which Python tells the main thread alone."""
+    set_threads(2)
+    begun, ended = threading.Event(), []
+
+    def work(number):
+        if number == 0:
+            begun.wait(10)
+            raise KeyboardInterrupt
+        begun.set()
+        try:
+            for _ in range(1000):
+                go_on()
+                time.sleep(0.01)
+        except StoppedError:
+            ended.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(side_by_side(work, range(2), np.empty(1), 1))
+    assert ended == [1]
+    go_on()  # here nothing was stopped
 
 
 def test_an_error_of_a_half_is_told(data, set_threads):

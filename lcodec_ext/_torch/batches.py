@@ -105,6 +105,8 @@ class Batch:
                 "sample, the labels shifted to the right by one, with the start token first and "
                 "padding in the place of -100"
             ) from error
+        except torch.cuda.OutOfMemoryError:
+            raise
         except (RuntimeError, IndexError) as error:
             beyond = beyond_the_model(model, self.args, self.kwargs)
             if beyond:

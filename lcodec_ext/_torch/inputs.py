@@ -33,7 +33,11 @@ def beyond_the_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     for name in _TOKENS:
         ids = inputs.get(name)
         if isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel():
-            found = _unknown_tokens(model, name, ids) or _too_long(model, name, ids.shape[1])
+            try:
+                found = _unknown_tokens(model, name, ids)
+            except RuntimeError:  # a CUDA device that an error has ended
+                found = ""
+            found = found or _too_long(model, name, ids.shape[1])
             if found:
                 return found
     return ""
@@ -65,10 +69,7 @@ def _too_long(model: nn.Module, name: str, length: int) -> str:
 
 
 def _lengths(model: nn.Module) -> Iterator[int]:
-    """The tokens of a text that there are positions for."""
-    told = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(told, int):
-        yield told
+    """The tokens of a text that there are positions for; none of a model that computes them."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
             # RoBERTa counts from behind the padding's position, BART from an offset.

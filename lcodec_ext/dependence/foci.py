@@ -47,6 +47,7 @@ from lcodec_ext.dependence.scaling import (
     warn_underflow,
 )
 from lcodec_ext.dependence.shards import ROOM, Shard, ShardedCandidates
+from lcodec_ext.dependence.side_by_side import go_on
 from lcodec_ext.dependence.table import (
     Y_ORDERS,
     Features,
@@ -737,6 +738,7 @@ class _Task:
         with shown as bar:
             self._look_at_cap(progress)
             while progress.reason is None:
+                go_on()
                 self._step(candidates, null, progress, bar if self.progress else None)
                 self._save(progress)
         return progress, base

@@ -1,5 +1,6 @@
 """Several selections at a time, each on a thread of Python's."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -9,14 +10,29 @@ from lcodec_ext._threads import get_num_threads, use_threads_here
 
 _T = TypeVar("_T")
 _BESIDE = 1 << 28  # bytes that may be taken at a time
+_here = threading.local()  # its `stop`: the event that ends what a thread of these works on
+
+
+class StoppedError(RuntimeError):
+    """Nobody waits for what this thread computes."""
+
+
+def go_on() -> None:
+    """Raise if the call that this thread works for has been interrupted, or has failed.
+
+    Python tells the main thread alone of Ctrl-C. Selections ask before each step.
+    """
+    stop = getattr(_here, "stop", None)
+    if stop is not None and stop.is_set():
+        raise StoppedError
 
 
 def side_by_side(work: Callable[[int], _T], some: range, values: Any, each: int) -> Iterator[_T]:
     """work(k) for each of some numbers, in their order.
 
     Several are computed at a time where values, a table, lie on the CPU and few bytes are taken:
-    ``each`` by one call. The threads that a user allows are shared among those that run. They
-    must not warn: the caller's line is not on their stacks.
+    ``each`` by one call. The threads that a user allows are shared among those that run. What
+    they warn of is not told at the caller's line, which is not on their stacks.
     """
     threads, workers = get_num_threads(), 1
     if not is_tensor(values):
@@ -24,8 +40,15 @@ def side_by_side(work: Callable[[int], _T], some: range, values: Any, each: int)
     if workers == 1:
         yield from map(work, some)
         return
-    pool = ThreadPoolExecutor(workers, "lcodec_ext", use_threads_here, (threads // workers,))
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(workers, "lcodec_ext", _begin, (threads // workers, stop))
     try:
         yield from pool.map(work, some)
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(threads: int, stop: threading.Event) -> None:
+    use_threads_here(threads)
+    _here.stop = stop

@@ -67,7 +67,9 @@ def warn_of_statistics(
             f"the deleted samples lose {own:.3g}, and by the model {before.forget_loss:.3g}. "
             "Collect them from the trained model"
         )
-    labels = None if request.validation is None else labels_of(request.validation)
+    if request.validation is None or work.settings.calibrate:  # warn_of_doubts says it there
+        return
+    labels = labels_of(_some_of(request.validation))
     if labels is not None and guard is not None and guard.watched == "accuracy":
         for doubt in _hardly_trained(np.unique(labels, return_counts=True)[1] / len(labels), guard):
             warn(doubt)
@@ -83,8 +85,7 @@ def _doubts(request: Request, guard: Guard | None) -> Iterator[str]:
             f"the request is {request.m:,} of {n:,} training samples: a step from the present "
             "weights forgets less of so many than retraining does, which is also cheaper for them"
         )
-    numbers = np.random.default_rng(0).permutation(len(held))[:GUARD_SIZE]
-    some = held.subset(np.sort(numbers).tolist()).loaded()
+    some = _some_of(held)
     trained = [each for each in (request.forget, kept.all) if each.in_memory]
     shared = sum(n_shared(some, each) for each in trained)
     if shared > _SHARED * len(some):
@@ -95,6 +96,12 @@ def _doubts(request: Request, guard: Guard | None) -> Iterator[str]:
     if guard is not None:
         yield from _unsure(guard.losses.numpy())
     yield from _unlike(some, request, guard)
+
+
+def _some_of(held: Samples) -> Samples:
+    """As many validation samples as a guard watches."""
+    numbers = np.random.default_rng(0).permutation(len(held))[:GUARD_SIZE]
+    return held.subset(np.sort(numbers).tolist()).loaded()
 
 
 def _unsure(losses: NDArray[np.float64]) -> Iterator[str]:
