@@ -1,6 +1,6 @@
 """Plot cost against columns and rows from a result file.
 
-    python benchmarks/plots.py benchmarks/results/cpu.json
+    python benchmarks/plots.py benchmarks/results/cost.json
 
 The exponents in the legend are fitted to the upper half of the sizes (on the logarithmic axis),
 where fixed costs no longer matter. The script needs Matplotlib.

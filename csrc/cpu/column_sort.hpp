@@ -38,6 +38,8 @@ class ColumnSorter {
     std::fill_n(sorted_.data(), size_ * lanes_.lanes, kLargest);
   }
 
+  static constexpr std::int64_t kMostLaneRows = 8192;
+
   // Longer columns leave too few bits for their values, and vectors of them outgrow the cache.
   static std::int64_t width(SimdLevel level, std::int64_t n) {
     return n <= kMostLaneRows ? lane_sort_for(level).lanes : 1;
@@ -55,7 +57,6 @@ class ColumnSorter {
   }
 
  private:
-  static constexpr std::int64_t kMostLaneRows = 8192;
   static constexpr std::int32_t kLargest = std::numeric_limits<std::int32_t>::max();
 
   std::int64_t width() const { return n_ <= kMostLaneRows ? lanes_.lanes : 1; }

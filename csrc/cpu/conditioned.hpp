@@ -47,6 +47,7 @@ struct Conditioned {
   // A column in increasing order of (value, row).
   struct Sorted {
     Index* rows = nullptr;
+    const T* values = nullptr;  // where a column outgrows the cache
     Coded<T> coded;
   };
 
@@ -64,6 +65,7 @@ struct Conditioned {
   std::vector<Sorted> sorted;           // [p] made by code_columns and sort_columns
   std::vector<std::uint8_t> looked_at;  // [p] by code_columns
   std::vector<Pages<Index>> row_slabs;  // memory of `sorted`
+  std::vector<Pages<T>> value_slabs;
 
   Conditioned(const Columns<T>& c, const std::int32_t* given_rank, TieRule tie_rule)
       : columns(c),
@@ -185,9 +187,18 @@ struct Conditioned {
       return Unsorted<T>{};
     };
     const Status status = sort_side_by_side<T>(m, order, number, execution, look);
-    if (status == Status::ok)
-      for (std::int64_t a = 0; a < m; ++a) sorted[at(missing[at(a)])].rows = slab + a * columns.n;
-    return status;
+    if (status != Status::ok) return status;
+    for (std::int64_t a = 0; a < m; ++a) sorted[at(missing[at(a)])].rows = slab + a * columns.n;
+    if (columns.n <= ColumnSorter<T>::kMostLaneRows) return status;
+    T* values = value_slabs.emplace_back(missing.size() * at(columns.n)).data();
+    return parallel_for(m, execution, [&] {
+      return [&](std::int64_t a) {
+        Sorted& result = sorted[at(missing[at(a)])];
+        T* own = values + a * columns.n;
+        for (std::int64_t t = 0; t < columns.n; ++t) own[t] = value(missing[at(a)], result.rows[t]);
+        result.values = own;
+      };
+    });
   }
 
   // The order that is known of the given rows, in the rows here. Those of equal value change
@@ -207,20 +218,29 @@ struct Conditioned {
   // kAlong rows.
   bool nearest_along(std::int64_t column, Index own, T best, std::vector<Index>& nearest) const {
     const Index* rows = sorted[at(column)].rows;
+    const T* values = sorted[at(column)].values;
+    const auto value_at = [&](std::int64_t t) {
+      return values ? values[t] : value(column, rows[t]);
+    };
     const T x = value(column, own);
     const T c = columns.factor[column];
-    const std::int64_t here =
-        std::partition_point(rows, rows + columns.n,
-                             [&](Index row) { return value(column, row) < x; }) -
-        rows;
+    std::int64_t here = 0;
+    for (std::int64_t end = columns.n; here < end;) {
+      const std::int64_t middle = here + (end - here) / 2;
+      if (value_at(middle) < x) {
+        here = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
     nearest.clear();
     std::int64_t left = kAlong;
     for (const std::int64_t step : {-1, 1}) {
       for (std::int64_t t = here - (step < 0); 0 <= t && t < columns.n; t += step) {
-        const Index row = rows[t];
-        const T scaled = (x - value(column, row)) * c;
+        const T scaled = (x - value_at(t)) * c;
         if (scaled * scaled > best) break;
         if (--left < 0) return false;
+        const Index row = rows[t];
         T distance = 0;
         for (std::size_t d = 0; d < selected.size(); ++d) {
           const T part = (selected[d][at(own)] - selected[d][at(row)]) * selected_factor[d];
