@@ -239,7 +239,7 @@ def test_a_fork_within_a_call_ends_the_call_there():
         FORK
         + textwrap.dedent(
             """
-            X, forked = np.random.default_rng(0).normal(size=(6_000, 30)), []
+            X, forked = np.random.default_rng(0).normal(size=(20_000, 12)), []
             signal.signal(signal.SIGALRM, lambda *_: forked.append(os.fork()))
             signal.setitimer(signal.ITIMER_REAL, 0.2)
             try:

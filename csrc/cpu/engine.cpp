@@ -354,7 +354,8 @@ class Engine<T>::Race {
   Status run() {
     const Status status = few() ? search_few() : scan_bands();
     if (status == Status::ok)
-      for (const auto& [c, whole] : complete_) totals_[c] = whole;
+      for (const auto& [c, whole] : complete_)
+        totals_[c] = whole.floor() + 2 > bar_ ? whole : Total{-1, 0};
     return status;
   }
 

@@ -61,7 +61,8 @@ def warn_of_statistics(
         return
     unit = 1.0 if guard is None else guard.unit
     own = statistics.mean_loss(work.model, request.forget, work.loss_fn, work.settings.batch_size)
-    if is_much_worse(before.forget_loss, own, unit):
+    # The last snapshot of `from_epochs` is one of training's, which goes on.
+    if statistics.kind != "secant" and is_much_worse(before.forget_loss, own, unit):
         warn(
             "the statistics are of other weights than those that training ended with: at theirs "
             f"the deleted samples lose {own:.3g}, and by the model {before.forget_loss:.3g}. "

@@ -505,7 +505,11 @@ def _positions(model: nn.Module) -> Iterator[dict[str, int]]:
 
         return module.register_forward_hook(count)
 
-    handles = [hook(name, module) for name, module in model.named_modules()]
+    handles = [
+        hook(name, module)
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
+    ]
     try:
         yield found
     finally:
