@@ -148,11 +148,11 @@ check-sanitize: $(VENV)/.installed ## Part of check: native tests on an ASan + U
 	export LD_PRELOAD="$$(runtime asan) $$(runtime libstdc)" ASAN_OPTIONS=detect_leaks=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$PWD/build/sanitize/site"; \
 	$(BIN)/python -P -c 'import lcodec_ext as m; assert m.build_info()["sanitizers"], m.__file__'; \
-	HYPOTHESIS_PROFILE=short $(BIN)/pytest -m native -k 'not forward0 and not reversed0' \
+	HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) -m native -k 'not forward0 and not reversed0' \
 	    $$(grep -rl --include='*.py' mark.native tests)
 
 check-long: $(VENV)/.installed ## Part of check: tests of properties with the long Hypothesis profile
-	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(ARGS) $$(grep -l 'from hypothesis' tests/test_*.py)
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(SIDE_BY_SIDE) $(ARGS) $$(grep -l 'from hypothesis' tests/test_*.py)
 
 # Another CPU rounds otherwise: its vectors are of another length, MKL takes other kernels on AMD, and
 # threads split sums. The first run takes the least that torch, MKL and oneDNN offer. The second takes
@@ -166,7 +166,7 @@ check-paths: $(VENV)/.installed ## Part of check: tests of torch arithmetic on o
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
 	    HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) -m 'not native' $(PATHS_TESTS)
 	ATEN_CPU_CAPABILITY=avx2 LCODEC_TEST_TORCH_THREADS=2 OMP_WAIT_POLICY=passive \
-	    HYPOTHESIS_PROFILE=short $(BIN)/pytest -m 'not native' $(PATHS_TESTS)
+	    HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) -m 'not native' $(PATHS_TESTS)
 
 # --------------------------------------------------------------------------------------------
 # The virtual environment, in two stamps: tools, and the package with all it needs
