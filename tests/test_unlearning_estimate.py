@@ -3,9 +3,9 @@
 import dataclasses
 import importlib
 import json
+import statistics
 import subprocess
 import sys
-import statistics
 import time
 import warnings
 
