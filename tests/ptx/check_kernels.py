@@ -1,7 +1,7 @@
 """CUDA kernels as nvcc compiled them, run by the PTX interpreter: == the CPU, and no mistake.
 
 `make check-ptx` builds the module `_interpreted` and runs this file, in one process, because the
-last test looks at what all others have executed. README.md beside it says what is checked.
+last test looks at what all others have executed. README.md in this folder says what is checked.
 """
 
 import warnings
