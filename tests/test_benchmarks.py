@@ -51,6 +51,7 @@ import unlearning  # noqa: E402
 import unlearning_baselines  # noqa: E402
 import unlearning_models  # noqa: E402
 import users  # noqa: E402
+import versions  # noqa: E402
 import wheels  # noqa: E402
 from cases import CASES  # noqa: E402
 
@@ -1021,6 +1022,30 @@ def test_the_recorded_wheels_are_small_and_work():
         assert wheel["bytes"] < wheels.LIMIT
         assert wheel["core_only_passed"]
     assert any(wheel["free_threaded"] for wheel in found["wheels"].values())
+
+
+def test_two_versions_take_turns(tmp_path, capsys):
+    old, output = tmp_path / "old", tmp_path / "record.json"
+    old.mkdir()
+    (old / "lcodec_ext").symlink_to(Path(lcodec_ext.__file__).parent)
+    arguments = [str(old), "--cases", "small_codec", "--rounds", "2", "--output", str(output)]
+    assert versions.main(arguments) == 0
+    case = results.load(output)["cases"]["small_codec"]
+    assert [len(case["samples"][version]) for version in versions.VERSIONS] == [2, 2]
+    assert 0.2 < case["ratio"] < 5  # of a version and itself
+    assert "| codec, n = 50, 1,000 calls |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has no lcodec_ext"):
+        versions.main([str(tmp_path), *arguments[1:]])
+
+
+def test_the_page_has_the_recorded_versions():
+    found = results.load(ROOT / "benchmarks/results/versions.json")
+    assert versions.table(found["cases"]) in (ROOT / "docs/benchmarks.md").read_text("utf-8")
+    assert found["dirty"] is False
+    assert set(found["cases"]) == set(versions.CASES)
+    assert {(*case["versions"].values(),) for case in found["cases"].values()} == {
+        ("0.1.0", "0.2.0")
+    }
 
 
 def test_the_guide_has_the_recorded_users():
