@@ -30,6 +30,9 @@ class _Engine:
         self, candidates: _I64, floor: int, level: str, threads: int
     ) -> tuple[_I64, _I64]: ...
     def row_sums(self, candidate: int, level: str, threads: int) -> tuple[_I64, _I64]: ...
+    def sums_by_count(
+        self, candidate: int, level: str, threads: int
+    ) -> tuple[list[int], list[int]]: ...
     # With LCODEC_INSTRUMENTS: distances with a candidate; the vector instructions that these take
     # at the least; those of scans that go on with all candidates until the last one stops;
     # thread-seconds.

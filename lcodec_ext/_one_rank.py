@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from lcodec_ext._callers import warn
 
+_NOTHING = nullcontext()  # which holds nothing, and so may be entered many times
+
 Piece = TypeVar("Piece")
 
 
@@ -23,11 +25,11 @@ class OneRank:
         self, what: str, same: tuple[type[Exception], ...] = ()
     ) -> AbstractContextManager[None]:
         """A failure is told by itself."""
-        return nullcontext()
+        return _NOTHING
 
     def warning_last(self) -> AbstractContextManager[None]:
         """Nobody waits: warnings come as they arise."""
-        return nullcontext()
+        return _NOTHING
 
     def equal(
         self, what: str, own: Callable[[], Piece], options: Mapping[str, Any] | None = None

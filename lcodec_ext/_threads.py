@@ -19,7 +19,13 @@ _PROC, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 _threads: int | None = None
 _limit: int | None = None  # that of threadpoolctl, while it lasts
-_here = threading.local()  # its `threads`: those for work that starts on this Python thread
+
+
+class _Here(threading.local):
+    threads: int | None = None  # those for work that starts on this Python thread
+
+
+_here = _Here()
 
 
 def set_num_threads(threads: int) -> None:
@@ -58,7 +64,7 @@ def get_num_threads() -> int:
         If ``LCODEC_NUM_THREADS`` does not hold a number from 1 to 1024.
     """
     threads = _wanted()
-    for limit in (_limit, getattr(_here, "threads", None)):
+    for limit in (_limit, _here.threads):
         if limit is not None and limit < threads:
             threads = limit
     return threads

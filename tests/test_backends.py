@@ -252,7 +252,7 @@ def test_near_ties_are_decided_by_rationals(monkeypatch, rng):
         columns = CpuColumns(table)
         choice = Candidates(
             lambda laid: (response, engine),
-            Laid(columns, np.ones(2)),
+            Laid(columns, np.ones(2), np.ones(2)),
             2,
             0,
             lambda k: f"column {k}",

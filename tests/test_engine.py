@@ -124,6 +124,23 @@ def test_engine_equals_reference(shape, dtype, ties):
                 reference.select(column)
 
 
+@pytest.mark.parametrize("ties", ["average", "random", "first"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("n", [3, 63, 64, 65])
+def test_few_rows_equal_reference(n, shape, ties):
+    """Fewer than 64 rows are compared with each other; more are searched in a tree."""
+    X, (R, _) = shape(n), ranks(RNG.integers(0, n, n))
+    factors = np.array([1.0, 0.3, 2.0, 1.0, 1.7, 0.0])
+    cpu = CpuEngine(CpuColumns(X), factors, R, ties, 5)
+    reference = ReferenceEngine(ReferenceColumns(X), factors, R, ties, 5)
+    for column in [0, 3, 1]:
+        assert cpu.exact_sum(column) == reference.exact_sum(column)
+        for got, expected in zip(cpu.row_sums(2), reference.row_sums(2), strict=True):
+            np.testing.assert_array_equal(got, expected)
+        cpu.select(column)
+        reference.select(column)
+
+
 def hard_to_sort(rng, n):
     """Near values, far ones, ties of many levels, order and none: more columns than a tile has."""
     x = rng.normal(size=n)

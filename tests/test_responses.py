@@ -389,3 +389,15 @@ def test_bad_numbers_of_neighbors(rng):
             warnings.simplefilter("error")
             call(y, X, n_neighbors=19)
             call(y, X, n_neighbors=np.int64(1), ties="first")
+
+
+def test_steps_compare_and_report_the_exact_coefficient(rng):
+    """T and gains without fractions are those of fractions, also where a gain is just the least."""
+    sums = exact.ResponseSums(*CpuBackend().ranks(rng.integers(0, 9, 40)))
+    for least in (0, Fraction(1, 8)):
+        level = sums.start + Fraction(least) * sums.denominator / sums.n
+        for m in (level, level + Fraction(1, 2**80), 5, 800, Fraction(1801, 3)):
+            T = sums.unconditional(m)
+            assert sums.value(m) == float(T)
+            assert sums.gains(m, sums.start, least) == (T > least)
+    assert sums.unconditional(sums.start) == 0

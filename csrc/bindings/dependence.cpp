@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "bindings/arguments.hpp"
 #include "bindings/bindings.hpp"
@@ -90,6 +91,24 @@ class BoundEngine {
     return py::make_tuple(sum, count);
   }
 
+  // The sums of row_sums added up for each number of neighbours: two lists, sums and numbers.
+  py::tuple sums_by_count(std::int64_t candidate, const std::string& level, int threads) {
+    expect_column(candidate);
+    const auto n = static_cast<std::size_t>(x_.shape(1));
+    std::vector<std::int64_t> sum(n), count(n), of_count(n, 0);  // of a row; of 1 .. n - 1
+    run(level, threads, [&](const Execution& execution) {
+      return engine_.row_sums(candidate, sum.data(), count.data(), execution);
+    });
+    for (std::size_t i = 0; i < n; ++i) of_count[static_cast<std::size_t>(count[i])] += sum[i];
+    py::list sums, counts;
+    for (std::size_t c = 1; c < n; ++c) {
+      if (of_count[c] == 0) continue;
+      sums.append(of_count[c]);
+      counts.append(c);
+    }
+    return py::make_tuple(sums, counts);
+  }
+
   static void bind(py::module_& m, const char* name) {
     py::class_<BoundEngine> engine(m, name);
     engine
@@ -101,6 +120,8 @@ class BoundEngine {
         .def("score", &BoundEngine::score, py::arg("candidates").noconvert(), py::arg("floor"),
              py::arg("level"), py::arg("threads"))
         .def("row_sums", &BoundEngine::row_sums, py::arg("candidate"), py::arg("level"),
+             py::arg("threads"))
+        .def("sums_by_count", &BoundEngine::sums_by_count, py::arg("candidate"), py::arg("level"),
              py::arg("threads"));
 #ifdef LCODEC_INSTRUMENTS
     engine.def_property_readonly("scanned", [](const BoundEngine& self) {

@@ -46,13 +46,7 @@ struct Sorter {
       words[at(i)] = {sort_key(column[i]), static_cast<std::int32_t>(i)};
     }
     if (!finite) return false;
-    if (n >= 512) {
-      radix_sort<double>(words, spare);
-    } else {
-      std::sort(words.begin(), words.end(), [](const auto& a, const auto& b) {
-        return a.key != b.key ? a.key < b.key : a.row < b.row;
-      });
-    }
+    radix_sort<double>(words, spare);
     return true;
   }
 

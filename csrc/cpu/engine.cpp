@@ -208,7 +208,7 @@ struct Engine<T>::State {
       return true;
     };
     const auto n = given.columns.n;
-    if (static_cast<std::int64_t>(given.k()) >= kTreeColumns) {
+    if (!tree_pays(n, static_cast<std::int64_t>(given.k()) + 1)) {
       std::vector<const T*> x;
       for (const auto& values : given.selected) x.push_back(values.data());
       const std::vector<T> own_values = given.values(column);

@@ -20,6 +20,11 @@ namespace lcodec {
 // More columns than this are searched by comparing all rows: boxes prune little there.
 constexpr std::int64_t kTreeColumns = 12;
 
+// Whether rows are searched in a tree; building one takes longer than comparing a few rows.
+inline bool tree_pays(std::int64_t n, std::int64_t columns) {
+  return n >= kFewRows && columns <= kTreeColumns;
+}
+
 // Rows with equal values in all columns so far have equal group numbers.
 template <class T>
 struct Groups {

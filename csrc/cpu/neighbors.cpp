@@ -33,7 +33,7 @@ Status neighbors(const Columns<T>& columns, Ties ties, std::uint64_t seed,
   std::vector<const T*> values;
   for (std::int64_t f = 0; f < columns.p; ++f) values.push_back(columns.x + f * columns.n);
   const std::vector<T> factors(columns.factor, columns.factor + columns.p);
-  if (columns.p > kTreeColumns)
+  if (!tree_pays(columns.n, columns.p))
     return nearest_of_all(values, factors, columns.n, kernels, execution, make_report);
   Groups<T> groups(columns.n);
   for (const T* x : values) groups.refine(x);

@@ -1,6 +1,7 @@
 // Sorting rows by the values of a column, rows of equal value in increasing order.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstdint>
@@ -65,9 +66,14 @@ void radix_sort_by_digits(std::vector<SortWord<T>>& words, std::vector<SortWord<
   }
 }
 
+// Sorts words, given in increasing order of their rows, by (key, row).
 template <class T>
 void radix_sort(std::vector<SortWord<T>>& words, std::vector<SortWord<T>>& spare) {
-  if (words.size() < 4096) {
+  if (words.size() < 512) {  // counting would take longer
+    std::sort(words.begin(), words.end(), [](const SortWord<T>& a, const SortWord<T>& b) {
+      return a.key != b.key ? a.key < b.key : a.row < b.row;
+    });
+  } else if (words.size() < 4096) {
     radix_sort_by_digits<T, 8>(words, spare);
   } else {
     radix_sort_by_digits<T, 11>(words, spare);

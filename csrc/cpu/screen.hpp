@@ -49,16 +49,18 @@
 
 namespace lcodec {
 
+constexpr std::int64_t kFewRows = 64;  // fewer are compared with each other, in any columns
+
 template <class T>
 class Screen {
  public:
   using Index = std::int32_t;
   static constexpr Index kMost = 32;  // rows that are kept for a row
 
-  // Whether it is faster than comparing all rows: from 64 rows on, as measured in 13 to 300
+  // Whether it is faster than comparing all rows: as measured in 13 to 300
   // columns.
   static bool pays(std::int64_t n, std::int64_t columns) {
-    return n >= 64 && columns <= (std::int64_t{1} << 20);  // the proof needs this limit
+    return n >= kFewRows && columns <= (std::int64_t{1} << 20);  // the proof needs this limit
   }
 
   // Columns x[f] [n] with their factors; distances between rows are finite.

@@ -96,8 +96,9 @@ class Engine {
                std::int64_t* whole, std::int64_t* fraction, const Execution& execution);
   static constexpr std::int64_t kNoFloor = -1;
 
-  // S_i and c_i of every row for one candidate: a k-d tree, about O(log n) a row, up to 12 columns
-  // in all; O(n) a row and column beyond, of which most are multiply-adds of a screen.
+  // S_i and c_i of every row for one candidate: a k-d tree of 64 rows or more, about O(log n) a
+  // row, up to 12 columns in all; O(n) a row and column beyond, of which most are multiply-adds of
+  // a screen.
   Status row_sums(std::int64_t candidate, std::int64_t* sum, std::int64_t* count,
                   const Execution& execution);
 

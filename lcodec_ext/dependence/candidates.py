@@ -11,7 +11,7 @@ from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import Laid, Leaders
 from lcodec_ext.dependence.backends.block_table import BlockTable
 from lcodec_ext.dependence.foci_null import Chance, StepNull, StepTest
-from lcodec_ext.dependence.scaling import Label, check_overflow, squared_spans
+from lcodec_ext.dependence.scaling import Label, check_overflow, far_from_overflow
 
 Make = Callable[[Laid], tuple[Any, Any]]  # sums of a response and an engine over a table
 
@@ -36,7 +36,7 @@ class Candidates:
         self._make = make
         self.laid = laid
         self.response, self._engine = make(laid)
-        self._reach = Reach(squared_spans(*laid), label)
+        self._reach = Reach(laid.spans, label)
         for column in range(len(laid.factors) - given, len(laid.factors)):
             self._reach.add(column)
         self.selected: list[int] = []
@@ -107,8 +107,8 @@ class Candidates:
         columns, whole, fraction = leaders
         if len(columns) == 0:
             return None
-        if not fraction.any():  # exact, and so equal
-            return int(columns.min()), Fraction(int(whole[0]))
+        if not len(fraction.nonzero()[0]):  # exact, and so equal
+            return int(columns[columns.argmin()]), int(whole[0])
         sums = {int(column): self._engine.exact_sum(int(column)) for column in np.sort(columns)}
         self._check_unchanged()
         if len(sums) == 1:
@@ -137,9 +137,12 @@ class Reach:
 
     def __init__(self, spans: NDArray, label: Label) -> None:
         self.spans, self._label, self._bound = spans, label, spans.dtype.type(0)
+        self.far = far_from_overflow(spans)  # whatever is selected, while spans stay as they are
 
     def check(self, columns: Sequence[int] | NDArray[np.int64]) -> None:
         """Refuse columns any of which would overflow beside those selected."""
+        if self.far:
+            return
         with np.errstate(over="ignore", under="ignore"):
             bounds = self._bound + self.spans[columns]
         check_overflow(bounds, lambda k: self._label(int(columns[k])))

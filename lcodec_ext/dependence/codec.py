@@ -226,10 +226,9 @@ class _Arguments(NamedTuple):
         """The table's columns; warns the caller of codec or lcodec of constant ones."""
         columns = backend.lay_out(self.table)
         constant = constant_columns(columns)
-        if constant.any():
-            self.z.warn_constant(constant[self.r : self.p])
-            if self.x is not None:
-                self.x.warn_constant(constant[: self.r])
+        self.z.warn_constant(constant[self.r : self.p])
+        if self.x is not None:
+            self.x.warn_constant(constant[: self.r])
         self.target.warn_constant(self.y)
         return columns
 

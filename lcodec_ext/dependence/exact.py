@@ -5,11 +5,14 @@ tied neighbours. What is compared or reported is the rational ``sum_i S_i / c_i`
 """
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Rational = int | Fraction  # arithmetic on integers is much quicker
 
 FRACTION_BITS = 43  # n * 2**43 < 2**63 up to n = 2**20
 _HALF_BITS = 26
@@ -17,10 +20,12 @@ _HALF = (1 << _HALF_BITS) - 1
 MAX_ROUNDING = 1 << 20  # units of 2**-43 that a fixed-point sum can lie below its exact one
 
 
-def sum_of_ratios(numerators: NDArray[np.int64], denominators: NDArray[np.int64]) -> Fraction:
+def sum_of_ratios(numerators: Sequence[int], denominators: Sequence[int]) -> Fraction:
     """``sum_k numerators[k] / denominators[k]`` over a few positive denominators."""
-    common = math.lcm(*denominators.tolist())
-    shares = zip(numerators.tolist(), denominators.tolist(), strict=True)
+    if len(denominators) == 1:
+        return Fraction(numerators[0], denominators[0])
+    common = math.lcm(*denominators)
+    shares = zip(numerators, denominators, strict=True)
     return Fraction(sum(number * (common // share) for number, share in shares), common)
 
 
@@ -30,12 +35,12 @@ def total(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> Fraction:
     ``bincount`` adds doubles, exactly so here: the halves of a sum (below 2**40) are below 2**26,
     and 10**6 of them below 2**53. The sums of one count add up to 10**18 at most.
     """
-    if int(counts.sum()) == len(counts):  # all are 1
+    if counts.sum() == len(counts):  # all are 1
         return Fraction(int(sums.sum()))
     low = np.bincount(counts, weights=sums & _HALF).astype(np.int64)
     high = np.bincount(counts, weights=sums >> _HALF_BITS).astype(np.int64)
     used = np.flatnonzero(low + high)
-    return sum_of_ratios((high[used] << _HALF_BITS) + low[used], used)
+    return sum_of_ratios(((high[used] << _HALF_BITS) + low[used]).tolist(), used.tolist())
 
 
 def fixed_point(sums: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[int, int]:
@@ -57,6 +62,9 @@ def contenders(
     Fixed point rounds every row down by less than one unit, so a score lies up to n units below
     its exact sum, and on it where the fraction is 0.
     """
+    if len(whole) and not len(fraction.nonzero()[0]):  # all are exact
+        best = (whole == max(whole[whole.argmax()], 0)).nonzero()[0]
+        return columns[best], whole[best], fraction[best]
     high = whole + (fraction >> FRACTION_BITS)
     top = high.max(initial=0)
     close = (high >= top - 1) & (whole >= 0)  # others are out of the leader's reach
@@ -91,9 +99,13 @@ class ResponseSums:
         self.sum_R = int(R.sum())  # and that of L: both count the pairs with y_i <= y_j
         self.sum_L2 = int((L * L).sum())  # at most 10**18
         self.denominator = n * self.sum_R - self.sum_L2  # sum L_i (n - L_i)
-        self.start = Fraction(self.sum_L2, n)  # no columns: T(Y, {}) = 0
 
-    def floor(self, m: Fraction) -> int:
+    @property
+    def start(self) -> Fraction:
+        """``sum m_i`` of no columns: T(Y, {}) = 0."""
+        return Fraction(self.sum_L2, self.n)
+
+    def floor(self, m: Rational) -> int:
         """What an engine's whole sums must exceed to be a gain over m."""
         return int(m)
 
@@ -102,7 +114,16 @@ class ResponseSums:
         """Whether y is constant: the denominator of T(Y, Z) is 0."""
         return self.denominator == 0
 
-    def unconditional(self, m: Fraction) -> Fraction:
+    def gains(self, m: Rational, before: Rational, least: Rational) -> bool:
+        """Whether T(Y, Z) of m exceeds that of an earlier sum by more than the least."""
+        return self.n * (m - before) > least * self.denominator
+
+    def value(self, m: Rational) -> float:
+        """T(Y, Z) from ``sum m_i``, rounded once."""
+        above = self.n * m.numerator - self.sum_L2 * m.denominator
+        return above / (self.denominator * m.denominator)
+
+    def unconditional(self, m: Rational) -> Fraction:
         """T(Y, Z) from ``sum m_i``, of a y that is not constant.
 
         (n sum m_i - sum L_i^2) / sum L_i (n - L_i); Azadkia and Chatterjee 2021, section 2.
@@ -110,7 +131,7 @@ class ResponseSums:
         above = self.n * m.numerator - self.sum_L2 * m.denominator
         return Fraction(above, self.denominator * m.denominator)
 
-    def conditional(self, m_w: Fraction, m_x: Fraction) -> Fraction | None:
+    def conditional(self, m_w: Rational, m_x: Rational) -> Fraction | None:
         """T(Y, Z | X) from ``sum m^W_i`` and ``sum m^X_i``; None if y is a function of X.
 
         sum (m^W_i - m^X_i) / sum (R_i - m^X_i), the same m^X above and below.
@@ -118,4 +139,4 @@ class ResponseSums:
         denominator = self.sum_R - m_x
         if denominator == 0:
             return None
-        return (m_w - m_x) / denominator
+        return Fraction(m_w - m_x, denominator)

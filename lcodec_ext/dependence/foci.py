@@ -42,9 +42,7 @@ from lcodec_ext.dependence.scaling import (
     Standardize,
     check_overflow,
     constant_columns,
-    scale_factors,
-    squared_spans,
-    warn_underflow,
+    scaled,
 )
 from lcodec_ext.dependence.shards import ROOM, Shard, ShardedCandidates
 from lcodec_ext.dependence.side_by_side import go_on
@@ -480,8 +478,8 @@ def first_step_scores(X: Any, y: Any) -> NDArray[np.float64]:
     response = exact.ResponseSums(R, L)
     if response.constant:
         raise ValueError("y is constant, so T(y, column) is undefined; pass a y that varies")
-    factors = scale_factors(columns, "scale", features.label)
-    check_overflow(squared_spans(columns, factors), features.label)
+    _, factors, spans = scaled(columns, "scale", features.label)
+    check_overflow(spans, features.label)
     engine = backend.engine(columns, factors, R, "average", 0)
     whole, fraction = engine.score(np.arange(len(factors)))
     sums = whole + fraction / 2.0**exact.FRACTION_BITS
@@ -518,10 +516,11 @@ class _Task:
         self.standardize = check_choice(options["standardize"], "standardize", STANDARDIZE)
         self.progress = check_bool(progress, "progress") and ranks.rank == 0
         self.stop = self.level is not None or check_bool(options["stop"], "stop")
-        self.min_gain = check_real(options["min_gain"], "min_gain", 0)
-        if self.min_gain > 0 and not self.stop:
+        min_gain = check_real(options["min_gain"], "min_gain", 0)
+        self.min_gain = Fraction(min_gain) if min_gain else 0
+        if min_gain and not self.stop:
             raise ValueError(
-                f"min_gain={self.min_gain:g} needs stop=True: with stop=False nothing is left out"
+                f"min_gain={min_gain:g} needs stop=True: with stop=False nothing is left out"
             )
         if options["max_features"] is not None:
             check_integer(options["max_features"], "max_features", 1)
@@ -586,7 +585,8 @@ class _Task:
             if missing is not None:
                 missing = missing.beside(missing_rows(of_y, nan_policy))
             self.rows = clean_rows(of_X | of_y, nan_policy, missing=missing)
-            self.features = self.features._replace(values=self.rows.values["X"])
+            if self.rows.n_omitted:
+                self.features = self.features._replace(values=self.rows.values["X"])
             self.y = self.rows.values["y"]
             if self._classes:
                 check_classes(self.y, True)
@@ -667,9 +667,7 @@ class _Task:
 
     def scaled(self, columns: Columns) -> Laid:
         """Columns and their factors; warns the caller of columns whose squares underflow."""
-        factors = scale_factors(columns, self.standardize, self.label)
-        warn_underflow(columns, factors, len(self.y), self.label)
-        return Laid(columns, factors)
+        return scaled(columns, self.standardize, self.label, len(self.y))
 
     def _null(self, y: Any) -> StepNull | None:
         """Permutations of y, where steps are tested by them."""
@@ -682,7 +680,7 @@ class _Task:
     def _candidates(self, laid: Laid, y: Any) -> Candidates:
         def make(laid: Laid) -> tuple[Any, Any]:
             return response_engine(
-                self.backend, *laid, y, self.target.nominal, self.ties,
+                self.backend, laid.columns, laid.factors, y, self.target.nominal, self.ties,
                 tie_seed(self.ties, self.seed), self.n_neighbors, self.target.average,
             )  # fmt: skip
 
@@ -728,7 +726,7 @@ class _Task:
         m = response.start
         for column in self.preselected:
             m = candidates.add(column, measure=column == self.preselected[-1])
-        base = float(response.unconditional(m))
+        base = response.value(m)
         progress = Progress(m) if before is None else before
         if progress.reason is None:
             for column, _, _ in progress.steps:
@@ -757,20 +755,19 @@ class _Task:
         # columns without a gain are compared only if one of them must be taken
         floor = response.floor(m) if self.stop and null is None else 0
         best, m_best = candidates.best(floor, bar, len(progress.steps) + 1) or (-1, m)
-        T = response.unconditional(m_best)
-        gain = T - response.unconditional(m)
         if null is not None:
-            test = candidates.test(null, gain)
-            reached = float(response.unconditional(m)) + test.threshold
+            test = candidates.test(null, response.unconditional(m_best) - response.unconditional(m))
+            reached = response.value(m) + test.threshold
             progress.tests.append(test._replace(threshold=reached))
-        progress.reason = self._ending(gain, progress.tests)
+        progress.reason = self._ending(response, m_best, progress)
         if progress.reason is not None:
             progress.not_taken = best
             return
+        T = response.value(m_best)
         conditioned = bool(self.preselected or progress.steps)
         step = response.conditional(m_best, m) if conditioned else T
         progress.determined |= step is None
-        progress.steps.append((best, float(T), 1.0 if step is None else float(step)))
+        progress.steps.append((best, T, 1.0 if step is None else float(step)))
         progress.m = m_best
         self._look_at_cap(progress)
         if progress.reason is None:
@@ -781,11 +778,11 @@ class _Task:
         if len(progress.steps) >= self.cap and progress.reason is None:
             progress.reason = "exhausted" if self.cap == self._most else "max_features"
 
-    def _ending(self, gain: Fraction, tests: list[StepTest]) -> StopReason | None:
+    def _ending(self, response: Any, m_best: Any, progress: Progress) -> StopReason | None:
         """Why the best step is not taken; None if it is."""
-        if self.stop and gain <= Fraction(self.min_gain):
-            return "no_gain" if gain <= 0 else "min_gain"
-        if self.level is not None and tests[-1].pvalue > self.level.alpha:
+        if self.stop and not response.gains(m_best, progress.m, self.min_gain):
+            return "min_gain" if response.gains(m_best, progress.m, 0) else "no_gain"
+        if self.level is not None and progress.tests[-1].pvalue > self.level.alpha:
             return "not_significant"
         return None
 

@@ -20,7 +20,6 @@ from lcodec_ext.dependence.scaling import (
     Standardize,
     check_overflow,
     constant_columns,
-    squared_spans,
 )
 from lcodec_ext.dependence.side_by_side import side_by_side
 from lcodec_ext.dependence.table import as_features, clean_rows
@@ -183,7 +182,7 @@ def dependence_graph(
         task.begin(seed, among=True)
         laid, task.rows = task.scaled(columns), rows
         chosen.share(columns)
-        check_overflow(squared_spans(*laid), features.label)
+        check_overflow(laid.spans, features.label)
     ranks.agree({"X": values, "names": names, "seed": seed, **options})
     if stop != "permutation" and ties != "random":
         seed = None  # nothing is drawn

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext.dependence.backends.base import Leaders, Scores
-from lcodec_ext.dependence.exact import FRACTION_BITS, ResponseSums
+from lcodec_ext.dependence.exact import FRACTION_BITS, Rational, ResponseSums
 
 Sums = tuple[Fraction, ...]
 
@@ -58,6 +58,14 @@ class JointSums:
     def floor(self, m: Sums) -> int:
         """None: no part may lose a candidate that another one needs."""
         return 0
+
+    def gains(self, m: Sums, before: Sums, least: Rational) -> bool:
+        """Whether V of m exceeds that of earlier sums by more than the least."""
+        return self.unconditional(m) - self.unconditional(before) > least
+
+    def value(self, m: Sums) -> float:
+        """V of Z, rounded once."""
+        return float(self.unconditional(m))
 
     def unconditional(self, m: Sums) -> Fraction:
         """V of Z, for T(Y, Z)."""

@@ -265,7 +265,8 @@ def limit_skewness(weights: PairSums, cube: float, squares: float, cubes: float)
 def _ratios(sizes: NDArray[np.int64], counts: NDArray[np.int64]) -> Fraction:
     """``sum sizes / counts``."""
     distinct, which = np.unique(counts, return_inverse=True)
-    return sum_of_ratios(np.bincount(which, weights=sizes).astype(np.int64), distinct)
+    of_each = np.bincount(which, weights=sizes).astype(np.int64)
+    return sum_of_ratios(of_each.tolist(), distinct.tolist())
 
 
 def null_moments(sums: ResponseSums, R: NDArray[np.int64], graph: PairSums) -> tuple[float, float]:

@@ -7,10 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext._callers import warn
-from lcodec_ext.dependence.backends.base import Columns
+from lcodec_ext.dependence.backends.base import Columns, Laid
 
 Standardize = Literal["scale", "bounded"]
 STANDARDIZE = ("scale", "bounded", None)
+
+_LIMITS = {  # of a working precision: the smallest normal number, and the largest one
+    np.dtype(kind): (float(np.finfo(kind).tiny), float(np.finfo(kind).max))
+    for kind in (np.float32, np.float64)
+}
 
 Label = Callable[[int], str]  # what messages call a column
 
@@ -20,8 +25,14 @@ def constant_columns(columns: Columns) -> NDArray[np.bool_]:
     return columns.low == columns.high
 
 
-def scale_factors(columns: Columns, standardize: Standardize | None, label: Label) -> NDArray:
-    """The factor c_f of every column, in the columns' dtype: computed in double, rounded once.
+def scaled(
+    columns: Columns, standardize: Standardize | None, label: Label, n: int | None = None
+) -> Laid:
+    """Columns with their factors c_f, in the columns' dtype: computed in double, rounded once.
+
+    ``((max - min) c_f)^2`` in working precision is a column's squared span; inf where it overflows.
+    Rounding is monotone, so this bounds every pair's term of the squared distance, and the sum over
+    columns in their order bounds the distance.
 
     Parameters
     ----------
@@ -29,47 +40,64 @@ def scale_factors(columns: Columns, standardize: Standardize | None, label: Labe
     standardize : {"scale", "bounded", None}
         1 / standard deviation (n - 1), 1 / range, or 1. A constant column gets 0.
     label : callable
+    n : int, optional
+        Rows: warns of columns whose neighbours' squared differences are too small to tell apart.
+        n rows lie about span / n apart; squares below the smallest normal number lose digits.
 
     Raises
     ------
     ValueError
         If a factor is not a finite positive number of the working precision.
     """
-    dtype = columns.low.dtype
-    if standardize is None:
-        return np.ones(len(columns.low), dtype=dtype)
-    constant = constant_columns(columns)
+    low, high = columns.low, columns.high
+    tiny, most = _LIMITS[low.dtype]
+    least = tiny * float(n or 1) ** 2
+    factors = spread = np.ones(len(low), dtype=low.dtype)
     with np.errstate(all="ignore"):  # the result is checked below
-        if standardize == "bounded":
-            spread = columns.high.astype(np.float64) - columns.low.astype(np.float64)
-        else:
-            spread = columns.standard_deviations()
-        factors = (1.0 / spread).astype(dtype)
+        if standardize is not None:
+            if standardize == "bounded":
+                spread = high.astype(np.float64) - low.astype(np.float64)
+            else:
+                spread = columns.standard_deviations()
+            factors = (1.0 / spread).astype(low.dtype)
+        spans = _squared((high - low) * factors)
+        # a factor of no use makes a span of 0, infinity or NaN
+        if len(spans) and not (_smallest(spans) >= least and _largest(spans) <= most):
+            constant = low == high
+            if standardize is not None:
+                _check_factors(factors, spread, constant, label)
+                factors[constant] = 0
+                spans = _squared((high - low) * factors)
+            if n is not None:
+                _warn_underflow(factors, (spans < least) & ~constant, label)
+    return Laid(columns, factors, spans)
+
+
+def _squared(values: NDArray) -> NDArray:
+    return values * values
+
+
+def _check_factors(
+    factors: NDArray, spread: NDArray, constant: NDArray[np.bool_], label: Label
+) -> None:
+    """Refuse factors that are of no use, except those of constant columns."""
     usable = np.isfinite(factors) & (factors > 0) & np.isfinite(spread)
     bad = np.flatnonzero(~usable & ~constant)
     if len(bad):
         raise ValueError(
-            f"{label(int(bad[0]))} cannot be standardised in {dtype}: its spread "
+            f"{label(int(bad[0]))} cannot be standardised in {factors.dtype}: its spread "
             f"{spread[bad[0]]:.3g} is too large or too small; rescale the column, or pass "
             "standardize=None"
         )
-    factors[constant] = 0
-    return factors
 
 
-def squared_spans(columns: Columns, factors: NDArray) -> NDArray:
-    """``((max - min) * c)^2`` of every column in working precision; inf where it overflows.
-
-    Rounding is monotone, so this bounds every pair's term of the squared distance, and the
-    sum over columns in their order bounds the distance.
-    """
-    with np.errstate(over="ignore", under="ignore"):
-        return _squared_spans(columns, factors)
+def _smallest(values: NDArray) -> float:
+    """NaN if there is one. Sooner found than by a reduction where values are few."""
+    return float(values[values.argmin()])
 
 
-def _squared_spans(columns: Columns, factors: NDArray) -> NDArray:
-    scaled = (columns.high - columns.low) * factors
-    return scaled * scaled
+def _largest(values: NDArray) -> float:
+    return float(values[values.argmax()])
 
 
 def check_distances(columns: Columns, label: Label, n: int | None = None) -> NDArray:
@@ -77,15 +105,18 @@ def check_distances(columns: Columns, label: Label, n: int | None = None) -> NDA
 
     With n, warns of what underflows on n rows.
     """
-    low = columns.low
-    factors = np.ones(len(low), dtype=low.dtype)
-    with np.errstate(over="ignore", under="ignore"):
-        spans = _squared_spans(columns, factors)
-        bounds = np.add.accumulate(spans)
-    check_overflow(bounds, label)
-    if n is not None:
-        _warn_underflow(spans, columns, factors, n, label)
+    _, factors, spans = scaled(columns, None, label, n)
+    if not far_from_overflow(spans):
+        with np.errstate(over="ignore", under="ignore"):
+            bounds = np.add.accumulate(spans)
+        check_overflow(bounds, label)
     return factors
+
+
+def far_from_overflow(spans: NDArray) -> bool:
+    """Whether no sum of some squared spans, each taken once, overflows in any order."""
+    most = _LIMITS[spans.dtype][1] / 4  # sums are rounded
+    return not len(spans) or _largest(spans) * len(spans) < most
 
 
 def check_overflow(bounds: NDArray, label: Label) -> None:
@@ -103,22 +134,9 @@ def check_overflow(bounds: NDArray, label: Label) -> None:
         )
 
 
-def warn_underflow(columns: Columns, factors: NDArray, n: int, label: Label) -> None:
-    """Warn of columns whose neighbours' squared differences are too small to tell apart.
-
-    n rows lie about span / n apart; squares below the smallest normal number lose digits.
-    """
-    _warn_underflow(squared_spans(columns, factors), columns, factors, n, label)
-
-
-def _warn_underflow(
-    spans: NDArray, columns: Columns, factors: NDArray, n: int, label: Label
-) -> None:
-    tiny = np.finfo(factors.dtype).tiny
-    small = spans.astype(np.float64, copy=False) < float(tiny) * float(n) ** 2
-    if not small.any():
-        return
-    affected = np.flatnonzero(small & ~constant_columns(columns) & (factors > 0))
+def _warn_underflow(factors: NDArray, small: NDArray[np.bool_], label: Label) -> None:
+    """Warn of columns with squared spans too small to tell rows apart."""
+    affected = np.flatnonzero(small & (factors > 0))
     if len(affected):
         warn(
             f"squared differences along {label(int(affected[0]))} underflow {factors.dtype}, so "

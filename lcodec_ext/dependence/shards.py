@@ -186,7 +186,7 @@ class ShardedCandidates(Candidates):
     def add(self, column: int, *, measure: bool = False) -> Any:
         """See `Candidates`, by the index in the whole table. One broadcast of n + 1 numbers."""
         owner = self._shard.owner(column)
-        columns, factors = self.laid
+        columns, factors, _ = self.laid
         told = np.full(len(self._shard.features.values) + 1, np.nan, dtype=factors.dtype)
         failure: Exception | None = None
         if owner == self._ranks.rank:
@@ -229,6 +229,7 @@ class ShardedCandidates(Candidates):
         with np.errstate(over="ignore", under="ignore"):
             scaled = (values.max() - values.min()) * factor
             self._reach.spans[place] = scaled * scaled
+        self._reach.far = False
         self.laid.factors[place] = factor
         if not self.laid.columns.put(place, values):
             self.replace(self.laid)
@@ -243,7 +244,8 @@ class ShardedCandidates(Candidates):
         for place, (_, values) in enumerate(self._foreign, self._p):
             columns.put(place, values)
         self._reach.spans = np.concatenate([self._reach.spans, more])
-        self.replace(Laid(columns, np.concatenate([factors[:end], more, factors[end:]])))
+        factors = np.concatenate([factors[:end], more, factors[end:]])
+        self.replace(Laid(columns, factors, self._reach.spans))
 
     def best(self, floor: int, bar: Any, step: int) -> tuple[int, Any] | None:
         """See `Candidates`, over all ranks: one gather of four integers.

@@ -10,7 +10,13 @@ from lcodec_ext._threads import get_num_threads, use_threads_here
 
 _T = TypeVar("_T")
 _BESIDE = 1 << 28  # bytes that may be taken at a time
-_here = threading.local()  # its `stop`: the event that ends what a thread of these works on
+
+
+class _Here(threading.local):
+    stop: threading.Event | None = None  # ends what a thread of these works on
+
+
+_here = _Here()
 
 
 class StoppedError(RuntimeError):
@@ -22,8 +28,7 @@ def go_on() -> None:
 
     Python tells the main thread alone of Ctrl-C. Selections ask before each step.
     """
-    stop = getattr(_here, "stop", None)
-    if stop is not None and stop.is_set():
+    if _here.stop is not None and _here.stop.is_set():
         raise StoppedError
 
 

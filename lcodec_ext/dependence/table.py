@@ -4,6 +4,7 @@ CUDA tensors are checked and converted where they lie; nothing but verdicts is r
 Every message names the argument, says what was given and what was expected.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -59,9 +60,9 @@ class Features(NamedTuple):
 
     def warn_constant(self, flags: NDArray[np.bool_]) -> None:
         """One warning for all columns that are flagged as constant; it names the first five."""
-        if not flags.any():
+        constant = flags.nonzero()[0]
+        if len(constant) == 0:
             return
-        constant = np.flatnonzero(flags)
         shown = first_few([self.column(int(k)) for k in constant], 5)
         verb = "is" if len(constant) == 1 else "are"
         warn(
@@ -275,8 +276,8 @@ def as_features(
     xp = array_module(array)
     dtype = xp.float32 if array.dtype == xp.float32 else xp.float64
     if is_tensor(array):
-        return features._replace(values=array.to(dtype).contiguous())
-    return features._replace(values=np.ascontiguousarray(array, dtype=dtype))
+        return Features(array.to(dtype).contiguous(), names, name)
+    return Features(np.ascontiguousarray(array, dtype=dtype), names, name)
 
 
 def _exact(features: Features, decimals: int | None) -> Features:
@@ -327,6 +328,8 @@ def missing_rows(arrays: dict[str, Any], nan_policy: str | None) -> Missing:
     counts: dict[str, int] = {}
     for name, array in arrays.items():
         found = _missing(name, array, nan_policy)
+        if found is _NOTHING:
+            continue
         counts |= found.counts
         if found.rows is not None:
             drop = found.rows if drop is None else drop | found.rows
@@ -432,8 +435,9 @@ def _is_finite(values: Any) -> bool:
         return False
     if not is_float(values):
         return True
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(array_module(values).isfinite(values.sum()))
+    if is_tensor(values):
+        return bool(values.sum().isfinite())
+    return math.isfinite(np.vdot(values, values))  # which warns of nothing, unlike a sum
 
 
 def _blocks(values: Any) -> Iterator[tuple[int, Any]]:

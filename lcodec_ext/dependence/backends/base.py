@@ -74,10 +74,14 @@ class Columns(Protocol):
 
 
 class Laid(NamedTuple):
-    """A table that a backend has laid out, and what each column is multiplied by."""
+    """A table that a backend has laid out, and what each column is multiplied by.
+
+    ``spans`` are the squared distances along each column from its smallest value to its largest.
+    """
 
     columns: Columns
     factors: NDArray
+    spans: NDArray
 
 
 class Engine(ABC):

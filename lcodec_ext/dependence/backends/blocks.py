@@ -122,7 +122,7 @@ def in_blocks(backend: BackendLike, X: Any, y: Any, max_memory: float | None) ->
     chosen = resolve(backend, X=X, y=y)
     table = block_table(X, "X", max_memory, chosen.lay_out)
     if table is None:
-        return backend, X
+        return chosen, X
     if not isinstance(chosen, HostBackend):
         raise ValueError(
             "X is read in blocks, which are computed on the CPU; got another backend: pass "

@@ -1,10 +1,14 @@
 """The backend on CPU threads with SIMD: the only caller of ``_core``'s CPU functions."""
 
+from fractions import Fraction
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lcodec_ext import _core
 from lcodec_ext._threads import cpu_settings
+from lcodec_ext.dependence import exact
 from lcodec_ext.dependence.backends.base import (
     TIES,
     HostBackend,
@@ -30,8 +34,12 @@ class CpuColumns:
             self.values = X.T
         else:
             rows = np.ascontiguousarray(X)
-            self.values, low, high = _core.dependence.lay_out(rows, *cpu_settings())
+            self.values, low, high = _core.dependence.lay_out(rows, *self._settings)
             self._range = low, high
+
+    @cached_property
+    def _settings(self) -> tuple[str, int]:
+        return cpu_settings()
 
     @property
     def low(self) -> NDArray:
@@ -49,7 +57,7 @@ class CpuColumns:
         return self._range
 
     def standard_deviations(self) -> NDArray[np.float64]:
-        return _core.dependence.standard_deviations(self.values, *cpu_settings())
+        return _core.dependence.standard_deviations(self.values, *self._settings)
 
     def sort(self) -> None:
         """Find the order of every column, which must not change from then on."""
@@ -71,7 +79,7 @@ class CpuEngine(HostEngine):
     ) -> None:
         super().__init__(len(columns.values))
         self._settings = cpu_settings()
-        single = columns.values.dtype == np.float32
+        single = columns.values.itemsize == 4
         make = _core.dependence.EngineFloat if single else _core.dependence.EngineDouble
         # Benchmarks read what it counts (in a build with LCODEC_INSTRUMENTS).
         self.compiled = make(
@@ -84,6 +92,9 @@ class CpuEngine(HostEngine):
 
     def row_sums(self, column: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return self.compiled.row_sums(column, *self._settings)
+
+    def exact_sum(self, column: int) -> Fraction:
+        return exact.sum_of_ratios(*self.compiled.sums_by_count(column, *self._settings))
 
     def score(self, columns: NDArray[np.int64], floor: int | None = None) -> Scores:
         wanted = -1 if floor is None else floor

@@ -144,7 +144,7 @@ class CudaEngine(Engine):
         totals = sums.new_zeros(len(sums) + 1).index_add_(0, counts, sums)  # up to 10^18
         used = totals.nonzero()[:, 0]
         used, of_used = torch.stack([used, totals[used]]).cpu().numpy()
-        return exact.sum_of_ratios(of_used, used)
+        return exact.sum_of_ratios(of_used.tolist(), used.tolist())
 
     def score(self, columns: NDArray[np.int64], floor: int | None = None) -> Scores:
         return _read(columns, *self.score_all())

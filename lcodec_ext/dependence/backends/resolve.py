@@ -33,6 +33,8 @@ def resolve(backend: BackendLike, **arrays: Any) -> Backend:
     if isinstance(backend, Backend):
         return backend
     check_choice(backend, "backend", _NAMES)
+    if backend != "cuda" and not any(map(device_of, arrays.values())):
+        return HOST["cpu" if backend == "auto" else backend]
     given = {name: array for name, array in arrays.items() if array is not None}
     first = next((name for name, array in given.items() if on_cuda(array)), None)
     if backend == "cuda":
@@ -44,8 +46,7 @@ def resolve(backend: BackendLike, **arrays: Any) -> Backend:
                 )
     elif backend != "auto" or first is None:
         where = "the CPU and on CUDA devices" if backend == "auto" else "the CPU"
-        _refuse_devices(given, f"backend={backend!r} computes on {where}")
-        return HOST["cpu" if backend == "auto" else backend]
+        _refuse_devices(given, f"backend={backend!r} computes on {where}")  # one is on a device
     if first is None:  # all arguments are None, which their own check refuses
         return HOST["cpu"]
     device = device_of(given[first])
