@@ -110,6 +110,11 @@ def test_threads_are_shared_among_the_halves(data, set_threads, monkeypatch):
     stability(*data, n_pairs=1)
     assert used == [(False, 2)] * 2
     used.clear()
+    set_threads(5)
+    stability(*data, n_pairs=1)
+    assert sorted(used) == [(False, 2), (False, 3)]
+    used.clear()
+    set_threads(4)
     monkeypatch.setattr("lcodec_ext.dependence.side_by_side._BESIDE", 100)
     stability(*data, n_pairs=4)
     assert used == [(True, 4)] * 8
