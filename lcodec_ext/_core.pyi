@@ -105,7 +105,12 @@ class dependence:
     # The fields of backends.path_sums.PathSums of all x, and of RankSums of all y.
     @staticmethod
     def chatterjee(
-        x: NDArray[np.float64], y: NDArray[np.float64], ties: int, seed: int, threads: int
+        x: NDArray[np.float64],
+        y: NDArray[np.float64],
+        ties: int,
+        seed: int,
+        level: str,
+        threads: int,
     ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]] | None: ...
     # With LCODEC_INSTRUMENTS.
     @staticmethod
