@@ -110,14 +110,20 @@ def test_threads_are_shared_among_the_halves(data, set_threads, monkeypatch):
     stability(*data, n_pairs=1)
     assert used == [(False, 2)] * 2
     used.clear()
-    set_threads(5)
-    stability(*data, n_pairs=1)
-    assert sorted(used) == [(False, 2), (False, 3)]
-    used.clear()
-    set_threads(4)
     monkeypatch.setattr("lcodec_ext.dependence.side_by_side._BESIDE", 100)
     stability(*data, n_pairs=4)
     assert used == [(True, 4)] * 8
+
+
+def test_no_thread_is_lost(set_threads):
+    set_threads(3)
+    both = threading.Barrier(2, timeout=60)
+
+    def work(_):
+        both.wait()
+        return lcodec_ext.get_num_threads()
+
+    assert sorted(side_by_side(work, range(2), np.empty(1), 1)) == [1, 2]
 
 
 def test_what_nobody_waits_for_any_more_ends(set_threads):
