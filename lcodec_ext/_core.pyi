@@ -108,7 +108,12 @@ class dependence:
     # The fields of backends.path_sums.PathSums of all x, and of RankSums of all y.
     @staticmethod
     def chatterjee(
-        x: NDArray[np.float64], y: NDArray[np.float64], ties: int, seed: int, threads: int
+        x: NDArray[np.float64],
+        y: NDArray[np.float64],
+        ties: int,
+        seed: int,
+        level: str,
+        threads: int,
     ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]] | None: ...
     # With LCODEC_INSTRUMENTS.
     @staticmethod
@@ -117,6 +122,8 @@ class dependence:
     def saturate(level: str, rounds: int) -> int: ...
     @staticmethod
     def throw_in_a_helper(level: str, threads: int) -> None: ...
+    @staticmethod
+    def helped_at_once(calls: int) -> int: ...
 
 # Matrices are addresses, 0 for none: NumPy has no bfloat16.
 class RowsProduct(TypedDict):

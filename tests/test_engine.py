@@ -17,6 +17,11 @@ RNG = np.random.default_rng(7)
 ranks = CpuBackend().ranks
 
 
+@pytest.fixture(autouse=True)
+def _numbers_do_not_depend_on_other_tests(monkeypatch):
+    monkeypatch.setitem(globals(), "RNG", np.random.default_rng(7))
+
+
 def continuous(n):
     return RNG.normal(size=(n, 6))
 

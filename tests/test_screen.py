@@ -7,7 +7,11 @@ from hypothesis import given
 
 import lcodec_ext
 from lcodec_ext.dependence.backends.cpu import CpuBackend, CpuColumns, CpuEngine
-from lcodec_ext.dependence.backends.reference import ReferenceColumns, ReferenceEngine
+from lcodec_ext.dependence.backends.reference import (
+    ReferenceBackend,
+    ReferenceColumns,
+    ReferenceEngine,
+)
 
 pytestmark = pytest.mark.native
 
@@ -148,3 +152,20 @@ def test_coefficients_equal_the_reference(kind, ties, rng):
         if column in (2, 18):  # with what was selected together
             same(cpu.row_sums(19), reference.row_sums(19))
             same(cpu.score(np.array([19])), reference.score(np.array([19])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_several_neighbours_are_those_of_the_definition(kind, dtype, rng, monkeypatch):
+    """Of rows that are screened, and beyond the number for which they are."""
+    n, d = 220, 30
+    X, R = kind(rng, n, d).astype(dtype), CpuBackend().ranks(rng.integers(0, 50, n))[0]
+    table = (np.ones(d, dtype), [*range(d)], R)
+    for k in (2, 5, 16, 17):
+        expected = ReferenceBackend().nearest_minima(ReferenceColumns(X), *table, k)
+        for level in lcodec_ext.build_info()["simd_supported"]:
+            for threads in ("1", "3"):
+                monkeypatch.setenv("LCODEC_SIMD", level)
+                monkeypatch.setenv("LCODEC_NUM_THREADS", threads)
+                same(CpuBackend().nearest_minima(CpuColumns(X), *table, k), expected)

@@ -115,6 +115,17 @@ def test_threads_are_shared_among_the_halves(data, set_threads, monkeypatch):
     assert used == [(True, 4)] * 8
 
 
+def test_no_thread_is_lost(set_threads):
+    set_threads(3)
+    both = threading.Barrier(2, timeout=60)
+
+    def work(_):
+        both.wait()
+        return lcodec_ext.get_num_threads()
+
+    assert sorted(side_by_side(work, range(2), np.empty(1), 1)) == [1, 2]
+
+
 def test_what_nobody_waits_for_any_more_ends(set_threads):
     """As after Ctrl-C, of which Python tells the main thread alone."""
     set_threads(2)

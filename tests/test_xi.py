@@ -52,6 +52,18 @@ def test_backends_return_the_same_bits(sample, ties, seed):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("ties", TIES)
+def test_columns_that_are_sorted_side_by_side(ties, simd_level, threads, rng):
+    """More than a vector has lanes: near values, far ones, ties, zeros of both signs, an order."""
+    x = rng.normal(size=300)
+    zeros = rng.choice([-0.0, 0.0, 1.0], 300)
+    X = np.array([x, x.round(1), x**15, x + 1e9, zeros, np.arange(300)] * 3)
+    found, expected = (each.xi_sums(X, X[:6], ties, 3) for each in (CPU, ReferenceBackend()))
+    assert found == expected
+    X[17, 299] = np.inf
+    assert CPU.xi_sums(X, X[:6], ties, 3) is None
+
+
 @backends
 @pytest.mark.parametrize(
     "x", [(0, 0, 1, 1, 1, 2), (3, 3, 3, 3, 3, 3), (5, 4, 4, 4, 4, 0), (1, 2, 3, 4, 5, 6)]

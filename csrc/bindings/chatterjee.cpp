@@ -4,6 +4,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -57,7 +58,8 @@ py::list list_of(const std::vector<Sums>& all) {
 
 // The fields of all PathSums and RankSums of columns x and y, of shape (n,) or (columns, n); None
 // where a value is not finite.
-py::object chatterjee(const Table& x, const Table& y, int ties, std::uint64_t seed, int threads) {
+py::object chatterjee(const Table& x, const Table& y, int ties, std::uint64_t seed,
+                      const std::string& level, int threads) {
   expect(x.ndim() >= 1 && x.ndim() <= 2 && y.ndim() >= 1 && y.ndim() <= 2,
          "wrong number of dimensions");
   const std::int64_t n = x.shape(x.ndim() - 1);
@@ -69,7 +71,7 @@ py::object chatterjee(const Table& x, const Table& y, int ties, std::uint64_t se
   std::vector<PathSums> paths;
   std::vector<RankSums> ranks;
   bool finite = true;
-  run("baseline", threads, [&](const Execution& execution) {
+  run(level, threads, [&](const Execution& execution) {
     return lcodec::chatterjee(x.data(), k, y.data(), m, n, rule, seed, paths, ranks, finite,
                               execution);
   });
@@ -81,7 +83,7 @@ py::object chatterjee(const Table& x, const Table& y, int ties, std::uint64_t se
 
 void register_chatterjee(py::module_ m) {
   m.def("chatterjee", &chatterjee, py::arg("x").noconvert(), py::arg("y").noconvert(),
-        py::arg("ties"), py::arg("seed"), py::arg("threads"));
+        py::arg("ties"), py::arg("seed"), py::arg("level"), py::arg("threads"));
 }
 
 }  // namespace lcodec::bindings

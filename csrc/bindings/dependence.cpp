@@ -3,7 +3,9 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <list>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -15,6 +17,7 @@
 #include "bindings/gil.hpp"
 #include "cpu/instruments.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/pool.hpp"
 #include "lcodec/engine.hpp"
 
 namespace py = pybind11;
@@ -245,6 +248,24 @@ void throw_in_a_helper(const std::string& level, int threads) {
     });
   });
 }
+
+// How many of `calls` at once have the one helper that each wants, on two CPUs for each.
+int helped_at_once(int calls) {
+  const WithoutGil released;
+  std::atomic<int> inside{0};
+  const auto meet = [&] {
+    for (int ms = 0; ms < 5000 && inside < calls; ++ms)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  };
+  const auto help = [&] {
+    ++inside;
+    meet();
+  };
+  std::list<Helpers> helpers;
+  for (int call = 0; call < calls; ++call) helpers.emplace_back(1, help, 2 * calls);
+  meet();
+  return inside;
+}
 #endif
 
 template <class T>
@@ -271,6 +292,8 @@ void register_dependence(py::module_ m) {
         "Issues vector instructions; returns how many.");
   m.def("throw_in_a_helper", &throw_in_a_helper, py::arg("level"), py::arg("threads"),
         "Throws in a thread of the pool, for tests.");
+  m.def("helped_at_once", &helped_at_once, py::arg("calls"),
+        "How many of several calls have a helper, for tests.");
 #endif
 }
 

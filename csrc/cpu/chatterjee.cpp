@@ -16,8 +16,8 @@
 
 #include "common/random.hpp"
 #include "cpu/at.hpp"
+#include "cpu/column_sort.hpp"
 #include "cpu/parallel.hpp"
-#include "cpu/radix_sort.hpp"
 
 namespace lcodec {
 namespace {
@@ -32,29 +32,20 @@ Sum square(std::int64_t value) {
   return static_cast<Sum>(static_cast<std::uint64_t>(value)) * static_cast<std::uint64_t>(value);
 }
 
-// Memory of a sort, kept by a thread.
-struct Sorter {
-  std::vector<SortWord<double>> words, spare;
+// The values of a column in increasing order.
+struct Ascending {
+  std::vector<double> value;
 
-  // Rows in increasing order of the column, equal ones in increasing order; false where a value is
-  // not finite.
-  bool sort(const double* column, std::int64_t n) {
-    words.resize(at(n));
-    bool finite = true;
-    for (std::int64_t i = 0; i < n; ++i) {
-      finite &= std::isfinite(column[i]);
-      words[at(i)] = {sort_key(column[i]), static_cast<std::int32_t>(i)};
-    }
-    if (!finite) return false;
-    radix_sort<double>(words, spare);
-    return true;
+  void take(const double* column, const std::int32_t* rows, std::int64_t n) {
+    value.resize(at(n));
+    for (std::int64_t k = 0; k < n; ++k) value[at(k)] = column[rows[k]];
   }
 
   // Where the group of equal values that begins at `first` ends.
   std::int64_t group_end(std::int64_t first) const {
     std::int64_t end = first + 1;
-    const auto n = static_cast<std::int64_t>(words.size());
-    while (end < n && words[at(end)].key == words[at(first)].key) ++end;
+    const auto n = static_cast<std::int64_t>(value.size());
+    while (end < n && value[at(end)] == value[at(first)]) ++end;
     return end;
   }
 };
@@ -63,13 +54,13 @@ struct Sorter {
 // the ranks: p_t is the share of ranks that reach t, and q_t = 1 - p_t. Those
 // between two ranks agree. The sum over s <= t <= u of q_s^2 (q_t p_t) p_u^2,
 // times the orders that s, t, u have.
-double cube_of_minima(const Sorter& sorter, std::int64_t n) {
+double cube_of_minima(const Ascending& y, std::int64_t n) {
   double cube = 0;
   double singles = 0;  // over thresholds passed: sum q^2,
   double doubles = 0;  // sum q^3 p,
   double pairs = 0;    // and over pairs of them sum q_s^2 q_t p_t
   for (std::int64_t first = 0, end; first < n; first = end) {
-    end = sorter.group_end(first);
+    end = y.group_end(first);
     const double q = static_cast<double>(first) / static_cast<double>(n);
     const double p = static_cast<double>(n - first) / static_cast<double>(n);
     for (std::int64_t t = first; t < end; ++t) {
@@ -83,20 +74,16 @@ double cube_of_minima(const Sorter& sorter, std::int64_t n) {
   return cube;
 }
 
-// Ranks of a response by row, and its rows in increasing order.
-bool rank_response(const double* y, std::int64_t n, Sorter& sorter, std::int32_t* rank,
-                   std::int32_t* order, RankSums& sums) {
-  if (!sorter.sort(y, n)) return false;
+// Ranks of a response by row, from its values and its rows in increasing order.
+void rank_response(const Ascending& y, const std::int32_t* order, std::int64_t n,
+                   std::int32_t* rank, RankSums& sums) {
   for (std::int64_t first = 0, end; first < n; first = end) {
-    end = sorter.group_end(first);
+    end = y.group_end(first);
     const std::int64_t above = n - first;
     sums.denominator += (end - first) * above * first;
     sums.sum += (end - first) * end;
     sums.squares += (end - first) * end * end;
-    for (std::int64_t k = first; k < end; ++k) {
-      order[k] = sorter.words[at(k)].row;
-      rank[order[k]] = static_cast<std::int32_t>(end);
-    }
+    for (std::int64_t k = first; k < end; ++k) rank[order[k]] = static_cast<std::int32_t>(end);
   }
   // In this order R_i is the minimum of 2 (n - 1 - i) + 1 pairs.
   Sum minima_squares = 0;
@@ -116,8 +103,7 @@ bool rank_response(const double* y, std::int64_t n, Sorter& sorter, std::int32_t
   sums.minima_squares = wide(minima_squares);
   sums.minima_rows = wide(minima_rows);
   sums.distance_rows = wide(distance_rows);
-  sums.cube = cube_of_minima(sorter, n);
-  return true;
+  sums.cube = cube_of_minima(y, n);
 }
 
 // A sum over one of the denominators.
@@ -128,24 +114,23 @@ struct Share {
 
 // A column x: its rows in increasing order, and its groups of tied rows where they are averaged.
 struct Order {
-  std::vector<std::int32_t> row;
+  std::int32_t* row;
   std::vector<std::int32_t> group;  // of a row; empty where no rows tie, or ties are broken
   std::vector<std::int64_t> begin;  // group g has the places begin[g], ..., begin[g + 1] - 1
   std::vector<Share> inside;        // of a group's steps: over its size
   std::vector<Share> onward;        // of the step on to the next group: over the product of sizes
 };
 
-void break_ties(Sorter& sorter, std::uint64_t seed) {
-  const auto n = static_cast<std::int64_t>(sorter.words.size());
+void break_ties(const Ascending& x, std::int32_t* row, std::uint64_t seed) {
+  const auto n = static_cast<std::int64_t>(x.value.size());
   for (std::int64_t first = 0, end; first < n; first = end) {
-    end = sorter.group_end(first);
+    end = x.group_end(first);
     if (end == first + 1) continue;
-    std::sort(sorter.words.begin() + first, sorter.words.begin() + end,
-              [seed](const auto& a, const auto& b) {
-                const std::uint64_t word_a = tie_hash(seed, a.row);
-                const std::uint64_t word_b = tie_hash(seed, b.row);
-                return word_a != word_b ? word_a < word_b : a.row < b.row;
-              });
+    std::sort(row + first, row + end, [seed](std::int32_t a, std::int32_t b) {
+      const std::uint64_t word_a = tie_hash(seed, a);
+      const std::uint64_t word_b = tie_hash(seed, b);
+      return word_a != word_b ? word_a < word_b : a < b;
+    });
   }
 }
 
@@ -214,35 +199,30 @@ double cube_of_weights(const Order& order) {
     trace += 3 * (s - 1) / (4 * s * s * t) + 3 * (t - 1) / (4 * t * t * s);
     twice += a * row_sum(g + 1);
   }
-  const auto n = static_cast<double>(order.row.size());
+  const auto n = static_cast<double>(order.begin.back());
   const double all = (n - 1) / n;  // 1' a 1 / n
   return trace - 3 * twice / n + 3 * all * once / n - all * all * all;
 }
 
-bool order_column(const double* x, std::int64_t n, Ties ties, std::uint64_t seed, Sorter& sorter,
-                  Order& order, PathSums& path) {
-  if (!sorter.sort(x, n)) return false;
-  if (ties == Ties::random) break_ties(sorter, seed);
-  order.row.resize(at(n));
-  for (std::int64_t k = 0; k < n; ++k) order.row[at(k)] = sorter.words[at(k)].row;
-  bool tied = false;
-  for (std::int64_t k = 1; k < n && !tied && ties == Ties::average; ++k)
-    tied = sorter.words[at(k)].key == sorter.words[at(k - 1)].key;
-  if (!tied) {  // the weights are 1/2 on both sides of every row but the first and the last one
+void order_column(const Ascending& x, std::int64_t n, Ties ties, std::uint64_t seed, Order& order,
+                  PathSums& path) {
+  if (ties == Ties::random) break_ties(x, order.row, seed);
+  const auto& value = x.value;
+  if (ties != Ties::average || std::adjacent_find(value.begin(), value.end()) == value.end()) {
+    // the weights are 1/2 on both sides of every row but the first and the last one
     path = {{1}, {4 * (n - 2) + 2}, {n - 1}, {}, 0};
-    return true;
+    return;
   }
   order.group.resize(at(n));
   for (std::int64_t first = 0, end; first < n; first = end) {
-    end = sorter.group_end(first);
+    end = x.group_end(first);
     for (std::int64_t k = first; k < end; ++k)
-      order.group[at(order.row[at(k)])] = static_cast<std::int32_t>(order.begin.size());
+      order.group[at(order.row[k])] = static_cast<std::int32_t>(order.begin.size());
     order.begin.push_back(first);
   }
   order.begin.push_back(n);
   weigh_groups(order, path);
   path.cube = cube_of_weights(order);
-  return true;
 }
 
 // Sum over a < b of |v_a - v_b| of values in increasing order: the k-th of s enters with weight
@@ -270,14 +250,13 @@ std::int64_t between(const std::int32_t* a, std::int64_t size_a, const std::int3
 
 // The length of a response in the order of x. Sums of one denominator stay below n^3 / 2 < 2^63:
 // 2 within <= s^2 n / 2 and between <= s t n.
-void add_length(const Order& order, const std::int32_t* rank, const std::int32_t* by_rank,
-                std::vector<std::int64_t>& next, std::vector<std::int32_t>& value,
-                std::int64_t* length) {
-  const auto n = static_cast<std::int64_t>(order.row.size());
+void add_length(const Order& order, std::int64_t n, const std::int32_t* rank,
+                const std::int32_t* by_rank, std::vector<std::int64_t>& next,
+                std::vector<std::int32_t>& value, std::int64_t* length) {
   if (order.group.empty()) {
     std::int64_t last = rank[order.row[0]];
     for (std::int64_t k = 1; k < n; ++k) {
-      const std::int64_t here = rank[order.row[at(k)]];
+      const std::int64_t here = rank[order.row[k]];
       length[0] += std::abs(here - last);
       last = here;
     }
@@ -307,35 +286,49 @@ Status chatterjee(const double* x, std::int64_t k, const double* y, std::int64_t
                   Ties ties, std::uint64_t seed, std::vector<PathSums>& paths,
                   std::vector<RankSums>& ranks, bool& finite, const Execution& execution) {
   std::vector<std::int32_t> rank(at(m * n));
-  std::vector<std::int32_t> by_rank(at(m * n));
+  std::vector<std::int32_t> rows(at((k + m) * n));  // of x, then of y, in increasing order
+  std::vector<std::int32_t> as_given(at(n));
+  std::iota(as_given.begin(), as_given.end(), 0);
+  const auto values = [&](std::int64_t column) {
+    return column < k ? x + column * n : y + (column - k) * n;
+  };
+  std::atomic<bool> usable{true};
+  const auto look = [&](std::int64_t column) {
+    const double* own = values(column);
+    if (std::all_of(own, own + n, [](double value) { return std::isfinite(value); }))
+      return Unsorted<double>{own, rows.data() + column * n};
+    usable = false;
+    return Unsorted<double>{};
+  };
+  const Status sorted = sort_side_by_side<double>(k + m, as_given, as_given, execution, look);
+  finite = usable;
+  if (sorted != Status::ok || !finite) return sorted;
   std::vector<Order> orders(at(k));
   paths.assign(at(k), {});
   ranks.assign(at(m), {});
-  std::atomic<bool> usable{true};
   const Status prepared = parallel_for(k + m, execution, [&] {
-    return [&, sorter = Sorter()](std::int64_t piece) mutable {
+    return [&, ascending = Ascending()](std::int64_t piece) mutable {
+      std::int32_t* own = rows.data() + piece * n;
+      ascending.take(values(piece), own, n);
       if (piece < k) {
-        if (!order_column(x + piece * n, n, ties, seed, sorter, orders[at(piece)],
-                          paths[at(piece)]))
-          usable = false;
-        return;
+        Order& order = orders[at(piece)];
+        order.row = own;
+        order_column(ascending, n, ties, seed, order, paths[at(piece)]);
+      } else {
+        const std::int64_t j = piece - k;
+        rank_response(ascending, own, n, rank.data() + j * n, ranks[at(j)]);
       }
-      const std::int64_t j = piece - k;
-      if (!rank_response(y + j * n, n, sorter, rank.data() + j * n, by_rank.data() + j * n,
-                         ranks[at(j)]))
-        usable = false;
     };
   });
-  finite = usable;
-  if (prepared != Status::ok || !finite) return prepared;
+  if (prepared != Status::ok) return prepared;
   for (PathSums& path : paths) path.length.assign(at(m) * path.denominator.size(), 0);
   return parallel_for(k * m, execution, [&] {
     return [&, next = std::vector<std::int64_t>(),
             value = std::vector<std::int32_t>()](std::int64_t pair) mutable {
       const std::int64_t j = pair % m;
       PathSums& path = paths[at(pair / m)];
-      add_length(orders[at(pair / m)], rank.data() + j * n, by_rank.data() + j * n, next, value,
-                 path.length.data() + at(j) * path.denominator.size());
+      add_length(orders[at(pair / m)], n, rank.data() + j * n, rows.data() + (k + j) * n, next,
+                 value, path.length.data() + at(j) * path.denominator.size());
     };
   });
 }

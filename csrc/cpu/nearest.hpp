@@ -189,23 +189,15 @@ Status nearest_by_tree(const Spatial<T>& space, const Kernels<T>& kernels,
   });
 }
 
-// Reports the rows whose distance is `least`, in increasing order; row_of(a) has distance[a].
+// Distances of one row from some others, the rows of which are null where they are from all, the
+// row itself included.
 template <class T>
-class AtDistance {
- public:
-  template <class RowOf, class Report>
-  void operator()(const T* distance, std::int64_t size, T least, const RowOf& row_of,
-                  std::int32_t own, Report& report) {
-    tied_.clear();
-    for (std::int64_t a = 0; a < size; ++a)
-      if (distance[a] == least && row_of(a) != own) tied_.push_back(row_of(a));
-    ranges_[0] = {0, static_cast<std::int64_t>(tied_.size())};
-    report(own, Nearest{tied_.data(), ranges_, ranges_[0].end});
-  }
+struct Distances {
+  const T* distance;
+  const std::int32_t* rows;
+  std::int64_t size;
 
- private:
-  std::vector<std::int32_t> tied_;
-  std::vector<Range> ranges_ = std::vector<Range>(1);
+  std::int32_t row(std::int64_t a) const { return rows ? rows[a] : static_cast<std::int32_t>(a); }
 };
 
 // The columns x[f] [n] of all rows, and what compares them.
@@ -217,43 +209,40 @@ struct Rows {
   const Kernels<T>& kernels;
 };
 
-// Calls report for the rows `wanted`, by their distances from all others. O(n) each and a column.
+// Calls report for the rows `wanted`, with their distances from all. O(n) each and a column.
 template <class T, class MakeReport>
-Status nearest_by_comparing(const Rows<T>& all, const std::vector<std::int32_t>& wanted,
-                            const Execution& execution, const MakeReport& make_report) {
+Status compare_with_all(const Rows<T>& all, const std::vector<std::int32_t>& wanted,
+                        const Execution& execution, const MakeReport& make_report) {
   const auto size = static_cast<std::int64_t>(wanted.size());
   return parallel_for((size + kRows - 1) / kRows, execution, [&] {
-    return [&, report = make_report(), distance = std::vector<T>(at(kRows * all.n)),
-            at_distance = AtDistance<T>()](std::int64_t piece) mutable {
+    return [&, report = make_report(),
+            distance = std::vector<T>(at(kRows * all.n))](std::int64_t piece) mutable {
       const std::int64_t n = all.n;
       std::int64_t rows[kRows];
       for (int r = 0; r < kRows; ++r) rows[r] = wanted[at(std::min(piece * kRows + r, size - 1))];
       std::fill(distance.begin(), distance.end(), T{0});
       for (std::size_t f = 0; f < all.x.size(); ++f)
         all.kernels.accumulate(all.x[f], n, rows, all.factor[f], distance.data());
-      for (int r = 0; r < kRows && piece * kRows + r < size; ++r) {
-        const T* d = distance.data() + r * n;
-        const auto own = static_cast<std::int32_t>(rows[r]);
-        const auto itself = [](std::int64_t j) { return static_cast<std::int32_t>(j); };
-        at_distance(d, n, all.kernels.minimum(d, n, own), itself, own, report);
-      }
+      for (int r = 0; r < kRows && piece * kRows + r < size; ++r)
+        report(static_cast<std::int32_t>(rows[r]),
+               Distances<T>{distance.data() + r * n, nullptr, n});
     };
   });
 }
 
 // Calls report for the rows of which the screen left few others. O(1) each and a column.
 template <class T, class MakeReport>
-Status nearest_of_few(const Rows<T>& all, const Screen<T>& screen, const Execution& execution,
-                      const MakeReport& make_report) {
+Status compare_with_few(const Rows<T>& all, const Screen<T>& screen, const Execution& execution,
+                        const MakeReport& make_report) {
   constexpr std::int64_t block = 64;
   return parallel_for((all.n + block - 1) / block, execution, [&] {
     return [&, report = make_report(), few = std::vector<std::int32_t>(), query = std::vector<T>(),
-            points = std::vector<T>(), at_distance = AtDistance<T>()](std::int64_t piece) mutable {
+            points = std::vector<T>()](std::int64_t piece) mutable {
       for (std::int64_t own = piece * block; own < std::min(all.n, (piece + 1) * block); ++own) {
         if (screen.all(own)) continue;
         screen.candidates(own, few);
         T distance[Screen<T>::kMost] = {};
-        const std::size_t size = few.size();
+        const auto size = static_cast<std::int64_t>(few.size());
         if (size > 1) {  // one row needs no distance
           query.clear();
           points.clear();
@@ -261,29 +250,28 @@ Status nearest_of_few(const Rows<T>& all, const Screen<T>& screen, const Executi
             query.push_back(column[own]);
             for (const std::int32_t row : few) points.push_back(column[row]);
           }
-          all.kernels.distances(
-              points.data(), static_cast<std::int64_t>(size), static_cast<std::int64_t>(size),
-              static_cast<std::int64_t>(query.size()), query.data(), all.factor.data(), distance);
+          all.kernels.distances(points.data(), size, size, static_cast<std::int64_t>(query.size()),
+                                query.data(), all.factor.data(), distance);
         }
-        at_distance(
-            distance, static_cast<std::int64_t>(size), *std::min_element(distance, distance + size),
-            [&](std::int64_t a) { return few[at(a)]; }, static_cast<std::int32_t>(own), report);
+        report(static_cast<std::int32_t>(own), Distances<T>{distance, few.data(), size});
       }
     };
   });
 }
 
-// The same as nearest_by_tree in any number of columns: x[f] [n]. O(n^2) a column.
+// Calls report(row, distances) for every row in any number of columns x[f] [n], with a report =
+// make_report() of each thread: among the distances are those of the k nearest rows and of all rows
+// tied with them. O(n^2) a column.
 template <class T, class MakeReport>
-Status nearest_of_all(const std::vector<const T*>& x, const std::vector<T>& factor, std::int64_t n,
-                      const Kernels<T>& kernels, const Execution& execution,
-                      const MakeReport& make_report) {
+Status compare_rows(const std::vector<const T*>& x, const std::vector<T>& factor, std::int64_t n,
+                    std::int64_t k, const Kernels<T>& kernels, const Execution& execution,
+                    const MakeReport& make_report) {
   const Rows<T> all{x, factor, n, kernels};
   std::vector<std::int32_t> wanted;
-  if (Screen<T>::pays(n, static_cast<std::int64_t>(x.size()))) {
-    Screen<T> screen(x, factor, n, execution);
+  if (Screen<T>::pays(n, static_cast<std::int64_t>(x.size()), k)) {
+    Screen<T> screen(x, factor, n, k, execution);
     if (screen.run() != Status::ok ||
-        nearest_of_few(all, screen, execution, make_report) != Status::ok)
+        compare_with_few(all, screen, execution, make_report) != Status::ok)
       return Status::cancelled;
     for (std::int32_t row = 0; row < n; ++row)
       if (screen.all(row)) wanted.push_back(row);
@@ -291,7 +279,25 @@ Status nearest_of_all(const std::vector<const T*>& x, const std::vector<T>& fact
     wanted.resize(at(n));
     std::iota(wanted.begin(), wanted.end(), 0);
   }
-  return nearest_by_comparing(all, wanted, execution, make_report);
+  return compare_with_all(all, wanted, execution, make_report);
+}
+
+// The same as nearest_by_tree in any number of columns.
+template <class T, class MakeReport>
+Status nearest_of_all(const std::vector<const T*>& x, const std::vector<T>& factor, std::int64_t n,
+                      const Kernels<T>& kernels, const Execution& execution,
+                      const MakeReport& make_report) {
+  return compare_rows(x, factor, n, 1, kernels, execution, [&] {
+    return [&, report = make_report(), tied = std::vector<std::int32_t>(),
+            ranges = std::vector<Range>(1)](std::int32_t own, Distances<T> others) mutable {
+      const T least = kernels.minimum(others.distance, others.size, others.rows ? -1 : own);
+      tied.clear();
+      for (std::int64_t a = 0; a < others.size; ++a)
+        if (others.distance[a] == least && others.row(a) != own) tied.push_back(others.row(a));
+      ranges[0] = {0, static_cast<std::int64_t>(tied.size())};
+      report(own, Nearest{tied.data(), ranges, ranges[0].end});
+    };
+  });
 }
 
 }  // namespace lcodec

@@ -110,24 +110,15 @@ Status nearest_minima(const Columns<T>& columns, const std::int32_t* rank, std::
   };
 
   if (columns.p > kTreeColumns) {
-    return parallel_for((n + kRows - 1) / kRows, execution, [&] {
-      return [&, around = Around<T>(k),
-              distance = std::vector<T>(at(kRows * n))](std::int64_t piece) mutable {
-        std::int64_t rows[kRows];
-        for (int r = 0; r < kRows; ++r) rows[r] = std::min(piece * kRows + r, n - 1);
-        std::fill(distance.begin(), distance.end(), T{0});
-        for (std::size_t f = 0; f < values.size(); ++f)
-          kernels.accumulate(values[f], n, rows, factors[f], distance.data());
-        for (int r = 0; r < kRows && piece * kRows + r < n; ++r) {
-          const T* d = distance.data() + r * n;
-          around.clear();
-          for (std::int64_t j = 0; j < n; ++j)
-            if (d[j] <= around.far() && j != rows[r]) around.add(static_cast<Index>(j), 1, d[j]);
-          const auto own = static_cast<Index>(rows[r]);
-          write(own, around, [&](Index other) -> std::int64_t {
-            return std::min(ascending[at(own)], ascending[at(other)]);
-          });
-        }
+    return compare_rows(values, factors, n, k, kernels, execution, [&] {
+      return [&, around = Around<T>(k)](Index own, Distances<T> others) mutable {
+        around.clear();
+        for (std::int64_t a = 0; a < others.size; ++a)
+          if (others.distance[a] <= around.far() && others.row(a) != own)
+            around.add(others.row(a), 1, others.distance[a]);
+        write(own, around, [&](Index other) -> std::int64_t {
+          return std::min(ascending[at(own)], ascending[at(other)]);
+        });
       };
     });
   }

@@ -42,9 +42,10 @@ class Stop {
   std::atomic<bool>& stop_;
 };
 
-// Calls work(piece) for every piece in [0, pieces); make_work() is called once on every thread and
-// holds its scratch memory. The calling thread works too and asks execution.cancelled between its
-// pieces. Rethrows the first exception of any thread, after all of them have left.
+// Calls work(piece) for every piece in [0, pieces); make_work() is called once on every thread that
+// finds a piece left, and holds its scratch memory. The calling thread works too and asks
+// execution.cancelled between its pieces. Rethrows the first exception of any thread, after all of
+// them have left.
 template <class MakeWork>
 Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeWork& make_work) {
   std::atomic<std::int64_t> next{0};
@@ -52,16 +53,16 @@ Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeW
   bool cancelled = false;
   std::mutex mutex;
   std::exception_ptr error;
-  const auto run = [&](bool calling_thread) {
+  const auto run = [&](const Helpers* own) {  // the calling thread's; a helper has none
+    if (stop || next >= pieces) return;
     const DefaultFloats floats;
     try {
       auto work = make_work();
       for (std::int64_t piece; !stop && (piece = next++) < pieces;) {
         work(piece);
-        if (calling_thread && execution.cancelled && execution.cancelled(execution.context)) {
-          cancelled = true;
-          stop = true;
-        }
+        if (!own) continue;
+        if (execution.cancelled && execution.cancelled(execution.context)) cancelled = true;
+        if (cancelled || own->lost()) stop = true;
       }
     } catch (const std::exception&) {  // nothing else is thrown; pthread_exit is not to be caught
       const std::lock_guard<std::mutex> lock(mutex);
@@ -70,9 +71,10 @@ Status parallel_for(std::int64_t pieces, const Execution& execution, const MakeW
     }
   };
   {
-    Helpers helpers(std::min<std::int64_t>(execution.threads, pieces) - 1, [&run] { run(false); });
+    Helpers helpers(std::min<std::int64_t>(execution.threads, pieces) - 1,
+                    [&run] { run(nullptr); });
     const Stop at_end(stop);
-    run(true);
+    run(&helpers);
     if (helpers.lost()) throw std::runtime_error("the process was forked during this call");
   }
   if (error) std::rethrow_exception(error);

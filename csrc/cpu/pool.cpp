@@ -42,8 +42,6 @@ class WithoutSignals {
 #endif
 };
 
-const std::int64_t kCpus = std::thread::hardware_concurrency();
-
 }  // namespace
 
 // The threads, and those who want help. It is never destroyed: its threads end with the process, at
@@ -56,7 +54,6 @@ class Pool {
     helpers.next_ = first_;
     if (first_) first_->previous_ = &helpers;
     first_ = &helpers;
-    start(std::min(helpers.wanted_, room(helpers)));
     wake();
   }
 
@@ -71,19 +68,14 @@ class Pool {
 
  private:
   // How many threads may become busy for these.
-  std::int64_t room(const Helpers& helpers) const {
-    return std::max(helpers.most_ + 1, kCpus) - busy_;
-  }
+  std::int64_t room(const Helpers& helpers) const { return helpers.most_busy_ - busy_; }
 
-  // Starts threads until so many are not at work.
-  void start(std::int64_t wanted) {
-    if (threads_ - working_ >= wanted) return;
-    const WithoutSignals blocked;
-    try {
-      for (; threads_ - working_ < wanted; ++threads_) std::thread([this] { serve(); }).detach();
-    } catch (const std::exception&) {
-      // The system has no further thread, or no memory for one. Those that run are enough.
-    }
+  // How many threads may join all those who want help.
+  std::int64_t wanted() const {
+    std::int64_t all = 0;
+    for (const Helpers* each = first_; each; each = each->next_)
+      all += std::clamp<std::int64_t>(room(*each) - all, 0, each->wanted_);
+    return all;
   }
 
   // Who may be helped, if anybody.
@@ -93,12 +85,21 @@ class Pool {
     return found;
   }
 
-  // Wakes up to two threads, each of which wakes two more: soon all that are wanted.
+  // Wakes up to two threads, each of which wakes two more: soon all that are wanted. Starts those
+  // that are missing; a thread that has been woken is not at work yet, and is counted for one only.
   void wake() {
-    const Helpers* const found = next();
-    if (!found) return;
-    const std::int64_t wanted = std::min(found->wanted_, room(*found));
-    for (std::int64_t t = 0; t < std::min<std::int64_t>(wanted, 2); ++t) work_.notify_one();
+    const std::int64_t missing = wanted();
+    if (threads_ < working_ + missing) start(working_ + missing);
+    for (std::int64_t t = std::min<std::int64_t>(missing, 2); t > 0; --t) work_.notify_one();
+  }
+
+  void start(std::int64_t threads) {
+    const WithoutSignals blocked;
+    try {
+      for (; threads_ < threads; ++threads_) std::thread([this] { serve(); }).detach();
+    } catch (const std::exception&) {
+      // The system has no further thread, or no memory for one. Those that run are enough.
+    }
   }
 
   void serve() {
@@ -148,8 +149,14 @@ std::atomic<std::int64_t> forks{0};
 
 }  // namespace
 
-Helpers::Helpers(std::int64_t most, std::function<void()> run)
-    : run_(std::move(run)), most_(std::max<std::int64_t>(most, 0)), forks_(forks), wanted_(most_) {
+const std::int64_t Helpers::kCpus = std::thread::hardware_concurrency();
+
+Helpers::Helpers(std::int64_t most, std::function<void()> run, std::int64_t cpus)
+    : run_(std::move(run)),
+      most_(std::max<std::int64_t>(most, 0)),
+      most_busy_(std::max(most_ + 1, cpus)),
+      forks_(forks),
+      wanted_(most_) {
   if (most_ > 0) pool->open(*this);
 }
 

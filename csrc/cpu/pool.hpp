@@ -16,7 +16,7 @@ class Helpers {
  public:
   // run() is called by up to `most` threads, and must not throw. Fewer join where others are busy,
   // or where the system has no further thread.
-  Helpers(std::int64_t most, std::function<void()> run);
+  Helpers(std::int64_t most, std::function<void()> run, std::int64_t cpus = kCpus);
   // Nobody joins any more; waits until those who did have left. Also where an exception, or
   // pthread_exit, passes.
   ~Helpers();
@@ -28,12 +28,14 @@ class Helpers {
 
  private:
   friend class Pool;
+  static const std::int64_t kCpus;  // asking takes longer than a short call
 
   const std::function<void()> run_;
   const std::int64_t most_;
-  const std::int64_t forks_;  // of this process, before
-  std::int64_t wanted_;       // further threads that may join
-  std::int64_t inside_ = 0;   // threads that have joined and not left
+  const std::int64_t most_busy_;  // threads of all calls, while these join
+  const std::int64_t forks_;      // of this process, before
+  std::int64_t wanted_;           // further threads that may join
+  std::int64_t inside_ = 0;       // threads that have joined and not left
   std::condition_variable left_;
   Helpers* previous_ = nullptr;  // in the pool's list
   Helpers* next_ = nullptr;

@@ -1,9 +1,9 @@
-// Which rows may be nearest to each row, found by matrix products in float32: in many columns these
-// cost a tenth of exact distances, and leave one row, or few, to look at exactly.
+// Which rows may be among the k nearest to each row, found by matrix products in float32: in many
+// columns these cost a tenth of exact distances, and leave k rows, or few more, to look at exactly.
 //
 // The screen leaves out row j for row i only where the *computed* distance D_ij
-// (docs/dependence.md) is proven larger than another one of row i. All nearest rows, ties included,
-// are left.
+// (docs/dependence.md) is proven larger than k others of row i. All k nearest rows are left, and
+// those tied with them.
 //
 // Proof. Let u = 2^-24 and gamma_k = k u / (1 - k u). Let v_i be the exact values of row i, less a
 // center, times the factors and a power of two s: Delta_ij = |v_i - v_j|^2 is then s^2 times the
@@ -27,10 +27,11 @@
 // 4. A term of D_ij is not negative, has at most d + 4 roundings in the unit t = 2^-24 or 2^-53 and
 //    may underflow by the least positive number z. With g = (d + 4) t / (1 - (d + 4) t),
 //      (1 - g) Delta_ij - 2 d z s^2 <= s^2 D_ij <= (1 + g) Delta_ij + 2 d z s^2.
-// With U_i = min over j of (high_j - p_ij), row j can therefore be nearest to row i only where
+// With U_i = the k-th smallest of the keys high_j - p_ij, row j can therefore be one of the k
+// nearest to row i only where
 //      low_j - p_ij <= limit_i = ((1 + g) (high_i + U_i) + 2 d z s^2) / (1 - g) - low_i.
-// U_i may be the least so far, for it only falls. None of this needs a good center; it makes norms
-// small, and so the bounds tight.
+// U_i may be that of some of the rows j, for it only falls with more. None of this needs a good
+// center; it makes norms small, and so the bounds tight.
 #pragma once
 
 #include <algorithm>
@@ -57,18 +58,20 @@ class Screen {
   using Index = std::int32_t;
   static constexpr Index kMost = 32;  // rows that are kept for a row
 
-  // Whether it is faster than comparing all rows: as measured in 13 to 300
-  // columns.
-  static bool pays(std::int64_t n, std::int64_t columns) {
-    return n >= kFewRows && columns <= (std::int64_t{1} << 20);  // the proof needs this limit
+  // Whether it is faster than comparing all rows, as measured in 13 to 300 columns: where those
+  // that are kept are more than the k nearest.
+  static bool pays(std::int64_t n, std::int64_t columns, std::int64_t k) {
+    return n >= kFewRows && k <= kMost / 2 &&
+           columns <= (std::int64_t{1} << 20);  // the proof needs this limit
   }
 
   // Columns x[f] [n] with their factors; distances between rows are finite.
   Screen(const std::vector<const T*>& x, const std::vector<T>& factor, std::int64_t n,
-         const Execution& execution)
+         std::int64_t k, const Execution& execution)
       : x_(x),
         n_(n),
         d_(static_cast<std::int64_t>(x.size())),
+        k_(k),
         execution_(execution),
         kernels_(pick_screen_kernels<T>(execution.level)),
         factor_(factor.begin(), factor.end()),
@@ -107,10 +110,10 @@ class Screen {
   // Otherwise those that have to, in increasing order.
   void candidates(std::int64_t row, std::vector<Index>& result) const {
     result.clear();
-    const float limit = limit_of(row);
     const Kept* kept = kept_.data() + row * kMost;
+    const float limit = limit_of(row, lowered(row, kept, count_[at(row)]));
     for (const Kept* k = kept; k < kept + count_[at(row)]; ++k)
-      if (k->key <= limit) result.push_back(k->row);
+      if (key(*k) <= limit) result.push_back(k->row);
     std::sort(result.begin(), result.end());
   }
 
@@ -129,7 +132,7 @@ class Screen {
     Index left, right;
   };
   struct Kept {
-    float key;
+    float product;
     Index row;
   };
 
@@ -222,7 +225,11 @@ class Screen {
       for (std::int64_t a = 0; a < rows; ++a)
         product[a * kTile + a] = -std::numeric_limits<float>::infinity();
     float of_left[kTile], of_right[kTile], left_limit[kTile], right_limit[kTile];
-    kernels_.least(product, rows, columns, high_.data() + a0, high_.data() + b0, of_left, of_right);
+    if (k_ == 1)
+      kernels_.least(product, rows, columns, high_.data() + a0, high_.data() + b0, of_left,
+                     of_right);
+    else
+      kth_least(tile, product, rows, columns, of_left, of_right);
     lower(tile.left, of_left, left_limit);
     if (diagonal)
       std::fill_n(right_limit, kTile, -std::numeric_limits<float>::infinity());
@@ -234,18 +241,32 @@ class Screen {
       const std::lock_guard<std::mutex> lock(locks_[at(own)]);
       for (std::int64_t h = 0; h < found; ++h) keep(place[h] / kTile, place[h] % kTile);
     };
-    const auto key = [&](float low, std::int64_t a, std::int64_t b) {
-      return low - product[a * kTile + b];
-    };
     keep_all(tile.left, [&](std::int64_t a, std::int64_t b) {
-      const float k = key(low_[at(b0 + b)], a, b);
-      if (k <= left_limit[a]) keep(a0 + a, {k, static_cast<Index>(b0 + b)});
+      const Kept other{product[a * kTile + b], static_cast<Index>(b0 + b)};
+      if (key(other) <= left_limit[a]) keep(a0 + a, other);
     });
     if (diagonal) return;
     keep_all(tile.right, [&](std::int64_t a, std::int64_t b) {
-      const float k = key(low_[at(a0 + a)], a, b);
-      if (k <= right_limit[b]) keep(b0 + b, {k, static_cast<Index>(a0 + a)});
+      const Kept other{product[a * kTile + b], static_cast<Index>(a0 + a)};
+      if (key(other) <= right_limit[b]) keep(b0 + b, other);
     });
+  }
+
+  float key(const Kept& other) const { return low_[at(other.row)] - other.product; }
+
+  // The k-th smallest keys of a tile on the diagonal. Others lower U where they fill what is kept.
+  void kth_least(const Tile& tile, const float* product, std::int64_t rows, std::int64_t columns,
+                 float* of_left, float* of_right) const {
+    std::fill_n(of_left, kTile, std::numeric_limits<float>::infinity());
+    std::fill_n(of_right, kTile, std::numeric_limits<float>::infinity());
+    if (tile.left != tile.right || k_ > columns) return;
+    const float* high = high_.data() + tile.right * tile_;
+    float keys[kTile];
+    for (std::int64_t a = 0; a < rows; ++a) {
+      for (std::int64_t b = 0; b < columns; ++b) keys[b] = high[b] - product[a * kTile + b];
+      std::nth_element(keys, keys + k_ - 1, keys + columns);
+      of_left[a] = keys[k_ - 1];
+    }
   }
 
   std::int64_t panels_from(std::int64_t row) const {
@@ -260,7 +281,7 @@ class Screen {
       limit[a] = -std::numeric_limits<float>::infinity();  // where nothing is to be kept
       if (row >= n_) continue;
       if (to[a] < least_[at(row)]) least_[at(row)] = to[a];
-      if (!all(row)) limit[a] = limit_of(row);
+      if (!all(row)) limit[a] = limit_of(row, least_[at(row)]);
     }
   }
 
@@ -270,21 +291,32 @@ class Screen {
     if (count > kMost) return;
     Kept* all = kept_.data() + row * kMost;
     if (count == kMost) {
-      const float limit = limit_of(row);
+      least_[at(row)] = lowered(row, all, count);
+      const float limit = limit_of(row, least_[at(row)]);
       count = static_cast<Index>(
-          std::remove_if(all, all + count, [&](const Kept& k) { return k.key > limit; }) - all);
+          std::remove_if(all, all + count, [&](const Kept& k) { return key(k) > limit; }) - all);
     }
     if (count < kMost) all[count] = kept;
     ++count;
   }
 
-  float limit_of(std::int64_t row) const {
-    const double upper = static_cast<double>(high_[at(row)]) + static_cast<double>(least_[at(row)]);
+  // A row's U, lowered by the rows that are kept for it.
+  float lowered(std::int64_t row, const Kept* kept, Index count) const {
+    const float least = least_[at(row)];
+    if (k_ == 1 || count < k_) return least;
+    float keys[kMost];
+    for (Index a = 0; a < count; ++a) keys[a] = high_[at(kept[a].row)] - kept[a].product;
+    std::nth_element(keys, keys + k_ - 1, keys + count);
+    return std::min(least, keys[k_ - 1]);
+  }
+
+  float limit_of(std::int64_t row, float least) const {
+    const double upper = static_cast<double>(high_[at(row)]) + static_cast<double>(least);
     return above(upper * ratio_ + beyond_ - static_cast<double>(low_[at(row)]));
   }
 
   const std::vector<const T*>& x_;
-  std::int64_t n_, d_;
+  std::int64_t n_, d_, k_;
   const Execution& execution_;
   ScreenKernels<T> kernels_;
   std::vector<double> factor_, center_;  // [d]

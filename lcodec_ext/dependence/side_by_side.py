@@ -46,7 +46,8 @@ def side_by_side(work: Callable[[int], _T], some: range, values: Any, each: int)
         yield from map(work, some)
         return
     stop = threading.Event()
-    pool = ThreadPoolExecutor(workers, "lcodec_ext", _begin, (threads // workers, stop))
+    shares = [(threads + k) // workers for k in range(workers)]
+    pool = ThreadPoolExecutor(workers, "lcodec_ext", _begin, (shares, stop))
     try:
         yield from pool.map(work, some)
     finally:
@@ -54,6 +55,6 @@ def side_by_side(work: Callable[[int], _T], some: range, values: Any, each: int)
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(threads: int, stop: threading.Event) -> None:
-    use_threads_here(threads)
+def _begin(shares: list[int], stop: threading.Event) -> None:
+    use_threads_here(shares.pop())
     _here.stop = stop

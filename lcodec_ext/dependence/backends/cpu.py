@@ -167,8 +167,10 @@ class CpuBackend(HostBackend):
     def xi_sums(
         self, X: NDArray[np.float64], Y: NDArray[np.float64], ties: Ties, seed: int
     ) -> tuple[list[PathSums], list[RankSums]] | None:
-        threads = 1 if X.ndim == Y.ndim == 1 else cpu_settings()[1]
-        sums = _core.dependence.chatterjee(X, Y, TIES.index(ties), seed, threads)
+        level, threads = cpu_settings()
+        if X.ndim == Y.ndim == 1:
+            threads = 1
+        sums = _core.dependence.chatterjee(X, Y, TIES.index(ties), seed, level, threads)
         if sums is None:
             return None
         return [PathSums(*path) for path in sums[0]], [RankSums(*ranks) for ranks in sums[1]]
