@@ -1,4 +1,5 @@
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import HealthCheck, settings
 
 import lcodec_ext
 from devices import DEVICES, PARAMETERS
+from lcodec_ext import _threads
 from processes import Group, Processes
 
 settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
@@ -91,12 +93,29 @@ def device(request):
     request.param.finish()
 
 
+def state():
+    """What a test could change for the later tests of its process."""
+    return {
+        "threads of torch": torch.get_num_threads(),  # forked children would hang in OpenMP
+        "threads of lcodec_ext": (_threads._threads, _threads._limit),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "folder": os.getcwd(),
+        **{name: each for name, each in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "handlers": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGALRM)],
+        "errors of numpy": np.geterr(),
+    }
+
+
 @pytest.fixture(autouse=True)
-def _torch_keeps_its_threads():
-    """A test that left more of them would let forked children of later tests hang in OpenMP."""
-    before = torch.get_num_threads()
+def _nothing_stays():
+    """Which tests share a process, and in which order, differs from run to run."""
+    before = state()
     yield
-    assert torch.get_num_threads() == before
+    after = state()
+    assert {k: v for k, v in after.items() if v != before.get(k)} == {}
+    assert before.keys() <= after.keys()
 
 
 @pytest.fixture(scope="session")
