@@ -151,8 +151,10 @@ check-sanitize: $(VENV)/.installed ## Part of check: native tests on an ASan + U
 	HYPOTHESIS_PROFILE=short $(BIN)/pytest $(SIDE_BY_SIDE) -m native -k 'not forward0 and not reversed0' \
 	    $$(grep -rl --include='*.py' mark.native tests)
 
+# The profile changes nothing for other tests. These few are shared out one by one.
 check-long: $(VENV)/.installed ## Part of check: tests of properties with the long Hypothesis profile
-	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(SIDE_BY_SIDE) $(ARGS) $$(grep -l 'from hypothesis' tests/test_*.py)
+	HYPOTHESIS_PROFILE=long $(BIN)/pytest $(SIDE_BY_SIDE) --dist worksteal -m hypothesis $(ARGS) \
+	    $$(grep -l 'from hypothesis' tests/test_*.py)
 
 # Another CPU rounds otherwise: its vectors are of another length, MKL takes other kernels on AMD, and
 # threads split sums. The first run takes the least that torch, MKL and oneDNN offer. The second takes

@@ -33,7 +33,13 @@ torch.set_num_threads(int(os.environ.get("LCODEC_TEST_TORCH_THREADS", "1")))
 CUDA = lcodec_ext.cuda_is_available() and torch.cuda.is_available()
 BACKEND = os.environ.get("LCODEC_TEST_BACKEND", "gloo")  # of groups of processes
 SIZES = [2, 3] if BACKEND == "gloo" or torch.cuda.device_count() > 2 else [2]
-OF_OTHERS = {"PYTEST_CURRENT_TEST"}
+# Variables that others set once: pytest, scikit-learn when it is imported, torch.compile.
+OF_OTHERS = {
+    "PYTEST_CURRENT_TEST",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
 SIMD_LEVELS = lcodec_ext.build_info()["simd_supported"]
 
 
