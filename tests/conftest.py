@@ -34,12 +34,7 @@ CUDA = lcodec_ext.cuda_is_available() and torch.cuda.is_available()
 BACKEND = os.environ.get("LCODEC_TEST_BACKEND", "gloo")  # of groups of processes
 SIZES = [2, 3] if BACKEND == "gloo" or torch.cuda.device_count() > 2 else [2]
 # Variables that others set once: pytest, scikit-learn when it is imported, torch.compile.
-OF_OTHERS = {
-    "PYTEST_CURRENT_TEST",
-    "KMP_DUPLICATE_LIB_OK",
-    "KMP_INIT_AT_FORK",
-    "TORCHINDUCTOR_CACHE_DIR",
-}
+OF_OTHERS = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "CUBLAS_")
 SIMD_LEVELS = lcodec_ext.build_info()["simd_supported"]
 
 
@@ -132,7 +127,7 @@ def state():
         "folder": os.getcwd(),
         "sys.argv": [*sys.argv],
         "sys.path": [*sys.path],
-        **{f"${name}": each for name, each in os.environ.items() if name not in OF_OTHERS},
+        **{f"${k}": each for k, each in os.environ.items() if not k.startswith(OF_OTHERS)},
     }
 
 
