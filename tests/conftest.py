@@ -123,7 +123,7 @@ def state():
         "cuDNN": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "errors of NumPy": np.geterr(),
         "open figures": pyplot.get_fignums() if pyplot else [],
-        "handlers": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGALRM)],
+        "handlers": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
         "folder": os.getcwd(),
         "sys.argv": [*sys.argv],
         "sys.path": [*sys.path],
