@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import environment
 import numpy as np
 from case_data import Data
 from numpy.typing import NDArray
@@ -53,12 +54,8 @@ def from_python_threads(data: Data, backend: str) -> NDArray:
 
 def from_one_thread(data: Data, threads: int) -> NDArray:
     """The same, one after the other, with so many threads for each call."""
-    before = lcodec_ext.get_num_threads()
-    lcodec_ext.set_num_threads(threads)
-    try:
+    with environment.cpu_threads(threads):
         return np.array([_codec(each, "auto") for each in data["tables"]])
-    finally:
-        lcodec_ext.set_num_threads(before)
 
 
 def _codec(data: Data, backend: str) -> float:

@@ -7,9 +7,12 @@ others are loaded, because they read its variables then.
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -33,6 +36,13 @@ def limit_threads(threads: int) -> None:
     count = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LCODEC_NUM_THREADS")
     os.environ.update(dict.fromkeys(count, str(threads)))
     os.environ.update(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0", OPENBLAS_THREAD_TIMEOUT="4")
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Give the package so many threads for a while."""
+    with mock.patch.dict(os.environ, LCODEC_NUM_THREADS=str(count)):
+        yield
 
 
 def cores() -> int:

@@ -6,7 +6,6 @@ tensors on the device; the package's CPU engine gets NumPy arrays and must give 
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,17 +32,11 @@ COUNTED_COLUMNS = 2000
 # Peers
 
 
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    with mock.patch.dict(os.environ, LCODEC_NUM_THREADS=str(count)):
-        yield
-
-
 def by_cpu(ours: Callable[[Data, str], Any], all_cores: bool = False) -> Peer:
     """The package on the same data in the CPU's memory, on the run's threads or all cores."""
 
     def run(data: Data, threads: int) -> Any:
-        with cpu_threads(environment.cores() if all_cores else threads):
+        with environment.cpu_threads(environment.cores() if all_cores else threads):
             return ours(data, "cpu")
 
     return Peer(f"lcodec_ext on the CPU{', all cores' * all_cores}", run, "identical")
@@ -84,7 +77,8 @@ def foci_work(data: Data) -> tuple[float, float]:
     p = data["X"].shape[1]
     part = cases.first_columns(data, min(p, COUNTED_COLUMNS))
     level = "avx2" if "avx2" in lcodec_ext.build_info()["simd_supported"] else "baseline"
-    with cpu_threads(environment.cores()), mock.patch.dict(os.environ, LCODEC_SIMD=level):
+    simd = mock.patch.dict(os.environ, LCODEC_SIMD=level)
+    with environment.cpu_threads(environment.cores()), simd:
         distances = cases.scanned(part, floor=None)[0] * p / part["X"].shape[1]
     return data["steps"] * data["X"].nbytes, distances / WARP * SCAN_INSTRUCTIONS
 

@@ -1,4 +1,7 @@
 import os
+import random
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 import lcodec_ext
 from devices import DEVICES, PARAMETERS
+from lcodec_ext import _threads
 from processes import Group, Processes
 
 settings.register_profile("short", max_examples=40, deadline=None, derandomize=True)
@@ -29,6 +33,8 @@ torch.set_num_threads(int(os.environ.get("LCODEC_TEST_TORCH_THREADS", "1")))
 CUDA = lcodec_ext.cuda_is_available() and torch.cuda.is_available()
 BACKEND = os.environ.get("LCODEC_TEST_BACKEND", "gloo")  # of groups of processes
 SIZES = [2, 3] if BACKEND == "gloo" or torch.cuda.device_count() > 2 else [2]
+# Variables that others set once: pytest, scikit-learn when it is imported, torch.compile.
+OF_OTHERS = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "CUBLAS_")
 SIMD_LEVELS = lcodec_ext.build_info()["simd_supported"]
 
 
@@ -91,12 +97,50 @@ def device(request):
     request.param.finish()
 
 
+def start_of_draws():
+    """Whoever draws from a global generator draws the same, whatever ran before."""
+    random.seed(20220619)
+    np.random.seed(20220619)  # noqa: NPY002
+    torch.manual_seed(20220619)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    if fixturedef.scope != "function":  # the first test that asks for it may be any
+        start_of_draws()
+
+
+def state():
+    """What a test could change for the later tests of its process."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    here = getattr(_threads._here, "threads", None)
+    return {
+        "threads of torch": torch.get_num_threads(),  # forked children would hang in OpenMP
+        "threads of lcodec_ext": (_threads._threads, _threads._limit, here),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cuDNN": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "errors of NumPy": np.geterr(),
+        "open figures": pyplot.get_fignums() if pyplot else [],
+        "handlers": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
+        "folder": os.getcwd(),
+        "sys.argv": [*sys.argv],
+        "sys.path": [*sys.path],
+        **{f"${k}": each for k, each in os.environ.items() if not k.startswith(OF_OTHERS)},
+    }
+
+
 @pytest.fixture(autouse=True)
-def _torch_keeps_its_threads():
-    """A test that left more of them would let forked children of later tests hang in OpenMP."""
-    before = torch.get_num_threads()
+def _nothing_stays():
+    """Which tests share a process, and in which order, differs from run to run."""
+    start_of_draws()
+    before = state()
     yield
-    assert torch.get_num_threads() == before
+    after = state()
+    names = before.keys() | after.keys()
+    changed = {k: (before.get(k), after.get(k)) for k in names if before.get(k) != after.get(k)}
+    assert changed == {}, "left for later tests"  # of each: before, after
 
 
 @pytest.fixture(scope="session")

@@ -284,12 +284,12 @@ def test_near_ties_are_decided_by_rationals(monkeypatch, rng):
 
 
 def test_threads_and_simd_settings(monkeypatch):
+    monkeypatch.setattr(_threads, "_threads", None)
     monkeypatch.setenv("LCODEC_NUM_THREADS", "none")
     with pytest.raises(ValueError, match="LCODEC_NUM_THREADS must be an integer from 1 to 1024"):
         lcodec_ext.get_num_threads()
     monkeypatch.setenv("LCODEC_NUM_THREADS", "5")
     assert lcodec_ext.get_num_threads() == 5
-    monkeypatch.setattr(_threads, "_threads", None)
     lcodec_ext.set_num_threads(2)
     assert lcodec_ext.get_num_threads() == 2
     with pytest.raises(ValueError, match="threads must be an integer from 1 to 1024; got 0"):

@@ -22,6 +22,7 @@ MODES = pytest.mark.parametrize("bugs", [False, True], ids=["default", "bugs"])
 def start(tmp_path, monkeypatch):
     """Run a script as the command does, in this process; its warnings."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # scripts seed, which sets it
     before = set(sys.modules)
 
     def start(script, *options, bugs=False, approx=None):

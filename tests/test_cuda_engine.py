@@ -217,7 +217,7 @@ def test_one_row_or_column_at_a_time(device, shape, rng):
 @pytest.mark.parametrize("ties", TIES)
 def test_more_rows_than_lists_hold(device, ties, rng):
     """Lists end, and lanes go along their candidate's order; the tile is not in shared memory."""
-    n = 2100
+    n = 1800
     X = rng.normal(size=(n, 4)).astype(np.float32)
     X[:, 0] = rng.integers(0, 20, n)  # large groups, each at distance 0 from a row
     X[:, 3] = rng.standard_cauchy(n).round(1)  # outliers, some of them tied

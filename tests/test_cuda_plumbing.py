@@ -87,7 +87,8 @@ class Kernels:
 
             def __init__(self, given):
                 x, n, p, factor, rank, ties, seed, workspace, scratch = PROBLEM(given)
-                at(workspace, (Engine.workspace_bytes(n, p, scratch),), np.uint8)[:] = 0xA5
+                memory = at(workspace, (Engine.workspace_bytes(n, p, scratch),), np.uint8)
+                memory[: 1 << 20] = memory[-1 << 20 :] = 0xA5  # it may be hundreds of megabytes
                 self._arguments = (
                     ReferenceColumns(at(x, (n, p), dtype)),
                     at(factor, (p,), dtype),
