@@ -437,7 +437,9 @@ def _is_finite(values: Any) -> bool:
         return True
     if is_tensor(values):
         return bool(values.sum().isfinite())
-    return math.isfinite(np.vdot(values, values))  # which warns of nothing, unlike a sum
+    # not a dot product: BLAS may take threads of its own, which a fork during the call waits for
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(np.add.reduce(values, axis=None))
 
 
 def _blocks(values: Any) -> Iterator[tuple[int, Any]]:
