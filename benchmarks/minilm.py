@@ -324,10 +324,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def in_a_process(way: str, kind: str, request: str, options: Any) -> dict[str, Any]:
-    """`one` in a process of its own, with the commit."""
+    """`one` in a process of its own, with commit and machine."""
     command = [sys.executable, __file__, "--one", way, kind, request]
     command += ["--draw", options.draw, "--cache", str(options.cache)]
-    version = environment.commit() | {"load": environment.load()}
+    version = environment.commit() | {"load": environment.load(), "machine": environment.machine()}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found | version

@@ -7,8 +7,9 @@ OLD is a folder in which the older version is installed:
     pip install --no-deps --target OLD FOLDER_OF_ITS_SOURCE
 
 In every round each version runs each case in a process of its own, in changing order. Seconds are
-CPU time of one thread, but where a case is about threads: there they are of the clock, on all CPUs.
-Times are medians of the rounds. The answers of both must have the same bits.
+CPU time of one thread; cases about threads take wall-clock time, with as many threads as CPUs.
+Times are medians of the rounds, and the ratio is that of the medians. The answers of both must have
+the same bits.
 """
 
 import argparse
@@ -149,13 +150,15 @@ def compared(name: str, old: Path, rounds: int) -> dict[str, Any]:
     if len({each["answer"] for found in samples.values() for each in found}) != 1:
         raise SystemExit(f"{name}: the answers differ: {samples}")
     seconds = {v: [round(each["seconds"], 5) for each in samples[v]] for v in VERSIONS}
+    before, after = (statistics.median(seconds[version]) for version in VERSIONS)
     return {
         "title": CASES[name].title,
         "clock": "wall" if CASES[name].threads else "CPU",
         "versions": {version: samples[version][0]["version"] for version in VERSIONS},
         "samples": seconds,
-        **{version: statistics.median(seconds[version]) for version in VERSIONS},
-        "ratio": round(statistics.median(map(lambda a, b: b / a, *seconds.values())), 3),
+        "before": before,
+        "after": after,
+        "ratio": round(after / before, 3),
     }
 
 
@@ -164,7 +167,7 @@ def table(cases: dict[str, dict[str, Any]]) -> str:
     lines = ["| case | before | after | after / before |", "|---|--:|--:|--:|"]
     for case in cases.values():
         before, after = (f"{1000 * case[version]:,.0f} ms" for version in VERSIONS)
-        clock = ", by the clock" if case["clock"] == "wall" else ""
+        clock = ", wall-clock" if case["clock"] == "wall" else ""
         lines.append(f"| {case['title']}{clock} | {before} | {after} | {case['ratio']:.2f} |")
     return "\n".join(lines)
 
@@ -173,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old", nargs="?", type=Path)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument(
         "--output", type=Path, default=environment.ROOT / "benchmarks/output/versions.json"

@@ -162,7 +162,7 @@ def test_several_neighbours_are_those_of_the_definition(kind, dtype, rng, monkey
     n, d = 220, 30
     X, R = kind(rng, n, d).astype(dtype), CpuBackend().ranks(rng.integers(0, 50, n))[0]
     table = (np.ones(d, dtype), [*range(d)], R)
-    for k in (2, 5, 16, 17):
+    for k in (2, 5, 8, 9):
         expected = ReferenceBackend().nearest_minima(ReferenceColumns(X), *table, k)
         for level in lcodec_ext.build_info()["simd_supported"]:
             for threads in ("1", "3"):

@@ -396,6 +396,14 @@ def test_distances_may_be_large_but_not_infinite():
         lcodec_ext.foci(far * np.float32(1.1), Y, standardize=None)
 
 
+def test_what_is_refused_is_not_warned_of():
+    z = np.zeros((6, 2), np.float32)
+    z[1, 0] = 1e-45  # whose square underflows
+    z[:2, 1] = 2e19, -2e19
+    with pytest.raises(ValueError, match="overflow float32 with column 1 of z"):
+        lcodec_ext.codec(np.arange(6.0), z)
+
+
 def test_warnings_point_at_the_caller():
     with pytest.warns(UserWarning, match="y is constant") as caught:
         lcodec_ext.codec(np.ones(N), X)

@@ -58,10 +58,10 @@ class Screen {
   using Index = std::int32_t;
   static constexpr Index kMost = 32;  // rows that are kept for a row
 
-  // Whether it is faster than comparing all rows, as measured in 13 to 300 columns: where those
-  // that are kept are more than the k nearest.
+  // Whether it is faster than comparing all rows: as measured in 13 to 300 columns, and where many
+  // more are kept than the k nearest, so that ties of columns of 0 and 1 have room, too.
   static bool pays(std::int64_t n, std::int64_t columns, std::int64_t k) {
-    return n >= kFewRows && k <= kMost / 2 &&
+    return n >= kFewRows && k <= kMost / 4 &&
            columns <= (std::int64_t{1} << 20);  // the proof needs this limit
   }
 

@@ -41,8 +41,7 @@ def scaled(
         1 / standard deviation (n - 1), 1 / range, or 1. A constant column gets 0.
     label : callable
     n : int, optional
-        Rows: warns of columns whose neighbours' squared differences are too small to tell apart.
-        n rows lie about span / n apart; squares below the smallest normal number lose digits.
+        Rows: warns of what underflows.
 
     Raises
     ------
@@ -51,7 +50,6 @@ def scaled(
     """
     low, high = columns.low, columns.high
     tiny, most = _LIMITS[low.dtype]
-    least = tiny * float(n or 1) ** 2
     factors = spread = np.ones(len(low), dtype=low.dtype)
     with np.errstate(all="ignore"):  # the result is checked below
         if standardize is not None:
@@ -62,15 +60,16 @@ def scaled(
             factors = (1.0 / spread).astype(low.dtype)
         spans = _squared((high - low) * factors)
         # a factor of no use makes a span of 0, infinity or NaN
-        if len(spans) and not (_smallest(spans) >= least and _largest(spans) <= most):
+        usual = len(spans) == 0 or (_smallest(spans) >= tiny and _largest(spans) <= most)
+        if standardize is not None and not usual:
             constant = low == high
-            if standardize is not None:
-                _check_factors(factors, spread, constant, label)
-                factors[constant] = 0
-                spans = _squared((high - low) * factors)
-            if n is not None:
-                _warn_underflow(factors, (spans < least) & ~constant, label)
-    return Laid(columns, factors, spans)
+            _check_factors(factors, spread, constant, label)
+            factors[constant] = 0
+            spans = _squared((high - low) * factors)
+    laid = Laid(columns, factors, spans)
+    if n is not None:
+        _warn_underflow(laid, n, label)
+    return laid
 
 
 def _squared(values: NDArray) -> NDArray:
@@ -105,12 +104,14 @@ def check_distances(columns: Columns, label: Label, n: int | None = None) -> NDA
 
     With n, warns of what underflows on n rows.
     """
-    _, factors, spans = scaled(columns, None, label, n)
-    if not far_from_overflow(spans):
+    laid = scaled(columns, None, label)
+    if not far_from_overflow(laid.spans):
         with np.errstate(over="ignore", under="ignore"):
-            bounds = np.add.accumulate(spans)
+            bounds = np.add.accumulate(laid.spans)
         check_overflow(bounds, label)
-    return factors
+    if n is not None:
+        _warn_underflow(laid, n, label)
+    return laid.factors
 
 
 def far_from_overflow(spans: NDArray) -> bool:
@@ -134,9 +135,17 @@ def check_overflow(bounds: NDArray, label: Label) -> None:
         )
 
 
-def _warn_underflow(factors: NDArray, small: NDArray[np.bool_], label: Label) -> None:
-    """Warn of columns with squared spans too small to tell rows apart."""
-    affected = np.flatnonzero(small & (factors > 0))
+def _warn_underflow(laid: Laid, n: int, label: Label) -> None:
+    """Warn of columns whose neighbours' squared differences are too small to tell apart.
+
+    n rows lie about span / n apart; squares below the smallest normal number lose digits.
+    """
+    columns, factors, spans = laid
+    least = _LIMITS[spans.dtype][0] * float(n) ** 2
+    if len(spans) == 0 or _smallest(spans) >= least:
+        return
+    small = spans.astype(np.float64) < least
+    affected = np.flatnonzero(small & (factors > 0) & ~constant_columns(columns))
     if len(affected):
         warn(
             f"squared differences along {label(int(affected[0]))} underflow {factors.dtype}, so "

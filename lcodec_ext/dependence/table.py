@@ -437,7 +437,7 @@ def _is_finite(values: Any) -> bool:
         return True
     if is_tensor(values):
         return bool(values.sum().isfinite())
-    # not a dot product: BLAS may take threads of its own, which a fork during the call waits for
+    # not a dot product: a process forked beside it could wait for threads of BLAS for ever
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(np.add.reduce(values, axis=None))
 
