@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -180,6 +181,14 @@ def test_tests_are_counted(tmp_path):
     for each in (report, other):
         each.write_text('<testsuites><testsuite><testcase name="b"/></testsuite></testsuites>')
     assert gpu.judge_tests(finished(""), [report, other]).why == "2 tests"
+
+
+@pytest.fixture(autouse=True)
+def _handler():
+    """The script takes Ctrl-C also where the shell that started it has it ignored."""
+    outside = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, outside)
 
 
 BROKEN = "import os\nimport pytest\npytestmark = pytest.mark.cuda\n"
