@@ -114,10 +114,9 @@ def pytest_fixture_setup(fixturedef):
 def state():
     """What a test could change for the later tests of its process."""
     pyplot = sys.modules.get("matplotlib.pyplot")
-    here = getattr(_threads._here, "threads", None)
     return {
         "threads of torch": torch.get_num_threads(),  # forked children would hang in OpenMP
-        "threads of lcodec_ext": (_threads._threads, _threads._limit, here),
+        "threads of lcodec_ext": (_threads._threads, _threads._limit, _threads._here.threads),
         "default dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),

@@ -437,7 +437,7 @@ def _is_finite(values: Any) -> bool:
         return True
     if is_tensor(values):
         return bool(values.sum().isfinite())
-    # not a dot product: a process forked beside it could wait for threads of BLAS for ever
+    # a dot product would be quicker, but a process that is forked during it can hang in BLAS
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(np.add.reduce(values, axis=None))
 
